@@ -7,13 +7,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import StrEnum
-from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
 from transformers_api.errors import ApiError
 
 T = TypeVar("T")
-EMPTY: Mapping[Any, Any] = MappingProxyType({})
 
 
 class FinishReason(StrEnum):
@@ -39,7 +37,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0  # multiplicative, over prompt and output (CTRL)
     presence_penalty: float = 0.0  # additive, over the output (OpenAI)
     frequency_penalty: float = 0.0  # additive, times the count in the output (OpenAI)
-    logit_bias: Mapping[int, float] = EMPTY
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
     stop_token_ids: frozenset[int] = frozenset()  # besides the model's own end-of-sequence ids
     ignore_eos: bool = False  # go on after the model's own end-of-sequence ids
     seed: int | None = None  # None: a fresh one from the operating system
@@ -80,7 +78,7 @@ class TokenOutput:
     error: ApiError | None = None
     cached_tokens: int = 0  # first output of a sequence: prompt tokens taken from the prefix cache
     prompt_scores: tuple[TokenScore | None, ...] | None = None  # first output; None for token 0
-    extras: Mapping[str, Any] = field(default=EMPTY)  # what an observer attached
+    extras: Mapping[str, Any] = field(default_factory=dict)  # what an observer attached
 
 
 class TokenStream:

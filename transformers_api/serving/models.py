@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from transformers_api.engine.base import EMPTY, Engine
+from transformers_api.engine.base import Engine
 
 ChatMode = Literal["template", "transcript", "off"]
 
@@ -50,9 +50,11 @@ class ModelSpec:
     device: str = "auto"
     max_context_tokens: int | None = None
     chat: ChatMode | None = None  # None: template where the tokenizer has one, else transcript
-    generation: Mapping[str, Any] = EMPTY  # default sampling, by OpenAI's field names
+    generation: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # default sampling, by OpenAI's field names
     is_instruct: bool | None = None
-    metadata: Mapping[str, Any] = EMPTY
+    metadata: Mapping[str, Any] = field(default_factory=dict)
     trust_remote_code: bool = False
     registered: bool = True  # False: an id of the Hub that no registry entry names
 
@@ -81,7 +83,7 @@ class LoadedModel:
     load_s: float
     fingerprint: str  # OpenAI's system_fingerprint: changes with weights, dtype, device, version
     created: int = 0
-    extras: Mapping[str, Any] = field(default=EMPTY)
+    extras: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Loader(Protocol):

@@ -1,0 +1,242 @@
+"""Continuous batching for one model: the heart; everything else exists to keep this short."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Collection
+from collections.abc import Sequence as SequenceOf
+from concurrent.futures import Future
+from dataclasses import dataclass
+from itertools import repeat
+from typing import Any, TypeVar
+
+from transformers_api.engine.base import EngineStats, FinishReason, SequenceRequest, TokenStream
+from transformers_api.engine.memory import release_memory
+from transformers_api.engine.model_runner import OneRow, Runner
+from transformers_api.engine.sampler import Sampler
+from transformers_api.engine.scheduler import Batch, Scheduler
+from transformers_api.engine.sequence import Sequence
+from transformers_api.engine.thread import EngineThread
+from transformers_api.errors import (
+    ApiError,
+    ContextLengthExceeded,
+    EngineFailed,
+    InvalidRequest,
+    ModelUnloaded,
+    Overloaded,
+)
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineLimits:
+    """How much one engine takes on."""
+
+    max_model_len: int  # tokens, prompt + completion
+    vocab_size: int
+    num_slots: int  # sequences decoded together
+    max_waiting: int = 128  # sequences that may wait for a slot
+    prefill_chunk: int = 256  # prompt tokens between two decode steps
+    eos_token_ids: frozenset[int] = frozenset()
+
+
+class BatchingEngine:
+    """Meets ``base.Engine``. Scheduler, cache and sampler belong to the engine thread.
+
+    Other threads only put messages into the thread's inbox and read the queue of their request.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        runner: Runner,
+        limits: EngineLimits,
+        thread: EngineThread,
+        mode: str,
+    ) -> None:
+        self.limits = limits
+        self.mode = mode
+        self.model = model
+        self.runner = runner
+        self.sampler = Sampler()
+        self.scheduler = Scheduler(runner.cache, limits.num_slots, limits.prefill_chunk)
+        self.thread = thread
+        self._places = threading.Semaphore(limits.num_slots + limits.max_waiting)
+        self._closed: ApiError | None = None
+        self._steps = 0
+        self._generated = 0
+
+    # -- the engine thread --------------------------------------------------------------------
+
+    def step(self) -> None:
+        """One forward pass for whoever is scheduled; a failure ends those sequences only."""
+        batch = self.scheduler.schedule()
+        if batch is None:
+            return
+        try:
+            self._step(batch)
+        except Exception as error:
+            log.exception("A step of the engine failed")
+            self._fail_batch(batch, error)
+
+    def _step(self, batch: Batch) -> None:
+        logits = self.runner.forward(batch)[:, -1]  # (B, V)
+        ends = batch.reaches_end
+        sampled = self.sampler.sample(logits, batch.sequences) if ends else repeat(None)
+        for seq, token in zip(batch.sequences, sampled, strict=ends):
+            seq.advance(batch.width, token)
+        self._steps += 1
+        self._generated += len(batch.sequences) if ends else 0
+        for seq in reversed(batch.sequences):  # only when all have advanced: finishing moves rows
+            if seq.is_finished:
+                self.scheduler.finish(seq)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether ``step`` would do something."""
+        return self.scheduler.has_work
+
+    def fail(self, error: ApiError) -> None:
+        """End every sequence with ``error``."""
+        for seq in [*self.scheduler.running, *self.scheduler.waiting]:
+            seq.end(FinishReason.ERROR, error)
+        self.scheduler.running.clear()
+        self.scheduler.waiting.clear()
+        self.scheduler.forget()
+
+    def _fail_batch(self, batch: Batch, error: Exception) -> None:
+        failed = (
+            error if isinstance(error, ApiError) else EngineFailed("A step of the model failed")
+        )
+        for seq in reversed(batch.sequences):
+            seq.end(FinishReason.ERROR, failed)
+            self.scheduler.finish(seq)
+        self.scheduler.forget()
+        if not self.scheduler.running:
+            self.runner.clear()
+
+    # -- any thread ---------------------------------------------------------------------------
+
+    @property
+    def max_model_len(self) -> int:
+        """See base.Engine."""
+        return self.limits.max_model_len
+
+    @property
+    def vocab_size(self) -> int:
+        """See base.Engine."""
+        return self.limits.vocab_size
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """See base.Engine."""
+        return self.limits.eos_token_ids
+
+    def submit(
+        self, requests: SequenceOf[SequenceRequest], *, observe: Collection[str] = ()
+    ) -> TokenStream:
+        """See base.Engine."""
+        for request in requests:
+            self._check(request)
+        self._take_places(len(requests))
+        sequences: list[Sequence] = []
+        stream = TokenStream(len(requests), lambda index: self._abort(sequences, index))
+        sequences += [self._sequence(r, stream, i, observe) for i, r in enumerate(requests)]
+        try:
+            self.thread.post(lambda: self._add(sequences))
+        except ApiError:
+            self._places.release(len(requests))
+            raise
+        return stream
+
+    def call(self, visit: Callable[[Any], T]) -> Future[T]:
+        """See base.Engine."""
+
+        def run() -> T:
+            if self._closed:
+                raise self._closed
+            return visit(self.model)
+
+        return self.thread.call(run)
+
+    def stats(self) -> EngineStats:
+        """See base.Engine."""
+        scheduler = self.scheduler
+        return EngineStats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            steps=self._steps,
+            prompt_tokens=scheduler.prompt_tokens,
+            generated_tokens=self._generated,
+            cached_tokens=scheduler.cached_tokens,
+            kv_bytes=scheduler.cache.bytes,
+            kv_budget_bytes=scheduler.cache.budget_bytes,
+            mode=self.mode,
+        )
+
+    def close(self, error: ApiError | None = None) -> None:
+        """See base.Engine."""
+        reason = error or ModelUnloaded("The model was unloaded")
+        future = self.thread.call(lambda: self._close(reason))
+        if self.thread.is_alive:
+            future.result()
+
+    def _close(self, error: ApiError) -> None:
+        if self._closed:
+            return
+        self._closed = error
+        self.fail(error)
+        if self in self.thread.engines:
+            self.thread.engines.remove(self)
+        del self.model, self.runner
+        self.scheduler.cache = OneRow()
+        release_memory()
+
+    def _check(self, request: SequenceRequest) -> None:
+        length = len(request.prompt_ids)
+        if not length:
+            raise InvalidRequest("The prompt has no tokens", param="prompt")
+        if length + min(request.params.max_tokens, 1) > self.max_model_len:
+            raise ContextLengthExceeded(
+                f"The prompt has {length} tokens, the model's context is {self.max_model_len}"
+            )
+        if not all(0 <= token < self.vocab_size for token in request.prompt_ids):
+            raise InvalidRequest(
+                f"Token ids must be from 0 to {self.vocab_size - 1}", param="prompt"
+            )
+
+    def _take_places(self, count: int) -> None:
+        taken = 0
+        while taken < count and self._places.acquire(blocking=False):
+            taken += 1
+        if taken < count:
+            self._places.release(taken) if taken else None
+            raise Overloaded("Too many requests are waiting", retry_after=1)
+
+    def _sequence(
+        self, request: SequenceRequest, stream: TokenStream, index: int, observe: Collection[str]
+    ) -> Sequence:
+        return Sequence(
+            request,
+            stream,
+            index,
+            eos_token_ids=self.eos_token_ids,
+            max_model_len=self.max_model_len,
+            observe=observe,
+            on_end=self._places.release,
+        )
+
+    def _add(self, sequences: list[Sequence]) -> None:
+        for seq in sequences:
+            if self._closed:
+                seq.end(FinishReason.ERROR, self._closed)
+            else:
+                self.scheduler.add(seq)
+
+    def _abort(self, sequences: list[Sequence], index: int | None) -> None:
+        for seq in sequences:
+            if index in (None, seq.index):
+                seq.cancelled = True

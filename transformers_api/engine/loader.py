@@ -1,0 +1,247 @@
+"""A folder in the transformers format to a running engine. All of it runs on the engine thread.
+
+The only place, with ``convert.py``, that calls ``from_pretrained`` for a model.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from transformers_api.engine.base import SamplingParams, SequenceRequest, TokenStream
+from transformers_api.engine.batching import BatchingEngine, EngineLimits
+from transformers_api.engine.kv_cache import SlotCache
+from transformers_api.engine.memory import available_bytes
+from transformers_api.engine.model_runner import ModelRunner, Runner, SequentialRunner
+from transformers_api.engine.prompt_scores import PromptScoringRunner
+from transformers_api.engine.scheduler import Batch
+from transformers_api.engine.sequence import Sequence
+from transformers_api.engine.thread import EngineThread
+from transformers_api.errors import ModelLoadFailed
+
+log = logging.getLogger(__name__)
+WINDOW_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
+ATTENTION_KINDS = {"full_attention", "sliding_attention"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """What the settings and the registry say about loading."""
+
+    dtype: str = "auto"
+    device: str = "auto"
+    trust_remote_code: bool = False
+    max_context_tokens: int | None = None  # the registry's: clamps
+    default_context_tokens: int = 2048  # where the config says nothing
+    eos_token_ids: frozenset[int] = frozenset()  # the tokenizer's, besides the model's own
+    tokenizer_size: int | None = None  # largest id + 1; larger ids are never sampled
+    num_slots: int = 32
+    max_waiting: int = 128
+    prefill_chunk: int = 256
+    kv_cache_bytes: int | None = None  # None: a quarter of what is free after loading
+
+
+def load_engine(folder: Path, options: LoadOptions, thread: EngineThread) -> BatchingEngine:
+    """Load a model and start serving it on ``thread``, which must be the calling thread.
+
+    Raises ModelLoadFailed.
+    """
+    device = pick_device(options.device)
+    model = load_model(folder, device, options.dtype, options.trust_remote_code)
+    engine = build_engine(model, options, thread)
+    thread.engines.append(engine)
+    return engine
+
+
+def pick_device(wanted: str) -> str:
+    """``auto`` is the first accelerator, else the CPU. Raises ModelLoadFailed if absent."""
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if wanted == "auto":
+        return "cuda" if has["cuda"] else "mps" if has["mps"] else "cpu"
+    kind, _, index = wanted.partition(":")
+    if not has.get(kind, kind == "cpu"):
+        raise ModelLoadFailed(f"Device '{wanted}' is not available on this machine", param="device")
+    if index and int(index) >= torch.cuda.device_count():
+        raise ModelLoadFailed(
+            f"Device '{wanted}': there are {torch.cuda.device_count()} GPUs", param="device"
+        )
+    return wanted
+
+
+def load_model(folder: Path, device: str, dtype: str, trust_remote_code: bool) -> Any:
+    """A causal language model in evaluation mode, every weight from the file.
+
+    Raises ModelLoadFailed for a missing, unexpected or mismatched weight: transformers itself
+    would fill the gap with random numbers and go on.
+    """
+    try:
+        config = AutoConfig.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+        if config.is_encoder_decoder:
+            raise ModelLoadFailed("Encoder-decoder models cannot be served")
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=_dtype(dtype, device),
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except ModelLoadFailed:
+        raise
+    except Exception as error:
+        log.exception("Loading %s failed", folder.name)
+        raise ModelLoadFailed(f"The model cannot be loaded: {_first_line(error)}") from error
+    model, info = loaded
+    _check_loading_info(info)
+    return model.to(device).eval()
+
+
+def build_engine(model: Any, options: LoadOptions, thread: EngineThread) -> BatchingEngine:
+    """An engine for a loaded model: batching where the model allows, else one at a time."""
+    vocab = model.get_output_embeddings()
+    size = vocab.weight.shape[0] if vocab is not None else model.config.vocab_size
+    vocab_size = min(size, options.tokenizer_size or size)
+    window = context_window(model.config, options)
+    runner, window, mode = _runner(model, options, vocab_size, window)
+    limits = EngineLimits(
+        max_model_len=window,
+        vocab_size=vocab_size,
+        num_slots=options.num_slots if mode == "batching" else 1,
+        max_waiting=options.max_waiting + (0 if mode == "batching" else options.num_slots - 1),
+        prefill_chunk=options.prefill_chunk if mode == "batching" else window,
+        eos_token_ids=options.eos_token_ids | _eos_of(model),
+    )
+    return BatchingEngine(model, PromptScoringRunner(runner), limits, thread, mode)
+
+
+def context_window(config: Any, options: LoadOptions) -> int:
+    """Tokens that the model can see: what its config allows, or less where the registry says so."""
+    text = config.get_text_config(decoder=True)
+    sizes = [getattr(text, name, None) for name in WINDOW_FIELDS]
+    own = next((size for size in sizes if isinstance(size, int) and size > 0), None)
+    if own is None:
+        return options.max_context_tokens or options.default_context_tokens
+    return min(own, options.max_context_tokens or own)
+
+
+def _runner(
+    model: Any, options: LoadOptions, vocab_size: int, window: int
+) -> tuple[Runner, int, str]:
+    """(runner, context window, mode): the fastest way that gives this model's own logits."""
+    if layers := _attention_layers(model):
+        cache = SlotCache(layers, options.num_slots, window)
+        batched = ModelRunner(model, cache, vocab_size)
+        if _agrees(batched, model, vocab_size, window):
+            free = available_bytes(str(model.device))
+            return batched, cache.set_budget(options.kv_cache_bytes or free // 4), "batching"
+    for recompute in (False, True):
+        runner = SequentialRunner(model, vocab_size, recompute)
+        if _agrees(runner, model, vocab_size, window):
+            log.warning("%s is served one sequence at a time", type(model).__name__)
+            return runner, window, "sequential"
+    raise ModelLoadFailed(f"{type(model).__name__} cannot be run as a causal language model")
+
+
+def _attention_layers(model: Any) -> int:
+    """Layers of the slot cache; 0 for a model whose state is more than K and V per token."""
+    if model._is_stateful or not model._supports_attention_backend:
+        return 0
+    config = model.config.get_text_config(decoder=True)
+    if not set(getattr(config, "layer_types", None) or ()) <= ATTENTION_KINDS:
+        return 0
+    layers = DynamicCache(config=config).layers
+    plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+    return len(layers) if plain else 0
+
+
+def _agrees(runner: Runner, model: Any, vocab_size: int, window: int) -> bool:
+    """Whether the runner's logits are the model's own: rows in company, prompts in chunks.
+
+    Two short sequences, against one forward pass of each without any cache.
+    """
+    generator = torch.Generator().manual_seed(0)
+    lengths = [n for n in (5, 11) if n + 2 <= window] or [max(window - 2, 1)]
+    rows = [torch.randint(0, vocab_size, (n + 2,), generator=generator).tolist() for n in lengths]
+    together = isinstance(runner, ModelRunner)
+    try:
+        wanted = [_plain_logits(model, row, vocab_size)[-2:] for row in rows]
+        groups = [rows] if together else [[row] for row in rows]
+        given = [logits for group in groups for logits in _run(runner, group, together)]
+        runner.clear()
+    except Exception:
+        log.info("%s: %s cannot run it", type(model).__name__, type(runner).__name__, exc_info=True)
+        runner.clear()
+        return False
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.05
+    return all(
+        bool((a - b).norm() <= tolerance * b.norm()) for a, b in zip(given, wanted, strict=True)
+    )
+
+
+def _run(runner: Runner, rows: list[list[int]], in_chunks: bool) -> list[torch.Tensor]:
+    """Logits (2, V) of the last two tokens of each row: prefill, then two decode steps."""
+    stream = TokenStream(len(rows), lambda _: None)
+    sequences = []
+    for slot, row in enumerate(rows):
+        request = SequenceRequest(row[:-2], SamplingParams(max_tokens=8))
+        seq = Sequence(request, stream, slot, eos_token_ids=frozenset(), max_model_len=1 << 30)
+        seq.slot = slot
+        runner.cache.reserve(slot + 1, len(row))
+        widths = [3, len(row) - 5] if in_chunks and len(row) > 5 else [len(row) - 2]
+        for width in widths:
+            runner.forward(Batch([seq], width))
+            seq.num_cached += width
+        sequences.append(seq)
+    steps = []
+    for step in (-2, -1):
+        for seq, row in zip(sequences, rows, strict=True):
+            seq.tokens.append(row[step])
+        steps.append(runner.forward(Batch(sequences, 1))[:, -1])
+        for seq in sequences:
+            seq.num_cached += 1
+    return [torch.stack([step[i] for step in steps]) for i in range(len(rows))]
+
+
+def _plain_logits(model: Any, ids: list[int], vocab_size: int) -> torch.Tensor:
+    inputs = torch.tensor([ids], device=model.device)
+    output = model(input_ids=inputs, use_cache=False, return_dict=True)
+    logits: torch.Tensor = output.logits[0, :, :vocab_size].float()
+    return logits
+
+
+def _dtype(wanted: str, device: str) -> Any:
+    """Auto: float32 on a CPU, where tokens then do not depend on the batch; else the file's own."""
+    if wanted == "auto":
+        return torch.float32 if device == "cpu" else "auto"
+    return getattr(torch, wanted)
+
+
+def _check_loading_info(info: dict[str, Any]) -> None:
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if keys := sorted(str(key) for key in info.get(kind) or ()):
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise ModelLoadFailed(
+                f"The weights do not fit the configuration: {kind.replace('_', ' ')}: "
+                f"{', '.join(keys[:3])}{more}"
+            )
+
+
+def _eos_of(model: Any) -> frozenset[int]:
+    ids: set[int] = set()
+    for source in (model.generation_config, model.config.get_text_config(decoder=True)):
+        eos = getattr(source, "eos_token_id", None)
+        ids.update([eos] if isinstance(eos, int) else eos or ())
+    return frozenset(ids)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

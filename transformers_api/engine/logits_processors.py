@@ -1,0 +1,97 @@
+"""What changes one sequence's logits before the temperature. One class each."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from transformers_api.engine.base import SamplingParams
+
+if TYPE_CHECKING:
+    from transformers_api.engine.sequence import Sequence
+
+
+class LogitsProcessor(Protocol):
+    """Changes a row in place."""
+
+    def __call__(self, seq: Sequence, row: Tensor) -> None:
+        """``row`` (V,) float32, the sequence's own copy."""
+        ...
+
+
+class RepetitionPenalty:
+    """Divide positive and multiply negative logits of every token of prompt and output.
+
+    Keskar et al. 2019, arXiv:1909.05858, section 4.1.
+    """
+
+    def __init__(self, penalty: float) -> None:
+        self.penalty = penalty
+        self._seen: set[int] = set()
+        self._read = 0
+
+    def __call__(self, seq: Sequence, row: Tensor) -> None:
+        """See the class."""
+        self._seen.update(token for token in seq.tokens[self._read :] if token < len(row))
+        self._read = len(seq.tokens)
+        ids = torch.tensor(sorted(self._seen), device=row.device)
+        seen = row[ids]
+        row[ids] = torch.where(seen > 0, seen / self.penalty, seen * self.penalty)
+
+
+class AdditivePenalties:
+    """OpenAI's presence and frequency penalty, over the output only."""
+
+    def __init__(self, presence: float, frequency: float) -> None:
+        self.presence = presence
+        self.frequency = frequency
+        self._counts: Counter[int] = Counter()
+        self._read: int | None = None
+
+    def __call__(self, seq: Sequence, row: Tensor) -> None:
+        """See the class."""
+        self._counts.update(seq.tokens[self._read or seq.prompt_len :])
+        self._read = len(seq.tokens)
+        if self._counts:
+            ids = torch.tensor(list(self._counts), device=row.device)
+            counts = torch.tensor(list(self._counts.values()), device=row.device)
+            row[ids] -= self.presence + self.frequency * counts
+
+
+class LogitBias:
+    """OpenAI's logit_bias: added to the logits of single tokens."""
+
+    def __init__(self, bias: dict[int, float]) -> None:
+        self._ids = torch.tensor(list(bias))
+        self._values = torch.tensor(list(bias.values()))
+
+    def __call__(self, seq: Sequence, row: Tensor) -> None:
+        """See the class."""
+        row[self._ids.to(row.device)] += self._values.to(row.device)
+
+
+class MinTokens:
+    """Stop tokens cannot be sampled before ``min_tokens``."""
+
+    def __call__(self, seq: Sequence, row: Tensor) -> None:
+        """See the class."""
+        if seq.masks_stops:
+            ids = [token for token in seq.stop_ids if token < len(row)]
+            row[torch.tensor(ids, dtype=torch.long, device=row.device)] = -torch.inf
+
+
+def processors_for(params: SamplingParams) -> list[LogitsProcessor]:
+    """The processors that a request needs, in the order in which they apply; mostly none."""
+    processors: list[LogitsProcessor] = []
+    if params.repetition_penalty != 1.0:
+        processors.append(RepetitionPenalty(params.repetition_penalty))
+    if params.presence_penalty or params.frequency_penalty:
+        processors.append(AdditivePenalties(params.presence_penalty, params.frequency_penalty))
+    if params.logit_bias:
+        processors.append(LogitBias(dict(params.logit_bias)))
+    if params.min_tokens:
+        processors.append(MinTokens())
+    return processors

@@ -1,0 +1,186 @@
+"""A batch in, logits out: the only place that turns sequences into tensors and calls the model."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from transformers_api.engine.kv_cache import SlotCache
+from transformers_api.engine.scheduler import Batch, SlotStore
+from transformers_api.engine.sequence import Sequence
+
+
+class Runner(Protocol):
+    """What ``BatchingEngine`` drives; wrappers that observe have the same interface."""
+
+    @property
+    def cache(self) -> SlotStore:
+        """The rows behind the slots."""
+        ...
+
+    def forward(self, batch: Batch, keep: int = 1) -> Tensor:
+        """Read the batch's new tokens; logits (B, keep, V) float32 of the last ``keep`` of them."""
+        ...
+
+    def clear(self) -> None:
+        """After a failed forward: nothing in the cache may be used again."""
+        ...
+
+
+class ModelRunner:
+    """Runs an unmodified transformers model over the slot cache, with explicit positions and masks.
+
+    ``vocab_size``: logits of ids that the tokenizer lacks are cut off.
+    """
+
+    def __init__(self, model: Any, cache: SlotCache, vocab_size: int) -> None:
+        self.model = model
+        self.cache = cache
+        self.vocab_size = vocab_size
+        self.device = model.device
+        self.masks = MaskBuilder(model)
+        self._takes_keep = bool(model._supports_logits_to_keep())
+
+    def forward(self, batch: Batch, keep: int = 1) -> Tensor:
+        """See Runner."""
+        starts = [seq.num_cached for seq in batch.sequences]
+        ids = [
+            seq.tokens[start : start + batch.width]
+            for seq, start in zip(batch.sequences, starts, strict=True)
+        ]
+        seen = max(starts) + batch.width
+        positions = torch.tensor(starts)[:, None] + torch.arange(batch.width)  # (B, T)
+        positions = positions.to(self.device)
+        self.cache.bind(batch.first_slot, positions, seen)
+        output = self.model(
+            input_ids=torch.tensor(ids, device=self.device),
+            position_ids=positions,
+            attention_mask=self.masks.build(positions, seen),
+            past_key_values=self.cache,
+            use_cache=True,
+            return_dict=True,
+            **({"logits_to_keep": keep} if self._takes_keep else {}),
+        )
+        return _last(output.logits, keep, self.vocab_size)
+
+    def clear(self) -> None:
+        """See Runner."""
+        self.cache.clear()
+
+
+class MaskBuilder:
+    """Causal masks (B, 1, T, S) for rows at different positions, windows included.
+
+    transformers takes a 4-D mask as it is, so a sliding window has to be in it; a model that mixes
+    kinds of layers takes one mask per kind.
+    """
+
+    def __init__(self, model: Any) -> None:
+        config = model.config.get_text_config(decoder=True)
+        kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or ()))
+        window = getattr(config, "sliding_window", None) or 0
+        if len(kinds) > 1:
+            windows = {"full_attention": 0, "sliding_attention": window}
+            self.windows = {kind: windows[kind] for kind in kinds}
+        else:
+            self.windows = {"": 0 if kinds == ["full_attention"] else window}
+        additive = config._attn_implementation == "eager"  # eager adds masks, sdpa selects by them
+        self.additive_dtype = model.dtype if additive else None
+
+    def build(self, positions: Tensor, seen: int) -> Tensor | dict[str, Tensor]:
+        """The mask for ``positions`` (B, T) over the first ``seen`` cached tokens."""
+        keys = torch.arange(seen, device=positions.device)
+        distance = positions[:, None, :, None] - keys  # (B, 1, T, S)
+        masks = {kind: self._mask(distance, window) for kind, window in self.windows.items()}
+        return masks.get("", masks)
+
+    def _mask(self, distance: Tensor, window: int) -> Tensor:
+        visible = distance >= 0
+        if window:
+            visible &= distance < window
+        if self.additive_dtype is None:
+            return visible
+        hidden = torch.finfo(self.additive_dtype).min
+        mask = torch.zeros(visible.shape, dtype=self.additive_dtype, device=visible.device)
+        return mask.masked_fill(~visible, hidden)
+
+
+class OneRow:
+    """The slot of a runner that keeps its own state and serves one sequence at a time."""
+
+    reuses_prefixes = False
+
+    bytes = 0
+    budget_bytes = 0
+
+    def reserve(self, rows: int, length: int) -> int:
+        """One row of any length."""
+        return 1 if rows == 1 else 0
+
+    def copy(self, src: int, dst: int, length: int) -> None:
+        """Never asked for: there is one row."""
+
+    def swap(self, a: int, b: int, length: int) -> None:
+        """Never asked for: there is one row."""
+
+
+class SequentialRunner:
+    """One sequence at a time, as ``generate`` would run it: for models that cannot share a batch.
+
+    Recurrent and linear-attention models keep a state of their own kind; others attend without
+    transformers' attention interface. The model's own ``prepare_inputs_for_generation`` knows. With
+    ``recompute`` every step reads the whole sequence again: for models without a cache.
+    """
+
+    def __init__(self, model: Any, vocab_size: int, recompute: bool = False) -> None:
+        self.model = model
+        self.cache = OneRow()
+        self.vocab_size = vocab_size
+        self.recompute = recompute
+        self._sequence: Sequence | None = None
+        self._state: dict[str, Any] = {}
+
+    def forward(self, batch: Batch, keep: int = 1) -> Tensor:
+        """See Runner."""
+        (seq,) = batch.sequences
+        end = seq.num_cached + batch.width
+        ids = torch.tensor([seq.tokens[:end]], device=self.model.device)
+        if self.recompute:
+            logits = self.model(input_ids=ids, use_cache=False, return_dict=True).logits
+        else:
+            logits = self._continue(seq, ids, batch.width)
+        return _last(logits, keep, self.vocab_size)
+
+    def clear(self) -> None:
+        """See Runner."""
+        self._sequence, self._state = None, {}
+
+    def _continue(self, seq: Sequence, ids: Tensor, width: int) -> Tensor:
+        starts = seq is not self._sequence
+        if starts:
+            self._sequence, self._state = seq, self._fresh_state(ids)
+        inputs = self.model.prepare_inputs_for_generation(
+            ids,
+            next_sequence_length=None if starts else width,
+            is_first_iteration=starts,
+            **self._state,
+        )
+        output = self.model(**inputs, return_dict=True)
+        self._state = self.model._update_model_kwargs_for_generation(output, self._state)
+        logits: Tensor = output.logits
+        return logits
+
+    def _fresh_state(self, ids: Tensor) -> dict[str, Any]:
+        state: dict[str, Any] = {"use_cache": True, "attention_mask": torch.ones_like(ids)}
+        if self.model._supports_default_dynamic_cache():
+            name = "cache_params" if "mamba" in type(self.model).__name__.lower() else None
+            config = self.model.config.get_text_config(decoder=True)
+            state[name or "past_key_values"] = DynamicCache(config=config)
+        return state
+
+
+def _last(logits: Tensor, keep: int, vocab_size: int) -> Tensor:
+    return logits[:, -keep:, :vocab_size].float()

@@ -1,0 +1,50 @@
+"""The random numbers of sampling: a function of (seed, step, token id) and of nothing else.
+
+So a token does not depend on who shares the batch, on how many candidates were looked at, on the
+device or on the process, and nothing has to be remembered between two steps.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_MASK = (1 << 64) - 1
+_GAMMA = 0x9E3779B97F4A7C15
+_MIX1, _MIX2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+
+def step_key(seed: int, step: int) -> int:
+    """The key of one step of one sequence, a signed 64-bit integer."""
+    state = _mix((seed * _GAMMA + 1) & _MASK)
+    return _signed(_mix((state + step * _GAMMA) & _MASK))
+
+
+def exponential(keys: Tensor, token_ids: Tensor) -> Tensor:
+    """Exponential(1) noise for each (row, token): ``keys`` (B,), ``token_ids`` (B, K) or (K,).
+
+    float64 (B, K). The token with the largest p / noise is a sample of p (the exponential race,
+    which is the Gumbel-max trick). SplitMix64: Steele, Lea, Flood 2014,
+    doi:10.1145/2714064.2660195.
+    """
+    x = keys[:, None] + token_ids * _signed(_GAMMA)
+    x = (x ^ _shifted(x, 30)) * _signed(_MIX1)
+    x = (x ^ _shifted(x, 27)) * _signed(_MIX2)
+    x = x ^ _shifted(x, 31)
+    uniform = (_shifted(x, 11).double() + 0.5) * 2.0**-53  # in (0, 1)
+    return -torch.log(uniform)
+
+
+def _mix(x: int) -> int:
+    x = ((x ^ (x >> 30)) * _MIX1) & _MASK
+    x = ((x ^ (x >> 27)) * _MIX2) & _MASK
+    return x ^ (x >> 31)
+
+
+def _signed(x: int) -> int:
+    return x - (1 << 64) if x >= 1 << 63 else x
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift; torch's own keeps the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,0 +1,221 @@
+"""Which sequences run, in which slots, and what the next forward reads. Pure Python.
+
+Running sequences are kept in slots 0..n-1, those that decode before the one that prefills, so that
+a batch is always a contiguous range of cache rows: a view, never a gather. Rows behind them keep
+the K and V of finished sequences until a new one needs the room; a prompt that begins like one of
+them, or like a running one, starts from a copy.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Protocol
+
+from transformers_api.engine.base import FinishReason
+from transformers_api.engine.sequence import Sequence
+
+
+class SlotStore(Protocol):
+    """The cache rows behind the slots."""
+
+    reuses_prefixes: bool
+
+    @property
+    def bytes(self) -> int:
+        """Bytes allocated."""
+        ...
+
+    @property
+    def budget_bytes(self) -> int:
+        """Bytes that may be allocated."""
+        ...
+
+    def reserve(self, rows: int, length: int) -> int:
+        """Make room for ``rows`` rows of ``length`` tokens; the rows there are, 0 if it cannot."""
+        ...
+
+    def copy(self, src: int, dst: int, length: int) -> None:
+        """Copy the first ``length`` tokens of a row."""
+        ...
+
+    def swap(self, a: int, b: int, length: int) -> None:
+        """Exchange the first ``length`` tokens of two rows."""
+        ...
+
+
+@dataclass(slots=True)
+class Batch:
+    """Sequences in slot order, and how many new tokens of each the forward reads."""
+
+    sequences: list[Sequence]
+    width: int
+
+    @property
+    def first_slot(self) -> int:
+        """Slot of the first sequence; the others follow without a gap."""
+        return self.sequences[0].slot
+
+    @property
+    def reaches_end(self) -> bool:
+        """Whether the forward reads the last token of its sequences, so that one is sampled."""
+        return self.width == self.sequences[0].num_pending
+
+
+@dataclass(slots=True)
+class _Kept:
+    """A row whose sequence has finished."""
+
+    tokens: list[int]
+    used: int = 0  # when, in admissions
+
+
+class Scheduler:
+    """Waiting and running sequences; prefill and decode take turns."""
+
+    def __init__(self, cache: SlotStore, num_slots: int, prefill_chunk: int) -> None:
+        self.cache = cache
+        self.num_slots = num_slots
+        self.prefill_chunk = prefill_chunk
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self._kept: dict[int, _Kept] = {}
+        self._prefilled = 0  # prompt tokens read since the last decode step
+        self._admissions = 0
+        self.prompt_tokens = 0  # admitted
+        self.cached_tokens = 0  # of them, taken from a row that was there
+
+    @property
+    def has_work(self) -> bool:
+        """Whether ``schedule`` has something to do."""
+        return bool(self.waiting or self.running)
+
+    def add(self, seq: Sequence) -> None:
+        """Queue a sequence."""
+        self.waiting.append(seq)
+
+    def schedule(self) -> Batch | None:
+        """The next forward: a decode step, or one chunk of a prompt between two decode steps.
+
+        Between two decode steps prompts of ``prefill_chunk`` tokens together are read, so that a
+        long prompt never starves those who are decoding and many short ones do not wait in line.
+        """
+        self._drop_cancelled()
+        if not (self.running and self.running[-1].is_prefilling):
+            self._admit()
+        prefilling = self.running[-1] if self.running and self.running[-1].is_prefilling else None
+        decoding = self.running[:-1] if prefilling else self.running
+        if prefilling:
+            width = min(self.prefill_chunk, prefilling.prompt_len - prefilling.num_cached)
+            if not decoding or self._prefilled + width <= self.prefill_chunk:
+                self._prefilled += width
+                return Batch([prefilling], width)
+        self._prefilled = 0
+        return Batch(list(decoding), 1) if decoding else None
+
+    def finish(self, seq: Sequence) -> None:
+        """Free the slot; the last decoding sequence moves into the hole, its row stays reusable."""
+        last = len(self.running) - 1
+        tail = last - 1 if self.running[last].is_prefilling and seq.slot < last else last
+        self._swap(seq.slot, tail)
+        self._swap(tail, last)
+        self.running.pop()
+        if self.cache.reuses_prefixes and seq.num_cached:
+            self._kept[last] = _Kept(seq.tokens[: seq.num_cached], self._admissions)
+        seq.slot = -1
+
+    def forget(self) -> None:
+        """Reuse no row that was written before: after a broken step its content is unknown."""
+        self._kept.clear()
+
+    def _drop_cancelled(self) -> None:
+        if any(seq.cancelled for seq in self.waiting):
+            for seq in self.waiting:
+                if seq.cancelled:
+                    seq.end(FinishReason.ABORT)
+            self.waiting = deque(seq for seq in self.waiting if not seq.cancelled)
+        for seq in [seq for seq in self.running if seq.cancelled]:
+            seq.end(FinishReason.ABORT)
+            self.finish(seq)
+
+    def _admit(self) -> None:
+        """Give the first waiting sequence the next slot, if slots and KV memory allow."""
+        if not self.waiting or len(self.running) == self.num_slots:
+            return
+        seq = self.waiting[0]
+        length = max(seq.max_len, *(other.max_len for other in self.running), 0)
+        rows = self.cache.reserve(len(self.running) + 1, length)
+        if not rows:
+            return
+        self._kept = {slot: kept for slot, kept in self._kept.items() if slot < rows}
+        self.waiting.popleft()
+        self._admissions += 1
+        seq.slot = len(self.running)
+        seq.cached_tokens = seq.num_cached = self._take_prefix(seq, rows)
+        self.running.append(seq)
+        self.prompt_tokens += seq.prompt_len
+        self.cached_tokens += seq.cached_tokens
+
+    def _take_prefix(self, seq: Sequence, rows: int) -> int:
+        """Put the longest known beginning of the prompt into the slot; gives its tokens."""
+        source, shared = self._longest_prefix(seq)
+        if shared and source < seq.slot:
+            self._make_free(seq.slot, rows)
+            self.cache.copy(source, seq.slot, shared)
+        elif shared and source > seq.slot:
+            del self._kept[source]
+            other = self._kept.pop(seq.slot, None)
+            if other:
+                self._kept[source] = other
+            self.cache.swap(source, seq.slot, max(shared, len(other.tokens) if other else 0))
+        elif shared:
+            del self._kept[seq.slot]
+        else:
+            self._make_free(seq.slot, rows)
+        return shared
+
+    def _longest_prefix(self, seq: Sequence) -> tuple[int, int]:
+        """(slot, tokens) of the row that shares most with the prompt, but for its last token."""
+        if not self.cache.reuses_prefixes or seq.params.prompt_logprobs is not None:
+            return -1, 0
+        prompt = seq.tokens[: seq.prompt_len - 1]
+        rows = {slot: kept.tokens for slot, kept in self._kept.items()}
+        rows |= {other.slot: other.tokens[: other.num_cached] for other in self.running}
+        best = max(rows, key=lambda slot: common_prefix(rows[slot], prompt), default=-1)
+        return best, common_prefix(rows[best], prompt) if rows else 0
+
+    def _make_free(self, slot: int, rows: int) -> None:
+        """Let the slot's finished row go, or rather the least recently used one."""
+        kept = self._kept.pop(slot, None)
+        if kept is None:
+            return
+        free = next((s for s in range(slot + 1, rows) if s not in self._kept), None)
+        if free is None:
+            oldest = min(self._kept, key=lambda s: self._kept[s].used, default=slot)
+            if oldest == slot or self._kept[oldest].used >= kept.used:
+                return
+            free = oldest
+        self.cache.copy(slot, free, len(kept.tokens))
+        self._kept[free] = kept
+
+    def _swap(self, a: int, b: int) -> None:
+        if a == b:
+            return
+        one, two = self.running[a], self.running[b]
+        self.cache.swap(a, b, max(one.num_cached, two.num_cached))
+        one.slot, two.slot = b, a
+        self.running[a], self.running[b] = two, one
+
+
+def common_prefix(a: list[int], b: list[int]) -> int:
+    """How many tokens two lists share from their start. Compares by slices, so in C."""
+    low, high = 0, min(len(a), len(b))
+    if a[:high] == b[:high]:
+        return high
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -1,0 +1,142 @@
+"""One request inside the engine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection
+from typing import Any
+
+from transformers_api.engine.base import (
+    FinishReason,
+    SequenceRequest,
+    TokenOutput,
+    TokenScore,
+    TokenStream,
+)
+from transformers_api.engine.logits_processors import LogitsProcessor, processors_for
+from transformers_api.errors import ApiError, EngineFailed
+
+
+class SampledToken:
+    """What the sampler chose for one row."""
+
+    __slots__ = ("error", "score", "token_id")
+
+    def __init__(
+        self, token_id: int, score: TokenScore | None = None, error: ApiError | None = None
+    ) -> None:
+        self.token_id = token_id
+        self.score = score
+        self.error = error
+
+
+class Sequence:
+    """The tokens, the slot and the counters of one sequence. Owned by the engine thread.
+
+    ``tokens`` are prompt and output; the cache holds K and V of the first ``num_cached`` of them.
+    """
+
+    def __init__(
+        self,
+        request: SequenceRequest,
+        stream: TokenStream,
+        index: int,
+        *,
+        eos_token_ids: frozenset[int],
+        max_model_len: int,
+        observe: Collection[str] = (),
+        on_end: Callable[[], object] | None = None,
+    ) -> None:
+        params = request.params
+        self.params = params
+        self.stream = stream
+        self.index = index
+        self.on_end = on_end
+        self.observe = frozenset(observe)
+        self.tokens = list(request.prompt_ids)
+        self.prompt_len = len(self.tokens)
+        self.max_len = min(self.prompt_len + params.max_tokens, max_model_len)
+        own_eos = frozenset() if params.ignore_eos else eos_token_ids
+        self.stop_ids = own_eos | params.stop_token_ids
+        self.seed = int.from_bytes(os.urandom(8)) if params.seed is None else params.seed
+        self.processors: list[LogitsProcessor] = processors_for(params)
+        self.slot = -1
+        self.num_cached = 0
+        self.cached_tokens = 0  # prompt tokens that came from the prefix cache
+        self.prompt_scores: list[TokenScore | None] | None = None
+        self.extras: dict[str, Any] = {}  # an observer leaves here what goes with the next token
+        self.cancelled = False  # set by any thread, read by the scheduler
+        self.is_finished = False
+
+    @property
+    def num_output(self) -> int:
+        """Tokens generated so far."""
+        return len(self.tokens) - self.prompt_len
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens that the next forwards have to read: 1 while decoding."""
+        return len(self.tokens) - self.num_cached
+
+    @property
+    def is_prefilling(self) -> bool:
+        """Whether a part of the prompt has not been read yet."""
+        return self.num_cached < self.prompt_len
+
+    @property
+    def masks_stops(self) -> bool:
+        """Whether stop tokens may not be sampled yet (min_tokens)."""
+        return bool(self.stop_ids) and self.num_output < self.params.min_tokens
+
+    def advance(self, width: int, sampled: SampledToken | None) -> None:
+        """Count ``width`` tokens as cached; take the sampled one if the forward reached the end."""
+        self.num_cached += width
+        if sampled is None:
+            return
+        if sampled.error is not None:
+            self.end(FinishReason.ERROR, sampled.error)
+        elif self.max_len == self.prompt_len:
+            self.end(FinishReason.LENGTH)
+        else:
+            self.tokens.append(sampled.token_id)
+            self._emit(sampled.token_id, sampled.score, self._finish_reason(sampled.token_id))
+
+    def end(self, reason: FinishReason, error: ApiError | None = None) -> None:
+        """Send the terminal output, unless one has been sent."""
+        if not self.is_finished:
+            self._emit(None, None, reason, error)
+
+    def _finish_reason(self, token_id: int) -> FinishReason | None:
+        if token_id in self.stop_ids:
+            return FinishReason.STOP
+        if len(self.tokens) >= self.max_len:
+            return FinishReason.LENGTH
+        return None
+
+    def _emit(
+        self,
+        token_id: int | None,
+        score: TokenScore | None,
+        reason: FinishReason | None,
+        error: ApiError | None = None,
+    ) -> None:
+        is_first = self.num_output == (token_id is not None)
+        extras, self.extras = self.extras, {}
+        scores = self.prompt_scores if is_first else None
+        self.stream.put(
+            TokenOutput(
+                index=self.index,
+                token_id=token_id,
+                score=score,
+                finish_reason=reason,
+                error=error,
+                cached_tokens=self.cached_tokens if is_first else 0,
+                prompt_scores=None if scores is None else tuple(scores),
+                extras=extras,
+            )
+        )
+        self.is_finished = reason is not None
+        if self.is_finished and self.on_end:
+            self.on_end()
+        if not self.is_finished and self.stream.is_overfull:
+            self.end(FinishReason.ERROR, EngineFailed("The reader of this stream is too slow"))
