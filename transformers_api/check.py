@@ -1,0 +1,162 @@
+"""``check``: the settings, the machine, and what would keep the server from serving."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TextIO
+
+from transformers_api.errors import ApiError
+from transformers_api.serving.models import HubSource
+from transformers_api.serving.registry import ModelRegistry
+from transformers_api.serving.store import ModelStore
+from transformers_api.settings import SettingError, Settings, described
+
+NEEDED_VERSIONS = {"torch": (2, 13), "transformers": (5, 23)}
+NEEDED_PYTHON = (3, 11)
+LOW_MEMORY_BYTES = 1 << 30
+LOW_DISK_BYTES = 2 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report; ``mend`` says what to do where something is wrong."""
+
+    subject: str
+    state: str
+    mend: str | None = None
+    prevents: bool = True  # whether the server cannot serve before it is mended
+
+
+def report(out: TextIO) -> int:
+    """Write everything; 1 when something prevents serving."""
+    try:
+        settings = Settings.from_env()
+    except SettingError as error:
+        out.write(f"WRONG  {error}\n")
+        return 1
+    out.write("Settings\n")
+    _write_settings(settings, out)
+    out.write("\nEnvironment\n")
+    findings = list(_findings(settings))
+    for finding in findings:
+        mark = "ok" if finding.mend is None else "WRONG" if finding.prevents else "note"
+        out.write(f"  {mark:<5}  {finding.subject}: {finding.state}\n")
+        if finding.mend:
+            out.write(f"         {finding.mend}\n")
+    wrong = sum(finding.mend is not None and finding.prevents for finding in findings)
+    out.write(f"\n{wrong} of these prevent serving\n" if wrong else "\nReady to serve\n")
+    return 1 if wrong else 0
+
+
+def _write_settings(settings: Settings, out: TextIO) -> None:
+    standard = Settings()
+    names = {name: aliases for name, _, aliases, _ in described()}
+    width = max(map(len, names))
+    for option in fields(Settings):
+        name, value = option.name.upper(), getattr(settings, option.name)
+        is_standard = value == getattr(standard, option.name)
+        alias = f" or {names[name]}" if names[name] else ""
+        origin = "default" if is_standard else f"environment: {name}{alias}"
+        out.write(f"  {name:<{width}}  {_shown(name, value)}  ({origin})\n")
+
+
+def _shown(name: str, value: Any) -> str:
+    if value is None or value == ():
+        return "-"
+    if name.endswith("_TOKEN"):
+        return "***"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ",".join(value) if isinstance(value, tuple) else str(value)
+
+
+def _findings(settings: Settings) -> Iterator[Finding]:
+    yield from _software()
+    yield _memory()
+    yield _disk("MODEL_STORE", settings.model_store)
+    yield _disk("HF_HOME", settings.hf_home)
+    yield _model(settings)
+    yield _address(settings)
+
+
+def _software() -> Iterator[Finding]:
+    python = ".".join(map(str, sys.version_info[:3]))
+    fits = sys.version_info[:2] >= NEEDED_PYTHON
+    yield Finding("Python", python, None if fits else "install Python 3.11 or newer")
+    for package, needed in NEEDED_VERSIONS.items():
+        wanted = ".".join(map(str, needed))
+        mend = f"pip install -r requirements.txt ({package} {wanted} or newer is needed)"
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            yield Finding(package, "not installed", mend)
+            continue
+        numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+        yield Finding(package, version, None if numbers >= needed else mend)
+
+
+def _memory() -> Finding:
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        pass  # not Linux: the free pages have to do
+    state = f"{free / 1e9:.1f} GB free"
+    if free >= LOW_MEMORY_BYTES:
+        return Finding("Memory", state)
+    return Finding("Memory", state, "end other programs, or serve a smaller model", prevents=False)
+
+
+def _disk(name: str, folder: Path) -> Finding:
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    subject = f"{name} {folder}"
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        return Finding(subject, f"{existing} cannot be written", f"set {name} to another folder")
+    free = shutil.disk_usage(existing).free
+    state = f"writable, {free / 1e9:.1f} GB free"
+    if free >= LOW_DISK_BYTES:
+        return Finding(subject, state)
+    return Finding(subject, state, f"make room, or set {name} elsewhere", prevents=False)
+
+
+def _model(settings: Settings) -> Finding:
+    store = ModelStore(settings)
+    subject = f"Default model {settings.default_model}"
+    try:
+        spec = ModelRegistry.from_settings(settings, store.has_repo).resolve(settings.default_model)
+    except SettingError as error:
+        return Finding("Model registry", str(error), "correct it")
+    except ApiError as error:
+        mend = "set DEFAULT_MODEL to an id that the models command lists, or PRELOAD_MODEL=false"
+        return Finding(subject, str(error), mend, prevents=settings.preload_model)
+    if folder := store.locate(spec):
+        return Finding(subject, f"ready in {folder}")
+    try:
+        store.check_source(spec)
+    except ApiError as error:
+        mend = "mend that, or set DEFAULT_MODEL or PRELOAD_MODEL=false"
+        return Finding(subject, str(error), mend, prevents=settings.preload_model)
+    what = "be downloaded" if isinstance(spec.source, HubSource) else "be converted"
+    return Finding(subject, f"will {what} when it is first loaded")
+
+
+def _address(settings: Settings) -> Finding:
+    subject = f"Address {settings.host}:{settings.port}"
+    host = settings.host.strip("[]")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, settings.port))
+        except OSError as error:
+            mend = "end the program that listens there, or set HOST and PORT"
+            return Finding(subject, error.strerror or str(error), mend)
+    return Finding(subject, "free")

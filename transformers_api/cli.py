@@ -1,0 +1,185 @@
+"""The command line: serve, models, pull, check. Imports what a command needs when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers_api.errors import ApiError
+from transformers_api.settings import SettingError, Settings
+
+if TYPE_CHECKING:
+    from transformers_api.serving.models import ModelSpec
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        run: Callable[[argparse.Namespace], int] = options.run
+        return run(options)
+    except (ApiError, SettingError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m transformers_api",
+        description="Serve causal language models over HTTP. Settings come from the environment; "
+        "check lists them.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    serve = commands.add_parser("serve", help="run the server")
+    serve.add_argument("--host", help="address to listen on (HOST)")
+    serve.add_argument("--port", type=_port, help="port to listen on (PORT)")
+    serve.set_defaults(run=_serve)
+
+    models = commands.add_parser("models", help="list the models that may be served")
+    models.set_defaults(run=_models)
+
+    pull = commands.add_parser("pull", help="download or convert a model now")
+    pull.add_argument("id", help="a registered id, or owner/name on the Hub")
+    pull.set_defaults(run=_pull)
+
+    check = commands.add_parser("check", help="show settings and environment, and what is wrong")
+    check.set_defaults(run=_check)
+    return parser
+
+
+def _port(text: str) -> int:
+    if not text.isdigit() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 0 to 65535")
+    return int(text)
+
+
+def _serve(options: argparse.Namespace) -> int:
+    given = {"host": options.host, "port": options.port}
+    settings = replace(
+        Settings.from_env(), **{name: value for name, value in given.items() if value is not None}
+    )
+    from transformers_api.server import serve
+
+    serve(settings)
+
+
+def _models(options: argparse.Namespace) -> int:
+    from transformers_api.serving.models import HubSource, ModelSpec
+    from transformers_api.serving.registry import ModelRegistry
+    from transformers_api.serving.store import ModelStore
+
+    settings = Settings.from_env()
+    store = ModelStore(settings)
+    specs = ModelRegistry.from_settings(settings, store.has_repo).list()
+    if not settings.model_allow_list:
+        repos = {spec.source.repo for spec in specs if isinstance(spec.source, HubSource)}
+        specs += [
+            ModelSpec(name=repo, source=HubSource(repo), registered=False)
+            for repo in store.cached_hub_repos()
+            if repo not in repos
+        ]
+    resident = resident_models(settings.host, settings.port)
+    rows = [("ID", "SOURCE", "CACHED", "RESIDENT", "CHAT")]
+    for spec in specs:
+        rows.append(
+            (
+                spec.name,
+                _source_text(spec),
+                _cached_text(store.locate(spec)),
+                "-" if resident is None else "yes" if spec.name in resident else "no",
+                spec.chat or "auto",
+            )
+        )
+    _write_table(rows)
+    return 0
+
+
+def resident_models(host: str, port: int, timeout_s: float = 0.5) -> frozenset[str] | None:
+    """The ids that a server on this address has loaded; None where none answers."""
+    near = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "": "127.0.0.1"}.get(host, host)
+    try:
+        with urllib.request.urlopen(f"http://{near}:{port}/v1/models", timeout=timeout_s) as reply:
+            models = json.loads(reply.read(1 << 22))["data"]
+            return frozenset(model["id"] for model in models if model.get("loaded"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _source_text(spec: ModelSpec) -> str:
+    from transformers_api.serving.models import HubSource, PackageSource
+
+    match spec.source:
+        case HubSource(repo, revision, file):
+            at = f"@{revision}" if revision else ""
+            return f"hub:{repo}{at}" + (f":{file}" if file else "")
+        case PackageSource(package, _):
+            return f"package:{package}"
+        case other:
+            return f"path:{other.path}"
+
+
+def _cached_text(folder: Path | None) -> str:
+    if folder is None:
+        return "no"
+    return f"yes, {_size(sum(path.stat().st_size for path in folder.iterdir()))}"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
+def _write_table(rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        sys.stdout.write("  ".join(cells).rstrip() + "\n")
+
+
+def _pull(options: argparse.Namespace) -> int:
+    from transformers_api.serving.registry import ModelRegistry
+    from transformers_api.serving.store import ModelStore
+
+    settings = Settings.from_env()
+    store = ModelStore(settings)
+    spec = ModelRegistry.from_settings(settings, store.has_repo).resolve(options.id)
+    with _progress_bar() as progress:
+        files = store.prepare(spec, progress)
+    sys.stdout.write(
+        f"{spec.name} is ready in {files.folder} ({_size(files.weight_bytes)}, "
+        f"{files.parameters} parameters, {files.stored_dtype})\n"
+    )
+    return 0
+
+
+@contextmanager
+def _progress_bar() -> Iterator[Callable[[float, str], None]]:
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    layout = "{desc:<40.40} {percentage:3.0f}%|{bar}| {elapsed}"
+    bar: Any = tqdm(total=1.0, bar_format=layout, file=sys.stderr, mininterval=0.2)
+
+    def progress(share: float, what: str) -> None:
+        bar.set_description_str(what, refresh=False)
+        bar.update(max(share, 0.0) - bar.n)
+
+    try:
+        yield progress
+    finally:
+        bar.close()
+
+
+def _check(options: argparse.Namespace) -> int:
+    from transformers_api.check import report
+
+    return report(sys.stdout)
