@@ -243,7 +243,7 @@ def _parse(option: Field[Any], name: str, text: str) -> Any:
     try:
         return option.metadata["parse"](text)
     except ValueError as error:
-        shown = "***" if "TOKEN" in name else repr(text)
+        shown = "***" if name.endswith("_TOKEN") else repr(text)
         raise SettingError(f"{name}={shown} is not allowed: expected {error}") from None
 
 

@@ -19,6 +19,7 @@ from transformers_api.engine.batching import BatchingEngine, EngineLimits
 from transformers_api.engine.kv_cache import SlotCache
 from transformers_api.engine.memory import available_bytes
 from transformers_api.engine.model_runner import ModelRunner, Runner, SequentialRunner
+from transformers_api.engine.packed_linear import pack_linears
 from transformers_api.engine.prompt_scores import PromptScoringRunner
 from transformers_api.engine.scheduler import Batch
 from transformers_api.engine.sequence import Sequence
@@ -107,8 +108,8 @@ def load_model(folder: Path, device: str, dtype: str, trust_remote_code: bool) -
 
 def build_engine(model: Any, options: LoadOptions, thread: EngineThread) -> BatchingEngine:
     """An engine for a loaded model: batching where the model allows, else one at a time."""
-    vocab = model.get_output_embeddings()
-    size = vocab.weight.shape[0] if vocab is not None else model.config.vocab_size
+    head = model.get_output_embeddings()
+    size = head.weight.shape[0] if head is not None else model.config.vocab_size
     vocab_size = min(size, options.tokenizer_size or size)
     window = context_window(model.config, options)
     runner, window, mode = _runner(model, options, vocab_size, window)
@@ -138,6 +139,7 @@ def _runner(
 ) -> tuple[Runner, int, str]:
     """(runner, context window, mode): the fastest way that gives this model's own logits."""
     if layers := _attention_layers(model):
+        pack_linears(model)
         cache = SlotCache(layers, options.num_slots, window)
         batched = ModelRunner(model, cache, vocab_size)
         if _agrees(batched, model, vocab_size, window):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -88,6 +88,10 @@ class LoadedModel:
 
 class Loader(Protocol):
     """What the swapper needs to know of loading; ``app.py`` injects the real one."""
+
+    def devices(self) -> Collection[str]:
+        """The devices of this machine, such as "cpu", "cuda" and "cuda:0"."""
+        ...
 
     def prepare(self, spec: ModelSpec, progress: Callable[[float, str], None]) -> ModelFiles:
         """Make the files complete on the disk (download, convert) and check them, without memory.

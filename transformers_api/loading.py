@@ -1,0 +1,156 @@
+"""From a registry entry to a resident model: the store's files, the tokenizer, the engine.
+
+Meets ``serving.models.Loader``. torch and transformers are imported when they are first needed, so
+that a server answers its health checks before they are there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers_api import __version__
+from transformers_api.engine.thread import EngineThread
+from transformers_api.errors import InsufficientMemory, ModelLoadFailed
+from transformers_api.serving.models import LoadedModel, ModelFiles, ModelSpec
+from transformers_api.serving.store import ModelStore
+from transformers_api.settings import GIB, Settings
+
+if TYPE_CHECKING:
+    from transformers_api.engine.batching import BatchingEngine
+    from transformers_api.engine.loader import LoadOptions
+
+RESERVE = 1.15  # of the weights: activations, the KV cache of a few short sequences
+SPARE = 1.2  # of what is needed, to load beside a resident model
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class ModelLoader:
+    """Prepares in the caller's thread, loads on the engine's."""
+
+    def __init__(self, settings: Settings, store: ModelStore, thread: EngineThread) -> None:
+        self.settings = settings
+        self.store = store
+        self.thread = thread
+        self._devices = thread.call(_devices)  # also the first import of torch
+
+    def devices(self) -> Collection[str]:
+        """See Loader. Never waits: only the CPU until torch has been imported."""
+        known = self._devices.done() and not self._devices.exception()
+        return self._devices.result() if known else ("cpu",)
+
+    def prepare(self, spec: ModelSpec, progress: Callable[[float, str], None]) -> ModelFiles:
+        """See Loader."""
+        return self.store.prepare(spec, progress)
+
+    def check_memory(self, spec: ModelSpec, files: ModelFiles, freed_bytes: int) -> bool:
+        """See Loader."""
+        device = self.thread.call(lambda: self._pick_device(spec)).result()
+        free = self.thread.call(lambda: _available_bytes(device)).result()
+        need = int(self._weight_bytes(spec, files, device) * RESERVE)
+        if need > free + freed_bytes:
+            raise InsufficientMemory(
+                f"Model '{spec.name}' needs {need / GIB:.1f} GiB of memory on {device}, "
+                f"{(free + freed_bytes) / GIB:.1f} GiB can be had"
+            )
+        return need * SPARE <= free
+
+    def load(self, spec: ModelSpec, files: ModelFiles) -> LoadedModel:
+        """See Loader."""
+        started = time.monotonic()
+        tokenizer = _load_tokenizer(files.folder, spec.trust_remote_code)
+        engine = self.thread.call(lambda: self._load_engine(spec, files, tokenizer)).result()
+        facts = self.thread.call(lambda: _facts(engine.model)).result()
+        return LoadedModel(
+            spec=spec,
+            engine=engine,
+            tokenizer=tokenizer,
+            load_s=time.monotonic() - started,
+            fingerprint=_fingerprint(files, facts),
+            created=files.created,
+            **facts,
+        )
+
+    def _load_engine(self, spec: ModelSpec, files: ModelFiles, tokenizer: Any) -> BatchingEngine:
+        from transformers_api.engine.loader import load_engine
+
+        return load_engine(files.folder, self._options(spec, tokenizer), self.thread)
+
+    def _options(self, spec: ModelSpec, tokenizer: Any) -> LoadOptions:
+        from transformers_api.engine.loader import LoadOptions
+
+        settings = self.settings
+        eos = tokenizer.eos_token_id
+        return LoadOptions(
+            dtype=self._dtype(spec),
+            device=self._device(spec),
+            trust_remote_code=spec.trust_remote_code,
+            max_context_tokens=spec.max_context_tokens,
+            default_context_tokens=settings.max_context_tokens,
+            eos_token_ids=frozenset() if eos is None else frozenset([eos]),
+            tokenizer_size=max(tokenizer.get_vocab().values(), default=0) + 1,
+            num_slots=settings.max_inflight,
+            max_waiting=settings.max_queue,
+            prefill_chunk=settings.prefill_chunk,
+            kv_cache_bytes=int(settings.kv_cache_gib * GIB) if settings.kv_cache_gib else None,
+        )
+
+    def _pick_device(self, spec: ModelSpec) -> str:
+        from transformers_api.engine.loader import pick_device
+
+        return pick_device(self._device(spec))
+
+    def _device(self, spec: ModelSpec) -> str:
+        return self.settings.default_device if spec.device == "auto" else spec.device
+
+    def _dtype(self, spec: ModelSpec) -> str:
+        return self.settings.dtype if spec.dtype == "auto" else spec.dtype
+
+    def _weight_bytes(self, spec: ModelSpec, files: ModelFiles, device: str) -> int:
+        dtype = self._dtype(spec)
+        if dtype == "auto":
+            dtype = "float32" if device == "cpu" else files.stored_dtype
+        return files.parameters * DTYPE_BYTES.get(dtype, 4)
+
+
+def _load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except Exception as error:
+        raise ModelLoadFailed(f"The tokenizer cannot be loaded: {error}") from error
+
+
+def _devices() -> list[str]:
+    import torch
+
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    mps = ["mps"] if torch.backends.mps.is_available() else []
+    return ["cpu", *(["cuda"] if gpus else []), *gpus, *mps]
+
+
+def _available_bytes(device: str) -> int:
+    from transformers_api.engine.memory import available_bytes
+
+    return available_bytes(device)
+
+
+def _facts(model: Any) -> dict[str, Any]:
+    """What LoadedModel tells of the model itself."""
+    return {
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "bytes": sum(parameter.nbytes for parameter in model.parameters()),  # on any device
+    }
+
+
+def _fingerprint(files: ModelFiles, facts: dict[str, Any]) -> str:
+    weights = [(p.name, p.stat().st_size) for p in sorted(files.folder.glob("*.safetensors"))]
+    told = repr((__version__, weights, files.created, sorted(facts.items())))
+    return "fp_" + hashlib.sha256(told.encode()).hexdigest()[:10]
