@@ -173,11 +173,15 @@ def _agrees(runner: Runner, model: Any, vocab_size: int, window: int) -> bool:
     generator = torch.Generator().manual_seed(0)
     lengths = [n for n in (5, 11) if n + 2 <= window] or [max(window - 2, 1)]
     rows = [torch.randint(0, vocab_size, (n + 2,), generator=generator).tolist() for n in lengths]
-    together = isinstance(runner, ModelRunner)
+    together = isinstance(runner, ModelRunner) and runner.cache.max_rows >= len(rows)
     try:
         wanted = [_plain_logits(model, row, vocab_size)[-2:] for row in rows]
         groups = [rows] if together else [[row] for row in rows]
-        given = [logits for group in groups for logits in _run(runner, group, together)]
+        given = [
+            logits
+            for group in groups
+            for logits in _run(runner, group, isinstance(runner, ModelRunner))
+        ]
         runner.clear()
     except Exception:
         log.info("%s: %s cannot run it", type(model).__name__, type(runner).__name__, exc_info=True)

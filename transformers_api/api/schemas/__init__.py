@@ -1,1 +1,1 @@
-"""Marshmallow schemas: validation and OpenAPI from one source."""
+"""What requests and answers look like: the source of validation and of the OpenAPI document."""

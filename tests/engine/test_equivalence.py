@@ -1,0 +1,55 @@
+"""The engine against ``generate``: the strongest statement about it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers as tf
+
+from tests.engine.models import BATCHED, SEQUENTIAL, generate, prompts_of, tiny_model
+from tests.engine.reading import GREEDY, ask, complete
+
+LENGTHS = [9, 3, 14, 5, 7, 2, 11]  # so that sequences finish in another order than they came
+
+
+@pytest.mark.parametrize("name", [*BATCHED, *SEQUENTIAL])
+def test_many_at_once_give_what_generate_gives_for_each(make_engine, name):
+    engine = make_engine(name)
+    prompts = prompts_of(len(LENGTHS))
+    requests = [ask(p, max_tokens=n, **GREEDY) for p, n in zip(prompts, LENGTHS, strict=True)]
+    expected = [generate(tiny_model(name), p, n) for p, n in zip(prompts, LENGTHS, strict=True)]
+    assert complete(engine, *requests) == expected
+    assert engine.mode == ("batching" if name in BATCHED else "sequential")
+
+
+@pytest.mark.parametrize("name", BATCHED)
+@pytest.mark.parametrize("chunk", [1, 5, 1000], ids=lambda chunk: f"chunk-{chunk}")
+def test_one_alone_gives_what_generate_gives_whatever_the_chunk(make_engine, name, chunk):
+    engine = make_engine(name, prefill_chunk=chunk)
+    prompt = prompts_of(7)[-1]
+    assert complete(engine, ask(prompt, max_tokens=12, **GREEDY)) == [
+        generate(tiny_model(name), prompt, 12)
+    ]
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-window-8", "gpt2", "gemma3"])
+def test_generation_goes_on_to_the_end_of_the_context(make_engine, name):
+    engine = make_engine(name)
+    prompt = prompts_of(3)[-1]
+    count = 128 - len(prompt)
+    assert complete(engine, ask(prompt, max_tokens=1000, **GREEDY)) == [
+        generate(tiny_model(name), prompt, count)
+    ]
+
+
+@pytest.mark.parametrize("name", ["gemma3", "llama"])
+def test_a_model_with_eager_attention_gives_what_generate_gives(make_engine, name):
+    torch.manual_seed(0)
+    config = BATCHED[name]()
+    model = tf.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    engine = make_engine(model)
+    prompts = prompts_of(5)
+    assert engine.mode == "batching"
+    assert complete(engine, *(ask(p, max_tokens=9, **GREEDY) for p in prompts)) == [
+        generate(model, p, 9) for p in prompts
+    ]

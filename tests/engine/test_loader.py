@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import weakref
+
+import pytest
+import torch
+import transformers as tf
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from tests.engine.models import BATCHED, tiny_model
+from tests.engine.reading import GREEDY, ask, complete
+from transformers_api.engine import model_runner
+from transformers_api.engine.loader import LoadOptions, load_engine, load_model, pick_device
+from transformers_api.engine.packed_linear import PackedLinear, pack_linears
+from transformers_api.errors import ModelLoadFailed
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny_model("gpt2").save_pretrained(tmp_path)
+    return tmp_path
+
+
+def load(folder, **options):
+    return load_model(folder, "cpu", options.get("dtype", "auto"), trust_remote_code=False)
+
+
+def edit_weights(folder, change):
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def test_a_folder_is_loaded_and_served(folder, engine_thread):
+    engine = engine_thread.call(
+        lambda: load_engine(folder, LoadOptions(num_slots=2), engine_thread)
+    ).result()
+    assert len(complete(engine, ask([3, 4, 5], max_tokens=5, **GREEDY))[0]) == 5
+    engine.close()
+
+
+def test_a_missing_weight_is_a_failed_load_that_names_it(folder):
+    edit_weights(folder, lambda weights: weights.pop("transformer.h.1.attn.c_attn.weight"))
+    with pytest.raises(ModelLoadFailed, match=r"missing keys.*h\.1\.attn\.c_attn\.weight"):
+        load(folder)
+
+
+def test_an_unexpected_weight_is_a_failed_load_that_names_it(folder):
+    edit_weights(folder, lambda w: w.update({"transformer.h.9.extra": torch.zeros(2)}))
+    with pytest.raises(ModelLoadFailed, match=r"unexpected keys.*h\.9\.extra"):
+        load(folder)
+
+
+def test_more_layers_in_the_config_than_in_the_file_is_a_failed_load(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"n_layer": 5}))
+    with pytest.raises(ModelLoadFailed, match="missing keys"):
+        load(folder)
+
+
+def test_another_width_in_the_config_is_a_failed_load(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"n_inner": 64}))
+    with pytest.raises(ModelLoadFailed):
+        load(folder)
+
+
+def test_a_pickle_is_not_opened(folder):
+    (folder / "model.safetensors").unlink()
+    torch.save(tiny_model("gpt2").state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(ModelLoadFailed):
+        load(folder)
+
+
+def test_an_encoder_decoder_is_refused_by_name(tmp_path):
+    config = tf.T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    tf.T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelLoadFailed, match=r"[Ee]ncoder-decoder"):
+        load(tmp_path)
+
+
+def test_a_cpu_serves_in_float32_unless_told_otherwise(tmp_path):
+    copy.deepcopy(tiny_model("llama")).to(torch.bfloat16).save_pretrained(tmp_path)
+    assert load(tmp_path).dtype == torch.float32
+    assert load(tmp_path, dtype="bfloat16").dtype == torch.bfloat16
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_refused():
+    assert pick_device("auto") in ("cpu", "mps")
+    with pytest.raises(ModelLoadFailed, match="cuda") as caught:
+        pick_device("cuda")
+    assert caught.value.param == "device"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_that_is_not_there_is_refused():
+    assert pick_device("cuda:0") == "cuda:0"
+    with pytest.raises(ModelLoadFailed, match="GPUs"):
+        pick_device("cuda:99")
+
+
+def test_closing_lets_go_of_the_model(folder, engine_thread):
+    engine = engine_thread.call(
+        lambda: load_engine(folder, LoadOptions(num_slots=2), engine_thread)
+    ).result()
+    complete(engine, ask([3, 4, 5], max_tokens=5))
+    model = weakref.ref(engine.model)
+    engine.close()
+    gc.collect()
+    assert model() is None
+
+
+def test_a_model_that_disagrees_with_itself_in_a_batch_is_served_alone(make_engine, monkeypatch):
+    monkeypatch.setattr(
+        model_runner.MaskBuilder, "build", lambda self, positions, seen: None, raising=True
+    )
+    engine = make_engine("llama")
+    assert engine.mode == "sequential"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_packed_layers_give_the_same_numbers(dtype):
+    torch.manual_seed(0)
+    model = tf.AutoModelForCausalLM.from_config(BATCHED["llama"](), dtype=dtype).eval()
+    ids = torch.arange(3, 30)[None]
+    with torch.inference_mode():
+        plain = model(ids).logits.float()
+        pack_linears(model)
+        packed = model(ids).logits.float()
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    assert (plain - packed).abs().max() <= tolerance * plain.abs().max()
+    kinds = {type(module) for module in model.modules()}
+    assert PackedLinear in kinds
+    assert nn.Linear not in kinds
+
+
+def test_packing_keeps_tied_embeddings_readable():
+    torch.manual_seed(0)
+    config = BATCHED["llama"]()
+    config.tie_word_embeddings = True
+    model = tf.AutoModelForCausalLM.from_config(config).eval()
+    pack_linears(model)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.model.layers[0].mlp.up_proj.weight.shape == (64, 32)

@@ -1,0 +1,113 @@
+"""The scheduler without torch: what runs where, whatever comes and goes."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.engine.reading import ask
+from transformers_api.engine.base import TokenStream
+from transformers_api.engine.scheduler import Scheduler, common_prefix
+from transformers_api.engine.sequence import SampledToken, Sequence
+
+
+class Rows:
+    """A cache whose rows hold token ids, so that a test can see what attention would see."""
+
+    reuses_prefixes = True
+    bytes = budget_bytes = 0
+
+    def __init__(self, rows: int, length: int, budget: int) -> None:
+        self.data = [[None] * length for _ in range(rows)]
+        self.budget = budget
+
+    def reserve(self, rows: int, length: int) -> int:
+        fitting = min(len(self.data), self.budget // length)
+        return fitting if rows <= fitting else 0
+
+    def copy(self, src: int, dst: int, length: int) -> None:
+        self.data[dst][:length] = self.data[src][:length]
+
+    def swap(self, a: int, b: int, length: int) -> None:
+        row_a, row_b = self.data[a], self.data[b]
+        row_a[:length], row_b[:length] = row_b[:length], row_a[:length]
+
+    def forward(self, batch) -> None:
+        for offset, seq in enumerate(batch.sequences):
+            assert seq.slot == batch.first_slot + offset, "a batch is a contiguous range of rows"
+            new = seq.tokens[seq.num_cached : seq.num_cached + batch.width]
+            self.data[seq.slot][seq.num_cached : seq.num_cached + batch.width] = new
+            end = seq.num_cached + batch.width
+            assert self.data[seq.slot][:end] == seq.tokens[:end], "the row holds the sequence"
+
+
+def sequence(prompt, max_tokens) -> Sequence:
+    return Sequence(
+        ask(prompt, max_tokens=max_tokens, temperature=0.0),
+        TokenStream(1, lambda _: None),
+        0,
+        eos_token_ids=frozenset(),
+        max_model_len=64,
+    )
+
+
+prompts = st.lists(st.integers(0, 2), min_size=1, max_size=30)
+arrivals = st.lists(
+    st.tuples(
+        prompts, st.integers(1, 20), st.integers(0, 6), st.one_of(st.none(), st.integers(0, 30))
+    ),
+    min_size=1,
+    max_size=14,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(arrivals, st.integers(1, 4), st.integers(1, 9), st.sampled_from([64, 100, 256]))
+def test_every_row_holds_its_sequence_whatever_comes_and_goes(requests, slots, chunk, budget):
+    cache = Rows(slots, 64, budget)
+    scheduler = Scheduler(cache, slots, chunk)
+    due = [(step, sequence(p, n), leave) for p, n, step, leave in requests]
+    step = 0
+    while scheduler.has_work or any(not seq.is_finished for _, seq, _ in due):
+        for arrival, seq, leave in due:
+            if arrival == step:
+                scheduler.add(seq)
+            if leave is not None and leave == step:
+                seq.cancelled = True
+        batch = scheduler.schedule()
+        step += 1
+        assert step < 5000, "no progress"
+        if batch is None:
+            continue
+        cache.forward(batch)
+        ends = batch.reaches_end
+        for seq in batch.sequences:
+            seq.advance(batch.width, SampledToken(sum(seq.tokens) % 3) if ends else None)
+        for seq in reversed(batch.sequences):
+            if seq.is_finished:
+                scheduler.finish(seq)
+        assert [seq.slot for seq in scheduler.running] == list(range(len(scheduler.running)))
+        assert sum(seq.is_prefilling for seq in scheduler.running) <= 1
+    assert all(seq.is_finished for _, seq, _ in due)
+    assert all(seq.cancelled or seq.num_output == seq.params.max_tokens for _, seq, _ in due)
+
+
+@given(st.lists(st.integers(0, 1)), st.lists(st.integers(0, 1)))
+def test_common_prefix_is_where_two_lists_part(a, b):
+    shared = common_prefix(a, b)
+    assert a[:shared] == b[:shared]
+    assert shared in (len(a), len(b)) or a[shared] != b[shared]
+
+
+def test_first_come_first_served_even_when_a_later_one_would_fit():
+    scheduler = Scheduler(Rows(2, 64, 64), 2, 64)
+    big, small = sequence([1] * 30, 30), sequence([1], 1)
+    running = sequence([2], 3)
+    for seq in (running, big, small):
+        scheduler.add(seq)
+    while not running.is_finished:
+        batch = scheduler.schedule()
+        assert batch.sequences == [running]
+        running.advance(batch.width, SampledToken(1))
+    scheduler.finish(running)
+    assert scheduler.schedule().sequences == [big]

@@ -1,0 +1,86 @@
+"""Whether the server lives, whether it can serve, and what it is."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from flask import Response, jsonify
+
+from transformers_api import __version__
+from transformers_api.api.body import Blueprint
+from transformers_api.api.schemas.answers import Health
+from transformers_api.api.services import services
+
+blueprint = Blueprint("health", __name__, description="Whether the server lives and can serve")
+
+
+@blueprint.at("/health")
+@blueprint.gives(Health)
+def health() -> Any:
+    """Say how the server is.
+
+    `status` is `degraded` while no model is in memory. Never waits for a model.
+    """
+    known = services()
+    status = known.swapper.status()
+    loaded = [] if status.model is None else [status.model]
+    return {
+        "status": "healthy" if loaded else "degraded",
+        "ok": True,
+        "model_ready": status.state == "ready",
+        "model_loaded": bool(loaded),
+        "current_model": status.model,
+        "models_loaded": loaded,
+        "loaded_models": len(loaded),
+        "total_models": len(known.registry.list()),
+        "cuda_available": "cuda" in known.devices(),
+        "cache_dir": str(known.settings.hf_home),
+        "uptime": _uptime(time.monotonic() - known.started_at),
+    }
+
+
+def _uptime(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h {minutes}m {rest}s"
+
+
+@blueprint.at("/healthz")
+@blueprint.gives()
+def healthz() -> Any:
+    """Say that the process answers."""
+    return {"status": "ok"}
+
+
+@blueprint.at("/readyz")
+@blueprint.gives()
+@blueprint.gives(status=503, description="Send no requests now; `reason` says why.")
+def readyz() -> Response:
+    """Say whether requests may be sent."""
+    ready, reason = services().ready()
+    answer = jsonify({"status": "ready" if ready else "not ready", "reason": reason})
+    answer.status_code = 200 if ready else 503
+    return answer
+
+
+@blueprint.at("/")
+@blueprint.gives()
+def index() -> Any:
+    """Say what this is, and where to go on."""
+    return {
+        "name": "Transformers API",
+        "message": "Transformers API: Hugging Face language models over the OpenAI API",
+        "status": "ok",
+        "version": __version__,
+        "documentation": "/docs",
+        "health": "/health",
+        "endpoints": {
+            "docs": "/docs",
+            "redoc": "/redoc",
+            "openapi": "/openapi.json",
+            "models": "/v1/models",
+            "chat": "/v1/chat/completions",
+            "completions": "/v1/completions",
+        },
+    }

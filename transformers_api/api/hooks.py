@@ -1,0 +1,44 @@
+"""What happens around every request: its id, its time, its limits on the body, CORS."""
+
+from __future__ import annotations
+
+import re
+import time
+import uuid
+
+from flask import Flask, Response, g, request
+from flask_cors import CORS
+
+from transformers_api.api.body import MAX_BODY_BYTES
+from transformers_api.settings import Settings
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+def _begin() -> None:
+    given = request.headers.get("X-Request-Id", "")
+    g.request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    g.began = time.monotonic()
+
+
+def _end(response: Response) -> Response:
+    # A malformed request may fail before _begin.
+    response.headers["X-Request-Id"] = g.get("request_id") or uuid.uuid4().hex
+    spent_s = time.monotonic() - g.get("began", time.monotonic())
+    response.headers["OpenAI-Processing-Ms"] = str(round(1000 * spent_s))
+    return response
+
+
+def install(app: Flask, settings: Settings) -> None:
+    """Add the hooks to ``app``."""
+    app.config["MAX_CONTENT_LENGTH"] = max(MAX_BODY_BYTES, 2 * settings.max_prompt_bytes)
+    app.before_request(_begin)
+    app.after_request(_end)
+    if settings.cors_allow_origins:  # with no origins flask-cors would allow them all
+        CORS(
+            app,
+            origins=list(settings.cors_allow_origins),  # settings.py lets no pattern through
+            expose_headers=["Retry-After", "X-Request-Id", "OpenAI-Processing-Ms"],
+            supports_credentials=False,
+            max_age=600,
+        )

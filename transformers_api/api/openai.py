@@ -1,0 +1,112 @@
+"""POST /v1/completions and /v1/chat/completions.
+
+Each view is the walk of one request: check, lease the model, make the prompt, fit it, start, and
+answer whole or as a stream.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flask import request
+
+from transformers_api.api import openai_format, translate
+from transformers_api.api.body import Blueprint
+from transformers_api.api.exchange import Exchange
+from transformers_api.api.openai_format import Head
+from transformers_api.api.schemas.answers import ChatCompletion, Completion, Error
+from transformers_api.api.schemas.chat import ChatRequest
+from transformers_api.api.schemas.completions import CompletionRequest
+from transformers_api.api.services import services
+from transformers_api.serving import chat
+from transformers_api.serving.generation import collect
+from transformers_api.serving.models import LoadedModel
+
+blueprint = Blueprint("openai", __name__, description="OpenAI's completions and chat completions")
+
+
+@blueprint.at("/v1/chat/completions", methods=["POST"])
+@blueprint.takes(ChatRequest)
+@blueprint.gives(ChatCompletion)
+@blueprint.gives(Error, 400, description="A field is wrong; `param` names it")
+@blueprint.gives(Error, 404, description="No such model")
+@blueprint.gives(Error, 429, description="Too much is waiting; `Retry-After` says how long")
+def chat_completions(body: dict[str, Any]) -> Any:
+    """Answer a conversation.
+
+    With `stream` the answer comes as server-sent events, each a `chat.completion.chunk`, and ends
+    with `data: [DONE]`. An error after the first byte is an event with `error`, and no `[DONE]`.
+    """
+    known = services()
+    texts = translate.message_texts(body["messages"])
+    translate.check_prompt_bytes(texts, known.settings, "messages")
+    translate.check_sequences(1, body["n"], known.settings)
+    with Exchange(known, request.environ) as exchange:
+        model = exchange.lease(body.get("model"))
+        prompt = translate.chat_prompt(model, body)
+        quiet_s = known.settings.keepalive_s if body["stream"] else None
+        wanted = translate.chat_request(model, body, prompt, quiet_s)
+        generation = exchange.start(model, wanted, stream=body["stream"])
+        head = _head("chatcmpl", model, body, [prompt.ids], body["logprobs"])
+        if body["stream"]:
+            return exchange.stream(openai_format.chat_chunks(head, generation))
+        choices = collect(generation)
+        return openai_format.chat_completion(head, choices, generation.usage)
+
+
+@blueprint.at("/v1/completions", methods=["POST"])
+@blueprint.takes(CompletionRequest)
+@blueprint.gives(Completion)
+@blueprint.gives(Error, 400, description="A field is wrong; `param` names it")
+@blueprint.gives(Error, 404, description="No such model")
+@blueprint.gives(Error, 429, description="Too much is waiting; `Retry-After` says how long")
+def completions(body: dict[str, Any]) -> Any:
+    """Continue texts.
+
+    With `echo`, `logprobs` and `max_tokens` 0 it scores the prompts and generates nothing. With
+    `stream` the answer comes as server-sent events and ends with `data: [DONE]`.
+    """
+    known = services()
+    prompts = body["prompt"]
+    given = [prompt for prompt in prompts if isinstance(prompt, str)]
+    translate.check_prompt_bytes(given, known.settings, "prompt")
+    translate.check_sequences(len(prompts), body.get("best_of", body["n"]), known.settings)
+    with Exchange(known, request.environ) as exchange:
+        model = exchange.lease(body.get("model"))
+        ids = translate.prompt_ids(model, prompts)
+        quiet_s = known.settings.keepalive_s if body["stream"] else None
+        wanted = translate.completion_request(model, body, ids, quiet_s)
+        generation = exchange.start(model, wanted, stream=body["stream"])
+        head = _head("cmpl", model, body, ids, "logprobs" in body)
+        texts = _texts(model, prompts) if body["echo"] or head.with_logprobs else [""] * len(ids)
+        if body["stream"]:
+            chunks = openai_format.completion_chunks(head, texts, body["echo"], generation)
+            return exchange.stream(chunks)
+        choices = collect(generation)
+        return openai_format.completion(head, texts, body["echo"], choices, generation.usage)
+
+
+def _texts(model: LoadedModel, prompts: Sequence[str | list[int]]) -> list[str]:
+    return [p if isinstance(p, str) else chat.decode_ids(model, p) for p in prompts]
+
+
+def _head(
+    prefix: str,
+    model: LoadedModel,
+    body: Mapping[str, Any],
+    prompts: Sequence[Sequence[int]],
+    with_logprobs: bool,
+) -> Head:
+    return Head(
+        id=openai_format.new_id(prefix),
+        created=int(time.time()),
+        model=body.get("model") or model.spec.name,
+        fingerprint=model.fingerprint,
+        prompts=prompts,
+        n=body["n"],
+        with_logprobs=with_logprobs,
+        with_token_ids=body["return_token_ids"],
+        with_usage=body.get("stream_options", {}).get("include_usage", False),
+    )

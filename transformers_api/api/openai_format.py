@@ -1,0 +1,208 @@
+"""OpenAI's answers: from pieces of text to dictionaries. Pure functions: no Flask, no clock."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers_api.api.text_offsets import TextOffsets
+from transformers_api.serving.choice_text import TextDelta, TokenDetail, TopToken
+from transformers_api.serving.generation import Choice, Generation, Usage
+
+Json = dict[str, Any]
+_LOWEST_LOGPROB = -9999.0  # JSON has no infinity
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """What every object of one answer repeats, and what was asked to be in it."""
+
+    id: str
+    created: int  # seconds since 1970
+    model: str
+    fingerprint: str
+    prompts: Sequence[Sequence[int]]  # ids
+    n: int = 1  # choices per prompt
+    with_logprobs: bool = False
+    with_token_ids: bool = False
+    with_usage: bool = False  # in a stream
+
+    def envelope(self, kind: str, choices: list[Json]) -> Json:
+        """The object around ``choices``."""
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.fingerprint,
+            "choices": choices,
+        }
+
+    def token_ids(self, index: int, ids: Iterable[int], *, first: bool) -> Json:
+        """The fields of ``return_token_ids``; the prompt's come once per choice."""
+        if not self.with_token_ids:
+            return {}
+        prompt = {"prompt_token_ids": list(self.prompts[index // self.n])} if first else {}
+        return {**prompt, "token_ids": list(ids)}
+
+
+def new_id(prefix: str) -> str:
+    """``prefix`` and 24 hexadecimal digits."""
+    return f"{prefix}-{uuid.uuid4().hex[:24]}"
+
+
+def usage(used: Usage) -> Json:
+    """The tokens of a request."""
+    return {
+        "prompt_tokens": used.prompt_tokens,
+        "completion_tokens": used.completion_tokens,
+        "total_tokens": used.prompt_tokens + used.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": used.cached_tokens},
+    }
+
+
+# Chat completions.
+
+
+def chat_completion(head: Head, choices: Iterable[Choice], used: Usage) -> Json:
+    """The whole answer."""
+    shown = [
+        {
+            "index": choice.index,
+            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "logprobs": chat_logprobs(choice.logprobs) if head.with_logprobs else None,
+            "finish_reason": choice.finish_reason,
+            **head.token_ids(choice.index, choice.token_ids, first=True),
+        }
+        for choice in choices
+    ]
+    return {**head.envelope("chat.completion", shown), "usage": usage(used)}
+
+
+def chat_chunks(head: Head, generation: Generation) -> Iterator[Json | None]:
+    """The events of a stream: who speaks, what is said, why it ended, what it took."""
+    for index in range(head.n):
+        speaker = {"role": "assistant", "content": ""}
+        yield _chat_chunk(head, index, speaker, **head.token_ids(index, (), first=True))
+    for delta in generation:
+        if delta is None:
+            yield None
+            continue
+        if delta.text or delta.logprobs or (head.with_token_ids and delta.token_ids):
+            yield _chat_chunk(
+                head,
+                delta.index,
+                {"content": delta.text},
+                logprobs=chat_logprobs(delta.logprobs) if head.with_logprobs else None,
+                **head.token_ids(delta.index, delta.token_ids, first=False),
+            )
+        if delta.finish_reason is not None:
+            yield _chat_chunk(head, delta.index, {}, finish_reason=delta.finish_reason)
+    if head.with_usage:
+        yield {**head.envelope("chat.completion.chunk", []), "usage": usage(generation.usage)}
+
+
+def _chat_chunk(head: Head, index: int, delta: Json, **fields: Any) -> Json:
+    choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **fields}
+    chunk = head.envelope("chat.completion.chunk", [choice])
+    return {**chunk, "usage": None} if head.with_usage else chunk
+
+
+def chat_logprobs(details: Iterable[TokenDetail]) -> Json:
+    """Scores as chat completions show them."""
+    content = [
+        {**_scored(detail), "top_logprobs": [_scored(top) for top in detail.top]}
+        for detail in details
+    ]
+    return {"content": content, "refusal": None}
+
+
+def _scored(token: TokenDetail | TopToken) -> Json:
+    return {"token": token.text, "logprob": _logprob(token.logprob), "bytes": list(token.bytes)}
+
+
+def _logprob(value: float | None) -> float | None:
+    return None if value is None else max(value, _LOWEST_LOGPROB)
+
+
+# Completions.
+
+
+def completion(
+    head: Head, texts: Sequence[str], echo: bool, choices: Iterable[Choice], used: Usage
+) -> Json:
+    """The whole answer; ``texts`` are the prompts."""
+    shown = []
+    for choice in choices:
+        writer = _TextWriter(texts[choice.index // head.n], echo)
+        shown.append(
+            {
+                **writer.write(choice, head.with_logprobs),
+                "finish_reason": choice.finish_reason,
+                **head.token_ids(choice.index, choice.token_ids, first=True),
+            }
+        )
+    return {**head.envelope("text_completion", shown), "usage": usage(used)}
+
+
+def completion_chunks(
+    head: Head, texts: Sequence[str], echo: bool, generation: Generation
+) -> Iterator[Json | None]:
+    """The events of a stream: pieces of text, the last of each choice with its finish reason."""
+    writers: dict[int, _TextWriter] = {}
+    for delta in generation:
+        if delta is None:
+            yield None
+            continue
+        is_first = delta.index not in writers
+        if is_first:
+            writers[delta.index] = _TextWriter(texts[delta.index // head.n], echo)
+        choice = {
+            **writers[delta.index].write(delta, head.with_logprobs),
+            "finish_reason": delta.finish_reason,
+            **head.token_ids(delta.index, delta.token_ids, first=is_first),
+        }
+        chunk = head.envelope("text_completion", [choice])
+        yield {**chunk, "usage": None} if head.with_usage else chunk
+    if head.with_usage:
+        yield {**head.envelope("text_completion", []), "usage": usage(generation.usage)}
+
+
+class _TextWriter:
+    """Writes one choice, whole or piece by piece; offsets count from the start of the prompt."""
+
+    def __init__(self, prompt: str, echo: bool) -> None:
+        self._repeat = prompt if echo else ""
+        self._offsets = TextOffsets(0 if echo else len(prompt))
+
+    def write(self, piece: Choice | TextDelta, with_logprobs: bool) -> Json:
+        text = self._repeat + piece.text
+        self._repeat = ""
+        self._offsets.extend(text)
+        details = (*(piece.prompt_scores or ()), *piece.logprobs)
+        return {
+            "index": piece.index,
+            "text": text,
+            "logprobs": self._logprobs(details) if with_logprobs else None,
+        }
+
+    def _logprobs(self, details: Sequence[TokenDetail]) -> Json:
+        return {
+            "tokens": [detail.text for detail in details],
+            "token_logprobs": [_logprob(detail.logprob) for detail in details],
+            "top_logprobs": [_top(detail) for detail in details],
+            "text_offset": [self._offsets.place(detail.bytes) for detail in details],
+        }
+
+
+def _top(detail: TokenDetail) -> dict[str, float] | None:
+    """The likeliest tokens by text, and the one that stands there; None where nothing predicts."""
+    if detail.logprob is None:
+        return None
+    top: dict[str, float] = {}
+    for token in detail.top:
+        top.setdefault(token.text, max(token.logprob, _LOWEST_LOGPROB))
+    top.setdefault(detail.text, max(detail.logprob, _LOWEST_LOGPROB))
+    return top
