@@ -1,0 +1,107 @@
+"""A small application that stands in for the real one where a test needs a real gunicorn."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+
+from flask import Flask, Response, request
+
+from transformers_api.settings import SettingError, Settings
+
+TICK_S = 0.02
+LAST_WORDS_S = 1.0
+
+
+class Services:
+    """What the worker finds in ``app.extensions``."""
+
+    def __init__(self) -> None:
+        self.over = threading.Event()
+
+    def drain(self, grace_s: float) -> None:
+        timer = threading.Timer(max(0.0, grace_s - LAST_WORDS_S), self.over.set)
+        timer.daemon = True
+        timer.start()
+
+
+def create_app(settings: Settings | None = None) -> Flask:
+    services = Services()
+    app = Flask(__name__)
+    app.extensions["transformers_api"] = services
+
+    @app.get("/pid")
+    def pid() -> str:
+        return str(os.getpid())
+
+    @app.get("/stream")
+    def stream() -> Response:
+        def events() -> Iterator[str]:
+            for _ in range(int(request.args["ticks"])):
+                if services.over.wait(TICK_S):
+                    yield 'data: {"error": "server_shutting_down"}\n\n'
+                    return
+                yield "data: tick\n\n"
+            yield "data: [DONE]\n\n"
+
+        ticks = events()
+        return Response(_with_request(ticks, next(ticks)), mimetype="text/event-stream")
+
+    @app.get("/stuck")
+    def stuck() -> str:
+        threading.Event().wait()
+        return "never"
+
+    return app
+
+
+def _with_request(rest: Iterator[str], first: str) -> Iterator[str]:
+    """The first event was made while the request was at hand."""
+    yield first
+    yield from rest
+
+
+def create_watched_app(settings: Settings | None = None) -> Flask:
+    """Waits for clients to leave, each kind of request in its own way."""
+    from transformers_api.api.disconnect import DisconnectWatcher
+
+    app = Flask(__name__)
+    watcher = DisconnectWatcher()
+    begun = {kind: threading.Event() for kind in ("plain", "silent", "streaming")}
+    left = {kind: threading.Event() for kind in begun}
+
+    @app.get("/wait/<kind>")
+    def wait(kind: str) -> Response | str:
+        gone = left[kind]
+        watch = watcher.watch(request.environ, gone.set)
+        begun[kind].set()
+        if kind == "plain":
+            with watch:
+                gone.wait(20)
+            return "nobody reads this"
+
+        def events(kind: str, close: Callable[[], None]) -> Iterator[str]:
+            if kind == "streaming":
+                yield "data: first\n\n"
+            gone.wait(20)
+            close()
+
+        return Response(events(kind, watch.close), mimetype="text/event-stream")
+
+    @app.get("/begun/<kind>")
+    def has_begun(kind: str) -> str:
+        return str(begun[kind].wait(10))
+
+    @app.get("/left/<kind>")
+    def has_left(kind: str) -> str:
+        return str(left[kind].wait(10))
+
+    return app
+
+
+def refuse_to_start(settings: Settings) -> Flask:
+    raise SettingError("MODEL_REGISTRY_PATH=models.json is not allowed: entry 3 has no name")
+
+
+app = create_app()
