@@ -123,7 +123,7 @@ def test_bad_setting_is_one_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MAX_INFLIGHT", "many")
-    assert main(["models"]) == 1
+    assert main(["models"]) == 2
     assert capsys.readouterr().err.startswith("error: MAX_INFLIGHT='many' is not allowed")
     assert main(["check"]) == 1
     assert "WRONG  MAX_INFLIGHT='many' is not allowed" in capsys.readouterr().out

@@ -26,7 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run: Callable[[argparse.Namespace], int] = options.run
         return run(options)
-    except (ApiError, SettingError) as error:
+    except SettingError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    except ApiError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
     except KeyboardInterrupt:
@@ -70,7 +73,9 @@ def _serve(options: argparse.Namespace) -> int:
         Settings.from_env(), **{name: value for name, value in given.items() if value is not None}
     )
     from transformers_api.server import serve
+    from transformers_api.serving.registry import ModelRegistry
 
+    ModelRegistry.from_settings(settings)  # a wrong entry is told before anything starts
     serve(settings)
 
 

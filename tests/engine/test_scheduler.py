@@ -19,11 +19,20 @@ class Rows:
 
     def __init__(self, rows: int, length: int, budget: int) -> None:
         self.data = [[None] * length for _ in range(rows)]
-        self.budget = budget
+        self.budget = budget  # tokens
+        self.length = 1
 
-    def reserve(self, rows: int, length: int) -> int:
-        fitting = min(len(self.data), self.budget // length)
-        return fitting if rows <= fitting else 0
+    def reserve(self, rows: int, length: int) -> tuple[int, int] | None:
+        """Longer rows are fewer rows, and the other way round; what does not fit is lost."""
+        if rows > len(self.data) or rows * length > self.budget:
+            return None
+        if rows * self.length > self.budget or length > self.length:
+            self.length = length
+        fitting = min(len(self.data), self.budget // self.length)
+        for place, row in enumerate(self.data):
+            kept = self.length if place < fitting else 0
+            row[kept:] = [None] * (len(row) - kept)
+        return fitting, self.length
 
     def copy(self, src: int, dst: int, length: int) -> None:
         self.data[dst][:length] = self.data[src][:length]
@@ -51,7 +60,12 @@ def sequence(prompt, max_tokens) -> Sequence:
     )
 
 
-prompts = st.lists(st.integers(0, 2), min_size=1, max_size=30)
+TALK = [1, 2, 0, 1, 1, 0, 2, 2, 1, 0] * 3
+prompts = st.builds(  # many begin alike, as the turns of one conversation do
+    lambda shared, own: TALK[:shared] + own,
+    st.integers(0, 30),
+    st.lists(st.integers(0, 2), min_size=1, max_size=6),
+)
 arrivals = st.lists(
     st.tuples(
         prompts, st.integers(1, 20), st.integers(0, 6), st.one_of(st.none(), st.integers(0, 30))

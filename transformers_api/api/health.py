@@ -33,6 +33,7 @@ def health() -> Any:
         "current_model": status.model,
         "models_loaded": loaded,
         "loaded_models": len(loaded),
+        "active_requests": status.leases,
         "total_models": len(known.registry.list()),
         "cuda_available": "cuda" in known.devices(),
         "cache_dir": str(known.settings.hf_home),

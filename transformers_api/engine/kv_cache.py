@@ -105,21 +105,22 @@ class SlotCache(Cache):
         self.max_length = min(self.max_length, self.budget_tokens)
         return self.max_length
 
-    def reserve(self, rows: int, length: int) -> int:
-        """Make room for ``rows`` rows of ``length`` tokens; the rows there are, 0 if it cannot.
+    def reserve(self, rows: int, length: int) -> tuple[int, int] | None:
+        """Make room for ``rows`` rows of ``length`` tokens, within the budget.
 
-        Rows behind the ``rows`` first may be lost.
+        Gives the rows and the length that there are now: what lay beyond is lost. None when the
+        room cannot be had.
         """
         if rows <= self.rows and length <= self.length:
-            return self.rows
+            return self.rows, self.length
         doubled = min(max(_power_of_two(length), MIN_LENGTH), self.max_length)
         tight = min(-(-length // MIN_LENGTH) * MIN_LENGTH, self.max_length)
         for width in (max(self.length, doubled), doubled, tight):
             if rows <= self.max_rows and rows * width <= self.budget_tokens:
                 room = min(self.max_rows, self.budget_tokens // width)
                 self._resize(min(max(_power_of_two(rows), self.rows), room), width)
-                return self.rows
-        return 0
+                return self.rows, self.length
+        return None
 
     def bind(self, first: int, positions: Tensor, seen: int) -> None:
         """Aim the next forward at rows first..first+B.

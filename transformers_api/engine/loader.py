@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.utils.logging import disable_progress_bar
 
 from transformers_api.engine.base import SamplingParams, SequenceRequest, TokenStream
 from transformers_api.engine.batching import BatchingEngine, EngineLimits
@@ -27,6 +28,7 @@ from transformers_api.engine.thread import EngineThread
 from transformers_api.errors import ModelLoadFailed
 
 log = logging.getLogger(__name__)
+disable_progress_bar()  # type: ignore[no-untyped-call]  # a server's log is no terminal
 WINDOW_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
 ATTENTION_KINDS = {"full_attention", "sliding_attention"}
 

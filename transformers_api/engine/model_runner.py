@@ -116,9 +116,9 @@ class OneRow:
     bytes = 0
     budget_bytes = 0
 
-    def reserve(self, rows: int, length: int) -> int:
+    def reserve(self, rows: int, length: int) -> tuple[int, int] | None:
         """One row of any length."""
-        return 1 if rows == 1 else 0
+        return (1, length) if rows == 1 else None
 
     def copy(self, src: int, dst: int, length: int) -> None:
         """Never asked for: there is one row."""

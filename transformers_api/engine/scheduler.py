@@ -31,8 +31,12 @@ class SlotStore(Protocol):
         """Bytes that may be allocated."""
         ...
 
-    def reserve(self, rows: int, length: int) -> int:
-        """Make room for ``rows`` rows of ``length`` tokens; the rows there are, 0 if it cannot."""
+    def reserve(self, rows: int, length: int) -> tuple[int, int] | None:
+        """Make room for ``rows`` rows of ``length`` tokens.
+
+        Gives the rows and the length that there are now: what lay beyond is lost. None when the
+        room cannot be had.
+        """
         ...
 
     def copy(self, src: int, dst: int, length: int) -> None:
@@ -144,17 +148,24 @@ class Scheduler:
             return
         seq = self.waiting[0]
         length = max(seq.max_len, *(other.max_len for other in self.running), 0)
-        rows = self.cache.reserve(len(self.running) + 1, length)
-        if not rows:
+        room = self.cache.reserve(len(self.running) + 1, length)
+        if room is None:
             return
-        self._kept = {slot: kept for slot, kept in self._kept.items() if slot < rows}
+        self._forget_beyond(*room)
         self.waiting.popleft()
         self._admissions += 1
         seq.slot = len(self.running)
-        seq.cached_tokens = seq.num_cached = self._take_prefix(seq, rows)
+        seq.cached_tokens = seq.num_cached = self._take_prefix(seq, room[0])
         self.running.append(seq)
         self.prompt_tokens += seq.prompt_len
         self.cached_tokens += seq.cached_tokens
+
+    def _forget_beyond(self, rows: int, length: int) -> None:
+        self._kept = {
+            slot: kept
+            for slot, kept in self._kept.items()
+            if slot < rows and len(kept.tokens) <= length
+        }
 
     def _take_prefix(self, seq: Sequence, rows: int) -> int:
         """Put the longest known beginning of the prompt into the slot; gives its tokens."""

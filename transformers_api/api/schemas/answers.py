@@ -142,6 +142,7 @@ class Health(Schema):
     current_model = Text()
     models_loaded = Many(Text(), longest=_MANY)
     loaded_models = Integer(0, _MANY)
+    active_requests = Integer(0, _MANY)
     total_models = Integer(0, _MANY)
     cuda_available = Boolean()
     cache_dir = Text()
