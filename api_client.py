@@ -1,0 +1,252 @@
+"""Talk to a running server from a terminal; standard library only.
+
+    python api_client.py                        chat, line by line
+    python api_client.py "Why is the sky blue?" one answer
+    python api_client.py --models               what may be served, and what is in memory
+    python api_client.py --model ID "Hello"     ask another model; the server switches to it
+
+API_BASE_URL and API_KEY in the environment stand for --base-url and --api-key.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import http.client
+import json
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+BASE_URL = "http://127.0.0.1:5000"
+Json = dict[str, Any]
+
+
+class ApiClientError(Exception):
+    """The server refused, failed or was not there; the message can be shown to a person."""
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class ApiClient:
+    """One method for each thing that the server can do. Safe from several threads."""
+
+    def __init__(
+        self, base_url: str = BASE_URL, api_key: str | None = None, timeout: float = 600
+    ) -> None:
+        parts = urlsplit(base_url if "//" in base_url else f"//{base_url}", scheme="http")
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ApiClientError(f"{base_url!r} is not an http or https address")
+        self.base_url = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
+        self._parts = parts
+        self._api_key = api_key
+        self._timeout = timeout
+
+    def health(self) -> Json:
+        """How the server is, and which model is in memory."""
+        return self._call("GET", "/health")
+
+    def models(self) -> list[Json]:
+        """Every model that may be named, with ``loaded``."""
+        return list(self._call("GET", "/v1/models")["data"])
+
+    def model(self, model: str) -> Json:
+        """One model."""
+        return self._call("GET", _path(model))
+
+    def load(self, model: str) -> Json:
+        """Make ``model`` the resident one; returns when it is."""
+        return self._call("POST", "/v1/models", {"model": model})
+
+    def unload(self, model: str) -> Json:
+        """Take ``model`` out of memory."""
+        return self._call("DELETE", _path(model))
+
+    def chat(self, messages: list[Json], **fields: Any) -> Json:
+        """A chat completion; ``fields`` as in the OpenAI API."""
+        return self._call("POST", "/v1/chat/completions", {"messages": messages, **fields})
+
+    def stream_chat(self, messages: list[Json], **fields: Any) -> Iterator[str]:
+        """The text of a chat completion, piece by piece as it comes."""
+        body = {"messages": messages, **fields, "stream": True}
+        for chunk in self._events("/v1/chat/completions", body):
+            for choice in chunk.get("choices", []):
+                if text := choice["delta"].get("content"):
+                    yield text
+
+    def complete(self, prompt: str, **fields: Any) -> Json:
+        """A completion; ``fields`` as in the OpenAI API."""
+        return self._call("POST", "/v1/completions", {"prompt": prompt, **fields})
+
+    def stream_complete(self, prompt: str, **fields: Any) -> Iterator[str]:
+        """The text of a completion, piece by piece as it comes."""
+        for chunk in self._events("/v1/completions", {"prompt": prompt, **fields, "stream": True}):
+            for choice in chunk.get("choices", []):
+                if text := choice.get("text"):
+                    yield text
+
+    def _call(self, method: str, path: str, body: Json | None = None) -> Json:
+        with self._response(method, path, body) as response:
+            return _object(response.read(), response.status)
+
+    def _events(self, path: str, body: Json) -> Iterator[Json]:
+        """The data of every server-sent event, up to ``[DONE]``."""
+        with self._response("POST", path, body) as response:
+            for line in response:
+                if not line.startswith(b"data:"):
+                    continue
+                data = line[5:].strip()
+                if data == b"[DONE]":
+                    return
+                event = _object(data, response.status)
+                if "error" in event:
+                    raise ApiClientError(_message(event, response.status), response.status)
+                yield event
+            raise ApiClientError("The stream ended before it was complete")
+
+    @contextlib.contextmanager
+    def _response(
+        self, method: str, path: str, body: Json | None
+    ) -> Iterator[http.client.HTTPResponse]:
+        connection = self._connect()
+        headers = {"Accept": "application/json, text/event-stream"}
+        if body is not None:
+            headers["Content-Type"] = "application/json"
+        if self._api_key:
+            headers["Authorization"] = f"Bearer {self._api_key}"
+        try:
+            data = None if body is None else json.dumps(body).encode()
+            connection.request(method, self._parts.path.rstrip("/") + path, data, headers)
+            response = connection.getresponse()
+            if response.status >= 400:
+                message = _message(_object(response.read(), response.status), response.status)
+                raise ApiClientError(message, response.status)
+            yield response
+        except ConnectionRefusedError:
+            raise ApiClientError(
+                f"Nothing listens on {self.base_url}; start the server with `make run`"
+            ) from None
+        except TimeoutError:
+            raise ApiClientError(f"No answer within {self._timeout:g} seconds") from None
+        except (OSError, http.client.HTTPException) as error:
+            raise ApiClientError(f"The connection to {self.base_url} failed: {error!r}") from error
+        finally:
+            connection.close()
+
+    def _connect(self) -> http.client.HTTPConnection:
+        kind: type[http.client.HTTPConnection] = http.client.HTTPConnection
+        if self._parts.scheme == "https":
+            kind = http.client.HTTPSConnection
+        assert self._parts.hostname
+        return kind(self._parts.hostname, self._parts.port, timeout=self._timeout)
+
+
+def _path(model: str) -> str:
+    return f"/v1/models/{quote(model, safe='/')}"
+
+
+def _object(data: bytes, status: int) -> Json:
+    try:
+        found = json.loads(data)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        start = data[:200].decode(errors="replace")
+        raise ApiClientError(f"Not an answer of this server (status {status}): {start!r}", status)
+    return found
+
+
+def _message(answer: Json, status: int) -> str:
+    """The human part of an error in any of the server's shapes."""
+    error = answer.get("error", answer.get("detail", answer))
+    if isinstance(error, dict):
+        error = error.get("message", error)
+    return f"{error} (status {status})"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        client = ApiClient(options.base_url, options.api_key)
+        if options.models:
+            _show_models(client)
+        elif options.prompt:
+            _say(client, [{"role": "user", "content": " ".join(options.prompt)}], options)
+        else:
+            _converse(client, options)
+    except ApiClientError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print()
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("prompt", nargs="*", help="what to ask; without it: a conversation")
+    parser.add_argument("--base-url", default=os.environ.get("API_BASE_URL", BASE_URL))
+    parser.add_argument("--api-key", default=os.environ.get("API_KEY"))
+    parser.add_argument("--model", help="which model answers; default: the server's")
+    parser.add_argument("--models", action="store_true", help="list the models and stop")
+    parser.add_argument("--max-tokens", type=int, help="longest answer")
+    parser.add_argument("--temperature", type=float, help="0 takes the likeliest token always")
+    return parser
+
+
+def _show_models(client: ApiClient) -> None:
+    models = client.models()
+    width = max((len(model["id"]) for model in models), default=0)
+    for model in models:
+        state = "in memory" if model.get("loaded") else ""
+        print(f"{model['id']:{width}}  {state}".rstrip())
+
+
+def _converse(client: ApiClient, options: argparse.Namespace) -> None:
+    shown = options.model or client.health().get("current_model") or "the default model"
+    print(f"{client.base_url}, {shown}. An empty line starts anew, Ctrl-D ends.")
+    messages: list[Json] = []
+    while True:
+        try:
+            text = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        if not text:
+            messages.clear()
+            continue
+        messages.append({"role": "user", "content": text})
+        try:
+            answer = _say(client, messages, options)
+        except ApiClientError as error:
+            print(f"error: {error}", file=sys.stderr)
+            messages.pop()
+        else:
+            messages.append({"role": "assistant", "content": answer})
+
+
+def _say(client: ApiClient, messages: list[Json], options: argparse.Namespace) -> str:
+    chosen = {
+        "model": options.model,
+        "max_tokens": options.max_tokens,
+        "temperature": options.temperature,
+    }
+    fields = {name: value for name, value in chosen.items() if value is not None}
+    pieces = []
+    for piece in client.stream_chat(messages, **fields):
+        print(piece, end="", flush=True)
+        pieces.append(piece)
+    print()
+    return "".join(pieces)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,180 @@
+"""Write the generated tables of docs/ anew: `make docs`.
+
+A table stands between `<!-- begin NAME -->` and `<!-- end -->`; what it says comes from the code,
+and a test fails while a page says something else.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from apispec import APISpec
+from apispec.ext.marshmallow import MarshmallowPlugin
+
+from transformers_api import errors
+from transformers_api.api.fields import Schema, Unsupported
+from transformers_api.api.schemas.chat import ChatRequest, Message
+from transformers_api.api.schemas.completions import CompletionRequest
+from transformers_api.api.schemas.models import LoadRequest
+from transformers_api.api.schemas.sampling import Sampling
+from transformers_api.api.schemas.tokens import DetokenizeRequest, TokenizeRequest
+from transformers_api.settings import described
+
+DOCS = Path(__file__).parent.parent / "docs"
+BLOCK = re.compile(r"<!-- begin (?P<name>[\w ]+) -->\n.*?<!-- end -->", re.DOTALL)
+
+
+def settings() -> str:
+    """Every setting."""
+    rows = [
+        (f"`{name}`", _code(default), help_, _codes(aliases.split(", ")))
+        for name, default, aliases, help_ in described()
+    ]
+    return table(("setting", "default", "what it does", "other names"), rows)
+
+
+def error_codes() -> str:
+    """Every error that has a code."""
+    rows = [
+        (f"`{kind.code}`", str(kind.status), f"`{kind.type}`", _first_line(kind))
+        for kind in sorted(_family(errors.ApiError), key=lambda kind: (kind.status, kind.code))
+    ]
+    return table(("`code`", "status", "`type`", "when"), rows)
+
+
+def fields(schema: type[Schema], without: type[Schema] | None = None) -> Callable[[], str]:
+    """A table of the fields that ``schema`` takes and ``without`` does not."""
+
+    def render() -> str:
+        shared = set(without().fields) if without else set()
+        known = {name: f for name, f in schema().fields.items() if name not in shared}
+        rows = [
+            (f"`{name}`", _values(_property(field)), _default(field), _about(field))
+            for name, field in known.items()
+            if not isinstance(field, Unsupported)
+        ]
+        refused = [name for name, field in known.items() if isinstance(field, Unsupported)]
+        text = table(("field", "values", "default", "what it does"), rows)
+        if refused:
+            text += f"\n\nRefused by name, unless they ask for nothing: {_codes(refused)}."
+        return text
+
+    return render
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "settings": settings,
+    "errors": error_codes,
+    "sampling fields": fields(Sampling),
+    "completion fields": fields(CompletionRequest, without=Sampling),
+    "chat fields": fields(ChatRequest, without=Sampling),
+    "message fields": fields(Message),
+    "load fields": fields(LoadRequest),
+    "tokenize fields": fields(TokenizeRequest),
+    "detokenize fields": fields(DetokenizeRequest),
+}
+
+
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table."""
+    lines = [head, tuple("---" for _ in head), *rows]
+    cells = (" | ".join(cell.replace("|", "\\|") for cell in line) for line in lines)
+    return "\n".join(f"| {line} |" for line in cells)
+
+
+def rendered(text: str) -> str:
+    """``text`` with every generated table made anew."""
+    return BLOCK.sub(
+        lambda block: f"<!-- begin {block['name']} -->\n{TABLES[block['name']]()}\n<!-- end -->",
+        text,
+    )
+
+
+def main() -> None:
+    """Bring every page up to date."""
+    for page in DOCS.rglob("*.md"):
+        text = page.read_text()
+        if (new := rendered(text)) != text:
+            page.write_text(new)
+            sys.stdout.write(f"{page.relative_to(DOCS.parent)}\n")
+
+
+def _family(kind: type[errors.ApiError]) -> Iterator[type[errors.ApiError]]:
+    for child in kind.__subclasses__():
+        if child.code and "code" in vars(child):
+            yield child
+        yield from _family(child)
+
+
+def _first_line(kind: type) -> str:
+    return (kind.__doc__ or "").partition("\n")[0].replace("``", "`")
+
+
+def _code(text: str) -> str:
+    return f"`{text}`" if text else ""
+
+
+def _codes(names: list[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names if name)
+
+
+def _property(field: Any) -> dict[str, Any]:
+    """The OpenAPI property of a field."""
+    plugin = MarshmallowPlugin(schema_name_resolver=lambda _schema: None)
+    APISpec("", "", "3.1.0", plugins=[plugin])
+    assert plugin.converter is not None
+    return dict(plugin.converter.field2property(field))
+
+
+def _values(found: dict[str, Any], plural: str = "") -> str:
+    if "oneOf" in found:
+        return " or ".join(dict.fromkeys(_values(one) for one in found["oneOf"]))
+    kind = found.get("type", "object")
+    kind = kind[0] if isinstance(kind, list) else kind
+    if "enum" in found:
+        return _codes([str(value) for value in found["enum"]])
+    if kind == "array":
+        most = f", at most {_number(found['maxItems'])}" if "maxItems" in found else ""
+        return f"list{plural} of {_values(found['items'], plural='s')}{most}"
+    return f"{kind}{plural}{_bounds(found)}"
+
+
+def _bounds(found: dict[str, Any]) -> str:
+    low, high = found.get("minimum", found.get("exclusiveMinimum")), found.get("maximum")
+    if high is not None:
+        start = "above " if "exclusiveMinimum" in found else ""
+        return f", {start}{_number(low)} to {_number(high)}"
+    if "maxLength" in found:
+        return f", {found.get('minLength', 0)} to {found['maxLength']} characters"
+    if "pattern" in found:
+        return f" like `{found['pattern'].removeprefix('(?:').removesuffix(')' + chr(92) + 'Z')}`"
+    return ""
+
+
+def _number(value: float) -> str:
+    """Powers of two as such from a million on."""
+    for number, rest in ((abs(int(value)), ""), (abs(int(value)) + 1, " - 1")):
+        if number >= 1 << 20 and number.bit_count() == 1:
+            return f"{'-' if value < 0 else ''}2^{number.bit_length() - 1}{rest}"
+    return f"{value:g}"
+
+
+def _default(field: Any) -> str:
+    if field.required:
+        return "required"
+    default = field.load_default
+    if not isinstance(default, bool | int | float | str):
+        return ""
+    return f"`{str(default).lower()}`"
+
+
+def _about(field: Any) -> str:
+    return str(field.metadata.get("description", ""))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""The shape of the package, as docs/architecture.md draws it: who imports whom, how long things are."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "transformers_api"
+OURS = "transformers_api"
+HTTP = {"flask", "flask_cors", "flask_smorest", "marshmallow", "werkzeug", "webargs", "gunicorn"}
+MODELS = {"accelerate", "gguf", "huggingface_hub", "safetensors", "tokenizers", "transformers"}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What the modules of a layer may import of ours, and what they may not of others."""
+
+    ours: frozenset[str]
+    never: frozenset[str] = frozenset()
+
+
+def layer(*ours: str, never: set[str] | None = None) -> Layer:
+    return Layer(frozenset(ours), frozenset(never or ()))
+
+
+LEAVES = ("errors", "logs", "settings")
+# The longest name that fits a module holds. `engine.base` is data and a protocol: all may know it.
+LAYERS = {
+    "": layer(),
+    "errors": layer(never=HTTP | MODELS | {"torch"}),
+    "settings": layer(never=HTTP | MODELS | {"torch"}),
+    "logs": layer(never=HTTP | MODELS | {"torch"}),
+    "engine.base": layer("errors", never=HTTP | MODELS | {"torch"}),
+    "engine": layer("engine", "errors", "logs", never=HTTP),
+    "serving": layer("serving", "engine.base", *LEAVES, never=HTTP | MODELS | {"torch"}),
+    "api": layer("api", "serving", "engine.base", *LEAVES, never=MODELS | {"torch", "gunicorn"}),
+}
+# These wire the layers together, and nobody imports them but one another.
+WIRING = {"__main__", "app", "check", "cli", "loading", "readiness", "server"}
+# One module of a layer that otherwise leaves a library alone.
+EXCEPTIONS = {"serving.hub": {"huggingface_hub"}}
+
+LOADING = {"engine/loader.py", "engine/convert.py"}
+
+
+def modules() -> dict[str, Path]:
+    return {name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def name(path: Path) -> str:
+    """The module's name below the package; the package itself is ``""``."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), str(path))
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, imported module) of every import in a file, lazy ones and those for typing included."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno} has a relative import"
+            yield from ((node.lineno, target) for target in targets(node))
+
+
+def targets(node: ast.ImportFrom) -> Iterator[str]:
+    """``from transformers_api.serving import chat`` imports transformers_api.serving.chat."""
+    module = node.module or ""
+    for alias in node.names:
+        full = f"{module}.{alias.name}"
+        is_module = full.removeprefix(f"{OURS}.") in modules()
+        yield full if module.split(".")[0] == OURS and is_module else module
+
+
+def is_within(module: str, parent: str) -> bool:
+    return parent == "" or module == parent or module.startswith(f"{parent}.")
+
+
+def layer_of(module: str) -> Layer | None:
+    if module in WIRING:
+        return None
+    fitting = [known for known in LAYERS if known and is_within(module, known)]
+    assert fitting or module == "", f"{module} belongs to no layer: name it in LAYERS or WIRING"
+    return LAYERS[max(fitting, key=len, default="")]
+
+
+def complaint(module: str, imported: str) -> str | None:
+    found = layer_of(module)
+    if found is None:
+        return None
+    top = imported.split(".")[0]
+    if top == OURS:
+        target = imported.removeprefix(OURS).removeprefix(".")
+        if target and not any(is_within(target, allowed) for allowed in found.ours):
+            return f"may import {', '.join(sorted(found.ours)) or 'nothing'} of ours"
+    elif top in found.never and top not in EXCEPTIONS.get(module, set()):
+        return f"may not know {top}"
+    return None
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+@pytest.mark.parametrize("module", modules())
+def test_a_module_imports_only_what_its_layer_may_know(module):
+    path = modules()[module]
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {imported}, but {reason}"
+        for line, imported in imports(path)
+        if (reason := complaint(module, imported))
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("module", "imported"),
+    [
+        pytest.param("serving.swapper", "flask", id="serving meets HTTP"),
+        pytest.param("serving.swapper", "torch", id="serving meets tensors"),
+        pytest.param("api.openai", "transformers", id="HTTP meets models"),
+        pytest.param("api.openai", f"{OURS}.engine.batching", id="HTTP meets the engine's inside"),
+        pytest.param("engine.batching", f"{OURS}.serving.models", id="an import upwards"),
+        pytest.param("engine.base", "torch", id="the protocol meets torch"),
+        pytest.param("serving.swapper", f"{OURS}.app", id="the wiring is imported"),
+    ],
+)
+def test_a_forbidden_import_is_noticed(module, imported):
+    assert complaint(module, imported)
+
+
+def test_a_permitted_import_is_not_complained_about():
+    assert complaint("api.openai", f"{OURS}.engine.base") is None
+    assert complaint("app", "torch") is None
+
+
+@pytest.mark.parametrize("module", modules())
+def test_files_and_functions_stay_short(module):
+    path = modules()[module]
+    assert len(path.read_text().splitlines()) <= 400, f"{path.relative_to(ROOT)} is too long"
+    long = [
+        f"{path.relative_to(ROOT)}:{node.lineno} {node.name} has {lines} lines"
+        for node in functions(path)
+        if (lines := (node.end_lineno or 0) - node.lineno + 1) > 60
+    ]
+    assert not long, "\n".join(long)
+
+
+@pytest.mark.parametrize("module", modules())
+def test_only_settings_reads_the_environment(module):
+    if module == "settings":
+        return
+    path = modules()[module]
+    reads = [
+        f"{path.relative_to(ROOT)}:{node.lineno} uses os.{used}"
+        for node in ast.walk(tree(path))
+        if (used := environment_use(node))
+    ]
+    assert not reads, "\n".join(reads)
+
+
+def environment_use(node: ast.AST) -> str | None:
+    names = {"environ", "environb", "getenv", "putenv"}
+    if isinstance(node, ast.Attribute) and node.attr in names:
+        return node.attr if ast.unparse(node.value) == "os" else None
+    if isinstance(node, ast.ImportFrom) and node.module == "os":
+        return next((alias.name for alias in node.names if alias.name in names), None)
+    return None
+
+
+@pytest.mark.parametrize("module", modules())
+def test_models_are_loaded_in_one_place(module):
+    path = modules()[module]
+    if str(path.relative_to(PACKAGE)) in LOADING:
+        return
+    calls = [
+        f"{path.relative_to(ROOT)}:{node.lineno} calls {node.attr}"
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Attribute)
+        and node.attr in ("from_pretrained", "from_config")
+        and ast.unparse(node.value) != "AutoTokenizer"
+    ]
+    assert not calls, "\n".join(calls)
+
+
+@pytest.mark.parametrize("module", ["api", "cli", "app", "settings", "serving", "engine.base"])
+def test_importing_a_torch_free_part_leaves_torch_out(module):
+    code = (
+        f"import sys, {OURS}.{module}\n"
+        "print(*sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize(
+    ("folders", "requirements"),
+    [
+        pytest.param(["transformers_api"], ["requirements.txt"], id="run time"),
+        pytest.param(
+            ["tests", "examples", "benchmarks", "scripts"],
+            ["requirements.txt", "requirements-dev.txt"],
+            id="development",
+        ),
+    ],
+)
+def test_every_import_is_pinned_in_the_requirements(folders, requirements):
+    text = "\n".join((ROOT / name).read_text() for name in requirements)
+    pinned = set(re.findall(r"^([\w.-]+)==", text, re.MULTILINE))
+    distributions = importlib.metadata.packages_distributions()
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    imported = {target.split(".")[0] for path in files for _, target in imports(path)}
+    own = {path.stem for path in ROOT.iterdir()}
+    missing = {
+        module
+        for module in imported - own - {*sys.stdlib_module_names}
+        if not {canonical(name) for name in distributions.get(module, [])} & pinned
+    }
+    assert "torch" in imported
+    assert not missing
+
+
+def canonical(distribution):
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+def test_every_folder_says_what_it_is_and_where_to_start():
+    missing = [
+        str(path.relative_to(ROOT))
+        for path in PACKAGE.rglob("__init__.py")
+        if not ast.get_docstring(tree(path))
+    ]
+    assert not missing
