@@ -14,6 +14,7 @@ from typing import Any
 
 from tests import tokenizers
 from transformers_api.engine.base import (
+    ContextOverflow,
     EngineStats,
     FinishReason,
     SamplingParams,
@@ -82,6 +83,7 @@ class FakeEngine:
         self.cached_tokens = cached_tokens
         self.max_model_len = max_model_len
         self.vocab_size = vocab_size
+        self.context_overflow: ContextOverflow = None
         self.eos_token_ids = frozenset(eos_token_ids)
         self.model = model
         self.submitted: list[list[SequenceRequest]] = []

@@ -223,3 +223,26 @@ def test_numbers_that_are_not_finite_fail_their_own_row_only(broken):
         rows, [sequence(seed=1), sequence(seed=1), sequence(temperature=0.0)]
     )
     assert [output.error is not None for output in outputs] == [False, True, False]
+
+
+def test_word_repetition_penalty_divides_whatever_the_sign():
+    row = logits(seed=5)
+    seq = sequence(prompt=[1, 2, 2], output=[4], temperature=0.0, word_repetition_penalty=1.5)
+    expected = row[0].clone()
+    expected[[1, 2, 4]] /= 1.5
+    processed = row[0].clone()
+    seq.processors[0](seq, processed)
+    assert torch.equal(processed, expected)
+
+
+def test_torch_noise_draws_what_multinomial_draws():
+    """For models whose published samples came from torch.multinomial with a seeded generator."""
+    seq = sequence(temperature=0.9, top_k=50, seed=42)
+    seq.generator = torch.Generator().manual_seed(42)
+    generator = torch.Generator().manual_seed(42)
+    for step in range(40):
+        row = logits(seed=step)
+        kept = row[0] / 0.9
+        kept[kept < kept.topk(50).values[-1]] = -torch.inf
+        expected = torch.multinomial(kept.softmax(-1), 1, generator=generator).item()
+        assert sample(row, seq) == [expected]

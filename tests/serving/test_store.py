@@ -11,7 +11,7 @@ import pytest
 
 from tests.hub_server import COMMIT, HubServer
 from tests.model_folders import LLAMA, model_files, sharded_files, write_files
-from transformers_api.errors import InsufficientStorage, ModelLoadFailed
+from transformers_api.errors import InsufficientStorage, ModelLoadFailed, ModelNotFound
 from transformers_api.serving.models import HubSource, ModelSpec, PackageSource, PathSource
 from transformers_api.serving.store import ModelStore
 from transformers_api.settings import Settings
@@ -145,6 +145,12 @@ def test_refusals_of_the_hub_are_explained(
     hub.gated.add("someone/gated")
     spec = ModelSpec(name="x", source=HubSource(repo, revision))
     with pytest.raises(ModelLoadFailed, match=message):
+        store.prepare(spec, no_progress)
+
+
+def test_an_id_that_a_client_made_up_is_an_unknown_model(hub: HubServer, store: ModelStore) -> None:
+    spec = ModelSpec(name="some/one", source=HubSource("some/one"), registered=False)
+    with pytest.raises(ModelNotFound):
         store.prepare(spec, no_progress)
 
 
@@ -301,6 +307,6 @@ def test_pull_speaks_to_the_hub_that_the_environment_names(tmp_path: Path) -> No
     assert good.returncode == 0, good.stderr
     assert f"{REPO} is ready in {tmp_path}" in good.stdout
     assert absent.returncode == traversal.returncode == 1
-    assert "error: someone/else does not exist on the Hub" in absent.stderr
+    assert "error: Model 'someone/else' not found" in absent.stderr
     assert "error: Model '../../etc/passwd' not found" in traversal.stderr
     assert not any("passwd" in path for _, path, _ in server.requests)

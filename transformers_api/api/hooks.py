@@ -9,6 +9,7 @@ import uuid
 from flask import Flask, Response, g, request
 from flask_cors import CORS
 
+from transformers_api import logs
 from transformers_api.api.body import MAX_BODY_BYTES
 from transformers_api.settings import Settings
 
@@ -18,6 +19,7 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 def _begin() -> None:
     given = request.headers.get("X-Request-Id", "")
     g.request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    logs.request_id.set(g.request_id)  # each request runs on one thread
     g.began = time.monotonic()
 
 

@@ -7,11 +7,14 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from transformers_api.errors import ApiError
 
 T = TypeVar("T")
+# What a prompt or an answer beyond max_model_len does: None refuses and ends it. "slide": the model
+# sees the last max_model_len tokens, read again for each new one. "crop": the end of the prompt.
+ContextOverflow = Literal["slide", "crop"] | None
 
 
 class FinishReason(StrEnum):
@@ -34,6 +37,7 @@ class SamplingParams:
     top_k: int = 0  # 0 = off
     min_p: float = 0.0
     typical_p: float = 1.0
+    word_repetition_penalty: float = 1.0  # divides logits of prompt and output ids (TinyGPT)
     repetition_penalty: float = 1.0  # multiplicative, over prompt and output (CTRL)
     presence_penalty: float = 0.0  # additive, over the output (OpenAI)
     frequency_penalty: float = 0.0  # additive, times the count in the output (OpenAI)
@@ -144,6 +148,11 @@ class Engine(Protocol):
     @property
     def max_model_len(self) -> int:
         """Tokens of prompt and completion together."""
+        ...
+
+    @property
+    def context_overflow(self) -> ContextOverflow:
+        """What happens beyond ``max_model_len``."""
         ...
 
     @property

@@ -11,7 +11,15 @@ from dataclasses import dataclass
 from itertools import repeat
 from typing import Any, TypeVar
 
-from transformers_api.engine.base import EngineStats, FinishReason, SequenceRequest, TokenStream
+import torch
+
+from transformers_api.engine.base import (
+    ContextOverflow,
+    EngineStats,
+    FinishReason,
+    SequenceRequest,
+    TokenStream,
+)
 from transformers_api.engine.memory import release_memory
 from transformers_api.engine.model_runner import OneRow, Runner
 from transformers_api.engine.sampler import Sampler
@@ -41,6 +49,9 @@ class EngineLimits:
     max_waiting: int = 128  # sequences that may wait for a slot
     prefill_chunk: int = 256  # prompt tokens between two decode steps
     eos_token_ids: frozenset[int] = frozenset()
+    context_overflow: ContextOverflow = None
+    prompt_window: int | None = None  # with "crop": tokens of a prompt that are read
+    torch_noise: bool = False  # sample as torch.multinomial with a seeded generator does
 
 
 class BatchingEngine:
@@ -93,6 +104,8 @@ class BatchingEngine:
         for seq in reversed(batch.sequences):  # only when all have advanced: finishing moves rows
             if seq.is_finished:
                 self.scheduler.finish(seq)
+            else:
+                self.scheduler.settle(seq)
 
     @property
     def has_work(self) -> bool:
@@ -103,9 +116,7 @@ class BatchingEngine:
         """End every sequence with ``error``."""
         for seq in [*self.scheduler.running, *self.scheduler.waiting]:
             seq.end(FinishReason.ERROR, error)
-        self.scheduler.running.clear()
-        self.scheduler.waiting.clear()
-        self.scheduler.forget()
+        self.scheduler.clear()
 
     def _fail_batch(self, batch: Batch, error: Exception) -> None:
         failed = (
@@ -129,6 +140,11 @@ class BatchingEngine:
     def vocab_size(self) -> int:
         """See base.Engine."""
         return self.limits.vocab_size
+
+    @property
+    def context_overflow(self) -> ContextOverflow:
+        """See base.Engine."""
+        return self.limits.context_overflow
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
@@ -199,7 +215,9 @@ class BatchingEngine:
         length = len(request.prompt_ids)
         if not length:
             raise InvalidRequest("The prompt has no tokens", param="prompt")
-        if length + min(request.params.max_tokens, 1) > self.max_model_len:
+        overflows = length + min(request.params.max_tokens, 1) > self.max_model_len
+        is_scored = request.params.prompt_logprobs is not None
+        if overflows and (is_scored or not self.context_overflow):
             raise ContextLengthExceeded(
                 f"The prompt has {length} tokens, the model's context is {self.max_model_len}"
             )
@@ -219,15 +237,23 @@ class BatchingEngine:
     def _sequence(
         self, request: SequenceRequest, stream: TokenStream, index: int, observe: Collection[str]
     ) -> Sequence:
-        return Sequence(
+        limits = self.limits
+        if limits.context_overflow == "crop" and limits.prompt_window:
+            cropped = request.prompt_ids[-limits.prompt_window :]
+            request = SequenceRequest(cropped, request.params)
+        seq = Sequence(
             request,
             stream,
             index,
             eos_token_ids=self.eos_token_ids,
             max_model_len=self.max_model_len,
+            slides=limits.context_overflow == "slide",
             observe=observe,
             on_end=self._places.release,
         )
+        if limits.torch_noise:
+            seq.generator = torch.Generator().manual_seed(seq.seed)
+        return seq
 
     def _add(self, sequences: list[Sequence]) -> None:
         for seq in sequences:

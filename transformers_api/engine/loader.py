@@ -122,6 +122,9 @@ def build_engine(model: Any, options: LoadOptions, thread: EngineThread) -> Batc
         max_waiting=options.max_waiting + (0 if mode == "batching" else options.num_slots - 1),
         prefill_chunk=options.prefill_chunk if mode == "batching" else window,
         eos_token_ids=options.eos_token_ids | _eos_of(model),
+        context_overflow=getattr(model.config, "context_overflow", None),
+        prompt_window=getattr(model.config, "prompt_window", None),
+        torch_noise=getattr(model.config, "sampling_noise", None) == "torch",
     )
     return BatchingEngine(model, PromptScoringRunner(runner), limits, thread, mode)
 

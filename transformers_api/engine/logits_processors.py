@@ -22,6 +22,35 @@ class LogitsProcessor(Protocol):
         ...
 
 
+class SeenTokens:
+    """The distinct ids of prompt and output, kept up as the sequence grows."""
+
+    def __init__(self) -> None:
+        self._ids: set[int] = set()
+        self._read = 0
+
+    def index(self, seq: Sequence, row: Tensor) -> Tensor:
+        """Those that have a logit, sorted."""
+        self._ids.update(token for token in seq.tokens[self._read :] if token < len(row))
+        self._read = len(seq.tokens)
+        return torch.tensor(sorted(self._ids), device=row.device)
+
+
+class WordRepetitionPenalty:
+    """Divide the logit of every token of prompt and output, whatever its sign.
+
+    TinyGPT's own rule, to the letter: over tokens, not words, and a negative logit grows.
+    """
+
+    def __init__(self, penalty: float) -> None:
+        self.penalty = penalty
+        self._seen = SeenTokens()
+
+    def __call__(self, seq: Sequence, row: Tensor) -> None:
+        """See the class."""
+        row[self._seen.index(seq, row)] /= self.penalty
+
+
 class RepetitionPenalty:
     """Divide positive and multiply negative logits of every token of prompt and output.
 
@@ -30,14 +59,11 @@ class RepetitionPenalty:
 
     def __init__(self, penalty: float) -> None:
         self.penalty = penalty
-        self._seen: set[int] = set()
-        self._read = 0
+        self._seen = SeenTokens()
 
     def __call__(self, seq: Sequence, row: Tensor) -> None:
         """See the class."""
-        self._seen.update(token for token in seq.tokens[self._read :] if token < len(row))
-        self._read = len(seq.tokens)
-        ids = torch.tensor(sorted(self._seen), device=row.device)
+        ids = self._seen.index(seq, row)
         seen = row[ids]
         row[ids] = torch.where(seen > 0, seen / self.penalty, seen * self.penalty)
 
@@ -86,6 +112,8 @@ class MinTokens:
 def processors_for(params: SamplingParams) -> list[LogitsProcessor]:
     """The processors that a request needs, in the order in which they apply; mostly none."""
     processors: list[LogitsProcessor] = []
+    if params.word_repetition_penalty != 1.0:
+        processors.append(WordRepetitionPenalty(params.word_repetition_penalty))
     if params.repetition_penalty != 1.0:
         processors.append(RepetitionPenalty(params.repetition_penalty))
     if params.presence_penalty or params.frequency_penalty:

@@ -47,10 +47,7 @@ class ModelRunner:
     def forward(self, batch: Batch, keep: int = 1) -> Tensor:
         """See Runner."""
         starts = [seq.num_cached for seq in batch.sequences]
-        ids = [
-            seq.tokens[start : start + batch.width]
-            for seq, start in zip(batch.sequences, starts, strict=True)
-        ]
+        ids = [seq.upcoming(batch.width) for seq in batch.sequences]
         seen = max(starts) + batch.width
         positions = torch.tensor(starts)[:, None] + torch.arange(batch.width)  # (B, T)
         positions = positions.to(self.device)
@@ -146,8 +143,8 @@ class SequentialRunner:
     def forward(self, batch: Batch, keep: int = 1) -> Tensor:
         """See Runner."""
         (seq,) = batch.sequences
-        end = seq.num_cached + batch.width
-        ids = torch.tensor([seq.tokens[:end]], device=self.model.device)
+        read = seq.cached + seq.upcoming(batch.width)
+        ids = torch.tensor([read], device=self.model.device)
         if self.recompute:
             logits = self.model(input_ids=ids, use_cache=False, return_dict=True).logits
         else:
@@ -159,7 +156,7 @@ class SequentialRunner:
         self._sequence, self._state = None, {}
 
     def _continue(self, seq: Sequence, ids: Tensor, width: int) -> Tensor:
-        starts = seq is not self._sequence
+        starts = seq is not self._sequence or not seq.num_cached
         if starts:
             self._sequence, self._state = seq, self._fresh_state(ids)
         inputs = self.model.prepare_inputs_for_generation(

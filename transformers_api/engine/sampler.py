@@ -63,9 +63,19 @@ def draw(logits: Tensor, sequences: list[Sequence]) -> Tensor:
     for rows, count in _by_candidates(probs, params):
         index = torch.tensor(rows, device=logits.device)
         kept, ids = candidates(probs[index], [params[row] for row in rows], count)
-        race = kept / noise.exponential(keys[index], ids)
+        race = kept / _noise([sequences[row] for row in rows], keys[index], ids, probs.shape[-1])
         chosen[index] = ids.gather(-1, race.argmax(-1, keepdim=True))[:, 0]
     return chosen
+
+
+def _noise(sequences: list[Sequence], keys: Tensor, ids: Tensor, vocab: int) -> Tensor:
+    """Exponential(1) noise (B, K) of the tokens ``ids`` (B, K)."""
+    drawn = noise.exponential(keys, ids)
+    for row, seq in enumerate(sequences):
+        if seq.generator is not None:  # torch.multinomial draws for the whole vocabulary
+            whole = torch.empty(vocab).exponential_(generator=seq.generator)
+            drawn[row] = whole.to(ids.device)[ids[row]]
+    return drawn
 
 
 def candidates(probs: Tensor, params: list[SamplingParams], count: int) -> tuple[Tensor, Tensor]:

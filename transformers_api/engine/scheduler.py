@@ -1,7 +1,7 @@
 """Which sequences run, in which slots, and what the next forward reads. Pure Python.
 
-Running sequences are kept in slots 0..n-1, those that decode before the one that prefills, so that
-a batch is always a contiguous range of cache rows: a view, never a gather. Rows behind them keep
+Running sequences are kept in slots 0..n-1, those that decode before those that prefill, so that a
+batch is always a contiguous range of cache rows: a view, never a gather. Rows behind them keep
 the K and V of finished sequences until a new one needs the room; a prompt that begins like one of
 them, or like a running one, starts from a copy.
 """
@@ -84,7 +84,9 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self._kept: dict[int, _Kept] = {}
-        self._prefilled = 0  # prompt tokens read since the last decode step
+        self.num_decoding = 0  # of running, the first so many
+        self._prefilled = 0  # tokens read in chunks since the last decode step
+        self._turn = 0
         self._admissions = 0
         self.prompt_tokens = 0  # admitted
         self.cached_tokens = 0  # of them, taken from a row that was there
@@ -105,28 +107,49 @@ class Scheduler:
         long prompt never starves those who are decoding and many short ones do not wait in line.
         """
         self._drop_cancelled()
-        if not (self.running and self.running[-1].is_prefilling):
+        prefilling = self.running[self.num_decoding :]
+        if all(seq.num_output for seq in prefilling):  # no prompt is being read
             self._admit()
-        prefilling = self.running[-1] if self.running and self.running[-1].is_prefilling else None
-        decoding = self.running[:-1] if prefilling else self.running
+            prefilling = self.running[self.num_decoding :]
         if prefilling:
-            width = min(self.prefill_chunk, prefilling.prompt_len - prefilling.num_cached)
-            if not decoding or self._prefilled + width <= self.prefill_chunk:
+            seq = min(prefilling, key=lambda seq: seq.turn)
+            width = min(self.prefill_chunk, seq.num_pending)
+            if not self.num_decoding or self._prefilled + width <= self.prefill_chunk:
                 self._prefilled += width
-                return Batch([prefilling], width)
+                self._turn += 1
+                seq.turn = self._turn
+                return Batch([seq], width)
         self._prefilled = 0
-        return Batch(list(decoding), 1) if decoding else None
+        return Batch(self.running[: self.num_decoding], 1) if self.num_decoding else None
+
+    def settle(self, seq: Sequence) -> None:
+        """After an advance: move the sequence to those who decode, or to those who prefill."""
+        decodes = seq.slot < self.num_decoding
+        if decodes and seq.is_prefilling:
+            self.num_decoding -= 1
+            self._swap(seq.slot, self.num_decoding)
+        elif not decodes and not seq.is_prefilling:
+            self._swap(seq.slot, self.num_decoding)
+            self.num_decoding += 1
 
     def finish(self, seq: Sequence) -> None:
-        """Free the slot; the last decoding sequence moves into the hole, its row stays reusable."""
+        """Free the slot; others move up, and its row stays reusable behind them."""
+        if seq.slot < self.num_decoding:
+            self.num_decoding -= 1
+            self._swap(seq.slot, self.num_decoding)
         last = len(self.running) - 1
-        tail = last - 1 if self.running[last].is_prefilling and seq.slot < last else last
-        self._swap(seq.slot, tail)
-        self._swap(tail, last)
+        self._swap(seq.slot, last)
         self.running.pop()
         if self.cache.reuses_prefixes and seq.num_cached:
-            self._kept[last] = _Kept(seq.tokens[: seq.num_cached], self._admissions)
+            self._kept[last] = _Kept(seq.cached, self._admissions)
         seq.slot = -1
+
+    def clear(self) -> None:
+        """Let everything go; the sequences have been told."""
+        self.running.clear()
+        self.waiting.clear()
+        self.num_decoding = 0
+        self.forget()
 
     def forget(self) -> None:
         """Reuse no row that was written before: after a broken step its content is unknown."""
@@ -147,7 +170,7 @@ class Scheduler:
         if not self.waiting or len(self.running) == self.num_slots:
             return
         seq = self.waiting[0]
-        length = max(seq.max_len, *(other.max_len for other in self.running), 0)
+        length = max(other.room for other in [seq, *self.running])
         room = self.cache.reserve(len(self.running) + 1, length)
         if room is None:
             return
@@ -189,9 +212,9 @@ class Scheduler:
         """(slot, tokens) of the row that shares most with the prompt, but for its last token."""
         if not self.cache.reuses_prefixes or seq.params.prompt_logprobs is not None:
             return -1, 0
-        prompt = seq.tokens[: seq.prompt_len - 1]
+        prompt = seq.tokens[seq.start : seq.prompt_len - 1]
         rows = {slot: kept.tokens for slot, kept in self._kept.items()}
-        rows |= {other.slot: other.tokens[: other.num_cached] for other in self.running}
+        rows |= {other.slot: other.cached for other in self.running}
         best = max(rows, key=lambda slot: common_prefix(rows[slot], prompt), default=-1)
         return best, common_prefix(rows[best], prompt) if rows else 0
 

@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable, Collection
 from typing import Any
 
+import torch
+
 from transformers_api.engine.base import (
     FinishReason,
     SequenceRequest,
@@ -33,7 +35,9 @@ class SampledToken:
 class Sequence:
     """The tokens, the slot and the counters of one sequence. Owned by the engine thread.
 
-    ``tokens`` are prompt and output; the cache holds K and V of the first ``num_cached`` of them.
+    ``tokens`` are prompt and output. The model sees those from ``start`` on; the cache holds K and
+    V of the first ``num_cached`` of these. With ``slides`` the model sees the last
+    ``max_model_len`` tokens: beyond that each new token moves ``start`` and empties the cache.
     """
 
     def __init__(
@@ -44,6 +48,7 @@ class Sequence:
         *,
         eos_token_ids: frozenset[int],
         max_model_len: int,
+        slides: bool = False,
         observe: Collection[str] = (),
         on_end: Callable[[], object] | None = None,
     ) -> None:
@@ -55,12 +60,17 @@ class Sequence:
         self.observe = frozenset(observe)
         self.tokens = list(request.prompt_ids)
         self.prompt_len = len(self.tokens)
-        self.max_len = min(self.prompt_len + params.max_tokens, max_model_len)
+        self.start = max(self.prompt_len - max_model_len, 0)
+        self.window = max_model_len
+        wanted = self.prompt_len + params.max_tokens
+        self.max_len = wanted if slides else min(wanted, max_model_len)
+        self.generator: torch.Generator | None = None  # noise from torch, not from the seed alone
         own_eos = frozenset() if params.ignore_eos else eos_token_ids
         self.stop_ids = own_eos | params.stop_token_ids
         self.seed = int.from_bytes(os.urandom(8)) if params.seed is None else params.seed
         self.processors: list[LogitsProcessor] = processors_for(params)
         self.slot = -1
+        self.turn = 0  # when it prefilled last, in turns of the scheduler
         self.num_cached = 0
         self.cached_tokens = 0  # prompt tokens that came from the prefix cache
         self.prompt_scores: list[TokenScore | None] | None = None
@@ -76,12 +86,27 @@ class Sequence:
     @property
     def num_pending(self) -> int:
         """Tokens that the next forwards have to read: 1 while decoding."""
-        return len(self.tokens) - self.num_cached
+        return len(self.tokens) - self.start - self.num_cached
 
     @property
     def is_prefilling(self) -> bool:
-        """Whether a part of the prompt has not been read yet."""
-        return self.num_cached < self.prompt_len
+        """Whether more is to be read than the token sampled last."""
+        return self.num_pending > 1 or not self.num_output
+
+    @property
+    def room(self) -> int:
+        """Tokens of cache that it may need."""
+        return min(self.max_len, self.window)
+
+    @property
+    def cached(self) -> list[int]:
+        """The tokens whose K and V are in the cache."""
+        return self.tokens[self.start : self.start + self.num_cached]
+
+    def upcoming(self, width: int) -> list[int]:
+        """The next ``width`` tokens to read."""
+        first = self.start + self.num_cached
+        return self.tokens[first : first + width]
 
     @property
     def masks_stops(self) -> bool:
@@ -99,6 +124,8 @@ class Sequence:
             self.end(FinishReason.LENGTH)
         else:
             self.tokens.append(sampled.token_id)
+            if len(self.tokens) - self.start > self.window:
+                self.start, self.num_cached = len(self.tokens) - self.window, 0
             self._emit(sampled.token_id, sampled.score, self._finish_reason(sampled.token_id))
 
     def end(self, reason: FinishReason, error: ApiError | None = None) -> None:

@@ -31,6 +31,10 @@ _CHUNK = 1 << 22
 Progress = Callable[[float, str], None]
 
 
+class RepositoryMissing(ModelLoadFailed):
+    """The Hub has no such repository, or not for us."""
+
+
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
     """One file of a repository, as the Hub describes it."""
@@ -220,7 +224,9 @@ def _explained(source: HubSource, token: str | None) -> Iterator[None]:
     except errors.GatedRepoError:
         message = "is gated: accept its terms on the Hub and set HF_TOKEN"
     except errors.RepositoryNotFoundError:
-        message = "does not exist on the Hub, or is private and HF_TOKEN does not open it"
+        raise RepositoryMissing(
+            f"{source.repo} does not exist on the Hub, or is private and HF_TOKEN does not open it"
+        ) from None
     except errors.RevisionNotFoundError:
         message = f"has no revision {source.revision}"
     except (errors.OfflineModeIsEnabled, httpx2.HTTPError, errors.EntryNotFoundError) as error:

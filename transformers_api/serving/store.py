@@ -12,10 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
-from transformers_api.errors import InsufficientStorage, ModelLoadFailed
+from transformers_api.errors import InsufficientStorage, ModelLoadFailed, ModelNotFound
 from transformers_api.serving import preflight
 from transformers_api.serving.builtin_models import EMBEDDED_PACKAGE, EMBEDDED_VERSION
-from transformers_api.serving.hub import HubCache, Progress
+from transformers_api.serving.hub import HubCache, Progress, RepositoryMissing
 from transformers_api.serving.models import (
     HubSource,
     ModelFiles,
@@ -107,14 +107,19 @@ class ModelStore:
 
     def _fetch(self, spec: ModelSpec, progress: Progress) -> Path:
         source = self._check_download(spec)
-        return self._hub.fetch(
-            source,
-            progress,
-            trust_remote_code=spec.trust_remote_code,
-            check=lambda folder: preflight.check_config(
-                folder, spec.trust_remote_code, self._knows
-            ),
-        )
+        try:
+            return self._hub.fetch(
+                source,
+                progress,
+                trust_remote_code=spec.trust_remote_code,
+                check=lambda folder: preflight.check_config(
+                    folder, spec.trust_remote_code, self._knows
+                ),
+            )
+        except RepositoryMissing:
+            if spec.registered:
+                raise
+            raise ModelNotFound(spec.name) from None  # a client's own invention
 
     def _check_download(self, spec: ModelSpec) -> HubSource:
         assert isinstance(spec.source, HubSource)
