@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import copy
 import threading
 from itertools import pairwise
 
 import pytest
+import torch
 
 from tests.engine.models import generate, prompts_of, tiny_model
 from tests.engine.reading import GREEDY, ask, complete, read
@@ -225,6 +227,38 @@ def test_a_step_that_fails_ends_its_sequences_and_the_engine_lives_on(gated, cap
     assert engine.stats().running == 0
 
 
+def test_memory_that_cannot_be_had_fails_who_waits_and_not_the_engine(
+    make_engine, monkeypatch, caplog
+):
+    engine = make_engine()
+
+    def no_memory(rows, length):
+        raise MemoryError
+
+    monkeypatch.setattr(engine.scheduler.cache, "_resize", no_memory)
+    (last,) = read(engine.submit([ask(PROMPT, max_tokens=100) for _ in range(2)]))[1]
+    assert isinstance(last.error, EngineFailed)
+    monkeypatch.undo()
+    assert complete(engine, ask(PROMPT, max_tokens=5, **GREEDY)) == [
+        generate(tiny_model("llama"), PROMPT, 5)
+    ]
+
+
+def test_a_nan_in_one_sequence_reaches_no_other(make_engine):
+    """The model breaks for one token; its row of the cache is used again."""
+    model = copy.deepcopy(tiny_model("llama"))
+    with torch.no_grad():
+        model.model.embed_tokens.weight[95] = float("nan")
+    engine = make_engine(model, num_slots=2)
+    broken = ask([*PROMPT, 95, 9, 9], max_tokens=3)
+    (last,) = read(engine.submit([broken]))[0]
+    assert isinstance(last.error, EngineFailed)
+    short, long = prompts_of(7)[0], prompts_of(7)[-1]  # attention sees as far as the longest
+    assert complete(engine, *(ask(p, max_tokens=8, **GREEDY) for p in (short, long))) == [
+        generate(model, p, 8) for p in (short, long)
+    ]
+
+
 def test_a_reader_that_does_not_keep_up_is_ended(make_engine):
     engine = make_engine()
     stream = engine.submit([ask(PROMPT, max_tokens=90, **GREEDY)])
@@ -274,8 +308,6 @@ def test_kv_memory_bounds_how_many_run_together(make_engine):
 
 
 def test_prompt_scores_are_the_models_log_probabilities(make_engine):
-    import torch
-
     prompt = prompts_of(7)[-1]
     outputs = read(
         make_engine().submit([ask(prompt, max_tokens=2, prompt_logprobs=2, logprobs=1, **GREEDY)])

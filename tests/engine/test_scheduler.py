@@ -41,6 +41,9 @@ class Rows:
         row_a, row_b = self.data[a], self.data[b]
         row_a[:length], row_b[:length] = row_b[:length], row_a[:length]
 
+    def wipe(self, row: int) -> None:
+        self.data[row] = [None] * len(self.data[row])
+
     def forward(self, batch) -> None:
         for offset, seq in enumerate(batch.sequences):
             assert seq.slot == batch.first_slot + offset, "a batch is a contiguous range of rows"

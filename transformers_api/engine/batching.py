@@ -84,14 +84,15 @@ class BatchingEngine:
 
     def step(self) -> None:
         """One forward pass for whoever is scheduled; a failure ends those sequences only."""
-        batch = self.scheduler.schedule()
-        if batch is None:
-            return
+        batch = None
         try:
-            self._step(batch)
+            batch = self.scheduler.schedule()
+            if batch is not None:
+                self._step(batch)
         except Exception as error:
             log.exception("A step of the engine failed")
-            self._fail_batch(batch, error)
+            failed = EngineFailed("A step of the model failed")
+            self._fail_batch(batch, error if isinstance(error, ApiError) else failed)
 
     def _step(self, batch: Batch) -> None:
         logits = self.runner.forward(batch)[:, -1]  # (B, V)
@@ -118,13 +119,14 @@ class BatchingEngine:
             seq.end(FinishReason.ERROR, error)
         self.scheduler.clear()
 
-    def _fail_batch(self, batch: Batch, error: Exception) -> None:
-        failed = (
-            error if isinstance(error, ApiError) else EngineFailed("A step of the model failed")
-        )
-        for seq in reversed(batch.sequences):
-            seq.end(FinishReason.ERROR, failed)
-            self.scheduler.finish(seq)
+    def _fail_batch(self, batch: Batch | None, error: ApiError) -> None:
+        """End the sequences of the batch; all of them where there was none yet."""
+        if batch is None:
+            self.fail(error)
+        else:
+            for seq in reversed(batch.sequences):
+                seq.end(FinishReason.ERROR, error)
+                self.scheduler.finish(seq)
         self.scheduler.forget()
         if not self.scheduler.running:
             self.runner.clear()

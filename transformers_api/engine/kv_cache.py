@@ -74,6 +74,7 @@ class SlotCache(Cache):
         self.max_rows = max_rows
         self.max_length = max_length
         self.budget_tokens = max_rows * max_length
+        self._token_bytes = 0
         self.rows = 1
         self.length = min(MIN_LENGTH, max_length)
         self.window = slice(0, 0)
@@ -87,12 +88,15 @@ class SlotCache(Cache):
     def token_bytes(self) -> int:
         """Bytes of K and V per token; 0 before the first forward."""
         tensors = [rows for layer in self.slots for rows in layer.rows]
-        return sum(rows.shape[1] * rows.shape[3] * rows.element_size() for rows in tensors)
+        if tensors:
+            sizes = (rows.shape[1] * rows.shape[3] * rows.element_size() for rows in tensors)
+            self._token_bytes = sum(sizes)
+        return self._token_bytes
 
     @property
     def bytes(self) -> int:
         """Bytes allocated."""
-        return self.token_bytes * self.rows * self.length
+        return sum(rows.nbytes for layer in self.slots for rows in layer.rows)
 
     @property
     def budget_bytes(self) -> int:
@@ -149,11 +153,17 @@ class SlotCache(Cache):
                 rows[a, :, :length] = rows[b, :, :length]
                 rows[b, :, :length] = held
 
-    def clear(self) -> None:
-        """Zero every row: a NaN left in one would reach others through masked attention."""
+    def wipe(self, row: int) -> None:
+        """Zero a row: a NaN left in it would reach its next sequence through masked attention."""
         for layer in self.slots:
             for rows in layer.rows:
-                rows.zero_()
+                rows[row].zero_()
+
+    def clear(self) -> None:
+        """Let the allocation go and begin anew, whatever state it was in."""
+        for layer in self.slots:
+            layer.rows, layer.is_initialized = (), False
+        self.rows, self.length = 1, min(MIN_LENGTH, self.max_length)
 
     def _resize(self, rows: int, length: int) -> None:
         for layer in self.slots:  # one at a time: the transient extra is one layer's share

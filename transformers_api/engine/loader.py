@@ -149,10 +149,13 @@ def _runner(
         batched = ModelRunner(model, cache, vocab_size)
         if _agrees(batched, model, vocab_size, window):
             free = available_bytes(str(model.device))
-            return batched, cache.set_budget(options.kv_cache_bytes or free // 4), "batching"
+            window = cache.set_budget(options.kv_cache_bytes or free // 4)
+            cache.clear()
+            return batched, window, "batching"
     for recompute in (False, True):
         runner = SequentialRunner(model, vocab_size, recompute)
         if _agrees(runner, model, vocab_size, window):
+            runner.clear()
             log.warning("%s is served one sequence at a time", type(model).__name__)
             return runner, window, "sequential"
     raise ModelLoadFailed(f"{type(model).__name__} cannot be run as a causal language model")
@@ -190,7 +193,6 @@ def _agrees(runner: Runner, model: Any, vocab_size: int, window: int) -> bool:
         runner.clear()
     except Exception:
         log.info("%s: %s cannot run it", type(model).__name__, type(runner).__name__, exc_info=True)
-        runner.clear()
         return False
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.05
     return all(

@@ -123,6 +123,9 @@ class OneRow:
     def swap(self, a: int, b: int, length: int) -> None:
         """Never asked for: there is one row."""
 
+    def wipe(self, row: int) -> None:
+        """The next sequence begins with a state of its own."""
+
 
 class SequentialRunner:
     """One sequence at a time, as ``generate`` would run it: for models that cannot share a batch.

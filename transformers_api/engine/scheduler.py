@@ -47,6 +47,10 @@ class SlotStore(Protocol):
         """Exchange the first ``length`` tokens of two rows."""
         ...
 
+    def wipe(self, row: int) -> None:
+        """Zero a row."""
+        ...
+
 
 @dataclass(slots=True)
 class Batch:
@@ -140,7 +144,9 @@ class Scheduler:
         last = len(self.running) - 1
         self._swap(seq.slot, last)
         self.running.pop()
-        if self.cache.reuses_prefixes and seq.num_cached:
+        if seq.has_failed:
+            self.cache.wipe(last)  # it may hold a NaN, which gets through masks
+        elif self.cache.reuses_prefixes and seq.num_cached:
             self._kept[last] = _Kept(seq.cached, self._admissions)
         seq.slot = -1
 

@@ -77,6 +77,7 @@ class Sequence:
         self.extras: dict[str, Any] = {}  # an observer leaves here what goes with the next token
         self.cancelled = False  # set by any thread, read by the scheduler
         self.is_finished = False
+        self.has_failed = False
 
     @property
     def num_output(self) -> int:
@@ -163,6 +164,7 @@ class Sequence:
             )
         )
         self.is_finished = reason is not None
+        self.has_failed = error is not None
         if self.is_finished and self.on_end:
             self.on_end()
         if not self.is_finished and self.stream.is_overfull:
