@@ -19,6 +19,7 @@ def test_health_has_the_keys_of_all_predecessors(served):
         "current_model": None,
         "models_loaded": [],
         "loaded_models": 0,
+        "active_requests": 0,
         "total_models": 2,
         "cuda_available": False,
         "cache_dir": cache_dir,
