@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from transformers_api.settings import SettingError, Settings, described
+
+
+def test_every_setting_has_a_default_that_needs_no_environment():
+    settings = Settings.from_env({})
+    assert (settings.host, settings.port) == ("127.0.0.1", 5000)
+    assert settings.default_model == "smollm2-135m-instruct"
+    assert settings.auto_load
+    assert settings.preload_model
+
+
+@pytest.mark.parametrize(
+    ("environ", "name", "value"),
+    [
+        ({"PORT": "8000"}, "port", 8000),
+        ({"API_PORT": "8000"}, "port", 8000),
+        ({"API_PORT": "8000", "PORT": "9000"}, "port", 9000),
+        ({"PORT": " "}, "port", 5000),
+        ({"DEVICE": "CUDA:1"}, "default_device", "cuda:1"),
+        ({"AUTO_LOAD": "No"}, "auto_load", False),
+        ({"MODEL_ALLOW_LIST": "a, b,,"}, "model_allow_list", ("a", "b")),
+        (
+            {"ALLOWED_ORIGINS": "http://a:3000,https://b"},
+            "cors_allow_origins",
+            ("http://a:3000", "https://b"),
+        ),
+        ({"CKPT_DIR": "/srv/store"}, "model_store", Path("/srv/store")),
+        ({"KV_CACHE_GIB": "0.5"}, "kv_cache_gib", 0.5),
+    ],
+)
+def test_values_come_from_the_environment_by_name_or_by_alias(environ, name, value):
+    assert getattr(Settings.from_env(environ), name) == value
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("PORT", "eighty", "a whole number from 0 to 65535"),
+        ("PORT", "70000", "a whole number from 0 to 65535"),
+        ("DRAIN_S", "nan", "a number from 0 to 86400"),
+        ("KV_CACHE_GIB", "inf", "a number"),
+        ("DTYPE", "int3", "one of auto, float32, bfloat16, float16"),
+        ("DEFAULT_DEVICE", "tpu", "auto, cpu, cuda, cuda:N or mps"),
+        ("DEFAULT_DEVICE", "cpu:1", "auto, cpu, cuda, cuda:N or mps"),
+        ("AUTO_LOAD", "maybe", "true or false"),
+        ("CORS_ALLOW_ORIGINS", "https://.*good.example", "exact origins"),
+        ("CORS_ALLOW_ORIGINS", "*", "exact origins"),
+        ("CORS_ALLOW_ORIGINS", "good.example", "exact origins"),
+    ],
+)
+def test_a_bad_value_is_one_line_with_name_value_and_what_is_allowed(name, value, expected):
+    with pytest.raises(SettingError) as caught:
+        Settings.from_env({name: value})
+    message = str(caught.value)
+    assert message.startswith(f"{name}={value!r} is not allowed")
+    assert expected in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        ("127.0.0.1", True),
+        ("localhost", True),
+        ("::1", True),
+        ("0.0.0.0", False),
+        ("10.0.0.1", False),
+    ],
+)
+def test_downloads_are_allowed_by_default_only_for_this_machine(host, expected):
+    assert Settings.from_env({"HOST": host}).downloads_allowed is expected
+    assert Settings.from_env({"HOST": host, "ALLOW_DOWNLOAD": "true"}).downloads_allowed
+    assert not Settings.from_env({"HOST": host, "ALLOW_DOWNLOAD": "false"}).downloads_allowed
+
+
+def test_there_is_a_thread_for_every_request_that_runs_or_waits_and_some_for_the_rest():
+    assert Settings(max_inflight=3, max_queue=5).threads == 3 + 5 + 32
+
+
+def test_every_setting_is_described():
+    rows = described()
+    assert len(rows) == len(Settings.__dataclass_fields__)
+    assert all(help_ for _, _, _, help_ in rows)
