@@ -4,6 +4,7 @@
     python api_client.py "Why is the sky blue?" one answer
     python api_client.py --models               what may be served, and what is in memory
     python api_client.py --model ID "Hello"     ask another model; the server switches to it
+    python api_client.py --demo                 a walk through the native API
 
 API_BASE_URL and API_KEY in the environment stand for --base-url and --api-key.
 """
@@ -16,6 +17,7 @@ import http.client
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -91,7 +93,8 @@ class ApiClient:
 
     def _call(self, method: str, path: str, body: Json | None = None) -> Json:
         with self._response(method, path, body) as response:
-            return _object(response.read(), response.status)
+            answer: Json = _parsed(response.read(), response.status)
+            return answer
 
     def _events(self, path: str, body: Json) -> Iterator[Json]:
         """The data of every server-sent event, up to ``[DONE]``."""
@@ -102,8 +105,8 @@ class ApiClient:
                 data = line[5:].strip()
                 if data == b"[DONE]":
                     return
-                event = _object(data, response.status)
-                if "error" in event:
+                event = _parsed(data, response.status)
+                if "error" in event or "detail" in event:
                     raise ApiClientError(_message(event, response.status), response.status)
                 yield event
             raise ApiClientError("The stream ended before it was complete")
@@ -123,7 +126,7 @@ class ApiClient:
             connection.request(method, self._parts.path.rstrip("/") + path, data, headers)
             response = connection.getresponse()
             if response.status >= 400:
-                message = _message(_object(response.read(), response.status), response.status)
+                message = _message(_parsed(response.read(), response.status), response.status)
                 raise ApiClientError(message, response.status)
             yield response
         except ConnectionRefusedError:
@@ -145,24 +148,91 @@ class ApiClient:
         return kind(self._parts.hostname, self._parts.port, timeout=self._timeout)
 
 
+class TinyGPTClient(ApiClient):
+    """The native API, by the names that the client of the TinyGPT service has."""
+
+    def health_check(self) -> Json:
+        """How the server is: ``status``, ``models_loaded``, ``uptime`` and more."""
+        return self.health()
+
+    def list_models(self) -> list[Json]:
+        """Every registered model, with ``description``, ``parameters``, ``loaded``, ``config``."""
+        with self._response("GET", "/models", None) as response:
+            return list(_parsed(response.read(), response.status))
+
+    def load_model(self, model_name: str) -> Json:
+        """Begin to load a model in the background; ``wait_until_loaded`` waits for it."""
+        return self._call("POST", f"/models/{_quoted(model_name)}/load")
+
+    def wait_until_loaded(self, model_name: str, poll_s: float = 0.2) -> Json:
+        """Wait while a model is being loaded; ApiClientError when that fails."""
+        while True:
+            model = self._call("GET", f"/models/{_quoted(model_name)}")
+            if model["state"] == "loaded":
+                return model
+            if model["state"] != "loading":
+                reason = model["error"] or "nobody has asked for it"
+                raise ApiClientError(f"Model '{model_name}' is not being loaded: {reason}")
+            time.sleep(poll_s)
+
+    def unload_model(self, model_name: str) -> Json:
+        """Take a model out of memory."""
+        return self._call("DELETE", f"/models/{_quoted(model_name)}/unload")
+
+    def generate_text(
+        self,
+        prompt: str | list[str],
+        model: str | None = None,
+        max_new_tokens: int = 100,
+        temperature: float = 0.7,
+        top_k: int = 50,
+        top_p: float = 0.95,
+        word_repetition_penalty: float = 1.0,
+        **fields: Any,
+    ) -> Json:
+        """Continue a text, or a list of texts together; ``model`` None is the server's own."""
+        body = {
+            "prompt": prompt,
+            "model": model,
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "word_repetition_penalty": word_repetition_penalty,
+        }
+        return self._call("POST", "/generate", body | fields)
+
+    def stream_text(self, prompt: str, **fields: Any) -> Iterator[str]:
+        """The continuation of a text, piece by piece; ``fields`` as of ``generate_text``."""
+        for event in self._events("/generate/stream", {"prompt": prompt, **fields}):
+            if "text" in event:
+                yield event["text"]
+
+
 def _path(model: str) -> str:
-    return f"/v1/models/{quote(model, safe='/')}"
+    return f"/v1/models/{_quoted(model)}"
 
 
-def _object(data: bytes, status: int) -> Json:
+def _quoted(model: str) -> str:
+    return quote(model, safe="/")
+
+
+def _parsed(data: bytes, status: int) -> Any:
     try:
         found = json.loads(data)
     except ValueError:
         found = None
-    if not isinstance(found, dict):
+    if not isinstance(found, dict | list):
         start = data[:200].decode(errors="replace")
         raise ApiClientError(f"Not an answer of this server (status {status}): {start!r}", status)
     return found
 
 
-def _message(answer: Json, status: int) -> str:
+def _message(answer: Any, status: int) -> str:
     """The human part of an error in any of the server's shapes."""
-    error = answer.get("error", answer.get("detail", answer))
+    error = answer
+    if isinstance(answer, dict):
+        error = answer.get("error", answer.get("detail", answer))
     if isinstance(error, dict):
         error = error.get("message", error)
     return f"{error} (status {status})"
@@ -172,8 +242,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     options = _parser().parse_args(arguments)
     try:
-        client = ApiClient(options.base_url, options.api_key)
-        if options.models:
+        client = TinyGPTClient(options.base_url, options.api_key)
+        if options.demo:
+            _show_around(client, options)
+        elif options.models:
             _show_models(client)
         elif options.prompt:
             _say(client, [{"role": "user", "content": " ".join(options.prompt)}], options)
@@ -197,6 +269,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--api-key", default=os.environ.get("API_KEY"))
     parser.add_argument("--model", help="which model answers; default: the server's")
     parser.add_argument("--models", action="store_true", help="list the models and stop")
+    parser.add_argument("--demo", action="store_true", help="walk through the native API and stop")
     parser.add_argument("--max-tokens", type=int, help="longest answer")
     parser.add_argument("--temperature", type=float, help="0 takes the likeliest token always")
     return parser
@@ -208,6 +281,30 @@ def _show_models(client: ApiClient) -> None:
     for model in models:
         state = "in memory" if model.get("loaded") else ""
         print(f"{model['id']:{width}}  {state}".rstrip())
+
+
+def _show_around(client: TinyGPTClient, options: argparse.Namespace) -> None:
+    health = client.health_check()
+    print(f"Status: {health['status']}, up {health['uptime']}")
+    print(f"In memory: {', '.join(health['models_loaded']) or 'no model yet'}\n")
+    for model in client.list_models():
+        print(f"{model['name']}: {model['description']}")
+    if options.model:
+        print(f"\n{client.load_model(options.model)['message']}")
+        client.wait_until_loaded(options.model)
+    chosen = {"model": options.model, "max_new_tokens": options.max_tokens or 80}
+    chosen["temperature"] = 0.8 if options.temperature is None else options.temperature
+    answer = client.generate_text("Once upon a time, there was a brave little mouse", **chosen)
+    print(f"\n{answer['model_used']}: {answer['generated_text']}")
+    print(
+        f"({answer['tokens_generated']} tokens in {answer['generation_time']} s, "
+        f"{answer['tokens_per_second']} tokens/s)\n"
+    )
+    prompt = "The dragon flew over the castle and"
+    print(prompt, end="", flush=True)
+    for piece in client.stream_text(prompt, **chosen):
+        print(piece, end="", flush=True)
+    print()
 
 
 def _converse(client: ApiClient, options: argparse.Namespace) -> None:

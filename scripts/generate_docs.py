@@ -19,7 +19,9 @@ from transformers_api import errors
 from transformers_api.api.fields import Schema, Unsupported
 from transformers_api.api.schemas.chat import ChatRequest, Message
 from transformers_api.api.schemas.completions import CompletionRequest
+from transformers_api.api.schemas.embeddings import EmbeddingRequest
 from transformers_api.api.schemas.models import LoadRequest
+from transformers_api.api.schemas.native import GenerateRequest, LoadModelRequest
 from transformers_api.api.schemas.sampling import Sampling
 from transformers_api.api.schemas.tokens import DetokenizeRequest, TokenizeRequest
 from transformers_api.settings import described
@@ -73,7 +75,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "completion fields": fields(CompletionRequest, without=Sampling),
     "chat fields": fields(ChatRequest, without=Sampling),
     "message fields": fields(Message),
+    "embedding fields": fields(EmbeddingRequest),
     "load fields": fields(LoadRequest),
+    "generate fields": fields(GenerateRequest),
+    "load_model fields": fields(LoadModelRequest),
     "tokenize fields": fields(TokenizeRequest),
     "detokenize fields": fields(DetokenizeRequest),
 }

@@ -18,6 +18,7 @@ class HubServer:
 
     ``breaks`` {file name: bytes}: the first GET of that file is cut off after so many bytes.
     ``failing``: files whose GET answers 500. ``damaged``: files whose content arrives with a flipped byte. ``gated``: ids that answer 403.
+    ``private`` {id: token}: answers 401 to everybody else. ``silent``: ids whose requests get no answer before the end.
     """
 
     def __init__(self, repos: Mapping[str, Mapping[str, bytes]]) -> None:
@@ -26,6 +27,9 @@ class HubServer:
         self.failing: set[str] = set()
         self.damaged: set[str] = set()
         self.gated: set[str] = set()
+        self.private: dict[str, str] = {}
+        self.silent: set[str] = set()
+        self.closing = threading.Event()
         self.requests: list[tuple[str, str, str | None]] = []  # method, path, Range
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         self._server.hub = self  # type: ignore[attr-defined]
@@ -34,6 +38,7 @@ class HubServer:
         self._thread.start()
 
     def close(self) -> None:
+        self.closing.set()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -65,7 +70,14 @@ class _Handler(BaseHTTPRequestHandler):
             repo, rest = "/".join(parts[2:4]), parts[4:]
         else:
             repo, rest = "/".join(parts[:2]), parts[2:]
-        if repo not in hub.repos:
+        if repo in hub.silent:
+            hub.closing.wait(30)
+            self.close_connection = True
+        elif self.headers.get("Authorization") != f"Bearer {hub.private.get(repo)}" and (
+            repo in hub.private
+        ):
+            self._error(401, "RepoNotFound")
+        elif repo not in hub.repos:
             self._error(404, "RepoNotFound")
         elif repo in hub.gated:
             self._error(403, "GatedRepo")

@@ -11,7 +11,7 @@ import threading
 import pytest
 
 import api_client
-from api_client import ApiClient, ApiClientError
+from api_client import ApiClient, ApiClientError, TinyGPTClient
 
 
 class Scripted(http.server.ThreadingHTTPServer):
@@ -40,7 +40,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length", 0))
         body = json.loads(self.rfile.read(length)) if length else None
         self.server.asked.append((self.command, self.path, body, dict(self.headers)))
-        status, answer = self.server.answers[self.command, self.path]
+        found = self.server.answers[self.command, self.path]
+        status, answer = found if isinstance(found, tuple) else next(found)
         data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
         self.send_response(status)
         self.end_headers()
@@ -130,14 +131,70 @@ def test_streamed_completions_yield_their_text(server):
     assert list(ApiClient(server.url).stream_complete("Once")) == ["a", "b"]
 
 
+def test_the_native_methods_ask_their_routes(server):
+    client = TinyGPTClient(server.url)
+    server.answers.update({
+        ("GET", "/health"): (200, {"status": "healthy"}),
+        ("GET", "/models"): (200, [{"name": "a/b", "loaded": True}]),
+        ("POST", "/models/a/b/load"): (200, {"message": "Loading"}),
+        ("DELETE", "/models/a/b/unload"): (200, {"message": "Unloaded"}),
+        ("POST", "/generate"): (200, {"generated_text": "Once more"}),
+    })  # fmt: skip
+    assert client.health_check() == {"status": "healthy"}
+    assert client.list_models() == [{"name": "a/b", "loaded": True}]
+    assert client.load_model("a/b") == {"message": "Loading"}
+    assert client.unload_model("a/b") == {"message": "Unloaded"}
+    assert client.generate_text("Once", seed=3) == {"generated_text": "Once more"}
+    assert server.asked[-1][2] == {
+        "prompt": "Once",
+        "model": None,
+        "max_new_tokens": 100,
+        "temperature": 0.7,
+        "top_k": 50,
+        "top_p": 0.95,
+        "word_repetition_penalty": 1.0,
+        "seed": 3,
+    }
+
+
+def test_a_native_stream_yields_its_text_and_raises_its_error(server):
+    done = {"done": True, "generated_text": "Once ab"}
+    pieces = [{"index": 0, "text": text} for text in ("a", "b")]
+    server.answers["POST", "/generate/stream"] = (200, server.events(*pieces, done, b"[DONE]"))
+    assert list(TinyGPTClient(server.url).stream_text("Once", max_new_tokens=2)) == ["a", "b"]
+    assert server.asked[-1][2] == {"prompt": "Once", "max_new_tokens": 2}
+    failure = {"detail": "The engine failed"}
+    server.answers["POST", "/generate/stream"] = (200, server.events(pieces[0], failure))
+    with pytest.raises(ApiClientError, match="The engine failed"):
+        list(TinyGPTClient(server.url).stream_text("Once"))
+
+
+def test_waiting_for_a_model_ends_when_it_is_there_or_has_failed(server):
+    answers = [("loading", None), ("loading", None), ("loaded", None)]
+    server.answers["GET", "/models/m"] = states(answers)
+    assert TinyGPTClient(server.url).wait_until_loaded("m", poll_s=0)["state"] == "loaded"
+    assert len(server.asked) == 3
+    server.answers["GET", "/models/m"] = states([("failed", "No such files")])
+    with pytest.raises(ApiClientError, match="No such files"):
+        TinyGPTClient(server.url).wait_until_loaded("m", poll_s=0)
+    server.answers["GET", "/models/m"] = states([("not_loaded", None)])
+    with pytest.raises(ApiClientError, match="nobody has asked"):
+        TinyGPTClient(server.url).wait_until_loaded("m", poll_s=0)
+
+
+def states(shown):
+    return iter([(200, {"state": state, "error": error}) for state, error in shown])
+
+
 def test_nothing_listening_is_one_readable_line(capsys):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
-        assert api_client.main(["--base-url", url, "hello"]) == 1
-    assert capsys.readouterr().err == (
-        f"error: Nothing listens on {url}; start the server with `make run`\n"
-    )
+        for what in ("hello", "--demo", "--models"):
+            assert api_client.main(["--base-url", url, what]) == 1
+            assert capsys.readouterr().err == (
+                f"error: Nothing listens on {url}; start the server with `make run`\n"
+            )
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,8 @@ LAYERS = {
     "settings": layer(never=HTTP | MODELS | {"torch"}),
     "logs": layer(never=HTTP | MODELS | {"torch"}),
     "engine.base": layer("errors", never=HTTP | MODELS | {"torch"}),
-    "engine": layer("engine", "errors", "logs", never=HTTP),
+    "engine": layer("engine", "families", "errors", "logs", never=HTTP),
+    "families": layer("families", never=HTTP),
     "serving": layer("serving", "engine.base", *LEAVES, never=HTTP | MODELS | {"torch"}),
     "api": layer("api", "serving", "engine.base", *LEAVES, never=MODELS | {"torch", "gunicorn"}),
 }
@@ -49,7 +50,7 @@ WIRING = {"__main__", "app", "check", "cli", "loading", "readiness", "server"}
 # One module of a layer that otherwise leaves a library alone.
 EXCEPTIONS = {"serving.hub": {"huggingface_hub"}}
 
-LOADING = {"engine/loader.py", "engine/convert.py"}
+LOADING = {"engine/loader.py", "engine/convert.py", "engine/embedding.py"}
 
 
 def modules() -> dict[str, Path]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -76,7 +77,7 @@ def test_program_runs_as_a_module() -> None:
     command = [sys.executable, "-m", "transformers_api", "--help"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=50)
     assert result.returncode == 0
-    for name in ("serve", "models", "pull", "check"):
+    for name in ("serve", "models", "pull", "convert", "check"):
         assert name in result.stdout
 
 
@@ -134,11 +135,11 @@ def test_check_of_a_sound_setup_is_ready(
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_verysecretvalue")
     assert main(["check"]) == 0
-    output = capsys.readouterr().out
+    output = re.sub(" {2,}", "  ", capsys.readouterr().out)
     assert "Ready to serve" in output
-    assert "DEFAULT_MODEL           mine  (environment: DEFAULT_MODEL)" in output
-    assert "MAX_CONTEXT_TOKENS      2048  (default)" in output
-    assert "HF_TOKEN                ***" in output
+    assert "DEFAULT_MODEL  mine  (environment: DEFAULT_MODEL)" in output
+    assert "MAX_CONTEXT_TOKENS  2048  (default)" in output
+    assert "HF_TOKEN  ***" in output
     assert "verysecret" not in output
 
 

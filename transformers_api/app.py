@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 from flask import Flask
@@ -10,9 +11,10 @@ from transformers_api import api
 from transformers_api.api.services import Services
 from transformers_api.engine.thread import EngineThread
 from transformers_api.errors import ModelNotFound
-from transformers_api.loading import ModelLoader
+from transformers_api.loading import EncoderLoader, ModelLoader
 from transformers_api.logs import configure_logging
 from transformers_api.readiness import Readiness
+from transformers_api.serving.embeddings import EmbeddingModels, EncoderRegistry
 from transformers_api.serving.models import Loader
 from transformers_api.serving.registry import ModelRegistry
 from transformers_api.serving.store import ModelStore
@@ -27,9 +29,11 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
     store = ModelStore(settings)
     registry = ModelRegistry.from_settings(settings, store.has_repo)
     thread = None
+    encoder_loader = loader
     if loader is None:
         thread = EngineThread(settings.torch_threads)
         loader = ModelLoader(settings, store, thread)
+        encoder_loader = EncoderLoader(settings, store, thread)
     readiness = Readiness(_preloaded(settings, registry), thread)
     swapper = Swapper(
         registry,
@@ -42,15 +46,24 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
         auto_load=settings.auto_load,
         listener=readiness,
     )
+    swappers, embeddings = [swapper], None
+    if settings.enable_embeddings_backend:
+        assert encoder_loader is not None
+        encoders = _encoders(settings, registry, encoder_loader)
+        embeddings = EmbeddingModels(registry, swapper, encoders, max(settings.max_queue, 1))
+        swappers.append(encoders)
+        if isinstance(loader, ModelLoader):
+            loader.make_room = embeddings.give_back
     app = Flask(__name__, static_folder=None)
     services = Services(
         settings=settings,
         registry=registry,
         store=store,
         swapper=swapper,
+        embeddings=embeddings,
         ready=readiness,
         devices=loader.devices,
-        drain=partial(readiness.drain, swapper),
+        drain=partial(_drain, readiness, swappers),
     )
     api.register(app, services)
     if thread is not None:
@@ -58,6 +71,23 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
     if settings.preload_model:
         swapper.load(settings.default_model, wait=False)
     return app
+
+
+def _encoders(settings: Settings, registry: ModelRegistry, loader: Loader) -> Swapper:
+    """What lives beside the resident model, one at a time; AUTO_LOAD says nothing about it."""
+    return Swapper(
+        EncoderRegistry(registry),
+        loader,
+        swap_after_s=settings.swap_after_s,
+        drain_s=settings.drain_s,
+        wait_s=settings.model_wait_s,
+        idle_unload_s=settings.idle_unload_s,
+    )
+
+
+def _drain(readiness: Readiness, swappers: Sequence[Swapper], grace_s: float) -> None:
+    for swapper in swappers:
+        readiness.drain(swapper, grace_s)
 
 
 def _preloaded(settings: Settings, registry: ModelRegistry) -> str | None:

@@ -1,4 +1,4 @@
-"""The command line: serve, models, pull, check. Imports what a command needs when it runs."""
+"""The command line: serve, models, pull, convert, check. A command imports what it needs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers_api.errors import ApiError
+from transformers_api.errors import ApiError, ModelLoadFailed
 from transformers_api.settings import SettingError, Settings
 
 if TYPE_CHECKING:
@@ -55,6 +55,15 @@ def _parser() -> argparse.ArgumentParser:
     pull = commands.add_parser("pull", help="download or convert a model now")
     pull.add_argument("id", help="a registered id, or owner/name on the Hub")
     pull.set_defaults(run=_pull)
+
+    convert = commands.add_parser(
+        "convert", help="make a standard folder of an original checkpoint"
+    )
+    convert.add_argument("source", type=Path, help="a .pt, .pth or .gguf file, or a folder")
+    convert.add_argument("folder", type=Path, metavar="dest", help="the folder to make")
+    convert.add_argument("--family", help="what it is, where the weights leave that open")
+    convert.add_argument("--config", type=Path, metavar="FILE", help="its configuration (JSON)")
+    convert.set_defaults(run=_convert)
 
     check = commands.add_parser("check", help="show settings and environment, and what is wrong")
     check.set_defaults(run=_check)
@@ -164,6 +173,23 @@ def _pull(options: argparse.Namespace) -> int:
         f"{spec.name} is ready in {files.folder} ({_size(files.weight_bytes)}, "
         f"{files.parameters} parameters, {files.stored_dtype})\n"
     )
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from transformers_api.engine.convert import convert
+
+    source, folder = options.source, options.folder
+    if not source.exists():
+        raise ModelLoadFailed(f"{source} does not exist")
+    if folder.exists():
+        raise ModelLoadFailed(f"{folder} exists already: name a folder to make")
+    try:
+        with _progress_bar() as progress:
+            convert(source, folder, progress, options.family, options.config)
+    except OSError as error:
+        raise ModelLoadFailed(f"{folder} could not be made: {error}") from error
+    sys.stdout.write(f"{source.name} is ready in {folder}\n")
     return 0
 
 

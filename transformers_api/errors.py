@@ -12,6 +12,7 @@
     │   └── ModelNotFound            404  ``model`` is not in the registry
     ├── MethodNotAllowed             405
     ├── ChatUnavailable              501  the registry marks the model as completion-only
+    ├── EmbeddingsUnavailable        501  ENABLE_EMBEDDINGS_BACKEND is off
     ├── Overloaded                   429  the queue is full
     ├── Unavailable                  503  cannot serve now, may later
     │   ├── ModelNotLoaded           503  AUTO_LOAD is off and another model is resident
@@ -113,6 +114,14 @@ class ChatUnavailable(ApiError):
     status = 501
     type = "not_implemented_error"
     code = "chat_completions_not_available"
+
+
+class EmbeddingsUnavailable(ApiError):
+    """`ENABLE_EMBEDDINGS_BACKEND` is off."""
+
+    status = 501
+    type = "not_implemented_error"
+    code = "embeddings_backend_unavailable"
 
 
 class Overloaded(ApiError):

@@ -9,18 +9,27 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers_api import __version__
 from transformers_api.engine.thread import EngineThread
-from transformers_api.errors import InsufficientMemory, ModelLoadFailed
-from transformers_api.serving.models import LoadedModel, ModelFiles, ModelSpec
+from transformers_api.errors import InsufficientMemory, ModelLoadFailed, ModelNotCapable
+from transformers_api.serving.encoder_files import read_encoder
+from transformers_api.serving.models import (
+    Embedder,
+    LoadedModel,
+    ModelFiles,
+    ModelSpec,
+    Pooling,
+)
 from transformers_api.serving.store import ModelStore
+from transformers_api.serving.token_counts import token_counter
 from transformers_api.settings import GIB, Settings
 
 if TYPE_CHECKING:
-    from transformers_api.engine.batching import BatchingEngine
+    from transformers_api.engine.base import Engine
     from transformers_api.engine.loader import LoadOptions
 
 RESERVE = 1.15  # of the weights: activations, the KV cache of a few short sequences
@@ -29,7 +38,12 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class ModelLoader:
-    """Prepares in the caller's thread, loads on the engine's."""
+    """Prepares in the caller's thread, loads on the engine's.
+
+    ``make_room`` is asked for bytes that lack for a model, and says whether it freed them.
+    """
+
+    make_room: Callable[[int], bool] | None = None
 
     def __init__(self, settings: Settings, store: ModelStore, thread: EngineThread) -> None:
         self.settings = settings
@@ -44,13 +58,22 @@ class ModelLoader:
 
     def prepare(self, spec: ModelSpec, progress: Callable[[float, str], None]) -> ModelFiles:
         """See Loader."""
+        if spec.embedding == "encoder":
+            raise ModelNotCapable(
+                f"Model '{spec.name}' makes embeddings, it does not generate text", param="model"
+            )
+        if spec.token_encoding:  # what cannot be had is told before anything is loaded
+            token_counter(spec.token_encoding)
         return self.store.prepare(spec, progress)
 
     def check_memory(self, spec: ModelSpec, files: ModelFiles, freed_bytes: int) -> bool:
         """See Loader."""
         device = self.thread.call(lambda: self._pick_device(spec)).result()
-        free = self.thread.call(lambda: _available_bytes(device)).result()
+        free = self._free_bytes(device)
         need = int(self._weight_bytes(spec, files, device) * RESERVE)
+        lacking = need - free - freed_bytes
+        if lacking > 0 and self.make_room is not None and self.make_room(lacking):
+            free = self._free_bytes(device)
         if need > free + freed_bytes:
             raise InsufficientMemory(
                 f"Model '{spec.name}' needs {need / GIB:.1f} GiB of memory on {device}, "
@@ -61,8 +84,9 @@ class ModelLoader:
     def load(self, spec: ModelSpec, files: ModelFiles) -> LoadedModel:
         """See Loader."""
         started = time.monotonic()
+        self.thread.call(_register_families).result()
         tokenizer = _load_tokenizer(files.folder, spec.trust_remote_code)
-        engine = self.thread.call(lambda: self._load_engine(spec, files, tokenizer)).result()
+        engine: Any = self.thread.call(lambda: self._load_engine(spec, files, tokenizer)).result()
         facts = self.thread.call(lambda: _facts(engine.model)).result()
         return LoadedModel(
             spec=spec,
@@ -71,13 +95,28 @@ class ModelLoader:
             load_s=time.monotonic() - started,
             fingerprint=_fingerprint(files, facts),
             created=files.created,
+            count_tokens=token_counter(spec.token_encoding) if spec.token_encoding else None,
+            embedder=self._embedder(spec, files, engine),
             **facts,
         )
 
-    def _load_engine(self, spec: ModelSpec, files: ModelFiles, tokenizer: Any) -> BatchingEngine:
+    def _load_engine(self, spec: ModelSpec, files: ModelFiles, tokenizer: Any) -> Engine:
         from transformers_api.engine.loader import load_engine
 
         return load_engine(files.folder, self._options(spec, tokenizer), self.thread)
+
+    def _embedder(self, spec: ModelSpec, files: ModelFiles, engine: Engine) -> Embedder | None:
+        if not isinstance(spec.embedding, Pooling):
+            return None
+        in_chunks = engine.stats().mode == "batching"
+        return self._pooled(engine, spec.embedding, reads_in_chunks=in_chunks)
+
+    def _pooled(self, engine: Engine, pooling: Pooling, *, reads_in_chunks: bool) -> Embedder:
+        from transformers_api.engine.embedding import PooledEmbedder, Reduction
+
+        reduction = Reduction(pooling.mode, pooling.normalize)
+        size = self.settings.prefill_chunk
+        return PooledEmbedder(engine, reduction, size, reads_in_chunks=reads_in_chunks)
 
     def _options(self, spec: ModelSpec, tokenizer: Any) -> LoadOptions:
         from transformers_api.engine.loader import LoadOptions
@@ -98,6 +137,9 @@ class ModelLoader:
             kv_cache_bytes=int(settings.kv_cache_gib * GIB) if settings.kv_cache_gib else None,
         )
 
+    def _free_bytes(self, device: str) -> int:
+        return self.thread.call(lambda: _available_bytes(device)).result()
+
     def _pick_device(self, spec: ModelSpec) -> str:
         from transformers_api.engine.loader import pick_device
 
@@ -116,6 +158,34 @@ class ModelLoader:
         return files.parameters * DTYPE_BYTES.get(dtype, 4)
 
 
+class EncoderLoader(ModelLoader):
+    """The same for the encoders of /v1/embeddings."""
+
+    def prepare(self, spec: ModelSpec, progress: Callable[[float, str], None]) -> ModelFiles:
+        """See Loader."""
+        files = self.store.prepare(spec, progress)
+        read_encoder(files.folder)  # what it wants and we cannot is told before anything is loaded
+        return files
+
+    def _load_engine(self, spec: ModelSpec, files: ModelFiles, tokenizer: Any) -> Engine:
+        from transformers_api.engine.embedding import load_encoder
+
+        limits = (
+            spec.max_context_tokens,
+            read_encoder(files.folder).max_tokens,
+            tokenizer.model_max_length,  # enormous where it says nothing
+        )
+        options = replace(
+            self._options(spec, tokenizer),
+            max_context_tokens=min(limit for limit in limits if limit is not None),
+        )
+        return load_encoder(files.folder, options, self.thread)
+
+    def _embedder(self, spec: ModelSpec, files: ModelFiles, engine: Engine) -> Embedder:
+        pooling = read_encoder(files.folder).pooling
+        return self._pooled(engine, pooling, reads_in_chunks=False)
+
+
 def _load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
@@ -125,6 +195,12 @@ def _load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
         )
     except Exception as error:
         raise ModelLoadFailed(f"The tokenizer cannot be loaded: {error}") from error
+
+
+def _register_families() -> None:
+    from transformers_api import families
+
+    families.register()
 
 
 def _devices() -> list[str]:

@@ -198,6 +198,9 @@ class Settings:
     graceful_s: int = _setting(
         30, _integer(1, 3600), "Seconds that running answers get after SIGTERM."
     )
+    enable_embeddings_backend: bool = _setting(
+        False, _bool, "Serve /v1/embeddings; else it answers 501."
+    )
     cors_allow_origins: tuple[str, ...] = _setting(
         (),
         _origins,

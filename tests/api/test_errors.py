@@ -10,7 +10,7 @@ from transformers_api.errors import EngineDead, ServerShuttingDown
 PAGE = "http://localhost:3000"
 
 
-@pytest.mark.parametrize("url", ["/nope", "/v1", "/v1/nope", "/v1/chat", "/docs/assets/nope.js"])
+@pytest.mark.parametrize("url", ["/v1", "/v1/nope", "/v1/chat", "/tokenize/nope"])
 def test_an_unknown_url_is_404_in_openais_shape(served, url):
     body = error(served.client.get(url), 404)
     assert (body["type"], body["code"], body["param"]) == (
@@ -19,6 +19,13 @@ def test_an_unknown_url_is_404_in_openais_shape(served, url):
         None,
     )
     assert url in body["message"]
+
+
+@pytest.mark.parametrize("url", ["/nope", "/v1x", "/docs/assets/nope.js", "/generate/nope"])
+def test_an_unknown_url_outside_of_openais_routes_is_404_with_a_detail(served, url):
+    response = served.client.get(url)
+    assert response.status_code == 404
+    assert response.get_json() == {"detail": f"Unknown URL: GET {url}"}
 
 
 def test_a_wrong_method_is_405_and_says_which_are_right(served):

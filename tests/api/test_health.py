@@ -11,6 +11,8 @@ def test_health_has_the_keys_of_all_predecessors(served):
     body = served.client.get("/health").get_json()
     cache_dir = str(served.services.settings.hf_home)
     assert re.fullmatch(r"\d+h \d+m \d+s", body.pop("uptime"))
+    assert set(body.pop("system")) == {"platform", "python", "cpu_count"}
+    memory = body.pop("memory")
     assert body == {
         "status": "degraded",
         "ok": True,
@@ -22,13 +24,23 @@ def test_health_has_the_keys_of_all_predecessors(served):
         "active_requests": 0,
         "total_models": 2,
         "cuda_available": False,
+        "device": None,
         "cache_dir": cache_dir,
     }
+    assert memory["model_bytes"] == 0
+    assert memory["process_bytes"] is None or memory["process_bytes"] > 1 << 20
     served.chat()
     body = served.client.get("/health").get_json()
     assert (body["status"], body["model_ready"], body["model_loaded"]) == ("healthy", True, True)
     assert (body["current_model"], body["models_loaded"]) == ("fake", ["fake"])
     assert body["loaded_models"] == 1
+    assert (body["device"], body["memory"]["model_bytes"]) == ("cpu", 1000)
+
+
+def test_uptime_counts_hours_minutes_and_seconds(served, monkeypatch):
+    began = served.services.started_at
+    monkeypatch.setattr("time.monotonic", lambda: began + 2 * 3600 + 30 * 60 + 45.9)
+    assert served.client.get("/health").get_json()["uptime"] == "2h 30m 45s"
 
 
 def test_health_tells_of_gpus(serve):

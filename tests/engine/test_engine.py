@@ -120,6 +120,15 @@ def test_tokens_that_the_tokenizer_lacks_are_never_sampled(make_engine):
     assert max(ids) < 50
 
 
+def test_tokens_that_the_generation_config_suppresses_are_never_sampled(make_engine):
+    model = copy.deepcopy(tiny_model("llama"))
+    (plain,) = complete(make_engine(model), ask(PROMPT, max_tokens=10, **GREEDY))
+    model.generation_config.suppress_tokens = [plain[0], 500]
+    (ids,) = complete(make_engine(model), ask(PROMPT, max_tokens=10, **GREEDY))
+    assert plain[0] not in ids
+    assert ids == generate(model, PROMPT, 10)
+
+
 def test_a_second_turn_reads_only_what_is_new(make_engine):
     engine = make_engine()
     first = complete(engine, ask(PROMPT, max_tokens=10, **GREEDY))[0]

@@ -227,8 +227,8 @@ def test_full_disk_is_said_before_the_download(
 def test_checkpoint_of_another_format_is_refused_without_a_download(
     hub: HubServer, store: ModelStore
 ) -> None:
-    with pytest.raises(ModelLoadFailed, match=r"best\.pt is neither safetensors nor GGUF"):
-        store.prepare(hub_spec(file="best.pt"), no_progress)
+    with pytest.raises(ModelLoadFailed, match=r"best\.onnx cannot be converted: expected"):
+        store.prepare(hub_spec(file="best.onnx"), no_progress)
     assert hub.requests == []
 
 
@@ -242,6 +242,28 @@ def test_gguf_of_the_hub_is_fetched_alone_and_then_converted(
     assert hub.fetched("config.json") == []
     with pytest.raises(ModelLoadFailed, match=r"someone/tiny has no file other\.gguf"):
         store.prepare(hub_spec(file="other.gguf"), no_progress)
+
+
+@pytest.mark.parametrize(
+    ("fixture", "file"),
+    [
+        pytest.param("niels_v1/public", "best.pt", id="a file"),
+        pytest.param("gpt3dev/public", None, id="a repository"),
+    ],
+)
+def test_original_checkpoint_of_the_hub_is_fetched_and_converted_once(
+    hub: HubServer, store: ModelStore, fixture: str, file: str | None
+) -> None:
+    folder = Path(__file__).parents[1] / "fixtures" / fixture
+    names = [file] if file else ["config.json", "model.safetensors"]
+    hub.repos[REPO] = {name: (folder / name).read_bytes() for name in names}
+    spec = ModelSpec(name="m", source=HubSource(REPO, file=file))
+    files = store.prepare(spec, no_progress)
+    assert files.folder.parent.name == "store"
+    hub.requests.clear()
+    assert store.locate(spec) == files.folder
+    assert store.prepare(spec, no_progress) == files
+    assert hub.requests == []
 
 
 def test_local_folder_is_used_in_place(store: ModelStore, tmp_path: Path) -> None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 from flask import Flask
 
 from transformers_api.api import docs, errors, hooks
+from transformers_api.api.embeddings import blueprint as embeddings
 from transformers_api.api.health import blueprint as health
 from transformers_api.api.models import blueprint as models
+from transformers_api.api.native import blueprint as native
 from transformers_api.api.openai import blueprint as openai
 from transformers_api.api.services import EXTENSION, Services
 from transformers_api.api.strict_json import StrictJSONProvider
@@ -26,5 +28,5 @@ def register(app: Flask, services: Services) -> None:
     hooks.install(app, services.settings)
     errors.install(app)
     api = docs.install(app)
-    for blueprint in (openai, models, tokens, health):
+    for blueprint in (openai, embeddings, models, tokens, native, health):
         api.register_blueprint(blueprint)

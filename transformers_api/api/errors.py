@@ -19,9 +19,13 @@ from transformers_api.errors import (
 
 log = logging.getLogger(__name__)
 
+OPENAI_ROUTES = ("/v1", "/tokenize", "/detokenize")
 
-def payload(error: ApiError) -> dict[str, Any]:
-    """OpenAI's error object."""
+
+def payload(error: ApiError, path: str) -> dict[str, Any]:
+    """The body in the dialect of the route: OpenAI's error object, or ``{"detail": text}``."""
+    if not any(path == start or path.startswith(f"{start}/") for start in OPENAI_ROUTES):
+        return {"detail": error.message}
     return {
         "error": {
             "message": error.message,
@@ -34,7 +38,7 @@ def payload(error: ApiError) -> dict[str, Any]:
 
 def render(error: ApiError) -> Response:
     """The response for ``error``, with ``Retry-After`` where waiting helps."""
-    response = jsonify(payload(error))
+    response = jsonify(payload(error, request.path))
     response.status_code = error.status
     if error.retry_after is not None:
         # OpenAI's clients ignore 0 and give up on more than two minutes.

@@ -47,7 +47,7 @@ class Exchange:
 
     def stream(self, chunks: Iterator[dict[str, Any] | None]) -> flask.Response:
         """Answer with events; None among ``chunks`` becomes a sign of life."""
-        response = sse.response(_frames(chunks))
+        response = sse.response(_frames(chunks, flask.request.path))
         response.call_on_close(self.close)
         self._is_streaming = True
         return response
@@ -69,12 +69,12 @@ class Exchange:
             self.close()
 
 
-def _frames(chunks: Iterator[dict[str, Any] | None]) -> Iterator[bytes]:
+def _frames(chunks: Iterator[dict[str, Any] | None], path: str) -> Iterator[bytes]:
     try:
         for chunk in chunks:
             yield sse.PING if chunk is None else sse.frame(chunk)
     except Exception as error:
         # The status is out. Without [DONE] no client takes this for a complete answer.
-        yield sse.frame(errors.payload(errors.known(error)))
+        yield sse.frame(errors.payload(errors.known(error), path))
     else:
         yield sse.DONE

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import time
+from pathlib import Path
 from typing import Any
 
 from flask import Response, jsonify
@@ -36,9 +39,25 @@ def health() -> Any:
         "active_requests": status.leases,
         "total_models": len(known.registry.list()),
         "cuda_available": "cuda" in known.devices(),
+        "device": status.device,
         "cache_dir": str(known.settings.hf_home),
+        "memory": {"process_bytes": _process_bytes(), "model_bytes": status.bytes},
+        "system": {
+            "platform": platform.system(),
+            "python": platform.python_version(),
+            "cpu_count": os.cpu_count(),
+        },
         "uptime": _uptime(time.monotonic() - known.started_at),
     }
+
+
+def _process_bytes() -> int | None:
+    """Memory of this process that is in RAM; None where the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:  # not Linux
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _uptime(seconds: float) -> str:
@@ -83,5 +102,6 @@ def index() -> Any:
             "models": "/v1/models",
             "chat": "/v1/chat/completions",
             "completions": "/v1/completions",
+            "generate": "/generate",
         },
     }

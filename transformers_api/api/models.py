@@ -78,7 +78,7 @@ def load_model(body: dict[str, Any]) -> Any:
 def unload_model(model_id: str) -> Any:
     """Take a model out of memory, once its running answers are finished."""
     known = services()
-    if not known.swapper.evict(model_id):
+    if not known.swapper.evict(model_id) and not _unload_encoder(known, model_id):
         raise NotFound(f"Model '{model_id}' is not loaded", param="model")
     return {"id": model_id, "object": "model", "deleted": True}
 
@@ -103,7 +103,7 @@ def _shown(known: Services, spec: ModelSpec, status: SwapperStatus) -> dict[str,
         "object": "model",
         "created": _created(known, spec),
         "owned_by": _owner(spec),
-        "loaded": status.model == spec.name,
+        "loaded": status.model == spec.name or _encoder(known) == spec.name,
         "permission": [],
         "root": spec.name,
         "parent": None,
@@ -111,6 +111,15 @@ def _shown(known: Services, spec: ModelSpec, status: SwapperStatus) -> dict[str,
     if status.model == spec.name and status.max_model_len is not None:
         shown["max_model_len"] = status.max_model_len
     return shown
+
+
+def _encoder(known: Services) -> str | None:
+    return known.embeddings.encoder if known.embeddings else None
+
+
+def _unload_encoder(known: Services, model_id: str) -> bool:
+    is_there = _encoder(known) == known.registry.resolve(model_id).name
+    return is_there and known.embeddings is not None and known.embeddings.give_back(0)
 
 
 def _created(known: Services, spec: ModelSpec) -> int:

@@ -43,6 +43,7 @@ def chat_completions(body: dict[str, Any]) -> Any:
     texts = translate.message_texts(body["messages"])
     translate.check_prompt_bytes(texts, known.settings, "messages")
     translate.check_sequences(1, body["n"], known.settings)
+    chat.check_enabled(known.registry.resolve(body.get("model") or known.settings.default_model))
     with Exchange(known, request.environ) as exchange:
         model = exchange.lease(body.get("model"))
         prompt = translate.chat_prompt(model, body)

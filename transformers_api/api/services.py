@@ -10,6 +10,7 @@ from typing import cast
 import flask
 
 from transformers_api.api.disconnect import DisconnectWatcher
+from transformers_api.serving.embeddings import EmbeddingModels
 from transformers_api.serving.registry import ModelRegistry
 from transformers_api.serving.store import ModelStore
 from transformers_api.serving.swapper import Swapper
@@ -38,6 +39,7 @@ class Services:
     registry: ModelRegistry
     store: ModelStore
     swapper: Swapper
+    embeddings: EmbeddingModels | None = None  # None: ENABLE_EMBEDDINGS_BACKEND is off
     started_at: float = field(default_factory=time.monotonic)  # seconds, time.monotonic()
     created: int = field(default_factory=lambda: int(time.time()))  # the same, since 1970
     watcher: DisconnectWatcher = field(default_factory=DisconnectWatcher)

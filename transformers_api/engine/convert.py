@@ -1,8 +1,8 @@
-"""Turn one GGUF file into a folder in the transformers format, once.
+"""Turn a GGUF file or a seed system's checkpoint into a folder in the transformers format, once.
 
 ::
 
-    python -m transformers_api.engine.convert SOURCE.gguf FOLDER
+    python -m transformers_api.engine.convert SOURCE FOLDER
 
 Always a process of its own: a running engine keeps its threads, and the memory that unpacking
 takes goes back when the process ends. Standard output carries lines ``progress 0.35 what``.
@@ -39,7 +39,7 @@ Report = Callable[[float, str], None]
 def main(arguments: list[str]) -> int:
     """Convert; 0 when FOLDER is complete, NO_ROOM_EXIT when the disk is full, else 1."""
     if len(arguments) != 2:
-        sys.stderr.write("usage: python -m transformers_api.engine.convert SOURCE.gguf FOLDER\n")
+        sys.stderr.write("usage: python -m transformers_api.engine.convert SOURCE FOLDER\n")
         return 2
     try:
         convert(Path(arguments[0]), Path(arguments[1]), _print_progress)
@@ -55,8 +55,18 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def convert(source: Path, folder: Path, report: Report) -> None:
-    """Make ``folder`` from the GGUF file ``source``; nothing to do when it is there and intact."""
+def convert(
+    source: Path,
+    folder: Path,
+    report: Report,
+    family: str | None = None,
+    config_file: Path | None = None,
+) -> None:
+    """Make ``folder`` from ``source``; nothing to do when it is there and intact.
+
+    ``source`` is a GGUF file, or what ``checkpoints.read_checkpoint`` reads: ``family`` and
+    ``config_file`` are for that. Raises ModelLoadFailed, InsufficientStorage.
+    """
     source, folder = source.resolve(), folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _locked(folder, report):
@@ -67,7 +77,10 @@ def convert(source: Path, folder: Path, report: Report) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         try:
-            _write(source, partial, report)
+            if source.suffix == ".gguf":
+                _write_gguf(source, partial, report)
+            else:
+                _write_checkpoint(source, partial, report, family, config_file)
             _seal(source, partial, report)
             shutil.rmtree(folder, ignore_errors=True)  # a damaged earlier one
             partial.rename(folder)
@@ -111,7 +124,20 @@ def _sweep(store: Path) -> None:
                 shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write(source: Path, folder: Path, report: Report) -> None:
+def _write_checkpoint(
+    source: Path, folder: Path, report: Report, family: str | None, config_file: Path | None
+) -> None:
+    report(0.0, "starting")
+    from transformers_api.engine.checkpoints import read_checkpoint
+
+    report(0.2, "reading the checkpoint")
+    checkpoint = read_checkpoint(source, family, config_file)
+    _check_room(folder, checkpoint.parameters, None)
+    report(0.6, "writing")
+    checkpoint.save(folder)
+
+
+def _write_gguf(source: Path, folder: Path, report: Report) -> None:
     report(0.0, "starting")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

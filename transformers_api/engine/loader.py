@@ -24,6 +24,7 @@ from transformers_api.engine.packed_linear import pack_linears
 from transformers_api.engine.prompt_scores import PromptScoringRunner
 from transformers_api.engine.scheduler import Batch
 from transformers_api.engine.sequence import Sequence
+from transformers_api.engine.suppressed_tokens import SuppressingRunner
 from transformers_api.engine.thread import EngineThread
 from transformers_api.errors import ModelLoadFailed
 
@@ -126,6 +127,9 @@ def build_engine(model: Any, options: LoadOptions, thread: EngineThread) -> Batc
         prompt_window=getattr(model.config, "prompt_window", None),
         torch_noise=getattr(model.config, "sampling_noise", None) == "torch",
     )
+    suppressed = getattr(model.generation_config, "suppress_tokens", None) or ()
+    if ids := [token for token in suppressed if 0 <= token < vocab_size]:
+        runner = SuppressingRunner(runner, ids)
     return BatchingEngine(model, PromptScoringRunner(runner), limits, thread, mode)
 
 

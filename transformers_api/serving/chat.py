@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 from jinja2 import TemplateError
 
 from transformers_api.errors import ChatUnavailable, InvalidRequest, ModelNotCapable
-from transformers_api.serving.models import ChatMode, LoadedModel
+from transformers_api.serving.models import ChatMode, LoadedModel, ModelSpec
 
 _CHAT_OFF = "Chat completions are currently disabled; please use /v1/completions instead."
 _TAGS = {
@@ -98,7 +98,13 @@ def encode(
         return ChatPrompt(_tokenize(model.tokenizer, text, True, "messages"), TRANSCRIPT_STOPS)
     text = _render(model, plain, add_generation_prompt, continue_final_message, kwargs)
     ids = _tokenize(model.tokenizer, text, False, "messages")
-    return ChatPrompt(ids, stop_token_ids=end_of_turn_ids(model.tokenizer))
+    return ChatPrompt(ids, _written_stops(model.tokenizer), end_of_turn_ids(model.tokenizer))
+
+
+def check_enabled(spec: ModelSpec) -> None:
+    """Raise ChatUnavailable where the registry says so: before the model is loaded for nothing."""
+    if spec.chat == "off":
+        raise ChatUnavailable(_CHAT_OFF)
 
 
 def chat_mode(model: LoadedModel) -> ChatMode:
@@ -121,6 +127,11 @@ def transcript(
     if continue_final:
         return text[:-1]
     return text + "Assistant:" if add_generation_prompt else text
+
+
+def _written_stops(tokenizer: Any) -> tuple[str, ...]:
+    """What ends an answer as plain text, where the model has no token for that."""
+    return tuple(getattr(tokenizer, "init_kwargs", {}).get("stop_strings") or ())
 
 
 def end_of_turn_ids(tokenizer: Any) -> frozenset[int]:

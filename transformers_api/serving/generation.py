@@ -23,6 +23,7 @@ from transformers_api.errors import (
 from transformers_api.serving.cancellation import Cancellation
 from transformers_api.serving.choice_text import ChoiceText, TextDelta, TokenDetail
 from transformers_api.serving.models import LoadedModel
+from transformers_api.serving.token_counts import CountedTexts
 from transformers_api.serving.vocabulary import Vocabulary
 
 _SEEDS = 2**63
@@ -60,7 +61,10 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens as the model counts them: each prompt once, every generated token that was read."""
+    """Tokens as the model counts them: each prompt once, every generated token that was read.
+
+    Where the registry entry names an encoding of tiktoken, as that counts the texts.
+    """
 
     prompt_tokens: int
     completion_tokens: int
@@ -84,11 +88,16 @@ class Generation:
     """
 
     def __init__(
-        self, request: GenerationRequest, choices: Sequence[ChoiceText], stream: TokenStream
+        self,
+        request: GenerationRequest,
+        choices: Sequence[ChoiceText],
+        stream: TokenStream,
+        counted: CountedTexts | None = None,
     ) -> None:
         self.request = request
         self.choices = choices  # of each prompt best_of, or else n
         self._stream = stream
+        self._counted = counted
         self._running = len(choices)
         self._closed = False
 
@@ -110,12 +119,14 @@ class Generation:
     @property
     def usage(self) -> Usage:
         """What has been used so far; final once the iteration has ended."""
+        cached = sum(choice.cached_tokens for choice in self.choices[:: self.request.per_prompt])
+        if self._counted is not None:
+            prompt, completion = self._counted.totals()
+            return Usage(prompt, completion, min(cached, prompt))
         return Usage(
             prompt_tokens=sum(map(len, self.request.prompts)),
             completion_tokens=sum(choice.completion_tokens for choice in self.choices),
-            cached_tokens=sum(
-                choice.cached_tokens for choice in self.choices[:: self.request.per_prompt]
-            ),
+            cached_tokens=cached,
         )
 
     def close(self) -> None:
@@ -134,6 +145,8 @@ class Generation:
             return None
         self._raise_early_end(output)
         delta = choice.take(output)
+        if delta is not None and self._counted is not None:
+            self._counted.add(output.index, delta.text)
         if delta is not None and delta.finish_reason is not None:
             self._running -= 1
             if output.finish_reason is None:
@@ -177,7 +190,9 @@ def start(
         for index, (prompt, _) in enumerate(places)
     ]
     sequences = [SequenceRequest(prompt, _with_seed(params, i)) for prompt, i in places]
-    generation = Generation(request, choices, loaded.engine.submit(sequences))
+    count = loaded.count_tokens
+    counted = count and CountedTexts(loaded, count, request.prompts, len(choices))
+    generation = Generation(request, choices, loaded.engine.submit(sequences), counted)
     cancellation.on_cancel(generation.close)
     return generation
 

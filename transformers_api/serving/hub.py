@@ -25,6 +25,7 @@ from transformers_api.serving.models import HubSource
 
 RESERVE_BYTES = 1 << 30  # left free on the disk for everybody else
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+ENCODER_STEP = "[0-9]_*/config.json"  # how a sentence encoder pools
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _CHUNK = 1 << 22
 
@@ -106,6 +107,17 @@ class HubCache:
                 _verify(folder / name, files[name], progress)
         return folder / source.file if source.file else folder
 
+    def sizes(self, source: HubSource) -> tuple[int, int]:
+        """Bytes of the files that ``fetch`` takes, and of all, as the Hub says; downloads nothing.
+
+        Raises ModelLoadFailed.
+        """
+        with _explained(source, self._token):
+            files = self._list(source)
+            small, weights = _choose(source, files, trust_remote_code=False)
+        wanted = sum(files[name].bytes for name in small + weights)
+        return wanted, sum(file.bytes for file in files.values())
+
     def _list(self, source: HubSource) -> dict[str, RemoteFile]:
         from huggingface_hub import HfApi
 
@@ -150,7 +162,7 @@ class HubCache:
 def _choose(
     source: HubSource, files: Mapping[str, RemoteFile], trust_remote_code: bool
 ) -> tuple[list[str], list[str]]:
-    """(small files, weights) of a repository: its top folder, safetensors only."""
+    """(small files, weights) of a repository: its top folder, safetensors only; encoders' steps."""
     if source.file is not None:
         if source.file not in files:
             raise ModelLoadFailed(f"{source.repo} has no file {source.file}")
@@ -159,7 +171,8 @@ def _choose(
     small = [
         name
         for name in files
-        if "/" not in name and any(fnmatchcase(name, pattern) for pattern in patterns)
+        if ("/" not in name and any(fnmatchcase(name, pattern) for pattern in patterns))
+        or fnmatchcase(name, ENCODER_STEP)
     ]
     if preflight.WEIGHTS in files:
         return small, [preflight.WEIGHTS]

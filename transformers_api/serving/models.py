@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -10,11 +10,12 @@ from typing import Any, Literal, Protocol
 from transformers_api.engine.base import Engine
 
 ChatMode = Literal["template", "transcript", "off"]
+PoolingMode = Literal["cls", "mean", "last"]
 
 
 @dataclass(frozen=True, slots=True)
 class HubSource:
-    """A repository of the Hugging Face Hub. ``file`` names one GGUF file in it."""
+    """A repository of the Hugging Face Hub. ``file`` names the one file in it to convert."""
 
     repo: str
     revision: str | None = None
@@ -23,7 +24,7 @@ class HubSource:
 
 @dataclass(frozen=True, slots=True)
 class PathSource:
-    """A folder in the transformers format, or one GGUF file, on this machine."""
+    """A folder in the transformers format, or one file to convert, on this machine."""
 
     path: Path
 
@@ -37,6 +38,14 @@ class PackageSource:
 
 
 Source = HubSource | PathSource | PackageSource
+
+
+@dataclass(frozen=True, slots=True)
+class Pooling:
+    """How the hidden states of a text become one vector: its first, its last, or their mean."""
+
+    mode: PoolingMode
+    normalize: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +64,10 @@ class ModelSpec:
     )  # default sampling, by OpenAI's field names
     is_instruct: bool | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    # For /v1/embeddings: a model that does nothing else, with the pooling that its files say; or
+    # how to pool the hidden states of one that generates.
+    embedding: Literal["encoder"] | Pooling | None = None
+    token_encoding: str | None = None  # tiktoken's, for usage; None: the model's own tokens
     trust_remote_code: bool = False
     registered: bool = True  # False: an id of the Hub that no registry entry names
 
@@ -70,6 +83,27 @@ class ModelFiles:
     created: int  # seconds since 1970
 
 
+class Embedder(Protocol):
+    """Makes vectors of texts. From any thread; the engine thread does the work."""
+
+    @property
+    def dimensions(self) -> int:
+        """Numbers in a vector."""
+        ...
+
+    @property
+    def slice_tokens(self) -> int:
+        """Tokens, padding included, to read between two decode steps of the resident model."""
+        ...
+
+    def embed(self, rows: Sequence[Sequence[int]], dimensions: int | None = None) -> list[bytes]:
+        """A vector per row of token ids, as little-endian float32: the first ``dimensions`` of it.
+
+        The rows are one slice. Raises ModelUnloaded, EngineDead.
+        """
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
     """A resident model."""
@@ -83,6 +117,8 @@ class LoadedModel:
     load_s: float
     fingerprint: str  # OpenAI's system_fingerprint: changes with weights, dtype, device, version
     created: int = 0
+    count_tokens: Callable[[str], int] | None = None  # for usage; None: the model's own tokens
+    embedder: Embedder | None = None  # where the registry entry says that it embeds
     extras: Mapping[str, Any] = field(default_factory=dict)
 
 

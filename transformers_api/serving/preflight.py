@@ -22,6 +22,7 @@ from transformers_api.serving.models import ModelFiles
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+MODULES = "modules.json"  # of a sentence-transformers encoder
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 TOKENIZERS = (
     ("tokenizer.json",),
@@ -33,6 +34,9 @@ TOKENIZERS = (
     ("vocab.txt",),
 )
 NOT_GENERATING = ("ForMaskedLM", "Classification", "ForQuestionAnswering", "ForPreTraining")
+# Architectures of our own, and fields that only their originals' configurations have.
+OWN_TYPES = frozenset({"gpt3dev", "niels_gpt", "tinygpt", "tinygpt2"})
+ORIGINAL_FIELDS = frozenset({"block_size", "n_embd"})
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 MAX_JSON_BYTES = 100_000_000
 
@@ -73,15 +77,16 @@ def inspect_folder(
     folder: Path,
     trust_remote_code: bool = False,
     knows: Callable[[str], bool] | None = None,
+    encoder: bool = False,
 ) -> ModelFiles:
     """Check a model folder and measure it. Raises ModelLoadFailed, naming the file and the reason.
 
     ``knows`` says whether a ``model_type`` can be built without the folder's own code; by default
-    those that the installed transformers lists.
+    those that the installed transformers lists. ``encoder``: it is to make embeddings, not text.
     """
     if not folder.is_dir():
         raise ModelLoadFailed(f"{folder} is not a folder")
-    check_config(folder, trust_remote_code, knows)
+    check_config(folder, trust_remote_code, knows, encoder)
     _check_tokenizer(folder)
     paths = weight_files(folder)
     headers = {path.name: read_header(path) for path in paths}
@@ -106,10 +111,20 @@ def is_complete(folder: Path) -> bool:
     """Whether all files that serving needs are there; a look at names, not at contents."""
     try:
         weight_files(folder)
-        _check_tokenizer(folder)
+        if not is_original(folder):  # its conversion brings a tokenizer
+            _check_tokenizer(folder)
     except ModelLoadFailed:
         return False
     return (folder / "config.json").is_file()
+
+
+def is_original(folder: Path) -> bool:
+    """Whether a folder holds one of our own architectures as the original system saved it."""
+    try:
+        config = read_object(folder / "config.json")
+    except ModelLoadFailed:
+        return False
+    return config.get("model_type") in OWN_TYPES and not ORIGINAL_FIELDS.isdisjoint(config)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -218,9 +233,12 @@ def _check_index(index: Path, headers: Mapping[str, list[Tensor]]) -> None:
 
 
 def check_config(
-    folder: Path, trust_remote_code: bool = False, knows: Callable[[str], bool] | None = None
+    folder: Path,
+    trust_remote_code: bool = False,
+    knows: Callable[[str], bool] | None = None,
+    encoder: bool = False,
 ) -> None:
-    """Refuse what cannot be served, from config.json alone; ``knows`` as in inspect_folder."""
+    """Refuse what cannot be served, from the small files alone; arguments as in inspect_folder."""
     config = read_object(folder / "config.json")
     model_type = config.get("model_type")
     architectures = config.get("architectures") or ["?"]
@@ -229,7 +247,11 @@ def check_config(
             f"{folder}: an encoder-decoder model ({model_type}) cannot be served, only models that "
             "continue their own text"
         )
-    if str(architectures[0]).endswith(NOT_GENERATING) and not config.get("is_decoder"):
+    if encoder:
+        _check_is_encoder(folder)
+    elif (folder / MODULES).is_file():
+        raise ModelLoadFailed(f"{folder}: a sentence encoder makes embeddings, it writes no text")
+    elif str(architectures[0]).endswith(NOT_GENERATING) and not config.get("is_decoder"):
         raise ModelLoadFailed(f"{folder}: {architectures[0]} does not generate text")
     if trust_remote_code:
         return
@@ -238,6 +260,14 @@ def check_config(
         raise ModelLoadFailed(
             f"{folder / 'config.json'}: model_type {model_type!r} {own}; such code runs only for a "
             "registry entry with trust_remote_code: true"
+        )
+
+
+def _check_is_encoder(folder: Path) -> None:
+    if not (folder / MODULES).is_file():
+        raise ModelLoadFailed(
+            f"{folder} has no {MODULES}, so it is no sentence-transformers encoder; the embeddings "
+            "of a causal model need a registry entry that says how to pool them"
         )
 
 
@@ -265,4 +295,4 @@ def _transformers_types() -> frozenset[str]:
 
 def _transformers_knows(model_type: str) -> bool:
     known = _transformers_types()
-    return not known or model_type in known
+    return not known or model_type in known or model_type in OWN_TYPES

@@ -10,7 +10,14 @@ from typing import Any
 
 import yaml
 
-from transformers_api.serving.models import HubSource, ModelSpec, PackageSource, PathSource, Source
+from transformers_api.serving.models import (
+    HubSource,
+    ModelSpec,
+    PackageSource,
+    PathSource,
+    Pooling,
+    Source,
+)
 from transformers_api.settings import SettingError
 
 Entry = Mapping[str, Any]
@@ -21,8 +28,10 @@ _REPO = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9][\w.-]{0,95}", re.ASC
 _REVISION = re.compile(r"[A-Za-z0-9][\w./-]{0,199}", re.ASCII)
 _PACKAGE = re.compile(r"[A-Za-z0-9][\w.-]{0,199}", re.ASCII)
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?", re.ASCII)
+_ENCODING = re.compile(r"[a-z0-9_]{1,40}", re.ASCII)
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _CHAT = ("template", "transcript", "off")
+_POOLINGS = ("mean", "last", "cls")
 _SOURCES = ("hf_repo", "path", "package")
 
 
@@ -95,6 +104,9 @@ def _spec(entry: Entry, where: str, base: Path) -> ModelSpec:
         for key, value in given.items()
         if key not in (*_SOURCES, "revision", "file", "aliases")
     }
+    if isinstance(passed.get("embedding"), dict):
+        asked = passed["embedding"]
+        passed["embedding"] = Pooling(asked["pooling"], asked.get("normalize", True))
     return ModelSpec(
         **passed, source=_source(given, where, base), aliases=tuple(given.get("aliases", ()))
     )
@@ -157,7 +169,7 @@ def _is_mapping(value: Any) -> str | None:
 
 def _is_path(value: Any) -> str | None:
     fits = isinstance(value, str) and value.strip() and "\0" not in value
-    return None if fits else "the path of a model folder or a .gguf file"
+    return None if fits else "the path of a model folder, or of a .gguf, .pt or .pth file"
 
 
 def _is_file(value: Any) -> str | None:
@@ -193,6 +205,15 @@ def _is_generation(value: Any) -> str | None:
 
 _is_name = _matches(_NAME, "letters, digits and ./:@+_- , at most 200, without ..")
 
+
+def _is_embedding(value: Any) -> str | None:
+    expected = f"encoder, or an object with pooling ({', '.join(_POOLINGS)}) and normalize"
+    if isinstance(value, dict):
+        fits = value.get("pooling") in _POOLINGS and set(value) <= {"pooling", "normalize"}
+        return None if fits and isinstance(value.get("normalize", True), bool) else expected
+    return None if value == "encoder" else expected
+
+
 _GENERATION: dict[str, Check] = {
     "temperature": _number(0, 2),
     "top_p": _number(0, 1),
@@ -220,6 +241,8 @@ _FIELDS: dict[str, Check] = {
     "device": _matches(_DEVICE, "auto, cpu, cuda, cuda:N or mps"),
     "max_context_tokens": _whole(8, 1 << 24),
     "chat": _one_of(_CHAT),
+    "embedding": _is_embedding,
+    "token_encoding": _matches(_ENCODING, "an encoding of tiktoken, such as cl100k_base"),
     "generation": _is_generation,
     "is_instruct": _is_bool,
     "metadata": _is_mapping,

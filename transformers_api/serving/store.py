@@ -1,4 +1,4 @@
-"""Makes models complete on this machine's disk: in place, from the Hub, converted from GGUF."""
+"""Makes models complete on this machine's disk: in place, from the Hub, converted once."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from transformers_api.serving.models import (
 from transformers_api.settings import Settings
 
 CONVERTER = "transformers_api.engine.convert"
+CONVERTIBLE = (".gguf", ".pt", ".pth")  # the last two: TinyGPT, niels-gpt, GPT3-dev
 NO_ROOM_EXIT = 28  # the converter's exit status when the disk is full
 _PROGRAM_ROOT = Path(__file__).resolve().parents[2]
 
@@ -53,7 +54,7 @@ class ModelStore:
             return None
         if path is None:
             return None
-        folder = path if path.is_dir() else self._converted(spec, path)
+        folder = path if _is_standard(path) else self._converted(spec, path)
         return folder if preflight.is_complete(folder) else None
 
     def is_cached(self, spec: ModelSpec) -> bool:
@@ -78,7 +79,7 @@ class ModelStore:
         path = self._local_path(spec)
         if path is None:
             path = self._fetch(spec, progress)
-        if path.is_dir():
+        if _is_standard(path):
             files = self._inspect(spec, path)
         else:
             files = self._prepare_converted(spec, path, progress)
@@ -86,13 +87,13 @@ class ModelStore:
         return files
 
     def _local_path(self, spec: ModelSpec) -> Path | None:
-        """The folder or GGUF file of a model, None where it has to be fetched first."""
+        """The folder or file of a model, None where it has to be fetched first."""
         match spec.source:
             case HubSource() as source:
-                if source.file is not None and not source.file.endswith(".gguf"):
+                if source.file is not None and not source.file.endswith(CONVERTIBLE):
                     raise ModelLoadFailed(
-                        f"{spec.name}: {source.file} is neither safetensors nor GGUF, and no "
-                        "converter for such a checkpoint is installed"
+                        f"{spec.name}: {source.file} cannot be converted: expected one of "
+                        f"{', '.join(CONVERTIBLE)}"
                     )
                 path = self._hub.complete(source)
             case PathSource(path=given):
@@ -101,8 +102,10 @@ class ModelStore:
                     raise ModelLoadFailed(f"{spec.name}: {path} does not exist")
             case PackageSource() as source:
                 path = _file_in_package(spec.name, source)
-        if path is not None and not path.is_dir() and path.suffix != ".gguf":
-            raise ModelLoadFailed(f"{spec.name}: {path} is neither a folder nor a .gguf file")
+        if path is not None and not path.is_dir() and path.suffix not in CONVERTIBLE:
+            raise ModelLoadFailed(
+                f"{spec.name}: {path} is neither a folder nor one of {', '.join(CONVERTIBLE)}"
+            )
         return path
 
     def _fetch(self, spec: ModelSpec, progress: Progress) -> Path:
@@ -113,7 +116,7 @@ class ModelStore:
                 progress,
                 trust_remote_code=spec.trust_remote_code,
                 check=lambda folder: preflight.check_config(
-                    folder, spec.trust_remote_code, self._knows
+                    folder, spec.trust_remote_code, self._knows, spec.embedding == "encoder"
                 ),
             )
         except RepositoryMissing:
@@ -131,20 +134,22 @@ class ModelStore:
         return spec.source
 
     def _inspect(self, spec: ModelSpec, folder: Path) -> ModelFiles:
-        return preflight.inspect_folder(folder, spec.trust_remote_code, self._knows)
+        return preflight.inspect_folder(
+            folder, spec.trust_remote_code, self._knows, spec.embedding == "encoder"
+        )
 
     def _converted(self, spec: ModelSpec, path: Path) -> Path:
-        """Where the conversion of a GGUF file lies: another file, another folder."""
-        stat = path.stat()
+        """Where the conversion of a file lies: another file, another folder."""
         match spec.source:
             case PackageSource(package, file):
                 version = importlib.metadata.version(package)
-                identity = f"{package}=={version}/{file}:{stat.st_size}"
+                identity = f"{package}=={version}/{file}:{path.stat().st_size}"
             case HubSource(repo, _, file):
                 # the folder of a snapshot is named after its commit
-                identity = f"{repo}/{path.parents[len(Path(file or '').parts) - 1].name}/{file}"
+                snapshot = path.parents[len(Path(file).parts) - 1] if file else path
+                identity = f"{repo}/{snapshot.name}/{file}"
             case _:
-                identity = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
+                identity = "+".join(map(_stamp, _converted_from(path)))
         fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:12]
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip(".-")[:80] or "model"
         return self._folder / f"{name}-{fingerprint}"
@@ -158,6 +163,24 @@ class ModelStore:
                 progress(0.0, "converting again: the converted files are damaged")
         _run_converter(spec, path, folder, progress)
         return self._inspect(spec, folder)
+
+
+def _is_standard(path: Path) -> bool:
+    """Whether transformers can load a model where it lies."""
+    return path.is_dir() and not preflight.is_original(path)
+
+
+def _converted_from(path: Path) -> list[Path]:
+    """The files that a conversion depends on."""
+    if path.is_dir():
+        return [*sorted(path.glob("*.safetensors")), path / "config.json"]
+    beside = path.with_name("config.json")
+    return [path, beside] if path.suffix != ".gguf" and beside.is_file() else [path]
+
+
+def _stamp(path: Path) -> str:
+    stat = path.stat()
+    return f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
 
 
 def _file_in_package(name: str, source: PackageSource) -> Path:

@@ -145,5 +145,8 @@ class Health(Schema):
     active_requests = Integer(0, _MANY)
     total_models = Integer(0, _MANY)
     cuda_available = Boolean()
+    device = Text(**about("Of the model in memory, or null."))
     cache_dir = Text()
+    memory = AnyObject(**about("`process_bytes` (null where unknown) and `model_bytes`."))
+    system = AnyObject(**about("`platform`, `python` and `cpu_count`."))
     uptime = Text()

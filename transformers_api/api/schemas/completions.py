@@ -31,6 +31,7 @@ def _many(item: dict[str, Any]) -> dict[str, Any]:
 class Prompts(fields.Field[list[PromptInput]]):
     """A text, a list of texts, token ids, or a list of lists of token ids; always a list after."""
 
+    LONGEST = MAX_PROMPTS
     WANTED = "must be a string, a list of strings, token ids, or a list of lists of token ids"
 
     def _deserialize(
@@ -44,8 +45,8 @@ class Prompts(fields.Field[list[PromptInput]]):
             raise ValidationError("must not be empty")
         if type(value[0]) is int:
             return [_token_ids(value)]
-        if len(value) > MAX_PROMPTS:
-            raise ValidationError(f"must have at most {MAX_PROMPTS} prompts")
+        if len(value) > self.LONGEST:
+            raise ValidationError(f"must have at most {self.LONGEST} items")
         return [self._one(i, item, type(value[0])) for i, item in enumerate(value)]
 
     def _one(self, index: int, item: Any, kind: type) -> PromptInput:

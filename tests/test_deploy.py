@@ -1,0 +1,238 @@
+"""The container files, without a container engine: what they copy, set, run and publish."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.servers import WAIT_S, started
+from transformers_api.settings import Settings, described
+
+ROOT = Path(__file__).parent.parent
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
+COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+PRODUCTION, DEVELOPMENT = "tinygpt-api", "tinygpt-api-dev"
+# Of Python, pip and the shell; everything else that is set must be a setting of ours.
+OF_OTHERS = {"PATH", "PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE", "XDG_CACHE_HOME"}
+
+
+def stages():
+    """The instructions of each build stage: (keyword, rest)."""
+    lines = [line for line in DOCKERFILE.splitlines() if line and not line.startswith("#")]
+    for instruction in re.sub(r"\\\n\s*", "", "\n".join(lines)).splitlines():
+        keyword, _, rest = instruction.partition(" ")
+        if keyword == "FROM":
+            found = []
+            yield found
+        found.append((keyword, rest.strip()))
+
+
+PACKAGES, IMAGE = stages()
+
+
+def those(keyword, stage=IMAGE):
+    return [rest for found, rest in stage if found == keyword]
+
+
+def the(keyword):
+    (rest,) = those(keyword)
+    return rest
+
+
+def exec_form(rest):
+    """The command of a JSON list; the shell form would hide signals from the server."""
+    return yaml.safe_load(rest[rest.index("[") :])
+
+
+def copies(stage):
+    """(sources, target) of each COPY from the build context."""
+    for rest in those("COPY", stage):
+        if not rest.startswith("--from"):
+            *sources, target = rest.split()
+            yield sources, target
+
+
+def image_environment():
+    """What ENV sets, with ``$PATH`` left as it is."""
+    return dict(part.split("=", 1) for rest in those("ENV") for part in shlex.split(rest))
+
+
+def expanded(text):
+    """A value of the Compose file where the shell sets nothing."""
+    return re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text)
+
+
+def service_environment(name):
+    given = COMPOSE["services"][name]["environment"]
+    return {key: expanded(value) for key, value in given.items() if value is not None}
+
+
+def settings_in(name):
+    return Settings.from_env(image_environment() | service_environment(name))
+
+
+@pytest.fixture
+def image(tmp_path):
+    """The folder /app of the image."""
+    allowed = (ROOT / ".dockerignore").read_text().splitlines()
+    for sources, target in copies(IMAGE):
+        for source in sources:
+            assert f"!{source}" in allowed
+            into = tmp_path / target / (source if target == "./" else "")
+            if (ROOT / source).is_dir():
+                shutil.copytree(ROOT / source, into, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(ROOT / source, into)
+    return tmp_path
+
+
+def in_folder(folder, command):
+    """A command of the image, run in ``folder`` by the interpreter of the tests."""
+    assert command[0] == "python"
+    line = shlex.join([sys.executable, *command[1:]])
+    return ["sh", "-c", f"cd {shlex.quote(str(folder))} && exec {line}"]
+
+
+def on_this_machine(folder):
+    """The environment of the image, except that nobody else reaches the server."""
+    here = {"HOST": "127.0.0.1", "PORT": "0", "PRELOAD_MODEL": "false", "PATH": os.environ["PATH"]}
+    return image_environment() | {"XDG_CACHE_HOME": str(folder / "cache")} | here
+
+
+@pytest.mark.parametrize("stage", [PACKAGES, IMAGE], ids=["packages", "image"])
+def test_what_is_copied_exists_and_reaches_the_builder(stage):
+    everything, *allowed = [
+        line
+        for line in (ROOT / ".dockerignore").read_text().splitlines()
+        if not line.startswith("#")
+    ]
+    assert everything == "*"
+    copied = [source for sources, _ in copies(stage) for source in sources]
+    assert copied
+    assert [source for source in copied if not (ROOT / source).exists()] == []
+    assert [source for source in copied if f"!{source}" not in allowed] == []
+
+
+def test_the_image_serves_and_finds_itself_healthy(image):
+    with started(*in_folder(image, exec_form(the("CMD"))), **on_this_machine(image)) as server:
+        _, port = server.address()
+        check = in_folder(image, exec_form(the("HEALTHCHECK")))
+        environ = {**os.environ, **on_this_machine(image), "PORT": str(port)}
+        assert subprocess.run(check, env=environ, timeout=WAIT_S, check=False).returncode == 0
+    done = subprocess.run(check, env=environ, timeout=WAIT_S, check=False, capture_output=True)
+    assert done.returncode == 1
+
+
+def test_the_image_needs_no_root_and_says_what_it_offers():
+    user, _, group = the("USER").partition(":")
+    assert int(user) > 0
+    assert int(group) > 0
+    assert f"--uid {user} " in the("RUN")
+    assert int(the("EXPOSE")) == Settings().port
+    assert Settings.from_env(image_environment()).host == "0.0.0.0"
+
+
+def test_the_volume_holds_models_and_the_hub_cache(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", image_environment()["XDG_CACHE_HOME"])
+    settings = Settings.from_env(image_environment())
+    assert settings.model_store.is_relative_to(the("VOLUME"))
+    assert settings.hf_home.is_relative_to(the("VOLUME"))
+
+
+def test_a_published_image_downloads_only_when_it_is_told_to():
+    assert not Settings.from_env(image_environment()).downloads_allowed
+
+
+def test_torch_is_the_pinned_version_in_its_cpu_build():
+    pinned = [line for line in (ROOT / "requirements.txt").read_text().splitlines()
+              if line.startswith("torch==")]  # fmt: skip
+    assert len(pinned) == 1
+    assert re.fullmatch(r"torch==[\d.]+", pinned[0])  # the name of the build is added to it
+    assert those("ARG", PACKAGES) == ["TORCH=cpu"]
+    (install,) = [rest for rest in those("RUN", PACKAGES) if "grep '^torch=='" in rest]
+    assert install.index("pip install") < install.index('requirements.txt)+${TORCH}"')
+
+
+@pytest.mark.parametrize("name", [PRODUCTION, DEVELOPMENT])
+def test_all_that_is_set_are_settings(name):
+    known = OF_OTHERS | {name for name, *_ in described()}
+    assert sorted({*image_environment(), *COMPOSE["services"][name]["environment"]} - known) == []
+    settings_in(name)  # raises where a value is not allowed
+
+
+@pytest.mark.parametrize(
+    ("name", "port", "profiles"), [(PRODUCTION, 8000, None), (DEVELOPMENT, 8001, ["dev"])]
+)
+def test_the_services_are_the_documented_ones(name, port, profiles):
+    service = COMPOSE["services"][name]
+    assert service.get("profiles") == profiles
+    assert [expanded(published) for published in service["ports"]] == [f"127.0.0.1:{port}:{port}"]
+    assert settings_in(name).port == port
+    assert settings_in(name).host == "0.0.0.0"
+    assert service["build"]["context"] == "."
+    assert f"weights:{the('VOLUME')}" in service["volumes"]
+    assert "weights" in COMPOSE["volumes"]
+    assert service["healthcheck"]["test"] == ["CMD", *exec_form(the("HEALTHCHECK"))]
+    grace_s = float(service["stop_grace_period"].removesuffix("s"))
+    assert grace_s > settings_in(name).graceful_s
+
+
+def test_what_only_this_machine_reaches_may_download():
+    for name, service in COMPOSE["services"].items():
+        assert all(expanded(port).startswith("127.0.0.1:") for port in service["ports"])
+        assert settings_in(name).downloads_allowed
+
+
+def test_production_runs_what_the_image_runs_and_development_this_folder():
+    assert "command" not in COMPOSE["services"][PRODUCTION]
+    assert COMPOSE["services"][PRODUCTION]["volumes"] == ["weights:/models"]
+    assert f".:{the('WORKDIR')}:ro" in COMPOSE["services"][DEVELOPMENT]["volumes"]
+
+
+def test_the_development_service_answers_with_changed_code(image):
+    command = COMPOSE["services"][DEVELOPMENT]["command"]
+    with started(*in_folder(image, command), **on_this_machine(image)) as server:
+        assert server.get("/healthz") == '{"status":"ok"}'
+        view = image / "transformers_api" / "api" / "health.py"
+        server.said("Reloader is on")
+        view.write_text(view.read_text().replace('{"status": "ok"}', '{"status": "changed"}'))
+        assert changed(server, view) == '{"status":"changed"}'
+        server.said(r"Worker reloading: \S+health\.py modified")
+
+
+def changed(server, file):
+    """The answer of ``/healthz`` once it is another one; connections may break meanwhile."""
+    deadline = time.monotonic() + WAIT_S
+    while time.monotonic() < deadline:
+        os.utime(file)  # the reloader compares with the first time that it saw
+        try:
+            answer = server.get("/healthz")
+        except (OSError, http.client.HTTPException):
+            answer = "ok"
+        if "ok" not in answer:
+            return answer
+        time.sleep(0.1)  # polling, with a deadline
+    pytest.fail(f"the code was not loaded again:\n{server.log}")
+
+
+def test_the_command_line_has_the_documented_options():
+    done = subprocess.run(
+        [sys.executable, "app.py", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=WAIT_S,
+        check=True,
+    )
+    for option in ("--host", "--port", "--reload", "--workers"):
+        assert option in done.stdout

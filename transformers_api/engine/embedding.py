@@ -1,0 +1,236 @@
+"""Vectors of texts: the pooled hidden states of an encoder, or of a causal model.
+
+Every forward pass is a visit of the engine thread, between two decode steps of whoever is being
+answered, and reads at most ``slice_tokens`` tokens where the model allows it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+from transformers import AutoModel, DynamicCache
+
+from transformers_api.engine.base import (
+    ContextOverflow,
+    Engine,
+    EngineStats,
+    SequenceRequest,
+    TokenStream,
+)
+from transformers_api.engine.loader import LoadOptions, context_window, pick_device
+from transformers_api.engine.memory import release_memory
+from transformers_api.engine.thread import EngineThread
+from transformers_api.errors import ApiError, ModelLoadFailed, ModelNotCapable, ModelUnloaded
+
+T = TypeVar("T")
+Mode = Literal["cls", "mean", "last"]
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Reduction:
+    """How the hidden states of a text become one vector."""
+
+    mode: Mode
+    normalize: bool
+
+    def finish(self, pooled: Tensor, dimensions: int | None) -> list[bytes]:
+        """(B, H) as little-endian float32, cut to the first ``dimensions``."""
+        vectors = pooled[:, :dimensions]
+        if self.normalize:
+            vectors = torch.nn.functional.normalize(vectors, dim=1)
+        return [row.tobytes() for row in vectors.cpu().numpy().astype("<f4")]
+
+
+class EncoderEngine:
+    """Meets ``base.Engine`` for a model that makes vectors and no text."""
+
+    eos_token_ids: frozenset[int] = frozenset()
+    context_overflow: ContextOverflow = None
+
+    def __init__(self, model: Any, max_model_len: int, thread: EngineThread) -> None:
+        self.model = model
+        self.max_model_len = max_model_len
+        self.vocab_size = int(model.get_input_embeddings().num_embeddings)
+        self.thread = thread
+        self._closed: ApiError | None = None
+
+    def submit(
+        self, requests: Sequence[SequenceRequest], *, observe: Collection[str] = ()
+    ) -> TokenStream:
+        """Raises ModelNotCapable."""
+        raise ModelNotCapable("This model makes embeddings, it does not generate text")
+
+    def call(self, visit: Callable[[Any], T]) -> Future[T]:
+        """See base.Engine."""
+
+        def run() -> T:
+            if self._closed:
+                raise self._closed
+            return visit(self.model)
+
+        return self.thread.call(run)
+
+    def stats(self) -> EngineStats:
+        """See base.Engine."""
+        return EngineStats(mode="encoder")
+
+    def close(self, error: ApiError | None = None) -> None:
+        """See base.Engine."""
+        reason = error or ModelUnloaded("The model was unloaded")
+        future = self.thread.call(lambda: self._close(reason))
+        if self.thread.is_alive:
+            future.result()
+
+    def _close(self, error: ApiError) -> None:
+        if self._closed is None:
+            self._closed = error
+            del self.model
+            release_memory()
+
+
+class PooledEmbedder:
+    """Meets ``serving.models.Embedder``: one slice at a time, whoever asks, from any thread.
+
+    ``reads_in_chunks``: a causal model can take a long text in pieces; its later tokens do not
+    change the earlier ones.
+    """
+
+    def __init__(
+        self, engine: Engine, reduction: Reduction, slice_tokens: int, *, reads_in_chunks: bool
+    ) -> None:
+        self.slice_tokens = slice_tokens
+        self._engine = engine
+        self._reduction = reduction
+        self._reads_in_chunks = reads_in_chunks
+        self._lock = (
+            threading.Lock()
+        )  # several slices in the inbox would run without a step between
+        self.dimensions = int(self._visit(partial(_pooled, rows=[[0]], mode="last")).shape[1])
+
+    def embed(self, rows: Sequence[Sequence[int]], dimensions: int | None = None) -> list[bytes]:
+        """See serving.models.Embedder."""
+        mode, finish = self._reduction.mode, partial(self._reduction.finish, dimensions=dimensions)
+        if self._reads_in_chunks and len(rows) == 1 and len(rows[0]) > self.slice_tokens:
+            reading = _Reading(rows[0])
+            while not reading.is_done:
+                self._visit(partial(reading.read, width=self.slice_tokens))
+            return self._visit(lambda _model: finish(reading.pooled(mode)))
+        return self._visit(lambda model: finish(_pooled(model, rows, mode)))
+
+    def _visit(self, visit: Callable[[Any], T]) -> T:
+        with self._lock:
+            return self._engine.call(visit).result()
+
+
+class _Reading:
+    """One long text, a chunk per visit."""
+
+    def __init__(self, ids: Sequence[int]) -> None:
+        self.ids = ids
+        self.done = 0
+        self.cache: Any = None
+        self.first = self.last = self.sum = torch.empty(0)
+
+    @property
+    def is_done(self) -> bool:
+        return self.done == len(self.ids)
+
+    def read(self, model: Any, width: int) -> None:
+        if self.cache is None:
+            self.cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+        ids = self.ids[self.done : self.done + width]
+        seen = self.done + len(ids)
+        hidden = _hidden(
+            model,
+            input_ids=torch.tensor([ids], device=model.device),
+            attention_mask=torch.ones(1, seen, dtype=torch.long, device=model.device),
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        total = hidden.sum(1)
+        self.first = self.first if self.done else hidden[:, 0]
+        self.sum = self.sum + total if self.done else total
+        self.last = hidden[:, -1]
+        self.done = seen
+
+    def pooled(self, mode: Mode) -> Tensor:
+        """(1, H)."""
+        if mode == "mean":
+            return self.sum / len(self.ids)
+        return self.first if mode == "cls" else self.last
+
+
+def load_encoder(folder: Path, options: LoadOptions, thread: EngineThread) -> EncoderEngine:
+    """An encoder, ready for visits; on the engine thread. Raises ModelLoadFailed.
+
+    Heads that the file has besides are left out, and a pooler that it lacks is not used.
+    """
+    device = pick_device(options.device)
+    dtype: Any = "auto" if options.dtype == "auto" else getattr(torch, options.dtype)
+    if options.dtype == "auto" and device == "cpu":
+        dtype = torch.float32
+    try:
+        loaded: Any = AutoModel.from_pretrained(
+            folder,
+            dtype=dtype,
+            trust_remote_code=options.trust_remote_code,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        log.exception("Loading %s failed", folder.name)
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        raise ModelLoadFailed(f"The model cannot be loaded: {reason}") from error
+    model, info = loaded
+    _check_weights(info)
+    model = model.to(device).eval()
+    return EncoderEngine(model, context_window(model.config, options), thread)
+
+
+def _check_weights(info: dict[str, Any]) -> None:
+    lacking = {str(key) for key in info.get("missing_keys") or ()}
+    lacking = {key for key in lacking if "pooler" not in key.split(".")}
+    lacking |= {str(key) for key in info.get("mismatched_keys") or ()}
+    if lacking:
+        raise ModelLoadFailed(
+            "The weights do not fit the configuration: missing or of another shape: "
+            f"{', '.join(sorted(lacking)[:3])}"
+        )
+
+
+def _hidden(model: Any, **inputs: Any) -> Tensor:
+    """The last layer's states, float32 (B, T, H), without the language model's head."""
+    output = model.base_model(**inputs, return_dict=True)
+    hidden = getattr(output, "last_hidden_state", None)
+    if hidden is None:
+        raise ModelNotCapable(f"{type(model).__name__} does not show its hidden states")
+    states: Tensor = hidden.float()
+    return states
+
+
+def _pooled(model: Any, rows: Sequence[Sequence[int]], mode: Mode) -> Tensor:
+    """(B, H) of texts of different lengths; what pads them takes no part."""
+    lengths = torch.tensor([len(row) for row in rows])
+    width = int(lengths.max())
+    pad = max(getattr(model.config, "pad_token_id", None) or 0, 0)
+    ids = [[*row, *[pad] * (width - len(row))] for row in rows]
+    mask = (torch.arange(width) < lengths[:, None]).long().to(model.device)  # (B, T)
+    inputs = {"input_ids": torch.tensor(ids, device=model.device), "attention_mask": mask}
+    hidden = _hidden(model, **inputs)
+    if mode == "cls":
+        return hidden[:, 0]
+    if mode == "last":
+        return hidden[torch.arange(len(rows)), lengths - 1]
+    weights = mask[:, :, None].float()
+    return (hidden * weights).sum(1) / weights.sum(1)

@@ -1,0 +1,152 @@
+"""The one way texts become vectors: which model, which token ids, in which slices.
+
+An encoder lives beside the resident model, under a swapper of its own: loaded at its first use
+when the memory suffices, one at a time, and unloaded when it is idle or its memory is needed.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+from transformers_api.errors import (
+    ContextLengthExceeded,
+    InvalidRequest,
+    ModelNotCapable,
+    Overloaded,
+)
+from transformers_api.serving import chat
+from transformers_api.serving.cancellation import Cancellation
+from transformers_api.serving.models import LoadedModel, ModelSpec, Pooling
+from transformers_api.serving.residency import ModelResolver
+from transformers_api.serving.swapper import Swapper
+
+MAX_TOKENS = 300_000  # of all texts of a request, as OpenAI's
+
+
+class EncoderRegistry:
+    """Meets ``residency.ModelResolver``: the entries that are encoders, and ids of the Hub."""
+
+    def __init__(self, registry: ModelResolver) -> None:
+        self._registry = registry
+
+    def resolve(self, model_id: str) -> ModelSpec:
+        """Raises ModelNotFound, ModelNotCapable."""
+        spec = self._registry.resolve(model_id)
+        if not spec.registered:  # its files will tell
+            spec = replace(spec, embedding="encoder")
+        if spec.embedding is None:
+            raise ModelNotCapable(
+                f"Model '{model_id}' makes no embeddings; its registry entry has no 'embedding'",
+                param="model",
+            )
+        return spec
+
+
+class EmbeddingModels:
+    """Who serves /v1/embeddings: encoders, and the resident model where its entry says so."""
+
+    def __init__(
+        self, registry: ModelResolver, models: Swapper, encoders: Swapper, max_requests: int
+    ) -> None:
+        self._registry = EncoderRegistry(registry)
+        self._models = models
+        self._encoders = encoders
+        self._places = threading.BoundedSemaphore(max_requests)
+
+    @contextmanager
+    def lease(self, model_id: str, cancellation: Cancellation) -> Iterator[LoadedModel]:
+        """The model, which stays in memory until the end of the block. Raises as Swapper.lease."""
+        spec = self._registry.resolve(model_id)
+        if not self._places.acquire(blocking=False):
+            raise Overloaded("Too many requests for embeddings are waiting", retry_after=1)
+        try:
+            swapper = self._models if isinstance(spec.embedding, Pooling) else self._encoders
+            with swapper.lease(model_id, cancellation=cancellation) as lease:
+                yield lease.model
+        finally:
+            self._places.release()
+
+    @property
+    def encoder(self) -> str | None:
+        """The encoder in memory. Advisory."""
+        return self._encoders.status().model
+
+    def give_back(self, lacking_bytes: int) -> bool:
+        """Unload the encoder if that frees so many bytes, after its requests; whether it did."""
+        return self._encoders.status().bytes >= lacking_bytes and self._encoders.evict()
+
+
+def encode(model: LoadedModel, inputs: Sequence[str | list[int]]) -> list[list[int]]:
+    """The token ids of every input; ids pass as they are. Raises InvalidRequest with ``param``."""
+    rows = []
+    for index, given in enumerate(inputs):
+        param = f"input[{index}]" if len(inputs) > 1 else "input"
+        row = chat.encode_text(model, given, True, param) if isinstance(given, str) else given
+        _check(model, row, param)
+        rows.append(row)
+    if (total := sum(map(len, rows))) > MAX_TOKENS:
+        raise InvalidRequest(
+            f"'input' has {total} tokens; at most {MAX_TOKENS} are allowed", param="input"
+        )
+    return rows
+
+
+def _check(model: LoadedModel, row: Sequence[int], param: str) -> None:
+    most = model.engine.max_model_len
+    if len(row) > most:
+        raise ContextLengthExceeded(
+            f"'{param}' has {len(row)} tokens; this model reads at most {most}", param=param
+        )
+    if not row:
+        raise InvalidRequest(f"'{param}' has no tokens", param=param)
+    size = model.engine.vocab_size
+    if (largest := max(row)) >= size:
+        raise InvalidRequest(
+            f"'{param}' has token id {largest}; the ids of this model are below {size}. Ids of "
+            "another tokenizer mean nothing to it: send text",
+            param=param,
+        )
+
+
+def embed(
+    model: LoadedModel,
+    rows: Sequence[Sequence[int]],
+    dimensions: int | None,
+    cancellation: Cancellation,
+) -> list[bytes]:
+    """A vector per row, in their order, as little-endian float32.
+
+    Raises InvalidRequest for more ``dimensions`` than the model has, ClientGone.
+    """
+    embedder = model.embedder
+    assert embedder is not None  # only models that embed are leased for it
+    if dimensions is not None and dimensions > embedder.dimensions:
+        raise InvalidRequest(
+            f"'dimensions' must not be larger than the model's {embedder.dimensions}",
+            param="dimensions",
+        )
+    vectors = [b""] * len(rows)
+    for indices in slices([len(row) for row in rows], embedder.slice_tokens):
+        cancellation.check()
+        made = embedder.embed([rows[index] for index in indices], dimensions)
+        for index, vector in zip(indices, made, strict=True):
+            vectors[index] = vector
+    return vectors
+
+
+def slices(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Indices of rows of similar length that have at most ``most`` tokens with their padding.
+
+    A longer row is a slice of its own.
+    """
+    group: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if group and lengths[index] * (len(group) + 1) > most:
+            yield group
+            group = []
+        group.append(index)
+    if group:
+        yield group
