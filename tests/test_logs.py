@@ -10,13 +10,15 @@ from transformers_api import logs
 
 @pytest.fixture
 def line():
+    token = logs.request_id.set("-")  # another test's request may have run on this thread
     formatter = logs.LineFormatter("%(levelname)s [%(request_id)s] %(message)s")
 
     def format_(message, *args, exc_info=None):
         record = logging.LogRecord("x", logging.INFO, __file__, 1, message, args, exc_info)
         return formatter.format(record)
 
-    return format_
+    yield format_
+    logs.request_id.reset(token)
 
 
 def test_each_line_has_the_id_of_its_request(line):

@@ -5,22 +5,26 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiktoken
 import tiktoken.load
 import tiktoken.registry
 
-from tests.fakes import FakeEngine, fake_model, say
+from tests.fakes import FakeEngine, fake_model, fake_spec, say
 from transformers_api.engine.base import SamplingParams
 from transformers_api.errors import ModelLoadFailed
+from transformers_api.loading import ModelLoader
 from transformers_api.serving import generation
 from transformers_api.serving.cancellation import Cancellation
 from transformers_api.serving.generation import GenerationRequest, collect
 from transformers_api.serving.registry_file import read_registry_file
+from transformers_api.serving.store import ModelStore
 from transformers_api.serving.token_counts import token_counter
-from transformers_api.settings import SettingError
+from transformers_api.settings import SettingError, Settings
 
 FILES = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 
@@ -48,6 +52,15 @@ def test_an_encoding_whose_file_cannot_be_had_is_a_clear_failed_load(offline):
 def test_an_unknown_encoding_is_a_clear_failed_load(offline):
     with pytest.raises(ModelLoadFailed, match="'nonsense' cannot be had: ValueError"):
         token_counter("nonsense")
+
+
+def test_a_model_whose_encoding_cannot_be_had_is_refused_before_it_is_prepared(offline, tmp_path):
+    settings = Settings(model_store=tmp_path, hf_home=tmp_path)
+    thread = SimpleNamespace(call=lambda function: Future())  # nothing gets as far as the engine
+    loader = ModelLoader(settings, ModelStore(settings), thread)
+    spec = fake_spec(token_encoding="cl100k_base")
+    with pytest.raises(ModelLoadFailed, match="token_encoding 'cl100k_base'"):
+        loader.prepare(spec, lambda share, what: None)
 
 
 def test_without_a_network_the_file_is_taken_from_tiktokens_cache(offline):
