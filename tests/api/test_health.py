@@ -112,3 +112,18 @@ def test_the_document_has_bounds_and_no_dangling_references(served):
     assert fields["n"]["type"] == "integer"
     required = spec["components"]["schemas"]["ChatRequest"]["required"]
     assert required == ["messages"]
+
+
+def test_each_request_is_one_line_of_the_log_and_probes_are_none(served, caplog):
+    with caplog.at_level("INFO", logger="transformers_api.api.hooks"):
+        served.client.get("/healthz")
+        served.client.get("/v1/models/nothing")
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert re.fullmatch(r"GET /v1/models/nothing 404 after \d+ ms", line)
+
+
+def test_the_pages_fill_in_examples_that_work(served):
+    paths = served.client.get("/openapi.json").get_json()["paths"]
+    for url in ("/v1/chat/completions", "/v1/completions", "/generate", "/tokenize"):
+        content = paths[url]["post"]["requestBody"]["content"]["application/json"]
+        assert served.client.post(url, json=content["example"]).status_code == 200

@@ -292,6 +292,20 @@ def test_a_stream_has_the_pieces_and_ends_in_the_whole_answer(serve):
     assert served.swapper.status().leases == 0
 
 
+def test_generate_streams_when_the_body_says_so(serve):
+    served = serve()
+    pieces = streamed(served).payloads[:-1]
+    asked = events(generate(served, stream=True))
+    assert asked.payloads[:-1] == pieces
+    assert asked.done
+
+
+def test_several_answers_to_one_prompt_are_refused_by_name(serve):
+    served = serve()
+    assert generate(served, n=1).status_code == 200
+    assert "n" in detail(generate(served, n=4))
+
+
 def test_a_streamed_character_is_never_cut(serve):
     served = serve(FakeEngine(say("é😀")))
     *pieces, last = streamed(served).payloads

@@ -39,7 +39,7 @@ def _only_when_enabled(view: View) -> View:
 
 @blueprint.at("/v1/embeddings", methods=["POST"])
 @_only_when_enabled
-@blueprint.takes(EmbeddingRequest)
+@blueprint.takes(EmbeddingRequest, example={"input": "The colour of the sea"})
 @blueprint.gives(Embeddings)
 @blueprint.gives(Error, 400, description="A field is wrong; `param` names it")
 @blueprint.gives(Error, 404, description="No such model")

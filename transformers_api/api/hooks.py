@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 import uuid
@@ -13,6 +14,8 @@ from transformers_api import logs
 from transformers_api.api.body import MAX_BODY_BYTES
 from transformers_api.settings import Settings
 
+log = logging.getLogger(__name__)
+PROBES = ("/health", "/healthz", "/readyz")  # asked every few seconds
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -28,6 +31,9 @@ def _end(response: Response) -> Response:
     response.headers["X-Request-Id"] = g.get("request_id") or uuid.uuid4().hex
     spent_s = time.monotonic() - g.get("began", time.monotonic())
     response.headers["OpenAI-Processing-Ms"] = str(round(1000 * spent_s))
+    level = logging.DEBUG if request.path in PROBES else logging.INFO
+    told = request.method, request.path[:200], response.status_code, round(1000 * spent_s)
+    log.log(level, "%s %s %d after %d ms", *told)  # a stream goes on from here
     return response
 
 

@@ -46,7 +46,7 @@ def retrieve_model(model_id: str) -> Any:
 
 
 @blueprint.at("/v1/models", methods=["POST"])
-@blueprint.takes(LoadRequest)
+@blueprint.takes(LoadRequest, example={"model": "smollm2-135m-instruct"})
 @blueprint.gives(LoadAnswer)
 @blueprint.gives(Error, 404, description="No such model")
 @blueprint.gives(Error, 503, description="The model could not be loaded")

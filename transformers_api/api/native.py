@@ -59,7 +59,7 @@ _EXTRAS = ("seed", "stop")  # among the parameters of an answer where they were 
 
 
 @blueprint.at("/generate", methods=["POST"])
-@blueprint.takes(GenerateRequest)
+@blueprint.takes(GenerateRequest, example={"prompt": "Once upon a time", "max_new_tokens": 40})
 @blueprint.gives(Generated)
 @blueprint.gives(Detail, 400, description="A field is wrong; the text names it")
 @blueprint.gives(Detail, 404, description="No such model")
@@ -68,15 +68,18 @@ def generate(body: dict[str, Any]) -> Any:
     """Continue a text, or a list of texts together.
 
     For a list `generated_text`, `prompt`, `tokens_generated` and `finish_reason` are lists in the
-    same order, also for a list of one; the times are those of all together.
+    same order, also for a list of one; the times are those of all together. With `stream` the
+    answer is that of `/generate/stream`.
     """
+    if body["stream"]:
+        return _streamed(body)
     with Exchange(services(), request.environ) as exchange:
         answer, generation = _begin(exchange, body, stream=False)
         return answer.collect(generation)
 
 
 @blueprint.at("/generate/stream", methods=["POST"])
-@blueprint.takes(GenerateRequest)
+@blueprint.takes(GenerateRequest, example={"prompt": "Once upon a time", "max_new_tokens": 40})
 @blueprint.gives(Generated, content_type="text/event-stream")
 @blueprint.gives(Detail, 400, description="A field is wrong; the text names it")
 @blueprint.gives(Detail, 404, description="No such model")
@@ -88,6 +91,11 @@ def generate_stream(body: dict[str, Any]) -> Any:
     that index. The last one is the answer of `/generate` with `"done": true`; `data: [DONE]`
     follows. An error after the first byte is an event with `detail`, and no `[DONE]`.
     """
+    return _streamed(body)
+
+
+def _streamed(body: dict[str, Any]) -> Any:
+    """The events of a request that was checked."""
     with Exchange(services(), request.environ) as exchange:
         answer, generation = _begin(exchange, body, stream=True)
         return exchange.stream(answer.events(generation))
@@ -140,7 +148,7 @@ def unload(model_name: str) -> Any:
 
 
 @blueprint.at("/load_model", methods=["POST"])
-@blueprint.takes(LoadModelRequest)
+@blueprint.takes(LoadModelRequest, example={"model_name": "smollm2-135m-instruct"})
 @blueprint.gives(LoadModelAnswer)
 @blueprint.gives(Detail, 404, description="No such model")
 @blueprint.gives(Detail, 503, description="The model could not be loaded")

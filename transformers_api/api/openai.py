@@ -25,10 +25,17 @@ from transformers_api.serving.generation import collect
 from transformers_api.serving.models import LoadedModel
 
 blueprint = Blueprint("openai", __name__, description="OpenAI's completions and chat completions")
+# What the pages of the documentation fill in to try a route out.
+CHAT_EXAMPLE = {
+    "messages": [{"role": "user", "content": "Name three colours of the sea."}],
+    "max_tokens": 40,
+    "stream": False,
+}
+COMPLETION_EXAMPLE = {"prompt": "The colour of the sea is", "max_tokens": 20, "temperature": 0}
 
 
 @blueprint.at("/v1/chat/completions", methods=["POST"])
-@blueprint.takes(ChatRequest)
+@blueprint.takes(ChatRequest, example=CHAT_EXAMPLE)
 @blueprint.gives(ChatCompletion)
 @blueprint.gives(Error, 400, description="A field is wrong; `param` names it")
 @blueprint.gives(Error, 404, description="No such model")
@@ -58,7 +65,7 @@ def chat_completions(body: dict[str, Any]) -> Any:
 
 
 @blueprint.at("/v1/completions", methods=["POST"])
-@blueprint.takes(CompletionRequest)
+@blueprint.takes(CompletionRequest, example=COMPLETION_EXAMPLE)
 @blueprint.gives(Completion)
 @blueprint.gives(Error, 400, description="A field is wrong; `param` names it")
 @blueprint.gives(Error, 404, description="No such model")

@@ -25,7 +25,7 @@ blueprint = Blueprint("tokens", __name__, description="Text to token ids, and ba
 
 
 @blueprint.at("/tokenize", methods=["POST"])
-@blueprint.takes(TokenizeRequest)
+@blueprint.takes(TokenizeRequest, example={"prompt": "Hello, world"})
 @blueprint.gives(TokenizeAnswer)
 @blueprint.gives(Error, 400, description="A field is wrong; `param` names it")
 def tokenize(body: dict[str, Any]) -> Any:
@@ -48,7 +48,7 @@ def tokenize(body: dict[str, Any]) -> Any:
 
 
 @blueprint.at("/detokenize", methods=["POST"])
-@blueprint.takes(DetokenizeRequest)
+@blueprint.takes(DetokenizeRequest, example={"tokens": [19556, 28]})
 @blueprint.gives(DetokenizeAnswer)
 @blueprint.gives(Error, 400, description="A field is wrong; `param` names it")
 def detokenize(body: dict[str, Any]) -> Any:

@@ -17,6 +17,7 @@ from transformers_api.api.fields import (
     OneOrMany,
     Schema,
     Text,
+    Unsupported,
 )
 from transformers_api.api.schemas.sampling import MAX_TOKEN_ID, MAX_TOKENS, about
 
@@ -75,6 +76,8 @@ class GenerateRequest(Schema):
     return_full_text = Boolean(
         load_default=True, **about("Begin `generated_text` with the prompt.")
     )
+    stream = Boolean(load_default=False, **about("Answer with events, as `/generate/stream`."))
+    n = Unsupported(lambda value: value == 1)
     seed = Integer(-(2**63), 2**63 - 1, **about("The same seed gives the same text."))
     stop = OneOrMany(
         Text(shortest=1, longest=256),
