@@ -257,7 +257,9 @@ def test_without_auto_load_a_request_joins_a_load_that_was_asked_for(bench: Benc
     call = bench.start(swapper.lease, "a")
     queued(swapper, a=2)
     bench.loader.hold["load"].set()
-    call.result(WAIT_S).release()
+    with call.result(WAIT_S) as lease:
+        assert lease.model.spec.name == "a"
+    assert bench.loader.count("load") == 1
 
 
 # Leaving the queue.
@@ -354,6 +356,8 @@ def test_a_long_preparation_does_not_keep_another_model_waiting(bench: Bench) ->
     slow = bench.start(swapper.lease, "b")
     bench.reached("prepare")
     swapper.lease("c").release()
+    assert bench.loader.count("load", "c") == 1
+    assert not slow.done()
     bench.loader.hold["prepare", "b"].set()
     slow.result(WAIT_S).release()
 

@@ -2,7 +2,7 @@
 
 ``torch.nn.Linear`` reads its weights as they lie in memory; with the few rows of a decode step a
 CPU then uses a fraction of its bandwidth. oneDNN's own layout, made once at load, makes a step of
-a small model about twice as fast (benchmarks/decode.py).
+a small model clearly faster (benchmarks/decode.py).
 """
 
 from __future__ import annotations
