@@ -33,7 +33,8 @@ def layer(*ours: str, never: set[str] | None = None) -> Layer:
 
 
 LEAVES = ("errors", "logs", "settings")
-# The longest name that fits a module holds. `engine.base` is data and a protocol: all may know it.
+# The longest name that fits a module holds. `engine.base` and `inspection.base` are data and
+# protocols: all may know them.
 LAYERS = {
     "": layer(),
     "errors": layer(never=HTTP | MODELS | {"torch"}),
@@ -41,9 +42,20 @@ LAYERS = {
     "logs": layer(never=HTTP | MODELS | {"torch"}),
     "engine.base": layer("errors", never=HTTP | MODELS | {"torch"}),
     "engine": layer("engine", "families", "errors", "logs", never=HTTP),
+    "inspection.base": layer("errors", never=HTTP | MODELS | {"torch"}),
+    "inspection": layer("inspection", "engine", "errors", "logs", never=HTTP),
     "families": layer("families", never=HTTP),
-    "serving": layer("serving", "engine.base", *LEAVES, never=HTTP | MODELS | {"torch"}),
-    "api": layer("api", "serving", "engine.base", *LEAVES, never=MODELS | {"torch", "gunicorn"}),
+    "serving": layer(
+        "serving", "engine.base", "inspection.base", *LEAVES, never=HTTP | MODELS | {"torch"}
+    ),
+    "api": layer(
+        "api",
+        "serving",
+        "engine.base",
+        "inspection.base",
+        *LEAVES,
+        never=MODELS | {"torch", "gunicorn"},
+    ),
 }
 # These wire the layers together, and nobody imports them but one another.
 WIRING = {"__main__", "app", "check", "cli", "loading", "readiness", "server"}
@@ -139,6 +151,10 @@ def test_a_module_imports_only_what_its_layer_may_know(module):
         pytest.param("engine.batching", f"{OURS}.serving.models", id="an import upwards"),
         pytest.param("engine.base", "torch", id="the protocol meets torch"),
         pytest.param("serving.swapper", f"{OURS}.app", id="the wiring is imported"),
+        pytest.param(
+            "engine.batching", f"{OURS}.inspection.base", id="the engine looks into itself"
+        ),
+        pytest.param("api.openai", f"{OURS}.inspection.trace", id="HTTP meets the tap"),
     ],
 )
 def test_a_forbidden_import_is_noticed(module, imported):
@@ -199,7 +215,9 @@ def test_models_are_loaded_in_one_place(module):
     assert not calls, "\n".join(calls)
 
 
-@pytest.mark.parametrize("module", ["api", "cli", "app", "settings", "serving", "engine.base"])
+@pytest.mark.parametrize(
+    "module", ["api", "cli", "app", "settings", "serving", "engine.base", "inspection.base"]
+)
 def test_importing_a_torch_free_part_leaves_torch_out(module):
     code = (
         f"import sys, {OURS}.{module}\n"

@@ -7,20 +7,30 @@
     │   ├── UnsupportedParameter     400  known, not supported, and it would change the answer
     │   ├── ContextLengthExceeded    400  prompt + completion do not fit the model's window
     │   └── ModelNotCapable          400  the resident model cannot do this
+    │       └── AttentionUnavailable 400  it has no attention weights to show
+    ├── InspectionDisabled           403  INSPECT_ENABLED is off
     ├── PayloadTooLarge              413
+    │   ├── PromptTooLarge           413  more text or tokens than this route reads
+    │   └── ResponseTooLarge         413  more numbers than this route sends
     ├── NotFound                     404  no such route or object
-    │   └── ModelNotFound            404  ``model`` is not in the registry
+    │   ├── ModelNotFound            404  ``model`` is not in the registry
+    │   └── UnknownCompletion        404  ``completion_id`` is not remembered
     ├── MethodNotAllowed             405
     ├── ChatUnavailable              501  the registry marks the model as completion-only
     ├── EmbeddingsUnavailable        501  ENABLE_EMBEDDINGS_BACKEND is off
     ├── Overloaded                   429  the queue is full
+    │   ├── RateLimited              429  this client has asked too often
+    │   ├── TraceBusy                429  TRACE_MAX_REQUESTS are being traced
+    │   └── InspectionBusy           429  INSPECT_QUEUE inspections are waiting
     ├── Unavailable                  503  cannot serve now, may later
+    │   ├── ModelLoading             503  the server is still starting
     │   ├── ModelNotLoaded           503  AUTO_LOAD is off and another model is resident
     │   ├── ModelLoadFailed          503
     │   │   └── InsufficientMemory   503
     │   ├── ModelUnloaded            503  the model was taken away before the answer was complete
     │   └── ServerShuttingDown       503
     ├── InsufficientStorage          507  no room on the disk for the model
+    ├── InspectionTimeout            504  took longer than INSPECT_TIMEOUT_S
     ├── ClientGone                   499  nobody reads this any more
     └── EngineFailed                 500  our fault; the log has the trace
         └── EngineDead               503  the engine thread has ended; restart the process
@@ -74,12 +84,41 @@ class ModelNotCapable(InvalidRequest):
     code = "model_not_capable"
 
 
+class AttentionUnavailable(ModelNotCapable):
+    """The model, or the layer asked for, has no attention weights to show."""
+
+    code = "attention_unavailable"
+
+
+class InspectionDisabled(ApiError):
+    """INSPECT_ENABLED is off."""
+
+    status = 403
+    type = "invalid_request_error"
+    code = "inspect_disabled"
+
+    def __init__(self) -> None:
+        super().__init__("Inspection is disabled on this server")
+
+
 class PayloadTooLarge(ApiError):
     """The body or the prompt has too many bytes."""
 
     status = 413
     type = "invalid_request_error"
     code = "payload_too_large"
+
+
+class PromptTooLarge(PayloadTooLarge):
+    """The prompt has more text or tokens than this route reads."""
+
+    code = "prompt_too_large"
+
+
+class ResponseTooLarge(PayloadTooLarge):
+    """The answer would have more numbers than this route sends."""
+
+    code = "response_too_large"
 
 
 class NotFound(ApiError):
@@ -98,6 +137,12 @@ class ModelNotFound(NotFound):
 
     def __init__(self, model: str, *, param: str | None = "model") -> None:
         super().__init__(f"Model '{model}' not found", param=param)
+
+
+class UnknownCompletion(NotFound):
+    """The server has forgotten this completion, or never made it."""
+
+    code = "unknown_completion"
 
 
 class MethodNotAllowed(ApiError):
@@ -132,12 +177,36 @@ class Overloaded(ApiError):
     code = "queue_full"
 
 
+class RateLimited(Overloaded):
+    """The client has asked more often than it may."""
+
+    code = "rate_limited"
+
+
+class TraceBusy(Overloaded):
+    """As many requests are being traced as may be at once."""
+
+    code = "trace_busy"
+
+
+class InspectionBusy(Overloaded):
+    """As many inspections are waiting as may."""
+
+    code = "inspect_busy"
+
+
 class Unavailable(ApiError):
     """Cannot be served now."""
 
     status = 503
     type = "server_error"
     code = "unavailable"
+
+
+class ModelLoading(Unavailable):
+    """The server is still starting."""
+
+    code = "model_loading"
 
 
 class ModelNotLoaded(Unavailable):
@@ -179,6 +248,14 @@ class InsufficientStorage(ApiError):
     status = 507
     type = "server_error"
     code = "insufficient_storage"
+
+
+class InspectionTimeout(ApiError):
+    """An inspection took longer than it may."""
+
+    status = 504
+    type = "server_error"
+    code = "inspect_timeout"
 
 
 class ClientGone(ApiError):

@@ -149,8 +149,11 @@ class Settings:
     max_context_tokens: int = _setting(
         2048, _integer(8, 1 << 24), "Context window where a model's config states none."
     )
-    max_prompt_bytes: int = _setting(
-        1 << 20, _integer(1, 1 << 26), "Bytes of text in one request's prompt."
+    max_prompt_bytes: int | None = _setting(
+        None,
+        _integer(1, 1 << 26),
+        "Bytes of text in one request's prompt. Default: 16384 on /chat/stream and /inspect/*, "
+        "1 MiB elsewhere.",
     )
     max_inflight: int = _setting(
         32, _integer(1, 1024), "Sequences that are decoded together (slots of the KV cache)."
@@ -201,6 +204,45 @@ class Settings:
     enable_embeddings_backend: bool = _setting(
         False, _bool, "Serve /v1/embeddings; else it answers 501."
     )
+    inspect_enabled: bool = _setting(
+        True, _bool, "Serve traces, /chat/stream and /inspect/*; else they answer 403."
+    )
+    trace_max_bytes_per_token: int = _setting(
+        1 << 18, _integer(1, 1 << 30), "Bytes that the trace of one token may have, at most."
+    )
+    trace_max_layers: int = _setting(
+        4,
+        _integer(1, 4096),
+        "Layers whose attention is traced, unless it is sent as the likeliest keys or reduced "
+        "over heads.",
+    )
+    trace_max_requests: int = _setting(
+        2, _integer(1, 1024), "Requests that are traced at once; more are refused with 429."
+    )
+    inspect_max_tokens: int = _setting(2048, _integer(1, 1 << 24), "Tokens that /inspect/* reads.")
+    inspect_max_json_cells: int = _setting(
+        1 << 18, _integer(1, 1 << 30), "Numbers that /inspect/* sends as JSON."
+    )
+    inspect_max_cells: int = _setting(
+        1 << 24, _integer(1, 1 << 32), "Numbers that /inspect/* sends in a binary format."
+    )
+    inspect_timeout_s: float = _setting(
+        30.0, _number(0.01, 3600), "Seconds that one inspection may take."
+    )
+    inspect_queue: int = _setting(
+        4, _integer(0, 1024), "Inspections that may wait for the one that runs."
+    )
+    attribution_max_tokens: int = _setting(
+        512, _integer(1, 1 << 24), "Tokens that /inspect/attribution reads."
+    )
+    rate_limit_per_min: int = _setting(
+        10,
+        _integer(0, 1_000_000),
+        "Requests per minute and client on /chat/stream and /inspect/*; 0 for no limit.",
+    )
+    rate_limit_burst: int = _setting(
+        3, _integer(1, 1_000_000), "How many of these a client may send at once."
+    )
     cors_allow_origins: tuple[str, ...] = _setting(
         (),
         _origins,
@@ -235,6 +277,16 @@ class Settings:
     def downloads_allowed(self) -> bool:
         """ALLOW_DOWNLOAD with its default worked out."""
         return self.listens_on_loopback if self.allow_download is None else self.allow_download
+
+    @property
+    def prompt_bytes(self) -> int:
+        """MAX_PROMPT_BYTES of most routes."""
+        return self.max_prompt_bytes or 1 << 20
+
+    @property
+    def inspected_prompt_bytes(self) -> int:
+        """MAX_PROMPT_BYTES of /chat/stream and /inspect/*."""
+        return self.max_prompt_bytes or 1 << 14
 
     @property
     def threads(self) -> int:

@@ -39,7 +39,7 @@ def _end(response: Response) -> Response:
 
 def install(app: Flask, settings: Settings) -> None:
     """Add the hooks to ``app``."""
-    app.config["MAX_CONTENT_LENGTH"] = max(MAX_BODY_BYTES, 2 * settings.max_prompt_bytes)
+    app.config["MAX_CONTENT_LENGTH"] = max(MAX_BODY_BYTES, 2 * settings.prompt_bytes)
     app.before_request(_begin)
     app.after_request(_end)
     if settings.cors_allow_origins:  # with no origins flask-cors would allow them all

@@ -35,9 +35,9 @@ _SAMPLING = (
 def check_prompt_bytes(texts: Iterable[str], settings: Settings, param: str) -> None:
     """Raise PayloadTooLarge for more text than the settings allow."""
     size = sum(len(text.encode()) for text in texts)
-    if size > settings.max_prompt_bytes:
+    if size > settings.prompt_bytes:
         raise PayloadTooLarge(
-            f"'{param}' has {size} bytes of text; at most {settings.max_prompt_bytes} are allowed",
+            f"'{param}' has {size} bytes of text; at most {settings.prompt_bytes} are allowed",
             param=param,
         )
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import StrEnum
+from types import MappingProxyType
 from typing import Any, Literal, Protocol, TypeVar
 
 from transformers_api.errors import ApiError
@@ -15,6 +16,9 @@ T = TypeVar("T")
 # What a prompt or an answer beyond max_model_len does: None refuses and ends it. "slide": the model
 # sees the last max_model_len tokens, read again for each new one. "crop": the end of the prompt.
 ContextOverflow = Literal["slide", "crop"] | None
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+BACKLOG = 4096  # outputs that a reader may fall behind
+OBSERVED_BACKLOG = 256  # where each carries what an observer noted
 
 
 class FinishReason(StrEnum):
@@ -92,7 +96,9 @@ class TokenStream:
     of an overfull stream.
     """
 
-    def __init__(self, count: int, abort: Callable[[int | None], None], limit: int = 4096) -> None:
+    def __init__(
+        self, count: int, abort: Callable[[int | None], None], limit: int = BACKLOG
+    ) -> None:
         self._outputs: queue.SimpleQueue[TokenOutput] = queue.SimpleQueue()
         self._abort = abort
         self._open = count
@@ -166,9 +172,12 @@ class Engine(Protocol):
         ...
 
     def submit(
-        self, requests: Sequence[SequenceRequest], *, observe: Collection[str] = ()
+        self, requests: Sequence[SequenceRequest], *, observe: Mapping[str, Any] = NOTHING
     ) -> TokenStream:
         """Start generating; the outputs of all ``requests`` come through one stream.
+
+        ``observe``: what observers are to note of every step, by their names; it comes back in
+        ``TokenOutput.extras``.
 
         Raises Overloaded when too much is waiting, ContextLengthExceeded, EngineDead.
         """

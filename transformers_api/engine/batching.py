@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -14,6 +14,9 @@ from typing import Any, TypeVar
 import torch
 
 from transformers_api.engine.base import (
+    BACKLOG,
+    NOTHING,
+    OBSERVED_BACKLOG,
     ContextOverflow,
     EngineStats,
     FinishReason,
@@ -22,7 +25,7 @@ from transformers_api.engine.base import (
 )
 from transformers_api.engine.memory import release_memory
 from transformers_api.engine.model_runner import OneRow, Runner
-from transformers_api.engine.sampler import Sampler
+from transformers_api.engine.sampler import Sampler, TokenSampler
 from transformers_api.engine.scheduler import Batch, Scheduler
 from transformers_api.engine.sequence import Sequence
 from transformers_api.engine.thread import EngineThread
@@ -67,12 +70,13 @@ class BatchingEngine:
         limits: EngineLimits,
         thread: EngineThread,
         mode: str,
+        sampler: TokenSampler | None = None,
     ) -> None:
         self.limits = limits
         self.mode = mode
         self.model = model
         self.runner = runner
-        self.sampler = Sampler()
+        self.sampler = sampler or Sampler()
         self.scheduler = Scheduler(runner.cache, limits.num_slots, limits.prefill_chunk)
         self.thread = thread
         self._places = threading.Semaphore(limits.num_slots + limits.max_waiting)
@@ -154,14 +158,15 @@ class BatchingEngine:
         return self.limits.eos_token_ids
 
     def submit(
-        self, requests: SequenceOf[SequenceRequest], *, observe: Collection[str] = ()
+        self, requests: SequenceOf[SequenceRequest], *, observe: Mapping[str, Any] = NOTHING
     ) -> TokenStream:
         """See base.Engine."""
         for request in requests:
             self._check(request)
         self._take_places(len(requests))
         sequences: list[Sequence] = []
-        stream = TokenStream(len(requests), lambda index: self._abort(sequences, index))
+        limit = OBSERVED_BACKLOG if observe else BACKLOG
+        stream = TokenStream(len(requests), lambda index: self._abort(sequences, index), limit)
         sequences += [self._sequence(r, stream, i, observe) for i, r in enumerate(requests)]
         try:
             self.thread.post(lambda: self._add(sequences))
@@ -237,7 +242,7 @@ class BatchingEngine:
             raise Overloaded("Too many requests are waiting", retry_after=1)
 
     def _sequence(
-        self, request: SequenceRequest, stream: TokenStream, index: int, observe: Collection[str]
+        self, request: SequenceRequest, stream: TokenStream, index: int, observe: Mapping[str, Any]
     ) -> Sequence:
         limits = self.limits
         if limits.context_overflow == "crop" and limits.prompt_window:

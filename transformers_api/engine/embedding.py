@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoModel, DynamicCache
 
 from transformers_api.engine.base import (
+    NOTHING,
     ContextOverflow,
     Engine,
     EngineStats,
@@ -65,7 +66,7 @@ class EncoderEngine:
         self._closed: ApiError | None = None
 
     def submit(
-        self, requests: Sequence[SequenceRequest], *, observe: Collection[str] = ()
+        self, requests: Sequence[SequenceRequest], *, observe: Mapping[str, Any] = NOTHING
     ) -> TokenStream:
         """Raises ModelNotCapable."""
         raise ModelNotCapable("This model makes embeddings, it does not generate text")

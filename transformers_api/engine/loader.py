@@ -6,6 +6,7 @@ The only place, with ``convert.py``, that calls ``from_pretrained`` for a model.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from transformers_api.engine.memory import available_bytes
 from transformers_api.engine.model_runner import ModelRunner, Runner, SequentialRunner
 from transformers_api.engine.packed_linear import pack_linears
 from transformers_api.engine.prompt_scores import PromptScoringRunner
+from transformers_api.engine.sampler import Sampler, TokenSampler
 from transformers_api.engine.scheduler import Batch
 from transformers_api.engine.sequence import Sequence
 from transformers_api.engine.suppressed_tokens import SuppressingRunner
@@ -32,6 +34,8 @@ log = logging.getLogger(__name__)
 disable_progress_bar()  # type: ignore[no-untyped-call]  # a server's log is no terminal
 WINDOW_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
 ATTENTION_KINDS = {"full_attention", "sliding_attention"}
+# (model, runner, sampler) to the runner and the sampler that the engine is to use.
+Wrap = Callable[[Any, Runner, TokenSampler], tuple[Runner, TokenSampler]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,14 +55,16 @@ class LoadOptions:
     kv_cache_bytes: int | None = None  # None: a quarter of what is free after loading
 
 
-def load_engine(folder: Path, options: LoadOptions, thread: EngineThread) -> BatchingEngine:
+def load_engine(
+    folder: Path, options: LoadOptions, thread: EngineThread, wrap: Wrap | None = None
+) -> BatchingEngine:
     """Load a model and start serving it on ``thread``, which must be the calling thread.
 
-    Raises ModelLoadFailed.
+    ``wrap`` puts observers around the runner and the sampler. Raises ModelLoadFailed.
     """
     device = pick_device(options.device)
     model = load_model(folder, device, options.dtype, options.trust_remote_code)
-    engine = build_engine(model, options, thread)
+    engine = build_engine(model, options, thread, wrap)
     thread.engines.append(engine)
     return engine
 
@@ -109,7 +115,9 @@ def load_model(folder: Path, device: str, dtype: str, trust_remote_code: bool) -
     return model.to(device).eval()
 
 
-def build_engine(model: Any, options: LoadOptions, thread: EngineThread) -> BatchingEngine:
+def build_engine(
+    model: Any, options: LoadOptions, thread: EngineThread, wrap: Wrap | None = None
+) -> BatchingEngine:
     """An engine for a loaded model: batching where the model allows, else one at a time."""
     head = model.get_output_embeddings()
     size = head.weight.shape[0] if head is not None else model.config.vocab_size
@@ -130,7 +138,11 @@ def build_engine(model: Any, options: LoadOptions, thread: EngineThread) -> Batc
     suppressed = getattr(model.generation_config, "suppress_tokens", None) or ()
     if ids := [token for token in suppressed if 0 <= token < vocab_size]:
         runner = SuppressingRunner(runner, ids)
-    return BatchingEngine(model, PromptScoringRunner(runner), limits, thread, mode)
+    runner = PromptScoringRunner(runner)
+    sampler: TokenSampler = Sampler()
+    if wrap is not None:
+        runner, sampler = wrap(model, runner, sampler)
+    return BatchingEngine(model, runner, limits, thread, mode, sampler)
 
 
 def context_window(config: Any, options: LoadOptions) -> int:

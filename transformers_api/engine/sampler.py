@@ -5,6 +5,8 @@ A row's choice depends on its own logits, parameters, seed and step only.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,14 @@ from transformers_api.engine.sequence import SampledToken, Sequence
 from transformers_api.errors import EngineFailed
 
 FIRST_CANDIDATES = 64  # looked at before more; nearly always enough for top_p 0.9
+
+
+class TokenSampler(Protocol):
+    """What ``BatchingEngine`` draws with; wrappers that observe have the same interface."""
+
+    def sample(self, logits: Tensor, sequences: list[Sequence]) -> list[SampledToken]:
+        """One token for each row of ``logits`` (B, V), float32, which stay as they are."""
+        ...
 
 
 class Sampler:
@@ -45,6 +55,25 @@ class Sampler:
             for processor in seq.processors:
                 processor(seq, processed[row])
         return processed
+
+
+def distribution(logits: Tensor, seq: Sequence) -> Tensor:
+    """The probabilities (V,), float64, that the next token of ``seq`` is drawn with.
+
+    ``logits`` (V,) of the model. Temperature 0 has everything on the first of the likeliest.
+    """
+    row = logits.clone()
+    for processor in seq.processors:
+        processor(seq, row)
+    probs = torch.zeros(row.shape, dtype=torch.float64, device=row.device)
+    if seq.params.temperature == 0:
+        probs[row.argmax()] = 1
+        return probs
+    scaled = ((row - row.max()) / seq.params.temperature).softmax(-1)
+    for _, count in _by_candidates(scaled[None], [seq.params]):
+        kept, ids = candidates(scaled[None], [seq.params], count)
+        probs[ids[0]] = kept[0]
+    return probs / probs.sum()
 
 
 def draw(logits: Tensor, sequences: list[Sequence]) -> Tensor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from transformers_api.engine.base import (
+    NOTHING,
     FinishReason,
     SequenceRequest,
     TokenOutput,
@@ -49,7 +50,7 @@ class Sequence:
         eos_token_ids: frozenset[int],
         max_model_len: int,
         slides: bool = False,
-        observe: Collection[str] = (),
+        observe: Mapping[str, Any] = NOTHING,
         on_end: Callable[[], object] | None = None,
     ) -> None:
         params = request.params
@@ -57,7 +58,7 @@ class Sequence:
         self.stream = stream
         self.index = index
         self.on_end = on_end
-        self.observe = frozenset(observe)
+        self.observe = observe
         self.tokens = list(request.prompt_ids)
         self.prompt_len = len(self.tokens)
         self.start = max(self.prompt_len - max_model_len, 0)

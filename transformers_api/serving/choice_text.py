@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from transformers_api.engine.base import FinishReason, SamplingParams, TokenOutput, TokenScore
+from transformers_api.inspection.base import StepTrace
 from transformers_api.serving.detokenizer import IncrementalDetokenizer
 from transformers_api.serving.models import LoadedModel
 from transformers_api.serving.stop_strings import StopStrings
@@ -51,6 +52,7 @@ class TextDelta:
     finish_reason: str | None = None  # "stop" or "length"
     stop_reason: str | int | None = None  # the stop string or token id; None at the model's own
     prompt_scores: tuple[TokenDetail, ...] | None = None  # first piece, when asked for
+    trace: StepTrace | None = None  # when asked for: then every token has a piece of its own
 
 
 @dataclass(slots=True)
@@ -74,6 +76,7 @@ class ChoiceText:
         vocabulary: Vocabulary,
         params: SamplingParams,
         stop: Sequence[str],
+        trace_stops: bool = False,
     ) -> None:
         self.index = index
         self.finished = False
@@ -87,6 +90,7 @@ class ChoiceText:
             model.tokenizer, prompt_ids, vocabulary=vocabulary
         )
         self._stops = StopStrings(stop)
+        self._trace_stops = trace_stops
         self._waiting: list[_Waiting] = []
         self._decoded = 0  # characters
         self._sent = 0  # characters
@@ -109,7 +113,8 @@ class ChoiceText:
             text += self._stops.flush()  # nothing after a match
         self._sent += len(text)
         prompt_scores = self._prompt_details(output.prompt_scores)
-        if not (text or self.finished or prompt_scores is not None):
+        trace = self._trace(output)
+        if not (text or self.finished or prompt_scores is not None or trace):
             return None
         ready = self._take_ready()
         ended_by = () if self._is_text(output) or output.token_id is None else (output.token_id,)
@@ -122,7 +127,12 @@ class ChoiceText:
             finish_reason=self._finish_reason(output),
             stop_reason=matched if matched is not None else self._stop_token(output),
             prompt_scores=prompt_scores,
+            trace=trace,
         )
+
+    def _trace(self, output: TokenOutput) -> StepTrace | None:
+        noted: StepTrace | None = output.extras.get("trace")
+        return noted if self._trace_stops or self._is_text(output) else None
 
     def _count(self, output: TokenOutput) -> None:
         self.cached_tokens += output.cached_tokens

@@ -20,6 +20,7 @@ from transformers_api.errors import (
     InvalidRequest,
     ModelUnloaded,
 )
+from transformers_api.inspection.base import StepTrace, TracePlan
 from transformers_api.serving.cancellation import Cancellation
 from transformers_api.serving.choice_text import ChoiceText, TextDelta, TokenDetail
 from transformers_api.serving.models import LoadedModel
@@ -39,6 +40,8 @@ class GenerationRequest:
     best_of: int | None = None  # generate so many per prompt and keep the n most likely
     stop: tuple[str, ...] = ()
     quiet_s: float | None = None  # iteration gives None after each so many seconds of silence
+    trace: TracePlan | None = None  # a piece for every token then, with what was noted of it
+    trace_stops: bool = False  # also of the token that ends an answer
 
     @property
     def per_prompt(self) -> int:
@@ -57,6 +60,7 @@ class Choice:
     finish_reason: str
     stop_reason: str | int | None
     prompt_scores: tuple[TokenDetail, ...] | None
+    traces: tuple[StepTrace, ...] = ()  # one per token, when asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,13 +190,17 @@ def start(
     places = [(prompt, i) for prompt in request.prompts for i in range(request.per_prompt)]
     vocabulary = Vocabulary(loaded.tokenizer)
     choices = [
-        ChoiceText(index, prompt, loaded, vocabulary, request.params, request.stop)
+        ChoiceText(
+            index, prompt, loaded, vocabulary, request.params, request.stop, request.trace_stops
+        )
         for index, (prompt, _) in enumerate(places)
     ]
     sequences = [SequenceRequest(prompt, _with_seed(params, i)) for prompt, i in places]
     count = loaded.count_tokens
     counted = count and CountedTexts(loaded, count, request.prompts, len(choices))
-    generation = Generation(request, choices, loaded.engine.submit(sequences), counted)
+    observe = {} if request.trace is None else {"trace": request.trace}
+    tokens = loaded.engine.submit(sequences, observe=observe)
+    generation = Generation(request, choices, tokens, counted)
     cancellation.on_cancel(generation.close)
     return generation
 
@@ -265,4 +273,5 @@ def _joined(index: int, deltas: list[TextDelta]) -> Choice:
         finish_reason=last.finish_reason,
         stop_reason=last.stop_reason,
         prompt_scores=deltas[0].prompt_scores,
+        traces=tuple(delta.trace for delta in deltas if delta.trace is not None),
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from transformers_api.engine.base import Engine
+from transformers_api.inspection.base import Inspector
 
 ChatMode = Literal["template", "transcript", "off"]
 PoolingMode = Literal["cls", "mean", "last"]
@@ -119,6 +120,7 @@ class LoadedModel:
     created: int = 0
     count_tokens: Callable[[str], int] | None = None  # for usage; None: the model's own tokens
     embedder: Embedder | None = None  # where the registry entry says that it embeds
+    inspector: Inspector | None = None  # None: INSPECT_ENABLED is off
     extras: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -1,0 +1,313 @@
+"""What the rest of the program knows of inspection: plain data and a protocol. Torch-free.
+
+Units everywhere: probabilities 0..1; entropy, surprisal and logprob in nats; positions and steps
+count from 0. Arrays are numpy's, float32 unless said otherwise. Letters for shapes: L layers,
+H query heads, n tokens, V vocabulary, C width of the residual stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Literal, Protocol, TypeVar
+
+import numpy
+from numpy.typing import NDArray
+
+T = TypeVar("T")
+Array = NDArray[numpy.float32]
+Ids = NDArray[numpy.int64]
+
+# A piece of work in slices: called with the model on the engine thread, it gives a generator that
+# yields between two slices, so that those who are being answered keep their pace, and returns the
+# result. Each slice runs on the engine thread.
+Job = Callable[[Any], Generator[None, None, T]]
+
+
+class AttentionMode(StrEnum):
+    """How attention weights are had from a model."""
+
+    TAP = "tap"  # recomputed in float32 beside the kernel, from the very q and k that it read
+    HOOK = "hook"  # the model computes them anyway; they are read as they pass
+    LEGACY = "legacy"  # only when the model is asked for them, in another way of computing
+    NONE = "none"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerAttention:
+    """What one layer shows.
+
+    ``heads`` counts queries; head h reads with K and V of ``h // (heads // kv_heads)``.
+    """
+
+    layer: int
+    type: str  # "full_attention", "sliding_attention", "linear_attention", "mamba", …
+    heads: int = 0
+    kv_heads: int = 0
+    window: int | None = None  # tokens that a query sees, itself included
+    sinks: bool = False  # rows sum to 1 less what the head leaves unread
+    available: bool = False
+    reason: str | None = None  # why not
+    max_rel_err: float | None = None  # |P·V - out| / |out| of the check at load
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Routing:
+    """The mixture of experts of a model."""
+
+    layers: tuple[int, ...]
+    experts: int
+    experts_per_token: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Anatomy:
+    """What a model is made of and what of it can be shown; found and checked at load."""
+
+    model_type: str
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden_size: int
+    vocab_size: int
+    context: int  # tokens
+    dtype: str
+    mode: AttentionMode
+    implementation: str  # "sdpa", "eager", …
+    verified: bool  # the rows shown are those that made the output
+    max_rel_err: float | None  # the worst layer
+    attention: tuple[LayerAttention, ...]  # one per layer
+    final_norm: str | None  # where the residual stream ends, as a module's name; None: not found
+    lens: bool  # a residual can be read through the model's own head
+    lens_is_exact: bool  # and that of the last layer gives the model's own logits, bit for bit
+    routing: Routing | None = None
+    # Whether rows can be had while writing, without changing a bit of the answer.
+    traces_attention: bool = False
+
+    @property
+    def layers_with_attention(self) -> list[int]:
+        """Those whose weights can be shown."""
+        return [layer.layer for layer in self.attention if layer.available]
+
+
+# -- while it writes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TracePlan:
+    """What to note of every step. Given to ``Engine.submit`` as ``observe={"trace": plan}``."""
+
+    layers: tuple[int, ...] = ()  # whose attention row is noted
+    heads: tuple[int, ...] | Literal["mean", "max"] | None = None  # None: all
+    attn_topk: int = 0  # only so many keys of each row; 0: all
+    topk: int = 0  # likeliest tokens of the model's own distribution
+    sampled_topk: int = 0  # and of the distribution that was drawn from
+    lens_layers: tuple[int, ...] = ()  # residual streams to read through the head; -1: embedding
+    lens_topk: int = 0
+    resid_norms: bool = False
+    router: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionRow:
+    """What the query that predicts a token read, in one layer."""
+
+    layer: int
+    key_start: int  # position of the first column; weights before it are 0
+    width: int  # K: columns, up to the query's own
+    weights: Array  # (H', K), or (H', k) of the heaviest keys, the heaviest first
+    keys: Ids | None = None  # (H', k): positions of these
+    rest: Array | None = None  # (H',): the weight of the other keys
+    sink: Array | None = None  # (H',): what went nowhere
+
+
+@dataclass(frozen=True, slots=True)
+class Likely:
+    """The likeliest tokens of a distribution, the likeliest first."""
+
+    token_ids: tuple[int, ...] = ()
+    probs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LensReading:
+    """What the residual stream after one layer says already."""
+
+    layer: int
+    top: Likely
+    rank_of_sampled: int  # 0: the likeliest
+    prob_of_sampled: float
+    entropy: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Routed:
+    """Where one mixture-of-experts layer sent the token."""
+
+    layer: int
+    experts: tuple[int, ...]
+    weights: tuple[float, ...]
+    entropy: float  # of the router's softmax over all experts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTrace:
+    """What was noted of one step; ``TokenOutput.extras["trace"]``, with the token's own output."""
+
+    step: int  # of the generated tokens
+    position: int  # of the token, over prompt and output
+    context: int  # tokens that the model saw, the query being the last of them
+    start: int  # position of the first of them; above 0 once the window slides
+    token_id: int
+    logprob: float  # under the model
+    entropy: float
+    rank: int
+    top: Likely
+    sampled_prob: float  # under what was drawn from: temperature, penalties and filters applied
+    sampled_entropy: float
+    sampled_top: Likely
+    attention: tuple[AttentionRow, ...] = ()
+    lens: tuple[LensReading, ...] = ()
+    resid_norms: tuple[float, ...] = ()  # L2, after each layer
+    router: tuple[Routed, ...] = ()
+
+
+# -- of given tokens
+
+Heads = int | Literal["mean", "max", "all"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionWindow:
+    """A part of one layer's attention matrices: rows are queries, columns are keys."""
+
+    weights: Array  # (H', R, C); one head, or one reduction of all, is H' = 1
+    sink: Array | None = None  # (H', R)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadGrid:
+    """Every head at a glance. Rows of layers without attention are NaN."""
+
+    entropy: Array  # (L, H) each: mean over queries
+    distance: Array  # mean of |i - j|, in tokens
+    first: Array  # mean weight on position 0
+    previous: Array  # on the token before the query
+    itself: Array  # on the query's own position
+    sink: Array | None  # (L, H)
+    thumbs: Array | None  # (L, H, size, size), the mean of the cells that fall together
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptReading:
+    """How the model foresaw each token; element i is about token i + 1, from what came before."""
+
+    surprisal: Array  # (n - 1,)
+    entropy: Array
+    rank: Ids
+    top_ids: Ids  # (n - 1, k)
+    top_logprobs: Array
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LensTable:
+    """Residual streams read through the model's own head: (P positions, L' layers, …)."""
+
+    top_ids: Ids  # (P, L', k)
+    top_probs: Array
+    entropy: Array  # (P, L')
+    target_ids: Ids  # (P,): the target, or the model's own choice there
+    target_rank: Ids  # (P, L')
+    target_prob: Array
+
+
+AttributionMethod = Literal[
+    "occlusion", "gradient_x_input", "gradient_norm", "integrated_gradients"
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttributionQuestion:
+    """Why this token? ``position`` is that of the query which predicts it."""
+
+    position: int
+    token_id: int | None = None  # None: the model's own choice
+    method: AttributionMethod = "occlusion"
+    steps: int = 32  # of integrated gradients
+    baseline: Literal["mean", "zero"] = "mean"
+    of: Literal["logprob", "logit"] = "logprob"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attribution:
+    """One score per token up to the query."""
+
+    scores: Array  # (position + 1,)
+    token_id: int
+    logprob: float
+    value: float  # of what was asked for: the logprob or the logit
+    convergence_delta: float | None = None  # f(x) - f(baseline) - sum, of integrated gradients
+    note: str | None = None
+
+
+class Inspector(Protocol):
+    """Questions about given tokens. Every method gives a job; whoever has it runs it in slices."""
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """What can be asked."""
+        ...
+
+    def attention(
+        self,
+        ids: Sequence[int],
+        layer: int,
+        heads: Heads,
+        rows: tuple[int, int],
+        cols: tuple[int, int],
+    ) -> Job[AttentionWindow]:
+        """Weights of queries ``rows`` on keys ``cols``, both [start, stop)."""
+        ...
+
+    def heads(self, ids: Sequence[int], thumb: int) -> Job[HeadGrid]:
+        """Statistics of every head, and pictures of ``thumb`` x ``thumb`` cells; 0 for none."""
+        ...
+
+    def rollout(self, ids: Sequence[int]) -> Job[Array]:
+        """(n, n): the product over layers of half the mean attention and half the identity.
+
+        Abnar and Zuidema 2020, arXiv:2005.00928, section 3. Raises AttentionUnavailable unless
+        every layer has attention.
+        """
+        ...
+
+    def read_prompt(self, ids: Sequence[int], topk: int) -> Job[PromptReading]:
+        """How surprising each token was."""
+        ...
+
+    def lens(
+        self,
+        ids: Sequence[int],
+        layers: Sequence[int],
+        positions: Sequence[int],
+        topk: int,
+        target: int | None,
+    ) -> Job[LensTable]:
+        """The logit lens; layer -1 is the embedding."""
+        ...
+
+    def hidden_states(
+        self, ids: Sequence[int], layers: Sequence[int], positions: Sequence[int]
+    ) -> Job[Array]:
+        """(L', P, C): residual streams after the layers, before the final norm."""
+        ...
+
+    def attribute(self, ids: Sequence[int], question: AttributionQuestion) -> Job[Attribution]:
+        """What each token did for the prediction of one."""
+        ...
+
+    def check_gradients(self) -> Job[bool]:
+        """Whether gradients reach the embeddings."""
+        ...
