@@ -29,8 +29,9 @@ from transformers_api.serving.token_counts import token_counter
 from transformers_api.settings import GIB, Settings
 
 if TYPE_CHECKING:
-    from transformers_api.engine.base import Engine
+    from transformers_api.engine.base import Engine, EngineListener
     from transformers_api.engine.loader import LoadOptions
+    from transformers_api.inspection.base import Inspector
 
 RESERVE = 1.15  # of the weights: activations, the KV cache of a few short sequences
 SPARE = 1.2  # of what is needed, to load beside a resident model
@@ -41,9 +42,11 @@ class ModelLoader:
     """Prepares in the caller's thread, loads on the engine's.
 
     ``make_room`` is asked for bytes that lack for a model, and says whether it freed them.
+    ``listen`` gives what hears of the steps of the model with that name.
     """
 
     make_room: Callable[[int], bool] | None = None
+    listen: Callable[[str], EngineListener] | None = None
 
     def __init__(self, settings: Settings, store: ModelStore, thread: EngineThread) -> None:
         self.settings = settings
@@ -86,7 +89,8 @@ class ModelLoader:
         started = time.monotonic()
         self.thread.call(_register_families).result()
         tokenizer = _load_tokenizer(files.folder, spec.trust_remote_code)
-        engine: Any = self.thread.call(lambda: self._load_engine(spec, files, tokenizer)).result()
+        made = self.thread.call(lambda: self._load_engine(spec, files, tokenizer)).result()
+        engine: Any = made[0]
         facts = self.thread.call(lambda: _facts(engine.model)).result()
         return LoadedModel(
             spec=spec,
@@ -97,13 +101,23 @@ class ModelLoader:
             created=files.created,
             count_tokens=token_counter(spec.token_encoding) if spec.token_encoding else None,
             embedder=self._embedder(spec, files, engine),
+            inspector=made[1],
             **facts,
         )
 
-    def _load_engine(self, spec: ModelSpec, files: ModelFiles, tokenizer: Any) -> Engine:
+    def _load_engine(
+        self, spec: ModelSpec, files: ModelFiles, tokenizer: Any
+    ) -> tuple[Engine, Inspector | None]:
         from transformers_api.engine.loader import load_engine
 
-        return load_engine(files.folder, self._options(spec, tokenizer), self.thread)
+        options = self._options(spec, tokenizer)
+        if not self.settings.inspect_enabled:
+            return load_engine(files.folder, options, self.thread), None
+        from transformers_api.inspection.attachment import Attachment
+
+        attachment = Attachment(slice_tokens=self.settings.prefill_chunk)
+        engine = load_engine(files.folder, options, self.thread, attachment.wrap)
+        return engine, attachment.inspector(engine)
 
     def _embedder(self, spec: ModelSpec, files: ModelFiles, engine: Engine) -> Embedder | None:
         if not isinstance(spec.embedding, Pooling):
@@ -135,6 +149,7 @@ class ModelLoader:
             max_waiting=settings.max_queue,
             prefill_chunk=settings.prefill_chunk,
             kv_cache_bytes=int(settings.kv_cache_gib * GIB) if settings.kv_cache_gib else None,
+            listener=self.listen(spec.name) if self.listen else None,
         )
 
     def _free_bytes(self, device: str) -> int:
@@ -167,7 +182,9 @@ class EncoderLoader(ModelLoader):
         read_encoder(files.folder)  # what it wants and we cannot is told before anything is loaded
         return files
 
-    def _load_engine(self, spec: ModelSpec, files: ModelFiles, tokenizer: Any) -> Engine:
+    def _load_engine(
+        self, spec: ModelSpec, files: ModelFiles, tokenizer: Any
+    ) -> tuple[Engine, Inspector | None]:
         from transformers_api.engine.embedding import load_encoder
 
         limits = (
@@ -179,7 +196,7 @@ class EncoderLoader(ModelLoader):
             self._options(spec, tokenizer),
             max_context_tokens=min(limit for limit in limits if limit is not None),
         )
-        return load_encoder(files.folder, options, self.thread)
+        return load_encoder(files.folder, options, self.thread), None
 
     def _embedder(self, spec: ModelSpec, files: ModelFiles, engine: Engine) -> Embedder:
         pooling = read_encoder(files.folder).pooling

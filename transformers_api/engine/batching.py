@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
@@ -13,14 +14,17 @@ from typing import Any, TypeVar
 
 import torch
 
+from transformers_api import logs
 from transformers_api.engine.base import (
     BACKLOG,
     NOTHING,
     OBSERVED_BACKLOG,
     ContextOverflow,
+    EngineListener,
     EngineStats,
     FinishReason,
     SequenceRequest,
+    SilentEngineListener,
     TokenStream,
 )
 from transformers_api.engine.memory import release_memory
@@ -71,12 +75,14 @@ class BatchingEngine:
         thread: EngineThread,
         mode: str,
         sampler: TokenSampler | None = None,
+        listener: EngineListener | None = None,
     ) -> None:
         self.limits = limits
         self.mode = mode
         self.model = model
         self.runner = runner
         self.sampler = sampler or Sampler()
+        self.listener = listener or SilentEngineListener()
         self.scheduler = Scheduler(runner.cache, limits.num_slots, limits.prefill_chunk)
         self.thread = thread
         self._places = threading.Semaphore(limits.num_slots + limits.max_waiting)
@@ -94,7 +100,9 @@ class BatchingEngine:
             if batch is not None:
                 self._step(batch)
         except Exception as error:
-            log.exception("A step of the engine failed")
+            hit = batch.sequences if batch else self.scheduler.running
+            ids = ",".join(dict.fromkeys(seq.request_id for seq in hit))
+            log.exception("A step of the engine failed", extra={"request_id": ids})
             failed = EngineFailed("A step of the model failed")
             self._fail_batch(batch, error if isinstance(error, ApiError) else failed)
 
@@ -102,6 +110,7 @@ class BatchingEngine:
         logits = self.runner.forward(batch)[:, -1]  # (B, V)
         ends = batch.reaches_end
         sampled = self.sampler.sample(logits, batch.sequences) if ends else repeat(None)
+        self._tell(batch)
         for seq, token in zip(batch.sequences, sampled, strict=ends):
             seq.advance(batch.width, token)
         self._steps += 1
@@ -111,6 +120,25 @@ class BatchingEngine:
                 self.scheduler.finish(seq)
             else:
                 self.scheduler.settle(seq)
+
+    def _tell(self, batch: Batch) -> None:
+        """Note the times of a step and tell them; before a sequence can end with it."""
+        now, sequences, gaps = time.monotonic(), batch.sequences, []
+        if batch.reaches_end:
+            first = sequences[0]
+            if first.first_token_at is None:  # a prompt is read alone
+                first.first_token_at = first.token_at = now
+                spent_s = now - first.submitted_at if first.params.max_tokens else None
+                self.listener.on_prompt(first.prompt_len, first.cached_tokens, spent_s)
+            else:
+                for seq in sequences:
+                    gaps.append(now - seq.token_at)
+                    seq.token_at = now
+        self.listener.on_step(batch.width * len(sequences), gaps)
+
+    def _ended(self, seq: Sequence, reason: FinishReason) -> None:
+        self._places.release()
+        self.listener.on_finish(seq.stats(reason))
 
     @property
     def has_work(self) -> bool:
@@ -196,6 +224,7 @@ class BatchingEngine:
             generated_tokens=self._generated,
             cached_tokens=scheduler.cached_tokens,
             kv_bytes=scheduler.cache.bytes,
+            kv_used_bytes=scheduler.reserved_bytes,
             kv_budget_bytes=scheduler.cache.budget_bytes,
             mode=self.mode,
         )
@@ -214,7 +243,7 @@ class BatchingEngine:
         self.fail(error)
         if self in self.thread.engines:
             self.thread.engines.remove(self)
-        del self.model, self.runner
+        del self.model, self.runner, self.sampler
         self.scheduler.cache = OneRow()
         release_memory()
 
@@ -256,8 +285,9 @@ class BatchingEngine:
             max_model_len=self.max_model_len,
             slides=limits.context_overflow == "slide",
             observe=observe,
-            on_end=self._places.release,
+            on_end=self._ended,
         )
+        seq.request_id = logs.request_id.get()
         if limits.torch_noise:
             seq.generator = torch.Generator().manual_seed(seq.seed)
         return seq

@@ -6,7 +6,8 @@ The only place, with ``convert.py``, that calls ``from_pretrained`` for a model.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils.logging import disable_progress_bar
 
-from transformers_api.engine.base import SamplingParams, SequenceRequest, TokenStream
+from transformers_api.engine.base import (
+    EngineListener,
+    SamplingParams,
+    SequenceRequest,
+    TokenStream,
+)
 from transformers_api.engine.batching import BatchingEngine, EngineLimits
 from transformers_api.engine.kv_cache import SlotCache
 from transformers_api.engine.memory import available_bytes
@@ -34,8 +40,8 @@ log = logging.getLogger(__name__)
 disable_progress_bar()  # type: ignore[no-untyped-call]  # a server's log is no terminal
 WINDOW_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
 ATTENTION_KINDS = {"full_attention", "sliding_attention"}
-# (model, runner, sampler) to the runner and the sampler that the engine is to use.
-Wrap = Callable[[Any, Runner, TokenSampler], tuple[Runner, TokenSampler]]
+# (model, limits, runner, sampler) to the runner and the sampler that the engine is to use.
+Wrap = Callable[[Any, EngineLimits, Runner, TokenSampler], tuple[Runner, TokenSampler]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +59,7 @@ class LoadOptions:
     max_waiting: int = 128
     prefill_chunk: int = 256
     kv_cache_bytes: int | None = None  # None: a quarter of what is free after loading
+    listener: EngineListener | None = None  # hears of every step
 
 
 def load_engine(
@@ -96,15 +103,16 @@ def load_model(folder: Path, device: str, dtype: str, trust_remote_code: bool) -
         )
         if config.is_encoder_decoder:
             raise ModelLoadFailed("Encoder-decoder models cannot be served")
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=_dtype(dtype, device),
-            trust_remote_code=trust_remote_code,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        with differentiable():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=_dtype(dtype, device),
+                trust_remote_code=trust_remote_code,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
     except ModelLoadFailed:
         raise
     except Exception as error:
@@ -112,7 +120,18 @@ def load_model(folder: Path, device: str, dtype: str, trust_remote_code: bool) -
         raise ModelLoadFailed(f"The model cannot be loaded: {_first_line(error)}") from error
     model, info = loaded
     _check_loading_info(info)
-    return model.to(device).eval()
+    with differentiable():
+        return model.to(device).eval().requires_grad_(False)
+
+
+@contextmanager
+def differentiable() -> Iterator[None]:
+    """Weights made while it lasts can take part in a gradient.
+
+    Those of the engine thread's inference mode never can.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def build_engine(
@@ -141,8 +160,8 @@ def build_engine(
     runner = PromptScoringRunner(runner)
     sampler: TokenSampler = Sampler()
     if wrap is not None:
-        runner, sampler = wrap(model, runner, sampler)
-    return BatchingEngine(model, runner, limits, thread, mode, sampler)
+        runner, sampler = wrap(model, limits, runner, sampler)
+    return BatchingEngine(model, runner, limits, thread, mode, sampler, options.listener)
 
 
 def context_window(config: Any, options: LoadOptions) -> int:
@@ -160,7 +179,8 @@ def _runner(
 ) -> tuple[Runner, int, str]:
     """(runner, context window, mode): the fastest way that gives this model's own logits."""
     if layers := _attention_layers(model):
-        pack_linears(model)
+        with differentiable():
+            pack_linears(model)
         cache = SlotCache(layers, options.num_slots, window)
         batched = ModelRunner(model, cache, vocab_size)
         if _agrees(batched, model, vocab_size, window):

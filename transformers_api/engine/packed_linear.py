@@ -26,8 +26,28 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` (…, in) gives (…, out)."""
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-        return y
+        if torch.is_grad_enabled() and x.requires_grad:
+            y: Tensor = _PackedProduct.apply(x, self.packed, self.bias)  # type: ignore[no-untyped-call]
+            return y
+        return _product(x, self.packed, self.bias)
+
+
+def _product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return y
+
+
+class _PackedProduct(torch.autograd.Function):
+    """The same product with a gradient for ``x``, which the kernel itself has none for."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.packed = packed  # as an attribute: autograd saves no tensor of this layout
+        return _product(x, packed, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0] @ ctx.packed.to_dense(), None, None
 
 
 def pack_linears(model: Any) -> None:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Protocol, TypeVar
 
+from transformers_api import logs
 from transformers_api.errors import EngineDead
 
 T = TypeVar("T")
@@ -51,6 +53,7 @@ class EngineThread:
         self._lock = threading.Lock()
         self._pending: list[Future[Any]] = []
         self._alive = True
+        self._step_since: float | None = None  # time.monotonic() when the running one began
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -58,6 +61,12 @@ class EngineThread:
     def is_alive(self) -> bool:
         """False once the thread has ended: the process must be restarted."""
         return self._alive
+
+    @property
+    def step_s(self) -> float:
+        """Seconds that the step which runs now has taken so far; 0 where none does."""
+        since = self._step_since
+        return 0.0 if since is None else time.monotonic() - since
 
     def post(self, action: Callable[[], None], future: Future[Any] | None = None) -> None:
         """Run ``action`` on the thread, soon. Raises EngineDead."""
@@ -70,8 +79,9 @@ class EngineThread:
                 self._pending.append(future)
 
     def call(self, function: Callable[[], T]) -> Future[T]:
-        """Run ``function`` on the thread between two steps."""
+        """Run ``function`` on the thread between two steps; its log lines are its caller's."""
         future: Future[T] = Future()
+        function = logs.carried(function)
 
         def run() -> None:
             if not future.set_running_or_notify_cancel():
@@ -114,19 +124,22 @@ class EngineThread:
         while self._read_inbox(wait=not any(engine.has_work for engine in self.engines)):
             for engine in list(self.engines):
                 if engine.has_work:
+                    self._step_since = time.monotonic()
                     engine.step()
+                    self._step_since = None
 
     def _read_inbox(self, wait: bool) -> bool:
-        """Run what was posted; False to end."""
-        while True:
-            try:
-                action = self._inbox.get(block=wait)
-            except queue.Empty:
-                return True
+        """Run what has been posted so far; False to end.
+
+        What is posted meanwhile comes after the next step: a long visit in many slices never keeps
+        those who are being answered waiting for more than one of them.
+        """
+        for _ in range(max(self._inbox.qsize(), wait)):
+            action = self._inbox.get()  # nobody else takes from it
             if action is None:
                 return False
             action()
-            wait = False
+        return True
 
     def _die(self) -> None:
         with self._lock:

@@ -28,14 +28,30 @@ class TinyGPTConfig(DecoderConfig):
     context_overflow: str | None = "slide"
 
 
+class Router(nn.Module):
+    """The few experts with the largest logits, weighted by their softmax.
+
+    What it returns is what transformers' routers return, for those who watch them.
+    """
+
+    def __init__(self, per_token: int) -> None:
+        super().__init__()
+        self.per_token = per_token
+
+    def forward(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits (N, E), weights (N, k) and experts (N, k) of N tokens."""
+        best, chosen = logits.topk(self.per_token)
+        return logits, best.softmax(dim=-1), chosen
+
+
 class Experts(nn.Module):
-    """Each token goes to the few experts with the largest logits, weighted by their softmax."""
+    """Each token goes to a few experts."""
 
     def __init__(self, config: TinyGPTConfig) -> None:
         super().__init__()
         width, hidden = config.hidden_size, config.intermediate_size
-        self.per_token = config.num_experts_per_tok
         self.gate = nn.Linear(width, config.num_experts, bias=False)
+        self.router = Router(config.num_experts_per_tok)
         self.experts = nn.ModuleList(
             SwiGLU(width, hidden, bias=False) for _ in range(config.num_experts)
         )
@@ -43,8 +59,7 @@ class Experts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) to (B, T, C)."""
         tokens = x.flatten(0, -2)
-        best, chosen = self.gate(tokens).topk(self.per_token)  # (B*T, k) each
-        shares = best.softmax(dim=-1)
+        _, shares, chosen = self.router(self.gate(tokens))  # (B*T, k) each
         y = torch.zeros_like(tokens)
         for index in chosen.unique().tolist():
             rows, place = (chosen == index).nonzero(as_tuple=True)

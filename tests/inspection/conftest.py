@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from tests.engine.conftest import engine_thread  # noqa: F401
+from tests.families.conftest import converted, load  # noqa: F401
+from tests.inspection.models import tiny
+from transformers_api.engine.batching import BatchingEngine
+from transformers_api.engine.loader import LoadOptions, build_engine
+from transformers_api.engine.thread import EngineThread
+from transformers_api.inspection.attachment import Attachment
+from transformers_api.inspection.examination import Examined
+from transformers_api.inspection.inspector import ModelInspector
+
+
+@dataclass
+class Watched:
+    """An engine that can be looked into."""
+
+    engine: BatchingEngine
+    examined: Examined
+    inspector: ModelInspector
+
+    def run(self, job: Any) -> Any:
+        """The result of a job; every slice is a visit of its own."""
+        generator = self.engine.call(job).result()
+        while True:
+            try:
+                self.engine.call(lambda _model: next(generator)).result()
+            except StopIteration as end:
+                return end.value
+
+
+@pytest.fixture
+def watch(engine_thread: EngineThread) -> Iterator[Callable[..., Watched]]:  # noqa: F811
+    """watch(name or model, **LoadOptions): a copy of the model, running, closed at the end."""
+    made: list[Watched] = []
+
+    def make(model: Any = "llama", **options: Any) -> Watched:
+        model = copy.deepcopy(tiny(model) if isinstance(model, str) else model)
+        options = {"num_slots": 4, "prefill_chunk": 8} | options
+
+        def build() -> Watched:
+            attachment = Attachment(slice_tokens=options["prefill_chunk"])
+            engine = build_engine(model, LoadOptions(**options), engine_thread, attachment.wrap)
+            engine_thread.engines.append(engine)
+            assert attachment.examined is not None
+            return Watched(engine, attachment.examined, attachment.inspector(engine))
+
+        made.append(engine_thread.call(build).result())
+        return made[-1]
+
+    yield make
+    for watched in made:
+        watched.engine.close()

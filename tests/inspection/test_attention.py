@@ -1,0 +1,164 @@
+"""The tap itself: what it finds right, what it catches, and that it is not in the way."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from tests.engine.models import prompts_of
+from tests.inspection.models import tiny
+from tests.inspection.test_trace import SHOWN
+from transformers_api.inspection.attention import Attended, Tap, install_tap
+from transformers_api.inspection.base import AttentionMode
+from transformers_api.inspection.examination import examine
+
+TAPPED = {"gemma2", "gpt-oss-sinks", "gpt-neo-local", "bloom-alibi", "gpt-1-without-cache", "gptj"}
+HOOKED = TAPPED | {"mpt-alibi"}
+
+
+def examined(model):
+    with torch.inference_mode():
+        return examine(model, vocab_size=97, context=128)
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_every_row_that_is_shown_made_the_output(name):
+    anatomy = examined(tiny(name)).anatomy
+    assert anatomy.verified
+    if name in HOOKED:
+        assert anatomy.mode is AttentionMode.HOOK
+    else:
+        assert anatomy.mode is AttentionMode.TAP
+        assert anatomy.max_rel_err < 2e-6
+
+
+@pytest.fixture
+def sabotage():
+    """sabotage(how): the function named sdpa does something else than it is given."""
+    install_tap("sdpa")
+    tap = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def make(change):
+        def changed(module, query, key, value, attention_mask, *args, **options):
+            return tap.function(
+                *change(module, query, key, value, attention_mask), *args, **options
+            )
+
+        AttentionInterface.register("sdpa", Tap(changed, "sdpa"))
+
+    yield make
+    AttentionInterface.register("sdpa", tap)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda m, q, k, v, mask: (m, q * 3, k, v, mask), id="another scale"),
+        pytest.param(
+            lambda m, q, k, v, mask: (m, q, k, v, torch.ones(12, 12).bool()), id="no mask"
+        ),
+        pytest.param(lambda m, q, k, v, mask: (m, q.flip(1), k, v, mask), id="other heads"),
+    ],
+)
+def test_rows_that_did_not_make_the_output_are_not_shown(sabotage, change):
+    sabotage(change)
+    anatomy = examined(tiny("llama")).anatomy
+    assert anatomy.layers_with_attention == []
+    assert not anatomy.verified
+    assert {layer.reason for layer in anatomy.attention} == {"not verified"}
+    assert anatomy.attention[0].max_rel_err > 0.01
+
+
+def test_the_tap_is_installed_once_and_under_the_same_name():
+    assert install_tap("sdpa")
+    first = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    assert install_tap("sdpa")
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is first
+    assert not install_tap("eager")
+
+
+def test_nobody_is_told_on_another_thread_or_after_the_block():
+    model, told = tiny("llama"), []
+    source = examined(model).source
+    ids = torch.tensor([prompts_of(2)[1]])
+    with torch.inference_mode():
+        with source.watched(model, lambda layer, _weights: told.append(layer)):
+            model(input_ids=ids)
+        assert told == [0, 1, 2]
+        model(input_ids=ids)
+        assert told == [0, 1, 2]
+
+
+@pytest.mark.parametrize("name", ["gemma2", "bloom-alibi"])
+def test_hooks_are_gone_after_the_block_also_when_it_fails(name):
+    model = tiny(name)
+    source = examined(model).source
+    with pytest.raises(ZeroDivisionError), source.watched(model, lambda *_: None):
+        1 / 0  # noqa: B018
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def attended(dtype, **options):
+    """Random q, k, v of one sequence: four heads, two of keys and values."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 9, 16, generator=generator).to(dtype) for heads in (4, 2, 2))
+    module = torch.nn.Module()
+    module.num_key_value_groups = 2
+    module.is_causal = True
+    tap = Tap(ALL_ATTENTION_FUNCTIONS["sdpa"], "sdpa")
+    output, _ = tap(module, q, k, v, None, **options)
+    return Attended(module, q, k, v, None, output, options, aligns_ends=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_the_exact_softmax_of_what_the_kernel_read(dtype):
+    """In bfloat16 eager attention itself is 1e-2 from this: it rounds the scores."""
+    seen = attended(dtype, scaling=0.3)
+    rows, sink = seen.rows(0, slice(None))
+    q, k = seen.query[0].double(), seen.key[0].double().repeat_interleave(2, 0)
+    scores = q @ k.transpose(-1, -2) * 0.3
+    scores = scores.masked_fill(torch.ones(9, 9).triu(1).bool(), -torch.inf)
+    assert sink is None
+    torch.testing.assert_close(rows.double(), scores.softmax(-1), atol=1e-5, rtol=0)
+    assert seen.error() <= (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def test_eager_s_rounding_explains_its_distance_in_bfloat16():
+    """The same q and k, with the scores rounded as eager attention does, give eager's weights."""
+    seen = attended(torch.bfloat16, scaling=0.3)
+    q, k = seen.query[0], seen.key[0].repeat_interleave(2, 0)
+    mask = torch.zeros(9, 9, dtype=torch.bfloat16)
+    mask = mask.masked_fill(torch.ones(9, 9).triu(1).bool(), torch.finfo(torch.bfloat16).min)
+    eager = (q @ k.transpose(-1, -2) * 0.3 + mask).softmax(-1, dtype=torch.float32)
+    rounded = (seen._products(0, slice(None), None).bfloat16() * 0.3 + mask).float().softmax(-1)
+    exact, _ = seen.rows(0, slice(None))
+    assert torch.equal(eager.bfloat16(), rounded.bfloat16())
+    assert (eager - exact).abs().max() > 1e-4
+
+
+def test_a_soft_cap_a_bias_and_sinks_are_in_the_rows():
+    seen = attended(torch.float32)
+    bias = torch.randn(1, 4, 9, 9, generator=torch.Generator().manual_seed(1))
+    sinks = torch.tensor([0.5, -1.0, 2.0, 0.0])
+    with_all = Attended(
+        seen.module,
+        seen.query,
+        seen.key,
+        seen.value,
+        None,
+        seen.output,
+        {"softcap": 2.0, "position_bias": bias, "s_aux": sinks, "scaling": 0.5},
+        aligns_ends=False,
+    )
+    scores = seen.query[0] @ seen.key[0].repeat_interleave(2, 0).transpose(-1, -2) * 0.5
+    scores = (scores / 2).tanh() * 2 + bias[0]
+    scores = scores.masked_fill(torch.ones(9, 9).triu(1).bool(), -torch.inf)
+    extra = torch.cat([scores, sinks[:, None, None].expand(4, 9, 1)], -1).softmax(-1)
+    for heads in (None, [2, 0]):
+        rows, sink = with_all.rows(0, slice(3, 9), heads)
+        chosen = slice(None) if heads is None else heads
+        torch.testing.assert_close(rows, extra[chosen, 3:, :-1])
+        torch.testing.assert_close(sink, extra[chosen, 3:, -1])
+    assert with_all.has_sinks

@@ -1,0 +1,42 @@
+"""How inspection is attached to an engine when a model is loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers_api.engine.batching import BatchingEngine, EngineLimits
+from transformers_api.engine.model_runner import Runner
+from transformers_api.engine.sampler import TokenSampler
+from transformers_api.inspection.examination import Examined, examine
+from transformers_api.inspection.inspector import ModelInspector
+from transformers_api.inspection.trace import TracingRunner, TracingSampler
+
+
+class Attachment:
+    """One per load; all of it on the engine thread.
+
+    ``slice_tokens``: tokens that an inspection reads between two decode steps.
+    """
+
+    def __init__(self, slice_tokens: int) -> None:
+        self.slice_tokens = slice_tokens
+        self.examined: Examined | None = None
+
+    def wrap(
+        self, model: Any, limits: EngineLimits, runner: Runner, sampler: TokenSampler
+    ) -> tuple[Runner, TokenSampler]:
+        """See ``engine.loader.Wrap``."""
+        known = examine(model, vocab_size=limits.vocab_size, context=limits.max_model_len)
+        self.examined = known
+        return TracingRunner(runner, model, known), TracingSampler(sampler, model, known)
+
+    def inspector(self, engine: BatchingEngine) -> ModelInspector:
+        """What answers questions about given tokens; it keeps no model alive."""
+        assert self.examined is not None
+        return ModelInspector(
+            self.examined.anatomy,
+            self.examined.parts,
+            self.examined.source,
+            slice_tokens=self.slice_tokens,
+            reads_in_chunks=engine.mode == "batching",
+        )

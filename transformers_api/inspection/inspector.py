@@ -1,0 +1,116 @@
+"""Questions about given tokens, as jobs; see ``base.Inspector``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers_api.errors import AttentionUnavailable, ModelNotCapable
+from transformers_api.inspection import matrices
+from transformers_api.inspection.attention import AttentionSource
+from transformers_api.inspection.attribution import attribute, check_gradients
+from transformers_api.inspection.base import (
+    Anatomy,
+    Array,
+    AttentionWindow,
+    Attribution,
+    AttributionQuestion,
+    HeadGrid,
+    Heads,
+    Job,
+    LensTable,
+    PromptReading,
+)
+from transformers_api.inspection.parts import Parts
+from transformers_api.inspection.reading import Way
+from transformers_api.inspection.residuals import read_hidden_states, read_lens, read_prompt
+
+
+class ModelInspector:
+    """Meets ``base.Inspector``. It knows names and keeps no model alive: each job is given it.
+
+    ``slice_tokens``: read between two decode steps; where not ``reads_in_chunks``, all at once.
+    """
+
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        parts: Parts,
+        source: AttentionSource,
+        *,
+        slice_tokens: int,
+        reads_in_chunks: bool,
+    ) -> None:
+        self.anatomy = anatomy
+        self.source = source
+        self.way = Way(
+            parts=parts,
+            vocab_size=anatomy.vocab_size,
+            slice_tokens=slice_tokens,
+            reads_in_chunks=reads_in_chunks,
+        )
+
+    def attention(
+        self,
+        ids: Sequence[int],
+        layer: int,
+        heads: Heads,
+        rows: tuple[int, int],
+        cols: tuple[int, int],
+    ) -> Job[AttentionWindow]:
+        """See ``base.Inspector``. Raises AttentionUnavailable."""
+        known = self.anatomy.attention[layer]
+        if not known.available:
+            raise AttentionUnavailable(f"layer {layer} has no attention weights: {known.reason}")
+        return lambda model: matrices.attention(
+            model, self.way, self.source, list(ids), layer, heads, rows, cols
+        )
+
+    def heads(self, ids: Sequence[int], thumb: int) -> Job[HeadGrid]:
+        """See ``base.Inspector``."""
+        sizes = self.anatomy.layers, self.anatomy.heads
+        return lambda model: matrices.grid(model, self.way, self.source, list(ids), thumb, *sizes)
+
+    def rollout(self, ids: Sequence[int]) -> Job[Array]:
+        """See ``base.Inspector``. Raises AttentionUnavailable, PromptTooLarge."""
+        layers = self.anatomy.layers
+        matrices.check_rollout(len(ids), layers, len(self.anatomy.layers_with_attention))
+        return lambda model: matrices.rollout(model, self.way, self.source, list(ids), layers)
+
+    def read_prompt(self, ids: Sequence[int], topk: int) -> Job[PromptReading]:
+        """See ``base.Inspector``."""
+        return lambda model: read_prompt(model, self.way, list(ids), topk)
+
+    def lens(
+        self,
+        ids: Sequence[int],
+        layers: Sequence[int],
+        positions: Sequence[int],
+        topk: int,
+        target: int | None,
+    ) -> Job[LensTable]:
+        """See ``base.Inspector``. Raises ModelNotCapable."""
+        self._check(self.anatomy.lens, "does not show a residual stream that its head can read")
+        return lambda model: read_lens(
+            model, self.way, list(ids), list(layers), list(positions), topk, target
+        )
+
+    def hidden_states(
+        self, ids: Sequence[int], layers: Sequence[int], positions: Sequence[int]
+    ) -> Job[Array]:
+        """See ``base.Inspector``. Raises ModelNotCapable."""
+        self._check(bool(self.way.parts.layers), "does not show a residual stream")
+        return lambda model: read_hidden_states(
+            model, self.way, list(ids), list(layers), list(positions)
+        )
+
+    def attribute(self, ids: Sequence[int], question: AttributionQuestion) -> Job[Attribution]:
+        """See ``base.Inspector``."""
+        return lambda model: attribute(model, self.way, list(ids), question)
+
+    def check_gradients(self) -> Job[bool]:
+        """See ``base.Inspector``."""
+        return lambda model: check_gradients(model, self.way)
+
+    def _check(self, can: bool, what: str) -> None:
+        if not can:
+            raise ModelNotCapable(f"model type {self.anatomy.model_type} {what}")

@@ -1,0 +1,125 @@
+"""Reading given tokens in slices, so that others are answered in between. On the engine thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from transformers_api.inspection.parts import Parts, lens_logits, residuals_of
+
+HEAD_ROWS = 64  # positions that go through the head together: [n, V] is never there as a whole
+Slices = Generator[None, None, None]  # a pause where it yields; see base.Job
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """How a model is read: tokens per slice, or 0 for all at once where it cannot be cut."""
+
+    parts: Parts
+    vocab_size: int  # ids that the tokenizer has
+    slice_tokens: int
+    reads_in_chunks: bool
+
+    def width(self, rows: int = 1) -> int:
+        """Tokens of each of ``rows`` sequences in one slice; 0: all."""
+        return max(self.slice_tokens // rows, 1) if self.reads_in_chunks else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One forward pass over tokens [start, stop) of B sequences."""
+
+    start: int
+    stop: int
+    logits: Tensor  # (B, kept, V') of the last tokens; V' is the head's own
+
+
+class SeenEnough(Exception):
+    """Raised by who watches a forward pass: what comes after this layer is not wanted."""
+
+
+Arm = Callable[[int, int], AbstractContextManager[Any]]
+
+
+def unarmed(_start: int, _stop: int) -> AbstractContextManager[Any]:
+    """No hooks."""
+    return nullcontext()
+
+
+def read(
+    model: Any, ids: Tensor, width: int, arm: Arm = unarmed, *, whole_logits: bool = False
+) -> Iterator[Chunk]:
+    """Read ``ids`` (B, T), ``width`` tokens at a time or, for 0, in one go.
+
+    The context that ``arm(start, stop)`` gives lasts for the forward pass over these tokens, never
+    while the caller has a chunk. Logits are those of the last token of each chunk, or of all;
+    none where the pass was ended by SeenEnough.
+
+    Beyond the first chunk a model with sliding windows attends to the keys in its window only: of S
+    keys the last belongs to token ``stop`` - 1.
+    """
+    count = ids.shape[1]
+    step = min(width, count) or count
+    options: dict[str, Any] = {"use_cache": step < count, "return_dict": True}
+    if step < count:
+        config = model.config.get_text_config(decoder=True)
+        options["past_key_values"] = DynamicCache(config=config)
+    if not whole_logits and model._supports_logits_to_keep():
+        options["logits_to_keep"] = 1
+    for start in range(0, count, step):
+        stop = min(start + step, count)
+        logits = ids.new_empty(1, 0, 0, dtype=torch.float32)
+        with arm(start, stop), suppress(SeenEnough):
+            logits = model(input_ids=ids[:, start:stop], **options).logits
+        yield Chunk(start, stop, logits if whole_logits else logits[:, -1:])
+
+
+def each_logits(
+    model: Any, way: Way, ids: list[int], take: Callable[[int, Tensor], None]
+) -> Slices:
+    """``take(start, logits (R, V) float32)`` of every token, a few at a time and in order."""
+    last = len(way.parts.layers) - 1
+    residuals: list[Tensor] = []
+
+    def arm(_start: int, _stop: int) -> AbstractContextManager[None]:
+        residuals.clear()
+        return residuals_of(model, way.parts, [last], lambda _, each: residuals.append(each[0]))
+
+    by_lens = way.parts.lens_is_exact
+    rows = torch.tensor([ids], device=model.device)
+    hooks = arm if by_lens else unarmed
+    for chunk in read(model, rows, way.width(), hooks, whole_logits=not by_lens):
+        yield
+        for offset in range(0, chunk.stop - chunk.start, HEAD_ROWS):
+            here = slice(offset, offset + HEAD_ROWS)
+            if by_lens:
+                logits = lens_logits(model, way.parts, residuals[0][here])
+            else:
+                logits = chunk.logits[0, here].float()
+            take(chunk.start + offset, logits[:, : way.vocab_size])
+            yield
+
+
+def residuals_at(
+    model: Any, way: Way, ids: list[int], layers: list[int], positions: list[int]
+) -> Generator[None, None, Tensor]:
+    """Residual streams (L', P, C) after ``layers``, -1 being the embedding, at ``positions``."""
+    wanted = sorted(set(positions))
+    found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+
+    def arm(start: int, stop: int) -> AbstractContextManager[None]:
+        here = [position - start for position in wanted if start <= position < stop]
+        return residuals_of(
+            model, way.parts, list(found), lambda layer, each: found[layer].append(each[0, here])
+        )
+
+    for _ in read(model, torch.tensor([ids], device=model.device), way.width(), arm):
+        yield
+    order = [wanted.index(position) for position in positions]
+    return torch.stack([torch.cat(found[layer])[order] for layer in layers])

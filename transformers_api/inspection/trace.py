@@ -1,0 +1,257 @@
+"""Traces: what is noted of every step of the sequences that asked, in the same forward pass.
+
+``TracingRunner`` wraps the engine's runner: attention rows, residual streams and routers are noted
+while the model runs. ``TracingSampler`` wraps the sampler: it adds what is known once the token is.
+Neither changes a number of the answer, and without a traced sequence neither does anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from transformers_api.engine.model_runner import Runner
+from transformers_api.engine.sampler import TokenSampler, distribution
+from transformers_api.engine.scheduler import Batch, SlotStore
+from transformers_api.engine.sequence import SampledToken, Sequence
+from transformers_api.inspection.attention import Weights
+from transformers_api.inspection.base import (
+    AttentionRow,
+    LensReading,
+    Likely,
+    Routed,
+    StepTrace,
+    TracePlan,
+)
+from transformers_api.inspection.examination import Examined
+from transformers_api.inspection.parts import lens_logits, residuals_of, routers_of
+
+NAME = "trace"  # in ``observe`` and ``extras``
+
+
+@dataclass(slots=True)
+class _Notes:
+    """What the forward pass showed of one sequence; tensors are the notes' own."""
+
+    place: int  # in the batch
+    seq: Sequence
+    plan: TracePlan
+    context: int  # tokens that the model sees, the query being the last
+    rows: list[AttentionRow] = field(default_factory=list)
+    residuals: dict[int, Tensor] = field(default_factory=dict)  # layer: (C,)
+    routed: list[Routed] = field(default_factory=list)
+
+
+class TracingRunner:
+    """Wraps a runner; see the module."""
+
+    def __init__(self, inner: Runner, model: Any, examined: Examined) -> None:
+        self.inner = inner
+        self.model = model
+        self.examined = examined
+        self.windows = {layer.layer: layer.window for layer in examined.anatomy.attention}
+
+    @property
+    def cache(self) -> SlotStore:
+        """The inner runner's."""
+        return self.inner.cache
+
+    def forward(self, batch: Batch, keep: int = 1) -> Tensor:
+        """See Runner."""
+        traced = [
+            _Notes(place, seq, seq.observe[NAME], seq.num_cached + batch.width)
+            for place, seq in enumerate(batch.sequences)
+            if NAME in seq.observe
+        ]
+        if not traced or not batch.reaches_end:
+            return self.inner.forward(batch, keep)
+        with ExitStack() as watch:
+            self._watch_attention(watch, traced)
+            self._watch_residuals(watch, traced)
+            self._watch_routers(watch, traced, batch.width)
+            logits = self.inner.forward(batch, keep)
+        for notes in traced:
+            notes.seq.extras[NAME] = notes
+        return logits
+
+    def clear(self) -> None:
+        """See Runner."""
+        self.inner.clear()
+
+    def _watch_attention(self, watch: ExitStack, traced: list[_Notes]) -> None:
+        wanted = {layer: [n for n in traced if layer in n.plan.layers] for layer in _layers(traced)}
+        if not wanted:
+            return
+
+        def note(layer: int, weights: Weights) -> None:
+            for notes in wanted.get(layer, ()):
+                notes.rows.append(self._row(layer, weights, notes))
+
+        watch.enter_context(self.examined.source.watched(self.model, note))
+
+    def _row(self, layer: int, weights: Weights, notes: _Notes) -> AttentionRow:
+        plan, seen = notes.plan, notes.context
+        heads = plan.heads if isinstance(plan.heads, tuple) else None
+        rows, sink = weights.rows(notes.place, slice(-1, None), heads)
+        shares = rows[:, -1]  # (H', S)
+        # the model's own cache may have dropped what lies before a window; ours has others' room
+        first = max(seen - shares.shape[1], seen - (self.windows.get(layer) or seen), 0)
+        shares = shares[:, :seen] if shares.shape[1] > seen else shares
+        shares = shares[:, first - seen :]
+        taken = None if sink is None else sink[:, -1]
+        if plan.heads == "mean":
+            shares, taken = shares.mean(0, True), None if taken is None else taken.mean(0, True)
+        elif plan.heads == "max":
+            shares, taken = shares.amax(0, True), None if taken is None else taken.amax(0, True)
+        start = notes.seq.start + first
+        row = partial(AttentionRow, layer=layer, key_start=start, width=shares.shape[1])
+        if not plan.attn_topk:
+            return row(weights=_array(shares), sink=_some(taken))
+        best, keys = shares.topk(min(plan.attn_topk, shares.shape[1]), -1)
+        rest = (shares.sum(-1) - best.sum(-1)).clamp_min(0)
+        return row(
+            weights=_array(best),
+            keys=(keys + start).cpu().numpy(),
+            rest=_array(rest),
+            sink=_some(taken),
+        )
+
+    def _watch_residuals(self, watch: ExitStack, traced: list[_Notes]) -> None:
+        """The stream at the last token after every layer that somebody wants."""
+        parts = self.examined.parts
+        everywhere = range(len(parts.layers))
+        takers: dict[int, list[_Notes]] = {}
+        for notes in traced:
+            normed = everywhere if notes.plan.resid_norms else ()
+            for layer in {*notes.plan.lens_layers, *normed}:
+                takers.setdefault(layer, []).append(notes)
+
+        def keep(layer: int, stream: Tensor) -> None:
+            for notes in takers[layer]:
+                notes.residuals[layer] = stream[notes.place, -1].float().clone()
+
+        if takers:
+            watch.enter_context(residuals_of(self.model, parts, sorted(takers), keep))
+
+    def _watch_routers(self, watch: ExitStack, traced: list[_Notes], width: int) -> None:
+        takers = [notes for notes in traced if notes.plan.router]
+        if not takers:
+            return
+
+        def note(layer: int, logits: Tensor, weights: Tensor, experts: Tensor) -> None:
+            for notes in takers:
+                place = (notes.place + 1) * width - 1
+                notes.routed.append(_routed(layer, logits[place], weights[place], experts[place]))
+
+        watch.enter_context(routers_of(self.model, self.examined.parts, note))
+
+
+class TracingSampler:
+    """Wraps a sampler; see the module."""
+
+    def __init__(self, inner: TokenSampler, model: Any, examined: Examined) -> None:
+        self.inner = inner
+        self.model = model
+        self.examined = examined
+
+    def sample(self, logits: Tensor, sequences: list[Sequence]) -> list[SampledToken]:
+        """See TokenSampler."""
+        sampled = self.inner.sample(logits, sequences)
+        for seq, token, row in zip(sequences, sampled, logits, strict=True):
+            notes = seq.extras.pop(NAME, None)
+            if notes is not None and token.error is None:
+                seq.extras[NAME] = self._trace(notes, row, token.token_id)
+        return sampled
+
+    def _trace(self, notes: _Notes, logits: Tensor, token: int) -> StepTrace:
+        """``logits`` (V,)."""
+        seq, plan = notes.seq, notes.plan
+        logprobs = logits.log_softmax(-1)
+        probs = logprobs.exp()
+        drawn = distribution(logits, seq)
+        norms = sorted(notes.residuals) if plan.resid_norms else []
+        return StepTrace(
+            step=seq.num_output,
+            position=len(seq.tokens),
+            context=notes.context,
+            start=seq.start,
+            token_id=token,
+            logprob=float(logprobs[token]),
+            entropy=_entropy(probs),
+            rank=_rank(logprobs, token),
+            top=_likely(probs, plan.topk),
+            sampled_prob=float(drawn[token]),
+            sampled_entropy=_entropy(drawn),
+            sampled_top=_likely(drawn, plan.sampled_topk),
+            attention=tuple(sorted(notes.rows, key=lambda row: plan.layers.index(row.layer))),
+            lens=self._lens(notes, token),
+            resid_norms=tuple(
+                float(notes.residuals[layer].norm()) for layer in norms if layer >= 0
+            ),
+            router=tuple(notes.routed),
+        )
+
+    def _lens(self, notes: _Notes, token: int) -> tuple[LensReading, ...]:
+        layers = [layer for layer in notes.plan.lens_layers if layer in notes.residuals]
+        if not layers:
+            return ()
+        residuals = torch.stack([notes.residuals[layer] for layer in layers])
+        logits = lens_logits(self.model, self.examined.parts, residuals)  # (N, V)
+        logits = logits[:, : self.examined.anatomy.vocab_size]
+        return tuple(
+            LensReading(
+                layer=layer,
+                top=_likely(probs, notes.plan.lens_topk),
+                rank_of_sampled=_rank(probs, token),
+                prob_of_sampled=float(probs[token]),
+                entropy=_entropy(probs),
+            )
+            for layer, probs in zip(layers, logits.softmax(-1), strict=True)
+        )
+
+
+def _layers(traced: SequenceOf[_Notes]) -> set[int]:
+    return {layer for notes in traced for layer in notes.plan.layers}
+
+
+def _routed(layer: int, logits: Tensor, weights: Tensor, experts: Tensor) -> Routed:
+    """Of one token: ``logits`` (E,), ``weights`` and ``experts`` (k,)."""
+    return Routed(
+        layer=layer,
+        experts=tuple(experts.tolist()),
+        weights=tuple(weights.float().tolist()),
+        entropy=_entropy(logits.float().softmax(-1)),
+    )
+
+
+def _entropy(probs: Tensor) -> float:
+    """Of (V,), in nats."""
+    return float(torch.special.entr(probs).sum())
+
+
+def _rank(scores: Tensor, token: int) -> int:
+    """How many tokens of (V,) score higher."""
+    return int((scores > scores[token]).sum())
+
+
+def _likely(probs: Tensor, count: int) -> Likely:
+    if not count:
+        return Likely()
+    values, ids = probs.topk(min(count, len(probs)))
+    return Likely(tuple(ids.tolist()), tuple(values.tolist()))
+
+
+def _array(tensor: Tensor) -> numpy.ndarray[Any, Any]:
+    """float32, on the host, owning its numbers."""
+    return tensor.float().contiguous().cpu().numpy()
+
+
+def _some(tensor: Tensor | None) -> numpy.ndarray[Any, Any] | None:
+    return None if tensor is None else _array(tensor)
