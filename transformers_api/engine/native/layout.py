@@ -1,0 +1,326 @@
+"""Two recordings of a forward pass make a plan for every size.
+
+All that the native program needs is numbers: sizes, strides, places in memory. Between a pass of
+n tokens and one of m they differ by a multiple of n - m, or not at all; so what holds for two
+sizes is known for all. Recordings that differ in another way are refused.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from transformers_api.engine.native.library import Operand, Step
+from transformers_api.engine.native.recorder import OPS, Recorded, Recorder, Ref
+
+Words = NDArray[numpy.int64]
+Pair = tuple[int, int]
+OPERAND_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int64: 3}  # kernels.cpp
+DIMENSIONS = 4
+ALIGNMENT = 64
+WORD = 8
+STEP_WORDS = ctypes.sizeof(Step) // WORD
+UNITS = ("mean", "layer_norm", "gather")  # these need the last dimension whole
+KERNELS = ("linear", "attention", "write_cache", "rows_of")
+
+
+class NotRecordable(Exception):
+    """The forward pass has something in it that the native program cannot do."""
+
+
+@dataclass(frozen=True)
+class Learned:
+    """One recording: of ``inputs``, ``result`` came out."""
+
+    size: int
+    recorder: Recorder
+    inputs: list[Tensor]
+    result: Tensor
+
+
+@dataclass(frozen=True)
+class Line:
+    """Numbers that are a straight line over the size."""
+
+    size: int
+    base: Words
+    slope: Words
+
+    def at(self, size: int) -> Words:
+        """The numbers for this size."""
+        return self.base + (size - self.size) * self.slope
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The native program in words of 8 bytes, with what has to be added to some of them."""
+
+    size: int
+    steps: Line
+    calls: Line
+    memory: Line
+    inputs: Line  # places
+    result: Line  # place, sizes, strides
+    step_places: Words  # words that count from the beginning of the memory
+    call_places: Words
+    step_calls: Words  # words that count from the beginning of the calls
+    cache_words: list[tuple[int, int, int]]  # a call's pointer, its strides, which of the cache
+    kept: list[Tensor]  # constants
+    width: int = STEP_WORDS
+
+
+def make_plan(a: Learned, b: Learned, cache: list[Tensor]) -> Plan:
+    """A plan for every size. Raises NotRecordable."""
+    if failure := a.recorder.failure or b.recorder.failure:
+        raise NotRecordable(failure)
+    if [step.op for step in a.recorder.steps] != [step.op for step in b.recorder.steps]:
+        raise NotRecordable("operations that depend on the size")
+    return _Planner(a, b, cache).plan()
+
+
+@dataclass
+class _Words:
+    """Words of both recordings, and which of them are addresses."""
+
+    a: list[int] = field(default_factory=list)
+    b: list[int] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
+    calls: list[int] = field(default_factory=list)
+
+    def add(self, structs: tuple[ctypes.Structure, ctypes.Structure]) -> int:
+        """Append a struct; where it begins."""
+        start = len(self.a)
+        for words, struct in zip((self.a, self.b), structs, strict=True):
+            words += numpy.frombuffer(bytes(struct), numpy.int64).tolist()
+        return start
+
+
+class _Planner:
+    """Goes through two recordings side by side."""
+
+    def __init__(self, a: Learned, b: Learned, cache: list[Tensor]) -> None:
+        self.a, self.b = a, b
+        self.cache = {t.untyped_storage().data_ptr(): i for i, t in enumerate(cache)}
+        self.sizes = a.size, b.size
+        self.steps, self.calls = _Words(), _Words()
+        self.cache_words: list[tuple[int, int, int]] = []
+        self.kept: list[Tensor] = []
+        self.places, self.memory = self._lay_out()
+
+    def plan(self) -> Plan:
+        for pair in self._pairs():
+            self._add_step(*pair)
+        inputs = [self._place(r) for r in self._input_refs()]
+        result = self._result_ref()
+        described = [
+            [place, *ref.tensor.shape, *ref.tensor.stride()]
+            for place, ref in zip(self._place(result), result, strict=True)
+        ]
+        if result[0].tensor.dtype != torch.float32 or not result[0].is_dynamic:
+            raise NotRecordable("a result of another kind")
+        return Plan(
+            size=self.a.size,
+            steps=self._line(self.steps.a, self.steps.b),
+            calls=self._line(self.calls.a, self.calls.b),
+            memory=self._line([self.memory[0]], [self.memory[1]]),
+            inputs=self._line([place[0] for place in inputs], [place[1] for place in inputs]),
+            result=self._line(*described),
+            step_places=numpy.array(self.steps.places, numpy.int64),
+            call_places=numpy.array(self.calls.places, numpy.int64),
+            step_calls=numpy.array(self.steps.calls, numpy.int64),
+            cache_words=self.cache_words,
+            kept=self.kept,
+        )
+
+    def _line(self, a: list[int], b: list[int]) -> Line:
+        first, second = numpy.array(a, numpy.int64), numpy.array(b, numpy.int64)
+        slope, rest = numpy.divmod(second - first, self.sizes[1] - self.sizes[0])
+        if rest.any():
+            raise NotRecordable("sizes that do not grow evenly")
+        return Line(self.sizes[0], first, slope)
+
+    def _pairs(self) -> list[tuple[Recorded, Recorded]]:
+        return list(zip(self.a.recorder.steps, self.b.recorder.steps, strict=True))
+
+    def _input_refs(self) -> list[tuple[Ref, Ref]]:
+        refs = [[one.recorder.ref(t) for t in one.inputs] for one in (self.a, self.b)]
+        return list(zip(*refs, strict=True))
+
+    def _result_ref(self) -> tuple[Ref, Ref]:
+        return self.a.recorder.ref(self.a.result), self.b.recorder.ref(self.b.result)
+
+    def _lay_out(self) -> tuple[dict[Pair, Pair], Pair]:
+        """(where each storage lies, bytes in all): memory is used again after its last use."""
+        used = [
+            {
+                (x.storage, y.storage)
+                for x, y in zip(first.refs, second.refs, strict=True)
+                if x.is_dynamic
+            }
+            for first, second in self._pairs()
+        ]
+        last = {pair: i for i, pairs in enumerate(used) for pair in pairs}
+        forever = [(x.storage, y.storage) for x, y in [*self._input_refs(), self._result_ref()]]
+        places: dict[Pair, Pair] = {}
+        free: dict[Pair, list[Pair]] = {}
+        end = (0, 0)
+        for i, pairs in enumerate([set(forever), *used], -1):
+            for pair in sorted(pairs - places.keys()):
+                length = self._length(pair)
+                if free.get(length):
+                    places[pair] = free[length].pop()
+                else:
+                    places[pair], end = end, (end[0] + length[0], end[1] + length[1])
+            for pair in sorted(pairs - set(forever)):
+                if last[pair] == i:
+                    free.setdefault(self._length(pair), []).append(places[pair])
+        return places, end
+
+    def _length(self, pair: Pair) -> Pair:
+        """Bytes; what is fixed and what grows are rounded up apart, so that they stay on a line."""
+        try:
+            a, b = self.a.recorder.sizes[pair[0]], self.b.recorder.sizes[pair[1]]
+        except KeyError:
+            raise NotRecordable("tensors that are constant for one size only") from None
+        slope, rest = divmod(b - a, self.sizes[1] - self.sizes[0])
+        if rest or slope < 0:
+            raise NotRecordable("sizes that do not grow evenly")
+        fixed = _rounded(max(a - slope * self.sizes[0], 0))
+        return fixed + _rounded(slope) * self.sizes[0], fixed + _rounded(slope) * self.sizes[1]
+
+    def _place(self, pair: tuple[Ref, Ref]) -> Pair:
+        place = self.places[pair[0].storage, pair[1].storage]
+        return place[0] + pair[0].offset, place[1] + pair[1].offset
+
+    def _address(self, pair: tuple[Ref, Ref]) -> tuple[Pair, bool]:
+        """(address for each size, whether it counts from the beginning of the memory)."""
+        x, y = pair
+        if x.is_dynamic != y.is_dynamic:
+            raise NotRecordable("tensors that are constant for one size only")
+        if x.is_dynamic:
+            return self._place(pair), True
+        if x.tensor.data_ptr() != y.tensor.data_ptr() and not torch.equal(x.tensor, y.tensor):
+            raise NotRecordable("constants that depend on the size")
+        self.kept.append(x.tensor)
+        return (x.tensor.data_ptr(), x.tensor.data_ptr()), False
+
+    def _add_step(self, a: Recorded, b: Recorded) -> None:
+        if a.number != b.number or type(a.call) is not type(b.call):
+            raise NotRecordable("numbers that depend on the size")
+        structs = tuple(
+            Step(op=OPS.index(r.op), operands=len(r.refs) - 1, number=r.number) for r in (a, b)
+        )
+        sizes = ((*a.sizes, 1, 1, 1), (*b.sizes, 1, 1, 1))
+        strides: Any = [[(0,) * DIMENSIONS] * len(a.refs)] * 2
+        if a.op not in KERNELS:
+            sizes, strides = _lines(a, b)
+        for struct, size in zip(structs, sizes, strict=True):
+            struct.sizes = size[:DIMENSIONS]
+        at = self.steps.add(cast(Any, structs))
+        if a.fields:
+            self._add_call(a, b, at)
+            return
+        if isinstance(a.call, int):
+            self._set(self.steps, at + Step.call.offset // WORD, (a.call, b.call))
+        for i, pair in enumerate(zip(a.refs, b.refs, strict=True)):
+            is_out = i == len(a.refs) - 1
+            offset = Step.out.offset if is_out else Step.inputs.offset + i * ctypes.sizeof(Operand)
+            self._add_operand(at + offset // WORD, pair, (strides[0][i], strides[1][i]))
+
+    def _add_operand(
+        self, at: int, pair: tuple[Ref, Ref], strides: tuple[tuple[int, ...], tuple[int, ...]]
+    ) -> None:
+        kind = OPERAND_TYPES.get(pair[0].tensor.dtype)
+        if kind is None:
+            raise NotRecordable(f"tensors of {pair[0].tensor.dtype}")
+        address, is_place = self._address(pair)
+        self._set(self.steps, at, address)
+        if is_place:
+            self.steps.places.append(at)
+        for d in range(DIMENSIONS):
+            self._set(self.steps, at + 1 + d, (strides[0][d], strides[1][d]))
+        self._set(self.steps, at + 1 + DIMENSIONS, (kind, kind))
+
+    def _add_call(self, a: Recorded, b: Recorded, step: int) -> None:
+        start = self.calls.add((a.call, b.call))
+        word = step + Step.call.offset // WORD
+        self._set(self.steps, word, (start * WORD, start * WORD))
+        self.steps.calls.append(word)
+        for name, pair in zip(a.fields, zip(a.refs, b.refs, strict=True), strict=True):
+            at = start + getattr(type(a.call), name).offset // WORD
+            if (index := self.cache.get(pair[0].storage)) is not None:
+                strides = getattr(type(a.call), f"{name}_strides").offset // WORD
+                self.cache_words.append((at, start + strides, index))
+                for i in range(3):
+                    self._set(self.calls, start + strides + i, (0, 0))
+                self._set(self.calls, at, (0, 0))
+                continue
+            address, is_place = self._address(pair)
+            self._set(self.calls, at, address)
+            if is_place:
+                self.calls.places.append(at)
+
+    @staticmethod
+    def _set(words: _Words, at: int, pair: Pair) -> None:
+        words.a[at], words.b[at] = pair
+
+
+def _rounded(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _lines(
+    a: Recorded, b: Recorded
+) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], list[list[tuple[int, ...]]]]:
+    """(sizes, strides of the operands) for both, in four dimensions: as few as describe them."""
+    strides = [[_strides(r, i) for i in range(len(r.refs))] for r in (a, b)]
+    last = len(a.sizes) - 1
+    dims: list[tuple[tuple[int, int], tuple[tuple[int, ...], ...]]] = []
+    for d, size in enumerate(zip(a.sizes, b.sizes, strict=True)):
+        is_unit = d == last and a.op in UNITS
+        if size == (1, 1) and not is_unit:
+            continue
+        inner = tuple(tuple(s[d] for s in of) for of in strides)
+        if dims and not is_unit and _follow(dims[-1][1], size, inner):
+            outer = dims.pop()[0]
+            size = outer[0] * size[0], outer[1] * size[1]
+        dims.append((size, inner))
+    if len(dims) > DIMENSIONS:
+        raise NotRecordable(f"{a.op} over {len(dims)} dimensions")
+    none = tuple((0,) * len(of) for of in strides)
+    dims = [((1, 1), none)] * (DIMENSIONS - len(dims)) + dims
+    sizes = tuple(size[0] for size, _ in dims), tuple(size[1] for size, _ in dims)
+    return sizes, [
+        [tuple(inner[which][i] for _, inner in dims) for i in range(len(strides[which]))]
+        for which in (0, 1)
+    ]
+
+
+def _follow(
+    outer: tuple[tuple[int, ...], ...], size: tuple[int, int], inner: tuple[tuple[int, ...], ...]
+) -> bool:
+    """Whether the outer dimension goes on where the inner one ends, for every operand."""
+    return all(
+        o == n * i
+        for n, outers, inners in zip(size, outer, inner, strict=True)
+        for o, i in zip(outers, inners, strict=True)
+    )
+
+
+def _strides(recorded: Recorded, index: int) -> tuple[int, ...]:
+    """Strides of an operand along the operation's dimensions; 0 where it is repeated."""
+    dimensions = len(recorded.sizes)
+    if recorded.op in ("layer_norm", "gather") and 0 < index < len(recorded.refs) - 1:
+        return (0,) * dimensions  # weights, bias or a table: whole for every line
+    tensor = recorded.refs[index].tensor
+    sizes, strides = tuple(tensor.shape), tensor.stride()
+    if recorded.op == "gather" and index == 0:
+        sizes, strides = (*sizes, 1), (*strides, 0)
+    own = tuple(0 if n == 1 else s for n, s in zip(sizes, strides, strict=True))
+    return (0,) * (dimensions - len(own)) + own

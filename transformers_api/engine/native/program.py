@@ -1,0 +1,124 @@
+"""A recorded forward pass for any number of tokens, run with one native call."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from transformers_api.engine.native.layout import (
+    Learned,
+    NotRecordable,
+    Plan,
+    make_plan,
+)
+from transformers_api.engine.native.library import Library
+from transformers_api.engine.native.recorder import record
+
+log = logging.getLogger(__name__)
+PAGE = 4096
+
+
+class RecordedPass:
+    """Forward passes of one kind, as prompts or decode steps, of any ``size``.
+
+    ``learn`` two passes of different sizes; from then on ``run`` gives what the model would, and
+    ``refused`` says why if that cannot be had. The size is what differs: rows, or tokens.
+    """
+
+    def __init__(self, library: Library) -> None:
+        self.library = library
+        self.refused = ""
+        self._learned: list[Learned] = []
+        self._program: Program | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether ``run`` may be called."""
+        return self._program is not None
+
+    def learn(
+        self, size: int, inputs: list[Tensor], cache: list[Tensor], forward: Callable[[], Tensor]
+    ) -> Tensor:
+        """Record what ``forward`` makes of ``inputs``; its result.
+
+        ``cache``: the tensors of keys and values, all rows, layer by layer.
+        """
+        with record(inputs) as recorder:
+            result = forward()
+        self._learned.append(Learned(size, recorder, inputs, result))
+        if len(self._learned) == 2 and not self.refused:
+            try:
+                first, second = self._learned
+                self._program = Program(self.library, make_plan(first, second, cache))
+            except NotRecordable as error:
+                self.refused = str(error)
+                log.info("Forward passes are not recorded: %s", error)
+            self._learned = []
+        return result
+
+    def run(self, size: int, inputs: list[Tensor], cache: list[Tensor], first: int) -> Tensor:
+        """The result, until the next call. ``first``: the cache's row of the pass's first row."""
+        assert self._program is not None
+        return self._program.run(size, inputs, cache, first)
+
+
+class Program:
+    """A plan with memory. Addresses and sizes are worked out when the size or the cache changes."""
+
+    def __init__(self, library: Library, plan: Plan) -> None:
+        self.library = library
+        self.plan = plan
+        self._calls = plan.calls.at(plan.size)
+        self._steps = plan.steps.at(plan.size)
+        self._memory = torch.zeros(0, dtype=torch.uint8)
+        self._size = 0
+        self._cache: Any = None
+
+    def run(self, size: int, inputs: list[Tensor], cache: list[Tensor], first: int) -> Tensor:
+        """See RecordedPass."""
+        if size != self._size:
+            self._resize(size)
+        where = first, [tensor.data_ptr() for tensor in cache], cache[0].stride()
+        if where != self._cache:
+            self._aim(cache, first)
+            self._cache = where
+        base = self._base
+        for place, given in zip(self._inputs, inputs, strict=True):
+            ctypes.memmove(base + int(place), given.data_ptr(), given.nbytes)
+        self.library.long.run_steps(self._steps.ctypes.data, len(self._steps) // self.plan.width)
+        return self._result
+
+    @property
+    def _base(self) -> int:
+        return self._memory.data_ptr() + -self._memory.data_ptr() % PAGE
+
+    def _resize(self, size: int) -> None:
+        plan = self.plan
+        bytes_needed = int(plan.memory.at(size)[0]) + PAGE
+        if bytes_needed > len(self._memory):
+            self._memory = torch.zeros(bytes_needed, dtype=torch.uint8)
+        self._steps[:] = plan.steps.at(size)
+        self._calls[:] = plan.calls.at(size)
+        self._steps[plan.step_places] += self._base
+        self._calls[plan.call_places] += self._base
+        self._steps[plan.step_calls] += self._calls.ctypes.data
+        self._inputs = plan.inputs.at(size)
+        self._size, self._cache = size, None
+        place, *shape = (int(n) for n in plan.result.at(size))
+        sizes, strides = shape[: len(shape) // 2], shape[len(shape) // 2 :]
+        start = self._base + place - self._memory.data_ptr()
+        typed = self._memory[start:][: (len(self._memory) - start) // 4 * 4].view(torch.float32)
+        self._result = typed.as_strided(sizes, strides)
+
+    def _aim(self, cache: list[Tensor], first: int) -> None:
+        """Point the calls to rows ``first``.. of the cache as it is allocated now."""
+        for at, strides_at, index in self.plan.cache_words:
+            tensor = cache[index]
+            self._calls[at] = tensor.data_ptr() + first * tensor.stride(0) * tensor.element_size()
+            self._calls[strides_at : strides_at + 3] = numpy.array(tensor.stride()[:3])

@@ -1,0 +1,284 @@
+"""What a forward pass does, as a list of operations over memory: seen once, run again natively.
+
+A model of small layers spends more time between its products than in them, in Python and in
+torch's dispatcher. A decode step does the same every time; so the first one of its kind is watched
+at work, operation by operation, and program.py makes one native call of it. Nothing here knows a
+model: an operation that is not in the tables below means that the model goes on as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+OPS = (  # kernels.cpp: enum Op
+    *("copy", "add", "sub", "mul", "div", "neg", "cube", "rsqrt", "sqrt", "exp", "tanh", "silu"),
+    *("sigmoid", "gelu", "gelu_tanh", "relu", "cos", "sin", "mean", "layer_norm", "gather"),
+    *("linear", "attention", "write_cache", "rows_of"),
+)
+COPY = "aten.copy.default"
+UNARY = {
+    COPY: "copy",
+    "aten.clone.default": "copy",
+    "aten._to_copy.default": "copy",
+    "aten.neg.default": "neg",
+    "aten.rsqrt.default": "rsqrt",
+    "aten.sqrt.default": "sqrt",
+    "aten.exp.default": "exp",
+    "aten.tanh.default": "tanh",
+    "aten.silu.default": "silu",
+    "aten.sigmoid.default": "sigmoid",
+    "aten.relu.default": "relu",
+    "aten.cos.default": "cos",
+    "aten.sin.default": "sin",
+}
+BINARY = {
+    f"aten.{op}.{kind}": op for op in ("add", "sub", "mul", "div") for kind in ("Tensor", "Scalar")
+}
+ALLOCATIONS = {"aten.empty.memory_format", "aten.new_empty.default", "aten.empty_like.default"}
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """A tensor as an operand. ``is_dynamic``: it is made in the pass, or one of its inputs."""
+
+    tensor: Tensor
+    is_dynamic: bool
+
+    @property
+    def storage(self) -> int:
+        """Where its memory begins, which says whose memory it is."""
+        return self.tensor.untyped_storage().data_ptr()
+
+    @property
+    def offset(self) -> int:
+        """Bytes from there."""
+        return self.tensor.data_ptr() - self.storage
+
+
+@dataclass(slots=True)
+class Recorded:
+    """One operation.
+
+    ``call`` is what a kernel is called with: the address of a Weight, or an Attention or a Copy.
+    The first operands are then those of its ``fields``, the rest parts of the cache.
+    """
+
+    op: str
+    refs: list[Ref]  # inputs, then the result if there is one
+    sizes: tuple[int, ...]
+    number: float = 0.0
+    call: Any = None
+    fields: tuple[str, ...] = ()
+
+
+_current: contextvars.ContextVar[Recorder | None] = contextvars.ContextVar("recorder", default=None)
+
+
+def current() -> Recorder | None:
+    """The recorder at work in this thread."""
+    return _current.get()
+
+
+@contextlib.contextmanager
+def record(inputs: list[Tensor]) -> Iterator[Recorder]:
+    """Watch what happens inside; see Recorder."""
+    recorder = Recorder(inputs)
+    token = _current.set(recorder)
+    try:
+        with recorder:
+            yield recorder
+    finally:
+        _current.reset(token)
+
+
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Watches a forward pass. ``inputs`` are the tensors that will differ from step to step.
+
+    What it cannot follow is in ``failure``; the pass itself goes on undisturbed.
+    """
+
+    def __init__(self, inputs: list[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.steps: list[Recorded] = []
+        self.sizes: dict[int, int] = {}  # bytes of each storage that the pass makes or is given
+        self.kept: list[Tensor] = []  # so that no storage is used twice
+        self.unknown: dict[int, str] = {}  # storages that an operation we do not know wrote
+        self.failure = ""  # an operation that this pass needs and the native program lacks
+        for tensor in inputs:
+            self._produces(tensor)
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func._can_decompose():
+            with self:
+                return func.decompose(*args, **kwargs)
+        out = func(*args, **kwargs)
+        self._note(func, args, kwargs, out)
+        return out
+
+    def ref(self, tensor: Tensor) -> Ref:
+        """The tensor as an operand."""
+        storage = tensor.untyped_storage().data_ptr()
+        if storage in self.unknown:
+            self.failure = self.failure or self.unknown[storage]
+        self.kept.append(tensor)
+        return Ref(tensor, storage in self.sizes)
+
+    def add(
+        self,
+        op: str,
+        out: Tensor | None,
+        inputs: list[Tensor],
+        sizes: tuple[int, ...],
+        number: float = 0.0,
+        call: Any = None,
+        fields: tuple[str, ...] = (),
+    ) -> None:
+        """Append an operation; see Recorded."""
+        refs = [self.ref(tensor) for tensor in inputs]
+        if out is not None:
+            self._produces(out)
+            refs.append(self.ref(out))
+        self.steps.append(Recorded(op, refs, tuple(sizes), number, call, fields))
+
+    def is_dynamic(self, tensor: Tensor) -> bool:
+        """Whether it depends on the inputs."""
+        storage = tensor.untyped_storage().data_ptr()
+        return storage in self.sizes or storage in self.unknown
+
+    def _produces(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self.sizes[storage.data_ptr()] = storage.nbytes()
+        self.kept.append(tensor)
+
+    def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        made = _tensors(out)
+        if not any(self.is_dynamic(tensor) for tensor in _tensors((args, *kwargs.values()))):
+            self.kept += made
+            return
+        name = str(func)
+        if name in ALLOCATIONS or _is_view(func):
+            return
+        known = name.replace("_.", ".") if func._schema.is_mutable else name
+        elsewhere = func._schema.is_mutable and not self.is_dynamic(args[0])
+        if elsewhere or not _translate(self, known, args, kwargs, out):
+            self.kept += made
+            self.unknown |= {t.untyped_storage().data_ptr(): name for t in made}
+            if elsewhere or not made:
+                self.failure = self.failure or name
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    """All tensors in lists of lists of values."""
+    if isinstance(values, Tensor):
+        return [values]
+    if isinstance(values, (list, tuple)):
+        return [tensor for value in values for tensor in _tensors(value)]
+    return []
+
+
+def _is_view(func: Any) -> bool:
+    """Whether the results only look at the first argument's memory."""
+    returned = func._schema.returns
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in returned)
+
+
+def _translate(
+    recorder: Recorder, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+) -> bool:
+    if name in UNARY:
+        recorder.add(UNARY[name], out, [args[-1 if name == COPY else 0]], tuple(out.shape))
+    elif name in BINARY:
+        _binary(recorder, BINARY[name], args, kwargs.get("alpha", 1), out)
+    elif name in SPECIAL:
+        return SPECIAL[name](recorder, args, kwargs, out)
+    else:
+        return False
+    return True
+
+
+def _binary(recorder: Recorder, op: str, args: tuple[Any, ...], alpha: float, out: Tensor) -> None:
+    operands = [a if isinstance(a, Tensor) else torch.full((1,), float(a)) for a in args[:2]]
+    recorder.add(op, out, operands, tuple(out.shape), float(alpha))
+
+
+def _power(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
+    x, exponent = args
+    if exponent not in (2, 3):
+        return False
+    recorder.add(*(("mul", out, [x, x]) if exponent == 2 else ("cube", out, [x])), tuple(out.shape))
+    return True
+
+
+def _mean(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
+    x, dims = args[0], args[1]
+    if [d % x.dim() for d in dims] != [x.dim() - 1] or not (args[2:] or [False])[0]:
+        return False
+    recorder.add("mean", out, [x], tuple(x.shape))
+    return True
+
+
+def _concatenate(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
+    tensors, dim = args[0], (args[1] if len(args) > 1 else kwargs.get("dim", 0))
+    at = 0
+    for tensor in tensors:
+        part = out.narrow(dim, at, tensor.shape[dim])
+        recorder.add("copy", part, [tensor], tuple(part.shape))
+        at += tensor.shape[dim]
+    return True
+
+
+def _outer_product(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
+    a, b = args  # (B, n, 1) and (B, 1, m): how rotary embeddings multiply positions
+    if a.shape[2] != 1:
+        return False
+    recorder.add("mul", out, [a, b], tuple(out.shape))
+    return True
+
+
+def _layer_norm(recorder: Recorder, args: Any, kwargs: Any, out: Any) -> bool:
+    x, shape, weight, bias, epsilon = args
+    if len(shape) != 1 or (weight is None and bias is not None) or not x.is_contiguous():
+        return False
+    inputs = [t for t in (x, weight, bias) if t is not None]
+    recorder.add("layer_norm", out[0], inputs, tuple(x.shape), epsilon)
+    return True
+
+
+def _embedding(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
+    table, numbers = args[:2]
+    if not table.is_contiguous():
+        return False
+    recorder.add("gather", out, [numbers, table], tuple(out.shape), float(len(table)))
+    return True
+
+
+def _gelu(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
+    op = "gelu_tanh" if kwargs.get("approximate", "none") == "tanh" else "gelu"
+    recorder.add(op, out, [args[0]], tuple(out.shape))
+    return True
+
+
+SPECIAL: dict[str, Callable[[Recorder, Any, Any, Any], bool]] = {
+    "aten.pow.Tensor_Scalar": _power,
+    "aten.mean.dim": _mean,
+    "aten.cat.default": _concatenate,
+    "aten.bmm.default": _outer_product,
+    "aten.native_layer_norm.default": _layer_norm,
+    "aten.embedding.default": _embedding,
+    "aten.gelu.default": _gelu,
+}
