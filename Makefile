@@ -13,12 +13,15 @@ TESTS := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup run test test-all lint format docs check bench clean
+.PHONY: help setup tools run test test-all faults soak lint format docs check bench lock audit sbom clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 setup: $(DEV) ## make .venv with everything, tools included
+
+tools: ## install what some tests need besides (nginx, redis; Debian, as root)
+	@scripts/install_test_tools.sh
 
 run: $(RUN) ## serve on http://127.0.0.1:5000; every setting comes from the environment
 	@$(BIN)/python -m transformers_api pull "$${DEFAULT_MODEL:-smollm2-135m-instruct}" || [ $$? = 1 ] \
@@ -27,8 +30,17 @@ run: $(RUN) ## serve on http://127.0.0.1:5000; every setting comes from the envi
 test: $(DEV) ## the tests
 	@$(TESTS) -m "not slow"
 
-test-all: $(DEV) ## the tests, slow ones included
+test-all: $(DEV) ## the tests, slow ones included (a quarter of an hour; before a release)
 	@$(TESTS)
+
+# One at a time: several measure.
+faults: $(DEV) ## break the server in every way of docs/operations.md, and show the figures
+	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest --figures \
+		tests/faults tests/test_lifecycle.py tests/test_overload.py tests/test_access.py \
+		tests/deploy/test_restart.py tests/deploy/test_nginx.py
+
+soak: $(DEV) ## ten minutes of 32 streams, some of which leave or send nonsense (SOAK="--minutes 60")
+	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak $(SOAK)
 
 lint: $(DEV) ## ruff and mypy
 	@$(BIN)/python -m ruff check .
@@ -39,13 +51,28 @@ format: $(DEV) ## let ruff mend what it can
 	@$(BIN)/python -m ruff check --fix .
 	@$(BIN)/python -m ruff format .
 
-docs: $(DEV) ## write the generated tables of docs/ anew
+docs: $(DEV) ## write the generated tables of docs/ and deploy/env.example anew
 	@$(BIN)/python -m scripts.generate_docs
+	@$(BIN)/python -m scripts.generate_env
 
 check: lint test ## what CI runs
 
 bench: $(RUN) $(PEER)/run.stamp ## measure beside `transformers serve` (BENCH="--rounds 1" for less)
 	@$(BIN)/python -m benchmarks.serving --peer-python $(PEER)/bin/python $(BENCH)
+
+lock: $(DEV) ## write the hashes of all packages anew, after a change of requirements*.txt
+	@UV=$(BIN)/uv scripts/lock.sh
+
+audit: $(DEV) ## look up the locked packages among the known vulnerabilities (asks pypi.org)
+	@$(BIN)/python -m scripts.audit
+
+sbom: $(DEV) ## list the locked packages in build/sbom.json (CycloneDX)
+	@mkdir -p build
+	@printf '[project]\nname = "transformers-api"\nversion = "%s"\nlicense = "MIT"\n' \
+		"$$($(BIN)/python -c 'import transformers_api; print(transformers_api.__version__)')" >build/sbom.toml
+	@cat deploy/torch-cpu.lock requirements.lock | PYTHONWARNINGS=ignore $(BIN)/cyclonedx-py requirements \
+		--output-reproducible --output-format JSON --pyproject build/sbom.toml -o build/sbom.json -
+	@echo build/sbom.json
 
 clean: ## remove .venv and all caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build dist

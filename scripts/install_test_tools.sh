@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# The programs that some tests use beside Python, from Debian: nginx, redis, systemd-analyze,
+# openssl, shellcheck. Needs root or sudo, and starts no service. Does nothing where all are there.
+set -euo pipefail
+
+declare -A packages=(
+    [nginx]=nginx-light
+    [redis-server]=redis-server
+    [systemd-analyze]=systemd
+    [shellcheck]=shellcheck
+    [openssl]=openssl
+)
+
+PATH=$PATH:/usr/sbin:/sbin
+missing=()
+for program in "${!packages[@]}"; do
+    command -v "$program" >/dev/null || missing+=("${packages[$program]}")
+done
+[[ ${#missing[@]} -gt 0 ]] || exit 0
+
+root=()
+if [[ $EUID -ne 0 ]]; then
+    if ! sudo --non-interactive true 2>/dev/null; then
+        echo "Not installed, as this needs root: ${missing[*]}" >&2
+        exit 1
+    fi
+    root=(sudo)
+fi
+if ! command -v apt-get >/dev/null; then
+    echo "Not installed, as there is no apt-get: ${missing[*]}" >&2
+    exit 1
+fi
+
+# Debian starts what it installs, unless this file says no.
+policy=/usr/sbin/policy-rc.d
+if [[ ! -e $policy ]]; then
+    trap '"${root[@]}" rm -f "$policy"' EXIT
+    printf '#!/bin/sh\nexit 101\n' | "${root[@]}" tee "$policy" >/dev/null
+    "${root[@]}" chmod +x "$policy"
+fi
+"${root[@]}" apt-get update --quiet --quiet
+"${root[@]}" env DEBIAN_FRONTEND=noninteractive \
+    apt-get install --yes --quiet --quiet --no-install-recommends "${missing[@]}" >/dev/null
