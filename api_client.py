@@ -6,7 +6,7 @@
     python api_client.py --model ID "Hello"     ask another model; the server switches to it
     python api_client.py --demo                 a walk through the native API
 
-API_BASE_URL and API_KEY in the environment stand for --base-url and --api-key.
+API_BASE_URL and API_KEY (or OPENAI_API_KEY) in the environment stand for --base-url and --api-key.
 """
 
 from __future__ import annotations
@@ -266,7 +266,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("prompt", nargs="*", help="what to ask; without it: a conversation")
     parser.add_argument("--base-url", default=os.environ.get("API_BASE_URL", BASE_URL))
-    parser.add_argument("--api-key", default=os.environ.get("API_KEY"))
+    key = os.environ.get("API_KEY") or os.environ.get("OPENAI_API_KEY")
+    parser.add_argument("--api-key", default=key, help="where the server wants one")
     parser.add_argument("--model", help="which model answers; default: the server's")
     parser.add_argument("--models", action="store_true", help="list the models and stop")
     parser.add_argument("--demo", action="store_true", help="walk through the native API and stop")

@@ -3,7 +3,8 @@
     make run
     python examples/client_usage.py
 
-API_BASE_URL names another server, MODEL another first model, OTHER_MODEL a second one to switch to.
+API_BASE_URL names another server, MODEL another first model, OTHER_MODEL a second one to switch to,
+API_KEY the key where one is needed (of the scope admin, as this loads a model).
 """
 
 import os
@@ -22,6 +23,8 @@ class Client:
     def __init__(self, base_url: str) -> None:
         self._base_url = base_url.rstrip("/")
         self._session = requests.Session()
+        if key := os.environ.get("API_KEY") or os.environ.get("OPENAI_API_KEY"):
+            self._session.headers["Authorization"] = f"Bearer {key}"
 
     def health(self) -> Any:
         """How the server is, and which model is in memory."""

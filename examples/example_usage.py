@@ -3,7 +3,7 @@
     make run
     python examples/example_usage.py
 
-API_BASE_URL names another server, MODEL another model.
+API_BASE_URL names another server, MODEL another model, API_KEY the key where one is needed.
 """
 
 import os
@@ -13,12 +13,16 @@ import requests
 
 BASE_URL = os.environ.get("API_BASE_URL", "http://127.0.0.1:5000")
 MODEL = os.environ.get("MODEL", "smollm2-135m-instruct")
+KEY = os.environ.get("API_KEY") or os.environ.get("OPENAI_API_KEY")
+HEADERS = {"Authorization": f"Bearer {KEY}"} if KEY else {}
 TIMEOUT_S = 600  # the first load of a model may download it
 
 
 def call(method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
     """The JSON of an answer; an error of the server is an exception that says what it was."""
-    response = requests.request(method, f"{BASE_URL}{path}", json=body, timeout=TIMEOUT_S)
+    response = requests.request(
+        method, f"{BASE_URL}{path}", json=body, headers=HEADERS, timeout=TIMEOUT_S
+    )
     answer: dict[str, Any] = response.json()
     if not response.ok:
         raise SystemExit(f"{method} {path}: {answer}")

@@ -3,7 +3,8 @@
     make run
     python examples/openai_sdk.py
 
-OPENAI_BASE_URL names another server, OTHER_MODEL a second model to switch to.
+OPENAI_BASE_URL names another server, OPENAI_API_KEY its key, OTHER_MODEL a second model to switch
+to.
 """
 
 import os
@@ -11,7 +12,8 @@ import os
 from openai import OpenAI
 
 client = OpenAI(
-    base_url=os.environ.get("OPENAI_BASE_URL", "http://127.0.0.1:5000/v1"), api_key="not-needed"
+    base_url=os.environ.get("OPENAI_BASE_URL", "http://127.0.0.1:5000/v1"),
+    api_key=os.environ.get("OPENAI_API_KEY", "not-needed"),
 )
 
 

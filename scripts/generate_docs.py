@@ -18,12 +18,25 @@ from apispec.ext.marshmallow import MarshmallowPlugin
 from transformers_api import errors
 from transformers_api.api.fields import Schema, Unsupported
 from transformers_api.api.schemas.chat import ChatRequest, Message
+from transformers_api.api.schemas.chat_stream import ChatStreamRequest
 from transformers_api.api.schemas.completions import CompletionRequest
 from transformers_api.api.schemas.embeddings import EmbeddingRequest
+from transformers_api.api.schemas.inspect import (
+    AttributionRequest,
+    FullAttentionRequest,
+    HeadsRequest,
+    HiddenStatesRequest,
+    Inspected,
+    LensRequest,
+    MatrixRequest,
+    TokensRequest,
+)
 from transformers_api.api.schemas.models import LoadRequest
 from transformers_api.api.schemas.native import GenerateRequest, LoadModelRequest
 from transformers_api.api.schemas.sampling import Sampling
 from transformers_api.api.schemas.tokens import DetokenizeRequest, TokenizeRequest
+from transformers_api.api.schemas.trace import LensOptions, StreamTrace, TraceOptions
+from transformers_api.metric_names import described as described_metrics
 from transformers_api.settings import described
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -46,6 +59,15 @@ def error_codes() -> str:
         for kind in sorted(_family(errors.ApiError), key=lambda kind: (kind.status, kind.code))
     ]
     return table(("`code`", "status", "`type`", "when"), rows)
+
+
+def metrics() -> str:
+    """Every metric."""
+    rows = [
+        (f"`{name}`", kind, _codes(labels.split(", ")), text)
+        for name, kind, labels, text in described_metrics()
+    ]
+    return table(("metric", "type", "labels", "what it says"), rows)
 
 
 def fields(schema: type[Schema], without: type[Schema] | None = None) -> Callable[[], str]:
@@ -71,16 +93,29 @@ def fields(schema: type[Schema], without: type[Schema] | None = None) -> Callabl
 TABLES: dict[str, Callable[[], str]] = {
     "settings": settings,
     "errors": error_codes,
+    "metrics": metrics,
     "sampling fields": fields(Sampling),
     "completion fields": fields(CompletionRequest, without=Sampling),
     "chat fields": fields(ChatRequest, without=Sampling),
     "message fields": fields(Message),
+    "trace fields": fields(TraceOptions),
+    "lens fields": fields(LensOptions),
     "embedding fields": fields(EmbeddingRequest),
     "load fields": fields(LoadRequest),
     "generate fields": fields(GenerateRequest),
     "load_model fields": fields(LoadModelRequest),
+    "chat_stream fields": fields(ChatStreamRequest),
+    "chat_stream trace fields": fields(StreamTrace, without=TraceOptions),
     "tokenize fields": fields(TokenizeRequest),
     "detokenize fields": fields(DetokenizeRequest),
+    "inspected fields": fields(Inspected),
+    "full_attn fields": fields(FullAttentionRequest, without=Inspected),
+    "rollout fields": fields(MatrixRequest, without=Inspected),
+    "inspect tokens fields": fields(TokensRequest, without=Inspected),
+    "heads fields": fields(HeadsRequest, without=Inspected),
+    "logit_lens fields": fields(LensRequest, without=Inspected),
+    "attribution fields": fields(AttributionRequest, without=Inspected),
+    "hidden_states fields": fields(HiddenStatesRequest, without=Inspected),
 }
 
 
@@ -150,6 +185,8 @@ def _values(found: dict[str, Any], plural: str = "") -> str:
 
 def _bounds(found: dict[str, Any]) -> str:
     low, high = found.get("minimum", found.get("exclusiveMinimum")), found.get("maximum")
+    if (low, high) == (-(2**63), 2**63 - 1):  # as many as there are
+        return ""
     if high is not None:
         start = "above " if "exclusiveMinimum" in found else ""
         return f", {start}{_number(low)} to {_number(high)}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from tests import tokenizers
+from tests.fake_inspection import FakeInspector, fake_step
 from transformers_api.engine.base import (
+    NOTHING,
     ContextOverflow,
     EngineStats,
     FinishReason,
@@ -59,6 +61,7 @@ class FakeEngine:
     returns. With a ``gate`` a thread of its own writes: a semaphore lets one token through per
     release, an event holds all back until it is set. Sequences take turns, a token each.
     ``error`` ends every sequence after ``error_after`` tokens; ``refusal`` is raised by submit.
+    Where a plan for a trace is given, each token carries one.
     """
 
     def __init__(
@@ -87,6 +90,7 @@ class FakeEngine:
         self.eos_token_ids = frozenset(eos_token_ids)
         self.model = model
         self.submitted: list[list[SequenceRequest]] = []
+        self.observed: list[dict[str, Any]] = []  # of each submit
         self.aborted: list[int | None] = []  # as the callers said it
         self.closed = threading.Event()
         self.closed_with: ApiError | None = None
@@ -96,7 +100,7 @@ class FakeEngine:
         self._threads: list[threading.Thread] = []
 
     def submit(
-        self, requests: Sequence[SequenceRequest], *, observe: Collection[str] = ()
+        self, requests: Sequence[SequenceRequest], *, observe: Mapping[str, Any] = NOTHING
     ) -> TokenStream:
         if self.refusal is not None:
             raise self.refusal
@@ -105,7 +109,8 @@ class FakeEngine:
         for request in requests:
             self._check(request)
         self.submitted.append(list(requests))
-        run = _Run(self, requests)
+        self.observed.append(dict(observe))
+        run = _Run(self, requests, observe)
         with self._lock:
             self._running += len(requests)
         if self.gate is None:
@@ -154,9 +159,12 @@ class FakeEngine:
 class _Run:
     """One submit: its stream, its scripts and who of it was aborted."""
 
-    def __init__(self, engine: FakeEngine, requests: Sequence[SequenceRequest]) -> None:
+    def __init__(
+        self, engine: FakeEngine, requests: Sequence[SequenceRequest], observe: Mapping[str, Any]
+    ) -> None:
         self.engine = engine
         self.requests = requests
+        self.plan = observe.get("trace")
         self.aborted: set[int] = set()
         self.stream = TokenStream(len(requests), self.abort)
 
@@ -219,10 +227,19 @@ class _Run:
             else:
                 reason = FinishReason.LENGTH if position == params.max_tokens else None
             yield TokenOutput(
-                token_id=token_id, score=score(token_id, params.logprobs), finish_reason=reason
+                token_id=token_id,
+                score=score(token_id, params.logprobs),
+                finish_reason=reason,
+                extras=self.noted(request, position - 1, token_id),
             )
             if reason is not None:
                 return
+
+    def noted(self, request: SequenceRequest, step: int, token_id: int) -> Mapping[str, Any]:
+        if self.plan is None:
+            return NOTHING
+        greedy = request.params.temperature == 0
+        return {"trace": fake_step(self.plan, request.prompt_ids, step, token_id, greedy)}
 
     def said(self, index: int, request: SequenceRequest) -> Iterable[int]:
         script = self.engine.reply(request.prompt_ids, request.params, index)
@@ -266,6 +283,7 @@ def fake_model(
         "load_s": 0.1,
         "fingerprint": "fp_fake",
         "created": 1_700_000_000,
+        "inspector": FakeInspector(),
     } | fields
     given["tokenizer"] = given["tokenizer"] or fake_tokenizer()
     return LoadedModel(**given)

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 WAIT_S = 20.0
@@ -20,7 +21,10 @@ WAIT_S = 20.0
 SERVE = """
 from transformers_api.server import serve
 from transformers_api.settings import Settings
-serve(Settings(host={host!r}, port=0, graceful_s={grace_s}, max_inflight=4), app="{app}")
+settings = Settings(
+    host={host!r}, port=0, graceful_s={grace_s}, max_inflight=4, residency_lock=False, **{more!r}
+)
+serve(settings, app="{app}")
 """
 
 
@@ -119,10 +123,13 @@ def started(*command: str, **environ: str) -> Iterator[Server]:
 
 @contextmanager
 def serving(
-    app: str = "tests.streaming_app:create_app", grace_s: int = 30, host: str = "127.0.0.1"
+    app: str = "tests.streaming_app:create_app",
+    grace_s: int = 30,
+    host: str = "127.0.0.1",
+    **more: Any,
 ) -> Iterator[Server]:
-    """A server that answers."""
-    script = SERVE.format(app=app, grace_s=grace_s, host=host)
+    """A server that answers; ``more`` are settings."""
+    script = SERVE.format(app=app, grace_s=grace_s, host=host, more=more)
     with started(sys.executable, "-c", script) as server:
         server.address()
         yield server

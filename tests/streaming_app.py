@@ -17,7 +17,8 @@ LAST_WORDS_S = 1.0
 class Services:
     """What the worker finds in ``app.extensions``."""
 
-    def __init__(self) -> None:
+    def __init__(self, settings: Settings | None) -> None:
+        self.settings = settings or Settings()
         self.over = threading.Event()
 
     def drain(self, grace_s: float) -> None:
@@ -27,7 +28,7 @@ class Services:
 
 
 def create_app(settings: Settings | None = None) -> Flask:
-    services = Services()
+    services = Services(settings)
     app = Flask(__name__)
     app.extensions["transformers_api"] = services
 
@@ -53,7 +54,32 @@ def create_app(settings: Settings | None = None) -> Flask:
         threading.Event().wait()
         return "never"
 
+    _add_bodies(app)
     return app
+
+
+def _add_bodies(app: Flask) -> None:
+    flooded = threading.Semaphore(0)
+
+    @app.get("/health")
+    def health() -> dict[str, bool]:
+        return {"ok": True}
+
+    @app.post("/echo")
+    def echo() -> bytes:
+        return request.get_data()
+
+    @app.get("/flood")
+    def flood() -> Response:
+        """More than any buffer holds."""
+        piece = b"x" * (1 << 16)
+        response = Response(piece for _ in range(10**6))
+        response.call_on_close(flooded.release)
+        return response
+
+    @app.get("/flooded")
+    def floods_ended() -> str:
+        return str(flooded.acquire(timeout=15))
 
 
 def _with_request(rest: Iterator[str], first: str) -> Iterator[str]:

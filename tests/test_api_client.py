@@ -235,3 +235,24 @@ def test_another_program_on_the_port_is_recognised(server):
 def test_a_wrong_address_is_named():
     with pytest.raises(ApiClientError, match="ftp://x"):
         ApiClient("ftp://x")
+
+
+@pytest.mark.parametrize(
+    ("environ", "options", "expected"),
+    [
+        ({}, [], None),
+        ({"OPENAI_API_KEY": "b"}, [], "Bearer b"),
+        ({"API_KEY": "a", "OPENAI_API_KEY": "b"}, [], "Bearer a"),
+        ({"API_KEY": "a", "OPENAI_API_KEY": "b"}, ["--api-key", "c"], "Bearer c"),
+    ],
+)
+def test_the_key_of_the_command_line_goes_before_those_of_the_environment(
+    server, monkeypatch, environ, options, expected
+):
+    for name in ("API_KEY", "OPENAI_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    server.answers["GET", "/v1/models"] = (200, b'{"data": []}')
+    assert api_client.main(["--base-url", server.url, "--models", *options]) == 0
+    assert server.asked[-1][3].get("Authorization") == expected

@@ -38,8 +38,11 @@ LEAVES = ("errors", "logs", "settings")
 LAYERS = {
     "": layer(),
     "errors": layer(never=HTTP | MODELS | {"torch"}),
-    "settings": layer(never=HTTP | MODELS | {"torch"}),
+    "settings": layer("setting_values", never=HTTP | MODELS | {"torch"}),
+    "setting_values": layer(never=HTTP | MODELS | {"torch"}),
+    "incoming": layer("errors", never=HTTP | MODELS | {"torch"}),
     "logs": layer(never=HTTP | MODELS | {"torch"}),
+    "metric_names": layer(never=HTTP | MODELS | {"torch"}),
     "engine.base": layer("errors", never=HTTP | MODELS | {"torch"}),
     "engine": layer("engine", "families", "errors", "logs", never=HTTP),
     "inspection.base": layer("errors", never=HTTP | MODELS | {"torch"}),
@@ -58,7 +61,21 @@ LAYERS = {
     ),
 }
 # These wire the layers together, and nobody imports them but one another.
-WIRING = {"__main__", "app", "check", "cli", "loading", "readiness", "server"}
+WIRING = {
+    "__main__",
+    "app",
+    "check",
+    "cli",
+    "connections",
+    "loading",
+    "metrics",
+    "readiness",
+    "residency_lock",
+    "server",
+    "server_log",
+    "systemd",
+    "worker",
+}
 # One module of a layer that otherwise leaves a library alone.
 EXCEPTIONS = {"serving.hub": {"huggingface_hub"}}
 

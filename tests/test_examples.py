@@ -72,7 +72,7 @@ def run(url, program, *options, status=0):
 
 def test_every_example_is_run_here():
     found = {path.name for path in (ROOT / "examples").glob("*.py")}
-    assert found == {*EXAMPLES, "openai_sdk.py"}  # that one runs in test_readme.py
+    assert found == {*EXAMPLES, "openai_sdk.py", "attention_heatmap.py"}  # in test_readme.py
 
 
 def test_example_usage_loads_lists_chats_and_unloads(url):

@@ -72,6 +72,7 @@ def environment(tmp_path_factory):
         "MODEL_REGISTRY_PATH": str(registry),
         "TOKENIZERS_PARALLELISM": "false",
         "ENABLE_EMBEDDINGS_BACKEND": "1",
+        "RATE_LIMIT_PER_MIN": "0",  # every example of a page is asked in one go
         "TORCH_THREADS": "1",  # another test process has the other core
     }
     return {**os.environ, **settings}
@@ -160,7 +161,7 @@ def curl(command, url):
     """Run a curl command against ``url``; statuses from 400 on fail."""
     if not shutil.which("curl"):
         pytest.skip("curl is not installed")
-    quiet = re.sub(r"^curl ", "curl -sS --fail-with-body ", command)
+    quiet = re.sub(r"^curl ", "curl -sS --fail-with-body ", command, flags=re.MULTILINE)
     return run(quiet.replace(ADDRESS, url), dict(os.environ))
 
 
@@ -193,16 +194,43 @@ def test_curl_commands_of_the_readme_are_answered(command, url):
 
 @pytest.mark.parametrize("command", those("curl", "docs/api.md"))
 def test_curl_commands_of_the_api_page_are_answered(command, url):
-    answer = curl(command, url)
-    if command.startswith("curl -N"):
+    check(curl(command, url), command)
+
+
+def check(answer, command):
+    """Whether it is whole: a stream with its end, or JSON."""
+    if "/chat/stream" in command:
+        events = re.findall(r"^event: (\w+)$", answer, re.MULTILINE)
+        assert events == ["token", "trace"] * (len(events) // 2) + ["done"]
+        assert len(events) > 8
+    elif command.startswith("curl -N"):
         assert answer.rstrip().endswith("data: [DONE]")
     else:
         assert json.loads(answer)
 
 
-@pytest.mark.parametrize("number", range(len(blocks("README.md", "python"))))
-def test_python_of_the_readme_streams_an_answer(number, url, environment):
-    code = blocks("README.md", "python")[number].replace(ADDRESS, url)
+@pytest.mark.parametrize("command", those("curl", "docs/inspect.md"))
+def test_curl_commands_of_the_guide_are_answered(command, url, tmp_path):
+    answer = curl(f"cd {tmp_path}\n{command}", url)
+    saved = re.search(r" -o (\S+)", command)
+    if saved:
+        begins = {".png": b"\x89PNG", ".html": b"<!doctype html>", ".npz": b"PK"}
+        data = (tmp_path / saved[1]).read_bytes()
+        assert data.startswith(begins[Path(saved[1]).suffix])
+    else:
+        check(answer, command)
+
+
+PROGRAMS = [
+    (page, number)
+    for page in ("README.md", "docs/api.md", "docs/inspect.md")
+    for number in range(len(blocks(page, "python")))
+]
+
+
+@pytest.mark.parametrize(("page", "number"), PROGRAMS)
+def test_python_of_the_documents_streams_an_answer(page, number, url, environment):
+    code = blocks(page, "python")[number].replace(ADDRESS, url)
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
         cwd=ROOT,
@@ -234,6 +262,14 @@ def test_the_example_for_the_sdk_chats_streams_and_switches(url, environment):
     assert f"in memory: {DEFAULT_MODEL}" in answer or "in memory: my-model" in answer
     assert "\nmy-model: " in answer
     assert answer.count(f"\n{DEFAULT_MODEL}: ") + answer.startswith(DEFAULT_MODEL) == 2
+
+
+def test_the_heat_map_of_an_answer_is_saved(url, environment, tmp_path):
+    command = f"{sys.executable} examples/attention_heatmap.py --layer 3 --output {tmp_path}/map"
+    answer = run(command, {**environment, "OPENAI_BASE_URL": f"{url}/v1"})
+    assert "the last token read from" in answer
+    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+    assert "<canvas" in (tmp_path / "map.html").read_text()
 
 
 def test_the_terminal_client_talks_to_the_real_server(url):

@@ -32,6 +32,11 @@ def test_every_setting_has_a_default_that_needs_no_environment():
         ),
         ({"CKPT_DIR": "/srv/store"}, "model_store", Path("/srv/store")),
         ({"KV_CACHE_GIB": "0.5"}, "kv_cache_gib", 0.5),
+        ({"API_KEYS_FILE": "/etc/keys"}, "api_keys_file", Path("/etc/keys")),
+        ({"TRUSTED_PROXIES": "1"}, "trusted_proxies", 1),
+        ({"REDIS_URL": "rediss://:x@a:6380/1"}, "redis_url", "rediss://:x@a:6380/1"),
+        ({}, "inspected_per_min", 10),
+        ({"RATE_LIMIT_PER_MIN": "0"}, "inspected_per_min", 0),
     ],
 )
 def test_values_come_from_the_environment_by_name_or_by_alias(environ, name, value):
@@ -52,6 +57,9 @@ def test_values_come_from_the_environment_by_name_or_by_alias(environ, name, val
         ("CORS_ALLOW_ORIGINS", "https://.*good.example", "exact origins"),
         ("CORS_ALLOW_ORIGINS", "*", "exact origins"),
         ("CORS_ALLOW_ORIGINS", "good.example", "exact origins"),
+        ("CORS_ALLOW_ORIGINS", "null", "exact origins"),
+        ("TRUSTED_PROXIES", "10.0.0.0/8", "a whole number from 0 to 16"),
+        ("RATE_LIMIT_TOKENS_PER_MIN", "0", "a whole number from 1"),
     ],
 )
 def test_a_bad_value_is_one_line_with_name_value_and_what_is_allowed(name, value, expected):
@@ -61,6 +69,18 @@ def test_a_bad_value_is_one_line_with_name_value_and_what_is_allowed(name, value
     assert message.startswith(f"{name}={value!r} is not allowed")
     assert expected in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("value", ["localhost:6379", "http://secret@a", "redis://secret@a:port"])
+def test_a_bad_value_that_may_hold_a_password_is_not_repeated(value):
+    with pytest.raises(SettingError, match=r"^REDIS_URL=\*\*\* is not allowed") as caught:
+        Settings.from_env({"REDIS_URL": value})
+    assert "secret" not in str(caught.value)
+
+
+def test_keys_open_downloads_where_others_can_reach_the_server():
+    assert not Settings(host="0.0.0.0").downloads_allowed
+    assert Settings(host="0.0.0.0", api_keys_file=Path("keys")).downloads_allowed
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 from flask import Flask
 
@@ -12,20 +12,28 @@ from transformers_api.api.services import Services
 from transformers_api.engine.thread import EngineThread
 from transformers_api.errors import ModelNotFound
 from transformers_api.loading import EncoderLoader, ModelLoader
-from transformers_api.logs import configure_logging
+from transformers_api.logs import adopt, configure_logging
 from transformers_api.readiness import Readiness
+from transformers_api.serving.access import Access
+from transformers_api.serving.admission import Admission
 from transformers_api.serving.embeddings import EmbeddingModels, EncoderRegistry
+from transformers_api.serving.inspections import Inspections
 from transformers_api.serving.models import Loader
 from transformers_api.serving.registry import ModelRegistry
+from transformers_api.serving.residency import Listeners, SwapperListener
 from transformers_api.serving.store import ModelStore
 from transformers_api.serving.swapper import Swapper
 from transformers_api.settings import SettingError, Settings
+
+if TYPE_CHECKING:
+    from transformers_api.metrics import Metrics
 
 
 def create_app(settings: Settings | None = None, loader: Loader | None = None) -> Flask:
     """The WSGI application. ``loader`` stands in for the real one in tests without torch."""
     settings = settings or Settings.from_env()
-    configure_logging(settings.log_level)
+    configure_logging(settings.log_level, settings.log_format, shows_texts=settings.log_prompts)
+    access = Access.from_settings(settings)
     store = ModelStore(settings)
     registry = ModelRegistry.from_settings(settings, store.has_repo)
     thread = None
@@ -34,7 +42,9 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
         thread = EngineThread(settings.torch_threads)
         loader = ModelLoader(settings, store, thread)
         encoder_loader = EncoderLoader(settings, store, thread)
-    readiness = Readiness(_preloaded(settings, registry), thread)
+    metrics = _metrics(settings, registry, loader)
+    readiness = Readiness(_preloaded(settings, registry), thread, settings.step_timeout_s)
+    admission = Admission(settings.max_inflight, settings.max_queue, settings.request_timeout_s)
     swapper = Swapper(
         registry,
         loader,
@@ -44,12 +54,12 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
         idle_unload_s=settings.idle_unload_s,
         overlap=settings.swap_overlap,
         auto_load=settings.auto_load,
-        listener=readiness,
+        listener=_listeners(metrics, readiness),
     )
     swappers, embeddings = [swapper], None
     if settings.enable_embeddings_backend:
         assert encoder_loader is not None
-        encoders = _encoders(settings, registry, encoder_loader)
+        encoders = _encoders(settings, registry, encoder_loader, _listeners(metrics))
         embeddings = EmbeddingModels(registry, swapper, encoders, max(settings.max_queue, 1))
         swappers.append(encoders)
         if isinstance(loader, ModelLoader):
@@ -60,12 +70,20 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
         registry=registry,
         store=store,
         swapper=swapper,
+        admission=admission,
         embeddings=embeddings,
+        inspections=Inspections(settings.inspect_queue, settings.inspect_timeout_s),
+        access=access,
+        rate_limiter=access.inspections,
+        metrics=metrics,
         ready=readiness,
         devices=loader.devices,
-        drain=partial(_drain, readiness, swappers),
+        drain=partial(readiness.drain, swappers, admission),
+        fault=readiness.fault,
     )
     api.register(app, services)
+    if metrics is not None:
+        metrics.watch(swapper.status, readiness, admission.__len__)
     if thread is not None:
         thread.call(_import_engine)  # while the server already answers its health checks
     if settings.preload_model:
@@ -73,7 +91,28 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
     return app
 
 
-def _encoders(settings: Settings, registry: ModelRegistry, loader: Loader) -> Swapper:
+def _metrics(settings: Settings, registry: ModelRegistry, loader: Loader) -> Metrics | None:
+    if not settings.metrics_allowed:
+        return None
+    from transformers_api.metrics import Metrics
+
+    metrics = Metrics([spec.name for spec in registry.list()])
+    if isinstance(loader, ModelLoader):
+        loader.listen = metrics.engine
+    return metrics
+
+
+def _listeners(metrics: Metrics | None, *others: SwapperListener) -> SwapperListener:
+    if metrics is None:
+        return Listeners(*others)
+    from transformers_api.metrics import ModelEvents
+
+    return Listeners(*others, ModelEvents(metrics))
+
+
+def _encoders(
+    settings: Settings, registry: ModelRegistry, loader: Loader, listener: SwapperListener
+) -> Swapper:
     """What lives beside the resident model, one at a time; AUTO_LOAD says nothing about it."""
     return Swapper(
         EncoderRegistry(registry),
@@ -82,12 +121,8 @@ def _encoders(settings: Settings, registry: ModelRegistry, loader: Loader) -> Sw
         drain_s=settings.drain_s,
         wait_s=settings.model_wait_s,
         idle_unload_s=settings.idle_unload_s,
+        listener=listener,
     )
-
-
-def _drain(readiness: Readiness, swappers: Sequence[Swapper], grace_s: float) -> None:
-    for swapper in swappers:
-        readiness.drain(swapper, grace_s)
 
 
 def _preloaded(settings: Settings, registry: ModelRegistry) -> str | None:
@@ -105,3 +140,5 @@ def _preloaded(settings: Settings, registry: ModelRegistry) -> str | None:
 
 def _import_engine() -> None:
     import transformers_api.engine.loader  # noqa: F401
+
+    adopt("transformers", "huggingface_hub")

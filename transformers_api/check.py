@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from transformers_api.errors import ApiError
+from transformers_api.serving.api_keys import read
 from transformers_api.serving.models import HubSource
 from transformers_api.serving.registry import ModelRegistry
 from transformers_api.serving.store import ModelStore
@@ -64,14 +65,13 @@ def _write_settings(settings: Settings, out: TextIO) -> None:
         is_standard = value == getattr(standard, option.name)
         alias = f" or {names[name]}" if names[name] else ""
         origin = "default" if is_standard else f"environment: {name}{alias}"
-        out.write(f"  {name:<{width}}  {_shown(name, value)}  ({origin})\n")
+        shown = _shown(value) if option.repr or value is None else "***"
+        out.write(f"  {name:<{width}}  {shown}  ({origin})\n")
 
 
-def _shown(name: str, value: Any) -> str:
+def _shown(value: Any) -> str:
     if value is None or value == ():
         return "-"
-    if name.endswith("_TOKEN"):
-        return "***"
     if isinstance(value, bool):
         return str(value).lower()
     return ",".join(value) if isinstance(value, tuple) else str(value)
@@ -84,6 +84,7 @@ def _findings(settings: Settings) -> Iterator[Finding]:
     yield _disk("HF_HOME", settings.hf_home)
     yield _model(settings)
     yield _address(settings)
+    yield _access(settings)
 
 
 def _software() -> Iterator[Finding]:
@@ -160,3 +161,20 @@ def _address(settings: Settings) -> Finding:
             mend = "end the program that listens there, or set HOST and PORT"
             return Finding(subject, error.strerror or str(error), mend)
     return Finding(subject, "free")
+
+
+def _access(settings: Settings) -> Finding:
+    subject = "Access"
+    if settings.api_keys_file is not None:
+        try:
+            keys = read(settings.api_keys_file)
+        except (OSError, ValueError) as error:
+            state = f"API_KEYS_FILE {settings.api_keys_file}: {error}"
+            return Finding(subject, state, "correct it, or make one with `keys add NAME`")
+        if keys:
+            return Finding(subject, f"with one of {len(keys)} API keys")
+        return Finding(subject, "no API key, so that nobody may", "add one with `keys add NAME`")
+    if settings.listens_on_loopback:
+        return Finding(subject, "everybody on this machine")
+    mend = "make keys with `keys add NAME` and set API_KEYS_FILE, or set HOST=127.0.0.1"
+    return Finding(subject, "EVERYBODY who reaches this address", mend, prevents=False)

@@ -1,4 +1,4 @@
-"""The command line: serve, models, pull, convert, check. A command imports what it needs."""
+"""The command line: serve, models, pull, convert, keys, check. A command imports what it needs."""
 
 from __future__ import annotations
 
@@ -64,6 +64,21 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--family", help="what it is, where the weights leave that open")
     convert.add_argument("--config", type=Path, metavar="FILE", help="its configuration (JSON)")
     convert.set_defaults(run=_convert)
+
+    keys = commands.add_parser("keys", help="make, list and remove API keys")
+    actions = keys.add_subparsers(required=True, metavar="ACTION")
+    add = actions.add_parser("add", help="make a key, print it once and keep its hash")
+    add.add_argument("name", help="whose key it is; in logs and for rate limits")
+    add.add_argument(
+        "--scope", choices=("infer", "admin"), default="infer", help="admin may do everything"
+    )
+    add.set_defaults(run=_add_key)
+    remove = actions.add_parser("remove", help="a running server refuses it at once")
+    remove.add_argument("name")
+    remove.set_defaults(run=_remove_key)
+    actions.add_parser("list", help="names and scopes").set_defaults(run=_list_keys)
+    for action in actions.choices.values():
+        action.add_argument("--file", type=Path, help="the file of keys (API_KEYS_FILE)")
 
     check = commands.add_parser("check", help="show settings and environment, and what is wrong")
     check.set_defaults(run=_check)
@@ -208,6 +223,52 @@ def _progress_bar() -> Iterator[Callable[[float, str], None]]:
         yield progress
     finally:
         bar.close()
+
+
+def _add_key(options: argparse.Namespace) -> int:
+    from transformers_api.serving import api_keys
+
+    path = _key_file(options)
+    with _told():
+        secret = api_keys.add(path, options.name, options.scope)
+    sys.stderr.write(f"The key of {options.name}, whose hash is in {path}. It is shown only now.\n")
+    sys.stdout.write(f"{secret}\n")
+    return 0
+
+
+def _remove_key(options: argparse.Namespace) -> int:
+    from transformers_api.serving import api_keys
+
+    with _told():
+        api_keys.remove(_key_file(options), options.name)
+    return 0
+
+
+def _list_keys(options: argparse.Namespace) -> int:
+    from transformers_api.serving import api_keys
+
+    with _told():
+        keys = api_keys.read(_key_file(options))
+    _write_table([("NAME", "SCOPE"), *((key.name, key.scope) for key in keys)])
+    return 0
+
+
+def _key_file(options: argparse.Namespace) -> Path:
+    path: Path | None = options.file or Settings.from_env().api_keys_file
+    if path is None:
+        raise SettingError("API_KEYS_FILE is not set; set it, or give --file")
+    return path
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """What is wrong with a file of keys, in one line."""
+    try:
+        yield
+    except OSError as error:
+        raise SettingError(f"{error.filename}: {error.strerror}") from None
+    except ValueError as error:
+        raise SettingError(str(error)) from None
 
 
 def _check(options: argparse.Namespace) -> int:

@@ -6,8 +6,11 @@
     ├── InvalidRequest               400  a field is wrong; ``param`` names it
     │   ├── UnsupportedParameter     400  known, not supported, and it would change the answer
     │   ├── ContextLengthExceeded    400  prompt + completion do not fit the model's window
+    │   ├── TooManyTokens            400  more at once than a client may have in a minute
     │   └── ModelNotCapable          400  the resident model cannot do this
     │       └── AttentionUnavailable 400  it has no attention weights to show
+    ├── InvalidApiKey                401  no key, or one that is not valid
+    ├── InsufficientPermissions      403  the key may not do this
     ├── InspectionDisabled           403  INSPECT_ENABLED is off
     ├── PayloadTooLarge              413
     │   ├── PromptTooLarge           413  more text or tokens than this route reads
@@ -16,6 +19,10 @@
     │   ├── ModelNotFound            404  ``model`` is not in the registry
     │   └── UnknownCompletion        404  ``completion_id`` is not remembered
     ├── MethodNotAllowed             405
+    ├── RequestTimeout               408  the client took too long to send its request
+    ├── SlowReader                   408  the client does not read its answer
+    ├── UriTooLong                   414
+    ├── HeadersTooLarge              431
     ├── ChatUnavailable              501  the registry marks the model as completion-only
     ├── EmbeddingsUnavailable        501  ENABLE_EMBEDDINGS_BACKEND is off
     ├── Overloaded                   429  the queue is full
@@ -31,6 +38,7 @@
     │   └── ServerShuttingDown       503
     ├── InsufficientStorage          507  no room on the disk for the model
     ├── InspectionTimeout            504  took longer than INSPECT_TIMEOUT_S
+    ├── DeadlineExceeded             504  took longer than REQUEST_TIMEOUT_S
     ├── ClientGone                   499  nobody reads this any more
     └── EngineFailed                 500  our fault; the log has the trace
         └── EngineDead               503  the engine thread has ended; restart the process
@@ -78,6 +86,12 @@ class ContextLengthExceeded(InvalidRequest):
     code = "context_length_exceeded"
 
 
+class TooManyTokens(InvalidRequest):
+    """One request may take more tokens than a client has in a minute; waiting will not help."""
+
+    code = "too_many_tokens"
+
+
 class ModelNotCapable(InvalidRequest):
     """The model exists but cannot do what was asked."""
 
@@ -88,6 +102,22 @@ class AttentionUnavailable(ModelNotCapable):
     """The model, or the layer asked for, has no attention weights to show."""
 
     code = "attention_unavailable"
+
+
+class InvalidApiKey(ApiError):
+    """The request has no API key, or one that is not valid."""
+
+    status = 401
+    type = "invalid_request_error"
+    code = "invalid_api_key"
+
+
+class InsufficientPermissions(ApiError):
+    """The API key is valid and may not do this."""
+
+    status = 403
+    type = "invalid_request_error"
+    code = "insufficient_permissions"
 
 
 class InspectionDisabled(ApiError):
@@ -151,6 +181,38 @@ class MethodNotAllowed(ApiError):
     status = 405
     type = "invalid_request_error"
     code = "method_not_allowed"
+
+
+class RequestTimeout(ApiError):
+    """The client took longer than RECEIVE_TIMEOUT_S to send its request."""
+
+    status = 408
+    type = "invalid_request_error"
+    code = "request_timeout"
+
+
+class SlowReader(ApiError):
+    """The client does not read its answer as fast as it is made."""
+
+    status = 408
+    type = "invalid_request_error"
+    code = "slow_reader"
+
+
+class UriTooLong(ApiError):
+    """The first line of the request is too long."""
+
+    status = 414
+    type = "invalid_request_error"
+    code = "uri_too_long"
+
+
+class HeadersTooLarge(ApiError):
+    """The request has too many headers, or too long ones."""
+
+    status = 431
+    type = "invalid_request_error"
+    code = "headers_too_large"
 
 
 class ChatUnavailable(ApiError):
@@ -256,6 +318,14 @@ class InspectionTimeout(ApiError):
     status = 504
     type = "server_error"
     code = "inspect_timeout"
+
+
+class DeadlineExceeded(ApiError):
+    """The answer was not complete after REQUEST_TIMEOUT_S."""
+
+    status = 504
+    type = "server_error"
+    code = "deadline_exceeded"
 
 
 class ClientGone(ApiError):

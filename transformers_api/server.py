@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import logging
 import os
+import resource
 import signal
 import socket
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,15 +24,25 @@ from typing import Any, NoReturn
 from gunicorn.app.base import BaseApplication  # type: ignore[import-untyped]
 from gunicorn.arbiter import Arbiter  # type: ignore[import-untyped]
 from gunicorn.config import Config  # type: ignore[import-untyped]
-from gunicorn.workers.gthread import TConn, ThreadWorker  # type: ignore[import-untyped]
+from gunicorn.errors import HaltServer  # type: ignore[import-untyped]
 
-from transformers_api.settings import SettingError, Settings
+from transformers_api import incoming, residency_lock
+from transformers_api.server_log import logger_class
+from transformers_api.settings import (
+    SettingError,
+    Settings,
+    has_activated_sockets,
+    take_notify_socket,
+)
+from transformers_api.systemd import Notifier
+from transformers_api.worker import FAULTY, DrainWorker
 
 APP = "transformers_api.app:create_app"
-IDLE_LINGER_S = 0.5  # a request may be on its way on a connection that was kept open
 BAD_SETTING = 2  # exit status
-
-log = logging.getLogger(__name__)
+SECOND_S = 1.0  # between two SIGTERMs that are meant as two
+MOST_DEATHS = 5  # of workers, within
+DEATHS_S = 600.0
+MOST_FILES = 1 << 16
 
 
 def options(settings: Settings) -> dict[str, Any]:
@@ -48,13 +58,17 @@ def options(settings: Settings) -> dict[str, Any]:
         "timeout": 60,  # silence of the worker's main loop, not of a request
         "graceful_timeout": settings.graceful_s,
         "keepalive": 20,  # longer than a proxy in front keeps its own
-        "limit_request_line": 4094,
+        "limit_request_line": incoming.MAX_LINE,
+        "limit_request_fields": incoming.MAX_HEADS,
+        "limit_request_field_size": incoming.MAX_HEAD,
         "control_socket_disable": True,
         "preload_app": False,  # neither threads nor CUDA survive a fork
         "worker_tmp_dir": str(shm) if os.access(shm, os.W_OK) else None,
         "loglevel": settings.log_level,
+        "logger_class": logger_class(settings),
         "proc_name": "transformers-api",
-        "on_starting": tame,
+        "on_starting": lambda arbiter: prepare(arbiter, settings),
+        "child_exit": Deaths(),
     }
 
 
@@ -67,9 +81,11 @@ def serve(settings: Settings, *, app: str = APP, reload: bool = False) -> NoRetu
     workers = Config().workers  # gunicorn's default reads WEB_CONCURRENCY
     if workers != 1:
         stop(BAD_SETTING, f"WEB_CONCURRENCY={workers} is not allowed: {WHY_ONE}")
-    listener = _listen(settings)
-    given = options(settings) | {"bind": f"fd://{listener.fileno()}", "reload": reload}
-    listener.detach()  # gunicorn owns it from here
+    given = options(settings) | {"reload": reload}
+    if not has_activated_sockets():
+        listener = _listen(settings)
+        given["bind"] = f"fd://{listener.fileno()}"
+        listener.detach()  # gunicorn owns it from here
     arbiter_pid = os.getpid()
     try:
         _Application(settings, app, given).run()
@@ -153,10 +169,42 @@ class _Application(BaseApplication):  # type: ignore[misc]  # gunicorn has no ty
         return application
 
 
+def prepare(arbiter: Arbiter, settings: Settings) -> None:
+    """Gunicorn's ``on_starting`` hook. Ends the process where it must not start."""
+    tame(arbiter)
+    try:
+        residency_lock.take(settings)
+    except residency_lock.LockedByOther as error:
+        stop(1, str(error))
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_FILES if most == resource.RLIM_INFINITY else min(most, MOST_FILES)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))  # each connection takes two
+    # The worker says when it is ready; gunicorn would before it is.
+    DrainWorker.notifier = Notifier(take_notify_socket())
+
+
+class Deaths:
+    """Gunicorn's ``child_exit`` hook: a worker that dies is replaced, but not for ever."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._times: deque[float] = deque(maxlen=MOST_DEATHS)
+
+    def __call__(self, arbiter: Arbiter, worker: DrainWorker) -> None:
+        """Raises HaltServer at the last of too many deaths."""
+        cfg = arbiter.cfg
+        if not arbiter.LISTENERS or cfg.reload or cfg.max_requests:  # it is meant to end
+            return
+        now = self._clock()
+        self._times.append(now)
+        if len(self._times) == MOST_DEATHS and now - self._times[0] < DEATHS_S:
+            raise HaltServer(f"{MOST_DEATHS} workers died within {DEATHS_S:g} s", FAULTY)
+
+
 def tame(arbiter: Arbiter) -> None:
     """Take out of gunicorn what would start a second worker or cut streams.
 
-    Its ``on_starting`` hook. Ends the process where more than one worker is asked for.
+    Ends the process where more than one worker is asked for.
     """
     if arbiter.cfg.workers != 1:
         stop(BAD_SETTING, f"--workers {arbiter.cfg.workers} is not allowed: {WHY_ONE}")
@@ -168,73 +216,19 @@ def tame(arbiter: Arbiter) -> None:
     def ignore(name: str) -> Callable[[], None]:
         return lambda: arbiter.log.warning("%s is ignored: restart instead", name)
 
-    arbiter.handle_int = arbiter.handle_term  # a second one, while it waits, ends it at once
+    def end() -> NoReturn:
+        first = time.monotonic()
+
+        def again(*_: Any) -> None:
+            if time.monotonic() - first > SECOND_S:  # not the same one, by another way
+                arbiter.SIG_QUEUE.put_nowait(signal.SIGQUIT)
+
+        signal.signal(signal.SIGTERM, again)
+        raise StopIteration
+
+    arbiter.handle_term = arbiter.handle_int = end  # a second one, while it waits, ends it at once
     at_terminal = sys.stdin is not None and not sys.stdin.closed and sys.stdin.isatty()
     # Gunicorn would load the new model beside the old one; without its terminal it ends.
-    arbiter.handle_hup = arbiter.handle_term if at_terminal else ignore("SIGHUP")
+    arbiter.handle_hup = end if at_terminal else ignore("SIGHUP")
     arbiter.handle_ttin = ignore("SIGTTIN")
     arbiter.handle_usr2 = ignore("SIGUSR2")
-
-
-class DrainWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
-    """A gthread worker that ends in order: no new connection, no cut answer, no long wait."""
-
-    _draining = False
-
-    def init_signals(self) -> None:
-        """Leave Ctrl-C and hang-ups, which reach the whole process group, to the arbiter."""
-        super().init_signals()
-        for number in (signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, lambda *_: None)
-
-    def handle_quit(self, sig: int, frame: Any) -> None:
-        """End at once: the second Ctrl-C."""
-        os._exit(0)
-
-    def is_parent_alive(self) -> bool:
-        """Whether the arbiter lives; without it, drain as after SIGTERM."""
-        is_alive = bool(super().is_parent_alive())
-        if not is_alive:
-            self.alive = False
-        return is_alive
-
-    def run(self) -> None:
-        """Serve until the end, then leave without waiting for threads that will not end.
-
-        A thread that writes to a client which does not read would hold the interpreter's exit,
-        and torch may crash in a daemon thread while it is taken apart.
-        """
-        super().run()
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
-
-    def set_accept_enabled(self, enabled: bool) -> None:
-        """Accept connections or not. Once the worker ends: refuse them, and begin to drain."""
-        super().set_accept_enabled(enabled)
-        if not self.alive and not self._draining:
-            self._draining = True
-            for listener in self.sockets:
-                listener.close()  # else the kernel goes on queueing what nobody will answer
-            self._drain()
-
-    def _drain(self) -> None:
-        services = getattr(self.wsgi, "extensions", {}).get("transformers_api")
-        try:
-            if services is not None:
-                services.drain(float(self.cfg.graceful_timeout))
-        except Exception:
-            log.exception("Draining the application failed")
-
-    def finish_request(self, conn: TConn, fs: Future[Any]) -> None:
-        """After a response, keep its connection open only for a moment once the worker ends."""
-        super().finish_request(conn, fs)
-        if not self.alive:
-            self._cap_keepalive(time.monotonic() + IDLE_LINGER_S)
-
-    def _cap_keepalive(self, deadline: float) -> None:
-        deadline = min(deadline, time.monotonic() + IDLE_LINGER_S)
-        super()._cap_keepalive(deadline)
-        for conn in self.pending_conns:  # they have sent nothing yet
-            conn.timeout = min(conn.timeout, deadline)

@@ -8,6 +8,8 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from transformers_api import setting_values as to
+
 GIB = 1 << 30
 
 
@@ -15,83 +17,18 @@ class SettingError(ValueError):
     """A setting has a value that it may not have; the message names setting, value and choices."""
 
 
-def _bool(text: str) -> bool:
-    word = text.strip().lower()
-    if word in ("1", "true", "yes", "on"):
-        return True
-    if word in ("0", "false", "no", "off"):
-        return False
-    raise ValueError("true or false")
-
-
-def _integer(low: int, high: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = low - 1
-        if not low <= value <= high:
-            raise ValueError(f"a whole number from {low} to {high}")
-        return value
-
-    return parse
-
-
-def _number(low: float, high: float) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = float("nan")
-        if not low <= value <= high:
-            raise ValueError(f"a number from {low:g} to {high:g}")
-        return value
-
-    return parse
-
-
-def _choice(*allowed: str) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        if text.lower() not in allowed:
-            raise ValueError(f"one of {', '.join(allowed)}")
-        return text.lower()
-
-    return parse
-
-
-def _device(text: str) -> str:
-    name, _, index = text.lower().partition(":")
-    if name in ("auto", "cpu", "mps") and not index:
-        return name
-    if name == "cuda" and (not _ or index.isdigit()):
-        return text.lower()
-    raise ValueError("auto, cpu, cuda, cuda:N or mps")
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
-def _origins(text: str) -> tuple[str, ...]:
-    origins = _names(text)
-    for origin in origins:
-        scheme, found, host = origin.partition("://")
-        if not found or scheme not in ("http", "https") or set(host) & set("/*?()[]|\\ "):
-            raise ValueError("exact origins such as http://localhost:3000, separated by commas")
-    return origins
-
-
-def _path(text: str) -> Path:
-    return Path(text).expanduser()
-
-
 def _setting(
-    default: Any, parse: Callable[[str], Any], help_: str, *, aliases: tuple[str, ...] = ()
+    default: Any,
+    parse: Callable[[str], Any],
+    help_: str,
+    *,
+    aliases: tuple[str, ...] = (),
+    is_secret: bool = False,
 ) -> Any:
     metadata = {"parse": parse, "help": help_, "aliases": aliases}
     if callable(default):
         return field(default_factory=default, metadata=metadata)
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata=metadata, repr=not is_secret)
 
 
 def _default_store() -> Path:
@@ -109,148 +46,202 @@ class Settings:
     """Every option of the server. The environment name of a field is its name in upper case."""
 
     host: str = _setting("127.0.0.1", str, "Address to listen on.", aliases=("API_HOST",))
-    port: int = _setting(5000, _integer(0, 65535), "Port to listen on.", aliases=("API_PORT",))
+    port: int = _setting(5000, to.integer(0, 65535), "Port to listen on.", aliases=("API_PORT",))
     default_model: str = _setting(
         "smollm2-135m-instruct", str, "Model of requests that name none, loaded at start."
     )
-    preload_model: bool = _setting(True, _bool, "Load DEFAULT_MODEL at start.")
+    preload_model: bool = _setting(True, to.boolean, "Load DEFAULT_MODEL at start.")
     auto_load: bool = _setting(
-        True, _bool, "A request for a model that is not resident loads it; else it gets 503."
+        True, to.boolean, "A request for a model that is not resident loads it; else it gets 503."
     )
     allow_download: bool | None = _setting(
         None,
-        _bool,
+        to.boolean,
         "Fetch models from the Hub, also ids that are not registered. Default: true when HOST is "
-        "a loopback address, else false.",
+        "a loopback address or API_KEYS_FILE is set, else false.",
     )
     model_registry_path: Path | None = _setting(
-        None, _path, "JSON or YAML file with more models, or other ones."
+        None, to.path, "JSON or YAML file with more models, or other ones."
     )
-    include_default_models: bool = _setting(True, _bool, "Keep the built-in registry entries.")
+    include_default_models: bool = _setting(True, to.boolean, "Keep the built-in registry entries.")
     model_allow_list: tuple[str, ...] = _setting(
-        (), _names, "Comma-separated ids: only these may be served."
+        (), to.names, "Comma-separated ids: only these may be served."
     )
     model_store: Path = _setting(
-        _default_store, _path, "Where converted models are kept.", aliases=("CKPT_DIR",)
+        _default_store, to.path, "Where converted models are kept.", aliases=("CKPT_DIR",)
     )
     hf_home: Path = _setting(
-        _default_hf_home, _path, "Hugging Face cache folder.", aliases=("TRANSFORMERS_CACHE",)
+        _default_hf_home, to.path, "Hugging Face cache folder.", aliases=("TRANSFORMERS_CACHE",)
     )
-    hf_token: str | None = _setting(None, str, "Token for private models of the Hub.")
+    hf_token: str | None = _setting(
+        None, str, "Token for private models of the Hub.", is_secret=True
+    )
     default_device: str = _setting(
-        "auto", _device, "auto, cpu, cuda, cuda:N or mps.", aliases=("DEVICE",)
+        "auto", to.device, "auto, cpu, cuda, cuda:N or mps.", aliases=("DEVICE",)
     )
     dtype: str = _setting(
         "auto",
-        _choice("auto", "float32", "bfloat16", "float16"),
+        to.choice("auto", "float32", "bfloat16", "float16"),
         "Serving dtype. auto: float32 on CPU, where tokens then do not depend on who shares the "
         "batch; the checkpoint's own on GPUs.",
     )
     max_context_tokens: int = _setting(
-        2048, _integer(8, 1 << 24), "Context window where a model's config states none."
+        2048, to.integer(8, 1 << 24), "Context window where a model's config states none."
     )
     max_prompt_bytes: int | None = _setting(
         None,
-        _integer(1, 1 << 26),
+        to.integer(1, 1 << 26),
         "Bytes of text in one request's prompt. Default: 16384 on /chat/stream and /inspect/*, "
         "1 MiB elsewhere.",
     )
     max_inflight: int = _setting(
-        32, _integer(1, 1024), "Sequences that are decoded together (slots of the KV cache)."
+        32, to.integer(1, 1024), "Sequences that are decoded together (slots of the KV cache)."
     )
     max_queue: int = _setting(
-        128, _integer(0, 65536), "Sequences that may wait for a slot; more are refused with 429."
+        128, to.integer(0, 65536), "Sequences that may wait for a slot; more are refused with 429."
     )
     prefill_chunk: int = _setting(
-        256, _integer(1, 65536), "Prompt tokens per step, between two decode steps."
+        256, to.integer(1, 65536), "Prompt tokens per step, between two decode steps."
     )
     kv_cache_gib: float | None = _setting(
         None,
-        _number(0.001, 65536),
+        to.number(0.001, 65536),
         "GiB for the KV cache. Default: a quarter of the memory that is free after loading.",
     )
     torch_threads: int | None = _setting(
-        None, _integer(1, 1024), "CPU threads of the engine. Default: the cores it may use."
+        None, to.integer(1, 1024), "CPU threads of the engine. Default: the cores it may use."
     )
     swap_overlap: bool = _setting(
         False,
-        _bool,
+        to.boolean,
         "Load the next model before the resident one is evicted, where both fit with a fifth "
         "to spare.",
     )
     swap_after_s: float = _setting(
         10.0,
-        _number(0, 3600),
+        to.number(0, 3600),
         "Seconds that a request for another model waits while the resident one is busy, before "
         "the switch is decided.",
     )
     drain_s: float = _setting(
         300.0,
-        _number(0, 86400),
+        to.number(0, 86400),
         "Seconds that running answers may take to finish before a switch or unload ends them.",
     )
     model_wait_s: float = _setting(
-        600.0, _number(0.1, 86400), "Seconds that a request waits for its model to be resident."
+        600.0, to.number(0.1, 86400), "Seconds that a request waits for its model to be resident."
     )
     idle_unload_s: float | None = _setting(
-        None, _number(1, 1e9), "Unload the model after this many idle seconds. Default: never."
+        None, to.number(1, 1e9), "Unload the model after this many idle seconds. Default: never."
     )
     keepalive_s: float = _setting(
-        15.0, _number(0.05, 3600), "Seconds of silence in a stream before a comment is sent."
+        15.0, to.number(0.05, 3600), "Seconds of silence in a stream before a comment is sent."
+    )
+    request_timeout_s: float | None = _setting(
+        3600.0,
+        to.seconds_or_off(0.01, 1e6),
+        "Seconds from the arrival of a request to the end of its answer, or off.",
+    )
+    receive_timeout_s: float = _setting(
+        30.0, to.number(0.1, 3600), "Seconds in which a client must send its whole request."
+    )
+    send_timeout_s: float = _setting(
+        20.0, to.number(0.1, 3600), "Seconds after which a client that reads nothing is given up."
+    )
+    step_timeout_s: float | None = _setting(
+        300.0,
+        to.seconds_or_off(0.1, 1e6),
+        "Seconds that one step of the engine may take before the process is restarted, or off.",
+    )
+    residency_lock: bool = _setting(
+        True,
+        to.boolean,
+        "Refuse to start beside another server with the same MODEL_STORE and DEFAULT_DEVICE.",
     )
     graceful_s: int = _setting(
-        30, _integer(1, 3600), "Seconds that running answers get after SIGTERM."
+        30, to.integer(1, 3600), "Seconds that running answers get after SIGTERM."
     )
     enable_embeddings_backend: bool = _setting(
-        False, _bool, "Serve /v1/embeddings; else it answers 501."
+        False, to.boolean, "Serve /v1/embeddings; else it answers 501."
     )
     inspect_enabled: bool = _setting(
-        True, _bool, "Serve traces, /chat/stream and /inspect/*; else they answer 403."
+        True, to.boolean, "Serve traces, /chat/stream and /inspect/*; else they answer 403."
     )
     trace_max_bytes_per_token: int = _setting(
-        1 << 18, _integer(1, 1 << 30), "Bytes that the trace of one token may have, at most."
+        1 << 18, to.integer(1, 1 << 30), "Bytes that the trace of one token may have, at most."
     )
     trace_max_layers: int = _setting(
         4,
-        _integer(1, 4096),
+        to.integer(1, 4096),
         "Layers whose attention is traced, unless it is sent as the likeliest keys or reduced "
         "over heads.",
     )
     trace_max_requests: int = _setting(
-        2, _integer(1, 1024), "Requests that are traced at once; more are refused with 429."
+        2, to.integer(1, 1024), "Requests that are traced at once; more are refused with 429."
     )
-    inspect_max_tokens: int = _setting(2048, _integer(1, 1 << 24), "Tokens that /inspect/* reads.")
+    inspect_max_tokens: int = _setting(
+        2048, to.integer(1, 1 << 24), "Tokens that /inspect/* reads."
+    )
     inspect_max_json_cells: int = _setting(
-        1 << 18, _integer(1, 1 << 30), "Numbers that /inspect/* sends as JSON."
+        1 << 18, to.integer(1, 1 << 30), "Numbers that /inspect/* sends as JSON."
     )
     inspect_max_cells: int = _setting(
-        1 << 24, _integer(1, 1 << 32), "Numbers that /inspect/* sends in a binary format."
+        1 << 24, to.integer(1, 1 << 32), "Numbers that /inspect/* sends in a binary format."
     )
     inspect_timeout_s: float = _setting(
-        30.0, _number(0.01, 3600), "Seconds that one inspection may take."
+        30.0, to.number(0.01, 3600), "Seconds that one inspection may take."
     )
     inspect_queue: int = _setting(
-        4, _integer(0, 1024), "Inspections that may wait for the one that runs."
+        4, to.integer(0, 1024), "Inspections that may wait for the one that runs."
     )
     attribution_max_tokens: int = _setting(
-        512, _integer(1, 1 << 24), "Tokens that /inspect/attribution reads."
+        512, to.integer(1, 1 << 24), "Tokens that /inspect/attribution reads."
     )
-    rate_limit_per_min: int = _setting(
-        10,
-        _integer(0, 1_000_000),
-        "Requests per minute and client on /chat/stream and /inspect/*; 0 for no limit.",
+    api_keys_file: Path | None = _setting(
+        None,
+        to.path,
+        "File of API keys, which `keys add` writes; every request then needs one of them.",
+    )
+    rate_limit_per_min: int | None = _setting(
+        None,
+        to.integer(0, 1_000_000),
+        "Requests per minute and client, 0 for no limit. Default: 10 on /chat/stream and "
+        "/inspect/*, no limit elsewhere.",
     )
     rate_limit_burst: int = _setting(
-        3, _integer(1, 1_000_000), "How many of these a client may send at once."
+        3, to.integer(1, 1_000_000), "How many of these a client may send at once."
+    )
+    rate_limit_tokens_per_min: int | None = _setting(
+        None,
+        to.integer(1, 1_000_000_000),
+        "Tokens per minute and client, of prompts and answers together. Default: no limit.",
+    )
+    redis_url: str | None = _setting(
+        None,
+        to.redis_url,
+        "Redis that counts for several servers, such as redis://host:6379/0.",
+        is_secret=True,
+    )
+    trusted_proxies: int = _setting(
+        0,
+        to.integer(0, 16),
+        "Proxies in front that add to X-Forwarded-For; with 0 the header is not believed.",
     )
     cors_allow_origins: tuple[str, ...] = _setting(
         (),
-        _origins,
+        to.origins,
         "Comma-separated exact origins of browser applications.",
         aliases=("ALLOWED_ORIGINS",),
     )
     log_level: str = _setting(
-        "info", _choice("debug", "info", "warning", "error"), "How much is logged."
+        "info", to.choice("debug", "info", "warning", "error"), "How much is logged."
+    )
+    log_format: str = _setting(
+        "auto", to.choice("auto", "text", "json"), "auto: text on a terminal, else JSON lines."
+    )
+    log_prompts: bool = _setting(False, to.boolean, "Log what clients ask and models answer.")
+    metrics_enabled: bool | None = _setting(
+        None, to.boolean, "Serve /metrics; else it answers 404. Default: as that of ALLOW_DOWNLOAD."
     )
 
     @classmethod
@@ -276,7 +267,21 @@ class Settings:
     @property
     def downloads_allowed(self) -> bool:
         """ALLOW_DOWNLOAD with its default worked out."""
-        return self.listens_on_loopback if self.allow_download is None else self.allow_download
+        return self._is_guarded if self.allow_download is None else self.allow_download
+
+    @property
+    def metrics_allowed(self) -> bool:
+        """METRICS_ENABLED with its default worked out."""
+        return self._is_guarded if self.metrics_enabled is None else self.metrics_enabled
+
+    @property
+    def _is_guarded(self) -> bool:
+        return self.listens_on_loopback or self.api_keys_file is not None
+
+    @property
+    def inspected_per_min(self) -> int:
+        """RATE_LIMIT_PER_MIN of /chat/stream and /inspect/*."""
+        return 10 if self.rate_limit_per_min is None else self.rate_limit_per_min
 
     @property
     def prompt_bytes(self) -> int:
@@ -294,11 +299,22 @@ class Settings:
         return self.max_inflight + self.max_queue + 32
 
 
+def has_activated_sockets() -> bool:
+    """Whether systemd has handed this process its listening sockets."""
+    is_ours = os.environ.get("LISTEN_PID") == str(os.getpid())
+    return is_ours and os.environ.get("LISTEN_FDS", "0") != "0"
+
+
+def take_notify_socket() -> str | None:
+    """Where systemd wants to hear from this service; out of the environment from now on."""
+    return os.environ.pop("NOTIFY_SOCKET", None)
+
+
 def _parse(option: Field[Any], name: str, text: str) -> Any:
     try:
         return option.metadata["parse"](text)
     except ValueError as error:
-        shown = "***" if name.endswith("_TOKEN") else repr(text)
+        shown = repr(text) if option.repr else "***"
         raise SettingError(f"{name}={shown} is not allowed: expected {error}") from None
 
 

@@ -17,7 +17,10 @@ from tests.fakes import FakeEngine, FakeLoader, fake_model, fake_spec
 from transformers_api import api
 from transformers_api.api.disconnect import DisconnectWatcher
 from transformers_api.api.services import Services
+from transformers_api.serving.access import Access
+from transformers_api.serving.admission import Admission
 from transformers_api.serving.models import ModelSpec
+from transformers_api.serving.rate_limit import RateLimiter
 from transformers_api.serving.registry import ModelRegistry
 from transformers_api.serving.store import ModelStore
 from transformers_api.serving.swapper import Swapper
@@ -136,11 +139,15 @@ def serve(tmp_path: Path, watcher: DisconnectWatcher) -> Iterator[Serve]:
             auto_load=known.auto_load,
         )
         made.append(swapper)
+        access = Access.from_settings(known)
         services = Services(
             settings=known,
+            access=access,
+            rate_limiter=access.inspections if known.rate_limit_per_min else RateLimiter(0, 1),
             registry=registry,
             store=store,
             swapper=swapper,
+            admission=Admission(known.max_inflight, known.max_queue, known.request_timeout_s),
             watcher=watcher,
             ready=ready,
             devices=lambda: devices,

@@ -114,3 +114,42 @@ def test_a_tokenizer_that_decodes_differently_than_its_decoder_says_is_believed(
     shouting = Shouting(tokenizer_object=plain.backend_tokenizer, eos_token="<|endoftext|>")
     assert Vocabulary(shouting).scheme is None
     assert Vocabulary(shouting).token_text(ord("a")) == "A"
+
+
+@pytest.mark.parametrize(
+    ("token_id", "text", "display"),
+    [
+        (72, "H", "H"),
+        (32, " ", " "),
+        (10, "\n", "\\x0a"),
+        (168, "\ufffd", "\\xa8"),
+        (256, "<|im_start|>", "<|im_start|>"),
+    ],
+)
+def test_where_ids_are_bytes_they_are_shown_as_niels_gpt_does(token_id, text, display):
+    words = Vocabulary(KINDS["byte level"])
+    assert (words.decoded(token_id), words.display(token_id)) == (text, display)
+
+
+@pytest.mark.parametrize(
+    ("text", "display"),
+    [
+        (" world", "␠world"),
+        ("a\n\tb", "a⏎⇥b"),
+        ("é\u200b", "é\\u200b"),
+        ("世\u3000", "世\\u3000"),
+    ],
+)
+def test_what_cannot_be_seen_is_shown_by_signs(text, display):
+    tokenizer = tokenizers.byte_level((text,))
+    [token] = tokenizer.encode(text, add_special_tokens=False)
+    words = Vocabulary(tokenizer)
+    assert (words.decoded(token), words.display(token)) == (text, display)
+
+
+def test_part_of_a_character_is_shown_as_its_bytes():
+    tokenizer = tokenizers.byte_level(("☺",))
+    words = Vocabulary(tokenizer)
+    start_of_smile = tokenizer.convert_tokens_to_ids("âĺ")
+    assert words.decoded(start_of_smile) == "\ufffd"
+    assert words.display(start_of_smile) == "\\xe2\\x98"

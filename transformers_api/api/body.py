@@ -12,9 +12,14 @@ from webargs.flaskparser import FlaskParser
 
 from transformers_api.api import strict_json
 from transformers_api.api.fields import Refusal
+from transformers_api.api.schemas.answers import Error
 from transformers_api.errors import InvalidRequest, PayloadTooLarge, UnsupportedParameter
 
 MAX_BODY_BYTES = 2 << 20
+OTHER_ERRORS = (
+    "Another error: 401 or 403 for the API key, 404, 408, 413, 429 or 503 with `Retry-After`, "
+    "500, 504, 507"
+)
 View = TypeVar("View", bound=Callable[..., Any])
 
 
@@ -38,11 +43,12 @@ def read(request: flask.Request) -> dict[str, Any]:
     return value
 
 
-def invalid(messages: Any) -> InvalidRequest:
+def invalid(messages: Any, quote: str = "'") -> InvalidRequest:
     """The first of marshmallow's messages, with the path to the field as ``param``."""
     path, text = _first_leaf(messages)
     kind = UnsupportedParameter if isinstance(text, Refusal) else InvalidRequest
-    return kind(f"'{path}' {text}" if path else f"The body {text}", param=path or None)
+    named = f"{quote}{path}{quote}" if path else "The body"
+    return kind(f"{named} {text}", param=path or None)
 
 
 def _first_leaf(messages: Any) -> tuple[str, str]:
@@ -64,6 +70,7 @@ class StrictParser(FlaskParser):
     """webargs with our JSON and our errors."""
 
     DEFAULT_VALIDATION_STATUS = 400
+    QUOTE = "'"  # around names of fields in messages
 
     def _raw_load_json(self, req: flask.Request) -> Any:
         return read(req)
@@ -79,7 +86,15 @@ class StrictParser(FlaskParser):
     ) -> NoReturn:
         """Raise InvalidRequest or UnsupportedParameter."""
         assert isinstance(error.messages, dict)
-        raise invalid(error.messages["json"])  # webargs puts the location around them
+        raise invalid(error.messages["json"], self.QUOTE)  # webargs puts the location around them
+
+
+def with_errors(doc: Any, errors: Mapping[str, tuple[type[Schema], str]]) -> Any:
+    """The description of a route with what these statuses look like."""
+    for status, (schema, text) in errors.items():
+        body = {"application/json": {"schema": schema}}
+        doc["responses"][status] = {"description": text, "content": body}
+    return doc
 
 
 class Blueprint(SmorestBlueprint):  # type: ignore[misc]
@@ -87,18 +102,33 @@ class Blueprint(SmorestBlueprint):  # type: ignore[misc]
 
     ARGUMENTS_PARSER = StrictParser()
 
+    @staticmethod
+    def _prepare_response_doc(doc: Any, doc_info: Any, **known: Any) -> Any:
+        doc = SmorestBlueprint._prepare_response_doc(doc, doc_info, **known)
+        return with_errors(doc, {"default": (Error, OTHER_ERRORS)})
+
     def takes(self, schema: type[Schema], **options: Any) -> Callable[[View], View]:
         """Load the JSON body with ``schema`` and pass it to the view as a dictionary."""
         return cast(Callable[[View], View], self.arguments(schema, **options))
 
     def gives(
-        self, schema: type[Schema] | None = None, status: int = 200, **options: Any
+        self,
+        schema: type[Schema] | dict[str, Any] | None = None,
+        status: int = 200,
+        **options: Any,
     ) -> Callable[[View], View]:
-        """Document an answer. What the view returns goes out as it is, not through ``schema``."""
+        """Document an answer. What the view returns goes out as it is, not through ``schema``.
+
+        A dictionary is a schema of OpenAPI.
+        """
         return cast(
             Callable[[View], View],
             self.alt_response(status, schema=schema, success=status < 400, **options),
         )
+
+    def without_key(self, view: View) -> View:
+        """Document that nobody needs an API key for it; ``access.py`` lets it pass."""
+        return cast(View, self.doc(security=[])(view))
 
     def at(self, rule: str, **options: Any) -> Callable[[View], View]:
         """Register the view for a URL."""

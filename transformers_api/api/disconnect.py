@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Protocol
 
+from transformers_api.logs import carried
+
 log = logging.getLogger(__name__)
 
 HAS_EPOLL = hasattr(select, "epoll")  # Linux; elsewhere a failed write is all that tells
@@ -78,7 +80,7 @@ class DisconnectWatcher:
         fd = os.dup(sock.fileno())
         with self._lock:
             epoll = self._started()
-            self._callbacks[fd] = on_gone
+            self._callbacks[fd] = carried(on_gone)
             epoll.register(fd, select.EPOLLRDHUP | select.EPOLLONESHOT)
         return Watch(lambda: self._unwatch(epoll, fd))
 

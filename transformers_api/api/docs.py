@@ -9,6 +9,7 @@ from transformers_api import __version__
 from transformers_api.api.schemas.answers import Error
 
 ASSETS = "/docs/assets"
+KEY_SCHEME = "ApiKey"
 _PAGES = ("/docs", "/redoc")
 # Redoc's footer shows a logo from its makers' host.
 _POLICY = "img-src 'self' data:; font-src 'self' data:; connect-src 'self'"
@@ -23,8 +24,11 @@ class OpenAPI(Api):  # type: ignore[misc]
         pass
 
 
-def install(app: Flask) -> OpenAPI:
-    """Add ``/openapi.json``, ``/docs`` and ``/redoc``; blueprints register with the result."""
+def install(app: Flask, *, needs_key: bool) -> OpenAPI:
+    """Add ``/openapi.json``, ``/docs`` and ``/redoc``; blueprints register with the result.
+
+    Where ``needs_key`` is false, a key may be given and changes nothing.
+    """
     app.config.update(
         API_TITLE="Transformers API",
         API_VERSION=__version__,
@@ -40,7 +44,11 @@ def install(app: Flask) -> OpenAPI:
         Blueprint("assets", __name__, static_folder="static", static_url_path=ASSETS)
     )
     app.after_request(_stay_at_home)
-    return OpenAPI(app)
+    bearer: list[dict[str, list[str]]] = [{KEY_SCHEME: []}]
+    api = OpenAPI(app, spec_kwargs={"security": bearer if needs_key else [{}, *bearer]})
+    scheme = {"type": "http", "scheme": "bearer", "description": "An API key of this server"}
+    api.spec.components.security_scheme(KEY_SCHEME, scheme)
+    return api
 
 
 def _stay_at_home(response: Response) -> Response:

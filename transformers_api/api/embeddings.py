@@ -10,9 +10,10 @@ from typing import Any, TypeVar, cast
 
 from flask import request
 
-from transformers_api.api import translate
+from transformers_api.api import request_log, translate
 from transformers_api.api.body import Blueprint
 from transformers_api.api.exchange import Exchange
+from transformers_api.api.limits import Reservation
 from transformers_api.api.schemas.answers import Error
 from transformers_api.api.schemas.embeddings import EmbeddingRequest, Embeddings
 from transformers_api.api.services import services
@@ -55,10 +56,14 @@ def create_embeddings(body: dict[str, Any]) -> Any:
         Exchange(known, request.environ) as exchange,
         known.embeddings.lease(body["model"], exchange.cancellation) as model,
     ):
+        record = request_log.current()
+        record.model = model.spec.name
         rows = embeddings.encode(model, inputs)
+        if known.access.tokens is not None:
+            Reservation(known.access.tokens, sum(map(len, rows)))  # all of it is used
         vectors = embeddings.embed(model, rows, body.get("dimensions"), exchange.cancellation)
     shown = _base64 if body["encoding_format"] == "base64" else _numbers
-    tokens = sum(map(len, rows))
+    tokens = record.prompt_tokens = sum(map(len, rows))
     return {
         "object": "list",
         "data": [

@@ -52,6 +52,8 @@ class Integer(fields.Integer):
 
     def __init__(self, low: int, high: int, **options: Any) -> None:
         self.message = f"must be an integer from {_shown(low)} to {_shown(high)}"
+        if (low, high) == (-(2**63), 2**63 - 1):  # as many as JSON may have here
+            self.message = "must be an integer"
         bounds = validate.Range(low, high, error=self.message)
         super().__init__(validate=bounds, error_messages=NOT_GIVEN, **options)
 

@@ -11,14 +11,15 @@ from typing import Any
 from flask import Response, jsonify
 
 from transformers_api import __version__
-from transformers_api.api.body import Blueprint
-from transformers_api.api.schemas.answers import Health
+from transformers_api.api.dialect import PlainBlueprint
+from transformers_api.api.schemas.answers import Health, Probe, Ready, Start
 from transformers_api.api.services import services
 
-blueprint = Blueprint("health", __name__, description="Whether the server lives and can serve")
+blueprint = PlainBlueprint("health", __name__, description="Whether the server lives and can serve")
 
 
 @blueprint.at("/health")
+@blueprint.without_key
 @blueprint.gives(Health)
 def health() -> Any:
     """Say how the server is.
@@ -67,15 +68,17 @@ def _uptime(seconds: float) -> str:
 
 
 @blueprint.at("/healthz")
-@blueprint.gives()
+@blueprint.without_key
+@blueprint.gives(Probe)
 def healthz() -> Any:
     """Say that the process answers."""
     return {"status": "ok"}
 
 
 @blueprint.at("/readyz")
-@blueprint.gives()
-@blueprint.gives(status=503, description="Send no requests now; `reason` says why.")
+@blueprint.without_key
+@blueprint.gives(Ready)
+@blueprint.gives(Ready, 503, description="Send no requests now; `reason` says why.")
 def readyz() -> Response:
     """Say whether requests may be sent."""
     ready, reason = services().ready()
@@ -85,7 +88,7 @@ def readyz() -> Response:
 
 
 @blueprint.at("/")
-@blueprint.gives()
+@blueprint.gives(Start)
 def index() -> Any:
     """Say what this is, and where to go on."""
     return {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import time
 import uuid
@@ -11,11 +10,10 @@ from flask import Flask, Response, g, request
 from flask_cors import CORS
 
 from transformers_api import logs
+from transformers_api.api import limits, request_log
 from transformers_api.api.body import MAX_BODY_BYTES
 from transformers_api.settings import Settings
 
-log = logging.getLogger(__name__)
-PROBES = ("/health", "/healthz", "/readyz")  # asked every few seconds
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -23,18 +21,15 @@ def _begin() -> None:
     given = request.headers.get("X-Request-Id", "")
     g.request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
     logs.request_id.set(g.request_id)  # each request runs on one thread
-    g.began = time.monotonic()
+    request_log.begin()
 
 
 def _end(response: Response) -> Response:
     # A malformed request may fail before _begin.
     response.headers["X-Request-Id"] = g.get("request_id") or uuid.uuid4().hex
-    spent_s = time.monotonic() - g.get("began", time.monotonic())
+    spent_s = time.monotonic() - request_log.current().began
     response.headers["OpenAI-Processing-Ms"] = str(round(1000 * spent_s))
-    level = logging.DEBUG if request.path in PROBES else logging.INFO
-    told = request.method, request.path[:200], response.status_code, round(1000 * spent_s)
-    log.log(level, "%s %s %d after %d ms", *told)  # a stream goes on from here
-    return response
+    return request_log.watch(response)
 
 
 def install(app: Flask, settings: Settings) -> None:
@@ -46,7 +41,15 @@ def install(app: Flask, settings: Settings) -> None:
         CORS(
             app,
             origins=list(settings.cors_allow_origins),  # settings.py lets no pattern through
-            expose_headers=["Retry-After", "X-Request-Id", "OpenAI-Processing-Ms"],
+            expose_headers=["Retry-After", "X-Request-Id", "OpenAI-Processing-Ms", *limits.HEADERS],
             supports_credentials=False,
+            always_send=False,
             max_age=600,
         )
+        app.after_request(_vary)
+
+
+def _vary(response: Response) -> Response:
+    """A cache may not give one page what it kept for another, nor for none."""
+    response.vary.add("Origin")
+    return response

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from flask import request
+
 from transformers_api.api.body import Blueprint
+from transformers_api.api.exchange import Exchange
 from transformers_api.api.schemas.answers import Error
 from transformers_api.api.schemas.models import (
     Deleted,
@@ -60,7 +63,12 @@ def load_model(body: dict[str, Any]) -> Any:
     if device != "auto" and device not in known.devices():
         raise InvalidRequest(f"This machine has no device '{device}'", param="device")
     spec = known.registry.resolve(model_id)
-    loaded = known.swapper.load(model_id, device=None if device == "auto" else device)
+    with Exchange(known, request.environ) as exchange:
+        loaded = known.swapper.load(
+            model_id,
+            device=None if device == "auto" else device,
+            cancellation=exchange.cancellation,
+        )
     status = known.swapper.status()
     return {
         "id": model_id,
@@ -78,7 +86,9 @@ def load_model(body: dict[str, Any]) -> Any:
 def unload_model(model_id: str) -> Any:
     """Take a model out of memory, once its running answers are finished."""
     known = services()
-    if not known.swapper.evict(model_id) and not _unload_encoder(known, model_id):
+    with Exchange(known, request.environ) as exchange:
+        evicted = known.swapper.evict(model_id, cancellation=exchange.cancellation)
+    if not evicted and not _unload_encoder(known, model_id):
         raise NotFound(f"Model '{model_id}' is not loaded", param="model")
     return {"id": model_id, "object": "model", "deleted": True}
 

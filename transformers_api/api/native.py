@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from flask import request
 
 from transformers_api.api import native_format, translate
-from transformers_api.api.body import Blueprint
+from transformers_api.api.dialect import PlainBlueprint
 from transformers_api.api.exchange import Exchange
 from transformers_api.api.native_format import Answer, Asked
 from transformers_api.api.schemas.native import (
@@ -29,23 +29,12 @@ from transformers_api.api.schemas.native import (
 from transformers_api.api.services import Services, services
 from transformers_api.engine.base import SamplingParams
 from transformers_api.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound, NotFound
+from transformers_api.serving.cancellation import Cancellation
 from transformers_api.serving.generation import Generation, GenerationRequest, fit
 from transformers_api.serving.models import LoadedModel, ModelSpec
 from transformers_api.serving.residency import SwapperStatus
 
-
-class NativeBlueprint(Blueprint):
-    """Documents the errors of its routes in their own dialect."""
-
-    @staticmethod
-    def _prepare_response_doc(doc: Any, doc_info: Any, **known: Any) -> Any:
-        doc = Blueprint._prepare_response_doc(doc, doc_info, **known)
-        body = {"application/json": {"schema": Detail}}
-        doc["responses"]["default"] = {"description": "Another error", "content": body}
-        return doc
-
-
-blueprint = NativeBlueprint("native", __name__, description="The native API")
+blueprint = PlainBlueprint("native", __name__, description="The native API")
 
 DEFAULTS: Mapping[str, Any] = {
     "max_new_tokens": 100,
@@ -61,6 +50,7 @@ _EXTRAS = ("seed", "stop")  # among the parameters of an answer where they were 
 @blueprint.at("/generate", methods=["POST"])
 @blueprint.takes(GenerateRequest, example={"prompt": "Once upon a time", "max_new_tokens": 40})
 @blueprint.gives(Generated)
+@blueprint.gives(Generated, content_type="text/event-stream")
 @blueprint.gives(Detail, 400, description="A field is wrong; the text names it")
 @blueprint.gives(Detail, 404, description="No such model")
 @blueprint.gives(Detail, 503, description="The model is not loaded, or cannot be")
@@ -142,7 +132,9 @@ def load_in_background(model_name: str) -> Any:
 def unload(model_name: str) -> Any:
     """Take a model out of memory, once its running answers are finished."""
     _check_origin(services())
-    if not _evicted(services(), model_name):
+    with Exchange(services(), request.environ) as exchange:
+        evicted = _evicted(services(), model_name, exchange.cancellation)
+    if not evicted:
         raise NotFound(f"Model '{model_name}' is not loaded", param="model")
     return {"message": f"Model '{model_name}' unloaded successfully"}
 
@@ -150,12 +142,14 @@ def unload(model_name: str) -> Any:
 @blueprint.at("/load_model", methods=["POST"])
 @blueprint.takes(LoadModelRequest, example={"model_name": "smollm2-135m-instruct"})
 @blueprint.gives(LoadModelAnswer)
+@blueprint.gives(Detail, 400, description="A field is wrong; the text names it")
 @blueprint.gives(Detail, 404, description="No such model")
 @blueprint.gives(Detail, 503, description="The model could not be loaded")
 def load_model(body: dict[str, Any]) -> Any:
     """Load a model and answer when it is in memory, which may take minutes."""
     name = body["model_name"]
-    services().swapper.load(name)
+    with Exchange(services(), request.environ) as exchange:
+        services().swapper.load(name, cancellation=exchange.cancellation)
     return {"message": f"Model {name} loaded successfully", **body}
 
 
@@ -248,8 +242,8 @@ def _check_origin(known: Services) -> None:
         raise InvalidRequest(f"Pages of {origin} may not do that; see CORS_ALLOW_ORIGINS")
 
 
-def _evicted(known: Services, model_name: str) -> bool:
+def _evicted(known: Services, model_name: str, cancellation: Cancellation) -> bool:
     try:
-        return known.swapper.evict(model_name)
+        return known.swapper.evict(model_name, cancellation=cancellation)
     except ModelNotFound:  # what is unknown is not loaded either
         return False

@@ -12,14 +12,20 @@ from typing import Any
 
 from flask import request
 
-from transformers_api.api import openai_format, translate
+from transformers_api.api import guards, openai_format, translate
 from transformers_api.api.body import Blueprint
 from transformers_api.api.exchange import Exchange
 from transformers_api.api.openai_format import Head
-from transformers_api.api.schemas.answers import ChatCompletion, Completion, Error
+from transformers_api.api.schemas.answers import (
+    ChatCompletion,
+    ChatCompletionChunk,
+    Completion,
+    Error,
+)
 from transformers_api.api.schemas.chat import ChatRequest
 from transformers_api.api.schemas.completions import CompletionRequest
 from transformers_api.api.services import services
+from transformers_api.api.trace_format import TraceWriter
 from transformers_api.serving import chat
 from transformers_api.serving.generation import collect
 from transformers_api.serving.models import LoadedModel
@@ -37,6 +43,7 @@ COMPLETION_EXAMPLE = {"prompt": "The colour of the sea is", "max_tokens": 20, "t
 @blueprint.at("/v1/chat/completions", methods=["POST"])
 @blueprint.takes(ChatRequest, example=CHAT_EXAMPLE)
 @blueprint.gives(ChatCompletion)
+@blueprint.gives(ChatCompletionChunk, content_type="text/event-stream")
 @blueprint.gives(Error, 400, description="A field is wrong; `param` names it")
 @blueprint.gives(Error, 404, description="No such model")
 @blueprint.gives(Error, 429, description="Too much is waiting; `Retry-After` says how long")
@@ -47,6 +54,8 @@ def chat_completions(body: dict[str, Any]) -> Any:
     with `data: [DONE]`. An error after the first byte is an event with `error`, and no `[DONE]`.
     """
     known = services()
+    if "trace" in body:
+        guards.check_enabled()
     texts = translate.message_texts(body["messages"])
     translate.check_prompt_bytes(texts, known.settings, "messages")
     translate.check_sequences(1, body["n"], known.settings)
@@ -56,17 +65,21 @@ def chat_completions(body: dict[str, Any]) -> Any:
         prompt = translate.chat_prompt(model, body)
         quiet_s = known.settings.keepalive_s if body["stream"] else None
         wanted = translate.chat_request(model, body, prompt, quiet_s)
+        wanted = translate.with_trace(model, body, wanted, known.settings)
         generation = exchange.start(model, wanted, stream=body["stream"])
         head = _head("chatcmpl", model, body, [prompt.ids], body["logprobs"])
         if body["stream"]:
-            return exchange.stream(openai_format.chat_chunks(head, generation))
+            chunks = openai_format.chat_chunks(head, generation)
+            return exchange.stream(known.completions.after(chunks, head.id, model, generation))
         choices = collect(generation)
+        known.completions.remember(head.id, model, head.prompts, [c.token_ids for c in choices])
         return openai_format.chat_completion(head, choices, generation.usage)
 
 
 @blueprint.at("/v1/completions", methods=["POST"])
 @blueprint.takes(CompletionRequest, example=COMPLETION_EXAMPLE)
 @blueprint.gives(Completion)
+@blueprint.gives(Completion, content_type="text/event-stream")
 @blueprint.gives(Error, 400, description="A field is wrong; `param` names it")
 @blueprint.gives(Error, 404, description="No such model")
 @blueprint.gives(Error, 429, description="Too much is waiting; `Retry-After` says how long")
@@ -77,6 +90,8 @@ def completions(body: dict[str, Any]) -> Any:
     `stream` the answer comes as server-sent events and ends with `data: [DONE]`.
     """
     known = services()
+    if "trace" in body:
+        guards.check_enabled()
     prompts = body["prompt"]
     given = [prompt for prompt in prompts if isinstance(prompt, str)]
     translate.check_prompt_bytes(given, known.settings, "prompt")
@@ -86,13 +101,15 @@ def completions(body: dict[str, Any]) -> Any:
         ids = translate.prompt_ids(model, prompts)
         quiet_s = known.settings.keepalive_s if body["stream"] else None
         wanted = translate.completion_request(model, body, ids, quiet_s)
+        wanted = translate.with_trace(model, body, wanted, known.settings)
         generation = exchange.start(model, wanted, stream=body["stream"])
         head = _head("cmpl", model, body, ids, "logprobs" in body)
         texts = _texts(model, prompts) if body["echo"] or head.with_logprobs else [""] * len(ids)
         if body["stream"]:
             chunks = openai_format.completion_chunks(head, texts, body["echo"], generation)
-            return exchange.stream(chunks)
+            return exchange.stream(known.completions.after(chunks, head.id, model, generation))
         choices = collect(generation)
+        known.completions.remember(head.id, model, head.prompts, [c.token_ids for c in choices])
         return openai_format.completion(head, texts, body["echo"], choices, generation.usage)
 
 
@@ -117,4 +134,12 @@ def _head(
         with_logprobs=with_logprobs,
         with_token_ids=body["return_token_ids"],
         with_usage=body.get("stream_options", {}).get("include_usage", False),
+        traces=_traces(model, body, prompts) if "trace" in body else None,
     )
+
+
+def _traces(
+    model: LoadedModel, body: Mapping[str, Any], prompts: Sequence[Sequence[int]]
+) -> TraceWriter:
+    spans = translate.message_spans(model, body, prompts[0]) if "messages" in body else []
+    return TraceWriter(model, body["trace"], prompts, spans)

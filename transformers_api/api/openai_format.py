@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers_api.api.text_offsets import TextOffsets
+from transformers_api.api.trace_format import TraceWriter
 from transformers_api.serving.choice_text import TextDelta, TokenDetail, TopToken
 from transformers_api.serving.generation import Choice, Generation, Usage
 
@@ -28,6 +29,7 @@ class Head:
     with_logprobs: bool = False
     with_token_ids: bool = False
     with_usage: bool = False  # in a stream
+    traces: TraceWriter | None = None
 
     def envelope(self, kind: str, choices: list[Json]) -> Json:
         """The object around ``choices``."""
@@ -46,6 +48,19 @@ class Head:
             return {}
         prompt = {"prompt_token_ids": list(self.prompts[index // self.n])} if first else {}
         return {**prompt, "token_ids": list(ids)}
+
+    def traced(self, choice: Choice) -> Json:
+        """The field ``trace`` of a whole choice."""
+        if self.traces is None:
+            return {}
+        steps = [self.traces.step(noted, choice.index) for noted in choice.traces]
+        header = self.traces.header(choice.index // self.n, choice.index)
+        return {"trace": {"header": header, "steps": steps}}
+
+    def usage(self, used: Usage) -> Json:
+        """The tokens of a request, and what its traces took."""
+        traced = {} if self.traces is None else {"trace": self.traces.usage}
+        return {**usage(used), **traced}
 
 
 def new_id(prefix: str) -> str:
@@ -75,33 +90,46 @@ def chat_completion(head: Head, choices: Iterable[Choice], used: Usage) -> Json:
             "logprobs": chat_logprobs(choice.logprobs) if head.with_logprobs else None,
             "finish_reason": choice.finish_reason,
             **head.token_ids(choice.index, choice.token_ids, first=True),
+            **head.traced(choice),
         }
         for choice in choices
     ]
-    return {**head.envelope("chat.completion", shown), "usage": usage(used)}
+    return {**head.envelope("chat.completion", shown), "usage": head.usage(used)}
 
 
 def chat_chunks(head: Head, generation: Generation) -> Iterator[Json | None]:
     """The events of a stream: who speaks, what is said, why it ended, what it took."""
     for index in range(head.n):
         speaker = {"role": "assistant", "content": ""}
-        yield _chat_chunk(head, index, speaker, **head.token_ids(index, (), first=True))
+        chunk = _chat_chunk(head, index, speaker, **head.token_ids(index, (), first=True))
+        if head.traces is not None:
+            chunk["trace"] = head.traces.header(index // head.n, index)
+        yield chunk
     for delta in generation:
         if delta is None:
             yield None
             continue
-        if delta.text or delta.logprobs or (head.with_token_ids and delta.token_ids):
-            yield _chat_chunk(
+        if _says_something(head, delta):
+            chunk = _chat_chunk(
                 head,
                 delta.index,
                 {"content": delta.text},
                 logprobs=chat_logprobs(delta.logprobs) if head.with_logprobs else None,
                 **head.token_ids(delta.index, delta.token_ids, first=False),
             )
+            if head.traces is not None and delta.trace is not None:
+                chunk["trace"] = head.traces.step(delta.trace, delta.index)
+            yield chunk
         if delta.finish_reason is not None:
             yield _chat_chunk(head, delta.index, {}, finish_reason=delta.finish_reason)
     if head.with_usage:
-        yield {**head.envelope("chat.completion.chunk", []), "usage": usage(generation.usage)}
+        yield {**head.envelope("chat.completion.chunk", []), "usage": head.usage(generation.usage)}
+
+
+def _says_something(head: Head, delta: TextDelta) -> bool:
+    """Whether there is more to a piece than that it may be the last."""
+    seen = delta.text or delta.logprobs or delta.trace is not None
+    return bool(seen or (head.with_token_ids and delta.token_ids))
 
 
 def _chat_chunk(head: Head, index: int, delta: Json, **fields: Any) -> Json:
@@ -142,9 +170,10 @@ def completion(
                 **writer.write(choice, head.with_logprobs),
                 "finish_reason": choice.finish_reason,
                 **head.token_ids(choice.index, choice.token_ids, first=True),
+                **head.traced(choice),
             }
         )
-    return {**head.envelope("text_completion", shown), "usage": usage(used)}
+    return {**head.envelope("text_completion", shown), "usage": head.usage(used)}
 
 
 def completion_chunks(
@@ -165,9 +194,21 @@ def completion_chunks(
             **head.token_ids(delta.index, delta.token_ids, first=is_first),
         }
         chunk = head.envelope("text_completion", [choice])
-        yield {**chunk, "usage": None} if head.with_usage else chunk
+        if head.with_usage:
+            chunk["usage"] = None
+        if head.traces is not None:
+            chunk |= _completion_trace(head.traces, head.n, delta, is_first)
+        yield chunk
     if head.with_usage:
-        yield {**head.envelope("text_completion", []), "usage": usage(generation.usage)}
+        yield {**head.envelope("text_completion", []), "usage": head.usage(generation.usage)}
+
+
+def _completion_trace(traces: TraceWriter, n: int, delta: TextDelta, is_first: bool) -> Json:
+    """Nobody speaks first here: the header stands in the first trace of each choice."""
+    header = {"header": traces.header(delta.index // n, delta.index)} if is_first else {}
+    if delta.trace is not None:
+        return {"trace": traces.step(delta.trace, delta.index, **header)}
+    return {"trace": header} if header else {}
 
 
 class _TextWriter:

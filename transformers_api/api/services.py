@@ -5,16 +5,25 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import flask
 
 from transformers_api.api.disconnect import DisconnectWatcher
+from transformers_api.serving.access import Access
+from transformers_api.serving.admission import Admission
+from transformers_api.serving.completions import Completions
 from transformers_api.serving.embeddings import EmbeddingModels
+from transformers_api.serving.inspections import Inspections
+from transformers_api.serving.rate_limit import Limiter, RateLimiter
 from transformers_api.serving.registry import ModelRegistry
 from transformers_api.serving.store import ModelStore
 from transformers_api.serving.swapper import Swapper
+from transformers_api.serving.tracing import TraceSlots
 from transformers_api.settings import Settings
+
+if TYPE_CHECKING:
+    from transformers_api.api.request_log import RequestRecord
 
 EXTENSION = "transformers_api"
 
@@ -27,8 +36,36 @@ def _only_cpu() -> Collection[str]:
     return ("cpu",)
 
 
+def _unlimited() -> RateLimiter:
+    return RateLimiter(0, 1)
+
+
+def _some_places() -> Admission:
+    return Admission(32, 128)
+
+
+def _never_faulty() -> None:
+    return None
+
+
+def _some_inspections() -> Inspections:
+    return Inspections(4, 30.0)
+
+
 def _nothing_to_drain(_grace_s: float) -> None:
     return None
+
+
+class MetricsPage(Protocol):
+    """What counts requests and shows all that is counted. From any thread."""
+
+    def on_request(self, record: RequestRecord) -> None:
+        """A request has ended. Never raises."""
+        ...
+
+    def page(self) -> tuple[bytes, str]:
+        """The metrics in Prometheus' text format, and its content type."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +76,19 @@ class Services:
     registry: ModelRegistry
     store: ModelStore
     swapper: Swapper
+    admission: Admission = field(default_factory=_some_places)
     embeddings: EmbeddingModels | None = None  # None: ENABLE_EMBEDDINGS_BACKEND is off
+    rate_limiter: Limiter = field(default_factory=_unlimited)  # of /chat/stream and /inspect/*
+    access: Access = field(default_factory=Access)  # keys, and limits of the other routes
+    completions: Completions = field(default_factory=Completions)  # tokens of recent answers
+    inspections: Inspections = field(default_factory=_some_inspections)
+    traces: TraceSlots = field(default_factory=TraceSlots)  # requests that are being traced
+    metrics: MetricsPage | None = None  # None: METRICS_ENABLED is off
     started_at: float = field(default_factory=time.monotonic)  # seconds, time.monotonic()
     created: int = field(default_factory=lambda: int(time.time()))  # the same, since 1970
     watcher: DisconnectWatcher = field(default_factory=DisconnectWatcher)
     ready: Callable[[], tuple[bool, str]] = _always_ready  # whether to send requests, and why not
+    fault: Callable[[], str | None] = _never_faulty  # why the process must be restarted
     devices: Callable[[], Collection[str]] = (
         _only_cpu  # of this machine: "cpu", "cuda", "cuda:0", …
     )

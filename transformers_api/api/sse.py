@@ -13,9 +13,15 @@ PING = b": ping\n\n"  # a comment: every client skips it, and proxies see life
 DONE = b"data: [DONE]\n\n"
 
 
-def frame(payload: Any) -> bytes:
-    """One event with ``payload`` as JSON."""
-    return b"data: " + strict_json.dump(payload) + b"\n\n"
+def frame(payload: Any, event: str | None = None) -> bytes:
+    """One event with ``payload`` as JSON; ``event`` is its name, for streams of several kinds."""
+    return framed(strict_json.dump(payload), event)
+
+
+def framed(data: bytes, event: str | None = None) -> bytes:
+    """The same with JSON that is written already."""
+    name = b"" if event is None else b"event: %b\n" % event.encode()
+    return b"%bdata: %b\n\n" % (name, data)
 
 
 def response(frames: Iterator[bytes]) -> Response:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from transformers_api.engine.base import SamplingParams
 from transformers_api.errors import InvalidRequest, PayloadTooLarge
-from transformers_api.serving import chat
+from transformers_api.serving import chat, tracing
 from transformers_api.serving.chat import ChatPrompt
 from transformers_api.serving.generation import GenerationRequest, fit
 from transformers_api.serving.models import LoadedModel
+from transformers_api.serving.spans import Span, spans
+from transformers_api.serving.tracing import TraceRequest
 from transformers_api.settings import Settings
 
 CHAT_DEFAULTS: Mapping[str, Any] = {"max_tokens": 512, "temperature": 0.7, "top_p": 0.9}
@@ -158,6 +161,37 @@ def completion_request(
         best_of=body.get("best_of"),
         stop=_stop(options),
         quiet_s=quiet_s,
+    )
+
+
+def with_trace(
+    model: LoadedModel, body: Mapping[str, Any], wanted: GenerationRequest, settings: Settings
+) -> GenerationRequest:
+    """The same, with what ``trace`` asks to note; raises what ``tracing.plan`` does."""
+    asked: TraceRequest | None = body.get("trace")
+    if asked is None:
+        return wanted
+    plan = tracing.plan(
+        model,
+        asked,
+        settings,
+        prompt_tokens=max(map(len, wanted.prompts)),
+        max_tokens=wanted.params.max_tokens,
+        choices=len(wanted.prompts) * wanted.per_prompt,
+        whole=not body["stream"],
+    )
+    return replace(wanted, trace=plan, trace_stops=asked.specials)
+
+
+def message_spans(model: LoadedModel, body: Mapping[str, Any], ids: Sequence[int]) -> list[Span]:
+    """Where in the prompt ``ids`` the messages of ``body`` stand."""
+    return spans(
+        model,
+        body["messages"],
+        ids,
+        add_generation_prompt=body.get("add_generation_prompt"),
+        continue_final_message=body["continue_final_message"],
+        chat_template_kwargs=body.get("chat_template_kwargs"),
     )
 
 

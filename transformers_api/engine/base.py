@@ -93,16 +93,17 @@ class TokenStream:
     """The outputs of one submit, as they come: one queue, written by the engine thread only.
 
     ``limit`` bounds the backlog of a reader that does not keep up: the engine ends the sequences
-    of an overfull stream.
+    of an overfull stream, which has ``overrun`` its reader then.
     """
 
     def __init__(
         self, count: int, abort: Callable[[int | None], None], limit: int = BACKLOG
     ) -> None:
-        self._outputs: queue.SimpleQueue[TokenOutput] = queue.SimpleQueue()
+        self._outputs: queue.SimpleQueue[TokenOutput | None] = queue.SimpleQueue()
         self._abort = abort
         self._open = count
         self.limit = limit
+        self.overrun = False
 
     def put(self, output: TokenOutput) -> None:
         """Called by the engine."""
@@ -114,14 +115,18 @@ class TokenStream:
         return self._outputs.qsize() > self.limit
 
     def get(self, timeout: float | None = None) -> TokenOutput | None:
-        """The next output; None when none came within ``timeout`` seconds."""
+        """The next output; None when none came within ``timeout`` seconds, or after ``wake``."""
         try:
             output = self._outputs.get(timeout=timeout)
         except queue.Empty:
             return None
-        if output.finish_reason is not None:
+        if output is not None and output.finish_reason is not None:
             self._open -= 1
         return output
+
+    def wake(self) -> None:
+        """Let a reader that waits in ``get`` go on with None. From any thread."""
+        self._outputs.put(None)
 
     def read(self, quiet_s: float | None = None) -> Iterator[TokenOutput | None]:
         """All outputs until every sequence has finished; None for each ``quiet_s`` of silence."""
@@ -143,9 +148,50 @@ class EngineStats:
     prompt_tokens: int = 0
     generated_tokens: int = 0
     cached_tokens: int = 0
-    kv_bytes: int = 0
+    kv_bytes: int = 0  # allocated
+    kv_used_bytes: int = 0  # of the budget, reserved for the sequences that run
     kv_budget_bytes: int = 0
     mode: str = "batching"  # or "sequential": one at a time, for models that cannot share a batch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceStats:
+    """How one sequence went, told at its end. Times in seconds."""
+
+    finish_reason: FinishReason
+    prompt_tokens: int
+    generated_tokens: int
+    queued_s: float  # until it got a slot, or ended without one
+    prefill_s: float  # from there to its first token, or its end without one
+    decode_s: float  # from the first token to the end
+    total_s: float
+
+
+class EngineListener(Protocol):
+    """Hears of steps and ends, on the engine thread: quick, and it never raises."""
+
+    def on_step(self, read_tokens: int, gaps: Sequence[float]) -> None:
+        """A forward pass read so many tokens.
+
+        ``gaps``: for each token that came of it, but for the first one of a sequence, the seconds
+        since the token before.
+        """
+        return
+
+    def on_prompt(self, tokens: int, cached_tokens: int, first_token_s: float | None) -> None:
+        """A prompt has been read, ``cached_tokens`` of it from the prefix cache.
+
+        ``first_token_s``: from submit to its first token; None where none was asked for.
+        """
+        return
+
+    def on_finish(self, stats: SequenceStats) -> None:
+        """A sequence has ended, however."""
+        return
+
+
+class SilentEngineListener(EngineListener):
+    """Does nothing."""
 
 
 class Engine(Protocol):

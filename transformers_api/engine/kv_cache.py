@@ -161,6 +161,7 @@ class SlotCache(Cache):
 
     def clear(self) -> None:
         """Let the allocation go and begin anew, whatever state it was in."""
+        self._token_bytes = self.token_bytes  # which only an allocation shows
         for layer in self.slots:
             layer.rows, layer.is_initialized = (), False
         self.rows, self.length = 1, min(MIN_LENGTH, self.max_length)

@@ -111,6 +111,7 @@ class OneRow:
     reuses_prefixes = False
 
     bytes = 0
+    token_bytes = 0
     budget_bytes = 0
 
     def reserve(self, rows: int, length: int) -> tuple[int, int] | None:

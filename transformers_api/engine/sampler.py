@@ -57,23 +57,23 @@ class Sampler:
         return processed
 
 
-def distribution(logits: Tensor, seq: Sequence) -> Tensor:
-    """The probabilities (V,), float64, that the next token of ``seq`` is drawn with.
+def distribution(logits: Tensor, seq: Sequence, least: int = 1) -> tuple[Tensor, Tensor]:
+    """What the next token of ``seq`` is drawn from: probabilities (K,), float64, and ids (K,).
 
-    ``logits`` (V,) of the model. Temperature 0 has everything on the first of the likeliest.
+    ``logits`` (V,) of the model. Tokens that are not among the K have none; K is ``least`` or more.
+    Temperature 0 has everything on the likeliest.
     """
-    row = logits.clone()
+    row = logits.clone() if seq.processors else logits
     for processor in seq.processors:
         processor(seq, row)
-    probs = torch.zeros(row.shape, dtype=torch.float64, device=row.device)
     if seq.params.temperature == 0:
-        probs[row.argmax()] = 1
-        return probs
-    scaled = ((row - row.max()) / seq.params.temperature).softmax(-1)
-    for _, count in _by_candidates(scaled[None], [seq.params]):
-        kept, ids = candidates(scaled[None], [seq.params], count)
-        probs[ids[0]] = kept[0]
-    return probs / probs.sum()
+        ids = row.topk(min(least, len(row))).indices
+        ids[0] = row.argmax()  # of equals the one that is taken
+        return (torch.arange(len(ids), device=row.device) == 0).double(), ids
+    probs = ((row - row.max()) / seq.params.temperature).softmax(-1)[None]
+    ((_, count),) = _by_candidates(probs, [seq.params])
+    kept, ids = candidates(probs, [seq.params], count)
+    return kept[0] / kept.sum(), ids[0]
 
 
 def draw(logits: Tensor, sequences: list[Sequence]) -> Tensor:

@@ -8,6 +8,7 @@ them, or like a running one, starts from a copy.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from dataclasses import dataclass
 from typing import Protocol
@@ -20,6 +21,11 @@ class SlotStore(Protocol):
     """The cache rows behind the slots."""
 
     reuses_prefixes: bool
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of K and V per token."""
+        ...
 
     @property
     def bytes(self) -> int:
@@ -99,6 +105,12 @@ class Scheduler:
     def has_work(self) -> bool:
         """Whether ``schedule`` has something to do."""
         return bool(self.waiting or self.running)
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes of K and V that running sequences may come to need. Advisory, from any thread."""
+        rooms = [seq.room for seq in list(self.running)]
+        return len(rooms) * max(rooms, default=0) * self.cache.token_bytes
 
     def add(self, seq: Sequence) -> None:
         """Queue a sequence."""
@@ -183,6 +195,7 @@ class Scheduler:
         self._forget_beyond(*room)
         self.waiting.popleft()
         self._admissions += 1
+        seq.admitted_at = time.monotonic()
         seq.slot = len(self.running)
         seq.cached_tokens = seq.num_cached = self._take_prefix(seq, room[0])
         self.running.append(seq)

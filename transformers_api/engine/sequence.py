@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,12 +13,13 @@ from transformers_api.engine.base import (
     NOTHING,
     FinishReason,
     SequenceRequest,
+    SequenceStats,
     TokenOutput,
     TokenScore,
     TokenStream,
 )
 from transformers_api.engine.logits_processors import LogitsProcessor, processors_for
-from transformers_api.errors import ApiError, EngineFailed
+from transformers_api.errors import ApiError, SlowReader
 
 
 class SampledToken:
@@ -51,7 +53,7 @@ class Sequence:
         max_model_len: int,
         slides: bool = False,
         observe: Mapping[str, Any] = NOTHING,
-        on_end: Callable[[], object] | None = None,
+        on_end: Callable[[Sequence, FinishReason], object] | None = None,
     ) -> None:
         params = request.params
         self.params = params
@@ -79,6 +81,11 @@ class Sequence:
         self.cancelled = False  # set by any thread, read by the scheduler
         self.is_finished = False
         self.has_failed = False
+        self.request_id = "-"  # for the log
+        # When, by time.monotonic(); None: not yet.
+        self.submitted_at = self.token_at = time.monotonic()  # token_at: of the last token
+        self.admitted_at: float | None = None
+        self.first_token_at: float | None = None
 
     @property
     def num_output(self) -> int:
@@ -130,6 +137,21 @@ class Sequence:
                 self.start, self.num_cached = len(self.tokens) - self.window, 0
             self._emit(sampled.token_id, sampled.score, self._finish_reason(sampled.token_id))
 
+    def stats(self, reason: FinishReason) -> SequenceStats:
+        """How it went, at its end."""
+        now = time.monotonic()
+        admitted = self.admitted_at or now
+        first = self.first_token_at or now
+        return SequenceStats(
+            finish_reason=reason,
+            prompt_tokens=self.prompt_len,
+            generated_tokens=self.num_output,
+            queued_s=admitted - self.submitted_at,
+            prefill_s=first - admitted,
+            decode_s=now - first,
+            total_s=now - self.submitted_at,
+        )
+
     def end(self, reason: FinishReason, error: ApiError | None = None) -> None:
         """Send the terminal output, unless one has been sent."""
         if not self.is_finished:
@@ -166,7 +188,8 @@ class Sequence:
         )
         self.is_finished = reason is not None
         self.has_failed = error is not None
-        if self.is_finished and self.on_end:
-            self.on_end()
+        if reason is not None and self.on_end:
+            self.on_end(self, reason)
         if not self.is_finished and self.stream.is_overfull:
-            self.end(FinishReason.ERROR, EngineFailed("The reader of this stream is too slow"))
+            self.stream.overrun = True
+            self.end(FinishReason.ERROR, SlowReader("The answer is not read as fast as it is made"))

@@ -34,6 +34,7 @@ from transformers_api.inspection.examination import Examined
 from transformers_api.inspection.parts import lens_logits, residuals_of, routers_of
 
 NAME = "trace"  # in ``observe`` and ``extras``
+LOWEST = -1e4  # a log probability; times a probability of 0 it is 0, which -inf is not
 
 
 @dataclass(slots=True)
@@ -135,7 +136,7 @@ class TracingRunner:
 
         def keep(layer: int, stream: Tensor) -> None:
             for notes in takers[layer]:
-                notes.residuals[layer] = stream[notes.place, -1].float().clone()
+                notes.residuals[layer] = stream[notes.place, -1].clone()
 
         if takers:
             watch.enter_context(residuals_of(self.model, parts, sorted(takers), keep))
@@ -175,7 +176,7 @@ class TracingSampler:
         seq, plan = notes.seq, notes.plan
         logprobs = logits.log_softmax(-1)
         probs = logprobs.exp()
-        drawn = distribution(logits, seq)
+        drawn, ids = distribution(logits, seq, max(plan.sampled_topk, 1))
         norms = sorted(notes.residuals) if plan.resid_norms else []
         return StepTrace(
             step=seq.num_output,
@@ -184,16 +185,16 @@ class TracingSampler:
             start=seq.start,
             token_id=token,
             logprob=float(logprobs[token]),
-            entropy=_entropy(probs),
+            entropy=float(-(probs @ logprobs.clamp_min(LOWEST))),
             rank=_rank(logprobs, token),
             top=_likely(probs, plan.topk),
-            sampled_prob=float(drawn[token]),
+            sampled_prob=float(drawn[ids == token].sum()),
             sampled_entropy=_entropy(drawn),
-            sampled_top=_likely(drawn, plan.sampled_topk),
+            sampled_top=_likely(drawn, plan.sampled_topk, ids),
             attention=tuple(sorted(notes.rows, key=lambda row: plan.layers.index(row.layer))),
             lens=self._lens(notes, token),
             resid_norms=tuple(
-                float(notes.residuals[layer].norm()) for layer in norms if layer >= 0
+                float(notes.residuals[layer].float().norm()) for layer in norms if layer >= 0
             ),
             router=tuple(notes.routed),
         )
@@ -241,11 +242,13 @@ def _rank(scores: Tensor, token: int) -> int:
     return int((scores > scores[token]).sum())
 
 
-def _likely(probs: Tensor, count: int) -> Likely:
+def _likely(probs: Tensor, count: int, ids: Tensor | None = None) -> Likely:
+    """``ids``: of ``probs``, where they are not 0 to V - 1."""
     if not count:
         return Likely()
-    values, ids = probs.topk(min(count, len(probs)))
-    return Likely(tuple(ids.tolist()), tuple(values.tolist()))
+    values, places = probs.topk(min(count, len(probs)))
+    found = places if ids is None else ids[places]
+    return Likely(tuple(found.tolist()), tuple(values.tolist()))
 
 
 def _array(tensor: Tensor) -> numpy.ndarray[Any, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from transformers_api.errors import ClientGone
+from transformers_api.errors import ApiError, ClientGone
 
 
 class Cancellation:
@@ -14,17 +14,22 @@ class Cancellation:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._callbacks: list[Callable[[], None]] = []
-        self._cancelled = False
+        self._error: ApiError | None = None
 
     @property
     def is_cancelled(self) -> bool:
-        """Whether nobody waits for the answer any more."""
-        return self._cancelled
+        """Whether the request is to end early."""
+        return self._error is not None
 
-    def cancel(self) -> None:
-        """Run every callback once. Idempotent."""
+    @property
+    def error(self) -> ApiError:
+        """Why it ends: ClientGone unless ``cancel`` was told something else."""
+        return self._error or _client_gone()
+
+    def cancel(self, error: ApiError | None = None) -> None:
+        """Run every callback once. Idempotent; the first reason holds."""
         with self._lock:
-            self._cancelled = True
+            self._error = self._error or error or _client_gone()
             callbacks, self._callbacks = self._callbacks, []
         for callback in callbacks:
             callback()
@@ -32,12 +37,16 @@ class Cancellation:
     def on_cancel(self, callback: Callable[[], None]) -> None:
         """Call ``callback`` on cancellation; at once when it has already come."""
         with self._lock:
-            if not self._cancelled:
+            if self._error is None:
                 self._callbacks.append(callback)
                 return
         callback()
 
     def check(self) -> None:
-        """Raise ClientGone after cancellation."""
-        if self._cancelled:
-            raise ClientGone("The client closed the connection")
+        """Raise the reason after cancellation."""
+        if self._error is not None:
+            raise self._error
+
+
+def _client_gone() -> ClientGone:
+    return ClientGone("The client closed the connection")

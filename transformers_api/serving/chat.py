@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 from jinja2 import TemplateError
 
-from transformers_api.errors import ChatUnavailable, InvalidRequest, ModelNotCapable
+from transformers_api.errors import ChatUnavailable, InvalidRequest, ModelNotCapable, PromptTooLarge
 from transformers_api.serving.models import ChatMode, LoadedModel, ModelSpec
 
 _CHAT_OFF = "Chat completions are currently disabled; please use /v1/completions instead."
@@ -68,11 +68,13 @@ def encode(
     add_generation_prompt: bool | None = None,
     continue_final_message: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    max_bytes: int | None = None,
 ) -> ChatPrompt:
     """The prompt for ``messages``, by the model's template or as a transcript.
 
-    ``add_generation_prompt`` None: unless the final message is continued. Raises ChatUnavailable
-    where the registry says so, InvalidRequest for messages that the template refuses.
+    ``add_generation_prompt`` None: unless the final message is continued. ``max_bytes``: of the
+    prompt as the model reads it, before it becomes ids. Raises ChatUnavailable where the registry
+    says so, InvalidRequest for messages that the template refuses, PromptTooLarge.
     """
     mode = chat_mode(model)
     if mode == "off":
@@ -91,14 +93,40 @@ def encode(
             "continue_final_message needs an assistant message at the end of messages",
             param="continue_final_message",
         )
-    kwargs = _checked(chat_template_kwargs or {})
-    plain = [_with_plain_content(message) for message in messages]
+    text = render(
+        model,
+        messages,
+        add_generation_prompt=add_generation_prompt,
+        continue_final_message=continue_final_message,
+        chat_template_kwargs=chat_template_kwargs,
+    )
+    check_bytes(text, max_bytes)
     if mode == "transcript":
-        text = transcript(plain, add_generation_prompt, continue_final_message)
         return ChatPrompt(_tokenize(model.tokenizer, text, True, "messages"), TRANSCRIPT_STOPS)
-    text = _render(model, plain, add_generation_prompt, continue_final_message, kwargs)
     ids = _tokenize(model.tokenizer, text, False, "messages")
     return ChatPrompt(ids, _written_stops(model.tokenizer), end_of_turn_ids(model.tokenizer))
+
+
+def render(
+    model: LoadedModel,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    add_generation_prompt: bool,
+    continue_final_message: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> str:
+    """The text that ``encode`` makes ids of. Raises InvalidRequest."""
+    kwargs = _checked(chat_template_kwargs or {})
+    plain = [{**message, "content": content_text(message)} for message in messages]
+    if chat_mode(model) == "transcript":
+        return transcript(plain, add_generation_prompt, continue_final_message)
+    return _render(model, plain, add_generation_prompt, continue_final_message, kwargs)
+
+
+def check_bytes(text: str, most: int | None) -> None:
+    """Raise PromptTooLarge for a prompt of more than ``most`` bytes."""
+    if most is not None and (size := len(text.encode(errors="replace"))) > most:
+        raise PromptTooLarge(f"Prompt too large: {size} bytes (max {most})")
 
 
 def check_enabled(spec: ModelSpec) -> None:
@@ -170,13 +198,14 @@ def _checked(kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
     return kwargs
 
 
-def _with_plain_content(message: Mapping[str, Any]) -> dict[str, Any]:
+def content_text(message: Mapping[str, Any]) -> str:
+    """What a message says, its parts put together."""
     content = message.get("content")
     if content is None:
-        content = ""
-    elif not isinstance(content, str):
-        content = "".join(part["text"] for part in content)
-    return {**message, "content": content}
+        return ""
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content)
 
 
 def _render(

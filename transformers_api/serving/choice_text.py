@@ -80,7 +80,7 @@ class ChoiceText:
     ) -> None:
         self.index = index
         self.finished = False
-        self.completion_tokens = 0
+        self.token_ids: list[int] = []  # generated so far, the one that ends it included
         self.cached_tokens = 0
         self._prompt_ids = prompt_ids
         self._vocabulary = vocabulary
@@ -95,6 +95,11 @@ class ChoiceText:
         self._decoded = 0  # characters
         self._sent = 0  # characters
         self._logprobs: list[float] = []
+
+    @property
+    def completion_tokens(self) -> int:
+        """Generated so far."""
+        return len(self.token_ids)
 
     @property
     def mean_logprob(self) -> float:
@@ -136,7 +141,8 @@ class ChoiceText:
 
     def _count(self, output: TokenOutput) -> None:
         self.cached_tokens += output.cached_tokens
-        self.completion_tokens += output.token_id is not None
+        if output.token_id is not None:
+            self.token_ids.append(output.token_id)
         if output.score is not None:
             self._logprobs.append(output.score.logprob)
 

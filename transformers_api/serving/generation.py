@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -14,11 +15,13 @@ from transformers_api.engine.base import (
     TokenStream,
 )
 from transformers_api.errors import (
+    ApiError,
     ClientGone,
     ContextLengthExceeded,
     EngineFailed,
     InvalidRequest,
     ModelUnloaded,
+    SlowReader,
 )
 from transformers_api.inspection.base import StepTrace, TracePlan
 from transformers_api.serving.cancellation import Cancellation
@@ -47,6 +50,12 @@ class GenerationRequest:
     def per_prompt(self) -> int:
         """How many sequences are generated for each prompt."""
         return self.best_of or self.n
+
+    @property
+    def most_tokens(self) -> int:
+        """What it may come to: every prompt once, and all its answers at their longest."""
+        answers = len(self.prompts) * self.per_prompt
+        return sum(map(len, self.prompts)) + answers * self.params.max_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,8 +96,8 @@ class HasModel(Protocol):
 class Generation:
     """Iterate for ``TextDelta``s, and None after each ``quiet_s`` of silence. One reader.
 
-    Iteration raises what ended the generation early: the engine's error, ClientGone after a
-    cancellation, ModelUnloaded. Nothing of it runs on in the engine then.
+    Iteration raises what ended the generation early: the engine's error, the reason of a
+    cancellation, ModelUnloaded, SlowReader. Nothing of it runs on in the engine then.
     """
 
     def __init__(
@@ -100,10 +109,13 @@ class Generation:
     ) -> None:
         self.request = request
         self.choices = choices  # of each prompt best_of, or else n
+        self.on_end: Callable[[], object] | None = None  # called when the last piece has been read
+        self.first_token_at: float | None = None  # time.monotonic(); None: not yet
+        self.finish_reasons: list[str] = []  # of the choices that have ended, as they did
         self._stream = stream
         self._counted = counted
         self._running = len(choices)
-        self._closed = False
+        self._ended: ApiError | None = None
 
     def __iter__(self) -> Iterator[TextDelta | None]:
         return self
@@ -118,6 +130,8 @@ class Generation:
             delta = self._take(output)
             if delta is not None:
                 return delta
+        if self.on_end is not None:
+            self.on_end()
         raise StopIteration
 
     @property
@@ -133,26 +147,41 @@ class Generation:
             cached_tokens=cached,
         )
 
-    def close(self) -> None:
-        """Abort what still runs. Idempotent, from any thread."""
-        self._closed = True
+    @property
+    def tokens_read(self) -> int:
+        """Those of the prompts and those that were generated, as the model counts them."""
+        written = sum(choice.completion_tokens for choice in self.choices)
+        return sum(map(len, self.request.prompts)) + written
+
+    def close(self, error: ApiError | None = None) -> None:
+        """Abort what still runs; a reader hears ``error``, else ClientGone.
+
+        Idempotent, from any thread: also while a step of the engine takes long.
+        """
+        self._ended = self._ended or error or ClientGone("Nobody reads this answer any more")
         if self._running:
             self._stream.abort()
+            self._stream.wake()
 
     def _check_open(self) -> None:
-        if self._closed:
-            raise ClientGone("Nobody reads this answer any more")
+        if self._ended is not None:
+            raise self._ended
+        if self._stream.overrun:
+            raise SlowReader("The answer is not read as fast as it is made")
 
     def _take(self, output: TokenOutput) -> TextDelta | None:
         choice = self.choices[output.index]
         if choice.finished:  # by a stop string; the engine did not know yet
             return None
         self._raise_early_end(output)
+        if self.first_token_at is None:
+            self.first_token_at = time.monotonic()
         delta = choice.take(output)
         if delta is not None and self._counted is not None:
             self._counted.add(output.index, delta.text)
         if delta is not None and delta.finish_reason is not None:
             self._running -= 1
+            self.finish_reasons.append(delta.finish_reason)
             if output.finish_reason is None:
                 self._stream.abort(output.index)
         return delta
@@ -175,8 +204,8 @@ def start(
 ) -> Generation:
     """Submit all choices of all prompts at once.
 
-    Raises InvalidRequest for a ``best_of`` that is streamed or less than ``n``, ClientGone, and
-    what the engine refuses with.
+    Raises InvalidRequest for a ``best_of`` that is streamed or less than ``n``, the reason of a
+    cancellation, and what the engine refuses with.
     """
     loaded = model if isinstance(model, LoadedModel) else model.model
     if request.per_prompt < request.n:
@@ -201,7 +230,7 @@ def start(
     observe = {} if request.trace is None else {"trace": request.trace}
     tokens = loaded.engine.submit(sequences, observe=observe)
     generation = Generation(request, choices, tokens, counted)
-    cancellation.on_cancel(generation.close)
+    cancellation.on_cancel(lambda: generation.close(cancellation.error))
     return generation
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal, Protocol
 
+from transformers_api.engine.base import EngineStats
 from transformers_api.errors import ApiError, ModelLoadFailed
 from transformers_api.serving.models import LoadedModel, ModelFiles, ModelSpec
 
@@ -50,6 +51,28 @@ class SilentListener(SwapperListener):
     """Does nothing."""
 
 
+class Listeners(SwapperListener):
+    """Several, told in turn."""
+
+    def __init__(self, *listeners: SwapperListener) -> None:
+        self._listeners = listeners
+
+    def on_load(self, model_id: str, seconds: float) -> None:
+        """See SwapperListener."""
+        for listener in self._listeners:
+            listener.on_load(model_id, seconds)
+
+    def on_evict(self, model_id: str) -> None:
+        """See SwapperListener."""
+        for listener in self._listeners:
+            listener.on_evict(model_id)
+
+    def on_load_failed(self, model_id: str, error: ApiError) -> None:
+        """See SwapperListener."""
+        for listener in self._listeners:
+            listener.on_load_failed(model_id, error)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SwapperStatus:
     """A snapshot. Advisory: never branch a mutation on it."""
@@ -60,6 +83,8 @@ class SwapperStatus:
     dtype: str | None = None
     bytes: int = 0
     load_s: float = 0.0
+    since: float = 0.0  # when it became resident, by the swapper's clock
+    engine: EngineStats = field(default_factory=EngineStats)
     max_model_len: int | None = None
     leases: int = 0
     loading: str | None = None  # the model that is being prepared or loaded

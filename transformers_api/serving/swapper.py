@@ -16,12 +16,10 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import assert_never
 
 from transformers_api.errors import (
     ApiError,
-    ClientGone,
     ModelNotLoaded,
     ModelUnloaded,
     ServerShuttingDown,
@@ -121,12 +119,12 @@ class Swapper:
             self._check_may_load(spec, model_id)
             waiter = self._enqueue(Target(spec), wants_lease=True)
         if cancellation is not None:
-            cancellation.on_cancel(partial(self._withdraw, waiter, _client_gone()))
+            cancellation.on_cancel(lambda: self._withdraw(waiter, cancellation.error))
         self._await(waiter, self._wait_s if timeout is None else timeout)
         assert waiter.lease is not None
         if cancellation is not None and cancellation.is_cancelled:  # both at the same moment
             waiter.lease.release()
-            raise _client_gone()
+            raise cancellation.error
         return waiter.lease
 
     def load(
@@ -136,13 +134,14 @@ class Swapper:
         device: str | None = None,
         wait: bool = True,
         timeout: float | None = None,
+        cancellation: Cancellation | None = None,
     ) -> bool:
         """Make ``model_id`` resident; whether it was not so already.
 
         Takes its turn like any request, but is not refused by ``auto_load`` or a recent failure.
         ``device`` overrides the registry's; resident on another device is another model. With
-        ``wait`` False it goes on in the background. ``timeout`` in seconds, None: no limit.
-        Raises what ``lease`` raises.
+        ``wait`` False, and after ``cancellation``, it goes on in the background. ``timeout`` in
+        seconds, None: no limit. Raises what ``lease`` raises.
         """
         spec = self._registry.resolve(model_id)
         with self._condition:
@@ -153,15 +152,25 @@ class Swapper:
             if device is not None:
                 spec = replace(spec, device=device)
             waiter = self._enqueue(Target(spec, device), wants_lease=False)
+        if wait and cancellation is not None:
+            cancellation.on_cancel(lambda: self._leave(waiter, cancellation.error))
         if wait:
             self._await(waiter, timeout)
         return True
 
-    def evict(self, model_id: str | None = None, *, force: bool = False, wait: bool = True) -> bool:
+    def evict(
+        self,
+        model_id: str | None = None,
+        *,
+        force: bool = False,
+        wait: bool = True,
+        cancellation: Cancellation | None = None,
+    ) -> bool:
         """Unload ``model_id``, or whatever is resident; False when it is not resident.
 
         Waits for its leases as a switch does; ``force`` ends its running sequences at once with
-        ModelUnloaded. With ``wait`` False it goes on in the background. Raises ModelNotFound.
+        ModelUnloaded. Goes on in the background with ``wait`` False, and after ``cancellation``.
+        Raises ModelNotFound.
         """
         name = None if model_id is None else self._registry.resolve(model_id).name
         with self._condition:
@@ -177,7 +186,10 @@ class Swapper:
             if force:
                 residency.drain_until = self._clock()
             self._condition.notify_all()
+            cancellation = cancellation or Cancellation()
+            cancellation.on_cancel(self._wake)
             while wait and not residency.closed:
+                cancellation.check()
                 self._condition.wait()
         return True
 
@@ -202,8 +214,7 @@ class Swapper:
             in_memory = self._turns.end(error)
         for residency in in_memory:
             self._close_engine(residency, renewed(error))
-        with self._condition:
-            self._condition.notify_all()
+        self._wake()
 
     # What they share.
 
@@ -213,12 +224,8 @@ class Swapper:
 
     def _check_may_load(self, spec: ModelSpec, model_id: str) -> None:
         self._errors.check(spec.name, self._clock())
-        if not self._auto_load and not self._is_loading_on_request(spec.name):
+        if not self._auto_load and not self._turns.is_loading_on_request(spec.name):
             raise ModelNotLoaded(model_id)
-
-    def _is_loading_on_request(self, name: str) -> bool:
-        targets = (target for target in self._turns.targets.values() if target.spec.name == name)
-        return any(not waiter.wants_lease for target in targets for waiter in target.waiters)
 
     def _enqueue(self, target: Target, wants_lease: bool) -> Waiter:
         """Join the queue for the model; the first caller starts its preparation."""
@@ -241,6 +248,17 @@ class Swapper:
     def _withdraw(self, waiter: Waiter, error: ApiError) -> None:
         with self._condition:
             self._turns.withdraw(waiter, error)
+            self._condition.notify_all()
+
+    def _leave(self, waiter: Waiter, error: ApiError) -> None:
+        """Wait no more; what was asked for goes on."""
+        with self._condition:
+            if not waiter.answered.is_set():
+                self._turns.join(waiter.target, self._clock(), wants_lease=False)
+        self._withdraw(waiter, error)
+
+    def _wake(self) -> None:
+        with self._condition:
             self._condition.notify_all()
 
     def _release(self, residency: Residency) -> None:
@@ -376,10 +394,6 @@ class Swapper:
             event(*facts)
         except Exception:
             log.exception("A listener of the swapper failed")
-
-
-def _client_gone() -> ClientGone:
-    return ClientGone("The client closed the connection")
 
 
 def _shutting_down() -> ServerShuttingDown:

@@ -60,6 +60,11 @@ class Turns:
         target.waiters.append(waiter)
         return waiter
 
+    def is_loading_on_request(self, name: str) -> bool:
+        """Whether somebody has asked for the model itself, not for an answer of it."""
+        targets = (target for target in self.targets.values() if target.spec.name == name)
+        return any(not waiter.wants_lease for target in targets for waiter in target.waiters)
+
     def withdraw(self, waiter: Waiter, error: ApiError) -> None:
         """Take a caller out of the queue, unless it was answered already."""
         if not waiter.answered.is_set():
@@ -126,6 +131,8 @@ class Turns:
             dtype=model.dtype,
             bytes=model.bytes,
             load_s=model.load_s,
+            since=residency.since,
+            engine=model.engine.stats(),
             max_model_len=model.engine.max_model_len,
             leases=residency.leases,
         )

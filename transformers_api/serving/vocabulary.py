@@ -47,6 +47,21 @@ class Vocabulary:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
+    def decoded(self, token_id: int) -> str:
+        """The token's text on its own, with U+FFFD where it is not whole characters."""
+        return self.token_bytes(token_id).decode(errors="replace")
+
+    def display(self, token_id: int) -> str:
+        r"""The token's text for the eye: ``␠``, ``⏎``, ``\x1b`` in place of what cannot be seen.
+
+        Where the token is a byte by its id, the printable characters of ASCII stand for
+        themselves, the space too, and the other bytes are ``\xNN``.
+        """
+        raw = self.token_bytes(token_id)
+        if raw == bytes([token_id & 0xFF]) and token_id < 256:
+            return chr(token_id) if 32 <= token_id <= 126 else f"\\x{token_id:02x}"
+        return "".join(map(_visible, raw.decode(errors="backslashreplace")))
+
     def _read(self, token_id: int) -> bytes:
         token = self.added.get(token_id)
         if token is not None:
@@ -112,6 +127,15 @@ def _keeps_pieces(step: dict[str, Any]) -> bool:
         case {"type": "Strip", "content": " ", "start": 1, "stop": 0}:
             return True
     return False
+
+
+_SYMBOLS = {" ": "␠", "\n": "⏎", "\r": "␍", "\t": "⇥"}
+
+
+def _visible(character: str) -> str:
+    if character.isprintable() and not character.isspace():
+        return character
+    return _SYMBOLS.get(character) or character.encode("unicode_escape").decode()
 
 
 def _alphabet() -> dict[str, int]:

@@ -22,16 +22,20 @@ _REASONS = ("stop", "length")
 class ErrorBody(Schema):
     """What went wrong."""
 
-    message = Text()
-    type = Text()
-    param = Text(**about("The field that is wrong, such as `messages[0].role`, or null."))
-    code = Text()
+    message = Text(required=True)
+    type = Text(required=True)
+    param = Text(
+        required=True,
+        allow_none=True,
+        **about("The field that is wrong, such as `messages[0].role`, or null."),
+    )
+    code = Text(required=True, allow_none=True)
 
 
 class Error(Schema):
     """Every error of this server."""
 
-    error = Object(ErrorBody)
+    error = Object(ErrorBody, required=True)
 
 
 class PromptDetails(Schema):
@@ -63,9 +67,18 @@ class LegacyLogprobs(Schema):
     """Scores, one item per token."""
 
     tokens = Many(Text(), longest=_MANY)
-    token_logprobs = Many(Number(-1e9, 0), longest=_MANY)
-    top_logprobs = Many(AnyObject(), longest=_MANY)
+    token_logprobs = Many(
+        Number(-1e9, 0, allow_none=True), longest=_MANY, **about("null for the first of a prompt.")
+    )
+    top_logprobs = Many(AnyObject(allow_none=True), longest=_MANY)
     text_offset = Many(Integer(0, _MANY), longest=_MANY)
+
+
+class WholeTrace(Schema):
+    """What was asked to be shown of every token."""
+
+    header = AnyObject(**about("The prompt's tokens, the model, the units."))
+    steps = Many(AnyObject(), longest=_MANY)
 
 
 class TextChoice(Schema):
@@ -73,10 +86,11 @@ class TextChoice(Schema):
 
     index = Integer(0, _MANY)
     text = Text()
-    logprobs = Object(LegacyLogprobs)
-    finish_reason = Text(choices=_REASONS)
+    logprobs = Object(LegacyLogprobs, allow_none=True)
+    finish_reason = Text(choices=_REASONS, allow_none=True)
     prompt_token_ids = Many(Integer(0, MAX_TOKEN_ID), longest=_MANY)
     token_ids = Many(Integer(0, MAX_TOKEN_ID), longest=_MANY)
+    trace = Object(WholeTrace)
 
 
 class Completion(Answer):
@@ -104,9 +118,10 @@ class ChatChoice(Schema):
 
     index = Integer(0, _MANY)
     message = Object(ChatMessage)
-    logprobs = Object(ChatLogprobs)
-    finish_reason = Text(choices=_REASONS)
+    logprobs = Object(ChatLogprobs, allow_none=True)
+    finish_reason = Text(choices=_REASONS, allow_none=True)
     token_ids = Many(Integer(0, MAX_TOKEN_ID), longest=_MANY)
+    trace = Object(WholeTrace)
 
 
 class ChatCompletion(Answer):
@@ -121,8 +136,8 @@ class ChunkChoice(Schema):
 
     index = Integer(0, _MANY)
     delta = Object(ChatMessage)
-    logprobs = Object(ChatLogprobs)
-    finish_reason = Text(choices=_REASONS)
+    logprobs = Object(ChatLogprobs, allow_none=True)
+    finish_reason = Text(choices=_REASONS, allow_none=True)
 
 
 class ChatCompletionChunk(Answer):
@@ -130,23 +145,49 @@ class ChatCompletionChunk(Answer):
 
     object = Text(choices=("chat.completion.chunk",))
     choices = Many(Object(ChunkChoice), longest=_MANY)
+    trace = AnyObject(**about("Of the token of this chunk; with the role, its header."))
 
 
 class Health(Schema):
     """How the server is, in the words of all its predecessors."""
 
-    status = Text(choices=("healthy", "degraded"))
+    status = Text(required=True, choices=("healthy", "degraded"))
     ok = Boolean()
     model_ready = Boolean()
     model_loaded = Boolean()
-    current_model = Text()
+    current_model = Text(allow_none=True)
     models_loaded = Many(Text(), longest=_MANY)
     loaded_models = Integer(0, _MANY)
     active_requests = Integer(0, _MANY)
     total_models = Integer(0, _MANY)
     cuda_available = Boolean()
-    device = Text(**about("Of the model in memory, or null."))
+    device = Text(allow_none=True, **about("Of the model in memory, or null."))
     cache_dir = Text()
     memory = AnyObject(**about("`process_bytes` (null where unknown) and `model_bytes`."))
     system = AnyObject(**about("`platform`, `python` and `cpu_count`."))
     uptime = Text()
+
+
+class Probe(Schema):
+    """The process answers."""
+
+    status = Text(required=True, choices=("ok",))
+
+
+class Ready(Schema):
+    """Whether requests may be sent."""
+
+    status = Text(required=True, choices=("ready", "not ready"))
+    reason = Text(required=True)
+
+
+class Start(Schema):
+    """What this is, and where to go on."""
+
+    name = Text(required=True)
+    message = Text()
+    status = Text()
+    version = Text(required=True)
+    documentation = Text()
+    health = Text()
+    endpoints = AnyObject()

@@ -21,6 +21,7 @@ from transformers_api.api.fields import (
 )
 from transformers_api.api.schemas.completions import check_stream_options
 from transformers_api.api.schemas.sampling import MAX_LOGPROBS, MAX_TOKENS, Sampling, about
+from transformers_api.api.schemas.trace import TraceOptions
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_MESSAGES = 1024
@@ -115,6 +116,7 @@ class ChatRequest(Sampling, TemplateFields):
     logprobs = Boolean(load_default=False, **about("Add the log probability of each token."))
     top_logprobs = Integer(0, MAX_LOGPROBS, **about("Also of so many likely others."))
 
+    trace = Object(TraceOptions, **about("What to show of every token; see [traces](#traces)."))
     tools = Unsupported()
     tool_choice = Unsupported(lambda value: value in ("none", "auto"))
     functions = Unsupported()

@@ -7,7 +7,7 @@ from typing import Any
 
 from marshmallow import ValidationError, fields, validates_schema
 
-from transformers_api.api.fields import NOT_GIVEN, Boolean, Integer, Unsupported
+from transformers_api.api.fields import NOT_GIVEN, Boolean, Integer, Object, Unsupported
 from transformers_api.api.schemas.sampling import (
     MAX_LOGPROBS,
     MAX_N,
@@ -16,6 +16,7 @@ from transformers_api.api.schemas.sampling import (
     Sampling,
     about,
 )
+from transformers_api.api.schemas.trace import TraceOptions
 
 MAX_PROMPTS = 1024
 PromptInput = str | list[int]
@@ -84,6 +85,7 @@ class CompletionRequest(Sampling):
         0, MAX_LOGPROBS, **about("Log probabilities of the tokens and of so many likely others.")
     )
     best_of = Integer(1, MAX_N, **about("Make so many answers and send the `n` likeliest."))
+    trace = Object(TraceOptions, **about("What to show of every token; see [traces](#traces)."))
     suffix = Unsupported()
 
     @validates_schema(skip_on_field_errors=True)

@@ -47,7 +47,7 @@ class Model(Schema):
     loaded = Boolean()
     permission = Many(AnyObject(), longest=0)
     root = Text()
-    parent = Text()
+    parent = Text(allow_none=True)
     max_model_len = Integer(1, 1 << 24, **about("Tokens of prompt and answer; once loaded."))
 
 

@@ -103,7 +103,7 @@ class LoadModelRequest(Schema):
 class Detail(Schema):
     """Every error of these routes."""
 
-    detail = Text()
+    detail = Text(required=True)
 
 
 class Done(Schema):
@@ -141,17 +141,20 @@ class Timings(Schema):
     prompt_tokens = Integer(0, MAX_TOKENS)
 
 
+def _for_each(one: dict[str, Any], text: str = "") -> fields.Field[Any]:
+    shape = [one, {"type": "array", "items": one}]
+    return fields.Raw(**about(f"{text}A list for a list of prompts.", oneOf=shape))
+
+
 class Generated(Schema):
     """A text, continued. For a list of prompts the fields that say so are lists, in its order."""
 
-    generated_text = Text(**about("A list for a list of prompts."))
-    prompt = Text(**about("A list for a list of prompts."))
+    generated_text = _for_each({"type": "string"})
+    prompt = _for_each({"type": "string"})
     model_used = Text()
     model = Text(**about("The same."))
-    tokens_generated = Integer(
-        0, MAX_TOKENS, **about("Without the end token. A list for a list of prompts.")
-    )
-    finish_reason = Text(choices=("stop", "length"), **about("A list for a list of prompts."))
+    tokens_generated = _for_each({"type": "integer", "minimum": 0}, "Without the end token. ")
+    finish_reason = _for_each({"type": "string", "enum": ["stop", "length"]})
     generation_time = Number(0, _MS, **about("Seconds, for all prompts together."))
     tokens_per_second = Number(0, _MS, **about("Of all prompts together."))
     parameters = Object(Parameters)
@@ -163,7 +166,7 @@ class NativeModel(Schema):
 
     name = Text()
     description = Text()
-    parameters = Text(**about("Such as `51M`, or null."))
+    parameters = Text(allow_none=True, **about("Such as `51M`, or null."))
     loaded = Boolean()
     config = AnyObject(**about("Its shape: what the registry or its files say."))
 
@@ -174,4 +177,4 @@ class NativeModelState(NativeModel):
     state = Text(choices=("not_loaded", "loading", "loaded", "failed"))
     progress = Number(0, 1, **about("Share of the current stage of loading."))
     progress_text = Text(**about("That stage."))
-    error = Text(**about("Why the last load failed, or null."))
+    error = Text(allow_none=True, **about("Why the last load failed, or null."))

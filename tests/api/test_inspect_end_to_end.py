@@ -1,0 +1,222 @@
+"""/inspect/* on a real model, against what transformers itself computes for the same tokens."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import numpy
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from tests import tokenizers
+from transformers_api.api.services import EXTENSION
+from transformers_api.app import create_app
+from transformers_api.settings import Settings
+
+LAYERS, HEADS = 3, 4
+PROMPT = "The capital of France is"
+LONG = {"prompt": "abcdefgh" * 12}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = tokenizers.byte_level()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.3,  # rows that are not all alike
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    (folder / "models.json").write_text(
+        json.dumps([{"name": "tiny", "path": str(folder / "model")}])
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def app(folder):
+    settings = Settings(
+        model_registry_path=folder / "models.json",
+        include_default_models=False,
+        default_model="tiny",
+        preload_model=False,
+        model_store=folder / "store",
+        hf_home=folder / "hub",
+        torch_threads=1,
+        rate_limit_per_min=0,
+        prefill_chunk=16,  # slices of inspections have as many tokens
+    )
+    app = create_app(settings)
+    yield app
+    app.extensions[EXTENSION].swapper.close()
+
+
+@pytest.fixture
+def client(app):
+    return app.test_client()
+
+
+@pytest.fixture(scope="module")
+def eager(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", attn_implementation="eager")
+    return model.eval()
+
+
+def ask(client, route, body, accept="*/*"):
+    response = client.post(f"/inspect/{route}", json=body, headers={"Accept": accept})
+    assert response.status_code == 200, response.get_data(as_text=True)
+    return response.get_json() if response.is_json else numpy.load(io.BytesIO(response.get_data()))
+
+
+def run(eager, ids):
+    with torch.inference_mode():
+        return eager(torch.tensor([ids]), output_attentions=True, output_hidden_states=True)
+
+
+@pytest.fixture(scope="module")
+def completion(app):
+    """The id of an answer, and its tokens."""
+    body = {"prompt": PROMPT, "max_tokens": 20, "temperature": 1.0, "seed": 3}
+    body |= {"return_token_ids": True, "ignore_eos": True}
+    answer = app.test_client().post("/v1/completions", json=body).get_json()
+    (choice,) = answer["choices"]
+    return answer["id"], [*PROMPT.encode(), *choice["token_ids"]]
+
+
+def test_the_model_is_verified_and_everything_is_available(client):
+    found = client.get("/inspect/model").get_json()
+    assert (found["attention"]["mode"], found["attention"]["verified"]) == ("tap", True)
+    assert found["attention"]["max_rel_err"] < 1e-4
+    assert found["lens"] == {"available": True, "final_norm": "model.norm", "exact": True}
+    assert found["gradients"] is True
+    assert (found["layers"], found["heads"], found["kv_heads"]) == (LAYERS, HEADS, 2)
+
+
+def test_the_attention_of_what_was_written_is_that_of_eager(client, eager, completion):
+    name, ids = completion
+    reference = run(eager, ids).attentions
+    for layer in range(LAYERS):
+        body = {"completion_id": name, "trace_layer": layer, "head": "all"}
+        found = ask(client, "full_attn", body, "application/x-npz")
+        assert found["token_ids"].tolist() == ids
+        assert numpy.allclose(found["attn"], reference[layer][0].numpy(), atol=5e-4)  # float16
+        found = ask(client, "full_attn", {**body, "head": 3, "rows": [5, 25], "cols": [2, 9]})
+        expected = reference[layer][0, 3, 5:25, 2:9].numpy()
+        assert numpy.allclose(found["attn"], expected, atol=2e-5)
+
+
+def test_what_is_generated_first_is_what_a_completion_would_say(client):
+    options = {"max_tokens": 12, "temperature": 1.0, "seed": 9, "return_token_ids": True}
+    answer = client.post("/v1/completions", json={"prompt": PROMPT, **options}).get_json()
+    wrote = answer["choices"][0]["token_ids"]
+    body = {"prompt": PROMPT, "max_new_tokens": 12, "temperature": 1.0, "seed": 9}
+    found = ask(client, "full_attn", {**body, "trace_layer": 0, "head": 0})
+    assert found["token_ids"] == [*PROMPT.encode(), *wrote]
+
+
+def test_surprisal_is_that_of_the_models_own_logits(client, eager, completion):
+    name, ids = completion
+    found = ask(client, "tokens", {"completion_id": name, "logprobs": True, "topk": 2})
+    logprobs = run(eager, ids).logits[0].log_softmax(-1)
+    expected = [-logprobs[i - 1, token].item() for i, token in enumerate(ids) if i]
+    assert numpy.allclose(found["surprisal"][1:], expected, atol=1e-4)
+    likeliest = logprobs[:-1].argmax(-1).tolist()
+    assert [top[0]["token_id"] for top in found["topk"][1:]] == likeliest
+    assert [rank == 0 for rank in found["rank"][1:]] == [
+        token == best for token, best in zip(ids[1:], likeliest, strict=True)
+    ]
+
+
+def test_the_lens_of_the_last_layer_is_the_models_own_choice(client, eager, completion):
+    name, ids = completion
+    body = {"completion_id": name, "positions": "all", "topk": 1}
+    found = ask(client, "logit_lens", body)
+    assert found["layers"] == list(range(-1, LAYERS))
+    probs = run(eager, ids).logits[0].softmax(-1)
+    best = [{"token_id": row[-1]["topk"][0]["token_id"]} for row in found["cells"]]
+    assert best == [{"token_id": i} for i in probs.argmax(-1).tolist()]
+    shown = [row[-1]["topk"][0]["prob"] for row in found["cells"]]
+    assert numpy.allclose(shown, probs.max(-1).values, atol=1e-4)
+
+
+def test_hidden_states_are_those_after_each_layer(client, eager, completion):
+    name, ids = completion
+    body = {"completion_id": name, "layers": [-1, 0, 1], "positions": "all"}
+    found = ask(client, "hidden_states", body)["states"]
+    states = run(eager, ids).hidden_states  # the last one is behind the final norm
+    for place in range(3):
+        assert numpy.allclose(found[place], states[place][0].numpy(), atol=1e-4)
+
+
+def test_the_rollout_is_the_product_of_the_layers(client, eager, completion):
+    name, ids = completion
+    expected = numpy.eye(len(ids))
+    for layer in run(eager, ids).attentions:
+        expected = (0.5 * layer[0].mean(0).numpy() + 0.5 * numpy.eye(len(ids))) @ expected
+    found = ask(client, "rollout", {"completion_id": name})
+    assert found["layers"] == [0, LAYERS - 1]
+    assert numpy.allclose(found["attn"], expected, atol=2e-5)
+
+
+def test_the_grid_says_what_the_matrices_say(client, eager, completion):
+    name, ids = completion
+    found = ask(client, "heads", {"completion_id": name, "thumb": 4})
+    full = run(eager, ids).attentions[1][0, 2].double().numpy()
+    places = numpy.arange(len(ids))
+    head = found["layers"][1]["heads"][2]
+    assert head["first"] == pytest.approx(full[:, 0].mean(), abs=1e-4)
+    assert head["self"] == pytest.approx(numpy.diag(full).mean(), abs=1e-4)
+    apart = numpy.abs(places[:, None] - places[None])
+    assert head["distance"] == pytest.approx((full * apart).sum(1).mean(), abs=1e-3)
+    assert found["thumb"]["shape"] == [LAYERS, HEADS, 4, 4]
+
+
+@pytest.mark.parametrize("method", ["occlusion", "gradient_x_input", "gradient_norm"])
+def test_attribution_gives_a_score_for_each_token(client, eager, method):
+    found = ask(client, "attribution", {"prompt": PROMPT, "method": method})
+    logprobs = run(eager, list(PROMPT.encode())).logits[0, -1].log_softmax(-1)
+    target = found["target"]
+    assert target["token_id"] == logprobs.argmax().item()
+    assert target["logprob"] == pytest.approx(logprobs.max().item(), abs=1e-4)
+    assert len(found["scores"]) == len(PROMPT)
+    assert any(found["scores"])
+
+
+def test_integrated_gradients_say_what_they_leave_unexplained(client):
+    body = {"prompt": PROMPT, "method": "integrated_gradients", "steps": 4}
+    assert ask(client, "attribution", body)["convergence_delta"] is not None
+
+
+def test_an_answer_goes_on_between_the_slices_of_an_inspection_and_stays_the_same(app, client):
+    body = {"prompt": PROMPT, "max_tokens": 400, "temperature": 0, "ignore_eos": True}
+    alone = client.post("/v1/completions", json=body).get_json()["choices"][0]["text"]
+    grid = ask(client, "heads", {**LONG, "thumb": 2})
+    with app.extensions[EXTENSION].swapper.lease("tiny") as lease:
+        stats = lease.model.engine.stats
+        stream = client.post("/v1/completions", json={**body, "stream": True})
+        events = iter(stream.response)
+        first = next(events)
+        before = stats().steps
+        assert ask(app.test_client(), "heads", {**LONG, "thumb": 2}) == grid
+        assert stats().running == 1, "it was over too soon to show anything"
+        assert stats().steps - before >= 5  # 96 tokens in slices of 16
+        frames = (first + b"".join(events)).decode().split("\n\n")
+        stream.close()
+    pieces = [json.loads(frame[6:]) for frame in frames if frame.startswith("data: {")]
+    assert "".join(piece["choices"][0]["text"] for piece in pieces) == alone
+
+
+def test_nothing_is_left_behind(app):
+    status = app.extensions[EXTENSION].swapper.status()
+    assert status.leases == 0

@@ -1,0 +1,258 @@
+"""A stand-in for what looks inside: two layers, four heads, made-up numbers of the right shape."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
+
+import numpy
+
+from transformers_api.inspection.base import (
+    Anatomy,
+    Array,
+    AttentionMode,
+    AttentionRow,
+    AttentionWindow,
+    Attribution,
+    AttributionQuestion,
+    HeadGrid,
+    Heads,
+    Job,
+    LayerAttention,
+    LensReading,
+    LensTable,
+    Likely,
+    PromptReading,
+    StepTrace,
+    TracePlan,
+)
+
+LAYERS, HEADS, KV_HEADS, WIDTH = 2, 4, 2, 8
+
+
+def fake_layer(layer: int, **fields: Any) -> LayerAttention:
+    """Full attention in four heads; ``fields`` replace those of LayerAttention."""
+    given = {
+        "type": "full_attention",
+        "heads": HEADS,
+        "kv_heads": KV_HEADS,
+        "available": True,
+        "max_rel_err": 1e-7,
+    }
+    return LayerAttention(layer=layer, **(given | fields))
+
+
+def fake_anatomy(**fields: Any) -> Anatomy:
+    """``fields`` replace those of Anatomy."""
+    given: dict[str, Any] = {
+        "model_type": "fake",
+        "layers": LAYERS,
+        "heads": HEADS,
+        "kv_heads": KV_HEADS,
+        "head_dim": WIDTH // HEADS,
+        "hidden_size": WIDTH,
+        "vocab_size": 259,
+        "context": 2048,
+        "dtype": "float32",
+        "mode": AttentionMode.TAP,
+        "implementation": "sdpa",
+        "verified": True,
+        "max_rel_err": 1e-7,
+        "final_norm": "model.norm",
+        "lens": True,
+        "lens_is_exact": True,
+        "traces_attention": True,
+    } | fields
+    given.setdefault("attention", tuple(fake_layer(i) for i in range(given["layers"])))
+    return Anatomy(**given)
+
+
+def weights(layer: int, heads: int, keys: int) -> Array:
+    """(H, K): rows that sum to 1 and differ from head to head and from layer to layer."""
+    ramp = numpy.arange(1, keys + 1, dtype=numpy.float64)[None]
+    powers = 0.5 * numpy.arange(1, heads + 1)[:, None] + layer
+    rows = ramp**powers
+    return (rows / rows.sum(axis=1, keepdims=True)).astype(numpy.float32)
+
+
+def matrix(layer: int, heads: int, tokens: int) -> Array:
+    """(H, n, n): lower triangular."""
+    full = numpy.zeros((heads, tokens, tokens), numpy.float32)
+    for query in range(tokens):
+        full[:, query, : query + 1] = weights(layer, heads, query + 1)
+    return full
+
+
+def reduced(rows: Array, heads: Any) -> Array:
+    """Over the first axis as ``heads`` says."""
+    if heads in ("mean", "max"):
+        return numpy.asarray(getattr(rows, heads)(axis=0, keepdims=True))
+    if isinstance(heads, int):
+        return rows[heads : heads + 1]
+    return rows[list(heads)] if isinstance(heads, tuple) else rows
+
+
+def likely(token_id: int, count: int, vocab: int = 259) -> Likely:
+    """The token itself with 0.6, then its neighbours, each half as likely."""
+    ids = tuple((token_id + i) % vocab for i in range(count))
+    return Likely(ids, tuple(0.6 * 0.5**i for i in range(count)))
+
+
+def fake_step(
+    plan: TracePlan, prompt: Sequence[int], step: int, token_id: int, greedy: bool
+) -> StepTrace:
+    """What an engine would have noted."""
+    context = len(prompt) + step
+    sampled = Likely((token_id,), (1.0,)) if greedy else likely(token_id, plan.sampled_topk)
+    return StepTrace(
+        step=step,
+        position=context,
+        context=context,
+        start=0,
+        token_id=token_id,
+        logprob=math.log(0.6),
+        entropy=1.25,
+        rank=0,
+        top=likely(token_id, plan.topk),
+        sampled_prob=1.0 if greedy else 0.6,
+        sampled_entropy=0.0 if greedy else 1.0,
+        sampled_top=Likely(
+            sampled.token_ids[: plan.sampled_topk], sampled.probs[: plan.sampled_topk]
+        ),
+        attention=tuple(_row(plan, layer, context) for layer in plan.layers),
+        lens=tuple(
+            LensReading(
+                layer=layer,
+                top=likely(token_id + 1, plan.lens_topk),
+                rank_of_sampled=3,
+                prob_of_sampled=0.01,
+                entropy=2.0,
+            )
+            for layer in plan.lens_layers
+        ),
+        resid_norms=(35.25, 88.125) if plan.resid_norms else (),
+    )
+
+
+def _row(plan: TracePlan, layer: int, keys: int) -> AttentionRow:
+    rows = reduced(weights(layer, HEADS, keys), plan.heads)
+    if not plan.attn_topk:
+        return AttentionRow(layer=layer, key_start=0, width=keys, weights=rows)
+    order = numpy.argsort(-rows, axis=1)[:, : plan.attn_topk]
+    heaviest = numpy.take_along_axis(rows, order, axis=1)
+    return AttentionRow(
+        layer=layer,
+        key_start=0,
+        width=keys,
+        weights=heaviest,
+        keys=order.astype(numpy.int64),
+        rest=(1 - heaviest.sum(axis=1)).clip(0).astype(numpy.float32),
+    )
+
+
+def sliced(work: Callable[[], Any], slices: int = 2) -> Job[Any]:
+    """A job that yields between so many slices and then gives what ``work`` makes."""
+
+    def job(_model: Any) -> Generator[None, None, Any]:
+        for _ in range(slices):
+            yield
+        return work()
+
+    return job
+
+
+class FakeInspector:
+    """Meets inspection.base.Inspector. ``asked`` records (method, ids) in order."""
+
+    def __init__(self, anatomy: Anatomy | None = None, gradients: bool = True) -> None:
+        self.anatomy = anatomy or fake_anatomy()
+        self.gradients = gradients
+        self.asked: list[tuple[str, list[int]]] = []
+
+    def attention(
+        self,
+        ids: Sequence[int],
+        layer: int,
+        heads: Heads,
+        rows: tuple[int, int],
+        cols: tuple[int, int],
+    ) -> Job[AttentionWindow]:
+        self.asked.append(("attention", list(ids)))
+        full = reduced(matrix(layer, HEADS, len(ids)), heads)
+        return sliced(lambda: AttentionWindow(weights=full[:, slice(*rows), slice(*cols)]))
+
+    def heads(self, ids: Sequence[int], thumb: int) -> Job[HeadGrid]:
+        self.asked.append(("heads", list(ids)))
+        shape = (self.anatomy.layers, HEADS)
+        numbers = [numpy.full(shape, value, numpy.float32) for value in (1.2, 4.1, 0.6, 0.02, 0.1)]
+        for layer in self.anatomy.attention:
+            if not layer.available:
+                for array in numbers:
+                    array[layer.layer] = numpy.nan
+        thumbs = numpy.full((*shape, thumb, thumb), 0.25, numpy.float32) if thumb else None
+        names = ("entropy", "distance", "first", "previous", "itself")
+        grid = HeadGrid(**dict(zip(names, numbers, strict=True)), sink=None, thumbs=thumbs)
+        return sliced(lambda: grid)
+
+    def rollout(self, ids: Sequence[int]) -> Job[Array]:
+        self.asked.append(("rollout", list(ids)))
+        return sliced(lambda: matrix(0, 1, len(ids))[0])
+
+    def read_prompt(self, ids: Sequence[int], topk: int) -> Job[PromptReading]:
+        self.asked.append(("read_prompt", list(ids)))
+        count = len(ids) - 1
+        following = numpy.array(ids[1:], numpy.int64)
+        reading = PromptReading(
+            surprisal=numpy.full(count, 0.5, numpy.float32),
+            entropy=numpy.full(count, 1.5, numpy.float32),
+            rank=numpy.zeros(count, numpy.int64),
+            top_ids=(following[:, None] + numpy.arange(topk)) % 259,
+            top_logprobs=numpy.tile(-0.5 - numpy.arange(topk, dtype=numpy.float32), (count, 1)),
+        )
+        return sliced(lambda: reading)
+
+    def lens(
+        self,
+        ids: Sequence[int],
+        layers: Sequence[int],
+        positions: Sequence[int],
+        topk: int,
+        target: int | None,
+    ) -> Job[LensTable]:
+        self.asked.append(("lens", list(ids)))
+        shape = (len(positions), len(layers))
+        tops = numpy.broadcast_to(numpy.arange(97, 97 + topk), (*shape, topk))
+        table = LensTable(
+            top_ids=tops.astype(numpy.int64),
+            top_probs=numpy.full((*shape, topk), 0.3, numpy.float32),
+            entropy=numpy.full(shape, 2.1, numpy.float32),
+            target_ids=numpy.full(len(positions), 97 if target is None else target, numpy.int64),
+            target_rank=numpy.full(shape, 5, numpy.int64),
+            target_prob=numpy.full(shape, 0.01, numpy.float32),
+        )
+        return sliced(lambda: table)
+
+    def hidden_states(
+        self, ids: Sequence[int], layers: Sequence[int], positions: Sequence[int]
+    ) -> Job[Array]:
+        self.asked.append(("hidden_states", list(ids)))
+        shape = (len(layers), len(positions), self.anatomy.hidden_size)
+        size = math.prod(shape)
+        return sliced(lambda: numpy.arange(size, dtype=numpy.float32).reshape(shape))
+
+    def attribute(self, ids: Sequence[int], question: AttributionQuestion) -> Job[Attribution]:
+        self.asked.append(("attribute", list(ids)))
+        count = question.position + 1
+        token_id = 97 if question.token_id is None else question.token_id
+        answer = Attribution(
+            scores=numpy.linspace(-1, 1, count, dtype=numpy.float32),
+            token_id=token_id,
+            logprob=-0.25,
+            value=-0.25 if question.of == "logprob" else 7.5,
+            convergence_delta=0.01 if question.method == "integrated_gradients" else None,
+        )
+        return sliced(lambda: answer)
+
+    def check_gradients(self) -> Job[bool]:
+        return sliced(lambda: self.gradients, slices=0)

@@ -1,0 +1,64 @@
+"""The embedded default model, in both dtypes that a CPU serves it in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.inspection.test_trace import everything, generate, scored
+from transformers_api.engine.loader import LoadOptions, load_engine
+from transformers_api.inspection.attachment import Attachment
+from transformers_api.inspection.base import AttentionMode
+from transformers_api.serving.registry import ModelRegistry
+from transformers_api.serving.store import ModelStore
+from transformers_api.settings import Settings
+
+ROOT = Path(__file__).parents[2]
+PROMPTS = [[504, 3575, 282, 4649, 314], [504, 2644], list(range(300, 320))]
+
+pytestmark = pytest.mark.timeout(300)  # the embedded model is converted, once per checkout
+
+
+@pytest.fixture(scope="module")
+def folder():
+    settings = Settings(model_store=ROOT / "build" / "test-models")
+    store = ModelStore(settings)
+    spec = ModelRegistry.from_settings(settings, store.has_repo).resolve(settings.default_model)
+    return store.prepare(spec, lambda _share, _what: None).folder
+
+
+@pytest.fixture
+def start(folder, engine_thread):
+    """start(dtype): a fresh engine and what was found out about its model."""
+    engines = []
+
+    def make(dtype):
+        attachment = Attachment(slice_tokens=64)
+        options = LoadOptions(dtype=dtype, num_slots=4, kv_cache_bytes=1 << 28)
+        load = engine_thread.call(
+            lambda: load_engine(folder, options, engine_thread, attachment.wrap)
+        )
+        engines.append(load.result())
+        return engines[-1], attachment.examined.anatomy
+
+    yield make
+    for engine in engines:
+        engine.close()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_layer_is_verified_and_a_trace_changes_no_bit(start, dtype):
+    engine, anatomy = start(dtype)
+    assert anatomy.mode is AttentionMode.TAP
+    assert anatomy.layers_with_attention == list(range(30))
+    assert anatomy.max_rel_err < (1e-5 if dtype == "float32" else 1e-2)
+    assert anatomy.lens_is_exact
+    for prompts in (PROMPTS[:1], PROMPTS):
+        plain = generate(engine, prompts, max_tokens=6)
+        engine.close()
+        engine, _ = start(dtype)  # nothing is left of the first run, such as cached prompts
+        traced = generate(engine, prompts, everything(anatomy), max_tokens=6)
+        assert scored(plain) == scored(traced)
+        engine.close()
+        engine, _ = start(dtype)

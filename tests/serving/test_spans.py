@@ -1,0 +1,107 @@
+"""Whose words the tokens of a prompt are."""
+
+import pytest
+
+from tests import tokenizers
+from tests.fakes import fake_model, fake_spec, fake_tokenizer
+from transformers_api.serving import chat
+from transformers_api.serving.spans import Span, spans
+
+TALK = [
+    {"role": "system", "content": "Be ☺ kind"},
+    {"role": "user", "content": "user"},
+    {"role": "assistant", "content": ""},
+    {"role": "user", "content": "Hi\n"},
+]
+
+
+def found(model, messages, **options):
+    """(role, text) of each span."""
+    ids = chat.encode(model, messages, **options).ids
+    return [
+        (span.role, chat.decode_ids(model, ids[span.start : span.end]))
+        for span in spans(model, messages, ids, **options)
+    ]
+
+
+def said(messages):
+    return [(message["role"], message["content"]) for message in messages]
+
+
+@pytest.mark.parametrize("mode", ["template", "transcript"])
+def test_each_message_is_where_it_stands(mode):
+    assert found(fake_model(fake_spec(chat=mode)), TALK) == said(TALK)
+
+
+def test_a_span_is_positions_and_the_rest_is_the_templates():
+    model = fake_model()
+    ids = chat.encode(model, TALK[1:2]).ids
+    assert ids[:6] == [256, *b"user\n"]
+    assert spans(model, TALK[1:2], ids) == [Span("user", 6, 10, "content")]
+
+
+def test_the_same_words_in_the_template_do_not_confuse():
+    talk = [{"role": "user", "content": "assistant\n"}, {"role": "user", "content": "user"}]
+    assert found(fake_model(), talk) == said(talk)
+
+
+def test_a_message_in_parts_is_one_span():
+    parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
+    talk = [{"role": "user", "content": parts}]
+    assert found(fake_model(), talk) == [("user", "one two")]
+
+
+@pytest.mark.parametrize(
+    "options", [{"continue_final_message": True}, {"add_generation_prompt": False}]
+)
+def test_options_of_the_prompt_are_followed(options):
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "The sea"}]
+    assert found(fake_model(), talk, **options) == said(talk)
+
+
+def with_template(template):
+    tokenizer = fake_tokenizer()
+    tokenizer.chat_template = template
+    return fake_model(tokenizer=tokenizer)
+
+
+def test_white_space_that_a_template_cuts_off_is_in_no_span():
+    model = with_template("{% for m in messages %}[{{ m.content | trim }}]{% endfor %}")
+    talk = [{"role": "user", "content": " Hi "}, {"role": "user", "content": "Ho\n"}]
+    assert found(model, talk) == [("user", "Hi"), ("user", "Ho")]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{{ m.content | upper }}{% endfor %}",
+        "{% for m in messages %}{{ m.content[:2] }}{% endfor %}",
+        "{{ messages[-1].content }}",
+        "{% for m in messages | reverse %}{{ m.content }}{% endfor %}",
+        "{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}",
+    ],
+    ids=["another case", "a part", "only the last", "another order", "twice"],
+)
+def test_what_cannot_be_known_is_left_open(template):
+    talk = [{"role": "user", "content": "Hello"}, {"role": "user", "content": "World"}]
+    assert found(with_template(template), talk) == []
+
+
+def test_a_template_that_refuses_a_word_of_ours_leaves_it_open():
+    model = with_template(
+        "{% for m in messages %}{% if m.content != 'Hi' %}{{ raise_exception('no') }}{% endif %}"
+        "{{ m.content }}{% endfor %}"
+    )
+    assert found(model, [{"role": "user", "content": "Hi"}]) == []
+
+
+def test_ids_of_another_prompt_leave_it_open():
+    assert spans(fake_model(), TALK, [1, 2, 3]) == []
+
+
+@pytest.mark.parametrize("kind", tokenizers.all_kinds())
+def test_every_kind_of_tokenizer_shows_the_messages_or_leaves_them_open(kind):
+    model = fake_model(fake_spec(chat="transcript"), tokenizer=tokenizers.all_kinds()[kind])
+    talk = [{"role": "user", "content": "a é b"}, {"role": "assistant", "content": "世"}]
+    shown = [(role, text.strip()) for role, text in found(model, talk)]
+    assert shown == ([] if kind in ("metaspace", "wordpiece") else said(talk))

@@ -1,0 +1,82 @@
+"""What GET /status answers."""
+
+from __future__ import annotations
+
+from marshmallow import Schema, fields
+
+
+class KvCache(Schema):
+    """Memory for keys and values."""
+
+    bytes = fields.Integer(metadata={"description": "Allocated."})
+    used_bytes = fields.Integer(metadata={"description": "Reserved for the sequences that run."})
+    budget_bytes = fields.Integer(metadata={"description": "May be allocated."})
+    usage = fields.Float(metadata={"description": "Reserved share of the budget, 0 to 1."})
+
+
+class Resident(Schema):
+    """The model in memory."""
+
+    model = fields.String()
+    draining = fields.Boolean(metadata={"description": "On its way out: grants no leases."})
+    since = fields.Integer(metadata={"description": "Seconds since 1970."})
+    load_s = fields.Float(metadata={"description": "Seconds that its loading took."})
+    bytes = fields.Integer(metadata={"description": "Of its weights."})
+    dtype = fields.String()
+    device = fields.String()
+    max_model_len = fields.Integer()
+    mode = fields.String(metadata={"description": "batching, or sequential: one at a time."})
+    leases = fields.Integer(metadata={"description": "Requests that hold it."})
+    running = fields.Integer(metadata={"description": "Sequences that have a slot."})
+    waiting = fields.Integer(metadata={"description": "Sequences that wait for a slot."})
+    kv_cache = fields.Nested(KvCache)
+
+
+class Loading(Schema):
+    """The model that comes next."""
+
+    model = fields.String()
+    progress = fields.Float(metadata={"description": "0 to 1."})
+    doing = fields.String(metadata={"description": "What is being done, in words."})
+
+
+class Limits(Schema):
+    """How much the server takes on; null is no limit."""
+
+    max_inflight = fields.Integer()
+    max_queue = fields.Integer()
+    threads = fields.Integer()
+    max_prompt_bytes = fields.Integer()
+    max_body_bytes = fields.Integer()
+    request_timeout_s = fields.Float(allow_none=True)
+    rate_limit_per_min = fields.Integer(allow_none=True)
+    rate_limit_burst = fields.Integer()
+    rate_limit_tokens_per_min = fields.Integer(allow_none=True)
+
+
+class Status(Schema):
+    """What the server is doing."""
+
+    version = fields.String()
+    uptime_s = fields.Float()
+    started = fields.Integer(metadata={"description": "Seconds since 1970."})
+    ready = fields.Boolean(metadata={"description": "Whether requests may be sent."})
+    reason = fields.String(metadata={"description": "Why not."})
+    state = fields.String(metadata={"description": "empty, loading, ready, draining."})
+    resident = fields.Nested(Resident, allow_none=True)
+    encoder = fields.String(
+        allow_none=True, metadata={"description": "The encoder of embeddings beside it."}
+    )
+    loading = fields.Nested(Loading, allow_none=True)
+    queued = fields.Dict(
+        keys=fields.String(),
+        values=fields.Integer(),
+        metadata={"description": "Requests that wait for a model, by its name."},
+    )
+    failed = fields.Dict(
+        keys=fields.String(),
+        values=fields.String(),
+        metadata={"description": "Why models could not be loaded, until they are."},
+    )
+    requests = fields.Integer(metadata={"description": "Requests that are being served or wait."})
+    limits = fields.Nested(Limits)

@@ -1,0 +1,323 @@
+"""How everything is counted that ``/metrics`` shows; ``metric_names.py`` says what that is.
+
+Labels come from closed sets: registered models, rules of URLs, codes of errors. What a client sends
+is never one.
+
+The engine thread counts in plain numbers that only it writes (``EngineTally``); they become metrics
+when somebody asks. Everything else is rare enough for prometheus_client's own counters.
+"""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Iterator, Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.metrics_core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+from transformers_api import __version__, errors
+from transformers_api import metric_names as names
+from transformers_api.engine.base import EngineListener, FinishReason, SequenceStats
+from transformers_api.errors import ApiError
+from transformers_api.metric_names import Named
+from transformers_api.serving.residency import SwapperListener, SwapperStatus
+
+if TYPE_CHECKING:
+    from transformers_api.api.request_log import RequestRecord
+
+disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each, which nobody reads
+
+OTHER = "other"  # stands for whatever is not in a closed set
+METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
+
+
+class Tally:
+    """A histogram in plain numbers, written by one thread."""
+
+    __slots__ = ("_bounds", "counts", "total")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def add(self, value: float) -> None:
+        """Count a value."""
+        self.counts[bisect_left(self._bounds, value)] += 1
+        self.total += value
+
+
+class EngineTally(EngineListener):
+    """What the engine thread counts for one model, whichever engine runs it."""
+
+    def __init__(self) -> None:
+        histograms = (
+            names.FIRST,
+            names.GAP,
+            names.TOTAL,
+            names.QUEUE,
+            names.PREFILL,
+            names.DECODE,
+            names.INFERENCE,
+            names.PROMPT,
+            names.WRITTEN,
+            names.STEP,
+        )
+        self.tallies = {named: Tally(named.buckets) for named in histograms}
+        self.counts = dict.fromkeys(
+            (names.PROMPT_TOKENS, names.WRITTEN_TOKENS, names.QUERIES, names.HITS), 0
+        )
+        self.ends = dict.fromkeys(FinishReason, 0)
+        self._step, self._gap = self.tallies[names.STEP], self.tallies[names.GAP]
+
+    def on_step(self, read_tokens: int, gaps: Sequence[float]) -> None:
+        """See EngineListener."""
+        self._step.add(read_tokens)
+        self.counts[names.WRITTEN_TOKENS] += len(gaps)
+        for gap in gaps:
+            self._gap.add(gap)
+
+    def on_prompt(self, tokens: int, cached_tokens: int, first_token_s: float | None) -> None:
+        """See EngineListener."""
+        self.counts[names.PROMPT_TOKENS] += tokens
+        self.counts[names.QUERIES] += tokens
+        self.counts[names.HITS] += cached_tokens
+        if first_token_s is not None:
+            self.counts[names.WRITTEN_TOKENS] += 1
+            self.tallies[names.FIRST].add(first_token_s)
+
+    def on_finish(self, stats: SequenceStats) -> None:
+        """See EngineListener."""
+        self.ends[stats.finish_reason] += 1
+        for named, value in (
+            (names.TOTAL, stats.total_s),
+            (names.QUEUE, stats.queued_s),
+            (names.PREFILL, stats.prefill_s),
+            (names.DECODE, stats.decode_s),
+            (names.INFERENCE, stats.prefill_s + stats.decode_s),
+            (names.PROMPT, stats.prompt_tokens),
+            (names.WRITTEN, stats.generated_tokens),
+        ):
+            self.tallies[named].add(value)
+
+
+class Metrics:
+    """All metrics of one application; meets ``api.services.MetricsPage``. From any thread.
+
+    ``models``: the names that may be labels.
+    """
+
+    def __init__(self, models: Collection[str]) -> None:
+        self._models = frozenset(models)
+        self._codes = frozenset(_codes())
+        self._engines: dict[str, EngineTally] = {}
+        self.registry = CollectorRegistry(auto_describe=False)
+        ProcessCollector(registry=self.registry)
+        make = self._make_counter
+        self._http, self._refused = make(names.HTTP), make(names.REFUSED)
+        self._gone, self._traces, self._inspections = (
+            make(names.GONE),
+            make(names.TRACES),
+            make(names.INSPECTIONS),
+        )
+        self.swaps, self.evicted, self.load_failed = (
+            make(names.SWAPS),
+            make(names.EVICTED),
+            make(names.LOAD_FAILED),
+        )
+        self.load = self._make_histogram(names.LOAD)
+        self._wait = self._make_histogram(names.MODEL_WAIT)
+        self._http_time = self._make_histogram(names.HTTP_TIME)
+        for code in self._codes:  # so that the first one of a kind is seen to grow
+            self._refused.labels(code)
+
+    def page(self) -> tuple[bytes, str]:
+        """See api.services.MetricsPage."""
+        return generate_latest(self.registry), CONTENT_TYPE_PLAIN_0_0_4
+
+    def watch(
+        self,
+        status: Callable[[], SwapperStatus],
+        ready: Callable[[], tuple[bool, str]],
+        active: Callable[[], int],
+    ) -> None:
+        """Show what these say when somebody asks, and what the engines count. Once."""
+        self.registry.register(_Engines(self._engines))
+        self.registry.register(_Residents(status, ready, active, self.model))
+
+    def engine(self, model: str) -> EngineTally:
+        """What hears of the steps of ``model``."""
+        return self._engines.setdefault(self.model(model), EngineTally())
+
+    def model(self, name: str) -> str:
+        """The label of a model."""
+        return name if name in self._models else OTHER
+
+    def code(self, error: ApiError) -> str:
+        """The label of an error."""
+        code = error.code or _WRONG
+        return code if code in self._codes else OTHER
+
+    def on_request(self, record: RequestRecord) -> None:
+        """See api.services.MetricsPage."""
+        method = record.method if record.method in METHODS else OTHER
+        self._http.labels(record.route, method, f"{record.status // 100}xx").inc()
+        self._http_time.labels(record.route, method).observe(record.seconds)
+        if record.model is not None and record.model_wait_s is not None:
+            self._wait.labels(self.model(record.model)).observe(record.model_wait_s)
+        if record.client_gone:
+            self._gone.inc()
+        elif record.error is not None:
+            self._refused.labels(self.code(record.error)).inc()
+        elif record.route.startswith("/inspect/") and record.method == "POST":
+            self._inspections.inc()
+        if record.is_traced:
+            self._traces.inc()
+
+    def _make_counter(self, named: Named) -> Counter:
+        return Counter(named.name, named.help, named.labels, registry=self.registry)
+
+    def _make_histogram(self, named: Named) -> Histogram:
+        return Histogram(
+            named.name, named.help, named.labels, registry=self.registry, buckets=named.buckets
+        )
+
+
+class ModelEvents(SwapperListener):
+    """Counts what one swapper does."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._last: str | None = None
+
+    def on_load(self, model_id: str, seconds: float) -> None:
+        """See SwapperListener."""
+        self._metrics.load.labels(self._metrics.model(model_id)).observe(seconds)
+        if self._last not in (None, model_id):
+            self._metrics.swaps.inc()
+        self._last = model_id
+
+    def on_evict(self, model_id: str) -> None:
+        """See SwapperListener."""
+        self._metrics.evicted.labels(self._metrics.model(model_id)).inc()
+
+    def on_load_failed(self, model_id: str, error: ApiError) -> None:
+        """See SwapperListener."""
+        metrics = self._metrics
+        metrics.load_failed.labels(metrics.model(model_id), metrics.code(error)).inc()
+
+
+class _Engines(Collector):
+    """The numbers of the engine thread, which goes on writing them meanwhile."""
+
+    def __init__(self, engines: dict[str, EngineTally]) -> None:
+        self._engines = engines
+
+    def collect(self) -> Iterator[Metric]:
+        engines = dict(self._engines)
+        fresh = EngineTally()
+        for named in fresh.tallies:
+            histogram = HistogramMetricFamily(named.name, named.help, labels=named.labels)
+            for model, engine in engines.items():
+                tally = engine.tallies[named]
+                counts = [*accumulate(list(tally.counts))]
+                bounds = [*(str(float(bound)) for bound in named.buckets), "+Inf"]
+                histogram.add_metric([model], [*zip(bounds, counts, strict=True)], tally.total)
+            yield histogram
+        for named in fresh.counts:
+            counter = CounterMetricFamily(named.name, named.help, labels=named.labels)
+            for model, engine in engines.items():
+                counter.add_metric([model], engine.counts[named])
+            yield counter
+        ends = CounterMetricFamily(
+            names.SUCCESS.name, names.SUCCESS.help, labels=names.SUCCESS.labels
+        )
+        for model, engine in engines.items():
+            for reason, count in engine.ends.items():
+                ends.add_metric([model, reason.value], count)
+        yield ends
+
+
+class _Residents(Collector):
+    """What is resident, coming and waited for."""
+
+    def __init__(
+        self,
+        status: Callable[[], SwapperStatus],
+        ready: Callable[[], tuple[bool, str]],
+        active: Callable[[], int],
+        label: Callable[[str], str],
+    ) -> None:
+        self._status = status
+        self._ready = ready
+        self._active = active
+        self._label = label
+
+    def collect(self) -> Iterator[Metric]:
+        status = self._status()
+        yield _shown(names.BUILD, [((__version__,), 1)])
+        yield _shown(names.READY, [((), self._ready()[0])])
+        yield _shown(names.ACTIVE, [((), self._active())])
+        yield _shown(names.THREADS, [((), threading.active_count())])
+        yield from self._of_resident(status)
+        waiting: dict[str, int] = {}
+        for name, count in status.waiting.items():
+            waiting[self._label(name)] = waiting.get(self._label(name), 0) + count
+        yield _shown(names.CALLERS, [((name,), count) for name, count in waiting.items()])
+        coming = [] if status.loading is None else [self._label(status.loading)]
+        yield _shown(names.PROGRESS, [((name,), status.progress) for name in coming])
+
+    def _of_resident(self, status: SwapperStatus) -> Iterator[Metric]:
+        engine = status.engine
+        usage = min(engine.kv_used_bytes / max(engine.kv_budget_bytes, 1), 1.0)
+        values: dict[Named, float] = {
+            names.RUNNING: engine.running,
+            names.WAITING: engine.waiting,
+            names.KV: usage,
+            names.WEIGHTS: status.bytes,
+            names.KV_BYTES: engine.kv_bytes,
+            names.KV_BUDGET: engine.kv_budget_bytes,
+            names.LEASES: status.leases,
+        }
+        models = [] if status.model is None else [self._label(status.model)]
+        for named, value in values.items():
+            yield _shown(named, [((model,), value) for model in models])
+        kind = str(status.device), str(status.dtype), engine.mode
+        yield _shown(names.INFO, [((model, *kind), 1) for model in models])
+
+
+def _shown(named: Named, samples: Sequence[tuple[tuple[str, ...], float]]) -> Metric:
+    gauge = GaugeMetricFamily(named.name, named.help, labels=named.labels)
+    for labels, value in samples:
+        gauge.add_metric(labels, value)
+    return gauge
+
+
+_WRONG = "invalid_request"  # of errors without a code of their own
+
+
+def _codes() -> Iterator[str]:
+    kinds: list[type[ApiError]] = [ApiError]
+    while kinds:
+        kind = kinds.pop()
+        kinds += kind.__subclasses__()
+        if kind.__module__ == errors.__name__ and kind.code:
+            yield kind.code
+    yield _WRONG

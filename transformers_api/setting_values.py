@@ -1,0 +1,114 @@
+"""From the text of a setting to its value; ValueError says what would be allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import urlsplit
+
+
+def boolean(text: str) -> bool:
+    """Yes or no, in some words."""
+    word = text.strip().lower()
+    if word in ("1", "true", "yes", "on"):
+        return True
+    if word in ("0", "false", "no", "off"):
+        return False
+    raise ValueError("true or false")
+
+
+def integer(low: int, high: int) -> Callable[[str], int]:
+    """A whole number from ``low`` to ``high``."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if not low <= value <= high:
+            raise ValueError(f"a whole number from {low} to {high}")
+        return value
+
+    return parse
+
+
+def number(low: float, high: float) -> Callable[[str], float]:
+    """A number from ``low`` to ``high``."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high:
+            raise ValueError(f"a number from {low:g} to {high:g}")
+        return value
+
+    return parse
+
+
+def seconds_or_off(low: float, high: float) -> Callable[[str], float | None]:
+    """A number from ``low`` to ``high``, or off, which is None."""
+
+    def parse(text: str) -> float | None:
+        if text.strip().lower() in ("off", "none"):
+            return None
+        try:
+            return number(low, high)(text)
+        except ValueError as error:
+            raise ValueError(f"{error}, or off") from None
+
+    return parse
+
+
+def choice(*allowed: str) -> Callable[[str], str]:
+    """One of these words, in lower case."""
+
+    def parse(text: str) -> str:
+        if text.lower() not in allowed:
+            raise ValueError(f"one of {', '.join(allowed)}")
+        return text.lower()
+
+    return parse
+
+
+def device(text: str) -> str:
+    """Where models run."""
+    name, _, index = text.lower().partition(":")
+    if name in ("auto", "cpu", "mps") and not index:
+        return name
+    if name == "cuda" and (not _ or index.isdigit()):
+        return text.lower()
+    raise ValueError("auto, cpu, cuda, cuda:N or mps")
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Names that are separated by commas."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def origins(text: str) -> tuple[str, ...]:
+    """Exact origins of web pages, separated by commas."""
+    found = names(text)
+    for origin in found:
+        scheme, mark, host = origin.partition("://")
+        if not mark or scheme not in ("http", "https") or set(host) & set("/*?()[]|\\ "):
+            raise ValueError("exact origins such as http://localhost:3000, separated by commas")
+    return tuple(found)
+
+
+def redis_url(text: str) -> str:
+    """Where redis is."""
+    try:
+        parts = urlsplit(text)
+        is_right = parts.port is None or parts.port > 0
+    except ValueError:
+        is_right = False
+    if not is_right or parts.scheme not in ("redis", "rediss", "unix"):
+        raise ValueError("a URL such as redis://host:6379/0, rediss://… or unix:///path")
+    return text
+
+
+def path(text: str) -> Path:
+    """A path; ``~`` is the home of the user."""
+    return Path(text).expanduser()
