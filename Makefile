@@ -30,7 +30,7 @@ run: $(RUN) ## serve on http://127.0.0.1:5000; every setting comes from the envi
 test: $(DEV) ## the tests
 	@$(TESTS) -m "not slow"
 
-test-all: $(DEV) ## the tests, slow ones included (a quarter of an hour; before a release)
+test-all: $(DEV) ## the tests, slow ones included (takes long; before a release)
 	@$(TESTS)
 
 # One at a time: several measure.
@@ -38,6 +38,7 @@ faults: $(DEV) ## break the server in every way of docs/operations.md, and show 
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest --figures \
 		tests/faults tests/test_lifecycle.py tests/test_overload.py tests/test_access.py \
 		tests/deploy/test_restart.py tests/deploy/test_nginx.py
+	@$(BIN)/python -m benchmarks.faults
 
 soak: $(DEV) ## ten minutes of 32 streams, some of which leave or send nonsense (SOAK="--minutes 60")
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak $(SOAK)

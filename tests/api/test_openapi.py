@@ -1,0 +1,104 @@
+"""What the OpenAPI document promises is what the server answers, errors included."""
+
+from __future__ import annotations
+
+from collections import Counter
+from http import HTTPStatus
+from pathlib import Path
+
+import pytest
+
+from tests.api.conftest import Serve, Served
+from tests.conformance import Survey, departures, operations, ordinary
+from tests.fakes import FakeEngine, fake_model
+from transformers_api.api.body import MAX_BODY_BYTES
+from transformers_api.errors import ApiError
+from transformers_api.serving import api_keys
+
+# What answers otherwise here: the registry and the tokens of the examples are not those of fakes.
+OTHERWISE = {
+    "POST /v1/embeddings": 501,
+    "GET /metrics": 404,
+    "POST /load_model": 404,
+    "POST /detokenize": 400,
+}
+
+
+def all_errors(kind: type[ApiError] = ApiError) -> list[type[ApiError]]:
+    return [e for child in kind.__subclasses__() for e in (child, *all_errors(child))]
+
+
+def test_answers_to_requests_by_chance_are_as_documented_and_never_a_server_error(
+    served: Served,
+) -> None:
+    served.loader.build = lambda spec: fake_model(spec, FakeEngine())
+    survey = Survey(["fake", "owner/second"], examples=8)
+
+    def load() -> None:  # an operation before may have unloaded it
+        served.client.post("/v1/models", json={"model": "fake"})
+
+    survey.ask(served.app, load)
+    assert not survey.wrong, "\n\n".join(survey.wrong[:5])
+    answered = {route for route, status in survey.seen if status == HTTPStatus.OK}
+    assert len(answered) > 25
+    assert served.swapper.status().leases == 0
+
+
+def test_every_route_succeeds_as_documented_with_the_example_of_the_document(
+    served: Served,
+) -> None:
+    served.loader.build = lambda spec: fake_model(spec, FakeEngine())
+    for operation in operations(served.app):
+        served.client.post("/v1/models", json={"model": "fake"})
+        status, wrong = departures(ordinary(operation, "fake"))
+        assert not wrong, wrong[0]
+        assert status == OTHERWISE.get(operation.label, 200), operation.label
+
+
+@pytest.mark.parametrize("kind", all_errors(), ids=lambda kind: kind.__name__)
+def test_every_error_is_as_documented_wherever_it_happens(
+    served: Served, monkeypatch: pytest.MonkeyPatch, kind: type[ApiError]
+) -> None:
+    def fail(*_: object) -> None:
+        error = kind.__new__(kind)
+        ApiError.__init__(error, "what happened", retry_after=3)
+        raise error
+
+    monkeypatch.setattr(served.services.admission, "enter", fail)
+    monkeypatch.setattr(served.services.registry, "resolve", fail)
+    hit = 0
+    for operation in operations(served.app):
+        status, wrong = departures(ordinary(operation, "fake"))
+        assert not wrong, wrong[0]
+        hit += status >= 400
+    assert hit > 20
+
+
+def test_the_refusals_of_keys_are_as_documented(serve: Serve, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    secret = api_keys.add(keys, "ann", "infer")
+    locked = serve(api_keys_file=keys)
+    for header, status, routes in (({}, 401, 25), ({"x-api-key": secret}, 403, 6)):
+        assert statuses(locked, header=header)[status] >= routes
+
+
+def test_the_refusals_of_limits_are_as_documented(serve: Serve) -> None:
+    assert statuses(serve(rate_limit_per_min=1, rate_limit_burst=1))[429] > 15
+
+
+def test_bodies_that_are_too_long_are_refused_as_documented(served: Served) -> None:
+    assert statuses(served, filler="x" * MAX_BODY_BYTES)[413] > 15
+
+
+def statuses(served: Served, header: dict[str, str] | None = None, **fields: str) -> Counter[int]:
+    """How many routes answer so, all of them as documented."""
+    seen: Counter[int] = Counter()
+    for operation in operations(served.app):
+        case = ordinary(operation, "fake")
+        case.headers.update(header or {})
+        if isinstance(case.body, dict):
+            case.body.update(fields)
+        status, wrong = departures(case)
+        assert not wrong, wrong[0]
+        seen[status] += 1
+    return seen
