@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -20,8 +21,26 @@ def measured(record_property: Callable[[str, object], None]) -> Measured:
     return lambda text: record_property("measured", text)
 
 
+@pytest.fixture(scope="session")
+def native_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the kernels are compiled; skips where they cannot be had."""
+    from transformers_api.engine.native.wiring import kernels
+
+    cache = tmp_path_factory.getbasetemp().parent / "native"
+    if kernels(cache, 1) is None:
+        pytest.skip("no native kernels")
+    return cache
+
+
+@pytest.fixture(scope="session")
+def native_default(request: pytest.FixtureRequest) -> Path | None:
+    """What engines use unless a test says otherwise."""
+    return request.getfixturevalue("native_cache") if request.config.option.native else None
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--figures", action="store_true", help="show what tests have measured")
+    parser.addoption("--native", action="store_true", help="run engines on the native kernels")
 
 
 def pytest_terminal_summary(

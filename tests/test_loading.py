@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,27 @@ from transformers_api.settings import GIB, Settings
 
 @pytest.fixture
 def loader(tmp_path):
-    settings = Settings(
-        model_store=tmp_path / "store", hf_home=tmp_path / "hub", max_inflight=2, torch_threads=1
-    )
     thread = EngineThread(1)
-    yield ModelLoader(settings, ModelStore(settings), thread)
+    yield loader_for(thread, tmp_path, native_kernels=False)
     thread.stop()
+
+
+@pytest.fixture
+def native_loader(tmp_path, native_cache):
+    thread = EngineThread(1)
+    yield loader_for(thread, tmp_path, native_cache=native_cache)
+    thread.stop()
+
+
+def loader_for(thread, tmp_path, **native):
+    settings = Settings(
+        model_store=tmp_path / "store",
+        hf_home=tmp_path / "hub",
+        max_inflight=2,
+        torch_threads=1,
+        **native,
+    )
+    return ModelLoader(settings, ModelStore(settings), thread)
 
 
 @pytest.fixture
@@ -52,8 +68,6 @@ def test_a_folder_becomes_a_resident_model(loader, spec):
 
 
 def test_the_fingerprint_changes_with_the_dtype_and_not_with_time(loader, spec):
-    from dataclasses import replace
-
     models = [
         loader.load(each, prepared(loader, each))
         for each in (spec, spec, replace(spec, dtype="bfloat16"))
@@ -85,8 +99,6 @@ def test_memory_is_checked_against_what_is_free_and_what_would_be_freed(loader, 
 
 
 def test_the_dtype_that_is_served_counts_and_not_the_stored_one(loader, spec, monkeypatch):
-    from dataclasses import replace
-
     monkeypatch.setattr(memory, "available_bytes", lambda device: 3 * GIB)
     billion = files(10**9, "float32")
     with pytest.raises(InsufficientMemory):
@@ -100,3 +112,29 @@ def test_the_devices_are_told_without_waiting(loader):
 
 def test_free_memory_is_a_plausible_number():
     assert 0 < memory.available_bytes("cpu") < 1 << 50
+
+
+def test_with_native_kernels_the_facts_are_those_of_the_packed_weights(native_loader, spec):
+    plain = sum(p.nbytes for p in tiny_model("gpt2").parameters())
+    exact = native_loader.load(spec, prepared(native_loader, spec))
+    assert exact.dtype == "float32"
+    assert exact.bytes >= plain * 0.9
+    exact.engine.close()
+    halved = native_loader.load(replace(spec, dtype="bfloat16"), prepared(native_loader, spec))
+    assert halved.dtype == "bfloat16"
+    assert halved.bytes < exact.bytes
+    halved.engine.close()
+
+
+def test_with_native_kernels_a_large_model_needs_two_bytes_per_weight(
+    native_loader, spec, monkeypatch
+):
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 3 * GIB)
+    for stored in ("bfloat16", "float32"):
+        native_loader.check_memory(spec, files(10**9, stored), freed_bytes=0)
+        with pytest.raises(InsufficientMemory):
+            native_loader.check_memory(spec, files(2 * 10**9, stored), freed_bytes=0)
+    with pytest.raises(InsufficientMemory):
+        native_loader.check_memory(
+            replace(spec, dtype="float32"), files(10**9, "bfloat16"), freed_bytes=0
+        )

@@ -150,6 +150,7 @@ class ModelLoader:
             prefill_chunk=settings.prefill_chunk,
             kv_cache_bytes=int(settings.kv_cache_gib * GIB) if settings.kv_cache_gib else None,
             listener=self.listen(spec.name) if self.listen else None,
+            native=settings.native_cache if settings.native_kernels else None,
         )
 
     def _free_bytes(self, device: str) -> int:
@@ -169,12 +170,25 @@ class ModelLoader:
     def _weight_bytes(self, spec: ModelSpec, files: ModelFiles, device: str) -> int:
         dtype = self._dtype(spec)
         if dtype == "auto":
-            dtype = "float32" if device == "cpu" else files.stored_dtype
+            dtype = self._automatic_dtype(files) if device == "cpu" else files.stored_dtype
         return files.parameters * DTYPE_BYTES.get(dtype, 4)
+
+    def _automatic_dtype(self, files: ModelFiles) -> str:
+        """What a CPU serves; a model that refuses the kernels needs more and is told at load."""
+        if not self.settings.native_kernels:
+            return "float32"
+        cache, threads = self.settings.native_cache, self.settings.torch_threads
+        kernels = self.thread.call(lambda: _kernels(cache, threads)).result()
+        stored = files.stored_dtype
+        stored_bytes = files.parameters * DTYPE_BYTES.get(stored, 4)
+        return (kernels and kernels("auto", stored, stored_bytes)) or "float32"
 
 
 class EncoderLoader(ModelLoader):
     """The same for the encoders of /v1/embeddings."""
+
+    def _automatic_dtype(self, files: ModelFiles) -> str:
+        return "float32"
 
     def prepare(self, spec: ModelSpec, progress: Callable[[float, str], None]) -> ModelFiles:
         """See Loader."""
@@ -228,6 +242,13 @@ def _devices() -> list[str]:
     return ["cpu", *(["cuda"] if gpus else []), *gpus, *mps]
 
 
+def _kernels(cache: Path, threads: int | None) -> Callable[[str, str, int], str | None] | None:
+    """What says how weights are kept; None without kernels."""
+    from transformers_api.engine.native.wiring import kernels, weight_kind
+
+    return weight_kind if kernels(cache, threads) else None
+
+
 def _available_bytes(device: str) -> int:
     from transformers_api.engine.memory import available_bytes
 
@@ -236,10 +257,13 @@ def _available_bytes(device: str) -> int:
 
 def _facts(model: Any) -> dict[str, Any]:
     """What LoadedModel tells of the model itself."""
+    from transformers_api.engine.native.wiring import packed_bytes
+
+    own = sum(parameter.nbytes for parameter in model.parameters())  # on any device
     return {
         "device": str(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "bytes": sum(parameter.nbytes for parameter in model.parameters()),  # on any device
+        "dtype": getattr(model, "native_kind", str(model.dtype).removeprefix("torch.")),
+        "bytes": own + packed_bytes(model),
     }
 
 

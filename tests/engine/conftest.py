@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +11,8 @@ import torch
 
 from tests.engine.models import tiny_model
 from transformers_api.engine.batching import BatchingEngine
-from transformers_api.engine.loader import LoadOptions, build_engine
+from transformers_api.engine.loader import LoadOptions, Wrap, build_engine, differentiable
+from transformers_api.engine.native.wiring import NativeRefused
 from transformers_api.engine.thread import EngineThread
 
 torch.set_num_threads(1)
@@ -22,18 +25,36 @@ def engine_thread() -> Iterator[EngineThread]:
     thread.stop()
 
 
+def built(
+    model: Any, options: LoadOptions, thread: EngineThread, wrap: Wrap | None = None
+) -> BatchingEngine:
+    """As ``load_engine`` does it, of a copy: with the kernels, or without those that refuse."""
+
+    def start(options: LoadOptions) -> BatchingEngine:
+        with differentiable():
+            own = copy.deepcopy(model)
+        return build_engine(own, options, thread, wrap)
+
+    try:
+        return start(options)
+    except NativeRefused:
+        return start(dataclasses.replace(options, native=None))
+
+
 @pytest.fixture
-def make_engine(engine_thread: EngineThread) -> Iterator[Callable[..., BatchingEngine]]:
+def make_engine(
+    engine_thread: EngineThread, native_default: Path | None
+) -> Iterator[Callable[..., BatchingEngine]]:
     """make_engine(name or model, **LoadOptions): a running engine, closed at the end."""
     engines: list[BatchingEngine] = []
 
     def make(model: Any = "llama", thread: EngineThread | None = None, **options: Any):
         on = thread or engine_thread
-        model = copy.deepcopy(tiny_model(model) if isinstance(model, str) else model)
-        options = {"num_slots": 4, "prefill_chunk": 8} | options
+        model = tiny_model(model) if isinstance(model, str) else model
+        options = {"num_slots": 4, "prefill_chunk": 8, "native": native_default} | options
 
         def build() -> BatchingEngine:
-            engine = build_engine(model, LoadOptions(**options), on)
+            engine = built(model, LoadOptions(**options), on)
             on.engines.append(engine)
             return engine
 

@@ -1,17 +1,20 @@
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.engine.conftest import engine_thread  # noqa: F401
+from tests.engine.conftest import (  # noqa: F401
+    built,
+    engine_thread,
+)
 from tests.families.conftest import converted, load  # noqa: F401
 from tests.inspection.models import tiny
 from transformers_api.engine.batching import BatchingEngine
-from transformers_api.engine.loader import LoadOptions, build_engine
+from transformers_api.engine.loader import LoadOptions
 from transformers_api.engine.thread import EngineThread
 from transformers_api.inspection.attachment import Attachment
 from transformers_api.inspection.examination import Examined
@@ -37,17 +40,20 @@ class Watched:
 
 
 @pytest.fixture
-def watch(engine_thread: EngineThread) -> Iterator[Callable[..., Watched]]:  # noqa: F811
+def watch(
+    engine_thread: EngineThread,  # noqa: F811
+    native_default: Path | None,
+) -> Iterator[Callable[..., Watched]]:
     """watch(name or model, **LoadOptions): a copy of the model, running, closed at the end."""
     made: list[Watched] = []
 
     def make(model: Any = "llama", **options: Any) -> Watched:
-        model = copy.deepcopy(tiny(model) if isinstance(model, str) else model)
-        options = {"num_slots": 4, "prefill_chunk": 8} | options
+        model = tiny(model) if isinstance(model, str) else model
+        options = {"num_slots": 4, "prefill_chunk": 8, "native": native_default} | options
 
         def build() -> Watched:
             attachment = Attachment(slice_tokens=options["prefill_chunk"])
-            engine = build_engine(model, LoadOptions(**options), engine_thread, attachment.wrap)
+            engine = built(model, LoadOptions(**options), engine_thread, attachment.wrap)
             engine_thread.engines.append(engine)
             assert attachment.examined is not None
             return Watched(engine, attachment.examined, attachment.inspector(engine))

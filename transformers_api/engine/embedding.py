@@ -29,6 +29,7 @@ from transformers_api.engine.base import (
 )
 from transformers_api.engine.loader import LoadOptions, context_window, pick_device
 from transformers_api.engine.memory import release_memory
+from transformers_api.engine.native.cores import usable_cores
 from transformers_api.engine.thread import EngineThread
 from transformers_api.errors import ApiError, ModelLoadFailed, ModelNotCapable, ModelUnloaded
 
@@ -63,6 +64,7 @@ class EncoderEngine:
         self.max_model_len = max_model_len
         self.vocab_size = int(model.get_input_embeddings().num_embeddings)
         self.thread = thread
+        self._threads = thread.num_threads or usable_cores()
         self._closed: ApiError | None = None
 
     def submit(
@@ -77,7 +79,12 @@ class EncoderEngine:
         def run() -> T:
             if self._closed:
                 raise self._closed
-            return visit(self.model)
+            before = torch.get_num_threads()  # 1 beside a model that runs on native kernels
+            torch.set_num_threads(self._threads)
+            try:
+                return visit(self.model)
+            finally:
+                torch.set_num_threads(before)
 
         return self.thread.call(run)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy
@@ -26,7 +27,7 @@ class SlotLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for the shape of the first K and V."""
         size = self.cache.rows, self.cache.length
-        self.rows = _zeros(key_states, *size), _zeros(value_states, *size)
+        self.rows = zeros(key_states, *size), zeros(value_states, *size)
         self.is_initialized = True
 
     def update(
@@ -70,7 +71,13 @@ class SlotCache(Cache):
 
     reuses_prefixes = True
 
-    def __init__(self, num_layers: int, max_rows: int, max_length: int) -> None:
+    def __init__(
+        self,
+        num_layers: int,
+        max_rows: int,
+        max_length: int,
+        layer: Callable[[Any], SlotLayer] = SlotLayer,
+    ) -> None:
         self.max_rows = max_rows
         self.max_length = max_length
         self.budget_tokens = max_rows * max_length
@@ -81,7 +88,7 @@ class SlotCache(Cache):
         self.seen = 0
         self.span: slice | None = None
         self.row_index = self.positions = torch.empty(0, dtype=torch.long)
-        self.slots = [SlotLayer(self) for _ in range(num_layers)]
+        self.slots = [layer(self) for _ in range(num_layers)]
         super().__init__(layers=list(self.slots))
 
     @property
@@ -177,7 +184,7 @@ def _power_of_two(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-def _zeros(like: Tensor, rows: int, length: int) -> Tensor:
+def zeros(like: Tensor, rows: int, length: int) -> Tensor:
     """(rows, H, length, D) of zeros: a stale NaN would get through a mask.
 
     On a CPU the pages come from calloc, so that memory is taken when it is first written.
@@ -190,7 +197,7 @@ def _zeros(like: Tensor, rows: int, length: int) -> Tensor:
 
 
 def _resized(old: Tensor, rows: int, length: int) -> Tensor:
-    new = _zeros(old, rows, length)
+    new = zeros(old, rows, length)
     kept_rows, kept_length = min(rows, old.shape[0]), min(length, old.shape[2])
     new[:kept_rows, :, :kept_length] = old[:kept_rows, :, :kept_length]
     return new

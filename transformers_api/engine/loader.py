@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +17,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils.logging import disable_progress_bar
 
-from transformers_api.engine.base import (
-    EngineListener,
-    SamplingParams,
-    SequenceRequest,
-    TokenStream,
-)
+from transformers_api.engine.agreement import agrees, own_logits
+from transformers_api.engine.base import EngineListener
 from transformers_api.engine.batching import BatchingEngine, EngineLimits
 from transformers_api.engine.kv_cache import SlotCache
 from transformers_api.engine.memory import available_bytes
 from transformers_api.engine.model_runner import ModelRunner, Runner, SequentialRunner
+from transformers_api.engine.native.library import Library
+from transformers_api.engine.native.runner import NativeRunner
+from transformers_api.engine.native.wiring import NativeRefused, kernels, kind_of, native_runner
 from transformers_api.engine.packed_linear import pack_linears
 from transformers_api.engine.prompt_scores import PromptScoringRunner
 from transformers_api.engine.sampler import Sampler, TokenSampler
-from transformers_api.engine.scheduler import Batch
-from transformers_api.engine.sequence import Sequence
 from transformers_api.engine.suppressed_tokens import SuppressingRunner
 from transformers_api.engine.thread import EngineThread
 from transformers_api.errors import ModelLoadFailed
@@ -39,6 +36,7 @@ from transformers_api.errors import ModelLoadFailed
 log = logging.getLogger(__name__)
 disable_progress_bar()  # type: ignore[no-untyped-call]  # a server's log is no terminal
 WINDOW_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
+OWN_THREADS = torch.get_num_threads()
 ATTENTION_KINDS = {"full_attention", "sliding_attention"}
 # (model, limits, runner, sampler) to the runner and the sampler that the engine is to use.
 Wrap = Callable[[Any, EngineLimits, Runner, TokenSampler], tuple[Runner, TokenSampler]]
@@ -60,6 +58,7 @@ class LoadOptions:
     prefill_chunk: int = 256
     kv_cache_bytes: int | None = None  # None: a quarter of what is free after loading
     listener: EngineListener | None = None  # hears of every step
+    native: Path | None = None  # where the compiled kernels are kept; None: without them
 
 
 def load_engine(
@@ -67,11 +66,23 @@ def load_engine(
 ) -> BatchingEngine:
     """Load a model and start serving it on ``thread``, which must be the calling thread.
 
-    ``wrap`` puts observers around the runner and the sampler. Raises ModelLoadFailed.
+    ``wrap`` puts observers around the runner and the sampler. A model that the kernels refuse is
+    loaded again without them. Raises ModelLoadFailed.
     """
     device = pick_device(options.device)
-    model = load_model(folder, device, options.dtype, options.trust_remote_code)
-    engine = build_engine(model, options, thread, wrap)
+    if _library(options, thread) is None:
+        options = replace(options, native=None)
+
+    def start(options: LoadOptions) -> BatchingEngine:
+        dtype = "stored" if options.native and options.dtype == "auto" else options.dtype
+        model = load_model(folder, device, dtype, options.trust_remote_code)
+        return build_engine(model, options, thread, wrap)
+
+    try:
+        engine = start(options)
+    except NativeRefused as error:
+        log.info("%s runs without native kernels: %s", folder.name, error)
+        engine = start(replace(options, native=None))
     thread.engines.append(engine)
     return engine
 
@@ -137,12 +148,17 @@ def differentiable() -> Iterator[None]:
 def build_engine(
     model: Any, options: LoadOptions, thread: EngineThread, wrap: Wrap | None = None
 ) -> BatchingEngine:
-    """An engine for a loaded model: batching where the model allows, else one at a time."""
+    """An engine for a loaded model: batching where the model allows, else one at a time.
+
+    Raises NativeRefused if ``options`` want the kernels and the model cannot have them; it may be
+    of no use then.
+    """
     head = model.get_output_embeddings()
     size = head.weight.shape[0] if head is not None else model.config.vocab_size
     vocab_size = min(size, options.tokenizer_size or size)
     window = context_window(model.config, options)
-    runner, window, mode = _runner(model, options, vocab_size, window)
+    library = _library(options, thread)
+    runner, window, mode = _runner(model, options, vocab_size, window, library)
     limits = EngineLimits(
         max_model_len=window,
         vocab_size=vocab_size,
@@ -175,26 +191,56 @@ def context_window(config: Any, options: LoadOptions) -> int:
 
 
 def _runner(
-    model: Any, options: LoadOptions, vocab_size: int, window: int
+    model: Any, options: LoadOptions, vocab_size: int, window: int, library: Library | None
 ) -> tuple[Runner, int, str]:
     """(runner, context window, mode): the fastest way that gives this model's own logits."""
+    if library is not None:
+        native = _native_runner(model, options, vocab_size, window, library)
+        return native, _bounded(native, options), "batching"
     if layers := _attention_layers(model):
         with differentiable():
             pack_linears(model)
-        cache = SlotCache(layers, options.num_slots, window)
-        batched = ModelRunner(model, cache, vocab_size)
-        if _agrees(batched, model, vocab_size, window):
-            free = available_bytes(str(model.device))
-            window = cache.set_budget(options.kv_cache_bytes or free // 4)
-            cache.clear()
-            return batched, window, "batching"
+        batched = ModelRunner(model, SlotCache(layers, options.num_slots, window), vocab_size)
+        if agrees(batched, model, vocab_size, window):
+            return batched, _bounded(batched, options), "batching"
     for recompute in (False, True):
         runner = SequentialRunner(model, vocab_size, recompute)
-        if _agrees(runner, model, vocab_size, window):
+        if agrees(runner, model, vocab_size, window):
             runner.clear()
             log.warning("%s is served one sequence at a time", type(model).__name__)
             return runner, window, "sequential"
     raise ModelLoadFailed(f"{type(model).__name__} cannot be run as a causal language model")
+
+
+def _native_runner(
+    model: Any, options: LoadOptions, vocab_size: int, window: int, library: Library
+) -> NativeRunner:
+    layers = _attention_layers(model)
+    if not layers:
+        raise NativeRefused("it cannot share a batch")
+    kind = kind_of(model, options.dtype)
+    wanted = own_logits(model, vocab_size, window)
+    with differentiable():
+        runner = native_runner(model, library, kind, layers, options.num_slots, window, vocab_size)
+    if not agrees(runner, model, vocab_size, window, wanted):
+        raise NativeRefused("it says something else with them")
+    return runner
+
+
+def _bounded(runner: ModelRunner, options: LoadOptions) -> int:
+    """Give the cache its budget, now that it has seen a forward; the longest sequence."""
+    free = available_bytes(str(runner.model.device))
+    window = runner.cache.set_budget(options.kv_cache_bytes or free // 4)
+    runner.cache.clear()
+    return window
+
+
+def _library(options: LoadOptions, thread: EngineThread) -> Library | None:
+    """The kernels if they are wanted and there; torch then leaves the cores to them."""
+    wanted = options.native is not None and pick_device(options.device) == "cpu"
+    library = kernels(options.native, thread.num_threads) if options.native and wanted else None
+    torch.set_num_threads(1 if library else thread.num_threads or OWN_THREADS)
+    return library
 
 
 def _attention_layers(model: Any) -> int:
@@ -209,66 +255,13 @@ def _attention_layers(model: Any) -> int:
     return len(layers) if plain else 0
 
 
-def _agrees(runner: Runner, model: Any, vocab_size: int, window: int) -> bool:
-    """Whether the runner's logits are the model's own: rows in company, prompts in chunks.
-
-    Two short sequences, against one forward pass of each without any cache.
-    """
-    generator = torch.Generator().manual_seed(0)
-    lengths = [n for n in (5, 11) if n + 2 <= window] or [max(window - 2, 1)]
-    rows = [torch.randint(0, vocab_size, (n + 2,), generator=generator).tolist() for n in lengths]
-    together = isinstance(runner, ModelRunner) and runner.cache.max_rows >= len(rows)
-    try:
-        wanted = [_plain_logits(model, row, vocab_size)[-2:] for row in rows]
-        groups = [rows] if together else [[row] for row in rows]
-        given = [
-            logits
-            for group in groups
-            for logits in _run(runner, group, isinstance(runner, ModelRunner))
-        ]
-        runner.clear()
-    except Exception:
-        log.info("%s: %s cannot run it", type(model).__name__, type(runner).__name__, exc_info=True)
-        return False
-    tolerance = 1e-3 if model.dtype == torch.float32 else 0.05
-    return all(
-        bool((a - b).norm() <= tolerance * b.norm()) for a, b in zip(given, wanted, strict=True)
-    )
-
-
-def _run(runner: Runner, rows: list[list[int]], in_chunks: bool) -> list[torch.Tensor]:
-    """Logits (2, V) of the last two tokens of each row: prefill, then two decode steps."""
-    stream = TokenStream(len(rows), lambda _: None)
-    sequences = []
-    for slot, row in enumerate(rows):
-        request = SequenceRequest(row[:-2], SamplingParams(max_tokens=8))
-        seq = Sequence(request, stream, slot, eos_token_ids=frozenset(), max_model_len=1 << 30)
-        seq.slot = slot
-        runner.cache.reserve(slot + 1, len(row))
-        widths = [3, len(row) - 5] if in_chunks and len(row) > 5 else [len(row) - 2]
-        for width in widths:
-            runner.forward(Batch([seq], width))
-            seq.num_cached += width
-        sequences.append(seq)
-    steps = []
-    for step in (-2, -1):
-        for seq, row in zip(sequences, rows, strict=True):
-            seq.tokens.append(row[step])
-        steps.append(runner.forward(Batch(sequences, 1))[:, -1])
-        for seq in sequences:
-            seq.num_cached += 1
-    return [torch.stack([step[i] for step in steps]) for i in range(len(rows))]
-
-
-def _plain_logits(model: Any, ids: list[int], vocab_size: int) -> torch.Tensor:
-    inputs = torch.tensor([ids], device=model.device)
-    output = model(input_ids=inputs, use_cache=False, return_dict=True)
-    logits: torch.Tensor = output.logits[0, :, :vocab_size].float()
-    return logits
-
-
 def _dtype(wanted: str, device: str) -> Any:
-    """Auto: float32 on a CPU, where tokens then do not depend on the batch; else the file's own."""
+    """Auto: float32 on a CPU, where tokens then do not depend on the batch; else the file's own.
+
+    The kernels keep that promise for weights of any dtype: with them it is ``stored``.
+    """
+    if wanted == "stored":
+        return "auto"
     if wanted == "auto":
         return torch.float32 if device == "cpu" else "auto"
     return getattr(torch, wanted)

@@ -22,7 +22,10 @@ class Runner(Protocol):
         ...
 
     def forward(self, batch: Batch, keep: int = 1) -> Tensor:
-        """Read the batch's new tokens; logits (B, keep, V) float32 of the last ``keep`` of them."""
+        """Read the batch's new tokens; logits (B, keep, V) float32 of the last ``keep``.
+
+        They last until the next forward.
+        """
         ...
 
     def clear(self) -> None:

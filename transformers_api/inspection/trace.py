@@ -34,7 +34,7 @@ from transformers_api.inspection.examination import Examined
 from transformers_api.inspection.parts import lens_logits, residuals_of, routers_of
 
 NAME = "trace"  # in ``observe`` and ``extras``
-LOWEST = -1e4  # a log probability; times a probability of 0 it is 0, which -inf is not
+LOWEST = -1e4  # a logit; times a probability of 0 it is 0, which -inf is not
 
 
 @dataclass(slots=True)
@@ -174,8 +174,11 @@ class TracingSampler:
     def _trace(self, notes: _Notes, logits: Tensor, token: int) -> StepTrace:
         """``logits`` (V,)."""
         seq, plan = notes.seq, notes.plan
-        logprobs = logits.log_softmax(-1)
-        probs = logprobs.exp()
+        # Tensors of the size of the vocabulary cost more to allocate than to fill: one will do.
+        probs = logits.softmax(-1)
+        best, lowest = logits.max(), logits.min()
+        total = best - probs.max().log()  # logsumexp
+        seen = logits.clamp_min(LOWEST) if lowest < LOWEST else logits  # 0 * -inf is no number
         drawn, ids = distribution(logits, seq, max(plan.sampled_topk, 1))
         norms = sorted(notes.residuals) if plan.resid_norms else []
         return StepTrace(
@@ -184,9 +187,9 @@ class TracingSampler:
             context=notes.context,
             start=seq.start,
             token_id=token,
-            logprob=float(logprobs[token]),
-            entropy=float(-(probs @ logprobs.clamp_min(LOWEST))),
-            rank=_rank(logprobs, token),
+            logprob=float(logits[token] - total),
+            entropy=max(float(total - probs @ seen), 0.0),
+            rank=_rank(logits, token),
             top=_likely(probs, plan.topk),
             sampled_prob=float(drawn[ids == token].sum()),
             sampled_entropy=_entropy(drawn),

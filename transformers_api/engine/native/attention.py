@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from transformers_api.engine.native.library import TYPES, Attention, Copy, Library
 from transformers_api.engine.native.recorder import current
@@ -17,6 +19,8 @@ from transformers_api.engine.native.recorder import current
 NAME = "native"
 MAX_SIZE = 256  # kernels.cpp
 MARK = "_causal_rows"
+OPTIONS = ("softcap", "s_aux", "is_causal", "sliding_window")  # what weights depend on
+_known: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar("known", default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +43,8 @@ def describe_mask(mask: Tensor, rows: CausalRows) -> Tensor:
 
 def register() -> None:
     """Make ``native`` an attention implementation of transformers; masks are those of sdpa."""
-    AttentionInterface.register(NAME, native_attention)
+    if NAME not in ALL_ATTENTION_FUNCTIONS:  # it may be wrapped already
+        AttentionInterface.register(NAME, native_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
@@ -57,6 +62,8 @@ def native_attention(
 
     By the kernel when the mask is marked and the tensors are of its kind, else by sdpa.
     """
+    if (known := _known.get()) is not None:
+        return known, None
     rows = getattr(attention_mask, MARK, None)
     if rows is None or dropout or not _fits(query, key, value):
         key, value = key.to(query.dtype), value.to(query.dtype)
@@ -97,7 +104,28 @@ def native_attention(
         fields = ("q", "starts", *(("sinks",) if sinks is not None else ()), "k", "v", "out")
         inputs = [query, rows.starts, *([sinks] if sinks is not None else []), key, value]
         recorder.add("attention", out, inputs, (1,), call=call, fields=fields)
+        options = {"scaling": scaling, **{k: v for k, v in kwargs.items() if k in OPTIONS}}
+        details = {"window": rows.window, "options": options}
+        recorder.show(module, [query, out], key=key, value=value, options=details)
     return out, None
+
+
+def show_attention(
+    module: nn.Module,
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor],
+    mask: Tensor,
+    options: dict[str, Any],
+) -> None:
+    """Call the attention function, as whoever wrapped it left it, for what has been computed.
+
+    ``tensors``: query, key, value and output.
+    """
+    *given, output = tensors
+    token = _known.set(output)
+    try:
+        ALL_ATTENTION_FUNCTIONS[NAME](module, *given, mask, **options)
+    finally:
+        _known.reset(token)
 
 
 def _by_products(
@@ -120,7 +148,8 @@ def _by_products(
         mask = torch.ones(scores.shape[2:], dtype=torch.bool).tril(
             scores.shape[3] - scores.shape[2]
         )
-    scores = scores.masked_fill(~mask, -torch.inf)
+    # finite, as in sdpa: a row of padding sees nothing, and its NaN would reach the others
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     if s_aux is not None:
         sinks = s_aux.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, sinks], -1)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from transformers_api.engine.native.library import Operand, Step
-from transformers_api.engine.native.recorder import OPS, Recorded, Recorder, Ref
+from transformers_api.engine.native.recorder import OPS, Recorded, Recorder, Ref, Shown
 
 Words = NDArray[numpy.int64]
 Pair = tuple[int, int]
@@ -58,6 +58,17 @@ class Line:
 
 
 @dataclass(frozen=True)
+class View:
+    """A call whose tensors are there when the pass is over."""
+
+    module: Any
+    tensors: list[Line]  # place, sizes, strides
+    dtypes: list[torch.dtype]
+    cached: tuple[int, int] | None  # which tensors of the cache are its key and value
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Plan:
     """The native program in words of 8 bytes, with what has to be added to some of them."""
 
@@ -72,16 +83,21 @@ class Plan:
     step_calls: Words  # words that count from the beginning of the calls
     cache_words: list[tuple[int, int, int]]  # a call's pointer, its strides, which of the cache
     kept: list[Tensor]  # constants
+    views: list[View]
     width: int = STEP_WORDS
 
 
-def make_plan(a: Learned, b: Learned, cache: list[Tensor]) -> Plan:
-    """A plan for every size. Raises NotRecordable."""
+def make_plan(a: Learned, b: Learned, cache: list[Tensor], *, is_open: bool = False) -> Plan:
+    """A plan for every size. Raises NotRecordable.
+
+    ``is_open``: what was shown is not overwritten before the end.
+    """
     if failure := a.recorder.failure or b.recorder.failure:
         raise NotRecordable(failure)
-    if [step.op for step in a.recorder.steps] != [step.op for step in b.recorder.steps]:
+    same = len(a.recorder.shown) == len(b.recorder.shown)
+    if not same or [s.op for s in a.recorder.steps] != [s.op for s in b.recorder.steps]:
         raise NotRecordable("operations that depend on the size")
-    return _Planner(a, b, cache).plan()
+    return _Planner(a, b, cache, is_open).plan()
 
 
 @dataclass
@@ -104,10 +120,12 @@ class _Words:
 class _Planner:
     """Goes through two recordings side by side."""
 
-    def __init__(self, a: Learned, b: Learned, cache: list[Tensor]) -> None:
+    def __init__(self, a: Learned, b: Learned, cache: list[Tensor], is_open: bool) -> None:
         self.a, self.b = a, b
         self.cache = {t.untyped_storage().data_ptr(): i for i, t in enumerate(cache)}
         self.sizes = a.size, b.size
+        both = zip(a.recorder.shown, b.recorder.shown, strict=True)
+        self.shown = list(both) if is_open else []
         self.steps, self.calls = _Words(), _Words()
         self.cache_words: list[tuple[int, int, int]] = []
         self.kept: list[Tensor] = []
@@ -118,10 +136,6 @@ class _Planner:
             self._add_step(*pair)
         inputs = [self._place(r) for r in self._input_refs()]
         result = self._result_ref()
-        described = [
-            [place, *ref.tensor.shape, *ref.tensor.stride()]
-            for place, ref in zip(self._place(result), result, strict=True)
-        ]
         if result[0].tensor.dtype != torch.float32 or not result[0].is_dynamic:
             raise NotRecordable("a result of another kind")
         return Plan(
@@ -130,13 +144,44 @@ class _Planner:
             calls=self._line(self.calls.a, self.calls.b),
             memory=self._line([self.memory[0]], [self.memory[1]]),
             inputs=self._line([place[0] for place in inputs], [place[1] for place in inputs]),
-            result=self._line(*described),
+            result=self._described(result),
+            views=[self._view(x, y) for x, y in self.shown],
             step_places=numpy.array(self.steps.places, numpy.int64),
             call_places=numpy.array(self.calls.places, numpy.int64),
             step_calls=numpy.array(self.steps.calls, numpy.int64),
             cache_words=self.cache_words,
             kept=self.kept,
         )
+
+    def _described(self, pair: tuple[Ref, Ref]) -> Line:
+        """Place, sizes, strides."""
+        return self._line(
+            *(
+                [place, *ref.tensor.shape, *ref.tensor.stride()]
+                for place, ref in zip(self._place(pair), pair, strict=True)
+            )
+        )
+
+    def _view(self, x: Shown, y: Shown) -> View:
+        pairs = self._shown_refs(x, y)
+        cached = [t.untyped_storage().data_ptr() for t in (x.key, x.value) if t is not None]
+        later = [r.refs[-1].storage for r in self.a.recorder.steps[x.at :] if r.op != "write_cache"]
+        if any(pair[0].storage in later for pair in pairs):
+            raise NotRecordable("results of a layer that are changed later")
+        return View(
+            x.module,
+            [self._described(pair) for pair in pairs],
+            [tensor.dtype for tensor in x.tensors],
+            (self.cache[cached[0]], self.cache[cached[1]]) if cached else None,
+            x.options,
+        )
+
+    def _shown_refs(self, x: Shown, y: Shown) -> list[tuple[Ref, Ref]]:
+        refs = [[one.recorder.ref(t) for t in s.tensors] for one, s in ((self.a, x), (self.b, y))]
+        pairs = list(zip(*refs, strict=True))
+        if not all(ref.is_dynamic for pair in pairs for ref in pair):
+            raise NotRecordable("a layer that returns what the pass does not make")
+        return pairs
 
     def _line(self, a: list[int], b: list[int]) -> Line:
         first, second = numpy.array(a, numpy.int64), numpy.array(b, numpy.int64)
@@ -167,6 +212,8 @@ class _Planner:
         ]
         last = {pair: i for i, pairs in enumerate(used) for pair in pairs}
         forever = [(x.storage, y.storage) for x, y in [*self._input_refs(), self._result_ref()]]
+        for shown in self.shown:
+            forever += [(x.storage, y.storage) for x, y in self._shown_refs(*shown)]
         places: dict[Pair, Pair] = {}
         free: dict[Pair, list[Pair]] = {}
         end = (0, 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from transformers_api.engine.native.layout import (
     Learned,
+    Line,
     NotRecordable,
     Plan,
     make_plan,
@@ -36,6 +38,7 @@ class RecordedPass:
         self.refused = ""
         self._learned: list[Learned] = []
         self._program: Program | None = None
+        self._open: Program | None = None
 
     @property
     def is_ready(self) -> bool:
@@ -55,7 +58,8 @@ class RecordedPass:
         if len(self._learned) == 2 and not self.refused:
             try:
                 first, second = self._learned
-                self._program = Program(self.library, make_plan(first, second, cache))
+                plans = [make_plan(first, second, cache, is_open=each) for each in (False, True)]
+                self._program, self._open = (Program(self.library, plan) for plan in plans)
             except NotRecordable as error:
                 self.refused = str(error)
                 log.info("Forward passes are not recorded: %s", error)
@@ -66,6 +70,27 @@ class RecordedPass:
         """The result, until the next call. ``first``: the cache's row of the pass's first row."""
         assert self._program is not None
         return self._program.run(size, inputs, cache, first)
+
+    def run_open(
+        self, size: int, inputs: list[Tensor], cache: list[Tensor], first: int
+    ) -> tuple[Tensor, list[Seen]]:
+        """The same to the bit, with what can be seen of it, until the next call."""
+        assert self._open is not None
+        result = self._open.run(size, inputs, cache, first)
+        return result, self._open.seen()
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A call of the pass that just ran: see recorder.Shown.
+
+    ``cached``: which tensors of the cache are its key and value.
+    """
+
+    module: Any
+    tensors: list[Tensor]
+    cached: tuple[int, int] | None
+    options: dict[str, Any]
 
 
 class Program:
@@ -78,6 +103,7 @@ class Program:
         self._steps = plan.steps.at(plan.size)
         self._memory = torch.zeros(0, dtype=torch.uint8)
         self._size = 0
+        self._seen: list[Seen] = []
         self._cache: Any = None
 
     def run(self, size: int, inputs: list[Tensor], cache: list[Tensor], first: int) -> Tensor:
@@ -110,11 +136,32 @@ class Program:
         self._steps[plan.step_calls] += self._calls.ctypes.data
         self._inputs = plan.inputs.at(size)
         self._size, self._cache = size, None
-        place, *shape = (int(n) for n in plan.result.at(size))
+        self._result = self._tensor(plan.result, torch.float32)
+        self._seen = []
+
+    def seen(self) -> list[Seen]:
+        """What an open plan shows of the pass that just ran."""
+        if not self._seen:
+            self._seen = self._look()
+        return self._seen
+
+    def _look(self) -> list[Seen]:
+        return [
+            Seen(
+                view.module,
+                [self._tensor(*each) for each in zip(view.tensors, view.dtypes, strict=True)],
+                view.cached,
+                view.options,
+            )
+            for view in self.plan.views
+        ]
+
+    def _tensor(self, line: Line, dtype: torch.dtype) -> Tensor:
+        place, *shape = (int(n) for n in line.at(self._size))
         sizes, strides = shape[: len(shape) // 2], shape[len(shape) // 2 :]
         start = self._base + place - self._memory.data_ptr()
-        typed = self._memory[start:][: (len(self._memory) - start) // 4 * 4].view(torch.float32)
-        self._result = typed.as_strided(sizes, strides)
+        end = start + (len(self._memory) - start) // 8 * 8
+        return self._memory[start:end].view(dtype).as_strided(sizes, strides)
 
     def _aim(self, cache: list[Tensor], first: int) -> None:
         """Point the calls to rows ``first``.. of the cache as it is allocated now."""

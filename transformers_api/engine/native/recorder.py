@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -79,6 +79,22 @@ class Recorded:
     fields: tuple[str, ...] = ()
 
 
+@dataclass(slots=True)
+class Shown:
+    """A module's call that others may want to see; ``options`` is what is not a tensor of it.
+
+    ``tensors`` are made in the pass and have to be there still when it is over. ``key`` and
+    ``value`` are parts of the cache. ``at``: how many operations were before.
+    """
+
+    module: Any
+    tensors: list[Tensor]
+    at: int
+    key: Tensor | None = None
+    value: Tensor | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
 _current: contextvars.ContextVar[Recorder | None] = contextvars.ContextVar("recorder", default=None)
 
 
@@ -108,6 +124,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, inputs: list[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.steps: list[Recorded] = []
+        self.shown: list[Shown] = []
         self.sizes: dict[int, int] = {}  # bytes of each storage that the pass makes or is given
         self.kept: list[Tensor] = []  # so that no storage is used twice
         self.unknown: dict[int, str] = {}  # storages that an operation we do not know wrote
@@ -154,6 +171,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._produces(out)
             refs.append(self.ref(out))
         self.steps.append(Recorded(op, refs, tuple(sizes), number, call, fields))
+
+    def show(self, module: Any, tensors: list[Tensor], **details: Any) -> None:
+        """Note a call that others may want to see; see Shown."""
+        self.shown.append(Shown(module, tensors, len(self.steps), **details))
 
     def is_dynamic(self, tensor: Tensor) -> bool:
         """Whether it depends on the inputs."""

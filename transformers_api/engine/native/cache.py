@@ -1,0 +1,85 @@
+"""The slot cache as the kernels write and read it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transformers_api.engine.kv_cache import SlotCache, SlotLayer, zeros
+from transformers_api.engine.native.attention import write_cache
+from transformers_api.engine.native.library import Library
+
+
+class NativeLayer(SlotLayer):  # type: ignore[no-untyped-call]
+    """K and V of one layer, of the cache's dtype whatever the model computes in."""
+
+    cache: NativeCache
+
+    def __init__(self, cache: NativeCache) -> None:
+        super().__init__(cache)
+        self.likes: tuple[Tensor, ...] = ()  # empty tensors of the shapes that a forward has shown
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """See SlotLayer."""
+        dtype = self.cache.dtype
+        self.likes = tuple(s[:0, :, :0].to(dtype, copy=True) for s in (key_states, value_states))
+        self.allocate()
+
+    def allocate(self) -> None:
+        """Make the rows that a clear took away."""
+        size = self.cache.rows, self.cache.length
+        self.rows = tuple(zeros(like, *size) for like in self.likes)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """See SlotLayer."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        cache = self.cache
+        for rows, states in zip(self.rows, (key_states, value_states), strict=True):
+            write_cache(cache.library, states, rows[cache.window], cache.starts)
+        keys, values = self.rows
+        return keys[cache.window, :, : cache.seen], values[cache.window, :, : cache.seen]
+
+
+class NativeCache(SlotCache):
+    """A SlotCache of ``dtype``. A forward writes a row from ``starts`` (B,) on."""
+
+    slots: list[NativeLayer]  # type: ignore[assignment]
+
+    def __init__(
+        self, library: Library, num_layers: int, max_rows: int, max_length: int, dtype: torch.dtype
+    ) -> None:
+        self.library = library
+        self.dtype = dtype
+        self.starts = torch.zeros(0, dtype=torch.int64)
+        super().__init__(num_layers, max_rows, max_length, NativeLayer)
+
+    def bind(self, first: int, positions: Tensor, seen: int) -> None:
+        """See SlotCache."""
+        self.window = slice(first, first + len(positions))
+        self.seen = seen
+        self.starts = positions[:, 0].contiguous()
+
+    def scratch(self, rows: int, length: int) -> NativeCache:
+        """An empty one of the same kind."""
+        made = NativeCache(self.library, len(self.slots), rows, length, self.dtype)
+        made.reserve(rows, length)
+        return made
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Keys and values of all rows, layer by layer; allocated if need be."""
+        for layer in self.slots:
+            if not layer.is_initialized:
+                layer.allocate()
+        return [rows for layer in self.slots for rows in layer.rows]
+
+    def shaped_like(self, other: NativeCache) -> None:
+        """Take over what a forward has shown to ``other``."""
+        for layer, seen in zip(self.slots, other.slots, strict=True):
+            layer.likes = seen.likes

@@ -1,0 +1,176 @@
+"""A batch in, logits out, with the native kernels: forward passes are recorded once, then run.
+
+Bits depend on the way that a pass is computed. So an engine goes one way with every token: all
+passes are recorded, those that are watched and those whose whole prompt is scored too, or none is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from transformers_api.engine.kv_cache import MIN_LENGTH
+from transformers_api.engine.model_runner import MaskBuilder, ModelRunner
+from transformers_api.engine.native.attention import CausalRows, describe_mask, show_attention
+from transformers_api.engine.native.cache import NativeCache
+from transformers_api.engine.native.library import Library
+from transformers_api.engine.native.program import RecordedPass, Seen
+from transformers_api.engine.native.recorder import current
+from transformers_api.engine.scheduler import Batch
+
+DECODE_ROWS = (2, 3)  # sizes that are recorded; see layout.py
+PROMPT_TOKENS = (5, 7)
+
+
+class NativeMasks(MaskBuilder):
+    """Masks that say in short what is in them."""
+
+    def __init__(self, model: Any, library: Library) -> None:
+        super().__init__(model)
+        self.library = library
+
+    def build(
+        self, positions: Tensor, seen: int, starts: Tensor | None = None
+    ) -> Tensor | dict[str, Tensor]:
+        """See MaskBuilder. ``starts``: the first column of the positions, contiguous."""
+        if starts is None:
+            starts = positions[:, 0].contiguous()
+        masks = self.by_kind(positions, seen)
+        for kind, mask in masks.items():
+            describe_mask(mask, CausalRows(self.library, starts, self.windows[kind]))
+        return masks.get("", masks)
+
+    def by_kind(self, positions: Tensor, seen: int) -> dict[str, Tensor]:
+        """The plain masks."""
+        built = super().build(positions, seen)
+        return built if isinstance(built, dict) else {"": built}
+
+
+class NativeRunner(ModelRunner):
+    """Runs a packed model. ``learn`` before the first sequence."""
+
+    cache: NativeCache
+    masks: NativeMasks
+
+    def __init__(self, model: Any, cache: NativeCache, vocab_size: int) -> None:
+        super().__init__(model, cache, vocab_size)
+        self.masks = NativeMasks(model, cache.library)
+        self.decode, self.prompt, self.scored = (RecordedPass(cache.library) for _ in range(3))
+        self.is_recorded = False
+
+    def learn(self) -> None:
+        """Record passes on a cache of their own; the model goes on as it is where that fails."""
+        cache = self.cache.scratch(max(DECODE_ROWS), MIN_LENGTH)
+        self._compute(_inputs(torch.zeros(1, 2, dtype=torch.int64), [0]), cache, 1)
+        self.cache.shaped_like(cache)
+        with _shown_layers(self.model):
+            for size in DECODE_ROWS:
+                self._learn(self.decode, size, cache, _inputs(_some_ids(size, 1), [3] * size), 1)
+            for size in PROMPT_TOKENS:
+                inputs = _inputs(_some_ids(1, size), [0])
+                self._learn(self.prompt, size, cache, inputs, 1)
+                self._learn(self.scored, size, cache, inputs, 0)
+        self.is_recorded = all(p.is_ready for p in (self.decode, self.prompt, self.scored))
+
+    def forward(self, batch: Batch, keep: int = 1) -> Tensor:
+        """See Runner. The result lasts until the next one."""
+        if not self.is_recorded:
+            return super().forward(batch, keep)
+        starts = [seq.num_cached for seq in batch.sequences]
+        ids = torch.tensor([seq.upcoming(batch.width) for seq in batch.sequences])
+        first, tensors, inputs = batch.first_slot, self.cache.tensors, _inputs(ids, starts)
+        if keep > 1:
+            recorded, size = self.scored, batch.width
+        elif batch.width > 1:
+            recorded, size = self.prompt, batch.width
+        else:
+            recorded, size = self.decode, len(starts)
+        if batch.reaches_end and any(seq.observe for seq in batch.sequences):
+            logits, seen = recorded.run_open(size, inputs, tensors, first)
+            self._show(seen, inputs[1], first)
+        else:
+            logits = recorded.run(size, inputs, tensors, first)
+        return logits[:, -keep:, : self.vocab_size]
+
+    def _learn(
+        self, which: RecordedPass, size: int, cache: NativeCache, inputs: list[Tensor], keep: int
+    ) -> None:
+        which.learn(size, inputs, cache.tensors, lambda: self._compute(inputs, cache, keep))
+
+    def _compute(self, inputs: list[Tensor], cache: NativeCache, keep: int) -> Tensor:
+        ids, positions, starts = inputs
+        seen = cache.length
+        cache.bind(0, positions, seen)
+        cache.starts = starts
+        logits: Tensor = self.model(
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=self.masks.build(positions, seen, starts),
+            past_key_values=cache,
+            use_cache=True,
+            return_dict=True,
+            **({"logits_to_keep": keep} if self._takes_keep else {}),
+        ).logits
+        return logits
+
+    def _show(self, seen: list[Seen], positions: Tensor, first: int) -> None:
+        """Tell whoever has hooks in the model what the pass made, as if it ran now."""
+        count = int(positions.max()) + 1
+        masks = self.masks.by_kind(positions, count)
+        by_window = {self.masks.windows[kind]: mask for kind, mask in masks.items()}
+        rows, tensors = slice(first, first + len(positions)), self.cache.tensors
+        for call in seen:
+            if call.cached is None:
+                stream, made = call.tensors
+                _pass_through(call.module, stream, (made,) if call.options["is_tuple"] else made)
+                continue
+            key, value = (tensors[index][rows, :, :count] for index in call.cached)
+            query, output = call.tensors
+            mask = by_window[call.options["window"]]
+            show_attention(call.module, (query, key, value, output), mask, call.options["options"])
+
+
+def _inputs(ids: Tensor, starts: list[int]) -> list[Tensor]:
+    """[ids (B, T), positions (B, T), starts (B,)] of what differs from pass to pass."""
+    first = torch.tensor(starts)
+    return [ids, first[:, None] + torch.arange(ids.shape[1]), first]
+
+
+@contextmanager
+def _shown_layers(model: Any) -> Iterator[None]:
+    """While it lasts, recorders note what goes into the model's layers and what comes out."""
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    with ExitStack() as stack:
+        for stacked in model.modules():
+            for layer in stacked if isinstance(stacked, nn.ModuleList) else ():
+                if len(stacked) == count:
+                    handle = layer.register_forward_hook(_note_layer, with_kwargs=True)
+                    stack.callback(handle.remove)
+        yield
+
+
+def _note_layer(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    stream = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+    made = output[0] if isinstance(output, tuple) else output
+    if (recorder := current()) and stream is not None and isinstance(made, Tensor):
+        recorder.show(module, [stream, made], options={"is_tuple": isinstance(output, tuple)})
+
+
+def _pass_through(module: nn.Module, stream: Tensor, made: Any) -> None:
+    """Call a module, and with it its hooks, for what has been computed."""
+    own = vars(module).get("forward")
+    module.forward = lambda *_args, **_kwargs: made
+    try:
+        module(stream)
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
+
+
+def _some_ids(rows: int, width: int) -> Tensor:
+    return torch.arange(1, rows * width + 1).reshape(rows, width)

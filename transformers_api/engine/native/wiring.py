@@ -1,0 +1,93 @@
+"""From a loaded model to one that runs on the kernels, or the reason why it does not."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from transformers_api.engine.native.attention import NAME, register
+from transformers_api.engine.native.cache import NativeCache
+from transformers_api.engine.native.cores import usable_cores
+from transformers_api.engine.native.library import Library, load_library
+from transformers_api.engine.native.linear import NativeEmbedding, NativeLinear
+from transformers_api.engine.native.pack import pack_model
+from transformers_api.engine.native.runner import NativeRunner
+
+log = logging.getLogger(__name__)
+SMALL_BYTES = 64 << 20  # a float32 checkpoint up to here stays exact: it has no weight to speak of
+LENGTH_DEPENDENT = {"dynamic", "longrope"}  # rope whose angles depend on how long a sequence is
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+CACHE_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class NativeRefused(Exception):
+    """Why this model goes on without the kernels. It may have been changed already."""
+
+
+@functools.cache
+def kernels(cache: Path, threads: int | None) -> Library | None:
+    """The library of this process; None, with one line in the log, where it cannot be had."""
+    return load_library(cache, threads or usable_cores())
+
+
+def weight_kind(dtype: str, stored: str, stored_bytes: int) -> str | None:
+    """How weights are kept when ``dtype`` is wanted of a file of ``stored``; None: not natively."""
+    if dtype == "auto":
+        return "float32" if stored == "float32" and stored_bytes <= SMALL_BYTES else "bfloat16"
+    return dtype if dtype in CACHE_TYPES else None
+
+
+def kind_of(model: Any, dtype: str) -> str:
+    """``weight_kind`` of a model as it was loaded. Raises NativeRefused."""
+    stored_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    kind = weight_kind(dtype, str(model.dtype).removeprefix("torch."), stored_bytes)
+    config = model.config.get_text_config(decoder=True)
+    if kind is None:
+        raise NativeRefused(f"no kernels for {dtype}")
+    if any(getattr(config, name, None) for name in EXPERTS):
+        raise NativeRefused("a mixture of experts")
+    if _rope_types(getattr(config, "rope_parameters", None)) & LENGTH_DEPENDENT:
+        raise NativeRefused("positions that depend on the length")
+    return kind
+
+
+def native_runner(
+    model: Any, library: Library, kind: str, layers: int, rows: int, window: int, vocab_size: int
+) -> NativeRunner:
+    """A runner for the model, whose weights are packed by this. Raises NativeRefused."""
+    register()
+    try:
+        model.set_attn_implementation(NAME)
+        pack_model(model, library, kind, torch.zeros(1, 2, dtype=torch.int64))
+        model.native_kind = kind
+        cache = NativeCache(library, layers, rows, window, CACHE_TYPES[kind])
+        runner = NativeRunner(model, cache, vocab_size)
+        runner.learn()
+    except Exception as error:
+        log.info("%s cannot be packed", type(model).__name__, exc_info=True)
+        raise NativeRefused(f"packing failed: {error}") from error
+    if not runner.is_recorded:
+        raise NativeRefused(runner.decode.refused or runner.prompt.refused or runner.scored.refused)
+    return runner
+
+
+def packed_bytes(model: Any) -> int:
+    """Bytes of the packed weights."""
+    packed = {
+        id(weight): weight.nbytes
+        for module in model.modules()
+        if isinstance(module, NativeLinear | NativeEmbedding)
+        for weight in [module.joined.weight if isinstance(module, NativeLinear) else module.packed]
+    }
+    return sum(packed.values())
+
+
+def _rope_types(parameters: Any) -> set[str]:
+    if not isinstance(parameters, dict):
+        return set()
+    own = {str(parameters.get("rope_type", "default"))}
+    return own.union(*(_rope_types(each) for each in parameters.values()))
