@@ -26,7 +26,7 @@ def loader(tmp_path):
 @pytest.fixture
 def native_loader(tmp_path, native_cache):
     thread = EngineThread(1)
-    yield loader_for(thread, tmp_path, native_cache=native_cache)
+    yield loader_for(thread, tmp_path, native_kernels=True, native_cache=native_cache)
     thread.stop()
 
 
