@@ -176,12 +176,13 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=256)
     options = parser.parse_args()
     folder = options.folder or default_model_folder()
+    sizes: list[dict[str, int]] = []
     for rows in (int(part) for part in options.rows.split(",")):
         bench = Bench(folder, options.dtype, rows, options.context)
         print(f"\n{rows} sequence{'s' if rows > 1 else ''}, one of them traced\n")
         print("| noted | step, ms | |\n| --- | ---: | ---: |")
         print("\n".join(table(bench.times(options.steps))))
-        if rows == 1:
+        if not sizes:
             tokenizer = AutoTokenizer.from_pretrained(folder)
             sizes = [bench.sizes(tokenizer, layers) for layers in (0, 1, 4)]
         bench.close()

@@ -67,8 +67,9 @@ def distribution(logits: Tensor, seq: Sequence, least: int = 1) -> tuple[Tensor,
     for processor in seq.processors:
         processor(seq, row)
     if seq.params.temperature == 0:
-        ids = row.topk(min(least, len(row))).indices
-        ids[0] = row.argmax()  # of equals the one that is taken
+        ids = row.argmax(-1, keepdim=True)  # of equals the one that is taken
+        if least > 1:
+            ids = torch.cat([ids, row.topk(min(least, len(row))).indices[1:]])
         return (torch.arange(len(ids), device=row.device) == 0).double(), ids
     probs = ((row - row.max()) / seq.params.temperature).softmax(-1)[None]
     ((_, count),) = _by_candidates(probs, [seq.params])
