@@ -47,7 +47,7 @@ class SlotLayer(CacheLayerMixin):
 
     def resize(self, rows: int, length: int) -> None:
         """Change the allocation; what fits is kept."""
-        self.rows = tuple(_resized(old, rows, length) for old in self.rows)
+        self.rows = tuple(resized(old, rows, length) for old in self.rows)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(keys that attention sees, offset)."""
@@ -124,12 +124,12 @@ class SlotCache(Cache):
         """
         if rows <= self.rows and length <= self.length:
             return self.rows, self.length
-        doubled = min(max(_power_of_two(length), MIN_LENGTH), self.max_length)
+        doubled = min(max(power_of_two(length), MIN_LENGTH), self.max_length)
         tight = min(-(-length // MIN_LENGTH) * MIN_LENGTH, self.max_length)
         for width in (max(self.length, doubled), doubled, tight):
             if rows <= self.max_rows and rows * width <= self.budget_tokens:
                 room = min(self.max_rows, self.budget_tokens // width)
-                self._resize(min(max(_power_of_two(rows), self.rows), room), width)
+                self._resize(min(max(power_of_two(rows), self.rows), room), width)
                 return self.rows, self.length
         return None
 
@@ -179,7 +179,7 @@ class SlotCache(Cache):
         self.rows, self.length = rows, length
 
 
-def _power_of_two(size: int) -> int:
+def power_of_two(size: int) -> int:
     """Round up, to bound how often rows are copied."""
     return 1 << (size - 1).bit_length()
 
@@ -196,7 +196,8 @@ def zeros(like: Tensor, rows: int, length: int) -> Tensor:
     return torch.from_numpy(pages).view(like.dtype).view(shape)
 
 
-def _resized(old: Tensor, rows: int, length: int) -> Tensor:
+def resized(old: Tensor, rows: int, length: int) -> Tensor:
+    """Keys or values (rows, H, length, D) in a new allocation; what fits is kept."""
     new = zeros(old, rows, length)
     kept_rows, kept_length = min(rows, old.shape[0]), min(length, old.shape[2])
     new[:kept_rows, :, :kept_length] = old[:kept_rows, :, :kept_length]

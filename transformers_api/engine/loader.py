@@ -20,6 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 from transformers_api.engine.agreement import agrees, own_logits
 from transformers_api.engine.base import EngineListener
 from transformers_api.engine.batching import BatchingEngine, EngineLimits
+from transformers_api.engine.graphs import GraphRunner, PaddedCache
 from transformers_api.engine.kv_cache import SlotCache
 from transformers_api.engine.memory import available_bytes
 from transformers_api.engine.model_runner import ModelRunner, Runner, SequentialRunner
@@ -200,9 +201,9 @@ def _runner(
     if layers := _attention_layers(model):
         with differentiable():
             pack_linears(model)
-        batched = ModelRunner(model, SlotCache(layers, options.num_slots, window), vocab_size)
-        if agrees(batched, model, vocab_size, window):
-            return batched, _bounded(batched, options), "batching"
+        for batched in _batched_runners(model, layers, options.num_slots, window, vocab_size):
+            if agrees(batched, model, vocab_size, window):
+                return batched, _bounded(batched, options), "batching"
     for recompute in (False, True):
         runner = SequentialRunner(model, vocab_size, recompute)
         if agrees(runner, model, vocab_size, window):
@@ -210,6 +211,15 @@ def _runner(
             log.warning("%s is served one sequence at a time", type(model).__name__)
             return runner, window, "sequential"
     raise ModelLoadFailed(f"{type(model).__name__} cannot be run as a causal language model")
+
+
+def _batched_runners(
+    model: Any, layers: int, num_slots: int, window: int, vocab_size: int
+) -> Iterator[ModelRunner]:
+    """The fastest first; a model that reads its own results on the way cannot be captured."""
+    if model.device.type == "cuda":
+        yield GraphRunner(model, PaddedCache(layers, num_slots, window), vocab_size)
+    yield ModelRunner(model, SlotCache(layers, num_slots, window), vocab_size)
 
 
 def _native_runner(
