@@ -32,6 +32,18 @@ RUN python -m venv /venv \
     && /venv/bin/pip install --no-deps --requirement requirements.lock
 
 
+FROM ${BASE} AS kernels
+
+# The compiler stays behind. Whether a processor has what they need is asked where the image runs.
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends g++ \
+    && rm -rf /var/lib/apt/lists/*
+WORKDIR /build
+COPY transformers_api transformers_api
+RUN install --directory /kernels \
+    && NATIVE_CACHE=/kernels python -m transformers_api kernels --any-cpu
+
+
 FROM ${BASE}
 
 # Converted models and the Hugging Face cache lie under XDG_CACHE_HOME, unless MODEL_STORE and
@@ -45,9 +57,11 @@ ENV PATH=/venv/bin:$PATH \
     MALLOC_ARENA_MAX=2 \
     MALLOC_MMAP_THRESHOLD_=131072 \
     XDG_CACHE_HOME=/models \
+    NATIVE_CACHE=/kernels \
     HOST=0.0.0.0
 
 COPY --from=packages /venv /venv
+COPY --from=kernels /kernels /kernels
 WORKDIR /app
 COPY app.py wsgi.py gunicorn.conf.py api_client.py ./
 COPY transformers_api transformers_api

@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(VENV)/run.stamp
 DEV := $(VENV)/dev.stamp
+KERNELS := $(VENV)/kernels.stamp
 PEER := build/peer
 INSTALL := -m pip --disable-pip-version-check install --quiet
 
@@ -18,12 +19,12 @@ TESTS := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
-setup: $(DEV) ## make .venv with everything, tools included
+setup: $(DEV) $(KERNELS) ## make .venv with everything, tools included
 
 tools: ## install what some tests need besides (nginx, redis; Debian, as root)
 	@scripts/install_test_tools.sh
 
-run: $(RUN) ## serve on http://127.0.0.1:5000; every setting comes from the environment
+run: $(RUN) $(KERNELS) ## serve on http://127.0.0.1:5000; every setting comes from the environment
 	@$(BIN)/python -m transformers_api pull "$${DEFAULT_MODEL:-smollm2-135m-instruct}" || [ $$? = 1 ] \
 		&& exec $(BIN)/python -m transformers_api serve
 
@@ -58,7 +59,7 @@ docs: $(DEV) ## write the generated tables of docs/ and deploy/env.example anew
 
 check: lint test ## what CI runs
 
-bench: $(RUN) $(PEER)/run.stamp ## measure beside `transformers serve` (BENCH="--rounds 1" for less)
+bench: $(RUN) $(KERNELS) $(PEER)/run.stamp ## measure beside `transformers serve` (BENCH="--rounds 1" for less)
 	@$(BIN)/python -m benchmarks.serving --peer-python $(PEER)/bin/python $(BENCH)
 
 lock: $(DEV) ## write the hashes of all packages anew, after a change of requirements*.txt
@@ -97,6 +98,12 @@ $(RUN): requirements.txt requirements-models.txt $(BIN)/python
 
 $(DEV): requirements-dev.txt $(RUN)
 	@$(BIN)/python $(INSTALL) -r requirements-dev.txt
+	@touch $@
+
+# Without a compiler, or for another processor, the server does without; it says so itself.
+$(KERNELS): transformers_api/engine/native/kernels.cpp transformers_api/engine/native/build.py | $(RUN)
+	@echo "Compiling native kernels, about half a minute."
+	@$(BIN)/python -m transformers_api kernels || [ $$? = 1 ]
 	@touch $@
 
 # What `make bench` measures beside us, at the versions that we use.

@@ -140,6 +140,7 @@ make_release() {
         install_packages $fresh
         mv "$root$fresh" "$root$release"
     fi
+    make_kernels "$release"
     if [[ $(readlink "$root$opt/current" || true) != "releases/$id" ]]; then
         previous=$(readlink "$root$opt/current" || true)
         point_to "releases/$id"
@@ -156,6 +157,13 @@ install_packages() {
     act "${pip[@]}" "${index[@]}" --requirement "deploy/torch-$torch.lock"
     act "${pip[@]}" --requirement requirements.lock
     act "$1/venv/bin/python" -m compileall -q "$1/transformers_api"
+}
+
+# Once, half a minute. Without a compiler inference is slower, and nothing else.
+make_kernels() {
+    compgen -G "$root$1/kernels/*.so" >/dev/null ||
+        act env "NATIVE_CACHE=$1/kernels" "$1/venv/bin/python" -m transformers_api kernels ||
+        say "With g++ it is faster: apt-get install g++, then this again and a restart."
 }
 
 # Replaced in one step: there is no moment without a release.

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from transformers_api.engine.native.build import NativeUnavailable, build, check_processor, find
+from transformers_api.settings import Settings
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ["RESIDENCY_LOCK"] = "false"  # tests may run beside a server, and beside each other
 
+NATIVE_CACHE = Settings().native_cache
 Measured = Callable[[str], None]
 
 
@@ -21,26 +26,40 @@ def measured(record_property: Callable[[str, object], None]) -> Measured:
     return lambda text: record_property("measured", text)
 
 
-@pytest.fixture(scope="session")
-def native_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the kernels are compiled; skips where they cannot be had."""
-    from transformers_api.engine.native.wiring import kernels
+def pytest_configure(config: pytest.Config) -> None:
+    """Compile the kernels before the workers begin, where servers look for them: once for all."""
+    if hasattr(config, "workerinput"):
+        return
+    with contextlib.suppress(NativeUnavailable):
+        check_processor()
+        build(NATIVE_CACHE)
 
-    cache = tmp_path_factory.getbasetemp().parent / "native"
-    if kernels(cache, 1) is None:
+
+@pytest.fixture(scope="session")
+def native_cache() -> Path:
+    """Where the compiled kernels are; skips where they cannot be had."""
+    from transformers_api.engine.native.provision import provision
+
+    if provision(NATIVE_CACHE, 1).library() is None:
         pytest.skip("no native kernels")
-    return cache
+    return NATIVE_CACHE
 
 
 @pytest.fixture(scope="session")
 def native_default(request: pytest.FixtureRequest) -> Path | None:
     """What engines use unless a test says otherwise."""
-    return request.getfixturevalue("native_cache") if request.config.option.native else None
+    if request.config.option.torch:
+        return None
+    try:
+        check_processor()
+    except NativeUnavailable:
+        return None
+    return NATIVE_CACHE if find(NATIVE_CACHE) else None
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--figures", action="store_true", help="show what tests have measured")
-    parser.addoption("--native", action="store_true", help="run engines on the native kernels")
+    parser.addoption("--torch", action="store_true", help="run engines without native kernels")
 
 
 def pytest_terminal_summary(

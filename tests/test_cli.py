@@ -15,6 +15,7 @@ import pytest
 
 from tests.model_folders import model_files, write_files
 from transformers_api.cli import main, resident_models
+from transformers_api.engine.native import build
 from transformers_api.settings import Settings
 
 ROOT = Path(__file__).parents[1]
@@ -58,7 +59,9 @@ def server_with_resident_model(monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     thread.join()
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["models"], ["check"], ["pull", "mine"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["models"], ["check"], ["pull", "mine"], ["kernels"]]
+)
 def test_commands_import_neither_torch_nor_transformers(arguments: list[str]) -> None:
     program = (
         "import sys, transformers_api.cli\n"
@@ -184,6 +187,59 @@ def test_check_knows_that_a_model_cannot_be_fetched(
     monkeypatch.setenv("ALLOW_DOWNLOAD", "false")
     assert main(["check"]) == 1
     assert "downloads are off" in capsys.readouterr().out
+
+
+@pytest.fixture
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The only one there is, for a processor that has everything; it makes an empty file."""
+    program = tmp_path / "bin" / "g++"
+    program.parent.mkdir()
+    program.write_text('#!/bin/sh\nfor to; do :; done; : >"$to"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
+    monkeypatch.setenv("NATIVE_CACHE", str(tmp_path / "native"))
+    monkeypatch.setattr(build, "_cpu_flags", lambda: set(build.FEATURES))
+    monkeypatch.setattr(build, "COMPILERS", ("g++",))
+    return program
+
+
+def test_kernels_compiles_once_and_says_where(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, compiler: Path
+) -> None:
+    assert main(["check"]) == 0
+    assert "Native kernels: will be compiled when" in capsys.readouterr().out
+    assert main(["kernels"]) == 0
+    (made,) = (tmp_path / "native").iterdir()
+    assert capsys.readouterr().out == f"The native kernels are ready in {made}\n"
+    compiler.unlink()
+    assert main(["kernels"]) == 0
+    assert main(["check"]) == 0
+    assert f"Native kernels: ready in {made}" in capsys.readouterr().out
+
+
+def test_a_compiler_that_fails_is_an_error_of_kernels(
+    capsys: pytest.CaptureFixture[str], compiler: Path
+) -> None:
+    compiler.write_text("#!/bin/sh\nexit 3\n")
+    assert main(["kernels"]) == 1
+    assert "g++ failed: status 3" in capsys.readouterr().err
+
+
+def test_where_kernels_are_of_no_use_nothing_is_compiled_unless_it_is_for_elsewhere(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    compiler: Path,
+) -> None:
+    monkeypatch.setattr(build, "_cpu_flags", set)
+    assert main(["kernels"]) == 0
+    assert "the processor has no avx512f" in capsys.readouterr().out
+    monkeypatch.setenv("NATIVE_KERNELS", "false")
+    assert main(["kernels", "--any-cpu"]) == 0
+    assert not (tmp_path / "native").exists()
+    monkeypatch.setenv("NATIVE_KERNELS", "true")
+    assert main(["kernels", "--any-cpu"]) == 0
+    assert len(list((tmp_path / "native").iterdir())) == 1
 
 
 @pytest.mark.parametrize("port", ["65536", "-1", "http"])

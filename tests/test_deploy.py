@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from tests.servers import WAIT_S, started
+from transformers_api.engine.native.build import find
 from transformers_api.settings import Settings, described
 
 ROOT = Path(__file__).parent.parent
@@ -46,7 +47,7 @@ def stages():
     return found
 
 
-BEFORE, PACKAGES, IMAGE = stages()
+BEFORE, PACKAGES, KERNELS, IMAGE = stages()
 
 
 def those(keyword, stage=IMAGE):
@@ -118,7 +119,7 @@ def on_this_machine(folder):
     return image_environment() | {"XDG_CACHE_HOME": str(folder / "cache")} | here
 
 
-@pytest.mark.parametrize("stage", [PACKAGES, IMAGE], ids=["packages", "image"])
+@pytest.mark.parametrize("stage", [PACKAGES, KERNELS, IMAGE], ids=["packages", "kernels", "image"])
 def test_what_is_copied_exists_and_reaches_the_builder(stage):
     everything, *allowed = [
         line
@@ -177,12 +178,36 @@ def test_every_package_has_a_hash_and_torch_is_of_the_build_that_is_asked_for():
     assert copied == ["requirements.lock", *(f"deploy/{name}" for name in builds)]
 
 
-def test_both_stages_stand_on_one_base_that_can_be_named_by_its_digest():
+def test_all_stages_stand_on_one_base_that_can_be_named_by_its_digest():
     assert BEFORE == [("ARG", "BASE=python:3.11-slim")]
-    assert [those("FROM", stage) for stage in (PACKAGES, IMAGE)] == [
+    assert [those("FROM", stage) for stage in (PACKAGES, KERNELS, IMAGE)] == [
         ["${BASE} AS packages"],
+        ["${BASE} AS kernels"],
         ["${BASE}"],
     ]
+
+
+def test_the_image_finds_the_kernels_that_were_compiled_for_it_and_has_no_compiler(tmp_path):
+    """The command of the stage, by a compiler that says with what it was called."""
+    said = tmp_path / "said"
+    write_script(tmp_path / "bin" / "g++", f'echo "$@" >{said}\nfor made; do :; done\n: >"$made"')
+    command = those("RUN", KERNELS)[-1].replace("/kernels", str(tmp_path / "kernels"))
+    path = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["sh", "-c", command], env=os.environ | {"PATH": path}, cwd=ROOT, timeout=WAIT_S
+    )
+    assert done.returncode == 0
+    assert "-march" not in said.read_text()  # the machine that builds is not the one that runs
+    assert "-mavx512bf16" in said.read_text()
+    assert find(tmp_path / "kernels") is not None
+    assert f"--from=kernels /kernels {image_environment()['NATIVE_CACHE']}" in those("COPY")
+    assert not [run for run in those("RUN") if "g++" in run]
+
+
+def write_script(path, text):
+    path.parent.mkdir()
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
 
 
 @pytest.mark.skipif(not HADOLINT, reason="hadolint is not made for this machine")

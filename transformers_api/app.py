@@ -62,8 +62,7 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
         encoders = _encoders(settings, registry, encoder_loader, _listeners(metrics))
         embeddings = EmbeddingModels(registry, swapper, encoders, max(settings.max_queue, 1))
         swappers.append(encoders)
-        if isinstance(loader, ModelLoader):
-            loader.make_room = embeddings.give_back
+    _connect(loader, swapper, embeddings)
     app = Flask(__name__, static_folder=None)
     services = Services(
         settings=settings,
@@ -100,6 +99,14 @@ def _metrics(settings: Settings, registry: ModelRegistry, loader: Loader) -> Met
     if isinstance(loader, ModelLoader):
         loader.listen = metrics.engine
     return metrics
+
+
+def _connect(loader: Loader, swapper: Swapper, embeddings: EmbeddingModels | None) -> None:
+    """Whom the loader calls."""
+    if isinstance(loader, ModelLoader):
+        loader.wake = swapper.wake
+        if embeddings is not None:
+            loader.make_room = embeddings.give_back
 
 
 def _listeners(metrics: Metrics | None, *others: SwapperListener) -> SwapperListener:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TextIO
 
+from transformers_api.engine.native import build
 from transformers_api.errors import ApiError
 from transformers_api.serving.api_keys import read
 from transformers_api.serving.models import HubSource
@@ -83,6 +84,7 @@ def _findings(settings: Settings) -> Iterator[Finding]:
     yield _disk("MODEL_STORE", settings.model_store)
     yield _disk("HF_HOME", settings.hf_home)
     yield _model(settings)
+    yield _kernels(settings)
     yield _address(settings)
     yield _access(settings)
 
@@ -147,6 +149,24 @@ def _model(settings: Settings) -> Finding:
         return Finding(subject, str(error), mend, prevents=settings.preload_model)
     what = "be downloaded" if isinstance(spec.source, HubSource) else "be converted"
     return Finding(subject, f"will {what} when it is first loaded")
+
+
+def _kernels(settings: Settings) -> Finding:
+    subject = "Native kernels"
+    if not settings.native_kernels:
+        return Finding(subject, "off")
+    try:
+        build.check_processor()
+    except build.NativeUnavailable as error:
+        return Finding(subject, f"none, {error}")
+    if made := build.find(settings.native_cache):
+        return Finding(subject, f"ready in {made}")
+    try:
+        build.find_compiler()
+    except build.NativeUnavailable as error:
+        mend = "install g++; without it inference is slower"
+        return Finding(subject, str(error), mend, prevents=False)
+    return Finding(subject, "will be compiled when a model is first loaded")
 
 
 def _address(settings: Settings) -> Finding:

@@ -1,4 +1,4 @@
-"""The command line: serve, models, pull, convert, keys, check. A command imports what it needs."""
+"""The command line. A command imports what it needs."""
 
 from __future__ import annotations
 
@@ -64,6 +64,14 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--family", help="what it is, where the weights leave that open")
     convert.add_argument("--config", type=Path, metavar="FILE", help="its configuration (JSON)")
     convert.set_defaults(run=_convert)
+
+    kernels = commands.add_parser("kernels", help="compile the native kernels now")
+    kernels.add_argument(
+        "--any-cpu",
+        action="store_true",
+        help="also if this processor cannot run them",
+    )
+    kernels.set_defaults(run=_kernels)
 
     keys = commands.add_parser("keys", help="make, list and remove API keys")
     actions = keys.add_subparsers(required=True, metavar="ACTION")
@@ -205,6 +213,28 @@ def _convert(options: argparse.Namespace) -> int:
     except OSError as error:
         raise ModelLoadFailed(f"{folder} could not be made: {error}") from error
     sys.stdout.write(f"{source.name} is ready in {folder}\n")
+    return 0
+
+
+def _kernels(options: argparse.Namespace) -> int:
+    """1 where they could be of use and cannot be had; the server does without them then."""
+    from transformers_api.engine.native import build
+
+    settings = Settings.from_env()
+    if not settings.native_kernels:
+        sys.stdout.write("NATIVE_KERNELS is off\n")
+        return 0
+    try:
+        (build.check_platform if options.any_cpu else build.check_processor)()
+    except build.NativeUnavailable as error:
+        sys.stdout.write(f"No native kernels here: {error}\n")
+        return 0
+    try:
+        made = build.build(settings.native_cache)
+    except build.NativeUnavailable as error:
+        sys.stderr.write(f"No native kernels, so inference is slower: {error}\n")
+        return 1
+    sys.stdout.write(f"The native kernels are ready in {made}\n")
     return 0
 
 

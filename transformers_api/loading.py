@@ -7,6 +7,7 @@ that a server answers its health checks before they are there.
 from __future__ import annotations
 
 import hashlib
+import threading
 import time
 from collections.abc import Callable, Collection
 from dataclasses import replace
@@ -42,11 +43,13 @@ class ModelLoader:
     """Prepares in the caller's thread, loads on the engine's.
 
     ``make_room`` is asked for bytes that lack for a model, and says whether it freed them.
-    ``listen`` gives what hears of the steps of the model with that name.
+    ``listen`` gives what hears of the steps of the model with that name. ``wake`` is called when
+    a loaded model has become outdated.
     """
 
     make_room: Callable[[int], bool] | None = None
     listen: Callable[[str], EngineListener] | None = None
+    wake: Callable[[], None] | None = None
 
     def __init__(self, settings: Settings, store: ModelStore, thread: EngineThread) -> None:
         self.settings = settings
@@ -77,11 +80,7 @@ class ModelLoader:
         lacking = need - free - freed_bytes
         if lacking > 0 and self.make_room is not None and self.make_room(lacking):
             free = self._free_bytes(device)
-        if need > free + freed_bytes:
-            raise InsufficientMemory(
-                f"Model '{spec.name}' needs {need / GIB:.1f} GiB of memory on {device}, "
-                f"{(free + freed_bytes) / GIB:.1f} GiB can be had"
-            )
+        _require(spec, device, need, free + freed_bytes)
         return need * SPARE <= free
 
     def load(self, spec: ModelSpec, files: ModelFiles) -> LoadedModel:
@@ -89,6 +88,7 @@ class ModelLoader:
         started = time.monotonic()
         self.thread.call(_register_families).result()
         tokenizer = _load_tokenizer(files.folder, spec.trust_remote_code)
+        is_outdated = self.thread.call(lambda: self._outdating(spec)).result()
         made = self.thread.call(lambda: self._load_engine(spec, files, tokenizer)).result()
         engine: Any = made[0]
         facts = self.thread.call(lambda: _facts(engine.model)).result()
@@ -102,8 +102,26 @@ class ModelLoader:
             count_tokens=token_counter(spec.token_encoding) if spec.token_encoding else None,
             embedder=self._embedder(spec, files, engine),
             inspector=made[1],
+            is_outdated=is_outdated,
             **facts,
         )
+
+    def _outdating(self, spec: ModelSpec) -> Callable[[], bool]:
+        """What says that the kernels, which a model loaded now does without, are compiled."""
+        compiled = threading.Event()
+
+        def tell() -> None:
+            compiled.set()
+            if self.wake is not None:
+                self.wake()
+
+        if self.settings.native_kernels and self._pick_device(spec) == "cpu":
+            from transformers_api.engine.native.provision import provision
+
+            kernels = provision(self.settings.native_cache, self.settings.torch_threads)
+            if kernels.library() is None:
+                kernels.when_compiled(tell)
+        return compiled.is_set
 
     def _load_engine(
         self, spec: ModelSpec, files: ModelFiles, tokenizer: Any
@@ -151,6 +169,9 @@ class ModelLoader:
             kv_cache_bytes=int(settings.kv_cache_gib * GIB) if settings.kv_cache_gib else None,
             listener=self.listen(spec.name) if self.listen else None,
             native=settings.native_cache if settings.native_kernels else None,
+            check_room=lambda size: _require(
+                spec, "cpu", int(size * RESERVE), _available_bytes("cpu")
+            ),
         )
 
     def _free_bytes(self, device: str) -> int:
@@ -185,7 +206,10 @@ class ModelLoader:
 
 
 class EncoderLoader(ModelLoader):
-    """The same for the encoders of /v1/embeddings."""
+    """The same for the encoders of /v1/embeddings, which torch runs."""
+
+    def _outdating(self, spec: ModelSpec) -> Callable[[], bool]:
+        return bool
 
     def _automatic_dtype(self, files: ModelFiles) -> str:
         return "float32"
@@ -217,6 +241,14 @@ class EncoderLoader(ModelLoader):
         return self._pooled(engine, pooling, reads_in_chunks=False)
 
 
+def _require(spec: ModelSpec, device: str, need: int, free: int) -> None:
+    if need > free:
+        raise InsufficientMemory(
+            f"Model '{spec.name}' needs {need / GIB:.1f} GiB of memory on {device}, "
+            f"{free / GIB:.1f} GiB can be had"
+        )
+
+
 def _load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
@@ -244,9 +276,10 @@ def _devices() -> list[str]:
 
 def _kernels(cache: Path, threads: int | None) -> Callable[[str, str, int], str | None] | None:
     """What says how weights are kept; None without kernels."""
-    from transformers_api.engine.native.wiring import kernels, weight_kind
+    from transformers_api.engine.native.provision import provision
+    from transformers_api.engine.native.wiring import weight_kind
 
-    return weight_kind if kernels(cache, threads) else None
+    return weight_kind if provision(cache, threads).library() else None
 
 
 def _available_bytes(device: str) -> int:

@@ -108,6 +108,9 @@ KV = _gauge(
 INFO = _gauge(f"{_OURS}model_info", "1 for the resident model.", *_MODEL, "device", "dtype", "mode")
 WEIGHTS = _gauge(f"{_OURS}model_bytes", "Bytes of its weights.", *_MODEL)
 KV_BYTES = _gauge(f"{_OURS}kv_cache_bytes", "Bytes allocated for its KV cache.", *_MODEL)
+KV_USED = _gauge(
+    f"{_OURS}kv_cache_used_bytes", "Those of them that running sequences have reserved.", *_MODEL
+)
 KV_BUDGET = _gauge(f"{_OURS}kv_cache_budget_bytes", "Bytes that the KV cache may take.", *_MODEL)
 LEASES = _gauge(f"{_OURS}model_leases", "Requests that hold the resident model.", *_MODEL)
 CALLERS = _gauge(f"{_OURS}model_callers_waiting", "Requests that wait for a model.", *_MODEL)

@@ -293,6 +293,7 @@ class _Residents(Collector):
             names.KV: usage,
             names.WEIGHTS: status.bytes,
             names.KV_BYTES: engine.kv_bytes,
+            names.KV_USED: engine.kv_used_bytes,
             names.KV_BUDGET: engine.kv_budget_bytes,
             names.LEASES: status.leases,
         }

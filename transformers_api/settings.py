@@ -92,14 +92,16 @@ class Settings:
         "shares the batch. auto on a GPU: the checkpoint's own.",
     )
     native_kernels: bool = _setting(
-        False,
+        True,
         to.boolean,
         "Run models on CPU kernels of our own where the processor has AVX-512 with bfloat16 and "
         "there is a C++ compiler: weights in bfloat16, several times as fast, and no bit of an "
-        "answer depends on who shares the batch; but a traced step takes longer than without them.",
+        "answer depends on who shares the batch. Elsewhere torch runs them.",
     )
     native_cache: Path = _setting(
-        _default_native_cache, to.path, "Where compiled kernels are kept."
+        _default_native_cache,
+        to.path,
+        "Where compiled kernels are kept; `python -m transformers_api kernels` compiles them.",
     )
     max_context_tokens: int = _setting(
         2048, to.integer(8, 1 << 24), "Context window where a model's config states none."

@@ -24,7 +24,7 @@ from transformers_api.errors import (
     Unavailable,
 )
 from transformers_api.serving.cancellation import Cancellation
-from transformers_api.serving.models import ModelFiles, ModelSpec
+from transformers_api.serving.models import LoadedModel, ModelFiles, ModelSpec
 from transformers_api.serving.residency import Lease, SwapperListener
 from transformers_api.serving.swapper import Swapper
 
@@ -375,6 +375,83 @@ def test_eviction_waits_for_the_last_lease(bench: Bench) -> None:
     call.result(WAIT_S).release()
     assert old.closed.is_set()
     assert old.closed_with is None  # nothing was running
+
+
+@pytest.fixture
+def compiled(bench: Bench) -> threading.Event:
+    """Makes the first model that was loaded outdated, and those after it current."""
+    compiled = threading.Event()
+
+    def build(spec: ModelSpec) -> LoadedModel:
+        is_first = not bench.loader.loaded
+        return fake_model(
+            spec, tokenizer=object(), is_outdated=compiled.is_set if is_first else bool
+        )
+
+    bench.loader.build = build
+    return compiled
+
+
+def test_an_outdated_model_is_loaded_anew_once_nobody_holds_it(
+    bench: Bench, compiled: threading.Event
+) -> None:
+    swapper = bench.swapper()
+    first, second = swapper.lease("a"), swapper.lease("a")
+    compiled.set()
+    swapper.wake()
+    first.release()
+    with swapper.lease("a") as still:  # it goes on serving meanwhile
+        assert engine(still) is engine(second)
+    assert bench.loader.count("load") == 1
+    old = engine(second)
+    second.release()
+    bench.ear.wait_for(("load", "a"), ("evict", "a"), ("load", "a"))
+    assert old.closed.is_set()
+    assert old.closed_with is None
+    with swapper.lease("a") as renewed:
+        assert engine(renewed) is not old
+    assert bench.loader.count("load") == 2
+
+
+def test_a_model_that_becomes_outdated_at_rest_is_loaded_anew_at_once(
+    bench: Bench, compiled: threading.Event
+) -> None:
+    swapper = bench.swapper()
+    swapper.load("a")
+    compiled.set()
+    swapper.wake()
+    bench.ear.wait_for(("load", "a"), ("evict", "a"), ("load", "a"))
+
+
+def test_who_comes_while_a_model_is_loaded_anew_gets_it_also_without_auto_load(
+    bench: Bench, compiled: threading.Event
+) -> None:
+    swapper = bench.swapper(auto_load=False)
+    swapper.load("a")
+    bench.reached("load")
+    bench.loader.hold["load"] = threading.Event()
+    compiled.set()
+    swapper.wake()
+    bench.reached("load")
+    call = bench.start(swapper.lease, "a")
+    queued(swapper, a=1)
+    bench.loader.hold["load"].set()
+    call.result(WAIT_S).release()
+    assert bench.loader.count("load") == 2
+
+
+def test_another_model_that_is_wanted_comes_before_the_renewal(
+    bench: Bench, compiled: threading.Event
+) -> None:
+    swapper = bench.swapper(swap_after_s=0)
+    lease = swapper.lease("a")
+    call = bench.start(swapper.lease, "b")
+    queued(swapper, b=1)
+    compiled.set()
+    swapper.wake()
+    lease.release()
+    call.result(WAIT_S).release()
+    bench.ear.wait_for(("load", "a"), ("evict", "a"), ("load", "b"))
 
 
 def test_a_busy_resident_is_kept_until_the_other_has_waited_long_enough(bench: Bench) -> None:

@@ -22,11 +22,12 @@ from transformers_api.engine.base import EngineListener
 from transformers_api.engine.batching import BatchingEngine, EngineLimits
 from transformers_api.engine.graphs import GraphRunner, PaddedCache
 from transformers_api.engine.kv_cache import SlotCache
-from transformers_api.engine.memory import available_bytes
+from transformers_api.engine.memory import available_bytes, release_memory
 from transformers_api.engine.model_runner import ModelRunner, Runner, SequentialRunner
 from transformers_api.engine.native.library import Library
+from transformers_api.engine.native.provision import provision
 from transformers_api.engine.native.runner import NativeRunner
-from transformers_api.engine.native.wiring import NativeRefused, kernels, kind_of, native_runner
+from transformers_api.engine.native.wiring import NativeRefused, kind_of, native_runner
 from transformers_api.engine.packed_linear import pack_linears
 from transformers_api.engine.prompt_scores import PromptScoringRunner
 from transformers_api.engine.sampler import Sampler, TokenSampler
@@ -38,6 +39,7 @@ log = logging.getLogger(__name__)
 disable_progress_bar()  # type: ignore[no-untyped-call]  # a server's log is no terminal
 WINDOW_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
 OWN_THREADS = torch.get_num_threads()
+DTYPE_BYTES = {"float16": 2, "bfloat16": 2}
 ATTENTION_KINDS = {"full_attention", "sliding_attention"}
 # (model, limits, runner, sampler) to the runner and the sampler that the engine is to use.
 Wrap = Callable[[Any, EngineLimits, Runner, TokenSampler], tuple[Runner, TokenSampler]]
@@ -60,6 +62,7 @@ class LoadOptions:
     kv_cache_bytes: int | None = None  # None: a quarter of what is free after loading
     listener: EngineListener | None = None  # hears of every step
     native: Path | None = None  # where the compiled kernels are kept; None: without them
+    check_room: Callable[[int], None] | None = None  # raises where bytes of weights do not fit
 
 
 def load_engine(
@@ -68,21 +71,29 @@ def load_engine(
     """Load a model and start serving it on ``thread``, which must be the calling thread.
 
     ``wrap`` puts observers around the runner and the sampler. A model that the kernels refuse is
-    loaded again without them. Raises ModelLoadFailed.
+    loaded again without them, if it fits so. Raises ModelLoadFailed, InsufficientMemory.
     """
     device = pick_device(options.device)
     if _library(options, thread) is None:
         options = replace(options, native=None)
 
+    numbers, engine = 0, None
+
     def start(options: LoadOptions) -> BatchingEngine:
+        nonlocal numbers
         dtype = "stored" if options.native and options.dtype == "auto" else options.dtype
         model = load_model(folder, device, dtype, options.trust_remote_code)
+        numbers = sum(parameter.numel() for parameter in model.parameters())
         return build_engine(model, options, thread, wrap)
 
     try:
         engine = start(options)
     except NativeRefused as error:
         log.info("%s runs without native kernels: %s", folder.name, error)
+    if engine is None:  # out of the handler: the error's frames held the refused model
+        release_memory()
+        if options.check_room is not None:
+            options.check_room(numbers * DTYPE_BYTES.get(options.dtype, 4))
         engine = start(replace(options, native=None))
     thread.engines.append(engine)
     return engine
@@ -247,8 +258,9 @@ def _bounded(runner: ModelRunner, options: LoadOptions) -> int:
 
 def _library(options: LoadOptions, thread: EngineThread) -> Library | None:
     """The kernels if they are wanted and there; torch then leaves the cores to them."""
-    wanted = options.native is not None and pick_device(options.device) == "cpu"
-    library = kernels(options.native, thread.num_threads) if options.native and wanted else None
+    library = None
+    if options.native is not None and pick_device(options.device) == "cpu":
+        library = provision(options.native, thread.num_threads).library()
     torch.set_num_threads(1 if library else thread.num_threads or OWN_THREADS)
     return library
 

@@ -121,6 +121,7 @@ class LoadedModel:
     count_tokens: Callable[[str], int] | None = None  # for usage; None: the model's own tokens
     embedder: Embedder | None = None  # where the registry entry says that it embeds
     inspector: Inspector | None = None  # None: INSPECT_ENABLED is off
+    is_outdated: Callable[[], bool] = bool  # whether loading it anew would make it faster
     extras: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -158,6 +158,11 @@ class Residency:
         return self.leases == 0 or (self.drain_until is not None and now >= self.drain_until)
 
     @property
+    def is_outdated(self) -> bool:
+        """Whether it should be loaded anew when nobody holds it."""
+        return self.model is not None and self.model.is_outdated()
+
+    @property
     def bytes(self) -> int:
         """What its eviction gives back: weights and KV cache."""
         model = self.model

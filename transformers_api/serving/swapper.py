@@ -187,7 +187,7 @@ class Swapper:
                 residency.drain_until = self._clock()
             self._condition.notify_all()
             cancellation = cancellation or Cancellation()
-            cancellation.on_cancel(self._wake)
+            cancellation.on_cancel(self.wake)
             while wait and not residency.closed:
                 cancellation.check()
                 self._condition.wait()
@@ -214,7 +214,7 @@ class Swapper:
             in_memory = self._turns.end(error)
         for residency in in_memory:
             self._close_engine(residency, renewed(error))
-        self._wake()
+        self.wake()
 
     # What they share.
 
@@ -257,7 +257,8 @@ class Swapper:
                 self._turns.join(waiter.target, self._clock(), wants_lease=False)
         self._withdraw(waiter, error)
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
+        """Something has changed that no call announced: look again at what is due."""
         with self._condition:
             self._condition.notify_all()
 
@@ -306,8 +307,7 @@ class Swapper:
             self._fail(target, error)
             return
         with self._condition:
-            target.is_preparing = False
-            target.files = files
+            target.is_preparing, target.files = False, files
             self._turns.drop_if_unwanted(target)
             self._condition.notify_all()
 

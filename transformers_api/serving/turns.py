@@ -42,7 +42,7 @@ class Turns:
         self.leaving: list[Residency] = []  # drain, and grant none
         self.targets: dict[tuple[str, str | None], Target] = {}  # wanted, not resident
         self.decided: Target | None = None  # comes next
-        self.fallback: Target | None = None  # was evicted for a model that then failed to load
+        self.fallback: Target | None = None  # was evicted, and comes back if nothing else does
         self._let_go = let_go
 
     # Callers.
@@ -61,7 +61,9 @@ class Turns:
         return waiter
 
     def is_loading_on_request(self, name: str) -> bool:
-        """Whether somebody has asked for the model itself, not for an answer of it."""
+        """Whether somebody has asked for the model itself, not for an answer of it; or had it."""
+        if self.fallback is not None and self.fallback.spec.name == name:
+            return True
         targets = (target for target in self.targets.values() if target.spec.name == name)
         return any(not waiter.wants_lease for target in targets for waiter in target.waiters)
 
@@ -267,6 +269,9 @@ class Turns:
                 self.retire(resident, now, target)
         elif resident.leases == 0 and now >= self._idle_end(resident):
             self.retire(resident, now)
+        elif resident.leases == 0 and resident.is_outdated:
+            self.retire(resident, now)
+            self.fallback = Target(resident.spec, resident.spec.device, resident.files)
 
     def _idle_end(self, resident: Residency) -> float:
         idle_s = self.rules.idle_unload_s

@@ -4,16 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from transformers_api.engine.native.build import NativeUnavailable, build
+from transformers_api.engine.native.build import find
 from transformers_api.engine.native.library import Library
 
 
 @pytest.fixture(scope="session")
-def library_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    try:
-        return build(tmp_path_factory.mktemp("native"))
-    except NativeUnavailable as error:
-        pytest.skip(f"no native kernels: {error}")
+def library_file(native_cache: Path) -> Path:
+    found = find(native_cache)
+    assert found is not None
+    return found
 
 
 @pytest.fixture

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import shutil
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
 from transformers_api.engine.native import build as building
-from transformers_api.engine.native.build import NativeUnavailable, build
+from transformers_api.engine.native.build import NativeUnavailable, build, find
 from transformers_api.engine.native.cores import usable_cores
 from transformers_api.engine.native.library import Library, load_library
 from transformers_api.engine.native.linear import PackedWeight, WeightMemory
+from transformers_api.engine.native.provision import Provision
 
 
 def script(path: Path, text: str) -> str:
@@ -21,20 +25,59 @@ def script(path: Path, text: str) -> str:
     return str(path)
 
 
-def test_an_earlier_result_is_used_again(library_file):
-    made = library_file.stat().st_mtime_ns
-    assert build(library_file.parent) == library_file
-    assert library_file.stat().st_mtime_ns == made
-    assert list(library_file.parent.iterdir()) == [library_file]
+def compiler(path: Path, *, fails: bool = False) -> str:
+    """One that is quick: what it makes is the file ``made`` beside it, or an error."""
+    called = f"echo called >>{path.parent}/calls"
+    copy = f'for to; do :; done; cp {path.parent}/made "$to"'
+    return script(path, f"{called}; " + ("echo 'error: no' >&2; exit 1" if fails else copy))
+
+
+@pytest.fixture
+def quick(tmp_path, library_file, monkeypatch):
+    """A compiler on the path, whose calls are lines of the file ``calls``."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    shutil.copy(library_file, folder / "made")
+    compiler(folder / "g++")
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return folder
+
+
+def test_an_earlier_result_is_used_again_also_without_a_compiler(tmp_path, quick, monkeypatch):
+    made = build(tmp_path / "cache")
+    monkeypatch.setenv("PATH", "")
+    assert build(tmp_path / "cache") == made == find(tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == [made]
+    assert (quick / "calls").read_text() == "called\n"
+
+
+def test_the_result_is_for_every_user_whatever_the_umask(tmp_path, quick):
+    before = os.umask(0o077)
+    try:
+        made = build(tmp_path / "cache")
+    finally:
+        os.umask(before)
+    assert made.stat().st_mode & 0o777 == 0o755
+
+
+def test_another_source_or_another_libc_is_another_library(tmp_path, quick, monkeypatch):
+    build(tmp_path / "cache")
+    monkeypatch.setattr(building.platform, "libc_ver", lambda: ("glibc", "2.0"))
+    assert find(tmp_path / "cache") is None
 
 
 def test_a_compiler_that_fails_is_named_and_leaves_nothing_behind(tmp_path, library_file):
-    bad = script(
-        tmp_path / "bad", 'case "$1" in --version) echo 1;; *) echo "error: no" >&2; exit 1;; esac'
-    )
+    bad = compiler(tmp_path / "bad", fails=True)
     with pytest.raises(NativeUnavailable, match="bad failed: error: no"):
         build(tmp_path / "cache", compiler=bad)
     assert not list((tmp_path / "cache").iterdir())
+
+
+def test_what_an_interrupted_compiler_left_is_cleared_away(tmp_path, quick):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "kernels-0123.part").touch()
+    made = build(tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == [made]
 
 
 def test_without_a_compiler_there_is_a_line_in_the_log_and_no_library(
@@ -80,18 +123,60 @@ def build_and_use(cache: str, start, results) -> None:
     results.put(packed.multiply(torch.ones(1, 5)).tolist())
 
 
-def test_two_processes_may_build_at_once(tmp_path, library_file):
+def test_of_two_processes_at_once_one_compiles(tmp_path, quick):
     spawn = multiprocessing.get_context("spawn")
     start, results = spawn.Barrier(2), spawn.Queue()
+    cache = tmp_path / "cache"
     both = [
-        spawn.Process(target=build_and_use, args=(str(tmp_path), start, results)) for _ in range(2)
+        spawn.Process(target=build_and_use, args=(str(cache), start, results)) for _ in range(2)
     ]
     for process in both:
         process.start()
     assert [results.get(timeout=50) for _ in both] == [[[5.0, 5.0, 5.0]]] * 2
     for process in both:
         process.join()
-    assert [path.name for path in tmp_path.iterdir()] == [library_file.name]
+    assert [path.suffix for path in cache.iterdir()] == [".so"]
+    assert (quick / "calls").read_text() == "called\n"
+
+
+def test_nobody_waits_for_the_compiler_and_who_asked_is_told(tmp_path, quick):
+    go = tmp_path / "go"
+    os.mkfifo(go)
+    script(quick / "g++", f'read -r line <{go}; for to; do :; done; cp {quick}/made "$to"')
+    compiled = threading.Event()
+    provision = Provision(tmp_path / "cache", 2)
+    assert provision.library() is None
+    assert provision.library() is None
+    assert provision.when_compiled(compiled.set)
+    assert not compiled.is_set()
+    go.write_text("on\n")
+    assert compiled.wait(20)
+    assert provision.library() is not None
+    later = threading.Event()
+    assert provision.when_compiled(later.set)
+    assert later.is_set()
+
+
+def test_a_compiler_that_fails_in_the_background_is_told_once_and_not_tried_again(
+    tmp_path, quick, caplog
+):
+    compiler(quick / "g++", fails=True)
+    provision = Provision(tmp_path / "cache", 2)
+    assert provision.library() is None
+    for thread in threading.enumerate():
+        if thread.name == "compiler":
+            thread.join()
+    assert provision.library() is None
+    assert not provision.when_compiled(pytest.fail)
+    assert caplog.text.count("No native kernels, so inference is slower") == 1
+    assert (quick / "calls").read_text() == "called\n"
+
+
+def test_where_the_kernels_are_nothing_is_compiled(library_file, quick):
+    provision = Provision(library_file.parent, 2)
+    assert provision.library() is not None
+    assert not provision.when_compiled(pytest.fail)
+    assert not (quick / "calls").exists()
 
 
 def tree(root: Path, files: dict[str, str]) -> Path:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import random
 import stat
+import weakref
 
 import pytest
 
 from tests.engine.models import BATCHED, prompts_of, tiny_model
 from tests.engine.reading import GREEDY, ask, complete, read
+from transformers_api.engine import loader
 from transformers_api.engine.loader import LoadOptions, load_engine
 from transformers_api.engine.native import build, wiring
 from transformers_api.engine.native.runner import NativeRunner
 from transformers_api.engine.native.wiring import weight_kind
+from transformers_api.errors import InsufficientMemory
 
 EXPERTS = {"mixtral", "gpt-oss-sinks"}
 NATIVE = sorted(BATCHED.keys() - EXPERTS)
@@ -79,6 +82,47 @@ def test_a_model_with_experts_is_refused_and_served_without_kernels(make_engine,
     assert engine.mode == "batching"
 
 
+def test_a_refused_model_is_let_go_and_weighed_before_it_is_loaded_again(
+    engine_thread, native_cache, tmp_path, monkeypatch
+):
+    model = tiny_model("mixtral")
+    model.save_pretrained(tmp_path)
+    honest, loaded, asked = loader.load_model, [], []
+
+    def load_model(*args):
+        made = honest(*args)
+        loaded.append(weakref.ref(made))
+        return made
+
+    def check_room(size):
+        asked.append((size, [each() for each in loaded]))
+        raise InsufficientMemory("too large")
+
+    monkeypatch.setattr(loader, "load_model", load_model)
+    options = LoadOptions(num_slots=2, native=native_cache, check_room=check_room)
+    load = engine_thread.call(lambda: load_engine(tmp_path, options, engine_thread))
+    with pytest.raises(InsufficientMemory):
+        load.result()
+    assert asked == [(4 * sum(p.numel() for p in model.parameters()), [None])]
+
+
+def test_the_cache_stays_within_its_budget_and_nobody_notices(make_engine, native_cache):
+    prompts = prompts_of(9)
+    asked = [ask(p, max_tokens=60, **GREEDY) for p in prompts]
+    wanted = complete(make_engine("llama", native=native_cache), *asked)
+    budget = 3 * 256 * inner(make_engine("llama", native=native_cache)).cache.token_bytes
+    engine = make_engine("llama", native=native_cache, num_slots=9, kv_cache_bytes=budget)
+    stream = engine.submit(asked)
+    seen, outputs = [], []
+    for output in stream.read(quiet_s=30):
+        outputs.append(output)
+        seen.append(engine.stats().kv_bytes)
+    assert engine.stats().kv_budget_bytes == budget
+    assert 0 < max(seen) <= budget
+    found = [[o.token_id for o in outputs if o.index == i] for i in range(len(prompts))]
+    assert found == wanted
+
+
 @pytest.fixture
 def folder(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path / "model")
@@ -109,7 +153,7 @@ def test_without_a_compiler_everything_is_served(start, tmp_path, monkeypatch, n
     broken = tmp_path / "g++"
     broken.write_text("#!/bin/sh\necho 'error: no' >&2\nexit 1\n")
     broken.chmod(broken.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setattr(build, "_compiler", lambda: str(broken))
+    monkeypatch.setattr(build, "find_compiler", lambda: str(broken))
     engine = start(tmp_path / "cache")
     assert not isinstance(inner(engine), NativeRunner)
     assert greedy(engine) == wanted

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from transformers_api.engine.native.build import NativeUnavailable, build
+from transformers_api.engine.native.build import NativeUnavailable, build, check_processor
 
 log = logging.getLogger(__name__)
 TYPES = {torch.float32: 0, torch.bfloat16: 1}  # kernels.cpp: enum Type
@@ -132,6 +132,7 @@ class Library:
 def load_library(cache: Path, threads: int) -> Library | None:
     """The kernels, compiled into ``cache`` if they are not there; None with a line in the log."""
     try:
+        check_processor()
         return Library(build(cache), threads)
     except (NativeUnavailable, OSError) as error:
         log.warning("No native kernels, so inference is slower: %s", error)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from transformers_api.engine.native.attention import NAME, register
 from transformers_api.engine.native.cache import NativeCache
-from transformers_api.engine.native.cores import usable_cores
-from transformers_api.engine.native.library import Library, load_library
+from transformers_api.engine.native.library import Library
 from transformers_api.engine.native.linear import NativeEmbedding, NativeLinear
 from transformers_api.engine.native.pack import pack_model
 from transformers_api.engine.native.runner import NativeRunner
@@ -26,12 +23,6 @@ CACHE_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 class NativeRefused(Exception):
     """Why this model goes on without the kernels. It may have been changed already."""
-
-
-@functools.cache
-def kernels(cache: Path, threads: int | None) -> Library | None:
-    """The library of this process; None, with one line in the log, where it cannot be had."""
-    return load_library(cache, threads or usable_cores())
 
 
 def weight_kind(dtype: str, stored: str, stored_bytes: int) -> str | None:
