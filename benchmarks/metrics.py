@@ -34,9 +34,9 @@ def step_s(listener: EngineListener) -> float:
     """Seconds that a decode step of 32 sequences takes to note its times and tell them."""
     now = time.monotonic()
     rows = [SimpleNamespace(token_at=now, first_token_at=now) for _ in range(ROWS)]
-    batch: Any = SimpleNamespace(sequences=rows, width=1, reaches_end=True)
+    batch: Any = SimpleNamespace(sequences=rows, width=1, draft=[], reaches_end=True)
     engine: Any = SimpleNamespace(listener=listener)
-    return fastest(lambda: BatchingEngine._tell(engine, batch), 5000)
+    return fastest(lambda: BatchingEngine._tell(engine, batch, 0, False), 5000)
 
 
 def main() -> None:

@@ -166,6 +166,7 @@ class ModelLoader:
             num_slots=settings.max_inflight,
             max_waiting=settings.max_queue,
             prefill_chunk=settings.prefill_chunk,
+            prompt_lookup_tokens=settings.prompt_lookup_tokens,
             kv_cache_bytes=int(settings.kv_cache_gib * GIB) if settings.kv_cache_gib else None,
             listener=self.listen(spec.name) if self.listen else None,
             native=settings.native_cache if settings.native_kernels else None,

@@ -82,14 +82,19 @@ class EngineTally(EngineListener):
         )
         self.tallies = {named: Tally(named.buckets) for named in histograms}
         self.counts = dict.fromkeys(
-            (names.PROMPT_TOKENS, names.WRITTEN_TOKENS, names.QUERIES, names.HITS), 0
+            (
+                *(names.PROMPT_TOKENS, names.WRITTEN_TOKENS, names.QUERIES, names.HITS),
+                *(names.DRAFTS, names.DRAFTED, names.ACCEPTED),
+            ),
+            0,
         )
         self.ends = dict.fromkeys(FinishReason, 0)
         self._step, self._gap = self.tallies[names.STEP], self.tallies[names.GAP]
 
     def on_step(self, read_tokens: int, gaps: Sequence[float]) -> None:
         """See EngineListener."""
-        self._step.add(read_tokens)
+        if read_tokens:
+            self._step.add(read_tokens)
         self.counts[names.WRITTEN_TOKENS] += len(gaps)
         for gap in gaps:
             self._gap.add(gap)
@@ -102,6 +107,12 @@ class EngineTally(EngineListener):
         if first_token_s is not None:
             self.counts[names.WRITTEN_TOKENS] += 1
             self.tallies[names.FIRST].add(first_token_s)
+
+    def on_draft(self, proposed: int, accepted: int) -> None:
+        """See EngineListener."""
+        self.counts[names.DRAFTS] += proposed > 0
+        self.counts[names.DRAFTED] += proposed
+        self.counts[names.ACCEPTED] += accepted
 
     def on_finish(self, stats: SequenceStats) -> None:
         """See EngineListener."""

@@ -119,7 +119,17 @@ class Settings:
         128, to.integer(0, 65536), "Sequences that may wait for a slot; more are refused with 429."
     )
     prefill_chunk: int = _setting(
-        256, to.integer(1, 65536), "Prompt tokens per step, between two decode steps."
+        256,
+        to.integer(1, 65536),
+        "Most prompt tokens per step; on a CPU fewer while answers "
+        "are written: 64, or three for each of them.",
+    )
+    prompt_lookup_tokens: int = _setting(
+        0,
+        to.integer(0, 64),
+        "While a single answer is written, guess up to so many of its next tokens from what was "
+        "said before, and check them in one step: the same tokens, sooner where text repeats "
+        "itself. 0 = off. Only with NATIVE_KERNELS.",
     )
     kv_cache_gib: float | None = _setting(
         None,

@@ -70,6 +70,8 @@ def test_a_prompt_seen_before_hits_the_prefix_cache(engine, metrics):
     seen = shown(metrics, engine)
     assert seen["vllm:prefix_cache_queries_total"] == 2 * len(PROMPT)
     assert seen["vllm:prefix_cache_hits_total"] == len(PROMPT) - 1
+    engine.call(lambda _: None).result()  # the step that told the end has ended too
+    seen = shown(metrics, engine)
     assert seen["vllm:num_requests_running"] == seen["vllm:num_requests_waiting"] == 0
 
 

@@ -84,11 +84,17 @@ arrivals = st.lists(
 
 
 @settings(max_examples=300, deadline=None)
-@given(arrivals, st.integers(1, 4), st.integers(1, 9), st.sampled_from([64, 100, 256]))
-def test_every_row_holds_its_sequence_whatever_comes_and_goes(requests, slots, chunk, budget):
+@given(
+    arrivals,
+    st.integers(1, 4),
+    st.integers(1, 9),
+    st.sampled_from([None, 1, 3]),
+    st.sampled_from([64, 100, 256]),
+)
+def test_every_row_holds_its_sequence_whatever_comes_and_goes(requests, slots, chunk, busy, budget):
     """Prompts that begin alike, sequences that slide, clients that leave, too little memory."""
     cache = Rows(slots, 64, budget)
-    scheduler = Scheduler(cache, slots, chunk)
+    scheduler = Scheduler(cache, slots, chunk, busy)
     due = [
         (step, sequence(p, n, window or 64, window is not None), leave)
         for p, n, step, leave, window in requests
@@ -117,7 +123,8 @@ def test_every_row_holds_its_sequence_whatever_comes_and_goes(requests, slots, c
         assert [seq.slot for seq in scheduler.running] == list(range(len(scheduler.running)))
         phases = [seq.is_prefilling for seq in scheduler.running]
         assert phases == sorted(phases), "those who decode come first"
-        assert sum(not seq.num_output for seq in scheduler.running) <= 1, "one prompt at a time"
+        reading = sum(not seq.num_output for seq in scheduler.running)
+        assert reading <= 2, "one prompt at a time, and a short one in between"
     assert all(seq.is_finished for _, seq, _ in due)
     assert all(seq.cancelled or seq.num_output == seq.params.max_tokens for _, seq, _ in due)
 
@@ -142,3 +149,49 @@ def test_first_come_first_served_even_when_a_later_one_would_fit():
         scheduler.settle(running)
     scheduler.finish(running)
     assert scheduler.schedule().sequences == [big]
+
+
+def steps(scheduler, count):
+    """(sequences, width) of the next steps, which are done."""
+    done = []
+    for _ in range(count):
+        batch = scheduler.schedule()
+        done.append((batch.sequences, batch.width))
+        ends = batch.reaches_end
+        for seq in batch.sequences:
+            seq.advance(batch.width, SampledToken(1) if ends else None)
+        for seq in reversed(batch.sequences):
+            scheduler.settle(seq)
+    return done
+
+
+def test_a_prompt_is_read_in_smaller_pieces_while_others_decode():
+    scheduler = Scheduler(Rows(8, 512, 1 << 20), 8, prefill_chunk=100, busy_chunk=16)
+    one, two = sequence([1] * 150, 90, 512), sequence([2] * 150, 90, 512)
+    scheduler.add(one)
+    assert [width for _, width in steps(scheduler, 3)] == [100, 50, 1]
+    scheduler.add(two)
+    assert steps(scheduler, 4) == [([two], 16), ([one], 1)] * 2
+
+
+def test_the_more_decode_the_more_of_a_prompt_is_read_between_two_steps():
+    """So that its share of the time stays what it is."""
+    scheduler = Scheduler(Rows(9, 512, 1 << 20), 9, prefill_chunk=100, busy_chunk=4)
+    for _ in range(8):
+        scheduler.add(sequence([1], 90))
+    steps(scheduler, 12)
+    late = sequence([2] * 150, 9, 512)
+    scheduler.add(late)
+    assert ([late], 24) in steps(scheduler, 2)
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one():
+    scheduler = Scheduler(Rows(4, 512, 1 << 20), 4, prefill_chunk=100, busy_chunk=16)
+    long, short, other = (sequence([n] * k, 90, 512) for n, k in ((1, 400), (2, 10), (3, 10)))
+    scheduler.add(long)
+    steps(scheduler, 1)
+    scheduler.add(short)
+    scheduler.add(other)
+    read = [seqs[0] for seqs, width in steps(scheduler, 6) if width > 1]
+    assert read.index(short) < 2
+    assert read.count(long) > 1, "nor does the long one for many short ones"

@@ -171,7 +171,7 @@ class EngineListener(Protocol):
     """Hears of steps and ends, on the engine thread: quick, and it never raises."""
 
     def on_step(self, read_tokens: int, gaps: Sequence[float]) -> None:
-        """A forward pass read so many tokens.
+        """A forward pass read so many tokens; 0: this is still of the last one.
 
         ``gaps``: for each token that came of it, but for the first one of a sequence, the seconds
         since the token before.
@@ -183,6 +183,10 @@ class EngineListener(Protocol):
 
         ``first_token_s``: from submit to its first token; None where none was asked for.
         """
+        return
+
+    def on_draft(self, proposed: int, accepted: int) -> None:
+        """So many tokens were proposed for a step, or so many of them were right."""
         return
 
     def on_finish(self, stats: SequenceStats) -> None:

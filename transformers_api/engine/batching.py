@@ -32,6 +32,7 @@ from transformers_api.engine.model_runner import OneRow, Runner
 from transformers_api.engine.sampler import Sampler, TokenSampler
 from transformers_api.engine.scheduler import Batch, Scheduler
 from transformers_api.engine.sequence import Sequence
+from transformers_api.engine.speculation import PromptLookup
 from transformers_api.engine.thread import EngineThread
 from transformers_api.errors import (
     ApiError,
@@ -59,6 +60,8 @@ class EngineLimits:
     context_overflow: ContextOverflow = None
     prompt_window: int | None = None  # with "crop": tokens of a prompt that are read
     torch_noise: bool = False  # sample as torch.multinomial with a seeded generator does
+    busy_chunk: int | None = None  # the same while others decode; None: as many
+    prompt_lookup_tokens: int = 0  # read ahead in a lone sequence that repeats itself
 
 
 class BatchingEngine:
@@ -83,7 +86,10 @@ class BatchingEngine:
         self.runner = runner
         self.sampler = sampler or Sampler()
         self.listener = listener or SilentEngineListener()
-        self.scheduler = Scheduler(runner.cache, limits.num_slots, limits.prefill_chunk)
+        self.scheduler = Scheduler(
+            runner.cache, limits.num_slots, limits.prefill_chunk, limits.busy_chunk
+        )
+        self.lookup = PromptLookup(limits.prompt_lookup_tokens)
         self.thread = thread
         self._places = threading.Semaphore(limits.num_slots + limits.max_waiting)
         self._closed: ApiError | None = None
@@ -107,21 +113,33 @@ class BatchingEngine:
             self._fail_batch(batch, error if isinstance(error, ApiError) else failed)
 
     def _step(self, batch: Batch) -> None:
-        logits = self.runner.forward(batch)[:, -1]  # (B, V)
-        ends = batch.reaches_end
-        sampled = self.sampler.sample(logits, batch.sequences) if ends else repeat(None)
-        self._tell(batch)
-        for seq, token in zip(batch.sequences, sampled, strict=ends):
-            seq.advance(batch.width, token)
+        self.lookup.extend(batch)
+        logits = self.runner.forward(batch, batch.keep)  # (B, keep, V)
         self._steps += 1
-        self._generated += len(batch.sequences) if ends else 0
+        for place in range(batch.keep):
+            if not self._take(batch, logits[:, place], place):
+                break
         for seq in reversed(batch.sequences):  # only when all have advanced: finishing moves rows
             if seq.is_finished:
                 self.scheduler.finish(seq)
             else:
                 self.scheduler.settle(seq)
 
-    def _tell(self, batch: Batch) -> None:
+    def _take(self, batch: Batch, logits: torch.Tensor, place: int) -> bool:
+        """Sample from ``logits`` (B, V), which are of a place in the draft, or after it.
+
+        Whether that is what the draft says: if so, what was read after it holds.
+        """
+        ends = batch.reaches_end
+        sampled = self.sampler.sample(logits, batch.sequences) if ends else []
+        confirmed = place < len(batch.draft) and sampled[0].token_id == batch.draft[place]
+        self._tell(batch, place, confirmed)
+        for seq, token in zip(batch.sequences, sampled or repeat(None), strict=ends):
+            seq.advance(batch.stride, token)
+        self._generated += len(sampled)
+        return confirmed and not batch.sequences[0].is_finished
+
+    def _tell(self, batch: Batch, place: int, confirmed: bool) -> None:
         """Note the times of a step and tell them; before a sequence can end with it."""
         now, sequences, gaps = time.monotonic(), batch.sequences, []
         if batch.reaches_end:
@@ -134,7 +152,9 @@ class BatchingEngine:
                 for seq in sequences:
                     gaps.append(now - seq.token_at)
                     seq.token_at = now
-        self.listener.on_step(batch.width * len(sequences), gaps)
+        self.listener.on_step(0 if place else batch.width * len(sequences), gaps)
+        if batch.draft:
+            self.listener.on_draft(0 if place else len(batch.draft), int(confirmed))
 
     def _ended(self, seq: Sequence, reason: FinishReason) -> None:
         self._places.release()

@@ -38,6 +38,7 @@ from transformers_api.errors import ModelLoadFailed
 log = logging.getLogger(__name__)
 disable_progress_bar()  # type: ignore[no-untyped-call]  # a server's log is no terminal
 WINDOW_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
+BUSY_CHUNK = 64  # on a CPU, where fewer tokens take nearly as long
 OWN_THREADS = torch.get_num_threads()
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2}
 ATTENTION_KINDS = {"full_attention", "sliding_attention"}
@@ -59,6 +60,7 @@ class LoadOptions:
     num_slots: int = 32
     max_waiting: int = 128
     prefill_chunk: int = 256
+    prompt_lookup_tokens: int = 0  # used where bits do not depend on how many tokens are read
     kv_cache_bytes: int | None = None  # None: a quarter of what is free after loading
     listener: EngineListener | None = None  # hears of every step
     native: Path | None = None  # where the compiled kernels are kept; None: without them
@@ -181,6 +183,8 @@ def build_engine(
         context_overflow=getattr(model.config, "context_overflow", None),
         prompt_window=getattr(model.config, "prompt_window", None),
         torch_noise=getattr(model.config, "sampling_noise", None) == "torch",
+        busy_chunk=BUSY_CHUNK if model.device.type == "cpu" else None,
+        prompt_lookup_tokens=options.prompt_lookup_tokens if library is not None else 0,
     )
     suppressed = getattr(model.generation_config, "suppress_tokens", None) or ()
     if ids := [token for token in suppressed if 0 <= token < vocab_size]:

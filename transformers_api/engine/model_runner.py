@@ -50,13 +50,12 @@ class ModelRunner:
     def forward(self, batch: Batch, keep: int = 1) -> Tensor:
         """See Runner."""
         starts = [seq.num_cached for seq in batch.sequences]
-        ids = [seq.upcoming(batch.width) for seq in batch.sequences]
         seen = max(starts) + batch.width
         positions = torch.tensor(starts)[:, None] + torch.arange(batch.width)  # (B, T)
         positions = positions.to(self.device)
         self.cache.bind(batch.first_slot, positions, seen)
         output = self.model(
-            input_ids=torch.tensor(ids, device=self.device),
+            input_ids=torch.tensor(batch.ids, device=self.device),
             position_ids=positions,
             attention_mask=self.masks.build(positions, seen),
             past_key_values=self.cache,

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from transformers_api.engine.base import FinishReason
 from transformers_api.engine.sequence import Sequence
+
+PER_DECODING = 3  # tokens of a prompt, which take as long as two decode steps of one of many
 
 
 class SlotStore(Protocol):
@@ -60,10 +62,15 @@ class SlotStore(Protocol):
 
 @dataclass(slots=True)
 class Batch:
-    """Sequences in slot order, and how many new tokens of each the forward reads."""
+    """Sequences in slot order, and how many new tokens of each the forward reads.
+
+    A sequence alone may have a ``draft`` among them: tokens that perhaps come next, the last to be
+    read.
+    """
 
     sequences: list[Sequence]
     width: int
+    draft: list[int] = field(default_factory=list)
 
     @property
     def first_slot(self) -> int:
@@ -73,7 +80,22 @@ class Batch:
     @property
     def reaches_end(self) -> bool:
         """Whether the forward reads the last token of its sequences, so that one is sampled."""
-        return self.width == self.sequences[0].num_pending
+        return self.stride == self.sequences[0].num_pending
+
+    @property
+    def stride(self) -> int:
+        """Tokens of each sequence, which a draft is not part of."""
+        return self.width - len(self.draft)
+
+    @property
+    def keep(self) -> int:
+        """Tokens of each sequence whose logits are wanted."""
+        return 1 + len(self.draft)
+
+    @property
+    def ids(self) -> list[list[int]]:
+        """What the forward reads."""
+        return [seq.upcoming(self.stride) + self.draft for seq in self.sequences]
 
 
 @dataclass(slots=True)
@@ -87,10 +109,17 @@ class _Kept:
 class Scheduler:
     """Waiting and running sequences; prefill and decode take turns."""
 
-    def __init__(self, cache: SlotStore, num_slots: int, prefill_chunk: int) -> None:
+    def __init__(
+        self,
+        cache: SlotStore,
+        num_slots: int,
+        prefill_chunk: int,
+        busy_chunk: int | None = None,
+    ) -> None:
         self.cache = cache
         self.num_slots = num_slots
         self.prefill_chunk = prefill_chunk
+        self.busy_chunk = min(busy_chunk or prefill_chunk, prefill_chunk)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self._kept: dict[int, _Kept] = {}
@@ -119,24 +148,39 @@ class Scheduler:
     def schedule(self) -> Batch | None:
         """The next forward: a decode step, or one chunk of a prompt between two decode steps.
 
-        Between two decode steps prompts of ``prefill_chunk`` tokens together are read, so that a
-        long prompt never starves those who are decoding and many short ones do not wait in line.
+        Between two decode steps prompts of so many tokens together are read as take the time of
+        about two, so that a long prompt never starves those who are decoding and many short ones
+        do not wait in line.
         """
         self._drop_cancelled()
-        prefilling = self.running[self.num_decoding :]
-        if all(seq.num_output for seq in prefilling):  # no prompt is being read
+        if self._may_admit():
             self._admit()
-            prefilling = self.running[self.num_decoding :]
+        prefilling = self.running[self.num_decoding :]
         if prefilling:
             seq = min(prefilling, key=lambda seq: seq.turn)
-            width = min(self.prefill_chunk, seq.num_pending)
-            if not self.num_decoding or self._prefilled + width <= self.prefill_chunk:
+            chunk = self._chunk()
+            width = min(chunk, seq.num_pending)
+            if not self.num_decoding or self._prefilled + width <= chunk:
                 self._prefilled += width
                 self._turn += 1
                 seq.turn = self._turn
                 return Batch([seq], width)
         self._prefilled = 0
         return Batch(self.running[: self.num_decoding], 1) if self.num_decoding else None
+
+    def _chunk(self) -> int:
+        """Prompt tokens between two decode steps."""
+        if not self.num_decoding:
+            return self.prefill_chunk
+        return min(max(self.busy_chunk, PER_DECODING * self.num_decoding), self.prefill_chunk)
+
+    def _may_admit(self) -> bool:
+        """One prompt is read at a time, for the next may begin alike; a short one goes between."""
+        reading = [seq for seq in self.running[self.num_decoding :] if not seq.num_output]
+        if not reading or not self.waiting:
+            return not reading
+        is_short = self.waiting[0].prompt_len <= self.busy_chunk < reading[0].num_pending
+        return is_short and len(reading) == 1
 
     def settle(self, seq: Sequence) -> None:
         """After an advance: move the sequence to those who decode, or to those who prefill."""
@@ -196,7 +240,7 @@ class Scheduler:
         self.waiting.popleft()
         self._admissions += 1
         seq.admitted_at = time.monotonic()
-        seq.slot = len(self.running)
+        seq.slot, seq.turn = len(self.running), self._turn
         seq.cached_tokens = seq.num_cached = self._take_prefix(seq, room[0])
         self.running.append(seq)
         self.prompt_tokens += seq.prompt_len

@@ -81,7 +81,7 @@ class NativeRunner(ModelRunner):
         if not self.is_recorded:
             return super().forward(batch, keep)
         starts = [seq.num_cached for seq in batch.sequences]
-        ids = torch.tensor([seq.upcoming(batch.width) for seq in batch.sequences])
+        ids = torch.tensor(batch.ids)
         first, tensors, inputs = batch.first_slot, self.cache.tensors, _inputs(ids, starts)
         if keep > 1:
             recorded, size = self.scored, batch.width
