@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 RESERVE = 1.15  # of the weights: activations, the KV cache of a few short sequences
 SPARE = 1.2  # of what is needed, to load beside a resident model
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+QUANTIZED_BYTES = {"int8": 1.07, "int4": 0.8}  # int4: 5/8, and the output layer's like int8
 
 
 class ModelLoader:
@@ -173,6 +174,7 @@ class ModelLoader:
             check_room=lambda size: _require(
                 spec, "cpu", int(size * RESERVE), _available_bytes("cpu")
             ),
+            quantization=self._quantization(spec),
         )
 
     def _free_bytes(self, device: str) -> int:
@@ -189,7 +191,12 @@ class ModelLoader:
     def _dtype(self, spec: ModelSpec) -> str:
         return self.settings.dtype if spec.dtype == "auto" else spec.dtype
 
+    def _quantization(self, spec: ModelSpec) -> str:
+        return spec.quantization or self.settings.quantization
+
     def _weight_bytes(self, spec: ModelSpec, files: ModelFiles, device: str) -> int:
+        if quantized := QUANTIZED_BYTES.get(self._quantization(spec)):
+            return int(files.parameters * quantized)
         dtype = self._dtype(spec)
         if dtype == "auto":
             dtype = self._automatic_dtype(files) if device == "cpu" else files.stored_dtype
@@ -207,10 +214,13 @@ class ModelLoader:
 
 
 class EncoderLoader(ModelLoader):
-    """The same for the encoders of /v1/embeddings, which torch runs."""
+    """The same for the encoders of /v1/embeddings, which torch runs and nobody quantises."""
 
     def _outdating(self, spec: ModelSpec) -> Callable[[], bool]:
         return bool
+
+    def _quantization(self, spec: ModelSpec) -> str:
+        return "none"
 
     def _automatic_dtype(self, files: ModelFiles) -> str:
         return "float32"
@@ -293,10 +303,12 @@ def _facts(model: Any) -> dict[str, Any]:
     """What LoadedModel tells of the model itself."""
     from transformers_api.engine.native.wiring import packed_bytes
 
+    native = getattr(model, "native_kind", None)
     own = sum(parameter.nbytes for parameter in model.parameters())  # on any device
     return {
         "device": str(model.device),
-        "dtype": getattr(model, "native_kind", str(model.dtype).removeprefix("torch.")),
+        "dtype": native.numbers if native else str(model.dtype).removeprefix("torch."),
+        "quantization": native.quantization if native else "none",
         "bytes": own + packed_bytes(model),
     }
 

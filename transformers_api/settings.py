@@ -98,6 +98,13 @@ class Settings:
         "there is a C++ compiler: weights in bfloat16, several times as fast, and no bit of an "
         "answer depends on who shares the batch. Elsewhere torch runs them.",
     )
+    quantization: str = _setting(
+        "none",
+        to.choice("none", "int8", "int4"),
+        "Width of the weights on the native kernels: int8 (8.5 bits), or int4 (5 bits; the output "
+        "layer stays int8), which small models may only have where it changes their weights "
+        "by less than 2 %. Needs NATIVE_KERNELS; a model that cannot have it is not loaded.",
+    )
     native_cache: Path = _setting(
         _default_native_cache,
         to.path,
@@ -285,7 +292,12 @@ class Settings:
                 if text := environ.get(name, "").strip():
                     values[option.name] = _parse(option, name, text)
                     break
-        return cls(**values)
+        made = cls(**values)
+        if made.quantization != "none" and not made.native_kernels:
+            raise SettingError(
+                f"QUANTIZATION={made.quantization} is not allowed: it needs NATIVE_KERNELS=true"
+            )
+        return made
 
     @property
     def listens_on_loopback(self) -> bool:

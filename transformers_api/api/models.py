@@ -120,6 +120,7 @@ def _shown(known: Services, spec: ModelSpec, status: SwapperStatus) -> dict[str,
     }
     if status.model == spec.name and status.max_model_len is not None:
         shown["max_model_len"] = status.max_model_len
+        shown["quantization"] = status.quantization
     return shown
 
 
@@ -147,6 +148,7 @@ def _metadata(spec: ModelSpec) -> dict[str, Any]:
     facts = {
         "huggingface_repo": source.repo if isinstance(source, HubSource) else None,
         "dtype": spec.dtype,
+        "quantization": spec.quantization,
         "default_device": spec.device,
         "max_context_tokens": spec.max_context_tokens,
         "is_instruct": spec.is_instruct,

@@ -67,6 +67,7 @@ def _resident(seen: SwapperStatus) -> dict[str, Any]:
         "load_s": round(seen.load_s, 3),
         "bytes": seen.bytes,
         "dtype": seen.dtype,
+        "quantization": seen.quantization,
         "device": seen.device,
         "max_model_len": seen.max_model_len,
         "mode": engine.mode,

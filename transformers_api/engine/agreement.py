@@ -14,6 +14,9 @@ from transformers_api.engine.scheduler import Batch
 from transformers_api.engine.sequence import Sequence
 
 log = logging.getLogger(__name__)
+# The relative error that rounded weights may make, so far from what wrong ones would (1 and more)
+# that no right ones are taken for them; how well they are rounded is asked elsewhere.
+QUANTIZED = {"int8": 0.2, "int4": 0.6}
 
 
 def probe(vocab_size: int, window: int) -> list[list[int]]:
@@ -29,7 +32,12 @@ def own_logits(model: Any, vocab_size: int, window: int) -> list[Tensor]:
 
 
 def agrees(
-    runner: Runner, model: Any, vocab_size: int, window: int, wanted: list[Tensor] | None = None
+    runner: Runner,
+    model: Any,
+    vocab_size: int,
+    window: int,
+    wanted: list[Tensor] | None = None,
+    quantization: str = "none",
 ) -> bool:
     """Whether the runner's logits are the model's own: rows in company, prompts in chunks.
 
@@ -52,7 +60,7 @@ def agrees(
         log.info("%s: %s cannot run it", type(model).__name__, type(runner).__name__, exc_info=True)
         return False
     exact = model.dtype == torch.float32 and getattr(runner.cache, "dtype", torch.float32)
-    tolerance = 1e-3 if exact == torch.float32 else 0.05
+    tolerance = QUANTIZED.get(quantization, 1e-3 if exact == torch.float32 else 0.05)
     return all(
         bool((a - b).norm() <= tolerance * b.norm()) for a, b in zip(given, wanted, strict=True)
     )

@@ -65,6 +65,7 @@ class LoadOptions:
     listener: EngineListener | None = None  # hears of every step
     native: Path | None = None  # where the compiled kernels are kept; None: without them
     check_room: Callable[[int], None] | None = None  # raises where bytes of weights do not fit
+    quantization: str = "none"  # or int8, int4: only with the kernels, else the load fails
 
 
 def load_engine(
@@ -73,7 +74,8 @@ def load_engine(
     """Load a model and start serving it on ``thread``, which must be the calling thread.
 
     ``wrap`` puts observers around the runner and the sampler. A model that the kernels refuse is
-    loaded again without them, if it fits so. Raises ModelLoadFailed, InsufficientMemory.
+    loaded again without them, if it fits so, unless it was to be quantised. Raises ModelLoadFailed,
+    InsufficientMemory.
     """
     device = pick_device(options.device)
     if _library(options, thread) is None:
@@ -91,6 +93,8 @@ def load_engine(
     try:
         engine = start(options)
     except NativeRefused as error:
+        if options.quantization != "none":
+            raise _not_quantized(options, str(error)) from error
         log.info("%s runs without native kernels: %s", folder.name, error)
     if engine is None:  # out of the handler: the error's frames held the refused model
         release_memory()
@@ -243,11 +247,11 @@ def _native_runner(
     layers = _attention_layers(model)
     if not layers:
         raise NativeRefused("it cannot share a batch")
-    kind = kind_of(model, options.dtype)
+    kind = kind_of(model, options.dtype, options.quantization)
     wanted = own_logits(model, vocab_size, window)
     with differentiable():
         runner = native_runner(model, library, kind, layers, options.num_slots, window, vocab_size)
-    if not agrees(runner, model, vocab_size, window, wanted):
+    if not agrees(runner, model, vocab_size, window, wanted, kind.quantization):
         raise NativeRefused("it says something else with them")
     return runner
 
@@ -262,11 +266,26 @@ def _bounded(runner: ModelRunner, options: LoadOptions) -> int:
 
 def _library(options: LoadOptions, thread: EngineThread) -> Library | None:
     """The kernels if they are wanted and there; torch then leaves the cores to them."""
-    library = None
-    if options.native is not None and pick_device(options.device) == "cpu":
-        library = provision(options.native, thread.num_threads).library()
+    quantizes, library = options.quantization != "none", None
+    if pick_device(options.device) != "cpu":
+        why = "it is for CPUs"
+    elif options.native is None:
+        why = "it needs NATIVE_KERNELS=true"
+    else:
+        kernels = provision(options.native, thread.num_threads)
+        library = kernels.library(wait=quantizes)  # torch cannot do it meanwhile
+        why = kernels.why_not
     torch.set_num_threads(1 if library else thread.num_threads or OWN_THREADS)
+    if library is None and quantizes:
+        raise _not_quantized(options, why)
     return library
+
+
+def _not_quantized(options: LoadOptions, why: str) -> ModelLoadFailed:
+    return ModelLoadFailed(
+        f"The model cannot be loaded with quantization {options.quantization}: {why}",
+        param="quantization",
+    )
 
 
 def _attention_layers(model: Any) -> int:

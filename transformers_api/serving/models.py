@@ -57,6 +57,7 @@ class ModelSpec:
     source: Source
     aliases: tuple[str, ...] = ()
     dtype: str = "auto"
+    quantization: str | None = None  # None: as the setting says
     device: str = "auto"
     max_context_tokens: int | None = None
     chat: ChatMode | None = None  # None: template where the tokenizer has one, else transcript
@@ -114,9 +115,10 @@ class LoadedModel:
     tokenizer: Any  # a transformers PreTrainedTokenizer; used read-only, from many threads
     device: str
     dtype: str
+    quantization: str = "none"  # "int8" or "int4"; dtype is then that of what is not quantised
     bytes: int  # memory of the weights
     load_s: float
-    fingerprint: str  # OpenAI's system_fingerprint: changes with weights, dtype, device, version
+    fingerprint: str  # OpenAI's system_fingerprint: changes with weights, width, device, version
     created: int = 0
     count_tokens: Callable[[str], int] | None = None  # for usage; None: the model's own tokens
     embedder: Embedder | None = None  # where the registry entry says that it embeds

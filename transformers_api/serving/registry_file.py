@@ -30,6 +30,7 @@ _PACKAGE = re.compile(r"[A-Za-z0-9][\w.-]{0,199}", re.ASCII)
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?", re.ASCII)
 _ENCODING = re.compile(r"[a-z0-9_]{1,40}", re.ASCII)
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
+_QUANTIZATIONS = ("none", "int8", "int4")
 _CHAT = ("template", "transcript", "off")
 _POOLINGS = ("mean", "last", "cls")
 _SOURCES = ("hf_repo", "path", "package")
@@ -99,6 +100,8 @@ def _spec(entry: Entry, where: str, base: Path) -> ModelSpec:
             raise SettingError(f"{where}: {key} {value!r} is not allowed: expected {expected}")
     if "name" not in given:
         raise SettingError(f"{where}: name is missing")
+    if given.get("embedding") == "encoder" and given.get("quantization", "none") != "none":
+        raise SettingError(f"{where}: quantization is for models that generate, not for encoders")
     passed = {
         key: value
         for key, value in given.items()
@@ -238,6 +241,7 @@ _FIELDS: dict[str, Check] = {
     "path": _is_path,
     "package": _matches(_PACKAGE, "the name of an installed Python package"),
     "dtype": _one_of(_DTYPES),
+    "quantization": _one_of(_QUANTIZATIONS),
     "device": _matches(_DEVICE, "auto, cpu, cuda, cuda:N or mps"),
     "max_context_tokens": _whole(8, 1 << 24),
     "chat": _one_of(_CHAT),

@@ -81,6 +81,7 @@ class SwapperStatus:
     model: str | None = None  # the resident or draining model, and its facts
     device: str | None = None
     dtype: str | None = None
+    quantization: str = "none"
     bytes: int = 0
     load_s: float = 0.0
     since: float = 0.0  # when it became resident, by the swapper's clock

@@ -131,6 +131,7 @@ class Turns:
             model=residency.spec.name,
             device=model.device,
             dtype=model.dtype,
+            quantization=model.quantization,
             bytes=model.bytes,
             load_s=model.load_s,
             since=residency.since,

@@ -23,6 +23,7 @@ class Resident(Schema):
     load_s = fields.Float(metadata={"description": "Seconds that its loading took."})
     bytes = fields.Integer(metadata={"description": "Of its weights."})
     dtype = fields.String()
+    quantization = fields.String(metadata={"description": "none, int8 or int4."})
     device = fields.String()
     max_model_len = fields.Integer()
     mode = fields.String(metadata={"description": "batching, or sequential: one at a time."})

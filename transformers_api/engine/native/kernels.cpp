@@ -31,7 +31,7 @@
 
 namespace {
 
-enum Type : int32_t { F32 = 0, BF16 = 1, I8 = 2 };
+enum Type : int32_t { F32 = 0, BF16 = 1, I8 = 2, I4 = 4 };  // 3 is I64, of operands
 
 // ---- threads ---------------------------------------------------------------------------------
 
@@ -237,9 +237,14 @@ Scratch scratch_rows, scratch_scales;
 // other, two vectors of 16 outputs each; a lane holds the 1, 2 or 4 weights (F32, BF16, I8) of the
 // step, to be multiplied with the same 4 bytes of the row. What is missing to whole panels and
 // steps is zero. I8 has groups of GROUP weights, each followed by 32 scales in bfloat16.
+//
+// I4 has groups too, and one vector per step: four bits of a byte are of the first 16 outputs, the
+// upper four of the others. Behind a group lie 32 scales and 32 minima in half precision; a weight
+// is minimum + scale * (0..15).
 
 constexpr int64_t PANEL = 32, GROUP = 32, GROUP_BYTES = PANEL * GROUP + PANEL * 2;
 constexpr int64_t GROUP_STEPS = GROUP / 4;
+constexpr int64_t NIBBLES = PANEL * GROUP / 2, NIBBLE_GROUP_BYTES = NIBBLES + PANEL * 4;
 
 }  // namespace
 
@@ -257,12 +262,14 @@ namespace {
 
 int64_t panels(const Weight& w) { return (w.n + PANEL - 1) / PANEL; }
 int64_t per_step(const Weight& w) { return w.type == F32 ? 1 : w.type == BF16 ? 2 : 4; }
+bool in_groups(const Weight& w) { return w.type == I8 || w.type == I4; }
 int64_t steps(const Weight& w) {  // along k; the 4-byte lanes of a prepared row
-  const int64_t unit = w.type == I8 ? GROUP : per_step(w);
+  const int64_t unit = in_groups(w) ? GROUP : per_step(w);
   return (w.k + unit - 1) / unit * unit / per_step(w);
 }
 int64_t groups(const Weight& w) { return (w.k + GROUP - 1) / GROUP; }
 int64_t panel_bytes(const Weight& w) {
+  if (w.type == I4) return groups(w) * NIBBLE_GROUP_BYTES;
   return w.type == I8 ? groups(w) * GROUP_BYTES : steps(w) * 2 * 64;
 }
 
@@ -346,10 +353,57 @@ inline void grouped_sums(const uint8_t* w, int64_t ahead, const int32_t* x, cons
   }
 }
 
+// The scale of a group of a row, and the sum of its rounded numbers: what a minimum is times.
+struct NibbleInfo {
+  float scale, sum;
+};
+
+// The upper four bits come out 16 times too large, by subtraction: that saves shifting them.
+template <int R>
+inline void nibble_sums(const uint8_t* w, int64_t ahead, const int32_t* x, const NibbleInfo* info,
+                        int64_t n, Sums<R>& sums) {
+  const __m512i lower = _mm512_set1_epi8(15);
+  const __m512 sixteenth = _mm512_set1_ps(1.f / 16);
+  for (auto& sum : sums) sum[0] = sum[1] = _mm512_setzero_ps();
+  for (int64_t g = 0; g < n; g++) {
+    __m512i dots[R][2];
+    for (auto& dot : dots) dot[0] = dot[1] = _mm512_setzero_si512();
+#pragma GCC unroll 8
+    for (int i = 0; i < GROUP_STEPS; i++, w += 64) {
+      const __m512i both = _mm512_load_si512(w), low = _mm512_and_si512(both, lower);
+      _mm_prefetch(reinterpret_cast<const char*>(w + ahead), R > 6 ? _MM_HINT_T0 : _MM_HINT_T1);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; r++) {
+        const __m512i b = _mm512_set1_epi32(x[r * n * GROUP_STEPS + g * GROUP_STEPS + i]);
+        dots[r][0] = _mm512_dpbusd_epi32(dots[r][0], low, b);
+        dots[r][1] = _mm512_dpbusd_epi32(dots[r][1], both, b);
+      }
+    }
+    prefetch<R>(w + ahead);
+    auto halves = [w](int i) {
+      return _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(w) + i));
+    };
+    const __m512 s0 = halves(0), s1 = _mm512_mul_ps(halves(1), sixteenth);
+    const __m512 low0 = halves(2), low1 = halves(3);
+    w += PANEL * 4;
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) {
+      const __m512 s = _mm512_set1_ps(info[r * n + g].scale);
+      const __m512 sum = _mm512_set1_ps(info[r * n + g].sum);
+      const __m512 d0 = _mm512_cvtepi32_ps(dots[r][0]);
+      const __m512 d1 = _mm512_cvtepi32_ps(_mm512_sub_epi32(dots[r][1], dots[r][0]));
+      sums[r][0] = _mm512_fmadd_ps(sum, low0, sums[r][0]);
+      sums[r][1] = _mm512_fmadd_ps(sum, low1, sums[r][1]);
+      sums[r][0] = _mm512_fmadd_ps(d0, _mm512_mul_ps(s, s0), sums[r][0]);
+      sums[r][1] = _mm512_fmadd_ps(d1, _mm512_mul_ps(s, s1), sums[r][1]);
+    }
+  }
+}
+
 struct Product {
   const Weight& w;
   const int32_t* x;       // prepared rows
-  const GroupInfo* info;  // of I8
+  const GroupInfo* info;  // of I8; of I4 each is a NibbleInfo
   void* y;
   Type y_type;
 };
@@ -366,6 +420,9 @@ void tile(const Product& job, int64_t p, int64_t m, int nth) {
   Sums<R> sums;
   if (w.type == I8) {
     grouped_sums<R>(panel, ahead, x, job.info + m * groups(w), groups(w), sums);
+  } else if (w.type == I4) {
+    const auto* info = reinterpret_cast<const NibbleInfo*>(job.info + m * groups(w));
+    nibble_sums<R>(panel, ahead, x, info, groups(w), sums);
   } else if (w.type == BF16) {
     dense_sums<DotBF16, R>(panel, ahead, x, n, sums);
   } else {
@@ -445,10 +502,19 @@ void prepare_groups(const Weight& w, const T* x, int32_t* to, GroupInfo* info) {
   }
 }
 
+void become_nibble_info(GroupInfo* info, int64_t count) {
+  static_assert(sizeof(NibbleInfo) == sizeof(GroupInfo));
+  for (GroupInfo* i = info; i < info + count; i++) {
+    const NibbleInfo made{i->scale, i->scale * static_cast<float>(i->offset / -128)};
+    std::memcpy(i, &made, sizeof made);
+  }
+}
+
 template <class T>
 void prepare_row(const Weight& w, const T* x, int64_t m, int32_t* to, GroupInfo* info) {
-  if (w.type == I8) {
+  if (in_groups(w)) {
     prepare_groups(w, x, to + m * steps(w), info + m * groups(w));
+    if (w.type == I4) become_nibble_info(info + m * groups(w), groups(w));
   } else {
     prepare(w, x, to + m * steps(w));
   }
@@ -673,7 +739,138 @@ void pack_row(const Weight& w, const T* from, int64_t row) {
   for (int64_t i = 0; i < steps(w); i++) panel[cell(w, row, i)] = lanes[i];
 }
 
+// ---- packing into four bits ------------------------------------------------------------------
+
+// Of sixteen groups at once, one per lane. ``error`` is what is lost, squared.
+struct Nibbles {
+  __m512 scale, low, error;
+};
+
+__m512 in_half(__m512 v) { return _mm512_cvtph_ps(_mm512_cvtps_ph(v, 0)); }
+
+// Which of 0..15 stands for x.
+__m512 nibble(__m512 x, const Nibbles& n, __m512 inverse) {
+  const __m512 q = _mm512_roundscale_ps(_mm512_mul_ps(_mm512_sub_ps(x, n.low), inverse), 8);
+  return _mm512_min_ps(_mm512_max_ps(q, _mm512_setzero_ps()), _mm512_set1_ps(15));
+}
+
+__m512 inverse_of(__m512 scale) {
+  const __mmask16 some = _mm512_cmp_ps_mask(scale, _mm512_setzero_ps(), _CMP_GT_OQ);
+  return _mm512_maskz_div_ps(some, _mm512_set1_ps(1), scale);
+}
+
+// Takes scale and minimum, as they would be stored, where they lose less than the best so far.
+void try_out(const __m512 (&x)[GROUP], __m512 scale, __m512 low, Nibbles& best) {
+  Nibbles tried{in_half(scale), in_half(low), _mm512_setzero_ps()};
+  const __m512 inverse = inverse_of(tried.scale);
+  for (const __m512& v : x) {
+    const __m512 q = nibble(v, tried, inverse);
+    const __m512 lost = _mm512_sub_ps(v, _mm512_fmadd_ps(q, tried.scale, tried.low));
+    tried.error = _mm512_fmadd_ps(lost, lost, tried.error);
+  }
+  const __mmask16 better = _mm512_cmp_ps_mask(tried.error, best.error, _CMP_LT_OQ);
+  best.scale = _mm512_mask_mov_ps(best.scale, better, tried.scale);
+  best.low = _mm512_mask_mov_ps(best.low, better, tried.low);
+  best.error = _mm512_mask_mov_ps(best.error, better, tried.error);
+}
+
+// The line that lies nearest to the numbers (least squares) if they keep the nibbles that scale
+// and minimum give them.
+void try_line(const __m512 (&x)[GROUP], __m512 scale, __m512 low, Nibbles& best) {
+  const Nibbles from{scale, low, low};
+  const __m512 inverse = inverse_of(scale), n = _mm512_set1_ps(GROUP);
+  __m512 sum_x = _mm512_setzero_ps(), sum_q = sum_x, sum_qq = sum_x, sum_qx = sum_x;
+  for (const __m512& v : x) {
+    const __m512 q = nibble(v, from, inverse);
+    sum_x = _mm512_add_ps(sum_x, v), sum_q = _mm512_add_ps(sum_q, q);
+    sum_qq = _mm512_fmadd_ps(q, q, sum_qq), sum_qx = _mm512_fmadd_ps(q, v, sum_qx);
+  }
+  const __m512 spread = _mm512_fmsub_ps(n, sum_qq, _mm512_mul_ps(sum_q, sum_q));
+  const __m512 slope = _mm512_div_ps(
+      _mm512_fmsub_ps(n, sum_qx, _mm512_mul_ps(sum_q, sum_x)), spread);
+  const __m512 start = _mm512_div_ps(_mm512_fnmadd_ps(slope, sum_q, sum_x), n);
+  const __mmask16 is_line = _mm512_cmp_ps_mask(spread, _mm512_setzero_ps(), _CMP_GT_OQ);
+  try_out(x, _mm512_mask_mov_ps(scale, is_line, slope), _mm512_mask_mov_ps(low, is_line, start),
+          best);
+}
+
+// From the whole range of each group on, narrower and wider ones, each as the line nearest to the
+// numbers. Numbers that four bits were made of before are found at once.
+Nibbles fitted(const __m512 (&x)[GROUP]) {
+  __m512 low = x[0], high = x[0], square = _mm512_setzero_ps();
+  for (const __m512& v : x) {
+    low = _mm512_min_ps(low, v), high = _mm512_max_ps(high, v);
+    square = _mm512_fmadd_ps(v, v, square);
+  }
+  const __m512 range = _mm512_sub_ps(high, low);
+  Nibbles best{low, low, _mm512_set1_ps(std::numeric_limits<float>::infinity())};
+  try_out(x, _mm512_div_ps(range, _mm512_set1_ps(15)), low, best);
+  const __m512 nothing = _mm512_mul_ps(square, _mm512_set1_ps(1e-7f));
+  if (_mm512_cmp_ps_mask(best.error, nothing, _CMP_LE_OQ) == 0xffff) return best;
+  const __m512 middle = _mm512_fmadd_ps(range, _mm512_set1_ps(.5f), low);
+  for (float levels = 13; levels < 20; levels += .5f) {
+    const __m512 scale = _mm512_div_ps(range, _mm512_set1_ps(levels));
+    try_line(x, scale, _mm512_fnmadd_ps(scale, _mm512_set1_ps(7.5f), middle), best);
+    try_line(x, scale, low, best);
+    try_line(x, scale, _mm512_fnmadd_ps(scale, _mm512_set1_ps(15), high), best);
+  }
+  for (int i = 0; i < 3; i++) try_line(x, best.scale, best.low, best);
+  return best;
+}
+
+uint8_t* nibbles_of(const Weight& w, int64_t row, int64_t g) {
+  return panel_of(w, row) + g * NIBBLE_GROUP_BYTES;
+}
+
+// Groups g.. of a row, up to sixteen. Adds to ``sums`` what is lost, squared, and the squares.
+void pack_nibbles(const Weight& w, const float* from, int64_t row, int64_t g, double* sums) {
+  const int64_t count = std::min<int64_t>(16, groups(w) - g);
+  alignas(64) float x[GROUP][16] = {};
+  for (int64_t lane = 0; lane < count; lane++) {
+    const int64_t at = (g + lane) * GROUP;  // what is missing repeats the first: no wider range
+    for (int64_t i = 0; i < GROUP; i++) x[i][lane] = from[at + i < w.k ? at + i : at];
+  }
+  __m512 v[GROUP], squares = _mm512_setzero_ps();
+  for (int i = 0; i < GROUP; i++) {
+    v[i] = _mm512_load_ps(x[i]);
+    squares = _mm512_fmadd_ps(v[i], v[i], squares);
+  }
+  const Nibbles best = fitted(v);
+  sums[0] += _mm512_reduce_add_ps(best.error), sums[1] += _mm512_reduce_add_ps(squares);
+  const __m512 inverse = inverse_of(best.scale);
+  for (int i = 0; i < GROUP; i++) _mm512_store_ps(x[i], nibble(v[i], best, inverse));
+  alignas(32) uint16_t scales[16], lows[16];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(scales), _mm512_cvtps_ph(best.scale, 0));
+  _mm256_store_si256(reinterpret_cast<__m256i*>(lows), _mm512_cvtps_ph(best.low, 0));
+  const int64_t lane_of_row = row % PANEL, shift = lane_of_row < 16 ? 0 : 4;
+  for (int64_t lane = 0; lane < count; lane++) {
+    uint8_t* to = nibbles_of(w, row, g + lane);
+    for (int64_t i = 0; i < GROUP; i++)
+      to[i / 4 * 64 + lane_of_row % 16 * 4 + i % 4] |= static_cast<uint8_t>(x[i][lane]) << shift;
+    uint16_t* numbers = reinterpret_cast<uint16_t*>(to + NIBBLES) + lane_of_row;
+    numbers[0] = scales[lane], numbers[PANEL] = lows[lane];
+  }
+}
+
+float half(uint16_t value) {
+  return _mm512_cvtss_f32(_mm512_cvtph_ps(_mm256_set1_epi16(static_cast<int16_t>(value))));
+}
+
+void unpack_nibbles(const Weight& w, int64_t row, float* to) {
+  const int64_t lane = row % PANEL, shift = lane < 16 ? 0 : 4;
+  for (int64_t g = 0; g < groups(w); g++) {
+    const uint8_t* from = nibbles_of(w, row, g);
+    const uint16_t* numbers = reinterpret_cast<const uint16_t*>(from + NIBBLES) + lane;
+    const float scale = half(numbers[0]), low = half(numbers[PANEL]);
+    for (int64_t i = 0; i < std::min(GROUP, w.k - g * GROUP); i++) {
+      const int q = from[i / 4 * 64 + lane % 16 * 4 + i % 4] >> shift & 15;
+      to[g * GROUP + i] = std::fma(static_cast<float>(q), scale, low);
+    }
+  }
+}
+
 void unpack_row(const Weight& w, int64_t row, float* to) {
+  if (w.type == I4) return unpack_nibbles(w, row, to);
   const int32_t* panel = reinterpret_cast<const int32_t*>(panel_of(w, row));
   for (int64_t i = 0, per = per_step(w); i * per < w.k; i++) {
     const int32_t lane = panel[cell(w, row, i)];
@@ -719,6 +916,26 @@ void pack(const Weight* w, const void* from, int32_t type, int64_t row, int64_t 
   });
 }
 
+// The same for I4. ``sums`` (count, 2): of each row what was lost, squared, and its squares. Rows of
+// one panel share bytes, so one thread packs them.
+void pack_int4(const Weight* w, const void* from, int32_t type, int64_t row, int64_t count,
+               double* sums) {
+  std::lock_guard<std::mutex> lock(busy);
+  team->run((row + count - 1) / PANEL - row / PANEL + 1, [&](int64_t b, int64_t e) {
+    std::vector<float> x(w->k);
+    const int64_t begin = std::max(row, (row / PANEL + b) * PANEL);
+    const int64_t end = std::min(row + count, (row / PANEL + e) * PANEL);
+    for (int64_t r = begin; r < end; r++) {
+      for (int64_t i = 0; i < w->k; i += 16) {
+        const __mmask16 mask = first(w->k - i);
+        store(x.data() + i, mask, load(from, type, (r - row) * w->k + i, mask));
+      }
+      for (int64_t g = 0; g < groups(*w); g += 16)
+        pack_nibbles(*w, x.data(), r, g, sums + (r - row) * 2);
+    }
+  });
+}
+
 // The weights' rows with these numbers, as (count, k) floats; NaN for a number that is none.
 void rows_of(const Weight* w, const int64_t* numbers, int64_t count, float* to) {
   std::lock_guard<std::mutex> lock(busy);
@@ -737,7 +954,7 @@ void rows_of(const Weight* w, const int64_t* numbers, int64_t count, float* to) 
 void linear(const Weight* w, const void* x, int64_t rows, int64_t x_stride, void* y, int32_t type) {
   std::lock_guard<std::mutex> lock(busy);
   int32_t* prepared = scratch_rows.get<int32_t>(rows * steps(*w));
-  GroupInfo* info = w->type == I8 ? scratch_scales.get<GroupInfo>(rows * groups(*w)) : nullptr;
+  GroupInfo* info = in_groups(*w) ? scratch_scales.get<GroupInfo>(rows * groups(*w)) : nullptr;
   auto prepare_rows = [&](int64_t b, int64_t e) {
     for (int64_t m = b; m < e; m++) {
       if (type == F32) {

@@ -19,7 +19,7 @@ from transformers_api.engine.native.build import NativeUnavailable, build, check
 
 log = logging.getLogger(__name__)
 TYPES = {torch.float32: 0, torch.bfloat16: 1}  # kernels.cpp: enum Type
-WEIGHT_TYPES = {"float32": 0, "bfloat16": 1, "int8": 2}
+WEIGHT_TYPES = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 4}
 
 
 class Weight(ctypes.Structure):
@@ -108,6 +108,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "set_threads": (None, [c_int32]),
     "packed_bytes": (c_int64, [POINTER(Weight)]),
     "pack": (None, [POINTER(Weight), c_void_p, c_int32, c_int64, c_int64]),
+    "pack_int4": (None, [POINTER(Weight), c_void_p, c_int32, c_int64, c_int64, c_void_p]),
     "rows_of": (None, [POINTER(Weight), c_void_p, c_int64, c_void_p]),
     "linear": (None, [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int32]),
     "attention": (None, [POINTER(Attention)]),

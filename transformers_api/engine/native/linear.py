@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 from typing import Any, cast
 
@@ -46,11 +47,15 @@ def _pages(size: int) -> Tensor:
 
 
 class PackedWeight:
-    """A weight matrix (out, in) as the kernels read it: ``kind`` float32, bfloat16 or int8.
+    """A weight matrix (out, in) as the kernels read it: ``kind`` float32, bfloat16, int8 or int4.
 
     int8: groups of 32 along ``in`` with a scale each; inputs are rounded in the same groups.
-    bfloat16: inputs are rounded to bfloat16. Sums are float32 everywhere.
+    int4: a minimum besides, both found by search; inputs as for int8; ``error`` says how much of
+    the weights was lost, as a share of their norm. bfloat16: inputs are rounded to bfloat16. Sums
+    are float32 everywhere.
     """
+
+    error = 0.0
 
     def __init__(
         self, library: Library, weights: list[Tensor], kind: str, memory: WeightMemory
@@ -63,11 +68,18 @@ class PackedWeight:
         self._bias: Tensor | None = None
         self._address = ctypes.addressof(self._weight)
         first = 0
+        lost = torch.zeros(self.out_features, 2, dtype=torch.float64)  # squared, and all squares
         for weight in weights:
             dense = weight.detach()
             dense = (dense if dense.dtype in TYPES else dense.float()).contiguous()
-            library.long.pack(self._weight, dense.data_ptr(), TYPES[dense.dtype], first, len(dense))
+            given = self._weight, dense.data_ptr(), TYPES[dense.dtype], first, len(dense)
+            if kind == "int4":
+                library.long.pack_int4(*given, lost[first:].data_ptr())
+            else:
+                library.long.pack(*given)
             first += len(dense)
+        if kind == "int4" and lost[:, 1].any():
+            self.error = math.sqrt(lost[:, 0].sum() / lost[:, 1].sum())
 
     @property
     def nbytes(self) -> int:

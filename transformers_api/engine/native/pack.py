@@ -37,14 +37,18 @@ class Place:
 def pack_model(model: Any, library: Library, kind: str, ids: Tensor) -> None:
     """Replace Linear, Conv1D and tied Embedding layers, each old weight freed before the next.
 
-    ``kind`` see PackedWeight. ``ids`` (1, T) are read once, to learn which layers are given the
-    same input. Layers that the forward pass does not reach, or reaches twice, stay single. What
-    is left of the model, norms above all, becomes float32, and so do its activations.
+    ``kind`` see PackedWeight; with int4 the output layer is int8. ``ids`` (1, T) are read once, to
+    learn which layers are given the same input. Layers that the forward pass does not reach, or
+    reaches twice, stay single. What is left of the model, norms above all, becomes float32, and so
+    do its activations.
     """
     memory = WeightMemory()
     tied = _tied_embeddings(model)
+    head = model.get_output_embeddings()
     for group in _groups(model, ids):
-        packed = _pack_group(group, library, kind, memory, {id(p.layer.weight) for p in tied})
+        is_output = any(place.layer is head for place in group)
+        width = "int8" if kind == "int4" and is_output else kind
+        packed = _pack_group(group, library, width, memory, {id(p.layer.weight) for p in tied})
         if len(group) == 1:
             _replace_embeddings(tied, group[0].layer.weight, packed)
     model.float()

@@ -32,16 +32,23 @@ class Provision:
         self._threads = threads
         self._library: Library | None = None
         self._is_hopeless = False
+        self.why_not = "the native kernels are being compiled"
         self._compiling: threading.Thread | None = None
         self._lock = threading.Lock()
         self._callbacks: list[Callable[[], None]] = []
         self._is_compiled = False
 
-    def library(self) -> Library | None:
-        """The kernels; None while they are compiled, or for good, with one line in the log."""
+    def library(self, wait: bool = False) -> Library | None:
+        """The kernels; None while they are compiled, or for good, with one line in the log.
+
+        ``wait``: for the compiler, if that is what they wait for.
+        """
         if self._library is None and not self._is_hopeless:
             try:
                 self._look()
+                if wait and self._library is None and self._compiling is not None:
+                    self._compiling.join()
+                    self._look()
             except (NativeUnavailable, OSError) as error:
                 self._give_up(error)
         return self._library
@@ -81,6 +88,7 @@ class Provision:
     def _give_up(self, error: Exception) -> None:
         with self._lock:
             self._is_hopeless = True
+            self.why_not = f"no native kernels: {error}"
         log.warning("No native kernels, so inference is slower: %s", error)
 
 

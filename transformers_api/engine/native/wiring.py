@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from transformers_api.engine.native.attention import NAME, register
 from transformers_api.engine.native.cache import NativeCache
 from transformers_api.engine.native.library import Library
-from transformers_api.engine.native.linear import NativeEmbedding, NativeLinear
+from transformers_api.engine.native.linear import NativeEmbedding, NativeLinear, PackedWeight
 from transformers_api.engine.native.pack import pack_model
 from transformers_api.engine.native.runner import NativeRunner
 
@@ -19,6 +19,22 @@ SMALL_BYTES = 64 << 20  # a float32 checkpoint up to here stays exact: it has no
 LENGTH_DEPENDENT = {"dynamic", "longrope"}  # rope whose angles depend on how long a sequence is
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 CACHE_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Four bits lose about 8 % of weights that were not made of four bits before. A small model shows it
+# (docs/decisions/0008-quantisation.md), so that below INT4_ENOUGH weights the loss is limited.
+INT4_ENOUGH = 3_000_000_000
+INT4_MOST_LOST = 0.02
+
+
+class Kind(NamedTuple):
+    """How a model is kept: ``numbers`` (dtype) in the KV cache, and as weights unless quantised."""
+
+    numbers: str
+    quantization: str
+
+    @property
+    def weights(self) -> str:
+        """See PackedWeight."""
+        return self.numbers if self.quantization == "none" else self.quantization
 
 
 class NativeRefused(Exception):
@@ -32,8 +48,8 @@ def weight_kind(dtype: str, stored: str, stored_bytes: int) -> str | None:
     return dtype if dtype in CACHE_TYPES else None
 
 
-def kind_of(model: Any, dtype: str) -> str:
-    """``weight_kind`` of a model as it was loaded. Raises NativeRefused."""
+def kind_of(model: Any, dtype: str, quantization: str = "none") -> Kind:
+    """How to keep a model as it was loaded. Raises NativeRefused."""
     stored_bytes = sum(parameter.nbytes for parameter in model.parameters())
     kind = weight_kind(dtype, str(model.dtype).removeprefix("torch."), stored_bytes)
     config = model.config.get_text_config(decoder=True)
@@ -43,24 +59,27 @@ def kind_of(model: Any, dtype: str) -> str:
         raise NativeRefused("a mixture of experts")
     if _rope_types(getattr(config, "rope_parameters", None)) & LENGTH_DEPENDENT:
         raise NativeRefused("positions that depend on the length")
-    return kind
+    if quantization != "none" and dtype == "auto":
+        kind = "bfloat16"  # also of a small checkpoint: what is rounded is not exact anyway
+    return Kind(kind, quantization)
 
 
 def native_runner(
-    model: Any, library: Library, kind: str, layers: int, rows: int, window: int, vocab_size: int
+    model: Any, library: Library, kind: Kind, layers: int, rows: int, window: int, vocab_size: int
 ) -> NativeRunner:
     """A runner for the model, whose weights are packed by this. Raises NativeRefused."""
     register()
     try:
         model.set_attn_implementation(NAME)
-        pack_model(model, library, kind, torch.zeros(1, 2, dtype=torch.int64))
+        pack_model(model, library, kind.weights, torch.zeros(1, 2, dtype=torch.int64))
         model.native_kind = kind
-        cache = NativeCache(library, layers, rows, window, CACHE_TYPES[kind])
+        cache = NativeCache(library, layers, rows, window, CACHE_TYPES[kind.numbers])
         runner = NativeRunner(model, cache, vocab_size)
         runner.learn()
     except Exception as error:
         log.info("%s cannot be packed", type(model).__name__, exc_info=True)
         raise NativeRefused(f"packing failed: {error}") from error
+    _check_loss(model)
     if not runner.is_recorded:
         raise NativeRefused(runner.decode.refused or runner.prompt.refused or runner.scored.refused)
     return runner
@@ -68,13 +87,31 @@ def native_runner(
 
 def packed_bytes(model: Any) -> int:
     """Bytes of the packed weights."""
+    return sum(weight.nbytes for weight in _packed(model))
+
+
+def _packed(model: Any) -> list[PackedWeight]:
     packed = {
-        id(weight): weight.nbytes
+        id(weight): weight
         for module in model.modules()
         if isinstance(module, NativeLinear | NativeEmbedding)
         for weight in [module.joined.weight if isinstance(module, NativeLinear) else module.packed]
     }
-    return sum(packed.values())
+    return list(packed.values())
+
+
+def _check_loss(model: Any) -> None:
+    """Raises NativeRefused for a small model that int4 changes too much."""
+    packed = _packed(model)
+    if sum(weight.in_features * weight.out_features for weight in packed) >= INT4_ENOUGH:
+        return
+    lost = max(weight.error for weight in packed)
+    if not lost <= INT4_MOST_LOST:
+        raise NativeRefused(
+            f"it would change the weights by {100 * lost:.1f} %, and below "
+            f"{INT4_ENOUGH / 1e9:g} billion of them {100 * INT4_MOST_LOST:g} % is the most; "
+            "int8 is near enough for every model"
+        )
 
 
 def _rope_types(parameters: Any) -> set[str]:
