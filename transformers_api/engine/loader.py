@@ -27,7 +27,12 @@ from transformers_api.engine.model_runner import ModelRunner, Runner, Sequential
 from transformers_api.engine.native.library import Library
 from transformers_api.engine.native.provision import provision
 from transformers_api.engine.native.runner import NativeRunner
-from transformers_api.engine.native.wiring import NativeRefused, kind_of, native_runner
+from transformers_api.engine.native.wiring import (
+    NativeRefused,
+    check_loss,
+    kind_of,
+    native_runner,
+)
 from transformers_api.engine.packed_linear import pack_linears
 from transformers_api.engine.prompt_scores import PromptScoringRunner
 from transformers_api.engine.sampler import Sampler, TokenSampler
@@ -251,6 +256,7 @@ def _native_runner(
     wanted = own_logits(model, vocab_size, window)
     with differentiable():
         runner = native_runner(model, library, kind, layers, options.num_slots, window, vocab_size)
+    check_loss(model)
     if not agrees(runner, model, vocab_size, window, wanted, kind.quantization):
         raise NativeRefused("it says something else with them")
     return runner

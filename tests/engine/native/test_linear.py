@@ -23,9 +23,10 @@ SHAPES = [
     (192, 576),
     (576, 130),
 ]
-KINDS = ["float32", "bfloat16", "int8"]
-# relative to the norm of the exact result: float32 rounding, bfloat16's 8 bits, int8's 7 twice
-TOLERANCE = {"float32": 1e-6, "bfloat16": 5e-3, "int8": 2e-2}
+KINDS = ["float32", "bfloat16", "int8", "int4"]
+# relative to the norm of the exact result: float32 rounding, bfloat16's 8 bits, int8's 7 twice, and
+# the 4 of int4, for groups of random numbers
+TOLERANCE = {"float32": 1e-6, "bfloat16": 5e-3, "int8": 2e-2, "int4": 0.12}
 ROWS = [*range(1, 30), 37, 64, 65, 100, 256]
 
 

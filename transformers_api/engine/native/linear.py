@@ -79,7 +79,8 @@ class PackedWeight:
                 library.long.pack(*given)
             first += len(dense)
         if kind == "int4" and lost[:, 1].any():
-            self.error = math.sqrt(lost[:, 0].sum() / lost[:, 1].sum())
+            share = math.sqrt(lost[:, 0].sum() / lost[:, 1].sum())
+            self.error = share if math.isfinite(share) else math.inf
 
     @property
     def nbytes(self) -> int:
