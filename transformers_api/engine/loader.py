@@ -24,6 +24,7 @@ from transformers_api.engine.graphs import GraphRunner, PaddedCache
 from transformers_api.engine.kv_cache import SlotCache
 from transformers_api.engine.memory import available_bytes, release_memory
 from transformers_api.engine.model_runner import ModelRunner, Runner, SequentialRunner
+from transformers_api.engine.native.drawing import NativeRace
 from transformers_api.engine.native.library import Library
 from transformers_api.engine.native.provision import provision
 from transformers_api.engine.native.runner import NativeRunner
@@ -199,7 +200,7 @@ def build_engine(
     if ids := [token for token in suppressed if 0 <= token < vocab_size]:
         runner = SuppressingRunner(runner, ids)
     runner = PromptScoringRunner(runner)
-    sampler: TokenSampler = Sampler()
+    sampler: TokenSampler = Sampler(NativeRace(library) if library else None)
     if wrap is not None:
         runner, sampler = wrap(model, limits, runner, sampler)
     return BatchingEngine(model, runner, limits, thread, mode, sampler, options.listener)

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 _MASK = (1 << 64) - 1
-_GAMMA = 0x9E3779B97F4A7C15
+GAMMA = 0x9E3779B97F4A7C15
 _MIX1, _MIX2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
 def step_key(seed: int, step: int) -> int:
     """The key of one step of one sequence, a signed 64-bit integer."""
-    state = _mix((seed * _GAMMA + 1) & _MASK)
-    return _signed(_mix((state + step * _GAMMA) & _MASK))
+    state = _mix((seed * GAMMA + 1) & _MASK)
+    return signed(_mix((state + step * GAMMA) & _MASK))
 
 
 def exponential(keys: Tensor, token_ids: Tensor) -> Tensor:
@@ -27,12 +27,19 @@ def exponential(keys: Tensor, token_ids: Tensor) -> Tensor:
     which is the Gumbel-max trick). SplitMix64: Steele, Lea, Flood 2014,
     doi:10.1145/2714064.2660195.
     """
-    x = keys[:, None] + token_ids * _signed(_GAMMA)
-    x = (x ^ _shifted(x, 30)) * _signed(_MIX1)
-    x = (x ^ _shifted(x, 27)) * _signed(_MIX2)
-    x = x ^ _shifted(x, 31)
+    x = keys[:, None] + token_ids * signed(GAMMA)
+    mix(x, torch.empty_like(x))
     uniform = (_shifted(x, 11).double() + 0.5) * 2.0**-53  # in (0, 1)
     return -torch.log(uniform)
+
+
+def mix(x: Tensor, room: Tensor) -> None:
+    """SplitMix64's mixing of ``x``, in place; ``room`` is of its kind and overwritten."""
+    for bits, factor in ((30, _MIX1), (27, _MIX2), (31, 0)):
+        torch.bitwise_right_shift(x, bits, out=room)
+        x.bitwise_xor_(room.bitwise_and_((1 << (64 - bits)) - 1))  # torch's own shift has signs
+        if factor:
+            x.mul_(signed(factor))
 
 
 def _mix(x: int) -> int:
@@ -41,7 +48,8 @@ def _mix(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def _signed(x: int) -> int:
+def signed(x: int) -> int:
+    """The same 64 bits as a number with a sign."""
     return x - (1 << 64) if x >= 1 << 63 else x
 
 

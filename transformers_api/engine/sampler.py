@@ -12,6 +12,7 @@ from torch import Tensor
 
 from transformers_api.engine import noise
 from transformers_api.engine.base import SamplingParams, TokenScore
+from transformers_api.engine.race import UNSURE, Quick, Race
 from transformers_api.engine.sequence import SampledToken, Sequence
 from transformers_api.errors import EngineFailed
 
@@ -27,34 +28,52 @@ class TokenSampler(Protocol):
 
 
 class Sampler:
-    """Stateless, but for what the logits processors of a sequence remember."""
+    """Stateless, but for what the logits processors of a sequence remember, and some memory.
+
+    ``quick`` draws what it is sure of; the rest is drawn by definition.
+    """
+
+    def __init__(self, quick: Quick | None = None) -> None:
+        self.quick = quick or Race()
+        self._room = torch.empty(0)
 
     def sample(self, logits: Tensor, sequences: list[Sequence]) -> list[SampledToken]:
         """One token for each row of ``logits`` (B, V), float32."""
         processed = self._process(logits, sequences)
-        best, tokens = processed.max(-1)  # (B,); a NaN anywhere in a row comes out as best
-        drawn = [row for row, seq in enumerate(sequences) if seq.params.temperature > 0]
-        if drawn:
-            rows = tokens.new_tensor(drawn)
-            scaled = processed if len(drawn) == len(sequences) else processed[rows]
-            tokens[rows] = draw(scaled, [sequences[row] for row in drawn])
-        usable = torch.isfinite(best).tolist()
-        ids = tokens.tolist()
+        ids = self.quick(processed, sequences)
+        left = [row for row, token in enumerate(ids) if token == UNSURE]
+        if left:
+            chosen = by_definition(processed[left], [sequences[row] for row in left])
+            for row, token in zip(left, chosen, strict=True):
+                ids[row] = token
         scores = token_scores(logits, ids, [seq.params.logprobs for seq in sequences])
         return [
-            SampledToken(token, score) if ok else SampledToken(token, error=_not_finite())
-            for token, score, ok in zip(ids, scores, usable, strict=True)
+            SampledToken(0, error=_not_finite()) if token == UNSURE else SampledToken(token, score)
+            for token, score in zip(ids, scores, strict=True)
         ]
 
     def _process(self, logits: Tensor, sequences: list[Sequence]) -> Tensor:
         changed = [(row, seq) for row, seq in enumerate(sequences) if seq.processors]
         if not changed:
             return logits
-        processed = logits.clone()
+        if self._room.shape[1:] != logits.shape[1:] or len(self._room) < len(logits):
+            self._room = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        processed = self._room[: len(logits)].copy_(logits)
         for row, seq in changed:
             for processor in seq.processors:
                 processor(seq, processed[row])
         return processed
+
+
+def by_definition(logits: Tensor, sequences: list[Sequence]) -> list[int]:
+    """A token for each row of ``logits`` (B, V), processed; UNSURE in one that is not finite."""
+    best, tokens = logits.max(-1)  # (B,); a NaN anywhere in a row comes out as best
+    drawn = [row for row, seq in enumerate(sequences) if seq.params.temperature > 0]
+    if drawn:
+        rows = tokens.new_tensor(drawn)
+        scaled = logits if len(drawn) == len(sequences) else logits[rows]
+        tokens[rows] = draw(scaled, [sequences[row] for row in drawn])
+    return tokens.where(torch.isfinite(best), UNSURE).tolist()
 
 
 def distribution(logits: Tensor, seq: Sequence, least: int = 1) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <memory>
 #include <mutex>
@@ -1234,6 +1235,223 @@ void run_steps(const Step* steps, int64_t count) {
       }
     }
   }
+}
+
+}  // extern "C"
+
+// ---- drawing tokens --------------------------------------------------------------------------
+//
+// What engine/sampler.py defines, for rows where there is no doubt about it. Every token's score is
+// its probability over its noise, and of those that the filters keep the best one wins. Here the
+// logarithm in the noise is taken for those only that can win; and filters are asked about the
+// winner only: it is kept if the tokens before it leave it a place, else it is out with all that
+// are less likely, and what remains races again. Probabilities lack the factor that makes their
+// sum 1, and the last bits may differ from torch's: where that could matter nothing is chosen.
+
+extern "C" {
+struct Draw {
+  const float* logits;
+  int64_t size;   // tokens
+  uint64_t key;   // noise.py
+  int64_t top_k;  // size: all of them
+  double temperature, top_p, min_p;
+};
+}
+
+namespace {
+
+constexpr float NEVER = 1e-20f;     // times the likeliest: the luckiest noise does not make up for it
+constexpr float EQUAL = 2e-6f;      // two that are nearer to each other may be in either order
+constexpr float CLOSE = 1e-5f;      // scores that are nearer are not told apart
+constexpr double SUM_ERROR = 1e-3;  // more than a sum in float32 may be off
+constexpr double TINY = 1e-30;      // what is smaller, or its inverse, may not be a normal float
+constexpr int64_t UNSURE = -1;
+constexpr uint64_t GAMMA = 0x9E3779B97F4A7C15;
+constexpr int64_t PART = 64;  // tokens
+
+// SplitMix64
+uint64_t mixed(uint64_t x) {
+  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9;
+  x = (x ^ (x >> 27)) * 0x94D049BB133111EB;
+  return x ^ (x >> 31);
+}
+
+__m512i mixed(__m512i x) {
+  x = _mm512_xor_si512(x, _mm512_srli_epi64(x, 30));
+  x = _mm512_mullo_epi64(x, _mm512_set1_epi64(0xBF58476D1CE4E5B9));
+  x = _mm512_xor_si512(x, _mm512_srli_epi64(x, 27));
+  x = _mm512_mullo_epi64(x, _mm512_set1_epi64(0x94D049BB133111EB));
+  return _mm512_xor_si512(x, _mm512_srli_epi64(x, 31));
+}
+
+// 2^53 times less than the noise of eight tokens: 1 - u <= -log u.
+__m256 least_noise(__m512i x) {
+  const __m512i ones = _mm512_set1_epi64(-1);
+  return _mm512_cvtepu64_ps(_mm512_srli_epi64(_mm512_xor_si512(mixed(x), ones), 11));
+}
+
+// The likeliest token, the first of equals; UNSURE in a row that has NaN or whose best is infinite.
+int64_t likeliest(const float* logits, int64_t size) {
+  __m512 most = _mm512_set1_ps(-INFINITY);
+  __mmask16 broken = 0;
+  for (int64_t i = 0; i < size; i += 16) {
+    const __mmask16 mask = first(size - i);
+    const __m512 x = load(logits + i, mask);
+    broken |= _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    most = _mm512_mask_max_ps(most, mask, most, x);
+  }
+  const float best = _mm512_reduce_max_ps(most);
+  if (broken || !std::isfinite(best)) return UNSURE;
+  const __m512 wanted = _mm512_set1_ps(best);
+  for (int64_t i = 0;; i += 16) {
+    const __mmask16 mask = first(size - i);
+    const int found = _mm512_mask_cmp_ps_mask(mask, load(logits + i, mask), wanted, _CMP_EQ_OQ);
+    if (found) return i + __builtin_ctz(found);
+  }
+}
+
+// One row: shares of its tokens (1 is the likeliest's, zeros up to a multiple of 16), and the draw.
+struct Drawing {
+  const Draw& d;
+  float* shares;
+  int64_t best;  // the likeliest
+  double total = 0;
+
+  void find_shares() {
+    const __m512 top = _mm512_set1_ps(d.logits[best]);
+    const __m512 temperature = _mm512_set1_ps(static_cast<float>(d.temperature));
+    __m512d sum = _mm512_setzero_pd();
+    for (int64_t i = 0; i < d.size; i += 16) {
+      const __mmask16 mask = first(d.size - i);
+      const __m512 x = _mm512_sub_ps(load(d.logits + i, mask), top);
+      const __m512 e = _mm512_maskz_mov_ps(mask, exp16(_mm512_div_ps(x, temperature)));
+      _mm512_storeu_ps(shares + i, e);
+      sum = _mm512_add_pd(sum, _mm512_cvtps_pd(_mm512_castps512_ps256(e)));
+      sum = _mm512_add_pd(sum, _mm512_cvtps_pd(_mm512_extractf32x8_ps(e, 1)));
+    }
+    total = _mm512_reduce_add_pd(sum);
+  }
+
+  double score(int64_t token) const {
+    const double u = (static_cast<double>(mixed(d.key + token * GAMMA) >> 11) + .5) * 0x1p-53;
+    return u < 1 ? shares[token] / -std::log(u) : INFINITY;  // no noise at all: not for us
+  }
+
+  // The winner among the tokens whose share is above the floor.
+  int64_t race(float floor) const {
+    double most = score(best), second = 0;
+    int64_t winner = best;
+    const __m512i step = _mm512_set1_epi64(16 * GAMMA), half = _mm512_set1_epi64(8 * GAMMA);
+    const __m512i places = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
+    __m512i x = _mm512_mullo_epi64(places, _mm512_set1_epi64(GAMMA));
+    x = _mm512_add_epi64(x, _mm512_set1_epi64(d.key));
+    const __m512 least = _mm512_set1_ps(floor);
+    // a share that cannot be this often its least noise has lost
+    __m512 bound = _mm512_set1_ps(static_cast<float>(most * (1 - 2 * CLOSE) * 0x1p-53));
+    for (int64_t i = 0; i < d.size; i += 16, x = _mm512_add_epi64(x, step)) {
+      const __m512 e = _mm512_loadu_ps(shares + i);
+      const __mmask16 open = _mm512_cmp_ps_mask(e, least, _CMP_GT_OQ);
+      if (!open) continue;
+      const __m512 noise = _mm512_insertf32x8(_mm512_castps256_ps512(least_noise(x)),
+                                              least_noise(_mm512_add_epi64(x, half)), 1);
+      int able = _mm512_mask_cmp_ps_mask(open, e, _mm512_mul_ps(bound, noise), _CMP_GE_OQ);
+      if (!able) continue;
+      for (; able; able &= able - 1) {
+        const int64_t token = i + __builtin_ctz(able);
+        const double own = score(token);
+        if (token == best) continue;
+        second = std::max(second, std::min(own, most));
+        if (own > most) most = own, winner = token;
+      }
+      bound = _mm512_set1_ps(static_cast<float>(most * (1 - 2 * CLOSE) * 0x1p-53));
+    }
+    return std::isfinite(most) && second < most * (1 - CLOSE) ? winner : UNSURE;
+  }
+
+  // The sum of the shares from ``least`` on, and how many they are.
+  std::pair<double, int64_t> from(float least) const {
+    const __m512 edge = _mm512_set1_ps(least);
+    __m512d sum = _mm512_setzero_pd();
+    int64_t count = 0;
+    for (int64_t i = 0; i < d.size; i += 16) {
+      const __m512 e = _mm512_loadu_ps(shares + i);
+      const __mmask16 mask = _mm512_cmp_ps_mask(e, edge, _CMP_GE_OQ);
+      if (!mask) continue;
+      const __m512 part = _mm512_maskz_mov_ps(mask, e);
+      sum = _mm512_add_pd(sum, _mm512_cvtps_pd(_mm512_castps512_ps256(part)));
+      sum = _mm512_add_pd(sum, _mm512_cvtps_pd(_mm512_extractf32x8_ps(part, 1)));
+      count += __builtin_popcount(mask);
+    }
+    return {_mm512_reduce_add_pd(sum), count};
+  }
+
+  // The k-th largest share, k < size.
+  float largest(int64_t k) const {
+    static thread_local std::vector<float> some;
+    some.clear();
+    for (int64_t i = 0; i < d.size; i += PART)
+      some.push_back(*std::max_element(shares + i, shares + std::min(i + PART, d.size)));
+    float least = 0;  // as many are as large as this
+    if (k < static_cast<int64_t>(some.size())) {
+      std::nth_element(some.begin(), some.begin() + k - 1, some.end(), std::greater<float>());
+      least = some[k - 1];
+    }
+    some.clear();
+    for (int64_t i = 0; i < d.size; i++)
+      if (shares[i] >= least) some.push_back(shares[i]);
+    std::nth_element(some.begin(), some.begin() + k - 1, some.end(), std::greater<float>());
+    return some[k - 1];
+  }
+
+  int64_t draw() const {
+    double room = total;  // what a nucleus is a part of
+    float floor = NEVER;
+    const float last = d.top_k < d.size ? largest(d.top_k) : 0;
+    if (last > NEVER) {
+      const auto [above, count] = from(last * (1 + EQUAL));
+      if (count != d.top_k - 1 || from(last * (1 - EQUAL)).second != d.top_k) return UNSURE;
+      room = above + last;
+      floor = last * (1 - EQUAL);
+    }
+    for (;;) {
+      const int64_t winner = race(floor);
+      if (winner == UNSURE) return UNSURE;
+      const float share = shares[winner];
+      if (std::abs(share - d.min_p) <= CLOSE * d.min_p && d.min_p > 0) return UNSURE;
+      bool is_kept = share >= d.min_p;
+      if (is_kept && d.top_p < 1) {
+        const double most = from(share * (1 - EQUAL)).first - share;
+        const double least = from(share * (1 + EQUAL)).first;
+        is_kept = most <= 0 || most < d.top_p * (1 - SUM_ERROR) * room;
+        if (!is_kept && least <= d.top_p * (1 + SUM_ERROR) * room) return UNSURE;
+      }
+      if (is_kept) return winner;
+      floor = share;
+    }
+  }
+};
+
+int64_t drawn(const Draw& d) {
+  const int64_t best = likeliest(d.logits, d.size);
+  if (d.temperature == 0 || best == UNSURE) return best;
+  if (!(d.temperature > TINY && d.temperature < 1 / TINY)) return UNSURE;
+  static thread_local std::vector<float> shares;
+  shares.resize((d.size + 15) / 16 * 16);
+  Drawing row{d, shares.data(), best};
+  row.find_shares();
+  return row.draw();
+}
+
+}  // namespace
+
+extern "C" {
+
+// A token for each row, or UNSURE.
+void draw(const Draw* rows, int64_t count, int64_t* tokens) {
+  std::lock_guard<std::mutex> lock(busy);
+  team->run(count, [&](int64_t b, int64_t e) {
+    for (int64_t i = b; i < e; i++) tokens[i] = drawn(rows[i]);
+  });
 }
 
 }  // extern "C"

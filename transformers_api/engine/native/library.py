@@ -114,6 +114,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "attention": (None, [POINTER(Attention)]),
     "write_cache": (None, [POINTER(Copy)]),
     "run_steps": (None, [c_void_p, c_int64]),
+    "draw": (None, [c_void_p, c_int64, c_void_p]),
 }
 
 
