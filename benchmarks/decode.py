@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.serving import default_model_folder, processor
+from benchmarks.machine import default_model_folder, processor
 from transformers_api.engine.base import SamplingParams, SequenceRequest, TokenStream
 from transformers_api.engine.kv_cache import SlotCache
 from transformers_api.engine.loader import load_model

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.serving import processor
+from benchmarks.machine import processor
 from transformers_api.engine.native.attention import CausalRows, describe_mask, native_attention
 from transformers_api.engine.native.cores import usable_cores
 from transformers_api.engine.native.library import Library, load_library

@@ -46,6 +46,8 @@ class Level:
     itl_ms: float  # from first to last text, per token
     tokens_per_s: float  # all streams together, waiting and prefill included
     client_cpu: float  # share of one core that this client took
+    gap_ms: float = 0.0  # median between two pieces of text of a stream, of all streams
+    gap_p95_ms: float = 0.0
 
 
 @dataclass
@@ -56,6 +58,7 @@ class Answer:
     last: float = 0.0
     tokens: int = 0
     prompt_tokens: int = 0
+    gaps: list[float] = field(default_factory=list)
 
 
 def prompt(words: int, rng: random.Random) -> str:
@@ -82,6 +85,7 @@ async def measure(
             group.create_task(one_after_another())
     wall, cpu = time.perf_counter() - started, time.process_time() - cpu
     tokens = sum(answer.tokens for answer in answers)
+    gaps = sorted(gap for answer in answers for gap in answer.gaps) or [0.0]
     return Level(
         streams=streams,
         requests=requests,
@@ -91,6 +95,8 @@ async def measure(
         itl_ms=1e3 * statistics.median(map(_per_token, answers)),
         tokens_per_s=tokens / wall,
         client_cpu=cpu / wall,
+        gap_ms=1e3 * statistics.median(gaps),
+        gap_p95_ms=1e3 * gaps[int(0.95 * (len(gaps) - 1))],
     )
 
 
@@ -116,8 +122,10 @@ async def ask(server: Server, text: str, max_tokens: int) -> Answer:
             answer.tokens = usage["completion_tokens"]
             answer.prompt_tokens = usage["prompt_tokens"]
         if any(choice["delta"].get("content") for choice in event["choices"]):
-            answer.last = time.perf_counter() - started
-            answer.first = answer.first or answer.last
+            now = time.perf_counter() - started
+            if answer.first:
+                answer.gaps.append(now - answer.last)
+            answer.first, answer.last = answer.first or now, now
     if not answer.tokens or not answer.first:
         raise RuntimeError("the answer has no text or no usage")
     return answer

@@ -27,7 +27,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.load import Level, measure
-from benchmarks.serving import conditions, ours, running
+from benchmarks.machine import machine
+from benchmarks.servers import ours, running
 from transformers_api.engine.family_tokenizers import make
 from transformers_api.families.tinygpt import TinyGPTConfig
 
@@ -100,13 +101,15 @@ def one_form(form: Form, options: argparse.Namespace) -> tuple[list[Level], Any]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
         model = build(form, folder)
-        contender = ours(folder, options, Path(scratch))
+        contender = ours(folder, Path(scratch), DTYPE=options.dtype)
         contender.fields.update(SAMPLING)
         for number in range(options.rounds):
             with tempfile.TemporaryFile() as log:
                 try:
-                    with running(contender, log) as server:
-                        levels += requests(server, options, number)[1:]  # the first one warms up
+                    with running(contender, log) as started:
+                        levels += requests(started.server, options, number)[
+                            1:
+                        ]  # the first one warms up
                 except Exception:
                     log.seek(0)
                     sys.stderr.buffer.write(log.read()[-4000:])
@@ -156,7 +159,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Measure and print the table and what it holds for."""
     options = parse()
-    options.shown, options.peer_dtype = "random weights", None
     reads = [memory_gb_per_s(getattr(torch, options.dtype))]
     print(
         "| model | tokens/s | promised | ours / upper figure | recomputed | ours / recomputed "
@@ -168,7 +170,10 @@ def main() -> None:
         print(row(form, levels, model, options), flush=True)
         reads.append(memory_gb_per_s(getattr(torch, options.dtype)))
     print(f"\nThis machine's memory gives {max(reads):.1f} GB/s to a matrix-vector product.")
-    print(conditions({"transformers-api": [{1: levels[0]}]}, options))
+    print(
+        f"Random weights, {options.dtype}, prompts of about {levels[0].prompt_tokens} tokens, "
+        f"answers of {options.max_tokens}; {options.rounds} rounds. {machine()}."
+    )
 
 
 if __name__ == "__main__":

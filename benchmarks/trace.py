@@ -18,7 +18,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from benchmarks.serving import default_model_folder, processor
+from benchmarks.machine import default_model_folder, processor
 from transformers_api.api import strict_json
 from transformers_api.api.trace_format import step
 from transformers_api.engine.base import SamplingParams, SequenceRequest

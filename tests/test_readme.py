@@ -19,8 +19,7 @@ from pathlib import Path
 import pytest
 
 from api_client import ApiClient
-from benchmarks import serving
-from benchmarks.load import Level, Server, measure
+from benchmarks.load import Server, measure
 
 ROOT = Path(__file__).parent.parent
 ADDRESS = "http://127.0.0.1:5000"
@@ -304,17 +303,3 @@ def test_the_load_client_says_why_a_server_refuses(url):
     with pytest.raises(ExceptionGroup) as refused:
         asyncio.run(measure(server, 1, 1, words=5, max_tokens=6, seed=1))
     assert "no-such-model" in str(refused.value.exceptions[0])
-
-
-def test_the_benchmark_table_has_medians_and_ratios():
-    def rounds(*speeds):
-        return [
-            {1: Level(1, 4, 60, 256, ttft_ms=10, itl_ms=5, tokens_per_s=speed, client_cpu=0)}
-            for speed in speeds
-        ]
-
-    shown = serving.table({serving.OURS: rounds(30, 90, 60), "theirs": rounds(20, 20, 1)}, [1])
-    assert shown.splitlines()[2:] == [
-        f"| 1 | {serving.OURS} | 10 | 5.0 | 60.0 |  |",
-        "| 1 | theirs | 10 | 5.0 | 20.0 | 3.0x |",
-    ]

@@ -1,0 +1,117 @@
+"""The machine that something is measured on, and the models that are measured."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from transformers_api.serving.builtin_models import builtin_models
+from transformers_api.serving.store import ModelStore
+from transformers_api.settings import Settings
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+SLEEPLESS = "import os; os.sched_setaffinity(0, {core}); print(flush=True)\nwhile True: pass"
+
+
+def processor() -> str:
+    """The processor's name as the system gives it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def memory_gib() -> float:
+    """Memory of the machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / (1 << 30)
+
+
+def machine() -> str:
+    """Processor, cores, memory and the versions of what we stand on."""
+    return (
+        f"{processor()}, {len(os.sched_getaffinity(0))} cores, {memory_gib():.0f} GiB; "
+        f"torch {importlib.metadata.version('torch')}, "
+        f"transformers {importlib.metadata.version('transformers')}, "
+        f"Python {platform.python_version()}"
+    )
+
+
+def today() -> str:
+    """The date of a measurement."""
+    return time.strftime("%Y-%m-%d")
+
+
+def read_gb_per_s(rounds: int = 5) -> float:
+    """How fast torch's threads read memory that is in no cache; the fastest of some rounds."""
+    block = torch.ones(1 << 27)  # half a gigabyte
+    times = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        block.sum()
+        times.append(time.perf_counter() - began)
+    return 1e-9 * block.nbytes / min(times)
+
+
+@contextlib.contextmanager
+def busy_core() -> Iterator[None]:
+    """Another process that never sleeps, on the first core that we may use."""
+    core = {min(os.sched_getaffinity(0))}
+    command = [sys.executable, "-c", SLEEPLESS.format(core=core)]
+    other = subprocess.Popen(command, stdout=subprocess.PIPE)
+    try:
+        assert other.stdout is not None
+        other.stdout.readline()
+        yield
+    finally:
+        other.kill()
+        other.communicate()
+
+
+def default_model_folder() -> Path:
+    """The embedded model, converted on first use."""
+    settings = Settings.from_env()
+    spec = next(spec for spec in builtin_models() if spec.name == DEFAULT_MODEL)
+    return ModelStore(settings).prepare(spec, lambda _share, _what: None).folder
+
+
+def build_gpt2(folder: Path) -> Path:
+    """A model of GPT-2's size (124M) with random weights, its tokenizer and a chat template."""
+    from transformers import AutoModelForCausalLM, GPT2Config
+
+    from transformers_api.engine.family_tokenizers import make
+
+    if (folder / "model.safetensors").is_file():
+        return folder
+    torch.manual_seed(0)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model: Any = AutoModelForCausalLM.from_config(GPT2Config(), dtype=torch.bfloat16)
+    model.save_pretrained(partial)
+    make("gpt2-instruct", partial, model.config.vocab_size, False).save_pretrained(partial)
+    partial.rename(folder)
+    return folder
+
+
+def model_folder(name: str, scratch: Path) -> Path:
+    """``smollm2``, ``gpt2`` (random weights, made in ``scratch``), or a folder of your own."""
+    if name == "smollm2":
+        return default_model_folder()
+    if name == "gpt2":
+        scratch.mkdir(parents=True, exist_ok=True)
+        return build_gpt2(scratch / "gpt2-124m")
+    folder = Path(name).absolute()
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{name} is neither smollm2, gpt2 nor a model's folder")
+    return folder

