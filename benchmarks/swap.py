@@ -26,6 +26,7 @@ from benchmarks.pages import table, write_block
 from benchmarks.servers import OURS, Contender
 
 TOKENS = 4
+SECOND = "second"
 ASKED = "5x, and under 1.2 s for 135M"
 
 
@@ -43,15 +44,12 @@ def twin(folder: Path, scratch: Path) -> Path:
 def ours(first: Path, second: Path, scratch: Path) -> Contender:
     """Our server with both in its registry."""
     registry = scratch / "registry-swap.json"
-    entries = [{"name": str(folder), "path": str(folder)} for folder in (first, second)]
+    folders = {servers.MODEL: first, SECOND: second}
+    entries = [{"name": name, "path": str(folder)} for name, folder in folders.items()]
     registry.write_text(json.dumps(entries))
     contender = servers.ours(first, scratch, NATIVE_KERNELS="true")
-    environment = {
-        **contender.environment,
-        "MODEL_REGISTRY_PATH": str(registry),
-        "DEFAULT_MODEL": str(first),
-    }
-    return replace(contender, environment=environment, model=str(first))
+    environment = {**contender.environment, "MODEL_REGISTRY_PATH": str(registry)}
+    return replace(contender, environment=environment)
 
 
 def peer(python: Path, first: Path) -> Contender:
@@ -61,13 +59,13 @@ def peer(python: Path, first: Path) -> Contender:
     return replace(contender, command=command)
 
 
-def one_round(contender: Contender, second: Path) -> dict[str, float]:
+def one_round(contender: Contender, second: str) -> dict[str, float]:
     """Start it, ask A, then B; ours goes on to and fro."""
     with tempfile.TemporaryFile() as log:
         try:
             with servers.running(contender, log) as running:
                 first = asyncio.run(ask(running.server, "Say hello.", TOKENS)).first
-                other = replace(running.server, model=str(second))
+                other = replace(running.server, model=second)
                 swaps = [asyncio.run(ask(other, "Say hello.", TOKENS)).first]
                 if contender.name == OURS:
                     back = asyncio.run(ask(running.server, "Say hello.", TOKENS)).first
@@ -121,7 +119,8 @@ def main() -> None:
     found: dict[str, list[dict[str, float]]] = {each.name: [] for each in contenders}
     for number in range(options.rounds):
         for contender in contenders[:: 1 if number % 2 == 0 else -1]:
-            found[contender.name].append(one_round(contender, second))
+            name = SECOND if contender.name == OURS else str(second)
+            found[contender.name].append(one_round(contender, name))
             print(f"round {number + 1}: {contender.name}: {found[contender.name][-1]}", flush=True)
     heads = ["server", "swap to first token, s", "theirs / ours", "start to first token, s"]
     text = table([*heads, "theirs / ours"], rows(found))
