@@ -51,6 +51,7 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
         swap_after_s=settings.swap_after_s,
         drain_s=settings.drain_s,
         wait_s=settings.model_wait_s,
+        min_resident_s=settings.swap_min_resident_s,
         idle_unload_s=settings.idle_unload_s,
         overlap=settings.swap_overlap,
         auto_load=settings.auto_load,
@@ -127,6 +128,7 @@ def _encoders(
         swap_after_s=settings.swap_after_s,
         drain_s=settings.drain_s,
         wait_s=settings.model_wait_s,
+        min_resident_s=settings.swap_min_resident_s,
         idle_unload_s=settings.idle_unload_s,
         listener=listener,
     )

@@ -158,6 +158,11 @@ class Settings:
         "Seconds that a request for another model waits while the resident one is busy, before "
         "the switch is decided.",
     )
+    swap_min_resident_s: float = _setting(
+        5.0,
+        to.number(0, 3600),
+        "Seconds that a model is kept, at least, where several are asked for all the time.",
+    )
     drain_s: float = _setting(
         300.0,
         to.number(0, 86400),

@@ -235,7 +235,6 @@ def test_six_clients_of_three_models_all_get_their_turn(tmp_path: Path, measured
         f"120 s: {swaps:.0f} switches, longest wait {max(waits):.1f} s, "
         f"{sum(done.values())} answers, shares {', '.join(f'{s:.0%}' for s in shares.values())}"
     )
-    # A model whose clients have all just been answered gives way at once, so that switches are many
-    # where loading takes no time; what matters is that nobody waits for long.
+    assert swaps <= 24
     assert max(waits) < 45
-    assert min(shares.values()) > 0.2
+    assert min(shares.values()) > 0.25

@@ -475,6 +475,35 @@ def test_a_busy_resident_is_kept_until_the_other_has_waited_long_enough(bench: B
     behind.result(WAIT_S).release()
 
 
+def test_a_new_model_that_others_go_on_asking_for_is_kept_for_a_while_but_not_for_ever(
+    bench: Bench,
+) -> None:
+    bench.loader.build = lambda spec: fake_model(spec, load_s=1.0, tokenizer=object())
+    swapper = bench.swapper(min_resident_s=5)
+    held = swapper.lease("a")
+    call = bench.start(swapper.lease, "b")
+    bench.reached("check_memory", 2)
+    for _ in range(9):
+        bench.clock.now += 0.5
+        swapper.lease("a").release()
+        held.release()
+        nudge(swapper)
+        assert swapper.status().state == "ready"
+    bench.clock.now += 0.6
+    nudge(swapper)
+    call.result(WAIT_S).release()
+
+
+def test_a_model_that_nobody_goes_on_asking_for_gives_way_at_once(bench: Bench) -> None:
+    swapper = bench.swapper(min_resident_s=5)
+    held = swapper.lease("a")
+    call = bench.start(swapper.lease, "b")
+    bench.reached("check_memory", 2)
+    held.release()
+    call.result(WAIT_S).release()
+    swapper.lease("a").release()
+
+
 @pytest.mark.parametrize(("load_s", "hold_s"), [(2.0, 10.0), (100.0, 30.0)])
 def test_a_load_is_held_for_five_times_its_cost_but_not_for_ever(
     bench: Bench, load_s: float, hold_s: float
@@ -906,6 +935,7 @@ def test_a_random_crowd_is_answered_rightly_and_leaves_nothing_behind(overlap: b
         swap_after_s=40,
         drain_s=4000,
         wait_s=WAIT_S,
+        min_resident_s=20,
         overlap=overlap,
         clock=lambda: next(tick) * 0.5,  # so that the hysteresis and the negative cache turn over
     )

@@ -7,6 +7,8 @@ while its condition is held.
 from __future__ import annotations
 
 import copy
+import logging
+import math
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +18,10 @@ from typing import Literal, Protocol
 from transformers_api.engine.base import EngineStats
 from transformers_api.errors import ApiError, ModelLoadFailed
 from transformers_api.serving.models import LoadedModel, ModelFiles, ModelSpec
+
+log = logging.getLogger(__name__)
+
+QUIET_S = 1.0  # a model that was idle for so long is not in demand
 
 State = Literal["empty", "loading", "ready", "draining"]
 
@@ -138,6 +144,7 @@ class Residency:
         self.files = target.files
         self.leases = 0
         self.since = now
+        self.asked_at = -math.inf  # when the last lease was granted
         self.idle_since = now  # means something at zero leases
         self.drain_until: float | None = None  # then its running sequences are ended
         self.successor: Target | None = None  # for whom it goes; None: it was unloaded
@@ -149,14 +156,36 @@ class Residency:
             return False
         return device is None or device in (self.spec.device, self.model.device)
 
-    def held_enough(self) -> float:
+    @property
+    def load_s(self) -> float:
+        """What it costs to have it again."""
+        return self.model.load_s if self.model else 0.0
+
+    def held_enough(self, min_s: float) -> float:
         """From when on a switch may interrupt it: a load must be worth its time."""
-        load_s = self.model.load_s if self.model else 0.0
-        return self.since + min(5 * load_s, 30.0)
+        return self.since + max(min(5 * self.load_s, 30.0), min_s)
+
+    def idle_enough(self, min_s: float) -> float:
+        """From when on it may go though it is in demand, at zero leases.
+
+        Whoever asks again at once should find it; to wait longer than a load takes would cost
+        more than it can save.
+        """
+        return min(self.since + min_s, self.idle_since + min(self.load_s, QUIET_S))
 
     def may_go(self, now: float) -> bool:
         """Whether it may be evicted, once it drains."""
         return self.leases == 0 or (self.drain_until is not None and now >= self.drain_until)
+
+    def close(self, error: ApiError | None) -> None:
+        """End its engine, and running sequences with ``error``. Without the condition, once."""
+        model, self.model = self.model, None
+        try:
+            if model is not None:
+                model.engine.close(error)
+        except Exception:
+            log.exception("Closing the engine of %s failed", self.spec.name)
+        self.closed = True
 
     @property
     def is_outdated(self) -> bool:

@@ -51,8 +51,11 @@ class Swapper:
     Fair, with hysteresis: requests for the resident model are served at once until a switch is
     decided. A switch to the model whose first caller has waited longest is decided when the
     resident has no leases, or when that caller has waited ``swap_after_s`` and the resident was
-    held for five times its load time (at most 30 s). Then nobody gets the old model any more.
-    Its leases have ``drain_s`` to end; after that its running sequences are ended.
+    held for five times its load time (at most 30 s). A resident that others have asked for since
+    that caller came, so that both are in demand, is held for ``min_resident_s`` before either
+    counts, unless it is idle for as long as loading it took (at most 1 s). Then nobody gets the
+    old model any more. Its leases have ``drain_s`` to end; after that its running sequences are
+    ended.
 
     Safe from any thread.
     """
@@ -65,6 +68,7 @@ class Swapper:
         swap_after_s: float,
         drain_s: float,
         wait_s: float,
+        min_resident_s: float = 0.0,
         idle_unload_s: float | None = None,
         overlap: bool = False,
         auto_load: bool = True,
@@ -80,6 +84,7 @@ class Swapper:
         self._condition = threading.Condition()
         rules = Rules(
             swap_after_s=swap_after_s,
+            min_resident_s=min_resident_s,
             drain_s=drain_s,
             idle_unload_s=idle_unload_s,
             overlap=overlap,
@@ -115,7 +120,7 @@ class Swapper:
             self._check_open()
             resident = self._turns.resident
             if resident is not None and resident.serves(spec.name, None):
-                return self._turns.grant(resident)
+                return self._turns.grant(resident, self._clock())
             self._check_may_load(spec, model_id)
             waiter = self._enqueue(Target(spec), wants_lease=True)
         if cancellation is not None:
@@ -213,7 +218,7 @@ class Swapper:
             self._refusal, self._closed = error, True
             in_memory = self._turns.end(error)
         for residency in in_memory:
-            self._close_engine(residency, renewed(error))
+            residency.close(renewed(error))
         self.wake()
 
     # What they share.
@@ -333,21 +338,12 @@ class Swapper:
             successor = residency.successor
             reason = f" to load '{successor.spec.name}'" if successor else ""
             error = ModelUnloaded(f"Model '{residency.spec.name}' was unloaded{reason}")
-        self._close_engine(residency, error)
+        residency.close(error)
         with self._condition:
             self._turns.gone(residency)
             self._condition.notify_all()
         log.info("Evicted %s", residency.spec.name)
         self._tell(self._listener.on_evict, residency.spec.name)
-
-    def _close_engine(self, residency: Residency, error: ApiError | None) -> None:
-        model, residency.model = residency.model, None
-        try:
-            if model is not None:
-                model.engine.close(error)
-        except Exception:
-            log.exception("Closing the engine of %s failed", residency.spec.name)
-        residency.closed = True
 
     def _load(self, target: Target) -> None:
         if self._turns.resident is not None:  # beside it; it may have grown since the first check
@@ -369,7 +365,7 @@ class Swapper:
                 self._turns.publish(residency, target)
                 self._errors.forget(target.spec.name)
         if self._closed:
-            self._close_engine(residency, _shutting_down())
+            residency.close(_shutting_down())
             return
         log.info("Loaded %s in %.1f s", target.spec.name, model.load_s)
         self._tell(self._listener.on_load, target.spec.name, model.load_s)

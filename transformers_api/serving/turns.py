@@ -29,6 +29,7 @@ class Rules:
 
     swap_after_s: float
     drain_s: float
+    min_resident_s: float = 0.0
     idle_unload_s: float | None = None
     overlap: bool = False
 
@@ -47,10 +48,11 @@ class Turns:
 
     # Callers.
 
-    def grant(self, residency: Residency) -> Lease:
+    def grant(self, residency: Residency, now: float) -> Lease:
         """One more lease on a resident model."""
         assert residency.model is not None
         residency.leases += 1
+        residency.asked_at = now
         return Lease(residency.model, lambda: self._let_go(residency))
 
     def join(self, target: Target, now: float, wants_lease: bool) -> Waiter:
@@ -74,14 +76,14 @@ class Turns:
             waiter.refuse(error)
             self.drop_if_unwanted(waiter.target)
 
-    def serve_waiters(self) -> None:
+    def serve_waiters(self, now: float) -> None:
         """Answer everybody whom the resident model serves."""
         resident = self.resident
         assert resident is not None
         for target in list(self.targets.values()):
             if resident.serves(target.spec.name, target.device):
                 for waiter in target.waiters:
-                    waiter.lease = self.grant(resident) if waiter.wants_lease else None
+                    waiter.lease = self.grant(resident, now) if waiter.wants_lease else None
                     waiter.answered.set()
                 target.waiters.clear()
                 self.drop_if_unwanted(target)
@@ -156,7 +158,7 @@ class Turns:
 
     def next(self, now: float) -> Step | None:
         """What to do now; None when there is only waiting."""
-        self._reconsider()
+        self._reconsider(now)
         if self.decided is None:
             unchecked = next(self._unchecked(), None)
             if unchecked is not None:
@@ -178,7 +180,8 @@ class Turns:
         """When something may be due that no call announces; infinite for never."""
         times = [r.drain_until for r in self.leaving if r.drain_until is not None]
         if self.resident is not None and self.decided is None:
-            times += [self._due(target) for target in self._prepared()]
+            first = self._first()
+            times += [] if first is None else [self._due(first)]
             if self.resident.leases == 0:
                 times.append(self._idle_end(self.resident))
         return min(times, default=math.inf)
@@ -197,7 +200,7 @@ class Turns:
             self.retire(self.resident, residency.since, target)
         self.resident = residency
         self.decided = self.fallback = None
-        self.serve_waiters()
+        self.serve_waiters(residency.since)
         self.drop_if_unwanted(target)
 
     def gone(self, residency: Residency) -> None:
@@ -227,7 +230,7 @@ class Turns:
         self.leaving = []
         return in_memory
 
-    def _reconsider(self) -> None:
+    def _reconsider(self, now: float) -> None:
         """Take a decision back when nobody waits for it any more and nothing was evicted for it."""
         target = self.decided
         if target is None or target.waiters or target.replaced is not None:
@@ -239,7 +242,7 @@ class Turns:
                 self.leaving.remove(residency)
                 residency.drain_until = residency.successor = None
                 self.resident = residency
-                self.serve_waiters()
+                self.serve_waiters(now)
                 return
 
     def _prepared(self) -> Iterator[Target]:
@@ -250,16 +253,25 @@ class Turns:
             if not target.is_checked or target.checked_beside is not self.resident:
                 yield target
 
+    def _first(self) -> Target | None:
+        return min(self._prepared(), key=lambda target: target.head_since, default=None)
+
     def _choose(self, now: float) -> Target | None:
-        target = min(self._prepared(), key=lambda target: target.head_since, default=None)
+        target = self._first()
         return target if target is not None and now >= self._due(target) else None
 
     def _due(self, target: Target) -> float:
         """From when on a switch to ``target`` may be decided."""
-        resident = self.resident
-        if resident is None or resident.leases == 0:
+        resident, min_s = self.resident, self.rules.min_resident_s
+        if resident is None:
             return target.head_since
-        return max(target.head_since + self.rules.swap_after_s, resident.held_enough())
+        if resident.leases:
+            begun = target.head_since + self.rules.swap_after_s
+            return max(begun, resident.held_enough(min_s))
+        # Who asked for it after that caller came is likely to do so again: each switch would be
+        # followed by one back. Where nobody did, as with a single user, there is nothing to wait for.
+        is_in_demand = resident.asked_at > target.head_since
+        return resident.idle_enough(min_s) if is_in_demand else target.head_since
 
     def _retire_when_due(self, now: float) -> None:
         resident, target = self.resident, self.decided
