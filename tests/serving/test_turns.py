@@ -7,7 +7,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
-from itertools import count, cycle, repeat
+from itertools import count, cycle, pairwise, repeat
 from pathlib import Path
 
 import pytest
@@ -135,7 +135,7 @@ def test_models_in_demand_are_each_kept_for_a_while(models: str) -> None:
     world.run(600)
     assert 600 / 10.5 <= world.switches <= 600 / 5
     times = [when for when, _ in world.loads]
-    assert min(b - a for a, b in zip(times, times[1:], strict=False)) >= 5
+    assert min(b - a for a, b in pairwise(times)) >= 5
     shares = [world.answers[name] / world.answers.total() for name in set(models)]
     assert min(shares) > 0.75 / len(shares)
     longest = max(max(client.waits) for client in clients)

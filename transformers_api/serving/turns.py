@@ -269,7 +269,7 @@ class Turns:
             begun = target.head_since + self.rules.swap_after_s
             return max(begun, resident.held_enough(min_s))
         # Who asked for it after that caller came is likely to do so again: each switch would be
-        # followed by one back. Where nobody did, as with a single user, there is nothing to wait for.
+        # followed by one back. Where nobody did, as with a single user, nothing is waited for.
         is_in_demand = resident.asked_at > target.head_since
         return resident.idle_enough(min_s) if is_in_demand else target.head_since
 
