@@ -53,8 +53,10 @@ void futex_wake(std::atomic<uint32_t>& word) {
 // Each member begins with its own part, always the same one, so that its core finds its share of
 // the weights in its own cache; who is done early takes from the others. A helper that is not
 // running, because something else has its core, is not waited for: its part is taken. One that
-// lost its core in the middle of a piece is waited for, and then the team does without helpers for
-// a while. Helpers spin for a moment between two loops, giving way to others, and then sleep.
+// lost its core in the middle of a piece is waited for. That is borne while it takes less than a
+// quarter of the time, as when a token is sent to its client; where it takes more, the team does
+// without helpers for a while. Helpers spin for a moment between two loops, giving way to others,
+// and then sleep.
 class Team {
  public:
   using Body = void (*)(const void*, int64_t, int64_t);
@@ -96,7 +98,7 @@ class Team {
   };
   // door_: number of the loop | whether it may be entered | how many helpers are inside
   static constexpr uint64_t OPEN = 1 << 16, INSIDE = OPEN - 1;
-  static constexpr microseconds SPIN{300}, POLITE{20}, LATE{1000}, ALONE{20000}, ALONE_MAX{320000};
+  static constexpr microseconds SPIN{300}, POLITE{20}, LATE{3000}, ALONE{20000}, ALONE_MAX{320000};
 
   void ring() {
     const uint32_t loop = bell_.load(std::memory_order_relaxed) + 1;
@@ -154,7 +156,10 @@ class Team {
       if (door_.load() & INSIDE) futex_wait(waiting_, 1, 1000000);
     }
     const auto end = Clock::now();
-    if (end - start < LATE) return;
+    lost_ = std::max(lost_ - (end - waited_at_) / 4, Clock::duration{}) + (end - start);
+    waited_at_ = end;
+    if (lost_ < LATE) return;
+    lost_ = {};
     penalty_ = end - alone_until_ < 4 * penalty_ ? std::min(2 * penalty_, ALONE_MAX) : ALONE;
     alone_ = true, alone_until_ = end + penalty_;
   }
@@ -169,6 +174,8 @@ class Team {
   std::atomic<int> sleepers_{0};
   std::atomic<uint32_t> waiting_{0};
   std::atomic<bool> ended_{false};
+  Clock::duration lost_{};  // by waiting, beyond what is borne
+  Clock::time_point waited_at_{};
   bool alone_ = false;
   Clock::time_point alone_until_{};
   microseconds penalty_ = ALONE;
