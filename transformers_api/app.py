@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -148,6 +150,18 @@ def _preloaded(settings: Settings, registry: ModelRegistry) -> str | None:
 
 
 def _import_engine() -> None:
-    import transformers_api.engine.loader  # noqa: F401
+    """Import what never goes away again, so that nobody looks through it for garbage.
 
+    That takes a sixth of the time of the imports, and later, at every swap or in the middle of an
+    answer, as long as several tokens.
+    """
+    is_first = "transformers_api.engine.loader" not in sys.modules
+    gc.disable()
+    try:
+        import transformers_api.engine.loader  # noqa: F401
+
+        if is_first:  # what a later one would keep may be garbage, of models even
+            gc.freeze()
+    finally:
+        gc.enable()
     adopt("transformers", "huggingface_hub")

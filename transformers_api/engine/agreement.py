@@ -26,9 +26,19 @@ def probe(vocab_size: int, window: int) -> list[list[int]]:
     return [torch.randint(0, vocab_size, (n + 2,), generator=generator).tolist() for n in lengths]
 
 
-def own_logits(model: Any, vocab_size: int, window: int) -> list[Tensor]:
-    """What the model itself says of the probe's last two tokens: (2, V) of each sequence."""
-    return [_plain_logits(model, row, vocab_size)[-2:] for row in probe(vocab_size, window)]
+def own_logits(model: Any, vocab_size: int, window: int, *, at_once: bool = False) -> list[Tensor]:
+    """What the model itself says of the probe's last two tokens: (2, V) of each sequence.
+
+    ``at_once``: in one pass, for a model that takes a batch; what comes after a sequence is nothing
+    to its tokens.
+    """
+    rows = probe(vocab_size, window)
+    longest = max(map(len, rows))
+    batches = (
+        [[row + [0] * (longest - len(row)) for row in rows]] if at_once else [[r] for r in rows]
+    )
+    given = [logits for batch in batches for logits in _plain_logits(model, batch, vocab_size)]
+    return [logits[len(row) - 2 : len(row)] for logits, row in zip(given, rows, strict=True)]
 
 
 def agrees(
@@ -90,8 +100,8 @@ def _run(runner: Runner, rows: list[list[int]], in_chunks: bool) -> list[Tensor]
     return [torch.stack([step[i] for step in steps]) for i in range(len(rows))]
 
 
-def _plain_logits(model: Any, ids: list[int], vocab_size: int) -> Tensor:
-    inputs = torch.tensor([ids], device=model.device)
+def _plain_logits(model: Any, batch: list[list[int]], vocab_size: int) -> Tensor:
+    inputs = torch.tensor(batch, device=model.device)
     output = model(input_ids=inputs, use_cache=False, return_dict=True)
-    logits: Tensor = output.logits[0, :, :vocab_size].float()
+    logits: Tensor = output.logits[:, :, :vocab_size].float()
     return logits

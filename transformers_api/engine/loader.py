@@ -254,7 +254,7 @@ def _native_runner(
     if not layers:
         raise NativeRefused("it cannot share a batch")
     kind = kind_of(model, options.dtype, options.quantization)
-    wanted = own_logits(model, vocab_size, window)
+    wanted = own_logits(model, vocab_size, window, at_once=True)
     with differentiable():
         runner = native_runner(model, library, kind, layers, options.num_slots, window, vocab_size)
     check_loss(model)

@@ -8,8 +8,10 @@ sizes is known for all. Recordings that differ in another way are refused.
 from __future__ import annotations
 
 import ctypes
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import numpy
 import torch
@@ -21,6 +23,8 @@ from transformers_api.engine.native.recorder import OPS, Recorded, Recorder, Ref
 
 Words = NDArray[numpy.int64]
 Pair = tuple[int, int]
+Numbers = tuple[int, ...]
+Shape = tuple[Numbers, Numbers]  # sizes, strides
 OPERAND_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int64: 3}  # kernels.cpp
 DIMENSIONS = 4
 ALIGNMENT = 64
@@ -109,11 +113,11 @@ class _Words:
     places: list[int] = field(default_factory=list)
     calls: list[int] = field(default_factory=list)
 
-    def add(self, structs: tuple[ctypes.Structure, ctypes.Structure]) -> int:
-        """Append a struct; where it begins."""
+    def add(self, a: Sequence[int], b: Sequence[int]) -> int:
+        """Append the words of a struct; where it begins."""
         start = len(self.a)
-        for words, struct in zip((self.a, self.b), structs, strict=True):
-            words += numpy.frombuffer(bytes(struct), numpy.int64).tolist()
+        self.a += a
+        self.b += b
         return start
 
 
@@ -260,16 +264,12 @@ class _Planner:
     def _add_step(self, a: Recorded, b: Recorded) -> None:
         if a.number != b.number or type(a.call) is not type(b.call):
             raise NotRecordable("numbers that depend on the size")
-        structs = tuple(
-            Step(op=OPS.index(r.op), operands=len(r.refs) - 1, number=r.number) for r in (a, b)
-        )
-        sizes = ((*a.sizes, 1, 1, 1), (*b.sizes, 1, 1, 1))
+        sizes: Shape = (*a.sizes, 1, 1, 1), (*b.sizes, 1, 1, 1)
         strides: Any = [[(0,) * DIMENSIONS] * len(a.refs)] * 2
         if a.op not in KERNELS:
-            sizes, strides = _lines(a, b)
-        for struct, size in zip(structs, sizes, strict=True):
-            struct.sizes = size[:DIMENSIONS]
-        at = self.steps.add(cast(Any, structs))
+            sizes, strides = _lines(a.op, (a.sizes, b.sizes), (_shapes(a), _shapes(b)))
+        count = len(a.refs) - 1
+        at = self.steps.add(*(_step(a.op, count, a.number, n[:DIMENSIONS]) for n in sizes))
         if a.fields:
             self._add_call(a, b, at)
             return
@@ -287,15 +287,14 @@ class _Planner:
         if kind is None:
             raise NotRecordable(f"tensors of {pair[0].tensor.dtype}")
         address, is_place = self._address(pair)
-        self._set(self.steps, at, address)
         if is_place:
             self.steps.places.append(at)
-        for d in range(DIMENSIONS):
-            self._set(self.steps, at + 1 + d, (strides[0][d], strides[1][d]))
-        self._set(self.steps, at + 1 + DIMENSIONS, (kind, kind))
+        words = zip((self.steps.a, self.steps.b), address, strides, strict=True)
+        for of, where, each in words:
+            of[at : at + 2 + DIMENSIONS] = [where, *each, kind]
 
     def _add_call(self, a: Recorded, b: Recorded, step: int) -> None:
-        start = self.calls.add((a.call, b.call))
+        start = self.calls.add(_as_words(a.call), _as_words(b.call))
         word = step + Step.call.offset // WORD
         self._set(self.steps, word, (start * WORD, start * WORD))
         self.steps.calls.append(word)
@@ -322,25 +321,52 @@ def _rounded(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
+def _as_words(struct: ctypes.Structure) -> list[int]:
+    words: list[int] = numpy.frombuffer(bytes(struct), numpy.int64).tolist()
+    return words
+
+
+# What follows is asked again for every layer of a model, and they are all alike.
+
+
+@functools.lru_cache(4096)
+def _step(op: str, count: int, number: float, sizes: Numbers) -> Sequence[int]:
+    """The words of a step with so many operands, which are not filled in."""
+    step = Step(op=OPS.index(op), operands=count, number=number)
+    step.sizes = sizes
+    return _as_words(step)
+
+
+def _shapes(recorded: Recorded) -> tuple[Shape, ...]:
+    return tuple((tuple(ref.tensor.shape), ref.tensor.stride()) for ref in recorded.refs)
+
+
+@functools.lru_cache(4096)
 def _lines(
-    a: Recorded, b: Recorded
-) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], list[list[tuple[int, ...]]]]:
-    """(sizes, strides of the operands) for both, in four dimensions: as few as describe them."""
-    strides = [[_strides(r, i) for i in range(len(r.refs))] for r in (a, b)]
-    last = len(a.sizes) - 1
+    op: str, of: Shape, shapes: tuple[tuple[Shape, ...], tuple[Shape, ...]]
+) -> tuple[Shape, list[list[Numbers]]]:
+    """(sizes, strides of the operands) for both, in four dimensions: as few as describe them.
+
+    ``of``: the sizes of the operation in both recordings; ``shapes``: of its operands in each.
+    """
+    strides = [
+        [_strides(op, len(sizes), given, i) for i in range(len(given))]
+        for sizes, given in zip(of, shapes, strict=True)
+    ]
+    last = len(of[0]) - 1
     dims: list[tuple[tuple[int, int], tuple[tuple[int, ...], ...]]] = []
-    for d, size in enumerate(zip(a.sizes, b.sizes, strict=True)):
-        is_unit = d == last and a.op in UNITS
+    for d, size in enumerate(zip(*of, strict=True)):
+        is_unit = d == last and op in UNITS
         if size == (1, 1) and not is_unit:
             continue
-        inner = tuple(tuple(s[d] for s in of) for of in strides)
+        inner = tuple(tuple(s[d] for s in each) for each in strides)
         if dims and not is_unit and _follow(dims[-1][1], size, inner):
             outer = dims.pop()[0]
             size = outer[0] * size[0], outer[1] * size[1]
         dims.append((size, inner))
     if len(dims) > DIMENSIONS:
-        raise NotRecordable(f"{a.op} over {len(dims)} dimensions")
-    none = tuple((0,) * len(of) for of in strides)
+        raise NotRecordable(f"{op} over {len(dims)} dimensions")
+    none = tuple((0,) * len(each) for each in strides)
     dims = [((1, 1), none)] * (DIMENSIONS - len(dims)) + dims
     sizes = tuple(size[0] for size, _ in dims), tuple(size[1] for size, _ in dims)
     return sizes, [
@@ -360,14 +386,12 @@ def _follow(
     )
 
 
-def _strides(recorded: Recorded, index: int) -> tuple[int, ...]:
+def _strides(op: str, dimensions: int, shapes: tuple[Shape, ...], index: int) -> Numbers:
     """Strides of an operand along the operation's dimensions; 0 where it is repeated."""
-    dimensions = len(recorded.sizes)
-    if recorded.op in ("layer_norm", "gather") and 0 < index < len(recorded.refs) - 1:
+    if op in ("layer_norm", "gather") and 0 < index < len(shapes) - 1:
         return (0,) * dimensions  # weights, bias or a table: whole for every line
-    tensor = recorded.refs[index].tensor
-    sizes, strides = tuple(tensor.shape), tensor.stride()
-    if recorded.op == "gather" and index == 0:
+    sizes, strides = shapes[index]
+    if op == "gather" and index == 0:
         sizes, strides = (*sizes, 1), (*strides, 0)
     own = tuple(0 if n == 1 else s for n, s in zip(sizes, strides, strict=True))
     return (0,) * (dimensions - len(own)) + own

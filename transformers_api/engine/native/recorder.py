@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,16 +52,8 @@ class Ref:
 
     tensor: Tensor
     is_dynamic: bool
-
-    @property
-    def storage(self) -> int:
-        """Where its memory begins, which says whose memory it is."""
-        return self.tensor.untyped_storage().data_ptr()
-
-    @property
-    def offset(self) -> int:
-        """Bytes from there."""
-        return self.tensor.data_ptr() - self.storage
+    storage: int  # where its memory begins, which says whose memory it is
+    offset: int  # bytes from there
 
 
 @dataclass(slots=True)
@@ -140,7 +133,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func._can_decompose():
+        if _kind(func).decomposes:
             with self:
                 return func.decompose(*args, **kwargs)
         out = func(*args, **kwargs)
@@ -153,7 +146,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if storage in self.unknown:
             self.failure = self.failure or self.unknown[storage]
         self.kept.append(tensor)
-        return Ref(tensor, storage in self.sizes)
+        return Ref(tensor, storage in self.sizes, storage, tensor.data_ptr() - storage)
 
     def add(
         self,
@@ -191,31 +184,44 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not any(self.is_dynamic(tensor) for tensor in _tensors((args, *kwargs.values()))):
             self.kept += made
             return
-        name = str(func)
-        if name in ALLOCATIONS or _is_view(func):
+        kind = _kind(func)
+        if kind.name in ALLOCATIONS or kind.is_view:
             return
-        known = name.replace("_.", ".") if func._schema.is_mutable else name
-        elsewhere = func._schema.is_mutable and not self.is_dynamic(args[0])
+        known = kind.name.replace("_.", ".") if kind.is_mutable else kind.name
+        elsewhere = kind.is_mutable and not self.is_dynamic(args[0])
         if elsewhere or not _translate(self, known, args, kwargs, out):
             self.kept += made
-            self.unknown |= {t.untyped_storage().data_ptr(): name for t in made}
+            self.unknown |= {t.untyped_storage().data_ptr(): kind.name for t in made}
             if elsewhere or not made:
-                self.failure = self.failure or name
+                self.failure = self.failure or kind.name
 
 
 def _tensors(values: Any) -> list[Tensor]:
     """All tensors in lists of lists of values."""
-    if isinstance(values, Tensor):
-        return [values]
-    if isinstance(values, (list, tuple)):
-        return [tensor for value in values for tensor in _tensors(value)]
-    return []
+    found: list[Tensor] = []
+    for value in values if isinstance(values, list | tuple) else (values,):
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += _tensors(value)
+    return found
 
 
-def _is_view(func: Any) -> bool:
-    """Whether the results only look at the first argument's memory."""
-    returned = func._schema.returns
-    return any(r.alias_info is not None and not r.alias_info.is_write for r in returned)
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What there is to know of one of torch's operations; to ask it costs more than to run it."""
+
+    name: str
+    decomposes: bool
+    is_mutable: bool
+    is_view: bool  # the results only look at the first argument's memory
+
+
+@functools.cache
+def _kind(func: Any) -> _Kind:
+    aliases = [r.alias_info for r in func._schema.returns]
+    is_view = any(alias is not None and not alias.is_write for alias in aliases)
+    return _Kind(str(func), func._can_decompose(), func._schema.is_mutable, is_view)
 
 
 def _translate(
