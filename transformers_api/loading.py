@@ -199,7 +199,9 @@ class ModelLoader:
             return int(files.parameters * quantized)
         dtype = self._dtype(spec)
         if dtype == "auto":
-            dtype = self._automatic_dtype(files) if device == "cpu" else files.stored_dtype
+            dtype = (
+                self._automatic_dtype(files) if device == "cpu" else self._gpu_dtype(files, device)
+            )
         return files.parameters * DTYPE_BYTES.get(dtype, 4)
 
     def _automatic_dtype(self, files: ModelFiles) -> str:
@@ -211,6 +213,13 @@ class ModelLoader:
         stored = files.stored_dtype
         stored_bytes = files.parameters * DTYPE_BYTES.get(stored, 4)
         return (kernels and kernels("auto", stored, stored_bytes)) or "float32"
+
+    def _gpu_dtype(self, files: ModelFiles, device: str) -> str:
+        from transformers_api.engine.loader import gpu_dtype
+
+        stored = files.stored_dtype
+        stored_bytes = files.parameters * DTYPE_BYTES.get(stored, 4)
+        return gpu_dtype(stored, stored_bytes) if device.startswith("cuda") else stored
 
 
 class EncoderLoader(ModelLoader):

@@ -89,7 +89,8 @@ class Settings:
         to.choice("auto", "float32", "bfloat16", "float16"),
         "Serving dtype. auto on a CPU: with NATIVE_KERNELS bfloat16 weights, or float32 for a "
         "float32 checkpoint of at most 64 MiB; else float32. Tokens then do not depend on who "
-        "shares the batch. auto on a GPU: the checkpoint's own.",
+        "shares the batch. auto on a GPU: the checkpoint's own; of a float32 one above 64 MiB "
+        "bfloat16, or float16 where the GPU has no other.",
     )
     native_kernels: bool = _setting(
         True,

@@ -14,7 +14,13 @@ from torch import nn
 from tests.engine.models import BATCHED, tiny_model
 from tests.engine.reading import GREEDY, ask, complete
 from transformers_api.engine import model_runner
-from transformers_api.engine.loader import LoadOptions, load_engine, load_model, pick_device
+from transformers_api.engine.loader import (
+    LoadOptions,
+    gpu_dtype,
+    load_engine,
+    load_model,
+    pick_device,
+)
 from transformers_api.engine.packed_linear import PackedLinear, pack_linears
 from transformers_api.errors import ModelLoadFailed
 
@@ -88,6 +94,22 @@ def test_a_cpu_serves_in_float32_unless_told_otherwise(tmp_path):
     copy.deepcopy(tiny_model("llama")).to(torch.bfloat16).save_pretrained(tmp_path)
     assert load(tmp_path).dtype == torch.float32
     assert load(tmp_path, dtype="bfloat16").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("stored", "size", "has_bfloat16", "served"),
+    [
+        ("float32", 500_000_000, True, "bfloat16"),
+        ("float32", 500_000_000, False, "float16"),
+        ("float32", 1_000_000, True, "float32"),
+        ("float16", 500_000_000, True, "float16"),
+    ],
+)
+def test_a_gpu_serves_sixteen_bits_unless_the_checkpoint_is_small(
+    monkeypatch, stored, size, has_bfloat16, served
+):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: has_bfloat16)
+    assert gpu_dtype(stored, size) == served
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -29,6 +29,7 @@ from transformers_api.engine.native.library import Library
 from transformers_api.engine.native.provision import provision
 from transformers_api.engine.native.runner import NativeRunner
 from transformers_api.engine.native.wiring import (
+    SMALL_BYTES,
     NativeRefused,
     check_loss,
     kind_of,
@@ -142,7 +143,7 @@ def load_model(folder: Path, device: str, dtype: str, trust_remote_code: bool) -
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
-                dtype=_dtype(dtype, device),
+                dtype=_dtype(dtype, device, config, folder),
                 trust_remote_code=trust_remote_code,
                 local_files_only=True,
                 use_safetensors=True,
@@ -307,15 +308,27 @@ def _attention_layers(model: Any) -> int:
     return len(layers) if plain else 0
 
 
-def _dtype(wanted: str, device: str) -> Any:
-    """Auto: float32 on a CPU, where tokens then do not depend on the batch; else the file's own.
+def gpu_dtype(stored: str, stored_bytes: int) -> str:
+    """What ``auto`` is on CUDA: the file's own, but 16 bits for a float32 file of any size."""
+    if stored != "float32" or stored_bytes <= SMALL_BYTES:
+        return stored
+    return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+
+
+def _dtype(wanted: str, device: str, config: Any, folder: Path) -> Any:
+    """Auto: float32 on a CPU, where tokens then do not depend on the batch; else see ``gpu_dtype``.
 
     The kernels keep that promise for weights of any dtype: with them it is ``stored``.
     """
     if wanted == "stored":
         return "auto"
     if wanted == "auto":
-        return torch.float32 if device == "cpu" else "auto"
+        if device == "cpu":
+            return torch.float32
+        stored = str(config.dtype).removeprefix("torch.")
+        if not device.startswith("cuda") or stored == "None":
+            return "auto"
+        wanted = gpu_dtype(stored, sum(f.stat().st_size for f in folder.glob("*.safetensors")))
     return getattr(torch, wanted)
 
 
