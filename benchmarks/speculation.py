@@ -70,7 +70,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     most = [0, *(int(part) for part in options.ahead.split(","))]
     print(f"| tokens per second | off | {' | '.join(f'up to {n}' for n in most[1:])} |")
-    print(f"| --- | {'---: | ' * len(most)}")
+    print(f"| --- {'| ---: ' * len(most)}|")
     for name, task in TASKS.items():
         chat = [{"role": "user", "content": task}]
         text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
