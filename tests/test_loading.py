@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ctypes
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,6 +66,31 @@ def test_a_folder_becomes_a_resident_model(loader, spec):
     assert model.engine.vocab_size == 97  # the tokenizer has more, the model does not
     assert model.fingerprint.startswith("fp_")
     model.engine.close()
+
+
+def test_words_that_were_tokenized_once_take_no_memory(loader, spec):
+    model = loader.load(spec, prepared(loader, spec))
+    model.engine.close()
+    encode = model.tokenizer.encode
+    for number in range(500):
+        encode(f"warm{number:036d}")
+    before = allocated_bytes()
+    for number in range(5000):  # one of them would take a kilobyte and more
+        encode(f"{number:040d}")
+    assert allocated_bytes() - before < 5000 * 200
+
+
+class Mallinfo2(ctypes.Structure):
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
+
+
+def allocated_bytes():
+    mallinfo2 = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if mallinfo2 is None:
+        pytest.skip("the C library does not tell")
+    mallinfo2.restype = Mallinfo2
+    return mallinfo2().uordblks
 
 
 def test_the_fingerprint_changes_with_the_dtype_and_not_with_time(loader, spec):
