@@ -27,7 +27,8 @@ class Reply(NamedTuple):
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with serving(APP, max_queue=4, request_timeout_s=4.0, send_timeout_s=1.0) as started:
+    limits = {"request_timeout_s": 4.0, "send_timeout_s": 1.0, "receive_timeout_s": 1.5}
+    with serving(APP, max_queue=4, **limits) as started:
         until(lambda: '"ready"' in started.get("/readyz"))
         yield started
 
@@ -120,6 +121,31 @@ def test_readers_are_not_held_by_those_who_do_not_read(server: Server) -> None:
     assert time.monotonic() - began < 3.9  # SEND_TIMEOUT_S is 1, REQUEST_TIMEOUT_S 4
     for client in silent:
         client.close()
+
+
+REFUSED_BELOW = {
+    "uri_too_long": b"GET /" + b"x" * 5000,
+    "headers_too_large": b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 200 + b"\r\n",
+    "invalid_request": b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nnonsense\r\n",
+    "request_timeout": b"POST / HTTP/1.1\r\nContent-Length: 9\r\n\r\nhalf",
+}
+
+
+@pytest.mark.parametrize("code", REFUSED_BELOW)
+def test_what_is_refused_before_it_reaches_the_application_is_counted(
+    server: Server, code: str
+) -> None:
+    before = refusals(server, code)
+    with socket.create_connection(server.address(), WAIT_S) as client:
+        client.sendall(REFUSED_BELOW[code])
+        assert client.recv(1 << 16).startswith(b"HTTP/1.1 4")
+    assert refusals(server, code) == before + 1
+
+
+def refusals(server: Server, code: str) -> float:
+    name = f'transformers_api_refusals_total{{code="{code}"}} '
+    (line,) = (line for line in server.get("/metrics").splitlines() if line.startswith(name))
+    return float(line.removeprefix(name))
 
 
 @pytest.mark.parametrize("chunk", [1 << 16, 1000])

@@ -7,11 +7,15 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
+from gunicorn.arbiter import Arbiter
+from gunicorn.errors import HaltServer
 
 from tests.servers import WAIT_S, Server, run, serving, started
-from transformers_api.server import DrainWorker, options
+from transformers_api.server import Deaths, DrainWorker, options
 from transformers_api.settings import Settings
 
 ENDLESS = 10**6
@@ -35,6 +39,26 @@ def begin(server: Server, ticks: int) -> http.client.HTTPResponse:
 
 def last_event(response: http.client.HTTPResponse) -> str:
     return response.read().decode().strip().splitlines()[-1]
+
+
+def deaths_until_the_end(*, apart_s: float = 1.0, reload: bool = False) -> int | None:
+    """How many workers may die; None: twenty and more."""
+    now = [0.0]
+    deaths = Deaths(clock=lambda: now[0])
+    arbiter = SimpleNamespace(LISTENERS=["one"], cfg=SimpleNamespace(reload=reload, max_requests=0))
+    for count in range(1, 21):
+        now[0] += apart_s
+        try:
+            deaths(cast(Arbiter, arbiter), cast(DrainWorker, None))
+        except HaltServer:
+            return count
+    return None
+
+
+def test_a_server_whose_workers_die_again_and_again_ends_but_reloads_are_no_deaths() -> None:
+    assert deaths_until_the_end() == 5
+    assert deaths_until_the_end(apart_s=200) is None
+    assert deaths_until_the_end(reload=True) is None
 
 
 def test_the_options_follow_the_settings() -> None:

@@ -197,6 +197,7 @@ class GatheringWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no ty
         """Answer what cannot be read, or has failed below the application, with JSON."""
         path = getattr(req or getattr(exc, "req", None), "path", None) or OPENAI
         error = _known(exc)
+        self._count(error)
         try:
             client.sendall(page(error, path))
         except OSError:
@@ -220,8 +221,14 @@ class GatheringWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no ty
         incoming = self._waiting[conn].incoming
         path = incoming.path if incoming is not None else ""
         log.info("Refused a request before it was complete: %s", error)
+        self._count(error)
         self._send(conn, page(error, path or OPENAI))
         self._linger(conn)
+
+    def _count(self, error: ApiError) -> None:
+        metrics = getattr(self.services, "metrics", None)
+        if metrics is not None:
+            metrics.on_refusal(error)
 
     def _send(self, conn: TConn, data: bytes) -> None:
         try:

@@ -196,11 +196,15 @@ class Metrics:
         if record.client_gone:
             self._gone.inc()
         elif record.error is not None:
-            self._refused.labels(self.code(record.error)).inc()
+            self.on_refusal(record.error)
         elif record.route.startswith("/inspect/") and record.method == "POST":
             self._inspections.inc()
         if record.is_traced:
             self._traces.inc()
+
+    def on_refusal(self, error: ApiError) -> None:
+        """See api.services.MetricsPage."""
+        self._refused.labels(self.code(error)).inc()
 
     def _make_counter(self, named: Named) -> Counter:
         return Counter(named.name, named.help, named.labels, registry=self.registry)

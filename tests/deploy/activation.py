@@ -30,20 +30,50 @@ serve(settings_or_exit(), app="tests.deploy.fake_app:create_app")
 MODELS = [{"name": name, "path": "."} for name in ("paced", "halting")]
 
 
+def settings(folder: Path) -> dict[str, str]:
+    """Of a server that may not listen by itself."""
+    (folder / "models.json").write_text(json.dumps(MODELS))
+    return {
+        "DEFAULT_MODEL": "paced",
+        "MODEL_REGISTRY_PATH": str(folder / "models.json"),
+        "MODEL_STORE": str(folder),
+        "HF_HOME": str(folder),
+        "PORT": "1",  # nobody may listen there: the socket that is handed over is used
+    }
+
+
+@contextmanager
+def activated(folder: Path) -> Iterator[tuple[int, subprocess.Popen[bytes], Path]]:
+    """(port, process, log) of systemd's own program that starts a server at the first connection."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    given = [f"--setenv={name}={value}" for name, value in (os.environ | settings(folder)).items()]
+    command = ["systemd-socket-activate", f"--listen=127.0.0.1:{port}", *given]
+    log = folder / "server.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [*command, sys.executable, "-c", SERVE],
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    try:
+        until(lambda: "Listening on" in log.read_text())
+        yield port, process, log
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(WAIT_S)
+
+
 class Unit:
     """A service whose socket outlives its processes."""
 
     def __init__(self, folder: Path, **environ: str) -> None:
-        (folder / "models.json").write_text(json.dumps(MODELS))
-        settings = {
-            "DEFAULT_MODEL": "paced",
-            "MODEL_REGISTRY_PATH": str(folder / "models.json"),
-            "MODEL_STORE": str(folder),
-            "HF_HOME": str(folder),
-            "PORT": "1",  # nobody may listen there: the socket that is handed over is used
-            "NOTIFY_SOCKET": str(folder / "notify"),
-        }
-        self.environ = os.environ | settings | environ
+        notify = {"NOTIFY_SOCKET": str(folder / "notify")}
+        self.environ = os.environ | settings(folder) | notify | environ
         self.socket = socket.create_server(("127.0.0.1", 0), backlog=1024)
         self.port: int = self.socket.getsockname()[1]
         self._notified = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import http.client
+import json
+import shutil
 import socket
 import threading
 import time
@@ -11,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.deploy.activation import unit, until
+from tests.deploy.activation import activated, unit, until
 from tests.deploy.nginx import Proxy, needs_nginx
 from tests.servers import WAIT_S
 
@@ -29,6 +31,25 @@ def status(connection: http.client.HTTPConnection) -> int:
     response = connection.getresponse()
     response.read()
     return response.status
+
+
+def asked(port: int, method: str, path: str, body: str | None = None) -> int:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=WAIT_S)
+    try:
+        connection.request(method, path, body, {"Content-Type": "application/json"})
+        return status(connection)
+    finally:
+        connection.close()
+
+
+@pytest.mark.skipif(not shutil.which("systemd-socket-activate"), reason="systemd is not installed")
+def test_who_comes_before_systemd_has_started_the_server_is_answered_by_it(tmp_path) -> None:
+    with activated(tmp_path) as (port, process, log), ThreadPoolExecutor(8) as pool:
+        calls = [pool.submit(asked, port, "GET", "/healthz") for _ in range(8)]
+        assert [call.result() for call in calls] == [200] * 8, log.read_text()
+        assert asked(port, "POST", "/v1/completions", json.dumps(ASK)) == 200
+        process.terminate()
+        assert process.wait(WAIT_S) == 0, log.read_text()
 
 
 def test_the_socket_that_is_handed_over_is_the_one_that_is_served(service) -> None:

@@ -155,10 +155,10 @@ def test_a_timeout_of_the_job_itself_is_not_taken_for_ours(inspections, model):
 
 
 def test_it_ends_between_two_slices_once_its_time_is_over(model):
-    clock = iter([0.0, 0.0, 1.0, 31.0])
     job = Job(slices=9)
+    inspections = Inspections(1, 30, clock=lambda: 31.0 if job.begun.is_set() else 0.0)
     with pytest.raises(InspectionTimeout, match="took longer than 30 s"):
-        Inspections(1, 30, clock=lambda: next(clock)).run(model, job, Cancellation())
+        inspections.run(model, job, Cancellation())
     assert job.closed.wait(10)
     assert job.threads == {"engine"}
 
@@ -233,13 +233,35 @@ def test_one_runs_one_waits_and_a_third_is_refused(inspections, model):
         assert first.begun.wait(10)
         waiting = pool.submit(inspections.run, model, second, Cancellation())
         wait_for(lambda: len(inspections._line) == 2)
-        with pytest.raises(InspectionBusy) as refused:
+        with pytest.raises(InspectionBusy):
             inspections.run(model, Job(), Cancellation())
-        assert refused.value.retry_after == 1
         assert not second.begun.is_set()
         hold.set()
         assert running.result(10) == waiting.result(10) == "found"
     assert inspections.run(model, Job(), Cancellation()) == "found"
+
+
+def test_the_refusal_says_how_long_the_line_has_been_taking(model):
+    now, hold = [100.0], threading.Event()
+    inspections = Inspections(0, 1000, clock=lambda: now[0])
+
+    class Long(Job):
+        def __call__(self, model):
+            now[0] += 8
+            return super().__call__(model)
+
+    for _ in range(2):
+        inspections.run(model, Long(), Cancellation())
+        now[0] += 60  # in which nobody asks
+    second = Job(hold)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(inspections.run, model, second, Cancellation())
+        assert second.begun.wait(10)
+        with pytest.raises(InspectionBusy) as refused:
+            inspections.run(model, Job(), Cancellation())
+        hold.set()
+        running.result(10)
+    assert refused.value.retry_after == 8
 
 
 def test_without_a_queue_the_second_is_refused(model):

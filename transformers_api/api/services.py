@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 import flask
 
 from transformers_api.api.disconnect import DisconnectWatcher
+from transformers_api.errors import ApiError
 from transformers_api.serving.access import Access
 from transformers_api.serving.admission import Admission
 from transformers_api.serving.completions import Completions
@@ -61,6 +62,10 @@ class MetricsPage(Protocol):
 
     def on_request(self, record: RequestRecord) -> None:
         """A request has ended. Never raises."""
+        ...
+
+    def on_refusal(self, error: ApiError) -> None:
+        """A request was refused before it reached the application. Never raises."""
         ...
 
     def page(self) -> tuple[bytes, str]:

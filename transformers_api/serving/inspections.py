@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 from transformers_api.engine.base import Engine
 from transformers_api.errors import InspectionBusy, InspectionTimeout
 from transformers_api.inspection.base import Inspector, Job
+from transformers_api.serving.admission import Throughput
 from transformers_api.serving.cancellation import Cancellation
 from transformers_api.serving.models import LoadedModel
 
@@ -38,6 +39,7 @@ class Inspections:
         self._clock = clock
         self._condition = threading.Condition()
         self._line: deque[object] = deque()  # the first one runs
+        self._throughput = Throughput(clock)
         self._gradients: WeakKeyDictionary[Engine, bool] = WeakKeyDictionary()
 
     def run(self, model: LoadedModel, job: Job[T], cancellation: Cancellation) -> T:
@@ -64,7 +66,11 @@ class Inspections:
         ticket = object()
         with self._condition:
             if len(self._line) > self._waiting:
-                raise InspectionBusy("Too many inspections are waiting", retry_after=1)
+                raise InspectionBusy(
+                    "Too many inspections are waiting",
+                    retry_after=self._throughput.wait_s(max(len(self._line) - 1, 1)),
+                )
+            self._throughput.began()
             self._line.append(ticket)
         cancellation.on_cancel(self._wake)
         try:
@@ -76,6 +82,7 @@ class Inspections:
         finally:
             with self._condition:
                 self._line.remove(ticket)
+                self._throughput.ended(len(self._line))
                 self._condition.notify_all()
 
     def _wake(self) -> None:
