@@ -16,8 +16,9 @@ import argparse
 import asyncio
 import contextlib
 import statistics
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from benchmarks import servers
@@ -126,10 +127,10 @@ def main() -> None:
         "busy / quiet",
         "asked for",
     ]
-    parts.append(printed(table(heads, list(contention(options)))))
+    parts.append(printed(table(heads, told(contention(options)))))
     heads = ["streams", "step in process, ms", "between tokens over HTTP, ms", "µs per token"]
     heads += ["more than the step", "p95 / median gap"]
-    parts.append(printed(table(heads, list(to_the_socket(options)))))
+    parts.append(printed(table(heads, told(to_the_socket(options)))))
     parts.append(
         printed(
             "Asked for: 100 µs or 5 % of the step between step and socket; with 32 streams a gap "
@@ -139,6 +140,15 @@ def main() -> None:
     )
     if options.write:
         write_block(options.write, "contention", "\n\n".join(parts))
+
+
+def told(rows: Iterable[list[str]]) -> list[list[str]]:
+    """The same rows, each shown when it is there."""
+    known = []
+    for row in rows:
+        known.append(row)
+        print(" | ".join(row), file=sys.stderr, flush=True)
+    return known
 
 
 def printed(text: str) -> str:

@@ -188,24 +188,29 @@ def gguf(folder: Path, kind: str, options: argparse.Namespace) -> Path:
     if made.is_file():
         return made
     python = environment_python(options.peer_root, "llama")
-    source = _gguf_source(folder) if kind == "BF16" else gguf(folder, "BF16", options)
+    quantize = [llama_program(python, "llama-quantize"), "--allow-requantize"]
     partial = made.with_suffix(".partial")
-    command = [llama_program(python, "llama-quantize"), "--allow-requantize"]
-    done = subprocess.run([*command, source, partial, kind], capture_output=True, text=True)
+    source = _gguf_source(folder) if kind == "BF16" else gguf(folder, "BF16", options)
+    command = [*quantize, str(source), str(partial), kind]
+    if source == folder:
+        command = [sys.executable, "-m", "benchmarks.gpt2_gguf", str(folder), str(partial)]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise Unavailable(f"llama-quantize fails for {kind}: {done.stderr[-500:]}")
+        raise Unavailable(f"no {kind} file can be made: {done.stderr[-500:]}")
     partial.rename(made)
     return made
 
 
 def _gguf_source(folder: Path) -> Path:
-    """A folder's own file, or the one that the default model was unpacked from."""
+    """A folder's own file, the one that the default model was unpacked from, or the folder."""
     for file in sorted(folder.glob("*.gguf")):
         return file
     embedded = Path(EMBEDDED_FILE).stem
     if folder.name.startswith(embedded):
         package = importlib.metadata.distribution(EMBEDDED_PACKAGE)
         return Path(str(package.locate_file(EMBEDDED_FILE)))
+    if json.loads((folder / "config.json").read_text()).get("model_type") == "gpt2":
+        return folder
     raise Unavailable(f"there is no GGUF file of {folder.name}")
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import pages, report, serve, servers
-from benchmarks.machine import busy_core
+from benchmarks import gpt2_gguf, pages, report, roofline, serve, servers, swap
+from benchmarks.machine import busy_core, model_folder
+from tests import tokenizers
 
 OURS = f"{servers.OURS} bf16"
 
@@ -291,3 +292,56 @@ def test_one_core_is_busy_meanwhile_and_not_afterwards():
 
 def children():
     return Path("/proc/thread-self/children").read_text().split()
+
+
+def test_swaps_are_compared_by_their_medians():
+    found = {
+        servers.OURS: [{"swap": 1.0, "start": 4.0}, {"swap": 0.5, "start": 2.0}],
+        "theirs": [{"swap": 3.0, "start": 6.0}],
+        "absent": [],
+    }
+    assert swap.rows(found) == [
+        [servers.OURS, "0.75", "", "3.00", ""],
+        ["theirs", "3.00", "4.0x", "6.00", "2.0x"],
+    ]
+
+
+def test_a_twin_is_the_same_model_in_another_folder(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    other = swap.twin(folder, tmp_path / "scratch")
+    assert other.resolve() != folder
+    assert (swap.twin(folder, tmp_path / "scratch") / "config.json").read_text() == "{}"
+
+
+def test_unquantised_weights_can_always_be_measured():
+    assert "none" in roofline.kinds(["none", "int8"])
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="neither smollm2, gpt2 nor a model's folder"):
+        model_folder(str(tmp_path), tmp_path)
+
+
+def test_a_gpt2_folder_becomes_a_file_with_the_same_numbers(tmp_path):
+    import gguf
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    tokenizer = tokenizers.byte_level()
+    size = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
+    ends = {"eos_token_id": 1, "bos_token_id": 1}
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer) + 3, **size, **ends))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    file = tmp_path / "model.gguf"
+    gpt2_gguf.write(tmp_path, file)
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(str(file)).tensors}
+    assert len(tensors) == 2 + 2 + 2 * 12
+    ours = model.transformer.h[1].mlp.c_fc.weight.t()
+    theirs = gguf.quants.dequantize(
+        tensors["blk.1.ffn_up.weight"].data, gguf.GGMLQuantizationType.BF16
+    )
+    assert torch.equal(torch.from_numpy(theirs), ours.bfloat16().float())
