@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 MIN_LENGTH = 256  # tokens; rows grow in powers of two from here
+HUGE_PAGE = 2 << 20
 
 
 class SlotLayer(CacheLayerMixin):
@@ -187,13 +188,15 @@ def power_of_two(size: int) -> int:
 def zeros(like: Tensor, rows: int, length: int) -> Tensor:
     """(rows, H, length, D) of zeros: a stale NaN would get through a mask.
 
-    On a CPU the pages come from calloc, so that memory is taken when it is first written.
+    On a CPU the pages come from calloc, so that memory is taken when it is first written. numpy
+    asks for large ones from twice their size on: with small ones a core looks for keys in vain.
     """
     shape = (rows, like.shape[1], length, like.shape[3])
     if like.device.type != "cpu":
         return like.new_zeros(shape)
-    pages = numpy.zeros(math.prod(shape) * like.element_size(), numpy.uint8)
-    return torch.from_numpy(pages).view(like.dtype).view(shape)
+    size = math.prod(shape) * like.element_size()
+    pages = numpy.zeros(size if size < HUGE_PAGE else max(size, 2 * HUGE_PAGE), numpy.uint8)
+    return torch.from_numpy(pages[:size]).view(like.dtype).view(shape)
 
 
 def resized(old: Tensor, rows: int, length: int) -> Tensor:

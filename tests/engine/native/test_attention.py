@@ -23,7 +23,7 @@ CASES = {
     "large": {"heads": 2, "kv_heads": 2, "width": 7, "size": 256, "softcap": 5.0, "sinks": True},
     "long": {"rows": 1, "width": 150, "length": 400},
 }
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 3e-3}
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3}  # of the coarser of both types
 
 
 class Case:
@@ -90,7 +90,7 @@ def test_attention_is_right_within_its_precision(library, case, dtype, kv_dtype)
     made = Case(dtype, kv_dtype, **CASES[case])
     given = made.given(library)
     assert given.dtype == dtype
-    assert error(given, made.wanted()) < TOLERANCE[dtype]
+    assert error(given, made.wanted()) < max(TOLERANCE[dtype], TOLERANCE[kv_dtype])
 
 
 @pytest.mark.parametrize("case", CASES)

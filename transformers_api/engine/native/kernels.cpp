@@ -306,19 +306,18 @@ void prefetch(const uint8_t* p) {
 }
 
 
-// Sums of R prepared rows with one panel.
+// Adds the products of R rows with one panel to their sums.
 template <class Dot, int R>
-inline void dense_sums(const uint8_t* w, int64_t ahead, const int32_t* x, int64_t n,
+inline void dense_sums(const uint8_t* w, int64_t ahead, const int32_t* x, int64_t stride, int64_t n,
                        Sums<R>& sums) {
-  for (auto& sum : sums) sum[0] = sum[1] = _mm512_setzero_ps();
 #pragma GCC unroll 4
   for (int64_t i = 0; i < n; i++, w += 128) {
     const __m512i w0 = _mm512_load_si512(w), w1 = _mm512_load_si512(w + 64);
-    prefetch<R>(w + ahead);
+    if (ahead) prefetch<R>(w + ahead);
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
-      sums[r][0] = Dot::add(sums[r][0], w0, x[r * n + i]);
-      sums[r][1] = Dot::add(sums[r][1], w1, x[r * n + i]);
+      sums[r][0] = Dot::add(sums[r][0], w0, x[r * stride + i]);
+      sums[r][1] = Dot::add(sums[r][1], w1, x[r * stride + i]);
     }
   }
 }
@@ -333,7 +332,6 @@ struct GroupInfo {
 template <int R>
 inline void grouped_sums(const uint8_t* w, int64_t ahead, const int32_t* x, const GroupInfo* info,
                          int64_t n, Sums<R>& sums) {
-  for (auto& sum : sums) sum[0] = sum[1] = _mm512_setzero_ps();
   for (int64_t g = 0; g < n; g++) {
     __m512i dots[R][2];
     for (int r = 0; r < R; r++) dots[r][0] = dots[r][1] = _mm512_set1_epi32(info[r * n + g].offset);
@@ -426,15 +424,16 @@ void tile(const Product& job, int64_t p, int64_t m, int nth) {
   const int32_t* x = job.x + m * n;
   const int64_t ahead = nth == 0 ? AHEAD : nth == 1 ? panel_bytes(w) : 0;
   Sums<R> sums;
+  for (auto& sum : sums) sum[0] = sum[1] = _mm512_setzero_ps();
   if (w.type == I8) {
     grouped_sums<R>(panel, ahead, x, job.info + m * groups(w), groups(w), sums);
   } else if (w.type == I4) {
     const auto* info = reinterpret_cast<const NibbleInfo*>(job.info + m * groups(w));
     nibble_sums<R>(panel, ahead, x, info, groups(w), sums);
   } else if (w.type == BF16) {
-    dense_sums<DotBF16, R>(panel, ahead, x, n, sums);
+    dense_sums<DotBF16, R>(panel, ahead, x, n, n, sums);
   } else {
-    dense_sums<DotF32, R>(panel, ahead, x, n, sums);
+    dense_sums<DotF32, R>(panel, ahead, x, n, n, sums);
   }
   for (int half = 0; half < 2; half++) {
     const int64_t column = p * PANEL + half * 16;
@@ -552,30 +551,167 @@ struct Attention {
 
 namespace {
 
-constexpr int64_t BLOCK = 64, QUERIES = 16, MAX_SIZE = 256;
+constexpr int64_t BLOCK = 64, MAX_SIZE = 256;
+constexpr int64_t SHARE = 48;  // queries, times heads, that go through a row's keys together
+constexpr int64_t PAD = 16;    // so that neighbours do not meet in the same lines of the cache
+
+// What attention does with numbers of a type: keys and values as panels like those of weights,
+// queries and shares as their rows. With BF16 both are rounded to it.
+template <class T>
+struct Kind;
+template <>
+struct Kind<float> {
+  using Dot = DotF32;
+  static constexpr int64_t STEP = 1;  // numbers in a lane
+  static __m512i row(__m512 low, __m512) { return _mm512_castps_si512(low); }
+  static __m512 rounded(__m512 v) { return v; }
+  static __m512i lanes(const float* p, int64_t n) {
+    return _mm512_castps_si512(load(p, first(n)));
+  }
+  static void panel(__m512i low, __m512i high, __m512i* to) {
+    to[0] = low, to[1] = high;
+  }
+  static void in_order(__m512&, __m512&) {}
+  static bool finite(__m512i v) {
+    const __m512i ones = _mm512_set1_epi32(0x7f800000);
+    return !_mm512_cmpeq_epi32_mask(_mm512_and_si512(v, ones), ones);
+  }
+};
+template <>
+struct Kind<uint16_t> {
+  using Dot = DotBF16;
+  static constexpr int64_t STEP = 2;
+  static __m512i row(__m512 low, __m512 high) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(narrow(low)), narrow(high), 1);
+  }
+  static __m512 rounded(__m512 v) { return wide(narrow(v)); }
+  static __m512i lanes(const uint16_t* p, int64_t n) {
+    const __mmask32 mask = n >= 32 ? ~0u : n <= 0 ? 0 : (1u << n) - 1;
+    return _mm512_maskz_loadu_epi16(mask, p);
+  }
+  // Two keys' values in pairs. They come in an order of their own, which ``in_order`` undoes.
+  static void panel(__m512i one, __m512i two, __m512i* to) {
+    to[0] = _mm512_unpacklo_epi16(one, two), to[1] = _mm512_unpackhi_epi16(one, two);
+  }
+  static void in_order(__m512& a, __m512& b) {
+    const __m512 low = _mm512_shuffle_f32x4(a, b, 0x44), high = _mm512_shuffle_f32x4(a, b, 0xee);
+    a = _mm512_shuffle_f32x4(low, low, 0xd8), b = _mm512_shuffle_f32x4(high, high, 0xd8);
+  }
+  static bool finite(__m512i v) {
+    const __m512i ones = _mm512_set1_epi16(0x7f80);
+    return !_mm512_cmpeq_epi16_mask(_mm512_and_si512(v, ones), ones);
+  }
+};
 
 struct Query {
   int64_t begin, end;  // the keys that it sees
-  float peak, total;
-  alignas(64) float q[MAX_SIZE];
-  alignas(64) float sum[MAX_SIZE];
+  float peak, total, faded;
 };
 
-// Lane i is the sum of vector i.
-__m512 sums_of(const __m512 (&v)[16]) {
-  __m512 quads[4];
-  for (int i = 0; i < 4; i++) {
-    auto pair = [](__m512 a, __m512 b) {
-      return _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
-    };
-    const __m512d d = pair(v[4 * i], v[4 * i + 1]), e = pair(v[4 * i + 2], v[4 * i + 3]);
-    quads[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(d, e)),
-                             _mm512_castpd_ps(_mm512_unpackhi_pd(d, e)));
+// What one thread works with.
+struct Desk {
+  Query query[SHARE];
+  alignas(64) int32_t q[SHARE][MAX_SIZE + PAD];
+  alignas(64) float sum[SHARE][MAX_SIZE + PAD];
+  alignas(64) float scores[SHARE][BLOCK + PAD];  // of a block
+  alignas(64) int32_t parts[SHARE][BLOCK + PAD];
+  alignas(64) __m512i keys[BLOCK / PANEL][MAX_SIZE][2];
+  alignas(64) __m512i values[MAX_SIZE / PANEL][BLOCK][2];
+};
+
+// Lane i of vector j becomes lane j of vector i.
+inline void transpose(__m512i (&v)[16]) {
+  __m512i w[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i += 4) {
+    const __m512i a = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+    const __m512i b = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+    const __m512i c = _mm512_unpacklo_epi32(v[i + 2], v[i + 3]);
+    const __m512i d = _mm512_unpackhi_epi32(v[i + 2], v[i + 3]);
+    w[i] = _mm512_unpacklo_epi64(a, c), w[i + 1] = _mm512_unpackhi_epi64(a, c);
+    w[i + 2] = _mm512_unpacklo_epi64(b, d), w[i + 3] = _mm512_unpackhi_epi64(b, d);
   }
-  auto merge = [](__m512 a, __m512 b) {
-    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    const __m512i a = _mm512_shuffle_i32x4(w[i], w[i + 4], 0x88);
+    const __m512i b = _mm512_shuffle_i32x4(w[i], w[i + 4], 0xdd);
+    const __m512i c = _mm512_shuffle_i32x4(w[i + 8], w[i + 12], 0x88);
+    const __m512i d = _mm512_shuffle_i32x4(w[i + 8], w[i + 12], 0xdd);
+    v[i] = _mm512_shuffle_i32x4(a, c, 0x88), v[i + 4] = _mm512_shuffle_i32x4(b, d, 0x88);
+    v[i + 8] = _mm512_shuffle_i32x4(a, c, 0xdd), v[i + 12] = _mm512_shuffle_i32x4(b, d, 0xdd);
+  }
+}
+
+// What is fetched meanwhile, to be there when it is its turn: the next keys and values.
+struct Ahead {
+  const char *key = nullptr, *value = nullptr;
+  int64_t count = 0, key_stride = 0, value_stride = 0, bytes = 0;
+  void fetch(const char* from) const {
+    for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(from + i, _MM_HINT_T1);
+  }
+  void keys(int64_t i) const {
+    if (i < count) fetch(key + i * key_stride);
+  }
+  void values(int64_t i) const {
+    if (i < count) fetch(value + i * value_stride);
+  }
+};
+
+// The keys begin..end of the block that starts at key 0 here, as panels; none are read beyond.
+template <class T>
+void lay_keys(const Attention& a, const T* keys, int64_t begin, int64_t end, const Ahead& ahead,
+              Desk& desk) {
+  constexpr int64_t LANES = 16 * Kind<T>::STEP;
+  for (int64_t k = begin / 16 * 16; k < (end + 31) / 32 * 32; k += 16) {
+    for (int64_t i = k; i < k + 16; i++) ahead.keys(i);
+    for (int64_t j = 0; j < a.size; j += LANES) {
+      __m512i v[16];
+      if (k >= begin && k + 16 <= end && j + LANES <= a.size) {
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < 16; i++)
+          v[i] = _mm512_loadu_si512(keys + (k + i) * a.k_strides[2] + j);
+      } else {
+        for (int64_t i = 0; i < 16; i++) {
+          const bool is_there = k + i >= begin && k + i < end;
+          v[i] = is_there ? Kind<T>::lanes(keys + (k + i) * a.k_strides[2] + j, a.size - j)
+                          : _mm512_setzero_si512();
+        }
+      }
+      transpose(v);
+      __m512i (*to)[2] = desk.keys[k / PANEL] + j / Kind<T>::STEP;
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < 16; i++) to[i][k / 16 % 2] = v[i];
+    }
+  }
+}
+
+// The same with values; whether all of them are finite, if that is of interest.
+template <class T>
+bool lay_values(const Attention& a, const T* values, int64_t begin, int64_t end, bool ask,
+                const Ahead& ahead, Desk& desk) {
+  constexpr int64_t STEP = Kind<T>::STEP, LANES = 16 * STEP;
+  bool finite = true;
+  auto at = [&](int64_t k, int64_t j) {
+    return k >= begin && k < end ? Kind<T>::lanes(values + k * a.v_strides[2] + j, a.size - j)
+                                 : _mm512_setzero_si512();
   };
-  return merge(merge(quads[0], quads[1]), merge(quads[2], quads[3]));
+  for (int64_t k = 0; k < end; k += STEP) {
+    for (int64_t i = k; i < k + STEP; i++) ahead.values(i);
+    int64_t j = 0;
+    const T* p = values + k * a.v_strides[2];
+    for (; k >= begin && k + STEP <= end && j + PANEL <= a.size; j += PANEL) {  // nearly always
+      const __m512i low = _mm512_loadu_si512(p + j);
+      const __m512i other = _mm512_loadu_si512(p + j + (STEP == 2 ? a.v_strides[2] : LANES));
+      if (ask) finite &= Kind<T>::finite(low) && Kind<T>::finite(other);
+      Kind<T>::panel(low, other, desk.values[j / PANEL][k / STEP]);
+    }
+    for (; j < a.size; j += PANEL) {
+      const __m512i low = at(k, j), other = STEP == 2 ? at(k + 1, j) : at(k, j + LANES);
+      if (ask) finite &= Kind<T>::finite(low) && Kind<T>::finite(other);
+      Kind<T>::panel(low, other, desk.values[j / PANEL][k / STEP]);
+    }
+  }
+  return finite;
 }
 
 __m512 capped(__m512 scores, float cap) {  // cap * tanh(scores / cap)
@@ -584,65 +720,123 @@ __m512 capped(__m512 scores, float cap) {  // cap * tanh(scores / cap)
   return _mm512_mul_ps(_mm512_set1_ps(cap), _mm512_sub_ps(one, part));
 }
 
-// Scores of 16 keys from ``key`` on; those that ``mask`` hides are not read.
-template <class T, int V>
-inline __m512 scores_of(const Attention& a, const Query& query, const T* key, __mmask16 mask) {
-  const __mmask16 tail = first(a.size - (V - 1) * 16);
-  __m512 dots[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; i++) {
-    dots[i] = _mm512_setzero_ps();
-    if (!(mask >> i & 1)) continue;
-    const T* k = key + i * a.k_strides[2];
-#pragma GCC unroll 16
-    for (int j = 0; j < V; j++)
-      dots[i] = _mm512_fmadd_ps(load(k + 16 * j, j == V - 1 ? tail : 0xffff),
-                                _mm512_load_ps(query.q + 16 * j), dots[i]);
+template <class T, int R>
+void score(const Attention& a, Desk& desk, int64_t m, int64_t end) {
+  const int64_t n = (a.size + Kind<T>::STEP - 1) / Kind<T>::STEP;
+  for (int64_t p = 0; p * PANEL < end; p++) {
+    Sums<R> sums;
+    for (auto& sum : sums) sum[0] = sum[1] = _mm512_setzero_ps();
+    dense_sums<typename Kind<T>::Dot, R>(reinterpret_cast<const uint8_t*>(desk.keys[p]), 0,
+                                         desk.q[m], MAX_SIZE + PAD, n, sums);
+    for (int r = 0; r < R; r++)
+      for (int half = 0; half < 2; half++) {
+        const __m512 scores = _mm512_mul_ps(sums[r][half], _mm512_set1_ps(a.scale));
+        _mm512_store_ps(desk.scores[m + r] + p * PANEL + 16 * half,
+                        a.softcap ? capped(scores, a.softcap) : scores);
+      }
   }
-  const __m512 scores = _mm512_mul_ps(sums_of(dots), _mm512_set1_ps(a.scale));
-  return a.softcap ? capped(scores, a.softcap) : scores;
 }
 
-template <class T, int V>
-void see_block(const Attention& a, Query& query, const T* keys, const T* values, int64_t block) {
-  const int64_t begin = std::max(query.begin, block), end = std::min(query.end, block + BLOCK);
-  if (begin >= end) return;
-  const __m512 none = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-  __m512 scores[BLOCK / 16], peak = none;
-  __mmask16 masks[BLOCK / 16];
-  for (int64_t i = 0; i < BLOCK / 16; i++) {
-    const int64_t at = block + 16 * i;
-    masks[i] = first(end - at) & ~first(begin - at);
-    if (!masks[i]) continue;
-    scores[i] = scores_of<T, V>(a, query, keys + at * a.k_strides[2], masks[i]);
-    peak = _mm512_mask_max_ps(peak, masks[i], peak, scores[i]);
+// From the scores of a block to the shares of its keys in the result, as far as they are known;
+// ``block``: the first key.
+template <class T>
+void share_out(Desk& desk, int64_t m, int64_t block) {
+  Query& query = desk.query[m];
+  const int64_t begin = query.begin - block, end = query.end - block;
+  query.faded = 1;
+  if (begin >= BLOCK || end <= 0) {
+    std::memset(desk.parts[m], 0, BLOCK / Kind<T>::STEP * 4);
+    return;
+  }
+  __m512 peak = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+  for (int64_t i = 0; i < BLOCK; i += 16) {
+    const __mmask16 mask = first(end - i) & ~first(begin - i);
+    peak = _mm512_mask_max_ps(peak, mask, peak, _mm512_load_ps(desk.scores[m] + i));
   }
   const float highest = std::max(query.peak, _mm512_reduce_max_ps(peak));
-  const float faded = _mm512_cvtss_f32(exp16(_mm512_set1_ps(query.peak - highest)));
+  query.faded = _mm512_cvtss_f32(exp16(_mm512_set1_ps(query.peak - highest)));
   query.peak = highest;
-  const __mmask16 tail = first(a.size - (V - 1) * 16);
-  __m512 sum[V], total = _mm512_setzero_ps();
-  for (int j = 0; j < V; j++)
-    sum[j] = _mm512_mul_ps(_mm512_load_ps(query.sum + 16 * j), _mm512_set1_ps(faded));
-  alignas(64) float parts[BLOCK];
-  for (int64_t i = 0; i < BLOCK / 16; i++) {
-    if (!masks[i]) continue;
-    const __m512 part = exp16(_mm512_sub_ps(scores[i], _mm512_set1_ps(highest)));
-    total = _mm512_mask_add_ps(total, masks[i], total, part);
-    _mm512_store_ps(parts + 16 * i, part);
+  __m512 total = _mm512_setzero_ps(), parts[2];
+  for (int64_t i = 0; i < BLOCK; i += 16) {
+    const __mmask16 mask = first(end - i) & ~first(begin - i);
+    __m512& part = parts[i / 16 % Kind<T>::STEP];
+    part = _mm512_sub_ps(_mm512_load_ps(desk.scores[m] + i), _mm512_set1_ps(highest));
+    part = mask ? _mm512_maskz_mov_ps(mask, exp16(part)) : _mm512_setzero_ps();
+    total = _mm512_add_ps(total, Kind<T>::rounded(part));
+    if ((i / 16 + 1) % Kind<T>::STEP == 0)
+      _mm512_store_si512(desk.parts[m] + (i + 16) / Kind<T>::STEP - 16,
+                         Kind<T>::row(parts[0], parts[1]));
   }
-  for (int64_t at = begin; at < end; at++) {
-    const T* value = values + at * a.v_strides[2];
-    const __m512 part = _mm512_set1_ps(parts[at - block]);
-#pragma GCC unroll 16
-    for (int j = 0; j < V; j++)
-      sum[j] = _mm512_fmadd_ps(part, load(value + 16 * j, j == V - 1 ? tail : 0xffff), sum[j]);
-  }
-  for (int j = 0; j < V; j++) _mm512_store_ps(query.sum + 16 * j, sum[j]);
-  query.total = query.total * faded + _mm512_reduce_add_ps(total);
+  query.total = query.total * query.faded + _mm512_reduce_add_ps(total);
 }
 
-void finish(const Attention& a, const Query& query, int64_t head, int64_t to) {
+template <class T, int R>
+void gather_values(const Attention& a, Desk& desk, int64_t m, int64_t end) {
+  const int64_t n = (end + Kind<T>::STEP - 1) / Kind<T>::STEP;
+  for (int64_t p = 0; p * PANEL < a.size; p++) {
+    Sums<R> sums;
+    for (int r = 0; r < R; r++)
+      for (int half = 0; half < 2; half++)
+        sums[r][half] = _mm512_mul_ps(_mm512_load_ps(desk.sum[m + r] + p * PANEL + 16 * half),
+                                      _mm512_set1_ps(desk.query[m + r].faded));
+    dense_sums<typename Kind<T>::Dot, R>(reinterpret_cast<const uint8_t*>(desk.values[p]), 0,
+                                         desk.parts[m], BLOCK + PAD, n, sums);
+    for (int r = 0; r < R; r++)
+      for (int half = 0; half < 2; half++)
+        _mm512_store_ps(desk.sum[m + r] + p * PANEL + 16 * half, sums[r][half]);
+  }
+}
+
+using See = void (*)(const Attention&, Desk&, int64_t, int64_t);
+template <class T, bool SCORE, size_t... I>
+constexpr std::array<See, sizeof...(I)> make_sees(std::index_sequence<I...>) {
+  return {(SCORE ? score<T, I + 1> : gather_values<T, I + 1>)...};
+}
+template <class T, bool SCORE>
+constexpr auto SEES = make_sees<T, SCORE>(std::make_index_sequence<6>{});
+
+// f(rows of a tile, first row) for rows begin..end.
+template <class F>
+void tiles_of(int64_t begin, int64_t end, const F& f) {
+  for (int64_t m = begin; m < end;) {
+    const int64_t left = end - m, r = left <= 6 ? left : left < 12 ? (left + 1) / 2 : 6;
+    f(r, m);
+    m += r;
+  }
+}
+
+// All rows see a block of keys. A value that is not finite would reach, times zero, those too that
+// do not see it; so they get their values one by one if there is such a one.
+template <class T>
+void see_block(const Attention& a, Desk& desk, int64_t count, const T* keys, const T* values,
+               int64_t block, const Ahead& ahead) {
+  int64_t rows = count, skipped = 0;
+  while (skipped < count && desk.query[skipped].end <= block) skipped++;
+  while (rows > skipped && desk.query[rows - 1].begin >= block + BLOCK) rows--;
+  if (skipped == rows) return;
+  keys += block * a.k_strides[2], values += block * a.v_strides[2];
+  const int64_t begin = std::max<int64_t>(0, desk.query[skipped].begin - block);
+  const int64_t end = std::min(BLOCK, desk.query[rows - 1].end - block);
+  auto end_of = [&](int64_t m) { return std::min(BLOCK, desk.query[m].end - block); };
+  lay_keys(a, keys, begin, end, ahead, desk);
+  const bool alike = desk.query[skipped].end == desk.query[rows - 1].end;
+  const bool together = lay_values(a, values, begin, end, !alike, ahead, desk);
+  tiles_of(skipped, rows, [&](int64_t r, int64_t m) {
+    SEES<T, true>[r - 1](a, desk, m, end_of(m + r - 1));
+    for (int64_t i = m; i < m + r; i++) share_out<T>(desk, i, block);
+    if (together) SEES<T, false>[r - 1](a, desk, m, end_of(m + r - 1));
+  });
+  for (int64_t m = skipped; m < rows && !together; m++) {
+    if (desk.query[m].begin >= block + BLOCK) continue;
+    const int64_t own = std::max<int64_t>(0, desk.query[m].begin - block);
+    lay_values(a, values, own, end_of(m), false, Ahead(), desk);
+    SEES<T, false>[0](a, desk, m, end_of(m));
+  }
+}
+
+template <class T>
+void finish(const Attention& a, const Desk& desk, int64_t m, int64_t head, int64_t to) {
+  const Query& query = desk.query[m];
   float total = query.total, faded = 1;
   if (a.sinks) {
     const float highest = std::max(query.peak, a.sinks[head]);
@@ -650,9 +844,14 @@ void finish(const Attention& a, const Query& query, int64_t head, int64_t to) {
     total = total * faded + std::exp(a.sinks[head] - highest);
   }
   const __m512 factor = _mm512_set1_ps(faded / total);
-  for (int64_t j = 0; j < a.size; j += 16)
-    store(a.out, a.q_type, to * a.size + j, first(a.size - j),
-          _mm512_mul_ps(_mm512_load_ps(query.sum + j), factor));
+  for (int64_t j = 0; j < a.size; j += PANEL) {
+    __m512 low = _mm512_load_ps(desk.sum[m] + j), high = _mm512_load_ps(desk.sum[m] + j + 16);
+    Kind<T>::in_order(low, high);
+    store(a.out, a.q_type, to * a.size + j, first(a.size - j), _mm512_mul_ps(low, factor));
+    if (j + 16 < a.size)
+      store(a.out, a.q_type, to * a.size + j + 16, first(a.size - j - 16),
+            _mm512_mul_ps(high, factor));
+  }
 }
 
 // A few queries of one row with the heads that share its keys and values.
@@ -660,39 +859,52 @@ struct Share {
   int64_t row, kv_head, head, heads, query, queries;
 };
 
-template <class T, int V>
-void attend(const Attention& a, const Share& s, Query* state) {
-  const T* keys = static_cast<const T*>(a.k) + s.row * a.k_strides[0] + s.kv_head * a.k_strides[1];
-  const T* values =
-      static_cast<const T*>(a.v) + s.row * a.v_strides[0] + s.kv_head * a.v_strides[1];
+template <class T>
+void attend(const Attention& a, const Share& s, const Share& next, Desk& desk) {
+  auto keys_of = [&](const Share& share) {
+    return static_cast<const T*>(a.k) + share.row * a.k_strides[0] +
+           share.kv_head * a.k_strides[1];
+  };
+  auto values_of = [&](const Share& share) {
+    return static_cast<const T*>(a.v) + share.row * a.v_strides[0] +
+           share.kv_head * a.v_strides[1];
+  };
+  auto begin_of = [&](int64_t end) { return a.window ? std::max<int64_t>(0, end - a.window) : 0; };
+  auto ahead_of = [&](const Share& share, int64_t block, int64_t end) {
+    return Ahead{reinterpret_cast<const char*>(keys_of(share) + block * a.k_strides[2]),
+                 reinterpret_cast<const char*>(values_of(share) + block * a.v_strides[2]),
+                 end - block, a.k_strides[2] * static_cast<int64_t>(sizeof(T)),
+                 a.v_strides[2] * static_cast<int64_t>(sizeof(T)),
+                 a.size * static_cast<int64_t>(sizeof(T))};
+  };
   const int64_t count = s.heads * s.queries;
   auto head_of = [&](int64_t i) { return s.head + i % s.heads; };
   auto query_of = [&](int64_t i) { return s.query + i / s.heads; };
   for (int64_t i = 0; i < count; i++) {
-    Query& query = state[i];
+    Query& query = desk.query[i];
     query.end = a.starts[s.row] + query_of(i) + 1;
-    query.begin = a.window ? std::max<int64_t>(0, query.end - a.window) : 0;
+    query.begin = begin_of(query.end);
     query.peak = -std::numeric_limits<float>::max(), query.total = 0;
     const int64_t at = s.row * a.q_strides[0] + head_of(i) * a.q_strides[1] +
                        query_of(i) * a.q_strides[2];
-    for (int64_t j = 0; j < V * 16; j += 16) {
-      _mm512_store_ps(query.q + j, load(a.q, a.q_type, at + j, first(a.size - j)));
-      _mm512_store_ps(query.sum + j, _mm512_setzero_ps());
-    }
+    constexpr int64_t STEP = Kind<T>::STEP;
+    for (int64_t j = 0; j < a.size; j += 16 * STEP)
+      _mm512_store_si512(desk.q[i] + j / STEP,
+                         Kind<T>::row(load(a.q, a.q_type, at + j, first(a.size - j)),
+                                      load(a.q, a.q_type, at + j + 16, first(a.size - j - 16))));
+    for (int64_t j = 0; j < a.size; j += PANEL)
+      for (int64_t half : {0, 16}) _mm512_store_ps(desk.sum[i] + j + half, _mm512_setzero_ps());
   }
-  for (int64_t block = state[0].begin / BLOCK * BLOCK; block < state[count - 1].end; block += BLOCK)
-    for (int64_t i = 0; i < count; i++) see_block<T, V>(a, state[i], keys, values, block);
+  const int64_t end = desk.query[count - 1].end;
+  const int64_t next_end = a.starts[next.row] + next.query + 1;
+  const int64_t next_block = begin_of(next_end) / BLOCK * BLOCK;
+  for (int64_t at = desk.query[0].begin / BLOCK * BLOCK; at < end; at += BLOCK)
+    see_block<T>(a, desk, count, keys_of(s), values_of(s), at,
+                 at + BLOCK < end ? ahead_of(s, at + BLOCK, end)
+                                  : ahead_of(next, next_block, next_end));
   for (int64_t i = 0; i < count; i++)
-    finish(a, state[i], head_of(i), (s.row * a.queries + query_of(i)) * a.heads + head_of(i));
+    finish<T>(a, desk, i, head_of(i), (s.row * a.queries + query_of(i)) * a.heads + head_of(i));
 }
-
-using Attend = void (*)(const Attention&, const Share&, Query*);
-template <class T, size_t... I>
-constexpr std::array<Attend, sizeof...(I)> make_attends(std::index_sequence<I...>) {
-  return {attend<T, I + 1>...};
-}
-template <class T>
-constexpr auto ATTENDS = make_attends<T>(std::make_index_sequence<MAX_SIZE / 16>{});
 
 // ---- packing ---------------------------------------------------------------------------------
 
@@ -987,26 +1199,27 @@ void linear(const Weight* w, const void* x, int64_t rows, int64_t x_stride, void
 void attention(const Attention* call) {
   std::lock_guard<std::mutex> lock(busy);
   const Attention& a = *call;
-  const int64_t together = a.heads / a.kv_heads;
-  // with much to do the heads of a group stay together, so that keys are fetched once for them
-  const bool split = a.rows * a.kv_heads * a.queries < 8 * team->size();
-  const int64_t heads = split ? 1 : together;
-  const int64_t queries = std::max<int64_t>(1, QUERIES / heads);
+  const int64_t together = std::min(SHARE, a.heads / a.kv_heads);
+  // the heads of a group stay together, so that keys are fetched once for them, unless they are
+  // all that there is to do
+  const bool split = a.rows * a.kv_heads * a.queries < team->size();
+  int64_t heads = split ? 1 : together;
+  while (a.heads / a.kv_heads % heads) heads--;
+  const int64_t queries = std::max<int64_t>(1, SHARE / heads);
   const int64_t tiles = (a.queries + queries - 1) / queries;
   const int64_t per_row = a.heads / heads * tiles;
-  const int64_t vectors = (a.size + 15) / 16 - 1;
-  const Attend attend = a.kv_type == F32 ? ATTENDS<float>[vectors] : ATTENDS<uint16_t>[vectors];
+  const auto attend_type = a.kv_type == F32 ? attend<float> : attend<uint16_t>;
+  auto share_of = [&](int64_t i) {
+    // tiles of late queries see more keys: neighbours are an early and a late one
+    const int64_t nth = i % tiles, tile = nth % 2 ? tiles - 1 - nth / 2 : nth / 2;
+    const int64_t head = i % per_row / tiles * heads, query = tile * queries;
+    return Share{i / per_row, head / (a.heads / a.kv_heads), head, heads, query,
+                 std::min(queries, a.queries - query)};
+  };
   team->run(a.rows * per_row, [&](int64_t b, int64_t e) {
-    static thread_local std::vector<Query> state;
-    state.resize(std::max<size_t>(state.size(), heads * queries));
-    for (int64_t i = b; i < e; i++) {
-      // tiles of late queries see more keys: neighbours are an early and a late one
-      const int64_t nth = i % tiles, tile = nth % 2 ? tiles - 1 - nth / 2 : nth / 2;
-      const int64_t head = i % per_row / tiles * heads, query = tile * queries;
-      const Share share{i / per_row, head / together, head, heads, query,
-                        std::min(queries, a.queries - query)};
-      attend(a, share, state.data());
-    }
+    static thread_local std::unique_ptr<Desk> desk(new Desk);
+    for (int64_t i = b; i < e; i++)
+      attend_type(a, share_of(i), share_of(std::min(i + 1, a.rows * per_row - 1)), *desk);
   });
 }
 
@@ -1019,20 +1232,33 @@ struct Copy {
   int32_t from_type, to_type;
 };
 
+}  // extern "C"
+
+namespace {
+
+void write_some(const Copy& c, int64_t row, int64_t rows, int64_t query, int64_t queries) {
+  for (; row < rows; row++)
+    for (int64_t head = 0; head < c.heads; head++)
+      for (int64_t t = query; t < queries; t++) {
+        const int64_t a =
+            row * c.from_strides[0] + head * c.from_strides[1] + t * c.from_strides[2];
+        const int64_t b = row * c.to_strides[0] + head * c.to_strides[1] +
+                          (c.starts[row] + t) * c.to_strides[2];
+        for (int64_t j = 0; j < c.size; j += 16) {
+          const __mmask16 mask = first(c.size - j);
+          store(c.to, c.to_type, b + j, mask, load(c.from, c.from_type, a + j, mask));
+        }
+      }
+}
+
+}  // namespace
+
+extern "C" {
+
 // New keys or values into their rows of the cache.
 void write_cache(const Copy* call) {
   std::lock_guard<std::mutex> lock(busy);
-  const Copy& c = *call;
-  for (int64_t i = 0; i < c.rows * c.heads * c.queries; i++) {
-    const int64_t row = i / c.queries / c.heads, head = i / c.queries % c.heads, t = i % c.queries;
-    const int64_t a = row * c.from_strides[0] + head * c.from_strides[1] + t * c.from_strides[2];
-    const int64_t b = row * c.to_strides[0] + head * c.to_strides[1] +
-                      (c.starts[row] + t) * c.to_strides[2];
-    for (int64_t j = 0; j < c.size; j += 16) {
-      const __mmask16 mask = first(c.size - j);
-      store(c.to, c.to_type, b + j, mask, load(c.from, c.from_type, a + j, mask));
-    }
-  }
+  write_some(*call, 0, call->rows, 0, call->queries);
 }
 
 // ---- recorded steps --------------------------------------------------------------------------
@@ -1057,6 +1283,9 @@ struct Step {
   Operand out, in[3];
   double number;
   const void* call;  // Weight, Attention or Copy
+  // With how many steps, this one the first, it is done token by token: sizes[0] counts tokens, and
+  // what a step makes of one is read by the others for the same one only.
+  int64_t together;
 };
 
 }  // extern "C"
@@ -1064,7 +1293,8 @@ struct Step {
 namespace {
 
 constexpr int32_t I64 = 3;
-constexpr int64_t WORTH_SHARING = 16384;  // elements
+constexpr int64_t WORTH_SHARING = 16384;  // numbers that are computed
+constexpr int64_t AT_ONCE = 4096;         // numbers that a step makes before it is the next one's turn
 
 char* at(const Operand& o, int64_t index) {
   return o.data + index * (o.type == F32 ? 4 : o.type == BF16 ? 2 : 8);
@@ -1123,7 +1353,7 @@ __m512 gelu_tanh(__m512 x) {  // x * sigmoid(2u): tanh(u) = 2 sigmoid(2u) - 1
   return _mm512_mul_ps(x, sigmoid(_mm512_mul_ps(u, _mm512_set1_ps(1.5957691216f))));
 }
 
-__m512 apply(int32_t op, __m512 a, __m512 b, float number) {
+inline __m512 apply(int32_t op, __m512 a, __m512 b, float number) {
   switch (op) {
     case ADD: return _mm512_fmadd_ps(b, _mm512_set1_ps(number), a);
     case SUB: return _mm512_fnmadd_ps(b, _mm512_set1_ps(number), a);
@@ -1152,28 +1382,55 @@ int64_t line(const Step& s, const Operand& o, int64_t index) {
   return index / s.sizes[2] / s.sizes[1] * o.strides[0] + j * o.strides[1] + k * o.strides[2];
 }
 
-void elementwise(const Step& s, int64_t index) {
-  const int64_t n = s.sizes[3], to = line(s, s.out, index), a = line(s, s.in[0], index);
-  const int64_t b = s.operands > 1 ? line(s, s.in[1], index) : 0;
-  for (int64_t i = 0; i < n; i += 16) {
-    const __mmask16 mask = first(n - i);
-    const __m512 x = elements(s.in[0], a + i * s.in[0].strides[3], s.in[0].strides[3], mask);
-    const __m512 y = s.operands > 1
-        ? elements(s.in[1], b + i * s.in[1].strides[3], s.in[1].strides[3], mask) : x;
-    put(s.out, to + i * s.out.strides[3], s.out.strides[3], mask,
-        apply(s.op, x, y, static_cast<float>(s.number)));
+// Lines of 16 floats after the other, or numbers of any kind and place.
+template <int OP>
+void elementwise(const Step& s, int64_t begin, int64_t end) {
+  const int64_t n = s.sizes[3], lines = s.sizes[1] * s.sizes[2];
+  const bool has_two = s.operands > 1;
+  const int64_t steps[] = {s.out.strides[3], s.in[0].strides[3], has_two ? s.in[1].strides[3] : 0};
+  const float number = static_cast<float>(s.number);
+  const bool plain = s.out.type == F32 && s.in[0].type == F32 &&
+                     (!has_two || s.in[1].type == F32) &&
+                     (n == 1 || (steps[0] == 1 && steps[1] == 1 && steps[2] <= 1));
+  for (int64_t index = begin * lines; index < end * lines; index++) {
+    const int64_t to = line(s, s.out, index), a = line(s, s.in[0], index);
+    const int64_t b = has_two ? line(s, s.in[1], index) : 0;
+    if (plain) {
+      float* out = reinterpret_cast<float*>(s.out.data) + to;
+      const float* x = reinterpret_cast<const float*>(s.in[0].data) + a;
+      const float* y = has_two ? reinterpret_cast<const float*>(s.in[1].data) + b : x;
+      const bool same = has_two && steps[2] == 0;
+      const __m512 fixed = _mm512_set1_ps(*y);
+      int64_t i = 0;
+      for (; i + 16 <= n; i += 16) {
+        const __m512 other = same ? fixed : _mm512_loadu_ps(y + i);
+        _mm512_storeu_ps(out + i, apply(OP, _mm512_loadu_ps(x + i), other, number));
+      }
+      if (i == n) continue;
+      const __mmask16 mask = first(n - i);
+      store(out + i, mask, apply(OP, load(x + i, mask), same ? fixed : load(y + i, mask), number));
+      continue;
+    }
+    for (int64_t i = 0; i < n; i += 16) {
+      const __mmask16 mask = first(n - i);
+      const __m512 x = elements(s.in[0], a + i * steps[1], steps[1], mask);
+      const __m512 y = has_two ? elements(s.in[1], b + i * steps[2], steps[2], mask) : x;
+      put(s.out, to + i * steps[0], steps[0], mask, apply(OP, x, y, number));
+    }
   }
 }
 
 float sum_of(const Step& s, const Operand& o, int64_t from, float center, bool squares) {
-  __m512 sum = _mm512_setzero_ps();
+  __m512 sums[4] = {};
   for (int64_t i = 0; i < s.sizes[3]; i += 16) {
     const __mmask16 mask = first(s.sizes[3] - i);
     __m512 v = elements(o, from + i * o.strides[3], o.strides[3], mask);
     v = _mm512_maskz_sub_ps(mask, v, _mm512_set1_ps(center));
+    __m512& sum = sums[i / 16 % 4];
     sum = squares ? _mm512_fmadd_ps(v, v, sum) : _mm512_add_ps(sum, v);
   }
-  return _mm512_reduce_add_ps(sum);
+  return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sums[0], sums[1]),
+                                            _mm512_add_ps(sums[2], sums[3])));
 }
 
 void mean(const Step& s, int64_t index) {
@@ -1208,8 +1465,61 @@ void gather(const Step& s, int64_t index) {
   }
 }
 
-void (*lines_of(int32_t op))(const Step&, int64_t) {
-  return op == MEAN ? mean : op == LAYER_NORM ? layer_norm : op == GATHER ? gather : elementwise;
+// Tokens begin..end, or whatever the first of the four sizes counts.
+using Lines = void (*)(const Step&, int64_t, int64_t);
+
+template <void (*F)(const Step&, int64_t)>
+void each_line(const Step& s, int64_t begin, int64_t end) {
+  const int64_t lines = s.sizes[1] * s.sizes[2];
+  for (int64_t i = begin * lines; i < end * lines; i++) F(s, i);
+}
+
+void some_of_cache(const Step& s, int64_t begin, int64_t end) {
+  const Copy& c = *static_cast<const Copy*>(s.call);
+  if (c.queries == 1) return write_some(c, begin, end, 0, 1);  // tokens are rows
+  write_some(c, 0, c.rows, begin, end);
+}
+
+template <size_t... I>
+constexpr std::array<Lines, sizeof...(I)> make_lines(std::index_sequence<I...>) {
+  return {elementwise<I>...};
+}
+constexpr auto ELEMENTWISE = make_lines(std::make_index_sequence<MEAN>{});
+
+Lines lines_of(int32_t op) {
+  switch (op) {
+    case MEAN: return each_line<mean>;
+    case LAYER_NORM: return each_line<layer_norm>;
+    case GATHER: return each_line<gather>;
+    case WRITE_CACHE: return some_of_cache;
+    default: return ELEMENTWISE[op];
+  }
+}
+
+int64_t numbers_per_token(const Step& s) {
+  if (s.op != WRITE_CACHE) return s.sizes[1] * s.sizes[2] * s.sizes[3];
+  const Copy& c = *static_cast<const Copy*>(s.call);
+  return c.rows * c.queries * c.heads * c.size / s.sizes[0];
+}
+
+// Steps of which each thread does all for its tokens, a few tokens at a time: so it finds in its
+// cache what the step before made, and nobody waits for anybody in between.
+void run_together(const Step* steps) {
+  const int64_t tokens = steps->sizes[0];
+  int64_t widest = 1, work = 0;
+  for (const Step* s = steps; s < steps + steps->together; s++) {
+    const int64_t numbers = numbers_per_token(*s);
+    widest = std::max(widest, numbers), work += numbers;
+  }
+  const int64_t few = std::max<int64_t>(1, AT_ONCE / widest);
+  auto some = [&](int64_t b, int64_t e) {
+    for (; b < e; b += few)
+      for (const Step* s = steps; s < steps + steps->together; s++)
+        lines_of(s->op)(*s, b, std::min(b + few, e));
+  };
+  if (tokens * work < WORTH_SHARING) return some(0, tokens);
+  std::lock_guard<std::mutex> lock(busy);
+  team->run(tokens, some);
 }
 
 }  // namespace
@@ -1217,8 +1527,10 @@ void (*lines_of(int32_t op))(const Step&, int64_t) {
 extern "C" {
 
 void run_steps(const Step* steps, int64_t count) {
-  for (const Step* s = steps; s < steps + count; s++) {
-    if (s->op == LINEAR) {
+  for (const Step* s = steps; s < steps + count; s += std::max<int64_t>(1, s->together)) {
+    if (s->together) {
+      run_together(s);
+    } else if (s->op == LINEAR) {
       const Weight* w = static_cast<const Weight*>(s->call);
       linear(w, s->in[0].data, s->sizes[0], w->k, s->out.data, s->out.type);
     } else if (s->op == ROWS_OF) {
@@ -1229,17 +1541,7 @@ void run_steps(const Step* steps, int64_t count) {
     } else if (s->op == WRITE_CACHE) {
       write_cache(static_cast<const Copy*>(s->call));
     } else {
-      const int64_t lines = s->sizes[0] * s->sizes[1] * s->sizes[2];
-      const auto body = lines_of(s->op);
-      auto some = [&](int64_t b, int64_t e) {
-        for (int64_t i = b; i < e; i++) body(*s, i);
-      };
-      if (lines * s->sizes[3] < WORTH_SHARING) {
-        some(0, lines);
-      } else {
-        std::lock_guard<std::mutex> lock(busy);
-        team->run(lines, some);
-      }
+      lines_of(s->op)(*s, 0, s->sizes[0]);
     }
   }
 }

@@ -19,6 +19,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from transformers_api.engine.native.library import Operand, Step
+from transformers_api.engine.native.lines import (
+    DIMENSIONS,
+    KERNELS,
+    Lines,
+    NotRecordable,
+    Unit,
+    plain_lines,
+    units,
+)
 from transformers_api.engine.native.recorder import OPS, Recorded, Recorder, Ref, Shown
 
 Words = NDArray[numpy.int64]
@@ -26,16 +35,9 @@ Pair = tuple[int, int]
 Numbers = tuple[int, ...]
 Shape = tuple[Numbers, Numbers]  # sizes, strides
 OPERAND_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int64: 3}  # kernels.cpp
-DIMENSIONS = 4
 ALIGNMENT = 64
 WORD = 8
 STEP_WORDS = ctypes.sizeof(Step) // WORD
-UNITS = ("mean", "layer_norm", "gather")  # these need the last dimension whole
-KERNELS = ("linear", "attention", "write_cache", "rows_of")
-
-
-class NotRecordable(Exception):
-    """The forward pass has something in it that the native program cannot do."""
 
 
 @dataclass(frozen=True)
@@ -133,11 +135,16 @@ class _Planner:
         self.steps, self.calls = _Words(), _Words()
         self.cache_words: list[tuple[int, int, int]] = []
         self.kept: list[Tensor] = []
+        self.units: list[Unit] = list(units(self._pairs(), self.sizes))
         self.places, self.memory = self._lay_out()
 
     def plan(self) -> Plan:
-        for pair in self._pairs():
-            self._add_step(*pair)
+        for unit in self.units:
+            for nth, pair in enumerate(self._pairs()[unit.begin : unit.end]):
+                at = self._add_step(*pair, unit.lines[nth] if unit.lines else None)
+                if unit.lines and not nth:
+                    count = unit.end - unit.begin
+                    self._set(self.steps, at + Step.together.offset // WORD, (count, count))
         inputs = [self._place(r) for r in self._input_refs()]
         result = self._result_ref()
         if result[0].tensor.dtype != torch.float32 or not result[0].is_dynamic:
@@ -205,14 +212,18 @@ class _Planner:
         return self.a.recorder.ref(self.a.result), self.b.recorder.ref(self.b.result)
 
     def _lay_out(self) -> tuple[dict[Pair, Pair], Pair]:
-        """(where each storage lies, bytes in all): memory is used again after its last use."""
+        """(where each storage lies, bytes in all): memory is used again after its last use.
+
+        Not within steps that are done together, where one thread is ahead of another.
+        """
         used = [
             {
                 (x.storage, y.storage)
+                for first, second in self._pairs()[unit.begin : unit.end]
                 for x, y in zip(first.refs, second.refs, strict=True)
                 if x.is_dynamic
             }
-            for first, second in self._pairs()
+            for unit in self.units
         ]
         last = {pair: i for i, pairs in enumerate(used) for pair in pairs}
         forever = [(x.storage, y.storage) for x, y in [*self._input_refs(), self._result_ref()]]
@@ -261,24 +272,26 @@ class _Planner:
         self.kept.append(x.tensor)
         return (x.tensor.data_ptr(), x.tensor.data_ptr()), False
 
-    def _add_step(self, a: Recorded, b: Recorded) -> None:
+    def _add_step(self, a: Recorded, b: Recorded, lines: Lines | None) -> int:
         if a.number != b.number or type(a.call) is not type(b.call):
             raise NotRecordable("numbers that depend on the size")
         sizes: Shape = (*a.sizes, 1, 1, 1), (*b.sizes, 1, 1, 1)
         strides: Any = [[(0,) * DIMENSIONS] * len(a.refs)] * 2
-        if a.op not in KERNELS:
-            sizes, strides = _lines(a.op, (a.sizes, b.sizes), (_shapes(a), _shapes(b)))
+        if lines or a.op not in KERNELS:
+            lines = lines or plain_lines(a, b)
+            sizes, strides = lines.sizes, lines.strides
         count = len(a.refs) - 1
         at = self.steps.add(*(_step(a.op, count, a.number, n[:DIMENSIONS]) for n in sizes))
         if a.fields:
             self._add_call(a, b, at)
-            return
+            return at
         if isinstance(a.call, int):
             self._set(self.steps, at + Step.call.offset // WORD, (a.call, b.call))
         for i, pair in enumerate(zip(a.refs, b.refs, strict=True)):
             is_out = i == len(a.refs) - 1
             offset = Step.out.offset if is_out else Step.inputs.offset + i * ctypes.sizeof(Operand)
             self._add_operand(at + offset // WORD, pair, (strides[0][i], strides[1][i]))
+        return at
 
     def _add_operand(
         self, at: int, pair: tuple[Ref, Ref], strides: tuple[tuple[int, ...], tuple[int, ...]]
@@ -321,77 +334,18 @@ def _rounded(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
+
 def _as_words(struct: ctypes.Structure) -> list[int]:
     words: list[int] = numpy.frombuffer(bytes(struct), numpy.int64).tolist()
     return words
 
 
-# What follows is asked again for every layer of a model, and they are all alike.
-
-
 @functools.lru_cache(4096)
-def _step(op: str, count: int, number: float, sizes: Numbers) -> Sequence[int]:
-    """The words of a step with so many operands, which are not filled in."""
+def _step(op: str, count: int, number: float, sizes: tuple[int, ...]) -> list[int]:
+    """The words of a step with so many operands, which are not filled in.
+
+    Asked again for every layer of a model, and they are all alike.
+    """
     step = Step(op=OPS.index(op), operands=count, number=number)
     step.sizes = sizes
     return _as_words(step)
-
-
-def _shapes(recorded: Recorded) -> tuple[Shape, ...]:
-    return tuple((tuple(ref.tensor.shape), ref.tensor.stride()) for ref in recorded.refs)
-
-
-@functools.lru_cache(4096)
-def _lines(
-    op: str, of: Shape, shapes: tuple[tuple[Shape, ...], tuple[Shape, ...]]
-) -> tuple[Shape, list[list[Numbers]]]:
-    """(sizes, strides of the operands) for both, in four dimensions: as few as describe them.
-
-    ``of``: the sizes of the operation in both recordings; ``shapes``: of its operands in each.
-    """
-    strides = [
-        [_strides(op, len(sizes), given, i) for i in range(len(given))]
-        for sizes, given in zip(of, shapes, strict=True)
-    ]
-    last = len(of[0]) - 1
-    dims: list[tuple[tuple[int, int], tuple[tuple[int, ...], ...]]] = []
-    for d, size in enumerate(zip(*of, strict=True)):
-        is_unit = d == last and op in UNITS
-        if size == (1, 1) and not is_unit:
-            continue
-        inner = tuple(tuple(s[d] for s in each) for each in strides)
-        if dims and not is_unit and _follow(dims[-1][1], size, inner):
-            outer = dims.pop()[0]
-            size = outer[0] * size[0], outer[1] * size[1]
-        dims.append((size, inner))
-    if len(dims) > DIMENSIONS:
-        raise NotRecordable(f"{op} over {len(dims)} dimensions")
-    none = tuple((0,) * len(each) for each in strides)
-    dims = [((1, 1), none)] * (DIMENSIONS - len(dims)) + dims
-    sizes = tuple(size[0] for size, _ in dims), tuple(size[1] for size, _ in dims)
-    return sizes, [
-        [tuple(inner[which][i] for _, inner in dims) for i in range(len(strides[which]))]
-        for which in (0, 1)
-    ]
-
-
-def _follow(
-    outer: tuple[tuple[int, ...], ...], size: tuple[int, int], inner: tuple[tuple[int, ...], ...]
-) -> bool:
-    """Whether the outer dimension goes on where the inner one ends, for every operand."""
-    return all(
-        o == n * i
-        for n, outers, inners in zip(size, outer, inner, strict=True)
-        for o, i in zip(outers, inners, strict=True)
-    )
-
-
-def _strides(op: str, dimensions: int, shapes: tuple[Shape, ...], index: int) -> Numbers:
-    """Strides of an operand along the operation's dimensions; 0 where it is repeated."""
-    if op in ("layer_norm", "gather") and 0 < index < len(shapes) - 1:
-        return (0,) * dimensions  # weights, bias or a table: whole for every line
-    sizes, strides = shapes[index]
-    if op == "gather" and index == 0:
-        sizes, strides = (*sizes, 1), (*strides, 0)
-    own = tuple(0 if n == 1 else s for n, s in zip(sizes, strides, strict=True))
-    return (0,) * (dimensions - len(own)) + own

@@ -101,6 +101,7 @@ class Step(ctypes.Structure):
         ("inputs", Operand * 3),
         ("number", c_double),
         ("call", c_void_p),
+        ("together", c_int64),
     )
 
 

@@ -12,14 +12,9 @@ import numpy
 import torch
 from torch import Tensor
 
-from transformers_api.engine.native.layout import (
-    Learned,
-    Line,
-    NotRecordable,
-    Plan,
-    make_plan,
-)
+from transformers_api.engine.native.layout import Learned, Line, Plan, make_plan
 from transformers_api.engine.native.library import Library
+from transformers_api.engine.native.lines import NotRecordable
 from transformers_api.engine.native.recorder import record
 
 log = logging.getLogger(__name__)
