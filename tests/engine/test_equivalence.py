@@ -9,6 +9,13 @@ import transformers as tf
 from tests.engine.models import BATCHED, SEQUENTIAL, generate, prompts_of, tiny_model
 from tests.engine.reading import GREEDY, ask, complete
 
+
+@pytest.fixture(scope="module", params=["native", "torch"])
+def native_default(request):
+    """Every engine here, on the kernels and without them."""
+    return request.getfixturevalue("native_cache") if request.param == "native" else None
+
+
 LENGTHS = [9, 3, 14, 5, 7, 2, 11]  # so that sequences finish in another order than they came
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from tests.engine.models import BATCHED, IDS, SEQUENTIAL, SIZES, prompts_of
 from tests.inspection.models import tiny
 from transformers_api.engine.loader import LoadOptions, load_engine
+from transformers_api.engine.native.linear import NativeLinear
 from transformers_api.engine.packed_linear import PackedLinear
 from transformers_api.engine.thread import EngineThread
 from transformers_api.inspection.attachment import Attachment
@@ -129,10 +130,12 @@ def test_gradients_are_those_of_autograd_on_the_unpacked_model(name, watch, refe
     assert watched.run(watched.inspector.check_gradients())
 
 
-def test_a_batching_engine_differentiates_through_packed_layers(watch):
-    watched = watch("llama")
+@pytest.mark.parametrize("packed", [PackedLinear, NativeLinear])
+def test_a_batching_engine_differentiates_through_packed_layers(watch, packed, request):
+    native = request.getfixturevalue("native_cache") if packed is NativeLinear else None
+    watched = watch("llama", native=native)
     kinds = watched.engine.call(lambda model: {type(each) for each in model.modules()}).result()
-    assert PackedLinear in kinds
+    assert packed in kinds
     assert nn.Linear not in kinds
     assert numpy.abs(ask(watched, SHORT, method="gradient_norm").scores).min() > 0
 

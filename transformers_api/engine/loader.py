@@ -22,7 +22,7 @@ from transformers_api.engine.base import EngineListener
 from transformers_api.engine.batching import BatchingEngine, EngineLimits
 from transformers_api.engine.graphs import GraphRunner, PaddedCache
 from transformers_api.engine.kv_cache import SlotCache
-from transformers_api.engine.memory import available_bytes, release_memory
+from transformers_api.engine.memory import available_bytes, release_memory, trim_memory
 from transformers_api.engine.model_runner import ModelRunner, Runner, SequentialRunner
 from transformers_api.engine.native.drawing import NativeRace
 from transformers_api.engine.native.library import Library
@@ -109,6 +109,7 @@ def load_engine(
             options.check_room(numbers * DTYPE_BYTES.get(options.dtype, 4))
         engine = start(replace(options, native=None))
     thread.engines.append(engine)
+    trim_memory()  # of what loading and packing needed in between
     return engine
 
 

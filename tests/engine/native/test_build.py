@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
-import torch
 
+from tests.servers import ROOT
 from transformers_api.engine.native import build as building
 from transformers_api.engine.native.build import NativeUnavailable, build, find
 from transformers_api.engine.native.cores import usable_cores
-from transformers_api.engine.native.library import Library, load_library
-from transformers_api.engine.native.linear import PackedWeight, WeightMemory
+from transformers_api.engine.native.library import load_library
 from transformers_api.engine.native.provision import Provision
 
 
@@ -116,26 +116,37 @@ def test_a_damaged_library_is_no_reason_to_fail(tmp_path, library_file, caplog):
     assert "No native kernels" in caplog.text
 
 
-def build_and_use(cache: str, start, results) -> None:
-    start.wait()
-    library = Library(build(Path(cache)), 1)
-    packed = PackedWeight(library, [torch.ones(3, 5)], "float32", WeightMemory())
-    results.put(packed.multiply(torch.ones(1, 5)).tolist())
+ASK = """
+import sys
+from pathlib import Path
+from transformers_api.engine.native.build import build
+print("asking", flush=True)
+print(build(Path(sys.argv[1])), flush=True)
+"""
+
+
+def asking(cache: Path) -> subprocess.Popen[str]:
+    """Another process that wants the library."""
+    return subprocess.Popen(
+        [sys.executable, "-c", ASK, str(cache)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
 
 
 def test_of_two_processes_at_once_one_compiles(tmp_path, quick):
-    spawn = multiprocessing.get_context("spawn")
-    start, results = spawn.Barrier(2), spawn.Queue()
-    cache = tmp_path / "cache"
-    both = [
-        spawn.Process(target=build_and_use, args=(str(cache), start, results)) for _ in range(2)
-    ]
-    for process in both:
-        process.start()
-    assert [results.get(timeout=50) for _ in both] == [[[5.0, 5.0, 5.0]]] * 2
-    for process in both:
-        process.join()
-    assert [path.suffix for path in cache.iterdir()] == [".so"]
+    go, cache = tmp_path / "go", tmp_path / "cache"
+    os.mkfifo(go)
+    script(
+        quick / "g++",
+        f"echo called >>{quick}/calls; read -r line <{go}; for to; do :; done; "
+        f'cp {quick}/made "$to"',
+    )
+    with asking(cache) as first, go.open("w") as compiler_waits, asking(cache) as second:
+        for process in (first, second):
+            assert process.stdout.readline() == "asking\n"
+        compiler_waits.write("on\n")
+        compiler_waits.close()
+        found = [process.stdout.read().strip() for process in (first, second)]
+    assert found == [str(path) for path in cache.iterdir()] * 2
     assert (quick / "calls").read_text() == "called\n"
 
 
