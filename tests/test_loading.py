@@ -164,3 +164,14 @@ def test_with_native_kernels_a_large_model_needs_two_bytes_per_weight(
         native_loader.check_memory(
             replace(spec, dtype="float32"), files(10**9, "bfloat16"), freed_bytes=0
         )
+
+
+def test_narrow_weights_need_less_memory(native_loader, spec, monkeypatch):
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 1 * GIB)
+    for quantization, parameters in (("int8", 8 * 10**8), ("int4", 10**9)):
+        narrow = replace(spec, quantization=quantization)
+        native_loader.check_memory(narrow, files(parameters), freed_bytes=0)
+        with pytest.raises(InsufficientMemory):
+            native_loader.check_memory(spec, files(parameters), freed_bytes=0)
+        with pytest.raises(InsufficientMemory):
+            native_loader.check_memory(narrow, files(parameters * 3 // 2), freed_bytes=0)

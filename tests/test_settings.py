@@ -59,6 +59,7 @@ def test_values_come_from_the_environment_by_name_or_by_alias(environ, name, val
         ("CORS_ALLOW_ORIGINS", "good.example", "exact origins"),
         ("CORS_ALLOW_ORIGINS", "null", "exact origins"),
         ("TRUSTED_PROXIES", "10.0.0.0/8", "a whole number from 0 to 16"),
+        ("QUANTIZATION", "int3", "one of none, int8, int4"),
         ("RATE_LIMIT_TOKENS_PER_MIN", "0", "a whole number from 1"),
     ],
 )
@@ -69,6 +70,13 @@ def test_a_bad_value_is_one_line_with_name_value_and_what_is_allowed(name, value
     assert message.startswith(f"{name}={value!r} is not allowed")
     assert expected in message
     assert "\n" not in message
+
+
+def test_quantization_needs_the_native_kernels():
+    with pytest.raises(SettingError, match=r"^QUANTIZATION=int8 is not allowed: it needs NATIVE_"):
+        Settings.from_env({"QUANTIZATION": "int8", "NATIVE_KERNELS": "false"})
+    settings = Settings.from_env({"QUANTIZATION": "int8", "NATIVE_KERNELS": "true"})
+    assert settings.quantization == "int8"
 
 
 @pytest.mark.parametrize("value", ["localhost:6379", "http://secret@a", "redis://secret@a:port"])

@@ -188,6 +188,7 @@ def test_every_field_reaches_the_spec(tmp_path: Path) -> None:
         "package": "some-package",
         "file": "some/model.gguf",
         "dtype": "bfloat16",
+        "quantization": "int8",
         "device": "cuda:1",
         "max_context_tokens": 4096,
         "chat": "transcript",
@@ -201,6 +202,7 @@ def test_every_field_reaches_the_spec(tmp_path: Path) -> None:
         name="x",
         source=PackageSource("some-package", "some/model.gguf"),
         dtype="bfloat16",
+        quantization="int8",
         device="cuda:1",
         max_context_tokens=4096,
         chat="transcript",
@@ -250,6 +252,16 @@ def test_yaml_is_read_and_its_bare_off_means_chat_off(tmp_path: Path) -> None:
             {"name": "x", "path": "p", "dtype": "fp8"},
             "entry 2 (x): dtype 'fp8' is not allowed: expected one of auto, float32, bfloat16",
             id="dtype",
+        ),
+        pytest.param(
+            {"name": "x", "path": "p", "quantization": "int3"},
+            "quantization 'int3' is not allowed: expected one of none, int8, int4",
+            id="quantization",
+        ),
+        pytest.param(
+            {"name": "x", "path": "p", "quantization": "int8", "embedding": "encoder"},
+            "entry 2 (x): quantization is for models that generate",
+            id="quantized-encoder",
         ),
         pytest.param(
             {"name": "x", "path": "p", "device": "tpu"}, "expected auto, cpu", id="device"

@@ -44,11 +44,15 @@ def in_bytes(x: torch.Tensor) -> torch.Tensor:
     return ((wide / step).round() * step).view(len(x), -1)[:, : x.shape[1]]
 
 
-def made_of_four_bits(rows: int, columns: int) -> torch.Tensor:
-    """As a four-bit file says it: 0..15 times a scale, plus a minimum, both in half precision."""
+def made_of_four_bits(rows: int, columns: int, largest: int) -> torch.Tensor:
+    """As a four-bit file says it: 0..15 times a scale, plus a minimum, both in half precision.
+
+    Not every group needs all of them; ``largest`` is what occurs in all.
+    """
     count = rows * columns // GROUP
-    steps = torch.randint(0, 16, (count, GROUP), generator=torch.Generator().manual_seed(1))
-    steps[:, 0], steps[:, 1] = 0, 15
+    draw = torch.Generator().manual_seed(1)
+    steps = torch.randint(0, largest + 1, (count, GROUP), generator=draw)
+    steps[:, 0], steps[:, 1] = 0, largest
     scale, low = (random(count, 1, seed=n).half().float() for n in (2, 3))
     return (steps * scale.abs() + low).view(rows, columns)
 
@@ -88,9 +92,12 @@ def test_what_was_lost_is_told(library):
     assert packed(library, weight, "int8").error == 0.0
 
 
+@pytest.mark.parametrize("largest", [15, 12, 9])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_that_come_from_four_bits_lose_nothing_but_their_own_rounding(library, dtype):
-    weight = made_of_four_bits(64, 256)
+def test_weights_that_come_from_four_bits_lose_nothing_but_their_own_rounding(
+    library, dtype, largest
+):
+    weight = made_of_four_bits(64, 256, largest)
     kept = packed(library, weight.to(dtype))
     assert kept.error < (1e-6 if dtype == torch.float32 else 4e-3)
     assert error(kept.dense(), weight) < (1e-6 if dtype == torch.float32 else 4e-3)

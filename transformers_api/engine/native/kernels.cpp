@@ -1014,8 +1014,8 @@ void try_line(const __m512 (&x)[GROUP], __m512 scale, __m512 low, Nibbles& best)
           best);
 }
 
-// From the whole range of each group on, narrower and wider ones, each as the line nearest to the
-// numbers. Numbers that four bits were made of before are found at once.
+// Numbers that were made of four bits before are found by how many steps their range has. Others:
+// from the whole range of each group on, narrower and wider ones, each as the line nearest to them.
 Nibbles fitted(const __m512 (&x)[GROUP]) {
   __m512 low = x[0], high = x[0], square = _mm512_setzero_ps();
   for (const __m512& v : x) {
@@ -1024,9 +1024,11 @@ Nibbles fitted(const __m512 (&x)[GROUP]) {
   }
   const __m512 range = _mm512_sub_ps(high, low);
   Nibbles best{low, low, _mm512_set1_ps(std::numeric_limits<float>::infinity())};
-  try_out(x, _mm512_div_ps(range, _mm512_set1_ps(15)), low, best);
   const __m512 nothing = _mm512_mul_ps(square, _mm512_set1_ps(1e-7f));
-  if (_mm512_cmp_ps_mask(best.error, nothing, _CMP_LE_OQ) == 0xffff) return best;
+  for (float levels = 15; levels >= 8; levels--) {
+    try_out(x, _mm512_div_ps(range, _mm512_set1_ps(levels)), low, best);
+    if (_mm512_cmp_ps_mask(best.error, nothing, _CMP_LE_OQ) == 0xffff) return best;
+  }
   const __m512 middle = _mm512_fmadd_ps(range, _mm512_set1_ps(.5f), low);
   for (float levels = 13; levels < 20; levels += .5f) {
     const __m512 scale = _mm512_div_ps(range, _mm512_set1_ps(levels));
