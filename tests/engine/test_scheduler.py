@@ -195,3 +195,11 @@ def test_a_short_prompt_does_not_wait_for_a_long_one():
     read = [seqs[0] for seqs, width in steps(scheduler, 6) if width > 1]
     assert read.index(short) < 2
     assert read.count(long) > 1, "nor does the long one for many short ones"
+
+
+def test_what_one_prompt_leaves_of_its_turn_is_the_next_ones():
+    scheduler = Scheduler(Rows(4, 512, 1 << 20), 4, prefill_chunk=100, busy_chunk=32)
+    one, two, three = (sequence([n] * 38, 90, 512) for n in (1, 2, 3))
+    for seq in (one, two, three):
+        scheduler.add(seq)
+    assert [width for _, width in steps(scheduler, 7)] == [38, 1, 32, 1, 6, 26, 1]

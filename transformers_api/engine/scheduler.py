@@ -16,6 +16,7 @@ from typing import Protocol
 from transformers_api.engine.base import FinishReason
 from transformers_api.engine.sequence import Sequence
 
+WORTH_READING = 16  # tokens of a prompt: a pass of fewer takes nearly as long
 PER_DECODING = 3  # tokens of a prompt, which take as long as two decode steps of one of many
 
 
@@ -159,8 +160,9 @@ class Scheduler:
         if prefilling:
             seq = min(prefilling, key=lambda seq: seq.turn)
             chunk = self._chunk()
-            width = min(chunk, seq.num_pending)
-            if not self.num_decoding or self._prefilled + width <= chunk:
+            left = chunk - self._prefilled if self.num_decoding else chunk
+            width = min(left, seq.num_pending)
+            if width >= min(WORTH_READING, chunk, seq.num_pending):
                 self._prefilled += width
                 self._turn += 1
                 seq.turn = self._turn
