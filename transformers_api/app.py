@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flask import Flask
 
@@ -50,11 +50,7 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
     swapper = Swapper(
         registry,
         loader,
-        swap_after_s=settings.swap_after_s,
-        drain_s=settings.drain_s,
-        wait_s=settings.model_wait_s,
-        min_resident_s=settings.swap_min_resident_s,
-        idle_unload_s=settings.idle_unload_s,
+        **_patience(settings),
         overlap=settings.swap_overlap,
         auto_load=settings.auto_load,
         listener=_listeners(metrics, readiness),
@@ -127,13 +123,20 @@ def _encoders(
     return Swapper(
         EncoderRegistry(registry),
         loader,
-        swap_after_s=settings.swap_after_s,
-        drain_s=settings.drain_s,
-        wait_s=settings.model_wait_s,
-        min_resident_s=settings.swap_min_resident_s,
-        idle_unload_s=settings.idle_unload_s,
+        **_patience(settings),
         listener=listener,
     )
+
+
+def _patience(settings: Settings) -> dict[str, Any]:
+    """How long a Swapper waits for what."""
+    return {
+        "swap_after_s": settings.swap_after_s,
+        "drain_s": settings.drain_s,
+        "wait_s": settings.model_wait_s,
+        "min_resident_s": settings.swap_min_resident_s,
+        "idle_unload_s": settings.idle_unload_s,
+    }
 
 
 def _preloaded(settings: Settings, registry: ModelRegistry) -> str | None:
