@@ -351,6 +351,11 @@ def has_activated_sockets() -> bool:
     return is_ours and os.environ.get("LISTEN_FDS", "0") != "0"
 
 
+def load_in_one_thread() -> None:
+    """Tell transformers, which would read the weights of a model with a pool of threads."""
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
+
+
 def take_notify_socket() -> str | None:
     """Where systemd wants to hear from this service; out of the environment from now on."""
     return os.environ.pop("NOTIFY_SOCKET", None)

@@ -308,16 +308,16 @@ class BatchingEngine:
             on_end=self._ended,
         )
         seq.request_id = logs.request_id.get()
-        if limits.torch_noise:
-            seq.generator = torch.Generator().manual_seed(seq.seed)
         return seq
 
     def _add(self, sequences: list[Sequence]) -> None:
         for seq in sequences:
             if self._closed:
                 seq.end(FinishReason.ERROR, self._closed)
-            else:
-                self.scheduler.add(seq)
+                continue
+            if self.limits.torch_noise:
+                seq.generator = torch.Generator().manual_seed(seq.seed)
+            self.scheduler.add(seq)
 
     def _abort(self, sequences: list[Sequence], index: int | None) -> None:
         for seq in sequences:

@@ -41,9 +41,11 @@ from transformers_api.engine.sampler import Sampler, TokenSampler
 from transformers_api.engine.suppressed_tokens import SuppressingRunner
 from transformers_api.engine.thread import EngineThread
 from transformers_api.errors import ModelLoadFailed
+from transformers_api.settings import load_in_one_thread
 
 log = logging.getLogger(__name__)
 disable_progress_bar()  # type: ignore[no-untyped-call]  # a server's log is no terminal
+load_in_one_thread()
 WINDOW_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
 BUSY_CHUNK = 32  # on a CPU, where more tokens in one pass take as long apiece
 OWN_THREADS = torch.get_num_threads()
