@@ -11,7 +11,7 @@ Models that attend with code of their own compute the weights anyway: hooks read
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -53,17 +53,22 @@ class AttentionSource:
     has_sinks: bool = False  # hook: rows need not sum to 1
 
     @contextmanager
-    def watched(self, model: Any, watcher: Watcher) -> Iterator[None]:
+    def watched(
+        self, model: Any, watcher: Watcher, layers: Collection[int] | None = None
+    ) -> Iterator[None]:
         """Tell ``watcher`` of every layer that attends on this thread, until the end of the block.
 
-        Nothing is told of models whose mode is ``legacy`` or ``none``.
+        ``layers``: those that it may be told of; None: all. Nothing is told of models whose mode is
+        ``legacy`` or ``none``.
         """
         handles = [
             model.get_submodule(name).register_forward_hook(
                 partial(_pass_on, watcher, layer, index, self.has_sinks)
             )
             for layer, name, index in self.outputs
+            if layers is None or layer in layers
         ]
+        _watch.layers = layers
         _watch.by = watcher if self.mode is AttentionMode.TAP else None
         try:
             yield
@@ -75,6 +80,7 @@ class AttentionSource:
 
 class _Watch(threading.local):
     by: Watcher | None = None
+    layers: Collection[int] | None = None
 
 
 _watch = _Watch()
@@ -113,13 +119,18 @@ class Tap:
     ) -> Any:
         """What the wrapped function gives."""
         result = self.function(module, query, key, value, attention_mask, *args, **options)
-        layer = getattr(module, "layer_idx", None)
-        if _watch.by is not None and layer is not None:
+        if _watch.by is not None and self.wants(module):
             seen = Attended(
                 module, query, key, value, attention_mask, result[0], options, self.aligns_ends
             )
-            _watch.by(layer, seen)
+            _watch.by(module.layer_idx, seen)  # type: ignore[arg-type]
         return result
+
+    def wants(self, module: nn.Module) -> bool:
+        """Whether somebody watches this layer."""
+        layer = getattr(module, "layer_idx", None)
+        is_asked = layer is not None and (_watch.layers is None or layer in _watch.layers)
+        return _watch.by is not None and is_asked
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -95,7 +95,7 @@ class TracingRunner:
             for notes in wanted.get(layer, ()):
                 notes.rows.append(self._row(layer, weights, notes))
 
-        watch.enter_context(self.examined.source.watched(self.model, note))
+        watch.enter_context(self.examined.source.watched(self.model, note, wanted))
 
     def _row(self, layer: int, weights: Weights, notes: _Notes) -> AttentionRow:
         plan, seen = notes.plan, notes.context

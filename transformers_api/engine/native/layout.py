@@ -65,9 +65,10 @@ class Line:
 
 @dataclass(frozen=True)
 class View:
-    """A call whose tensors are there when the pass is over."""
+    """A call that can be shown when ``at`` steps have been done: its tensors are there then."""
 
     module: Any
+    at: int
     tensors: list[Line]  # place, sizes, strides
     dtypes: list[torch.dtype]
     cached: tuple[int, int] | None  # which tensors of the cache are its key and value
@@ -93,17 +94,14 @@ class Plan:
     width: int = STEP_WORDS
 
 
-def make_plan(a: Learned, b: Learned, cache: list[Tensor], *, is_open: bool = False) -> Plan:
-    """A plan for every size. Raises NotRecordable.
-
-    ``is_open``: what was shown is not overwritten before the end.
-    """
+def make_plan(a: Learned, b: Learned, cache: list[Tensor]) -> Plan:
+    """A plan for every size. Raises NotRecordable."""
     if failure := a.recorder.failure or b.recorder.failure:
         raise NotRecordable(failure)
     same = len(a.recorder.shown) == len(b.recorder.shown)
     if not same or [s.op for s in a.recorder.steps] != [s.op for s in b.recorder.steps]:
         raise NotRecordable("operations that depend on the size")
-    return _Planner(a, b, cache, is_open).plan()
+    return _Planner(a, b, cache).plan()
 
 
 @dataclass
@@ -126,12 +124,11 @@ class _Words:
 class _Planner:
     """Goes through two recordings side by side."""
 
-    def __init__(self, a: Learned, b: Learned, cache: list[Tensor], is_open: bool) -> None:
+    def __init__(self, a: Learned, b: Learned, cache: list[Tensor]) -> None:
         self.a, self.b = a, b
         self.cache = {t.untyped_storage().data_ptr(): i for i, t in enumerate(cache)}
         self.sizes = a.size, b.size
-        both = zip(a.recorder.shown, b.recorder.shown, strict=True)
-        self.shown = list(both) if is_open else []
+        self.shown = list(zip(a.recorder.shown, b.recorder.shown, strict=True))
         self.steps, self.calls = _Words(), _Words()
         self.cache_words: list[tuple[int, int, int]] = []
         self.kept: list[Tensor] = []
@@ -176,16 +173,24 @@ class _Planner:
     def _view(self, x: Shown, y: Shown) -> View:
         pairs = self._shown_refs(x, y)
         cached = [t.untyped_storage().data_ptr() for t in (x.key, x.value) if t is not None]
-        later = [r.refs[-1].storage for r in self.a.recorder.steps[x.at :] if r.op != "write_cache"]
-        if any(pair[0].storage in later for pair in pairs):
-            raise NotRecordable("results of a layer that are changed later")
+        if len({pair[0].storage for pair in pairs}) < len(pairs):
+            raise NotRecordable("a layer that changes what it is given")
+        end = self.units[self._unit_of(x)].end
+        after = [r for r in self.a.recorder.steps[x.at : end] if r.op != "write_cache"]
+        if {pair[0].storage for pair in pairs} & {r.refs[-1].storage for r in after}:
+            raise NotRecordable("results of a layer that are changed at once")
         return View(
             x.module,
+            end,
             [self._described(pair) for pair in pairs],
             [tensor.dtype for tensor in x.tensors],
             (self.cache[cached[0]], self.cache[cached[1]]) if cached else None,
             x.options,
         )
+
+    def _unit_of(self, shown: Shown) -> int:
+        """Which steps have to be done before the call can be shown."""
+        return next(i for i, unit in enumerate(self.units) if shown.at <= unit.end)
 
     def _shown_refs(self, x: Shown, y: Shown) -> list[tuple[Ref, Ref]]:
         refs = [[one.recorder.ref(t) for t in s.tensors] for one, s in ((self.a, x), (self.b, y))]
@@ -225,10 +230,12 @@ class _Planner:
             }
             for unit in self.units
         ]
+        for shown in self.shown:  # still there when it is shown
+            used[self._unit_of(shown[0])] |= {
+                (x.storage, y.storage) for x, y in self._shown_refs(*shown)
+            }
         last = {pair: i for i, pairs in enumerate(used) for pair in pairs}
         forever = [(x.storage, y.storage) for x, y in [*self._input_refs(), self._result_ref()]]
-        for shown in self.shown:
-            forever += [(x.storage, y.storage) for x, y in self._shown_refs(*shown)]
         places: dict[Pair, Pair] = {}
         free: dict[Pair, list[Pair]] = {}
         end = (0, 0)
@@ -332,7 +339,6 @@ class _Planner:
 
 def _rounded(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
-
 
 
 def _as_words(struct: ctypes.Structure) -> list[int]:

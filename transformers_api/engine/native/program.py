@@ -6,13 +6,13 @@ import ctypes
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy
 import torch
 from torch import Tensor
 
-from transformers_api.engine.native.layout import Learned, Line, Plan, make_plan
+from transformers_api.engine.native.layout import Learned, Line, Plan, View, make_plan
 from transformers_api.engine.native.library import Library
 from transformers_api.engine.native.lines import NotRecordable
 from transformers_api.engine.native.recorder import record
@@ -33,7 +33,6 @@ class RecordedPass:
         self.refused = ""
         self._learned: list[Learned] = []
         self._program: Program | None = None
-        self._open: Program | None = None
 
     @property
     def is_ready(self) -> bool:
@@ -53,31 +52,32 @@ class RecordedPass:
         if len(self._learned) == 2 and not self.refused:
             try:
                 first, second = self._learned
-                plans = [make_plan(first, second, cache, is_open=each) for each in (False, True)]
-                self._program, self._open = (Program(self.library, plan) for plan in plans)
+                self._program = Program(self.library, make_plan(first, second, cache))
             except NotRecordable as error:
                 self.refused = str(error)
                 log.info("Forward passes are not recorded: %s", error)
             self._learned = []
         return result
 
-    def run(self, size: int, inputs: list[Tensor], cache: list[Tensor], first: int) -> Tensor:
-        """The result, until the next call. ``first``: the cache's row of the pass's first row."""
-        assert self._program is not None
-        return self._program.run(size, inputs, cache, first)
+    def run(
+        self,
+        size: int,
+        inputs: list[Tensor],
+        cache: list[Tensor],
+        first: int,
+        watch: Watch | None = None,
+    ) -> Tensor:
+        """The result, until the next call. ``first``: the cache's row of the pass's first row.
 
-    def run_open(
-        self, size: int, inputs: list[Tensor], cache: list[Tensor], first: int
-    ) -> tuple[Tensor, list[Seen]]:
-        """The same to the bit, with what can be seen of it, until the next call."""
-        assert self._open is not None
-        result = self._open.run(size, inputs, cache, first)
-        return result, self._open.seen()
+        ``watch`` is shown what it wants to see while the pass stands still.
+        """
+        assert self._program is not None
+        return self._program.run(size, inputs, cache, first, watch)
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """A call of the pass that just ran: see recorder.Shown.
+    """A call that the pass has just done: see recorder.Shown.
 
     ``cached``: which tensors of the cache are its key and value.
     """
@@ -86,6 +86,18 @@ class Seen:
     tensors: list[Tensor]
     cached: tuple[int, int] | None
     options: dict[str, Any]
+
+
+class Watch(Protocol):
+    """Who looks at a pass. What it is shown is overwritten when the pass goes on."""
+
+    def wants(self, view: View) -> bool:
+        """Whether this call is to be shown."""
+        ...
+
+    def show(self, seen: Seen) -> None:
+        """See the call."""
+        ...
 
 
 class Program:
@@ -98,10 +110,16 @@ class Program:
         self._steps = plan.steps.at(plan.size)
         self._memory = torch.zeros(0, dtype=torch.uint8)
         self._size = 0
-        self._seen: list[Seen] = []
         self._cache: Any = None
 
-    def run(self, size: int, inputs: list[Tensor], cache: list[Tensor], first: int) -> Tensor:
+    def run(
+        self,
+        size: int,
+        inputs: list[Tensor],
+        cache: list[Tensor],
+        first: int,
+        watch: Watch | None,
+    ) -> Tensor:
         """See RecordedPass."""
         if size != self._size:
             self._resize(size)
@@ -112,8 +130,18 @@ class Program:
         base = self._base
         for place, given in zip(self._inputs, inputs, strict=True):
             ctypes.memmove(base + int(place), given.data_ptr(), given.nbytes)
-        self.library.long.run_steps(self._steps.ctypes.data, len(self._steps) // self.plan.width)
+        done = 0
+        for view in self.plan.views if watch else ():
+            if watch and watch.wants(view):
+                self._go_on(done, view.at)
+                done = view.at
+                watch.show(self._seen(view))
+        self._go_on(done, len(self._steps) // self.plan.width)
         return self._result
+
+    def _go_on(self, begin: int, end: int) -> None:
+        address = self._steps.ctypes.data + begin * self.plan.width * self._steps.itemsize
+        self.library.long.run_steps(address, end - begin)
 
     @property
     def _base(self) -> int:
@@ -132,24 +160,10 @@ class Program:
         self._inputs = plan.inputs.at(size)
         self._size, self._cache = size, None
         self._result = self._tensor(plan.result, torch.float32)
-        self._seen = []
 
-    def seen(self) -> list[Seen]:
-        """What an open plan shows of the pass that just ran."""
-        if not self._seen:
-            self._seen = self._look()
-        return self._seen
-
-    def _look(self) -> list[Seen]:
-        return [
-            Seen(
-                view.module,
-                [self._tensor(*each) for each in zip(view.tensors, view.dtypes, strict=True)],
-                view.cached,
-                view.options,
-            )
-            for view in self.plan.views
-        ]
+    def _seen(self, view: View) -> Seen:
+        tensors = [self._tensor(*each) for each in zip(view.tensors, view.dtypes, strict=True)]
+        return Seen(view.module, tensors, view.cached, view.options)
 
     def _tensor(self, line: Line, dtype: torch.dtype) -> Tensor:
         place, *shape = (int(n) for n in line.at(self._size))

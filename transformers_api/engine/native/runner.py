@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from transformers_api.engine.kv_cache import MIN_LENGTH
 from transformers_api.engine.model_runner import MaskBuilder, ModelRunner
-from transformers_api.engine.native.attention import CausalRows, describe_mask, show_attention
+from transformers_api.engine.native.attention import CausalRows, describe_mask
 from transformers_api.engine.native.cache import NativeCache
 from transformers_api.engine.native.library import Library
-from transformers_api.engine.native.program import RecordedPass, Seen
+from transformers_api.engine.native.program import RecordedPass
 from transformers_api.engine.native.recorder import current
+from transformers_api.engine.native.showing import Showing
 from transformers_api.engine.scheduler import Batch
 
 DECODE_ROWS = (2, 3)  # sizes that are recorded; see layout.py
@@ -89,11 +90,10 @@ class NativeRunner(ModelRunner):
             recorded, size = self.prompt, batch.width
         else:
             recorded, size = self.decode, len(starts)
+        watch = None
         if batch.reaches_end and any(seq.observe for seq in batch.sequences):
-            logits, seen = recorded.run_open(size, inputs, tensors, first)
-            self._show(seen, inputs[1], first)
-        else:
-            logits = recorded.run(size, inputs, tensors, first)
+            watch = Showing(self.masks, inputs[1], tensors, first)
+        logits = recorded.run(size, inputs, tensors, first, watch)
         return logits[:, -keep:, : self.vocab_size]
 
     def _learn(
@@ -116,22 +116,6 @@ class NativeRunner(ModelRunner):
             **({"logits_to_keep": keep} if self._takes_keep else {}),
         ).logits
         return logits
-
-    def _show(self, seen: list[Seen], positions: Tensor, first: int) -> None:
-        """Tell whoever has hooks in the model what the pass made, as if it ran now."""
-        count = int(positions.max()) + 1
-        masks = self.masks.by_kind(positions, count)
-        by_window = {self.masks.windows[kind]: mask for kind, mask in masks.items()}
-        rows, tensors = slice(first, first + len(positions)), self.cache.tensors
-        for call in seen:
-            if call.cached is None:
-                stream, made = call.tensors
-                _pass_through(call.module, stream, (made,) if call.options["is_tuple"] else made)
-                continue
-            key, value = (tensors[index][rows, :, :count] for index in call.cached)
-            query, output = call.tensors
-            mask = by_window[call.options["window"]]
-            show_attention(call.module, (query, key, value, output), mask, call.options["options"])
 
 
 def _inputs(ids: Tensor, starts: list[int]) -> list[Tensor]:
@@ -158,18 +142,6 @@ def _note_layer(module: nn.Module, args: Any, kwargs: dict[str, Any], output: An
     made = output[0] if isinstance(output, tuple) else output
     if (recorder := current()) and stream is not None and isinstance(made, Tensor):
         recorder.show(module, [stream, made], options={"is_tuple": isinstance(output, tuple)})
-
-
-def _pass_through(module: nn.Module, stream: Tensor, made: Any) -> None:
-    """Call a module, and with it its hooks, for what has been computed."""
-    own = vars(module).get("forward")
-    module.forward = lambda *_args, **_kwargs: made
-    try:
-        module(stream)
-    finally:
-        del module.forward
-        if own is not None:
-            module.forward = own
 
 
 def _some_ids(rows: int, width: int) -> Tensor:
