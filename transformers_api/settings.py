@@ -130,7 +130,7 @@ class Settings:
         256,
         to.integer(1, 65536),
         "Most prompt tokens per step; on a CPU fewer while answers "
-        "are written: 32, or three for each of them.",
+        "are written: 32 for each waiting prompt, or three for each answer.",
     )
     prompt_lookup_tokens: int = _setting(
         0,

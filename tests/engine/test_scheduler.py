@@ -185,6 +185,17 @@ def test_the_more_decode_the_more_of_a_prompt_is_read_between_two_steps():
     assert ([late], 24) in steps(scheduler, 2)
 
 
+def test_the_more_prompts_wait_the_more_is_read_between_two_steps():
+    scheduler = Scheduler(Rows(5, 512, 1 << 20), 5, prefill_chunk=100, busy_chunk=16)
+    scheduler.add(sequence([1], 90))
+    steps(scheduler, 2)
+    for token in range(2, 12):  # four of them can have a slot
+        scheduler.add(sequence([token] * 150, 90, 512))
+    assert [width for _, width in steps(scheduler, 3)] == [64, 1, 64]
+    scheduler.waiting.clear()
+    assert [width for _, width in steps(scheduler, 3)] == [1, 16, 1]
+
+
 def test_a_short_prompt_does_not_wait_for_a_long_one():
     scheduler = Scheduler(Rows(4, 512, 1 << 20), 4, prefill_chunk=100, busy_chunk=16)
     long, short, other = (sequence([n] * k, 90, 512) for n, k in ((1, 400), (2, 10), (3, 10)))
@@ -202,4 +213,4 @@ def test_what_one_prompt_leaves_of_its_turn_is_the_next_ones():
     one, two, three = (sequence([n] * 38, 90, 512) for n in (1, 2, 3))
     for seq in (one, two, three):
         scheduler.add(seq)
-    assert [width for _, width in steps(scheduler, 7)] == [38, 1, 32, 1, 6, 26, 1]
+    assert [width for _, width in steps(scheduler, 7)] == [38, 26, 1, 12, 20, 1, 18]

@@ -60,7 +60,7 @@ class EngineLimits:
     context_overflow: ContextOverflow = None
     prompt_window: int | None = None  # with "crop": tokens of a prompt that are read
     torch_noise: bool = False  # sample as torch.multinomial with a seeded generator does
-    busy_chunk: int | None = None  # the same while others decode; None: as many
+    busy_chunk: int | None = None  # the same for one prompt while others decode; None: as many
     prompt_lookup_tokens: int = 0  # read ahead in a lone sequence that repeats itself
 
 

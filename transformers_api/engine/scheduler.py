@@ -149,9 +149,8 @@ class Scheduler:
     def schedule(self) -> Batch | None:
         """The next forward: a decode step, or one chunk of a prompt between two decode steps.
 
-        Between two decode steps prompts of so many tokens together are read as take the time of
-        about two, so that a long prompt never starves those who are decoding and many short ones
-        do not wait in line.
+        Between two decode steps only so many tokens of prompts are read (``_chunk``), so that a
+        long one never starves those who are decoding, and many short ones do not wait in line.
         """
         self._drop_cancelled()
         if self._may_admit():
@@ -171,10 +170,17 @@ class Scheduler:
         return Batch(self.running[: self.num_decoding], 1) if self.num_decoding else None
 
     def _chunk(self) -> int:
-        """Prompt tokens between two decode steps."""
+        """Prompt tokens between two decode steps: the more, the more prompts there are to read.
+
+        A prompt alone holds nobody up for long; many at once are done soon. And with many who
+        decode a step takes longer anyway.
+        """
         if not self.num_decoding:
             return self.prefill_chunk
-        return min(max(self.busy_chunk, PER_DECODING * self.num_decoding), self.prefill_chunk)
+        sequences = min(len(self.waiting) + len(self.running), self.num_slots)
+        prompts = sequences - self.num_decoding
+        wanted = max(self.busy_chunk * prompts, PER_DECODING * self.num_decoding)
+        return min(wanted, self.prefill_chunk)
 
     def _may_admit(self) -> bool:
         """One prompt is read at a time, for the next may begin alike; a short one goes between."""
