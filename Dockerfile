@@ -35,6 +35,7 @@ RUN python -m venv /venv \
 FROM ${BASE} AS kernels
 
 # The compiler stays behind. Whether a processor has what they need is asked where the image runs.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ \
     && rm -rf /var/lib/apt/lists/*

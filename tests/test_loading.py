@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +11,8 @@ import pytest
 from tests.engine.models import tiny_model
 from tests.tokenizers import byte_level
 from transformers_api.engine import memory
+from transformers_api.engine.native.build import find
+from transformers_api.engine.native.linear import NativeLinear
 from transformers_api.engine.thread import EngineThread
 from transformers_api.errors import InsufficientMemory, ModelLoadFailed
 from transformers_api.loading import ModelLoader
@@ -130,6 +134,41 @@ def test_the_dtype_that_is_served_counts_and_not_the_stored_one(loader, spec, mo
     with pytest.raises(InsufficientMemory):
         loader.check_memory(spec, billion, freed_bytes=0)
     assert loader.check_memory(replace(spec, dtype="bfloat16"), billion, freed_bytes=0)
+
+
+def test_nobody_waits_for_kernels_and_who_went_without_them_becomes_outdated(
+    tmp_path, spec, native_cache, monkeypatch
+):
+    go, folder = tmp_path / "go", tmp_path / "bin"
+    os.mkfifo(go)
+    folder.mkdir()
+    slow = folder / "g++"
+    slow.write_text(
+        f'#!/bin/sh\nread -r line <{go}; for to; do :; done; cp {find(native_cache)} "$to"\n'
+    )
+    slow.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    thread = EngineThread(1)
+    loader = loader_for(thread, tmp_path, native_cache=tmp_path / "kernels")
+    woken = threading.Event()
+    loader.wake = woken.set
+    without = loader.load(spec, prepared(loader, spec))
+    assert not without.is_outdated()
+    assert not runs_on_kernels(without)
+    go.write_text("on\n")
+    assert woken.wait(20)
+    assert without.is_outdated()
+    anew = loader.load(spec, prepared(loader, spec))
+    assert runs_on_kernels(anew)
+    assert not anew.is_outdated()
+    for model in (without, anew):
+        model.engine.close()
+    thread.stop()
+
+
+def runs_on_kernels(model):
+    kinds = model.engine.call(lambda model: {type(each) for each in model.modules()}).result()
+    return NativeLinear in kinds
 
 
 def test_the_devices_are_told_without_waiting(loader):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import stat
 import weakref
 
 import pytest
+import torch
 
 from tests.engine.models import BATCHED, prompts_of, tiny_model
 from tests.engine.reading import GREEDY, ask, complete, read
@@ -44,6 +46,27 @@ def test_greedy_tokens_are_those_of_the_engine_without_kernels(make_engine, nati
     native = make_engine(name, native=native_cache)
     assert isinstance(inner(native), NativeRunner)
     assert complete(native, *asked) == complete(make_engine(name, native=None), *asked)
+
+
+def prompt_scores(engine, prompt):
+    stream = engine.submit([ask(prompt, max_tokens=1, **GREEDY, prompt_logprobs=1)])
+    return torch.tensor([score.logprob for score in read(stream)[0][0].prompt_scores[1:]])
+
+
+@pytest.mark.parametrize(("dtype", "apart"), [("float32", 1e-4), ("bfloat16", 0.02)])
+@pytest.mark.parametrize("name", NATIVE)
+def test_what_is_thought_of_a_text_is_that_of_the_engine_without_kernels(
+    make_engine, native_cache, name, dtype, apart
+):
+    torch.manual_seed(0)
+    model = copy.deepcopy(tiny_model(name))
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data *= 3  # else nearly all tokens are as likely as the others
+    prompt = prompts_of(9)[-1]
+    native = prompt_scores(make_engine(model, native=native_cache, dtype=dtype), prompt)
+    plain = prompt_scores(make_engine(model, native=None), prompt)
+    assert (native - plain).norm() <= apart * (plain - plain.mean()).norm()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
