@@ -26,7 +26,7 @@ FLAGS = (
     *("-std=c++17", "-O3", "-shared", "-fPIC", "-pthread", "-ffp-contract=off"),
     *(f"-m{feature.replace('_', '')}" for feature in FEATURES),
 )
-TIMEOUT_S = 180
+TIMEOUT_S = 1800  # it has the lowest priority, and a server may be busy
 
 
 class NativeUnavailable(Exception):
