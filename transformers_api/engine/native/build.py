@@ -26,7 +26,7 @@ FLAGS = (
     *("-std=c++17", "-O3", "-shared", "-fPIC", "-pthread", "-ffp-contract=off"),
     *(f"-m{feature.replace('_', '')}" for feature in FEATURES),
 )
-TIMEOUT_S = 1800  # it has the lowest priority, and a server may be busy
+TIMEOUT_S = 1800  # it has a low priority, and a server may be busy
 
 
 class NativeUnavailable(Exception):
@@ -121,7 +121,7 @@ def _compile(compiler: str, target: Path) -> None:
 
 
 def _run(compiler: str, arguments: list[str]) -> None:
-    patient = [nice, "-n", "19"] if (nice := shutil.which("nice")) else []  # a server may be busy
+    patient = [nice, "-n", "10"] if (nice := shutil.which("nice")) else []  # a server may be busy
     command = [*patient, compiler, *arguments]
     try:
         done = subprocess.run(
