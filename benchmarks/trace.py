@@ -62,7 +62,10 @@ def cases(anatomy: Anatomy, rows: int) -> list[Case]:
 class Bench:
     """An engine whose steps are made by hand, on its own thread."""
 
-    def __init__(self, folder: Path, dtype: str, rows: int, context: int) -> None:
+    def __init__(
+        self, folder: Path, dtype: str, rows: int, context: int, native: Path | None
+    ) -> None:
+        self.native = native
         self.thread = EngineThread()
         self.engine, self.anatomy = self.thread.call(lambda: self._load(folder, dtype)).result()
         self.rows = rows
@@ -70,7 +73,7 @@ class Bench:
 
     def _load(self, folder: Path, dtype: str) -> tuple[BatchingEngine, Anatomy]:
         attachment = Attachment(slice_tokens=256)
-        options = LoadOptions(dtype=dtype, num_slots=max(16, 1), kv_cache_bytes=1 << 31)
+        options = LoadOptions(dtype=dtype, num_slots=16, kv_cache_bytes=1 << 31, native=self.native)
         engine = load_engine(folder, options, self.thread, attachment.wrap)
         self.thread.engines.remove(engine)  # nobody steps it but we
         assert attachment.examined is not None
@@ -171,6 +174,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--folder", type=Path, help="a model in the transformers format")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--native", type=Path, help="with native kernels, compiled into there")
     parser.add_argument("--steps", type=int, default=40, help="turns of each case")
     parser.add_argument("--rows", default="1,4")
     parser.add_argument("--context", type=int, default=256)
@@ -178,7 +182,7 @@ def main() -> None:
     folder = options.folder or default_model_folder()
     sizes: list[dict[str, int]] = []
     for rows in (int(part) for part in options.rows.split(",")):
-        bench = Bench(folder, options.dtype, rows, options.context)
+        bench = Bench(folder, options.dtype, rows, options.context, options.native)
         print(f"\n{rows} sequence{'s' if rows > 1 else ''}, one of them traced\n")
         print("| noted | step, ms | |\n| --- | ---: | ---: |")
         print("\n".join(table(bench.times(options.steps))))
@@ -190,7 +194,7 @@ def main() -> None:
     print("| attn | no attention | one layer | four layers |\n| --- | ---: | ---: | ---: |")
     for name in FORMATS:
         print(f"| {name} | " + " | ".join(f"{each[name]:,}" for each in sizes) + " |")
-    print(f"\n{folder.name}, {options.dtype}, {options.steps} turns. {processor()}.")
+    print(f"\n{folder.name}, {bench.anatomy.dtype}, {options.steps} turns. {processor()}.")
 
 
 if __name__ == "__main__":

@@ -9,9 +9,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.engine.models import prompts_of
 from tests.inspection.models import tiny
-from tests.inspection.test_trace import SHOWN
+from tests.inspection.test_trace import SHOWN, generate
+from transformers_api.engine.native import showing
+from transformers_api.engine.native.attention import show_attention
 from transformers_api.inspection.attention import Attended, Tap, install_tap
-from transformers_api.inspection.base import AttentionMode
+from transformers_api.inspection.base import AttentionMode, TracePlan
 from transformers_api.inspection.examination import examine
 
 TAPPED = {"gemma2", "gpt-oss-sinks", "gpt-neo-local", "bloom-alibi", "gpt-1-without-cache", "gptj"}
@@ -162,3 +164,34 @@ def test_a_soft_cap_a_bias_and_sinks_are_in_the_rows():
         torch.testing.assert_close(rows, extra[chosen, 3:, :-1])
         torch.testing.assert_close(sink, extra[chosen, 3:, -1])
     assert with_all.has_sinks
+
+
+def test_with_native_kernels_what_they_compute_is_verified(watch, native_cache, monkeypatch):
+    anatomy = watch("llama", native=native_cache, dtype="bfloat16").examined.anatomy
+    assert (anatomy.dtype, anatomy.mode) == ("bfloat16", AttentionMode.TAP)
+    assert anatomy.verified
+    assert anatomy.max_rel_err < 1e-5
+
+    def shown_wrongly(module, tensors, *args):
+        *given, output = tensors
+        show_attention(module, (*given, output * 1.1), *args)
+
+    monkeypatch.setattr(showing, "show_attention", shown_wrongly)
+    anatomy = watch("llama", native=native_cache, dtype="bfloat16").examined.anatomy
+    assert not anatomy.verified
+    assert anatomy.layers_with_attention == []
+
+
+def test_a_pass_shows_only_the_layers_that_are_asked_for(watch, native_cache, monkeypatch):
+    watched = watch("llama", native=native_cache)
+    shown = []
+
+    def noted(module, *args):
+        shown.append(module.layer_idx)
+        show_attention(module, *args)
+
+    monkeypatch.setattr(showing, "show_attention", noted)
+    (outputs,) = generate(watched.engine, prompts_of(1), TracePlan(layers=(1,)), max_tokens=3)
+    assert shown == [1] * len(outputs)
+    generate(watched.engine, prompts_of(1), TracePlan(topk=2), max_tokens=3)
+    assert len(shown) == len(outputs)

@@ -26,7 +26,8 @@ class Attachment:
         self, model: Any, limits: EngineLimits, runner: Runner, sampler: TokenSampler
     ) -> tuple[Runner, TokenSampler]:
         """See ``engine.loader.Wrap``."""
-        known = examine(model, vocab_size=limits.vocab_size, context=limits.max_model_len)
+        sizes = {"vocab_size": limits.vocab_size, "context": limits.max_model_len}
+        known = examine(model, **sizes, runner=runner)
         self.examined = known
         return TracingRunner(runner, model, known), TracingSampler(sampler, model, known)
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from transformers_api.engine.base import SamplingParams, SequenceRequest, TokenStream
+from transformers_api.engine.model_runner import Runner
+from transformers_api.engine.native.wiring import native_kind
+from transformers_api.engine.scheduler import Batch
+from transformers_api.engine.sequence import Sequence
 from transformers_api.inspection.attention import Attended, AttentionSource, Weights, install_tap
 from transformers_api.inspection.base import (
     Anatomy,
@@ -54,17 +59,20 @@ class _Probe:
 
     def __call__(self, layer: int, weights: Weights) -> None:
         if isinstance(weights, Attended):
-            self.layers[layer] = _Seen(
-                weights.heads, weights.kv_heads, weights.has_sinks, weights.error()
-            )
+            before = self.layers.get(layer)
+            error = max(weights.error(), before.error or 0 if before else 0)
+            self.layers[layer] = _Seen(weights.heads, weights.kv_heads, weights.has_sinks, error)
 
 
-def examine(model: Any, *, vocab_size: int, context: int) -> Examined:
-    """Run a few tokens and see. Never raises for a model that merely shows little."""
+def examine(model: Any, *, vocab_size: int, context: int, runner: Runner | None = None) -> Examined:
+    """Run a few tokens and see. Never raises for a model that merely shows little.
+
+    ``runner``: what serves the model, if that is not the model itself.
+    """
     config = model.config.get_text_config(decoder=True)
     ids = _probe_ids(model, vocab_size, context)
     parts = find_parts(model)
-    source, seen = _find_attention(model, ids, parts)
+    source, seen = _find_attention(model, runner, ids, parts)
     layers = _layers(config, source, seen, model.dtype)
     errors = [layer.max_rel_err for layer in layers if layer.max_rel_err is not None]
     shown = next((layer for layer in layers if layer.available), None)
@@ -80,7 +88,7 @@ def examine(model: Any, *, vocab_size: int, context: int) -> Examined:
         hidden_size=hidden,
         vocab_size=vocab_size,
         context=context,
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=native_kind(model) or str(model.dtype).removeprefix("torch."),
         mode=source.mode if shown else AttentionMode.NONE,
         implementation=source.implementation,
         verified=live,
@@ -104,7 +112,7 @@ def _probe_ids(model: Any, vocab_size: int, context: int) -> Tensor:
 
 
 def _find_attention(
-    model: Any, ids: Tensor, parts: Parts
+    model: Any, runner: Runner | None, ids: Tensor, parts: Parts
 ) -> tuple[AttentionSource, dict[int, _Seen]]:
     config = model.config.get_text_config(decoder=True)
     name = getattr(config, "_attn_implementation", None) or "eager"
@@ -112,7 +120,7 @@ def _find_attention(
         source = AttentionSource(AttentionMode.TAP, name)
         probe = _Probe()
         with source.watched(model, probe):
-            model(input_ids=ids, use_cache=False, return_dict=True)
+            _read(model, runner, ids)
         if probe.layers:
             return source, probe.layers
     if found := _weights_passing(model, ids):
@@ -132,6 +140,29 @@ def _find_attention(
         seen = {layer: _Seen(count, count, False) for layer, count in heads.items()}
         return AttentionSource(AttentionMode.LEGACY, name), seen
     return AttentionSource(AttentionMode.NONE, name), {}
+
+
+def _read(model: Any, runner: Runner | None, ids: Tensor) -> None:
+    """The pass that is looked at. With native kernels: a prompt and a step, as they are served."""
+    if runner is None or native_kind(model) is None:
+        model(input_ids=ids, use_cache=False, return_dict=True)
+        return
+    first, *rest = ids[0].tolist()
+    prompt, step = [first, *rest[:-1]], rest[-1:]
+    request = SequenceRequest(prompt, SamplingParams(max_tokens=2))
+    stream = TokenStream(1, lambda _: None)
+    seq = Sequence(
+        request, stream, 0, eos_token_ids=frozenset(), max_model_len=1 << 30, observe={"": None}
+    )
+    seq.slot = 0
+    runner.cache.reserve(1, ids.shape[1])
+    for tokens in ([], step):
+        seq.tokens += tokens
+        width = len(seq.tokens) - seq.num_cached
+        if width:
+            runner.forward(Batch([seq], width))
+            seq.num_cached += width
+    runner.clear()
 
 
 def _weights_passing(model: Any, ids: Tensor) -> list[tuple[str, int, tuple[int, float]]]:
@@ -232,7 +263,7 @@ def _layers(
     return layers
 
 
-def _kinds(config: Any, count: int) -> Sequence[str] | None:
+def _kinds(config: Any, count: int) -> SequenceOf[str] | None:
     """What each layer is, where the configuration says it."""
     for name in KINDS:
         kinds = getattr(config, name, None)

@@ -84,6 +84,12 @@ def native_runner(
     return runner
 
 
+def native_kind(model: Any) -> str | None:
+    """How the weights of a packed model are kept; None for one that is not."""
+    kind: str | None = getattr(model, "native_kind", None)
+    return kind
+
+
 def packed_bytes(model: Any) -> int:
     """Bytes of the packed weights."""
     return sum(weight.nbytes for weight in _packed(model))
