@@ -110,6 +110,7 @@ class Program:
         self._steps = plan.steps.at(plan.size)
         self._memory = torch.zeros(0, dtype=torch.uint8)
         self._size = 0
+        self._seen: dict[int, Seen] = {}  # by the view's id, for this size
         self._cache: Any = None
 
     def run(
@@ -135,7 +136,7 @@ class Program:
             if watch and watch.wants(view):
                 self._go_on(done, view.at)
                 done = view.at
-                watch.show(self._seen(view))
+                watch.show(self._look(view))
         self._go_on(done, len(self._steps) // self.plan.width)
         return self._result
 
@@ -160,10 +161,14 @@ class Program:
         self._inputs = plan.inputs.at(size)
         self._size, self._cache = size, None
         self._result = self._tensor(plan.result, torch.float32)
+        self._seen = {}
 
-    def _seen(self, view: View) -> Seen:
-        tensors = [self._tensor(*each) for each in zip(view.tensors, view.dtypes, strict=True)]
-        return Seen(view.module, tensors, view.cached, view.options)
+    def _look(self, view: View) -> Seen:
+        seen = self._seen.get(id(view))
+        if seen is None:
+            tensors = [self._tensor(*each) for each in zip(view.tensors, view.dtypes, strict=True)]
+            seen = self._seen[id(view)] = Seen(view.module, tensors, view.cached, view.options)
+        return seen
 
     def _tensor(self, line: Line, dtype: torch.dtype) -> Tensor:
         place, *shape = (int(n) for n in line.at(self._size))
