@@ -187,7 +187,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--rows", default="1,8,32,256")
-    parser.add_argument("--kinds", default="float32,bfloat16,int8")
+    parser.add_argument("--kinds", default="float32,bfloat16,int8,int4")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--busy", action="store_true", help="with another process on one core")
