@@ -49,6 +49,9 @@ class Model(Schema):
     root = Text()
     parent = Text(allow_none=True)
     max_model_len = Integer(1, 1 << 24, **about("Tokens of prompt and answer; once loaded."))
+    quantization = Text(
+        choices=("none", "int8", "int4"), **about("Width of the weights; once loaded.")
+    )
 
 
 class ModelDetail(Model):
