@@ -642,20 +642,14 @@ inline void transpose(__m512i (&v)[16]) {
   }
 }
 
-// What is fetched meanwhile, to be there when it is its turn: the next keys and values.
+// What is fetched meanwhile, to be there when it is its turn: the next keys and values. By a macro:
+// gcc takes a function that does nothing else for one that does nothing.
 struct Ahead {
   const char *key = nullptr, *value = nullptr;
   int64_t count = 0, key_stride = 0, value_stride = 0, bytes = 0;
-  void fetch(const char* from) const {
-    for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(from + i, _MM_HINT_T1);
-  }
-  void keys(int64_t i) const {
-    if (i < count) fetch(key + i * key_stride);
-  }
-  void values(int64_t i) const {
-    if (i < count) fetch(value + i * value_stride);
-  }
 };
+#define FETCH(from) \
+  for (int64_t b = 0; b < ahead.bytes; b += 64) _mm_prefetch((from) + b, _MM_HINT_T1)
 
 // The keys begin..end of the block that starts at key 0 here, as panels; none are read beyond.
 template <class T>
@@ -663,7 +657,8 @@ void lay_keys(const Attention& a, const T* keys, int64_t begin, int64_t end, con
               Desk& desk) {
   constexpr int64_t LANES = 16 * Kind<T>::STEP;
   for (int64_t k = begin / 16 * 16; k < (end + 31) / 32 * 32; k += 16) {
-    for (int64_t i = k; i < k + 16; i++) ahead.keys(i);
+    for (int64_t i = k; i < std::min(k + 16, ahead.count); i++)
+      FETCH(ahead.key + i * ahead.key_stride);
     for (int64_t j = 0; j < a.size; j += LANES) {
       __m512i v[16];
       if (k >= begin && k + 16 <= end && j + LANES <= a.size) {
@@ -696,7 +691,8 @@ bool lay_values(const Attention& a, const T* values, int64_t begin, int64_t end,
                                  : _mm512_setzero_si512();
   };
   for (int64_t k = 0; k < end; k += STEP) {
-    for (int64_t i = k; i < k + STEP; i++) ahead.values(i);
+    for (int64_t i = k; i < std::min(k + STEP, ahead.count); i++)
+      FETCH(ahead.value + i * ahead.value_stride);
     int64_t j = 0;
     const T* p = values + k * a.v_strides[2];
     for (; k >= begin && k + STEP <= end && j + PANEL <= a.size; j += PANEL) {  // nearly always
