@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from benchmarks.serving import default_model_folder, processor
+from benchmarks.machine import default_model_folder, processor
+from benchmarks.pages import table, write_block
 from transformers_api.engine.base import SamplingParams, SequenceRequest, TokenStream
 from transformers_api.engine.loader import load_model
 from transformers_api.engine.native.cores import usable_cores
@@ -158,17 +159,17 @@ def measured(
     )
 
 
-def print_table(rows: list[Found]) -> None:
+def shown(rows: list[Found]) -> str:
     """Markdown."""
-    print("| weights | MB | lost of the weights | mean KL | same top token | perplexity | gate |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: | --- |")
+    heads = ["weights", "MB", "lost of the weights", "mean KL", "same top token", "perplexity"]
+    lines = []
     for row in rows:
         loss = "" if row.loss is None else f"{100 * row.loss:.2f} %"
         gate = "" if row.kind not in GATES else "held" if row.passes else "missed"
-        print(
-            f"| {row.kind} | {row.megabytes:.0f} | {loss} | {row.divergence:.4f} "
-            f"| {100 * row.agreement:.1f} % | {row.perplexity:.3f} | {gate} |"
-        )
+        size, divergence = f"{row.megabytes:.0f}", f"{row.divergence:.4f}"
+        agreement, perplexity = f"{100 * row.agreement:.1f} %", f"{row.perplexity:.3f}"
+        lines.append([row.kind, size, loss, divergence, agreement, perplexity, gate])
+    return table([*heads, "gate"], lines)
 
 
 def main() -> int:
@@ -177,6 +178,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="a model in the transformers format")
     parser.add_argument("--kinds", default="bfloat16,int8,int4,int4 reordered,int8 reordered")
     parser.add_argument("--texts", type=Path, nargs="*", default=sorted(TEXTS.glob("*.txt")))
+    parser.add_argument("--write", type=Path, help="a page to write into")
     options = parser.parse_args()
     folder = options.folder or default_model_folder()
     torch.set_grad_enabled(False)
@@ -193,8 +195,11 @@ def main() -> int:
         del model
         for name in options.kinds.split(","):
             rows.append(measured(folder, name, library, ids, wanted))
-    print_table(rows)
-    print(f"\n{sum(map(len, ids))} tokens of {len(ids)} texts, {folder.name}. {processor()}.")
+    text = shown(rows)
+    text += f"\n\n{sum(map(len, ids))} tokens of {len(ids)} texts, {folder.name}. {processor()}."
+    print(text)
+    if options.write:
+        write_block(options.write, "quality", text)
     return 0 if all(row.passes for row in rows) else 1
 
 

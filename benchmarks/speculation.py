@@ -15,7 +15,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from benchmarks.serving import default_model_folder, processor
+from benchmarks.machine import default_model_folder, processor
 from transformers_api.engine.base import SamplingParams, SequenceRequest
 from transformers_api.engine.batching import BatchingEngine
 from transformers_api.engine.loader import LoadOptions, load_engine

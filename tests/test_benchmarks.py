@@ -173,9 +173,11 @@ def test_results_are_written_into_the_pages_that_were_named(tmp_path):
 
 
 def test_the_pages_of_the_project_have_a_place_for_results():
-    for page, name in (("docs/performance.md", "serve"), ("README.md", "speed")):
-        text = (Path(__file__).parent.parent / page).read_text()
+    root = Path(__file__).parent.parent
+    text = (root / "docs" / "performance.md").read_text()
+    for name in ("serve", "roofline", "swap", "contention", "quality"):
         pages.replace_block(text, name, "new")
+    pages.replace_block((root / "README.md").read_text(), "speed", "new")
 
 
 def test_names_are_chosen_by_parts():
