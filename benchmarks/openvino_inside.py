@@ -35,6 +35,10 @@ def level(batching: Any, prompts: list[str], max_tokens: int) -> dict[str, float
     config.max_new_tokens = max_tokens
     config.ignore_eos = True
     config.do_sample = False
+    tokenizer = batching.get_tokenizer()
+    prompts = [
+        tokenizer.apply_chat_template([{"role": "user", "content": text}], True) for text in prompts
+    ]
     began = time.perf_counter()
     handles = {
         number: batching.add_request(number, prompt, config)
@@ -56,6 +60,7 @@ def level(batching: Any, prompts: list[str], max_tokens: int) -> dict[str, float
     return {
         "ttft_ms": 1e3 * statistics.median(first.values()),
         "itl_ms": 1e3 * statistics.median(per_token),
+        "prompt_tokens": float(tokenizer.encode(prompts[0]).input_ids.shape[1]),
         "tokens_per_s": sum(counts.values()) / (time.perf_counter() - began),
     }
 

@@ -130,6 +130,8 @@ def in_process(
         "single_long": 1e3 / middle("long", "itl_ms"),
         "ttft": middle("single", "ttft_ms"),
         "ttft_long": middle("long", "ttft_ms"),
+        "prompt": middle("single", "prompt_tokens"),
+        "prompt_long": middle("long", "prompt_tokens"),
         **{f"tokens_{n}": measured[f"{n}"]["tokens_per_s"] for n in options.streams},
     }
 
