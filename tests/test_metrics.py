@@ -312,6 +312,10 @@ NOT_DRAWN = {
     "process_virtual_memory_bytes",
     "process_max_fds",
     "transformers_api_model_load_failures_total",
+    # PROMPT_LOOKUP_TOKENS is off unless asked for
+    "vllm:spec_decode_num_drafts_total",
+    "vllm:spec_decode_num_draft_tokens_total",
+    "vllm:spec_decode_num_accepted_tokens_total",
 }
 
 

@@ -27,7 +27,7 @@ from transformers_api.serving.models import (
 )
 from transformers_api.serving.store import ModelStore
 from transformers_api.serving.token_counts import token_counter
-from transformers_api.settings import GIB, Settings
+from transformers_api.settings import GIB, Settings, load_in_one_thread
 
 if TYPE_CHECKING:
     from transformers_api.engine.base import Engine, EngineListener
@@ -56,6 +56,7 @@ class ModelLoader:
         self.settings = settings
         self.store = store
         self.thread = thread
+        load_in_one_thread()
         self._devices = thread.call(_devices)  # also the first import of torch
 
     def devices(self) -> Collection[str]:
@@ -326,9 +327,9 @@ def _available_bytes(device: str) -> int:
 
 def _facts(model: Any) -> dict[str, Any]:
     """What LoadedModel tells of the model itself."""
-    from transformers_api.engine.native.wiring import packed_bytes
+    from transformers_api.engine.native.wiring import native_kind, packed_bytes
 
-    native = getattr(model, "native_kind", None)
+    native = native_kind(model)
     own = sum(parameter.nbytes for parameter in model.parameters())  # on any device
     return {
         "device": str(model.device),

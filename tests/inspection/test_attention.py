@@ -170,7 +170,7 @@ def test_with_native_kernels_what_they_compute_is_verified(watch, native_cache, 
     anatomy = watch("llama", native=native_cache, dtype="bfloat16").examined.anatomy
     assert (anatomy.dtype, anatomy.mode) == ("bfloat16", AttentionMode.TAP)
     assert anatomy.verified
-    assert anatomy.max_rel_err < 1e-5
+    assert anatomy.max_rel_err < 1e-2  # the kernel rounds queries and shares as it does keys
 
     def shown_wrongly(module, tensors, *args):
         *given, output = tensors

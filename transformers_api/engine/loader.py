@@ -41,11 +41,9 @@ from transformers_api.engine.sampler import Sampler, TokenSampler
 from transformers_api.engine.suppressed_tokens import SuppressingRunner
 from transformers_api.engine.thread import EngineThread
 from transformers_api.errors import ModelLoadFailed
-from transformers_api.settings import load_in_one_thread
 
 log = logging.getLogger(__name__)
 disable_progress_bar()  # type: ignore[no-untyped-call]  # a server's log is no terminal
-load_in_one_thread()
 WINDOW_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
 BUSY_CHUNK = 32  # on a CPU, where more tokens in one pass take as long apiece
 OWN_THREADS = torch.get_num_threads()
@@ -104,7 +102,8 @@ def load_engine(
     except NativeRefused as error:
         if options.quantization != "none":
             raise _not_quantized(options, str(error)) from error
-        log.info("%s runs without native kernels: %s", folder.name, error)
+        # as text: a record that is kept somewhere must not keep the error, and with it the model
+        log.info("%s runs without native kernels: %s", folder.name, str(error))
     if engine is None:  # out of the handler: the error's frames held the refused model
         release_memory()
         if options.check_room is not None:

@@ -73,7 +73,9 @@ def examine(model: Any, *, vocab_size: int, context: int, runner: Runner | None 
     ids = _probe_ids(model, vocab_size, context)
     parts = find_parts(model)
     source, seen = _find_attention(model, runner, ids, parts)
-    layers = _layers(config, source, seen, model.dtype)
+    native = native_kind(model)
+    dtype = getattr(torch, native.numbers) if native else model.dtype
+    layers = _layers(config, source, seen, dtype)
     errors = [layer.max_rel_err for layer in layers if layer.max_rel_err is not None]
     shown = next((layer for layer in layers if layer.available), None)
     live = shown is not None and source.mode in (AttentionMode.TAP, AttentionMode.HOOK)
@@ -88,7 +90,7 @@ def examine(model: Any, *, vocab_size: int, context: int, runner: Runner | None 
         hidden_size=hidden,
         vocab_size=vocab_size,
         context=context,
-        dtype=native_kind(model) or str(model.dtype).removeprefix("torch."),
+        dtype=native.weights if native else str(model.dtype).removeprefix("torch."),
         mode=source.mode if shown else AttentionMode.NONE,
         implementation=source.implementation,
         verified=live,

@@ -84,9 +84,9 @@ def native_runner(
     return runner
 
 
-def native_kind(model: Any) -> str | None:
-    """How the weights of a packed model are kept; None for one that is not."""
-    kind: str | None = getattr(model, "native_kind", None)
+def native_kind(model: Any) -> Kind | None:
+    """How a packed model is kept; None for one that is not."""
+    kind: Kind | None = getattr(model, "native_kind", None)
     return kind
 
 
