@@ -43,7 +43,7 @@ def one(model: str, kind: str, options: argparse.Namespace) -> list[str]:
         inside.close()
     asked = ASKED.get(model)
     return [
-        f"{model}, {inside.dtype}",
+        f"{model}, {inside.dtype if kind == 'none' else kind}",
         f"{speed:.0f}",
         f"{size / 1e6:.0f}",
         f"{size * speed / 1e9:.1f}",
