@@ -51,8 +51,8 @@ def level(server: Server, streams: int, options: argparse.Namespace, seed: int) 
 
 def contention(options: argparse.Namespace) -> Iterator[list[str]]:
     """Lines of the first table."""
-    for name, environment in PATHS.items():
-        with served(options, environment) as server:
+    for name in options.paths:
+        with served(options, PATHS[name]) as server:
             for streams in options.busy_streams:
                 pairs = []
                 for number in range(options.rounds):
@@ -108,6 +108,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--paths", nargs="*", default=list(PATHS), choices=list(PATHS))
     parser.add_argument("--busy-streams", default=[1, 8], **numbers)
     parser.add_argument("--streams", default=[1, 8, 32], **numbers)
     parser.add_argument("--rounds", type=int, default=3)
