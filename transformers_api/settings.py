@@ -160,7 +160,7 @@ class Settings:
         "the switch is decided.",
     )
     swap_min_resident_s: float = _setting(
-        5.0,
+        6.0,
         to.number(0, 3600),
         "Seconds that a model is kept, at least, where several are asked for all the time.",
     )
