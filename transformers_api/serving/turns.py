@@ -282,8 +282,8 @@ class Turns:
                 self.retire(resident, now, target)
         elif resident.leases == 0 and now >= self._idle_end(resident):
             self.retire(resident, now)
-        elif resident.leases == 0 and resident.is_outdated:
-            self.retire(resident, now)
+        elif resident.leases == 0 and resident.is_outdated and not self._waiting():
+            self.retire(resident, now)  # it would be loaded twice if another one is about to come
             self.fallback = Target(resident.spec, resident.spec.device, resident.files)
 
     def _idle_end(self, resident: Residency) -> float:
