@@ -8,7 +8,8 @@
 Ours runs in every QUANTIZATION; peers are those of `make bench-peers`. One server runs at a time
 and they take turns, round by round, so that a machine that others share treats them alike; each
 figure is the median over the rounds. All get the same client, the same weights and prompts that
-begin differently, so that no prefix cache helps anybody; every answer has the same length.
+differ from their first word on, but for what the chat template puts before it, which a prefix
+cache may keep; every answer has the same length.
 
 What was measured is kept in build/bench/serve.json after every turn and shown however the run
 ends; `--render` shows it again.
