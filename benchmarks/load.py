@@ -62,7 +62,7 @@ class Answer:
 
 
 def prompt(words: int, rng: random.Random) -> str:
-    """About ``words`` words that begin differently each time: only a template's words can be cached."""
+    """About ``words`` words, the first one new each time: only a template can be cached."""
     text = " ".join(rng.choices(TEXT.split(), k=words))
     return f"{rng.randrange(10**6)} {text}. Tell a long story about all of these."
 

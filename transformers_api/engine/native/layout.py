@@ -32,8 +32,6 @@ from transformers_api.engine.native.recorder import OPS, Recorded, Recorder, Ref
 
 Words = NDArray[numpy.int64]
 Pair = tuple[int, int]
-Numbers = tuple[int, ...]
-Shape = tuple[Numbers, Numbers]  # sizes, strides
 OPERAND_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int64: 3}  # kernels.cpp
 ALIGNMENT = 64
 WORD = 8
@@ -282,7 +280,7 @@ class _Planner:
     def _add_step(self, a: Recorded, b: Recorded, lines: Lines | None) -> int:
         if a.number != b.number or type(a.call) is not type(b.call):
             raise NotRecordable("numbers that depend on the size")
-        sizes: Shape = (*a.sizes, 1, 1, 1), (*b.sizes, 1, 1, 1)
+        sizes: Any = (*a.sizes, 1, 1, 1), (*b.sizes, 1, 1, 1)
         strides: Any = [[(0,) * DIMENSIONS] * len(a.refs)] * 2
         if lines or a.op not in KERNELS:
             lines = lines or plain_lines(a, b)
