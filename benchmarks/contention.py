@@ -23,11 +23,11 @@ from pathlib import Path
 
 from benchmarks import servers
 from benchmarks.inside import Inside
-from benchmarks.load import Level, Server, ask, measure
+from benchmarks.load import HELLO, Level, Server, ask, measure
 from benchmarks.machine import busy_core, machine, model_folder, today
 from benchmarks.pages import table, write_block
 
-WORDS = 14
+WORDS = 16
 PATHS = {
     "native kernels": {"NATIVE_KERNELS": "true"},
     "plain torch": {"NATIVE_KERNELS": "false"},
@@ -39,7 +39,7 @@ def served(options: argparse.Namespace, environment: dict[str, str]) -> Iterator
     """Our server, warm."""
     contender = servers.ours(options.folder, options.scratch, **environment)
     with tempfile.TemporaryFile() as log, servers.running(contender, log) as running:
-        asyncio.run(ask(running.server, "Say hello.", options.max_tokens))
+        asyncio.run(ask(running.server, HELLO, options.max_tokens))
         yield running.server
 
 

@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
+Message = dict[str, str]
+HELLO: list[Message] = [{"role": "user", "content": "Say hello."}]
 TEXT = (
     "amber basin candle drift ember fable garden harbour island juniper kettle lantern meadow "
     "needle orchard pebble quarry ribbon saddle timber valley willow yonder zephyr copper violet"
@@ -61,10 +63,16 @@ class Answer:
     gaps: list[float] = field(default_factory=list)
 
 
-def prompt(words: int, rng: random.Random) -> str:
-    """About ``words`` words, the first one new each time: only a template can be cached."""
+def conversation(words: int, rng: random.Random) -> list[Message]:
+    """About ``words`` words to the model, with instructions that are new each time.
+
+    They come first in every template, in the place of its own ones, so that no prefix cache helps.
+    """
     text = " ".join(rng.choices(TEXT.split(), k=words))
-    return f"{rng.randrange(10**6)} {text}. Tell a long story about all of these."
+    return [
+        {"role": "system", "content": f"{rng.randrange(10**6)}: you tell stories, and do it well."},
+        {"role": "user", "content": f"{text}. Tell a long story about all of these."},
+    ]
 
 
 async def measure(
@@ -72,12 +80,12 @@ async def measure(
 ) -> Level:
     """Keep ``streams`` requests running until ``requests`` are done."""
     rng = random.Random(seed)
-    prompts = [prompt(words, rng) for _ in range(requests)]
+    conversations = [conversation(words, rng) for _ in range(requests)]
     answers: list[Answer] = []
 
     async def one_after_another() -> None:
-        while prompts:
-            answers.append(await ask(server, prompts.pop(), max_tokens))
+        while conversations:
+            answers.append(await ask(server, conversations.pop(), max_tokens))
 
     started, cpu = time.perf_counter(), time.process_time()
     async with asyncio.TaskGroup() as group:
@@ -104,11 +112,11 @@ def _per_token(answer: Answer) -> float:
     return (answer.last - answer.first) / max(1, answer.tokens - 1)
 
 
-async def ask(server: Server, text: str, max_tokens: int) -> Answer:
+async def ask(server: Server, messages: list[Message], max_tokens: int) -> Answer:
     """Stream one greedy chat completion. Raises RuntimeError when the server refuses or fails."""
     body = {
         "model": server.model,
-        "messages": [{"role": "user", "content": text}],
+        "messages": messages,
         "max_tokens": max_tokens,
         "temperature": 0,
         "stream": True,

@@ -1,8 +1,8 @@
-"""OpenVINO GenAI's continuous batching on prompts from standard input; figures on its output.
+"""OpenVINO GenAI's continuous batching on conversations from standard input; figures on its output.
 
 Runs in OpenVINO's own environment and imports nothing of ours: `benchmarks/serve.py` starts it with
-a GGUF file. Standard input has {"max_tokens": N, "levels": {name: [prompt, ...]}}: all prompts of a
-level are added at once. Standard output gets one JSON object, name to figures.
+a GGUF file. Standard input has {"max_tokens": N, "levels": {name: [messages, ...]}}: what a level
+has is asked at once. Standard output gets one JSON object, name to figures.
 """
 
 from __future__ import annotations
@@ -30,16 +30,14 @@ def pipeline(file: Path) -> Any:
     return genai.ContinuousBatchingPipeline(str(folder), genai.SchedulerConfig(), "CPU", {})
 
 
-def level(batching: Any, prompts: list[str], max_tokens: int) -> dict[str, float]:
-    """Add the prompts, step until all are answered; times as a client would see them."""
+def level(batching: Any, conversations: list[Any], max_tokens: int) -> dict[str, float]:
+    """Add them all, step until they are answered; times as a client would see them."""
     config = genai.GenerationConfig()
     config.max_new_tokens = max_tokens
     config.ignore_eos = True
     config.do_sample = False
     tokenizer = batching.get_tokenizer()
-    prompts = [
-        tokenizer.apply_chat_template([{"role": "user", "content": text}], True) for text in prompts
-    ]
+    prompts = [tokenizer.apply_chat_template(messages, True) for messages in conversations]
     began = time.perf_counter()
     handles = {
         number: batching.add_request(number, prompt, config)
@@ -71,11 +69,12 @@ def main() -> None:
     began = time.perf_counter()
     job = json.load(sys.stdin)
     batching = pipeline(Path(sys.argv[1]))
-    level(batching, ["Say hello."], 1)
+    hello = [[{"role": "user", "content": "Say hello."}]]
+    level(batching, hello, 1)
     figures: dict[str, dict[str, float]] = {"start": {"s": time.perf_counter() - began}}
-    level(batching, ["Say hello."], job["max_tokens"])
-    for name, prompts in job["levels"].items():
-        figures[name] = level(batching, prompts, job["max_tokens"])
+    level(batching, hello, job["max_tokens"])
+    for name, conversations in job["levels"].items():
+        figures[name] = level(batching, conversations, job["max_tokens"])
     print(json.dumps(figures))
 
 

@@ -7,9 +7,8 @@
 
 Ours runs in every QUANTIZATION; peers are those of `make bench-peers`. One server runs at a time
 and they take turns, round by round, so that a machine that others share treats them alike; each
-figure is the median over the rounds. All get the same client, the same weights and prompts that
-differ from their first word on, but for what the chat template puts before it, which a prefix
-cache may keep; every answer has the same length.
+figure is the median over the rounds. All get the same client, the same weights and conversations
+of which no two begin alike, so that no prefix cache helps; every answer has the same length.
 
 What was measured is kept in build/bench/serve.json after every turn and shown however the run
 ends; `--render` shows it again.
@@ -29,14 +28,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from benchmarks import servers
-from benchmarks.load import Level, ask, measure, prompt
+from benchmarks.load import HELLO, Level, ask, conversation, measure
 from benchmarks.machine import machine, model_folder, today
 from benchmarks.pages import write_block
 from benchmarks.report import quoted, report
 from benchmarks.servers import Contender, Unavailable
 from transformers_api.settings import Settings
 
-SHORT_WORDS, LONG_WORDS = 14, 378  # 62 and 542 tokens of the default model, its template included
+SHORT_WORDS, LONG_WORDS = 16, 378  # 62 and 542 tokens of the default model, its template included
 KINDS = ("none", "int8", "int4")
 QUICK_PEERS = "transformers,llama"
 ANSWER_WITHIN_S = 600
@@ -72,7 +71,7 @@ def is_wanted(name: str, only: list[str]) -> bool:
 def over_http(contender: Contender, log: IO[bytes], options: argparse.Namespace, seed: int) -> Any:
     """All figures of one turn of a server."""
     with servers.running(contender, log) as running:
-        first = asyncio.run(ask(running.server, "Say hello.", options.max_tokens))
+        first = asyncio.run(ask(running.server, HELLO, options.max_tokens))
         figures = {"start_s": running.ready_s + first.first}
 
         def level(streams: int, requests: int, words: int) -> Level:
@@ -106,9 +105,9 @@ def in_process(
     """The same of one that has no server."""
     chance = random.Random(seed)
     levels = {
-        **{f"single {n}": [prompt(SHORT_WORDS, chance)] for n in range(options.requests)},
-        **{f"long {n}": [prompt(LONG_WORDS, chance)] for n in range(options.requests)},
-        **{f"{n}": [prompt(SHORT_WORDS, chance) for _ in range(n)] for n in options.streams},
+        **{f"single {n}": [conversation(SHORT_WORDS, chance)] for n in range(options.requests)},
+        **{f"long {n}": [conversation(LONG_WORDS, chance)] for n in range(options.requests)},
+        **{f"{n}": [conversation(SHORT_WORDS, chance) for _ in range(n)] for n in options.streams},
     }
     job = json.dumps({"max_tokens": options.max_tokens, "levels": levels}).encode()
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}

@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import servers
-from benchmarks.load import ask
+from benchmarks.load import HELLO, ask
 from benchmarks.machine import machine, model_folder, today
 from benchmarks.pages import table, write_block
 from benchmarks.servers import OURS, Contender
@@ -64,12 +64,12 @@ def one_round(contender: Contender, second: str) -> dict[str, float]:
     with tempfile.TemporaryFile() as log:
         try:
             with servers.running(contender, log) as running:
-                first = asyncio.run(ask(running.server, "Say hello.", TOKENS)).first
+                first = asyncio.run(ask(running.server, HELLO, TOKENS)).first
                 other = replace(running.server, model=second)
-                swaps = [asyncio.run(ask(other, "Say hello.", TOKENS)).first]
+                swaps = [asyncio.run(ask(other, HELLO, TOKENS)).first]
                 if contender.name == OURS:
-                    back = asyncio.run(ask(running.server, "Say hello.", TOKENS)).first
-                    swaps += [back, asyncio.run(ask(other, "Say hello.", TOKENS)).first]
+                    back = asyncio.run(ask(running.server, HELLO, TOKENS)).first
+                    swaps += [back, asyncio.run(ask(other, HELLO, TOKENS)).first]
                 return {"start": running.ready_s + first, "swap": statistics.median(swaps)}
         except Exception:
             log.seek(0)

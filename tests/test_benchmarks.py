@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import sys
 import tempfile
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gpt2_gguf, pages, report, roofline, serve, servers, swap
+from benchmarks.load import conversation
 from benchmarks.machine import busy_core, model_folder
 from tests import tokenizers
 
@@ -262,6 +264,12 @@ def test_a_server_that_gives_up_is_not_waited_for(tmp_path):
     with pytest.raises(RuntimeError, match="int4 is refused"):
         measured()
     until_gone(tmp_path)
+
+
+def test_no_two_conversations_begin_alike():
+    chance = random.Random(1)
+    begins = {conversation(5, chance)[0]["content"].split()[0] for _ in range(32)}
+    assert len(begins) == 32
 
 
 def test_who_fails_is_noted_and_the_others_are_measured(tmp_path, monkeypatch):
