@@ -16,6 +16,7 @@ import pytest
 from tests.fakes import FakeEngine, say
 from tests.metrics_app import make_app, post, scrape, wait_for
 from transformers_api.api.request_log import RequestRecord
+from transformers_api.engine.native.build import NativeUnavailable, build
 from transformers_api.errors import EngineFailed, ModelLoadFailed, NotFound, Overloaded
 from transformers_api.metric_names import described
 from transformers_api.metrics import OTHER, Metrics, Tally
@@ -168,7 +169,7 @@ def test_what_is_resident_is_shown_while_it_streams_and_scraping_disturbs_nothin
     assert during["vllm:num_requests_running{model_name=one}"] == 1
     assert during["transformers_api_model_leases{model_name=one}"] == 1
     assert during["transformers_api_requests_active"] == 1
-    info = "device=cpu,dtype=float32,mode=batching,model_name=one"
+    info = "device=cpu,dtype=float32,kernels=torch,mode=batching,model_name=one,quantization=none"
     assert during[f"transformers_api_model_info{{{info}}}"] == 1
     after = scrape(app.test_client())
     assert after["vllm:num_requests_running{model_name=one}"] == 0
@@ -184,6 +185,25 @@ def test_traces_and_inspections_are_counted(tmp_path):
     shown = scrape(client)
     assert shown["transformers_api_traces_total"] == 1
     assert shown["transformers_api_inspections_total"] == 1
+
+
+def test_runs_of_the_compiler_are_counted_by_their_result(tmp_path):
+    made, broken = tmp_path / "made", tmp_path / "broken"
+    for compiler, status in ((made, 0), (broken, 1)):
+        compiler.write_text(f"#!/bin/sh\nexit {status}\n")
+        compiler.chmod(0o755)
+    app, _ = make_app(tmp_path)
+    before = scrape(app.test_client())
+    build(tmp_path / "cache", compiler=str(made))
+    build(tmp_path / "cache", compiler=str(made))  # it is there already
+    with pytest.raises(NativeUnavailable):
+        build(tmp_path / "another", compiler=str(broken))
+    after = scrape(app.test_client())
+    grown = {name: after[name] - before[name] for name in after if "kernel_compilations" in name}
+    assert grown == {
+        "transformers_api_kernel_compilations_total{result=succeeded}": 1,
+        "transformers_api_kernel_compilations_total{result=failed}": 1,
+    }
 
 
 def test_no_series_comes_of_what_clients_send(tmp_path):
@@ -312,6 +332,7 @@ NOT_DRAWN = {
     "process_virtual_memory_bytes",
     "process_max_fds",
     "transformers_api_model_load_failures_total",
+    "transformers_api_kernel_compilations_total",  # once in the life of a machine
     # PROMPT_LOOKUP_TOKENS is off unless asked for
     "vllm:spec_decode_num_drafts_total",
     "vllm:spec_decode_num_draft_tokens_total",

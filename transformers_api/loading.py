@@ -335,6 +335,7 @@ def _facts(model: Any) -> dict[str, Any]:
         "device": str(model.device),
         "dtype": native.numbers if native else str(model.dtype).removeprefix("torch."),
         "quantization": native.quantization if native else "none",
+        "kernels": "native" if native else "torch",
         "bytes": own + packed_bytes(model),
     }
 

@@ -112,7 +112,14 @@ WAITING = _gauge(f"{_VLLM}num_requests_waiting", "Sequences that wait for a slot
 KV = _gauge(
     f"{_VLLM}kv_cache_usage_perc", "Reserved share of the KV cache's budget, 0 to 1.", *_MODEL
 )
-INFO = _gauge(f"{_OURS}model_info", "1 for the resident model.", *_MODEL, "device", "dtype", "mode")
+INFO = _gauge(
+    f"{_OURS}model_info",
+    "1 for the resident model; kernels: native or torch.",
+    *(*_MODEL, "device", "dtype", "quantization", "kernels", "mode"),
+)
+COMPILED = _counter(
+    f"{_OURS}kernel_compilations", "Runs of the compiler for native kernels, by result.", "result"
+)
 WEIGHTS = _gauge(f"{_OURS}model_bytes", "Bytes of its weights.", *_MODEL)
 KV_BYTES = _gauge(f"{_OURS}kv_cache_bytes", "Bytes allocated for its KV cache.", *_MODEL)
 KV_USED = _gauge(

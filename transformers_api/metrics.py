@@ -35,6 +35,7 @@ from prometheus_client.registry import Collector
 from transformers_api import __version__, errors
 from transformers_api import metric_names as names
 from transformers_api.engine.base import EngineListener, FinishReason, SequenceStats
+from transformers_api.engine.native import build
 from transformers_api.errors import ApiError
 from transformers_api.metric_names import Named
 from transformers_api.serving.residency import SwapperListener, SwapperStatus
@@ -291,6 +292,12 @@ class _Residents(Collector):
         yield _shown(names.READY, [((), self._ready()[0])])
         yield _shown(names.ACTIVE, [((), self._active())])
         yield _shown(names.THREADS, [((), threading.active_count())])
+        compiled = CounterMetricFamily(
+            names.COMPILED.name, names.COMPILED.help, labels=names.COMPILED.labels
+        )
+        for result, count in build.outcomes.items():
+            compiled.add_metric([result], count)
+        yield compiled
         yield from self._of_resident(status)
         waiting: dict[str, int] = {}
         for name, count in status.waiting.items():
@@ -315,7 +322,10 @@ class _Residents(Collector):
         models = [] if status.model is None else [self._label(status.model)]
         for named, value in values.items():
             yield _shown(named, [((model,), value) for model in models])
-        kind = str(status.device), str(status.dtype), engine.mode
+        kind = (
+            *(str(status.device), str(status.dtype), status.quantization, str(status.kernels)),
+            engine.mode,
+        )
         yield _shown(names.INFO, [((model, *kind), 1) for model in models])
 
 

@@ -101,6 +101,7 @@ def test_a_registry_entry_says_how_wide_weights_are_and_clients_are_told(client,
     assert complete(client, kind).status_code == 200
     seen = resident(client)
     assert (seen["model"], seen["quantization"], seen["dtype"]) == (kind, kind, "bfloat16")
+    assert seen["kernels"] == "native"
     shown = client.get(f"/v1/models/{kind}").get_json()
     assert shown["quantization"] == shown["metadata"]["quantization"] == kind
 

@@ -68,6 +68,7 @@ def _resident(seen: SwapperStatus) -> dict[str, Any]:
         "bytes": seen.bytes,
         "dtype": seen.dtype,
         "quantization": seen.quantization,
+        "kernels": seen.kernels,
         "device": seen.device,
         "max_model_len": seen.max_model_len,
         "mode": engine.mode,

@@ -88,6 +88,7 @@ class SwapperStatus:
     device: str | None = None
     dtype: str | None = None
     quantization: str = "none"
+    kernels: str | None = None
     bytes: int = 0
     load_s: float = 0.0
     since: float = 0.0  # when it became resident, by the swapper's clock

@@ -134,6 +134,7 @@ class Turns:
             device=model.device,
             dtype=model.dtype,
             quantization=model.quantization,
+            kernels=model.kernels,
             bytes=model.bytes,
             load_s=model.load_s,
             since=residency.since,

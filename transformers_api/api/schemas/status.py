@@ -24,6 +24,7 @@ class Resident(Schema):
     bytes = fields.Integer(metadata={"description": "Of its weights."})
     dtype = fields.String()
     quantization = fields.String(metadata={"description": "none, int8 or int4."})
+    kernels = fields.String(metadata={"description": "native or torch: whose run it."})
     device = fields.String()
     max_model_len = fields.Integer()
     mode = fields.String(metadata={"description": "batching, or sequential: one at a time."})

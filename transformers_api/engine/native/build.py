@@ -27,6 +27,7 @@ FLAGS = (
     *(f"-m{feature.replace('_', '')}" for feature in FEATURES),
 )
 TIMEOUT_S = 1800  # it has a low priority, and a server may be busy
+outcomes = {"succeeded": 0, "failed": 0}  # how often the compiler was run by this process
 
 
 class NativeUnavailable(Exception):
@@ -115,6 +116,10 @@ def _compile(compiler: str, target: Path) -> None:
         _run(compiler, [*FLAGS, str(SOURCE), "-o", str(made)])
         made.chmod(0o755)  # whatever the umask: it may be another user who runs the server
         made.replace(target)
+        outcomes["succeeded"] += 1
+    except (NativeUnavailable, OSError):
+        outcomes["failed"] += 1
+        raise
     finally:
         made.unlink(missing_ok=True)
     log.info("Native kernels compiled in %.1f s: %s", time.monotonic() - start, target)
