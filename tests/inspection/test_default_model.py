@@ -54,11 +54,9 @@ def test_every_layer_is_verified_and_a_trace_changes_no_bit(start, dtype):
     assert anatomy.layers_with_attention == list(range(30))
     assert anatomy.max_rel_err < (1e-5 if dtype == "float32" else 1e-2)
     assert anatomy.lens_is_exact
-    for prompts in (PROMPTS[:1], PROMPTS):
-        plain = generate(engine, prompts, max_tokens=6)
-        engine.close()
-        engine, _ = start(dtype)  # nothing is left of the first run, such as cached prompts
-        traced = generate(engine, prompts, everything(anatomy), max_tokens=6)
-        assert scored(plain) == scored(traced)
-        engine.close()
-        engine, _ = start(dtype)
+    asked = (PROMPTS[:1], PROMPTS)  # alone, and in company
+    plain = [generate(engine, prompts, max_tokens=6) for prompts in asked]
+    engine.close()
+    engine, _ = start(dtype)  # nothing is left of the first run, such as cached prompts
+    traced = [generate(engine, prompts, everything(anatomy), max_tokens=6) for prompts in asked]
+    assert [*map(scored, plain)] == [*map(scored, traced)]

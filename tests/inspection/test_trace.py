@@ -115,14 +115,13 @@ def check_rows(trace, expected, anatomy):
 
 
 @pytest.mark.parametrize("name", SHOWN)
-@pytest.mark.parametrize("company", [1, 4], ids=["alone", "in company"])
-def test_tokens_and_scores_are_the_same_bits_with_and_without_a_trace(watch, name, company):
-    prompts = prompts_of(company + 1)[1:]
-    plain = generate(watch(name).engine, prompts)
-    watched = watch(name)
-    traced = generate(watched.engine, prompts, everything(watched.examined.anatomy))
-    assert scored(plain) == scored(traced)
-    assert all("trace" in output.extras for each in traced for output in each)
+def test_tokens_and_scores_are_the_same_bits_with_and_without_a_trace(watch, name):
+    prompts, plain, watched = prompts_of(6)[1:], watch(name), watch(name)
+    plan = everything(watched.examined.anatomy)
+    for asked in (prompts[:1], prompts[1:]):  # alone, and in company
+        traced = generate(watched.engine, asked, plan)
+        assert scored(generate(plain.engine, asked)) == scored(traced)
+        assert all("trace" in output.extras for each in traced for output in each)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "mixtral"])
