@@ -13,7 +13,7 @@ from tests.engine.test_sampling import sequence
 from transformers_api.engine import noise
 from transformers_api.engine.native.drawing import NativeRace
 from transformers_api.engine.native.provision import provision
-from transformers_api.engine.race import UNSURE, Race, likeliest
+from transformers_api.engine.race import UNSURE, Race, largest, likeliest
 from transformers_api.engine.sampler import Sampler, by_definition
 
 
@@ -141,3 +141,14 @@ def _luckiest(token: int) -> int:
             undone = x ^ (undone >> bits)
         x = undone * pow(factor, -1, 1 << 64) & mask
     return noise.signed((x - token * noise.GAMMA) & mask)
+
+
+@pytest.mark.parametrize("size", [3, 128 * 40, 128 * 40 + 5])
+@pytest.mark.parametrize("place", [0, -1])
+def test_the_largest_are_found_wherever_they_are(size, place):
+    numbers = torch.randn(size, generator=torch.Generator().manual_seed(size))
+    numbers[place] = 9.0
+    values, places = largest(numbers, 3)
+    assert torch.equal(values, numbers.sort(descending=True).values[:3])
+    assert torch.equal(numbers[places], values)
+    assert int(places[0]) == place % size

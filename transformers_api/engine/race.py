@@ -152,3 +152,15 @@ def likeliest(logits: Tensor) -> tuple[list[int], list[bool]]:
     first = logits.gather(1, places).argmax(-1, keepdim=True)
     tokens = places.gather(1, first)[:, 0]
     return tokens.tolist(), torch.isfinite(best[:, 0]).tolist()
+
+
+def largest(numbers: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """As ``topk`` of (V,), which takes four times as long."""
+    whole = len(numbers) // GROUP * GROUP
+    if whole < 8 * count * GROUP:
+        return numbers.topk(count)
+    groups = numbers[:whole].reshape(-1, GROUP).amax(-1).topk(count).indices
+    places = (groups[:, None] * GROUP + torch.arange(GROUP, device=groups.device)).flatten()
+    places = torch.cat([places, torch.arange(whole, len(numbers), device=groups.device)])
+    values, found = numbers[places].topk(count)
+    return values, places[found]

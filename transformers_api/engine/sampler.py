@@ -12,7 +12,7 @@ from torch import Tensor
 
 from transformers_api.engine import noise
 from transformers_api.engine.base import SamplingParams, TokenScore
-from transformers_api.engine.race import UNSURE, Quick, Race
+from transformers_api.engine.race import UNSURE, Quick, Race, largest
 from transformers_api.engine.sequence import SampledToken, Sequence
 from transformers_api.errors import EngineFailed
 
@@ -86,9 +86,9 @@ def distribution(logits: Tensor, seq: Sequence, least: int = 1) -> tuple[Tensor,
     for processor in seq.processors:
         processor(seq, row)
     if seq.params.temperature == 0:
-        ids = row.argmax(-1, keepdim=True)  # of equals the one that is taken
+        ids = row.new_tensor([row.cpu().numpy().argmax()], dtype=torch.long)  # the first of equals
         if least > 1:
-            ids = torch.cat([ids, row.topk(min(least, len(row))).indices[1:]])
+            ids = torch.cat([ids, largest(row, min(least, len(row)))[1][1:]])
         return (torch.arange(len(ids), device=row.device) == 0).double(), ids
     probs = ((row - row.max()) / seq.params.temperature).softmax(-1)[None]
     ((_, count),) = _by_candidates(probs, [seq.params])

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers_api.engine.batching import BatchingEngine, EngineLimits
 from transformers_api.engine.model_runner import Runner
+from transformers_api.engine.native.cache import NativeCache
 from transformers_api.engine.sampler import TokenSampler
 from transformers_api.inspection.examination import Examined, examine
 from transformers_api.inspection.inspector import ModelInspector
@@ -29,7 +30,9 @@ class Attachment:
         sizes = {"vocab_size": limits.vocab_size, "context": limits.max_model_len}
         known = examine(model, **sizes, runner=runner)
         self.examined = known
-        return TracingRunner(runner, model, known), TracingSampler(sampler, model, known)
+        library = runner.cache.library if isinstance(runner.cache, NativeCache) else None
+        tracing = TracingSampler(sampler, model, known, library)
+        return TracingRunner(runner, model, known), tracing
 
     def inspector(self, engine: BatchingEngine) -> ModelInspector:
         """What answers questions about given tokens; it keeps no model alive."""

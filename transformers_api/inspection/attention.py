@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from transformers_api.engine.native.attention import CausalRows
+from transformers_api.engine.native.looking import shares
 from transformers_api.inspection.base import AttentionMode
 
 
@@ -113,7 +115,7 @@ class Tap:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask: Tensor | None,
+        attention_mask: Tensor | CausalRows | None,
         *args: Any,
         **options: Any,
     ) -> Any:
@@ -145,7 +147,7 @@ class Attended:
     query: Tensor  # (B, H, T, D)
     key: Tensor  # (B, G, S, D)
     value: Tensor  # (B, G, S, D')
-    mask: Tensor | None  # (B | 1, H | 1, T, >= S): boolean, or added to the scores
+    mask: Tensor | CausalRows | None  # (B | 1, H | 1, T, >= S): boolean, or added to the scores
     output: Tensor  # (B, T, H, D')
     options: dict[str, Any]
     aligns_ends: bool
@@ -169,6 +171,8 @@ class Attended:
         self, sequence: int, queries: slice, heads: Sequence[int] | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """See Weights."""
+        if isinstance(self.mask, CausalRows):
+            return self._native_rows(self.mask, sequence, queries, heads)
         scores = self._products(sequence, queries, heads) * self._scale()
         if (cap := self.options.get("softcap")) is not None:
             scores = torch.tanh(scores / cap) * cap
@@ -182,6 +186,15 @@ class Attended:
         sinks = sinks.float().reshape(-1, 1, 1)[slice(None) if heads is None else list(heads)]
         shares = torch.cat([scores, sinks.expand(-1, scores.shape[1], 1)], -1).softmax(-1)
         return shares[..., :-1], shares[..., -1]
+
+    def _native_rows(
+        self, mask: CausalRows, sequence: int, queries: slice, heads: Sequence[int] | None
+    ) -> tuple[Tensor, Tensor | None]:
+        chosen = range(self.query.shape[2])[queries]
+        found, sinks = shares(mask, self.query, self.key, sequence, chosen, self.options)
+        if heads is not None:
+            found, sinks = found[list(heads)], sinks[list(heads)]
+        return found, sinks if self.has_sinks else None
 
     def error(self) -> float:
         """The largest |P V - out| relative to |out|: rounding, when P made the output."""

@@ -13,6 +13,7 @@ from transformers_api.engine.native.attention import (
     native_attention,
     write_cache,
 )
+from transformers_api.engine.native.looking import shares
 
 CASES = {
     "decode": {},
@@ -41,7 +42,7 @@ class Case:
         self.query = query.to(dtype).transpose(1, 2)
         self.starts = torch.randint(0, length - width + 1, (rows,), generator=seeded)
         self.starts[0] = length - width
-        self.window, self.scale = window, 1 / math.sqrt(size)
+        self.window, self.scale, self.group = window, 1 / math.sqrt(size), heads // kv_heads
         self.options = {"softcap": softcap or None, "s_aux": None}
         if sinks:
             self.options["s_aux"] = torch.randn(heads, generator=seeded)
@@ -52,9 +53,9 @@ class Case:
         visible = distance >= 0
         return visible & (distance < self.window) if self.window else visible
 
-    def wanted(self):
-        group = self.query.shape[1] // self.key.shape[1]
-        key, value = (t.double().repeat_interleave(group, 1) for t in (self.key, self.value))
+    def weights(self):
+        """Of all keys (B, H, T, S), in float64."""
+        key = self.key.double().repeat_interleave(self.group, 1)
         scores = self.query.double() @ key.transpose(-1, -2) * self.scale
         if cap := self.options["softcap"]:
             scores = cap * torch.tanh(scores / cap)
@@ -62,8 +63,11 @@ class Case:
         if (sinks := self.options["s_aux"]) is not None:
             column = sinks.double()[None, :, None, None].expand(*scores.shape[:3], 1)
             scores = torch.cat([scores, column], -1)
-        weights = scores.softmax(-1)[..., : self.key.shape[2]]
-        return (weights @ value).transpose(1, 2)
+        return scores.softmax(-1)[..., : self.key.shape[2]]
+
+    def wanted(self):
+        value = self.value.double().repeat_interleave(self.group, 1)
+        return (self.weights() @ value).transpose(1, 2)
 
     def given(self, library, row=None, begin=0, end=None):
         """By the kernel; for one row and some of its queries if ``row`` is given."""
@@ -178,3 +182,16 @@ def test_new_keys_go_to_the_positions_of_their_rows(library, dtype):
     for row, start in enumerate(starts.tolist()):
         wanted[row + 1, :, start : start + 7] = states[row].to(dtype)
     assert torch.equal(cache, wanted)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("kv_dtype", TOLERANCE)
+def test_shares_that_are_shown_are_those_of_the_definition(library, name, kv_dtype):
+    case = Case(kv_dtype=kv_dtype, **CASES[name])
+    rows = CausalRows(library, case.starts, case.window)
+    for row, wanted in enumerate(case.weights()):
+        queries = range(wanted.shape[1])[-3:]
+        options = {"scaling": case.scale, **case.options}
+        found, sinks = shares(rows, case.query, case.key, row, queries, options)
+        torch.testing.assert_close(found.double(), wanted[:, -3:], atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(sinks.double(), 1 - wanted[:, -3:].sum(-1), atol=1e-5, rtol=0)

@@ -113,12 +113,12 @@ def native_attention(
 def show_attention(
     module: nn.Module,
     tensors: tuple[Tensor, Tensor, Tensor, Tensor],
-    mask: Tensor,
+    mask: CausalRows,
     options: dict[str, Any],
 ) -> None:
     """Call the attention function, as whoever wrapped it left it, for what has been computed.
 
-    ``tensors``: query, key, value and output.
+    ``tensors``: query, key, value and output. The mask is given in short.
     """
     *given, output = tensors
     token = _known.set(output)

@@ -1762,3 +1762,133 @@ void draw(const Draw* rows, int64_t count, int64_t* tokens) {
 }
 
 }  // extern "C"
+
+// ---- looking inside --------------------------------------------------------------------------
+//
+// What inspection says of a step that has been done, in float32. No token depends on it.
+
+extern "C" {
+struct Figures {
+  const float* logits;
+  int64_t size, token, count;  // ``count`` of the likeliest are wanted
+  double logprob, entropy;     // of the token; of all, in nats
+  int64_t rank;                // how many are likelier than the token
+};
+}
+
+namespace {
+
+// How much of what a head's query reads comes from each key; gives what its sink takes.
+float weigh(const Attention& a, int64_t row, int64_t head, int64_t query, int64_t keys,
+            float* shares) {
+  const int64_t end = std::min(a.starts[row] + query + 1, keys);
+  const int64_t begin = a.window ? std::max<int64_t>(0, a.starts[row] + query + 1 - a.window) : 0;
+  const int64_t q = row * a.q_strides[0] + head * a.q_strides[1] + query * a.q_strides[2];
+  const int64_t k = row * a.k_strides[0] + head / (a.heads / a.kv_heads) * a.k_strides[1];
+  std::fill_n(shares, keys, 0.f);
+  for (int64_t j = begin; j < end; j++) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t i = 0; i < a.size; i += 16) {
+      const __mmask16 mask = first(a.size - i);
+      sum = _mm512_fmadd_ps(load(a.q, a.q_type, q + i, mask),
+                            load(a.k, a.kv_type, k + j * a.k_strides[2] + i, mask), sum);
+    }
+    shares[j] = _mm512_reduce_add_ps(sum) * a.scale;
+  }
+  float peak = a.sinks ? a.sinks[head] : -INFINITY;
+  for (int64_t j = begin; j < end; j += 16) {
+    const __mmask16 mask = first(end - j);
+    if (a.softcap) store(shares + j, mask, capped(load(shares + j, mask), a.softcap));
+    peak = std::max(peak, _mm512_mask_reduce_max_ps(mask, load(shares + j, mask)));
+  }
+  const __m512 highest = _mm512_set1_ps(peak);
+  const float sink = a.sinks ? _mm512_cvtss_f32(exp16(_mm512_set1_ps(a.sinks[head] - peak))) : 0;
+  double total = sink;
+  for (int64_t j = begin; j < end; j += 16) {
+    const __mmask16 mask = first(end - j);
+    const __m512 e = exp16(_mm512_sub_ps(load(shares + j, mask), highest));
+    store(shares + j, mask, e);
+    total += _mm512_mask_reduce_add_ps(mask, e);
+  }
+  for (int64_t j = begin; j < end; j++) shares[j] = static_cast<float>(shares[j] / total);
+  return static_cast<float>(sink / total);
+}
+
+// The likeliest ``f.count``, the likeliest first, of equals the first; ``tops``: the largest of
+// each PART.
+void find_likeliest(const Figures& f, std::vector<float>& tops, int64_t* ids) {
+  float least = -INFINITY;  // as many are as large as this
+  if (f.count < static_cast<int64_t>(tops.size())) {
+    std::nth_element(tops.begin(), tops.begin() + f.count - 1, tops.end(), std::greater<float>());
+    least = tops[f.count - 1];
+  }
+  std::vector<int64_t> able;
+  for (int64_t i = 0; i < f.size; i += 16) {
+    const __mmask16 mask = first(f.size - i);
+    int found = _mm512_mask_cmp_ps_mask(mask, load(f.logits + i, mask), _mm512_set1_ps(least),
+                                        _CMP_GE_OQ);
+    for (; found; found &= found - 1) able.push_back(i + __builtin_ctz(found));
+  }
+  std::partial_sort(able.begin(), able.begin() + f.count, able.end(), [&](int64_t a, int64_t b) {
+    return f.logits[a] > f.logits[b] || (f.logits[a] == f.logits[b] && a < b);
+  });
+  std::copy_n(able.begin(), f.count, ids);
+}
+
+}  // namespace
+
+extern "C" {
+
+// Shares (heads, count, keys) of a row's queries from ``query`` on, and those of the sinks (heads,
+// count).
+void shares(const Attention* call, int64_t row, int64_t query, int64_t count, int64_t keys,
+            float* to, float* sinks) {
+  std::lock_guard<std::mutex> lock(busy);
+  team->run(call->heads * count, [&](int64_t b, int64_t e) {
+    for (int64_t i = b; i < e; i++)
+      sinks[i] = weigh(*call, row, i / count, query + i % count, keys, to + i * keys);
+  });
+}
+
+// ``ids`` and ``probs`` (count) of the likeliest tokens, and what else is said of the row, which
+// must be without NaN.
+void figures(Figures* row, int64_t* ids, float* probs) {
+  Figures& f = *row;
+  static thread_local std::vector<float> tops;
+  tops.clear();
+  const __m512 own = _mm512_set1_ps(f.logits[f.token]);
+  f.rank = 0;
+  for (int64_t from = 0; from < f.size; from += PART) {
+    __m512 most = _mm512_set1_ps(-INFINITY);
+    for (int64_t i = from; i < std::min(from + PART, f.size); i += 16) {
+      const __mmask16 mask = first(f.size - i);
+      const __m512 x = load(f.logits + i, mask);
+      most = _mm512_mask_max_ps(most, mask, most, x);
+      f.rank += __builtin_popcount(_mm512_mask_cmp_ps_mask(mask, x, own, _CMP_GT_OQ));
+    }
+    tops.push_back(_mm512_reduce_max_ps(most));
+  }
+  const float best = *std::max_element(tops.begin(), tops.end());
+  double total = 0, weighted = 0;
+  for (int64_t from = 0; from < f.size; from += PART) {
+    __m512 sum = _mm512_setzero_ps(), product = _mm512_setzero_ps();
+    for (int64_t i = from; i < std::min(from + PART, f.size); i += 16) {
+      const __mmask16 mask = first(f.size - i);
+      const __m512 x = _mm512_sub_ps(load(f.logits + i, mask), _mm512_set1_ps(best));
+      const __m512 e = _mm512_maskz_mov_ps(mask, exp16(x));
+      sum = _mm512_add_ps(sum, e);
+      // 0 times what is infinitely unlikely is nothing
+      product = _mm512_fmadd_ps(_mm512_max_ps(x, _mm512_set1_ps(-104.f)), e, product);
+    }
+    total += _mm512_reduce_add_ps(sum), weighted += _mm512_reduce_add_ps(product);
+  }
+  f.logprob = static_cast<double>(f.logits[f.token]) - best - std::log(total);
+  f.entropy = std::max(0., std::log(total) - weighted / total);
+  f.count = std::min(f.count, f.size);
+  if (!f.count) return;
+  find_likeliest(f, tops, ids);
+  for (int64_t i = 0; i < f.count; i++)
+    probs[i] = static_cast<float>(std::exp(static_cast<double>(f.logits[ids[i]]) - best) / total);
+}
+
+}  // extern "C"

@@ -116,6 +116,8 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "write_cache": (None, [POINTER(Copy)]),
     "run_steps": (None, [c_void_p, c_int64]),
     "draw": (None, [c_void_p, c_int64, c_void_p]),
+    "shares": (None, [c_void_p, *[c_int64] * 4, c_void_p, c_void_p]),
+    "figures": (None, [c_void_p, c_void_p, c_void_p]),
 }
 
 

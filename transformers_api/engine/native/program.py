@@ -91,8 +91,8 @@ class Seen:
 class Watch(Protocol):
     """Who looks at a pass. What it is shown is overwritten when the pass goes on."""
 
-    def wants(self, view: View) -> bool:
-        """Whether this call is to be shown."""
+    def wanted(self, views: list[View]) -> list[View]:
+        """Which of these calls are to be shown."""
         ...
 
     def show(self, seen: Seen) -> None:
@@ -132,8 +132,8 @@ class Program:
         for place, given in zip(self._inputs, inputs, strict=True):
             ctypes.memmove(base + int(place), given.data_ptr(), given.nbytes)
         done = 0
-        for view in self.plan.views if watch else ():
-            if watch and watch.wants(view):
+        if watch:
+            for view in watch.wanted(self.plan.views):
                 self._go_on(done, view.at)
                 done = view.at
                 watch.show(self._look(view))

@@ -92,7 +92,7 @@ class NativeRunner(ModelRunner):
             recorded, size = self.decode, len(starts)
         watch = None
         if batch.reaches_end and any(seq.observe for seq in batch.sequences):
-            watch = Showing(self.masks, inputs[1], tensors, first)
+            watch = Showing(self.cache.library, inputs[2], batch.width, tensors, first)
         logits = recorded.run(size, inputs, tensors, first, watch)
         return logits[:, -keep:, : self.vocab_size]
 

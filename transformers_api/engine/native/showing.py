@@ -2,39 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from transformers_api.engine.model_runner import MaskBuilder
-from transformers_api.engine.native.attention import NAME, native_attention, show_attention
+from transformers_api.engine.native.attention import (
+    NAME,
+    CausalRows,
+    native_attention,
+    show_attention,
+)
 from transformers_api.engine.native.layout import View
+from transformers_api.engine.native.library import Library
 from transformers_api.engine.native.program import Seen
 
 
 class Showing:
-    """One pass over ``positions`` (B, T), whose rows of the ``cache`` begin with ``first``.
+    """A pass that reads ``width`` tokens of each sequence, from the positions ``starts`` (B,) on.
 
-    Meets ``program.Watch``. Who wraps the attention function may say which layers it ``wants``.
+    ``first``: the row of the ``cache`` that is the first one's. Meets ``program.Watch``. Who wraps
+    the attention function may say which layers it ``wants``.
     """
 
     def __init__(
-        self, masks: MaskBuilder, positions: Tensor, cache: list[Tensor], first: int
+        self, library: Library, starts: Tensor, width: int, cache: list[Tensor], first: int
     ) -> None:
-        self.masks = masks
-        self.positions = positions
+        self.library = library
+        self.starts = starts
         self.cache = cache
-        self.rows = slice(first, first + len(positions))
-        self._by_window: dict[int, Tensor] = {}
+        self.rows = slice(first, first + len(starts))
+        self.seen = slice(int(starts.max()) + width)
 
-    def wants(self, view: View) -> bool:
+    def wanted(self, views: Sequence[View]) -> list[View]:
         """See Watch."""
-        if view.cached is None:
-            return bool(view.module._forward_hooks or view.module._forward_pre_hooks)
         function = ALL_ATTENTION_FUNCTIONS[NAME]
-        wants = getattr(function, "wants", None)
-        return wants(view.module) if wants else function is not native_attention
+        wants = getattr(function, "wants", lambda _module: function is not native_attention)
+        return [
+            view
+            for view in views
+            if (
+                wants(view.module)
+                if view.cached
+                else view.module._forward_hooks or view.module._forward_pre_hooks
+            )
+        ]
 
     def show(self, seen: Seen) -> None:
         """See Watch."""
@@ -42,18 +55,10 @@ class Showing:
             stream, made = seen.tensors
             pass_through(seen.module, stream, (made,) if seen.options["is_tuple"] else made)
             return
-        count = int(self.positions.max()) + 1
-        key, value = (self.cache[index][self.rows, :, :count] for index in seen.cached)
+        key, value = (self.cache[index][self.rows, :, self.seen] for index in seen.cached)
         query, output = seen.tensors
-        mask = self._mask(seen.options["window"], count)
+        mask = CausalRows(self.library, self.starts, seen.options["window"])
         show_attention(seen.module, (query, key, value, output), mask, seen.options["options"])
-
-    def _mask(self, window: int, count: int) -> Tensor:
-        if not self._by_window:
-            built = self.masks.build(self.positions, count)
-            masks = built if isinstance(built, dict) else {"": built}
-            self._by_window = {self.masks.windows[kind]: mask for kind, mask in masks.items()}
-        return self._by_window[window]
 
 
 def pass_through(module: nn.Module, stream: Tensor, made: Any) -> None:
