@@ -38,6 +38,7 @@ from transformers_api.engine.native.wiring import (
 from transformers_api.engine.packed_linear import pack_linears
 from transformers_api.engine.prompt_scores import PromptScoringRunner
 from transformers_api.engine.sampler import Sampler, TokenSampler
+from transformers_api.engine.sharing import SharingRunner
 from transformers_api.engine.suppressed_tokens import SuppressingRunner
 from transformers_api.engine.thread import EngineThread
 from transformers_api.errors import ModelLoadFailed
@@ -202,6 +203,8 @@ def build_engine(
     suppressed = getattr(model.generation_config, "suppress_tokens", None) or ()
     if ids := [token for token in suppressed if 0 <= token < vocab_size]:
         runner = SuppressingRunner(runner, ids)
+    if library is None and model.device.type == "cpu":
+        runner = SharingRunner(runner)
     runner = PromptScoringRunner(runner)
     sampler: TokenSampler = Sampler(NativeRace(library) if library else None)
     if wrap is not None:
