@@ -24,6 +24,7 @@ from transformers_api.engine.graphs import GraphRunner, PaddedCache
 from transformers_api.engine.kv_cache import SlotCache
 from transformers_api.engine.memory import available_bytes, release_memory, trim_memory
 from transformers_api.engine.model_runner import ModelRunner, Runner, SequentialRunner
+from transformers_api.engine.native.cores import usable_cores
 from transformers_api.engine.native.drawing import NativeRace
 from transformers_api.engine.native.library import Library
 from transformers_api.engine.native.provision import provision
@@ -47,7 +48,7 @@ log = logging.getLogger(__name__)
 disable_progress_bar()  # type: ignore[no-untyped-call]  # a server's log is no terminal
 WINDOW_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
 BUSY_CHUNK = 32  # on a CPU, where more tokens in one pass take as long apiece
-OWN_THREADS = torch.get_num_threads()
+OWN_THREADS = min(torch.get_num_threads(), usable_cores())  # torch knows of no quota
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2}
 ATTENTION_KINDS = {"full_attention", "sliding_attention"}
 # (model, limits, runner, sampler) to the runner and the sampler that the engine is to use.

@@ -10,7 +10,8 @@ ROOT = Path("/")
 
 def usable_cores(root: Path = ROOT) -> int:
     """Cores by affinity, two threads of one core counted once, within the quota of the cgroup."""
-    cores = {_siblings(root, cpu) for cpu in os.sched_getaffinity(0)}
+    allowed = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
+    cores = {_siblings(root, cpu) for cpu in allowed}
     quota = _quota(root)
     return max(1, min(len(cores), int(quota)) if quota else len(cores))
 
