@@ -121,18 +121,18 @@ class Tap:
     ) -> Any:
         """What the wrapped function gives."""
         result = self.function(module, query, key, value, attention_mask, *args, **options)
-        if _watch.by is not None and self.wants(module):
+        layer, layers = getattr(module, "layer_idx", None), self.layers
+        if _watch.by is not None and layer is not None and (layers is None or layer in layers):
             seen = Attended(
                 module, query, key, value, attention_mask, result[0], options, self.aligns_ends
             )
-            _watch.by(module.layer_idx, seen)  # type: ignore[arg-type]
+            _watch.by(layer, seen)
         return result
 
-    def wants(self, module: nn.Module) -> bool:
-        """Whether somebody watches this layer."""
-        layer = getattr(module, "layer_idx", None)
-        is_asked = layer is not None and (_watch.layers is None or layer in _watch.layers)
-        return _watch.by is not None and is_asked
+    @property
+    def layers(self) -> Collection[int] | None:
+        """Those that somebody watches; None: all."""
+        return () if _watch.by is None else _watch.layers
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -193,8 +193,8 @@ class Attended:
         chosen = range(self.query.shape[2])[queries]
         found, sinks = shares(mask, self.query, self.key, sequence, chosen, self.options)
         if heads is not None:
-            found, sinks = found[list(heads)], sinks[list(heads)]
-        return found, sinks if self.has_sinks else None
+            found, sinks = found[list(heads)], None if sinks is None else sinks[list(heads)]
+        return found, sinks
 
     def error(self) -> float:
         """The largest |P V - out| relative to |out|: rounding, when P made the output."""

@@ -105,21 +105,21 @@ class TracingRunner:
         plan, seen = notes.plan, notes.context
         heads = plan.heads if isinstance(plan.heads, tuple) else None
         rows, sink = weights.rows(notes.place, slice(-1, None), heads)
-        shares = rows[:, -1]  # (H', S)
         # the model's own cache may have dropped what lies before a window; ours has others' room
-        first = max(seen - shares.shape[1], seen - (self.windows.get(layer) or seen), 0)
-        shares = shares[:, :seen] if shares.shape[1] > seen else shares
-        shares = shares[:, first - seen :]
+        stop = min(rows.shape[2], seen)
+        width = min(stop, self.windows.get(layer) or seen)
+        first = seen - width
+        shares = rows[:, -1, stop - width : stop]  # (H', K)
         taken = None if sink is None else sink[:, -1]
         if plan.heads == "mean":
             shares, taken = shares.mean(0, True), None if taken is None else taken.mean(0, True)
         elif plan.heads == "max":
             shares, taken = shares.amax(0, True), None if taken is None else taken.amax(0, True)
         start = notes.seq.start + first
-        row = partial(AttentionRow, layer=layer, key_start=start, width=shares.shape[1])
+        row = partial(AttentionRow, layer=layer, key_start=start, width=width)
         if not plan.attn_topk:
             return row(weights=_array(shares), sink=_some(taken))
-        best, keys = shares.topk(min(plan.attn_topk, shares.shape[1]), -1)
+        best, keys = shares.topk(min(plan.attn_topk, width), -1)
         rest = (shares.sum(-1) - best.sum(-1)).clamp_min(0)
         return row(
             weights=_array(best),
@@ -176,10 +176,10 @@ class TracingSampler:
     def sample(self, logits: Tensor, sequences: list[Sequence]) -> list[SampledToken]:
         """See TokenSampler."""
         sampled = self.inner.sample(logits, sequences)
-        for seq, token, row in zip(sequences, sampled, logits, strict=True):
+        for row, (seq, token) in enumerate(zip(sequences, sampled, strict=True)):
             notes = seq.extras.pop(NAME, None)
             if notes is not None and token.error is None:
-                seq.extras[NAME] = self._trace(notes, row, token.token_id)
+                seq.extras[NAME] = self._trace(notes, logits[row], token.token_id)
         return sampled
 
     def _trace(self, notes: _Notes, logits: Tensor, token: int) -> StepTrace:

@@ -1840,13 +1840,15 @@ void find_likeliest(const Figures& f, std::vector<float>& tops, int64_t* ids) {
 extern "C" {
 
 // Shares (heads, count, keys) of a row's queries from ``query`` on, and those of the sinks (heads,
-// count).
+// count), unless that is null.
 void shares(const Attention* call, int64_t row, int64_t query, int64_t count, int64_t keys,
             float* to, float* sinks) {
   std::lock_guard<std::mutex> lock(busy);
   team->run(call->heads * count, [&](int64_t b, int64_t e) {
-    for (int64_t i = b; i < e; i++)
-      sinks[i] = weigh(*call, row, i / count, query + i % count, keys, to + i * keys);
+    for (int64_t i = b; i < e; i++) {
+      const float taken = weigh(*call, row, i / count, query + i % count, keys, to + i * keys);
+      if (sinks) sinks[i] = taken;
+    }
   });
 }
 

@@ -55,8 +55,8 @@ def shares(
     sequence: int,
     queries: range,
     options: dict[str, Any],
-) -> tuple[Tensor, Tensor]:
-    """What ``queries`` of one sequence read (H, R, S), and what the sinks took (H, R), float32.
+) -> tuple[Tensor, Tensor | None]:
+    """What ``queries`` of one sequence read (H, R, S), and what sinks took (H, R), float32.
 
     ``query`` (B, H, T, D) and ``key`` (B, G, S, D) as native_attention has them, with its options.
     """
@@ -64,7 +64,8 @@ def shares(
     scaling, sinks = options.get("scaling"), options.get("s_aux")
     if sinks is not None:
         sinks = sinks.detach().float().contiguous()
-    found, taken = torch.empty(heads, count, keys), torch.empty(heads, count)
+    found = torch.empty(heads, count, keys)
+    taken = None if sinks is None else torch.empty(heads, count)
     call = Attention(
         q=query.data_ptr(),
         k=key.data_ptr(),
@@ -82,5 +83,6 @@ def shares(
         kv_type=TYPES[key.dtype],
     )
     where = sequence, queries.start, count, keys
-    rows.library.quick.shares(byref(call), *where, found.data_ptr(), taken.data_ptr())
+    to_sinks = None if taken is None else taken.data_ptr()
+    rows.library.quick.shares(byref(call), *where, found.data_ptr(), to_sinks)
     return found, taken

@@ -92,7 +92,8 @@ class NativeRunner(ModelRunner):
             recorded, size = self.decode, len(starts)
         watch = None
         if batch.reaches_end and any(seq.observe for seq in batch.sequences):
-            watch = Showing(self.cache.library, inputs[2], batch.width, tensors, first)
+            seen = max(starts) + batch.width
+            watch = Showing(self.cache.library, inputs[2], seen, tensors, first)
         logits = recorded.run(size, inputs, tensors, first, watch)
         return logits[:, -keep:, : self.vocab_size]
 

@@ -20,30 +20,34 @@ from transformers_api.engine.native.program import Seen
 
 
 class Showing:
-    """A pass that reads ``width`` tokens of each sequence, from the positions ``starts`` (B,) on.
+    """A pass whose sequences begin at the positions ``starts`` (B,) and end at ``seen`` or before.
 
     ``first``: the row of the ``cache`` that is the first one's. Meets ``program.Watch``. Who wraps
-    the attention function may say which layers it ``wants``.
+    the attention function may say which ``layers`` are wanted: of those alone it is told.
+
+    Between two parts of a pass the weights have driven everything else from the caches, and a call
+    of torch takes fifty microseconds: few are made.
     """
 
     def __init__(
-        self, library: Library, starts: Tensor, width: int, cache: list[Tensor], first: int
+        self, library: Library, starts: Tensor, seen: int, cache: list[Tensor], first: int
     ) -> None:
         self.library = library
         self.starts = starts
         self.cache = cache
         self.rows = slice(first, first + len(starts))
-        self.seen = slice(int(starts.max()) + width)
+        self.seen = slice(seen)
 
     def wanted(self, views: Sequence[View]) -> list[View]:
         """See Watch."""
         function = ALL_ATTENTION_FUNCTIONS[NAME]
-        wants = getattr(function, "wants", lambda _module: function is not native_attention)
+        nobody = () if function is native_attention else None
+        layers = getattr(function, "layers", nobody)
         return [
             view
             for view in views
             if (
-                wants(view.module)
+                layers is None or getattr(view.module, "layer_idx", None) in layers
                 if view.cached
                 else view.module._forward_hooks or view.module._forward_pre_hooks
             )
