@@ -158,9 +158,12 @@ def _import_engine() -> None:
     That takes a sixth of the time of the imports, and later, at every swap or in the middle of an
     answer, as long as several tokens.
     """
+    from transformers_api.engine.lean import import_lean
+
     is_first = "transformers_api.engine.loader" not in sys.modules
     gc.disable()
     try:
+        import_lean()
         import transformers_api.engine.loader  # noqa: F401
 
         if is_first:  # what a later one would keep may be garbage, of models even

@@ -22,6 +22,7 @@ from transformers_api.engine.base import EngineListener
 from transformers_api.engine.batching import BatchingEngine, EngineLimits
 from transformers_api.engine.graphs import GraphRunner, PaddedCache
 from transformers_api.engine.kv_cache import SlotCache
+from transformers_api.engine.lean import ShapesOnly
 from transformers_api.engine.memory import available_bytes, release_memory, trim_memory
 from transformers_api.engine.model_runner import ModelRunner, Runner, SequentialRunner
 from transformers_api.engine.native.cores import usable_cores
@@ -143,7 +144,7 @@ def load_model(folder: Path, device: str, dtype: str, trust_remote_code: bool) -
         )
         if config.is_encoder_decoder:
             raise ModelLoadFailed("Encoder-decoder models cannot be served")
-        with differentiable():
+        with differentiable(), ShapesOnly():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,

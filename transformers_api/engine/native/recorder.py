@@ -125,6 +125,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in inputs:
             self._produces(tensor)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Without what keeps torch's compiler out of every call: it is not there."""
+        return False
+
     def __torch_dispatch__(
         self,
         func: Any,

@@ -1,0 +1,89 @@
+"""transformers without torch's compiler, which is there as soon as somebody wants it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import transformers_api
+from transformers_api.engine.lean import ShapesOnly
+
+PROGRAM = """
+import sys
+
+from transformers_api.engine.lean import import_lean
+
+import_lean()
+import torch
+import transformers_api.engine.loader
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers_api.engine.lean import ShapesOnly
+from transformers_api.engine.native.recorder import record
+
+sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)
+config = LlamaConfig(intermediate_size=16, num_key_value_heads=1, **sizes)
+with ShapesOnly(), torch.device("meta"):
+    LlamaForCausalLM(config)
+model = LlamaForCausalLM(config)
+ids = torch.tensor([[1, 2]])
+with torch.no_grad(), record([ids]):
+    model(ids, use_cache=False)
+heavy = {"sympy", "torch._dynamo.convert_frame", "torch.distributed.tensor"} & sys.modules.keys()
+assert not heavy, heavy
+
+known = torch.compiler.allow_in_graph(lambda x: x + 1)
+kept = torch.compiler.disable(lambda x: x + torch.ones(len(x.tolist())))
+assert kept(torch.ones(2)).tolist() == [2, 2]
+import torch._dynamo.utils
+from torch._dynamo.trace_rules import is_callable_allowed
+
+assert is_callable_allowed(known)
+compiled = torch.compile(lambda x: kept(x * 2) + 1, backend="eager")
+assert compiled(torch.ones(2)).tolist() == [4, 4]
+assert torch._dynamo.utils.counters["graph_break"]
+assert torch.distributed.is_available() == hasattr(torch._C, "_c10d_init")
+"""
+
+
+def test_a_model_is_made_without_the_compiler_and_the_compiler_works_afterwards(
+    tmp_path: Path,
+) -> None:
+    program = tmp_path / "program.py"  # torch compiles nothing that stands in no file
+    program.write_text(PROGRAM)
+    environment = os.environ | {"PYTHONPATH": str(Path(transformers_api.__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, str(program)], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def angles(size: int) -> Tensor:
+    return 1.0 / (100.0 ** (torch.arange(0, size, 2, dtype=torch.float) / size))
+
+
+def test_shapes_on_meta_are_what_they_would_be() -> None:
+    def made() -> list[Tensor]:
+        layers = [nn.Linear(3, 4), nn.Embedding(5, 6), nn.LayerNorm(7), nn.Conv1d(1, 2, 3)]
+        return [angles(8), torch.arange(3), *(p for layer in layers for p in layer.parameters())]
+
+    with torch.device("meta"):
+        plain = made()
+        with ShapesOnly():
+            quick = made()
+    assert [(t.shape, t.dtype, t.device) for t in quick] == [
+        (t.shape, t.dtype, t.device) for t in plain
+    ]
+
+
+def test_tensors_with_numbers_get_them() -> None:
+    torch.manual_seed(0)
+    plain = nn.Linear(3, 4).weight, angles(8)
+    torch.manual_seed(0)
+    with ShapesOnly():
+        same = nn.Linear(3, 4).weight, angles(8)
+    assert all(torch.equal(a, b) for a, b in zip(plain, same, strict=True))
