@@ -32,6 +32,7 @@ from transformers_api.engine.loader import load_model
 from transformers_api.engine.native.cores import usable_cores
 from transformers_api.engine.native.library import Library, load_library
 from transformers_api.engine.native.runner import NativeRunner
+from transformers_api.engine.native.pack import layer_groups
 from transformers_api.engine.native.wiring import (
     Kind,
     largest_loss,
@@ -147,9 +148,10 @@ def measured(
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
     numbers, quantization = (kind, "none") if kind == "bfloat16" else ("bfloat16", kind)
     vocab_size = wanted[0].shape[1]
-    runner = native_runner(
-        model, library, Kind(numbers, quantization), layers, 1, MOST_TOKENS, vocab_size
-    )
+    two = torch.zeros(1, 2, dtype=torch.int64)
+    groups = layer_groups(model, lambda: model(input_ids=two, use_cache=False))
+    size = layers, 1, MOST_TOKENS
+    runner = native_runner(model, library, Kind(numbers, quantization), groups, size, vocab_size)
     loss = largest_loss(model) if kind == "int4" else None
     return compare(
         Found(name, packed_bytes(model) / 1e6, loss),

@@ -28,6 +28,7 @@ from transformers_api.engine.model_runner import ModelRunner, Runner, Sequential
 from transformers_api.engine.native.cores import usable_cores
 from transformers_api.engine.native.drawing import NativeRace
 from transformers_api.engine.native.library import Library
+from transformers_api.engine.native.pack import layer_groups
 from transformers_api.engine.native.provision import provision
 from transformers_api.engine.native.runner import NativeRunner
 from transformers_api.engine.native.wiring import (
@@ -262,9 +263,13 @@ def _native_runner(
     if not layers:
         raise NativeRefused("it cannot share a batch")
     kind = kind_of(model, options.dtype, options.quantization)
-    wanted = own_logits(model, vocab_size, window, at_once=True)
+    wanted: list[torch.Tensor] = []
+    groups = layer_groups(
+        model, lambda: wanted.extend(own_logits(model, vocab_size, window, at_once=True))
+    )
     with differentiable():
-        runner = native_runner(model, library, kind, layers, options.num_slots, window, vocab_size)
+        size = layers, options.num_slots, window
+        runner = native_runner(model, library, kind, groups, size, vocab_size)
     check_loss(model)
     if not agrees(runner, model, vocab_size, window, wanted, kind.quantization):
         raise NativeRefused("it says something else with them")

@@ -9,7 +9,7 @@ import torch
 
 from tests.engine.models import BATCHED, tiny_model
 from transformers_api.engine.native.linear import NativeEmbedding, NativeLinear
-from transformers_api.engine.native.pack import pack_model
+from transformers_api.engine.native.pack import layer_groups, pack_model
 
 IDS = torch.tensor([[5, 9, 33, 71, 8, 2, 90]])
 
@@ -17,7 +17,9 @@ IDS = torch.tensor([[5, 9, 33, 71, 8, 2, 90]])
 def pair(library, name, kind="float32"):
     plain = copy.deepcopy(tiny_model(name))
     native = copy.deepcopy(plain)
-    pack_model(native, library, kind, IDS[:, :2])
+    with torch.no_grad():
+        groups = layer_groups(native, lambda: native(input_ids=IDS[:, :2], use_cache=False))
+    pack_model(native, library, kind, groups)
     return plain, native
 
 

@@ -17,7 +17,7 @@ from transformers_api.engine.native.attention import (
     register,
     write_cache,
 )
-from transformers_api.engine.native.pack import pack_model
+from transformers_api.engine.native.pack import layer_groups, pack_model
 from transformers_api.engine.native.program import RecordedPass
 
 PROMPT = [5, 9, 33, 71, 8, 2, 90, 17, 44, 3, 61]
@@ -44,7 +44,10 @@ class Setup:
         self.library = library
         self.model = copy.deepcopy(tiny_model(name))
         self.model.set_attn_implementation(NAME)
-        pack_model(self.model, library, kind, torch.tensor([PROMPT[:2]]))
+        ids = torch.tensor([PROMPT[:2]])
+        with torch.no_grad():
+            groups = layer_groups(self.model, lambda: self.model(input_ids=ids, use_cache=False))
+        pack_model(self.model, library, kind, groups)
         layers = self.model.config.get_text_config(decoder=True).num_hidden_layers
         self.cache = SlotCache(layers, 4, 128)
         self.cache.library = library

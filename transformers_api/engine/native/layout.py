@@ -7,6 +7,7 @@ sizes is known for all. Recordings that differ in another way are refused.
 
 from __future__ import annotations
 
+import bisect
 import ctypes
 import functools
 from collections.abc import Sequence
@@ -127,15 +128,17 @@ class _Planner:
         self.cache = {t.untyped_storage().data_ptr(): i for i, t in enumerate(cache)}
         self.sizes = a.size, b.size
         self.shown = list(zip(a.recorder.shown, b.recorder.shown, strict=True))
+        self.pairs = list(zip(a.recorder.steps, b.recorder.steps, strict=True))
         self.steps, self.calls = _Words(), _Words()
         self.cache_words: list[tuple[int, int, int]] = []
         self.kept: list[Tensor] = []
-        self.units: list[Unit] = list(units(self._pairs(), self.sizes))
+        self.units: list[Unit] = list(units(self.pairs, self.sizes))
+        self.ends = [unit.end for unit in self.units]
         self.places, self.memory = self._lay_out()
 
     def plan(self) -> Plan:
         for unit in self.units:
-            for nth, pair in enumerate(self._pairs()[unit.begin : unit.end]):
+            for nth, pair in enumerate(self.pairs[unit.begin : unit.end]):
                 at = self._add_step(*pair, unit.lines[nth] if unit.lines else None)
                 if unit.lines and not nth:
                     count = unit.end - unit.begin
@@ -188,7 +191,7 @@ class _Planner:
 
     def _unit_of(self, shown: Shown) -> int:
         """Which steps have to be done before the call can be shown."""
-        return next(i for i, unit in enumerate(self.units) if shown.at <= unit.end)
+        return bisect.bisect_left(self.ends, shown.at)
 
     def _shown_refs(self, x: Shown, y: Shown) -> list[tuple[Ref, Ref]]:
         refs = [[one.recorder.ref(t) for t in s.tensors] for one, s in ((self.a, x), (self.b, y))]
@@ -203,9 +206,6 @@ class _Planner:
         if rest.any():
             raise NotRecordable("sizes that do not grow evenly")
         return Line(self.sizes[0], first, slope)
-
-    def _pairs(self) -> list[tuple[Recorded, Recorded]]:
-        return list(zip(self.a.recorder.steps, self.b.recorder.steps, strict=True))
 
     def _input_refs(self) -> list[tuple[Ref, Ref]]:
         refs = [[one.recorder.ref(t) for t in one.inputs] for one in (self.a, self.b)]
@@ -222,7 +222,7 @@ class _Planner:
         used = [
             {
                 (x.storage, y.storage)
-                for first, second in self._pairs()[unit.begin : unit.end]
+                for first, second in self.pairs[unit.begin : unit.end]
                 for x, y in zip(first.refs, second.refs, strict=True)
                 if x.is_dynamic
             }

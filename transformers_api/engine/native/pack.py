@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,18 +36,17 @@ class Place:
         return weight.t() if type(self.layer) is Conv1D else weight
 
 
-def pack_model(model: Any, library: Library, kind: str, ids: Tensor) -> None:
+def pack_model(model: Any, library: Library, kind: str, groups: list[list[Place]]) -> None:
     """Replace Linear, Conv1D and tied Embedding layers, each old weight freed before the next.
 
-    ``kind`` see PackedWeight; with int4 the output layer is int8. ``ids`` (1, T) are read once, to
-    learn which layers are given the same input. Layers that the forward pass does not reach, or
-    reaches twice, stay single. What is left of the model, norms above all, becomes float32, and so
-    do its activations.
+    ``kind`` see PackedWeight; with int4 the output layer is int8. ``groups`` see
+    ``layer_groups``. What is left of the model, norms above all, becomes float32, and so do its
+    activations.
     """
     memory = WeightMemory()
     tied = _tied_embeddings(model)
     head = model.get_output_embeddings()
-    for group in _groups(model, ids):
+    for group in groups:
         is_output = any(place.layer is head for place in group)
         width = "int8" if kind == "int4" and is_output else kind
         packed = _pack_group(group, library, width, memory, {id(p.layer.weight) for p in tied})
@@ -108,8 +109,11 @@ def _tied_embeddings(model: nn.Module) -> list[Place]:
     ]
 
 
-def _groups(model: Any, ids: Tensor) -> list[list[Place]]:
-    """Layers in the order of their calls; those that follow one another with one input together."""
+def layer_groups(model: Any, forward: Callable[[], object]) -> list[list[Place]]:
+    """Layers in the order of their calls; those that follow one another with one input together.
+
+    As seen in one ``forward`` pass. Layers that it does not reach, or reaches twice, stay single.
+    """
     places = {place.layer: place for place in _places(model)}
     calls: list[tuple[Any, Tensor]] = []
     hooks = [
@@ -117,16 +121,15 @@ def _groups(model: Any, ids: Tensor) -> list[list[Place]]:
         for layer in places
     ]
     try:
-        with torch.no_grad():
-            model(input_ids=ids, use_cache=False)
+        forward()
     finally:
         for hook in hooks:
             hook.remove()
-    layers = [layer for layer, _ in calls]
+    times = Counter(layer for layer, _ in calls)
     groups: list[list[Place]] = []
     last: Tensor | None = None
     for layer, x in calls:
-        if layers.count(layer) > 1:
+        if times[layer] > 1:
             last = None
             continue
         if x is last:
@@ -134,5 +137,4 @@ def _groups(model: Any, ids: Tensor) -> list[list[Place]]:
         else:
             groups.append([places[layer]])
         last = x
-    rest = [[place] for layer, place in places.items() if layers.count(layer) != 1]
-    return groups + rest
+    return groups + [[place] for layer, place in places.items() if times[layer] != 1]

@@ -11,7 +11,7 @@ from transformers_api.engine.native.attention import NAME, register
 from transformers_api.engine.native.cache import NativeCache
 from transformers_api.engine.native.library import Library
 from transformers_api.engine.native.linear import NativeEmbedding, NativeLinear, PackedWeight
-from transformers_api.engine.native.pack import pack_model
+from transformers_api.engine.native.pack import Place, pack_model
 from transformers_api.engine.native.runner import NativeRunner
 
 log = logging.getLogger(__name__)
@@ -65,15 +65,23 @@ def kind_of(model: Any, dtype: str, quantization: str = "none") -> Kind:
 
 
 def native_runner(
-    model: Any, library: Library, kind: Kind, layers: int, rows: int, window: int, vocab_size: int
+    model: Any,
+    library: Library,
+    kind: Kind,
+    groups: list[list[Place]],
+    cache_size: tuple[int, int, int],
+    vocab_size: int,
 ) -> NativeRunner:
-    """A runner for the model, whose weights are packed by this. Raises NativeRefused."""
+    """A runner for the model, whose weights are packed by this. Raises NativeRefused.
+
+    ``groups``: see ``layer_groups``. ``cache_size``: layers, rows, tokens of a row.
+    """
     register()
     try:
         model.set_attn_implementation(NAME)
-        pack_model(model, library, kind.weights, torch.zeros(1, 2, dtype=torch.int64))
+        pack_model(model, library, kind.weights, groups)
         model.native_kind = kind
-        cache = NativeCache(library, layers, rows, window, CACHE_TYPES[kind.numbers])
+        cache = NativeCache(library, *cache_size, CACHE_TYPES[kind.numbers])
         runner = NativeRunner(model, cache, vocab_size)
         runner.learn()
     except Exception as error:
