@@ -31,8 +31,8 @@ from transformers_api.engine.base import SamplingParams, SequenceRequest, TokenS
 from transformers_api.engine.loader import load_model
 from transformers_api.engine.native.cores import usable_cores
 from transformers_api.engine.native.library import Library, load_library
-from transformers_api.engine.native.runner import NativeRunner
 from transformers_api.engine.native.pack import layer_groups
+from transformers_api.engine.native.runner import NativeRunner
 from transformers_api.engine.native.wiring import (
     Kind,
     largest_loss,

@@ -20,7 +20,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
 COMPILER = "torch._dynamo"
@@ -147,8 +148,7 @@ class ShapesOnly(TorchFunctionMode):
     """
 
     DRAWING = frozenset(
-        (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
-        + (Tensor.normal_, Tensor.uniform_)
+        (Tensor.normal_, Tensor.uniform_, init.normal_, init.uniform_, init.kaiming_uniform_)
     )
     ANGLES = frozenset((Tensor.div, Tensor.__rdiv__, Tensor.__rpow__))  # 1 / base ** (n / size)
 

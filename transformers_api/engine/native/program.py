@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers_api.engine.native.layout import Learned, Line, Plan, View, make_plan
 from transformers_api.engine.native.library import Library
 from transformers_api.engine.native.lines import NotRecordable
-from transformers_api.engine.native.recorder import record
+from transformers_api.engine.native.recorder import Recorder, record
 
 log = logging.getLogger(__name__)
 PAGE = 4096
@@ -40,13 +40,19 @@ class RecordedPass:
         return self._program is not None
 
     def learn(
-        self, size: int, inputs: list[Tensor], cache: list[Tensor], forward: Callable[[], Tensor]
+        self,
+        size: int,
+        inputs: list[Tensor],
+        cache: list[Tensor],
+        forward: Callable[[], Tensor],
+        begun: Recorder | None = None,
     ) -> Tensor:
         """Record what ``forward`` makes of ``inputs``; its result.
 
-        ``cache``: the tensors of keys and values, all rows, layer by layer.
+        ``cache``: the tensors of keys and values, all rows, layer by layer. ``begun`` has recorded
+        a pass up to where ``forward`` goes on.
         """
-        with record(inputs) as recorder:
+        with record(inputs, begun) as recorder:
             result = forward()
         self._learned.append(Learned(size, recorder, inputs, result))
         if len(self._learned) == 2 and not self.refused:

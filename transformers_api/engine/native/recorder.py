@@ -97,9 +97,9 @@ def current() -> Recorder | None:
 
 
 @contextlib.contextmanager
-def record(inputs: list[Tensor]) -> Iterator[Recorder]:
-    """Watch what happens inside; see Recorder."""
-    recorder = Recorder(inputs)
+def record(inputs: list[Tensor], begun: Recorder | None = None) -> Iterator[Recorder]:
+    """Watch what happens inside; see Recorder. ``begun`` has seen what came before."""
+    recorder = begun or Recorder(inputs)
     token = _current.set(recorder)
     try:
         with recorder:
@@ -173,6 +173,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def show(self, module: Any, tensors: list[Tensor], **details: Any) -> None:
         """Note a call that others may want to see; see Shown."""
         self.shown.append(Shown(module, tensors, len(self.steps), **details))
+
+    def branch(self) -> Recorder:
+        """One that has seen the same so far."""
+        other = Recorder([])
+        other.steps, other.shown, other.kept = list(self.steps), list(self.shown), list(self.kept)
+        other.sizes, other.unknown = dict(self.sizes), dict(self.unknown)
+        other.failure = self.failure
+        return other
 
     def is_dynamic(self, tensor: Tensor) -> bool:
         """Whether it depends on the inputs."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ from transformers_api.engine.native.attention import CausalRows, describe_mask
 from transformers_api.engine.native.cache import NativeCache
 from transformers_api.engine.native.library import Library
 from transformers_api.engine.native.program import RecordedPass
-from transformers_api.engine.native.recorder import current
-from transformers_api.engine.native.showing import Showing
+from transformers_api.engine.native.recorder import Recorder, current
+from transformers_api.engine.native.showing import Showing, returning
 from transformers_api.engine.scheduler import Batch
 
 DECODE_ROWS = (2, 3)  # sizes that are recorded; see layout.py
@@ -72,9 +73,7 @@ class NativeRunner(ModelRunner):
             for size in DECODE_ROWS:
                 self._learn(self.decode, size, cache, _inputs(_some_ids(size, 1), [3] * size), 1)
             for size in PROMPT_TOKENS:
-                inputs = _inputs(_some_ids(1, size), [0])
-                self._learn(self.prompt, size, cache, inputs, 1)
-                self._learn(self.scored, size, cache, inputs, 0)
+                self._learn_prompt(size, cache)
         self.is_recorded = all(p.is_ready for p in (self.decode, self.prompt, self.scored))
 
     def forward(self, batch: Batch, keep: int = 1) -> Tensor:
@@ -98,9 +97,36 @@ class NativeRunner(ModelRunner):
         return logits[:, -keep:, : self.vocab_size]
 
     def _learn(
-        self, which: RecordedPass, size: int, cache: NativeCache, inputs: list[Tensor], keep: int
+        self,
+        which: RecordedPass,
+        size: int,
+        cache: NativeCache,
+        inputs: list[Tensor],
+        keep: int,
+        begun: Recorder | None = None,
     ) -> None:
-        which.learn(size, inputs, cache.tensors, lambda: self._compute(inputs, cache, keep))
+        forward = partial(self._compute, inputs, cache, keep)
+        which.learn(size, inputs, cache.tensors, forward, begun)
+
+    def _learn_prompt(self, size: int, cache: NativeCache) -> None:
+        """A scored one differs in what comes after the layers only; all before is recorded once."""
+        inputs, base, seen = _inputs(_some_ids(1, size), [0]), self.model.base_model, []
+
+        def look(module: nn.Module, given: Any, output: Any) -> None:
+            if recorder := current():
+                seen.append((recorder.branch(), output))
+
+        handle = base.register_forward_hook(look)
+        try:
+            self._learn(self.prompt, size, cache, inputs, 1)
+        finally:
+            handle.remove()
+        if base is self.model or len(seen) != 1:
+            self._learn(self.scored, size, cache, inputs, 0)
+            return
+        begun, output = seen[0]
+        with returning(base, output):
+            self._learn(self.scored, size, cache, inputs, 0, begun)
 
     def _compute(self, inputs: list[Tensor], cache: NativeCache, keep: int) -> Tensor:
         ids, positions, starts = inputs

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -67,10 +68,17 @@ class Showing:
 
 def pass_through(module: nn.Module, stream: Tensor, made: Any) -> None:
     """Call a module, and with it its hooks, for what has been computed."""
+    with returning(module, made):
+        module(stream)
+
+
+@contextmanager
+def returning(module: nn.Module, made: Any) -> Iterator[None]:
+    """While it lasts, the module returns this whatever it is given."""
     own = vars(module).get("forward")
     module.forward = lambda *_args, **_kwargs: made
     try:
-        module(stream)
+        yield
     finally:
         del module.forward
         if own is not None:
