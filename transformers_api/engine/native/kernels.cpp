@@ -939,20 +939,34 @@ void pack_group(const Weight& w, const float* x, int64_t row, int64_t g, int8_t*
 }
 
 template <class T>
-void pack_row(const Weight& w, const T* from, int64_t row) {
-  std::vector<int32_t> lanes(steps(w));
-  if (w.type == I8) {
-    for (int64_t g = 0; g < groups(w); g++) {
-      float x[GROUP];
-      for (int i = 0; i < GROUP; i += 16)
-        store(x + i, 0xffff, load(from + g * GROUP + i, first(w.k - g * GROUP - i)));
-      pack_group(w, x, row, g, reinterpret_cast<int8_t*>(lanes.data()) + g * GROUP);
-    }
-  } else {
-    prepare(w, from, lanes.data());
+void lanes_of(const Weight& w, const T* from, int64_t row, int32_t* lanes) {
+  if (w.type != I8) return prepare(w, from, lanes);
+  for (int64_t g = 0; g < groups(w); g++) {
+    float x[GROUP];
+    for (int i = 0; i < GROUP; i += 16)
+      store(x + i, 0xffff, load(from + g * GROUP + i, first(w.k - g * GROUP - i)));
+    pack_group(w, x, row, g, reinterpret_cast<int8_t*>(lanes) + g * GROUP);
   }
-  int32_t* panel = reinterpret_cast<int32_t*>(panel_of(w, row));
-  for (int64_t i = 0; i < steps(w); i++) panel[cell(w, row, i)] = lanes[i];
+}
+
+// Sixteen rows together where they can be: a step of theirs is a line of the panel.
+template <class T>
+void pack_rows(const Weight& w, const T* from, int64_t row, int64_t end) {
+  const int64_t n = steps(w);
+  std::vector<int32_t> lanes(16 * n);
+  for (int64_t count; row < end; row += count, from += count * w.k) {
+    count = row % 16 == 0 && end - row >= 16 ? 16 : 1;
+    for (int64_t r = 0; r < count; r++) lanes_of(w, from + r * w.k, row + r, &lanes[r * n]);
+    int32_t* panel = reinterpret_cast<int32_t*>(panel_of(w, row));
+    for (int64_t i = 0; count == 1 && i < n; i++) panel[cell(w, row, i)] = lanes[i];
+    for (int64_t i = 0; count == 16 && i < n; i += 16) {
+      __m512i v[16];
+      for (int r = 0; r < 16; r++) v[r] = _mm512_maskz_loadu_epi32(first(n - i), &lanes[r * n + i]);
+      transpose(v);
+      for (int64_t s = i; s < std::min(i + 16, n); s++)
+        _mm512_storeu_si512(panel + cell(w, row, s), v[s - i]);
+    }
+  }
 }
 
 // ---- packing into four bits ------------------------------------------------------------------
@@ -1123,13 +1137,14 @@ int64_t packed_bytes(const Weight* w) { return panels(*w) * panel_bytes(*w); }
 // Rows ``row``.. from a dense (count, k) matrix, F32 or BF16. The memory must have been zeroed.
 void pack(const Weight* w, const void* from, int32_t type, int64_t row, int64_t count) {
   std::lock_guard<std::mutex> lock(busy);
-  team->run(count, [&](int64_t b, int64_t e) {
-    for (int64_t i = b; i < e; i++) {
-      if (type == F32) {
-        pack_row(*w, static_cast<const float*>(from) + i * w->k, row + i);
-      } else {
-        pack_row(*w, static_cast<const uint16_t*>(from) + i * w->k, row + i);
-      }
+  team->run((row + count - 1) / PANEL - row / PANEL + 1, [&](int64_t b, int64_t e) {
+    const int64_t begin = std::max(row, (row / PANEL + b) * PANEL);
+    const int64_t end = std::min(row + count, (row / PANEL + e) * PANEL);
+    const int64_t at = (begin - row) * w->k;
+    if (type == F32) {
+      pack_rows(*w, static_cast<const float*>(from) + at, begin, end);
+    } else {
+      pack_rows(*w, static_cast<const uint16_t*>(from) + at, begin, end);
     }
   });
 }
