@@ -281,6 +281,10 @@ int64_t panel_bytes(const Weight& w) {
   return w.type == I8 ? groups(w) * GROUP_BYTES : steps(w) * 2 * 64;
 }
 
+int64_t fetches(const Weight& w) {  // of several tiles, each: with how many steps it fetches
+  return w.type == I4 ? groups(w) * (GROUP_STEPS / 2 + 1) : steps(w) + in_groups(w) * groups(w);
+}
+
 struct DotF32 {
   static __m512 add(__m512 sum, __m512i w, int32_t x) {
     return _mm512_fmadd_ps(_mm512_castsi512_ps(w), _mm512_castsi512_ps(_mm512_set1_epi32(x)), sum);
@@ -297,23 +301,32 @@ constexpr int64_t AHEAD = 4096;  // bytes
 template <int R>
 using Sums = __m512[R][2];
 
-// Into the second cache, or into the first where there is no time to fetch it from there.
-template <int R>
-void prefetch(const uint8_t* p) {
-  constexpr _mm_hint hint = R > 6 ? _MM_HINT_T0 : _MM_HINT_T1;
-  _mm_prefetch(reinterpret_cast<const char*>(p), hint);
-  _mm_prefetch(reinterpret_cast<const char*>(p + 64), hint);
+// What is fetched while a panel is used, a bit with each step along k.
+enum Fetch { NOTHING, OWN, NEXT };
+struct Ahead {
+  const char* next;  // panel, or a part of it
+  int64_t stride;
+};
+
+// OWN: a little ahead in the same panel, into the second cache, or into the first where there is no
+// time to fetch it from there. NEXT: into the second cache, slowly.
+template <Fetch F, int R>
+void fetch(const uint8_t* w, Ahead& ahead, bool whole = true) {
+  const char* p = reinterpret_cast<const char*>(w + AHEAD);
+  if (F == OWN) _mm_prefetch(p, R > 6 ? _MM_HINT_T0 : _MM_HINT_T1);
+  if (F == OWN && whole) _mm_prefetch(p + 64, R > 6 ? _MM_HINT_T0 : _MM_HINT_T1);
+  if (F == NEXT) _mm_prefetch(ahead.next, _MM_HINT_T1);
+  if (F == NEXT) ahead.next += ahead.stride;
 }
 
-
 // Adds the products of R rows with one panel to their sums.
-template <class Dot, int R>
-inline void dense_sums(const uint8_t* w, int64_t ahead, const int32_t* x, int64_t stride, int64_t n,
+template <class Dot, Fetch F, int R>
+inline void dense_sums(const uint8_t* w, Ahead ahead, const int32_t* x, int64_t stride, int64_t n,
                        Sums<R>& sums) {
 #pragma GCC unroll 4
   for (int64_t i = 0; i < n; i++, w += 128) {
     const __m512i w0 = _mm512_load_si512(w), w1 = _mm512_load_si512(w + 64);
-    if (ahead) prefetch<R>(w + ahead);
+    fetch<F, R>(w, ahead);
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
       sums[r][0] = Dot::add(sums[r][0], w0, x[r * stride + i]);
@@ -329,8 +342,8 @@ struct GroupInfo {
   int32_t offset;
 };
 
-template <int R>
-inline void grouped_sums(const uint8_t* w, int64_t ahead, const int32_t* x, const GroupInfo* info,
+template <Fetch F, int R>
+inline void grouped_sums(const uint8_t* w, Ahead ahead, const int32_t* x, const GroupInfo* info,
                          int64_t n, Sums<R>& sums) {
   for (int64_t g = 0; g < n; g++) {
     __m512i dots[R][2];
@@ -338,7 +351,7 @@ inline void grouped_sums(const uint8_t* w, int64_t ahead, const int32_t* x, cons
 #pragma GCC unroll 4
     for (int i = 0; i < GROUP_STEPS; i++, w += 128) {
       const __m512i w0 = _mm512_load_si512(w), w1 = _mm512_load_si512(w + 64);
-      prefetch<R>(w + ahead);
+      fetch<F, R>(w, ahead);
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++) {
         const __m512i b = _mm512_set1_epi32(x[r * n * GROUP_STEPS + g * GROUP_STEPS + i]);
@@ -346,6 +359,7 @@ inline void grouped_sums(const uint8_t* w, int64_t ahead, const int32_t* x, cons
         dots[r][1] = _mm512_dpbusd_epi32(dots[r][1], w1, b);
       }
     }
+    if (F == NEXT) fetch<F, R>(w, ahead);
     const __m512 s0 = wide(_mm256_load_si256(reinterpret_cast<const __m256i*>(w)));
     const __m512 s1 = wide(_mm256_load_si256(reinterpret_cast<const __m256i*>(w + 32)));
     w += 64;
@@ -365,8 +379,8 @@ struct NibbleInfo {
 };
 
 // The upper four bits come out 16 times too large, by subtraction: that saves shifting them.
-template <int R>
-inline void nibble_sums(const uint8_t* w, int64_t ahead, const int32_t* x, const NibbleInfo* info,
+template <Fetch F, int R>
+inline void nibble_sums(const uint8_t* w, Ahead ahead, const int32_t* x, const NibbleInfo* info,
                         int64_t n, Sums<R>& sums) {
   const __m512i lower = _mm512_set1_epi8(15);
   const __m512 sixteenth = _mm512_set1_ps(1.f / 16);
@@ -377,7 +391,7 @@ inline void nibble_sums(const uint8_t* w, int64_t ahead, const int32_t* x, const
 #pragma GCC unroll 8
     for (int i = 0; i < GROUP_STEPS; i++, w += 64) {
       const __m512i both = _mm512_load_si512(w), low = _mm512_and_si512(both, lower);
-      _mm_prefetch(reinterpret_cast<const char*>(w + ahead), R > 6 ? _MM_HINT_T0 : _MM_HINT_T1);
+      if (F == OWN || i % 2) fetch<F, R>(w, ahead, false);
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++) {
         const __m512i b = _mm512_set1_epi32(x[r * n * GROUP_STEPS + g * GROUP_STEPS + i]);
@@ -385,7 +399,7 @@ inline void nibble_sums(const uint8_t* w, int64_t ahead, const int32_t* x, const
         dots[r][1] = _mm512_dpbusd_epi32(dots[r][1], both, b);
       }
     }
-    prefetch<R>(w + ahead);
+    fetch<F, R>(w, ahead);
     auto halves = [w](int i) {
       return _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(w) + i));
     };
@@ -414,26 +428,39 @@ struct Product {
   Type y_type;
 };
 
-// R rows from m on with panel p. The first rows fetch the panel a little ahead of its use, the
-// second ones the next panel: so memory is busy while the processor is.
-template <int R>
-void tile(const Product& job, int64_t p, int64_t m, int nth) {
+template <Fetch F, int R>
+inline void sums_of(const Product& job, const uint8_t* panel, int64_t m, Ahead ahead,
+                    Sums<R>& sums) {
   const Weight& w = job.w;
-  const uint8_t* panel = w.data + p * panel_bytes(w);
   const int64_t n = steps(w);
   const int32_t* x = job.x + m * n;
-  const int64_t ahead = nth == 0 ? AHEAD : nth == 1 ? panel_bytes(w) : 0;
-  Sums<R> sums;
-  for (auto& sum : sums) sum[0] = sum[1] = _mm512_setzero_ps();
   if (w.type == I8) {
-    grouped_sums<R>(panel, ahead, x, job.info + m * groups(w), groups(w), sums);
+    grouped_sums<F, R>(panel, ahead, x, job.info + m * groups(w), groups(w), sums);
   } else if (w.type == I4) {
     const auto* info = reinterpret_cast<const NibbleInfo*>(job.info + m * groups(w));
-    nibble_sums<R>(panel, ahead, x, info, groups(w), sums);
+    nibble_sums<F, R>(panel, ahead, x, info, groups(w), sums);
   } else if (w.type == BF16) {
-    dense_sums<DotBF16, R>(panel, ahead, x, n, n, sums);
+    dense_sums<DotBF16, F, R>(panel, ahead, x, n, n, sums);
   } else {
-    dense_sums<DotF32, R>(panel, ahead, x, n, n, sums);
+    dense_sums<DotF32, F, R>(panel, ahead, x, n, n, sums);
+  }
+}
+
+// R rows from m on with panel p, the nth of so many tiles. A single one fetches its panel a little
+// ahead of its use. Of several each fetches its part of the next panel: so memory is busy all the
+// time that the processor is, and never more than it can bear.
+template <int R>
+void tile(const Product& job, int64_t p, int64_t m, int64_t nth, int64_t tiles) {
+  const Weight& w = job.w;
+  const uint8_t* panel = w.data + p * panel_bytes(w);
+  Sums<R> sums;
+  for (auto& sum : sums) sum[0] = sum[1] = _mm512_setzero_ps();
+  if (tiles == 1) {
+    sums_of<OWN, R>(job, panel, m, {}, sums);
+  } else {
+    const int64_t part = (panel_bytes(w) + tiles - 1) / tiles;
+    const char* next = reinterpret_cast<const char*>(panel + panel_bytes(w) + nth * part);
+    sums_of<NEXT, R>(job, panel, m, {next, (part + fetches(w) - 1) / fetches(w)}, sums);
   }
   for (int half = 0; half < 2; half++) {
     const int64_t column = p * PANEL + half * 16;
@@ -451,7 +478,7 @@ void tile(const Product& job, int64_t p, int64_t m, int nth) {
 // Rows of a tile: with its sums (of I8 two kinds) ROWS just fit 32 registers. A few more are worth
 // some spilling, if that saves going through the panel twice.
 constexpr int ROWS = 6, MOST = 8;
-using Tile = void (*)(const Product&, int64_t, int64_t, int);
+using Tile = void (*)(const Product&, int64_t, int64_t, int64_t, int64_t);
 template <size_t... I>
 constexpr std::array<Tile, sizeof...(I)> make_tiles(std::index_sequence<I...>) {
   return {tile<I + 1>...};
@@ -460,12 +487,10 @@ constexpr auto TILES = make_tiles(std::make_index_sequence<MOST>{});
 
 // One panel with all rows; the panel stays in the second cache meanwhile.
 void all_rows(const Product& job, int64_t p, int64_t rows) {
-  int nth = 0;
-  for (int64_t m = 0; m < rows; nth++) {
-    const int64_t left = rows - m;
-    const int64_t r = left <= MOST ? left : left < 2 * ROWS ? (left + 1) / 2 : ROWS;
-    TILES[r - 1](job, p, m, nth);
-    m += r;
+  const int64_t tiles = rows <= MOST ? std::min<int64_t>(1, rows) : (rows + ROWS - 1) / ROWS;
+  for (int64_t nth = 0; nth < tiles; nth++) {
+    const int64_t m = rows * nth / tiles, r = rows * (nth + 1) / tiles - m;
+    TILES[r - 1](job, p, m, nth, tiles);
   }
 }
 
@@ -644,7 +669,7 @@ inline void transpose(__m512i (&v)[16]) {
 
 // What is fetched meanwhile, to be there when it is its turn: the next keys and values. By a macro:
 // gcc takes a function that does nothing else for one that does nothing.
-struct Ahead {
+struct NextKeys {
   const char *key = nullptr, *value = nullptr;
   int64_t count = 0, key_stride = 0, value_stride = 0, bytes = 0;
 };
@@ -653,7 +678,7 @@ struct Ahead {
 
 // The keys begin..end of the block that starts at key 0 here, as panels; none are read beyond.
 template <class T>
-void lay_keys(const Attention& a, const T* keys, int64_t begin, int64_t end, const Ahead& ahead,
+void lay_keys(const Attention& a, const T* keys, int64_t begin, int64_t end, const NextKeys& ahead,
               Desk& desk) {
   constexpr int64_t LANES = 16 * Kind<T>::STEP;
   for (int64_t k = begin / 16 * 16; k < (end + 31) / 32 * 32; k += 16) {
@@ -683,7 +708,7 @@ void lay_keys(const Attention& a, const T* keys, int64_t begin, int64_t end, con
 // The same with values; whether all of them are finite, if that is of interest.
 template <class T>
 bool lay_values(const Attention& a, const T* values, int64_t begin, int64_t end, bool ask,
-                const Ahead& ahead, Desk& desk) {
+                const NextKeys& ahead, Desk& desk) {
   constexpr int64_t STEP = Kind<T>::STEP, LANES = 16 * STEP;
   bool finite = true;
   auto at = [&](int64_t k, int64_t j) {
@@ -722,8 +747,8 @@ void score(const Attention& a, Desk& desk, int64_t m, int64_t end) {
   for (int64_t p = 0; p * PANEL < end; p++) {
     Sums<R> sums;
     for (auto& sum : sums) sum[0] = sum[1] = _mm512_setzero_ps();
-    dense_sums<typename Kind<T>::Dot, R>(reinterpret_cast<const uint8_t*>(desk.keys[p]), 0,
-                                         desk.q[m], MAX_SIZE + PAD, n, sums);
+    dense_sums<typename Kind<T>::Dot, NOTHING, R>(
+        reinterpret_cast<const uint8_t*>(desk.keys[p]), {}, desk.q[m], MAX_SIZE + PAD, n, sums);
     for (int r = 0; r < R; r++)
       for (int half = 0; half < 2; half++) {
         const __m512 scores = _mm512_mul_ps(sums[r][half], _mm512_set1_ps(a.scale));
@@ -775,8 +800,8 @@ void gather_values(const Attention& a, Desk& desk, int64_t m, int64_t end) {
       for (int half = 0; half < 2; half++)
         sums[r][half] = _mm512_mul_ps(_mm512_load_ps(desk.sum[m + r] + p * PANEL + 16 * half),
                                       _mm512_set1_ps(desk.query[m + r].faded));
-    dense_sums<typename Kind<T>::Dot, R>(reinterpret_cast<const uint8_t*>(desk.values[p]), 0,
-                                         desk.parts[m], BLOCK + PAD, n, sums);
+    dense_sums<typename Kind<T>::Dot, NOTHING, R>(
+        reinterpret_cast<const uint8_t*>(desk.values[p]), {}, desk.parts[m], BLOCK + PAD, n, sums);
     for (int r = 0; r < R; r++)
       for (int half = 0; half < 2; half++)
         _mm512_store_ps(desk.sum[m + r] + p * PANEL + 16 * half, sums[r][half]);
@@ -805,7 +830,7 @@ void tiles_of(int64_t begin, int64_t end, const F& f) {
 // do not see it; so they get their values one by one if there is such a one.
 template <class T>
 void see_block(const Attention& a, Desk& desk, int64_t count, const T* keys, const T* values,
-               int64_t block, const Ahead& ahead) {
+               int64_t block, const NextKeys& ahead) {
   int64_t rows = count, skipped = 0;
   while (skipped < count && desk.query[skipped].end <= block) skipped++;
   while (rows > skipped && desk.query[rows - 1].begin >= block + BLOCK) rows--;
@@ -825,7 +850,7 @@ void see_block(const Attention& a, Desk& desk, int64_t count, const T* keys, con
   for (int64_t m = skipped; m < rows && !together; m++) {
     if (desk.query[m].begin >= block + BLOCK) continue;
     const int64_t own = std::max<int64_t>(0, desk.query[m].begin - block);
-    lay_values(a, values, own, end_of(m), false, Ahead(), desk);
+    lay_values(a, values, own, end_of(m), false, NextKeys(), desk);
     SEES<T, false>[0](a, desk, m, end_of(m));
   }
 }
@@ -867,7 +892,7 @@ void attend(const Attention& a, const Share& s, const Share& next, Desk& desk) {
   };
   auto begin_of = [&](int64_t end) { return a.window ? std::max<int64_t>(0, end - a.window) : 0; };
   auto ahead_of = [&](const Share& share, int64_t block, int64_t end) {
-    return Ahead{reinterpret_cast<const char*>(keys_of(share) + block * a.k_strides[2]),
+    return NextKeys{reinterpret_cast<const char*>(keys_of(share) + block * a.k_strides[2]),
                  reinterpret_cast<const char*>(values_of(share) + block * a.v_strides[2]),
                  end - block, a.k_strides[2] * static_cast<int64_t>(sizeof(T)),
                  a.v_strides[2] * static_cast<int64_t>(sizeof(T)),
