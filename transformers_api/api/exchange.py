@@ -34,6 +34,7 @@ class Exchange:
         self._services = known
         self._held = ExitStack()
         self._is_streaming = self._is_over = False
+        self._begun: Generation | None = None
         self._record = request_log.current()
         known.admission.enter(self.cancellation)
         self._held.callback(known.admission.leave, self.cancellation)
@@ -74,15 +75,18 @@ class Exchange:
         return begun
 
     def _start(self, model: LoadedModel, request: GenerationRequest, stream: bool) -> Generation:
-        begun = generation.start(model, request, self.cancellation, stream=stream)
+        begun = self._begun = generation.start(model, request, self.cancellation, stream=stream)
         self._held.callback(begun.close)
         texts = self._services.settings.log_prompts
         self._held.callback(self._record.note_generation, model, begun, texts)
         return begun
 
     def stream(self, chunks: Iterator[dict[str, Any] | None]) -> flask.Response:
-        """Answer with events; None among ``chunks`` becomes a sign of life."""
-        return self._send(self._frames(chunks, flask.request.path))
+        """Answer with events, ``chunks`` of what was started; None becomes a sign of life."""
+        assert self._begun is not None
+        frames = self._frames(chunks, flask.request.path)
+        courier = self._services.courier
+        return self._send(courier.carry(frames, self._begun, flask.request.environ))
 
     def stream_named(self, frames: Iterator[bytes | None]) -> flask.Response:
         """Answer with events that have names, the last of which ends the answer.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 import flask
 
+from transformers_api.api.courier import Courier
 from transformers_api.api.disconnect import DisconnectWatcher
 from transformers_api.errors import ApiError
 from transformers_api.serving.access import Access
@@ -92,6 +93,7 @@ class Services:
     started_at: float = field(default_factory=time.monotonic)  # seconds, time.monotonic()
     created: int = field(default_factory=lambda: int(time.time()))  # the same, since 1970
     watcher: DisconnectWatcher = field(default_factory=DisconnectWatcher)
+    courier: Courier = field(default_factory=Courier)
     ready: Callable[[], tuple[bool, str]] = _always_ready  # whether to send requests, and why not
     fault: Callable[[], str | None] = _never_faulty  # why the process must be restarted
     devices: Callable[[], Collection[str]] = (

@@ -70,7 +70,7 @@ class TokenScore:
     top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), most likely first
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)  # not frozen: that takes longer to make, for every token
 class TokenOutput:
     """One generated token of one sequence, or the end of a sequence without one.
 
@@ -102,12 +102,15 @@ class TokenStream:
         self._outputs: queue.SimpleQueue[TokenOutput | None] = queue.SimpleQueue()
         self._abort = abort
         self._open = count
+        self._notice: Callable[[], object] | None = None
         self.limit = limit
         self.overrun = False
 
     def put(self, output: TokenOutput) -> None:
         """Called by the engine."""
         self._outputs.put(output)
+        if self._notice is not None:
+            self._notice()
 
     @property
     def is_overfull(self) -> bool:
@@ -115,7 +118,12 @@ class TokenStream:
         return self._outputs.qsize() > self.limit
 
     def get(self, timeout: float | None = None) -> TokenOutput | None:
-        """The next output; None when none came within ``timeout`` seconds, or after ``wake``."""
+        """The next output; None when none came within ``timeout`` seconds, or after ``wake``.
+
+        After ``notify`` it waits for none.
+        """
+        if self._notice is not None and self._outputs.empty():
+            return None
         try:
             output = self._outputs.get(timeout=timeout)
         except queue.Empty:
@@ -127,6 +135,15 @@ class TokenStream:
     def wake(self) -> None:
         """Let a reader that waits in ``get`` go on with None. From any thread."""
         self._outputs.put(None)
+        if self._notice is not None:
+            self._notice()
+
+    def notify(self, notice: Callable[[], object]) -> None:
+        """Call ``notice`` whenever something has come, on the thread that it came from.
+
+        It is quick and never raises. What had come before, one looks for oneself.
+        """
+        self._notice = notice
 
     def read(self, quiet_s: float | None = None) -> Iterator[TokenOutput | None]:
         """All outputs until every sequence has finished; None for each ``quiet_s`` of silence."""

@@ -153,6 +153,13 @@ class Generation:
         written = sum(choice.completion_tokens for choice in self.choices)
         return sum(map(len, self.request.prompts)) + written
 
+    def notify(self, notice: Callable[[], object]) -> None:
+        """From now on wait for nothing, but give None where nothing is ready.
+
+        ``notice`` is called, on any thread, whenever there is something to look for.
+        """
+        self._stream.notify(notice)
+
     def close(self, error: ApiError | None = None) -> None:
         """Abort what still runs; a reader hears ``error``, else ClientGone.
 
