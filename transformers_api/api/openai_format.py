@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from transformers_api.api import strict_json
 from transformers_api.api.text_offsets import TextOffsets
 from transformers_api.api.trace_format import TraceWriter
 from transformers_api.serving.choice_text import TextDelta, TokenDetail, TopToken
@@ -30,6 +31,11 @@ class Head:
     with_token_ids: bool = False
     with_usage: bool = False  # in a stream
     traces: TraceWriter | None = None
+
+    @property
+    def with_more_than_text(self) -> bool:
+        """Whether there is more to tell of a piece than its text and its place."""
+        return self.with_logprobs or self.with_token_ids or self.traces is not None
 
     def envelope(self, kind: str, choices: list[Json]) -> Json:
         """The object around ``choices``."""
@@ -105,11 +111,15 @@ def chat_chunks(head: Head, generation: Generation) -> Iterator[Json | None]:
         if head.traces is not None:
             chunk["trace"] = head.traces.header(index // head.n, index)
         yield chunk
+    around = None if head.with_more_than_text else [_around(head, i) for i in range(head.n)]
     for delta in generation:
         if delta is None:
             yield None
             continue
-        if _says_something(head, delta):
+        if around is not None and delta.text:
+            before, after = around[delta.index]
+            yield strict_json.ready(b"%b%b%b" % (before, strict_json.dump(delta.text), after))
+        elif _says_something(head, delta):
             chunk = _chat_chunk(
                 head,
                 delta.index,
@@ -124,6 +134,12 @@ def chat_chunks(head: Head, generation: Generation) -> Iterator[Json | None]:
             yield _chat_chunk(head, delta.index, {}, finish_reason=delta.finish_reason)
     if head.with_usage:
         yield {**head.envelope("chat.completion.chunk", []), "usage": head.usage(generation.usage)}
+
+
+def _around(head: Head, index: int) -> tuple[bytes, bytes]:
+    """The JSON before and after the text of a piece that has nothing else, as most have."""
+    before, _, after = strict_json.dump(_chat_chunk(head, index, {"content": ""})).rpartition(b'""')
+    return before, after
 
 
 def _says_something(head: Head, delta: TextDelta) -> bool:

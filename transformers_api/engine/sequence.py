@@ -172,7 +172,9 @@ class Sequence:
         error: ApiError | None = None,
     ) -> None:
         is_first = self.num_output == (token_id is not None)
-        extras, self.extras = self.extras, {}
+        extras: Mapping[str, Any] = NOTHING
+        if self.extras:
+            extras, self.extras = self.extras, {}
         scores = self.prompt_scores if is_first else None
         self.stream.put(
             TokenOutput(

@@ -37,7 +37,7 @@ class TokenDetail:
     top: tuple[TopToken, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)  # not frozen: that would cost a token more than its text
 class TextDelta:
     """The next piece of one choice; the last piece of each choice has ``finish_reason``.
 
@@ -90,6 +90,8 @@ class ChoiceText:
             model.tokenizer, prompt_ids, vocabulary=vocabulary
         )
         self._stops = StopStrings(stop)
+        scored = params.logprobs is not None or params.prompt_logprobs is not None
+        self._is_plain = not scored and not any(stop)
         self._trace_stops = trace_stops
         self._waiting: list[_Waiting] = []
         self._decoded = 0  # characters
@@ -108,6 +110,8 @@ class ChoiceText:
 
     def take(self, output: TokenOutput) -> TextDelta | None:
         """What this output makes complete: None while everything is held back."""
+        if self._is_plain and not (output.finish_reason or output.extras or self._waiting):
+            return self._take_plain(output)
         self._count(output)
         text = self._decode(output)
         if self.completion_tokens > self._params.min_tokens:
@@ -134,6 +138,20 @@ class ChoiceText:
             prompt_scores=prompt_scores,
             trace=trace,
         )
+
+    def _take_plain(self, output: TokenOutput) -> TextDelta | None:
+        """The same for nearly every token: it is text, and nothing else is to be known of it."""
+        token_id = output.token_id
+        assert token_id is not None
+        self.cached_tokens += output.cached_tokens
+        self.token_ids.append(token_id)
+        text = self._detokenizer.push(token_id)
+        if not text:
+            self._waiting.append(_Waiting(token_id, None, self._decoded))
+            return None
+        self._decoded += len(text)
+        self._sent += len(text)
+        return TextDelta(index=self.index, text=text, token_ids=(token_id,))
 
     def _trace(self, output: TokenOutput) -> StepTrace | None:
         noted: StepTrace | None = output.extras.get("trace")
