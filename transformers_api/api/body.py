@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, NoReturn, TypeVar, cast
 
 import flask
@@ -66,11 +67,20 @@ def _first_leaf(messages: Any) -> tuple[str, str]:
             return path, messages
 
 
+@cache
+def _instance(schema: type[Schema]) -> Schema:
+    """One for all requests: making it takes longer than loading with it."""
+    return schema()
+
+
 class StrictParser(FlaskParser):
     """webargs with our JSON and our errors."""
 
     DEFAULT_VALIDATION_STATUS = 400
     QUOTE = "'"  # around names of fields in messages
+
+    def _get_schema(self, argmap: Any, req: flask.Request) -> Schema:
+        return _instance(argmap)
 
     def _raw_load_json(self, req: flask.Request) -> Any:
         return read(req)

@@ -38,8 +38,8 @@ class Courier:
     ) -> Iterator[bytes]:
         """``frames``, the events of ``generation``, as the body of an answer in chunks.
 
-        Those of a generation that has to settle something at its end, which may take long, and of an
-        answer that is not sent in chunks to a plain socket stay with the thread of their request.
+        Those of a generation that has to settle something at its end, which may take long, and
+        of an answer that is not sent in chunks to a plain socket stay with their request's thread.
         """
         sock = environ.get("gunicorn.socket")
         if (
