@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import random
 import statistics
 import time
-from collections.abc import AsyncIterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -50,17 +51,38 @@ class Level:
     client_cpu: float  # share of one core that this client took
     gap_ms: float = 0.0  # median between two pieces of text of a stream, of all streams
     gap_p95_ms: float = 0.0
+    steady_ms: float = 0.0  # the same while no stream waits for its first piece
+    steady_p95_ms: float = 0.0
 
 
 @dataclass
 class Answer:
-    """One streamed request; times in seconds from its start."""
+    """One streamed request; times in seconds, by time.perf_counter()."""
 
-    first: float = 0.0
-    last: float = 0.0
+    started: float
+    moments: list[float] = field(default_factory=list)  # of pieces of text
     tokens: int = 0
     prompt_tokens: int = 0
-    gaps: list[float] = field(default_factory=list)
+
+    @property
+    def first(self) -> float:
+        """Seconds until the first piece of text."""
+        return self.moments[0] - self.started
+
+    @property
+    def per_token(self) -> float:
+        """Seconds from first to last piece, per token."""
+        return (self.moments[-1] - self.moments[0]) / max(1, self.tokens - 1)
+
+    def take(self, event: dict[str, Any]) -> None:
+        """Note what an event says. Raises RuntimeError for an error."""
+        if "error" in event:
+            raise RuntimeError(f"the stream failed: {event['error']}")
+        if usage := event.get("usage"):
+            self.tokens = usage["completion_tokens"]
+            self.prompt_tokens = usage["prompt_tokens"]
+        if any(choice["delta"].get("content") for choice in event["choices"]):
+            self.moments.append(time.perf_counter())
 
 
 def conversation(words: int, rng: random.Random) -> list[Message]:
@@ -93,23 +115,41 @@ async def measure(
             group.create_task(one_after_another())
     wall, cpu = time.perf_counter() - started, time.process_time() - cpu
     tokens = sum(answer.tokens for answer in answers)
-    gaps = sorted(gap for answer in answers for gap in answer.gaps) or [0.0]
+    gap_ms, gap_p95_ms = _typical(_gaps(answers))
+    steady_ms, steady_p95_ms = _typical(_steady(answers))
     return Level(
         streams=streams,
         requests=requests,
         prompt_tokens=round(statistics.median(answer.prompt_tokens for answer in answers)),
         tokens=tokens,
         ttft_ms=1e3 * statistics.median(answer.first for answer in answers),
-        itl_ms=1e3 * statistics.median(map(_per_token, answers)),
+        itl_ms=1e3 * statistics.median(answer.per_token for answer in answers),
         tokens_per_s=tokens / wall,
         client_cpu=cpu / wall,
-        gap_ms=1e3 * statistics.median(gaps),
-        gap_p95_ms=1e3 * gaps[int(0.95 * (len(gaps) - 1))],
+        gap_ms=gap_ms,
+        gap_p95_ms=gap_p95_ms,
+        steady_ms=steady_ms,
+        steady_p95_ms=steady_p95_ms,
     )
 
 
-def _per_token(answer: Answer) -> float:
-    return (answer.last - answer.first) / max(1, answer.tokens - 1)
+def _gaps(answers: Iterable[Answer]) -> Iterator[tuple[float, float]]:
+    for answer in answers:
+        yield from itertools.pairwise(answer.moments)
+
+
+def _steady(answers: list[Answer]) -> Iterator[tuple[float, float]]:
+    """The gaps while nobody's prompt was read, or waited to be."""
+    waits = [(answer.started, answer.moments[0]) for answer in answers]
+    for before, after in _gaps(answers):
+        if not any(began < after and before < ended for began, ended in waits):
+            yield before, after
+
+
+def _typical(gaps: Iterable[tuple[float, float]]) -> tuple[float, float]:
+    """Median and 95th percentile, in milliseconds."""
+    lengths = sorted(after - before for before, after in gaps) or [0.0]
+    return 1e3 * statistics.median(lengths), 1e3 * lengths[int(0.95 * (len(lengths) - 1))]
 
 
 async def ask(server: Server, messages: list[Message], max_tokens: int) -> Answer:
@@ -122,59 +162,100 @@ async def ask(server: Server, messages: list[Message], max_tokens: int) -> Answe
         "stream": True,
         **server.fields,
     }
-    answer, started = Answer(), time.perf_counter()
-    async for event in _events(f"{server.base_url}/chat/completions", body):
-        if "error" in event:
-            raise RuntimeError(f"the stream failed: {event['error']}")
-        if usage := event.get("usage"):
-            answer.tokens = usage["completion_tokens"]
-            answer.prompt_tokens = usage["prompt_tokens"]
-        if any(choice["delta"].get("content") for choice in event["choices"]):
-            now = time.perf_counter() - started
-            if answer.first:
-                answer.gaps.append(now - answer.last)
-            answer.first, answer.last = answer.first or now, now
-    if not answer.tokens or not answer.first:
+    answer = Answer(time.perf_counter())
+    await _post(f"{server.base_url}/chat/completions", body, answer.take)
+    if not answer.tokens or not answer.moments:
         raise RuntimeError("the answer has no text or no usage")
     return answer
 
 
-async def _events(url: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-    """The JSON of each server-sent event of one POST."""
+async def _post(url: str, body: dict[str, Any], take: Callable[[dict[str, Any]], None]) -> None:
+    """Give ``take`` the JSON of each server-sent event of one POST."""
     parts = urlsplit(url)
-    reader, writer = await asyncio.open_connection(parts.hostname, parts.port or 80)
+    data = json.dumps(body).encode()
+    head = (
+        f"POST {parts.path} HTTP/1.1\r\nHost: {parts.netloc}\r\nConnection: close\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    )
+    loop = asyncio.get_running_loop()
+    transport, events = await loop.create_connection(
+        lambda: _Events(take), parts.hostname, parts.port or 80
+    )
     try:
-        data = json.dumps(body).encode()
-        head = (
-            f"POST {parts.path} HTTP/1.1\r\nHost: {parts.netloc}\r\nConnection: close\r\n"
-            f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
-        )
-        writer.write(head.encode() + data)
-        status = int((await reader.readline()).split()[1])
-        headers = (await reader.readuntil(b"\r\n\r\n")).lower()
-        pieces = _chunks(reader) if b"transfer-encoding: chunked" in headers else _rest(reader)
-        if status != 200:
-            text = b"".join([piece async for piece in pieces])
-            raise RuntimeError(f"status {status}: {text[:300].decode(errors='replace')}")
-        line = b""
-        async for piece in pieces:
-            *lines, line = (line + piece).split(b"\n")
-            for complete in lines:
-                if complete.startswith(b"data:") and complete[5:].strip() != b"[DONE]":
-                    yield json.loads(complete[5:])
+        transport.write(head.encode() + data)
+        await events.ended
     finally:
-        writer.close()
+        transport.close()
 
 
-async def _chunks(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
-    while size := int((await reader.readline()).split(b";")[0], 16):
-        yield await reader.readexactly(size)
-        await reader.readline()
+class _Events(asyncio.Protocol):
+    """A response as it comes, without a task to wake for each piece of it."""
 
+    def __init__(self, take: Callable[[dict[str, Any]], None]) -> None:
+        self.ended = asyncio.get_running_loop().create_future()
+        self._take = take
+        self._raw = b""  # not read yet: headers, then chunks or the body
+        self._body = b""  # not read yet: lines
+        self._status = 0
+        self._is_chunked = False
 
-async def _rest(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
-    while piece := await reader.read(65536):
-        yield piece
+    def data_received(self, data: bytes) -> None:
+        """Read on."""
+        if self.ended.done():
+            return
+        self._raw += data
+        try:
+            if self._status or self._read_head():
+                self._read_body()
+        except Exception as error:
+            self.ended.set_exception(error)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The end, which chunks announce and another body does not."""
+        if self.ended.done():
+            return
+        if exc or self._is_chunked or not self._status:
+            self.ended.set_exception(exc or RuntimeError("the answer was cut off"))
+        else:
+            self._finish()
+
+    def _read_head(self) -> bool:
+        head, found, rest = self._raw.partition(b"\r\n\r\n")
+        if found:
+            self._raw = rest
+            self._status = int(head.split(None, 2)[1])
+            self._is_chunked = b"transfer-encoding: chunked" in head.lower()
+        return bool(found)
+
+    def _read_body(self) -> None:
+        if not self._is_chunked:
+            self._body, self._raw = self._body + self._raw, b""
+        is_over = False
+        while self._is_chunked and not is_over and (at := self._raw.find(b"\r\n")) >= 0:
+            begin = at + 2
+            end = begin + int(self._raw[:at].partition(b";")[0], 16)
+            if len(self._raw) < end + 2:
+                break
+            is_over = begin == end
+            self._body += self._raw[begin:end]
+            self._raw = self._raw[end + 2 :]
+        if self._status == 200:
+            self._read_lines()
+        if is_over:
+            self._finish()
+
+    def _read_lines(self) -> None:
+        *lines, self._body = self._body.split(b"\n")
+        for line in lines:
+            if line.startswith(b"data:") and line[5:].strip() != b"[DONE]":
+                self._take(json.loads(line[5:]))
+
+    def _finish(self) -> None:
+        if self._status == 200:
+            self.ended.set_result(None)
+        else:
+            text = self._body[:300].decode(errors="replace")
+            self.ended.set_exception(RuntimeError(f"status {self._status}: {text}"))
 
 
 def main() -> None:
