@@ -143,10 +143,10 @@ def main() -> None:
     parts.append(printed(table(heads, told(to_the_socket(options)))))
     parts.append(
         printed(
-            "While nobody's prompt is read; in brackets over the whole run, with the reading of all "
-            "prompts at its start. Asked for: 100 µs or 5 % of the step between step and socket; "
-            f"with 32 streams a gap p95 of at most 1.5 medians. {today()}, {options.model}, medians "
-            f"of {options.rounds} rounds. {machine()}."
+            "While nobody's prompt is read; in brackets over the whole run, with the reading of "
+            "prompts at its start. Asked for: 100 µs or 5 % of a step between step and socket; "
+            f"with 32 streams a gap p95 of at most 1.5 medians. {today()}, {options.model}: "
+            f"medians of {options.rounds} rounds. {machine()}."
         )
     )
     if options.write:

@@ -295,6 +295,20 @@ def test_as_many_as_may_be_traced_and_no_more():
     slots.take(2)
 
 
+def test_who_comes_too_many_hears_how_long_traces_have_been_taking():
+    now = [0.0]
+    slots = TraceSlots(lambda: now[0])
+    for _ in range(3):
+        end = slots.take(1)
+        now[0] += 5.0
+        end()
+    slots.take(1)
+    now[0] += 1.0
+    with pytest.raises(TraceBusy) as caught:
+        slots.take(1)
+    assert caught.value.retry_after == 6  # three in 16 seconds
+
+
 def test_a_place_is_given_back_once_however_often():
     slots = TraceSlots()
     first, _ = slots.take(2), slots.take(2)

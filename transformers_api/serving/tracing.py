@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -15,6 +16,7 @@ from transformers_api.errors import (
     TraceBusy,
 )
 from transformers_api.inspection.base import Anatomy, LayerAttention, TracePlan
+from transformers_api.serving.admission import Throughput
 from transformers_api.serving.models import LoadedModel
 from transformers_api.settings import Settings
 
@@ -289,9 +291,10 @@ def _megabytes(size: int) -> str:
 class TraceSlots:
     """How many requests are being traced. From any thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._lock = threading.Lock()
         self._taken = 0
+        self._throughput = Throughput(clock)
 
     def take(self, most: int) -> Callable[[], None]:
         """Take one of ``most`` places; what comes back gives it back, once however often called.
@@ -302,14 +305,16 @@ class TraceSlots:
             if self._taken >= most:
                 raise TraceBusy(
                     f"As many requests are being traced as may be at once ({most})",
-                    retry_after=1,
+                    retry_after=self._throughput.wait_s(1),
                 )
+            self._throughput.began()
             self._taken += 1
         return _Place(self._give_back)
 
     def _give_back(self) -> None:
         with self._lock:
             self._taken -= 1
+            self._throughput.ended(self._taken)
 
 
 class _Place:
