@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import threading
 
 import pytest
 import torch
 
 from transformers_api.engine import sharing
-from transformers_api.engine.sharing import LONGEST_PAUSE_S, PAUSE_S, SharingRunner, thread_waits
+from transformers_api.engine.sharing import (
+    LONGEST_PAUSE_S,
+    PAUSE_S,
+    SharingRunner,
+    idle_s,
+    thread_waits,
+)
 
 
 @pytest.fixture
@@ -20,19 +27,34 @@ def four_threads():
 
 
 class Machine:
-    """Passes of 150 ms with ``free`` cores: every thread too many waits all the time."""
+    """Passes of 150 ms with ``free`` cores: every thread too many waits all the time.
+
+    Cores that are ``unused`` are told of, and not used by others.
+    """
 
     cache = None
 
     def __init__(self, free: int):
-        self.free = free
-        self.now, self.waited = 0.0, 0.0
-        self.runner = SharingRunner(self, lambda: self.now, lambda: {"1": self.waited})
+        self.free, self.unused = free, 0
+        self.now, self.waited, self.idle = 0.0, 0.0, 0.0
+        self.runner = self.watched()
+
+    def watched(self, **given):
+        seen = {
+            "clock": lambda: self.now,
+            "waits": lambda: {"1": self.waited},
+            "idle": lambda: self.idle,
+        }
+        return SharingRunner(self, **(seen | given))
 
     def forward(self, batch, keep=1):
-        self.now += 0.15
+        self.pass_time(0.15)
         self.waited += 0.15 * max(0, torch.get_num_threads() - self.free)
         return batch, keep
+
+    def pass_time(self, seconds):
+        self.now += seconds
+        self.idle += seconds * self.unused
 
     def threads(self, passes: int) -> list[int]:
         """After each pass."""
@@ -77,18 +99,36 @@ def test_it_tries_less_often_the_longer_the_others_stay():
 @pytest.mark.usefixtures("four_threads")
 def test_a_short_pass_is_not_judged_by_itself():
     machine = Machine(free=3)
-    machine.runner = SharingRunner(
-        machine, lambda: machine.now / 10, lambda: {"1": machine.waited / 10}
+    machine.runner = machine.watched(
+        clock=lambda: machine.now / 10, waits=lambda: {"1": machine.waited / 10}
     )
     assert machine.threads(8) == [4] * 6 + [3] * 2
 
 
 @pytest.mark.usefixtures("four_threads")
 def test_threads_that_came_or_went_meanwhile_are_left_out():
-    waits = iter([{"1": 0.0, "2": 900.0}, {"1": 0.0, "3": 900.0}, {}])
+    waits = iter([{"1": 0.0, "2": 900.0}, {"1": 0.0, "3": 900.0}, {}, {"3": 900.0}, {}])
     machine = Machine(free=4)
-    machine.runner = SharingRunner(machine, lambda: machine.now, lambda: next(waits))
+    machine.runner = machine.watched(waits=lambda: next(waits))
     assert machine.threads(2) == [4, 4]
+
+
+@pytest.mark.usefixtures("four_threads")
+def test_a_core_that_is_seen_to_be_idle_is_used_at_once():
+    machine = Machine(free=2)
+    machine.threads(3)
+    machine.free, machine.unused = 4, 1
+    assert machine.threads(2) == [3, 4]
+
+
+@pytest.mark.usefixtures("four_threads")
+def test_cores_that_were_idle_because_nobody_asked_are_no_sign():
+    machine = Machine(free=2)
+    machine.threads(3)
+    machine.unused = 2  # its own, while it has nothing to do
+    machine.pass_time(PAUSE_S / 2)
+    machine.unused = 0
+    assert machine.threads(1) == [2]
 
 
 def test_only_this_thread_and_those_of_libraries_are_looked_at():
@@ -107,4 +147,15 @@ def test_only_this_thread_and_those_of_libraries_are_looked_at():
 
 def test_where_the_system_does_not_tell_nobody_waits(monkeypatch, tmp_path):
     monkeypatch.setattr(sharing, "TASKS", tmp_path / "absent")
+    monkeypatch.setattr(sharing, "CORES", tmp_path / "absent")
     assert thread_waits() == {}
+    assert idle_s() == 0
+
+
+def test_the_idle_time_of_cores_is_read_where_linux_tells_it(monkeypatch, tmp_path):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {1, 3})
+    told = tmp_path / "stat"
+    rows = [f"cpu{number} 5 6 7 {1000 * number} 8 9" for number in range(4)]
+    told.write_text("\n".join(["cpu 5 6 7 6000 8 9", *rows, "ctxt 77"]))
+    monkeypatch.setattr(sharing, "CORES", told)
+    assert idle_s() == pytest.approx(4000 / os.sysconf("SC_CLK_TCK"))

@@ -4,11 +4,12 @@ torch's threads share every product and wait for each other by spinning, some hu
 pass. Where another program has one of their cores, all wait for the one that does not run; and
 where the system puts two of them on one core, each spins away the time in which the other could
 have finished, and a pass takes five to thirty times as long. One thread less is faster than either.
-How long threads wait for a core is told by Linux; elsewhere nothing changes.
+Linux tells how long threads wait for a core, and cores for threads; elsewhere nothing changes.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -22,8 +23,9 @@ from transformers_api.engine.scheduler import Batch, SlotStore
 
 WINDOW_S = 0.1  # of computing, after which it is decided anew
 CROWDED = 0.4  # seconds that threads wait for a core, all together, in a second of computing
-PAUSE_S, LONGEST_PAUSE_S = 1.0, 16.0  # until another thread is tried; doubled in vain
-TASKS = Path("/proc/self/task")
+FREE = 0.7  # seconds that cores have nothing to do
+PAUSE_S, LONGEST_PAUSE_S = 2.0, 16.0  # until another thread is tried anyway; doubled in vain
+TASKS, CORES = Path("/proc/self/task"), Path("/proc/stat")
 
 
 class SharingRunner:
@@ -34,13 +36,14 @@ class SharingRunner:
         inner: Runner,
         clock: Callable[[], float] = time.monotonic,
         waits: Callable[[], dict[str, float]] | None = None,
+        idle: Callable[[], float] | None = None,
     ) -> None:
         self.inner = inner
         self._clock = clock
-        self._waits = waits or thread_waits
+        self._waits, self._idle = waits or thread_waits, idle or idle_s
         self._most = torch.get_num_threads()
         self._pause, self._retry_at = PAUSE_S, 0.0
-        self._computed, self._before = 0.0, self._waits()
+        self._begin()
 
     @property
     def cache(self) -> SlotStore:
@@ -53,25 +56,31 @@ class SharingRunner:
         logits = self.inner.forward(batch, keep)
         self._computed += self._clock() - began
         if self._computed >= WINDOW_S:
-            after = self._waits()
-            self._decide(after)
-            self._computed, self._before = 0.0, after
+            self._decide()
+            self._begin()
         return logits
 
     def clear(self) -> None:
         """See Runner."""
         self.inner.clear()
 
-    def _decide(self, after: dict[str, float]) -> None:
-        before, now, threads = self._before, self._clock(), torch.get_num_threads()
+    def _begin(self) -> None:
+        self._computed, self._began = 0.0, self._clock()
+        self._before, self._idle_before = self._waits(), self._idle()
+
+    def _decide(self) -> None:
+        before, after, now = self._before, self._waits(), self._clock()
         waited = sum(after[task] - before[task] for task in before.keys() & after.keys())
+        threads = torch.get_num_threads()
+        ours = threads * (now - self._began - self._computed)  # while there was nothing to compute
+        is_free = self._idle() - self._idle_before - ours > FREE * self._computed
         if threads > 1 and waited > CROWDED * self._computed:
             torch.set_num_threads(threads - 1)
             self._retry_at = now + self._pause
             self._pause = min(2 * self._pause, LONGEST_PAUSE_S)
         elif threads == self._most:
             self._pause = PAUSE_S
-        elif now >= self._retry_at:
+        elif is_free or now >= self._retry_at:
             torch.set_num_threads(threads + 1)
 
 
@@ -87,3 +96,14 @@ def thread_waits() -> dict[str, float]:
     except OSError:  # a thread has ended meanwhile, or Linux does not tell
         return {}
     return found
+
+
+def idle_s() -> float:
+    """Seconds that the cores which we may use have so far had nothing to do, all together."""
+    try:
+        ours = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+        lines = (line.split() for line in CORES.read_text().splitlines())
+        ticks = sum(int(words[4]) for words in lines if words[0] in ours)
+        return ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):  # not Linux
+        return 0.0
