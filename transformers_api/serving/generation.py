@@ -28,7 +28,6 @@ from transformers_api.serving.cancellation import Cancellation
 from transformers_api.serving.choice_text import ChoiceText, TextDelta, TokenDetail
 from transformers_api.serving.models import LoadedModel
 from transformers_api.serving.token_counts import CountedTexts
-from transformers_api.serving.vocabulary import Vocabulary
 
 _SEEDS = 2**63
 
@@ -224,7 +223,7 @@ def start(
         params = replace(params, logprobs=0)
     cancellation.check()
     places = [(prompt, i) for prompt in request.prompts for i in range(request.per_prompt)]
-    vocabulary = Vocabulary(loaded.tokenizer)
+    vocabulary = loaded.vocabulary
     choices = [
         ChoiceText(
             index, prompt, loaded, vocabulary, request.params, request.stop, request.trace_stops

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from transformers_api.engine.base import Engine
 from transformers_api.inspection.base import Inspector
+from transformers_api.serving.vocabulary import Vocabulary
 
 ChatMode = Literal["template", "transcript", "off"]
 PoolingMode = Literal["cls", "mean", "last"]
@@ -126,6 +128,11 @@ class LoadedModel:
     inspector: Inspector | None = None  # None: INSPECT_ENABLED is off
     is_outdated: Callable[[], bool] = bool  # whether loading it anew would make it faster
     extras: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """Of the tokenizer: what a token stands for is looked up once, for all answers."""
+        return Vocabulary(self.tokenizer)
 
 
 class Loader(Protocol):

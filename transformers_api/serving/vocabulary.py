@@ -14,7 +14,7 @@ _SPACE = "▁"
 
 
 class Vocabulary:
-    """The tokens of one tokenizer. Cheap to make: one per request; not for several threads.
+    """The tokens of one tokenizer. From any thread: two may look the same token up.
 
     ``scheme`` says how tokens spell bytes: "byte_level" (GPT-2's alphabet), "byte_fallback"
     (SentencePiece: ``▁`` and ``<0xNN>``), or None where a token's text depends on its neighbours.
