@@ -245,7 +245,8 @@ def test_memory_that_cannot_be_had_fails_who_waits_and_not_the_engine(
         raise MemoryError
 
     monkeypatch.setattr(engine.scheduler.cache, "_resize", no_memory)
-    (last,) = read(engine.submit([ask(PROMPT, max_tokens=100) for _ in range(2)]))[1]
+    both = [ask(PROMPT, max_tokens=100, ignore_eos=True) for _ in range(2)]
+    (last,) = read(engine.submit(both))[1]
     assert isinstance(last.error, EngineFailed)
     monkeypatch.undo()
     assert complete(engine, ask(PROMPT, max_tokens=5, **GREEDY)) == [
