@@ -177,7 +177,7 @@ def test_results_are_written_into_the_pages_that_were_named(tmp_path):
 def test_the_pages_of_the_project_have_a_place_for_results():
     root = Path(__file__).parent.parent
     text = (root / "docs" / "performance.md").read_text()
-    for name in ("serve", "roofline", "swap", "contention", "quality"):
+    for name in ("serve", "roofline", "swap", "contention", "turns", "quality"):
         pages.replace_block(text, name, "new")
     pages.replace_block((root / "README.md").read_text(), "speed", "new")
 

@@ -95,6 +95,20 @@ def test_a_token_is_the_same_to_the_bit_in_any_company(library, function):
         assert torch.equal(given, together[begin : begin + size])
 
 
+@pytest.mark.parametrize(
+    "function",
+    [torch.tanh, torch.exp, torch.nn.functional.gelu, torch.sigmoid, torch.nn.functional.silu],
+    ids=lambda function: function.__name__,
+)
+def test_functions_are_those_of_torch_near_zero_far_from_it_and_beyond(library, function):
+    taught = learned(library, function)
+    odd = torch.tensor([1e30, float("nan"), 0.0, 1e-30, -1e-30, 88.0, -88.0, 0.625])
+    x = torch.cat([torch.linspace(-12, 12, 997), torch.logspace(-9, 0, 75), odd]).view(-1, WIDTH)
+    given = taught.run(len(x), [x], [torch.zeros(1)], 0)
+    assert torch.allclose(given, function(x), rtol=2e-6, atol=1e-6, equal_nan=True)
+    assert torch.equal(given.isnan(), function(x).isnan())
+
+
 def groups(function):
     """How many steps are done together, group by group."""
     recorders = []
