@@ -339,11 +339,11 @@ class Swapper:
             reason = f" to load '{successor.spec.name}'" if successor else ""
             error = ModelUnloaded(f"Model '{residency.spec.name}' was unloaded{reason}")
         residency.close(error)
+        log.info("Evicted %s", residency.spec.name)
+        self._tell(self._listener.on_evict, residency.spec.name)
         with self._condition:
             self._turns.gone(residency)
             self._condition.notify_all()
-        log.info("Evicted %s", residency.spec.name)
-        self._tell(self._listener.on_evict, residency.spec.name)
 
     def _load(self, target: Target) -> None:
         if self._turns.resident is not None:  # beside it; it may have grown since the first check
@@ -359,6 +359,8 @@ class Swapper:
             self._fail(target, error, loading=True)
             gc.collect()  # the frames of the error held what was loaded so far
             return
+        log.info("Loaded %s in %.1f s", target.spec.name, model.load_s)
+        self._tell(self._listener.on_load, target.spec.name, model.load_s)
         residency = Residency(model, target, self._clock())
         with self._condition:
             if not self._closed:
@@ -366,15 +368,14 @@ class Swapper:
                 self._errors.forget(target.spec.name)
         if self._closed:
             residency.close(_shutting_down())
-            return
-        log.info("Loaded %s in %.1f s", target.spec.name, model.load_s)
-        self._tell(self._listener.on_load, target.spec.name, model.load_s)
 
     def _fail(self, target: Target, error: Exception, loading: bool = False) -> None:
         name = target.spec.name
         if not isinstance(error, ApiError):
             log.error("Model %s could not be loaded", name, exc_info=error)
         shown = load_error(error, name)
+        log.warning("Model %s failed: %s", name, shown.message)
+        self._tell(self._listener.on_load_failed, name, shown)
         with self._condition:
             if loading and target is not self._turns.fallback:
                 shown.retry_after = RecentErrors.RETRY_AFTER_S
@@ -382,10 +383,9 @@ class Swapper:
             self._errors.note(name, shown)
             self._turns.failed(target, shown)
             self._condition.notify_all()
-        log.warning("Model %s failed: %s", name, shown.message)
-        self._tell(self._listener.on_load_failed, name, shown)
 
     def _tell(self, event: Callable[..., None], *facts: object) -> None:
+        """Before the outcome is visible: who has an answer finds it in the log and the metrics."""
         try:
             event(*facts)
         except Exception:
