@@ -108,6 +108,44 @@ def test_the_fingerprint_changes_with_the_dtype_and_not_with_time(loader, spec):
         model.engine.close()
 
 
+def test_a_model_that_comes_back_is_the_one_that_was_there(native_loader, spec):
+    first = native_loader.load(spec, prepared(native_loader, spec))
+    model = first.engine.model
+    first.engine.close()
+    again = native_loader.load(spec, prepared(native_loader, spec))
+    assert again.engine.model is model
+    assert again.tokenizer is first.tokenizer
+    assert again.inspector.anatomy == first.inspector.anatomy
+    assert (again.fingerprint, again.bytes) == (first.fingerprint, first.bytes)
+    again.engine.close()
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_file_that_was_written_again_is_read_again(native_loader, spec, tmp_path, name):
+    first = native_loader.load(spec, prepared(native_loader, spec))
+    model = first.engine.model
+    first.engine.close()
+    file = tmp_path / "tiny" / name
+    file.write_bytes(file.read_bytes())
+    again = native_loader.load(spec, prepared(native_loader, spec))
+    assert again.engine.model is not model
+    assert again.tokenizer is not first.tokenizer
+    again.engine.close()
+
+
+def test_with_no_sleeping_models_every_load_is_a_whole_one(tmp_path, native_cache, spec):
+    thread = EngineThread(1)
+    native = {"native_kernels": True, "native_cache": native_cache}
+    loader = loader_for(thread, tmp_path, sleeping_models=0, **native)
+    first = loader.load(spec, prepared(loader, spec))
+    model = first.engine.model
+    first.engine.close()
+    again = loader.load(spec, prepared(loader, spec))
+    assert again.engine.model is not model
+    again.engine.close()
+    thread.stop()
+
+
 def test_a_folder_without_a_tokenizer_is_a_failed_load(loader, spec, tmp_path):
     ready = prepared(loader, spec)
     for path in (tmp_path / "tiny").glob("tokenizer*"):

@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Hashable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers_api import __version__
 from transformers_api.engine.thread import EngineThread
@@ -32,12 +33,18 @@ from transformers_api.settings import GIB, Settings, load_in_one_thread
 if TYPE_CHECKING:
     from transformers_api.engine.base import Engine, EngineListener
     from transformers_api.engine.loader import LoadOptions
+    from transformers_api.engine.native.sleeping import SleepingModels
     from transformers_api.inspection.base import Inspector
 
 RESERVE = 1.15  # of the weights: activations, the KV cache of a few short sequences
 SPARE = 1.2  # of what is needed, to load beside a resident model
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 QUANTIZED_BYTES = {"int8": 1.07, "int4": 0.8}  # int4: 5/8, and the output layer's like int8
+
+
+class _Tokenizer(NamedTuple):
+    tokenizer: Any
+    size: int  # largest id + 1
 
 
 class ModelLoader:
@@ -56,6 +63,8 @@ class ModelLoader:
         self.settings = settings
         self.store = store
         self.thread = thread
+        self._sleeping: SleepingModels | None = None  # made with torch
+        self._tokenizers: OrderedDict[Hashable, _Tokenizer] = OrderedDict()
         load_in_one_thread()
         self._devices = thread.call(_devices)  # also the first import of torch
 
@@ -89,15 +98,15 @@ class ModelLoader:
         """See Loader."""
         started = time.monotonic()
         self.thread.call(_register_families).result()
-        tokenizer = _load_tokenizer(files.folder, spec.trust_remote_code)
+        known = self._tokenizer(spec, files)
         is_outdated = self.thread.call(lambda: self._outdating(spec)).result()
-        made = self.thread.call(lambda: self._load_engine(spec, files, tokenizer)).result()
+        made = self.thread.call(lambda: self._load_engine(spec, files, known)).result()
         engine: Any = made[0]
         facts = self.thread.call(lambda: _facts(engine.model)).result()
         return LoadedModel(
             spec=spec,
             engine=engine,
-            tokenizer=tokenizer,
+            tokenizer=known.tokenizer,
             load_s=time.monotonic() - started,
             fingerprint=_fingerprint(files, facts),
             created=files.created,
@@ -107,6 +116,17 @@ class ModelLoader:
             is_outdated=is_outdated,
             **facts,
         )
+
+    def _tokenizer(self, spec: ModelSpec, files: ModelFiles) -> _Tokenizer:
+        """That of these files; known ones are kept, one more than models may sleep."""
+        key, known = (files.folder, files.stamp, spec.trust_remote_code), self._tokenizers
+        if (found := known.pop(key, None)) is None:
+            tokenizer = _load_tokenizer(files.folder, spec.trust_remote_code)
+            found = _Tokenizer(tokenizer, max(tokenizer.get_vocab().values(), default=0) + 1)
+        known[key] = found
+        while len(known) > self.settings.sleeping_models + 1:
+            known.popitem(last=False)
+        return found
 
     def _outdating(self, spec: ModelSpec) -> Callable[[], bool]:
         """What says that the kernels, which a model loaded now does without, are compiled."""
@@ -126,11 +146,11 @@ class ModelLoader:
         return compiled.is_set
 
     def _load_engine(
-        self, spec: ModelSpec, files: ModelFiles, tokenizer: Any
+        self, spec: ModelSpec, files: ModelFiles, known: _Tokenizer
     ) -> tuple[Engine, Inspector | None]:
         from transformers_api.engine.loader import load_engine
 
-        options = self._options(spec, tokenizer)
+        options = self._options(spec, files, known)
         if not self.settings.inspect_enabled:
             return load_engine(files.folder, options, self.thread), None
         from transformers_api.inspection.attachment import Attachment
@@ -152,11 +172,14 @@ class ModelLoader:
         size = self.settings.prefill_chunk
         return PooledEmbedder(engine, reduction, size, reads_in_chunks=reads_in_chunks)
 
-    def _options(self, spec: ModelSpec, tokenizer: Any) -> LoadOptions:
+    def _options(self, spec: ModelSpec, files: ModelFiles, known: _Tokenizer) -> LoadOptions:
         from transformers_api.engine.loader import LoadOptions
+        from transformers_api.engine.native.sleeping import SleepingModels
 
         settings = self.settings
-        eos = tokenizer.eos_token_id
+        if self._sleeping is None:
+            self._sleeping = SleepingModels(settings.sleeping_models)
+        eos = known.tokenizer.eos_token_id
         return LoadOptions(
             dtype=self._dtype(spec),
             device=self._device(spec),
@@ -164,7 +187,8 @@ class ModelLoader:
             max_context_tokens=spec.max_context_tokens,
             default_context_tokens=settings.max_context_tokens,
             eos_token_ids=frozenset() if eos is None else frozenset([eos]),
-            tokenizer_size=max(tokenizer.get_vocab().values(), default=0) + 1,
+            tokenizer_size=known.size,
+            stamp=files.stamp,
             num_slots=settings.max_inflight,
             max_waiting=settings.max_queue,
             prefill_chunk=settings.prefill_chunk,
@@ -176,6 +200,7 @@ class ModelLoader:
                 spec, "cpu", int(size * RESERVE), _available_bytes("cpu")
             ),
             quantization=self._quantization(spec),
+            sleeping=self._sleeping,
         )
 
     def _free_bytes(self, device: str) -> int:
@@ -242,17 +267,17 @@ class EncoderLoader(ModelLoader):
         return files
 
     def _load_engine(
-        self, spec: ModelSpec, files: ModelFiles, tokenizer: Any
+        self, spec: ModelSpec, files: ModelFiles, known: _Tokenizer
     ) -> tuple[Engine, Inspector | None]:
         from transformers_api.engine.embedding import load_encoder
 
         limits = (
             spec.max_context_tokens,
             read_encoder(files.folder).max_tokens,
-            tokenizer.model_max_length,  # enormous where it says nothing
+            known.tokenizer.model_max_length,  # enormous where it says nothing
         )
         options = replace(
-            self._options(spec, tokenizer),
+            self._options(spec, files, known),
             max_context_tokens=min(limit for limit in limits if limit is not None),
         )
         return load_encoder(files.folder, options, self.thread), None

@@ -164,6 +164,12 @@ class Settings:
         to.number(0, 3600),
         "Seconds that a model is kept, at least, where several are asked for all the time.",
     )
+    sleeping_models: int = _setting(
+        3,
+        to.integer(0, 1000),
+        "Unloaded models of which everything but the weights is kept, so that they come back in a "
+        "fraction of the time. Only with NATIVE_KERNELS.",
+    )
     drain_s: float = _setting(
         300.0,
         to.number(0, 86400),

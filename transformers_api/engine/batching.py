@@ -92,6 +92,7 @@ class BatchingEngine:
         self.lookup = PromptLookup(limits.prompt_lookup_tokens)
         self.thread = thread
         self._places = threading.Semaphore(limits.num_slots + limits.max_waiting)
+        self.on_closed: Callable[[], None] | None = None  # when nothing runs any more
         self._closed: ApiError | None = None
         self._steps = 0
         self._generated = 0
@@ -265,6 +266,9 @@ class BatchingEngine:
             self.thread.engines.remove(self)
         del self.model, self.runner, self.sampler
         self.scheduler.cache = OneRow()
+        if self.on_closed is not None:
+            self.on_closed()
+            self.on_closed = None  # it knows the model
         release_memory()
 
     def _check(self, request: SequenceRequest) -> None:

@@ -6,9 +6,10 @@ The only place, with ``convert.py``, that calls ``from_pretrained`` for a model.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,19 @@ from transformers_api.engine.graphs import GraphRunner, PaddedCache
 from transformers_api.engine.kv_cache import SlotCache
 from transformers_api.engine.lean import ShapesOnly
 from transformers_api.engine.memory import available_bytes, release_memory, trim_memory
-from transformers_api.engine.model_runner import ModelRunner, Runner, SequentialRunner
+from transformers_api.engine.model_runner import (
+    ModelRunner,
+    Runner,
+    SequentialRunner,
+    innermost,
+)
 from transformers_api.engine.native.cores import usable_cores
 from transformers_api.engine.native.drawing import NativeRace
 from transformers_api.engine.native.library import Library
 from transformers_api.engine.native.pack import layer_groups
 from transformers_api.engine.native.provision import provision
 from transformers_api.engine.native.runner import NativeRunner
+from transformers_api.engine.native.sleeping import Sleeper, SleepingModels
 from transformers_api.engine.native.wiring import (
     SMALL_BYTES,
     NativeRefused,
@@ -68,15 +75,20 @@ class LoadOptions:
     default_context_tokens: int = 2048  # where the config says nothing
     eos_token_ids: frozenset[int] = frozenset()  # the tokenizer's, besides the model's own
     tokenizer_size: int | None = None  # largest id + 1; larger ids are never sampled
+    stamp: Hashable = None  # another one when the files are
     num_slots: int = 32
     max_waiting: int = 128
     prefill_chunk: int = 256
     prompt_lookup_tokens: int = 0  # used where bits do not depend on how many tokens are read
     kv_cache_bytes: int | None = None  # None: a quarter of what is free after loading
-    listener: EngineListener | None = None  # hears of every step
     native: Path | None = None  # where the compiled kernels are kept; None: without them
-    check_room: Callable[[int], None] | None = None  # raises where bytes of weights do not fit
     quantization: str = "none"  # or int8, int4: only with the kernels, else the load fails
+    # What a loaded model does not depend on:
+    listener: EngineListener | None = field(default=None, compare=False)  # hears of every step
+    # raises where bytes of weights do not fit
+    check_room: Callable[[int], None] | None = field(default=None, compare=False)
+    # where unloaded models go
+    sleeping: SleepingModels = field(default_factory=SleepingModels, compare=False)
 
 
 def load_engine(
@@ -84,14 +96,29 @@ def load_engine(
 ) -> BatchingEngine:
     """Load a model and start serving it on ``thread``, which must be the calling thread.
 
-    ``wrap`` puts observers around the runner and the sampler. A model that the kernels refuse is
-    loaded again without them, if it fits so, unless it was to be quantised. Raises ModelLoadFailed,
-    InsufficientMemory.
+    ``wrap`` puts observers around the runner and the sampler. A model that sleeps is woken up. One
+    that the kernels refuse is loaded again without them, if it fits so, unless it was to be
+    quantised. Raises ModelLoadFailed, InsufficientMemory.
     """
     device = pick_device(options.device)
     if _library(options, thread) is None:
         options = replace(options, native=None)
+    key = folder, options
+    if sleeper := options.sleeping.wake(key):
+        engine = build_engine(sleeper.runner.model, options, thread, wrap, sleeper.runner)
+    else:
+        engine = _load(folder, device, options, thread, wrap)
+        sleeper = Sleeper.of(innermost(engine.runner), folder)
+    if sleeper:
+        engine.on_closed = partial(options.sleeping.keep, key, sleeper)
+    thread.engines.append(engine)
+    trim_memory()  # of what loading and packing needed in between
+    return engine
 
+
+def _load(
+    folder: Path, device: str, options: LoadOptions, thread: EngineThread, wrap: Wrap | None
+) -> BatchingEngine:
     numbers, engine = 0, None
 
     def start(options: LoadOptions) -> BatchingEngine:
@@ -113,8 +140,6 @@ def load_engine(
         if options.check_room is not None:
             options.check_room(numbers * DTYPE_BYTES.get(options.dtype, 4))
         engine = start(replace(options, native=None))
-    thread.engines.append(engine)
-    trim_memory()  # of what loading and packing needed in between
     return engine
 
 
@@ -177,19 +202,23 @@ def differentiable() -> Iterator[None]:
 
 
 def build_engine(
-    model: Any, options: LoadOptions, thread: EngineThread, wrap: Wrap | None = None
+    model: Any,
+    options: LoadOptions,
+    thread: EngineThread,
+    wrap: Wrap | None = None,
+    woken: NativeRunner | None = None,
 ) -> BatchingEngine:
     """An engine for a loaded model: batching where the model allows, else one at a time.
 
-    Raises NativeRefused if ``options`` want the kernels and the model cannot have them; it may be
-    of no use then.
+    ``woken``: the runner that the model has already. Raises NativeRefused if ``options`` want the
+    kernels and the model cannot have them; it may be of no use then.
     """
     head = model.get_output_embeddings()
     size = head.weight.shape[0] if head is not None else model.config.vocab_size
     vocab_size = min(size, options.tokenizer_size or size)
     window = context_window(model.config, options)
     library = _library(options, thread)
-    runner, window, mode = _runner(model, options, vocab_size, window, library)
+    runner, window, mode = _runner(model, options, vocab_size, window, library, woken)
     limits = EngineLimits(
         max_model_len=window,
         vocab_size=vocab_size,
@@ -226,11 +255,16 @@ def context_window(config: Any, options: LoadOptions) -> int:
 
 
 def _runner(
-    model: Any, options: LoadOptions, vocab_size: int, window: int, library: Library | None
+    model: Any,
+    options: LoadOptions,
+    vocab_size: int,
+    window: int,
+    library: Library | None,
+    woken: NativeRunner | None,
 ) -> tuple[Runner, int, str]:
     """(runner, context window, mode): the fastest way that gives this model's own logits."""
     if library is not None:
-        native = _native_runner(model, options, vocab_size, window, library)
+        native = woken or _native_runner(model, options, vocab_size, window, library)
         return native, _bounded(native, options), "batching"
     if layers := _attention_layers(model):
         with differentiable():

@@ -107,6 +107,13 @@ class MaskBuilder:
         return mask.masked_fill(~visible, hidden)
 
 
+def innermost(runner: Any) -> Any:
+    """The runner behind those that only add something."""
+    while hasattr(runner, "inner"):
+        runner = runner.inner
+    return runner
+
+
 class OneRow:
     """The slot of a runner that keeps its own state and serves one sequence at a time."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from transformers_api.engine.batching import BatchingEngine, EngineLimits
 from transformers_api.engine.model_runner import Runner
@@ -11,6 +12,9 @@ from transformers_api.engine.sampler import TokenSampler
 from transformers_api.inspection.examination import Examined, examine
 from transformers_api.inspection.inspector import ModelInspector
 from transformers_api.inspection.trace import TracingRunner, TracingSampler
+
+# What was found out of a model, which may have slept since.
+_known: WeakKeyDictionary[Any, tuple[dict[str, int], Examined]] = WeakKeyDictionary()
 
 
 class Attachment:
@@ -28,7 +32,10 @@ class Attachment:
     ) -> tuple[Runner, TokenSampler]:
         """See ``engine.loader.Wrap``."""
         sizes = {"vocab_size": limits.vocab_size, "context": limits.max_model_len}
-        known = examine(model, **sizes, runner=runner)
+        before, known = _known.get(model, (None, None))
+        if known is None or before != sizes:
+            known = examine(model, **sizes, runner=runner)
+            _known[model] = sizes, known
         self.examined = known
         library = runner.cache.library if isinstance(runner.cache, NativeCache) else None
         tracing = TracingSampler(sampler, model, known, library)

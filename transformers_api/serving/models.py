@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -85,6 +85,7 @@ class ModelFiles:
     parameters: int
     stored_dtype: str  # of most of the weights: "float32", "bfloat16", …
     created: int  # seconds since 1970
+    stamp: Hashable = None  # another one when any file has changed
 
 
 class Embedder(Protocol):

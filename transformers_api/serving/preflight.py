@@ -104,7 +104,13 @@ def inspect_folder(
         parameters=sum(tensor.elements for tensor in tensors),
         stored_dtype=DTYPES[by_dtype.most_common(1)[0][0]][1],
         created=int(max(path.stat().st_mtime for path in paths)),
+        stamp=_stamp(folder),
     )
+
+
+def _stamp(folder: Path) -> tuple[tuple[str, int, int, int], ...]:
+    stats = {str(path): path.stat() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return tuple((name, s.st_ino, s.st_size, s.st_mtime_ns) for name, s in stats.items())
 
 
 def is_complete(folder: Path) -> bool:

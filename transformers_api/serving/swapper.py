@@ -340,9 +340,9 @@ class Swapper:
             error = ModelUnloaded(f"Model '{residency.spec.name}' was unloaded{reason}")
         residency.close(error)
         log.info("Evicted %s", residency.spec.name)
-        self._tell(self._listener.on_evict, residency.spec.name)
         with self._condition:
             self._turns.gone(residency)
+            self._tell(self._listener.on_evict, residency.spec.name)
             self._condition.notify_all()
 
     def _load(self, target: Target) -> None:
@@ -360,12 +360,12 @@ class Swapper:
             gc.collect()  # the frames of the error held what was loaded so far
             return
         log.info("Loaded %s in %.1f s", target.spec.name, model.load_s)
-        self._tell(self._listener.on_load, target.spec.name, model.load_s)
         residency = Residency(model, target, self._clock())
         with self._condition:
             if not self._closed:
                 self._turns.publish(residency, target)
                 self._errors.forget(target.spec.name)
+            self._tell(self._listener.on_load, target.spec.name, model.load_s)
         if self._closed:
             residency.close(_shutting_down())
 
@@ -375,17 +375,17 @@ class Swapper:
             log.error("Model %s could not be loaded", name, exc_info=error)
         shown = load_error(error, name)
         log.warning("Model %s failed: %s", name, shown.message)
-        self._tell(self._listener.on_load_failed, name, shown)
         with self._condition:
             if loading and target is not self._turns.fallback:
                 shown.retry_after = RecentErrors.RETRY_AFTER_S
                 self._errors.refuse(name, shown, self._clock())
             self._errors.note(name, shown)
             self._turns.failed(target, shown)
+            self._tell(self._listener.on_load_failed, name, shown)
             self._condition.notify_all()
 
     def _tell(self, event: Callable[..., None], *facts: object) -> None:
-        """Before the outcome is visible: who has an answer finds it in the log and the metrics."""
+        """With the condition held: who sees the outcome finds it counted, and the reverse."""
         try:
             event(*facts)
         except Exception:

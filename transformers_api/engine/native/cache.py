@@ -57,6 +57,7 @@ class NativeCache(SlotCache):
         self.library = library
         self.dtype = dtype
         self.starts = torch.zeros(0, dtype=torch.int64)
+        self._most = max_rows, max_length
         super().__init__(num_layers, max_rows, max_length, NativeLayer)
 
     def bind(self, first: int, positions: Tensor, seen: int) -> None:
@@ -69,6 +70,12 @@ class NativeCache(SlotCache):
         """An empty one of the same kind."""
         made = NativeCache(self.library, len(self.slots), rows, length, self.dtype)
         made.reserve(rows, length)
+        return made
+
+    def anew(self) -> NativeCache:
+        """One as this was at first: without tokens, and without a budget."""
+        made = NativeCache(self.library, len(self.slots), *self._most, self.dtype)
+        made.shaped_like(self)
         return made
 
     @property

@@ -63,24 +63,37 @@ class PackedWeight:
         self.library = library
         self.out_features, self.in_features = sum(len(w) for w in weights), weights[0].shape[1]
         self._weight = Weight(type=WEIGHT_TYPES[kind], n=self.out_features, k=self.in_features)
-        self._memory = memory.take(library.quick.packed_bytes(self._weight))
-        self._weight.data = self._memory.data_ptr()
+        self._is_int4 = kind == "int4"
         self._bias: Tensor | None = None
         self._address = ctypes.addressof(self._weight)
+        self.fill(weights, memory)
+
+    def fill(self, weights: list[Tensor], memory: WeightMemory) -> None:
+        """Pack ``weights``, one below the other. Raises ValueError if they are of other sizes."""
+        shapes = {(sum(len(w) for w in weights), w.shape[1]) for w in weights}
+        if shapes != {(self.out_features, self.in_features)}:
+            raise ValueError(f"weights of {shapes}, not {self.out_features, self.in_features}")
+        library = self.library
+        self._memory = memory.take(library.quick.packed_bytes(self._weight))
+        self._weight.data = self._memory.data_ptr()
         first = 0
         lost = torch.zeros(self.out_features, 2, dtype=torch.float64)  # squared, and all squares
         for weight in weights:
             dense = weight.detach()
             dense = (dense if dense.dtype in TYPES else dense.float()).contiguous()
             given = self._weight, dense.data_ptr(), TYPES[dense.dtype], first, len(dense)
-            if kind == "int4":
+            if self._is_int4:
                 library.long.pack_int4(*given, lost[first:].data_ptr())
             else:
                 library.long.pack(*given)
             first += len(dense)
-        if kind == "int4" and lost[:, 1].any():
+        if self._is_int4 and lost[:, 1].any():
             share = math.sqrt(lost[:, 0].sum() / lost[:, 1].sum())
             self.error = share if math.isfinite(share) else math.inf
+
+    def release(self) -> None:
+        """Give the memory back; ``fill`` before anybody multiplies again."""
+        self._memory, self._weight.data = torch.empty(0, dtype=torch.uint8), None
 
     @property
     def nbytes(self) -> int:
@@ -170,12 +183,15 @@ def multiply(weight: PackedWeight, x: Tensor) -> Tensor:
 class NativeLinear(nn.Module):
     """Stands for a Linear; its numbers are in ``joined``, its ``weight`` (meta) is only a shape."""
 
-    def __init__(self, joined: JoinedWeights, index: int, weight: Tensor) -> None:
+    def __init__(
+        self, joined: JoinedWeights, index: int, weight: Tensor, is_transposed: bool = False
+    ) -> None:
         super().__init__()
         self.in_features, self.out_features = joined.weight.in_features, joined.sizes[index]
         self.joined = joined
         self.index = index
         self.weight = weight
+        self.is_transposed = is_transposed  # in the files
         self.bias = None
         self._alone = joined.weight if len(joined.sizes) == 1 else None
 

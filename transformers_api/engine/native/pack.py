@@ -68,7 +68,8 @@ def _pack_group(
         packed.set_bias(torch.cat([part.detach().float() for part in parts]))
     joined = JoinedWeights(packed, sizes)
     for index, place in enumerate(group):
-        linear = NativeLinear(joined, index, _shape_only(place.weight))
+        is_transposed = type(place.layer) is Conv1D
+        linear = NativeLinear(joined, index, _shape_only(place.weight), is_transposed)
         linear.train(place.layer.training)
         setattr(place.parent, place.name, linear)
     return packed
@@ -82,7 +83,7 @@ def _replace_embeddings(tied: list[Place], weight: Tensor, packed: PackedWeight)
 
 def _shape_only(weight: Tensor) -> Tensor:
     """No parameter: the model would be taken for one on the device ``meta``."""
-    return torch.empty(weight.shape, device="meta")
+    return torch.empty(weight.shape, dtype=weight.dtype, device="meta")
 
 
 def _weight(layer: Any) -> Tensor:

@@ -80,6 +80,11 @@ class RecordedPass:
         assert self._program is not None
         return self._program.run(size, inputs, cache, first, watch)
 
+    def rest(self) -> None:
+        """Give the memory of the last run back."""
+        if self._program is not None:
+            self._program.rest()
+
 
 @dataclass(frozen=True, slots=True)
 class Seen:
@@ -145,6 +150,11 @@ class Program:
                 watch.show(self._look(view))
         self._go_on(done, len(self._steps) // self.plan.width)
         return self._result
+
+    def rest(self) -> None:
+        """See RecordedPass."""
+        self._memory = self._result = torch.zeros(0, dtype=torch.uint8)
+        self._size, self._cache, self._seen = 0, None, {}
 
     def _go_on(self, begin: int, end: int) -> None:
         address = self._steps.ctypes.data + begin * self.plan.width * self._steps.itemsize

@@ -6,7 +6,7 @@ passes are recorded, those that are watched and those whose whole prompt is scor
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -95,6 +95,19 @@ class NativeRunner(ModelRunner):
             watch = Showing(self.cache.library, inputs[2], seen, tensors, first)
         logits = recorded.run(size, inputs, tensors, first, watch)
         return logits[:, -keep:, : self.vocab_size]
+
+    def say(self, ids: Sequence[int]) -> Tensor:
+        """Logits (1, V) of the last of these first tokens; nothing stays in the cache."""
+        inputs = _inputs(torch.tensor([ids]), [0])
+        said = self.prompt.run(len(ids), inputs, self.cache.tensors, 0)[:, -1].clone()
+        self.cache.clear()
+        return said
+
+    def rest(self) -> None:
+        """Let go of all memory but the model's own."""
+        self.clear()
+        for recorded in (self.decode, self.prompt, self.scored):
+            recorded.rest()
 
     def _learn(
         self,

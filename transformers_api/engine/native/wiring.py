@@ -100,10 +100,11 @@ def native_kind(model: Any) -> Kind | None:
 
 def packed_bytes(model: Any) -> int:
     """Bytes of the packed weights."""
-    return sum(weight.nbytes for weight in _packed(model))
+    return sum(weight.nbytes for weight in packed_weights(model))
 
 
-def _packed(model: Any) -> list[PackedWeight]:
+def packed_weights(model: Any) -> list[PackedWeight]:
+    """Each once."""
     packed = {
         id(weight): weight
         for module in model.modules()
@@ -115,12 +116,12 @@ def _packed(model: Any) -> list[PackedWeight]:
 
 def largest_loss(model: Any) -> float:
     """What int4 lost of the weights of the layer that it changed most, as a share of their norm."""
-    return max((weight.error for weight in _packed(model)), default=0.0)
+    return max((weight.error for weight in packed_weights(model)), default=0.0)
 
 
 def check_loss(model: Any) -> None:
     """Raises NativeRefused for a small model that int4 changed too much."""
-    weights = sum(weight.in_features * weight.out_features for weight in _packed(model))
+    weights = sum(weight.in_features * weight.out_features for weight in packed_weights(model))
     lost = largest_loss(model)
     if weights < INT4_ENOUGH and lost > INT4_MOST_LOST:
         raise NativeRefused(
