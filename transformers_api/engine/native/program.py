@@ -46,8 +46,8 @@ class RecordedPass:
         cache: list[Tensor],
         forward: Callable[[], Tensor],
         begun: Recorder | None = None,
-    ) -> Tensor:
-        """Record what ``forward`` makes of ``inputs``; its result.
+    ) -> None:
+        """Record how ``forward`` makes its result of ``inputs``; products are not computed for it.
 
         ``cache``: the tensors of keys and values, all rows, layer by layer. ``begun`` has recorded
         a pass up to where ``forward`` goes on.
@@ -63,7 +63,6 @@ class RecordedPass:
                 self.refused = str(error)
                 log.info("Forward passes are not recorded: %s", error)
             self._learned = []
-        return result
 
     def run(
         self,
