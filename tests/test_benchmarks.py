@@ -307,13 +307,16 @@ def children():
 
 def test_swaps_are_compared_by_their_medians():
     found = {
-        servers.OURS: [{"swap": 1.0, "start": 4.0}, {"swap": 0.5, "start": 2.0}],
-        "theirs": [{"swap": 3.0, "start": 6.0}],
+        servers.OURS: [
+            {"first swap": 2.0, "swap": 1.0, "start": 4.0},
+            {"first swap": 1.0, "swap": 0.5, "start": 2.0},
+        ],
+        "theirs": [{"first swap": 3.0, "swap": 3.0, "start": 6.0}],
         "absent": [],
     }
     assert swap.rows(found) == [
-        [servers.OURS, "0.75", "", "3.00", ""],
-        ["theirs", "3.00", "4.0x", "6.00", "2.0x"],
+        [servers.OURS, "1.50", "", "0.75", "", "3.00", ""],
+        ["theirs", "3.00", "2.0x", "3.00", "4.0x", "6.00", "2.0x"],
     ]
 
 
