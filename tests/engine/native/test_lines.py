@@ -21,7 +21,7 @@ def norm_and_gate(x):
 def heads_turned(x):
     heads = x.view(-1, 4, WIDTH // 4).transpose(0, 1)
     half = WIDTH // 8
-    turned = torch.cat([-heads[..., half:], heads[..., :half]], -1)
+    turned = torch.cat([torch.empty(0), -heads[..., half:], heads[..., :half]], -1)
     return (heads * 0.5 + turned).transpose(0, 1).reshape(-1, WIDTH) * 2.0
 
 

@@ -276,6 +276,8 @@ def _concatenate(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> boo
     tensors, dim = args[0], (args[1] if len(args) > 1 else kwargs.get("dim", 0))
     at = 0
     for tensor in tensors:
+        if tensor.dim() < out.dim():  # torch joins an empty (0,) to anything
+            continue
         part = out.narrow(dim, at, tensor.shape[dim])
         recorder.add("copy", part, [tensor], tuple(part.shape))
         at += tensor.shape[dim]
