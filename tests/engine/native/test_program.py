@@ -178,3 +178,16 @@ def test_a_cache_that_grew_needs_no_new_recording(library):
     before = setup.step(IDS[0], 4)
     setup.cache._resize(4, 128)
     assert torch.equal(setup.step(IDS[0], 4), before)
+
+
+def test_a_result_that_an_unknown_operation_wrote_is_refused(library):
+    taught = RecordedPass(library)
+    for rows in (2, 3):
+        x = torch.ones(rows, 8)
+
+        def written_over(x=x):
+            doubled = x * 2
+            return torch.cumsum(doubled, 1, out=doubled)
+
+        taught.learn(rows, [x], [], written_over)
+    assert "cumsum" in taught.refused

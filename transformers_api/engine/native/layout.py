@@ -11,7 +11,7 @@ import bisect
 import ctypes
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy
@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from transformers_api.engine.native.fusing import fused
 from transformers_api.engine.native.library import Operand, Step
 from transformers_api.engine.native.lines import (
     DIMENSIONS,
@@ -95,8 +96,11 @@ class Plan:
 
 def make_plan(a: Learned, b: Learned, cache: list[Tensor]) -> Plan:
     """A plan for every size. Raises NotRecordable."""
+    for one in (a, b):
+        one.recorder.ref(one.result)  # it may be what an unknown operation wrote last
     if failure := a.recorder.failure or b.recorder.failure:
         raise NotRecordable(failure)
+    a, b = (replace(one, recorder=fused(one.recorder, one.result)) for one in (a, b))
     same = len(a.recorder.shown) == len(b.recorder.shown)
     if not same or [s.op for s in a.recorder.steps] != [s.op for s in b.recorder.steps]:
         raise NotRecordable("operations that depend on the size")
