@@ -222,6 +222,21 @@ __m512 exp16(__m512 x) {
   return _mm512_scalef_ps(y, n);
 }
 
+// A polynomial near 0 (Cephes), where the other form would lose digits.
+__m512 tanh16(__m512 x) {
+  const __m512 size = _mm512_abs_ps(x), z = _mm512_mul_ps(x, x), one = _mm512_set1_ps(1);
+  __m512 p = _mm512_set1_ps(-5.70498872745e-3f);
+  for (float c : {2.06390887954e-2f, -5.37397155531e-2f, 1.33314422036e-1f, -3.33332819422e-1f})
+    p = _mm512_fmadd_ps(p, z, _mm512_set1_ps(c));
+  const __m512 near = _mm512_fmadd_ps(_mm512_mul_ps(p, z), x, x);
+  const __m512 e = exp16(_mm512_add_ps(size, size));
+  const __m512 part = _mm512_div_ps(one, _mm512_add_ps(e, one));
+  const __m512 far = _mm512_fnmadd_ps(_mm512_set1_ps(2), part, one);
+  const __mmask16 is_near = _mm512_cmp_ps_mask(size, _mm512_set1_ps(0.625f), _CMP_LT_OQ);
+  const __m512 sign = _mm512_and_ps(x, _mm512_set1_ps(-0.f));
+  return _mm512_mask_mov_ps(_mm512_or_ps(far, sign), is_near, near);
+}
+
 // Memory that grows and is kept, for what a call prepares from its input.
 struct Scratch {
   template <class T>
@@ -667,23 +682,34 @@ inline void transpose(__m512i (&v)[16]) {
   }
 }
 
-// What is fetched meanwhile, to be there when it is its turn: the next keys and values. By a macro:
-// gcc takes a function that does nothing else for one that does nothing.
+// What is fetched meanwhile, to be there when it is its turn: the keys that come BLOCK keys later
+// and their values, of this share and then of the next; all of them, and as evenly as others are
+// used, since few queries wait for little but memory. By a macro: gcc takes a function that does
+// nothing else for one that does nothing.
 struct NextKeys {
-  const char *key = nullptr, *value = nullptr;
-  int64_t count = 0, key_stride = 0, value_stride = 0, bytes = 0;
+  struct Side {
+    const char *own, *next;
+    int64_t stride;
+  };
+  Side keys, values;
+  int64_t own, count, bytes;  // how many are this share's; all; bytes of each
 };
-#define FETCH(from) \
-  for (int64_t b = 0; b < ahead.bytes; b += 64) _mm_prefetch((from) + b, _MM_HINT_T1)
+#define FETCH(side, from, to)                                                              \
+  for (int64_t i = from, last = std::min<int64_t>(to, ahead.count); i < last; i++) {       \
+    const char* p = i < ahead.own ? ahead.side.own + i * ahead.side.stride                 \
+                                  : ahead.side.next + (i - ahead.own) * ahead.side.stride; \
+    for (int64_t b = 0; b < ahead.bytes; b += 64) _mm_prefetch(p + b, _MM_HINT_T1);        \
+  }
 
 // The keys begin..end of the block that starts at key 0 here, as panels; none are read beyond.
 template <class T>
 void lay_keys(const Attention& a, const T* keys, int64_t begin, int64_t end, const NextKeys& ahead,
               Desk& desk) {
   constexpr int64_t LANES = 16 * Kind<T>::STEP;
-  for (int64_t k = begin / 16 * 16; k < (end + 31) / 32 * 32; k += 16) {
-    for (int64_t i = k; i < std::min(k + 16, ahead.count); i++)
-      FETCH(ahead.key + i * ahead.key_stride);
+  const int64_t from = begin / 16 * 16, to = (end + 31) / 32 * 32;
+  const int64_t some = (ahead.count * 16 + to - from - 1) / (to - from);
+  for (int64_t k = from, fetched = 0; k < to; k += 16, fetched += some) {
+    FETCH(keys, fetched, fetched + some);
     for (int64_t j = 0; j < a.size; j += LANES) {
       __m512i v[16];
       if (k >= begin && k + 16 <= end && j + LANES <= a.size) {
@@ -715,9 +741,9 @@ bool lay_values(const Attention& a, const T* values, int64_t begin, int64_t end,
     return k >= begin && k < end ? Kind<T>::lanes(values + k * a.v_strides[2] + j, a.size - j)
                                  : _mm512_setzero_si512();
   };
-  for (int64_t k = 0; k < end; k += STEP) {
-    for (int64_t i = k; i < std::min(k + STEP, ahead.count); i++)
-      FETCH(ahead.value + i * ahead.value_stride);
+  const int64_t some = (ahead.count * STEP + end - 1) / end;
+  for (int64_t k = 0, fetched = 0; k < end; k += STEP, fetched += some) {
+    FETCH(values, fetched, fetched + some);
     int64_t j = 0;
     const T* p = values + k * a.v_strides[2];
     for (; k >= begin && k + STEP <= end && j + PANEL <= a.size; j += PANEL) {  // nearly always
@@ -735,10 +761,8 @@ bool lay_values(const Attention& a, const T* values, int64_t begin, int64_t end,
   return finite;
 }
 
-__m512 capped(__m512 scores, float cap) {  // cap * tanh(scores / cap)
-  const __m512 one = _mm512_set1_ps(1), e = exp16(_mm512_mul_ps(scores, _mm512_set1_ps(2 / cap)));
-  const __m512 part = _mm512_div_ps(_mm512_set1_ps(2), _mm512_add_ps(e, one));
-  return _mm512_mul_ps(_mm512_set1_ps(cap), _mm512_sub_ps(one, part));
+__m512 capped(__m512 scores, float cap) {
+  return _mm512_mul_ps(_mm512_set1_ps(cap), tanh16(_mm512_mul_ps(scores, _mm512_set1_ps(1 / cap))));
 }
 
 template <class T, int R>
@@ -891,13 +915,6 @@ void attend(const Attention& a, const Share& s, const Share& next, Desk& desk) {
            share.kv_head * a.v_strides[1];
   };
   auto begin_of = [&](int64_t end) { return a.window ? std::max<int64_t>(0, end - a.window) : 0; };
-  auto ahead_of = [&](const Share& share, int64_t block, int64_t end) {
-    return NextKeys{reinterpret_cast<const char*>(keys_of(share) + block * a.k_strides[2]),
-                 reinterpret_cast<const char*>(values_of(share) + block * a.v_strides[2]),
-                 end - block, a.k_strides[2] * static_cast<int64_t>(sizeof(T)),
-                 a.v_strides[2] * static_cast<int64_t>(sizeof(T)),
-                 a.size * static_cast<int64_t>(sizeof(T))};
-  };
   const int64_t count = s.heads * s.queries;
   auto head_of = [&](int64_t i) { return s.head + i % s.heads; };
   auto query_of = [&](int64_t i) { return s.query + i / s.heads; };
@@ -918,11 +935,23 @@ void attend(const Attention& a, const Share& s, const Share& next, Desk& desk) {
   }
   const int64_t end = desk.query[count - 1].end;
   const int64_t next_end = a.starts[next.row] + next.query + 1;
-  const int64_t next_block = begin_of(next_end) / BLOCK * BLOCK;
-  for (int64_t at = desk.query[0].begin / BLOCK * BLOCK; at < end; at += BLOCK)
-    see_block<T>(a, desk, count, keys_of(s), values_of(s), at,
-                 at + BLOCK < end ? ahead_of(s, at + BLOCK, end)
-                                  : ahead_of(next, next_block, next_end));
+  const int64_t next_begin = begin_of(next_end) / BLOCK * BLOCK;
+  const int64_t begin = desk.query[0].begin / BLOCK * BLOCK;
+  for (int64_t at = begin; at < end; at += BLOCK) {
+    const int64_t own = std::clamp<int64_t>(end - at - BLOCK, 0, BLOCK);
+    const int64_t known = at == begin ? 0 : std::max<int64_t>(0, at + BLOCK - end);
+    const int64_t wanted = std::min(at + 2 * BLOCK - end, next_end - next_begin);
+    auto side = [&](const T* mine, const T* others, int64_t stride) {
+      return NextKeys::Side{reinterpret_cast<const char*>(mine + (at + BLOCK) * stride),
+                            reinterpret_cast<const char*>(others + (next_begin + known) * stride),
+                            stride * static_cast<int64_t>(sizeof(T))};
+    };
+    const NextKeys ahead{side(keys_of(s), keys_of(next), a.k_strides[2]),
+                         side(values_of(s), values_of(next), a.v_strides[2]),
+                         own, own + std::max<int64_t>(0, wanted - known),
+                         a.size * static_cast<int64_t>(sizeof(T))};
+    see_block<T>(a, desk, count, keys_of(s), values_of(s), at, ahead);
+  }
   for (int64_t i = 0; i < count; i++)
     finish<T>(a, desk, i, head_of(i), (s.row * a.queries + query_of(i)) * a.heads + head_of(i));
 }
@@ -1381,21 +1410,6 @@ __m512 each(__m512 v) {
 __m512 sigmoid(__m512 x) {
   const __m512 one = _mm512_set1_ps(1);
   return _mm512_div_ps(one, _mm512_add_ps(one, exp16(_mm512_sub_ps(_mm512_setzero_ps(), x))));
-}
-
-// A polynomial near 0 (Cephes), where the other form would lose digits.
-__m512 tanh16(__m512 x) {
-  const __m512 size = _mm512_abs_ps(x), z = _mm512_mul_ps(x, x), one = _mm512_set1_ps(1);
-  __m512 p = _mm512_set1_ps(-5.70498872745e-3f);
-  for (float c : {2.06390887954e-2f, -5.37397155531e-2f, 1.33314422036e-1f, -3.33332819422e-1f})
-    p = _mm512_fmadd_ps(p, z, _mm512_set1_ps(c));
-  const __m512 near = _mm512_fmadd_ps(_mm512_mul_ps(p, z), x, x);
-  const __m512 e = exp16(_mm512_add_ps(size, size));
-  const __m512 part = _mm512_div_ps(one, _mm512_add_ps(e, one));
-  const __m512 far = _mm512_fnmadd_ps(_mm512_set1_ps(2), part, one);
-  const __mmask16 is_near = _mm512_cmp_ps_mask(size, _mm512_set1_ps(0.625f), _CMP_LT_OQ);
-  const __m512 sign = _mm512_and_ps(x, _mm512_set1_ps(-0.f));
-  return _mm512_mask_mov_ps(_mm512_or_ps(far, sign), is_near, near);
 }
 
 // x times the share of a normal distribution below x. The smaller of the two shares is half of
