@@ -5,11 +5,14 @@
 
 * Speed beside a process that never sleeps on one core, over the speed without it, in turns; on the
   native kernels and in plain torch.
-* What lies between the engine's step and the client's socket: the time between two tokens over
-  HTTP, less that of the same engine in process, in turns; for each token of the step. Both while
-  nobody's prompt is read, which in process is seen to; in brackets over the whole run.
-* How even the tokens come with 32 streams: the 95th percentile of the gaps over their median, in
-  the same two ways.
+* What a step of the engine takes in process, and while the same engine serves over HTTP, in many
+  short turns; both while nobody's prompt is read. The client takes its time from the same cores.
+* What HTTP, JSON, SSE and detokenising cost for each token: the processor's time of all threads of
+  the server but those that compute, from longer answers less shorter ones, the rest of which is
+  what a request costs; and the time from the end of a step until the last of its tokens has come
+  to its client, over their number. This one includes what the client does.
+* How even the tokens come with 32 streams: the 95th percentile of the gaps over their median,
+  while nobody's prompt is read and, in brackets, over the whole run.
 """
 
 from __future__ import annotations
@@ -17,19 +20,27 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import functools
+import itertools
+import os
 import statistics
 import sys
 import tempfile
+import time
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import servers
 from benchmarks.inside import Inside
-from benchmarks.load import HELLO, Level, Server, ask, measure
+from benchmarks.load import HELLO, Answer, Level, Run, Server, ask, run
 from benchmarks.machine import busy_core, machine, model_folder, today
 from benchmarks.pages import table, write_block
+from benchmarks.stamped import steps
 
 WORDS = 16
+FEW = 8  # tokens, of answers that show what a request costs
 PATHS = {
     "native kernels": {"NATIVE_KERNELS": "true"},
     "plain torch": {"NATIVE_KERNELS": "false"},
@@ -37,24 +48,34 @@ PATHS = {
 
 
 @contextlib.contextmanager
-def served(options: argparse.Namespace, environment: dict[str, str]) -> Iterator[Server]:
-    """Our server, warm."""
+def served(
+    options: argparse.Namespace, environment: dict[str, str], stamps: Path | None = None
+) -> Iterator[servers.Running]:
+    """Our server, warm; it notes its steps in ``stamps``."""
     contender = servers.ours(options.folder, options.scratch, **environment)
+    if stamps:
+        contender = servers.stamped(contender, stamps)
     with tempfile.TemporaryFile() as log, servers.running(contender, log) as running:
         asyncio.run(ask(running.server, HELLO, options.max_tokens))
-        yield running.server
+        yield running
 
 
 def level(server: Server, streams: int, options: argparse.Namespace, seed: int) -> Level:
     """So many answers at once."""
-    length = {"words": WORDS, "max_tokens": options.max_tokens, "seed": seed}
-    return asyncio.run(measure(server, streams, streams, **length))
+    return at_once(server, streams, options.max_tokens, seed).level()
+
+
+def at_once(server: Server, streams: int, tokens: int, seed: int) -> Run:
+    """The same, each by itself."""
+    length = {"words": WORDS, "max_tokens": tokens, "seed": seed}
+    return asyncio.run(run(server, streams, streams, **length))
 
 
 def contention(options: argparse.Namespace) -> Iterator[list[str]]:
     """Lines of the first table."""
     for name in options.paths:
-        with served(options, PATHS[name]) as server:
+        with served(options, PATHS[name]) as running:
+            server = running.server
             for streams in options.busy_streams:
                 pairs = []
                 for number in range(options.rounds):
@@ -69,45 +90,94 @@ def contention(options: argparse.Namespace) -> Iterator[list[str]]:
                 yield [f"{name}, {streams} stream{'s' if streams > 1 else ''}", *cells]
 
 
+@dataclass(frozen=True)
+class Turn:
+    """One number of streams, in process and then over HTTP; times in milliseconds."""
+
+    inside: float  # a step
+    serving: float  # a step of the server, by its own notes
+    token: float  # the processor's time beside the computing, for each token
+    request: float  # and for each request besides
+    to_client: float  # from the end of a step to the last of its tokens, for each of them
+    level: Level
+
+
 def to_the_socket(options: argparse.Namespace) -> Iterator[list[str]]:
     """Lines of the second table."""
     inside = Inside(options.folder, NATIVE_KERNELS="true")
+    stamps = options.scratch / "stamps"
     try:
-        with served(options, PATHS["native kernels"]) as server:
+        with served(options, PATHS["native kernels"], stamps) as running:
             for streams in options.streams:
-                yield socket_row(inside, server, streams, options)
+                turn = functools.partial(one_turn, inside, running, stamps, streams, options)
+                turn(99)  # nobody's first time counts
+                yield socket_row(streams, [turn(100 + i) for i in range(3 * options.rounds)])
     finally:
         inside.close()
+        stamps.unlink(missing_ok=True)
 
 
-def socket_row(
-    inside: Inside, server: Server, streams: int, options: argparse.Namespace
-) -> list[str]:
+def one_turn(
+    inside: Inside,
+    running: servers.Running,
+    stamps: Path,
+    streams: int,
+    options: argparse.Namespace,
+    seed: int,
+) -> Turn:
+    """Measure one turn."""
+
+    def asked(tokens: int, seed: int) -> tuple[Run, float]:
+        before = servers.thread_times(running.pid)
+        answered = at_once(running.server, streams, tokens, seed)
+        after = servers.thread_times(running.pid)
+        spent = sorted(after[task] - before.get(task, 0) for task in after)
+        return answered, sum(spent[: -len(os.sched_getaffinity(0))])  # as many compute as cores
+
+    step = inside.step_ms(streams, options.max_tokens)
+    _, little = asked(FEW, 2 * seed)  # prompts are new each time
+    began = time.perf_counter()
+    answered, much = asked(options.max_tokens, 2 * seed + 1)
+    token = (much - little) / streams / (options.max_tokens - FEW)
+    full = [(a, b) for (a, _), (b, n) in itertools.pairwise(steps(stamps, began)) if n == streams]
+    return Turn(
+        inside=step,
+        serving=1e3 * statistics.median(end - begin for begin, end in full),
+        token=1e3 * token,
+        request=1e3 * (little / streams - FEW * token),
+        to_client=1e3 * statistics.median(deliveries(full, answered.answers)) / streams,
+        level=answered.level(),
+    )
+
+
+def deliveries(full: list[tuple[float, float]], answers: list[Answer]) -> Iterator[float]:
+    """Seconds from the end of a step until all its tokens have come, where that is by the next."""
+    moments = sorted(moment for answer in answers for moment in answer.moments)
+    for ended, next_ended in full:
+        came = moments[bisect_left(moments, ended) : bisect_left(moments, next_ended)]
+        if len(came) == len(answers):
+            yield came[-1] - ended
+
+
+def socket_row(streams: int, turns: list[Turn]) -> list[str]:
     """One number of streams."""
-    inside.step_ms(streams, 8)
-    level(server, streams, options, 99)  # nobody's first time counts
-    steps, levels = [], []
-    for number in range(options.rounds):
-        steps.append(inside.step_ms(streams, options.max_tokens))
-        levels.append(level(server, streams, options, 100 + number))
-    step = statistics.median(steps)
-    steady = [(each.steady_ms, each.steady_p95_ms) for each in levels]
-    whole = [(each.gap_ms, each.gap_p95_ms) for each in levels]
-    cells = []
-    for gaps in (steady, whole):
-        gap = statistics.median(median for median, _ in gaps)
-        cost = statistics.median(
-            1000 * (median - before) / streams
-            for (median, _), before in zip(gaps, steps, strict=True)
-        )
-        tail = statistics.median(p95 / median for median, p95 in gaps)
-        cells.append(
-            (f"{gap:.2f}", f"{cost:.0f}", f"{100 * (gap / step - 1):+.1f} %", f"{tail:.2f}")
-        )
+    median = statistics.median
+    inside = median(turn.inside for turn in turns)
+    more = median(turn.serving / turn.inside - 1 for turn in turns)
+    token = median(turn.token for turn in turns)
+    to_client = median(turn.to_client for turn in turns)
+    tails = (
+        median(turn.level.steady_p95_ms / turn.level.steady_ms for turn in turns),
+        median(turn.level.gap_p95_ms / turn.level.gap_ms for turn in turns),
+    )
     return [
         f"{streams}",
-        f"{step:.2f}",
-        *(f"{one} ({two})" for one, two in zip(*cells, strict=True)),
+        f"{inside:.2f}",
+        f"{median(turn.serving for turn in turns):.2f} ({100 * more:+.1f} %)",
+        f"{1000 * token:.0f} ({100 * token / inside:.1f} %)",
+        f"{1000 * to_client:.0f} ({100 * to_client / inside:.1f} %)",
+        f"{median(turn.request for turn in turns):.1f}",
+        f"{tails[0]:.2f} ({tails[1]:.2f})",
     ]
 
 
@@ -139,15 +209,19 @@ def main() -> None:
         "asked for",
     ]
     parts.append(printed(table(heads, told(contention(options)))))
-    heads = ["streams", "step in process, ms", "between tokens over HTTP, ms", "µs per token"]
-    heads += ["more than the step", "p95 / median gap"]
+    heads = ["streams", "step in process, ms", "while serving", "beside the engine, µs per token"]
+    heads += ["to the client, µs per token", "ms per request", "p95 / median gap"]
     parts.append(printed(table(heads, told(to_the_socket(options)))))
     parts.append(
         printed(
-            "While nobody's prompt is read; in brackets over the whole run, with the reading of "
-            "prompts at its start. Asked for: 100 µs or 5 % of a step between step and socket; "
-            f"with 32 streams a gap p95 of at most 1.5 medians. {today()}, {options.model}: "
-            f"medians of {options.rounds} rounds. {machine()}."
+            "Beside the engine: the processor's time of all threads of the server that do not "
+            "compute, for each token after the first few, and for each request besides. To the "
+            "client: from the end of a step until the last of its tokens has come, over their "
+            "number. In brackets their share of a step; asked for: 100 µs or 5 %. Gaps while "
+            "nobody's prompt is read; in brackets over the whole run, with the reading of prompts "
+            "at its start; asked for: at most 1.5 with 32 streams. "
+            f"{today()}, {options.model}: medians of {options.rounds} rounds, three times as many "
+            f"for the second table. {machine()}."
         )
     )
     if options.write:

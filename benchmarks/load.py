@@ -3,7 +3,8 @@
     python -m benchmarks.load --base-url http://127.0.0.1:5000/v1 --streams 1,8 --max-tokens 64
 
 Standard library and bare sockets only: on a small machine the client takes its cores from the
-server, so it has to cost next to nothing; its share is in the output.
+server, so it has to cost next to nothing: it notes what came when, and reads it in the end. Its
+share is in the output.
 """
 
 from __future__ import annotations
@@ -13,14 +14,17 @@ import asyncio
 import itertools
 import json
 import random
+import socket
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
 Message = dict[str, str]
+RECEIVED = 1 << 16  # bytes, at most, at once
+LAST_CHUNK = b"\r\n0\r\n\r\n"
 HELLO: list[Message] = [{"role": "user", "content": "Say hello."}]
 TEXT = (
     "amber basin candle drift ember fable garden harbour island juniper kettle lantern meadow "
@@ -74,15 +78,15 @@ class Answer:
         """Seconds from first to last piece, per token."""
         return (self.moments[-1] - self.moments[0]) / max(1, self.tokens - 1)
 
-    def take(self, event: dict[str, Any]) -> None:
-        """Note what an event says. Raises RuntimeError for an error."""
+    def take(self, event: dict[str, Any], moment: float) -> None:
+        """Note what an event says that came then. Raises RuntimeError for an error."""
         if "error" in event:
             raise RuntimeError(f"the stream failed: {event['error']}")
         if usage := event.get("usage"):
             self.tokens = usage["completion_tokens"]
             self.prompt_tokens = usage["prompt_tokens"]
         if any(choice["delta"].get("content") for choice in event["choices"]):
-            self.moments.append(time.perf_counter())
+            self.moments.append(moment)
 
 
 def conversation(words: int, rng: random.Random) -> list[Message]:
@@ -97,40 +101,63 @@ def conversation(words: int, rng: random.Random) -> list[Message]:
     ]
 
 
+@dataclass(frozen=True)
+class Run:
+    """Answers that were waited for, and what that took, in seconds."""
+
+    streams: int
+    answers: list[Answer]
+    wall_s: float
+    cpu_s: float  # of this client
+
+    def level(self) -> Level:
+        """What is to be known of it."""
+        answers = self.answers
+        tokens = sum(answer.tokens for answer in answers)
+        gap_ms, gap_p95_ms = _typical(_gaps(answers))
+        steady_ms, steady_p95_ms = _typical(_steady(answers))
+        return Level(
+            streams=self.streams,
+            requests=len(answers),
+            prompt_tokens=round(statistics.median(answer.prompt_tokens for answer in answers)),
+            tokens=tokens,
+            ttft_ms=1e3 * statistics.median(answer.first for answer in answers),
+            itl_ms=1e3 * statistics.median(answer.per_token for answer in answers),
+            tokens_per_s=tokens / self.wall_s,
+            client_cpu=self.cpu_s / self.wall_s,
+            gap_ms=gap_ms,
+            gap_p95_ms=gap_p95_ms,
+            steady_ms=steady_ms,
+            steady_p95_ms=steady_p95_ms,
+        )
+
+
 async def measure(
     server: Server, streams: int, requests: int, *, words: int, max_tokens: int, seed: int
 ) -> Level:
     """Keep ``streams`` requests running until ``requests`` are done."""
+    length = {"words": words, "max_tokens": max_tokens, "seed": seed}
+    return (await run(server, streams, requests, **length)).level()
+
+
+async def run(
+    server: Server, streams: int, requests: int, *, words: int, max_tokens: int, seed: int
+) -> Run:
+    """The same, with every answer."""
     rng = random.Random(seed)
     conversations = [conversation(words, rng) for _ in range(requests)]
-    answers: list[Answer] = []
+    responses: list[_Response] = []
 
     async def one_after_another() -> None:
         while conversations:
-            answers.append(await ask(server, conversations.pop(), max_tokens))
+            responses.append(await _send(server, conversations.pop(), max_tokens))
 
     started, cpu = time.perf_counter(), time.process_time()
     async with asyncio.TaskGroup() as group:
         for _ in range(streams):
             group.create_task(one_after_another())
     wall, cpu = time.perf_counter() - started, time.process_time() - cpu
-    tokens = sum(answer.tokens for answer in answers)
-    gap_ms, gap_p95_ms = _typical(_gaps(answers))
-    steady_ms, steady_p95_ms = _typical(_steady(answers))
-    return Level(
-        streams=streams,
-        requests=requests,
-        prompt_tokens=round(statistics.median(answer.prompt_tokens for answer in answers)),
-        tokens=tokens,
-        ttft_ms=1e3 * statistics.median(answer.first for answer in answers),
-        itl_ms=1e3 * statistics.median(answer.per_token for answer in answers),
-        tokens_per_s=tokens / wall,
-        client_cpu=cpu / wall,
-        gap_ms=gap_ms,
-        gap_p95_ms=gap_p95_ms,
-        steady_ms=steady_ms,
-        steady_p95_ms=steady_p95_ms,
-    )
+    return Run(streams, [response.answer() for response in responses], wall, cpu)
 
 
 def _gaps(answers: Iterable[Answer]) -> Iterator[tuple[float, float]]:
@@ -154,6 +181,11 @@ def _typical(gaps: Iterable[tuple[float, float]]) -> tuple[float, float]:
 
 async def ask(server: Server, messages: list[Message], max_tokens: int) -> Answer:
     """Stream one greedy chat completion. Raises RuntimeError when the server refuses or fails."""
+    return (await _send(server, messages, max_tokens)).answer()
+
+
+async def _send(server: Server, messages: list[Message], max_tokens: int) -> _Response:
+    """The same, as it came: what it says is read when nobody's time is measured any more."""
     body = {
         "model": server.model,
         "messages": messages,
@@ -162,100 +194,107 @@ async def ask(server: Server, messages: list[Message], max_tokens: int) -> Answe
         "stream": True,
         **server.fields,
     }
-    answer = Answer(time.perf_counter())
-    await _post(f"{server.base_url}/chat/completions", body, answer.take)
-    if not answer.tokens or not answer.moments:
-        raise RuntimeError("the answer has no text or no usage")
-    return answer
-
-
-async def _post(url: str, body: dict[str, Any], take: Callable[[dict[str, Any]], None]) -> None:
-    """Give ``take`` the JSON of each server-sent event of one POST."""
-    parts = urlsplit(url)
+    started = time.perf_counter()
+    parts = urlsplit(f"{server.base_url}/chat/completions")
     data = json.dumps(body).encode()
     head = (
         f"POST {parts.path} HTTP/1.1\r\nHost: {parts.netloc}\r\nConnection: close\r\n"
         f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
     )
     loop = asyncio.get_running_loop()
-    transport, events = await loop.create_connection(
-        lambda: _Events(take), parts.hostname, parts.port or 80
-    )
-    try:
-        transport.write(head.encode() + data)
-        await events.ended
-    finally:
-        transport.close()
+    address = (parts.hostname or "", parts.port or 80)
+    with socket.create_connection(address) as connection:
+        connection.setblocking(False)
+        response = _Response(started, connection, loop.create_future())
+        await loop.sock_sendall(connection, head.encode() + data)
+        loop.add_reader(connection, response.read)
+        try:
+            await response.ended
+        finally:
+            loop.remove_reader(connection)
+    return response
 
 
-class _Events(asyncio.Protocol):
-    """A response as it comes, without a task to wake for each piece of it."""
+class _Response:
+    """The bytes of an answer and when they came."""
 
-    def __init__(self, take: Callable[[dict[str, Any]], None]) -> None:
-        self.ended = asyncio.get_running_loop().create_future()
-        self._take = take
-        self._raw = b""  # not read yet: headers, then chunks or the body
-        self._body = b""  # not read yet: lines
-        self._status = 0
+    def __init__(
+        self, started: float, connection: socket.socket, ended: asyncio.Future[None]
+    ) -> None:
+        self.started = started
+        self.ended = ended
+        self._receive = connection.recv
+        self._pieces: list[tuple[float, bytes]] = []
+
+    def read(self) -> None:
+        """Take what is there."""
+        try:
+            data = self._receive(RECEIVED)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self.ended.set_exception(error)
+            return
+        self._pieces.append((time.perf_counter(), data))
+        if not data or data.endswith(LAST_CHUNK):
+            self.ended.set_result(None)
+
+    def answer(self) -> Answer:
+        """What they say. Raises RuntimeError for an error, and where they are cut off."""
+        answer, reader, rest = Answer(self.started), _Reader(), b""
+        for moment, data in self._pieces:
+            rest += reader.body(data)
+            if reader.status == 200:
+                *lines, rest = rest.split(b"\n")
+                for line in lines:
+                    if line.startswith(b"data:") and line[5:].strip() != b"[DONE]":
+                        answer.take(json.loads(line[5:]), moment)
+        if not reader.is_over:
+            raise RuntimeError("the answer was cut off")
+        if reader.status != 200:
+            text = rest[:300].decode(errors="replace")
+            raise RuntimeError(f"status {reader.status}: {text}")
+        if not answer.tokens or not answer.moments:
+            raise RuntimeError("the answer has no text or no usage")
+        return answer
+
+
+class _Reader:
+    """Takes headers and chunks off what comes."""
+
+    def __init__(self) -> None:
+        self.status = 0
+        self.is_over = False
+        self._raw = b""  # not read yet
         self._is_chunked = False
 
-    def data_received(self, data: bytes) -> None:
-        """Read on."""
-        if self.ended.done():
-            return
+    def body(self, data: bytes) -> bytes:
+        """What more there is of the body; no data is the end of the connection."""
         self._raw += data
-        try:
-            if self._status or self._read_head():
-                self._read_body()
-        except Exception as error:
-            self.ended.set_exception(error)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """The end, which chunks announce and another body does not."""
-        if self.ended.done():
-            return
-        if exc or self._is_chunked or not self._status:
-            self.ended.set_exception(exc or RuntimeError("the answer was cut off"))
-        else:
-            self._finish()
+        if not self.status and not self._read_head():
+            return b""
+        if not self._is_chunked:
+            self.is_over = not data
+            body, self._raw = self._raw, b""
+            return body
+        body = b""
+        while not self.is_over and (at := self._raw.find(b"\r\n")) >= 0:
+            begin = at + 2
+            end = begin + int(self._raw[:at].partition(b";")[0], 16)
+            if len(self._raw) < end + 2:
+                break
+            self.is_over = begin == end
+            body += self._raw[begin:end]
+            self._raw = self._raw[end + 2 :]
+        return body
 
     def _read_head(self) -> bool:
         head, found, rest = self._raw.partition(b"\r\n\r\n")
         if found:
             self._raw = rest
-            self._status = int(head.split(None, 2)[1])
+            self.status = int(head.split(None, 2)[1])
             self._is_chunked = b"transfer-encoding: chunked" in head.lower()
         return bool(found)
-
-    def _read_body(self) -> None:
-        if not self._is_chunked:
-            self._body, self._raw = self._body + self._raw, b""
-        is_over = False
-        while self._is_chunked and not is_over and (at := self._raw.find(b"\r\n")) >= 0:
-            begin = at + 2
-            end = begin + int(self._raw[:at].partition(b";")[0], 16)
-            if len(self._raw) < end + 2:
-                break
-            is_over = begin == end
-            self._body += self._raw[begin:end]
-            self._raw = self._raw[end + 2 :]
-        if self._status == 200:
-            self._read_lines()
-        if is_over:
-            self._finish()
-
-    def _read_lines(self) -> None:
-        *lines, self._body = self._body.split(b"\n")
-        for line in lines:
-            if line.startswith(b"data:") and line[5:].strip() != b"[DONE]":
-                self._take(json.loads(line[5:]))
-
-    def _finish(self) -> None:
-        if self._status == 200:
-            self.ended.set_result(None)
-        else:
-            text = self._body[:300].decode(errors="replace")
-            self.ended.set_exception(RuntimeError(f"status {self._status}: {text}"))
 
 
 def main() -> None:

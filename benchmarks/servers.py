@@ -20,7 +20,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -77,6 +77,12 @@ def ours(folder: Path, scratch: Path, **environment: str) -> Contender:
         ready="/readyz",
         fields={"ignore_eos": True, "stream_options": {"include_usage": True}},
     )
+
+
+def stamped(contender: Contender, file: Path) -> Contender:
+    """Ours, noting in ``file`` when the steps of its engine end."""
+    command = [sys.executable, "-m", "benchmarks.stamped", str(file)]
+    return replace(contender, command=command)
 
 
 def quantized(contender: Contender, kind: str) -> Contender:
@@ -309,18 +315,35 @@ def end_on_signals() -> None:
 
 def peak_memory_mb(pid: int) -> float:
     """The most memory that a process and its descendants had resident, each by itself, added."""
+    total = 0
+    for one in family(pid):
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{one}/status").read_text().splitlines():
+                if line.startswith("VmHWM:"):
+                    total += int(line.split()[1])
+    return total / 1024
+
+
+def thread_times(pid: int) -> dict[str, float]:
+    """Seconds of processor time of each thread so far, of a process and its descendants."""
+    found = {}
+    for one in family(pid):
+        with contextlib.suppress(OSError):
+            for task in Path(f"/proc/{one}/task").iterdir():
+                found[task.name] = int((task / "schedstat").read_text().split()[0]) / 1e9
+    return found
+
+
+def family(pid: int) -> Iterator[int]:
+    """A process and its descendants."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
                 parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
                 children.setdefault(parent, []).append(int(entry.name))
-    waiting, total = [pid], 0
+    waiting = [pid]
     while waiting:
         one = waiting.pop()
         waiting += children.get(one, [])
-        with contextlib.suppress(OSError):
-            for line in Path(f"/proc/{one}/status").read_text().splitlines():
-                if line.startswith("VmHWM:"):
-                    total += int(line.split()[1])
-    return total / 1024
+        yield one
