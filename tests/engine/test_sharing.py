@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 
@@ -82,7 +83,7 @@ def test_beside_others_it_has_as_many_as_find_a_core():
 def test_it_gets_them_back_when_the_others_are_gone():
     machine = Machine(free=3)
     machine.threads(20)
-    machine.free = 4
+    machine.free, machine.unused = 4, 0.5
     assert 4 in machine.threads(round(PAUSE_S * 8 / 0.15) + 2)
     assert set(machine.threads(100)) == {4}
 
@@ -90,10 +91,23 @@ def test_it_gets_them_back_when_the_others_are_gone():
 @pytest.mark.usefixtures("four_threads")
 def test_it_tries_less_often_the_longer_the_others_stay():
     machine = Machine(free=3)
+    machine.unused = 0.5
     seen = machine.threads(1000)
     tried = [index for index, threads in enumerate(seen) if threads == 4]
     assert all(seen[index + 1] == 3 for index in tried)
     assert 0.15 * (tried[-1] - tried[-2]) == pytest.approx(LONGEST_PAUSE_S, abs=0.5)
+
+
+@pytest.mark.usefixtures("four_threads")
+def test_it_tries_none_while_every_core_is_busy():
+    assert set(Machine(free=3).threads(1000)) == {3}
+
+
+@pytest.mark.usefixtures("four_threads")
+def test_where_nobody_tells_of_idle_cores_it_tries_as_well():
+    machine = Machine(free=3)
+    machine.idle = math.nan
+    assert {3, 4} <= set(machine.threads(round(2 * PAUSE_S / 0.15)))
 
 
 @pytest.mark.usefixtures("four_threads")
@@ -145,11 +159,13 @@ def test_only_this_thread_and_those_of_libraries_are_looked_at():
     assert all(seconds >= 0 for seconds in found.values())
 
 
-def test_where_the_system_does_not_tell_nobody_waits(monkeypatch, tmp_path):
+def test_where_the_system_does_not_tell_nobody_waits_and_no_core_is_known_to_be_idle(
+    monkeypatch, tmp_path
+):
     monkeypatch.setattr(sharing, "TASKS", tmp_path / "absent")
     monkeypatch.setattr(sharing, "CORES", tmp_path / "absent")
     assert thread_waits() == {}
-    assert idle_s() == 0
+    assert math.isnan(idle_s())
 
 
 def test_the_idle_time_of_cores_is_read_where_linux_tells_it(monkeypatch, tmp_path):

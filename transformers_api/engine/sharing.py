@@ -4,11 +4,13 @@ torch's threads share every product and wait for each other by spinning, some hu
 pass. Where another program has one of their cores, all wait for the one that does not run; and
 where the system puts two of them on one core, each spins away the time in which the other could
 have finished, and a pass takes five to thirty times as long. One thread less is faster than either.
+To try another one costs such a pass, which may be seconds: nobody does while no core is ever idle.
 Linux tells how long threads wait for a core, and cores for threads; elsewhere nothing changes.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -23,8 +25,9 @@ from transformers_api.engine.scheduler import Batch, SlotStore
 
 WINDOW_S = 0.1  # of computing, after which it is decided anew
 CROWDED = 0.4  # seconds that threads wait for a core, all together, in a second of computing
-FREE = 0.7  # seconds that cores have nothing to do
-PAUSE_S, LONGEST_PAUSE_S = 2.0, 16.0  # until another thread is tried anyway; doubled in vain
+FREE = 0.7  # seconds that cores have nothing to do: room for another thread
+PARTLY_FREE = 0.3  # perhaps
+PAUSE_S, LONGEST_PAUSE_S = 2.0, 16.0  # until it is tried anyway; doubled in vain
 TASKS, CORES = Path("/proc/self/task"), Path("/proc/stat")
 
 
@@ -73,14 +76,14 @@ class SharingRunner:
         waited = sum(after[task] - before[task] for task in before.keys() & after.keys())
         threads = torch.get_num_threads()
         ours = threads * (now - self._began - self._computed)  # while there was nothing to compute
-        is_free = self._idle() - self._idle_before - ours > FREE * self._computed
+        idle = (self._idle() - self._idle_before - ours) / self._computed
         if threads > 1 and waited > CROWDED * self._computed:
             torch.set_num_threads(threads - 1)
             self._retry_at = now + self._pause
             self._pause = min(2 * self._pause, LONGEST_PAUSE_S)
         elif threads == self._most:
             self._pause = PAUSE_S
-        elif is_free or now >= self._retry_at:
+        elif idle > FREE or (now >= self._retry_at and not idle < PARTLY_FREE):
             torch.set_num_threads(threads + 1)
 
 
@@ -99,11 +102,14 @@ def thread_waits() -> dict[str, float]:
 
 
 def idle_s() -> float:
-    """Seconds that the cores which we may use have so far had nothing to do, all together."""
+    """Seconds that the cores which we may use have so far had nothing to do, all together.
+
+    NaN where the system does not tell.
+    """
     try:
         ours = {f"cpu{number}" for number in os.sched_getaffinity(0)}
         lines = (line.split() for line in CORES.read_text().splitlines())
         ticks = sum(int(words[4]) for words in lines if words[0] in ours)
         return ticks / os.sysconf("SC_CLK_TCK")
     except (OSError, AttributeError):  # not Linux
-        return 0.0
+        return math.nan
