@@ -185,7 +185,10 @@ async def ask(server: Server, messages: list[Message], max_tokens: int) -> Answe
 
 
 async def _send(server: Server, messages: list[Message], max_tokens: int) -> _Response:
-    """The same, as it came: what it says is read when nobody's time is measured any more."""
+    """The same, as it came: what it says is read when nobody's time is measured any more.
+
+    Raises RuntimeError at once only where the server refuses.
+    """
     body = {
         "model": server.model,
         "messages": messages,
@@ -212,6 +215,8 @@ async def _send(server: Server, messages: list[Message], max_tokens: int) -> _Re
             await response.ended
         finally:
             loop.remove_reader(connection)
+    if not response.is_accepted:
+        response.answer()  # says why not
     return response
 
 
@@ -238,6 +243,11 @@ class _Response:
         self._pieces.append((time.perf_counter(), data))
         if not data or data.endswith(LAST_CHUNK):
             self.ended.set_result(None)
+
+    @property
+    def is_accepted(self) -> bool:
+        """Whether it begins as an answer does."""
+        return self._pieces[0][1][:20].partition(b" ")[2].startswith(b"200")
 
     def answer(self) -> Answer:
         """What they say. Raises RuntimeError for an error, and where they are cut off."""
