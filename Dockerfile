@@ -50,8 +50,6 @@ FROM ${BASE}
 # Converted models and the Hugging Face cache lie under XDG_CACHE_HOME, unless MODEL_STORE and
 # HF_HOME say otherwise. Nothing else is written, except in /tmp. Without MALLOC_… the memory that a
 # model leaves behind is not given back.
-RUN useradd --uid 1000 --create-home server \
-    && install --directory --owner=server --group=server /models
 ENV PATH=/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
@@ -66,6 +64,9 @@ COPY --from=kernels /kernels /kernels
 WORKDIR /app
 COPY app.py wsgi.py gunicorn.conf.py api_client.py ./
 COPY transformers_api transformers_api
+RUN useradd --uid 1000 --create-home server \
+    && install --directory --owner=server --group=server /models \
+    && python -m compileall -q .
 
 USER 1000:1000
 VOLUME /models

@@ -11,6 +11,7 @@ from flask import Flask
 
 from transformers_api import api
 from transformers_api.api.services import Services
+from transformers_api.engine.lean import import_lean, without_collection
 from transformers_api.engine.thread import EngineThread
 from transformers_api.errors import ModelNotFound
 from transformers_api.loading import EncoderLoader, ModelLoader
@@ -158,16 +159,11 @@ def _import_engine() -> None:
     That takes a sixth of the time of the imports, and later, at every swap or in the middle of an
     answer, as long as several tokens.
     """
-    from transformers_api.engine.lean import import_lean
-
     is_first = "transformers_api.engine.loader" not in sys.modules
-    gc.disable()
-    try:
+    with without_collection():
         import_lean()
         import transformers_api.engine.loader  # noqa: F401
 
         if is_first:  # what a later one would keep may be garbage, of models even
             gc.freeze()
-    finally:
-        gc.enable()
     adopt("transformers", "huggingface_hub")

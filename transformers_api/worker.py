@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from gunicorn.workers.gthread import TConn  # type: ignore[import-untyped]
 
 from transformers_api.connections import GatheringWorker
+from transformers_api.engine.lean import map_torch
 from transformers_api.systemd import Notifier
 
 IDLE_LINGER_S = 0.5  # a request may be on its way on a connection that was kept open
@@ -40,10 +41,14 @@ class DrainWorker(GatheringWorker):
         self._pinged = 0.0
 
     def init_process(self) -> None:
-        """Before the first thread: few heaps, as each keeps what its threads once held."""
+        """Before the first thread: few heaps, as each keeps what its threads once held.
+
+        Before the application: what it needs most of its start for.
+        """
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
         if mallopt:
             mallopt(ARENA_MAX, ARENAS)
+        map_torch()
         super().init_process()
 
     def init_signals(self) -> None:

@@ -30,6 +30,7 @@ from transformers_api.engine.base import (
 from transformers_api.engine.loader import LoadOptions, context_window, pick_device
 from transformers_api.engine.memory import release_memory
 from transformers_api.engine.native.cores import usable_cores
+from transformers_api.engine.shapes import ShapesOnly
 from transformers_api.engine.thread import EngineThread
 from transformers_api.errors import ApiError, ModelLoadFailed, ModelNotCapable, ModelUnloaded
 
@@ -188,14 +189,15 @@ def load_encoder(folder: Path, options: LoadOptions, thread: EngineThread) -> En
     if options.dtype == "auto" and device == "cpu":
         dtype = torch.float32
     try:
-        loaded: Any = AutoModel.from_pretrained(
-            folder,
-            dtype=dtype,
-            trust_remote_code=options.trust_remote_code,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        with ShapesOnly():
+            loaded: Any = AutoModel.from_pretrained(
+                folder,
+                dtype=dtype,
+                trust_remote_code=options.trust_remote_code,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
     except Exception as error:
         log.exception("Loading %s failed", folder.name)
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

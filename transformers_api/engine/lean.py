@@ -1,61 +1,231 @@
-"""transformers without what only compilers and clusters need of torch.
+"""torch and transformers without what only compilers and clusters need of them.
 
 ``transformers.modeling_utils`` brings ``torch._dynamo`` and torch's distributed tensors: a second
 of CPU time at every start and 80 MB for good, for what a server of one process that compiles
-nothing does not call. Here transformers is told that there is nothing to distribute over, and
-torch's compiler is imported by whoever first wants something of it.
+nothing does not call. ``import torch`` itself brings what says in Python which shape the results
+of 1,500 operations have, and ``import transformers`` reads the sources of all its models, twice.
+Here transformers is told that there is nothing to distribute over, it reads once, and the rest is
+imported by whoever first wants something of it.
+
+This module itself imports no torch.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import gc
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.nn import init
-from torch.overrides import TorchFunctionMode
-
 COMPILER = "torch._dynamo"
 NEEDED = f"{COMPILER}._trace_wrapped_higher_order_op"  # by transformers; it stands on its own
+SHAPES = "torch._meta_registrations"
+BROUGHT = "_decomp", "_prims", "_refs"  # by it; torch asks for them without an import
+SCANNER = "transformers.utils.import_utils"
+SCAN, EXPORTED = "create_import_structure_from_path", "fetch__all__"
+
+
+def map_torch() -> None:
+    """Let the linker begin with torch's largest library while Python's modules are imported.
+
+    ``import torch`` would hold the interpreter's lock meanwhile, this does not. What fails here
+    fails there again, and says why.
+    """
+    found = importlib.util.find_spec("torch")  # imports nothing
+    library = Path((found and found.origin) or "").parent / "lib" / "libtorch_cpu.so"
+    load = getattr(ctypes.CDLL(None), "dlopen", None)
+    if load is not None and library.exists():
+        given = (os.fsencode(library), os.RTLD_NOW)
+        threading.Thread(target=load, args=given, name="linker", daemon=True).start()
+
+
+def import_torch() -> None:
+    """The first import of torch; after it this does nothing."""
+    if "torch" not in sys.modules:
+        with without_collection(), _treated(SHAPES, _AtFirstUse):
+            torch: Any = importlib.import_module("torch")
+        torch.__getattr__ = functools.partial(_missing_of_torch, torch.__getattr__)
+        try:  # the one thing that others need of it: before, nobody can make a generator
+            from torch._opaque_base import OpaqueBaseMeta
+
+            torch._C._set_generator_metaclass(OpaqueBaseMeta)
+        except (ImportError, AttributeError):  # another version
+            import_shapes()
 
 
 def import_lean() -> None:
     """Before the first import of transformers; after it this does nothing."""
+    import_torch()
     if "transformers" in sys.modules or COMPILER in sys.modules:
         return
-    _distribute_nothing(torch.distributed)
-    later: Any = Later(COMPILER)
+    import torch
+
+    with ExitStack() as scanning:
+        scanning.enter_context(_treated(SCANNER, functools.partial(_ScanningOnce, scanning)))
+        _distribute_nothing(torch.distributed)
+        importlib.import_module("transformers.models")
+    later: Any = Compiler(COMPILER)
     sys.modules[COMPILER] = torch._dynamo = later
     importlib.import_module(NEEDED)
     sys.meta_path.insert(0, _WholeFirst())
 
 
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """While what never goes away again is imported, nobody looks through it for garbage."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def import_shapes() -> bool:
+    """What was left out of ``import torch``; whether it was missing until now."""
+    shapes = sys.modules.get(SHAPES)
+    was_missing = isinstance(shapes, Later)
+    if isinstance(shapes, Later):
+        shapes.import_now()
+    return was_missing
+
+
+def _missing_of_torch(others: Callable[[str], Any], name: str) -> Any:
+    whole = f"torch.{name}"
+    if name not in BROUGHT or whole in sys.modules:  # which is being imported
+        return others(name)
+    import_shapes()
+    return sys.modules[whole]
+
+
 def _distribute_nothing(distributed: Any) -> None:
     """Let transformers ask, once for all, whether torch is one that can."""
-    is_available = distributed.is_available
-    distributed.is_available = lambda: False
-    try:
+    with _replaced(distributed, "is_available", lambda: False):
         from transformers.utils.import_utils import is_torch_distributed_available
 
         is_torch_distributed_available()
+
+
+@contextmanager
+def _treated(name: str, treat: Callable[[Any], Loader]) -> Iterator[None]:
+    """While it lasts, a module of this name is loaded by what ``treat`` makes of its loader."""
+
+    class Finder(MetaPathFinder):
+        def find_spec(self, wanted: str, path: Any, target: Any = None) -> ModuleSpec | None:
+            spec = PathFinder.find_spec(wanted, path, target) if wanted == name else None
+            if spec is not None:
+                spec.loader = treat(spec.loader)
+            return spec
+
+    finder = Finder()
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
     finally:
-        distributed.is_available = is_available
+        sys.meta_path.remove(finder)
+
+
+class _Treating(Loader):
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        module: ModuleType | None = self.loader.create_module(spec)
+        return module
+
+    def __getattr__(self, name: str) -> Any:  # what else loaders have
+        return getattr(self.loader, name)
+
+
+class _AtFirstUse(_Treating):
+    """Makes a module that is executed when something is wanted of it."""
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return Later(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Not yet."""
+        assert module.__spec__ is not None
+        module.__spec__.loader = self.loader
+
+
+class _ScanningOnce(_Treating):
+    """Executes transformers' ``import_utils`` and keeps it from looking at anything twice."""
+
+    def __init__(self, scanning: ExitStack, loader: Any) -> None:
+        super().__init__(loader)
+        self.scanning = scanning
+
+    def exec_module(self, module: ModuleType) -> None:
+        """See Loader."""
+        self.loader.exec_module(module)
+        self.scanning.enter_context(scanning_once(module))
+
+
+@contextmanager
+def scanning_once(scanner: Any) -> Iterator[None]:
+    """Give transformers, which looks through its models for what they export, a memory for it."""
+    scan: Any = getattr(scanner, SCAN, None)
+    exported: Any = getattr(scanner, EXPORTED, None)
+    if scan is None or exported is None:  # another version: it takes longer
+        yield
+        return
+    known = functools.cache(scan)
+
+    def scan_folder(path: str | Path) -> Any:
+        text = os.fspath(path)
+        return known(os.path.dirname(text) if os.path.isfile(text) else text)
+
+    def find_exported(source: str) -> Any:  # the last line that begins with it counts
+        return exported(source[source.rfind("\n__all__") + 1 :])
+
+    with _replaced(scanner, SCAN, scan_folder), _replaced(scanner, EXPORTED, find_exported):
+        yield
+
+
+@contextmanager
+def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    known = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, known)
 
 
 class Later(ModuleType):
-    """torch's compiler, imported when something is wanted that is not there yet.
+    """A module that is executed when something is wanted of it that is not there yet."""
 
-    That it should leave a function alone, or know it, can wait until then.
-    """
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        self.import_now()
+        return getattr(self, name)
+
+    def import_now(self) -> None:
+        """Import it; it is what it would have been from then on."""
+        spec = self.__spec__
+        assert spec is not None
+        assert spec.loader is not None
+        self.__class__ = ModuleType  # type: ignore[assignment]
+        spec.loader.exec_module(self)
+
+
+class Compiler(Later):
+    """torch's. That it should leave a function alone, or know it, can wait until it is there."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -66,14 +236,11 @@ class Later(ModuleType):
         self._waiting: list[Callable[[], object]] = []
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
         if name == "disable":
             return self._disable
         if name in ("allow_in_graph", "assume_constant_result"):
             return functools.partial(self._note, name)
-        self.import_now()
-        return getattr(self, name)
+        return super().__getattr__(name)
 
     def _disable(self, function: Any = None, *given: Any, **options: Any) -> Any:
         if function is None:
@@ -99,12 +266,10 @@ class Later(ModuleType):
         return function
 
     def import_now(self) -> None:
-        """Import it; it is what it would have been from then on."""
-        spec, waiting = self.__spec__, self._waiting
-        assert spec is not None
-        assert spec.loader is not None
-        self.__class__ = ModuleType  # type: ignore[assignment]
-        spec.loader.exec_module(self)
+        """Import it, and do what has waited for it."""
+        waiting = self._waiting
+        import_shapes()  # it asks for them without a name
+        super().import_now()
         for act in waiting:
             act()
 
@@ -115,7 +280,7 @@ class _WholeFirst(MetaPathFinder):
     def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
         """See MetaPathFinder."""
         later = sys.modules.get(COMPILER)
-        if not isinstance(later, Later) or not name.startswith(f"{COMPILER}."):
+        if not isinstance(later, Compiler) or not name.startswith(f"{COMPILER}."):
             return None
         later.import_now()
         module = sys.modules.get(name)
@@ -139,33 +304,3 @@ class _Found(Loader):
     def exec_module(self, module: ModuleType) -> None:
         """See Loader."""
         module.__spec__ = self._spec
-
-
-class ShapesOnly(TorchFunctionMode):
-    """While it lasts, tensors on ``meta``, which have no numbers, are made without the compiler.
-
-    torch would import it to find out that there is nothing to draw, and what shape angles have.
-    """
-
-    DRAWING = frozenset(
-        (Tensor.normal_, Tensor.uniform_, init.normal_, init.uniform_, init.kaiming_uniform_)
-    )
-    ANGLES = frozenset((Tensor.div, Tensor.__rdiv__, Tensor.__rpow__))  # 1 / base ** (n / size)
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """See TorchFunctionMode."""
-        kwargs = kwargs or {}
-        tensor = args[0] if args else kwargs.get("tensor")
-        if func is torch.arange and str(kwargs.get("device")) == "meta":
-            return func(*args, **kwargs | {"device": "cpu"}).to("meta")
-        if isinstance(tensor, Tensor) and tensor.is_meta:
-            alike: dict[str, Any] = {"size": tensor.shape, "dtype": tensor.dtype}
-            if func in self.DRAWING:
-                return tensor
-            if func in self.ANGLES and isinstance(args[1], int | float) and not kwargs:
-                return func(torch.zeros(**alike, device="cpu"), args[1]).to("meta")
-            if func is torch.empty_like and kwargs.keys() == {"device"}:
-                return torch.empty(**alike, **kwargs)
-        return func(*args, **kwargs)

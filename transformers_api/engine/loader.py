@@ -23,7 +23,6 @@ from transformers_api.engine.base import EngineListener
 from transformers_api.engine.batching import BatchingEngine, EngineLimits
 from transformers_api.engine.graphs import GraphRunner, PaddedCache
 from transformers_api.engine.kv_cache import SlotCache
-from transformers_api.engine.lean import ShapesOnly
 from transformers_api.engine.memory import available_bytes, release_memory, trim_memory
 from transformers_api.engine.model_runner import (
     ModelRunner,
@@ -48,6 +47,7 @@ from transformers_api.engine.native.wiring import (
 from transformers_api.engine.packed_linear import pack_linears
 from transformers_api.engine.prompt_scores import PromptScoringRunner
 from transformers_api.engine.sampler import Sampler, TokenSampler
+from transformers_api.engine.shapes import ShapesOnly
 from transformers_api.engine.sharing import SharingRunner
 from transformers_api.engine.suppressed_tokens import SuppressingRunner
 from transformers_api.engine.thread import EngineThread

@@ -16,6 +16,7 @@ from concurrent.futures import Future
 from typing import Any, Protocol, TypeVar
 
 from transformers_api import logs
+from transformers_api.engine.lean import import_torch
 from transformers_api.errors import EngineDead
 
 T = TypeVar("T")
@@ -108,6 +109,7 @@ class EngineThread:
 
     def _run(self) -> None:
         try:
+            import_torch()
             import torch
 
             torch.set_grad_enabled(False)
