@@ -22,6 +22,7 @@ LAST_WORDS_S = 2.0  # for clients to hear of a fault, before the process ends of
 PING_S = 1.0  # between two signs of life to systemd
 FAULTY = 70  # exit status
 ARENA_MAX, ARENAS = -8, 2  # mallopt
+MMAP_THRESHOLD, LARGE = -3, 1 << 17  # bytes; said, or glibc learns to keep larger ones, too
 
 log = logging.getLogger(__name__)
 
@@ -43,11 +44,13 @@ class DrainWorker(GatheringWorker):
     def init_process(self) -> None:
         """Before the first thread: few heaps, as each keeps what its threads once held.
 
-        Before the application: what it needs most of its start for.
+        What is large is given back when it is freed. And before the application: what it needs
+        most of its start for.
         """
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
         if mallopt:
             mallopt(ARENA_MAX, ARENAS)
+            mallopt(MMAP_THRESHOLD, LARGE)
         map_torch()
         super().init_process()
 
