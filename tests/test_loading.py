@@ -142,6 +142,7 @@ def test_with_no_sleeping_models_every_load_is_a_whole_one(tmp_path, native_cach
     first.engine.close()
     again = loader.load(spec, prepared(loader, spec))
     assert again.engine.model is not model
+    assert again.tokenizer is not first.tokenizer
     again.engine.close()
     thread.stop()
 

@@ -118,13 +118,14 @@ class ModelLoader:
         )
 
     def _tokenizer(self, spec: ModelSpec, files: ModelFiles) -> _Tokenizer:
-        """That of these files; known ones are kept, one more than models may sleep."""
+        """That of these files; known ones are kept, of models that sleep and of the resident."""
         key, known = (files.folder, files.stamp, spec.trust_remote_code), self._tokenizers
         if (found := known.pop(key, None)) is None:
             tokenizer = _load_tokenizer(files.folder, spec.trust_remote_code)
             found = _Tokenizer(tokenizer, max(tokenizer.get_vocab().values(), default=0) + 1)
         known[key] = found
-        while len(known) > self.settings.sleeping_models + 1:
+        sleeping = self.settings.sleeping_models
+        while len(known) > (sleeping + 1 if sleeping else 0):
             known.popitem(last=False)
         return found
 
