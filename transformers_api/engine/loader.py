@@ -23,13 +23,9 @@ from transformers_api.engine.base import EngineListener
 from transformers_api.engine.batching import BatchingEngine, EngineLimits
 from transformers_api.engine.graphs import GraphRunner, PaddedCache
 from transformers_api.engine.kv_cache import SlotCache
+from transformers_api.engine.lean import without_collection
 from transformers_api.engine.memory import available_bytes, release_memory, trim_memory
-from transformers_api.engine.model_runner import (
-    ModelRunner,
-    Runner,
-    SequentialRunner,
-    innermost,
-)
+from transformers_api.engine.model_runner import ModelRunner, Runner, SequentialRunner, innermost
 from transformers_api.engine.native.cores import usable_cores
 from transformers_api.engine.native.drawing import NativeRace
 from transformers_api.engine.native.library import Library
@@ -107,7 +103,8 @@ def load_engine(
     if sleeper := options.sleeping.wake(key):
         engine = build_engine(sleeper.runner.model, options, thread, wrap, sleeper.runner)
     else:
-        engine = _load(folder, device, options, thread, wrap)
+        with without_collection():  # nearly all that is made now stays
+            engine = _load(folder, device, options, thread, wrap)
         sleeper = Sleeper.of(innermost(engine.runner), folder)
     if sleeper:
         engine.on_closed = partial(options.sleeping.keep, key, sleeper)
