@@ -150,12 +150,13 @@ def turn(contender: Contender, options: argparse.Namespace, seed: int) -> dict[s
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """All rounds of all contenders; what there is so far is in the file after every turn."""
-    known: dict[str, Any] = {"about": about(options), "turns": []}
+    known = continued(options) if options.add else {"about": about(options), "turns": []}
+    first = max((turn["round"] + 1 for turn in known["turns"]), default=0)
     failed: set[tuple[str, str]] = set()
     try:
         for model in options.models:
             wanted = [c for c in contenders(model, options) if is_wanted(c.name, options.only)]
-            for number in range(options.rounds):
+            for number in range(first, first + options.rounds):
                 # Every other round begins with the last: nobody always has the warmer machine.
                 for contender in wanted[:: 1 if number % 2 == 0 else -1]:
                     if (model, contender.name) in failed:
@@ -169,6 +170,16 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                     say(f"round {number + 1}: {contender.name}: {brief(done)}")
     finally:
         show(known, options)
+    return known
+
+
+def continued(options: argparse.Namespace) -> dict[str, Any]:
+    """What the last run found, to which more is added."""
+    known: dict[str, Any] = json.loads(options.results.read_text())
+    facts, more = known["about"], about(options)
+    fewest, _, most = str(facts["rounds"]).rpartition(" to ")
+    facts["rounds"] = f"{fewest or most} to {int(most) + options.rounds}"
+    facts["command"] += f"`, then `{more['command']}"
     return known
 
 
@@ -241,6 +252,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--streams", help="numbers of streams at once", **whole)
     parser.add_argument("--requests", type=int, help="one after the other, with one stream")
     parser.add_argument("--max-tokens", type=int, help="length of the answers")
+    parser.add_argument("--add", action="store_true", help="to the results of the last run")
     parser.add_argument("--log-bytes", type=int, default=4000, help="shown of who fails")
     parser.add_argument("--scratch", type=Path, default=Path("build/bench"))
     parser.add_argument("--results", type=Path, default=Path("build/bench/serve.json"))

@@ -243,6 +243,17 @@ def until_gone(tmp_path):
         os.sched_yield()
 
 
+def test_rounds_are_added_to_those_of_the_last_run(tmp_path):
+    options = serve.parse(["--add", "--rounds", "2", "--results", str(tmp_path / "serve.json")])
+    options.results.write_text(json.dumps(known(turns=[turn(OURS, single=100)])))
+    again = serve.continued(options)
+    assert again["turns"] == [turn(OURS, single=100)]
+    assert again["about"]["rounds"] == "3 to 5"
+    assert again["about"]["command"].startswith("c`, then `python -m benchmarks.serve")
+    options.results.write_text(json.dumps(again))
+    assert serve.continued(options)["about"]["rounds"] == "3 to 7"
+
+
 def test_a_server_is_ended_with_its_children_when_the_measurement_fails(tmp_path):
     def measured():
         with tempfile.TemporaryFile() as log, servers.running(server(tmp_path), log) as running:
