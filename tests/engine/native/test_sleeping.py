@@ -162,6 +162,13 @@ def test_a_model_whose_larger_part_is_not_packed_does_not_sleep(load, tmp_path, 
     assert load.anew == 2
 
 
+def test_a_model_beside_a_file_that_is_none_is_served_and_does_not_sleep(load, tmp_path):
+    folder = saved("llama", tmp_path)
+    (folder / "adapter.safetensors").write_bytes(b"unfinished")
+    assert bits(load(folder)) == bits(load(folder))
+    assert load.anew == 2
+
+
 def test_a_model_whose_files_have_other_names_does_not_sleep(load, tmp_path):
     folder = saved("gpt-neox", tmp_path)  # embed_out is lm_head since
     assert bits(load(folder)) == bits(load(folder))

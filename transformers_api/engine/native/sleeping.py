@@ -69,8 +69,11 @@ class Sleeper:
         rest = [*model.parameters(), *model.buffers()]
         if sum(tensor.nbytes for tensor in rest) > LARGEST_REST:
             return None
-        with ExitStack() as stack:
-            names = set(_stored(folder, stack))
+        try:
+            with ExitStack() as stack:
+                names = set(_stored(folder, stack))
+        except (OSError, SafetensorError):  # a file beside the model's own
+            return None
         found = _origins(model, names)
         weights = packed_weights(model)
         if any(id(weight) not in found for weight in weights):
