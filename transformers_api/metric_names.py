@@ -121,7 +121,9 @@ COMPILED = _counter(
     f"{_OURS}kernel_compilations", "Runs of the compiler for native kernels, by result.", "result"
 )
 WEIGHTS = _gauge(f"{_OURS}model_bytes", "Bytes of its weights.", *_MODEL)
-KV_BYTES = _gauge(f"{_OURS}kv_cache_bytes", "Bytes allocated for its KV cache.", *_MODEL)
+KV_BYTES = _gauge(
+    f"{_OURS}kv_cache_bytes", "Bytes of its KV cache's rows, whether written or not.", *_MODEL
+)
 KV_USED = _gauge(
     f"{_OURS}kv_cache_used_bytes", "Those of them that running sequences have reserved.", *_MODEL
 )

@@ -151,7 +151,8 @@ def test_recorded_steps_read_and_write_the_cache_where_it_lies(
         nonlocal count
         with recorded_steps(runner, monkeypatch) as steps:
             result = forward()
-            ranges = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors_of(runner)]
+            places = [t.untyped_storage() for t in tensors_of(runner)]
+            ranges = [(p.data_ptr(), p.data_ptr() + p.nbytes()) for p in places]
             for each in steps:
                 kind = KERNELS.get(OPS[each.op])
                 if kind is not None:
@@ -159,8 +160,8 @@ def test_recorded_steps_read_and_write_the_cache_where_it_lies(
                     used = [call.target] if kind is Copy else [call.k, call.v]
                     assert all(any(a <= place < b for a, b in ranges) for place in used)
                     count += len(used)
-                places = [each.out.data, *(o.data for o in each.inputs[: each.operands])]
-                assert not any(a <= (p or 0) < b for p in places for a, b in ranges)
+                others = [each.out.data, *(o.data for o in each.inputs[: each.operands])]
+                assert not any(a <= (p or 0) < b for p in others for a, b in ranges)
         return result
 
     watched(runner, step)

@@ -22,16 +22,19 @@ class Rows:
         self.budget = budget  # tokens
         self.length = 1
 
-    def reserve(self, rows: int, length: int) -> tuple[int, int] | None:
-        """Longer rows are fewer rows, and the other way round; what does not fit is lost."""
+    def reserve(self, rows: int, length: int, kept: dict[int, int]) -> tuple[int, int] | None:
+        """Longer rows are fewer rows, and the other way round.
+
+        What does not fit is lost, and so is what was not said to be worth keeping.
+        """
         if rows > len(self.data) or rows * length > self.budget:
             return None
         if rows * self.length > self.budget or length > self.length:
             self.length = length
         fitting = min(len(self.data), self.budget // self.length)
         for place, row in enumerate(self.data):
-            kept = self.length if place < fitting else 0
-            row[kept:] = [None] * (len(row) - kept)
+            left = min(kept.get(place, 0), self.length) if place < fitting else 0
+            row[left:] = [None] * (len(row) - left)
         return fitting, self.length
 
     def copy(self, src: int, dst: int, length: int) -> None:

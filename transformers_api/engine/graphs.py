@@ -14,14 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transformers_api.engine.kv_cache import (
-    MIN_LENGTH,
-    SlotCache,
-    SlotLayer,
-    power_of_two,
-    resized,
-    zeros,
-)
+from transformers_api.engine.kv_cache import MIN_LENGTH, SlotCache, power_of_two
 from transformers_api.engine.model_runner import ModelRunner
 from transformers_api.engine.scheduler import Batch
 
@@ -30,25 +23,14 @@ Step = Callable[[], Tensor]
 Capture = Callable[[Step], Step]  # a step to what repeats it, with the same memory
 
 
-class PaddedLayer(SlotLayer):  # type: ignore[no-untyped-call]
-    """K and V of one layer, with one row more than there are slots: that of the padding."""
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """See SlotLayer."""
-        size = self.cache.rows + 1, self.cache.length
-        self.rows = zeros(key_states, *size), zeros(value_states, *size)
-        self.is_initialized = True
-
-    def resize(self, rows: int, length: int) -> None:
-        """See SlotLayer. What padding wrote is lost."""
-        self.rows = tuple(resized(old[:-1], rows + 1, length) for old in self.rows)
-
-
 class PaddedCache(SlotCache):
     """A SlotCache whose steps may have more rows than sequences."""
 
-    def __init__(self, num_layers: int, max_rows: int, max_length: int) -> None:
-        super().__init__(num_layers, max_rows, max_length, PaddedLayer)
+    spare = 1  # for the padding
+
+    def room_for(self, rows: int) -> int:
+        """No more, as what padding wrote into the spare one would be another's first keys."""
+        return rows
 
     def bind_padded(self, row_index: Tensor, positions: Tensor, seen: int) -> None:
         """Aim the next forward at rows 0..R, each writing its token into row ``row_index`` (R, 1).

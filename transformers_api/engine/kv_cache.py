@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+import mmap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from itertools import accumulate
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 MIN_LENGTH = 256  # tokens; rows grow in powers of two from here
-HUGE_PAGE = 2 << 20
+CACHE_LINE = 64  # bytes
 
 
 class SlotLayer(CacheLayerMixin):
@@ -23,12 +24,24 @@ class SlotLayer(CacheLayerMixin):
     def __init__(self, cache: SlotCache) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.cache = cache
-        self.rows: tuple[Tensor, ...] = ()  # K and V, once the first forward has shown their shape
+        self.likes: tuple[Tensor, ...] = ()  # empty K and V, once a forward has shown their shape
+        self.room: tuple[Tensor, ...] = ()  # K and V of all rows that there is memory for
+        self.rows: tuple[Tensor, ...] = ()  # of those that are in use
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate for the shape of the first K and V."""
-        size = self.cache.rows, self.cache.length
-        self.rows = zeros(key_states, *size), zeros(value_states, *size)
+        """Take memory, for the shape of the first K and V."""
+        if self.likes:
+            self.cache.allocate()
+            return
+        dtype = self.cache.dtype or key_states.dtype
+        self.likes = tuple(s[:0, :, :0].to(dtype, copy=True) for s in (key_states, value_states))
+        rows = self.cache.capacity + self.cache.spare
+        self.aim(tuple(laid_out(self.likes, rows, self.cache.length)))
+
+    def aim(self, room: tuple[Tensor, ...]) -> None:
+        """Use the first rows of this memory."""
+        self.room = room
+        self.rows = tuple(each[: self.cache.rows + self.cache.spare] for each in room)
         self.is_initialized = True
 
     def update(
@@ -46,10 +59,6 @@ class SlotLayer(CacheLayerMixin):
             values[cache.row_index, :, cache.positions] = value_states.transpose(1, 2)
         return keys[cache.window, :, : cache.seen], values[cache.window, :, : cache.seen]
 
-    def resize(self, rows: int, length: int) -> None:
-        """Change the allocation; what fits is kept."""
-        self.rows = tuple(resized(old, rows, length) for old in self.rows)
-
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(keys that attention sees, offset)."""
         return self.cache.seen, 0
@@ -66,11 +75,14 @@ class SlotLayer(CacheLayerMixin):
 class SlotCache(Cache):
     """Rows of K and V, grown and shrunk within a budget of bytes.
 
-    ``bind`` aims the next forward at a range of rows. The budget counts rows x length of the
-    allocation, whatever is in it.
+    ``bind`` aims the next forward at a range of rows. The budget counts rows x length of those in
+    use, whatever is in them. On a CPU there is room for all the rows that it allows: one more
+    takes memory when it is written, and none is moved for it.
     """
 
     reuses_prefixes = True
+    dtype: torch.dtype | None = None  # None: what the model computes in
+    spare = 0  # rows behind those of the slots
 
     def __init__(
         self,
@@ -83,7 +95,7 @@ class SlotCache(Cache):
         self.max_length = max_length
         self.budget_tokens = max_rows * max_length
         self._token_bytes = 0
-        self.rows = 1
+        self.rows = self.capacity = 1
         self.length = min(MIN_LENGTH, max_length)
         self.window = slice(0, 0)
         self.seen = 0
@@ -117,11 +129,14 @@ class SlotCache(Cache):
         self.max_length = min(self.max_length, self.budget_tokens)
         return self.max_length
 
-    def reserve(self, rows: int, length: int) -> tuple[int, int] | None:
+    def reserve(
+        self, rows: int, length: int, kept: Mapping[int, int] | None = None
+    ) -> tuple[int, int] | None:
         """Make room for ``rows`` rows of ``length`` tokens, within the budget.
 
-        Gives the rows and the length that there are now: what lay beyond is lost. None when the
-        room cannot be had.
+        ``kept``: how many first tokens of which row are worth keeping; by default all. Gives the
+        rows and the length that there are now: what lay beyond is lost. None when the room cannot
+        be had.
         """
         if rows <= self.rows and length <= self.length:
             return self.rows, self.length
@@ -130,7 +145,7 @@ class SlotCache(Cache):
         for width in (max(self.length, doubled), doubled, tight):
             if rows <= self.max_rows and rows * width <= self.budget_tokens:
                 room = min(self.max_rows, self.budget_tokens // width)
-                self._resize(min(max(power_of_two(rows), self.rows), room), width)
+                self._resize(min(max(power_of_two(rows), self.rows), room), width, kept)
                 return self.rows, self.length
         return None
 
@@ -168,16 +183,47 @@ class SlotCache(Cache):
                 rows[row].zero_()
 
     def clear(self) -> None:
-        """Let the allocation go and begin anew, whatever state it was in."""
-        self._token_bytes = self.token_bytes  # which only an allocation shows
+        """Let the memory go and begin anew, whatever state it was in."""
+        self._token_bytes = self.token_bytes  # which only rows show
         for layer in self.slots:
-            layer.rows, layer.is_initialized = (), False
-        self.rows, self.length = 1, min(MIN_LENGTH, self.max_length)
+            layer.room, layer.rows, layer.is_initialized = (), (), False
+        self.rows = self.capacity = 1
+        self.length = min(MIN_LENGTH, self.max_length)
 
-    def _resize(self, rows: int, length: int) -> None:
-        for layer in self.slots:  # one at a time: the transient extra is one layer's share
-            layer.resize(rows, length)
+    def allocate(self) -> None:
+        """Take memory for all layers whose shapes are known."""
+        self._lay_out({})
+
+    def room_for(self, rows: int) -> int:
+        """How many rows to have memory for when so many are wanted."""
+        if self._shaped[0].likes[0].device.type != "cpu":  # it would be taken at once
+            return rows
+        return max(rows, min(self.max_rows, self.budget_tokens // self.length))
+
+    @property
+    def _shaped(self) -> list[SlotLayer]:
+        return [layer for layer in self.slots if layer.likes]
+
+    def _resize(self, rows: int, length: int, kept: Mapping[int, int] | None) -> None:
+        kept = dict.fromkeys(range(self.rows), self.length) if kept is None else kept
+        is_there = length == self.length and rows <= self.capacity
         self.rows, self.length = rows, length
+        used = [layer for layer in self.slots if layer.is_initialized]
+        if not used:
+            self.capacity = rows
+        elif is_there:
+            for layer in used:
+                layer.aim(layer.room)
+        else:
+            self._lay_out(kept)
+
+    def _lay_out(self, kept: Mapping[int, int]) -> None:
+        self.capacity = self.room_for(self.rows)
+        likes = [like for layer in self._shaped for like in layer.likes]
+        fresh = laid_out(likes, self.capacity + self.spare, self.length)
+        for layer in self._shaped:
+            old = layer.rows or layer.likes
+            layer.aim(tuple(moved(each, next(fresh), kept) for each in old))
 
 
 def power_of_two(size: int) -> int:
@@ -185,23 +231,31 @@ def power_of_two(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-def zeros(like: Tensor, rows: int, length: int) -> Tensor:
-    """(rows, H, length, D) of zeros: a stale NaN would get through a mask.
+def laid_out(likes: Sequence[Tensor], rows: int, length: int) -> Iterator[Tensor]:
+    """Zeros (rows, H, length, D) for each of ``likes``: a stale NaN would get through a mask.
 
-    On a CPU the pages come from calloc, so that memory is taken when it is first written. numpy
-    asks for large ones from twice their size on: with small ones a core looks for keys in vain.
+    On a CPU they share a piece of memory, in which a row lies together. Of it the system gives what
+    is written, a small page at a time: large ones would take much of a row for its first tokens.
     """
-    shape = (rows, like.shape[1], length, like.shape[3])
-    if like.device.type != "cpu":
-        return like.new_zeros(shape)
-    size = math.prod(shape) * like.element_size()
-    pages = numpy.zeros(size if size < HUGE_PAGE else max(size, 2 * HUGE_PAGE), numpy.uint8)
-    return torch.from_numpy(pages[:size]).view(like.dtype).view(shape)
+    if likes[0].device.type != "cpu":
+        for like in likes:  # one at a time: who moves there can give the old one back first
+            yield like.new_zeros(rows, like.shape[1], length, like.shape[3])
+        return
+    sizes = [like.shape[1] * length * like.shape[3] * like.element_size() for like in likes]
+    *starts, row = accumulate((-(-n // CACHE_LINE) * CACHE_LINE for n in sizes), initial=0)
+    memory = mmap.mmap(-1, rows * row, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(AttributeError, OSError):  # where there are no large pages
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    for like, start in zip(likes, starts, strict=True):
+        _, heads, _, width = like.shape
+        item = like.element_size()
+        part = torch.frombuffer(memory, dtype=like.dtype, offset=start)
+        yield part.as_strided((rows, heads, length, width), (row // item, length * width, width, 1))
 
 
-def resized(old: Tensor, rows: int, length: int) -> Tensor:
-    """Keys or values (rows, H, length, D) in a new allocation; what fits is kept."""
-    new = zeros(old, rows, length)
-    kept_rows, kept_length = min(rows, old.shape[0]), min(length, old.shape[2])
-    new[:kept_rows, :, :kept_length] = old[:kept_rows, :, :kept_length]
+def moved(old: Tensor, new: Tensor, kept: Mapping[int, int]) -> Tensor:
+    """``new`` (rows, H, length, D) with so many first tokens of these rows of ``old``."""
+    for row, tokens in kept.items():
+        if row < min(len(old), len(new)):
+            new[row, :, :tokens] = old[row, :, : min(tokens, new.shape[2])]
     return new

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -123,7 +124,9 @@ class OneRow:
     token_bytes = 0
     budget_bytes = 0
 
-    def reserve(self, rows: int, length: int) -> tuple[int, int] | None:
+    def reserve(
+        self, rows: int, length: int, kept: Mapping[int, int] | None = None
+    ) -> tuple[int, int] | None:
         """One row of any length."""
         return (1, length) if rows == 1 else None
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -40,11 +41,14 @@ class SlotStore(Protocol):
         """Bytes that may be allocated."""
         ...
 
-    def reserve(self, rows: int, length: int) -> tuple[int, int] | None:
+    def reserve(
+        self, rows: int, length: int, kept: Mapping[int, int] | None = None
+    ) -> tuple[int, int] | None:
         """Make room for ``rows`` rows of ``length`` tokens.
 
-        Gives the rows and the length that there are now: what lay beyond is lost. None when the
-        room cannot be had.
+        ``kept``: how many first tokens of which row are worth keeping; by default all. Gives the
+        rows and the length that there are now: what lay beyond is lost. None when the room cannot
+        be had.
         """
         ...
 
@@ -241,7 +245,8 @@ class Scheduler:
             return
         seq = self.waiting[0]
         length = max(other.room for other in [seq, *self.running])
-        room = self.cache.reserve(len(self.running) + 1, length)
+        known = {slot: len(tokens) for slot, tokens in self._known_rows().items()}
+        room = self.cache.reserve(len(self.running) + 1, length, known)
         if room is None:
             return
         self._forget_beyond(*room)
@@ -284,10 +289,14 @@ class Scheduler:
         if not self.cache.reuses_prefixes or seq.params.prompt_logprobs is not None:
             return -1, 0
         prompt = seq.tokens[seq.start : seq.prompt_len - 1]
-        rows = {slot: kept.tokens for slot, kept in self._kept.items()}
-        rows |= {other.slot: other.cached for other in self.running}
+        rows = self._known_rows()
         best = max(rows, key=lambda slot: common_prefix(rows[slot], prompt), default=-1)
         return best, common_prefix(rows[best], prompt) if rows else 0
+
+    def _known_rows(self) -> dict[int, list[int]]:
+        """The tokens whose K and V lie in each row."""
+        rows = {slot: kept.tokens for slot, kept in self._kept.items()}
+        return rows | {other.slot: other.cached for other in self.running}
 
     def _make_free(self, slot: int, rows: int) -> None:
         """Let the slot's finished row go, or rather the least recently used one."""

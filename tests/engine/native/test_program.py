@@ -176,7 +176,7 @@ def test_a_cache_that_grew_needs_no_new_recording(library):
     setup = Setup(library, "llama")
     setup.learn_all()
     before = setup.step(IDS[0], 4)
-    setup.cache._resize(4, 128)
+    setup.cache.reserve(4, 128)
     assert torch.equal(setup.step(IDS[0], 4), before)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transformers_api.engine.kv_cache import SlotCache, SlotLayer, zeros
+from transformers_api.engine.kv_cache import SlotCache, SlotLayer
 from transformers_api.engine.native.attention import write_cache
 from transformers_api.engine.native.library import Library
 
@@ -16,22 +16,6 @@ class NativeLayer(SlotLayer):  # type: ignore[no-untyped-call]
     """K and V of one layer, of the cache's dtype whatever the model computes in."""
 
     cache: NativeCache
-
-    def __init__(self, cache: NativeCache) -> None:
-        super().__init__(cache)
-        self.likes: tuple[Tensor, ...] = ()  # empty tensors of the shapes that a forward has shown
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """See SlotLayer."""
-        dtype = self.cache.dtype
-        self.likes = tuple(s[:0, :, :0].to(dtype, copy=True) for s in (key_states, value_states))
-        self.allocate()
-
-    def allocate(self) -> None:
-        """Make the rows that a clear took away."""
-        size = self.cache.rows, self.cache.length
-        self.rows = tuple(zeros(like, *size) for like in self.likes)
-        self.is_initialized = True
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -50,6 +34,7 @@ class NativeCache(SlotCache):
     """A SlotCache of ``dtype``. A forward writes a row from ``starts`` (B,) on."""
 
     slots: list[NativeLayer]  # type: ignore[assignment]
+    dtype: torch.dtype
 
     def __init__(
         self, library: Library, num_layers: int, max_rows: int, max_length: int, dtype: torch.dtype
@@ -81,9 +66,8 @@ class NativeCache(SlotCache):
     @property
     def tensors(self) -> list[Tensor]:
         """Keys and values of all rows, layer by layer; allocated if need be."""
-        for layer in self.slots:
-            if not layer.is_initialized:
-                layer.allocate()
+        if not self.slots[0].is_initialized:
+            self.allocate()
         return [rows for layer in self.slots for rows in layer.rows]
 
     def shaped_like(self, other: NativeCache) -> None:
