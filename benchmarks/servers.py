@@ -72,6 +72,7 @@ def ours(folder: Path, scratch: Path, **environment: str) -> Contender:
             "MODEL_REGISTRY_PATH": str(registry),
             "DEFAULT_MODEL": MODEL,
             "RESIDENCY_LOCK": "false",
+            "MODEL_STORE": str(scratch / "store"),
             **environment,
         },
         ready="/readyz",

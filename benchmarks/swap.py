@@ -6,7 +6,9 @@
 Both models lie ready on the disk. "first swap": A is in memory and has answered, B is asked for the
 first time. "swap": A and B, asked by turns after that; ours evicts one before the other comes, and
 `transformers serve`, which keeps both, is compared by its one load. "start": the process is started
-and asked at once when it is ready. Servers take turns, round by round; medians.
+and asked at once when it is ready. Ours is started twice in a round: with a store in which nothing
+is kept of either model, which gives "new start" and "new swap", and again. Servers take turns,
+round by round; medians.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import shutil
 import statistics
 import sys
 import tempfile
@@ -28,8 +31,12 @@ from benchmarks.servers import OURS, Contender
 
 TOKENS = 4
 SECOND = "second"
-TIMES = ("first swap", "swap", "start")
-HEADS = ("a model for the first time", "one that was there before", "start")
+STORE = "store-swap"
+TIMES = ("new swap", "first swap", "swap", "new start", "start")
+HEADS = (
+    *("a model that is new here", "new to the process", "that was there before"),
+    *("start, the model new", "start"),
+)
 CHANGES = 4  # there and back, after the first
 ASKED = "5x, and under 1.2 s for 135M"
 
@@ -52,8 +59,8 @@ def ours(first: Path, second: Path, scratch: Path) -> Contender:
     entries = [{"name": name, "path": str(folder)} for name, folder in folders.items()]
     registry.write_text(json.dumps(entries))
     contender = servers.ours(first, scratch, NATIVE_KERNELS="true")
-    environment = {**contender.environment, "MODEL_REGISTRY_PATH": str(registry)}
-    return replace(contender, environment=environment)
+    own = {"MODEL_REGISTRY_PATH": str(registry), "MODEL_STORE": str(scratch / STORE)}
+    return replace(contender, environment={**contender.environment, **own})
 
 
 def peer(python: Path, first: Path) -> Contender:
@@ -63,20 +70,31 @@ def peer(python: Path, first: Path) -> Contender:
     return replace(contender, command=command)
 
 
-def one_round(contender: Contender, second: str) -> dict[str, float]:
-    """Start it, ask A, then B; ours goes on between them."""
+def one_round(contender: Contender, second: str, scratch: Path) -> dict[str, float]:
+    """Start it, ask A, then B; ours knows nothing of them first, then what it found out."""
+    if contender.name != OURS:
+        start, new, _ = one_process(contender, second, changes=0)
+        return dict(zip(TIMES, (new, new, new, start, start), strict=True))
+    shutil.rmtree(scratch / STORE, ignore_errors=True)
+    new_start, new_swap, _ = one_process(contender, second, changes=0)
+    start, first_swap, swaps = one_process(contender, second, CHANGES)
+    times = new_swap, first_swap, statistics.median(swaps), new_start, start
+    return dict(zip(TIMES, times, strict=True))
+
+
+def one_process(
+    contender: Contender, second: str, changes: int
+) -> tuple[float, float, list[float]]:
+    """Seconds until the first token: of the start, of B, and of as many ``changes`` after that."""
     with tempfile.TemporaryFile() as log:
         try:
             with servers.running(contender, log) as running:
                 first = asyncio.run(ask(running.server, HELLO, TOKENS)).first
                 other = replace(running.server, model=second)
                 new = asyncio.run(ask(other, HELLO, TOKENS)).first
-                swaps = [new]
-                if contender.name == OURS:
-                    turns = [running.server, other] * (CHANGES // 2)
-                    swaps = [asyncio.run(ask(each, HELLO, TOKENS)).first for each in turns]
-                times = new, statistics.median(swaps), running.ready_s + first
-                return dict(zip(TIMES, times, strict=True))
+                turns = [running.server, other] * (changes // 2)
+                swaps = [asyncio.run(ask(each, HELLO, TOKENS)).first for each in turns]
+                return running.ready_s + first, new, swaps
         except Exception:
             log.seek(0)
             sys.stderr.buffer.write(log.read()[-4000:])
@@ -126,12 +144,13 @@ def main() -> None:
     for number in range(options.rounds):
         for contender in contenders[:: 1 if number % 2 == 0 else -1]:
             name = SECOND if contender.name == OURS else str(second)
-            found[contender.name].append(one_round(contender, name))
+            found[contender.name].append(one_round(contender, name, scratch))
             print(f"round {number + 1}: {contender.name}: {found[contender.name][-1]}", flush=True)
     heads = [text for head in HEADS for text in (f"{head}, s", "theirs / ours")]
     text = table(["server", *heads], rows(found))
-    text += "\n\nTo the first token. `transformers serve` keeps both models; its one load stands "
-    text += f"for both kinds of swap. Asked for: a swap {ASKED}; a start 2x. {today()}, "
+    text += "\n\nTo the first token. New here: no process of this machine has loaded it. "
+    text += "`transformers serve` keeps both models; its one load stands for all kinds of swap. "
+    text += f"Asked for: a swap {ASKED}; a start 2x. {today()}, "
     text += f"{options.model}, "
     text += f"medians of {options.rounds} rounds. {machine()}."
     print(f"\n{text}")

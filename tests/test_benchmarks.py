@@ -317,17 +317,17 @@ def children():
 
 
 def test_swaps_are_compared_by_their_medians():
+    def times(*seconds):
+        return dict(zip(swap.TIMES, seconds, strict=True))
+
     found = {
-        servers.OURS: [
-            {"first swap": 2.0, "swap": 1.0, "start": 4.0},
-            {"first swap": 1.0, "swap": 0.5, "start": 2.0},
-        ],
-        "theirs": [{"first swap": 3.0, "swap": 3.0, "start": 6.0}],
+        servers.OURS: [times(4.0, 2.0, 1.0, 8.0, 4.0), times(2.0, 1.0, 0.5, 4.0, 2.0)],
+        "theirs": [times(3.0, 3.0, 3.0, 6.0, 6.0)],
         "absent": [],
     }
     assert swap.rows(found) == [
-        [servers.OURS, "1.50", "", "0.75", "", "3.00", ""],
-        ["theirs", "3.00", "2.0x", "3.00", "4.0x", "6.00", "2.0x"],
+        [servers.OURS, "3.00", "", "1.50", "", "0.75", "", "6.00", "", "3.00", ""],
+        ["theirs", "3.00", "1.0x", "3.00", "2.0x", "3.00", "4.0x", "6.00", "1.0x", "6.00", "2.0x"],
     ]
 
 

@@ -197,6 +197,7 @@ class ModelLoader:
             kv_cache_bytes=int(settings.kv_cache_gib * GIB) if settings.kv_cache_gib else None,
             listener=self.listen(spec.name) if self.listen else None,
             native=settings.native_cache if settings.native_kernels else None,
+            plans=settings.model_store.absolute() / "plans",
             check_room=lambda size: _require(
                 spec, "cpu", int(size * RESERVE), _available_bytes("cpu")
             ),

@@ -73,7 +73,10 @@ class Settings:
         (), to.names, "Comma-separated ids: only these may be served."
     )
     model_store: Path = _setting(
-        _default_store, to.path, "Where converted models are kept.", aliases=("CKPT_DIR",)
+        _default_store,
+        to.path,
+        "Where converted models are kept, and what was found out about models.",
+        aliases=("CKPT_DIR",),
     )
     hf_home: Path = _setting(
         _default_hf_home, to.path, "Hugging Face cache folder.", aliases=("TRANSFORMERS_CACHE",)

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils.logging import disable_progress_bar
 
-from transformers_api.engine.agreement import agrees, own_logits
+from transformers_api.engine.agreement import agrees
 from transformers_api.engine.base import EngineListener
 from transformers_api.engine.batching import BatchingEngine, EngineLimits
 from transformers_api.engine.graphs import GraphRunner, PaddedCache
@@ -26,19 +26,19 @@ from transformers_api.engine.kv_cache import SlotCache
 from transformers_api.engine.lean import without_collection
 from transformers_api.engine.memory import available_bytes, release_memory, trim_memory
 from transformers_api.engine.model_runner import ModelRunner, Runner, SequentialRunner, innermost
+from transformers_api.engine.native.checked import checked_runner
 from transformers_api.engine.native.cores import usable_cores
 from transformers_api.engine.native.drawing import NativeRace
 from transformers_api.engine.native.library import Library
-from transformers_api.engine.native.pack import layer_groups
+from transformers_api.engine.native.plans import PlanFile
 from transformers_api.engine.native.provision import provision
 from transformers_api.engine.native.runner import NativeRunner
 from transformers_api.engine.native.sleeping import Sleeper, SleepingModels
 from transformers_api.engine.native.wiring import (
     SMALL_BYTES,
     NativeRefused,
-    check_loss,
+    PlanOutdated,
     kind_of,
-    native_runner,
 )
 from transformers_api.engine.packed_linear import pack_linears
 from transformers_api.engine.prompt_scores import PromptScoringRunner
@@ -78,6 +78,7 @@ class LoadOptions:
     prompt_lookup_tokens: int = 0  # used where bits do not depend on how many tokens are read
     kv_cache_bytes: int | None = None  # None: a quarter of what is free after loading
     native: Path | None = None  # where the compiled kernels are kept; None: without them
+    plans: Path | None = None  # where is kept what a load found out; None: nowhere
     quantization: str = "none"  # or int8, int4: only with the kernels, else the load fails
     # What a loaded model does not depend on:
     listener: EngineListener | None = field(default=None, compare=False)  # hears of every step
@@ -125,18 +126,22 @@ def _load(
         numbers = sum(parameter.numel() for parameter in model.parameters())
         return build_engine(model, options, thread, wrap)
 
-    try:
-        engine = start(options)
-    except NativeRefused as error:
-        if options.quantization != "none":
-            raise _not_quantized(options, str(error)) from error
+    while engine is None:
         # as text: a record that is kept somewhere must not keep the error, and with it the model
-        log.info("%s runs without native kernels: %s", folder.name, str(error))
-    if engine is None:  # out of the handler: the error's frames held the refused model
-        release_memory()
-        if options.check_room is not None:
+        try:
+            engine = start(options)
+        except PlanOutdated as error:
+            log.warning("%s is not what was known of it: %s", folder.name, str(error))
+            options = replace(options, plans=None)
+        except NativeRefused as error:
+            if options.quantization != "none":
+                raise _not_quantized(options, str(error)) from error
+            log.info("%s runs without native kernels: %s", folder.name, str(error))
+            options = replace(options, native=None)
+        if engine is None:  # out of the handler: the error's frames held the refused model
+            release_memory()
+        if engine is None and options.native is None and options.check_room is not None:
             options.check_room(numbers * DTYPE_BYTES.get(options.dtype, 4))
-        engine = start(replace(options, native=None))
     return engine
 
 
@@ -294,17 +299,12 @@ def _native_runner(
     if not layers:
         raise NativeRefused("it cannot share a batch")
     kind = kind_of(model, options.dtype, options.quantization)
-    wanted: list[torch.Tensor] = []
-    groups = layer_groups(
-        model, lambda: wanted.extend(own_logits(model, vocab_size, window, at_once=True))
-    )
+    size, file = (layers, options.num_slots, window), None
+    # Code of a model's own may change where nobody looks.
+    if options.plans and options.stamp and not options.trust_remote_code:
+        file = PlanFile.of(options.plans, options.stamp, kind, size)
     with differentiable():
-        size = layers, options.num_slots, window
-        runner = native_runner(model, library, kind, groups, size, vocab_size)
-    check_loss(model)
-    if not agrees(runner, model, vocab_size, window, wanted, kind.quantization):
-        raise NativeRefused("it says something else with them")
-    return runner
+        return checked_runner(model, library, kind, size, vocab_size, file)
 
 
 def _bounded(runner: ModelRunner, options: LoadOptions) -> int:

@@ -72,5 +72,9 @@ class NativeCache(SlotCache):
 
     def shaped_like(self, other: NativeCache) -> None:
         """Take over what a forward has shown to ``other``."""
-        for layer, seen in zip(self.slots, other.slots, strict=True):
-            layer.likes = seen.likes
+        self.shape([layer.likes for layer in other.slots])
+
+    def shape(self, likes: list[tuple[Tensor, ...]]) -> None:
+        """Take what a forward would show: empty K and V of each layer."""
+        for layer, seen in zip(self.slots, likes, strict=True):
+            layer.likes = seen

@@ -88,6 +88,8 @@ class Plan:
     step_places: Words  # words that count from the beginning of the memory
     call_places: Words
     step_calls: Words  # words that count from the beginning of the calls
+    weights: Words  # words of the steps that are addresses of weights
+    constants: list[tuple[int, int, int]]  # whether of the calls, the word, whose address it is
     cache_words: list[tuple[int, int, int]]  # a call's pointer, its strides, which of the cache
     kept: list[Tensor]  # constants
     views: list[View]
@@ -135,6 +137,8 @@ class _Planner:
         self.pairs = list(zip(a.recorder.steps, b.recorder.steps, strict=True))
         self.steps, self.calls = _Words(), _Words()
         self.cache_words: list[tuple[int, int, int]] = []
+        self.weights: list[int] = []
+        self.constants: list[tuple[int, int, int]] = []
         self.kept: list[Tensor] = []
         self.units: list[Unit] = list(units(self.pairs, self.sizes))
         self.ends = [unit.end for unit in self.units]
@@ -162,6 +166,8 @@ class _Planner:
             step_places=numpy.array(self.steps.places, numpy.int64),
             call_places=numpy.array(self.calls.places, numpy.int64),
             step_calls=numpy.array(self.steps.calls, numpy.int64),
+            weights=numpy.array(self.weights, numpy.int64),
+            constants=self.constants,
             cache_words=self.cache_words,
             kept=self.kept,
         )
@@ -295,7 +301,8 @@ class _Planner:
             self._add_call(a, b, at)
             return at
         if isinstance(a.call, int):
-            self._set(self.steps, at + Step.call.offset // WORD, (a.call, b.call))
+            self.weights.append(at + Step.call.offset // WORD)
+            self._set(self.steps, self.weights[-1], (a.call, b.call))
         for i, pair in enumerate(zip(a.refs, b.refs, strict=True)):
             is_out = i == len(a.refs) - 1
             offset = Step.out.offset if is_out else Step.inputs.offset + i * ctypes.sizeof(Operand)
@@ -311,6 +318,8 @@ class _Planner:
         address, is_place = self._address(pair)
         if is_place:
             self.steps.places.append(at)
+        else:
+            self.constants.append((0, at, len(self.kept) - 1))
         words = zip((self.steps.a, self.steps.b), address, strides, strict=True)
         for of, where, each in words:
             of[at : at + 2 + DIMENSIONS] = [where, *each, kind]
@@ -333,6 +342,8 @@ class _Planner:
             self._set(self.calls, at, address)
             if is_place:
                 self.calls.places.append(at)
+            else:
+                self.constants.append((1, at, len(self.kept) - 1))
 
     @staticmethod
     def _set(words: _Words, at: int, pair: Pair) -> None:

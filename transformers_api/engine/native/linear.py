@@ -91,6 +91,11 @@ class PackedWeight:
             share = math.sqrt(lost[:, 0].sum() / lost[:, 1].sum())
             self.error = share if math.isfinite(share) else math.inf
 
+    @property
+    def address(self) -> int:
+        """Of what the kernels are told about it, the same for as long as it lives."""
+        return self._address
+
     def release(self) -> None:
         """Give the memory back; ``fill`` before anybody multiplies again."""
         self._memory, self._weight.data = torch.empty(0, dtype=torch.uint8), None

@@ -91,17 +91,19 @@ def _weight(layer: Any) -> Tensor:
     return weight
 
 
-def _places(model: nn.Module) -> list[Place]:
-    return [
-        Place(module, name, child)
-        for module in model.modules()
+def places_of(model: nn.Module) -> dict[str, Place]:
+    """All layers that can be replaced, or have been, by their path."""
+    return {
+        f"{path}.{name}": Place(module, name, child)
+        for path, module in model.named_modules()
         for name, child in module.named_children()
-        if type(child) in (nn.Linear, Conv1D) and _weight(child).is_floating_point()
-    ]
+        if type(child) is NativeLinear
+        or (type(child) in (nn.Linear, Conv1D) and _weight(child).is_floating_point())
+    }
 
 
 def _tied_embeddings(model: nn.Module) -> list[Place]:
-    weights = {id(place.layer.weight) for place in _places(model)}
+    weights = {id(place.layer.weight) for place in places_of(model).values()}
     return [
         Place(module, name, child)
         for module in model.modules()
@@ -115,7 +117,7 @@ def layer_groups(model: Any, forward: Callable[[], object]) -> list[list[Place]]
 
     As seen in one ``forward`` pass. Layers that it does not reach, or reaches twice, stay single.
     """
-    places = {place.layer: place for place in _places(model)}
+    places = {place.layer: place for place in places_of(model).values()}
     calls: list[tuple[Any, Tensor]] = []
     hooks = [
         layer.register_forward_pre_hook(lambda layer, inputs: calls.append((layer, inputs[0])))

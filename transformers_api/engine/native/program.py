@@ -39,6 +39,16 @@ class RecordedPass:
         """Whether ``run`` may be called."""
         return self._program is not None
 
+    @property
+    def plan(self) -> Plan:
+        """What ``run`` does. Only when it is ready."""
+        assert self._program is not None
+        return self._program.plan
+
+    def know(self, plan: Plan) -> None:
+        """Be ready without having learned."""
+        self._program = Program(self.library, plan)
+
     def learn(
         self,
         size: int,

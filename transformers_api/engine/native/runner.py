@@ -74,7 +74,7 @@ class NativeRunner(ModelRunner):
                 self._learn(self.decode, size, cache, _inputs(_some_ids(size, 1), [3] * size), 1)
             for size in PROMPT_TOKENS:
                 self._learn_prompt(size, cache)
-        self.is_recorded = all(p.is_ready for p in (self.decode, self.prompt, self.scored))
+        self.is_recorded = all(each.is_ready for each in self.passes.values())
 
     def forward(self, batch: Batch, keep: int = 1) -> Tensor:
         """See Runner. The result lasts until the next one."""
@@ -96,17 +96,27 @@ class NativeRunner(ModelRunner):
         logits = recorded.run(size, inputs, tensors, first, watch)
         return logits[:, -keep:, : self.vocab_size]
 
+    @property
+    def passes(self) -> dict[str, RecordedPass]:
+        """By the kind of pass."""
+        return {"decode": self.decode, "prompt": self.prompt, "scored": self.scored}
+
+    def compute(self, kind: str, ids: list[list[int]], starts: list[int]) -> Tensor:
+        """Logits of a pass of this kind, which last until the next one."""
+        size = len(ids) if kind == "decode" else len(ids[0])
+        inputs = _inputs(torch.tensor(ids), starts)
+        return self.passes[kind].run(size, inputs, self.cache.tensors, 0)
+
     def say(self, ids: Sequence[int]) -> Tensor:
         """Logits (1, V) of the last of these first tokens; nothing stays in the cache."""
-        inputs = _inputs(torch.tensor([ids]), [0])
-        said = self.prompt.run(len(ids), inputs, self.cache.tensors, 0)[:, -1].clone()
+        said = self.compute("prompt", [list(ids)], [0])[:, -1].clone()
         self.cache.clear()
         return said
 
     def rest(self) -> None:
         """Let go of all memory but the model's own."""
         self.clear()
-        for recorded in (self.decode, self.prompt, self.scored):
+        for recorded in self.passes.values():
             recorded.rest()
 
     def _learn(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +42,10 @@ class NativeRefused(Exception):
     """Why this model goes on without the kernels. It may have been changed already."""
 
 
+class PlanOutdated(Exception):
+    """A model does not do what was known of it. It has been changed already."""
+
+
 def weight_kind(dtype: str, stored: str, stored_bytes: int) -> str | None:
     """How weights are kept when ``dtype`` is wanted of a file of ``stored``; None: not natively."""
     if dtype == "auto":
@@ -71,10 +76,12 @@ def native_runner(
     groups: list[list[Place]],
     cache_size: tuple[int, int, int],
     vocab_size: int,
+    teach: Callable[[NativeRunner], None],
 ) -> NativeRunner:
     """A runner for the model, whose weights are packed by this. Raises NativeRefused.
 
-    ``groups``: see ``layer_groups``. ``cache_size``: layers, rows, tokens of a row.
+    ``groups``: see ``layer_groups``. ``cache_size``: layers, rows, tokens of a row. ``teach``: how
+    the runner comes to know the passes, as by ``NativeRunner.learn``.
     """
     register()
     try:
@@ -83,7 +90,9 @@ def native_runner(
         model.native_kind = kind
         cache = NativeCache(library, *cache_size, CACHE_TYPES[kind.numbers])
         runner = NativeRunner(model, cache, vocab_size)
-        runner.learn()
+        teach(runner)
+    except PlanOutdated:
+        raise
     except Exception as error:
         log.info("%s cannot be packed", type(model).__name__, exc_info=True)
         raise NativeRefused(f"packing failed: {error}") from error
