@@ -98,7 +98,7 @@ def test_a_model_that_is_known_says_and_shows_the_same_and_is_not_watched(
 
 
 ELSEWHERE = """
-import json, sys
+import json, os, sys
 from pathlib import Path
 from tests.engine.native.test_plans import ASKED
 from tests.engine.reading import read
@@ -113,7 +113,9 @@ thread = EngineThread(num_threads=1)
 options = LoadOptions(num_slots=3, native=native, plans=plans, stamp="the same")
 engine = thread.call(lambda: load_engine(folder, options, thread)).result()
 said = read(engine.submit(ASKED))
-print(json.dumps([repr((o.token_id, o.score)) for index in sorted(said) for o in said[index]]))
+outputs = [repr((o.token_id, o.score)) for index in sorted(said) for o in said[index]]
+print(json.dumps(outputs), flush=True)
+os._exit(0)
 """
 
 
