@@ -302,7 +302,7 @@ def _native_runner(
     size, file = (layers, options.num_slots, window), None
     # Code of a model's own may change where nobody looks.
     if options.plans and options.stamp and not options.trust_remote_code:
-        file = PlanFile.of(options.plans, options.stamp, kind, size)
+        file = PlanFile.of(options.plans, options.stamp, options.dtype, kind, size)
     with differentiable():
         return checked_runner(model, library, kind, size, vocab_size, file)
 

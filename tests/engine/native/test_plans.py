@@ -134,7 +134,14 @@ def test_what_a_process_found_out_is_enough_for_another(native_cache, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    "other", [{"stamp": 2}, {"quantization": "int8"}, {"num_slots": 2}, {"max_context_tokens": 64}]
+    "other",
+    [
+        {"stamp": 2},
+        {"quantization": "int8"},
+        {"num_slots": 2},
+        {"max_context_tokens": 64},
+        {"dtype": "float32"},  # which this small one is anyway
+    ],
 )
 def test_other_files_or_options_have_other_plans(load, tmp_path, other):
     folder = saved("llama", tmp_path / "model")
