@@ -87,8 +87,8 @@ class PlanFile:
                 made.write_bytes(hashlib.sha256(content).digest() + content)
                 made.replace(self.path)
             _remove_oldest(folder)
-        except (NotKeepable, OSError, SafetensorError) as reason:
-            log.info("The plans of this model are not kept: %s", reason)
+        except (NotKeepable, KeyError, OSError, SafetensorError) as reason:
+            log.info("The plans of this model are not kept: %r", reason)
 
     def remove(self) -> None:
         """Forget it, where that is possible."""
