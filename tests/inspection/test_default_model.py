@@ -48,7 +48,7 @@ def start(folder, engine_thread):
         engine.close()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_every_layer_is_verified_and_a_trace_changes_no_bit(start, dtype):
     engine, anatomy = start(dtype)
     assert anatomy.mode is AttentionMode.TAP

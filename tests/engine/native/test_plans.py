@@ -118,6 +118,7 @@ os._exit(0)
 """
 
 
+@pytest.mark.slow  # every server that a test starts with the default model does it, too
 def test_what_a_process_found_out_is_enough_for_another(native_cache, tmp_path):
     folder = saved("gemma3", tmp_path / "model")
     command = [sys.executable, "-c", ELSEWHERE, folder, native_cache, tmp_path / "plans"]
