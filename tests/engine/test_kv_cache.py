@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from transformers_api.engine import kv_cache
 from transformers_api.engine.graphs import PaddedCache
 from transformers_api.engine.kv_cache import SlotCache
 
@@ -86,6 +87,25 @@ def test_no_row_is_moved_for_another():
         cache.reserve(count, 600)
         assert {rows.data_ptr() for rows in rows_of(cache)} == places
         assert all(len(rows) >= count for rows in rows_of(cache))
+
+
+def test_a_system_that_promises_little_gives_the_rows_that_are_wanted(monkeypatch):
+    cache = used(SlotCache(len(LAYERS), 8, 2048))
+    honest, most = kv_cache.mmap.mmap, 4 * 1024 * cache.token_bytes
+
+    def stingy(handle, size, flags):
+        if size > most:
+            raise OSError(12, "Cannot allocate memory")
+        return honest(handle, size, flags)
+
+    monkeypatch.setattr(kv_cache.mmap, "mmap", stingy)
+    cache.reserve(2, 200)
+    written = fill(cache)
+    for rows in (2, 4):
+        assert cache.reserve(rows, 1000) == (rows, 1024)
+        for row, parts in written.items():
+            for now, part in zip(rows_of(cache), parts, strict=True):
+                assert torch.equal(now[row, :, :256], part)
 
 
 def resident():

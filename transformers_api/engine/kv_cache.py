@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -221,6 +221,11 @@ class SlotCache(Cache):
         self.capacity = self.room_for(self.rows)
         likes = [like for layer in self._shaped for like in layer.likes]
         fresh = laid_out(likes, self.capacity + self.spare, self.length)
+        try:
+            fresh = chain([next(fresh)], fresh)
+        except OSError:  # a system that promises no memory beyond what it has
+            self.capacity = self.rows
+            fresh = laid_out(likes, self.capacity + self.spare, self.length)
         for layer in self._shaped:
             old = layer.rows or layer.likes
             layer.aim(tuple(moved(each, next(fresh), kept) for each in old))
