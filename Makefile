@@ -104,7 +104,7 @@ $(DEV): requirements-dev.txt $(RUN)
 	@touch $@
 
 # Without a compiler, or for another processor, the server does without; it says so itself.
-$(KERNELS): transformers_api/engine/native/kernels.cpp transformers_api/engine/native/build.py | $(RUN)
+$(KERNELS): $(wildcard transformers_api/kernels/src/*) transformers_api/kernels/build.py | $(RUN)
 	@echo "Compiling native kernels, about half a minute."
 	@$(BIN)/python -m transformers_api kernels || [ $$? = 1 ]
 	@touch $@

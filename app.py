@@ -1,7 +1,7 @@
 """``gunicorn app:app`` and ``python app.py --host 127.0.0.1 --port 5000``."""
 
 if __name__ == "__main__":
-    from transformers_api.server import main
+    from transformers_api.server.serve import main
 
     main()
 else:

@@ -10,13 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from transformers_api.config.settings import Settings
 from transformers_api.engine.base import SamplingParams, SequenceRequest
-from transformers_api.engine.native.wiring import packed_bytes
+from transformers_api.engine.native.convert_model import packed_bytes
 from transformers_api.engine.thread import EngineThread
-from transformers_api.loading import ModelLoader
-from transformers_api.serving.models import ModelSpec, PathSource
-from transformers_api.serving.store import ModelStore
-from transformers_api.settings import Settings
+from transformers_api.model_loader import ModelLoader
+from transformers_api.serving.models.spec import ModelSpec, PathSource
+from transformers_api.serving.models.store import ModelStore
 
 T = TypeVar("T")
 PROMPT = 62  # tokens

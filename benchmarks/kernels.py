@@ -26,10 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.machine import processor
-from transformers_api.engine.native.attention import CausalRows, describe_mask, native_attention
-from transformers_api.engine.native.cores import usable_cores
-from transformers_api.engine.native.library import Library, load_library
-from transformers_api.engine.native.linear import PackedWeight, WeightMemory
+from transformers_api.kernels.abi import Library, load_library
+from transformers_api.kernels.cpu import usable_cores
+from transformers_api.kernels.modules.attention import CausalRows, describe_mask, native_attention
+from transformers_api.kernels.modules.linear import PackedWeight, WeightMemory
 
 Call = Callable[[], object]
 SLEEPLESS = "while True: pass"

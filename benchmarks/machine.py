@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from transformers_api.serving.builtin_models import builtin_models
-from transformers_api.serving.store import ModelStore
-from transformers_api.settings import Settings
+from transformers_api.config.settings import Settings
+from transformers_api.serving.models.builtin import builtin_models
+from transformers_api.serving.models.store import ModelStore
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 SLEEPLESS = "import os; os.sched_setaffinity(0, {core}); print(flush=True)\nwhile True: pass"
@@ -90,7 +90,7 @@ def build_gpt2(folder: Path) -> Path:
     """A model of GPT-2's size (124M) with random weights, its tokenizer and a chat template."""
     from transformers import AutoModelForCausalLM, GPT2Config
 
-    from transformers_api.engine.family_tokenizers import make
+    from transformers_api.checkpoints.tokenizers import make
 
     if (folder / "model.safetensors").is_file():
         return folder

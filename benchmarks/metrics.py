@@ -12,9 +12,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from transformers_api.engine.base import EngineListener, SilentEngineListener
-from transformers_api.engine.batching import BatchingEngine
+from transformers_api.engine.llm_engine import BatchingEngine
 from transformers_api.metrics import Metrics
-from transformers_api.serving.residency import SwapperStatus
+from transformers_api.serving.swap.residency import SwapperStatus
 
 ROWS = 32
 

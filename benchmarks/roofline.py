@@ -17,8 +17,8 @@ from pathlib import Path
 from benchmarks.inside import Inside
 from benchmarks.machine import machine, model_folder, read_gb_per_s, today
 from benchmarks.pages import table, write_block
+from transformers_api.config.settings import Settings
 from transformers_api.errors import ApiError
-from transformers_api.settings import Settings
 
 ASKED = {"smollm2": 60, "gpt2": 75}  # percent
 TOKENS = 96

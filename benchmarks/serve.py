@@ -34,7 +34,7 @@ from benchmarks.machine import machine, model_folder, today
 from benchmarks.pages import write_block
 from benchmarks.report import quoted, report
 from benchmarks.servers import Contender, Unavailable
-from transformers_api.settings import Settings
+from transformers_api.config.settings import Settings
 
 SHORT_WORDS, LONG_WORDS = 16, 378  # 62 and 542 tokens of the default model, its template included
 KINDS = ("none", "int8", "int4")

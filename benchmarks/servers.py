@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from benchmarks.load import Server
-from transformers_api.serving.builtin_models import EMBEDDED_FILE, EMBEDDED_PACKAGE
+from transformers_api.serving.models.builtin import EMBEDDED_FILE, EMBEDDED_PACKAGE
 
 OURS = "transformers-api"
 MODEL = "benchmark"

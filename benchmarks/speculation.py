@@ -16,12 +16,12 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from benchmarks.machine import default_model_folder, processor
+from transformers_api.config.settings import Settings
 from transformers_api.engine.base import SamplingParams, SequenceRequest
-from transformers_api.engine.batching import BatchingEngine
+from transformers_api.engine.llm_engine import BatchingEngine
 from transformers_api.engine.loader import LoadOptions, load_engine
-from transformers_api.engine.speculation import PromptLookup
+from transformers_api.engine.prompt_lookup import PromptLookup
 from transformers_api.engine.thread import EngineThread
-from transformers_api.settings import Settings
 
 TEXT = (
     "The ferry leaves the northern harbour at seven, calls at both islands, and is back before "

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.load import Level, measure
 from benchmarks.machine import machine
 from benchmarks.servers import ours, running
-from transformers_api.engine.family_tokenizers import make
+from transformers_api.checkpoints.tokenizers import make
 from transformers_api.families.tinygpt import TinyGPTConfig
 
 SAMPLING = {"temperature": 0.7, "top_k": 50, "top_p": 0.95}  # the original's defaults

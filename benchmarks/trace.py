@@ -19,16 +19,16 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from benchmarks.machine import default_model_folder, processor
-from transformers_api.api import strict_json
-from transformers_api.api.trace_format import step
+from transformers_api.api.http import strict_json
+from transformers_api.api.trace.format import step
 from transformers_api.engine.base import SamplingParams, SequenceRequest
-from transformers_api.engine.batching import BatchingEngine
+from transformers_api.engine.llm_engine import BatchingEngine
 from transformers_api.engine.loader import LoadOptions, load_engine
 from transformers_api.engine.thread import EngineThread
 from transformers_api.inspection.attachment import Attachment
 from transformers_api.inspection.base import Anatomy, StepTrace, TracePlan
-from transformers_api.serving.tracing import AttentionFormat, TraceRequest
-from transformers_api.serving.vocabulary import Vocabulary
+from transformers_api.serving.inspect.trace_plan import AttentionFormat, TraceRequest
+from transformers_api.serving.text.vocabulary import Vocabulary
 
 FORMATS: tuple[AttentionFormat, ...] = ("json", "f16", "u8", "topk")
 TURNS = 4  # steps of one case in a row; the first of them is not counted

@@ -16,12 +16,9 @@ from apispec import APISpec
 from apispec.ext.marshmallow import MarshmallowPlugin
 
 from transformers_api import errors
-from transformers_api.api.fields import Schema, Unsupported
-from transformers_api.api.schemas.chat import ChatRequest, Message
-from transformers_api.api.schemas.chat_stream import ChatStreamRequest
-from transformers_api.api.schemas.completions import CompletionRequest
-from transformers_api.api.schemas.embeddings import EmbeddingRequest
-from transformers_api.api.schemas.inspect import (
+from transformers_api.api.http.fields import Schema, Unsupported
+from transformers_api.api.http.sampling_schema import Sampling
+from transformers_api.api.inspect.schemas.inspect import (
     AttributionRequest,
     FullAttentionRequest,
     HeadsRequest,
@@ -31,13 +28,16 @@ from transformers_api.api.schemas.inspect import (
     MatrixRequest,
     TokensRequest,
 )
-from transformers_api.api.schemas.models import LoadRequest
-from transformers_api.api.schemas.native import GenerateRequest, LoadModelRequest
-from transformers_api.api.schemas.sampling import Sampling
-from transformers_api.api.schemas.tokens import DetokenizeRequest, TokenizeRequest
-from transformers_api.api.schemas.trace import LensOptions, StreamTrace, TraceOptions
+from transformers_api.api.openai.schemas.chat import ChatRequest, Message
+from transformers_api.api.openai.schemas.completions import CompletionRequest
+from transformers_api.api.openai.schemas.embeddings import EmbeddingRequest
+from transformers_api.api.openai.schemas.models import LoadRequest
+from transformers_api.api.openai.schemas.tokens import DetokenizeRequest, TokenizeRequest
+from transformers_api.api.seeds.schemas.chat_stream import ChatStreamRequest
+from transformers_api.api.seeds.schemas.generate import GenerateRequest, LoadModelRequest
+from transformers_api.api.trace.schema import LensOptions, StreamTrace, TraceOptions
+from transformers_api.config.settings import described
 from transformers_api.metric_names import described as described_metrics
-from transformers_api.settings import described
 
 DOCS = Path(__file__).parent.parent / "docs"
 BLOCK = re.compile(r"<!-- begin (?P<name>[\w ]+) -->\n.*?<!-- end -->", re.DOTALL)

@@ -19,11 +19,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from transformers_api.config.settings import SettingError, Settings
 from transformers_api.errors import ApiError
-from transformers_api.serving.hub import HubCache
-from transformers_api.serving.models import HubSource, ModelSpec, PackageSource, PathSource, Source
-from transformers_api.serving.registry import ModelRegistry
-from transformers_api.settings import SettingError, Settings
+from transformers_api.serving.models.hub import HubCache
+from transformers_api.serving.models.registry import ModelRegistry
+from transformers_api.serving.models.spec import (
+    HubSource,
+    ModelSpec,
+    PackageSource,
+    PathSource,
+    Source,
+)
 
 MIB = 1 << 20
 NONE = "No models available in the registry."

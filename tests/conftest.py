@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from transformers_api.engine.native.build import NativeUnavailable, build, check_processor, find
-from transformers_api.settings import Settings
+from transformers_api.config.settings import Settings
+from transformers_api.kernels.build import NativeUnavailable, build, check_processor, find
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -38,7 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def native_cache() -> Path:
     """Where the compiled kernels are; skips where they cannot be had."""
-    from transformers_api.engine.native.provision import provision
+    from transformers_api.kernels.provider import provision
 
     if provision(NATIVE_CACHE, 1).library() is None:
         pytest.skip("no native kernels")

@@ -26,7 +26,7 @@ from transformers_api.engine.base import (
     TokenStream,
 )
 from transformers_api.errors import ApiError, ContextLengthExceeded, EngineDead
-from transformers_api.serving.models import (
+from transformers_api.serving.models.spec import (
     LoadedModel,
     ModelFiles,
     ModelSpec,

@@ -14,11 +14,11 @@ from flask import Flask
 
 from tests.fakes import FakeEngine, FakeLoader, fake_model
 from transformers_api.app import create_app as create_real_app
+from transformers_api.config.settings import Settings
 from transformers_api.engine.thread import EngineThread
 from transformers_api.errors import EngineDead
-from transformers_api.readiness import Readiness
-from transformers_api.serving.models import ModelSpec
-from transformers_api.settings import Settings
+from transformers_api.server.readiness import Readiness
+from transformers_api.serving.models.spec import ModelSpec
 
 TICK_S = 0.01
 TICKS = b"."

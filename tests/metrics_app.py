@@ -18,8 +18,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.fakes import FakeEngine, FakeLoader, fake_model
 from transformers_api.app import create_app
+from transformers_api.config.settings import Settings
 from transformers_api.logs import JsonFormatter
-from transformers_api.settings import Settings
 
 Samples = dict[str, float]
 

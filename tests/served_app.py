@@ -11,11 +11,11 @@ from flask import Flask
 from tests.fakes import FakeLoader
 from tests.servers import Server, started
 from transformers_api import app
-from transformers_api.settings import Settings
+from transformers_api.config.settings import Settings
 
 SERVE = """
-from transformers_api.server import serve
-from transformers_api.settings import Settings
+from transformers_api.server.serve import serve
+from transformers_api.config.settings import Settings
 serve(Settings.from_env(), app="tests.served_app:create_app")
 """
 

@@ -19,8 +19,8 @@ ROOT = Path(__file__).parent.parent
 WAIT_S = 20.0
 
 SERVE = """
-from transformers_api.server import serve
-from transformers_api.settings import Settings
+from transformers_api.server.serve import serve
+from transformers_api.config.settings import Settings
 settings = Settings(
     host={host!r}, port=0, graceful_s={grace_s}, max_inflight=4, residency_lock=False, **{more!r}
 )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 from flask import Flask, Response, request
 
-from transformers_api.settings import SettingError, Settings
+from transformers_api.config.settings import SettingError, Settings
 
 TICK_S = 0.02
 LAST_WORDS_S = 1.0
@@ -90,7 +90,7 @@ def _with_request(rest: Iterator[str], first: str) -> Iterator[str]:
 
 def create_watched_app(settings: Settings | None = None) -> Flask:
     """Waits for clients to leave, each kind of request in its own way."""
-    from transformers_api.api.disconnect import DisconnectWatcher
+    from transformers_api.api.http.disconnect import DisconnectWatcher
 
     app = Flask(__name__)
     watcher = DisconnectWatcher()

@@ -9,9 +9,9 @@ import pytest
 
 from tests.fakes import FakeLoader
 from transformers_api.app import create_app
+from transformers_api.config.settings import SettingError, Settings
 from transformers_api.errors import ModelLoadFailed, ServerShuttingDown
-from transformers_api.readiness import Readiness
-from transformers_api.settings import SettingError, Settings
+from transformers_api.server.readiness import Readiness
 
 
 @pytest.fixture

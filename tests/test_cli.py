@@ -15,8 +15,8 @@ import pytest
 
 from tests.model_folders import model_files, write_files
 from transformers_api.cli import main, resident_models
-from transformers_api.engine.native import build
-from transformers_api.settings import Settings
+from transformers_api.config.settings import Settings
+from transformers_api.kernels import build
 
 ROOT = Path(__file__).parents[1]
 

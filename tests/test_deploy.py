@@ -16,8 +16,8 @@ import pytest
 import yaml
 
 from tests.servers import WAIT_S, started
-from transformers_api.engine.native.build import find
-from transformers_api.settings import Settings, described
+from transformers_api.config.settings import Settings, described
+from transformers_api.kernels.build import find
 
 ROOT = Path(__file__).parent.parent
 DOCKERFILE = (ROOT / "Dockerfile").read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -13,11 +14,13 @@ from scripts import generate_docs
 from tests.fakes import FakeLoader
 from transformers_api import errors
 from transformers_api.app import create_app
-from transformers_api.serving.registry_file import read_registry_file
-from transformers_api.settings import Settings, described
+from transformers_api.config.settings import Settings, described
+from transformers_api.serving.models.registry_file import read_registry_file
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
+PACKAGE = ROOT / "transformers_api"
+FOLDERS = sorted(file.parent for file in PACKAGE.rglob("__init__.py"))
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md"))]
 API = DOCS / "api.md"
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -94,22 +97,35 @@ def test_every_documented_route_exists(app):
     assert missing == []
 
 
-def test_every_module_is_in_the_tree_of_the_architecture():
-    text = (DOCS / "architecture.md").read_text()
-    modules = {
-        path.name
-        for path in (ROOT / "transformers_api").rglob("*.py")
-        if path.name != "__init__.py" and path.parent.name != "schemas"
-    }
-    assert sorted(name for name in modules if not re.search(rf"\b{name}", text)) == []
-
-
-def test_every_module_of_the_tree_exists():
+def test_the_tree_of_the_architecture_names_every_folder_and_no_other():
     tree = blocks_without_language(DOCS / "architecture.md")[0]
-    names = set(re.findall(r"\b(\w+\.py)\b", tree))
-    assert names
-    existing = {path.name for path in (ROOT / "transformers_api").rglob("*.py")}
-    assert sorted(names - existing) == []
+    named, path = set(), [PACKAGE]
+    for line in tree.splitlines()[1:]:
+        depth, folder = len(line[: line.index("─")]) // 4 + 1, re.search(r"── (\w+)/", line)
+        path = [*path[:depth], path[depth - 1] / folder[1]]
+        named.add(path[-1])
+    folders = {file.parent for kind in ("*.py", "*.cpp") for file in PACKAGE.rglob(kind)}
+    assert named == {f for f in folders - {PACKAGE} if f.name != "schemas"}
+
+
+def test_every_file_that_the_architecture_names_exists():
+    text = (DOCS / "architecture.md").read_text()
+    files = set(re.findall(r"(?<![\w/])[a-z_]+(?:/[a-z_]+)*\.py\b", text))
+    assert len(files) > 20
+    roots = (PACKAGE, PACKAGE / "serving", PACKAGE / "engine", ROOT)
+    assert sorted(f for f in files if not any((root / f).exists() for root in roots)) == []
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_a_folder_says_where_to_begin_with_files_that_exist(folder):
+    text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
+    assert len(text.splitlines()) <= 6
+    named = set(re.findall(r"``([\w/]+(?:\.py|/))``", text))
+    assert named
+    assert (
+        sorted(n for n in named if not any((r / n).exists() for r in (folder, PACKAGE / "api")))
+        == []
+    )
 
 
 def blocks_without_language(page):

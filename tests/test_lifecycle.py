@@ -18,9 +18,9 @@ import pytest
 
 from tests.conftest import Measured
 from tests.servers import WAIT_S, Server, serving, started
-from transformers_api import residency_lock
-from transformers_api.server import SECOND_S
-from transformers_api.settings import Settings
+from transformers_api.config.settings import Settings
+from transformers_api.server import lock
+from transformers_api.server.serve import SECOND_S
 
 REAL = "tests.faulty_app:create_app"
 BREAKABLE = "tests.faulty_app:create_breakable_app"
@@ -166,16 +166,16 @@ def test_a_second_server_with_the_same_store_is_refused_by_name(tmp_path: Path) 
             )
             assert "RESIDENCY_LOCK=false" in second.log
             assert "Traceback" not in second.log
-        other = residency_lock.take(Settings(model_store=tmp_path, default_device="cuda:1"))
+        other = lock.take(Settings(model_store=tmp_path, default_device="cuda:1"))
         assert other is not None
         os.close(other)
         os.kill(worker(first), signal.SIGKILL)  # another worker takes its place, with the lock
         first.said(r"(?s)Booting worker.*Booting worker")
-        with pytest.raises(residency_lock.LockedByOther):
-            residency_lock.take(Settings(model_store=tmp_path))
+        with pytest.raises(lock.LockedByOther):
+            lock.take(Settings(model_store=tmp_path))
         first.process.send_signal(signal.SIGTERM)
         assert first.wait() == 0
-    after = residency_lock.take(Settings(model_store=tmp_path))
+    after = lock.take(Settings(model_store=tmp_path))
     assert after is not None
     os.close(after)
 
@@ -183,22 +183,22 @@ def test_a_second_server_with_the_same_store_is_refused_by_name(tmp_path: Path) 
 def test_the_lock_can_be_turned_off_and_a_store_that_cannot_be_written_needs_none(
     tmp_path: Path,
 ) -> None:
-    first = residency_lock.take(Settings(model_store=tmp_path))
+    first = lock.take(Settings(model_store=tmp_path))
     assert first is not None
-    assert residency_lock.take(Settings(model_store=tmp_path, residency_lock=False)) is None
-    with pytest.raises(residency_lock.LockedByOther, match=f"pid {os.getpid()}"):
-        residency_lock.take(Settings(model_store=tmp_path))
+    assert lock.take(Settings(model_store=tmp_path, residency_lock=False)) is None
+    with pytest.raises(lock.LockedByOther, match=f"pid {os.getpid()}"):
+        lock.take(Settings(model_store=tmp_path))
     os.close(first)
     file = tmp_path / "file"
     file.touch()
-    assert residency_lock.take(Settings(model_store=file / "store")) is None
+    assert lock.take(Settings(model_store=file / "store")) is None
 
 
 def test_systemd_hears_when_the_server_is_ready_alive_and_ending() -> None:
     with listening() as (receiver, name):
         script = "exec {} -c '{}'".format(
             sys.executable,
-            "from transformers_api.server import serve; from transformers_api.settings import "
+            "from transformers_api.server.serve import serve; from transformers_api.config.settings import "
             'Settings; serve(Settings(port=0, residency_lock=False), app="tests.streaming_app:'
             'create_app")',
         )

@@ -15,13 +15,13 @@ import pytest
 
 from tests.fakes import FakeEngine, say
 from tests.metrics_app import make_app, post, scrape, wait_for
-from transformers_api.api.request_log import RequestRecord
-from transformers_api.engine.native.build import NativeUnavailable, build
+from transformers_api.api.http.request_log import RequestRecord
+from transformers_api.config.settings import Settings
 from transformers_api.errors import EngineFailed, ModelLoadFailed, NotFound, Overloaded
+from transformers_api.kernels.build import NativeUnavailable, build
 from transformers_api.metric_names import described
 from transformers_api.metrics import OTHER, Metrics, Tally
-from transformers_api.serving import api_keys
-from transformers_api.settings import Settings
+from transformers_api.serving.limits import api_keys
 
 DASHBOARD = Path(__file__).parent.parent / "deploy" / "grafana" / "dashboard.json"
 # What the dashboards that vLLM ships ask for.

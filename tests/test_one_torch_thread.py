@@ -16,9 +16,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests import tokenizers
-from transformers_api.api.services import EXTENSION
+from transformers_api.api.http.services import EXTENSION
 from transformers_api.app import create_app
-from transformers_api.settings import Settings
+from transformers_api.config.settings import Settings
 
 TORCH = str(Path(torch.__file__).parent)
 # These say something of what is there already, and compute nothing.

@@ -12,8 +12,8 @@ import yaml
 
 from tests.fakes import FakeLoader
 from transformers_api.app import create_app
-from transformers_api.serving.builtin_models import builtin_models
-from transformers_api.settings import Settings, described
+from transformers_api.config.settings import Settings, described
+from transformers_api.serving.models.builtin import builtin_models
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "seeds.md").read_text()

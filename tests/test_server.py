@@ -15,8 +15,8 @@ from gunicorn.arbiter import Arbiter
 from gunicorn.errors import HaltServer
 
 from tests.servers import WAIT_S, Server, run, serving, started
-from transformers_api.server import Deaths, DrainWorker, options
-from transformers_api.settings import Settings
+from transformers_api.config.settings import Settings
+from transformers_api.server.serve import Deaths, DrainWorker, options
 
 ENDLESS = 10**6
 GUNICORN = (sys.executable, "-m", "gunicorn")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from transformers_api.settings import SettingError, Settings, described
+from transformers_api.config.settings import SettingError, Settings, described
 
 
 def test_every_setting_has_a_default_that_needs_no_environment():

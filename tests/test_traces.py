@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.test_end_to_end import save_tiny
 from transformers_api.app import create_app
-from transformers_api.settings import Settings
+from transformers_api.config.settings import Settings
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Größe?"}]
 GREEDY = {"temperature": 0, "max_tokens": 12}

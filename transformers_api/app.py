@@ -10,23 +10,23 @@ from typing import TYPE_CHECKING, Any
 from flask import Flask
 
 from transformers_api import api
-from transformers_api.api.services import Services
-from transformers_api.engine.lean import import_lean, without_collection
+from transformers_api.api.http.services import Services
+from transformers_api.config.settings import SettingError, Settings
+from transformers_api.engine.platform.lazy_torch import import_lean, without_collection
 from transformers_api.engine.thread import EngineThread
 from transformers_api.errors import ModelNotFound
-from transformers_api.loading import EncoderLoader, ModelLoader
 from transformers_api.logs import adopt, configure_logging
-from transformers_api.readiness import Readiness
-from transformers_api.serving.access import Access
-from transformers_api.serving.admission import Admission
+from transformers_api.model_loader import EncoderLoader, ModelLoader
+from transformers_api.server.readiness import Readiness
 from transformers_api.serving.embeddings import EmbeddingModels, EncoderRegistry
-from transformers_api.serving.inspections import Inspections
-from transformers_api.serving.models import Loader
-from transformers_api.serving.registry import ModelRegistry
-from transformers_api.serving.residency import Listeners, SwapperListener
-from transformers_api.serving.store import ModelStore
-from transformers_api.serving.swapper import Swapper
-from transformers_api.settings import SettingError, Settings
+from transformers_api.serving.inspect.queue import Inspections
+from transformers_api.serving.limits.access import Access
+from transformers_api.serving.limits.admission import Admission
+from transformers_api.serving.models.registry import ModelRegistry
+from transformers_api.serving.models.spec import Loader
+from transformers_api.serving.models.store import ModelStore
+from transformers_api.serving.swap.residency import Listeners, SwapperListener
+from transformers_api.serving.swap.swapper import Swapper
 
 if TYPE_CHECKING:
     from transformers_api.metrics import Metrics

@@ -12,13 +12,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TextIO
 
-from transformers_api.engine.native import build
+from transformers_api.config.settings import SettingError, Settings, described
 from transformers_api.errors import ApiError
-from transformers_api.serving.api_keys import read
-from transformers_api.serving.models import HubSource
-from transformers_api.serving.registry import ModelRegistry
-from transformers_api.serving.store import ModelStore
-from transformers_api.settings import SettingError, Settings, described
+from transformers_api.kernels import build
+from transformers_api.serving.limits.api_keys import read
+from transformers_api.serving.models.registry import ModelRegistry
+from transformers_api.serving.models.spec import HubSource
+from transformers_api.serving.models.store import ModelStore
 
 NEEDED_VERSIONS = {"torch": (2, 13), "transformers": (5, 23)}
 NEEDED_PYTHON = (3, 11)

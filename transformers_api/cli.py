@@ -13,11 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transformers_api.config.settings import SettingError, Settings
 from transformers_api.errors import ApiError, ModelLoadFailed
-from transformers_api.settings import SettingError, Settings
 
 if TYPE_CHECKING:
-    from transformers_api.serving.models import ModelSpec
+    from transformers_api.serving.models.spec import ModelSpec
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -104,17 +104,17 @@ def _serve(options: argparse.Namespace) -> int:
     settings = replace(
         Settings.from_env(), **{name: value for name, value in given.items() if value is not None}
     )
-    from transformers_api.server import serve
-    from transformers_api.serving.registry import ModelRegistry
+    from transformers_api.server.serve import serve
+    from transformers_api.serving.models.registry import ModelRegistry
 
     ModelRegistry.from_settings(settings)  # a wrong entry is told before anything starts
     serve(settings)
 
 
 def _models(options: argparse.Namespace) -> int:
-    from transformers_api.serving.models import HubSource, ModelSpec
-    from transformers_api.serving.registry import ModelRegistry
-    from transformers_api.serving.store import ModelStore
+    from transformers_api.serving.models.registry import ModelRegistry
+    from transformers_api.serving.models.spec import HubSource, ModelSpec
+    from transformers_api.serving.models.store import ModelStore
 
     settings = Settings.from_env()
     store = ModelStore(settings)
@@ -154,7 +154,7 @@ def resident_models(host: str, port: int, timeout_s: float = 0.5) -> frozenset[s
 
 
 def _source_text(spec: ModelSpec) -> str:
-    from transformers_api.serving.models import HubSource, PackageSource
+    from transformers_api.serving.models.spec import HubSource, PackageSource
 
     match spec.source:
         case HubSource(repo, revision, file):
@@ -184,8 +184,8 @@ def _write_table(rows: Sequence[Sequence[str]]) -> None:
 
 
 def _pull(options: argparse.Namespace) -> int:
-    from transformers_api.serving.registry import ModelRegistry
-    from transformers_api.serving.store import ModelStore
+    from transformers_api.serving.models.registry import ModelRegistry
+    from transformers_api.serving.models.store import ModelStore
 
     settings = Settings.from_env()
     store = ModelStore(settings)
@@ -200,7 +200,7 @@ def _pull(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    from transformers_api.engine.convert import convert
+    from transformers_api.checkpoints.convert import convert
 
     source, folder = options.source, options.folder
     if not source.exists():
@@ -218,7 +218,7 @@ def _convert(options: argparse.Namespace) -> int:
 
 def _kernels(options: argparse.Namespace) -> int:
     """1 where they could be of use and cannot be had; the server does without them then."""
-    from transformers_api.engine.native import build
+    from transformers_api.kernels import build
 
     settings = Settings.from_env()
     if not settings.native_kernels:
@@ -256,7 +256,7 @@ def _progress_bar() -> Iterator[Callable[[float, str], None]]:
 
 
 def _add_key(options: argparse.Namespace) -> int:
-    from transformers_api.serving import api_keys
+    from transformers_api.serving.limits import api_keys
 
     path = _key_file(options)
     with _told():
@@ -267,7 +267,7 @@ def _add_key(options: argparse.Namespace) -> int:
 
 
 def _remove_key(options: argparse.Namespace) -> int:
-    from transformers_api.serving import api_keys
+    from transformers_api.serving.limits import api_keys
 
     with _told():
         api_keys.remove(_key_file(options), options.name)
@@ -275,7 +275,7 @@ def _remove_key(options: argparse.Namespace) -> int:
 
 
 def _list_keys(options: argparse.Namespace) -> int:
-    from transformers_api.serving import api_keys
+    from transformers_api.serving.limits import api_keys
 
     with _told():
         keys = api_keys.read(_key_file(options))

@@ -43,7 +43,7 @@
     └── EngineFailed                 500  our fault; the log has the trace
         └── EngineDead               503  the engine thread has ended; restart the process
 
-Any layer may raise them; only ``api/errors.py`` renders them.
+Any layer may raise them; only ``api/http/errors.py`` renders them.
 """
 
 from __future__ import annotations

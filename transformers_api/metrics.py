@@ -1,4 +1,4 @@
-"""How everything is counted that ``/metrics`` shows; ``metric_names.py`` says what that is.
+"""How everything is counted that ``/metrics`` shows; ``names.py`` says what that is.
 
 Labels come from closed sets: registered models, rules of URLs, codes of errors. What a client sends
 is never one.
@@ -35,13 +35,13 @@ from prometheus_client.registry import Collector
 from transformers_api import __version__, errors
 from transformers_api import metric_names as names
 from transformers_api.engine.base import EngineListener, FinishReason, SequenceStats
-from transformers_api.engine.native import build
 from transformers_api.errors import ApiError
+from transformers_api.kernels import build
 from transformers_api.metric_names import Named
-from transformers_api.serving.residency import SwapperListener, SwapperStatus
+from transformers_api.serving.swap.residency import SwapperListener, SwapperStatus
 
 if TYPE_CHECKING:
-    from transformers_api.api.request_log import RequestRecord
+    from transformers_api.api.http.request_log import RequestRecord
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each, which nobody reads
 

@@ -15,16 +15,16 @@ from werkzeug.test import TestResponse
 
 from tests.fakes import FakeEngine, FakeLoader, fake_model, fake_spec
 from transformers_api import api
-from transformers_api.api.disconnect import DisconnectWatcher
-from transformers_api.api.services import Services
-from transformers_api.serving.access import Access
-from transformers_api.serving.admission import Admission
-from transformers_api.serving.models import ModelSpec
-from transformers_api.serving.rate_limit import RateLimiter
-from transformers_api.serving.registry import ModelRegistry
-from transformers_api.serving.store import ModelStore
-from transformers_api.serving.swapper import Swapper
-from transformers_api.settings import Settings
+from transformers_api.api.http.disconnect import DisconnectWatcher
+from transformers_api.api.http.services import Services
+from transformers_api.config.settings import Settings
+from transformers_api.serving.limits.access import Access
+from transformers_api.serving.limits.admission import Admission
+from transformers_api.serving.limits.rate_limit import RateLimiter
+from transformers_api.serving.models.registry import ModelRegistry
+from transformers_api.serving.models.spec import ModelSpec
+from transformers_api.serving.models.store import ModelStore
+from transformers_api.serving.swap.swapper import Swapper
 
 
 @dataclass

@@ -8,10 +8,10 @@ import httpx2
 import openai
 import pytest
 
-from transformers_api.api.access import ADMIN, OPEN
+from transformers_api.api.http.auth import ADMIN, OPEN
 from transformers_api.app import create_app
-from transformers_api.serving import api_keys
-from transformers_api.settings import Settings
+from transformers_api.config.settings import Settings
+from transformers_api.serving.limits import api_keys
 
 from tests.fakes import FakeLoader  # isort: skip
 

@@ -12,7 +12,7 @@ import pytest
 from tests.fake_inspection import FakeInspector, fake_anatomy, fake_layer
 from tests.fakes import FakeEngine, fake_model, fake_spec, say
 from transformers_api.errors import EngineFailed
-from transformers_api.serving.rate_limit import RateLimiter
+from transformers_api.serving.limits.rate_limit import RateLimiter
 
 URL = "/chat/stream"
 HI = [{"role": "user", "content": "Hi"}]

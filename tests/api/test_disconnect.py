@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import pytest
 
 from tests.servers import Server, serving
-from transformers_api.api import disconnect
-from transformers_api.api.disconnect import DisconnectWatcher
+from transformers_api.api.http import disconnect
+from transformers_api.api.http.disconnect import DisconnectWatcher
 
 WAIT_S = 5.0
 

@@ -15,12 +15,12 @@ from openai.types import CreateEmbeddingResponse
 
 from tests import tokenizers
 from tests.fakes import FakeEngine, FakeLoader, fake_model, fake_spec
-from transformers_api import loading
-from transformers_api.api.services import EXTENSION
+from transformers_api import model_loader
+from transformers_api.api.http.services import EXTENSION
 from transformers_api.app import create_app
+from transformers_api.config.settings import GIB, Settings
 from transformers_api.serving.embeddings import EmbeddingModels, EncoderRegistry
-from transformers_api.serving.swapper import Swapper
-from transformers_api.settings import GIB, Settings
+from transformers_api.serving.swap.swapper import Swapper
 
 OFF = {
     "error": {
@@ -320,7 +320,7 @@ def test_the_encoder_goes_when_a_model_needs_its_memory(client, whole, monkeypat
     assert encoder(whole) == MINILM
     whole.extensions[EXTENSION].swapper.evict()  # so that its memory is not counted on
     free = iter([0, GIB])  # before and after the encoder has gone
-    monkeypatch.setattr(loading, "_available_bytes", lambda device: next(free))
+    monkeypatch.setattr(model_loader, "_available_bytes", lambda device: next(free))
     client.completions.create(model="pooled", prompt="Hi", max_tokens=1)
     assert encoder(whole) is None
     assert resident(whole) == "pooled"
@@ -328,7 +328,7 @@ def test_the_encoder_goes_when_a_model_needs_its_memory(client, whole, monkeypat
 
 def test_an_encoder_that_does_not_fit_is_refused(client, whole, monkeypatch):
     whole.extensions[EXTENSION].embeddings.give_back(0)
-    monkeypatch.setattr(loading, "_available_bytes", lambda device: 1 << 20)
+    monkeypatch.setattr(model_loader, "_available_bytes", lambda device: 1 << 20)
     with pytest.raises(openai.InternalServerError) as caught:
         embedded(client, ["Hi"])
     assert caught.value.body["code"] == "insufficient_memory"

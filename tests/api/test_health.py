@@ -115,7 +115,7 @@ def test_the_document_has_bounds_and_no_dangling_references(served):
 
 
 def test_each_request_is_one_line_of_the_log_and_probes_are_none(served, caplog):
-    with caplog.at_level("INFO", logger="transformers_api.api.request_log"):
+    with caplog.at_level("INFO", logger="transformers_api.api.http.request_log"):
         served.client.get("/healthz").close()
         served.client.get("/v1/models/nothing").close()
     (record,) = caplog.records

@@ -29,11 +29,11 @@ from tests.fake_inspection import (
     sliced,
 )
 from tests.fakes import FakeEngine, fake_model, fake_spec, say
-from transformers_api.api.services import EXTENSION
+from transformers_api.api.http.services import EXTENSION
 from transformers_api.errors import ModelLoadFailed
 from transformers_api.inspection.base import AttentionMode, AttentionWindow, Routing
-from transformers_api.serving.inspections import Inspections
-from transformers_api.serving.rate_limit import RateLimiter
+from transformers_api.serving.inspect.queue import Inspections
+from transformers_api.serving.limits.rate_limit import RateLimiter
 
 HELLO = {"messages": [{"role": "user", "content": "hé"}]}
 IDS = [256, *b"user\nh\xc3\xa9", 257, 10, 256, *b"assistant\n"]

@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from tests import tokenizers
-from transformers_api.api.services import EXTENSION
+from transformers_api.api.http.services import EXTENSION
 from transformers_api.app import create_app
-from transformers_api.settings import Settings
+from transformers_api.config.settings import Settings
 
 LAYERS, HEADS = 3, 4
 PROMPT = "The capital of France is"

@@ -12,12 +12,12 @@ import pytest
 from tests.api.conftest import events
 from tests.api.live import live
 from tests.fakes import FakeEngine, say
-from transformers_api.api.limits import duration
-from transformers_api.api.services import EXTENSION
+from transformers_api.api.http.rate_limit_headers import duration
+from transformers_api.api.http.services import EXTENSION
 from transformers_api.errors import EngineFailed, Overloaded
-from transformers_api.serving import api_keys
-from transformers_api.serving.access import Access
-from transformers_api.serving.rate_limit import RateLimiter
+from transformers_api.serving.limits import api_keys
+from transformers_api.serving.limits.access import Access
+from transformers_api.serving.limits.rate_limit import RateLimiter
 
 LOOK = {"messages": [{"role": "user", "content": "Hi"}]}
 CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 50}

@@ -7,7 +7,7 @@ from openai.types import Model, ModelDeleted
 
 from tests.api.test_bodies import error
 from tests.fakes import fake_spec
-from transformers_api.serving.models import HubSource
+from transformers_api.serving.models.spec import HubSource
 
 
 def listed(served):

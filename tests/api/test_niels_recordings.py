@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from tests.api.recordings import Recorded
-from transformers_api.api.services import EXTENSION
+from transformers_api.api.http.services import EXTENSION
 from transformers_api.app import create_app
-from transformers_api.settings import Settings
+from transformers_api.config.settings import Settings
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "niels_v1"
 TOLERANCE = 1e-4  # theirs have all digits, ours five

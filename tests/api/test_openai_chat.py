@@ -112,8 +112,8 @@ def test_logprobs_without_top_have_the_chosen_tokens_only(served):
 
 
 def test_an_infinite_logprob_is_sent_as_a_number():
-    from transformers_api.api import openai_format
-    from transformers_api.serving.choice_text import TokenDetail
+    from transformers_api.api.openai import format as openai_format
+    from transformers_api.serving.text.choice_text import TokenDetail
 
     detail = TokenDetail(1, "x", b"x", float("-inf"))
     (score,) = openai_format.chat_logprobs([detail])["content"]

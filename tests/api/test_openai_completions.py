@@ -7,7 +7,7 @@ from openai.types import Completion
 
 from tests.api.conftest import events
 from tests.fakes import FakeEngine, say
-from transformers_api.api.text_offsets import TextOffsets
+from transformers_api.api.openai.text_offsets import TextOffsets
 
 
 def whole(response) -> Completion:

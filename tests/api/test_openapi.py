@@ -11,9 +11,9 @@ import pytest
 from tests.api.conftest import Serve, Served
 from tests.conformance import Survey, departures, operations, ordinary
 from tests.fakes import FakeEngine, fake_model
-from transformers_api.api.body import MAX_BODY_BYTES
+from transformers_api.api.http.body import MAX_BODY_BYTES
 from transformers_api.errors import ApiError
-from transformers_api.serving import api_keys
+from transformers_api.serving.limits import api_keys
 
 # What answers otherwise here: the registry and the tokens of the examples are not those of fakes.
 OTHERWISE = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 
 from tests.api.recordings import complaints, recording
-from transformers_api.serving.builtin_models import builtin_models
+from transformers_api.serving.models.builtin import builtin_models
 
 NOT_FOUND = "the document says 404 for an unknown model"
 BAD_FIELD = "the document says 400 for invalid parameters"

@@ -10,8 +10,8 @@ import pytest
 from tests.api.live import live
 from tests.api.recordings import frames
 from tests.fakes import FakeEngine
-from transformers_api.serving.builtin_models import builtin_models
-from transformers_api.settings import Settings
+from transformers_api.config.settings import Settings
+from transformers_api.serving.models.builtin import builtin_models
 
 ADDRESS = "http://your-server:5000"
 

@@ -22,10 +22,10 @@ from tests.fakes import FakeEngine, FakeLoader, fake_model, fake_spec, say
 from tests.hub_server import HubServer
 from tests.model_folders import model_files
 from transformers_api.app import create_app
-from transformers_api.serving.builtin_models import builtin_models
-from transformers_api.serving.models import HubSource
-from transformers_api.serving.registry import ModelRegistry
-from transformers_api.settings import SettingError, Settings
+from transformers_api.config.settings import SettingError, Settings
+from transformers_api.serving.models.builtin import builtin_models
+from transformers_api.serving.models.registry import ModelRegistry
+from transformers_api.serving.models.spec import HubSource
 
 ROOT = Path(__file__).parent.parent.parent
 ADDRESS = "http://localhost:8000"

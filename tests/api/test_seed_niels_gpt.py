@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from tests.api.live import live
-from transformers_api.api.services import EXTENSION
+from transformers_api.api.http.services import EXTENSION
 from transformers_api.app import create_app
-from transformers_api.serving.builtin_models import builtin_models
-from transformers_api.serving.models import HubSource
-from transformers_api.serving.rate_limit import RateLimiter
-from transformers_api.settings import Settings
+from transformers_api.config.settings import Settings
+from transformers_api.serving.limits.rate_limit import RateLimiter
+from transformers_api.serving.models.builtin import builtin_models
+from transformers_api.serving.models.spec import HubSource
 
 CHECKPOINT = Path(__file__).parent.parent / "fixtures" / "niels_v1" / "chat" / "best.pt"
 ADDRESS = "http://localhost:8000"

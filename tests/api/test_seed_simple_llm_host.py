@@ -8,8 +8,8 @@ import pytest
 
 from tests.api.live import live
 from tests.fakes import say
-from transformers_api.serving.builtin_models import builtin_models
-from transformers_api.settings import Settings
+from transformers_api.config.settings import Settings
+from transformers_api.serving.models.builtin import builtin_models
 
 ADDRESS = "http://localhost:8000"
 HELLO = "Hello! How may I help?"

@@ -12,9 +12,9 @@ import pytest
 import api_client
 from tests.api.live import live
 from tests.fakes import FakeEngine, say
+from transformers_api.config.settings import Settings
 from transformers_api.errors import EngineFailed
-from transformers_api.serving.builtin_models import builtin_models
-from transformers_api.settings import Settings
+from transformers_api.serving.models.builtin import builtin_models
 
 ADDRESS = "http://localhost:8000"
 STORY = ", there was a brave little mouse..."

@@ -6,7 +6,7 @@ import pytest
 
 from tests.api.conftest import events
 from tests.fakes import FakeEngine, fake_spec, say
-from transformers_api.api.disconnect import DisconnectWatcher, Watch
+from transformers_api.api.http.disconnect import DisconnectWatcher, Watch
 from transformers_api.errors import EngineFailed, Overloaded
 
 
@@ -86,7 +86,7 @@ def test_an_unexpected_error_in_a_stream_is_logged_and_not_shown(served, client,
         yield {"choices": []}
         raise RuntimeError("secret")
 
-    from transformers_api.api import openai_format
+    from transformers_api.api.openai import format as openai_format
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(openai_format, "chat_chunks", broken)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transformers_api.api import strict_json
+from transformers_api.api.http import strict_json
 from transformers_api.errors import InvalidRequest
 
 values = st.recursive(

@@ -15,11 +15,11 @@ from tests.api.conftest import events
 from tests.api.test_streams import Client
 from tests.fake_inspection import HEADS, FakeInspector, fake_anatomy, weights
 from tests.fakes import FakeEngine, fake_model, say
-from transformers_api.api.disconnect import DisconnectWatcher
-from transformers_api.api.schemas.trace import TraceOptions
+from transformers_api.api.http.disconnect import DisconnectWatcher
+from transformers_api.api.trace.schema import TraceOptions
+from transformers_api.config.settings import Settings
 from transformers_api.errors import EngineFailed, InvalidRequest
-from transformers_api.serving import tracing
-from transformers_api.settings import Settings
+from transformers_api.serving.inspect import trace_plan
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 ROUTES = ["chat", "complete"]
@@ -419,7 +419,7 @@ def test_no_trace_is_larger_than_was_foreseen(serve, attn):
     def passes(most):
         settings = Settings(trace_max_bytes_per_token=most)
         with suppress(InvalidRequest):
-            return tracing.plan(model, asked, settings, prompt_tokens=2, max_tokens=64)
+            return trace_plan.plan(model, asked, settings, prompt_tokens=2, max_tokens=64)
 
     least = bisect.bisect_left(range(1 << 18), True, key=lambda most: passes(most) is not None)
     served = serve(trace_max_bytes_per_token=least)

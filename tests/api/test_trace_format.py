@@ -9,12 +9,13 @@ import pytest
 
 from tests.fake_inspection import fake_step
 from tests.fakes import fake_model, fake_tokenizer
-from transformers_api.api import strict_json, trace_format
-from transformers_api.api.trace_format import TraceWriter
+from transformers_api.api.http import strict_json
+from transformers_api.api.trace import format as trace_format
+from transformers_api.api.trace.format import TraceWriter
 from transformers_api.inspection.base import AttentionRow, Routed, TracePlan
-from transformers_api.serving.spans import Span
-from transformers_api.serving.tracing import TraceRequest
-from transformers_api.serving.vocabulary import Vocabulary
+from transformers_api.serving.inspect.trace_plan import TraceRequest
+from transformers_api.serving.text.spans import Span
+from transformers_api.serving.text.vocabulary import Vocabulary
 
 WORDS = Vocabulary(fake_tokenizer())
 PROMPT = [*b"Hello"]

@@ -3,8 +3,8 @@
 import pytest
 
 from tests.api.test_bodies import error
-from transformers_api.api.schemas.chat import ChatRequest
-from transformers_api.api.schemas.completions import CompletionRequest
+from transformers_api.api.openai.schemas.chat import ChatRequest
+from transformers_api.api.openai.schemas.completions import CompletionRequest
 
 NUMBERS = {
     "temperature": (0, 2),

@@ -24,7 +24,7 @@ os.environ.update(LISTEN_FDS="1", LISTEN_PID=str(os.getpid()))
 os.execv(sys.argv[2], sys.argv[2:])
 """
 SERVE = """
-from transformers_api.server import serve, settings_or_exit
+from transformers_api.server.serve import serve, settings_or_exit
 serve(settings_or_exit(), app="tests.deploy.fake_app:create_app")
 """
 MODELS = [{"name": name, "path": "."} for name in ("paced", "halting")]

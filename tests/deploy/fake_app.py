@@ -8,9 +8,9 @@ from typing import Any
 from flask import Flask, request
 
 from tests.fakes import FakeEngine, FakeLoader, fake_model
-from transformers_api import app as application
-from transformers_api.serving.models import LoadedModel, ModelSpec
-from transformers_api.settings import Settings
+from transformers_api import app
+from transformers_api.config.settings import Settings
+from transformers_api.serving.models.spec import LoadedModel, ModelSpec
 
 TICK_S = 0.01
 
@@ -34,10 +34,10 @@ def build(spec: ModelSpec) -> LoadedModel:
 
 
 def create_app(settings: Settings) -> Flask:
-    app = application.create_app(settings, FakeLoader(build))
+    application = app.create_app(settings, FakeLoader(build))
 
-    @app.get("/v1/tests/headers")
+    @application.get("/v1/tests/headers")
     def headers() -> dict[str, str]:
         return dict(request.headers)
 
-    return app
+    return application

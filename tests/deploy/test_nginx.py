@@ -17,7 +17,7 @@ from tests.deploy.activation import Unit, active, unit, until
 from tests.deploy.fake_app import create_app
 from tests.deploy.nginx import CONFIGURATION, NAME, Proxy, needs_nginx
 from tests.servers import WAIT_S
-from transformers_api.settings import Settings
+from transformers_api.config.settings import Settings
 
 pytestmark = needs_nginx
 

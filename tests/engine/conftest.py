@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from tests.engine.models import tiny_model
-from transformers_api.engine.batching import BatchingEngine
+from transformers_api.engine.llm_engine import BatchingEngine
 from transformers_api.engine.loader import LoadOptions, Wrap, build_engine, differentiable
-from transformers_api.engine.native.wiring import NativeRefused
+from transformers_api.engine.native.convert_model import NativeRefused
 from transformers_api.engine.thread import EngineThread
 
 torch.set_num_threads(1)

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.engine.models import prompts_of
 from tests.engine.reading import GREEDY, ask, complete
-from transformers_api.engine.native.library import Attention, Copy, Step
-from transformers_api.engine.native.recorder import OPS
+from transformers_api.kernels.abi import Attention, Copy, Step
+from transformers_api.kernels.capture import OPS
 
 KERNELS = {"attention": Attention, "write_cache": Copy}
 NAMES = ["llama", "gpt2"]

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from transformers_api.engine import kv_cache
-from transformers_api.engine.graphs import PaddedCache
 from transformers_api.engine.kv_cache import SlotCache
+from transformers_api.engine.runners.cuda_graphs import PaddedCache
 
 LAYERS = [(2, 4), (3, 6)]  # heads, numbers of each
 

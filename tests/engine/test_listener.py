@@ -12,7 +12,7 @@ from transformers_api import logs
 from transformers_api.engine.base import EngineListener, FinishReason
 from transformers_api.errors import EngineFailed
 from transformers_api.metrics import Metrics
-from transformers_api.serving.residency import SwapperStatus
+from transformers_api.serving.swap.residency import SwapperStatus
 
 PROMPT = prompts_of(4)[-1]
 GREEDY = {"temperature": 0.0, "ignore_eos": True}

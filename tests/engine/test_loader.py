@@ -13,7 +13,6 @@ from torch import nn
 
 from tests.engine.models import BATCHED, tiny_model
 from tests.engine.reading import GREEDY, ask, complete
-from transformers_api.engine import model_runner
 from transformers_api.engine.loader import (
     LoadOptions,
     gpu_dtype,
@@ -21,7 +20,8 @@ from transformers_api.engine.loader import (
     load_model,
     pick_device,
 )
-from transformers_api.engine.packed_linear import PackedLinear, pack_linears
+from transformers_api.engine.runners import model_runner
+from transformers_api.engine.runners.packed_linear import PackedLinear, pack_linears
 from transformers_api.errors import ModelLoadFailed
 
 

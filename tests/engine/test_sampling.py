@@ -15,9 +15,9 @@ from transformers import (
 )
 
 from tests.engine.reading import ask
-from transformers_api.engine import noise
 from transformers_api.engine.base import TokenStream
-from transformers_api.engine.sampler import Sampler, candidates, token_scores
+from transformers_api.engine.sampling import rng
+from transformers_api.engine.sampling.sampler import Sampler, candidates, token_scores
 from transformers_api.engine.sequence import Sequence
 
 VOCAB = 1000
@@ -141,8 +141,8 @@ def test_any_whole_number_is_a_seed(seed):
 
 
 def test_noise_is_exponential_and_independent_between_neighbours():
-    keys = torch.tensor([noise.step_key(seed, 0) for seed in range(400)])
-    draws = noise.exponential(keys, torch.arange(500))
+    keys = torch.tensor([rng.step_key(seed, 0) for seed in range(400)])
+    draws = rng.exponential(keys, torch.arange(500))
     assert draws.mean().item() == pytest.approx(1, abs=0.01)
     assert draws.var().item() == pytest.approx(1, abs=0.02)
     flat = draws - 1

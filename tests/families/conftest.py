@@ -9,7 +9,7 @@ import pytest
 
 from tests.engine.conftest import engine_thread, make_engine  # noqa: F401
 from tests.families.originals import ORIGINALS
-from transformers_api.engine.convert import convert
+from transformers_api.checkpoints.convert import convert
 
 
 @pytest.fixture(scope="session")

@@ -13,15 +13,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.families.originals import ORIGINALS
+from transformers_api.checkpoints.convert import convert
+from transformers_api.checkpoints.formats import FAMILIES
+from transformers_api.checkpoints.read import read_checkpoint
 from transformers_api.cli import main
-from transformers_api.engine.checkpoints import read_checkpoint
-from transformers_api.engine.convert import convert
-from transformers_api.engine.originals import FAMILIES
+from transformers_api.config.settings import Settings
 from transformers_api.errors import ModelLoadFailed
-from transformers_api.serving import preflight
-from transformers_api.serving.models import ModelSpec, PathSource
-from transformers_api.serving.store import ModelStore
-from transformers_api.settings import Settings
+from transformers_api.serving.models import preflight
+from transformers_api.serving.models.spec import ModelSpec, PathSource
+from transformers_api.serving.models.store import ModelStore
 
 ROOT = Path(__file__).parents[2]
 FILES = [name for name in ORIGINALS if name != "gpt3dev"]

@@ -11,7 +11,7 @@ import torch
 from tests.engine.reading import GREEDY, ask, complete
 from tests.families.originals import NIELS, ORIGINALS, PUBLIC, SLIDING, TINYGPT
 from transformers_api.engine.base import SamplingParams, SequenceRequest, TokenStream
-from transformers_api.engine.sampler import candidates
+from transformers_api.engine.sampling.sampler import candidates
 from transformers_api.engine.sequence import Sequence
 
 CLOSE = {"rtol": 0, "atol": 1e-5}

@@ -7,9 +7,9 @@ import json
 import pytest
 
 from tests.families.originals import ORIGINALS
-from transformers_api.api.services import EXTENSION
+from transformers_api.api.http.services import EXTENSION
 from transformers_api.app import create_app
-from transformers_api.settings import Settings
+from transformers_api.config.settings import Settings
 
 GREEDY = {"temperature": 0, "top_p": 1}
 

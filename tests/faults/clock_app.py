@@ -7,7 +7,7 @@ import time
 from flask import Flask
 
 from tests import faulty_app
-from transformers_api.settings import Settings
+from transformers_api.config.settings import Settings
 
 
 def create_app(settings: Settings) -> Flask:

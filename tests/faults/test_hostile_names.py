@@ -16,7 +16,7 @@ import json, sys
 from pathlib import Path
 from tests.faults.hostile import Auditor, ask_everything
 from tests.served_app import create_app
-from transformers_api.settings import Settings
+from transformers_api.config.settings import Settings
 
 folder = Path(sys.argv[1])
 client = create_app(

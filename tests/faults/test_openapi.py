@@ -10,9 +10,9 @@ import pytest
 from tests.conformance import Survey
 from tests.conftest import Measured
 from tests.test_end_to_end import save_tiny
-from transformers_api.api.services import EXTENSION
+from transformers_api.api.http.services import EXTENSION
 from transformers_api.app import create_app
-from transformers_api.settings import Settings
+from transformers_api.config.settings import Settings
 
 KINDS = ("llama", "gpt2")
 

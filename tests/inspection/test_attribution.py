@@ -13,11 +13,11 @@ from torch import nn
 from tests.engine.models import BATCHED, IDS, SEQUENTIAL, SIZES, prompts_of
 from tests.inspection.models import tiny
 from transformers_api.engine.loader import LoadOptions, load_engine
-from transformers_api.engine.native.linear import NativeLinear
-from transformers_api.engine.packed_linear import PackedLinear
+from transformers_api.engine.runners.packed_linear import PackedLinear
 from transformers_api.engine.thread import EngineThread
 from transformers_api.inspection.attachment import Attachment
 from transformers_api.inspection.base import AttributionQuestion
+from transformers_api.kernels.modules.linear import NativeLinear
 
 PROMPT = prompts_of(4)[3]  # 17 tokens: three slices of 8
 SHORT = PROMPT[:6]

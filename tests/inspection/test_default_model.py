@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from tests.inspection.test_trace import everything, generate, scored
+from transformers_api.config.settings import Settings
 from transformers_api.engine.loader import LoadOptions, load_engine
 from transformers_api.inspection.attachment import Attachment
 from transformers_api.inspection.base import AttentionMode
-from transformers_api.serving.registry import ModelRegistry
-from transformers_api.serving.store import ModelStore
-from transformers_api.settings import Settings
+from transformers_api.serving.models.registry import ModelRegistry
+from transformers_api.serving.models.store import ModelStore
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = [[504, 3575, 282, 4649, 314], [504, 2644], list(range(300, 320))]

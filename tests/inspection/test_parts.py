@@ -12,7 +12,7 @@ import transformers as tf
 
 from tests.engine.models import BATCHED, IDS, SIZES
 from tests.inspection.models import ALL, tiny
-from transformers_api.engine.packed_linear import pack_linears
+from transformers_api.engine.runners.packed_linear import pack_linears
 from transformers_api.families.decoder import DecoderForCausalLM
 from transformers_api.families.gpt3dev import GPT3DevConfig, GPT3DevForCausalLM
 from transformers_api.families.niels import NielsConfig, NielsForCausalLM

@@ -5,8 +5,8 @@ import threading
 import pytest
 
 from transformers_api.errors import ApiError, DeadlineExceeded, Overloaded, ServerShuttingDown
-from transformers_api.serving.admission import Admission
-from transformers_api.serving.cancellation import Cancellation
+from transformers_api.serving.limits.admission import Admission
+from transformers_api.serving.limits.cancellation import Cancellation
 
 WAIT_S = 10.0
 

@@ -10,9 +10,9 @@ import stat
 
 import pytest
 
-from transformers_api.serving import api_keys
-from transformers_api.serving.api_keys import ApiKeys
-from transformers_api.settings import SettingError
+from transformers_api.config.settings import SettingError
+from transformers_api.serving.limits import api_keys
+from transformers_api.serving.limits.api_keys import ApiKeys
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes
 from hypothesis.extra.numpy import arrays as numpy_arrays
 
-from transformers_api.serving import arrays
+from transformers_api.serving.inspect import arrays
 
 WEIGHTS = numpy_arrays(
     numpy.float32,

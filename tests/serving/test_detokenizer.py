@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests import tokenizers
-from transformers_api.serving.detokenizer import IncrementalDetokenizer
+from transformers_api.serving.text.detokenizer import IncrementalDetokenizer
 
 KINDS = tokenizers.all_kinds()
 # In these, bytes that are not text change what the library decodes for the text around them.

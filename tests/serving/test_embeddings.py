@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tests.fakes import FakeEngine, FakeLoader, fake_model, fake_spec
 from tests.hub_server import HubServer
 from tests.model_folders import model_files, write_files
+from transformers_api.config.settings import SettingError, Settings
 from transformers_api.errors import (
     ClientGone,
     ContextLengthExceeded,
@@ -24,7 +25,6 @@ from transformers_api.errors import (
     ModelNotFound,
     Overloaded,
 )
-from transformers_api.serving.cancellation import Cancellation
 from transformers_api.serving.embeddings import (
     EmbeddingModels,
     EncoderRegistry,
@@ -32,13 +32,19 @@ from transformers_api.serving.embeddings import (
     encode,
     slices,
 )
-from transformers_api.serving.encoder_files import EncoderFacts, read_encoder
-from transformers_api.serving.models import HubSource, ModelSpec, PackageSource, PathSource, Pooling
-from transformers_api.serving.registry import ModelRegistry
-from transformers_api.serving.registry_file import read_registry_file
-from transformers_api.serving.store import ModelStore
-from transformers_api.serving.swapper import Swapper
-from transformers_api.settings import SettingError, Settings
+from transformers_api.serving.limits.cancellation import Cancellation
+from transformers_api.serving.models.encoder_files import EncoderFacts, read_encoder
+from transformers_api.serving.models.registry import ModelRegistry
+from transformers_api.serving.models.registry_file import read_registry_file
+from transformers_api.serving.models.spec import (
+    HubSource,
+    ModelSpec,
+    PackageSource,
+    PathSource,
+    Pooling,
+)
+from transformers_api.serving.models.store import ModelStore
+from transformers_api.serving.swap.swapper import Swapper
 
 ENCODER = {"model_type": "bert", "architectures": ["BertModel"], "vocab_size": 16}
 TRANSFORMER, POOLING, NORMALIZE = (

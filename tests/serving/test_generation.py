@@ -18,7 +18,6 @@ from transformers_api.errors import (
     ModelUnloaded,
     Overloaded,
 )
-from transformers_api.serving.cancellation import Cancellation
 from transformers_api.serving.generation import (
     Generation,
     GenerationRequest,
@@ -27,6 +26,7 @@ from transformers_api.serving.generation import (
     fit,
     start,
 )
+from transformers_api.serving.limits.cancellation import Cancellation
 
 PROMPT = list(b"Say: ")
 PATIENCE_S = 10

@@ -13,11 +13,11 @@ import pytest
 from tests.fakes import FakeLoader
 from tests.hub_server import HubServer
 from tests.model_folders import model_files
+from transformers_api.config.settings import Settings
 from transformers_api.errors import ModelLoadFailed, ModelNotFound
-from transformers_api.serving.models import HubSource, ModelSpec
-from transformers_api.serving.store import ModelStore
-from transformers_api.serving.swapper import Swapper
-from transformers_api.settings import Settings
+from transformers_api.serving.models.spec import HubSource, ModelSpec
+from transformers_api.serving.models.store import ModelStore
+from transformers_api.serving.swap.swapper import Swapper
 
 REPO = "someone/tiny"
 TOKEN = "hf_rightrightright"

@@ -10,10 +10,10 @@ import pytest
 
 from tests.hub_server import HubServer
 from tests.model_folders import model_files
+from transformers_api.config.settings import Settings
 from transformers_api.errors import ApiError
-from transformers_api.serving.models import HubSource, ModelSpec
-from transformers_api.serving.store import ModelStore
-from transformers_api.settings import Settings
+from transformers_api.serving.models.spec import HubSource, ModelSpec
+from transformers_api.serving.models.store import ModelStore
 
 REPO = "someone/tiny"
 TOKENS = ("hf_" + "c4n4ry" * 5, "c4n4ry-of-another-kind-of-hub")

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transformers_api.serving.rate_limit import RateLimiter, network
+from transformers_api.serving.limits.rate_limit import RateLimiter, network
 
 
 class Clock:

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from transformers_api.config.settings import SettingError, Settings
 from transformers_api.errors import ModelNotFound
-from transformers_api.serving.models import HubSource, ModelSpec, PackageSource, PathSource
-from transformers_api.serving.registry import ModelRegistry
-from transformers_api.settings import SettingError, Settings
+from transformers_api.serving.models.registry import ModelRegistry
+from transformers_api.serving.models.spec import HubSource, ModelSpec, PackageSource, PathSource
 
 
 def registry_of(tmp_path: Path, entries: object, **settings: Any) -> ModelRegistry:

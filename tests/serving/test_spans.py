@@ -4,8 +4,8 @@ import pytest
 
 from tests import tokenizers
 from tests.fakes import fake_model, fake_spec, fake_tokenizer
-from transformers_api.serving import chat
-from transformers_api.serving.spans import Span, spans
+from transformers_api.serving.text import chat_template
+from transformers_api.serving.text.spans import Span, spans
 
 TALK = [
     {"role": "system", "content": "Be ☺ kind"},
@@ -17,9 +17,9 @@ TALK = [
 
 def found(model, messages, **options):
     """(role, text) of each span."""
-    ids = chat.encode(model, messages, **options).ids
+    ids = chat_template.encode(model, messages, **options).ids
     return [
-        (span.role, chat.decode_ids(model, ids[span.start : span.end]))
+        (span.role, chat_template.decode_ids(model, ids[span.start : span.end]))
         for span in spans(model, messages, ids, **options)
     ]
 
@@ -35,7 +35,7 @@ def test_each_message_is_where_it_stands(mode):
 
 def test_a_span_is_positions_and_the_rest_is_the_templates():
     model = fake_model()
-    ids = chat.encode(model, TALK[1:2]).ids
+    ids = chat_template.encode(model, TALK[1:2]).ids
     assert ids[:6] == [256, *b"user\n"]
     assert spans(model, TALK[1:2], ids) == [Span("user", 6, 10, "content")]
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from transformers_api.serving.stop_strings import StopStrings
+from transformers_api.serving.text.stop_strings import StopStrings
 
 LETTERS = "ab\n"
 STOPS = st.lists(st.text(LETTERS, min_size=1, max_size=5), max_size=4)

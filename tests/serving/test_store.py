@@ -11,10 +11,10 @@ import pytest
 
 from tests.hub_server import COMMIT, HubServer
 from tests.model_folders import LLAMA, model_files, sharded_files, write_files
+from transformers_api.config.settings import Settings
 from transformers_api.errors import InsufficientStorage, ModelLoadFailed, ModelNotFound
-from transformers_api.serving.models import HubSource, ModelSpec, PackageSource, PathSource
-from transformers_api.serving.store import ModelStore
-from transformers_api.settings import Settings
+from transformers_api.serving.models.spec import HubSource, ModelSpec, PackageSource, PathSource
+from transformers_api.serving.models.store import ModelStore
 
 REPO = "someone/tiny"
 BIG = {"a": ("F32", [300, 1000])}  # 1.2 MB: more than one chunk of a response

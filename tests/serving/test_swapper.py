@@ -23,10 +23,10 @@ from transformers_api.errors import (
     ServerShuttingDown,
     Unavailable,
 )
-from transformers_api.serving.cancellation import Cancellation
-from transformers_api.serving.models import LoadedModel, ModelFiles, ModelSpec
-from transformers_api.serving.residency import Lease, SwapperListener
-from transformers_api.serving.swapper import Swapper
+from transformers_api.serving.limits.cancellation import Cancellation
+from transformers_api.serving.models.spec import LoadedModel, ModelFiles, ModelSpec
+from transformers_api.serving.swap.residency import Lease, SwapperListener
+from transformers_api.serving.swap.swapper import Swapper
 
 WAIT_S = 10.0
 

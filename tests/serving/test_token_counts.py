@@ -15,16 +15,16 @@ import tiktoken.load
 import tiktoken.registry
 
 from tests.fakes import FakeEngine, fake_model, fake_spec, say
+from transformers_api.config.settings import SettingError, Settings
 from transformers_api.engine.base import SamplingParams
 from transformers_api.errors import ModelLoadFailed
-from transformers_api.loading import ModelLoader
+from transformers_api.model_loader import ModelLoader
 from transformers_api.serving import generation
-from transformers_api.serving.cancellation import Cancellation
 from transformers_api.serving.generation import GenerationRequest, collect
-from transformers_api.serving.registry_file import read_registry_file
-from transformers_api.serving.store import ModelStore
-from transformers_api.serving.token_counts import token_counter
-from transformers_api.settings import SettingError, Settings
+from transformers_api.serving.limits.cancellation import Cancellation
+from transformers_api.serving.models.registry_file import read_registry_file
+from transformers_api.serving.models.store import ModelStore
+from transformers_api.serving.text.token_counts import token_counter
 
 FILES = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from tests import tokenizers
-from transformers_api.serving.vocabulary import Vocabulary
+from transformers_api.serving.text.vocabulary import Vocabulary
 
 KINDS = tokenizers.all_kinds()
 

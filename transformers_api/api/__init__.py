@@ -1,24 +1,25 @@
 """HTTP in, HTTP out: Flask and marshmallow. Never torch, never transformers.
 
-Start reading at ``openai.py``.
+Start reading at ``openai/views.py``; what all routes share is in ``http/``.
 """
 
 from __future__ import annotations
 
 from flask import Flask
 
-from transformers_api.api import access, docs, errors, hooks
-from transformers_api.api.chat_stream import blueprint as chat_stream
-from transformers_api.api.embeddings import blueprint as embeddings
-from transformers_api.api.health import blueprint as health
-from transformers_api.api.inspect import blueprint as inspect
-from transformers_api.api.models import blueprint as models
-from transformers_api.api.monitoring import blueprint as monitoring
-from transformers_api.api.native import blueprint as native
-from transformers_api.api.openai import blueprint as openai
-from transformers_api.api.services import EXTENSION, Services
-from transformers_api.api.strict_json import StrictJSONProvider
-from transformers_api.api.tokens import blueprint as tokens
+from transformers_api.api.http import auth, errors, middleware
+from transformers_api.api.http.services import EXTENSION, Services
+from transformers_api.api.http.strict_json import StrictJSONProvider
+from transformers_api.api.inspect.views import blueprint as inspect
+from transformers_api.api.openai.embeddings import blueprint as embeddings
+from transformers_api.api.openai.models import blueprint as models
+from transformers_api.api.openai.tokens import blueprint as tokens
+from transformers_api.api.openai.views import blueprint as openai
+from transformers_api.api.ops import docs
+from transformers_api.api.ops.health import blueprint as health
+from transformers_api.api.ops.monitoring import blueprint as monitoring
+from transformers_api.api.seeds.chat_stream import blueprint as chat_stream
+from transformers_api.api.seeds.generate import blueprint as native
 
 __all__ = ["Services", "register"]
 
@@ -28,8 +29,8 @@ def register(app: Flask, services: Services) -> None:
     app.extensions[EXTENSION] = services
     app.json = StrictJSONProvider(app)
     app.url_map.strict_slashes = False
-    hooks.install(app, services.settings)
-    access.install(app, services.settings)
+    middleware.install(app, services.settings)
+    auth.install(app, services.settings)
     errors.install(app)
     api = docs.install(app, needs_key=services.access.keys is not None)
     openai_routes = (openai, embeddings, models, tokens)

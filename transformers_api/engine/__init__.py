@@ -1,4 +1,5 @@
 """Token ids in, token ids out: torch and transformers. Never text, never HTTP.
 
-Start reading at ``batching.py``: ``BatchingEngine.step`` is the heart of the program.
+``base.py`` is the protocol that the rest of the program knows. Start reading at ``llm_engine.py``:
+``BatchingEngine.step`` is the heart of the program; ``loader.py`` makes an engine of a folder.
 """

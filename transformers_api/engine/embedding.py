@@ -28,11 +28,11 @@ from transformers_api.engine.base import (
     TokenStream,
 )
 from transformers_api.engine.loader import LoadOptions, context_window, pick_device
-from transformers_api.engine.memory import release_memory
-from transformers_api.engine.native.cores import usable_cores
-from transformers_api.engine.shapes import ShapesOnly
+from transformers_api.engine.platform.memory import release_memory
+from transformers_api.engine.platform.meta_shapes import ShapesOnly
 from transformers_api.engine.thread import EngineThread
 from transformers_api.errors import ApiError, ModelLoadFailed, ModelNotCapable, ModelUnloaded
+from transformers_api.kernels.cpu import usable_cores
 
 T = TypeVar("T")
 Mode = Literal["cls", "mean", "last"]

@@ -1,7 +1,4 @@
-"""A folder in the transformers format to a running engine. All of it runs on the engine thread.
-
-The only place, with ``convert.py``, that calls ``from_pretrained`` for a model.
-"""
+"""A folder in the transformers format to a running engine, on the engine thread."""
 
 from __future__ import annotations
 
@@ -18,36 +15,41 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils.logging import disable_progress_bar
 
-from transformers_api.engine.agreement import agrees
 from transformers_api.engine.base import EngineListener
-from transformers_api.engine.batching import BatchingEngine, EngineLimits
-from transformers_api.engine.graphs import GraphRunner, PaddedCache
 from transformers_api.engine.kv_cache import SlotCache
-from transformers_api.engine.lean import without_collection
-from transformers_api.engine.memory import available_bytes, release_memory, trim_memory
-from transformers_api.engine.model_runner import ModelRunner, Runner, SequentialRunner, innermost
-from transformers_api.engine.native.checked import checked_runner
-from transformers_api.engine.native.cores import usable_cores
-from transformers_api.engine.native.drawing import NativeRace
-from transformers_api.engine.native.library import Library
-from transformers_api.engine.native.plans import PlanFile
-from transformers_api.engine.native.provision import provision
-from transformers_api.engine.native.runner import NativeRunner
-from transformers_api.engine.native.sleeping import Sleeper, SleepingModels
-from transformers_api.engine.native.wiring import (
+from transformers_api.engine.llm_engine import BatchingEngine, EngineLimits
+from transformers_api.engine.native.convert_model import (
     SMALL_BYTES,
     NativeRefused,
     PlanOutdated,
     kind_of,
 )
-from transformers_api.engine.packed_linear import pack_linears
-from transformers_api.engine.prompt_scores import PromptScoringRunner
-from transformers_api.engine.sampler import Sampler, TokenSampler
-from transformers_api.engine.shapes import ShapesOnly
-from transformers_api.engine.sharing import SharingRunner
-from transformers_api.engine.suppressed_tokens import SuppressingRunner
+from transformers_api.engine.native.plan_cache import PlanFile
+from transformers_api.engine.native.runner import NativeRunner
+from transformers_api.engine.native.sampler import NativeRace
+from transformers_api.engine.native.standby import Sleeper, SleepingModels
+from transformers_api.engine.native.verified import checked_runner
+from transformers_api.engine.platform.lazy_torch import without_collection
+from transformers_api.engine.platform.memory import available_bytes, release_memory, trim_memory
+from transformers_api.engine.platform.meta_shapes import ShapesOnly
+from transformers_api.engine.runners.cuda_graphs import GraphRunner, PaddedCache
+from transformers_api.engine.runners.model_runner import (
+    ModelRunner,
+    Runner,
+    SequentialRunner,
+    innermost,
+)
+from transformers_api.engine.runners.packed_linear import pack_linears
+from transformers_api.engine.runners.prompt_logprobs import PromptScoringRunner
+from transformers_api.engine.runners.suppressed_tokens import SuppressingRunner
+from transformers_api.engine.runners.thread_sharing import SharingRunner
+from transformers_api.engine.runners.verify import agrees
+from transformers_api.engine.sampling.sampler import Sampler, TokenSampler
 from transformers_api.engine.thread import EngineThread
 from transformers_api.errors import ModelLoadFailed
+from transformers_api.kernels.abi import Library
+from transformers_api.kernels.cpu import usable_cores
+from transformers_api.kernels.provider import provision
 
 log = logging.getLogger(__name__)
 disable_progress_bar()  # type: ignore[no-untyped-call]  # a server's log is no terminal
@@ -80,11 +82,10 @@ class LoadOptions:
     native: Path | None = None  # where the compiled kernels are kept; None: without them
     plans: Path | None = None  # where is kept what a load found out; None: nowhere
     quantization: str = "none"  # or int8, int4: only with the kernels, else the load fails
-    # What a loaded model does not depend on:
-    listener: EngineListener | None = field(default=None, compare=False)  # hears of every step
-    # raises where bytes of weights do not fit
+    # What a loaded model does not depend on: who hears of every step, what raises where bytes of
+    # weights do not fit, where unloaded models go.
+    listener: EngineListener | None = field(default=None, compare=False)
     check_room: Callable[[int], None] | None = field(default=None, compare=False)
-    # where unloaded models go
     sleeping: SleepingModels = field(default_factory=SleepingModels, compare=False)
 
 

@@ -18,7 +18,7 @@ from transformers_api.engine.base import (
     TokenScore,
     TokenStream,
 )
-from transformers_api.engine.logits_processors import LogitsProcessor, processors_for
+from transformers_api.engine.sampling.logits_processors import LogitsProcessor, processors_for
 from transformers_api.errors import ApiError, SlowReader
 
 

@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from typing import Any, Protocol, TypeVar
 
 from transformers_api import logs
-from transformers_api.engine.lean import import_torch
+from transformers_api.engine.platform.lazy_torch import import_torch
 from transformers_api.errors import EngineDead
 
 T = TypeVar("T")

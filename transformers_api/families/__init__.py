@@ -1,4 +1,4 @@
-"""Architectures of our own, registered with transformers' Auto classes. Start: decoder.py.
+"""Architectures of our own, registered with transformers' Auto classes. Start: ``decoder.py``.
 
 TinyGPT (dense and mixture of experts), TinyGPT2, niels-gpt and GPT3-dev's banded second version
 are what ``decoder.py`` builds from the parts that their configurations choose. Importing this

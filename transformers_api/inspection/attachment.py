@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from transformers_api.engine.batching import BatchingEngine, EngineLimits
-from transformers_api.engine.model_runner import Runner
-from transformers_api.engine.native.cache import NativeCache
-from transformers_api.engine.sampler import TokenSampler
+from transformers_api.engine.llm_engine import BatchingEngine, EngineLimits
+from transformers_api.engine.native.kv_cache import NativeCache
+from transformers_api.engine.runners.model_runner import Runner
+from transformers_api.engine.sampling.sampler import TokenSampler
 from transformers_api.inspection.examination import Examined, examine
 from transformers_api.inspection.inspector import ModelInspector
 from transformers_api.inspection.trace import TracingRunner, TracingSampler

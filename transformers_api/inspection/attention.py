@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from transformers_api.engine.native.attention import CausalRows
-from transformers_api.engine.native.looking import shares
 from transformers_api.inspection.base import AttentionMode
+from transformers_api.kernels.modules.attention import CausalRows
+from transformers_api.kernels.stats import shares
 
 
 class Weights(Protocol):

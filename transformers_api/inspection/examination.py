@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from transformers_api.engine.base import SamplingParams, SequenceRequest, TokenStream
-from transformers_api.engine.model_runner import Runner
-from transformers_api.engine.native.wiring import native_kind
+from transformers_api.engine.native.convert_model import native_kind
+from transformers_api.engine.runners.model_runner import Runner
 from transformers_api.engine.scheduler import Batch
 from transformers_api.engine.sequence import Sequence
 from transformers_api.inspection.attention import Attended, AttentionSource, Weights, install_tap

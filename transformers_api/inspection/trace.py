@@ -17,12 +17,9 @@ import numpy
 import torch
 from torch import Tensor
 
-from transformers_api.engine.model_runner import Runner
-from transformers_api.engine.native.library import Library
-from transformers_api.engine.native.looking import Figures
-from transformers_api.engine.native.looking import figures as native_figures
-from transformers_api.engine.race import largest
-from transformers_api.engine.sampler import TokenSampler, distribution
+from transformers_api.engine.runners.model_runner import Runner
+from transformers_api.engine.sampling.fast_sampler import largest
+from transformers_api.engine.sampling.sampler import TokenSampler, distribution
 from transformers_api.engine.scheduler import Batch, SlotStore
 from transformers_api.engine.sequence import SampledToken, Sequence
 from transformers_api.inspection.attention import Weights
@@ -36,6 +33,9 @@ from transformers_api.inspection.base import (
 )
 from transformers_api.inspection.examination import Examined
 from transformers_api.inspection.parts import lens_logits, residuals_of, routers_of
+from transformers_api.kernels.abi import Library
+from transformers_api.kernels.stats import Figures
+from transformers_api.kernels.stats import figures as native_figures
 
 NAME = "trace"  # in ``observe`` and ``extras``
 LOWEST = -1e4  # a logit; times a probability of 0 it is 0, which -inf is not

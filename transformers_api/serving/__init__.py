@@ -1,4 +1,5 @@
 """Use cases: text and models. Never Flask, never torch.
 
-Start reading at ``generation.py``, then ``swapper.py``.
+Start reading at ``generation.py``, the one way text is generated; then ``swap/`` (one resident
+model), ``text/``, ``models/``, ``limits/`` and ``inspect/``.
 """

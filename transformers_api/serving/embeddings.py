@@ -17,11 +17,11 @@ from transformers_api.errors import (
     ModelNotCapable,
     Overloaded,
 )
-from transformers_api.serving import chat
-from transformers_api.serving.cancellation import Cancellation
-from transformers_api.serving.models import LoadedModel, ModelSpec, Pooling
-from transformers_api.serving.residency import ModelResolver
-from transformers_api.serving.swapper import Swapper
+from transformers_api.serving.limits.cancellation import Cancellation
+from transformers_api.serving.models.spec import LoadedModel, ModelSpec, Pooling
+from transformers_api.serving.swap.residency import ModelResolver
+from transformers_api.serving.swap.swapper import Swapper
+from transformers_api.serving.text import chat_template
 
 MAX_TOKENS = 300_000  # of all texts of a request, as OpenAI's
 
@@ -84,7 +84,11 @@ def encode(model: LoadedModel, inputs: Sequence[str | list[int]]) -> list[list[i
     rows = []
     for index, given in enumerate(inputs):
         param = f"input[{index}]" if len(inputs) > 1 else "input"
-        row = chat.encode_text(model, given, True, param) if isinstance(given, str) else given
+        row = (
+            chat_template.encode_text(model, given, True, param)
+            if isinstance(given, str)
+            else given
+        )
         _check(model, row, param)
         rows.append(row)
     if (total := sum(map(len, rows))) > MAX_TOKENS:

@@ -24,10 +24,10 @@ from transformers_api.errors import (
     SlowReader,
 )
 from transformers_api.inspection.base import StepTrace, TracePlan
-from transformers_api.serving.cancellation import Cancellation
-from transformers_api.serving.choice_text import ChoiceText, TextDelta, TokenDetail
-from transformers_api.serving.models import LoadedModel
-from transformers_api.serving.token_counts import CountedTexts
+from transformers_api.serving.limits.cancellation import Cancellation
+from transformers_api.serving.models.spec import LoadedModel
+from transformers_api.serving.text.choice_text import ChoiceText, TextDelta, TokenDetail
+from transformers_api.serving.text.token_counts import CountedTexts
 
 _SEEDS = 2**63
 

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from transformers_api.engine.kv_cache import MIN_LENGTH
-from transformers_api.engine.model_runner import MaskBuilder, ModelRunner
-from transformers_api.engine.native.attention import CausalRows, describe_mask
-from transformers_api.engine.native.cache import NativeCache
-from transformers_api.engine.native.library import Library
-from transformers_api.engine.native.program import RecordedPass
-from transformers_api.engine.native.recorder import Recorder, current
-from transformers_api.engine.native.showing import Showing, returning
+from transformers_api.engine.native.kv_cache import NativeCache
+from transformers_api.engine.runners.model_runner import MaskBuilder, ModelRunner
 from transformers_api.engine.scheduler import Batch
+from transformers_api.kernels.abi import Library
+from transformers_api.kernels.capture import Recorder, current
+from transformers_api.kernels.graph.executor import RecordedPass
+from transformers_api.kernels.graph.hooks import Showing, returning
+from transformers_api.kernels.modules.attention import CausalRows, describe_mask
 
 DECODE_ROWS = (2, 3)  # sizes that are recorded; see layout.py
 PROMPT_TOKENS = (5, 7)

@@ -1,0 +1,128 @@
+"""Steps that are captured once and repeated, with something on the CPU in the place of CUDA graphs.
+
+It holds a step to what a graph holds it to: the addresses it was captured with, one result that
+the next step overwrites. What only a GPU can show is at the end.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from tests.engine.models import BATCHED, generate, prompts_of, tiny_model
+from tests.engine.reading import GREEDY, ask, complete
+from transformers_api.engine.llm_engine import BatchingEngine, EngineLimits
+from transformers_api.engine.loader import differentiable
+from transformers_api.engine.runners.cuda_graphs import GraphRunner, PaddedCache
+from transformers_api.engine.runners.verify import agrees
+
+LENGTHS = [9, 3, 14, 5, 7, 2, 11]
+SLOTS = 4
+
+
+class Graphs:
+    """Captures; counts captures and repetitions."""
+
+    def __init__(self) -> None:
+        self.runner: GraphRunner | None = None
+        self.captured = self.repeated = 0
+
+    def __call__(self, step):
+        result = step().clone()
+        self.captured += 1
+        addresses = self.runner.cache.addresses
+
+        def repeat():
+            assert self.runner.cache.addresses == addresses, "the graph writes to freed memory"
+            self.repeated += 1
+            return result.copy_(step())
+
+        return repeat
+
+
+@pytest.fixture
+def graph_engine(engine_thread):
+    """graph_engine(name, **limits): (an engine that repeats captured steps, its Graphs)."""
+    engines = []
+
+    def make(model="llama", **limits):
+        def build():
+            with differentiable():
+                own = copy.deepcopy(tiny_model(model))
+            graphs = Graphs()
+            layers = own.config.get_text_config(decoder=True).num_hidden_layers
+            graphs.runner = GraphRunner(own, PaddedCache(layers, SLOTS, 1024), 97, graphs)
+            sizes = {"max_model_len": 1024, "vocab_size": 97, "num_slots": SLOTS} | limits
+            engine = BatchingEngine(
+                own, graphs.runner, EngineLimits(**sizes), engine_thread, "batching"
+            )
+            engine_thread.engines.append(engine)
+            return engine, graphs
+
+        engine, graphs = engine_thread.call(build).result()
+        engines.append(engine)
+        return engine, graphs
+
+    yield make
+    for engine in engines:
+        engine.close()
+
+
+@pytest.mark.parametrize("name", [name for name in BATCHED if name != "gpt-oss-sinks"])
+def test_padded_steps_give_what_generate_gives_for_each(graph_engine, name):
+    engine, graphs = graph_engine(name)
+    prompts = prompts_of(len(LENGTHS))
+    requests = [ask(p, max_tokens=n, **GREEDY) for p, n in zip(prompts, LENGTHS, strict=True)]
+    expected = [generate(tiny_model(name), p, n) for p, n in zip(prompts, LENGTHS, strict=True)]
+    assert complete(engine, *requests) == expected
+    assert graphs.repeated > 10
+
+
+def test_rows_that_pad_leave_prompts_and_finished_rows_alone(graph_engine):
+    engine, _ = graph_engine(prefill_chunk=2)
+    prompts = prompts_of(3)
+    prompts[2] = prompts[2] * 4  # it is still being read, in the row after those that decode
+    requests = [ask(p, max_tokens=12, **GREEDY) for p in prompts]
+    expected = [generate(tiny_model("llama"), p, 12) for p in prompts]
+    assert complete(engine, *requests) == expected
+    again = engine.stats().cached_tokens
+    assert complete(engine, *requests[::-1]) == expected[::-1]  # from rows that were kept
+    assert engine.stats().cached_tokens > again
+
+
+def test_a_size_is_captured_once_and_again_only_when_the_cache_has_moved(graph_engine):
+    engine, graphs = graph_engine()
+    short, long = prompts_of(2)[0], prompts_of(2)[1] * 60
+    for _ in range(3):
+        complete(engine, ask(short, max_tokens=20, **GREEDY))
+    assert graphs.captured == 1
+    tokens = complete(engine, ask(long[:300], max_tokens=5, **GREEDY))  # longer rows are needed
+    assert graphs.captured == 2
+    complete(engine, ask(short, max_tokens=20, **GREEDY))
+    assert graphs.captured == 3  # the same size, at another place
+    assert tokens == [generate(tiny_model("llama"), long[:300], 5)]
+
+
+def test_a_watched_step_runs_uncaptured_and_gives_the_same_bits(graph_engine):
+    engine, graphs = graph_engine()
+    prompts = prompts_of(3)
+    requests = [ask(p, max_tokens=12, logprobs=1, temperature=1.0, seed=5) for p in prompts]
+
+    def scores(**options):
+        stream = engine.submit(requests, **options)
+        return [(o.index, o.token_id, o.score) for o in stream.read(quiet_s=30) if o.score]
+
+    plain, repeated = sorted(scores(), key=str), graphs.repeated
+    assert sorted(scores(observe={"trace": None}), key=str) == plain
+    assert graphs.repeated == repeated
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_repeats_its_steps_as_graphs():
+    model = copy.deepcopy(tiny_model("llama")).to("cuda")
+    runner = GraphRunner(model, PaddedCache(3, SLOTS, 128), 97)
+    with torch.inference_mode():
+        assert agrees(runner, model, 97, 128)
+    assert runner.num_captured == 1

@@ -1,0 +1,124 @@
+"""transformers without torch's compiler, which is there as soon as somebody wants it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import import_utils
+
+import transformers_api
+from transformers_api.engine.platform.lazy_torch import scanning_once
+from transformers_api.engine.platform.meta_shapes import ShapesOnly
+
+PROGRAM = """
+import collections
+import sys
+
+from transformers_api.engine.platform.lazy_torch import import_lean
+
+opened = collections.Counter()
+sys.addaudithook(lambda event, given: opened.update([given[0]]) if event == "open" else None)
+import_lean()
+import torch
+import transformers_api.engine.loader
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers_api.engine.platform.lazy_torch import scanning_once
+from transformers_api.engine.platform.meta_shapes import ShapesOnly
+from transformers_api.kernels.capture import record
+
+sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)
+config = LlamaConfig(intermediate_size=16, num_key_value_heads=1, **sizes)
+with ShapesOnly(), torch.device("meta"):
+    LlamaForCausalLM(config)
+model = LlamaForCausalLM(config)
+ids = torch.tensor([[1, 2]])
+with torch.no_grad(), record([ids]):
+    model(ids, use_cache=False)
+heavy = {"sympy", "torch._dynamo.convert_frame", "torch.distributed.tensor", "torch._decomp"}
+assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
+sources = [name for name in opened if str(name).endswith("modeling_zoedepth.py")]
+assert [opened[name] for name in sources] == [1], "read more than once, or looked for elsewhere"
+assert torch.Generator().manual_seed(1).initial_seed() == 1
+with ShapesOnly(), torch.device("meta"):  # which no kernel of torch's says without
+    assert torch.nn.Conv2d(3, 4, 3)(torch.empty(1, 3, 8, 8)).shape == (1, 4, 6, 6)
+assert "torch._decomp" in sys.modules
+assert torch.broadcast_shapes((2, 1), (3,)) == (2, 3)
+
+known = torch.compiler.allow_in_graph(lambda x: x + 1)
+kept = torch.compiler.disable(lambda x: x + torch.ones(len(x.tolist())))
+assert kept(torch.ones(2)).tolist() == [2, 2]
+import torch._dynamo.utils
+from torch._dynamo.trace_rules import is_callable_allowed
+
+assert is_callable_allowed(known)
+compiled = torch.compile(lambda x: kept(x * 2) + 1, backend="eager")
+assert compiled(torch.ones(2)).tolist() == [4, 4]
+assert torch._dynamo.utils.counters["graph_break"]
+assert torch.distributed.is_available() == hasattr(torch._C, "_c10d_init")
+"""
+
+
+def test_a_model_is_made_without_the_compiler_and_the_compiler_works_afterwards(
+    tmp_path: Path,
+) -> None:
+    program = tmp_path / "program.py"  # torch compiles nothing that stands in no file
+    program.write_text(PROGRAM)
+    environment = os.environ | {"PYTHONPATH": str(Path(transformers_api.__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, str(program)], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def angles(size: int) -> Tensor:
+    return 1.0 / (100.0 ** (torch.arange(0, size, 2, dtype=torch.float) / size))
+
+
+def test_shapes_on_meta_are_what_they_would_be() -> None:
+    def made() -> list[Tensor]:
+        layers = [nn.Linear(3, 4), nn.Embedding(5, 6), nn.LayerNorm(7), nn.Conv1d(1, 2, 3)]
+        return [angles(8), torch.arange(3), *(p for layer in layers for p in layer.parameters())]
+
+    with torch.device("meta"):
+        plain = made()
+        with ShapesOnly():
+            quick = made()
+    assert [(t.shape, t.dtype, t.device) for t in quick] == [
+        (t.shape, t.dtype, t.device) for t in plain
+    ]
+
+
+def test_tensors_with_numbers_get_them() -> None:
+    torch.manual_seed(0)
+    plain = nn.Linear(3, 4).weight, angles(8)
+    torch.manual_seed(0)
+    with ShapesOnly():
+        same = nn.Linear(3, 4).weight, angles(8)
+    assert all(torch.equal(a, b) for a, b in zip(plain, same, strict=True))
+
+
+def test_a_folder_that_is_scanned_once_exports_what_it_does(tmp_path: Path) -> None:
+    files = {
+        "modeling_a.py": 'class A: ...\n\n\n__all__ = ["A", "B"]\n',
+        "b/tokenization_b.py": '__all__ = [\n    "C",\n]\n# __all__ is above\n',
+        "b/c/processing_c.py": '@requires(backends=("vision",))\nclass D: ...\n__all__ = ["D"]\n',
+        "b/__init__.py": "",
+        "none.py": "__all = 1\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+
+    def found() -> list[object]:
+        import_utils.define_import_structure.cache_clear()
+        ways = tmp_path, str(tmp_path / "modeling_a.py"), str(tmp_path / "b" / "__init__.py")
+        return [import_utils.define_import_structure(way) for way in ways]
+
+    plain = found()
+    with scanning_once(import_utils):
+        assert found() == plain

@@ -1,0 +1,233 @@
+"""The compiler: used once, not needed, never in the way."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from tests.servers import ROOT
+from transformers_api.kernels import build as building
+from transformers_api.kernels.abi import load_library
+from transformers_api.kernels.build import NativeUnavailable, build, find
+from transformers_api.kernels.cpu import usable_cores
+from transformers_api.kernels.provider import Provision
+
+
+def script(path: Path, text: str) -> str:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def compiler(path: Path, *, fails: bool = False) -> str:
+    """One that is quick: what it makes is the file ``made`` beside it, or an error."""
+    called = f"echo called >>{path.parent}/calls"
+    copy = f'for to; do :; done; cp {path.parent}/made "$to"'
+    return script(path, f"{called}; " + ("echo 'error: no' >&2; exit 1" if fails else copy))
+
+
+@pytest.fixture
+def quick(tmp_path, library_file, monkeypatch):
+    """A compiler on the path, whose calls are lines of the file ``calls``."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    shutil.copy(library_file, folder / "made")
+    compiler(folder / "g++")
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return folder
+
+
+def test_an_earlier_result_is_used_again_also_without_a_compiler(tmp_path, quick, monkeypatch):
+    made = build(tmp_path / "cache")
+    monkeypatch.setenv("PATH", "")
+    assert build(tmp_path / "cache") == made == find(tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == [made]
+    assert (quick / "calls").read_text() == "called\n"
+
+
+def test_the_result_is_for_every_user_whatever_the_umask(tmp_path, quick):
+    before = os.umask(0o077)
+    try:
+        made = build(tmp_path / "cache")
+    finally:
+        os.umask(before)
+    assert made.stat().st_mode & 0o777 == 0o755
+
+
+def test_another_source_or_another_libc_is_another_library(tmp_path, quick, monkeypatch):
+    build(tmp_path / "cache")
+    monkeypatch.setattr(building.platform, "libc_ver", lambda: ("glibc", "2.0"))
+    assert find(tmp_path / "cache") is None
+
+
+def test_a_compiler_that_fails_is_named_and_leaves_nothing_behind(tmp_path, library_file):
+    bad = compiler(tmp_path / "bad", fails=True)
+    with pytest.raises(NativeUnavailable, match="bad failed: error: no"):
+        build(tmp_path / "cache", compiler=bad)
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_what_an_interrupted_compiler_left_is_cleared_away(tmp_path, quick):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "kernels-0123.part").touch()
+    made = build(tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == [made]
+
+
+def test_without_a_compiler_there_is_a_line_in_the_log_and_no_library(
+    tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(building.shutil, "which", lambda name: None)
+    monkeypatch.setattr(building, "check_processor", lambda: None)
+    assert load_library(tmp_path, 2) is None
+    assert "there is no compiler (g++, clang++)" in caplog.text
+
+
+def test_without_the_instructions_nothing_is_compiled(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(building, "_cpu_flags", lambda: {"avx512f"})
+    monkeypatch.setattr(building.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(building.platform, "machine", lambda: "x86_64")
+    assert load_library(tmp_path / "cache", 2) is None
+    assert "the processor has no avx512bw" in caplog.text
+    assert not (tmp_path / "cache").exists()
+
+
+def test_another_machine_is_named(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(building.platform, "machine", lambda: "aarch64")
+    assert load_library(tmp_path, 2) is None
+    assert "Linux on x86-64" in caplog.text
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, library_file, caplog):
+    (tmp_path / "file").write_text("")
+    assert load_library(tmp_path / "file" / "cache", 2) is None
+    assert "cannot write to" in caplog.text
+
+
+def test_a_damaged_library_is_no_reason_to_fail(tmp_path, library_file, caplog):
+    (tmp_path / library_file.name).write_bytes(b"not a library")
+    assert load_library(tmp_path, 2) is None
+    assert "No native kernels" in caplog.text
+
+
+ASK = """
+import sys
+from pathlib import Path
+from transformers_api.kernels.build import build
+print("asking", flush=True)
+print(build(Path(sys.argv[1])), flush=True)
+"""
+
+
+def asking(cache: Path) -> subprocess.Popen[str]:
+    """Another process that wants the library."""
+    return subprocess.Popen(
+        [sys.executable, "-c", ASK, str(cache)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+
+
+def test_of_two_processes_at_once_one_compiles(tmp_path, quick):
+    go, cache = tmp_path / "go", tmp_path / "cache"
+    os.mkfifo(go)
+    script(
+        quick / "g++",
+        f"echo called >>{quick}/calls; read -r line <{go}; for to; do :; done; "
+        f'cp {quick}/made "$to"',
+    )
+    with asking(cache) as first, go.open("w") as compiler_waits, asking(cache) as second:
+        for process in (first, second):
+            assert process.stdout.readline() == "asking\n"
+        compiler_waits.write("on\n")
+        compiler_waits.close()
+        found = [process.stdout.read().strip() for process in (first, second)]
+    assert found == [str(path) for path in cache.iterdir()] * 2
+    assert (quick / "calls").read_text() == "called\n"
+
+
+def test_nobody_waits_for_the_compiler_and_who_asked_is_told(tmp_path, quick):
+    go = tmp_path / "go"
+    os.mkfifo(go)
+    script(quick / "g++", f'read -r line <{go}; for to; do :; done; cp {quick}/made "$to"')
+    compiled = threading.Event()
+    provision = Provision(tmp_path / "cache", 2)
+    assert provision.library() is None
+    assert provision.library() is None
+    assert provision.when_compiled(compiled.set)
+    assert not compiled.is_set()
+    go.write_text("on\n")
+    assert compiled.wait(20)
+    assert provision.library() is not None
+    later = threading.Event()
+    assert provision.when_compiled(later.set)
+    assert later.is_set()
+
+
+def test_a_compiler_that_fails_in_the_background_is_told_once_and_not_tried_again(
+    tmp_path, quick, caplog
+):
+    compiler(quick / "g++", fails=True)
+    provision = Provision(tmp_path / "cache", 2)
+    assert provision.library() is None
+    for thread in threading.enumerate():
+        if thread.name == "compiler":
+            thread.join()
+    assert provision.library() is None
+    assert not provision.when_compiled(pytest.fail)
+    assert caplog.text.count("No native kernels, so inference is slower") == 1
+    assert (quick / "calls").read_text() == "called\n"
+
+
+def test_where_the_kernels_are_nothing_is_compiled(library_file, quick):
+    provision = Provision(library_file.parent, 2)
+    assert provision.library() is not None
+    assert not provision.when_compiled(pytest.fail)
+    assert not (quick / "calls").exists()
+
+
+def tree(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        pytest.param({}, 4, id="no limit known"),
+        pytest.param({"sys/fs/cgroup/cpu.max": "max 100000"}, 4, id="no quota"),
+        pytest.param({"sys/fs/cgroup/cpu.max": "250000 100000"}, 2, id="a quota of 2.5"),
+        pytest.param({"sys/fs/cgroup/cpu.max": "50000 100000"}, 1, id="less than one"),
+        pytest.param(
+            {"proc/self/cgroup": "0::/a/b", "sys/fs/cgroup/a/b/cpu.max": "300000 100000"},
+            3,
+            id="a quota of its own group",
+        ),
+        pytest.param(
+            {
+                "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "200000",
+                "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000",
+            },
+            2,
+            id="version 1",
+        ),
+        pytest.param({"sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1"}, 4, id="version 1, no quota"),
+        pytest.param(
+            {
+                f"sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list": f"{n % 2},{n % 2 + 2}"
+                for n in range(4)
+            },
+            2,
+            id="two threads per core",
+        ),
+    ],
+)
+def test_threads_are_as_many_as_can_really_run(tmp_path, monkeypatch, files, cores):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2, 3})
+    assert usable_cores(tree(tmp_path, files)) == cores

@@ -1,0 +1,181 @@
+"""Models that are unloaded and come back: with the same bits, or they are loaded anew."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import weakref
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.engine.models import prompts_of, tiny_model
+from tests.engine.reading import GREEDY, ask, read
+from transformers_api.engine import loader
+from transformers_api.engine.loader import LoadOptions, load_engine
+from transformers_api.engine.native.convert_model import packed_bytes
+from transformers_api.engine.native.standby import SleepingModels
+from transformers_api.engine.runners.model_runner import innermost
+
+ASKED = [ask(prompt, max_tokens=8, **GREEDY, logprobs=0) for prompt in prompts_of(3)]
+
+
+@pytest.fixture
+def load(engine_thread, native_cache, monkeypatch):
+    """load(folder, **options): a running engine; ``load.anew`` says how many were not woken up."""
+    sleeping, honest = SleepingModels(2), loader.load_model
+
+    def load_model(*args):
+        load.anew += 1
+        return honest(*args)
+
+    def load(folder, **options):
+        options = {"num_slots": 2, "native": native_cache, "sleeping": sleeping} | options
+        return engine_thread.call(
+            lambda: load_engine(folder, LoadOptions(**options), engine_thread)
+        ).result()
+
+    load.anew = 0
+    monkeypatch.setattr(loader, "load_model", load_model)
+    return load
+
+
+def saved(name, folder):
+    tiny_model(name).save_pretrained(folder)
+    return folder
+
+
+def bits(engine):
+    """What it says, to the bit; it is closed then."""
+    streams = [engine.submit([asked]) for asked in ASKED]
+    said = [[(o.token_id, o.score) for o in read(stream)[0]] for stream in streams]
+    engine.close()
+    return said
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llama", {}),
+        ("gpt2", {}),
+        ("gpt2", {"dtype": "bfloat16"}),
+        ("gemma3", {}),
+        ("qwen3", {"quantization": "int8"}),
+        ("opt", {}),
+    ],
+)
+def test_a_model_that_slept_says_the_same_bits_and_is_not_loaded_anew(
+    load, tmp_path, name, options
+):
+    folder = saved(name, tmp_path)
+    wanted = bits(load(folder, **options))
+    assert bits(load(folder, **options)) == wanted
+    assert bits(load(folder, **options)) == wanted
+    assert load.anew == 1
+
+
+def test_a_model_of_several_files_wakes_up(load, tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert bits(load(tmp_path)) == bits(load(tmp_path))
+    assert load.anew == 1
+
+
+def test_a_model_that_sleeps_has_no_weights_and_no_cache(load, tmp_path):
+    engine = load(saved("llama", tmp_path))
+    model, cache = engine.model, innermost(engine.runner).cache
+    bits(engine)
+    assert packed_bytes(model) == cache.bytes == 0
+    engine = load(tmp_path)
+    assert engine.model is model
+    assert packed_bytes(model) > 0
+    engine.close()
+
+
+def test_a_cache_budget_of_one_residence_does_not_bind_the_next(load, tmp_path):
+    folder = saved("llama", tmp_path)
+    wide = load(folder)
+    window = wide.max_model_len
+    wide.close()
+    narrow = load(folder)
+    innermost(narrow.runner).cache.set_budget(1)  # as where little memory was free
+    narrow.close()
+    again = load(folder)
+    assert again.max_model_len == innermost(again.runner).cache.max_length == window
+    again.close()
+
+
+@pytest.mark.parametrize("other", [{"stamp": 2}, {"quantization": "int8"}, {"num_slots": 3}])
+def test_other_files_or_options_are_loaded_anew(load, tmp_path, other):
+    folder = saved("llama", tmp_path)
+    bits(load(folder, stamp=1))
+    bits(load(folder, **{"stamp": 1} | other))
+    assert load.anew == 2
+
+
+def change(folder, what):
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    save_file(what(weights), path, metadata={"format": "pt"})
+
+
+def test_weights_that_changed_under_the_same_stamp_are_noticed(load, tmp_path, caplog):
+    folder = saved("llama", tmp_path)
+    before = bits(load(folder))
+    change(folder, lambda weights: {name: weight * 1.5 for name, weight in weights.items()})
+    with caplog.at_level(logging.WARNING):
+        after = bits(load(folder))
+    assert after != before
+    assert load.anew == 2
+    assert "loaded anew" in caplog.text
+    assert bits(load(folder)) == after
+    assert load.anew == 2
+
+
+def test_a_file_whose_weights_have_another_size_is_noticed(load, tmp_path):
+    folder = saved("llama", tmp_path)
+    bits(load(folder))
+    change(folder, lambda w: w | {"model.layers.1.mlp.down_proj.weight": torch.zeros(32, 63)})
+    with pytest.raises(loader.ModelLoadFailed):
+        load(folder)
+    assert load.anew == 2
+
+
+def test_only_the_models_that_were_used_last_sleep(load, tmp_path):
+    models = []
+    for name in ("llama", "gpt2", "opt"):
+        engine = load(saved(name, tmp_path / name))
+        models.append(weakref.ref(engine.model))
+        engine.close()
+        del engine
+    gc.collect()
+    assert [model() is not None for model in models] == [False, True, True]
+
+
+def test_a_model_whose_larger_part_is_not_packed_does_not_sleep(load, tmp_path, monkeypatch):
+    from transformers_api.engine.native import standby
+
+    monkeypatch.setattr(standby, "LARGEST_REST", 100)
+    folder = saved("llama", tmp_path)
+    assert bits(load(folder)) == bits(load(folder))
+    assert load.anew == 2
+
+
+def test_a_model_beside_a_file_that_is_none_is_served_and_does_not_sleep(load, tmp_path):
+    folder = saved("llama", tmp_path)
+    (folder / "adapter.safetensors").write_bytes(b"unfinished")
+    assert bits(load(folder)) == bits(load(folder))
+    assert load.anew == 2
+
+
+def test_a_model_whose_files_have_other_names_does_not_sleep(load, tmp_path):
+    folder = saved("gpt-neox", tmp_path)  # embed_out is lm_head since
+    assert bits(load(folder)) == bits(load(folder))
+    assert load.anew == 2
+
+
+def test_a_model_without_kernels_does_not_sleep(load, tmp_path):
+    folder = saved("mixtral", tmp_path)
+    assert bits(load(folder)) == bits(load(folder))
+    assert load.anew == 4  # each once more without the kernels, which refused it

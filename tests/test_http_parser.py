@@ -1,0 +1,163 @@
+"""Where a request ends: found in the bytes as they come, as gunicorn's own parser would find it."""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Any
+
+import pytest
+from gunicorn.config import Config
+from gunicorn.http.parser import RequestParser
+
+from transformers_api.errors import HeadersTooLarge, InvalidRequest, UriTooLong
+from transformers_api.server.http_parser import MAX_HEAD_BYTES, MAX_LINE, Incoming
+
+BODY = b'{"prompt": "\r\n\r\n0\r\n\r\n"}'
+POST = b"POST /v1/completions HTTP/1.1\r\nHost: h\r\n"
+CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
+WHOLE = {
+    "without a body": b"GET /health HTTP/1.1\r\nHost: h\r\n\r\n",
+    "with a length": POST + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY,
+    "with odd spelling": POST + b"cOnTeNt-LeNgTh:%d  \r\n\r\n" % len(BODY) + BODY,
+    "with an empty body": POST + b"Content-Length: 0\r\n\r\n",
+    "in chunks": CHUNKED + b"5\r\n0\r\n\r\n\r\nA;name=v\r\n0123456789\r\n0\r\n\r\n",
+    "in chunks, with a trailer": CHUNKED + b"1\r\nx\r\n000\r\nChecked: yes\r\n\r\n",
+}
+
+
+def incoming(max_body: int = 1 << 20) -> Incoming:
+    return Incoming(max_body)
+
+
+@pytest.mark.parametrize("request_", WHOLE.values(), ids=WHOLE)
+def test_a_request_is_complete_with_its_last_byte_and_not_before(request_: bytes) -> None:
+    for size in (1, 7):
+        found = incoming()
+        for at in range(0, len(request_) - 1, size):
+            found.feed(request_[at : min(at + size, len(request_) - 1)])
+            assert not found.is_complete
+        found.feed(request_[-1:])
+        assert found.is_complete
+        assert found.whole == (request_ if b"chunked" not in request_ else whole(request_))
+
+
+def whole(request_: bytes) -> bytes:
+    found = incoming()
+    found.feed(request_)
+    assert found.is_complete
+    return found.whole
+
+
+def parsed(request_: bytes) -> Any:
+    """What gunicorn makes of it."""
+    return next(RequestParser(Config(), iter([request_]), ("127.0.0.1", 1)))
+
+
+@pytest.mark.parametrize("request_", WHOLE.values(), ids=WHOLE)
+def test_gunicorn_reads_the_same_request_and_leaves_the_next(request_: bytes) -> None:
+    ours = parsed(whole(request_ + b"GET /next"))
+    assert ours.body.read() == parsed(request_).body.read()
+    assert ours.unreader.buf.getvalue() == b"GET /next"
+
+
+def test_a_body_in_chunks_gets_a_length() -> None:
+    for end in (b"0\r\n\r\n", b"000;x\r\nChecked: yes\r\n\r\n"):
+        request_ = CHUNKED + b"5\r\n0\r\n\r\n\r\nA;name=v\r\n0123456789\r\n" + end
+        assert whole(request_) == POST + b"Content-Length: 15\r\n\r\n0\r\n\r\n0123456789"
+
+
+def test_random_chunks_are_put_together_wherever_they_are_cut() -> None:
+    chance = random.Random(7)
+    for _ in range(300):
+        chunks = [chance.randbytes(chance.randint(1, 40)) for _ in range(chance.randint(0, 5))]
+        text = b"".join(b"%x\r\n%b\r\n" % (len(c), c) for c in chunks) + b"0\r\n\r\n"
+        found = incoming()
+        found.feed(CHUNKED)
+        cuts = sorted(chance.randint(0, len(text) - 1) for _ in range(3))
+        for start, end in zip([0, *cuts], [*cuts, len(text) - 1], strict=True):
+            found.feed(text[start:end])
+            assert not found.is_complete
+        found.feed(text[-1:])
+        assert found.is_complete
+        assert found.whole.endswith(b"\r\n\r\n" + b"".join(chunks))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param(b"five\r\n", id="a size that is no number"),
+        pytest.param(b"+5\r\n", id="a sign"),
+        pytest.param(b"0x5\r\n", id="a prefix"),
+        pytest.param(b"1_0\r\n", id="an underscore"),
+        pytest.param(b"\r\n", id="no size"),
+        pytest.param(b"1;" + b"x" * 300, id="an endless line"),
+        pytest.param(b"1\r\nxx\r\n", id="more than the size"),
+    ],
+)
+def test_chunks_that_are_none_are_refused(text: bytes) -> None:
+    found = incoming()
+    found.feed(CHUNKED)
+    with pytest.raises(InvalidRequest, match="not in chunks"):
+        found.feed(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param(POST + b"Content-Length: -1\r\n\r\n", id="a negative length"),
+        pytest.param(POST + b"Content-Length: 9e9\r\n\r\n", id="a length that is no number"),
+        pytest.param(POST + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n", id="two lengths"),
+        pytest.param(POST + b"Transfer-Encoding: gzip\r\n\r\n", id="another coding"),
+        pytest.param(CHUNKED.replace(b"1.1", b"1.0"), id="chunks in HTTP/1.0"),
+        pytest.param(CHUNKED[:-2] + b"Content-Length: 5\r\n\r\n", id="a length and chunks"),
+        pytest.param(POST + b"Content-Length: 99999999\r\n\r\n", id="a body that is too long"),
+    ],
+)
+def test_what_gunicorn_or_the_application_refuses_is_not_waited_for(text: bytes) -> None:
+    assert whole(text) == text
+
+
+@pytest.mark.parametrize("chunk", [b"fffffff\r\n", b"1\r\nx\r\n" * 1001, b"3e9\r\n"])
+def test_chunks_beyond_the_limit_become_a_length_beyond_the_limit(chunk: bytes) -> None:
+    found = incoming(max_body=1000)
+    found.feed(CHUNKED + chunk)
+    assert found.is_complete
+    assert b"\r\nContent-Length: 1001\r\n" in found.whole
+
+
+def test_an_endless_trailer_is_refused() -> None:
+    found = incoming()
+    with pytest.raises(HeadersTooLarge):
+        found.feed(CHUNKED + b"0\r\n" + b"a: b\r\n" * 2000)
+
+
+def test_small_chunks_cost_little() -> None:
+    found = incoming(max_body=1 << 20)
+    found.feed(CHUNKED)
+    began = time.process_time()
+    for _ in range(100):
+        found.feed(b"1\r\nx\r\n" * 1000)
+    assert time.process_time() - began < 2  # 0.1 s; with the square of their number, minutes
+
+
+def test_a_long_request_line_is_refused() -> None:
+    found = incoming()
+    with pytest.raises(UriTooLong):
+        found.feed(b"GET /" + b"a" * (MAX_LINE + 10))
+
+
+def test_long_headers_are_refused() -> None:
+    found = incoming()
+    found.feed(POST)
+    found.feed(b"X: %b\r\n" % (b"a" * (MAX_HEAD_BYTES - 100)))
+    with pytest.raises(HeadersTooLarge):
+        found.feed(b"X: %b\r\n" % (b"a" * 100))
+    assert found.path == "/v1/completions"
+
+
+def test_a_client_that_waits_for_a_word_before_the_body_is_known() -> None:
+    found = incoming()
+    found.feed(POST + b"Expect: 100-continue\r\nContent-Length: 5\r\n\r\n")
+    assert found.expects_continue
+    assert not found.is_complete

@@ -1,0 +1,255 @@
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.engine.models import tiny_model
+from tests.tokenizers import byte_level
+from transformers_api.config.settings import GIB, Settings
+from transformers_api.engine.platform import memory
+from transformers_api.engine.thread import EngineThread
+from transformers_api.errors import InsufficientMemory, ModelLoadFailed
+from transformers_api.kernels.build import find
+from transformers_api.kernels.modules.linear import NativeLinear
+from transformers_api.model_loader import ModelLoader
+from transformers_api.serving.models.spec import ModelFiles, ModelSpec, PathSource
+from transformers_api.serving.models.store import ModelStore
+
+
+@pytest.fixture
+def loader(tmp_path):
+    thread = EngineThread(1)
+    yield loader_for(thread, tmp_path, native_kernels=False)
+    thread.stop()
+
+
+@pytest.fixture
+def native_loader(tmp_path, native_cache):
+    thread = EngineThread(1)
+    yield loader_for(thread, tmp_path, native_kernels=True, native_cache=native_cache)
+    thread.stop()
+
+
+def loader_for(thread, tmp_path, **native):
+    settings = Settings(
+        model_store=tmp_path / "store",
+        hf_home=tmp_path / "hub",
+        max_inflight=2,
+        torch_threads=1,
+        **native,
+    )
+    return ModelLoader(settings, ModelStore(settings), thread)
+
+
+@pytest.fixture
+def spec(tmp_path):
+    folder = tmp_path / "tiny"
+    tiny_model("gpt2").save_pretrained(folder)
+    byte_level().save_pretrained(folder)
+    return ModelSpec(name="tiny", source=PathSource(folder), device="cpu")
+
+
+def files(parameters, stored_dtype="bfloat16"):
+    return ModelFiles(Path("nowhere"), parameters * 2, parameters, stored_dtype, 0)
+
+
+def prepared(loader, spec):
+    return loader.prepare(spec, lambda share, what: None)
+
+
+def test_a_folder_becomes_a_resident_model(loader, spec):
+    model = loader.load(spec, prepared(loader, spec))
+    assert (model.device, model.dtype) == ("cpu", "float32")
+    assert model.bytes == sum(p.nbytes for p in tiny_model("gpt2").parameters())
+    assert model.engine.max_model_len == 128
+    assert model.engine.vocab_size == 97  # the tokenizer has more, the model does not
+    assert model.fingerprint.startswith("fp_")
+    model.engine.close()
+
+
+def test_words_that_were_tokenized_once_take_no_memory(loader, spec):
+    model = loader.load(spec, prepared(loader, spec))
+    model.engine.close()
+    encode = model.tokenizer.encode
+    for number in range(500):
+        encode(f"warm{number:036d}")
+    before = allocated_bytes()
+    for number in range(5000):  # one of them would take a kilobyte and more
+        encode(f"{number:040d}")
+    assert allocated_bytes() - before < 5000 * 200
+
+
+class Mallinfo2(ctypes.Structure):
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
+
+
+def allocated_bytes():
+    mallinfo2 = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if mallinfo2 is None:
+        pytest.skip("the C library does not tell")
+    mallinfo2.restype = Mallinfo2
+    return mallinfo2().uordblks
+
+
+def test_the_fingerprint_changes_with_the_dtype_and_not_with_time(loader, spec):
+    models = [
+        loader.load(each, prepared(loader, each))
+        for each in (spec, spec, replace(spec, dtype="bfloat16"))
+    ]
+    one, again, other = (model.fingerprint for model in models)
+    assert one == again != other
+    for model in models:
+        model.engine.close()
+
+
+def test_a_model_that_comes_back_is_the_one_that_was_there(native_loader, spec):
+    first = native_loader.load(spec, prepared(native_loader, spec))
+    model = first.engine.model
+    first.engine.close()
+    again = native_loader.load(spec, prepared(native_loader, spec))
+    assert again.engine.model is model
+    assert again.tokenizer is first.tokenizer
+    assert again.inspector.anatomy == first.inspector.anatomy
+    assert (again.fingerprint, again.bytes) == (first.fingerprint, first.bytes)
+    again.engine.close()
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_file_that_was_written_again_is_read_again(native_loader, spec, tmp_path, name):
+    first = native_loader.load(spec, prepared(native_loader, spec))
+    model = first.engine.model
+    first.engine.close()
+    file = tmp_path / "tiny" / name
+    file.write_bytes(file.read_bytes())
+    again = native_loader.load(spec, prepared(native_loader, spec))
+    assert again.engine.model is not model
+    assert again.tokenizer is not first.tokenizer
+    again.engine.close()
+
+
+def test_with_no_sleeping_models_every_load_is_a_whole_one(tmp_path, native_cache, spec):
+    thread = EngineThread(1)
+    native = {"native_kernels": True, "native_cache": native_cache}
+    loader = loader_for(thread, tmp_path, sleeping_models=0, **native)
+    first = loader.load(spec, prepared(loader, spec))
+    model = first.engine.model
+    first.engine.close()
+    again = loader.load(spec, prepared(loader, spec))
+    assert again.engine.model is not model
+    assert again.tokenizer is not first.tokenizer
+    again.engine.close()
+    thread.stop()
+
+
+def test_a_folder_without_a_tokenizer_is_a_failed_load(loader, spec, tmp_path):
+    ready = prepared(loader, spec)
+    for path in (tmp_path / "tiny").glob("tokenizer*"):
+        path.write_text("{")
+    with pytest.raises(ModelLoadFailed, match="tokenizer"):
+        loader.load(spec, ready)
+
+
+def test_memory_is_checked_against_what_is_free_and_what_would_be_freed(loader, spec, monkeypatch):
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 10 * GIB)
+    billion = files(10**9)  # 3.7 GiB in float32, 4.3 with the reserve
+    assert loader.check_memory(spec, billion, freed_bytes=0)
+    two = files(2 * 10**9)  # 8.6 GiB: fits, but not with a fifth to spare
+    assert not loader.check_memory(spec, two, freed_bytes=0)
+    three = files(3 * 10**9)
+    with pytest.raises(InsufficientMemory, match=r"needs 12\.9 GiB .* 10\.0 GiB can be had"):
+        loader.check_memory(spec, three, freed_bytes=0)
+    assert not loader.check_memory(spec, three, freed_bytes=4 * GIB)
+
+
+def test_the_dtype_that_is_served_counts_and_not_the_stored_one(loader, spec, monkeypatch):
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 3 * GIB)
+    billion = files(10**9, "float32")
+    with pytest.raises(InsufficientMemory):
+        loader.check_memory(spec, billion, freed_bytes=0)
+    assert loader.check_memory(replace(spec, dtype="bfloat16"), billion, freed_bytes=0)
+
+
+def test_nobody_waits_for_kernels_and_who_went_without_them_becomes_outdated(
+    tmp_path, spec, native_cache, monkeypatch
+):
+    go, folder = tmp_path / "go", tmp_path / "bin"
+    os.mkfifo(go)
+    folder.mkdir()
+    slow = folder / "g++"
+    slow.write_text(
+        f'#!/bin/sh\nread -r line <{go}; for to; do :; done; cp {find(native_cache)} "$to"\n'
+    )
+    slow.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    thread = EngineThread(1)
+    loader = loader_for(thread, tmp_path, native_cache=tmp_path / "kernels")
+    woken = threading.Event()
+    loader.wake = woken.set
+    without = loader.load(spec, prepared(loader, spec))
+    assert not without.is_outdated()
+    assert not runs_on_kernels(without)
+    go.write_text("on\n")
+    assert woken.wait(20)
+    assert without.is_outdated()
+    anew = loader.load(spec, prepared(loader, spec))
+    assert runs_on_kernels(anew)
+    assert not anew.is_outdated()
+    for model in (without, anew):
+        model.engine.close()
+    thread.stop()
+
+
+def runs_on_kernels(model):
+    kinds = model.engine.call(lambda model: {type(each) for each in model.modules()}).result()
+    return NativeLinear in kinds
+
+
+def test_the_devices_are_told_without_waiting(loader):
+    assert "cpu" in loader.devices()
+
+
+def test_free_memory_is_a_plausible_number():
+    assert 0 < memory.available_bytes("cpu") < 1 << 50
+
+
+def test_with_native_kernels_the_facts_are_those_of_the_packed_weights(native_loader, spec):
+    plain = sum(p.nbytes for p in tiny_model("gpt2").parameters())
+    exact = native_loader.load(spec, prepared(native_loader, spec))
+    assert exact.dtype == "float32"
+    assert exact.bytes >= plain * 0.9
+    exact.engine.close()
+    halved = native_loader.load(replace(spec, dtype="bfloat16"), prepared(native_loader, spec))
+    assert halved.dtype == "bfloat16"
+    assert halved.bytes < exact.bytes
+    halved.engine.close()
+
+
+def test_with_native_kernels_a_large_model_needs_two_bytes_per_weight(
+    native_loader, spec, monkeypatch
+):
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 3 * GIB)
+    for stored in ("bfloat16", "float32"):
+        native_loader.check_memory(spec, files(10**9, stored), freed_bytes=0)
+        with pytest.raises(InsufficientMemory):
+            native_loader.check_memory(spec, files(2 * 10**9, stored), freed_bytes=0)
+    with pytest.raises(InsufficientMemory):
+        native_loader.check_memory(
+            replace(spec, dtype="float32"), files(10**9, "bfloat16"), freed_bytes=0
+        )
+
+
+def test_narrow_weights_need_less_memory(native_loader, spec, monkeypatch):
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 1 * GIB)
+    for quantization, parameters in (("int8", 8 * 10**8), ("int4", 10**9)):
+        narrow = replace(spec, quantization=quantization)
+        native_loader.check_memory(narrow, files(parameters), freed_bytes=0)
+        with pytest.raises(InsufficientMemory):
+            native_loader.check_memory(spec, files(parameters), freed_bytes=0)
+        with pytest.raises(InsufficientMemory):
+            native_loader.check_memory(narrow, files(parameters * 3 // 2), freed_bytes=0)

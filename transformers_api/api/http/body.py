@@ -1,0 +1,145 @@
+"""Request bodies: reading them, parsing them, loading them into schemas."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any, NoReturn, TypeVar, cast
+
+import flask
+from flask_smorest import Blueprint as SmorestBlueprint  # type: ignore[import-untyped]
+from marshmallow import Schema, ValidationError
+from webargs.flaskparser import FlaskParser
+
+from transformers_api.api.http import strict_json
+from transformers_api.api.http.fields import Refusal
+from transformers_api.api.openai.schemas.answers import Error
+from transformers_api.errors import InvalidRequest, PayloadTooLarge, UnsupportedParameter
+
+MAX_BODY_BYTES = 2 << 20
+OTHER_ERRORS = (
+    "Another error: 401 or 403 for the API key, 404, 408, 413, 429 or 503 with `Retry-After`, "
+    "500, 504, 507"
+)
+View = TypeVar("View", bound=Callable[..., Any])
+
+
+def read(request: flask.Request) -> dict[str, Any]:
+    """The JSON object of the body, whatever its content type says.
+
+    curl sends a form's content type unless told otherwise. A web page can send that, or plain
+    text, to another site without asking it first: with an Origin the type has to be JSON.
+    """
+    if not request.is_json and "Origin" in request.headers:
+        raise InvalidRequest("Content-Type must be application/json")
+    raw = request.get_data(cache=True)
+    if request.content_length is None and len(raw) >= (request.max_content_length or 1 << 62):
+        # A chunked body is cut at the limit without a word.
+        raise PayloadTooLarge(f"The body has more than {request.max_content_length} bytes")
+    if not raw.strip():
+        raise InvalidRequest("The body is empty; it must be a JSON object")
+    value = strict_json.parse(raw)
+    if not isinstance(value, dict):
+        raise InvalidRequest("The body must be a JSON object")
+    return value
+
+
+def invalid(messages: Any, quote: str = "'") -> InvalidRequest:
+    """The first of marshmallow's messages, with the path to the field as ``param``."""
+    path, text = _first_leaf(messages)
+    kind = UnsupportedParameter if isinstance(text, Refusal) else InvalidRequest
+    named = f"{quote}{path}{quote}" if path else "The body"
+    return kind(f"{named} {text}", param=path or None)
+
+
+def _first_leaf(messages: Any) -> tuple[str, str]:
+    path = ""
+    while True:
+        if isinstance(messages, Mapping):
+            key, messages = next(iter(messages.items()))
+            if isinstance(key, int):
+                path += f"[{key}]"
+            elif key != "_schema":
+                path += f".{key}" if path else key
+        elif isinstance(messages, list):
+            messages = messages[0]
+        else:
+            return path, messages
+
+
+@cache
+def _instance(schema: type[Schema]) -> Schema:
+    """One for all requests: making it takes longer than loading with it."""
+    return schema()
+
+
+class StrictParser(FlaskParser):
+    """webargs with our JSON and our errors."""
+
+    DEFAULT_VALIDATION_STATUS = 400
+    QUOTE = "'"  # around names of fields in messages
+
+    def _get_schema(self, argmap: Any, req: flask.Request) -> Schema:
+        return _instance(argmap)
+
+    def _raw_load_json(self, req: flask.Request) -> Any:
+        return read(req)
+
+    def handle_error(
+        self,
+        error: ValidationError,
+        req: flask.Request,
+        schema: Schema,
+        *,
+        error_status_code: int | None,
+        error_headers: Mapping[str, str] | None,
+    ) -> NoReturn:
+        """Raise InvalidRequest or UnsupportedParameter."""
+        assert isinstance(error.messages, dict)
+        raise invalid(error.messages["json"], self.QUOTE)  # webargs puts the location around them
+
+
+def with_errors(doc: Any, errors: Mapping[str, tuple[type[Schema], str]]) -> Any:
+    """The description of a route with what these statuses look like."""
+    for status, (schema, text) in errors.items():
+        body = {"application/json": {"schema": schema}}
+        doc["responses"][status] = {"description": text, "content": body}
+    return doc
+
+
+class Blueprint(SmorestBlueprint):  # type: ignore[misc]
+    """flask-smorest's blueprint with strict bodies and types."""
+
+    ARGUMENTS_PARSER = StrictParser()
+
+    @staticmethod
+    def _prepare_response_doc(doc: Any, doc_info: Any, **known: Any) -> Any:
+        doc = SmorestBlueprint._prepare_response_doc(doc, doc_info, **known)
+        return with_errors(doc, {"default": (Error, OTHER_ERRORS)})
+
+    def takes(self, schema: type[Schema], **options: Any) -> Callable[[View], View]:
+        """Load the JSON body with ``schema`` and pass it to the view as a dictionary."""
+        return cast(Callable[[View], View], self.arguments(schema, **options))
+
+    def gives(
+        self,
+        schema: type[Schema] | dict[str, Any] | None = None,
+        status: int = 200,
+        **options: Any,
+    ) -> Callable[[View], View]:
+        """Document an answer. What the view returns goes out as it is, not through ``schema``.
+
+        A dictionary is a schema of OpenAPI.
+        """
+        return cast(
+            Callable[[View], View],
+            self.alt_response(status, schema=schema, success=status < 400, **options),
+        )
+
+    def without_key(self, view: View) -> View:
+        """Document that nobody needs an API key for it; ``access.py`` lets it pass."""
+        return cast(View, self.doc(security=[])(view))
+
+    def at(self, rule: str, **options: Any) -> Callable[[View], View]:
+        """Register the view for a URL."""
+        return cast(Callable[[View], View], self.route(rule, **options))

@@ -1,0 +1,305 @@
+"""What inspections found, as dictionaries and files. Pure functions: no Flask, no clock."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import accumulate
+from typing import Any
+
+import numpy
+
+from transformers_api.api.inspect import attention_page
+from transformers_api.inspection.base import (
+    Anatomy,
+    Array,
+    Attribution,
+    AttributionQuestion,
+    HeadGrid,
+    LayerAttention,
+    LensTable,
+    PromptReading,
+)
+from transformers_api.serving.inspect import arrays
+from transformers_api.serving.inspect.arrays import Reduction
+from transformers_api.serving.models.spec import LoadedModel
+from transformers_api.serving.text.spans import Span
+from transformers_api.serving.text.vocabulary import Vocabulary
+
+Json = dict[str, Any]
+Range = tuple[int, int]
+
+STATES_NOTE = "before the final norm"
+
+
+def tokens(words: Vocabulary, ids: Sequence[int]) -> Json:
+    """Ids, and what they are on their own."""
+    return {
+        "tokens": [words.decoded(token_id) for token_id in ids],
+        "tokens_display": [words.display(token_id) for token_id in ids],
+        "token_ids": list(ids),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matrix:
+    """(H', R, C) weights of queries ``rows`` on keys ``cols``, and what is told of them."""
+
+    weights: Array
+    rows: Range
+    cols: Range
+    told: Json  # the fields before "attn": tokens, layer, head, …
+    rest: Json = field(default_factory=dict)  # and those behind
+    sink: Array | None = None  # (H', R)
+    has_heads: bool = False  # several heads were asked for, as such
+
+    def pooled(self, size: Sequence[int] | None, how: Reduction) -> Matrix:
+        """Made smaller to ``size``: rows and columns."""
+        if size is None:
+            return self
+        sink = self.sink
+        if sink is not None:
+            sink = arrays.pool(sink[..., None], size[0], 1, how)[..., 0]
+        weights = arrays.pool(self.weights, size[0], size[1], how)
+        return replace(self, weights=weights, sink=sink)
+
+    @property
+    def shown(self) -> Array:
+        """(R, C), or (H, R, C) of several heads."""
+        return self.weights if self.has_heads else self.weights[0]
+
+    def json(self, how: str) -> Json:
+        """The answer; ``how`` the weights are written: json, f16 or u8."""
+        write = {"json": arrays.rounded, "f16": arrays.float16, "u8": arrays.uint8}[how]
+        return {**self.told, "attn": write(self.shown), **self._rest()}
+
+    def npz(self) -> bytes:
+        """A file for numpy."""
+        ids = numpy.array(self.told["token_ids"], numpy.int32)
+        meta = {**self.told, **self._rest()}
+        return arrays.npz({"attn": self.shown.astype(numpy.float16), "token_ids": ids}, meta)
+
+    def png(self) -> bytes:
+        """A picture of the only head."""
+        return arrays.png(self.weights[0])
+
+    def html(self, model: str) -> str:
+        """A page that shows it, without a server."""
+        return attention_page.render({"model": model, **self.json("u8")})
+
+    def _rest(self) -> Json:
+        sink = None
+        if self.sink is not None:
+            sink = arrays.rounded(self.sink if self.has_heads else self.sink[0])
+        place = {"rows": list(self.rows), "cols": list(self.cols)}
+        return {**place, "n": len(self.told["token_ids"]), **self.rest, "sink": sink}
+
+
+def full_attention(
+    words: Vocabulary, ids: Sequence[int], layer: LayerAttention, head: int | str
+) -> Json:
+    """The fields of one layer's matrix before its numbers."""
+    return {"layer": layer.layer, "head": head, **tokens(words, ids)}
+
+
+def about_layer(
+    anatomy: Anatomy, layer: LayerAttention, head: int | str, is_truncated: bool
+) -> Json:
+    """And those behind them. A group of query heads shares the keys and values of one head."""
+    group = max(layer.heads // max(layer.kv_heads, 1), 1)
+    return {
+        "kv_head": head // group if isinstance(head, int) else None,
+        "layer_type": layer.type,
+        "window": layer.window,
+        **about_all(anatomy, is_truncated),
+    }
+
+
+def about_all(anatomy: Anatomy, is_truncated: bool) -> Json:
+    """Whether the model saw all of it, and used these weights."""
+    return {
+        "state": "truncated" if is_truncated else "exact",
+        "verified": anatomy.verified,
+    }
+
+
+def token_table(words: Vocabulary, ids: Sequence[int], spans: Sequence[Span]) -> Json:
+    """What the tokens are, and where they stand in the text."""
+    raw = [words.token_bytes(token_id) for token_id in ids]
+    # A character that is spread over several tokens counts with the one that begins it.
+    ends = list(accumulate(sum(byte & 0xC0 != 0x80 for byte in piece) for piece in raw))
+    return {
+        **tokens(words, ids),
+        "bytes": [list(piece) for piece in raw],
+        "offsets": [list(pair) for pair in zip([0, *ends], ends, strict=False)],
+        "spans": [asdict(span) for span in spans],
+    }
+
+
+def reading(words: Vocabulary, found: PromptReading) -> Json:
+    """How the model foresaw each token; nothing foresees the first one."""
+    return {
+        "surprisal": [None, *arrays.rounded(found.surprisal)],
+        "entropy": [None, *arrays.rounded(found.entropy)],
+        "rank": [None, *found.rank.tolist()],
+        "topk": [
+            None,
+            *(
+                [
+                    {**_named(words, token_id), "logprob": round(logprob, arrays.DECIMALS)}
+                    for token_id, logprob in zip(ids, logprobs, strict=True)
+                ]
+                for ids, logprobs in zip(
+                    found.top_ids.tolist(), found.top_logprobs.tolist(), strict=True
+                )
+            ),
+        ],
+    }
+
+
+def _named(words: Vocabulary, token_id: int) -> Json:
+    return {"token_id": token_id, "token": words.decoded(token_id)}
+
+
+_GRID = ("entropy", "distance", "first", "previous", "itself")
+_WIRE = {"itself": "self"}
+
+
+def head_table(anatomy: Anatomy, n: int, grid: HeadGrid) -> Json:
+    """Every head at a glance; the thumbnails of layers without attention are empty."""
+    numbers = {_WIRE.get(name, name): arrays.rounded(getattr(grid, name)) for name in _GRID}
+    sinks = None if grid.sink is None else arrays.rounded(grid.sink)
+    answer: Json = {"n": n, "layers": []}
+    for layer in anatomy.attention:
+        shown: Json = {"layer": layer.layer, "type": layer.type, "heads": None}
+        if layer.available:
+            shown["heads"] = [
+                {
+                    "head": head,
+                    **{name: rows[layer.layer][head] for name, rows in numbers.items()},
+                    "sink": sinks[layer.layer][head] if sinks and layer.sinks else None,
+                }
+                for head in range(min(layer.heads, grid.entropy.shape[1]))
+            ]
+        else:
+            shown["reason"] = layer.reason or layer.type
+        answer["layers"].append(shown)
+    if grid.thumbs is not None:
+        answer["thumb"] = arrays.uint8(grid.thumbs)
+    return answer
+
+
+def lens_table(
+    words: Vocabulary,
+    anatomy: Anatomy,
+    layers: Sequence[int],
+    positions: Sequence[int],
+    table: LensTable,
+) -> Json:
+    """A row of cells for each position, a cell for each layer."""
+    probs, entropy = arrays.rounded(table.top_probs), arrays.rounded(table.entropy)
+    target_probs = arrays.rounded(table.target_prob)
+    ids, ranks = table.top_ids.tolist(), table.target_rank.tolist()
+
+    def cell(row: int, column: int) -> Json:
+        likely = zip(ids[row][column], probs[row][column], strict=True)
+        return {
+            "topk": [{**_named(words, token_id), "prob": prob} for token_id, prob in likely],
+            "entropy": entropy[row][column],
+            "target_rank": ranks[row][column],
+            "target_prob": target_probs[row][column],
+        }
+
+    return {
+        "layers": list(layers),
+        "positions": list(positions),
+        "targets": [_named(words, token_id) for token_id in table.target_ids.tolist()],
+        "final_norm": anatomy.final_norm,
+        "exact_final": anatomy.lens_is_exact,
+        "cells": [[cell(i, j) for j in range(len(layers))] for i in range(len(positions))],
+    }
+
+
+def attribution(words: Vocabulary, asked: AttributionQuestion, found: Attribution) -> Json:
+    """One score for each token up to the query."""
+    unit = "nats" if asked.of == "logprob" else "logits"
+    delta = found.convergence_delta
+    return {
+        "method": asked.method,
+        "unit": f"{unit} per unit of embedding" if asked.method == "gradient_norm" else unit,
+        "target": {
+            **_named(words, found.token_id),
+            "logprob": round(found.logprob, arrays.DECIMALS),
+            "position": asked.position,
+        },
+        "value": round(found.value, arrays.DECIMALS),
+        "scores": arrays.rounded(found.scores),
+        "convergence_delta": None if delta is None else round(delta, arrays.DECIMALS),
+        "note": found.note,
+    }
+
+
+def states_meta(layers: Sequence[int], positions: Sequence[int], ids: Sequence[int]) -> Json:
+    """What residual streams are of; they are given raw, as the last layer leaves them."""
+    return {
+        "layers": list(layers),
+        "positions": list(positions),
+        "stream": "residual",
+        "note": STATES_NOTE,
+        "token_ids": list(ids),
+    }
+
+
+def capabilities(
+    model: LoadedModel, anatomy: Anatomy, gradients: bool, limits: Mapping[str, Any]
+) -> Json:
+    """What can be asked of a model."""
+    routing = anatomy.routing
+    return {
+        "id": model.spec.name,
+        "model_type": anatomy.model_type,
+        "layers": anatomy.layers,
+        "heads": anatomy.heads,
+        "kv_heads": anatomy.kv_heads,
+        "head_dim": anatomy.head_dim,
+        "hidden_size": anatomy.hidden_size,
+        "vocab": anatomy.vocab_size,
+        "context": anatomy.context,
+        "dtype": anatomy.dtype,
+        "attention": {
+            "mode": str(anatomy.mode),
+            "impl": anatomy.implementation,
+            "verified": anatomy.verified,
+            "max_rel_err": anatomy.max_rel_err,
+            "while_writing": anatomy.traces_attention,
+            "per_layer": [_layer(layer) for layer in anatomy.attention],
+        },
+        "lens": {
+            "available": anatomy.lens,
+            "final_norm": anatomy.final_norm,
+            "exact": anatomy.lens_is_exact,
+        },
+        "gradients": gradients,
+        "router": routing
+        and {
+            "layers": list(routing.layers),
+            "experts": routing.experts,
+            "experts_per_token": routing.experts_per_token,
+        },
+        "limits": dict(limits),
+        "formats": ["json", "f16", "u8", "topk", "npz", "png", "html"],
+    }
+
+
+def _layer(layer: LayerAttention) -> Json:
+    return {
+        "layer": layer.layer,
+        "type": layer.type,
+        "heads": layer.heads,
+        "kv_heads": layer.kv_heads,
+        "window": layer.window,
+        "sinks": layer.sinks,
+        "available": layer.available,
+        "reason": layer.reason,
+        "max_rel_err": layer.max_rel_err,
+    }

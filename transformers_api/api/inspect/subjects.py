@@ -1,0 +1,242 @@
+"""From the body of an inspection to tokens of a leased model, and whether that much may be asked.
+
+The order of the checks is documented: the body, may one look inside at all, is the model of the
+start there, how often, how much text, what is in range, how many numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
+
+from flask import request
+
+from transformers_api.api.http import inspect_auth
+from transformers_api.api.http.request_context import Exchange
+from transformers_api.api.http.services import Services, services
+from transformers_api.api.openai import requests
+from transformers_api.config.settings import Settings
+from transformers_api.engine.base import SamplingParams
+from transformers_api.errors import (
+    InvalidRequest,
+    ModelNotCapable,
+    PromptTooLarge,
+    ResponseTooLarge,
+)
+from transformers_api.inspection.base import Anatomy, Inspector, Job
+from transformers_api.serving.generation import GenerationRequest, collect, fit
+from transformers_api.serving.models.spec import LoadedModel
+from transformers_api.serving.text import chat_template
+from transformers_api.serving.text.chat_template import ChatPrompt
+from transformers_api.serving.text.spans import Span, spans
+
+T = TypeVar("T")
+Format = Literal["json", "f16", "u8", "npz", "png", "html"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """The tokens that are looked at, in a model that stays until the request is answered."""
+
+    known: Services
+    exchange: Exchange
+    model: LoadedModel
+    inspector: Inspector
+    ids: list[int]
+    messages: Sequence[Mapping[str, Any]] = ()
+    prompt: ChatPrompt | None = None  # which they are
+    is_truncated: bool = False  # the model sees only the end of what was given
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """What the model is made of."""
+        return self.inspector.anatomy
+
+    @property
+    def settings(self) -> Settings:
+        """Those of the server."""
+        return self.known.settings
+
+    def spans(self) -> list[Span]:
+        """Where each message stands; empty where there are none, or not all is seen."""
+        if not self.messages or self.is_truncated:
+            return []
+        return spans(self.model, self.messages, self.ids)
+
+    def run(self, job: Job[T]) -> T:
+        """What the job finds, once it is its turn."""
+        return self.known.inspections.run(self.model, job, self.exchange.cancellation)
+
+    def continued(self, body: Mapping[str, Any]) -> Subject:
+        """With what the model writes next: ``max_new_tokens`` of it, drawn with ``seed``."""
+        wanted = body["max_new_tokens"]
+        if not wanted:
+            return self
+        _check_tokens(len(self.ids) + wanted, self.settings.inspect_max_tokens)
+        if self.model.engine.context_overflow is None:
+            fit(
+                wanted,
+                len(self.ids),
+                self.model.engine.max_model_len,
+                explicit=True,
+                param="prompt",
+                max_tokens_param="max_new_tokens",
+            )
+        prompt = self.prompt or ChatPrompt(self.ids)
+        params = SamplingParams(
+            max_tokens=wanted,
+            temperature=body["temperature"],
+            top_k=max(body["top_k"], 0),
+            top_p=body["top_p"],
+            seed=body["seed"],
+            stop_token_ids=prompt.stop_token_ids,
+        )
+        registered = self.model.spec.generation.get("stop") or ()
+        own = (registered,) if isinstance(registered, str) else tuple(registered)
+        asked = GenerationRequest([self.ids], params, stop=(*prompt.stop, *own))
+        (written,) = collect(self.exchange.start(self.model, asked, stream=False))
+        ids, is_truncated = _seen(self.model, [*self.ids, *written.token_ids])
+        return replace(self, ids=ids, is_truncated=is_truncated or self.is_truncated)
+
+
+@contextmanager
+def opened(body: Mapping[str, Any]) -> Iterator[Subject]:
+    """What ``body`` asks about, for the length of the block."""
+    inspect_auth.admit()
+    known = services()
+    model_id, found = body.get("model"), None
+    if "completion_id" in body:
+        found = known.completions.find(body["completion_id"], body["choice"])
+        if model_id is not None and known.registry.resolve(model_id).name != found.model:
+            raise InvalidRequest(f"completion_id is of model '{found.model}'", param="model")
+        model_id = found.model
+    if "messages" in body:
+        chat_template.check_enabled(
+            known.registry.resolve(model_id or known.settings.default_model)
+        )
+    with Exchange(known, request.environ) as exchange:
+        model = exchange.lease(model_id)
+        inspector = inspector_of(model)
+        prompt = None
+        if found is not None:
+            ids = [*found.prompt_ids, *found.token_ids]
+        elif "messages" in body:
+            prompt = chat_template.encode(
+                model, body["messages"], max_bytes=known.settings.inspected_prompt_bytes
+            )
+            ids = prompt.ids
+        else:
+            ids = _given(model, body, known.settings)
+        _check_tokens(len(ids), known.settings.inspect_max_tokens)
+        ids, is_truncated = _seen(model, ids)
+        yield Subject(
+            known=known,
+            exchange=exchange,
+            model=model,
+            inspector=inspector,
+            ids=ids,
+            messages=body.get("messages", ()),
+            prompt=prompt,
+            is_truncated=is_truncated,
+        )
+
+
+def inspector_of(model: LoadedModel) -> Inspector:
+    """Raises ModelNotCapable for a model that nobody can look into."""
+    if model.inspector is None:
+        raise ModelNotCapable(f"Model '{model.spec.name}' cannot be inspected", param="model")
+    return model.inspector
+
+
+def _given(model: LoadedModel, body: Mapping[str, Any], settings: Settings) -> list[int]:
+    if "prompt" not in body:
+        requests.check_ids(model, body["token_ids"], "token_ids")
+        return list(body["token_ids"])
+    chat_template.check_bytes(body["prompt"], settings.inspected_prompt_bytes)
+    ids = chat_template.encode_text(model, body["prompt"])
+    if not ids:
+        raise InvalidRequest("prompt has no tokens", param="prompt")
+    return ids
+
+
+def _check_tokens(count: int, most: int) -> None:
+    if count > most:
+        raise PromptTooLarge(f"Prompt too large to inspect: {count} tokens (max {most})")
+
+
+def _seen(model: LoadedModel, ids: list[int]) -> tuple[list[int], bool]:
+    """What the model sees of ``ids``; whether that is not all. Raises ContextLengthExceeded."""
+    window = model.engine.max_model_len
+    if len(ids) <= window:
+        return ids, False
+    if model.engine.context_overflow is None:
+        fit(0, len(ids), window, explicit=True, param="prompt")
+    return ids[-window:], True
+
+
+# What is in range, and how many numbers it is.
+
+
+def check_attribution_tokens(subject: Subject) -> None:
+    """Raise PromptTooLarge for more tokens than an attribution reads."""
+    _check_tokens(len(subject.ids), subject.settings.attribution_max_tokens)
+
+
+def window(body: Mapping[str, Any], name: str, n: int) -> tuple[int, int]:
+    """``[start, stop)`` of rows or cols; all ``n`` where nothing was said."""
+    start, stop = body.get(name, (0, n))
+    if not 0 <= start < stop <= n:
+        raise InvalidRequest(
+            f"{name} must be [start, stop] with 0 <= start < stop <= {n}", param=name
+        )
+    return start, stop
+
+
+def layers(wanted: Sequence[int] | str, anatomy: Anatomy) -> list[int]:
+    """Layers whose residual stream is asked for; -1 is the embedding."""
+    if isinstance(wanted, str):
+        return list(range(-1, anatomy.layers))
+    for layer in wanted:
+        if not -1 <= layer < anatomy.layers:
+            raise InvalidRequest(f"layers must be in [-1, {anatomy.layers - 1}]", param="layers")
+    return list(wanted)
+
+
+def positions(wanted: Sequence[int] | str, n: int) -> list[int]:
+    """Places of tokens, from 0; negative ones count from the end."""
+    if isinstance(wanted, str):
+        return list(range(n))
+    return [position(place, n, "positions") for place in wanted]
+
+
+def position(place: int, n: int, param: str) -> int:
+    """One of ``n`` places; a negative one counts from the end."""
+    if not -n <= place < n:
+        raise InvalidRequest(f"{param} must be in [{-n}, {n - 1}]", param=param)
+    return place % n
+
+
+def token(token_id: int, subject: Subject, param: str) -> int:
+    """An id of the model's vocabulary."""
+    most = subject.model.engine.vocab_size
+    if not 0 <= token_id < most:
+        raise InvalidRequest(f"{param} must be in [0, {most - 1}]", param=param)
+    return token_id
+
+
+def check_read_cells(cells: int, settings: Settings) -> None:
+    """Raise ResponseTooLarge for more numbers than are worked on at once."""
+    if cells > settings.inspect_max_cells:
+        raise ResponseTooLarge(
+            f"{cells} cells (max {settings.inspect_max_cells}); ask for rows/cols or for less"
+        )
+
+
+def check_sent_cells(cells: int, how: Format, settings: Settings) -> None:
+    """Raise ResponseTooLarge for more numbers than an answer in this format has."""
+    most = settings.inspect_max_json_cells if how == "json" else settings.inspect_max_cells
+    if cells > most:
+        advice = ', format "f16" or Accept: application/x-npz' if how == "json" else ""
+        raise ResponseTooLarge(f"{cells} cells as {how} (max {most}); ask for rows/cols{advice}")

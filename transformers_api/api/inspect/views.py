@@ -1,0 +1,344 @@
+"""GET /inspect/model and POST /inspect/*: questions about given tokens.
+
+Each view is: what is asked about (``subjects.opened``), whether it is in range and not too
+much, the job, the answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy
+from flask import Response, request
+
+from transformers_api.api.http import inspect_auth
+from transformers_api.api.http.body import View
+from transformers_api.api.http.dialects import InspectionBlueprint
+from transformers_api.api.http.error_schemas import Failed
+from transformers_api.api.http.request_context import Exchange
+from transformers_api.api.http.services import services
+from transformers_api.api.inspect import attention_page, subjects
+from transformers_api.api.inspect import format as inspect_format
+from transformers_api.api.inspect.format import Matrix
+from transformers_api.api.inspect.schemas.inspect import (
+    Attributed,
+    AttributionRequest,
+    FullAttention,
+    FullAttentionRequest,
+    HeadsRequest,
+    HeadTable,
+    HiddenStates,
+    HiddenStatesRequest,
+    InspectedModel,
+    Lens,
+    LensRequest,
+    MatrixRequest,
+    Rollout,
+    TokensRequest,
+    TokenTable,
+)
+from transformers_api.api.inspect.subjects import Format, Subject, opened
+from transformers_api.config.settings import Settings
+from transformers_api.errors import (
+    AttentionUnavailable,
+    InvalidRequest,
+    ModelNotCapable,
+    ResponseTooLarge,
+)
+from transformers_api.inspection.base import AttributionQuestion, Heads, LayerAttention
+from transformers_api.serving.inspect import arrays
+from transformers_api.serving.inspect.trace_plan import check_any_attention, check_layer
+from transformers_api.serving.text.vocabulary import Vocabulary
+
+blueprint = InspectionBlueprint("inspect", __name__, description="Looking inside")
+
+MOST_LENS_CELLS = 4096
+MOST_JSON_STATES = 65_536
+MOST_STEPS = 64
+NPZ = "application/x-npz"
+_FILE = {"type": "string", "format": "binary"}
+_BY_TYPE: Mapping[str, Format] = {
+    "application/json": "json",
+    NPZ: "npz",
+    "image/png": "png",
+    "text/html": "html",
+}
+_HELLO = {"messages": [{"role": "user", "content": "hello"}]}
+
+
+def _in_any_form(view: View) -> View:
+    """Document what `Accept` may ask for beside JSON."""
+    for content_type in reversed([*_BY_TYPE][1:]):
+        view = blueprint.gives(_FILE, content_type=content_type)(view)
+    return view
+
+
+@blueprint.at("/inspect/model")
+@blueprint.gives(InspectedModel)
+@blueprint.gives(Failed, 403, description="`INSPECT_ENABLED` is off")
+def inspect_model() -> Any:
+    """Say what can be asked of a model: `?model=`, else the one in memory, else the default."""
+    inspect_auth.check_enabled()
+    inspect_auth.check_started()
+    known = services()
+    with Exchange(known, request.environ) as exchange:
+        model = exchange.lease(request.args.get("model") or known.swapper.status().model)
+        inspector = subjects.inspector_of(model)
+        gradients = known.inspections.has_gradients(model, inspector, exchange.cancellation)
+        limits = _limits(known.settings)
+        return inspect_format.capabilities(model, inspector.anatomy, gradients, limits)
+
+
+def _limits(settings: Settings) -> dict[str, Any]:
+    return {
+        "prompt_bytes": settings.inspected_prompt_bytes,
+        "max_tokens": settings.inspect_max_tokens,
+        "max_json_cells": settings.inspect_max_json_cells,
+        "max_cells": settings.inspect_max_cells,
+        "timeout_s": settings.inspect_timeout_s,
+        "queue": settings.inspect_queue,
+        "attribution_max_tokens": settings.attribution_max_tokens,
+        "attribution_max_steps": MOST_STEPS,
+        "lens_max_cells": MOST_LENS_CELLS,
+        "hidden_states_max_json_numbers": MOST_JSON_STATES,
+        "trace_max_bytes_per_token": settings.trace_max_bytes_per_token,
+        "trace_max_layers": settings.trace_max_layers,
+        "trace_max_requests": settings.trace_max_requests,
+        "rate_limit_per_min": settings.rate_limit_per_min,
+        "rate_limit_burst": settings.rate_limit_burst,
+    }
+
+
+def _format(body: Mapping[str, Any]) -> Format:
+    """What the client accepts, and in JSON what ``format`` says."""
+    wanted = request.accept_mimetypes.best_match(_BY_TYPE, "application/json")
+    how = _BY_TYPE[wanted]
+    return body["format"] if how == "json" else how
+
+
+@blueprint.at("/inspect/full_attn", methods=["POST"])
+@blueprint.takes(FullAttentionRequest, example={**_HELLO, "trace_layer": 0, "head": 0})
+@_in_any_form
+@blueprint.gives(FullAttention)
+@blueprint.gives(Failed, 404, description="No such model, or the completion is not known")
+@blueprint.gives(Failed, 413, description="Too much text, too many tokens or too many numbers")
+@blueprint.gives(Failed, 429, description="Asked too often, or too many are waiting")
+def full_attn(body: dict[str, Any]) -> Any:
+    """Show which tokens each token read from, in one layer.
+
+    `Accept` chooses JSON, `application/x-npz`, `image/png` or `text/html`, a page of its own.
+    """
+    with opened(body) as subject:
+        layer = check_layer(subject.anatomy, body["trace_layer"], "trace_layer")
+        head, how = body["head"], _format(body)
+        _check_head(head, layer, how)
+        subject = subject.continued(body)
+        heads = layer.heads if head == "all" else 1
+        rows, cols = _windows(subject, body, how, heads)
+        asked: Heads = head
+        found = subject.run(
+            subject.inspector.attention(subject.ids, layer.layer, asked, rows, cols)
+        )
+        words = Vocabulary(subject.model.tokenizer)
+        matrix = Matrix(
+            weights=found.weights,
+            rows=rows,
+            cols=cols,
+            told=inspect_format.full_attention(words, subject.ids, layer, head),
+            rest=inspect_format.about_layer(subject.anatomy, layer, head, subject.is_truncated),
+            sink=found.sink,
+            has_heads=head == "all",
+        )
+        return _sent(subject, matrix, body, how)
+
+
+def _check_head(head: int | str, layer: LayerAttention, how: Format) -> None:
+    if isinstance(head, int) and not 0 <= head < layer.heads:
+        raise InvalidRequest(f"head must be in [0, {layer.heads - 1}]", param="head")
+    if head == "all" and how in ("json", "png"):
+        raise InvalidRequest(
+            f'head "all" cannot be sent as {how}; use format "f16" or "u8", or Accept: {NPZ}',
+            param="head",
+        )
+
+
+def _windows(
+    subject: Subject, body: Mapping[str, Any], how: Format, heads: int = 1
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Which rows and columns are asked for, if they are not too many."""
+    n = len(subject.ids)
+    rows, cols = (subjects.window(body, name, n) for name in ("rows", "cols"))
+    height, width = rows[1] - rows[0], cols[1] - cols[0]
+    subjects.check_read_cells(heads * height * width, subject.settings)
+    if "downsample" in body:
+        height, width = (
+            min(size, most) for size, most in zip((height, width), body["downsample"], strict=True)
+        )
+    subjects.check_sent_cells(heads * height * width, how, subject.settings)
+    return rows, cols
+
+
+def _sent(subject: Subject, matrix: Matrix, body: Mapping[str, Any], how: Format) -> Any:
+    matrix = matrix.pooled(body.get("downsample"), body["reduce"])
+    if how == "npz":
+        return Response(matrix.npz(), content_type=NPZ)
+    if how == "png":
+        return Response(matrix.png(), content_type="image/png")
+    if how == "html":
+        page = matrix.html(subject.model.spec.name)
+        response = Response(page, content_type="text/html; charset=utf-8")
+        response.headers["Content-Security-Policy"] = attention_page.POLICY
+        return response
+    return matrix.json(how)
+
+
+@blueprint.at("/inspect/rollout", methods=["POST"])
+@blueprint.takes(MatrixRequest, example=_HELLO)
+@_in_any_form
+@blueprint.gives(Rollout)
+@blueprint.gives(Failed, 413, description="Too much text, too many tokens or too many numbers")
+def rollout(body: dict[str, Any]) -> Any:
+    """Follow attention through all layers to the tokens of the input.
+
+    Of each layer the mean over its heads counts half, and what passes it by the other half. The
+    forms of the answer are those of `/inspect/full_attn`.
+    """
+    with opened(body) as subject:
+        anatomy, how = subject.anatomy, _format(body)
+        check_any_attention(anatomy, "model")
+        without = [layer.layer for layer in anatomy.attention if not layer.available]
+        if without:
+            raise AttentionUnavailable(
+                f"rollout needs attention in every layer; layers without attention: {without}",
+                param="model",
+            )
+        rows, cols = _windows(subject, body, how)
+        subjects.check_read_cells(len(subject.ids) ** 2, subject.settings)
+        found = subject.run(subject.inspector.rollout(subject.ids))
+        last = anatomy.layers - 1
+        words = Vocabulary(subject.model.tokenizer)
+        matrix = Matrix(
+            weights=found[None, slice(*rows), slice(*cols)],
+            rows=rows,
+            cols=cols,
+            told={"layers": [0, last], **inspect_format.tokens(words, subject.ids)},
+            rest=inspect_format.about_all(anatomy, subject.is_truncated),
+        )
+        return _sent(subject, matrix, body, how)
+
+
+@blueprint.at("/inspect/tokens", methods=["POST"])
+@blueprint.takes(TokensRequest, example={**_HELLO, "logprobs": True, "topk": 3})
+@blueprint.gives(TokenTable)
+def inspect_tokens(body: dict[str, Any]) -> Any:
+    """Show the tokens of a text, where they stand, and how surprising each was."""
+    with opened(body) as subject:
+        words = Vocabulary(subject.model.tokenizer)
+        answer = inspect_format.token_table(words, subject.ids, subject.spans())
+        if not body["logprobs"]:
+            return answer
+        found = subject.run(subject.inspector.read_prompt(subject.ids, body["topk"]))
+        return {**answer, **inspect_format.reading(words, found)}
+
+
+@blueprint.at("/inspect/heads", methods=["POST"])
+@blueprint.takes(HeadsRequest, example={**_HELLO, "thumb": 16})
+@blueprint.gives(HeadTable)
+def inspect_heads(body: dict[str, Any]) -> Any:
+    """Show every head of every layer at a glance: numbers, and small pictures if asked for."""
+    with opened(body) as subject:
+        anatomy, thumb = subject.anatomy, body["thumb"]
+        check_any_attention(anatomy, "model")
+        heads = max(layer.heads for layer in anatomy.attention)
+        subjects.check_read_cells(anatomy.layers * heads * thumb**2, subject.settings)
+        grid = subject.run(subject.inspector.heads(subject.ids, thumb))
+        return inspect_format.head_table(anatomy, len(subject.ids), grid)
+
+
+@blueprint.at("/inspect/logit_lens", methods=["POST"])
+@blueprint.takes(LensRequest, example={"prompt": "The capital of France is", "topk": 3})
+@blueprint.gives(Lens)
+def logit_lens(body: dict[str, Any]) -> Any:
+    """Read the residual stream after each layer through the model's own head.
+
+    What a small model's early layers seem to say this way often means nothing.
+    """
+    with opened(body) as subject:
+        anatomy = subject.anatomy
+        if not anatomy.lens:
+            raise ModelNotCapable(
+                f"model type {anatomy.model_type} has no logit lens: its residual stream cannot "
+                "be read through its head",
+                param="model",
+            )
+        layers = subjects.layers(body["layers"], anatomy)
+        places = subjects.positions(body["positions"], len(subject.ids))
+        target = None
+        if body["target"] != "sampled":
+            target = subjects.token(body["target"], subject, "target")
+        if (cells := len(layers) * len(places)) > MOST_LENS_CELLS:
+            raise ResponseTooLarge(
+                f"{len(layers)} layers x {len(places)} positions are {cells} cells "
+                f"(max {MOST_LENS_CELLS}); ask for fewer layers or positions"
+            )
+        job = subject.inspector.lens(subject.ids, layers, places, body["topk"], target)
+        words = Vocabulary(subject.model.tokenizer)
+        return inspect_format.lens_table(words, anatomy, layers, places, subject.run(job))
+
+
+@blueprint.at("/inspect/attribution", methods=["POST"])
+@blueprint.takes(AttributionRequest, example={"prompt": "The capital of France is"})
+@blueprint.gives(Attributed)
+def attribution(body: dict[str, Any]) -> Any:
+    """Say what each token did for the prediction of one.
+
+    `occlusion` is how much likelier the target is with the token than with an average one in its
+    place. `integrated_gradients` comes with `convergence_delta`, what it leaves unexplained.
+    """
+    with opened(body) as subject:
+        subjects.check_attribution_tokens(subject)
+        if not 1 <= body["steps"] <= MOST_STEPS:
+            raise InvalidRequest(f"steps must be in [1, {MOST_STEPS}]", param="steps")
+        token_id = body.get("target_token_id")
+        if token_id is not None:
+            subjects.token(token_id, subject, "target_token_id")
+        place = subjects.position(body["target_position"], len(subject.ids), "target_position")
+        asked = AttributionQuestion(
+            position=place,
+            token_id=token_id,
+            method=body["method"],
+            steps=body["steps"],
+            baseline=body["baseline"],
+            of=body["of"],
+        )
+        found = subject.run(subject.inspector.attribute(subject.ids, asked))
+        return inspect_format.attribution(Vocabulary(subject.model.tokenizer), asked, found)
+
+
+@blueprint.at("/inspect/hidden_states", methods=["POST"])
+@blueprint.takes(HiddenStatesRequest, example={"prompt": "The colour", "format": "json"})
+@blueprint.gives(HiddenStates)
+@blueprint.gives(_FILE, content_type=NPZ)
+def hidden_states(body: dict[str, Any]) -> Any:
+    """Give the residual stream after each layer, as it is before the final norm.
+
+    A file for numpy with `states` (float32, layers x positions x width), `token_ids` and `meta`;
+    or JSON, of few numbers.
+    """
+    with opened(body) as subject:
+        layers = subjects.layers(body["layers"], subject.anatomy)
+        places = subjects.positions(body["positions"], len(subject.ids))
+        count = len(layers) * len(places) * subject.anatomy.hidden_size
+        if body["format"] == "json" and count > MOST_JSON_STATES:
+            raise ResponseTooLarge(
+                f"{count} numbers as json (max {MOST_JSON_STATES}); ask for fewer layers or "
+                'positions, or format "npz"'
+            )
+        subjects.check_read_cells(count, subject.settings)
+        found = subject.run(subject.inspector.hidden_states(subject.ids, layers, places))
+        meta = inspect_format.states_meta(layers, places, subject.ids)
+        if body["format"] == "json":
+            return {**meta, "states": arrays.exact(found)}
+        ids = numpy.array(subject.ids, numpy.int32)
+        return Response(arrays.npz({"states": found, "token_ids": ids}, meta), content_type=NPZ)

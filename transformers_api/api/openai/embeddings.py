@@ -1,0 +1,84 @@
+"""POST /v1/embeddings."""
+
+from __future__ import annotations
+
+import base64
+import struct
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar, cast
+
+from flask import request
+
+from transformers_api.api.http import request_log
+from transformers_api.api.http.body import Blueprint
+from transformers_api.api.http.rate_limit_headers import Reservation
+from transformers_api.api.http.request_context import Exchange
+from transformers_api.api.http.services import services
+from transformers_api.api.openai import requests
+from transformers_api.api.openai.schemas.answers import Error
+from transformers_api.api.openai.schemas.embeddings import EmbeddingRequest, Embeddings
+from transformers_api.errors import EmbeddingsUnavailable
+from transformers_api.serving import embeddings
+
+blueprint = Blueprint("embeddings", __name__, description="OpenAI's embeddings")
+View = TypeVar("View", bound=Callable[..., Any])
+
+
+def _only_when_enabled(view: View) -> View:
+    """Before the body is looked at: without a backend no body can be right."""
+
+    @wraps(view)
+    def guarded(*args: Any, **options: Any) -> Any:
+        if services().embeddings is None:
+            raise EmbeddingsUnavailable(
+                "Embeddings backend is not configured. Set ENABLE_EMBEDDINGS_BACKEND=1 to enable."
+            )
+        return view(*args, **options)
+
+    return cast(View, guarded)
+
+
+@blueprint.at("/v1/embeddings", methods=["POST"])
+@_only_when_enabled
+@blueprint.takes(EmbeddingRequest, example={"input": "The colour of the sea"})
+@blueprint.gives(Embeddings)
+@blueprint.gives(Error, 400, description="A field is wrong; `param` names it")
+@blueprint.gives(Error, 404, description="No such model")
+@blueprint.gives(Error, 501, description="`ENABLE_EMBEDDINGS_BACKEND` is off")
+def create_embeddings(body: dict[str, Any]) -> Any:
+    """Make a vector of each text."""
+    known = services()
+    assert known.embeddings is not None
+    inputs = body["input"]
+    texts = [given for given in inputs if isinstance(given, str)]
+    requests.check_prompt_bytes(texts, known.settings, "input")
+    with (
+        Exchange(known, request.environ) as exchange,
+        known.embeddings.lease(body["model"], exchange.cancellation) as model,
+    ):
+        record = request_log.current()
+        record.model = model.spec.name
+        rows = embeddings.encode(model, inputs)
+        if known.access.tokens is not None:
+            Reservation(known.access.tokens, sum(map(len, rows)))  # all of it is used
+        vectors = embeddings.embed(model, rows, body.get("dimensions"), exchange.cancellation)
+    shown = _base64 if body["encoding_format"] == "base64" else _numbers
+    tokens = record.prompt_tokens = sum(map(len, rows))
+    return {
+        "object": "list",
+        "data": [
+            {"object": "embedding", "index": index, "embedding": shown(vector)}
+            for index, vector in enumerate(vectors)
+        ],
+        "model": body["model"],
+        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+    }
+
+
+def _numbers(vector: bytes) -> list[float]:
+    return list(struct.unpack(f"<{len(vector) // 4}f", vector))
+
+
+def _base64(vector: bytes) -> str:
+    return base64.b64encode(vector).decode()

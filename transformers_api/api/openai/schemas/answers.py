@@ -1,0 +1,193 @@
+"""What generation answers look like. Documentation only: answers are not built through these."""
+
+from __future__ import annotations
+
+from transformers_api.api.http.fields import (
+    AnyObject,
+    Boolean,
+    Integer,
+    Many,
+    Number,
+    Object,
+    Schema,
+    Text,
+)
+from transformers_api.api.http.sampling_schema import MAX_TOKEN_ID, MAX_TOKENS, about
+
+_TIME = 1 << 40
+_MANY = 1 << 20
+_REASONS = ("stop", "length")
+
+
+class ErrorBody(Schema):
+    """What went wrong."""
+
+    message = Text(required=True)
+    type = Text(required=True)
+    param = Text(
+        required=True,
+        allow_none=True,
+        **about("The field that is wrong, such as `messages[0].role`, or null."),
+    )
+    code = Text(required=True, allow_none=True)
+
+
+class Error(Schema):
+    """Every error of this server."""
+
+    error = Object(ErrorBody, required=True)
+
+
+class PromptDetails(Schema):
+    """Where the prompt's tokens came from."""
+
+    cached_tokens = Integer(0, MAX_TOKENS)
+
+
+class UsageBody(Schema):
+    """Tokens of the model itself."""
+
+    prompt_tokens = Integer(0, MAX_TOKENS)
+    completion_tokens = Integer(0, MAX_TOKENS)
+    total_tokens = Integer(0, MAX_TOKENS)
+    prompt_tokens_details = Object(PromptDetails)
+
+
+class Answer(Schema):
+    """What completions and chat completions have in common."""
+
+    id = Text()
+    created = Integer(0, _TIME)
+    model = Text()
+    system_fingerprint = Text()
+    usage = Object(UsageBody)
+
+
+class LegacyLogprobs(Schema):
+    """Scores, one item per token."""
+
+    tokens = Many(Text(), longest=_MANY)
+    token_logprobs = Many(
+        Number(-1e9, 0, allow_none=True), longest=_MANY, **about("null for the first of a prompt.")
+    )
+    top_logprobs = Many(AnyObject(allow_none=True), longest=_MANY)
+    text_offset = Many(Integer(0, _MANY), longest=_MANY)
+
+
+class WholeTrace(Schema):
+    """What was asked to be shown of every token."""
+
+    header = AnyObject(**about("The prompt's tokens, the model, the units."))
+    steps = Many(AnyObject(), longest=_MANY)
+
+
+class TextChoice(Schema):
+    """One continuation."""
+
+    index = Integer(0, _MANY)
+    text = Text()
+    logprobs = Object(LegacyLogprobs, allow_none=True)
+    finish_reason = Text(choices=_REASONS, allow_none=True)
+    prompt_token_ids = Many(Integer(0, MAX_TOKEN_ID), longest=_MANY)
+    token_ids = Many(Integer(0, MAX_TOKEN_ID), longest=_MANY)
+    trace = Object(WholeTrace)
+
+
+class Completion(Answer):
+    """Continuations of the prompts; in a stream, pieces of them."""
+
+    object = Text(choices=("text_completion",))
+    choices = Many(Object(TextChoice), longest=_MANY)
+
+
+class ChatMessage(Schema):
+    """What the assistant says."""
+
+    role = Text(choices=("assistant",))
+    content = Text()
+
+
+class ChatLogprobs(Schema):
+    """Scores, one item per token."""
+
+    content = Many(AnyObject(), longest=_MANY)
+
+
+class ChatChoice(Schema):
+    """One answer."""
+
+    index = Integer(0, _MANY)
+    message = Object(ChatMessage)
+    logprobs = Object(ChatLogprobs, allow_none=True)
+    finish_reason = Text(choices=_REASONS, allow_none=True)
+    token_ids = Many(Integer(0, MAX_TOKEN_ID), longest=_MANY)
+    trace = Object(WholeTrace)
+
+
+class ChatCompletion(Answer):
+    """Answers to a conversation."""
+
+    object = Text(choices=("chat.completion",))
+    choices = Many(Object(ChatChoice), longest=_MANY)
+
+
+class ChunkChoice(Schema):
+    """A piece of one answer."""
+
+    index = Integer(0, _MANY)
+    delta = Object(ChatMessage)
+    logprobs = Object(ChatLogprobs, allow_none=True)
+    finish_reason = Text(choices=_REASONS, allow_none=True)
+
+
+class ChatCompletionChunk(Answer):
+    """One event of a stream; the last is followed by `data: [DONE]`."""
+
+    object = Text(choices=("chat.completion.chunk",))
+    choices = Many(Object(ChunkChoice), longest=_MANY)
+    trace = AnyObject(**about("Of the token of this chunk; with the role, its header."))
+
+
+class Health(Schema):
+    """How the server is, in the words of all its predecessors."""
+
+    status = Text(required=True, choices=("healthy", "degraded"))
+    ok = Boolean()
+    model_ready = Boolean()
+    model_loaded = Boolean()
+    current_model = Text(allow_none=True)
+    models_loaded = Many(Text(), longest=_MANY)
+    loaded_models = Integer(0, _MANY)
+    active_requests = Integer(0, _MANY)
+    total_models = Integer(0, _MANY)
+    cuda_available = Boolean()
+    device = Text(allow_none=True, **about("Of the model in memory, or null."))
+    cache_dir = Text()
+    memory = AnyObject(**about("`process_bytes` (null where unknown) and `model_bytes`."))
+    system = AnyObject(**about("`platform`, `python` and `cpu_count`."))
+    uptime = Text()
+
+
+class Probe(Schema):
+    """The process answers."""
+
+    status = Text(required=True, choices=("ok",))
+
+
+class Ready(Schema):
+    """Whether requests may be sent."""
+
+    status = Text(required=True, choices=("ready", "not ready"))
+    reason = Text(required=True)
+
+
+class Start(Schema):
+    """What this is, and where to go on."""
+
+    name = Text(required=True)
+    message = Text()
+    status = Text()
+    version = Text(required=True)
+    documentation = Text()
+    health = Text()
+    endpoints = AnyObject()

@@ -1,0 +1,137 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from marshmallow import ValidationError, fields, validates_schema
+
+from transformers_api.api.http.fields import (
+    NOT_GIVEN,
+    AnyObject,
+    Boolean,
+    Integer,
+    Many,
+    Object,
+    Refusal,
+    Schema,
+    Text,
+    Unsupported,
+)
+from transformers_api.api.http.sampling_schema import MAX_LOGPROBS, MAX_TOKENS, Sampling, about
+from transformers_api.api.openai.schemas.completions import check_stream_options
+from transformers_api.api.trace.schema import TraceOptions
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+MAX_MESSAGES = 1024
+MAX_PARTS = 256
+
+
+class Content(fields.Field[str | list[Any]]):
+    """A text, or a list of text parts."""
+
+    def _deserialize(
+        self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **_: Any
+    ) -> str | list[Any]:
+        if isinstance(value, str):
+            return value
+        if not isinstance(value, list):
+            raise ValidationError("must be a string or a list of text parts")
+        if len(value) > MAX_PARTS:
+            raise ValidationError(f"must have at most {MAX_PARTS} parts")
+        return [self._part(i, part) for i, part in enumerate(value)]
+
+    @staticmethod
+    def _part(index: int, part: Any) -> dict[str, str]:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if not isinstance(kind, str):
+            raise ValidationError({index: ["must be a part such as {'type': 'text', 'text': …}"]})
+        if kind != "text":
+            text = Refusal(f"is a part of type '{kind[:32]}'; only 'text' is supported")
+            raise ValidationError({index: [text]})
+        if not isinstance(part.get("text"), str):
+            raise ValidationError({index: {"text": ["must be a string"]}})
+        return {"type": "text", "text": part["text"]}
+
+
+class Message(Schema):
+    """One turn of a conversation."""
+
+    role = Text(choices=ROLES, required=True)
+    content = Content(
+        error_messages=NOT_GIVEN,
+        **about(
+            "A text, or a list of text parts.",
+            oneOf=[
+                {"type": "string"},
+                {"type": "array", "items": {"type": "object"}, "maxItems": MAX_PARTS},
+            ],
+        ),
+    )
+    name = Text(longest=256)
+    tool_call_id = Text(longest=256)
+    tool_calls = Unsupported()
+    function_call = Unsupported()
+    audio = Unsupported()
+
+    @validates_schema(skip_on_field_errors=True)
+    def check(self, data: dict[str, Any], **_: Any) -> None:
+        """Only an assistant may have said nothing."""
+        if "content" not in data and data["role"] != "assistant":
+            raise ValidationError("is required", "content")
+
+
+class TemplateFields(Schema):
+    """How messages become a prompt."""
+
+    add_generation_prompt = Boolean(
+        **about("End the prompt where the assistant's turn begins. Default true.")
+    )
+    continue_final_message = Boolean(
+        load_default=False, **about("Continue the last message instead of beginning a new one.")
+    )
+    chat_template_kwargs = AnyObject(**about("Variables for the model's chat template."))
+
+    @validates_schema(skip_on_field_errors=True)
+    def check_template(self, data: dict[str, Any], **_: Any) -> None:
+        """Rules between these fields."""
+        if data["continue_final_message"] and data.get("add_generation_prompt"):
+            raise ValidationError(
+                "must not be true together with 'add_generation_prompt'", "continue_final_message"
+            )
+
+
+def conversation(**options: Any) -> Many:
+    """A field with a conversation."""
+    return Many(Object(Message), shortest=1, longest=MAX_MESSAGES, **options)
+
+
+class ChatRequest(Sampling, TemplateFields):
+    """A conversation to be continued."""
+
+    messages = conversation(required=True)
+    max_tokens = Integer(1, MAX_TOKENS, **about("Default 512, or what the context leaves."))
+    max_completion_tokens = Integer(1, MAX_TOKENS, **about("The same; wins over `max_tokens`."))
+    logprobs = Boolean(load_default=False, **about("Add the log probability of each token."))
+    top_logprobs = Integer(0, MAX_LOGPROBS, **about("Also of so many likely others."))
+
+    trace = Object(TraceOptions, **about("What to show of every token; see [traces](#traces)."))
+    tools = Unsupported()
+    tool_choice = Unsupported(lambda value: value in ("none", "auto"))
+    functions = Unsupported()
+    function_call = Unsupported(lambda value: value in ("none", "auto"))
+    modalities = Unsupported(lambda value: value == ["text"])
+    audio = Unsupported()
+    reasoning_effort = Unsupported(lambda value: value == "none")
+    web_search_options = Unsupported(lambda _value: False)
+    echo = Unsupported()
+    chat_template = Unsupported()
+    documents = Unsupported()
+
+    @validates_schema(skip_on_field_errors=True)
+    def check(self, data: dict[str, Any], **_: Any) -> None:
+        """Rules between fields."""
+        if "top_logprobs" in data and not data["logprobs"]:
+            raise ValidationError("needs 'logprobs': true", "top_logprobs")
+        check_stream_options(data)

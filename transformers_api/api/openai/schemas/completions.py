@@ -1,0 +1,107 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from marshmallow import ValidationError, fields, validates_schema
+
+from transformers_api.api.http.fields import NOT_GIVEN, Boolean, Integer, Object, Unsupported
+from transformers_api.api.http.sampling_schema import (
+    MAX_LOGPROBS,
+    MAX_N,
+    MAX_TOKEN_ID,
+    MAX_TOKENS,
+    Sampling,
+    about,
+)
+from transformers_api.api.trace.schema import TraceOptions
+
+MAX_PROMPTS = 1024
+PromptInput = str | list[int]
+
+_TEXT = {"type": "string"}
+_TOKEN = {"type": "integer", "minimum": 0}
+
+
+def _many(item: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "minItems": 1, "items": item}
+
+
+class Prompts(fields.Field[list[PromptInput]]):
+    """A text, a list of texts, token ids, or a list of lists of token ids; always a list after."""
+
+    LONGEST = MAX_PROMPTS
+    WANTED = "must be a string, a list of strings, token ids, or a list of lists of token ids"
+
+    def _deserialize(
+        self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **_: Any
+    ) -> list[PromptInput]:
+        if isinstance(value, str):
+            return [value]
+        if not isinstance(value, list):
+            raise ValidationError(self.WANTED)
+        if not value:
+            raise ValidationError("must not be empty")
+        if type(value[0]) is int:
+            return [_token_ids(value)]
+        if len(value) > self.LONGEST:
+            raise ValidationError(f"must have at most {self.LONGEST} items")
+        return [self._one(i, item, type(value[0])) for i, item in enumerate(value)]
+
+    def _one(self, index: int, item: Any, kind: type) -> PromptInput:
+        if kind not in (str, list) or type(item) is not kind:
+            raise ValidationError(self.WANTED)
+        try:
+            return _token_ids(item) if isinstance(item, list) else str(item)
+        except ValidationError as error:
+            raise ValidationError({index: error.messages}) from None
+
+
+def _token_ids(value: list[Any]) -> list[int]:
+    if not value:
+        raise ValidationError("must not be empty")
+    for index, item in enumerate(value):
+        if type(item) is not int or not 0 <= item <= MAX_TOKEN_ID:
+            raise ValidationError({index: ["must be a token id"]})
+    return value
+
+
+class CompletionRequest(Sampling):
+    """Text to be continued."""
+
+    prompt = Prompts(
+        required=True,
+        error_messages=NOT_GIVEN,
+        **about(
+            "A text, a list of texts, token ids, or a list of lists of token ids.",
+            oneOf=[_TEXT, _many(_TEXT), _many(_TOKEN), _many(_many(_TOKEN))],
+        ),
+    )
+    max_tokens = Integer(0, MAX_TOKENS, **about("Default 16. 0 only with `echo`."))
+    echo = Boolean(load_default=False, **about("Begin the answer with the prompt."))
+    logprobs = Integer(
+        0, MAX_LOGPROBS, **about("Log probabilities of the tokens and of so many likely others.")
+    )
+    best_of = Integer(1, MAX_N, **about("Make so many answers and send the `n` likeliest."))
+    trace = Object(TraceOptions, **about("What to show of every token; see [traces](#traces)."))
+    suffix = Unsupported()
+
+    @validates_schema(skip_on_field_errors=True)
+    def check(self, data: dict[str, Any], **_: Any) -> None:
+        """Rules between fields."""
+        if data.get("max_tokens") == 0 and not data["echo"]:
+            raise ValidationError("must be at least 1 unless 'echo' is true", "max_tokens")
+        best_of = data.get("best_of", data["n"])
+        if best_of < data["n"]:
+            raise ValidationError("must not be smaller than 'n'", "best_of")
+        if best_of > data["n"] and data["stream"]:
+            raise ValidationError("must equal 'n' in a stream", "best_of")
+        check_stream_options(data)
+
+
+def check_stream_options(data: Mapping[str, Any]) -> None:
+    """``stream_options`` mean something in a stream only."""
+    if data.get("stream_options") and not data["stream"]:
+        raise ValidationError("is only allowed with 'stream': true", "stream_options")

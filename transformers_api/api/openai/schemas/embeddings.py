@@ -1,0 +1,92 @@
+"""POST /v1/embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from marshmallow import ValidationError
+
+from transformers_api.api.http.fields import (
+    NOT_GIVEN,
+    AnyObject,
+    Integer,
+    Many,
+    Object,
+    Schema,
+    Text,
+)
+from transformers_api.api.http.sampling_schema import MAX_TOKENS, about
+from transformers_api.api.openai.schemas.completions import PromptInput, Prompts
+
+MAX_INPUTS = 2048
+_TEXT = {"type": "string"}
+_TOKEN = {"type": "integer", "minimum": 0}
+
+
+def _many(item: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "minItems": 1, "items": item}
+
+
+class Inputs(Prompts):
+    """What completions take as prompts, but no empty text."""
+
+    LONGEST = MAX_INPUTS
+
+    def _deserialize(
+        self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **options: Any
+    ) -> list[PromptInput]:
+        inputs = super()._deserialize(value, attr, data, **options)
+        for index, text in enumerate(inputs):
+            if text == "":
+                raise ValidationError(
+                    {index: ["must not be empty"]}
+                    if isinstance(value, list)
+                    else "must not be empty"
+                )
+        return inputs
+
+
+class EmbeddingRequest(Schema):
+    """Texts to be made into vectors."""
+
+    model = Text(
+        shortest=1, longest=256, required=True, **about("Id of a model that makes embeddings.")
+    )
+    input = Inputs(
+        required=True,
+        error_messages=NOT_GIVEN,
+        **about(
+            "A text, a list of texts, token ids of this model, or a list of lists of them; at most "
+            f"{MAX_INPUTS} inputs.",
+            oneOf=[_TEXT, _many(_TEXT), _many(_TOKEN), _many(_many(_TOKEN))],
+        ),
+    )
+    encoding_format = Text(
+        choices=("float", "base64"),
+        load_default="float",
+        **about("Numbers, or little-endian float32 in base64."),
+    )
+    dimensions = Integer(
+        1, 1 << 16, **about("Only the first so many numbers, scaled to length one again.")
+    )
+    user = Text(longest=512, **about("Accepted and not used."))
+
+
+class EmbeddingUsage(Schema):
+    """Tokens of the model itself."""
+
+    prompt_tokens = Integer(0, MAX_TOKENS)
+    total_tokens = Integer(0, MAX_TOKENS)
+
+
+class Embeddings(Schema):
+    """A vector per input, in their order."""
+
+    object = Text(choices=("list",))
+    data = Many(
+        AnyObject(**about("`object`: embedding, `index`, and `embedding`: numbers or base64.")),
+        longest=MAX_INPUTS,
+    )
+    model = Text()
+    usage = Object(EmbeddingUsage)

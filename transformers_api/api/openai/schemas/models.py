@@ -1,0 +1,67 @@
+"""The routes under /v1/models."""
+
+from __future__ import annotations
+
+from transformers_api.api.http.fields import AnyObject, Boolean, Integer, Many, Object, Schema, Text
+from transformers_api.api.http.sampling_schema import about
+
+_TIME = 1 << 40
+
+
+class LoadRequest(Schema):
+    """Which model to load, and where."""
+
+    model = Text(shortest=1, longest=256, required=True)
+    device = Text(
+        pattern="auto|cpu|cuda|cuda:[0-9]|mps",
+        **about("Default: as the registry or the settings say."),
+    )
+
+
+class LoadAnswer(Schema):
+    """The resident model."""
+
+    id = Text()
+    object = Text(choices=("model",))
+    created = Integer(0, _TIME)
+    owned_by = Text()
+    status = Text(choices=("loaded", "already_loaded"))
+    device = Text()
+
+
+class Deleted(Schema):
+    """A model that was taken out of memory."""
+
+    id = Text()
+    object = Text(choices=("model",))
+    deleted = Boolean()
+
+
+class Model(Schema):
+    """A model that may be asked for."""
+
+    id = Text()
+    object = Text(choices=("model",))
+    created = Integer(0, _TIME)
+    owned_by = Text()
+    loaded = Boolean()
+    permission = Many(AnyObject(), longest=0)
+    root = Text()
+    parent = Text(allow_none=True)
+    max_model_len = Integer(1, 1 << 24, **about("Tokens of prompt and answer; once loaded."))
+    quantization = Text(
+        choices=("none", "int8", "int4"), **about("Width of the weights; once loaded.")
+    )
+
+
+class ModelDetail(Model):
+    """A model with what its registry entry says about it."""
+
+    metadata = AnyObject()
+
+
+class ModelList(Schema):
+    """Every model that is registered, cached or loaded."""
+
+    object = Text(choices=("list",))
+    data = Many(Object(Model), longest=1 << 16)

@@ -1,0 +1,60 @@
+"""POST /tokenize and /detokenize."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flask import request
+
+from transformers_api.api.http.body import Blueprint
+from transformers_api.api.http.request_context import Exchange
+from transformers_api.api.http.services import services
+from transformers_api.api.openai import requests
+from transformers_api.api.openai.schemas.answers import Error
+from transformers_api.api.openai.schemas.tokens import (
+    TEXT_NAMES,
+    DetokenizeAnswer,
+    DetokenizeRequest,
+    TokenizeAnswer,
+    TokenizeRequest,
+)
+from transformers_api.serving.text import chat_template
+from transformers_api.serving.text.vocabulary import Vocabulary
+
+blueprint = Blueprint("tokens", __name__, description="Text to token ids, and back")
+
+
+@blueprint.at("/tokenize", methods=["POST"])
+@blueprint.takes(TokenizeRequest, example={"prompt": "Hello, world"})
+@blueprint.gives(TokenizeAnswer)
+@blueprint.gives(Error, 400, description="A field is wrong; `param` names it")
+def tokenize(body: dict[str, Any]) -> Any:
+    """Turn a text, or a conversation, into the ids that the model reads."""
+    known = services()
+    name = next((name for name in TEXT_NAMES if name in body), "messages")
+    texts = requests.message_texts(body[name]) if name == "messages" else [body[name]]
+    requests.check_prompt_bytes(texts, known.settings, name)
+    with Exchange(known, request.environ) as exchange:
+        model = exchange.lease(body.get("model"))
+        if name == "messages":
+            ids = requests.chat_prompt(model, body).ids
+        else:
+            ids = chat_template.encode_text(model, body[name], body["add_special_tokens"], name)
+        answer = {"tokens": ids, "count": len(ids), "max_model_len": model.engine.max_model_len}
+        if body["return_token_strs"]:
+            vocabulary = Vocabulary(model.tokenizer)
+            answer["token_strs"] = [vocabulary.token_text(token_id) for token_id in ids]
+        return answer
+
+
+@blueprint.at("/detokenize", methods=["POST"])
+@blueprint.takes(DetokenizeRequest, example={"tokens": [19556, 28]})
+@blueprint.gives(DetokenizeAnswer)
+@blueprint.gives(Error, 400, description="A field is wrong; `param` names it")
+def detokenize(body: dict[str, Any]) -> Any:
+    """Turn token ids into text."""
+    with Exchange(services(), request.environ) as exchange:
+        model = exchange.lease(body.get("model"))
+        requests.check_ids(model, body["tokens"], "tokens")
+        text = chat_template.decode_ids(model, body["tokens"])
+        return {"prompt": text, "text": text}

@@ -1,0 +1,110 @@
+"""Whether the server lives, whether it can serve, and what it is."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+from flask import Response, jsonify
+
+from transformers_api import __version__
+from transformers_api.api.http.dialects import PlainBlueprint
+from transformers_api.api.http.services import services
+from transformers_api.api.openai.schemas.answers import Health, Probe, Ready, Start
+
+blueprint = PlainBlueprint("health", __name__, description="Whether the server lives and can serve")
+
+
+@blueprint.at("/health")
+@blueprint.without_key
+@blueprint.gives(Health)
+def health() -> Any:
+    """Say how the server is.
+
+    `status` is `degraded` while no model is in memory. Never waits for a model.
+    """
+    known = services()
+    status = known.swapper.status()
+    loaded = [] if status.model is None else [status.model]
+    return {
+        "status": "healthy" if loaded else "degraded",
+        "ok": True,
+        "model_ready": status.state == "ready",
+        "model_loaded": bool(loaded),
+        "current_model": status.model,
+        "models_loaded": loaded,
+        "loaded_models": len(loaded),
+        "active_requests": status.leases,
+        "total_models": len(known.registry.list()),
+        "cuda_available": "cuda" in known.devices(),
+        "device": status.device,
+        "cache_dir": str(known.settings.hf_home),
+        "memory": {"process_bytes": _process_bytes(), "model_bytes": status.bytes},
+        "system": {
+            "platform": platform.system(),
+            "python": platform.python_version(),
+            "cpu_count": os.cpu_count(),
+        },
+        "uptime": _uptime(time.monotonic() - known.started_at),
+    }
+
+
+def _process_bytes() -> int | None:
+    """Memory of this process that is in RAM; None where the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:  # not Linux
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _uptime(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h {minutes}m {rest}s"
+
+
+@blueprint.at("/healthz")
+@blueprint.without_key
+@blueprint.gives(Probe)
+def healthz() -> Any:
+    """Say that the process answers."""
+    return {"status": "ok"}
+
+
+@blueprint.at("/readyz")
+@blueprint.without_key
+@blueprint.gives(Ready)
+@blueprint.gives(Ready, 503, description="Send no requests now; `reason` says why.")
+def readyz() -> Response:
+    """Say whether requests may be sent."""
+    ready, reason = services().ready()
+    answer = jsonify({"status": "ready" if ready else "not ready", "reason": reason})
+    answer.status_code = 200 if ready else 503
+    return answer
+
+
+@blueprint.at("/")
+@blueprint.gives(Start)
+def index() -> Any:
+    """Say what this is, and where to go on."""
+    return {
+        "name": "Transformers API",
+        "message": "Transformers API: Hugging Face language models over the OpenAI API",
+        "status": "ok",
+        "version": __version__,
+        "documentation": "/docs",
+        "health": "/health",
+        "endpoints": {
+            "docs": "/docs",
+            "redoc": "/redoc",
+            "openapi": "/openapi.json",
+            "models": "/v1/models",
+            "chat": "/v1/chat/completions",
+            "completions": "/v1/completions",
+            "generate": "/generate",
+        },
+    }

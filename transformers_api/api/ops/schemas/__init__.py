@@ -1,0 +1,4 @@
+"""Answers of the operators' routes.
+
+Start reading at ``status.py``: everything that ``GET /status`` tells.
+"""

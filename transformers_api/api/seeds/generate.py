@@ -1,0 +1,250 @@
+"""The native API: POST /generate, and /models to list, load, poll and unload.
+
+The routes of the TinyGPT service and of the Flask wrapper. Their errors are ``{"detail": text}``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+from flask import request
+
+from transformers_api.api.http.dialects import PlainBlueprint
+from transformers_api.api.http.request_context import Exchange
+from transformers_api.api.http.services import Services, services
+from transformers_api.api.openai import requests
+from transformers_api.api.seeds import generate_format
+from transformers_api.api.seeds.generate_format import Answer, Asked
+from transformers_api.api.seeds.schemas.generate import (
+    Detail,
+    Done,
+    Generated,
+    GenerateRequest,
+    LoadModelAnswer,
+    LoadModelRequest,
+    NativeModel,
+    NativeModelState,
+)
+from transformers_api.engine.base import SamplingParams
+from transformers_api.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound, NotFound
+from transformers_api.serving.generation import Generation, GenerationRequest, fit
+from transformers_api.serving.limits.cancellation import Cancellation
+from transformers_api.serving.models.spec import LoadedModel, ModelSpec
+from transformers_api.serving.swap.residency import SwapperStatus
+
+blueprint = PlainBlueprint("native", __name__, description="The native API")
+
+DEFAULTS: Mapping[str, Any] = {
+    "max_new_tokens": 100,
+    "temperature": 0.7,
+    "top_k": 50,
+    "top_p": 0.95,
+    "word_repetition_penalty": 1.0,
+}
+DOCUMENTED_MOST = 500  # new tokens; a window that moves on is no limit of its own
+_EXTRAS = ("seed", "stop")  # among the parameters of an answer where they were given
+
+
+@blueprint.at("/generate", methods=["POST"])
+@blueprint.takes(GenerateRequest, example={"prompt": "Once upon a time", "max_new_tokens": 40})
+@blueprint.gives(Generated)
+@blueprint.gives(Generated, content_type="text/event-stream")
+@blueprint.gives(Detail, 400, description="A field is wrong; the text names it")
+@blueprint.gives(Detail, 404, description="No such model")
+@blueprint.gives(Detail, 503, description="The model is not loaded, or cannot be")
+def generate(body: dict[str, Any]) -> Any:
+    """Continue a text, or a list of texts together.
+
+    For a list `generated_text`, `prompt`, `tokens_generated` and `finish_reason` are lists in the
+    same order, also for a list of one; the times are those of all together. With `stream` the
+    answer is that of `/generate/stream`.
+    """
+    if body["stream"]:
+        return _streamed(body)
+    with Exchange(services(), request.environ) as exchange:
+        answer, generation = _begin(exchange, body, stream=False)
+        return answer.collect(generation)
+
+
+@blueprint.at("/generate/stream", methods=["POST"])
+@blueprint.takes(GenerateRequest, example={"prompt": "Once upon a time", "max_new_tokens": 40})
+@blueprint.gives(Generated, content_type="text/event-stream")
+@blueprint.gives(Detail, 400, description="A field is wrong; the text names it")
+@blueprint.gives(Detail, 404, description="No such model")
+@blueprint.gives(Detail, 503, description="The model is not loaded, or cannot be")
+def generate_stream(body: dict[str, Any]) -> Any:
+    """Continue a text, or a list of texts, as server-sent events.
+
+    Each event is `{"index": 0, "text": …}`, the next piece of the continuation of the prompt with
+    that index. The last one is the answer of `/generate` with `"done": true`; `data: [DONE]`
+    follows. An error after the first byte is an event with `detail`, and no `[DONE]`.
+    """
+    return _streamed(body)
+
+
+def _streamed(body: dict[str, Any]) -> Any:
+    """The events of a request that was checked."""
+    with Exchange(services(), request.environ) as exchange:
+        answer, generation = _begin(exchange, body, stream=True)
+        return exchange.stream(answer.events(generation))
+
+
+@blueprint.at("/models")
+@blueprint.gives(NativeModel(many=True))  # type: ignore[arg-type]
+def list_models() -> Any:
+    """List the registered models, and what is in memory."""
+    known = services()
+    status = known.swapper.status()
+    specs = {spec.name: spec for spec in known.registry.list()}
+    if status.model is not None and status.model not in specs:
+        specs[status.model] = known.registry.resolve(status.model)
+    return [_described(known, spec, status) for spec in specs.values()]
+
+
+@blueprint.at("/models/<path:model_name>")
+@blueprint.gives(NativeModelState)
+@blueprint.gives(Detail, 404, description="No such model")
+def retrieve_model(model_name: str) -> Any:
+    """Describe one model, and how far its loading is."""
+    known = services()
+    spec = known.registry.resolve(model_name)
+    status = known.swapper.status()
+    state = generate_format.model_state(spec.name, status)
+    return {**_described(known, spec, status), **state}
+
+
+@blueprint.at("/models/<path:model_name>/load", methods=["POST"])
+@blueprint.gives(Done)
+@blueprint.gives(Detail, 404, description="No such model")
+def load_in_background(model_name: str) -> Any:
+    """Begin to load a model and answer at once; GET /models/{model_name} tells how far it is."""
+    _check_origin(services())
+    begun = services().swapper.load(model_name, wait=False)
+    state = f"Loading model '{model_name}' in background"
+    return {"message": state if begun else f"Model '{model_name}' is already loaded"}
+
+
+@blueprint.at("/models/<path:model_name>/unload", methods=["DELETE", "POST"])
+@blueprint.gives(Done)
+@blueprint.gives(Detail, 404, description="Not in memory")
+def unload(model_name: str) -> Any:
+    """Take a model out of memory, once its running answers are finished."""
+    _check_origin(services())
+    with Exchange(services(), request.environ) as exchange:
+        evicted = _evicted(services(), model_name, exchange.cancellation)
+    if not evicted:
+        raise NotFound(f"Model '{model_name}' is not loaded", param="model")
+    return {"message": f"Model '{model_name}' unloaded successfully"}
+
+
+@blueprint.at("/load_model", methods=["POST"])
+@blueprint.takes(LoadModelRequest, example={"model_name": "smollm2-135m-instruct"})
+@blueprint.gives(LoadModelAnswer)
+@blueprint.gives(Detail, 400, description="A field is wrong; the text names it")
+@blueprint.gives(Detail, 404, description="No such model")
+@blueprint.gives(Detail, 503, description="The model could not be loaded")
+def load_model(body: dict[str, Any]) -> Any:
+    """Load a model and answer when it is in memory, which may take minutes."""
+    name = body["model_name"]
+    with Exchange(services(), request.environ) as exchange:
+        services().swapper.load(name, cancellation=exchange.cancellation)
+    return {"message": f"Model {name} loaded successfully", **body}
+
+
+def _begin(exchange: Exchange, body: dict[str, Any], *, stream: bool) -> tuple[Answer, Generation]:
+    """Check, lease the model, encode, fit, start."""
+    known = services()
+    prompts = [body["prompt"]] if isinstance(body["prompt"], str) else body["prompt"]
+    requests.check_prompt_bytes(prompts, known.settings, "prompt")
+    requests.check_sequences(len(prompts), 1, known.settings)
+    model = exchange.lease(body.get("model"))
+    began = time.perf_counter()
+    ids = requests.prompt_ids(model, prompts)
+    encoded = time.perf_counter()
+    wanted = _request(model, body, ids, known.settings.keepalive_s if stream else None)
+    asked = Asked(
+        model=body.get("model") or model.spec.name,
+        prompts=prompts,
+        is_batch=isinstance(body["prompt"], list),
+        full_text=body["return_full_text"],
+        parameters=_shown(wanted.params, body),
+    )
+    return Answer(asked, began, encoded), exchange.start(model, wanted, stream=stream)
+
+
+def _request(
+    model: LoadedModel, body: Mapping[str, Any], ids: Sequence[Sequence[int]], quiet_s: float | None
+) -> GenerationRequest:
+    """The request's word, else the registry's, else this route's."""
+    registered = {key: value for key, value in model.spec.generation.items() if value is not None}
+    options = {**DEFAULTS, **registered, **body}
+    params = SamplingParams(
+        max_tokens=_max_tokens(model, body, ids),
+        temperature=options["temperature"],
+        top_k=max(options["top_k"], 0),
+        top_p=options["top_p"],
+        word_repetition_penalty=options["word_repetition_penalty"],
+        seed=options.get("seed"),
+    )
+    # What a model writes to end its text, such as TinyGPT2's literal <|endoftext|>, is its own end.
+    stop = (*_stops(registered), *body.get("stop", ()))
+    return GenerationRequest(ids, params, stop=stop, quiet_s=quiet_s)
+
+
+def _stops(registered: Mapping[str, Any]) -> tuple[str, ...]:
+    stop = registered.get("stop", ())
+    return (stop,) if isinstance(stop, str) else tuple(stop)
+
+
+def _max_tokens(model: LoadedModel, body: Mapping[str, Any], ids: Sequence[Sequence[int]]) -> int:
+    """All prompts share one limit; a default is cut to what the longest of them leaves."""
+    name = next((name for name in ("max_new_tokens", "max_length") if name in body), None)
+    default = model.spec.generation.get("max_tokens") or DEFAULTS["max_new_tokens"]
+    wanted: int = body[name] if name else default
+    window = model.engine.max_model_len
+    if model.engine.context_overflow is None:
+        fitting = (
+            fit(
+                wanted,
+                len(prompt),
+                window,
+                explicit=name is not None,
+                param="prompt",
+                max_tokens_param=name or "max_new_tokens",
+            )
+            for prompt in ids
+        )
+        return min(fitting)
+    most = max(window, DOCUMENTED_MOST)
+    if name and wanted > most:
+        raise ContextLengthExceeded(f"'{name}' must be at most {most} for this model", param=name)
+    return min(wanted, most)
+
+
+def _shown(params: SamplingParams, body: Mapping[str, Any]) -> dict[str, Any]:
+    used = {name: getattr(params, name) for name in DEFAULTS if name != "max_new_tokens"}
+    given = {name: body[name] for name in _EXTRAS if name in body}
+    return {"max_new_tokens": params.max_tokens, **used, **given}
+
+
+def _described(known: Services, spec: ModelSpec, status: SwapperStatus) -> dict[str, Any]:
+    return generate_format.model(spec, known.store.locate(spec), status)
+
+
+def _check_origin(known: Services) -> None:
+    """Any web page may POST without a body; elsewhere the JSON body makes its browser ask first."""
+    origin = request.headers.get("Origin")
+    if origin is None or origin in known.settings.cors_allow_origins:
+        return
+    if urlsplit(origin).netloc != request.host:
+        raise InvalidRequest(f"Pages of {origin} may not do that; see CORS_ALLOW_ORIGINS")
+
+
+def _evicted(known: Services, model_name: str, cancellation: Cancellation) -> bool:
+    try:
+        return known.swapper.evict(model_name, cancellation=cancellation)
+    except ModelNotFound:  # what is unknown is not loaded either
+        return False

@@ -1,0 +1,164 @@
+"""The native API's answers: from pieces of text to dictionaries. No Flask."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers_api.serving.generation import Generation
+from transformers_api.serving.models.spec import ModelSpec
+from transformers_api.serving.swap.residency import SwapperStatus
+from transformers_api.serving.text.choice_text import TextDelta
+
+log = logging.getLogger(__name__)
+Json = dict[str, Any]
+
+# What a model's shape is called here, and in the configurations of transformers.
+_SHAPE = {
+    "vocab_size": ("vocab_size",),
+    "block_size": ("block_size", "prompt_window", "n_positions", "max_position_embeddings"),
+    "n_embd": ("n_embd", "hidden_size"),
+    "n_head": ("n_head", "num_attention_heads"),
+    "n_layer": ("n_layer", "num_hidden_layers"),
+    "n_experts": ("n_experts", "num_experts", "num_local_experts"),
+    "top_experts": ("top_experts", "num_experts_per_tok"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What an answer repeats of its request."""
+
+    model: str
+    prompts: Sequence[str]
+    is_batch: bool  # then prompts, texts and counts are lists
+    full_text: bool
+    parameters: Mapping[str, Any]
+
+
+class Answer:
+    """Collects one generation and says what came of it."""
+
+    def __init__(self, asked: Asked, began: float, encoded: float) -> None:
+        self._asked = asked
+        self._began = began  # time.perf_counter(), as the others
+        self._encoded = encoded
+        self._first: float | None = None
+        self._pieces: list[list[str]] = [[] for _ in asked.prompts]
+        self._tokens = [0] * len(asked.prompts)
+        self._reasons = [""] * len(asked.prompts)
+
+    def events(self, generation: Generation) -> Iterator[Json | None]:
+        """The pieces of text as they come, None for silence, and the whole answer at the end."""
+        for delta in generation:
+            if delta is None:
+                yield None
+                continue
+            self._take(delta)
+            if delta.text:
+                yield {"index": delta.index, "text": delta.text}
+        yield {"done": True, **self._complete(generation)}
+
+    def collect(self, generation: Generation) -> Json:
+        """The whole answer."""
+        for delta in generation:
+            if delta is not None:
+                self._take(delta)
+        return self._complete(generation)
+
+    def _take(self, delta: TextDelta) -> None:
+        if delta.text and self._first is None:
+            self._first = time.perf_counter()
+        self._pieces[delta.index].append(delta.text)
+        self._tokens[delta.index] += len(delta.token_ids)
+        if delta.finish_reason is not None:
+            self._reasons[delta.index] = delta.finish_reason
+            # Not a stop string, then the token that ended it, which is no text.
+            ended_by_token = delta.finish_reason == "stop" and not isinstance(
+                delta.stop_reason, str
+            )
+            self._tokens[delta.index] -= ended_by_token
+
+    def _complete(self, generation: Generation) -> Json:
+        generated = time.perf_counter()
+        asked, texts = self._asked, ["".join(pieces) for pieces in self._pieces]
+        if asked.full_text:
+            texts = [prompt + text for prompt, text in zip(asked.prompts, texts, strict=True)]
+        spent_s = generated - self._encoded
+        count = sum(self._tokens)
+        log.info("%s: %d tokens in %.3f s (%.1f/s)", asked.model, count, spent_s, count / spent_s)
+        return {
+            "generated_text": self._shown(texts),
+            "prompt": self._shown(asked.prompts),
+            "model_used": asked.model,
+            "model": asked.model,
+            "tokens_generated": self._shown(self._tokens),
+            "finish_reason": self._shown(self._reasons),
+            "generation_time": round(spent_s, 3),
+            "tokens_per_second": round(count / spent_s, 2),
+            "parameters": dict(asked.parameters),
+            "timings": {
+                "encode_ms": _ms(self._encoded - self._began),
+                "time_to_first_token_ms": _ms((self._first or generated) - self._encoded),
+                "generation_ms": _ms(spent_s),
+                "decode_ms": _ms(time.perf_counter() - generated),
+                "total_ms": _ms(time.perf_counter() - self._began),
+                "avg_ms_per_token": _ms(spent_s / count) if count else 0.0,
+                "prompt_tokens": generation.usage.prompt_tokens,
+            },
+        }
+
+    def _shown(self, values: Sequence[Any]) -> Any:
+        return list(values) if self._asked.is_batch else values[0]
+
+
+def _ms(seconds: float) -> float:
+    return round(1000 * seconds, 3)
+
+
+def model(spec: ModelSpec, folder: Path | None, status: SwapperStatus) -> Json:
+    """A model of the list; ``folder`` has its files, where they are on this machine."""
+    return {
+        "name": spec.name,
+        "description": spec.metadata.get("description", ""),
+        "parameters": spec.metadata.get("parameter_count"),
+        "loaded": status.model == spec.name,
+        "config": spec.metadata.get("config") or _shape(folder),
+    }
+
+
+def model_state(name: str, status: SwapperStatus) -> Json:
+    """How far the loading of a model is."""
+    error = status.last_errors.get(name)
+    is_coming = status.loading == name
+    if status.model == name:
+        state = "loaded"
+    elif is_coming or name in status.waiting:
+        state = "loading"
+    else:
+        state = "failed" if error else "not_loaded"
+    return {
+        "state": state,
+        "progress": status.progress if is_coming else float(state == "loaded"),
+        "progress_text": status.progress_text if is_coming else "",
+        "error": error if state == "failed" else None,
+    }
+
+
+def _shape(folder: Path | None) -> Json:
+    """The shape in a folder's config.json, in TinyGPT's words."""
+    if folder is None:
+        return {}
+    config = json.loads((folder / "config.json").read_text())
+    found = {
+        name: next((config[key] for key in keys if config.get(key) is not None), None)
+        for name, keys in _SHAPE.items()
+    }
+    if not found["n_experts"]:
+        del found["n_experts"], found["top_experts"]
+    return {name: value for name, value in found.items() if value is not None}

@@ -1,0 +1,139 @@
+"""The field ``trace`` of completions: what to show of every token."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from marshmallow import ValidationError, fields, post_load
+
+from transformers_api.api.http.fields import NOT_GIVEN, Boolean, Integer, Object, Schema, Text
+from transformers_api.api.http.sampling_schema import MAX_LOGPROBS, about
+from transformers_api.serving.inspect.trace_plan import LensRequest, TraceRequest
+
+MAX_NAMED = 4096  # layers or heads
+MAX_KEYS = 4096
+_EVERY = re.compile(r"every:([1-9][0-9]{0,3})")
+_NUMBERS = {"type": "array", "items": {"type": "integer"}, "maxItems": MAX_NAMED}
+
+
+def _numbers(value: Any, wanted: str) -> tuple[int, ...]:
+    """What the model has is known later; here they only have to be numbers."""
+    if not isinstance(value, list) or not all(type(item) is int for item in value):
+        raise ValidationError(wanted)
+    if len(value) > MAX_NAMED:
+        raise ValidationError(f"must have at most {MAX_NAMED} items")
+    return tuple(dict.fromkeys(value))
+
+
+class _Named(fields.Field[Any]):
+    """A list of numbers, or one of ``words``."""
+
+    def __init__(self, *words: str, description: str, **options: Any) -> None:
+        self.words = words
+        text = " or ".join(f'"{word}"' for word in words)
+        self.wanted = f"must be a list of integers, or {text}"
+        shape = [_NUMBERS, {"type": "string", "enum": list(words)}]
+        known = about(description, oneOf=shape)
+        super().__init__(error_messages=NOT_GIVEN, **known, **options)
+
+    def _deserialize(
+        self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **_: Any
+    ) -> Any:
+        if isinstance(value, str) and value in self.words:
+            return value
+        return _numbers(value, self.wanted)
+
+
+class _LensLayers(fields.Field[Any]):
+    """A list of layers, "all", or "every:N", which becomes N."""
+
+    WANTED = 'must be a list of integers, "all" or "every:N"'
+
+    def _deserialize(
+        self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **_: Any
+    ) -> Any:
+        if isinstance(value, str):
+            every = _EVERY.fullmatch(value)
+            if every is None and value != "all":
+                raise ValidationError(self.WANTED)
+            return int(every[1]) if every else value
+        return _numbers(value, self.WANTED)
+
+
+class LensOptions(Schema):
+    """The logit lens: what each layer would have said."""
+
+    layers = _LensLayers(
+        required=True,
+        error_messages=NOT_GIVEN,
+        **about(
+            'Layers from 0, -1 for the embedding; "all"; "every:N" for every N-th and the last.',
+            oneOf=[_NUMBERS, {"type": "string", "pattern": "^(all|every:[1-9][0-9]*)$"}],
+        ),
+    )
+    topk = Integer(1, MAX_LOGPROBS, load_default=3, **about("So many tokens of each layer."))
+
+    @post_load
+    def make(self, data: dict[str, Any], **_: Any) -> LensRequest:
+        """What the rest of the program knows it as."""
+        return LensRequest(**data)
+
+
+class TraceOptions(Schema):
+    """What to show of every token."""
+
+    layers = _Named(
+        "all",
+        load_default=(),
+        description='Layers whose attention is shown, from 0; "all". Default: none.',
+    )
+    heads = _Named(
+        "mean",
+        "max",
+        description='Heads of these layers, from 0; "mean" or "max" over all. Default: all.',
+    )
+    attn = Text(
+        choices=("f16", "u8", "topk", "json", "json64"),
+        load_default="f16",
+        **about("How attention is written."),
+    )
+    attn_topk = Integer(
+        1, MAX_KEYS, load_default=16, **about('With `"attn": "topk"`: so many keys per head.')
+    )
+    topk = Integer(
+        0, MAX_LOGPROBS, load_default=5, **about("The model's likeliest tokens at this place.")
+    )
+    lens = Object(LensOptions, **about("What the layers would have said: `layers`, `topk`."))
+    resid_norms = Boolean(
+        load_default=False, **about("The length of the residual stream after each layer.")
+    )
+    router = Boolean(load_default=False, **about("The experts that were chosen."))
+    specials = Boolean(
+        load_default=False, **about("Also of the token that ends the answer, which has no text.")
+    )
+
+    @post_load
+    def make(self, data: dict[str, Any], **_: Any) -> TraceRequest:
+        """What the rest of the program knows it as."""
+        return TraceRequest(**data)
+
+
+class StreamTrace(TraceOptions):
+    """The same for /chat/stream, with its own defaults."""
+
+    attn = Text(
+        choices=("f16", "u8", "topk", "json", "json64"),
+        load_default="json",
+        **about("How attention is written."),
+    )
+    topk = Integer(0, MAX_LOGPROBS, load_default=10, **about("The likeliest tokens at this place."))
+    meta = Boolean(
+        load_default=False, **about("Begin with an event `meta` about the prompt and the model.")
+    )
+
+    @post_load
+    def make(self, data: dict[str, Any], **_: Any) -> TraceRequest:
+        """As many tokens of what was drawn from as of the model's own."""
+        return TraceRequest(**data, sampled_topk=data["topk"])

@@ -1,0 +1,147 @@
+"""From a loaded model to one that runs on the kernels, or the reason why it does not."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from transformers_api.engine.native.kv_cache import NativeCache
+from transformers_api.engine.native.runner import NativeRunner
+from transformers_api.kernels.abi import Library
+from transformers_api.kernels.modules.attention import NAME, register
+from transformers_api.kernels.modules.linear import NativeEmbedding, NativeLinear, PackedWeight
+from transformers_api.kernels.modules.replace import Place, pack_model
+
+log = logging.getLogger(__name__)
+SMALL_BYTES = 64 << 20  # a float32 checkpoint up to here stays exact: it has no weight to speak of
+LENGTH_DEPENDENT = {"dynamic", "longrope"}  # rope whose angles depend on how long a sequence is
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+CACHE_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Four bits lose about 8 % of weights that were not made of four bits before. A small model shows it
+# (docs/decisions/0008-quantisation.md), so that below INT4_ENOUGH weights the loss is limited.
+INT4_ENOUGH = 3_000_000_000
+INT4_MOST_LOST = 0.02
+
+
+class Kind(NamedTuple):
+    """How a model is kept: ``numbers`` (dtype) in the KV cache, and as weights unless quantised."""
+
+    numbers: str
+    quantization: str
+
+    @property
+    def weights(self) -> str:
+        """See PackedWeight."""
+        return self.numbers if self.quantization == "none" else self.quantization
+
+
+class NativeRefused(Exception):
+    """Why this model goes on without the kernels. It may have been changed already."""
+
+
+class PlanOutdated(Exception):
+    """A model does not do what was known of it. It has been changed already."""
+
+
+def weight_kind(dtype: str, stored: str, stored_bytes: int) -> str | None:
+    """How weights are kept when ``dtype`` is wanted of a file of ``stored``; None: not natively."""
+    if dtype == "auto":
+        return "float32" if stored == "float32" and stored_bytes <= SMALL_BYTES else "bfloat16"
+    return dtype if dtype in CACHE_TYPES else None
+
+
+def kind_of(model: Any, dtype: str, quantization: str = "none") -> Kind:
+    """How to keep a model as it was loaded. Raises NativeRefused."""
+    stored_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    kind = weight_kind(dtype, str(model.dtype).removeprefix("torch."), stored_bytes)
+    config = model.config.get_text_config(decoder=True)
+    if kind is None:
+        raise NativeRefused(f"no kernels for {dtype}")
+    if any(getattr(config, name, None) for name in EXPERTS):
+        raise NativeRefused("a mixture of experts")
+    if _rope_types(getattr(config, "rope_parameters", None)) & LENGTH_DEPENDENT:
+        raise NativeRefused("positions that depend on the length")
+    if quantization != "none" and dtype == "auto":
+        kind = "bfloat16"  # also of a small checkpoint: what is rounded is not exact anyway
+    return Kind(kind, quantization)
+
+
+def native_runner(
+    model: Any,
+    library: Library,
+    kind: Kind,
+    groups: list[list[Place]],
+    cache_size: tuple[int, int, int],
+    vocab_size: int,
+    teach: Callable[[NativeRunner], None],
+) -> NativeRunner:
+    """A runner for the model, whose weights are packed by this. Raises NativeRefused.
+
+    ``groups``: see ``layer_groups``. ``cache_size``: layers, rows, tokens of a row. ``teach``: how
+    the runner comes to know the passes, as by ``NativeRunner.learn``.
+    """
+    register()
+    try:
+        model.set_attn_implementation(NAME)
+        pack_model(model, library, kind.weights, groups)
+        model.native_kind = kind
+        cache = NativeCache(library, *cache_size, CACHE_TYPES[kind.numbers])
+        runner = NativeRunner(model, cache, vocab_size)
+        teach(runner)
+    except PlanOutdated:
+        raise
+    except Exception as error:
+        log.info("%s cannot be packed", type(model).__name__, exc_info=True)
+        raise NativeRefused(f"packing failed: {error}") from error
+    if not runner.is_recorded:
+        raise NativeRefused(runner.decode.refused or runner.prompt.refused or runner.scored.refused)
+    return runner
+
+
+def native_kind(model: Any) -> Kind | None:
+    """How a packed model is kept; None for one that is not."""
+    kind: Kind | None = getattr(model, "native_kind", None)
+    return kind
+
+
+def packed_bytes(model: Any) -> int:
+    """Bytes of the packed weights."""
+    return sum(weight.nbytes for weight in packed_weights(model))
+
+
+def packed_weights(model: Any) -> list[PackedWeight]:
+    """Each once."""
+    packed = {
+        id(weight): weight
+        for module in model.modules()
+        if isinstance(module, NativeLinear | NativeEmbedding)
+        for weight in [module.joined.weight if isinstance(module, NativeLinear) else module.packed]
+    }
+    return list(packed.values())
+
+
+def largest_loss(model: Any) -> float:
+    """What int4 lost of the weights of the layer that it changed most, as a share of their norm."""
+    return max((weight.error for weight in packed_weights(model)), default=0.0)
+
+
+def check_loss(model: Any) -> None:
+    """Raises NativeRefused for a small model that int4 changed too much."""
+    weights = sum(weight.in_features * weight.out_features for weight in packed_weights(model))
+    lost = largest_loss(model)
+    if weights < INT4_ENOUGH and lost > INT4_MOST_LOST:
+        raise NativeRefused(
+            f"it would change the weights by {100 * lost:.1f} %, and below "
+            f"{INT4_ENOUGH / 1e9:g} billion of them {100 * INT4_MOST_LOST:g} % is the most; "
+            "int8 changes far less"
+        )
+
+
+def _rope_types(parameters: Any) -> set[str]:
+    if not isinstance(parameters, dict):
+        return set()
+    own = {str(parameters.get("rope_type", "default"))}
+    return own.union(*(_rope_types(each) for each in parameters.values()))

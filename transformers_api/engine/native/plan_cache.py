@@ -1,0 +1,323 @@
+"""What a load found out about a model's passes, kept on the disk for the next process.
+
+To watch a model at work and to make plans of what it does takes longer than to read its weights,
+and gives the same every time: for the same files, options, libraries and sources, whose names the
+file's name is made of. In a plan are addresses, so here they are names: of weights, parameters and
+buffers, or the constant itself. A file that is damaged is not read. A model that is run by a plan
+from the disk has to give the logits of the first time, bit by bit, in every kind of pass; else the
+file is removed and the model is watched as if nobody knew it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Hashable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+from torch import Tensor
+
+from transformers_api.engine.native.convert_model import PlanOutdated, packed_weights
+from transformers_api.engine.native.runner import NativeRunner
+from transformers_api.kernels.graph.planner import Line, Plan, View, Words
+from transformers_api.kernels.modules.replace import Place, places_of
+
+log = logging.getLogger(__name__)
+DIGEST_BYTES = 32
+MOST_FILES = 64
+LARGEST_CONSTANTS = 16 << 20  # bytes, of one model
+LIBRARIES = ("torch", "transformers", "numpy", "safetensors")
+LINES = ("steps", "calls", "memory", "inputs", "result")  # of a Plan
+WORDS = ("step_places", "call_places", "step_calls", "weights")
+Arrays = dict[str, Any]
+
+
+class NotKeepable(Exception):
+    """What a plan has that no name is known for."""
+
+
+@dataclass(frozen=True)
+class PlanFile:
+    """The plans of one model, there or not."""
+
+    path: Path
+
+    @classmethod
+    def of(cls, folder: Path, *what: Hashable) -> PlanFile:
+        """``what``: all that the plans depend on, besides this program."""
+        name = hashlib.sha256(repr((_program(), what)).encode()).hexdigest()[:32]
+        return cls(folder / f"{name}.plan")
+
+    def read(self) -> KeptPlans | None:
+        """What is there. None where there is nothing, or nothing whole."""
+        try:
+            data = self.path.read_bytes()
+        except OSError:
+            return None
+        digest, content = data[:DIGEST_BYTES], data[DIGEST_BYTES:]
+        if hashlib.sha256(content).digest() != digest:
+            log.warning("A damaged file is not used: %s", self.path)
+            return None
+        with suppress(OSError):  # where it may only be read
+            os.utime(self.path)  # those that were used last are kept
+        arrays = load(content)
+        return KeptPlans(arrays, json.loads(arrays["facts"].tobytes()))
+
+    def write(self, runner: NativeRunner, groups: list[list[Place]]) -> None:
+        """Keep what ``runner`` has learned, if it can be kept and written."""
+        folder = self.path.parent
+        try:
+            content = save(_arrays_of(runner, groups))
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder, prefix=".") as own:
+                made = Path(own) / self.path.name
+                made.write_bytes(hashlib.sha256(content).digest() + content)
+                made.replace(self.path)
+            _remove_oldest(folder)
+        except (NotKeepable, KeyError, OSError, SafetensorError) as reason:
+            log.info("The plans of this model are not kept: %r", reason)
+
+    def remove(self) -> None:
+        """Forget it, where that is possible."""
+        with suppress(OSError):
+            self.path.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class KeptPlans:
+    """The content of a file."""
+
+    arrays: Arrays
+    facts: dict[str, Any]
+
+    def groups(self, model: Any) -> list[list[Place]]:
+        """See ``layer_groups``. Raises PlanOutdated."""
+        places = places_of(model)
+        groups = self.facts["groups"]
+        if {path for group in groups for path in group} != places.keys():
+            raise PlanOutdated("it has other layers")
+        return [[places[path] for path in group] for group in groups]
+
+    def teach(self, runner: NativeRunner) -> None:
+        """In the place of ``runner.learn()``. Raises PlanOutdated."""
+        try:
+            self._teach(runner, _Names(runner.model))
+        except (KeyError, IndexError, ValueError) as error:
+            raise PlanOutdated(f"it is built otherwise: {error!r}") from error
+        if testimony(runner) != self.facts["said"]:
+            raise PlanOutdated("it says something else")
+
+    def _teach(self, runner: NativeRunner, names: _Names) -> None:
+        likes = [
+            tuple(torch.empty(shape, dtype=getattr(torch, dtype)) for shape, dtype in layer)
+            for layer in self.facts["likes"]
+        ]
+        runner.cache.shape(likes)
+        for name, recorded in runner.passes.items():
+            recorded.know(self._plan(name, names))
+        runner.is_recorded = True
+
+    def _plan(self, name: str, names: _Names) -> Plan:
+        facts = self.facts["passes"][name]
+        size: int = facts["size"]
+
+        def words(key: str) -> Words:
+            found: Words = self.arrays[f"{name}.{key}"].copy()  # one's own, to write into
+            return found
+
+        def line(key: str) -> Line:
+            return Line(size, words(f"{key}.base"), words(f"{key}.slope"))
+
+        steps, calls, weights = line("steps"), line("calls"), words("weights")
+        for word in weights:
+            steps.base[word] = names.weights[int(steps.base[word])].address
+        kept = [
+            names.tensors[of] if isinstance(of, str) else torch.from_numpy(words(f"own.{of}"))
+            for of, _ in facts["kept"]
+        ]
+        constants = [tuple(each) for each in facts["constants"]]
+        for is_call, word, index in constants:
+            address = kept[index].untyped_storage().data_ptr() + facts["kept"][index][1]
+            (calls if is_call else steps).base[word] = address
+        return Plan(
+            size=size,
+            steps=steps,
+            calls=calls,
+            memory=line("memory"),
+            inputs=line("inputs"),
+            result=line("result"),
+            step_places=words("step_places"),
+            call_places=words("call_places"),
+            step_calls=words("step_calls"),
+            weights=weights,
+            constants=constants,
+            cache_words=[tuple(each) for each in facts["cache_words"]],
+            kept=kept,
+            views=[_view(each, names, size) for each in facts["views"]],
+        )
+
+
+def testimony(runner: NativeRunner) -> str:
+    """A digest of logits, from passes of every kind, of tokens that exist everywhere."""
+    said = hashlib.sha256()
+    for kind, ids, start in (("prompt", [1, 2], 0), ("decode", [3], 2), ("scored", [1, 2, 3], 0)):
+        said.update(runner.compute(kind, [ids], [start]).numpy().tobytes())
+    runner.cache.clear()
+    return said.hexdigest()
+
+
+class _Names:
+    """What the addresses of a model are called."""
+
+    def __init__(self, model: Any) -> None:
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.module_names = {id(m): name for name, m in reversed(self.modules.items())}
+        self.tensors: dict[str, Tensor] = {
+            **dict(model.named_parameters(remove_duplicate=False)),
+            **dict(model.named_buffers(remove_duplicate=False)),
+        }
+        self.storages = {t.untyped_storage().data_ptr(): n for n, t in self.tensors.items()}
+        self.weights = packed_weights(model)
+        self.weight_numbers = {weight.address: i for i, weight in enumerate(self.weights)}
+
+
+@functools.cache
+def _program() -> str:
+    """What this program is, and what it stands on."""
+    package = Path(__file__).parents[2]
+    sources = sorted(
+        path
+        for folder in ("engine", "families", "kernels")
+        for kind in ("*.py", "*.cpp", "*.h")
+        for path in (package / folder).rglob(kind)
+    )
+    known = hashlib.sha256(b"".join(path.read_bytes() for path in sources))
+    versions = [importlib.metadata.version(name) for name in LIBRARIES]
+    capability = torch.backends.cpu.get_cpu_capability()
+    return repr((known.hexdigest(), versions, sys.version, capability))
+
+
+def _arrays_of(runner: NativeRunner, groups: list[list[Place]]) -> Arrays:
+    names = _Names(runner.model)
+    paths = {(id(p.parent), p.name): path for path, p in places_of(runner.model).items()}
+    arrays: Arrays = {}
+    facts: dict[str, Any] = {
+        "said": testimony(runner),
+        "groups": [[paths[id(p.parent), p.name] for p in group] for group in groups],
+        "likes": [
+            [(list(like.shape), _name_of(like.dtype)) for like in layer.likes]
+            for layer in runner.cache.slots
+        ],
+        "passes": {},
+    }
+    for name, recorded in runner.passes.items():
+        own = dict(_describe(recorded.plan, names, facts["passes"].setdefault(name, {})))
+        arrays |= {f"{name}.{key}": array for key, array in own.items()}
+    arrays["facts"] = numpy.frombuffer(json.dumps(facts).encode(), numpy.uint8)
+    return arrays
+
+
+def _describe(plan: Plan, names: _Names, facts: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The arrays of a plan by name; what else there is to say of it is put into ``facts``."""
+    for key in LINES:
+        line: Line = getattr(plan, key)
+        base = line.base.copy()
+        if key == "steps":
+            for word in plan.weights:
+                base[word] = names.weight_numbers[int(base[word])]
+        for is_call, word, _ in plan.constants:
+            if key == ("calls" if is_call else "steps"):
+                base[word] = 0
+        yield f"{key}.base", base
+        yield f"{key}.slope", line.slope
+    for key in WORDS:
+        yield key, getattr(plan, key)
+    kept: list[tuple[str | int, int]] = []
+    total = 0
+    for index, tensor in enumerate(plan.kept):
+        storage = tensor.untyped_storage()
+        offset = tensor.data_ptr() - storage.data_ptr()
+        named = names.storages.get(storage.data_ptr())
+        kept.append((index if named is None else named, offset))
+        if named is None:
+            total += storage.nbytes()
+            if total > LARGEST_CONSTANTS:
+                raise NotKeepable("large constants")
+            yield f"own.{index}", torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
+    facts |= {
+        "size": plan.size,
+        "kept": kept,
+        "constants": plan.constants,
+        "cache_words": plan.cache_words,
+        "views": [_view_facts(view, names) for view in plan.views],
+    }
+
+
+def _view_facts(view: View, names: _Names) -> dict[str, Any]:
+    return {
+        "module": names.module_names[id(view.module)],
+        "at": view.at,
+        "tensors": [[line.base.tolist(), line.slope.tolist()] for line in view.tensors],
+        "dtypes": [_name_of(dtype) for dtype in view.dtypes],
+        "cached": view.cached,
+        "options": _option_facts(view.options, names),
+    }
+
+
+def _view(facts: dict[str, Any], names: _Names, size: int) -> View:
+    return View(
+        names.modules[facts["module"]],
+        facts["at"],
+        [Line(size, *(numpy.array(n, numpy.int64) for n in each)) for each in facts["tensors"]],
+        [getattr(torch, name) for name in facts["dtypes"]],
+        tuple(facts["cached"]) if facts["cached"] else None,
+        _options(facts["options"], names),
+    )
+
+
+def _option_facts(options: dict[str, Any], names: _Names) -> dict[str, Any]:
+    """With tensors, which have to be the model's, as [name]."""
+
+    def fact(value: Any) -> Any:
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        if isinstance(value, dict):
+            return _option_facts(value, names)
+        for name, tensor in names.tensors.items():
+            if value is tensor:
+                return [name]
+        raise NotKeepable(f"a call with {type(value).__name__}")
+
+    return {key: fact(value) for key, value in options.items()}
+
+
+def _options(facts: dict[str, Any], names: _Names) -> dict[str, Any]:
+    def value(fact: Any) -> Any:
+        if isinstance(fact, dict):
+            return _options(fact, names)
+        return names.tensors[fact[0]] if isinstance(fact, list) else fact
+
+    return {key: value(fact) for key, fact in facts.items()}
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _remove_oldest(folder: Path) -> None:
+    files = sorted(folder.glob("*.plan"), key=lambda path: path.stat().st_mtime)
+    for path in files[:-MOST_FILES]:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,50 @@
+"""Tokens drawn by the kernel: see engine/sampling/fast_sampler.py for what, kernels.cpp for how."""
+
+from __future__ import annotations
+
+import numpy
+import torch
+from torch import Tensor
+
+from transformers_api.engine.sampling import rng
+from transformers_api.engine.sampling.fast_sampler import UNSURE, is_for_all
+from transformers_api.engine.sequence import Sequence
+from transformers_api.kernels.abi import Library
+
+DRAW = numpy.dtype(  # kernels.cpp: struct Draw
+    [
+        *((name, numpy.int64) for name in ("logits", "size", "key", "top_k")),
+        *((name, numpy.float64) for name in ("temperature", "top_p", "min_p")),
+    ]
+)
+
+
+class NativeRace:
+    """Meets ``race.Quick``."""
+
+    def __init__(self, library: Library) -> None:
+        self.library = library
+
+    def __call__(self, logits: Tensor, sequences: list[Sequence]) -> list[int]:
+        """See Quick."""
+        if logits.dtype != torch.float32 or logits.stride(1) != 1:
+            return [UNSURE] * len(sequences)
+        able = [row for row, seq in enumerate(sequences) if is_for_all(seq)]
+        start, step, size = logits.data_ptr(), logits.stride(0) * 4, logits.shape[1]
+        draws = numpy.array(
+            [_draw(start + row * step, size, sequences[row]) for row in able], dtype=DRAW
+        )
+        found = numpy.empty(len(able), numpy.int64)
+        library = self.library.long if len(able) > 1 else self.library.quick
+        library.draw(draws.ctypes.data, len(able), found.ctypes.data)
+        tokens = [UNSURE] * len(sequences)
+        for row, token in zip(able, found.tolist(), strict=True):
+            tokens[row] = token
+        return tokens
+
+
+def _draw(address: int, size: int, seq: Sequence) -> tuple[float, ...]:
+    params = seq.params
+    key = rng.step_key(seq.seed, seq.num_output) if params.temperature else 0
+    top_k = min(params.top_k or size, size)
+    return address, size, key, top_k, params.temperature, params.top_p, params.min_p

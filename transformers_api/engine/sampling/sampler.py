@@ -1,0 +1,256 @@
+"""Logits to tokens: every row by its own parameters, in one pass.
+
+A row's choice depends on its own logits, parameters, seed and step only.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from transformers_api.engine.base import SamplingParams, TokenScore
+from transformers_api.engine.sampling import rng
+from transformers_api.engine.sampling.fast_sampler import UNSURE, Quick, Race, largest
+from transformers_api.engine.sequence import SampledToken, Sequence
+from transformers_api.errors import EngineFailed
+
+FIRST_CANDIDATES = 64  # looked at before more; nearly always enough for top_p 0.9
+
+
+class TokenSampler(Protocol):
+    """What ``BatchingEngine`` draws with; wrappers that observe have the same interface."""
+
+    def sample(self, logits: Tensor, sequences: list[Sequence]) -> list[SampledToken]:
+        """One token for each row of ``logits`` (B, V), float32, which stay as they are."""
+        ...
+
+
+class Sampler:
+    """Stateless, but for what the logits processors of a sequence remember, and some memory.
+
+    ``quick`` draws what it is sure of; the rest is drawn by definition.
+    """
+
+    def __init__(self, quick: Quick | None = None) -> None:
+        self.quick = quick or Race()
+        self._room = torch.empty(0)
+
+    def sample(self, logits: Tensor, sequences: list[Sequence]) -> list[SampledToken]:
+        """One token for each row of ``logits`` (B, V), float32."""
+        processed = self._process(logits, sequences)
+        ids = self.quick(processed, sequences)
+        left = [row for row, token in enumerate(ids) if token == UNSURE]
+        if left:
+            chosen = by_definition(processed[left], [sequences[row] for row in left])
+            for row, token in zip(left, chosen, strict=True):
+                ids[row] = token
+        scores = token_scores(logits, ids, [seq.params.logprobs for seq in sequences])
+        return [
+            SampledToken(0, error=_not_finite()) if token == UNSURE else SampledToken(token, score)
+            for token, score in zip(ids, scores, strict=True)
+        ]
+
+    def _process(self, logits: Tensor, sequences: list[Sequence]) -> Tensor:
+        changed = [(row, seq) for row, seq in enumerate(sequences) if seq.processors]
+        if not changed:
+            return logits
+        if self._room.shape[1:] != logits.shape[1:] or len(self._room) < len(logits):
+            self._room = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        processed = self._room[: len(logits)].copy_(logits)
+        for row, seq in changed:
+            for processor in seq.processors:
+                processor(seq, processed[row])
+        return processed
+
+
+def by_definition(logits: Tensor, sequences: list[Sequence]) -> list[int]:
+    """A token for each row of ``logits`` (B, V), processed; UNSURE in one that is not finite."""
+    best, tokens = logits.max(-1)  # (B,); a NaN anywhere in a row comes out as best
+    drawn = [row for row, seq in enumerate(sequences) if seq.params.temperature > 0]
+    if drawn:
+        rows = tokens.new_tensor(drawn)
+        scaled = logits if len(drawn) == len(sequences) else logits[rows]
+        tokens[rows] = draw(scaled, [sequences[row] for row in drawn])
+    return tokens.where(torch.isfinite(best), UNSURE).tolist()
+
+
+def distribution(logits: Tensor, seq: Sequence, least: int = 1) -> tuple[Tensor, Tensor]:
+    """What the next token of ``seq`` is drawn from: probabilities (K,), float64, and ids (K,).
+
+    ``logits`` (V,) of the model. Tokens that are not among the K have none; K is ``least`` or more.
+    Temperature 0 has everything on the likeliest.
+    """
+    row = logits.clone() if seq.processors else logits
+    for processor in seq.processors:
+        processor(seq, row)
+    if seq.params.temperature == 0:
+        ids = row.new_tensor([row.cpu().numpy().argmax()], dtype=torch.long)  # the first of equals
+        if least > 1:
+            ids = torch.cat([ids, largest(row, min(least, len(row)))[1][1:]])
+        return (torch.arange(len(ids), device=row.device) == 0).double(), ids
+    probs = ((row - row.max()) / seq.params.temperature).softmax(-1)[None]
+    ((_, count),) = _by_candidates(probs, [seq.params])
+    kept, ids = candidates(probs, [seq.params], count)
+    return kept[0] / kept.sum(), ids[0]
+
+
+def draw(logits: Tensor, sequences: list[Sequence]) -> Tensor:
+    """Sample one token per row: temperature, then the filters, then the exponential race.
+
+    ``logits`` (B, V), processed. Gives ids (B,).
+    """
+    params = [seq.params for seq in sequences]
+    temperature = _column(logits, [p.temperature for p in params])
+    # the largest logit is subtracted first: a small temperature must not overflow
+    probs = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
+    keys = torch.tensor(
+        [rng.step_key(seq.seed, seq.num_output) for seq in sequences], device=logits.device
+    )
+    chosen = torch.empty(len(sequences), dtype=torch.long, device=logits.device)
+    for rows, count in _by_candidates(probs, params):
+        index = torch.tensor(rows, device=logits.device)
+        kept, ids = candidates(probs[index], [params[row] for row in rows], count)
+        race = kept / _noise([sequences[row] for row in rows], keys[index], ids, probs.shape[-1])
+        chosen[index] = ids.gather(-1, race.argmax(-1, keepdim=True))[:, 0]
+    return chosen
+
+
+def _noise(sequences: list[Sequence], keys: Tensor, ids: Tensor, vocab: int) -> Tensor:
+    """Exponential(1) noise (B, K) of the tokens ``ids`` (B, K)."""
+    drawn = rng.exponential(keys, ids)
+    for row, seq in enumerate(sequences):
+        if seq.generator is not None:  # torch.multinomial draws for the whole vocabulary
+            whole = torch.empty(vocab).exponential_(generator=seq.generator)
+            drawn[row] = whole.to(ids.device)[ids[row]]
+    return drawn
+
+
+def candidates(probs: Tensor, params: list[SamplingParams], count: int) -> tuple[Tensor, Tensor]:
+    """The probabilities that the filters keep (others 0) and their token ids, both (B, K).
+
+    ``probs`` (B, V). ``count`` likeliest tokens are looked at; 0 means all of them, unsorted, for
+    rows without filters. Order and meaning as in transformers' logits warpers, each filter seeing
+    the renormalised result of the one before.
+    """
+    if not count:
+        ids = torch.arange(probs.shape[-1], device=probs.device)
+        return probs.double(), ids.expand(probs.shape)
+    values, ids = probs.topk(count, -1)  # sorted
+    kept = values.double()
+    for keep in (_top_k, _top_p, _min_p, _typical_p):
+        kept = keep(kept, params)
+    return kept, ids
+
+
+def _top_k(kept: Tensor, params: list[SamplingParams]) -> Tensor:
+    """Keep the k likeliest."""
+    limit = _column(kept, [float(p.top_k or kept.shape[-1]) for p in params])
+    return kept.where(torch.arange(kept.shape[-1], device=kept.device) < limit, 0)
+
+
+def _top_p(kept: Tensor, params: list[SamplingParams]) -> Tensor:
+    """Keep the smallest set whose probability reaches p, at least one token.
+
+    Nucleus sampling: Holtzman et al. 2019, arXiv:1904.09751, section 3.1. With p = 1 all stay,
+    also where ``kept`` is only a part of the distribution.
+    """
+    p = _column(kept, [param.top_p for param in params])
+    filtered_before = _column(kept, [float(param.top_k > 0) for param in params])
+    total = torch.where(filtered_before > 0, kept.sum(-1, keepdim=True), 1.0)
+    before = kept.cumsum(-1) - kept
+    keep = (before < p * total) | (p >= 1)
+    keep[:, 0] = True
+    return kept.where(keep, 0)
+
+
+def _min_p(kept: Tensor, params: list[SamplingParams]) -> Tensor:
+    """Keep what is at least p times as likely as the likeliest: arXiv:2407.01082."""
+    p = _column(kept, [param.min_p for param in params])
+    return kept.where(kept >= p * kept[:, :1], 0)
+
+
+def _typical_p(kept: Tensor, params: list[SamplingParams]) -> Tensor:
+    """Keep the tokens whose surprise is nearest to the entropy, p of the mass: arXiv:2202.00666."""
+    if all(param.typical_p >= 1 for param in params):
+        return kept
+    p = _column(kept, [param.typical_p for param in params])
+    normal = kept / kept.sum(-1, keepdim=True)
+    surprise = -normal.clamp_min(1e-300).log()
+    entropy = (normal * surprise).sum(-1, keepdim=True)
+    order = (surprise - entropy).abs().argsort(stable=True, dim=-1)
+    ordered = normal.gather(-1, order)
+    keep = (ordered.cumsum(-1) - ordered < p) | (p >= 1)
+    keep[:, 0] = True
+    return kept.where(torch.zeros_like(keep).scatter(-1, order, keep), 0)
+
+
+def _by_candidates(probs: Tensor, params: list[SamplingParams]) -> list[tuple[list[int], int]]:
+    """Group rows by how many of their likeliest tokens decide the filters: [(rows, count)].
+
+    Sorting a whole vocabulary costs more than a forward pass of a small model; a nucleus is
+    small. Rows whose filters reach further are looked at again, wider.
+    """
+    vocab = probs.shape[-1]
+    plain = [row for row, param in enumerate(params) if not _has_filter(param, vocab)]
+    whole = [row for row, param in enumerate(params) if param.typical_p < 1]
+    open_rows = sorted(set(range(len(params))) - set(plain) - set(whole))
+    groups = [(plain, 0), (whole, vocab)]
+    count = FIRST_CANDIDATES
+    while open_rows and count < vocab:
+        values = probs[torch.tensor(open_rows, device=probs.device)].topk(count, -1).values
+        covered = values.double().sum(-1).tolist()
+        ratios = (values[:, -1] / values[:, 0]).tolist()
+        decided = [
+            row
+            for row, mass, ratio in zip(open_rows, covered, ratios, strict=True)
+            if _is_decided(params[row], count, mass, ratio)
+        ]
+        groups.append((decided, count))
+        open_rows = sorted(set(open_rows) - set(decided))
+        count *= 8
+    groups.append((open_rows, vocab))
+    return [(rows, size) for rows, size in groups if rows]
+
+
+def _has_filter(param: SamplingParams, vocab: int) -> bool:
+    return 0 < param.top_k < vocab or param.top_p < 1 or param.min_p > 0 or param.typical_p < 1
+
+
+def _is_decided(param: SamplingParams, count: int, mass: float, ratio: float) -> bool:
+    """Whether some filter cuts within the ``count`` likeliest tokens, so that no other matters."""
+    by_top_k = 0 < param.top_k <= count
+    by_top_p = param.top_p < 1 and mass >= param.top_p
+    by_min_p = param.min_p > 0 and ratio < param.min_p
+    return by_top_k or by_min_p or (by_top_p and not param.top_k)
+
+
+def token_scores(
+    logits: Tensor, token_ids: list[int], wanted: list[int | None]
+) -> list[TokenScore | None]:
+    """Log probabilities under the model of ``token_ids``, one a row of ``logits`` (B, V).
+
+    ``wanted``: None for no score, else how many of the likeliest tokens come with it.
+    """
+    rows = [row for row, count in enumerate(wanted) if count is not None]
+    scores: list[TokenScore | None] = [None] * len(wanted)
+    if not rows:
+        return scores
+    logprobs = logits[torch.tensor(rows, device=logits.device)].float().log_softmax(-1)
+    width = min(max(wanted[row] or 0 for row in rows), logits.shape[-1])
+    values, ids = (t.tolist() for t in logprobs.topk(width, -1))
+    for i, row in enumerate(rows):
+        top = tuple(zip(ids[i], values[i], strict=True))[: wanted[row]]
+        token = token_ids[row]
+        scores[row] = TokenScore(token, float(logprobs[i, token]), top)
+    return scores
+
+
+def _column(like: Tensor, values: list[float]) -> Tensor:
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return torch.tensor(values, dtype=dtype, device=like.device)[:, None]
+
+
+def _not_finite() -> EngineFailed:
+    return EngineFailed("The model produced numbers that are not finite")

@@ -1,0 +1,193 @@
+"""Attention over the slot cache with the native kernel, for transformers' attention interface."""
+
+from __future__ import annotations
+
+import contextvars
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from transformers_api.kernels.abi import TYPES, Attention, Copy, Library
+from transformers_api.kernels.capture import current
+
+NAME = "native"
+MAX_SIZE = 256  # kernels.cpp
+MARK = "_causal_rows"
+OPTIONS = ("softcap", "s_aux", "is_causal", "sliding_window")  # what weights depend on
+_known: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar("known", default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class CausalRows:
+    """What a mask says in short: query t of row b sees the keys up to ``starts[b] + t``.
+
+    Only the last ``window`` of them, if it is not 0. ``starts`` (B,) int64, contiguous.
+    """
+
+    library: Library
+    starts: Tensor
+    window: int
+
+
+def describe_mask(mask: Tensor, rows: CausalRows) -> Tensor:
+    """The mask, marked with what it says. Whatever a model makes of it has no mark any more."""
+    setattr(mask, MARK, rows)
+    return mask
+
+
+def register() -> None:
+    """Make ``native`` an attention implementation of transformers; masks are those of sdpa."""
+    if NAME not in ALL_ATTENTION_FUNCTIONS:  # it may be wrapped already
+        AttentionInterface.register(NAME, native_attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def native_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """(B, H, T, D) over keys and values (B, G, S, D) gives (B, T, H, D).
+
+    By the kernel when the mask is marked and the tensors are of its kind, else by sdpa.
+    """
+    if (known := _known.get()) is not None:
+        return known, None
+    rows = getattr(attention_mask, MARK, None)
+    if rows is None or dropout or not _fits(query, key, value):
+        key, value = key.to(query.dtype), value.to(query.dtype)
+        if kwargs.get("softcap") or kwargs.get("s_aux") is not None:
+            return _by_products(query, key, value, attention_mask, scaling, **kwargs), None
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+    batch, heads, width, size = query.shape
+    out = query.new_empty((batch, width, heads, size))
+    sinks = kwargs.get("s_aux")
+    if sinks is not None:
+        sinks = sinks.detach().float().contiguous()
+    call = Attention(
+        query.data_ptr(),
+        key.data_ptr(),
+        value.data_ptr(),
+        out.data_ptr(),
+        rows.starts.data_ptr(),
+        sinks.data_ptr() if sinks is not None else None,
+        batch,
+        width,
+        heads,
+        key.shape[1],
+        size,
+        query.stride()[:3],
+        key.stride()[:3],
+        value.stride()[:3],
+        rows.window,
+        size**-0.5 if scaling is None else scaling,
+        kwargs.get("softcap") or 0.0,
+        TYPES[query.dtype],
+        TYPES[key.dtype],
+    )
+    library = rows.library
+    (library.quick if batch * width < 64 else library.long).attention(call)
+    if recorder := current():
+        fields = ("q", "starts", *(("sinks",) if sinks is not None else ()), "k", "v", "out")
+        inputs = [query, rows.starts, *([sinks] if sinks is not None else []), key, value]
+        recorder.add("attention", out, inputs, (1,), call=call, fields=fields)
+        options = {"scaling": scaling, **{k: v for k, v in kwargs.items() if k in OPTIONS}}
+        details = {"window": rows.window, "options": options}
+        recorder.show(module, [query, out], key=key, value=value, options=details)
+    return out, None
+
+
+def show_attention(
+    module: nn.Module,
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor],
+    mask: CausalRows,
+    options: dict[str, Any],
+) -> None:
+    """Call the attention function, as whoever wrapped it left it, for what has been computed.
+
+    ``tensors``: query, key, value and output. The mask is given in short.
+    """
+    *given, output = tensors
+    token = _known.set(output)
+    try:
+        ALL_ATTENTION_FUNCTIONS[NAME](module, *given, mask, **options)
+    finally:
+        _known.reset(token)
+
+
+def _by_products(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """Attention with what sdpa lacks: a cap on scores, sinks."""
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    scores = query @ key.transpose(2, 3) * (query.shape[3] ** -0.5 if scaling is None else scaling)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is None:
+        mask = torch.ones(scores.shape[2:], dtype=torch.bool).tril(
+            scores.shape[3] - scores.shape[2]
+        )
+    # finite, as in sdpa: a row of padding sees nothing, and its NaN would reach the others
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    if s_aux is not None:
+        sinks = s_aux.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sinks], -1)
+    weights = scores.softmax(-1)[..., : key.shape[2]]
+    return (weights @ value).transpose(1, 2).contiguous()
+
+
+def _fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    return (
+        query.dtype in TYPES
+        and key.dtype in TYPES
+        and key.dtype == value.dtype
+        and query.shape[3] == key.shape[3] == value.shape[3] <= MAX_SIZE
+        and query.stride(3) == key.stride(3) == value.stride(3) == 1
+        and not (query.requires_grad and torch.is_grad_enabled())
+    )
+
+
+def write_cache(library: Library, states: Tensor, rows: Tensor, starts: Tensor) -> None:
+    """Write ``states`` (B, G, T, D) into ``rows`` (B, G, length, D) from each row's start on."""
+    batch, heads, width, size = states.shape
+    if states.stride(3) != 1:
+        states = states.contiguous()
+    call = Copy(
+        states.data_ptr(),
+        rows.data_ptr(),
+        starts.data_ptr(),
+        batch,
+        heads,
+        width,
+        size,
+        states.stride()[:3],
+        rows.stride()[:3],
+        TYPES[states.dtype],
+        TYPES[rows.dtype],
+    )
+    library.quick.write_cache(call)
+    if recorder := current():
+        inputs = [states, starts, rows]
+        fields = ("source", "starts", "target")
+        recorder.add("write_cache", None, inputs, (1,), call=call, fields=fields)

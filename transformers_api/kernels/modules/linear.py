@@ -1,0 +1,222 @@
+"""Linear layers and embeddings over packed weights: the modules that take the place of torch's."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import mmap
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from transformers_api.kernels.abi import TYPES, WEIGHT_TYPES, Library, Weight
+from transformers_api.kernels.capture import current
+
+LONG = 64  # rows from which a call is worth giving the interpreter's lock up for
+BLOCK_BYTES = 32 << 20
+HUGE_PAGE = 2 << 20
+ALIGNMENT = 64
+
+
+class WeightMemory:
+    """Memory for packed weights, one after the other in the order in which they are read.
+
+    In large pages where the system has them: with small ones a core spends a third of its time
+    finding out where they are. It is freed with the last weight in it.
+    """
+
+    def __init__(self) -> None:
+        self._block = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, size: int) -> Tensor:
+        """``size`` zero bytes, aligned to 64."""
+        size = -(-size // ALIGNMENT) * ALIGNMENT
+        if size > len(self._block):
+            self._block = _pages(max(size, BLOCK_BYTES))
+        taken, self._block = self._block[:size], self._block[size:]
+        return taken
+
+
+def _pages(size: int) -> Tensor:
+    pages = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    block = torch.frombuffer(pages, dtype=torch.uint8)
+    return block[-block.data_ptr() % HUGE_PAGE :][:size]
+
+
+class PackedWeight:
+    """A weight matrix (out, in) as the kernels read it: ``kind`` float32, bfloat16, int8 or int4.
+
+    int8: groups of 32 along ``in`` with a scale each; inputs are rounded in the same groups.
+    int4: a minimum besides, both found by search; inputs as for int8; ``error`` says how much of
+    the weights was lost, as a share of their norm. bfloat16: inputs are rounded to bfloat16. Sums
+    are float32 everywhere.
+    """
+
+    error = 0.0
+
+    def __init__(
+        self, library: Library, weights: list[Tensor], kind: str, memory: WeightMemory
+    ) -> None:
+        self.library = library
+        self.out_features, self.in_features = sum(len(w) for w in weights), weights[0].shape[1]
+        self._weight = Weight(type=WEIGHT_TYPES[kind], n=self.out_features, k=self.in_features)
+        self._is_int4 = kind == "int4"
+        self._bias: Tensor | None = None
+        self._address = ctypes.addressof(self._weight)
+        self.fill(weights, memory)
+
+    def fill(self, weights: list[Tensor], memory: WeightMemory) -> None:
+        """Pack ``weights``, one below the other. Raises ValueError if they are of other sizes."""
+        shapes = {(sum(len(w) for w in weights), w.shape[1]) for w in weights}
+        if shapes != {(self.out_features, self.in_features)}:
+            raise ValueError(f"weights of {shapes}, not {self.out_features, self.in_features}")
+        library = self.library
+        self._memory = memory.take(library.quick.packed_bytes(self._weight))
+        self._weight.data = self._memory.data_ptr()
+        first = 0
+        lost = torch.zeros(self.out_features, 2, dtype=torch.float64)  # squared, and all squares
+        for weight in weights:
+            dense = weight.detach()
+            dense = (dense if dense.dtype in TYPES else dense.float()).contiguous()
+            given = self._weight, dense.data_ptr(), TYPES[dense.dtype], first, len(dense)
+            if self._is_int4:
+                library.long.pack_int4(*given, lost[first:].data_ptr())
+            else:
+                library.long.pack(*given)
+            first += len(dense)
+        if self._is_int4 and lost[:, 1].any():
+            share = math.sqrt(lost[:, 0].sum() / lost[:, 1].sum())
+            self.error = share if math.isfinite(share) else math.inf
+
+    @property
+    def address(self) -> int:
+        """Of what the kernels are told about it, the same for as long as it lives."""
+        return self._address
+
+    def release(self) -> None:
+        """Give the memory back; ``fill`` before anybody multiplies again."""
+        self._memory, self._weight.data = torch.empty(0, dtype=torch.uint8), None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed form."""
+        return self._memory.nbytes
+
+    def set_bias(self, bias: Tensor) -> None:
+        """Add ``bias`` (out) to every result."""
+        self._bias = bias.detach().float().contiguous()
+        self._weight.bias = self._bias.data_ptr()
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """``x`` (…, in) gives (…, out), of the same dtype: float32 or bfloat16."""
+        if not x.is_contiguous():
+            x = x.contiguous()
+        shape = x.shape
+        y = x.new_empty((*shape[:-1], self.out_features))
+        rows = x.numel() // self.in_features
+        if recorder := current():  # what is done is of interest, not the numbers that it gives
+            recorder.add("linear", y.zero_(), [x], (rows,), call=self._address)
+            return y
+        call = self.library.quick if rows < LONG else self.library.long
+        call.linear(
+            self._address, x.data_ptr(), rows, self.in_features, y.data_ptr(), TYPES[x.dtype]
+        )
+        return y
+
+    def rows(self, numbers: Tensor) -> Tensor:
+        """The rows with these numbers (…) as (…, in) float32."""
+        numbers = numbers.contiguous()
+        found = torch.empty((*numbers.shape, self.in_features))
+        self.library.quick.rows_of(
+            self._weight, numbers.data_ptr(), numbers.numel(), found.data_ptr()
+        )
+        if recorder := current():
+            size = (numbers.numel(),)
+            recorder.add("rows_of", found, [numbers], size, call=self._address)
+        return found
+
+    def dense(self) -> Tensor:
+        """(out, in) float32, with what was lost in packing."""
+        return self.rows(torch.arange(self.out_features))
+
+
+class _Multiply(torch.autograd.Function):
+    """Differentiable with respect to the input; the weights are fixed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: PackedWeight) -> Tensor:
+        ctx.weight = weight
+        return weight.multiply(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = gradients
+        return (gradient.float() @ ctx.weight.dense()).to(gradient.dtype), None
+
+
+class JoinedWeights:
+    """The weights of layers that are given the same input: the first one asked computes for all."""
+
+    def __init__(self, weight: PackedWeight, sizes: list[int]) -> None:
+        self.weight = weight
+        self.sizes = sizes
+        self._x: Tensor | None = None
+        self._parts: dict[int, Tensor] = {}
+
+    def part(self, index: int, x: Tensor) -> Tensor:
+        """What layer ``index`` makes of ``x``; each part is handed out once."""
+        if x is not self._x or index not in self._parts:
+            self._x, self._parts = (
+                x,
+                dict(enumerate(torch.split(multiply(self.weight, x), self.sizes, -1))),
+            )
+        part = self._parts.pop(index)
+        if not self._parts:
+            self._x = None
+        return part
+
+
+def multiply(weight: PackedWeight, x: Tensor) -> Tensor:
+    """``weight.multiply``, with a gradient where one is wanted."""
+    if x.requires_grad and torch.is_grad_enabled():
+        return cast(Tensor, _Multiply.apply(x, weight))  # type: ignore[no-untyped-call]
+    return weight.multiply(x)
+
+
+class NativeLinear(nn.Module):
+    """Stands for a Linear; its numbers are in ``joined``, its ``weight`` (meta) is only a shape."""
+
+    def __init__(
+        self, joined: JoinedWeights, index: int, weight: Tensor, is_transposed: bool = False
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = joined.weight.in_features, joined.sizes[index]
+        self.joined = joined
+        self.index = index
+        self.weight = weight
+        self.is_transposed = is_transposed  # in the files
+        self.bias = None
+        self._alone = joined.weight if len(joined.sizes) == 1 else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` (…, in) gives (…, out)."""
+        if self._alone is not None:
+            return multiply(self._alone, x)
+        return self.joined.part(self.index, x)
+
+
+class NativeEmbedding(nn.Module):
+    """Stands for an Embedding that shares its packed weights with the output layer."""
+
+    def __init__(self, packed: PackedWeight, weight: Tensor) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = packed.out_features, packed.in_features
+        self.packed = packed
+        self.weight = weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """``ids`` (…) gives (…, embedding_dim) float32."""
+        return self.packed.rows(ids)

@@ -1,0 +1,338 @@
+"""Connections of a gunicorn worker: requests are gathered without threads, then handed to one.
+
+Gunicorn's own gthread worker gives a thread to a connection as soon as it sends its first byte,
+and another two seconds of its main loop to each that is closed while the client still sends: a
+few clients that send slowly, or nothing, would stop the whole server. Here the main loop gathers
+the bytes of all connections; a thread sees complete requests only, and what the kernel can end it
+ends: a client that does not read, or is gone without a word.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import selectors
+import socket
+import struct
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from http import HTTPStatus
+from typing import Any
+
+from gunicorn.http import errors as http_errors  # type: ignore[import-untyped]
+from gunicorn.workers.gthread import TConn, ThreadWorker  # type: ignore[import-untyped]
+
+from transformers_api.errors import (
+    ApiError,
+    EngineFailed,
+    HeadersTooLarge,
+    InvalidRequest,
+    RequestTimeout,
+    UriTooLong,
+)
+from transformers_api.server.http_parser import MAX_HEAD_BYTES, Incoming
+
+LINGER_S = 2.0  # a client may still be sending what nobody reads; it is to see the answer first
+LINGER_BYTES = 1 << 20
+DRAIN_S = 0.05  # for bytes that are here and that the application did not want
+LOOK_S = 0.25  # between two looks at who has been waiting too long
+MAX_WAITING_BYTES = 256 << 20  # of requests that are not complete, all together
+READ_BYTES = 1 << 16
+DEAD_AFTER_S = (30, 10, 3)  # of silence; then probes so far apart; so many unanswered ones
+PROBES = (b"GET /health ", b"GET /healthz ", b"GET /readyz ", b"GET /metrics ")
+PROBE_THREADS = 4
+MAX_BODY_BYTES = 2 << 20  # where the application names no other limit
+OUR_FAULTS = (http_errors.InvalidResponseHeader, http_errors.InvalidResponseHeaderName)
+OPENAI = "/v1"  # in whose dialect is answered where no path was sent
+
+log = logging.getLogger(__name__)
+
+
+class Waiting:
+    """A connection that no thread works for."""
+
+    def __init__(self, incoming: Incoming | None, until: float) -> None:
+        self.incoming = incoming  # None: it is being closed, and what comes is thrown away
+        self.until = until  # time.monotonic()
+        self.thrown_away = 0
+
+    @property
+    def size(self) -> int:
+        """Bytes that are kept for it."""
+        return 0 if self.incoming is None else len(self.incoming)
+
+
+class GatheringWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
+    """A gthread worker whose threads wait for no client, but for the reading of answers.
+
+    ``receive_s``: what a whole request may take from its first byte on. ``send_s``: after so long
+    a client that reads nothing is given up. The application may have settings for them.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.receive_s = 30.0
+        self.send_s = 20.0
+        self._waiting: dict[TConn, Waiting] = {}  # the one that came first is the first
+        self._bytes = 0
+        self._looked = 0.0
+        self._max_body = MAX_BODY_BYTES
+
+    def init_process(self) -> None:
+        """Gunicorn's, with a few threads more for those who ask whether the server lives."""
+        self._probes = ThreadPoolExecutor(PROBE_THREADS, thread_name_prefix="probe")
+        super().init_process()
+
+    def load_wsgi(self) -> None:
+        """Load the application; it says how long a body may be, and how long it may take."""
+        super().load_wsgi()
+        settings = getattr(self.services, "settings", None)
+        if settings is not None:
+            self.receive_s, self.send_s = settings.receive_timeout_s, settings.send_timeout_s
+        limit = getattr(self.wsgi, "config", {}).get("MAX_CONTENT_LENGTH")
+        self._max_body = limit or MAX_BODY_BYTES
+
+    @property
+    def services(self) -> Any:
+        """What the application keeps for its views; None where it is another one."""
+        return getattr(self.wsgi, "extensions", {}).get("transformers_api")
+
+    # -- gathering ----------------------------------------------------------------------------
+
+    def accept(self, listener: socket.socket) -> None:
+        """Take a new connection; when there are too many, the one that has waited longest goes."""
+        if self.cfg.is_ssl or self.cfg.http2_cleartext != "off":
+            super().accept(listener)  # only a thread can read these
+            return
+        if self.nr_conns >= self.worker_connections - 1:
+            self._drop_oldest()
+        try:
+            client, address = listener.accept()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                self._drop_oldest()
+            elif error.errno not in (errno.EAGAIN, errno.ECONNABORTED):
+                raise
+            return
+        self.nr_conns += 1
+        conn = TConn(self.cfg, client, address, listener.getsockname())
+        _limit(client, self.send_s)
+        self._gather(conn, b"")
+
+    def _gather(self, conn: TConn, sent: bytes) -> None:
+        """Wait for the next request; ``sent`` is what came of it with the one before."""
+        conn.sock.setblocking(False)
+        waiting = Waiting(Incoming(self._max_body), self._now() + self.cfg.keepalive)
+        self._waiting[conn] = waiting
+        self.poller.register(conn.sock, selectors.EVENT_READ, partial(self._read, conn))
+        if sent:
+            self._take(conn, waiting, sent)
+
+    def _read(self, conn: TConn, _: Any) -> None:
+        waiting = self._waiting[conn]
+        try:
+            data = conn.sock.recv(READ_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._drop(conn)
+        elif waiting.incoming is None:
+            waiting.thrown_away += len(data)
+            if waiting.thrown_away > LINGER_BYTES:
+                self._drop(conn)
+        else:
+            self._take(conn, waiting, data)
+
+    def _take(self, conn: TConn, waiting: Waiting, data: bytes) -> None:
+        incoming = waiting.incoming
+        assert incoming is not None
+        if not waiting.size:
+            waiting.until = self._now() + self.receive_s
+        self._bytes -= waiting.size
+        try:
+            incoming.feed(data)
+        except ApiError as error:
+            self._bytes += waiting.size
+            self._refuse(conn, error)
+            return
+        self._bytes += waiting.size
+        if incoming.is_complete:
+            self._hand_over(conn, incoming.whole)
+        elif incoming.expects_continue:
+            incoming.expects_continue = False
+            self._send(conn, b"HTTP/1.1 100 Continue\r\n\r\n")
+        while self._bytes > MAX_WAITING_BYTES:
+            self._drop_oldest()
+
+    def _hand_over(self, conn: TConn, request: bytes) -> None:
+        self._forget(conn)
+        conn.data_ready = True
+        conn.init()
+        conn.parser.unreader.unread(request)
+        pool = self._probes if request.startswith(PROBES) else self.tpool
+        future = pool.submit(self.handle, conn)
+        future.add_done_callback(
+            lambda done: self.method_queue.defer(self.finish_request, conn, done)
+        )
+
+    # -- answering ----------------------------------------------------------------------------
+
+    def handle_request(self, req: Any, conn: TConn) -> Any:
+        """Gunicorn's; a client that does not read is one that has left."""
+        req._expected_100_continue = False  # it was told so when its headers had come
+        try:
+            return super().handle_request(req, conn)
+        except (BlockingIOError, TimeoutError):
+            log.info("A client read nothing for %g s; its answer has ended", self.send_s)
+            raise BrokenPipeError(errno.EPIPE, "the client does not read") from None
+
+    def _keepalive_after(self, conn: TConn, keepalive: bool) -> bool:
+        """Whether the connection can be used again: not where a body is still on its way."""
+        return keepalive and bool(conn.parser.finish_body(deadline=self._now() + DRAIN_S))
+
+    def handle_error(self, req: Any, client: Any, addr: Any, exc: BaseException) -> None:
+        """Answer what cannot be read, or has failed below the application, with JSON."""
+        path = getattr(req or getattr(exc, "req", None), "path", None) or OPENAI
+        error = _known(exc)
+        self._count(error)
+        try:
+            client.sendall(page(error, path))
+        except OSError:
+            log.debug("A client did not wait for its error")
+
+    def finish_request(self, conn: TConn, fs: Future[Any]) -> None:
+        """After a response: wait for the next request, or close."""
+        if conn.is_http2 or self.cfg.is_ssl or self.cfg.http2_cleartext != "off":
+            super().finish_request(conn, fs)
+            return
+        keep = not fs.cancelled() and not fs.exception() and fs.result()
+        try:
+            if keep:
+                self._gather(conn, conn.parser.unreader.take_buffered())
+            else:
+                self._linger(conn)
+        except OSError:
+            self._drop(conn)
+
+    def _refuse(self, conn: TConn, error: ApiError) -> None:
+        incoming = self._waiting[conn].incoming
+        path = incoming.path if incoming is not None else ""
+        log.info("Refused a request before it was complete: %s", error)
+        self._count(error)
+        self._send(conn, page(error, path or OPENAI))
+        self._linger(conn)
+
+    def _count(self, error: ApiError) -> None:
+        metrics = getattr(self.services, "metrics", None)
+        if metrics is not None:
+            metrics.on_refusal(error)
+
+    def _send(self, conn: TConn, data: bytes) -> None:
+        try:
+            conn.sock.send(data)  # the buffer of a connection that waits is empty
+        except OSError:
+            log.debug("A client did not wait for its answer")
+
+    # -- closing ------------------------------------------------------------------------------
+
+    def _linger(self, conn: TConn) -> None:
+        """Close once the client has seen the answer: at once, an unread byte would take it away."""
+        if conn in self._waiting:
+            self._forget(conn)
+        conn.sock.setblocking(False)
+        try:
+            conn.sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            self._drop(conn)
+            return
+        self._waiting[conn] = Waiting(None, self._now() + LINGER_S)
+        self.poller.register(conn.sock, selectors.EVENT_READ, partial(self._read, conn))
+
+    def _drop(self, conn: TConn) -> None:
+        if conn in self._waiting:
+            self._forget(conn)
+        self.nr_conns -= 1
+        conn.close()
+
+    def _drop_oldest(self) -> None:
+        """Of those who have not sent a whole request."""
+        oldest = next(iter(self._waiting), None)
+        if oldest is not None:
+            log.warning("Too many connections: closed the one that has waited longest")
+            self._drop(oldest)
+
+    def _forget(self, conn: TConn) -> None:
+        self._bytes -= self._waiting.pop(conn).size
+        self.poller.unregister(conn.sock)
+
+    def murder_pending(self) -> None:
+        """Close what has been silent, or on its way, for too long."""
+        super().murder_pending()
+        now = self._now()
+        if now < self._looked + LOOK_S:
+            return
+        self._looked = now
+        overdue = [conn for conn, waiting in self._waiting.items() if waiting.until <= now]
+        for conn in overdue:
+            if self._waiting[conn].size:
+                text = f"The request was not complete after {self.receive_s:g} s"
+                self._refuse(conn, RequestTimeout(text))
+            else:
+                self._drop(conn)
+
+    def cap_waiting(self, until: float) -> None:
+        """Give those who have not sent a whole request so long at most."""
+        for waiting in self._waiting.values():
+            waiting.until = min(waiting.until, until)
+        for conn in self.pending_conns:  # gunicorn's own, with TLS
+            conn.timeout = min(conn.timeout, until)
+
+    @staticmethod
+    def _now() -> float:
+        return time.monotonic()
+
+
+def page(error: ApiError, path: str) -> bytes:
+    """A whole response with ``error``, for where there is no application."""
+    # Not before a worker runs: one that replaces it may find these modules changed (--reload).
+    from transformers_api.api.http import errors, strict_json
+
+    body = strict_json.dump(errors.payload(error, path))
+    status = errors.status(error, path)
+    head = (
+        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nConnection: close\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+def _known(exc: BaseException) -> ApiError:
+    match exc:
+        case http_errors.LimitRequestLine():
+            return UriTooLong("The request line is too long")
+        case http_errors.LimitRequestHeaders():
+            return HeadersTooLarge(f"Too many headers, or more than {MAX_HEAD_BYTES} bytes of them")
+        case http_errors.ParseException() if not isinstance(exc, OUR_FAULTS):
+            return InvalidRequest(f"The request is not HTTP: {str(exc)[:200]}")
+        case _:
+            log.error("A request failed outside of the application", exc_info=exc)
+            return EngineFailed("The server failed to handle the request; its log says more")
+
+
+def _limit(client: socket.socket, send_s: float) -> None:
+    """Let the kernel end what does not get on: a write, or a client that is no more."""
+    timeout = struct.pack("ll", int(send_s), int(send_s % 1 * 1e6))
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeout)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if client.family == socket.AF_UNIX or not hasattr(socket, "TCP_USER_TIMEOUT"):
+        return
+    idle, apart, tries = DEAD_AFTER_S
+    client.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, idle)
+    client.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, apart)
+    client.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, tries)
+    # Also while nothing is written, so that the watcher hears of it: see api/http/disconnect.py.
+    client.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(send_s * 1000))

@@ -1,0 +1,160 @@
+"""Runs inspections on the resident model, one at a time, in slices between decode steps.
+
+Each slice is posted when the one before it is done, so that the engine has made a step for those
+who are being answered in between.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import CancelledError, Future
+from contextlib import contextmanager
+from typing import Any, Generic, TypeVar
+from weakref import WeakKeyDictionary
+
+from transformers_api.engine.base import Engine
+from transformers_api.errors import InspectionBusy, InspectionTimeout
+from transformers_api.inspection.base import Inspector, Job
+from transformers_api.serving.limits.admission import Throughput
+from transformers_api.serving.limits.cancellation import Cancellation
+from transformers_api.serving.models.spec import LoadedModel
+
+T = TypeVar("T")
+
+
+class Inspections:
+    """The line of those who want to look inside. ``waiting``: how many besides the one that runs.
+
+    ``timeout_s`` is what each may take from its first slice on.
+    """
+
+    def __init__(
+        self, waiting: int, timeout_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._waiting = waiting
+        self._timeout_s = timeout_s
+        self._clock = clock
+        self._condition = threading.Condition()
+        self._line: deque[object] = deque()  # the first one runs
+        self._throughput = Throughput(clock)
+        self._gradients: WeakKeyDictionary[Engine, bool] = WeakKeyDictionary()
+
+    def run(self, model: LoadedModel, job: Job[T], cancellation: Cancellation) -> T:
+        """The result of ``job``, when its turn has come.
+
+        Raises InspectionBusy, InspectionTimeout, ClientGone, ModelUnloaded, EngineDead, and what
+        the job raises.
+        """
+        with self._turn(cancellation):
+            return self._run(model, job, cancellation)
+
+    def has_gradients(
+        self, model: LoadedModel, inspector: Inspector, cancellation: Cancellation
+    ) -> bool:
+        """Whether gradients can be had; found out once per loaded model, without a turn."""
+        known = self._gradients.get(model.engine)
+        if known is None:
+            known = self._run(model, inspector.check_gradients(), cancellation)
+            self._gradients[model.engine] = known
+        return known
+
+    @contextmanager
+    def _turn(self, cancellation: Cancellation) -> Iterator[None]:
+        ticket = object()
+        with self._condition:
+            if len(self._line) > self._waiting:
+                raise InspectionBusy(
+                    "Too many inspections are waiting",
+                    retry_after=self._throughput.wait_s(max(len(self._line) - 1, 1)),
+                )
+            self._throughput.began()
+            self._line.append(ticket)
+        cancellation.on_cancel(self._wake)
+        try:
+            with self._condition:
+                self._condition.wait_for(
+                    lambda: self._line[0] is ticket or cancellation.is_cancelled
+                )
+            yield
+        finally:
+            with self._condition:
+                self._line.remove(ticket)
+                self._throughput.ended(len(self._line))
+                self._condition.notify_all()
+
+    def _wake(self) -> None:
+        with self._condition:
+            self._condition.notify_all()
+
+    def _run(self, model: LoadedModel, job: Job[T], cancellation: Cancellation) -> T:
+        run = _Run(model.engine, job, cancellation)
+        cancellation.on_cancel(run.withdraw)
+        deadline = self._clock() + self._timeout_s
+        try:
+            while not run.is_done:
+                left = deadline - self._clock()
+                if left <= 0 or not run.slice(left):
+                    raise InspectionTimeout(
+                        f"The inspection took longer than {self._timeout_s:g} s"
+                    )
+            return run.result
+        finally:
+            run.close()
+
+
+class _Run(Generic[T]):
+    """One job. Its generator lives on the engine thread."""
+
+    result: T
+
+    def __init__(self, engine: Engine, job: Job[T], cancellation: Cancellation) -> None:
+        self.is_done = False
+        self._engine = engine
+        self._job = job
+        self._cancellation = cancellation
+        self._generator: Generator[None, None, T] | None = None
+        self._posted: Future[None] | None = None
+
+    def slice(self, timeout_s: float) -> bool:
+        """Run one slice; whether it began in time. One that has begun is waited for."""
+        self._cancellation.check()
+        posted = self._posted = self._engine.call(self._advance)
+        if self._cancellation.is_cancelled:  # since the check
+            posted.cancel()
+        try:
+            error = posted.exception(timeout_s)
+        except (CancelledError, TimeoutError):
+            if posted.cancel():  # it had not begun
+                self._cancellation.check()
+                return False
+            error = posted.exception()
+        if error is not None:
+            raise error
+        return True
+
+    def withdraw(self) -> None:
+        """Do not begin the slice that waits."""
+        if self._posted is not None:
+            self._posted.cancel()
+
+    def close(self) -> None:
+        """End the generator wherever it stands; on the engine thread, after its last slice."""
+        if self._generator is not None and not self.is_done:
+            # The callback is for a model that was unloaded meanwhile: nothing visits it any more.
+            self._engine.call(self._end).add_done_callback(self._end)
+
+    def _advance(self, model: Any) -> None:
+        if self._generator is None:
+            self._generator = self._job(model)
+        try:
+            next(self._generator)
+        except StopIteration as end:
+            self.result = end.value
+            self.is_done = True
+
+    def _end(self, _: Any) -> None:
+        if self._generator is not None:
+            self._generator.close()

@@ -1,0 +1,331 @@
+"""What a client wants to see of every token, whether it may, and how many may at once."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from transformers_api.config.settings import Settings
+from transformers_api.errors import (
+    AttentionUnavailable,
+    InspectionDisabled,
+    InvalidRequest,
+    ModelNotCapable,
+    TraceBusy,
+)
+from transformers_api.inspection.base import Anatomy, LayerAttention, TracePlan
+from transformers_api.serving.limits.admission import Throughput
+from transformers_api.serving.models.spec import LoadedModel
+
+AttentionFormat = Literal["f16", "u8", "topk", "json", "json64"]
+
+MAX_LENS_LAYERS = 8  # unless every n-th is asked for
+MAX_WHOLE_BYTES = 64 << 20  # of the traces of an answer that is not streamed
+# Bytes, none of which a trace has more of.
+_CELL = {"f16": 8 / 3, "u8": 4 / 3, "json": 8.0, "json64": 26.0}
+_KEY = 16.0  # a position and a weight
+_NUMBER = 14.0
+_ROW = 48.0  # scale or rest, sink, brackets
+_LAYER = 160.0
+_TOKEN = 160.0  # id, text, probability
+_STEP = 400.0
+_ADVICE = {
+    "u8": 'use attn "topk", or fewer layers',
+    "topk": "use a smaller attn_topk, or fewer layers",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LensRequest:
+    """Which residual streams to read through the model's own head."""
+
+    layers: tuple[int, ...] | Literal["all"] | int  # a number n: every n-th, and the last
+    topk: int = 3  # 1..20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TraceRequest:
+    """What a client asks to see."""
+
+    layers: tuple[int, ...] | Literal["all"] = ()
+    heads: tuple[int, ...] | Literal["mean", "max"] | None = None  # None: all
+    attn: AttentionFormat = "f16"
+    attn_topk: int = 16  # keys, with "topk"
+    topk: int = 5  # likeliest tokens of the model
+    sampled_topk: int = 0  # and of what was drawn from
+    lens: LensRequest | None = None
+    resid_norms: bool = False
+    router: bool = False
+    specials: bool = False  # also of the token that ends the answer
+    meta: bool = False  # a leading event about prompt and model, where there are named events
+    layers_name: str = "trace.layers"  # the field that names the layers, for messages
+
+
+def plan(
+    model: LoadedModel,
+    asked: TraceRequest,
+    settings: Settings,
+    *,
+    prompt_tokens: int,
+    max_tokens: int,
+    choices: int = 1,
+    whole: bool = False,
+) -> TracePlan:
+    """What the engine is to note, once everything that could be wrong has been looked at.
+
+    ``choices`` are traced together; with ``whole`` all their tokens are kept until the end.
+    ``prompt_tokens``: of the longest prompt. Raises InspectionDisabled, ModelNotCapable,
+    AttentionUnavailable, and InvalidRequest for what is out of range or too large.
+    """
+    if model.inspector is None:
+        if not settings.inspect_enabled:
+            raise InspectionDisabled()
+        raise ModelNotCapable(f"Model '{model.spec.name}' cannot be inspected", param="trace")
+    anatomy = model.inspector.anatomy
+    layers = _attention_layers(model, anatomy, asked)
+    _check_heads(anatomy, layers, asked)
+    _check_layer_count(layers, asked, settings)
+    lens_layers = _lens_layers(anatomy, asked)
+    _check_capable(anatomy, asked)
+    keys = min(prompt_tokens + max_tokens, model.engine.max_model_len)
+    size = _Size(anatomy, asked, layers, len(lens_layers), keys, choices)
+    size.check(settings.trace_max_bytes_per_token)
+    if whole:
+        size.check_whole(max_tokens)
+    return TracePlan(
+        layers=layers,
+        heads=asked.heads,
+        attn_topk=asked.attn_topk if asked.attn == "topk" else 0,
+        topk=asked.topk,
+        sampled_topk=asked.sampled_topk,
+        lens_layers=lens_layers,
+        lens_topk=asked.lens.topk if asked.lens else 0,
+        resid_norms=asked.resid_norms,
+        router=asked.router,
+    )
+
+
+def check_layer(anatomy: Anatomy, layer: int, param: str) -> LayerAttention:
+    """The layer whose attention is asked for in the field ``param``.
+
+    Raises InvalidRequest for one that is not there, AttentionUnavailable for one without weights.
+    """
+    check_any_attention(anatomy, param)
+    if not 0 <= layer < anatomy.layers:
+        raise InvalidRequest(f"{param} must be in [0, {anatomy.layers - 1}]", param=param)
+    found = anatomy.attention[layer]
+    if not found.available:
+        why = f" ({found.reason})" if found.reason and found.reason != found.type else ""
+        raise AttentionUnavailable(
+            f"layer {layer} is {found.type} and has no attention weights{why}; "
+            f"layers with attention: {anatomy.layers_with_attention}",
+            param=param,
+        )
+    return found
+
+
+def check_any_attention(anatomy: Anatomy, param: str) -> None:
+    """Raise AttentionUnavailable for a model that has no attention in any layer."""
+    if not anatomy.layers_with_attention:
+        raise AttentionUnavailable(
+            f"model type {anatomy.model_type} has no attention weights", param=param
+        )
+
+
+def _attention_layers(model: LoadedModel, anatomy: Anatomy, asked: TraceRequest) -> tuple[int, ...]:
+    param = asked.layers_name
+    if asked.layers == "all":
+        check_any_attention(anatomy, param)
+        layers = tuple(anatomy.layers_with_attention)
+    else:
+        layers = tuple(dict.fromkeys(asked.layers))
+        for layer in layers:
+            check_layer(anatomy, layer, param)
+    if layers and not anatomy.traces_attention:
+        raise AttentionUnavailable(
+            f"The attention of model '{model.spec.name}' cannot be traced while it writes "
+            f"(mode {anatomy.mode}); ask for the answer without {param} and inspect its tokens "
+            "afterwards",
+            param=param,
+        )
+    return layers
+
+
+def _check_heads(anatomy: Anatomy, layers: Sequence[int], asked: TraceRequest) -> None:
+    if not isinstance(asked.heads, tuple) or not layers:
+        return
+    heads = min(anatomy.attention[layer].heads for layer in layers)
+    if not all(0 <= head < heads for head in asked.heads):
+        raise InvalidRequest(f"trace.heads must be in [0, {heads - 1}]", param="trace.heads")
+
+
+def _check_layer_count(layers: Sequence[int], asked: TraceRequest, settings: Settings) -> None:
+    is_small = asked.attn == "topk" or asked.heads in ("mean", "max")
+    if not is_small and len(layers) > settings.trace_max_layers:
+        raise InvalidRequest(
+            f"trace.layers may name at most {settings.trace_max_layers} layers "
+            f'with attn "{asked.attn}"',
+            param=asked.layers_name,
+        )
+
+
+def _lens_layers(anatomy: Anatomy, asked: TraceRequest) -> tuple[int, ...]:
+    if asked.lens is None:
+        return ()
+    if not anatomy.lens:
+        raise ModelNotCapable(
+            f"model type {anatomy.model_type} has no logit lens: its residual stream cannot be "
+            "read through its head",
+            param="trace.lens",
+        )
+    wanted, param, last = asked.lens.layers, "trace.lens.layers", anatomy.layers - 1
+    if isinstance(wanted, int):
+        return tuple(dict.fromkeys((*range(0, anatomy.layers, wanted), last)))
+    layers = tuple(range(-1, anatomy.layers)) if wanted == "all" else tuple(dict.fromkeys(wanted))
+    if not all(-1 <= layer <= last for layer in layers):
+        raise InvalidRequest(f"{param} must be in [-1, {last}]", param=param)
+    if len(layers) > MAX_LENS_LAYERS:
+        raise InvalidRequest(
+            f'{param} may name at most {MAX_LENS_LAYERS} layers; use "every:N" for more',
+            param=param,
+        )
+    return layers
+
+
+def _check_capable(anatomy: Anatomy, asked: TraceRequest) -> None:
+    kind = anatomy.model_type
+    if asked.resid_norms and anatomy.final_norm is None:
+        raise ModelNotCapable(
+            f"model type {kind} has no residual stream that can be seen",
+            param="trace.resid_norms",
+        )
+    if asked.router and anatomy.routing is None:
+        raise ModelNotCapable(
+            f"model type {kind} has no router: it is no mixture of experts", param="trace.router"
+        )
+
+
+class _Size:
+    """The bytes that the trace of one token may come to at the end of the longest answer."""
+
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        asked: TraceRequest,
+        layers: Sequence[int],
+        lens_layers: int,
+        keys: int,
+        choices: int,
+    ) -> None:
+        self.asked = asked
+        self.choices = choices
+        self.shapes = [_shape(anatomy.attention[layer], asked, keys) for layer in layers]
+        tokens = asked.topk * 2 + asked.sampled_topk
+        if asked.lens:
+            tokens += lens_layers * (asked.lens.topk + 2)
+        numbers = anatomy.layers if asked.resid_norms else 0
+        if asked.router and anatomy.routing:
+            numbers += len(anatomy.routing.layers) * (2 * anatomy.routing.experts_per_token + 5)
+        attention = sum(self._attention(heads, width) for heads, width in self.shapes)
+        rest = _STEP + tokens * _TOKEN + numbers * _NUMBER
+        self.bytes = int((attention + rest) * choices)
+
+    def check(self, most: int) -> None:
+        """Raise InvalidRequest for a trace of more than ``most`` bytes."""
+        if self.bytes > most:
+            raise InvalidRequest(
+                f"trace too large: {self._said()} is about {_megabytes(self.bytes)} per token "
+                f"(max {most} bytes); {self._advice()}",
+                param="trace",
+            )
+
+    def check_whole(self, tokens: int) -> None:
+        """Raise InvalidRequest for more than one answer can hold."""
+        if self.bytes * tokens > MAX_WHOLE_BYTES:
+            raise InvalidRequest(
+                f"trace too large for an answer in one piece: {self._said()} is about "
+                f"{_megabytes(self.bytes)} per token, for up to {tokens} tokens "
+                f'(max {MAX_WHOLE_BYTES} bytes); use "stream": true or fewer tokens',
+                param="trace",
+            )
+
+    def _attention(self, heads: int, width: int) -> float:
+        if self.asked.attn == "topk":
+            row = min(self.asked.attn_topk, width) * _KEY
+        else:
+            row = width * _CELL[self.asked.attn]
+        return _LAYER + heads * (row + _ROW)
+
+    def _said(self) -> str:
+        if not self.shapes:
+            return "it"
+        heads = max(heads for heads, _ in self.shapes)
+        keys = max(width for _, width in self.shapes)
+        answers = f" x {self.choices} answers" if self.choices > 1 else ""
+        return (
+            f"{heads} heads x {keys} keys x {len(self.shapes)} layers{answers} as {self.asked.attn}"
+        )
+
+    def _advice(self) -> str:
+        if not self.shapes:
+            return "ask for fewer layers of the lens, or a smaller topk"
+        return _ADVICE.get(self.asked.attn, 'use attn "topk" or "u8", or fewer layers')
+
+
+def _shape(layer: LayerAttention, asked: TraceRequest, keys: int) -> tuple[int, int]:
+    """(heads, keys) of a layer's row."""
+    if isinstance(asked.heads, tuple):
+        heads = len(asked.heads)
+    else:
+        heads = layer.heads if asked.heads is None else 1
+    return heads, min(keys, layer.window or keys)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB" if size >= 50_000 else f"{size} bytes"
+
+
+class TraceSlots:
+    """How many requests are being traced. From any thread."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._lock = threading.Lock()
+        self._taken = 0
+        self._throughput = Throughput(clock)
+
+    def take(self, most: int) -> Callable[[], None]:
+        """Take one of ``most`` places; what comes back gives it back, once however often called.
+
+        Raises TraceBusy.
+        """
+        with self._lock:
+            if self._taken >= most:
+                raise TraceBusy(
+                    f"As many requests are being traced as may be at once ({most})",
+                    retry_after=self._throughput.wait_s(1),
+                )
+            self._throughput.began()
+            self._taken += 1
+        return _Place(self._give_back)
+
+    def _give_back(self) -> None:
+        with self._lock:
+            self._taken -= 1
+            self._throughput.ended(self._taken)
+
+
+class _Place:
+    """Calls ``end`` at its first call and never again."""
+
+    def __init__(self, end: Callable[[], None]) -> None:
+        self._ends = [end]
+
+    def __call__(self) -> None:
+        try:
+            end = self._ends.pop()  # atomic: of two threads one gets it
+        except IndexError:
+            return
+        end()

@@ -1,0 +1,91 @@
+"""What a sentence encoder's folder says of itself, in the format of sentence-transformers.
+
+``modules.json`` lists the steps from text to vector: a transformer, a pooling, and, where vectors
+have length one, a normalisation.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers_api.errors import ModelLoadFailed
+from transformers_api.serving.models.preflight import MODULES, read_object
+from transformers_api.serving.models.spec import Pooling, PoolingMode
+
+STEPS = ("Transformer", "Pooling", "Normalize")
+_FLAGS: dict[str, PoolingMode] = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_lasttoken": "last",
+}
+_NAMES: dict[str, PoolingMode] = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderFacts:
+    """How an encoder wants to be used."""
+
+    pooling: Pooling
+    max_tokens: int | None  # what it was made for, special tokens included
+
+
+def read_encoder(folder: Path) -> EncoderFacts:
+    """The facts in the folder. Raises ModelLoadFailed for what this server would do differently."""
+    steps = _steps(folder)
+    names = [name for name, _ in steps]
+    if names not in (list(STEPS), list(STEPS[:2])):
+        raise ModelLoadFailed(
+            f"{folder / MODULES}: the steps {', '.join(names)} are not supported, only "
+            f"{', '.join(STEPS[:2])} and perhaps {STEPS[2]}"
+        )
+    shape = _optional(folder / steps[0][1] / "sentence_bert_config.json")
+    usage = _optional(folder / "config_sentence_transformers.json")
+    for what, given in (
+        ("do_lower_case", shape.get("do_lower_case")),
+        ("default_prompt_name", usage.get("default_prompt_name")),
+    ):
+        if given:
+            raise ModelLoadFailed(f"{folder}: {what} {given!r} is not supported")
+    limit = shape.get("max_seq_length")
+    return EncoderFacts(
+        Pooling(_mode(folder / steps[1][1] / "config.json"), normalize=len(steps) == len(STEPS)),
+        max_tokens=limit if isinstance(limit, int) and limit > 0 else None,
+    )
+
+
+def _steps(folder: Path) -> list[tuple[str, str]]:
+    """(kind, folder inside the model's) of each step."""
+    path = folder / MODULES
+    try:
+        listed = json.loads(path.read_bytes())
+        steps = [(str(entry["type"]).rpartition(".")[2], str(entry["path"])) for entry in listed]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ModelLoadFailed(f"{path} cannot be read: {error}") from None
+    for _, place in steps:
+        if ".." in Path(place).parts or Path(place).is_absolute():
+            raise ModelLoadFailed(f"{path}: {place!r} is not a folder of the model")
+    return steps
+
+
+def _mode(path: Path) -> PoolingMode:
+    config = read_object(path)
+    given = config.get("pooling_mode")
+    chosen = [given] if isinstance(given, str) else _flags(config)
+    known = _NAMES | _FLAGS
+    if len(chosen) != 1 or chosen[0] not in known:
+        raise ModelLoadFailed(
+            f"{path}: the pooling {', '.join(chosen) or 'none'} is not supported, only one of "
+            f"{', '.join(_NAMES)}"
+        )
+    return known[chosen[0]]
+
+
+def _flags(config: dict[str, Any]) -> list[str]:
+    return [name for name, value in config.items() if name.startswith("pooling_mode_") and value]
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    return read_object(path) if path.is_file() else {}

@@ -1,0 +1,304 @@
+"""Whether a model folder holds together: all that can be known without memory for its weights.
+
+Reads JSON files and the headers of safetensors files, never a tensor. Nothing that a header says
+is believed before it is compared with the size of the file.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import math
+import struct
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers_api.errors import ModelLoadFailed
+from transformers_api.serving.models.spec import ModelFiles
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+MODULES = "modules.json"  # of a sentence-transformers encoder
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+TOKENIZERS = (
+    ("tokenizer.json",),
+    ("tokenizer.model",),
+    ("vocab.json", "merges.txt"),
+    ("spiece.model",),
+    ("spm.model",),
+    ("tekken.json",),
+    ("vocab.txt",),
+)
+NOT_GENERATING = ("ForMaskedLM", "Classification", "ForQuestionAnswering", "ForPreTraining")
+# Architectures of our own, and fields that only their originals' configurations have.
+OWN_TYPES = frozenset({"gpt3dev", "niels_gpt", "tinygpt", "tinygpt2"})
+ORIGINAL_FIELDS = frozenset({"block_size", "n_embd"})
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+MAX_JSON_BYTES = 100_000_000
+
+# name in a safetensors header -> (bits per element, torch's name)
+DTYPES: Mapping[str, tuple[int, str]] = {
+    "F64": (64, "float64"),
+    "F32": (32, "float32"),
+    "F16": (16, "float16"),
+    "BF16": (16, "bfloat16"),
+    "F8_E4M3": (8, "float8_e4m3fn"),
+    "F8_E5M2": (8, "float8_e5m2"),
+    "F8_E8M0": (8, "float8_e8m0fnu"),
+    "F4": (4, "float4_e2m1fn_x2"),
+    "C64": (64, "complex64"),
+    "I64": (64, "int64"),
+    "U64": (64, "uint64"),
+    "I32": (32, "int32"),
+    "U32": (32, "uint32"),
+    "I16": (16, "int16"),
+    "U16": (16, "uint16"),
+    "I8": (8, "int8"),
+    "U8": (8, "uint8"),
+    "BOOL": (8, "bool"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One entry of a safetensors header, already checked against the file."""
+
+    name: str
+    dtype: str
+    elements: int
+    bytes: int
+
+
+def inspect_folder(
+    folder: Path,
+    trust_remote_code: bool = False,
+    knows: Callable[[str], bool] | None = None,
+    encoder: bool = False,
+) -> ModelFiles:
+    """Check a model folder and measure it. Raises ModelLoadFailed, naming the file and the reason.
+
+    ``knows`` says whether a ``model_type`` can be built without the folder's own code; by default
+    those that the installed transformers lists. ``encoder``: it is to make embeddings, not text.
+    """
+    if not folder.is_dir():
+        raise ModelLoadFailed(f"{folder} is not a folder")
+    check_config(folder, trust_remote_code, knows, encoder)
+    _check_tokenizer(folder)
+    paths = weight_files(folder)
+    headers = {path.name: read_header(path) for path in paths}
+    if WEIGHTS not in headers:
+        _check_index(folder / INDEX, headers)
+    tensors = [tensor for header in headers.values() for tensor in header]
+    if not tensors:
+        raise ModelLoadFailed(f"{paths[0]} holds no tensors")
+    by_dtype = Counter[str]()
+    for tensor in tensors:
+        by_dtype[tensor.dtype] += tensor.bytes
+    return ModelFiles(
+        folder=folder,
+        weight_bytes=sum(tensor.bytes for tensor in tensors),
+        parameters=sum(tensor.elements for tensor in tensors),
+        stored_dtype=DTYPES[by_dtype.most_common(1)[0][0]][1],
+        created=int(max(path.stat().st_mtime for path in paths)),
+        stamp=_stamp(folder),
+    )
+
+
+def _stamp(folder: Path) -> tuple[tuple[str, int, int, int], ...]:
+    stats = {str(path): path.stat() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return tuple((name, s.st_ino, s.st_size, s.st_mtime_ns) for name, s in stats.items())
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether all files that serving needs are there; a look at names, not at contents."""
+    try:
+        weight_files(folder)
+        if not is_original(folder):  # its conversion brings a tokenizer
+            _check_tokenizer(folder)
+    except ModelLoadFailed:
+        return False
+    return (folder / "config.json").is_file()
+
+
+def is_original(folder: Path) -> bool:
+    """Whether a folder holds one of our own architectures as the original system saved it."""
+    try:
+        config = read_object(folder / "config.json")
+    except ModelLoadFailed:
+        return False
+    return config.get("model_type") in OWN_TYPES and not ORIGINAL_FIELDS.isdisjoint(config)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files to load, all present. One file wins over shards, as in transformers."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if (folder / INDEX).is_file():
+        shards = sorted({folder / name for name in read_weight_map(folder / INDEX).values()})
+        for shard in shards:
+            if not shard.is_file():
+                raise ModelLoadFailed(f"{INDEX} names {shard.name}, which is missing in {folder}")
+        return shards
+    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+    if pickles:
+        raise ModelLoadFailed(
+            f"{folder} has its weights only in the pickle format ({pickles[0]}), which can run "
+            "code when it is read and is refused; convert them to safetensors, or name a revision "
+            "that has them"
+        )
+    raise ModelLoadFailed(f"{folder} has no weights: neither {WEIGHTS} nor {INDEX}")
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> file name, from the index of a sharded model; plain file names only."""
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelLoadFailed(f"{index}: weight_map is missing or empty")
+    for name in weight_map.values():
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith("safetensors"):
+            raise ModelLoadFailed(f"{index}: {name!r} is not the name of a safetensors file")
+    return weight_map
+
+
+def read_header(path: Path) -> list[Tensor]:
+    """The tensors of a safetensors file whose header fits the file to the byte."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        if len(start) < 8:
+            raise ModelLoadFailed(f"{path}: {size} bytes are too few for a safetensors file")
+        length = struct.unpack("<Q", start)[0]
+        if length > min(MAX_HEADER_BYTES, size - 8):
+            raise ModelLoadFailed(
+                f"{path}: a header of {length} bytes in a file of {size}: truncated, or not "
+                "safetensors"
+            )
+        header = _parse_object(file.read(length), path)
+    header.pop("__metadata__", None)
+    spans = [_span(path, name, entry) for name, entry in header.items()]
+    spans.sort(key=lambda span: span[:2])
+    end = 0
+    for first, last, tensor in spans:
+        if first != end:
+            raise ModelLoadFailed(f"{path}: tensor {tensor.name} starts at {first}, not at {end}")
+        end = last
+    if 8 + length + end != size:
+        raise ModelLoadFailed(
+            f"{path} has {size} bytes, its header describes {8 + length + end}: truncated or padded"
+        )
+    return [tensor for _, _, tensor in spans]
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds one object. Raises ModelLoadFailed."""
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ModelLoadFailed(f"{path} is larger than any such file should be")
+        return _parse_object(path.read_bytes(), path)
+    except OSError as error:
+        raise ModelLoadFailed(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _parse_object(text: bytes, path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ModelLoadFailed(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ModelLoadFailed(f"{path}: not a JSON object")
+    return value
+
+
+def _span(path: Path, name: str, entry: Any) -> tuple[int, int, Tensor]:
+    """(first byte, byte after the last, tensor) of a header entry whose three facts agree."""
+    try:
+        (first, last), shape, dtype = entry["data_offsets"], entry["shape"], entry["dtype"]
+        numbers = (first, last, *shape)
+        bits = DTYPES[dtype][0]
+    except (TypeError, KeyError, ValueError):
+        raise ModelLoadFailed(f"{path}: tensor {name} is described wrongly: {entry}") from None
+    if not all(type(number) is int and 0 <= number < 1 << 63 for number in numbers):
+        raise ModelLoadFailed(f"{path}: tensor {name} has offsets or a shape that cannot be")
+    elements = math.prod(shape)
+    if (last - first) * 8 != elements * bits:
+        raise ModelLoadFailed(
+            f"{path}: tensor {name} has {last - first} bytes, but {dtype} {shape} does not"
+        )
+    return first, last, Tensor(name, dtype, elements, last - first)
+
+
+def _check_index(index: Path, headers: Mapping[str, list[Tensor]]) -> None:
+    held = {(name, tensor.name) for name, tensors in headers.items() for tensor in tensors}
+    for tensor, name in read_weight_map(index).items():
+        if (name, tensor) not in held:
+            raise ModelLoadFailed(f"{index}: tensor {tensor} is not in {name}")
+
+
+def check_config(
+    folder: Path,
+    trust_remote_code: bool = False,
+    knows: Callable[[str], bool] | None = None,
+    encoder: bool = False,
+) -> None:
+    """Refuse what cannot be served, from the small files alone; arguments as in inspect_folder."""
+    config = read_object(folder / "config.json")
+    model_type = config.get("model_type")
+    architectures = config.get("architectures") or ["?"]
+    if config.get("is_encoder_decoder"):
+        raise ModelLoadFailed(
+            f"{folder}: an encoder-decoder model ({model_type}) cannot be served, only models that "
+            "continue their own text"
+        )
+    if encoder:
+        _check_is_encoder(folder)
+    elif (folder / MODULES).is_file():
+        raise ModelLoadFailed(f"{folder}: a sentence encoder makes embeddings, it writes no text")
+    elif str(architectures[0]).endswith(NOT_GENERATING) and not config.get("is_decoder"):
+        raise ModelLoadFailed(f"{folder}: {architectures[0]} does not generate text")
+    if trust_remote_code:
+        return
+    if not isinstance(model_type, str) or not (knows or _transformers_knows)(model_type):
+        own = "needs code of its own (auto_map)" if "auto_map" in config else "is unknown"
+        raise ModelLoadFailed(
+            f"{folder / 'config.json'}: model_type {model_type!r} {own}; such code runs only for a "
+            "registry entry with trust_remote_code: true"
+        )
+
+
+def _check_is_encoder(folder: Path) -> None:
+    if not (folder / MODULES).is_file():
+        raise ModelLoadFailed(
+            f"{folder} has no {MODULES}, so it is no sentence-transformers encoder; the embeddings "
+            "of a causal model need a registry entry that says how to pool them"
+        )
+
+
+def _check_tokenizer(folder: Path) -> None:
+    if not any(all((folder / name).is_file() for name in names) for names in TOKENIZERS):
+        raise ModelLoadFailed(f"{folder} has no tokenizer, such as tokenizer.json")
+
+
+@functools.cache
+def _transformers_types() -> frozenset[str]:
+    """The model types of the installed transformers, without the seconds that importing it takes.
+
+    Its table is a module of plain data, which is run alone.
+    """
+    package = importlib.util.find_spec("transformers")
+    for root in (package.submodule_search_locations or ()) if package else ():
+        table = Path(root, "models", "auto", "auto_mappings.py")
+        spec = importlib.util.spec_from_file_location("_transformers_auto_mappings", table)
+        if spec and spec.loader and table.is_file():
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            return frozenset(module.CONFIG_MAPPING_NAMES)
+    return frozenset()
+
+
+def _transformers_knows(model_type: str) -> bool:
+    known = _transformers_types()
+    return not known or model_type in known or model_type in OWN_TYPES

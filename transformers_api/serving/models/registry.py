@@ -1,0 +1,94 @@
+"""Which models may be served: built-in entries, the operator's file, and ids of the Hub."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from transformers_api.config.settings import SettingError, Settings
+from transformers_api.errors import ModelNotFound
+from transformers_api.serving.models.builtin import builtin_models
+from transformers_api.serving.models.registry_file import read_registry_file
+from transformers_api.serving.models.spec import HubSource, ModelSpec
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether ``text`` has the shape ``owner/name`` and cannot be taken for a path."""
+    return _HUB_ID.fullmatch(text) is not None and ".." not in text and "--" not in text
+
+
+class ModelRegistry:
+    """Looks up ids. What it does not return never reaches the file system or the Hub.
+
+    ``is_cached`` says whether a repository of the Hub lies complete on this machine.
+    """
+
+    def __init__(
+        self,
+        specs: Iterable[ModelSpec],
+        allow_unregistered: bool,
+        is_cached: Callable[[str], bool],
+        allow_list: Sequence[str] = (),
+    ) -> None:
+        by_name = {spec.name: spec for spec in specs}
+        by_alias = {alias: spec for spec in by_name.values() for alias in spec.aliases}
+        known = by_alias | by_name
+        _check_aliases(by_name)
+        if unknown := [name for name in allow_list if name not in known]:
+            raise SettingError(
+                f"MODEL_ALLOW_LIST={','.join(allow_list)} is not allowed: no registry entry is "
+                f"called {', '.join(unknown)}"
+            )
+        allowed = {known[name].name for name in allow_list} or set(by_name)
+        self._specs = [spec for name, spec in by_name.items() if name in allowed]
+        self._known = {name: spec for name, spec in known.items() if spec.name in allowed}
+        self._is_restricted = bool(allow_list)
+        self._allow_unregistered = allow_unregistered
+        self._is_cached = is_cached
+
+    @classmethod
+    def from_settings(
+        cls, settings: Settings, is_cached: Callable[[str], bool] = lambda repo: False
+    ) -> ModelRegistry:
+        """Built-in entries, then the file's; of two with one name the later. SettingError."""
+        specs = list(builtin_models()) if settings.include_default_models else []
+        if settings.model_registry_path is not None:
+            specs += read_registry_file(settings.model_registry_path)
+        return cls(
+            specs,
+            allow_unregistered=settings.downloads_allowed,
+            is_cached=is_cached,
+            allow_list=settings.model_allow_list,
+        )
+
+    def list(self) -> list[ModelSpec]:
+        """Every registered entry that may be served."""
+        return list(self._specs)
+
+    def resolve(self, model_id: str) -> ModelSpec:
+        """The entry with this name or alias, or one for an id of the Hub.
+
+        Raises ModelNotFound.
+        """
+        if spec := self._known.get(model_id):
+            return spec
+        if (
+            not self._is_restricted
+            and is_hub_id(model_id)
+            and (self._allow_unregistered or self._is_cached(model_id))
+        ):
+            return ModelSpec(name=model_id, source=HubSource(model_id), registered=False)
+        raise ModelNotFound(model_id)
+
+
+def _check_aliases(by_name: Mapping[str, ModelSpec]) -> None:
+    earlier: set[str] = set()
+    for name, spec in by_name.items():
+        if taken := earlier.intersection(spec.aliases):
+            raise SettingError(
+                f"Registry entry {name}: aliases {taken.pop()!r} is not allowed: it is the name "
+                "of another entry"
+            )
+        earlier.add(name)

@@ -1,0 +1,254 @@
+"""The operator's registry file (MODEL_REGISTRY_PATH): JSON or YAML in, model entries out."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import yaml
+
+from transformers_api.config.settings import SettingError
+from transformers_api.serving.models.spec import (
+    HubSource,
+    ModelSpec,
+    PackageSource,
+    PathSource,
+    Pooling,
+    Source,
+)
+
+Entry = Mapping[str, Any]
+Check = Callable[[Any], str | None]  # what would be allowed, or None when the value is
+
+_NAME = re.compile(r"[A-Za-z0-9][\w./:@+ -]{0,199}", re.ASCII)
+_REPO = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+_REVISION = re.compile(r"[A-Za-z0-9][\w./-]{0,199}", re.ASCII)
+_PACKAGE = re.compile(r"[A-Za-z0-9][\w.-]{0,199}", re.ASCII)
+_DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?", re.ASCII)
+_ENCODING = re.compile(r"[a-z0-9_]{1,40}", re.ASCII)
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_QUANTIZATIONS = ("none", "int8", "int4")
+_CHAT = ("template", "transcript", "off")
+_POOLINGS = ("mean", "last", "cls")
+_SOURCES = ("hf_repo", "path", "package")
+
+
+def read_registry_file(path: Path) -> list[ModelSpec]:
+    """The entries of a registry file. SettingError names file, entry, field and what is allowed."""
+    entries = _parse(path)
+    if isinstance(entries, dict) and set(entries) == {"models"}:
+        entries = entries["models"]
+    if not isinstance(entries, list):
+        raise SettingError(f'{path}: expected a list of entries, or {{"models": [...]}}')
+    specs = []
+    for number, entry in enumerate(entries, start=1):
+        where = f"{path}: entry {number}"
+        if not isinstance(entry, dict):
+            raise SettingError(f"{where}: expected an object with name and source")
+        if isinstance(entry.get("name"), str):
+            where += f" ({entry['name']})"
+        specs.append(_spec(entry, where, path.parent))
+    _check_names(specs, path)
+    return specs
+
+
+def _parse(path: Path) -> Any:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingError(
+            f"MODEL_REGISTRY_PATH={str(path)!r} is not allowed: expected a readable file ({error})"
+        ) from None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if path.suffix == ".json":
+            raise SettingError(f"{path}: not valid JSON: {error}") from None
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise SettingError(f"{path}: neither valid JSON nor YAML: {reason}") from None
+
+
+def _check_names(specs: list[ModelSpec], path: Path) -> None:
+    seen: dict[str, str] = {}
+    for number, spec in enumerate(specs, start=1):
+        for field, name in (("name", spec.name), *(("aliases", alias) for alias in spec.aliases)):
+            if name in seen:
+                raise SettingError(
+                    f"{path}: entry {number} ({spec.name}): {field} {name!r} is not allowed: "
+                    f"entry {seen[name]} has it already"
+                )
+            seen[name] = f"{number} ({spec.name})"
+
+
+def _spec(entry: Entry, where: str, base: Path) -> ModelSpec:
+    if unknown := sorted(str(key) for key in entry if key not in _FIELDS):
+        raise SettingError(
+            f"{where}: {unknown[0]} is not a field; fields are {', '.join(sorted(_FIELDS))}"
+        )
+    # null means default, and YAML reads a bare ``off`` as false
+    given = {key: value for key, value in entry.items() if value is not None}
+    if given.get("chat") is False:
+        given["chat"] = "off"
+    for key, value in given.items():
+        if expected := _FIELDS[key](value):
+            raise SettingError(f"{where}: {key} {value!r} is not allowed: expected {expected}")
+    if "name" not in given:
+        raise SettingError(f"{where}: name is missing")
+    if given.get("embedding") == "encoder" and given.get("quantization", "none") != "none":
+        raise SettingError(f"{where}: quantization is for models that generate, not for encoders")
+    passed = {
+        key: value
+        for key, value in given.items()
+        if key not in (*_SOURCES, "revision", "file", "aliases")
+    }
+    if isinstance(passed.get("embedding"), dict):
+        asked = passed["embedding"]
+        passed["embedding"] = Pooling(asked["pooling"], asked.get("normalize", True))
+    return ModelSpec(
+        **passed, source=_source(given, where, base), aliases=tuple(given.get("aliases", ()))
+    )
+
+
+def _source(entry: Entry, where: str, base: Path) -> Source:
+    named = [key for key in _SOURCES if key in entry]
+    if len(named) != 1:
+        found = f"{' and '.join(named)} are" if named else "none is"
+        raise SettingError(f"{where}: one of hf_repo, path or package is needed, {found} given")
+    kind = named[0]
+    if "revision" in entry and kind != "hf_repo":
+        raise SettingError(f"{where}: revision belongs to hf_repo only")
+    if kind == "path":
+        if "file" in entry:
+            raise SettingError(f"{where}: file belongs to hf_repo or package; put it into path")
+        return PathSource(base / Path(entry["path"]).expanduser())
+    if kind == "package":
+        if "file" not in entry:
+            raise SettingError(f"{where}: file is missing; package needs it")
+        return PackageSource(entry["package"], entry["file"])
+    return HubSource(entry["hf_repo"], entry.get("revision"), entry.get("file"))
+
+
+def _matches(pattern: re.Pattern[str], expected: str) -> Check:
+    def check(value: Any) -> str | None:
+        fits = isinstance(value, str) and pattern.fullmatch(value) and ".." not in value
+        return None if fits else expected
+
+    return check
+
+
+def _one_of(allowed: tuple[str, ...]) -> Check:
+    return lambda value: None if value in allowed else f"one of {', '.join(allowed)}"
+
+
+def _number(low: float, high: float, kinds: tuple[type, ...] = (int, float)) -> Check:
+    what = "a whole number" if kinds == (int,) else "a number"
+
+    def check(value: Any) -> str | None:
+        fits = type(value) in kinds and low <= value <= high
+        return None if fits else f"{what} from {low:g} to {high:g}"
+
+    return check
+
+
+def _whole(low: int, high: int) -> Check:
+    return _number(low, high, (int,))
+
+
+def _is_bool(value: Any) -> str | None:
+    return None if isinstance(value, bool) else "true or false"
+
+
+def _is_mapping(value: Any) -> str | None:
+    return (
+        None if isinstance(value, dict) and all(isinstance(k, str) for k in value) else "an object"
+    )
+
+
+def _is_path(value: Any) -> str | None:
+    fits = isinstance(value, str) and value.strip() and "\0" not in value
+    return None if fits else "the path of a model folder, or of a .gguf, .pt or .pth file"
+
+
+def _is_file(value: Any) -> str | None:
+    fits = isinstance(value, str) and value.strip() and "\0" not in value and "\\" not in value
+    if fits and not value.startswith("/") and ".." not in PurePosixPath(value).parts:
+        return None
+    return "a path inside the repository or package, such as model.gguf"
+
+
+def _is_stop(value: Any) -> str | None:
+    values = value if isinstance(value, list) else [value]
+    fits = len(values) <= 4 and all(isinstance(text, str) and text for text in values)
+    return None if fits else "a string or a list of up to 4 strings"
+
+
+def _are_aliases(value: Any) -> str | None:
+    expected = "a list of ids"
+    if not isinstance(value, list):
+        return expected
+    return expected if any(_is_name(alias) for alias in value) else None
+
+
+def _is_generation(value: Any) -> str | None:
+    if not isinstance(value, dict):
+        return "an object with sampling fields"
+    for key, given in value.items():
+        if key not in _GENERATION:
+            return f"the fields {', '.join(_GENERATION)}, not {key}"
+        if given is not None and (expected := _GENERATION[key](given)):
+            return f"{expected} for {key}"
+    return None
+
+
+_is_name = _matches(_NAME, "letters, digits and ./:@+_- , at most 200, without ..")
+
+
+def _is_embedding(value: Any) -> str | None:
+    expected = f"encoder, or an object with pooling ({', '.join(_POOLINGS)}) and normalize"
+    if isinstance(value, dict):
+        fits = value.get("pooling") in _POOLINGS and set(value) <= {"pooling", "normalize"}
+        return None if fits and isinstance(value.get("normalize", True), bool) else expected
+    return None if value == "encoder" else expected
+
+
+_GENERATION: dict[str, Check] = {
+    "temperature": _number(0, 2),
+    "top_p": _number(0, 1),
+    "top_k": _whole(0, 1 << 31),
+    "min_p": _number(0, 1),
+    "typical_p": _number(0, 1),
+    "repetition_penalty": _number(0.01, 10),
+    "presence_penalty": _number(-2, 2),
+    "frequency_penalty": _number(-2, 2),
+    "max_tokens": _whole(1, 1 << 24),
+    "min_tokens": _whole(0, 1 << 24),
+    "stop": _is_stop,
+    "seed": _whole(-(1 << 63), (1 << 63) - 1),
+}
+
+_FIELDS: dict[str, Check] = {
+    "name": _is_name,
+    "aliases": _are_aliases,
+    "hf_repo": _matches(_REPO, "the id of a repository, such as openai-community/gpt2"),
+    "revision": _matches(_REVISION, "a branch, tag or commit"),
+    "file": _is_file,
+    "path": _is_path,
+    "package": _matches(_PACKAGE, "the name of an installed Python package"),
+    "dtype": _one_of(_DTYPES),
+    "quantization": _one_of(_QUANTIZATIONS),
+    "device": _matches(_DEVICE, "auto, cpu, cuda, cuda:N or mps"),
+    "max_context_tokens": _whole(8, 1 << 24),
+    "chat": _one_of(_CHAT),
+    "embedding": _is_embedding,
+    "token_encoding": _matches(_ENCODING, "an encoding of tiktoken, such as cl100k_base"),
+    "generation": _is_generation,
+    "is_instruct": _is_bool,
+    "metadata": _is_mapping,
+    "trust_remote_code": _is_bool,
+}

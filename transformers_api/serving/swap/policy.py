@@ -1,0 +1,292 @@
+"""Whose turn it is: what is resident, what is wanted, what happens next. No threads, no clock.
+
+The swapper calls everything here while it holds its condition, and carries the steps out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from transformers_api.errors import ApiError
+from transformers_api.serving.swap.residency import (
+    Lease,
+    Residency,
+    SwapperStatus,
+    Target,
+    Waiter,
+    renewed,
+)
+
+Step = tuple[Literal["check", "load"], Target] | tuple[Literal["evict"], Residency]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """When switches and evictions are due; in seconds."""
+
+    swap_after_s: float
+    drain_s: float
+    min_resident_s: float = 0.0
+    idle_unload_s: float | None = None
+    overlap: bool = False
+
+
+class Turns:
+    """The resident model, the queues for others, and the decision which of them comes next."""
+
+    def __init__(self, rules: Rules, let_go: Callable[[Residency], None]) -> None:
+        self.rules = rules
+        self.resident: Residency | None = None  # grants leases
+        self.leaving: list[Residency] = []  # drain, and grant none
+        self.targets: dict[tuple[str, str | None], Target] = {}  # wanted, not resident
+        self.decided: Target | None = None  # comes next
+        self.fallback: Target | None = None  # was evicted, and comes back if nothing else does
+        self._let_go = let_go
+
+    # Callers.
+
+    def grant(self, residency: Residency, now: float) -> Lease:
+        """One more lease on a resident model."""
+        assert residency.model is not None
+        residency.leases += 1
+        residency.asked_at = now
+        return Lease(residency.model, lambda: self._let_go(residency))
+
+    def join(self, target: Target, now: float, wants_lease: bool) -> Waiter:
+        """One more caller in the queue of ``target``, or of one like it that is there already."""
+        target = self.targets.setdefault(target.key, target)
+        waiter = Waiter(target, now, wants_lease)
+        target.waiters.append(waiter)
+        return waiter
+
+    def is_loading_on_request(self, name: str) -> bool:
+        """Whether somebody has asked for the model itself, not for an answer of it; or had it."""
+        if self.fallback is not None and self.fallback.spec.name == name:
+            return True
+        targets = (target for target in self.targets.values() if target.spec.name == name)
+        return any(not waiter.wants_lease for target in targets for waiter in target.waiters)
+
+    def withdraw(self, waiter: Waiter, error: ApiError) -> None:
+        """Take a caller out of the queue, unless it was answered already."""
+        if not waiter.answered.is_set():
+            waiter.target.waiters.remove(waiter)
+            waiter.refuse(error)
+            self.drop_if_unwanted(waiter.target)
+
+    def serve_waiters(self, now: float) -> None:
+        """Answer everybody whom the resident model serves."""
+        resident = self.resident
+        assert resident is not None
+        for target in list(self.targets.values()):
+            if resident.serves(target.spec.name, target.device):
+                for waiter in target.waiters:
+                    waiter.lease = self.grant(resident, now) if waiter.wants_lease else None
+                    waiter.answered.set()
+                target.waiters.clear()
+                self.drop_if_unwanted(target)
+
+    def refuse_waiters(self, target: Target, error: ApiError) -> None:
+        """Answer everybody who waits for ``target`` with an error, and forget it."""
+        for waiter in target.waiters:
+            waiter.refuse(renewed(error))
+        target.waiters.clear()
+        if self.targets.get(target.key) is target:
+            del self.targets[target.key]
+
+    def drop_if_unwanted(self, target: Target) -> None:
+        """Forget a target that nobody waits for; a preparation in progress may be joined."""
+        if target.waiters or target.is_preparing or target is self.decided:
+            return
+        if self.targets.get(target.key) is target:
+            del self.targets[target.key]
+
+    # What is where.
+
+    def in_memory(self, name: str | None = None) -> Iterator[Residency]:
+        """The resident model and those on their way out, of this name."""
+        resident = [] if self.resident is None else [self.resident]
+        for residency in resident + self.leaving:
+            if name in (None, residency.spec.name):
+                yield residency
+
+    def status(self, last_errors: Mapping[str, str]) -> SwapperStatus:
+        """A snapshot of all of it."""
+        residency = next(self.in_memory(), None)
+        coming = self._coming()
+        shown = SwapperStatus(
+            state="empty" if coming is None else "loading",
+            loading=coming.spec.name if coming else None,
+            progress=coming.progress[0] if coming else 0.0,
+            progress_text=coming.progress[1] if coming else "",
+            waiting=self._waiting(),
+            last_errors=last_errors,
+        )
+        if residency is None or residency.model is None:
+            return shown
+        model = residency.model
+        return replace(
+            shown,
+            state="ready" if residency is self.resident else "draining",
+            model=residency.spec.name,
+            device=model.device,
+            dtype=model.dtype,
+            quantization=model.quantization,
+            kernels=model.kernels,
+            bytes=model.bytes,
+            load_s=model.load_s,
+            since=residency.since,
+            engine=model.engine.stats(),
+            max_model_len=model.engine.max_model_len,
+            leases=residency.leases,
+        )
+
+    def _coming(self) -> Target | None:
+        wanted = (target for target in self.targets.values() if target.waiters)
+        return self.decided or self.fallback or next(wanted, None)
+
+    def _waiting(self) -> dict[str, int]:
+        counts: dict[str, int] = {}
+        for target in self.targets.values():
+            if target.waiters:
+                name = target.spec.name
+                counts[name] = counts.get(name, 0) + len(target.waiters)
+        return counts
+
+    # Decisions.
+
+    def next(self, now: float) -> Step | None:
+        """What to do now; None when there is only waiting."""
+        self._reconsider(now)
+        if self.decided is None:
+            unchecked = next(self._unchecked(), None)
+            if unchecked is not None:
+                return "check", unchecked
+            self.decided = self._choose(now)
+        self._retire_when_due(now)
+        for residency in self.leaving:
+            if residency.may_go(now):
+                return "evict", residency
+        if self.leaving:
+            return None
+        if self.decided is not None:
+            return "load", self.decided
+        if self.fallback is not None and self.resident is None:
+            return "load", self.fallback
+        return None
+
+    def deadline(self) -> float:
+        """When something may be due that no call announces; infinite for never."""
+        times = [r.drain_until for r in self.leaving if r.drain_until is not None]
+        if self.resident is not None and self.decided is None:
+            first = self._first()
+            times += [] if first is None else [self._due(first)]
+            if self.resident.leases == 0:
+                times.append(self._idle_end(self.resident))
+        return min(times, default=math.inf)
+
+    def retire(self, residency: Residency, now: float, successor: Target | None = None) -> None:
+        """Let nobody have the resident model any more; it goes when its leases have ended."""
+        assert residency is self.resident
+        self.resident = None
+        self.leaving.append(residency)
+        residency.successor = successor
+        residency.drain_until = now + self.rules.drain_s
+
+    def publish(self, residency: Residency, target: Target) -> None:
+        """``target`` was loaded: it is the resident model now."""
+        if self.resident is not None:
+            self.retire(self.resident, residency.since, target)
+        self.resident = residency
+        self.decided = self.fallback = None
+        self.serve_waiters(residency.since)
+        self.drop_if_unwanted(target)
+
+    def gone(self, residency: Residency) -> None:
+        """It was evicted."""
+        if residency in self.leaving:
+            self.leaving.remove(residency)
+        if residency.successor is not None:
+            residency.successor.replaced = residency
+
+    def failed(self, target: Target, error: ApiError) -> None:
+        """``target`` cannot be had: tell who waits for it, and bring back what it replaced."""
+        if target is self.fallback:
+            self.fallback = None
+        elif target is self.decided:
+            self.decided = None
+            if self.resident is None and target.replaced is not None:
+                old = target.replaced
+                self.fallback = Target(old.spec, old.spec.device, old.files)
+        self.refuse_waiters(target, error)
+
+    def end(self, error: ApiError) -> list[Residency]:
+        """Tell all who wait, and forget everything; gives what is in memory."""
+        for target in list(self.targets.values()):
+            self.refuse_waiters(target, error)
+        in_memory = list(self.in_memory())
+        self.resident = self.decided = self.fallback = None
+        self.leaving = []
+        return in_memory
+
+    def _reconsider(self, now: float) -> None:
+        """Take a decision back when nobody waits for it any more and nothing was evicted for it."""
+        target = self.decided
+        if target is None or target.waiters or target.replaced is not None:
+            return
+        self.decided = None
+        self.drop_if_unwanted(target)
+        for residency in self.leaving:
+            if residency.successor is target:
+                self.leaving.remove(residency)
+                residency.drain_until = residency.successor = None
+                self.resident = residency
+                self.serve_waiters(now)
+                return
+
+    def _prepared(self) -> Iterator[Target]:
+        return (t for t in self.targets.values() if t.waiters and t.files is not None)
+
+    def _unchecked(self) -> Iterator[Target]:
+        for target in self._prepared():
+            if not target.is_checked or target.checked_beside is not self.resident:
+                yield target
+
+    def _first(self) -> Target | None:
+        return min(self._prepared(), key=lambda target: target.head_since, default=None)
+
+    def _choose(self, now: float) -> Target | None:
+        target = self._first()
+        return target if target is not None and now >= self._due(target) else None
+
+    def _due(self, target: Target) -> float:
+        """From when on a switch to ``target`` may be decided."""
+        resident, min_s = self.resident, self.rules.min_resident_s
+        if resident is None:
+            return target.head_since
+        if resident.leases:
+            begun = target.head_since + self.rules.swap_after_s
+            return max(begun, resident.held_enough(min_s))
+        # Who asked for it after that caller came is likely to do so again: each switch would be
+        # followed by one back. Where nobody did, as with a single user, nothing is waited for.
+        is_in_demand = resident.asked_at > target.head_since
+        return resident.idle_enough(min_s) if is_in_demand else target.head_since
+
+    def _retire_when_due(self, now: float) -> None:
+        resident, target = self.resident, self.decided
+        if resident is None:
+            return
+        if target is not None:
+            if not (self.rules.overlap and target.fits_beside):
+                self.retire(resident, now, target)
+        elif resident.leases == 0 and now >= self._idle_end(resident):
+            self.retire(resident, now)
+        elif resident.leases == 0 and resident.is_outdated and not self._waiting():
+            self.retire(resident, now)  # it would be loaded twice if another one is about to come
+            self.fallback = Target(resident.spec, resident.spec.device, resident.files)
+
+    def _idle_end(self, resident: Residency) -> float:
+        idle_s = self.rules.idle_unload_s
+        return math.inf if idle_s is None else resident.idle_since + idle_s

@@ -1,0 +1,307 @@
+"""Who is resident, who waits for which model, and the lease that keeps a model where it is.
+
+``Residency``, ``Waiter``, ``Target`` and ``RecentErrors`` belong to the swapper: they change only
+while its condition is held.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Literal, Protocol
+
+from transformers_api.engine.base import EngineStats
+from transformers_api.errors import ApiError, ModelLoadFailed
+from transformers_api.serving.models.spec import LoadedModel, ModelFiles, ModelSpec
+
+log = logging.getLogger(__name__)
+
+QUIET_S = 1.0  # a model that was idle for so long is not in demand
+
+State = Literal["empty", "loading", "ready", "draining"]
+
+
+class ModelResolver(Protocol):
+    """What the swapper needs of the registry."""
+
+    def resolve(self, model_id: str) -> ModelSpec:
+        """The entry of an id or alias. Raises ModelNotFound."""
+        ...
+
+
+class SwapperListener(Protocol):
+    """Hears of loads and evictions, on the swapper's threads; subclasses override what they need.
+
+    What a listener raises is logged and does no harm.
+    """
+
+    def on_load(self, model_id: str, seconds: float) -> None:
+        """A model has become resident."""
+        return
+
+    def on_evict(self, model_id: str) -> None:
+        """A model has gone and its memory was given back."""
+        return
+
+    def on_load_failed(self, model_id: str, error: ApiError) -> None:
+        """A model could not be prepared or loaded."""
+        return
+
+
+class SilentListener(SwapperListener):
+    """Does nothing."""
+
+
+class Listeners(SwapperListener):
+    """Several, told in turn."""
+
+    def __init__(self, *listeners: SwapperListener) -> None:
+        self._listeners = listeners
+
+    def on_load(self, model_id: str, seconds: float) -> None:
+        """See SwapperListener."""
+        for listener in self._listeners:
+            listener.on_load(model_id, seconds)
+
+    def on_evict(self, model_id: str) -> None:
+        """See SwapperListener."""
+        for listener in self._listeners:
+            listener.on_evict(model_id)
+
+    def on_load_failed(self, model_id: str, error: ApiError) -> None:
+        """See SwapperListener."""
+        for listener in self._listeners:
+            listener.on_load_failed(model_id, error)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SwapperStatus:
+    """A snapshot. Advisory: never branch a mutation on it."""
+
+    state: State  # draining: no model grants leases, the one that did is on its way out
+    model: str | None = None  # the resident or draining model, and its facts
+    device: str | None = None
+    dtype: str | None = None
+    quantization: str = "none"
+    kernels: str | None = None
+    bytes: int = 0
+    load_s: float = 0.0
+    since: float = 0.0  # when it became resident, by the swapper's clock
+    engine: EngineStats = field(default_factory=EngineStats)
+    max_model_len: int | None = None
+    leases: int = 0
+    loading: str | None = None  # the model that is being prepared or loaded
+    progress: float = 0.0  # 0..1
+    progress_text: str = ""
+    waiting: Mapping[str, int] = field(default_factory=dict)  # callers by model
+    last_errors: Mapping[str, str] = field(default_factory=dict)  # by model, until it loads
+
+
+class Lease:
+    """The promise that a model stays resident until ``release``. Also a context manager."""
+
+    def __init__(self, model: LoadedModel, let_go: Callable[[], None]) -> None:
+        self._model: LoadedModel | None = model
+        self._let_go = let_go
+        self._lock = threading.Lock()
+
+    @property
+    def model(self) -> LoadedModel:
+        """The resident model. Not after release: a released lease keeps nothing alive."""
+        if self._model is None:
+            raise RuntimeError("this lease was released")
+        return self._model
+
+    def release(self) -> None:
+        """Let the model go. Idempotent, from any thread."""
+        with self._lock:
+            held, self._model = self._model, None
+        if held is not None:
+            self._let_go()
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.release()
+
+
+class Residency:
+    """A model in memory, and who holds it there."""
+
+    def __init__(self, model: LoadedModel, target: Target, now: float) -> None:
+        self.model: LoadedModel | None = model
+        self.spec = target.spec
+        self.files = target.files
+        self.leases = 0
+        self.since = now
+        self.asked_at = -math.inf  # when the last lease was granted
+        self.idle_since = now  # means something at zero leases
+        self.drain_until: float | None = None  # then its running sequences are ended
+        self.successor: Target | None = None  # for whom it goes; None: it was unloaded
+        self.closed = False
+
+    def serves(self, name: str, device: str | None) -> bool:
+        """Whether it is what was asked for; None stands for any device."""
+        if self.model is None or name != self.spec.name:
+            return False
+        return device is None or device in (self.spec.device, self.model.device)
+
+    @property
+    def load_s(self) -> float:
+        """What it costs to have it again."""
+        return self.model.load_s if self.model else 0.0
+
+    def held_enough(self, min_s: float) -> float:
+        """From when on a switch may interrupt it: a load must be worth its time."""
+        return self.since + max(min(5 * self.load_s, 30.0), min_s)
+
+    def idle_enough(self, min_s: float) -> float:
+        """From when on it may go though it is in demand, at zero leases.
+
+        Whoever asks again at once should find it; to wait longer than a load takes would cost
+        more than it can save.
+        """
+        return min(self.since + min_s, self.idle_since + min(self.load_s, QUIET_S))
+
+    def may_go(self, now: float) -> bool:
+        """Whether it may be evicted, once it drains."""
+        return self.leases == 0 or (self.drain_until is not None and now >= self.drain_until)
+
+    def close(self, error: ApiError | None) -> None:
+        """End its engine, and running sequences with ``error``. Without the condition, once."""
+        model, self.model = self.model, None
+        try:
+            if model is not None:
+                model.engine.close(error)
+        except Exception:
+            log.exception("Closing the engine of %s failed", self.spec.name)
+        self.closed = True
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether it should be loaded anew when nobody holds it."""
+        return self.model is not None and self.model.is_outdated()
+
+    @property
+    def bytes(self) -> int:
+        """What its eviction gives back: weights and KV cache."""
+        model = self.model
+        return 0 if model is None else model.bytes + model.engine.stats().kv_bytes
+
+
+class Waiter:
+    """One caller in the queue for a model."""
+
+    def __init__(self, target: Target, since: float, wants_lease: bool) -> None:
+        self.target = target
+        self.since = since
+        self.wants_lease = wants_lease  # False: it wants the model resident, no more
+        self.lease: Lease | None = None
+        self.error: ApiError | None = None
+        self.answered = threading.Event()
+
+    def refuse(self, error: ApiError) -> None:
+        """Answer with an error."""
+        self.error = error
+        self.answered.set()
+
+
+class Target:
+    """A model that somebody waits for: its queue and what is known of it so far."""
+
+    def __init__(
+        self, spec: ModelSpec, device: str | None = None, files: ModelFiles | None = None
+    ) -> None:
+        self.spec = spec
+        self.device = device  # as asked for; None: any will do
+        self.files = files  # None until prepared
+        self.waiters: list[Waiter] = []  # first come, first served
+        self.is_preparing = False
+        self.is_checked = False  # whether the memory was, with ``checked_beside`` resident
+        self.checked_beside: Residency | None = None
+        self.fits_beside = False
+        self.replaced: Residency | None = None  # what was evicted for it
+        self.progress: tuple[float, str] = (0.0, "")
+
+    @property
+    def key(self) -> tuple[str, str | None]:
+        """Callers with the same key share one load."""
+        return self.spec.name, self.device
+
+    @property
+    def head_since(self) -> float:
+        """When the caller who has waited longest came."""
+        return self.waiters[0].since
+
+    def report(self, share: float, text: str) -> None:
+        """Note how far the preparation is; called by the loader, from any thread."""
+        self.progress = (share, text)
+
+
+class RecentErrors:
+    """Why models could not be loaded, and which of them not to try again yet."""
+
+    LIMIT = 64  # ids of the Hub come from requests: their number must not grow without end
+    RETRY_AFTER_S = 60
+
+    def __init__(self) -> None:
+        self.messages: dict[str, str] = {}
+        self._refused: dict[str, tuple[float, ApiError]] = {}
+
+    def note(self, name: str, error: ApiError) -> None:
+        """Keep the message for the status."""
+        self.messages.pop(name, None)
+        self.messages[name] = error.message
+        if len(self.messages) > self.LIMIT:
+            del self.messages[next(iter(self.messages))]
+
+    def refuse(self, name: str, error: ApiError, now: float) -> None:
+        """Refuse leases of ``name`` for a minute, so that a retry loop evicts nothing."""
+        kept = {n: entry for n, entry in self._refused.items() if entry[0] > now}
+        self._refused = {**kept, name: (now + self.RETRY_AFTER_S, error)}
+
+    def check(self, name: str, now: float) -> None:
+        """Raise the error that keeps ``name`` from being tried now."""
+        until, error = self._refused.get(name, (now, None))
+        if error is not None and until > now:
+            seconds = max(1, round(until - now))
+            message = f"{error.message} (the next try is possible in {seconds} s)"
+            raise renewed(error, message, retry_after=seconds)
+
+    def forget(self, name: str) -> None:
+        """It has loaded."""
+        self.messages.pop(name, None)
+        self._refused.pop(name, None)
+
+
+def renewed(
+    error: ApiError, message: str | None = None, *, retry_after: int | None = None
+) -> ApiError:
+    """The same error for one more thread: a shared one would collect all their tracebacks.
+
+    A traceback also keeps alive what its frames hold, such as half of a model's weights.
+    """
+    fresh = copy.copy(error).with_traceback(None)
+    fresh.__cause__ = fresh.__context__ = None
+    fresh.message = message or error.message
+    fresh.args = (fresh.message,)
+    fresh.retry_after = retry_after or error.retry_after
+    return fresh
+
+
+def load_error(error: Exception, name: str) -> ApiError:
+    """What callers get to see of an error while preparing or loading."""
+    if isinstance(error, ApiError):
+        return renewed(error)
+    return ModelLoadFailed(f"Model '{name}' could not be loaded: {type(error).__name__}: {error}")

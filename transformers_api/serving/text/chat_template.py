@@ -1,0 +1,262 @@
+"""Text and messages to prompt ids, and ids back to text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from jinja2 import TemplateError
+
+from transformers_api.errors import ChatUnavailable, InvalidRequest, ModelNotCapable, PromptTooLarge
+from transformers_api.serving.models.spec import ChatMode, LoadedModel, ModelSpec
+
+_CHAT_OFF = "Chat completions are currently disabled; please use /v1/completions instead."
+_TAGS = {
+    "system": "System",
+    "developer": "System",
+    "user": "User",
+    "assistant": "Assistant",
+    "tool": "Tool",
+}
+# What a model without a template writes when it goes on alone: somebody's next turn. With the
+# line break, so that "User:" inside a sentence does not end the answer.
+TRANSCRIPT_STOPS = ("\nUser:", "\nSystem:", "\nAssistant:")
+
+# What a template raises for messages that it cannot show: its own raise_exception, and whatever
+# comes of a field that is missing or of another type.
+_TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
+_RESERVED = frozenset(
+    {
+        "self",
+        "messages",
+        "conversation",
+        "conversations",
+        "tools",
+        "documents",
+        "chat_template",
+        "add_generation_prompt",
+        "continue_final_message",
+        "tokenize",
+        "tokenizer_kwargs",
+        "sanitize_control_tokens",
+        "padding",
+        "truncation",
+        "max_length",
+    }
+)
+_PROBE = "qzprobeqz"
+
+# Rendering a probe costs as much as rendering a request, and its answer never changes.
+_end_of_turn: WeakKeyDictionary[Any, frozenset[int]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """A conversation as the model reads it, and what ends its answer besides the model's own."""
+
+    ids: list[int]
+    stop: tuple[str, ...] = ()
+    stop_token_ids: frozenset[int] = frozenset()
+
+
+def encode(
+    model: LoadedModel,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    add_generation_prompt: bool | None = None,
+    continue_final_message: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    max_bytes: int | None = None,
+) -> ChatPrompt:
+    """The prompt for ``messages``, by the model's template or as a transcript.
+
+    ``add_generation_prompt`` None: unless the final message is continued. ``max_bytes``: of the
+    prompt as the model reads it, before it becomes ids. Raises ChatUnavailable where the registry
+    says so, InvalidRequest for messages that the template refuses, PromptTooLarge.
+    """
+    mode = chat_mode(model)
+    if mode == "off":
+        raise ChatUnavailable(_CHAT_OFF)
+    if not messages:
+        raise InvalidRequest("messages must not be empty", param="messages")
+    if add_generation_prompt is None:
+        add_generation_prompt = not continue_final_message
+    elif continue_final_message and add_generation_prompt:
+        raise InvalidRequest(
+            "continue_final_message and add_generation_prompt exclude each other",
+            param="continue_final_message",
+        )
+    if continue_final_message and messages[-1]["role"] != "assistant":
+        raise InvalidRequest(
+            "continue_final_message needs an assistant message at the end of messages",
+            param="continue_final_message",
+        )
+    text = render(
+        model,
+        messages,
+        add_generation_prompt=add_generation_prompt,
+        continue_final_message=continue_final_message,
+        chat_template_kwargs=chat_template_kwargs,
+    )
+    check_bytes(text, max_bytes)
+    if mode == "transcript":
+        return ChatPrompt(_tokenize(model.tokenizer, text, True, "messages"), TRANSCRIPT_STOPS)
+    ids = _tokenize(model.tokenizer, text, False, "messages")
+    return ChatPrompt(ids, _written_stops(model.tokenizer), end_of_turn_ids(model.tokenizer))
+
+
+def render(
+    model: LoadedModel,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    add_generation_prompt: bool,
+    continue_final_message: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> str:
+    """The text that ``encode`` makes ids of. Raises InvalidRequest."""
+    kwargs = _checked(chat_template_kwargs or {})
+    plain = [{**message, "content": content_text(message)} for message in messages]
+    if chat_mode(model) == "transcript":
+        return transcript(plain, add_generation_prompt, continue_final_message)
+    return _render(model, plain, add_generation_prompt, continue_final_message, kwargs)
+
+
+def check_bytes(text: str, most: int | None) -> None:
+    """Raise PromptTooLarge for a prompt of more than ``most`` bytes."""
+    if most is not None and (size := len(text.encode(errors="replace"))) > most:
+        raise PromptTooLarge(f"Prompt too large: {size} bytes (max {most})")
+
+
+def check_enabled(spec: ModelSpec) -> None:
+    """Raise ChatUnavailable where the registry says so: before the model is loaded for nothing."""
+    if spec.chat == "off":
+        raise ChatUnavailable(_CHAT_OFF)
+
+
+def chat_mode(model: LoadedModel) -> ChatMode:
+    """What the registry says; without a word there, a template where the tokenizer has one."""
+    has_template = bool(getattr(model.tokenizer, "chat_template", None))
+    mode: ChatMode = model.spec.chat or ("template" if has_template else "transcript")
+    if mode == "template" and not has_template:
+        raise ModelNotCapable(f"Model '{model.spec.name}' has no chat template", param="model")
+    return mode
+
+
+def transcript(
+    messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, continue_final: bool
+) -> str:
+    r"""``System: …\nUser: …\nAssistant:``, for models that have never seen a chat template."""
+    for message in messages:
+        if message["role"] not in _TAGS:
+            raise InvalidRequest(f"Unknown role '{message['role']}'", param="messages")
+    text = "".join(f"{_TAGS[message['role']]}: {message['content']}\n" for message in messages)
+    if continue_final:
+        return text[:-1]
+    return text + "Assistant:" if add_generation_prompt else text
+
+
+def _written_stops(tokenizer: Any) -> tuple[str, ...]:
+    """What ends an answer as plain text, where the model has no token for that."""
+    return tuple(getattr(tokenizer, "init_kwargs", {}).get("stop_strings") or ())
+
+
+def end_of_turn_ids(tokenizer: Any) -> frozenset[int]:
+    """The token with which the chat template closes an assistant's turn; empty when unknown.
+
+    It is often not the tokenizer's end-of-sequence token: ``<|im_end|>``, ``<|eot_id|>``, ….
+    """
+    known = _end_of_turn.get(tokenizer)
+    if known is None:
+        known = _end_of_turn[tokenizer] = _probe_end_of_turn(tokenizer)
+    return known
+
+
+def encode_text(
+    model: LoadedModel, text: str, add_special_tokens: bool = True, param: str = "prompt"
+) -> list[int]:
+    """The ids of a plain text. Raises InvalidRequest(``param``) for text that is not Unicode."""
+    return _tokenize(model.tokenizer, text, add_special_tokens, param)
+
+
+def decode_ids(model: LoadedModel, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+    """The text of ``ids``, each of which must be in the vocabulary."""
+    text = model.tokenizer.decode(
+        list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+    )
+    return str(text)
+
+
+def _checked(kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Template variables may come with a request, but never a template or a way around it."""
+    for name in kwargs:
+        if name in _RESERVED or name.startswith(("return_", "_")):
+            raise InvalidRequest(
+                f"chat_template_kwargs must not set '{name}'", param="chat_template_kwargs"
+            )
+    return kwargs
+
+
+def content_text(message: Mapping[str, Any]) -> str:
+    """What a message says, its parts put together."""
+    content = message.get("content")
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content)
+
+
+def _render(
+    model: LoadedModel,
+    messages: list[dict[str, Any]],
+    add_generation_prompt: bool,
+    continue_final_message: bool,
+    kwargs: Mapping[str, Any],
+) -> str:
+    tokenizer = model.tokenizer
+    try:
+        if "developer" not in tokenizer.get_chat_template():
+            roles = {"developer": "system"}
+            messages = [{**m, "role": roles.get(m["role"], m["role"])} for m in messages]
+        text = tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            **kwargs,
+        )
+    except _TEMPLATE_ERRORS as error:
+        raise InvalidRequest(
+            f"The model's chat template refuses these messages: {error}", param="messages"
+        ) from error
+    return str(text)
+
+
+def _tokenize(tokenizer: Any, text: str, add_special_tokens: bool, param: str) -> list[int]:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(
+            f"{param} holds half of a surrogate pair, which is not text", param=param
+        ) from error
+    # verbose=False: whether it fits is our question, and asked elsewhere.
+    return list(tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False))
+
+
+def _probe_end_of_turn(tokenizer: Any) -> frozenset[int]:
+    turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": _PROBE}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except _TEMPLATE_ERRORS:
+        return frozenset()
+    _, found, after = text.rpartition(_PROBE)
+    if not found:
+        return frozenset()
+    # Added tokens that are only spaces (Gemma has some) close nothing.
+    closing = {
+        i for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip(" \t\r\n▁")
+    }
+    ids = tokenizer.encode(after, add_special_tokens=False)
+    return frozenset(next(([i] for i in ids if i in closing), []))

@@ -1,0 +1,229 @@
+"""The tokens of one choice, as they come, to the pieces of its text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from transformers_api.engine.base import FinishReason, SamplingParams, TokenOutput, TokenScore
+from transformers_api.inspection.base import StepTrace
+from transformers_api.serving.models.spec import LoadedModel
+from transformers_api.serving.text.detokenizer import IncrementalDetokenizer
+from transformers_api.serving.text.stop_strings import StopStrings
+from transformers_api.serving.text.vocabulary import Vocabulary
+
+
+class TopToken(NamedTuple):
+    """A token that could have stood there."""
+
+    token_id: int
+    text: str
+    bytes: bytes
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenDetail:
+    r"""One token with its score; ``text`` is like ``bytes:\xe2\x98`` for part of a character.
+
+    ``logprob`` is None for the first token of a prompt, which nothing predicts.
+    """
+
+    token_id: int
+    text: str
+    bytes: bytes
+    logprob: float | None
+    top: tuple[TopToken, ...] = ()
+
+
+@dataclass(slots=True, kw_only=True)  # not frozen: that would cost a token more than its text
+class TextDelta:
+    """The next piece of one choice; the last piece of each choice has ``finish_reason``.
+
+    ``token_ids`` are all generated tokens, also those that ended the choice; ``logprobs`` only
+    those of the text. Both come with the piece that completes their text.
+    """
+
+    index: int  # of the choice: all choices of the first prompt, then of the second, …
+    text: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenDetail, ...] = ()  # when asked for
+    finish_reason: str | None = None  # "stop" or "length"
+    stop_reason: str | int | None = None  # the stop string or token id; None at the model's own
+    prompt_scores: tuple[TokenDetail, ...] | None = None  # first piece, when asked for
+    trace: StepTrace | None = None  # when asked for: then every token has a piece of its own
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """A token whose text is not out yet."""
+
+    token_id: int
+    detail: TokenDetail | None
+    start: int  # characters of the choice before its text
+    end: int | None = None  # and after it; None while a character is unfinished
+
+
+class ChoiceText:
+    """Detokenizes, looks for stop strings and keeps count, for one choice."""
+
+    def __init__(
+        self,
+        index: int,
+        prompt_ids: Sequence[int],
+        model: LoadedModel,
+        vocabulary: Vocabulary,
+        params: SamplingParams,
+        stop: Sequence[str],
+        trace_stops: bool = False,
+    ) -> None:
+        self.index = index
+        self.finished = False
+        self.token_ids: list[int] = []  # generated so far, the one that ends it included
+        self.cached_tokens = 0
+        self._prompt_ids = prompt_ids
+        self._vocabulary = vocabulary
+        self._params = params
+        self._eos_token_ids = model.engine.eos_token_ids
+        self._detokenizer = IncrementalDetokenizer(
+            model.tokenizer, prompt_ids, vocabulary=vocabulary
+        )
+        self._stops = StopStrings(stop)
+        scored = params.logprobs is not None or params.prompt_logprobs is not None
+        self._is_plain = not scored and not any(stop)
+        self._trace_stops = trace_stops
+        self._waiting: list[_Waiting] = []
+        self._decoded = 0  # characters
+        self._sent = 0  # characters
+        self._logprobs: list[float] = []
+
+    @property
+    def completion_tokens(self) -> int:
+        """Generated so far."""
+        return len(self.token_ids)
+
+    @property
+    def mean_logprob(self) -> float:
+        """Of all generated tokens; 0 where no scores came."""
+        return sum(self._logprobs) / len(self._logprobs) if self._logprobs else 0.0
+
+    def take(self, output: TokenOutput) -> TextDelta | None:
+        """What this output makes complete: None while everything is held back."""
+        if self._is_plain and not (output.finish_reason or output.extras or self._waiting):
+            return self._take_plain(output)
+        self._count(output)
+        text = self._decode(output)
+        if self.completion_tokens > self._params.min_tokens:
+            text, _ = self._stops.push(text)
+        matched = self._stops.matched
+        self.finished = output.finish_reason is not None or matched is not None
+        if self.finished:
+            text += self._stops.flush()  # nothing after a match
+        self._sent += len(text)
+        prompt_scores = self._prompt_details(output.prompt_scores)
+        trace = self._trace(output)
+        if not (text or self.finished or prompt_scores is not None or trace):
+            return None
+        ready = self._take_ready()
+        ended_by = () if self._is_text(output) or output.token_id is None else (output.token_id,)
+        details = (token.detail for token in ready if matched is None or token.start < self._sent)
+        return TextDelta(
+            index=self.index,
+            text=text,
+            token_ids=(*(token.token_id for token in ready), *ended_by),
+            logprobs=tuple(detail for detail in details if detail is not None),
+            finish_reason=self._finish_reason(output),
+            stop_reason=matched if matched is not None else self._stop_token(output),
+            prompt_scores=prompt_scores,
+            trace=trace,
+        )
+
+    def _take_plain(self, output: TokenOutput) -> TextDelta | None:
+        """The same for nearly every token: it is text, and nothing else is to be known of it."""
+        token_id = output.token_id
+        assert token_id is not None
+        self.cached_tokens += output.cached_tokens
+        self.token_ids.append(token_id)
+        text = self._detokenizer.push(token_id)
+        if not text:
+            self._waiting.append(_Waiting(token_id, None, self._decoded))
+            return None
+        self._decoded += len(text)
+        self._sent += len(text)
+        return TextDelta(index=self.index, text=text, token_ids=(token_id,))
+
+    def _trace(self, output: TokenOutput) -> StepTrace | None:
+        noted: StepTrace | None = output.extras.get("trace")
+        return noted if self._trace_stops or self._is_text(output) else None
+
+    def _count(self, output: TokenOutput) -> None:
+        self.cached_tokens += output.cached_tokens
+        if output.token_id is not None:
+            self.token_ids.append(output.token_id)
+        if output.score is not None:
+            self._logprobs.append(output.score.logprob)
+
+    def _decode(self, output: TokenOutput) -> str:
+        text = ""
+        if output.token_id is not None and self._is_text(output):
+            detail = None
+            if self._params.logprobs is not None and output.score is not None:
+                detail = self._detail(output.score)
+            self._waiting.append(_Waiting(output.token_id, detail, self._decoded))
+            text = self._detokenizer.push(output.token_id)
+        if output.finish_reason is not None:
+            text += self._detokenizer.flush()
+        self._decoded += len(text)
+        if text or output.finish_reason is not None:
+            for token in self._waiting:
+                token.end = self._decoded if token.end is None else token.end
+        return text
+
+    def _take_ready(self) -> list[_Waiting]:
+        """The tokens whose text is out; at the end all."""
+        count = 0
+        for token in self._waiting:
+            if not self.finished and (token.end is None or token.end > self._sent):
+                break
+            count += 1
+        ready, self._waiting = self._waiting[:count], self._waiting[count:]
+        return ready
+
+    def _is_text(self, output: TokenOutput) -> bool:
+        return output.finish_reason is not FinishReason.STOP
+
+    def _finish_reason(self, output: TokenOutput) -> str | None:
+        if not self.finished:
+            return None
+        # A stop string in the very last token is a stop, also where max_tokens came with it.
+        by_length = output.finish_reason is FinishReason.LENGTH and not self._stops.matched
+        return "length" if by_length else "stop"
+
+    def _stop_token(self, output: TokenOutput) -> int | None:
+        if self._is_text(output) or output.token_id in self._eos_token_ids:
+            return None
+        return output.token_id
+
+    def _prompt_details(
+        self, scores: Sequence[TokenScore | None] | None
+    ) -> tuple[TokenDetail, ...] | None:
+        if scores is None:
+            return None
+        return tuple(
+            self._detail(score) if score is not None else self._unscored(token_id)
+            for token_id, score in zip(self._prompt_ids, scores, strict=True)
+        )
+
+    def _unscored(self, token_id: int) -> TokenDetail:
+        words = self._vocabulary
+        return TokenDetail(token_id, words.token_text(token_id), words.token_bytes(token_id), None)
+
+    def _detail(self, score: TokenScore) -> TokenDetail:
+        words = self._vocabulary
+        top = tuple(
+            TopToken(i, words.token_text(i), words.token_bytes(i), logprob)
+            for i, logprob in score.top
+        )
+        i = score.token_id
+        return TokenDetail(i, words.token_text(i), words.token_bytes(i), score.logprob, top)

@@ -1,0 +1,171 @@
+"""Token ids as they come, to text that is safe to send."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+from typing import Any
+
+from transformers_api.serving.text.vocabulary import Vocabulary
+
+_UNREADABLE = "\N{REPLACEMENT CHARACTER}"
+_MAX_PARTIAL = 3  # a character has at most 4 bytes, so an unfinished one at most 3
+_KEPT_IDS = 8  # context that a decode sees before the newest token
+_MAX_IDS = 24
+
+# SentencePiece shows each byte that is not text as one character; UTF-8 decoders show a
+# sequence that breaks off as one.
+_EACH_BYTE = "transformers_api.each_byte"
+
+
+def _each_byte(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeDecodeError)
+    return _UNREADABLE * (error.end - error.start), error.end
+
+
+codecs.register_error(_EACH_BYTE, _each_byte)
+
+
+class IncrementalDetokenizer:
+    """The text of one sequence, token by token.
+
+    All that ``push`` and ``flush`` return, joined, is what ``tokenizer.decode`` adds for these
+    tokens after the prompt. No piece ends inside a character, and no more is held back than the
+    bytes of an unfinished one. Constant time per token.
+
+    Where byte tokens spell something that is not UTF-8, characters that were already complete
+    stay, as in SentencePiece (the ``tokenizers`` library would take the whole run back).
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        prompt_ids: Sequence[int] = (),
+        skip_special_tokens: bool = True,
+        vocabulary: Vocabulary | None = None,
+    ) -> None:
+        vocabulary = vocabulary or Vocabulary(tokenizer)
+        self._text: _ByBytes | _ByWindow
+        if vocabulary.scheme is None:
+            self._text = _ByWindow(tokenizer, prompt_ids, skip_special_tokens)
+        else:
+            self._text = _ByBytes(vocabulary, prompt_ids, skip_special_tokens)
+
+    def push(self, token_id: int) -> str:
+        """The characters that this token completes; often several, sometimes none."""
+        return self._text.push(token_id)
+
+    def flush(self) -> str:
+        """What was held back, at the end: an unfinished character as U+FFFD."""
+        return self._text.flush()
+
+
+class _ByBytes:
+    """For vocabularies whose tokens are bytes: exact, and no decode of the tokenizer's."""
+
+    def __init__(
+        self, vocabulary: Vocabulary, prompt_ids: Sequence[int], skip_special: bool
+    ) -> None:
+        errors = "replace" if vocabulary.scheme == "byte_level" else _EACH_BYTE
+        self._vocabulary = vocabulary
+        self._skipped: frozenset[int] = vocabulary.special_ids if skip_special else frozenset()
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors)
+        tail = self._tail(prompt_ids)
+        self._utf8.decode(tail)
+        # What the prompt already shows and the first text would repeat.
+        self._shown = self._utf8.getstate()[0].decode("utf-8", errors)
+        if vocabulary.strips_first_space and not tail:
+            self._shown = " "
+
+    def push(self, token_id: int) -> str:
+        if token_id in self._skipped:
+            return ""
+        return self._new(self._utf8.decode(self._vocabulary.token_bytes(token_id)))
+
+    def flush(self) -> str:
+        return self._new(self._utf8.decode(b"", final=True))
+
+    def _new(self, text: str) -> str:
+        if text and self._shown:
+            text = text.removeprefix(self._shown)
+            self._shown = ""
+        return text
+
+    def _tail(self, prompt_ids: Sequence[int]) -> bytes:
+        """The last bytes of the prompt, enough to see whether it ends inside a character."""
+        tail = b""
+        for token_id in reversed(prompt_ids):
+            if token_id not in self._skipped:
+                tail = self._vocabulary.token_bytes(token_id) + tail
+            if len(tail) > _MAX_PARTIAL:
+                break
+        return tail
+
+
+class _ByWindow:
+    """For all other tokenizers: decode the last few tokens, and see what is new at the end."""
+
+    def __init__(self, tokenizer: Any, prompt_ids: Sequence[int], skip_special: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special
+        self._ids = list(prompt_ids[-_KEPT_IDS:])
+        self._prompt_text = self._decode(self._ids)
+        self._text = self._prompt_text
+        self._sent = len(self._text)  # how much of _text is out
+        self._limit = _MAX_IDS
+        self._unreadable_pushes = 0
+
+    def push(self, token_id: int) -> str:
+        if len(self._ids) >= self._limit:
+            self._shorten()
+        self._ids.append(token_id)
+        self._text = self._decode(self._ids)
+        if self._prompt_text and not self._text.startswith(self._prompt_text):
+            # The prompt ended inside a character, which is complete now.
+            self._sent = _agreement(self._prompt_text, self._text)
+            self._prompt_text = ""
+        return self._up_to(len(self._text) - self._unfinished())
+
+    def flush(self) -> str:
+        return self._up_to(len(self._text))
+
+    def _unfinished(self) -> int:
+        """How many characters at the end may still change."""
+        unreadable = len(self._text) - len(self._text.rstrip(_UNREADABLE))
+        self._unreadable_pushes = self._unreadable_pushes + 1 if unreadable else 0
+        # Some decoders make a whole run of bytes unreadable while its last character is
+        # unfinished. After more tokens than that can take, they are what the model wrote.
+        if self._unreadable_pushes <= _MAX_PARTIAL:
+            return unreadable
+        return min(unreadable, _MAX_PARTIAL)
+
+    def _up_to(self, end: int) -> str:
+        new = self._text[self._sent : end]
+        self._sent = max(self._sent, end)
+        return new
+
+    def _shorten(self) -> None:
+        """Forget old tokens, where the kept ones decode to the same text without them."""
+        kept = self._ids[-_KEPT_IDS:]
+        text = self._decode(kept)
+        waiting = len(self._text) - self._sent
+        if len(text) >= waiting and self._text.endswith(text):
+            self._ids, self._text, self._sent = kept, text, len(text) - waiting
+            self._prompt_text = ""
+            self._limit = _MAX_IDS
+        else:
+            self._limit += _KEPT_IDS
+
+    def _decode(self, ids: list[int]) -> str:
+        if not ids:
+            return ""
+        text = self._tokenizer.decode(
+            ids, skip_special_tokens=self._skip_special, clean_up_tokenization_spaces=False
+        )
+        return str(text)
+
+
+def _agreement(one: str, other: str) -> int:
+    """How many characters at the start of both are the same."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))

@@ -1,0 +1,105 @@
+"""Which tokens of a prompt are what somebody said, and who said it."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+from transformers_api.errors import InvalidRequest
+from transformers_api.serving.models.spec import LoadedModel
+from transformers_api.serving.text import chat_template
+from transformers_api.serving.text.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Tokens [start, end) of a prompt. A token that is partly of it counts."""
+
+    role: str
+    start: int
+    end: int
+    section: str = "content"  # what is in no span was written by the template
+
+
+def spans(
+    model: LoadedModel,
+    messages: Sequence[Mapping[str, Any]],
+    ids: Sequence[int],
+    *,
+    add_generation_prompt: bool | None = None,
+    continue_final_message: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> list[Span]:
+    """Where in ``ids``, which ``encode`` made of ``messages``, each message stands.
+
+    Empty where that cannot be known: a template that rewrites what was said, a tokenizer whose
+    tokens are not the text.
+    """
+    options: dict[str, Any] = {
+        "add_generation_prompt": (
+            not continue_final_message if add_generation_prompt is None else add_generation_prompt
+        ),
+        "continue_final_message": continue_final_message,
+        "chat_template_kwargs": chat_template_kwargs,
+    }
+    try:
+        text = chat_template.render(model, messages, **options).encode()
+        frame = chat_template.render(model, _probes(messages), **options).encode()
+    except InvalidRequest:
+        return []
+    places = _places(text, frame, [chat_template.content_text(message) for message in messages])
+    tokens = _token_ends(model, ids, text)
+    if places is None or tokens is None:
+        return []
+    offset, ends = tokens
+    found = []
+    for message, (start, stop) in zip(messages, places, strict=True):
+        first = bisect_right(ends, offset + start)
+        last = bisect_left(ends, offset + stop) + 1
+        found.append(Span(message["role"], first, last if stop > start else first))
+    return found
+
+
+def _probe(place: int) -> str:
+    return f"qzprobe{place}qz"
+
+
+def _probes(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The conversation with a word of ours in place of each content: shows what stands around."""
+    return [{**message, "content": _probe(place)} for place, message in enumerate(messages)]
+
+
+def _places(text: bytes, frame: bytes, contents: Sequence[str]) -> list[tuple[int, int]] | None:
+    """[start, stop) of each content in ``text``, of which ``frame`` shows the rest."""
+    parts: list[bytes] = []
+    for place in range(len(contents)):
+        before, found, frame = frame.partition(_probe(place).encode())
+        if not found:
+            return None
+        parts.append(before)
+    parts.append(frame)
+    if not text.startswith(parts[0]):
+        return None
+    at, places = len(parts[0]), []
+    for content, after in zip(contents, parts[1:], strict=True):
+        # Templates often cut white space off.
+        said = (content, content.strip(), content.lstrip(), content.rstrip())
+        here = next((s for s in map(str.encode, said) if text.startswith(s + after, at)), None)
+        if here is None:
+            return None
+        places.append((at, at + len(here)))
+        at += len(here) + len(after)
+    return places if at == len(text) else None
+
+
+def _token_ends(
+    model: LoadedModel, ids: Sequence[int], text: bytes
+) -> tuple[int, list[int]] | None:
+    """(where the text begins, where each token ends), in bytes; None if the tokens are not it."""
+    words = Vocabulary(model.tokenizer)
+    pieces = [words.token_bytes(i) for i in ids]
+    offset = b"".join(pieces).find(text)
+    return None if offset < 0 else (offset, list(accumulate(map(len, pieces))))
