@@ -267,7 +267,7 @@ def test_the_development_service_answers_with_changed_code(image):
     command = COMPOSE["services"][DEVELOPMENT]["command"]
     with started(*in_folder(image, command), **on_this_machine(image)) as server:
         assert server.get("/healthz") == '{"status":"ok"}'
-        view = image / "transformers_api" / "api" / "health.py"
+        view = image / "transformers_api" / "api" / "ops" / "health.py"
         server.said("Reloader is on")
         view.write_text(view.read_text().replace('{"status": "ok"}', '{"status": "changed"}'))
         assert changed(server, view) == '{"status":"changed"}'

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from tests.engine.models import prompts_of, tiny_model
+from tests.engine.native.test_engine import bits, inner, scored
 from tests.engine.reading import GREEDY, ask, complete
 from tests.four_bits import of_four_bits
-from tests.kernels.test_engine import bits, inner, scored
 from transformers_api.engine.loader import LoadOptions, load_engine
 from transformers_api.engine.native import convert_model
 from transformers_api.engine.native.convert_model import Kind, kind_of

@@ -99,17 +99,17 @@ def test_a_model_that_is_known_says_and_shows_the_same_and_is_not_watched(
 ELSEWHERE = """
 import json, os, sys
 from pathlib import Path
-from tests.kernels.test_plan_cache import ASKED
+from tests.engine.native.test_plan_cache import ASKED
 from tests.engine.reading import read
 from transformers_api.engine.loader import LoadOptions, load_engine
 from transformers_api.engine.native.runner import NativeRunner
 from transformers_api.engine.thread import EngineThread
 
 folder, native, plans = map(Path, sys.argv[1:])
-if any(plan_cache.glob("*")):
+if any(plans.glob("*")):
     NativeRunner.learn = None
 thread = EngineThread(num_threads=1)
-options = LoadOptions(num_slots=3, native=native, plans=plan_cache, stamp="the same")
+options = LoadOptions(num_slots=3, native=native, plans=plans, stamp="the same")
 engine = thread.call(lambda: load_engine(folder, options, thread)).result()
 said = read(engine.submit(ASKED))
 outputs = [repr((o.token_id, o.score)) for index in sorted(said) for o in said[index]]
