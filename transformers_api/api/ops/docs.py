@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+from typing import Any
+
+from apispec import APISpec
 from flask import Blueprint, Flask, Response, request
 from flask_smorest import Api  # type: ignore[import-untyped]
 
@@ -16,9 +20,40 @@ _POLICY = "img-src 'self' data:; font-src 'self' data:; connect-src 'self'"
 
 
 class OpenAPI(Api):  # type: ignore[misc]
-    """flask-smorest's document with our error object; ``errors.py`` renders the errors."""
+    """flask-smorest's document with our error object; ``errors.py`` renders the errors.
+
+    Routes are served at once and described when somebody first asks for the document: describing
+    them takes four fifths of the making of an application.
+    """
 
     ERROR_SCHEMA = Error
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._undescribed: list[Any] = []  # flask-smorest's blueprints, which have no types
+        self._describing = threading.RLock()
+        super().__init__(*args, **kwargs)
+
+    def register_blueprint(self, blueprint: Any) -> None:
+        """Add the routes of ``blueprint`` now, and their description later."""
+        self._app.extensions["flask-smorest"]["blp_name_to_api"][blueprint.name] = self
+        self._app.register_blueprint(blueprint)
+        self._undescribed.append(blueprint)
+
+    @property
+    def spec(self) -> APISpec:
+        """The document, complete."""
+        with self._describing:
+            while self._undescribed:
+                blueprint = self._undescribed.pop(0)
+                blueprint.register_views_in_doc(
+                    self, self._app, self._spec, name=blueprint.name, parameters=None
+                )
+                self._spec.tag({"name": blueprint.name, "description": blueprint.description})
+            return self._spec
+
+    @spec.setter
+    def spec(self, spec: APISpec) -> None:
+        self._spec = spec
 
     def _register_error_handlers(self) -> None:
         pass
