@@ -16,6 +16,8 @@ HALF_LINE = b"GET /pi"
 HALF_HEADERS = b"POST /echo HTTP/1.1\r\nHost: h\r\nContent-Len"
 HALF_BODY = b"POST /echo HTTP/1.1\r\nHost: h\r\nContent-Length: 100\r\n\r\nab"
 HALF_CHUNK = b"POST /echo HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab"
+CODINGS = HALF_CHUNK.replace(b"chunked", b"identity, chunked")
+BYTES = HALF_CHUNK[:-7] + b"1\r\n \r\n" * 20_000  # a body in chunks of a byte
 GET = b"GET /pid HTTP/1.1\r\nHost: h\r\n\r\n"
 
 
@@ -68,8 +70,8 @@ def took_s(server: Server, path: str = "/health") -> float:
 
 @pytest.mark.parametrize(
     "half",
-    [b"", HALF_LINE, HALF_HEADERS, HALF_BODY, HALF_CHUNK],
-    ids=["nothing", "line", "headers", "body", "chunk"],
+    [b"", HALF_LINE, HALF_HEADERS, HALF_BODY, HALF_CHUNK, CODINGS, BYTES],
+    ids=["nothing", "line", "headers", "body", "chunk", "codings", "bytes"],
 )
 def test_many_clients_that_send_half_a_request_keep_nobody_waiting(
     server: Server, half: bytes

@@ -31,7 +31,7 @@ from transformers_api.errors import (
     RequestTimeout,
     UriTooLong,
 )
-from transformers_api.server.http_parser import MAX_HEAD_BYTES, Incoming
+from transformers_api.server.http_parser import MAX_HEAD_BYTES, RequestBuffer
 
 LINGER_S = 2.0  # a client may still be sending what nobody reads; it is to see the answer first
 LINGER_BYTES = 1 << 20
@@ -52,7 +52,7 @@ log = logging.getLogger(__name__)
 class Waiting:
     """A connection that no thread works for."""
 
-    def __init__(self, incoming: Incoming | None, until: float) -> None:
+    def __init__(self, incoming: RequestBuffer | None, until: float) -> None:
         self.incoming = incoming  # None: it is being closed, and what comes is thrown away
         self.until = until  # time.monotonic()
         self.thrown_away = 0
@@ -123,7 +123,7 @@ class GatheringWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no ty
     def _gather(self, conn: TConn, sent: bytes) -> None:
         """Wait for the next request; ``sent`` is what came of it with the one before."""
         conn.sock.setblocking(False)
-        waiting = Waiting(Incoming(self._max_body), self._now() + self.cfg.keepalive)
+        waiting = Waiting(RequestBuffer(self._max_body), self._now() + self.cfg.keepalive)
         self._waiting[conn] = waiting
         self.poller.register(conn.sock, selectors.EVENT_READ, partial(self._read, conn))
         if sent:

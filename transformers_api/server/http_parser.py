@@ -1,10 +1,14 @@
-"""Whether the bytes that a client has sent are a whole request: no sockets, no threads.
+"""The framing of requests: bytes of a client to whole requests, without sockets or threads.
 
-What is in the request, and whether it is right, is gunicorn's to say; here only its end is found,
-so that no thread has to wait for it.
+No thread waits for a client, so the end of a request has to be found before one takes it. Only
+this reader decides how long a request is: a head that it does not understand is refused, and what
+it passes on to gunicorn has at most a ``Content-Length`` and is complete, so that gunicorn, which
+reads it once more, never waits for bytes. RFC 9112, sections 2 to 7.
 """
 
 from __future__ import annotations
+
+import re
 
 from transformers_api.errors import HeadersTooLarge, InvalidRequest, UriTooLong
 
@@ -13,34 +17,41 @@ MAX_HEADS = 100
 MAX_HEAD = 8190
 MAX_HEAD_BYTES = 32 << 10  # of the request line and all headers together
 MAX_CHUNK_LINE = 256
+LEAST_CHUNKS = 4096  # that every body may have, and
+MEAN_CHUNK = 256  # bytes of the mean chunk of a longer one: reading a chunk costs as much as 1 KB
 CRLF = b"\r\n"
 FRAMING = (b"content-length", b"transfer-encoding")
-HEX = b"0123456789abcdefABCDEF"
+FIELD = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
+LENGTH = re.compile(rb"0*([0-9]{1,18})")
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]+)[ \t]*(?:;[^\r]*)?\r\n")
 
 
-class Incoming:
+class RequestBuffer:
     """One request on its way. ``feed`` it until it ``is_complete``, then take ``whole``.
 
-    A body that is longer than ``max_body`` is not waited for: who reads the request refuses it.
+    A body that is longer than ``max_body`` bytes is not waited for: the application refuses it by
+    the length that it is told.
     """
 
     def __init__(self, max_body: int) -> None:
         self.is_complete = False
         self.expects_continue = False  # the client waits for a word before it sends the body
         self._max_body = max_body
-        self._data = bytearray()  # what has come; of a body in chunks, what is not in _body yet
+        self._max_chunks = max(LEAST_CHUNKS, max_body // MEAN_CHUNK)
+        self._data = bytearray()  # unread bytes; of a body in chunks, those not in _body yet
         self._head: bytes | None = None  # before the empty line, once that is there
         self._length: int | None = None  # of the body; None: it comes in chunks
         self._body = bytearray()  # put together from chunks
+        self._chunks = 0
         self._is_too_long = False
 
     def __len__(self) -> int:
-        """Bytes that are kept."""
+        """Bytes that are held."""
         return len(self._data) + len(self._body)
 
     @property
     def path(self) -> str:
-        """What the request line names, as far as it has come."""
+        """Path of the request line, as far as it has come."""
         line = bytes(self._data[:MAX_LINE]) if self._head is None else self._head
         words = line.split(CRLF, 1)[0].split(b" ")
         return words[1].partition(b"?")[0].decode("latin-1") if len(words) > 1 else ""
@@ -52,17 +63,18 @@ class Incoming:
             return bytes(self._data)
         if self._length is not None:
             return self._head + CRLF + CRLF + bytes(self._data)
-        lines = [line for line in self._head.split(CRLF) if _field(line)[0] not in FRAMING]
+        line, *fields = self._head.split(CRLF)
+        kept = [field for field in fields if field.partition(b":")[0].lower() not in FRAMING]
         length = self._max_body + 1 if self._is_too_long else len(self._body)
-        lines.append(b"Content-Length: %d" % length)
-        return CRLF.join(lines) + CRLF + CRLF + bytes(self._body + self._data)
+        head = CRLF.join([line, *kept, b"Content-Length: %d" % length])
+        return head + CRLF + CRLF + bytes(self._body + self._data)
 
     def feed(self, data: bytes) -> None:
         """Take more bytes. Raises UriTooLong, HeadersTooLarge, InvalidRequest."""
-        begun = len(self._data)
+        start = len(self._data)
         self._data += data
         if self._head is None:
-            self._find_head(max(begun - 3, 0))
+            self._find_head(max(start - 3, 0))
         if self._head is None or self.is_complete:
             return
         if self._length is None:
@@ -71,6 +83,9 @@ class Incoming:
             self.is_complete = len(self._data) >= self._length or self._length > self._max_body
 
     def _find_head(self, start: int) -> None:
+        if self._data.startswith(CRLF):  # one empty line before a request is not part of it
+            del self._data[:2]
+            start = 0
         end = self._data.find(CRLF + CRLF, start)
         if 0 <= end <= MAX_HEAD_BYTES:
             self._head = bytes(self._data[:end])
@@ -85,22 +100,19 @@ class Incoming:
 
     def _read_head(self, head: bytes) -> None:
         line, *lines = head.split(CRLF)
-        headers = [_field(line) for line in lines]
-        match [pair for pair in headers if pair[0] in FRAMING]:
-            case [(b"content-length", length)] if length.isdigit() and len(length) < 19:
-                self._length = int(length)
-            case [(b"transfer-encoding", coding)] if coding.lower() == b"chunked" and line.endswith(
-                b"HTTP/1.1"
-            ):
-                self._length = None
-            case _:  # without a body, or gunicorn will refuse it whatever follows
-                self._length = 0
-        self.expects_continue = (b"expect", b"100-continue") in headers
+        if len(lines) > MAX_HEADS or any(len(text) + 2 > MAX_HEAD for text in lines):
+            raise HeadersTooLarge(
+                f"More than {MAX_HEADS} headers, or one of more than {MAX_HEAD} bytes"
+            )
+        fields = [_field(text) for text in lines]
+        self._length = _body_length(line, [pair for pair in fields if pair[0] in FRAMING])
+        expectations = [value.lower() for name, value in fields if name == b"expect"]
+        self.expects_continue = b"100-continue" in expectations and line.endswith(b"HTTP/1.1")
 
     def _join_chunks(self) -> None:
         at = 0
-        while (found := self._chunk(at)) is not None:
-            size, start = found
+        while (line := self._chunk_line(at)) is not None:
+            size, start = line
             if size == 0:
                 if self._end_chunks(start):
                     return
@@ -112,19 +124,25 @@ class Incoming:
                 break
             if self._data[end : end + 2] != CRLF:
                 raise InvalidRequest("The body is not in chunks: one has not the size that it says")
+            self._count_chunk()
             self._body += self._data[start:end]
             at = end + 2
         del self._data[:at]
 
-    def _chunk(self, at: int) -> tuple[int, int] | None:
-        """(size, where it begins) of the chunk whose line begins at ``at``."""
+    def _chunk_line(self, at: int) -> tuple[int, int] | None:
+        """(size, offset of the data) of the chunk whose line begins at ``at``, if it is whole."""
+        line = CHUNK_LINE.match(self._data, at, at + MAX_CHUNK_LINE)
+        if line is not None:
+            return int(line[1], 16), line.end()
         end = self._data.find(CRLF, at, at + MAX_CHUNK_LINE)
         if end < 0 and len(self._data) - at < MAX_CHUNK_LINE:
             return None
-        digits = bytes(self._data[at : max(end, at)]).partition(b";")[0].rstrip()
-        if not digits or digits.strip(HEX):
-            raise InvalidRequest("The body is not in chunks: a size is not a number")
-        return int(digits, 16), end + 2
+        raise InvalidRequest("The body is not in chunks: a size is not a number")
+
+    def _count_chunk(self) -> None:
+        self._chunks += 1
+        if self._chunks > self._max_chunks:
+            raise InvalidRequest(f"The body comes in more than {self._max_chunks} chunks")
 
     def _end_chunks(self, start: int) -> bool:
         """After the last one, which is empty: nobody reads the trailer, up to an empty line."""
@@ -138,5 +156,37 @@ class Incoming:
 
 
 def _field(line: bytes) -> tuple[bytes, bytes]:
-    name, _, value = line.partition(b":")
-    return name.strip().lower(), value.strip()
+    """(name in lower case, value) of a header line."""
+    field = FIELD.fullmatch(line)
+    if field is None:
+        raise InvalidRequest(f"The request is not HTTP: a header reads {_shown(line)}")
+    return field[1].lower(), field[2].rstrip(b" \t")
+
+
+def _body_length(line: bytes, framing: list[tuple[bytes, bytes]]) -> int | None:
+    """Bytes of the body by its framing headers; None where it comes in chunks."""
+    match framing:
+        case []:
+            return 0
+        case [(b"content-length", value)] if value.isdigit():
+            length = LENGTH.fullmatch(value)
+            return int(length[1]) if length else 1 << 62  # too long for anybody
+        case [(b"transfer-encoding", coding)] if coding.lower() == b"chunked":
+            if line.endswith(b"HTTP/1.1"):
+                return None
+            raise InvalidRequest("The request is not HTTP: only HTTP/1.1 has bodies in chunks")
+        case [(b"content-length", value)]:
+            raise InvalidRequest(f"The request is not HTTP: Content-Length is {_shown(value)}")
+        case [(b"transfer-encoding", coding)]:
+            raise InvalidRequest(
+                f"Transfer-Encoding is {_shown(coding)}: only chunked is known here"
+            )
+        case _:
+            raise InvalidRequest(
+                "The request is not HTTP: Content-Length and Transfer-Encoding may come once, "
+                "and not together"
+            )
+
+
+def _shown(text: bytes) -> str:
+    return repr(text[:80].decode("latin-1"))
