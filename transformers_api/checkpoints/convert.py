@@ -90,7 +90,7 @@ def convert(
 
 
 def is_intact(folder: Path) -> bool:
-    """Whether every file of a converted model still has the checksum of its conversion."""
+    """True where every file of a converted model has the checksum of its conversion."""
     try:
         files = json.loads((folder / MANIFEST).read_text())["files"]
         return all(_sha256(folder / name) == digest for name, digest in files.items())

@@ -17,7 +17,7 @@ from transformers_api.families.tinygpt import TinyGPTConfig, TinyGPTForCausalLM
 from transformers_api.families.tinygpt2 import TinyGPT2Config, TinyGPT2ForCausalLM
 
 State = dict[str, Tensor]
-Given = Mapping[str, Any]
+Declared = Mapping[str, Any]
 END_OF_TEXT = 50256  # GPT-2's
 
 # The number of heads cannot be seen in the weights. What was published:
@@ -42,18 +42,18 @@ class Family:
     marker: str  # a weight that only this family has
     embedding: str  # the token embedding
     heads: str  # the field of its configuration that the weights cannot tell
-    configure: Callable[[State, Given], Any]  # a PreTrainedConfig
+    configure: Callable[[State, Declared], Any]  # a PreTrainedConfig
     tokenizer: str  # "gpt2", "bytes", "sentencepiece": see family_tokenizers.make
     names: tuple[tuple[str, str], ...]  # what to write for a part of our name of a weight
     stacked: tuple[str, ...] = ()  # the original's weights that are one of ours: its ``qkv``
     never_sampled: tuple[int, ...] = ()
 
     def is_in(self, state: State) -> bool:
-        """Whether these are weights of the family."""
+        """True for weights of the family."""
         return self.marker in state
 
     def original_names(self, ours: str) -> list[str]:
-        """What the original calls our weight; several where it keeps apart what we stack."""
+        """Names of our weight in the original; several where it keeps apart what we stack."""
         name = ours
         for part, original in self.names:
             name = name.replace(part, original)
@@ -66,7 +66,7 @@ class Family:
         return MODELS[type(config)]
 
     def is_transposed(self, ours: str, config: Any) -> bool:
-        """Whether our weight lies the other way round."""
+        """True where the original's weight is the transpose of ours."""
         return False
 
 
@@ -100,22 +100,22 @@ def _shape(state: State, key: str, axis: int = 0) -> int:
 
 
 def _count(state: State, pattern: str) -> int:
-    """How many different numbers stand where ``pattern`` has its group."""
+    """The number of different indices that ``pattern`` has in its group."""
     matches = (re.match(pattern, key) for key in state)
     return len({match[1] for match in matches if match})
 
 
-def _agreed(given: Given, **seen: int) -> None:
+def _agreed(declared: Declared, **measured: int) -> None:
     """Raise where a configuration contradicts the weights."""
-    for name, value in seen.items():
-        if given.get(name, value) != value:
+    for name, value in measured.items():
+        if declared.get(name, value) != value:
             raise ModelLoadFailed(
-                f"the configuration says {name} {given[name]}, the weights have {value}"
+                f"the configuration says {name} {declared[name]}, the weights have {value}"
             )
 
 
-def _heads(family: str, given: Given, width: int, layers: int, experts: int = 0) -> int:
-    heads = given.get("n_head") or PUBLISHED_HEADS.get((family, width, layers, experts))
+def _heads(family: str, declared: Declared, width: int, layers: int, experts: int = 0) -> int:
+    heads = declared.get("n_head") or PUBLISHED_HEADS.get((family, width, layers, experts))
     return _dividing("n_head", heads, width, f"n_embd {width}, n_layer {layers}")
 
 
@@ -134,7 +134,7 @@ def _end_of_text(vocab: int) -> int | None:
     return END_OF_TEXT if vocab > END_OF_TEXT else None
 
 
-def _tinygpt(state: State, given: Given) -> TinyGPTConfig:
+def _tinygpt(state: State, declared: Declared) -> TinyGPTConfig:
     is_moe = "blocks.0.moe.gate.weight" in state
     token, place = (
         ("token_emb.weight", "pos_emb.weight")
@@ -145,33 +145,33 @@ def _tinygpt(state: State, given: Given) -> TinyGPTConfig:
     layers = _count(state, r"blocks\.(\d+)\.")
     experts = _shape(state, "blocks.0.moe.gate.weight") if is_moe else 0
     up = "moe.experts.0.up_proj" if is_moe else "ffwd.0"
-    _agreed(given, vocab_size=vocab, n_embd=width, block_size=window, n_layer=layers)
-    _agreed(given, **({"n_experts": experts} if is_moe else {}))
+    _agreed(declared, vocab_size=vocab, n_embd=width, block_size=window, n_layer=layers)
+    _agreed(declared, **({"n_experts": experts} if is_moe else {}))
     return TinyGPTConfig(
         vocab_size=vocab,
         hidden_size=width,
         intermediate_size=_shape(state, f"blocks.0.{up}.weight"),
         num_hidden_layers=layers,
         num_attention_heads=_heads(
-            "tinygpt-moe" if is_moe else "tinygpt", given, width, layers, experts
+            "tinygpt-moe" if is_moe else "tinygpt", declared, width, layers, experts
         ),
         max_position_embeddings=window,
         num_experts=experts,
-        num_experts_per_tok=given.get("top_experts", 2),
+        num_experts_per_tok=declared.get("top_experts", 2),
         eos_token_id=_end_of_text(vocab),
     )
 
 
-def _tinygpt2(state: State, given: Given) -> TinyGPT2Config:
+def _tinygpt2(state: State, declared: Declared) -> TinyGPT2Config:
     vocab = _shape(state, "token_embedding.weight")
     width = _shape(state, "token_embedding.weight", 1)
     layers = _count(state, r"blocks\.(\d+)\.")
-    heads = _heads("tinygpt2", given, width, layers)
+    heads = _heads("tinygpt2", declared, width, layers)
     kv_heads = _shape(state, "blocks.0.attn.k_proj.weight") // (width // heads)
     hidden = _shape(state, "blocks.0.ffwd.0.weight")
-    window = given.get("block_size", 512)
-    _agreed(given, vocab_size=vocab, n_embd=width, n_layer=layers)
-    _agreed(given, gqa_kv_head=kv_heads, hidden_size=hidden)
+    window = declared.get("block_size", 512)
+    _agreed(declared, vocab_size=vocab, n_embd=width, n_layer=layers)
+    _agreed(declared, gqa_kv_head=kv_heads, hidden_size=hidden)
     return TinyGPT2Config(
         vocab_size=vocab,
         hidden_size=width,
@@ -185,13 +185,13 @@ def _tinygpt2(state: State, given: Given) -> TinyGPT2Config:
     )
 
 
-def _niels(state: State, given: Given) -> NielsConfig:
+def _niels(state: State, declared: Declared) -> NielsConfig:
     vocab, width = _shape(state, "tok_emb.weight"), _shape(state, "tok_emb.weight", 1)
     layers = _count(state, r"blocks\.(\d+)\.")
     is_second = "blocks.0.mlp.fc_a.weight" in state
     hidden = _shape(state, f"blocks.0.mlp.{'fc_a' if is_second else 'fc1'}.weight")
-    _agreed(given, V=vocab, C=width, L=layers, d_ff=hidden)
-    if type(given.get("T")) is not int:
+    _agreed(declared, V=vocab, C=width, L=layers, d_ff=hidden)
+    if type(declared.get("T")) is not int:
         raise ModelLoadFailed(
             "T, the context, cannot be read from the weights: name a JSON file with the model_cfg "
             "(convert --config FILE), or put it beside as config.json"
@@ -202,25 +202,27 @@ def _niels(state: State, given: Given) -> NielsConfig:
         hidden_size=width,
         intermediate_size=hidden,
         num_hidden_layers=layers,
-        num_attention_heads=_dividing("H", given.get("H"), width, f"C {width}, L {layers}"),
-        max_position_embeddings=given["T"],
-        rope_theta=float(given.get("rope_theta", 10000.0)),
+        num_attention_heads=_dividing("H", declared.get("H"), width, f"C {width}, L {layers}"),
+        max_position_embeddings=declared["T"],
+        rope_theta=float(declared.get("rope_theta", 10000.0)),
         eos_token_id=6 if is_second else None,
     )
 
 
-def _gpt3dev(state: State, given: Given) -> GPT2Config | GPT3DevConfig:
+def _gpt3dev(state: State, declared: Declared) -> GPT2Config | GPT3DevConfig:
     """Stock GPT-2, unless a window that is narrower than the context makes bands."""
-    if given.get("use_pre_layernorm") is False:
+    if declared.get("use_pre_layernorm") is False:
         raise ModelLoadFailed("use_pre_layernorm false: no published model normalises afterwards")
     vocab, width = (_shape(state, "transformer.wte.weight", axis) for axis in (0, 1))
     positions = _shape(state, "transformer.wpe.weight")
     layers = _count(state, r"transformer\.h\.(\d+)\.")
-    _agreed(given, vocab_size=vocab, n_embd=width, n_positions=positions, n_layer=layers)
-    heads = _heads("gpt3dev", given, width, layers)
+    _agreed(declared, vocab_size=vocab, n_embd=width, n_positions=positions, n_layer=layers)
+    heads = _heads("gpt3dev", declared, width, layers)
     hidden = _shape(state, "transformer.h.0.mlp.c_fc.weight")
-    ends = {name: given.get(name, _end_of_text(vocab)) for name in ("bos_token_id", "eos_token_id")}
-    window = given.get("window_size")
+    ends = {
+        name: declared.get(name, _end_of_text(vocab)) for name in ("bos_token_id", "eos_token_id")
+    }
+    window = declared.get("window_size")
     if window is not None and window < positions:
         return GPT3DevConfig(
             vocab_size=vocab,

@@ -43,7 +43,7 @@ class Checkpoint:
 
     @property
     def parameters(self) -> int:
-        """How many numbers will be written."""
+        """The number of weights that will be written."""
         return sum(weight.numel() for weight in self.weights.values())
 
     def save(self, folder: Path) -> None:
@@ -66,8 +66,8 @@ def read_checkpoint(
     state, own = _read_folder(source) if source.is_dir() else _read_pickle(source)
     state = _plain_names(state, source.name)
     family = _recognise(state, source.name, family_name)
-    given = _read_json(config_file) if config_file else own or _beside(source, family)
-    config = family.configure(state, given)
+    declared = _read_json(config_file) if config_file else own or _beside(source, family)
+    config = family.configure(state, declared)
     config.dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
     weights = _fitted(family, config, _without_head(family, state), source.name)
     folder = source if source.is_dir() else source.parent
@@ -133,8 +133,8 @@ def _read_json(path: Path) -> Mapping[str, Any]:
 def _beside(source: Path, family: Family) -> Mapping[str, Any]:
     """The config.json beside a bare checkpoint, where it is one of this family."""
     path = source.parent / "config.json"
-    found = _read_json(path) if path.is_file() else {}
-    return found if family.heads in found else {}
+    config = _read_json(path) if path.is_file() else {}
+    return config if family.heads in config else {}
 
 
 def _plain_names(state: State, name: str) -> State:
@@ -149,22 +149,24 @@ def _plain_names(state: State, name: str) -> State:
     return plain
 
 
-def _recognise(state: State, name: str, wanted: str | None) -> Family:
+def _recognise(state: State, name: str, family_name: str | None) -> Family:
     fitting = [family for family in FAMILIES if family.is_in(state)]
-    if wanted is None and len(fitting) == 1:
+    if family_name is None and len(fitting) == 1:
         return fitting[0]
-    known = ", ".join(family.name for family in FAMILIES)
-    if wanted is None:
+    names = ", ".join(family.name for family in FAMILIES)
+    if family_name is None:
         raise ModelLoadFailed(
-            f"{name}: these weights are of no known family ({known}); the first is "
+            f"{name}: these weights are of no known family ({names}); the first is "
             f"{next(iter(state), 'missing')}"
         )
     for family in FAMILIES:
-        if family.name == wanted:
+        if family.name == family_name:
             if fitting and family not in fitting:
-                raise ModelLoadFailed(f"{name} is of the family {fitting[0].name}, not {wanted}")
+                raise ModelLoadFailed(
+                    f"{name} is of the family {fitting[0].name}, not {family_name}"
+                )
             return family
-    raise ModelLoadFailed(f"{wanted!r} is not a family: expected one of {known}")
+    raise ModelLoadFailed(f"{family_name!r} is not a family: expected one of {names}")
 
 
 def _without_head(family: Family, state: State) -> State:
@@ -178,11 +180,11 @@ def _without_head(family: Family, state: State) -> State:
 def _fitted(family: Family, config: Any, state: State, name: str) -> State:
     """The weights by our names, each checked against the architecture's own shape."""
     with torch.device("meta"):
-        wanted = family.model_of(config)(config).state_dict()
-    wanted.pop(HEAD)
+        expected = family.model_of(config)(config).state_dict()
+    expected.pop(HEAD)
     config.architectures = [family.model_of(config).__name__]
     left, missing, fitted = dict(state), [], {}
-    for ours, model in wanted.items():
+    for ours, model in expected.items():
         originals = family.original_names(ours)
         missing += [key for key in originals if key not in left]
         parts = [left.pop(key) for key in originals if key in left]

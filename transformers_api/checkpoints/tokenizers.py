@@ -87,10 +87,10 @@ def make(kind: str, folder: Path, vocab_size: int, is_model_folder: bool) -> Any
     if kind == "bytes":
         return _bytes()
     if kind == "sentencepiece":
-        found = [folder / name for name in SENTENCEPIECE_FILES if (folder / name).is_file()]
-        if not found:
+        files = [folder / name for name in SENTENCEPIECE_FILES if (folder / name).is_file()]
+        if not files:
             raise ModelLoadFailed(f"{folder} has no spm.model, which this family needs")
-        return sentencepiece(found[0])
+        return sentencepiece(files[0])
     special = {"eos_token": END} if kind == "gpt2-plain" else {"eos_token": END, "pad_token": PAD}
     template = INSTRUCT_TEMPLATE if kind == "gpt2-instruct" else None
     return gpt2(vocab_size, special, template)
@@ -105,17 +105,19 @@ def gpt2(vocab_size: int, special: Mapping[str, str], template: str | None = Non
     size = min(vocab_size, len(encoder))
     vocab = {token: index for token, index in encoder.items() if index < size}
     pairs = [pair for pair in merges if "".join(pair) in vocab]
-    kept = {name: token for name, token in special.items() if vocab_size > len(encoder)} | {
-        name: token for name, token in special.items() if token in vocab
-    }
+    special_tokens = {
+        name: token for name, token in special.items() if vocab_size > len(encoder)
+    } | {name: token for name, token in special.items() if token in vocab}
     tokenizer = _byte_level(vocab, pairs)
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in kept.values()])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True) for token in special_tokens.values()]
+    )
     return _wrapped(
         tokenizer,
         chat_template=template,
         split_special_tokens=True,
         stop_strings=[END] if template else None,
-        **kept,
+        **special_tokens,
     )
 
 
@@ -189,7 +191,7 @@ def _byte_level(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokeniz
 
 
 def _spelled(byte: int) -> str:
-    """How byte-level tokenizers write a byte: printable ones as themselves, others from 256 on."""
+    """The character of a byte in byte-level tokenizers: itself if printable, else from 256 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [each for each in range(256) if each not in printable]
     return chr(byte) if byte in printable else chr(256 + others.index(byte))
@@ -197,5 +199,5 @@ def _spelled(byte: int) -> str:
 
 def _wrapped(tokenizer: Tokenizer, **settings: Any) -> Any:
     new: Any = PreTrainedTokenizerFast
-    given = {name: value for name, value in settings.items() if value is not None}
-    return new(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **given)
+    options = {name: value for name, value in settings.items() if value is not None}
+    return new(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **options)

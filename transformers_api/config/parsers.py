@@ -73,7 +73,7 @@ def choice(*allowed: str) -> Callable[[str], str]:
 
 
 def device(text: str) -> str:
-    """Where models run."""
+    """The device that models run on."""
     name, _, index = text.lower().partition(":")
     if name in ("auto", "cpu", "mps") and not index:
         return name
@@ -89,16 +89,16 @@ def names(text: str) -> tuple[str, ...]:
 
 def origins(text: str) -> tuple[str, ...]:
     """Exact origins of web pages, separated by commas."""
-    found = names(text)
-    for origin in found:
+    listed = names(text)
+    for origin in listed:
         scheme, mark, host = origin.partition("://")
         if not mark or scheme not in ("http", "https") or set(host) & set("/*?()[]|\\ "):
             raise ValueError("exact origins such as http://localhost:3000, separated by commas")
-    return tuple(found)
+    return tuple(listed)
 
 
 def redis_url(text: str) -> str:
-    """Where redis is."""
+    """The URL of a redis."""
     try:
         parts = urlsplit(text)
         is_right = parts.port is None or parts.port > 0

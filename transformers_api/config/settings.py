@@ -316,7 +316,7 @@ class Settings:
 
     @property
     def listens_on_loopback(self) -> bool:
-        """Whether only this machine can reach the server."""
+        """True where only this machine can reach the server."""
         return self.host in ("localhost", "::1", "[::1]") or self.host.startswith("127.")
 
     @property
@@ -355,7 +355,7 @@ class Settings:
 
 
 def has_activated_sockets() -> bool:
-    """Whether systemd has handed this process its listening sockets."""
+    """True where systemd has handed this process its listening sockets."""
     is_ours = os.environ.get("LISTEN_PID") == str(os.getpid())
     return is_ours and os.environ.get("LISTEN_FDS", "0") != "0"
 
@@ -366,7 +366,7 @@ def load_in_one_thread() -> None:
 
 
 def take_notify_socket() -> str | None:
-    """Where systemd wants to hear from this service; out of the environment from now on."""
+    """The address of systemd's notification socket, taken out of the environment."""
     return os.environ.pop("NOTIFY_SOCKET", None)
 
 
@@ -374,8 +374,8 @@ def _parse(option: Field[Any], name: str, text: str) -> Any:
     try:
         return option.metadata["parse"](text)
     except ValueError as error:
-        shown = repr(text) if option.repr else "***"
-        raise SettingError(f"{name}={shown} is not allowed: expected {error}") from None
+        text = repr(text) if option.repr else "***"
+        raise SettingError(f"{name}={text} is not allowed: expected {error}") from None
 
 
 def described() -> list[tuple[str, str, str, str]]:
@@ -385,7 +385,7 @@ def described() -> list[tuple[str, str, str, str]]:
         default = "" if option.default is MISSING else option.default
         if default in (None, ()):
             default = ""
-        shown = str(default).lower() if isinstance(default, bool) else str(default)
+        text = str(default).lower() if isinstance(default, bool) else str(default)
         aliases = ", ".join(option.metadata["aliases"])
-        rows.append((option.name.upper(), shown, aliases, option.metadata["help"]))
+        rows.append((option.name.upper(), text, aliases, option.metadata["help"]))
     return rows

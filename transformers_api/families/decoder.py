@@ -158,7 +158,7 @@ class Block(nn.Module):
 
 
 class DecoderPreTrainedModel(PreTrainedModel):
-    """What transformers asks of every model class."""
+    """The attributes that transformers asks of every model class."""
 
     base_model_prefix = "model"
     _no_split_modules = ["Block"]
@@ -208,8 +208,8 @@ class DecoderModel(DecoderPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(seen, seen + x.shape[1], device=x.device)[None]
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(past, past + x.shape[1], device=x.device)[None]
         masks = self._masks(x, attention_mask, past_key_values, position_ids)
         x, rotation = self.place(x, position_ids)
         for kind, block in zip(self.kinds, self.blocks, strict=True):
@@ -218,15 +218,15 @@ class DecoderModel(DecoderPreTrainedModel):
             last_hidden_state=self.ln_f(x), past_key_values=past_key_values
         )
 
-    def _masks(self, x: Tensor, given: Any, cache: Any, positions: Tensor) -> dict[str, Any]:
+    def _masks(self, x: Tensor, mask: Any, cache: Any, positions: Tensor) -> dict[str, Any]:
         """A mask for each kind of layer; one already made, or a dict of them, stays as it is."""
-        if isinstance(given, dict):
-            return given
+        if isinstance(mask, dict):
+            return mask
         return {
             kind: MASKS[kind](
                 config=self.config,
                 inputs_embeds=x,
-                attention_mask=given,
+                attention_mask=mask,
                 past_key_values=cache,
                 position_ids=positions,
             )
@@ -288,7 +288,7 @@ def rotated(x: Tensor, rotation: Rotation) -> Tensor:
 def rotation_at(
     positions: Tensor, config: DecoderConfig, theta: float, dtype: torch.dtype
 ) -> Rotation:
-    """What ``rotated`` turns by at ``positions`` (B, T), with angles computed in ``dtype``."""
+    """Cosines and sines for ``rotated`` at ``positions`` (B, T), of angles in ``dtype``."""
     head_dim = config.hidden_size // config.num_attention_heads
     length = config.max_position_embeddings
     cos, sin = _table(length, head_dim, theta, dtype, positions.device)

@@ -49,7 +49,7 @@ OPENAI = "/v1"  # in whose dialect is answered where no path was sent
 log = logging.getLogger(__name__)
 
 
-class Waiting:
+class PendingRequest:
     """A connection that no thread works for."""
 
     def __init__(self, incoming: RequestBuffer | None, until: float) -> None:
@@ -74,7 +74,7 @@ class GatheringWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no ty
         super().__init__(*args, **options)
         self.receive_s = 30.0
         self.send_s = 20.0
-        self._waiting: dict[TConn, Waiting] = {}  # the one that came first is the first
+        self._waiting: dict[TConn, PendingRequest] = {}  # the one that came first is the first
         self._bytes = 0
         self._looked = 0.0
         self._max_body = MAX_BODY_BYTES
@@ -95,7 +95,7 @@ class GatheringWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no ty
 
     @property
     def services(self) -> Any:
-        """What the application keeps for its views; None where it is another one."""
+        """The application's services; None for another application."""
         return getattr(self.wsgi, "extensions", {}).get("transformers_api")
 
     # -- gathering ----------------------------------------------------------------------------
@@ -123,7 +123,7 @@ class GatheringWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no ty
     def _gather(self, conn: TConn, sent: bytes) -> None:
         """Wait for the next request; ``sent`` is what came of it with the one before."""
         conn.sock.setblocking(False)
-        waiting = Waiting(RequestBuffer(self._max_body), self._now() + self.cfg.keepalive)
+        waiting = PendingRequest(RequestBuffer(self._max_body), self._now() + self.cfg.keepalive)
         self._waiting[conn] = waiting
         self.poller.register(conn.sock, selectors.EVENT_READ, partial(self._read, conn))
         if sent:
@@ -146,7 +146,7 @@ class GatheringWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no ty
         else:
             self._take(conn, waiting, data)
 
-    def _take(self, conn: TConn, waiting: Waiting, data: bytes) -> None:
+    def _take(self, conn: TConn, waiting: PendingRequest, data: bytes) -> None:
         incoming = waiting.incoming
         assert incoming is not None
         if not waiting.size:
@@ -190,13 +190,13 @@ class GatheringWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no ty
             raise BrokenPipeError(errno.EPIPE, "the client does not read") from None
 
     def _keepalive_after(self, conn: TConn, keepalive: bool) -> bool:
-        """Whether the connection can be used again: not where a body is still on its way."""
+        """True where the connection can be used again: not while a body is on its way."""
         return keepalive and bool(conn.parser.finish_body(deadline=self._now() + DRAIN_S))
 
     def handle_error(self, req: Any, client: Any, addr: Any, exc: BaseException) -> None:
         """Answer what cannot be read, or has failed below the application, with JSON."""
         path = getattr(req or getattr(exc, "req", None), "path", None) or OPENAI
-        error = _known(exc)
+        error = _api_error(exc)
         self._count(error)
         try:
             client.sendall(page(error, path))
@@ -248,7 +248,7 @@ class GatheringWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no ty
         except OSError:
             self._drop(conn)
             return
-        self._waiting[conn] = Waiting(None, self._now() + LINGER_S)
+        self._waiting[conn] = PendingRequest(None, self._now() + LINGER_S)
         self.poller.register(conn.sock, selectors.EVENT_READ, partial(self._read, conn))
 
     def _drop(self, conn: TConn) -> None:
@@ -309,7 +309,7 @@ def page(error: ApiError, path: str) -> bytes:
     return head.encode() + body
 
 
-def _known(exc: BaseException) -> ApiError:
+def _api_error(exc: BaseException) -> ApiError:
     match exc:
         case http_errors.LimitRequestLine():
             return UriTooLong("The request line is too long")

@@ -64,9 +64,9 @@ class RequestBuffer:
         if self._length is not None:
             return self._head + CRLF + CRLF + bytes(self._data)
         line, *fields = self._head.split(CRLF)
-        kept = [field for field in fields if field.partition(b":")[0].lower() not in FRAMING]
+        others = [field for field in fields if field.partition(b":")[0].lower() not in FRAMING]
         length = self._max_body + 1 if self._is_too_long else len(self._body)
-        head = CRLF.join([line, *kept, b"Content-Length: %d" % length])
+        head = CRLF.join([line, *others, b"Content-Length: %d" % length])
         return head + CRLF + CRLF + bytes(self._body + self._data)
 
     def feed(self, data: bytes) -> None:
@@ -159,7 +159,7 @@ def _field(line: bytes) -> tuple[bytes, bytes]:
     """(name in lower case, value) of a header line."""
     field = FIELD.fullmatch(line)
     if field is None:
-        raise InvalidRequest(f"The request is not HTTP: a header reads {_shown(line)}")
+        raise InvalidRequest(f"The request is not HTTP: a header reads {_excerpt(line)}")
     return field[1].lower(), field[2].rstrip(b" \t")
 
 
@@ -176,10 +176,10 @@ def _body_length(line: bytes, framing: list[tuple[bytes, bytes]]) -> int | None:
                 return None
             raise InvalidRequest("The request is not HTTP: only HTTP/1.1 has bodies in chunks")
         case [(b"content-length", value)]:
-            raise InvalidRequest(f"The request is not HTTP: Content-Length is {_shown(value)}")
+            raise InvalidRequest(f"The request is not HTTP: Content-Length is {_excerpt(value)}")
         case [(b"transfer-encoding", coding)]:
             raise InvalidRequest(
-                f"Transfer-Encoding is {_shown(coding)}: only chunked is known here"
+                f"Transfer-Encoding is {_excerpt(coding)}: only chunked is known here"
             )
         case _:
             raise InvalidRequest(
@@ -188,5 +188,5 @@ def _body_length(line: bytes, framing: list[tuple[bytes, bytes]]) -> int | None:
             )
 
 
-def _shown(text: bytes) -> str:
+def _excerpt(text: bytes) -> str:
     return repr(text[:80].decode("latin-1"))

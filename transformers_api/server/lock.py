@@ -47,6 +47,6 @@ def take(settings: Settings) -> int | None:
 
 
 def lock_file(settings: Settings) -> Path:
-    """Where the lock is: servers on other devices may share the store."""
+    """The file of the lock: servers on other devices may share the store."""
     device = re.sub(r"\W", "-", settings.default_device)
     return settings.model_store / f".serving-{device}.lock"

@@ -20,8 +20,8 @@ class ServerLogger(Logger):  # type: ignore[misc]  # gunicorn has no types
     def setup(self, cfg: Any) -> None:
         """Give every handler our format, and the root logger one for what libraries warn of."""
         super().setup(cfg)
-        known = self.settings
-        lines = logs.formatter(known.log_format, shows_texts=known.log_prompts)
+        settings = self.settings
+        lines = logs.formatter(settings.log_format, shows_texts=settings.log_prompts)
         root = logging.getLogger()
         if not root.handlers:
             root.addHandler(logging.StreamHandler(sys.stderr))

@@ -1,4 +1,4 @@
-"""Whether requests can be served now, and the way out at shutdown."""
+"""Readiness to serve requests, and the way out at shutdown."""
 
 from __future__ import annotations
 

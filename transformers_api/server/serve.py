@@ -81,14 +81,14 @@ def serve(settings: Settings, *, app: str = APP, reload: bool = False) -> NoRetu
     workers = Config().workers  # gunicorn's default reads WEB_CONCURRENCY
     if workers != 1:
         stop(BAD_SETTING, f"WEB_CONCURRENCY={workers} is not allowed: {WHY_ONE}")
-    given = options(settings) | {"reload": reload}
+    chosen = options(settings) | {"reload": reload}
     if not has_activated_sockets():
         listener = _listen(settings)
-        given["bind"] = f"fd://{listener.fileno()}"
+        chosen["bind"] = f"fd://{listener.fileno()}"
         listener.detach()  # gunicorn owns it from here
     arbiter_pid = os.getpid()
     try:
-        _Application(settings, app, given).run()
+        _Application(settings, app, chosen).run()
     except SystemExit as end:
         # The worker, a fork, comes by here too: its status is a word to the arbiter.
         if end.code == Arbiter.APP_LOAD_ERROR and os.getpid() == arbiter_pid:
@@ -119,12 +119,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     parser.add_argument("--port", type=int, help="port to listen on (PORT)")
     parser.add_argument("--workers", type=int, default=1, help="1: the model is loaded once")
     parser.add_argument("--reload", action="store_true", help="restart when the code changes")
-    given = parser.parse_args(arguments)
-    if given.workers != 1:
-        stop(BAD_SETTING, f"--workers {given.workers} is not allowed: {WHY_ONE}")
-    if given.port is not None and not 0 <= given.port <= 65535:
-        stop(BAD_SETTING, f"--port {given.port} is not allowed: expected 0 to 65535")
-    serve(settings_or_exit(host=given.host, port=given.port), reload=given.reload)
+    parsed = parser.parse_args(arguments)
+    if parsed.workers != 1:
+        stop(BAD_SETTING, f"--workers {parsed.workers} is not allowed: {WHY_ONE}")
+    if parsed.port is not None and not 0 <= parsed.port <= 65535:
+        stop(BAD_SETTING, f"--port {parsed.port} is not allowed: expected 0 to 65535")
+    serve(settings_or_exit(host=parsed.host, port=parsed.port), reload=parsed.reload)
 
 
 def stop(status: int, message: str) -> NoReturn:
@@ -148,14 +148,14 @@ def _listen(settings: Settings) -> socket.socket:
 
 
 class _Application(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
-    def __init__(self, settings: Settings, app: str, given: dict[str, Any]) -> None:
+    def __init__(self, settings: Settings, app: str, chosen: dict[str, Any]) -> None:
         self._settings = settings
         self._app = app
-        self._given = given
+        self._options = chosen
         super().__init__()
 
     def load_config(self) -> None:
-        for name, value in self._given.items():
+        for name, value in self._options.items():
             self.cfg.set(name, value)
 
     def load(self) -> Callable[..., Any]:
@@ -177,8 +177,8 @@ def prepare(arbiter: Arbiter, settings: Settings) -> None:
     except lock.LockedByOther as error:
         stop(1, str(error))
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MOST_FILES if most == resource.RLIM_INFINITY else min(most, MOST_FILES)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))  # each connection takes two
+    limit = MOST_FILES if most == resource.RLIM_INFINITY else min(most, MOST_FILES)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))  # each connection takes two
     # The worker says when it is ready; gunicorn would before it is.
     DrainWorker.notifier = Notifier(take_notify_socket())
 

@@ -65,7 +65,7 @@ class DrainWorker(GatheringWorker):
         os._exit(0)
 
     def is_parent_alive(self) -> bool:
-        """Whether the arbiter lives; without it, drain as after SIGTERM."""
+        """True while the arbiter lives; without it, drain as after SIGTERM."""
         is_alive = bool(super().is_parent_alive())
         if not is_alive:
             self.alive = False

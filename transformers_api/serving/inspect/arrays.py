@@ -74,9 +74,9 @@ def _lists(values: NDArray[numpy.float64]) -> Any:
     missing = numpy.isnan(values)
     if not missing.any():
         return values.tolist()
-    shown = values.astype(object)
-    shown[missing] = None
-    return shown.tolist()
+    cells = values.astype(object)
+    cells[missing] = None
+    return cells.tolist()
 
 
 def pool(values: Numbers, height: int, width: int, how: Reduction) -> Numbers:

@@ -54,12 +54,12 @@ class Inspections:
     def has_gradients(
         self, model: LoadedModel, inspector: Inspector, cancellation: Cancellation
     ) -> bool:
-        """Whether gradients can be had; found out once per loaded model, without a turn."""
-        known = self._gradients.get(model.engine)
-        if known is None:
-            known = self._run(model, inspector.check_gradients(), cancellation)
-            self._gradients[model.engine] = known
-        return known
+        """True where the model has gradients; found out once per loaded model, without a turn."""
+        available = self._gradients.get(model.engine)
+        if available is None:
+            available = self._run(model, inspector.check_gradients(), cancellation)
+            self._gradients[model.engine] = available
+        return available
 
     @contextmanager
     def _turn(self, cancellation: Cancellation) -> Iterator[None]:

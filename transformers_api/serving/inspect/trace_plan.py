@@ -1,4 +1,4 @@
-"""What a client wants to see of every token, whether it may, and how many may at once."""
+"""The trace of an answer's tokens: what may be asked for, its size, how many run at once."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class LensRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TraceRequest:
-    """What a client asks to see."""
+    """The fields of ``trace`` in a request."""
 
     layers: tuple[int, ...] | Literal["all"] = ()
     heads: tuple[int, ...] | Literal["mean", "max"] | None = None  # None: all
@@ -66,7 +66,7 @@ class TraceRequest:
 
 def plan(
     model: LoadedModel,
-    asked: TraceRequest,
+    trace: TraceRequest,
     settings: Settings,
     *,
     prompt_tokens: int,
@@ -74,7 +74,7 @@ def plan(
     choices: int = 1,
     whole: bool = False,
 ) -> TracePlan:
-    """What the engine is to note, once everything that could be wrong has been looked at.
+    """Plan what the engine notes, once everything that could be wrong has been checked.
 
     ``choices`` are traced together; with ``whole`` all their tokens are kept until the end.
     ``prompt_tokens``: of the longest prompt. Raises InspectionDisabled, ModelNotCapable,
@@ -85,26 +85,26 @@ def plan(
             raise InspectionDisabled()
         raise ModelNotCapable(f"Model '{model.spec.name}' cannot be inspected", param="trace")
     anatomy = model.inspector.anatomy
-    layers = _attention_layers(model, anatomy, asked)
-    _check_heads(anatomy, layers, asked)
-    _check_layer_count(layers, asked, settings)
-    lens_layers = _lens_layers(anatomy, asked)
-    _check_capable(anatomy, asked)
+    layers = _attention_layers(model, anatomy, trace)
+    _check_heads(anatomy, layers, trace)
+    _check_layer_count(layers, trace, settings)
+    lens_layers = _lens_layers(anatomy, trace)
+    _check_capable(anatomy, trace)
     keys = min(prompt_tokens + max_tokens, model.engine.max_model_len)
-    size = _Size(anatomy, asked, layers, len(lens_layers), keys, choices)
+    size = _Size(anatomy, trace, layers, len(lens_layers), keys, choices)
     size.check(settings.trace_max_bytes_per_token)
     if whole:
         size.check_whole(max_tokens)
     return TracePlan(
         layers=layers,
-        heads=asked.heads,
-        attn_topk=asked.attn_topk if asked.attn == "topk" else 0,
-        topk=asked.topk,
-        sampled_topk=asked.sampled_topk,
+        heads=trace.heads,
+        attn_topk=trace.attn_topk if trace.attn == "topk" else 0,
+        topk=trace.topk,
+        sampled_topk=trace.sampled_topk,
         lens_layers=lens_layers,
-        lens_topk=asked.lens.topk if asked.lens else 0,
-        resid_norms=asked.resid_norms,
-        router=asked.router,
+        lens_topk=trace.lens.topk if trace.lens else 0,
+        resid_norms=trace.resid_norms,
+        router=trace.router,
     )
 
 
@@ -116,15 +116,19 @@ def check_layer(anatomy: Anatomy, layer: int, param: str) -> LayerAttention:
     check_any_attention(anatomy, param)
     if not 0 <= layer < anatomy.layers:
         raise InvalidRequest(f"{param} must be in [0, {anatomy.layers - 1}]", param=param)
-    found = anatomy.attention[layer]
-    if not found.available:
-        why = f" ({found.reason})" if found.reason and found.reason != found.type else ""
+    attention = anatomy.attention[layer]
+    if not attention.available:
+        why = (
+            f" ({attention.reason})"
+            if attention.reason and attention.reason != attention.type
+            else ""
+        )
         raise AttentionUnavailable(
-            f"layer {layer} is {found.type} and has no attention weights{why}; "
+            f"layer {layer} is {attention.type} and has no attention weights{why}; "
             f"layers with attention: {anatomy.layers_with_attention}",
             param=param,
         )
-    return found
+    return attention
 
 
 def check_any_attention(anatomy: Anatomy, param: str) -> None:
@@ -135,13 +139,13 @@ def check_any_attention(anatomy: Anatomy, param: str) -> None:
         )
 
 
-def _attention_layers(model: LoadedModel, anatomy: Anatomy, asked: TraceRequest) -> tuple[int, ...]:
-    param = asked.layers_name
-    if asked.layers == "all":
+def _attention_layers(model: LoadedModel, anatomy: Anatomy, trace: TraceRequest) -> tuple[int, ...]:
+    param = trace.layers_name
+    if trace.layers == "all":
         check_any_attention(anatomy, param)
         layers = tuple(anatomy.layers_with_attention)
     else:
-        layers = tuple(dict.fromkeys(asked.layers))
+        layers = tuple(dict.fromkeys(trace.layers))
         for layer in layers:
             check_layer(anatomy, layer, param)
     if layers and not anatomy.traces_attention:
@@ -154,26 +158,26 @@ def _attention_layers(model: LoadedModel, anatomy: Anatomy, asked: TraceRequest)
     return layers
 
 
-def _check_heads(anatomy: Anatomy, layers: Sequence[int], asked: TraceRequest) -> None:
-    if not isinstance(asked.heads, tuple) or not layers:
+def _check_heads(anatomy: Anatomy, layers: Sequence[int], trace: TraceRequest) -> None:
+    if not isinstance(trace.heads, tuple) or not layers:
         return
     heads = min(anatomy.attention[layer].heads for layer in layers)
-    if not all(0 <= head < heads for head in asked.heads):
+    if not all(0 <= head < heads for head in trace.heads):
         raise InvalidRequest(f"trace.heads must be in [0, {heads - 1}]", param="trace.heads")
 
 
-def _check_layer_count(layers: Sequence[int], asked: TraceRequest, settings: Settings) -> None:
-    is_small = asked.attn == "topk" or asked.heads in ("mean", "max")
+def _check_layer_count(layers: Sequence[int], trace: TraceRequest, settings: Settings) -> None:
+    is_small = trace.attn == "topk" or trace.heads in ("mean", "max")
     if not is_small and len(layers) > settings.trace_max_layers:
         raise InvalidRequest(
             f"trace.layers may name at most {settings.trace_max_layers} layers "
-            f'with attn "{asked.attn}"',
-            param=asked.layers_name,
+            f'with attn "{trace.attn}"',
+            param=trace.layers_name,
         )
 
 
-def _lens_layers(anatomy: Anatomy, asked: TraceRequest) -> tuple[int, ...]:
-    if asked.lens is None:
+def _lens_layers(anatomy: Anatomy, trace: TraceRequest) -> tuple[int, ...]:
+    if trace.lens is None:
         return ()
     if not anatomy.lens:
         raise ModelNotCapable(
@@ -181,10 +185,14 @@ def _lens_layers(anatomy: Anatomy, asked: TraceRequest) -> tuple[int, ...]:
             "read through its head",
             param="trace.lens",
         )
-    wanted, param, last = asked.lens.layers, "trace.lens.layers", anatomy.layers - 1
-    if isinstance(wanted, int):
-        return tuple(dict.fromkeys((*range(0, anatomy.layers, wanted), last)))
-    layers = tuple(range(-1, anatomy.layers)) if wanted == "all" else tuple(dict.fromkeys(wanted))
+    layers_asked, param, last = trace.lens.layers, "trace.lens.layers", anatomy.layers - 1
+    if isinstance(layers_asked, int):
+        return tuple(dict.fromkeys((*range(0, anatomy.layers, layers_asked), last)))
+    layers = (
+        tuple(range(-1, anatomy.layers))
+        if layers_asked == "all"
+        else tuple(dict.fromkeys(layers_asked))
+    )
     if not all(-1 <= layer <= last for layer in layers):
         raise InvalidRequest(f"{param} must be in [-1, {last}]", param=param)
     if len(layers) > MAX_LENS_LAYERS:
@@ -195,14 +203,14 @@ def _lens_layers(anatomy: Anatomy, asked: TraceRequest) -> tuple[int, ...]:
     return layers
 
 
-def _check_capable(anatomy: Anatomy, asked: TraceRequest) -> None:
+def _check_capable(anatomy: Anatomy, trace: TraceRequest) -> None:
     kind = anatomy.model_type
-    if asked.resid_norms and anatomy.final_norm is None:
+    if trace.resid_norms and anatomy.final_norm is None:
         raise ModelNotCapable(
             f"model type {kind} has no residual stream that can be seen",
             param="trace.resid_norms",
         )
-    if asked.router and anatomy.routing is None:
+    if trace.router and anatomy.routing is None:
         raise ModelNotCapable(
             f"model type {kind} has no router: it is no mixture of experts", param="trace.router"
         )
@@ -214,20 +222,20 @@ class _Size:
     def __init__(
         self,
         anatomy: Anatomy,
-        asked: TraceRequest,
+        trace: TraceRequest,
         layers: Sequence[int],
         lens_layers: int,
         keys: int,
         choices: int,
     ) -> None:
-        self.asked = asked
+        self.trace = trace
         self.choices = choices
-        self.shapes = [_shape(anatomy.attention[layer], asked, keys) for layer in layers]
-        tokens = asked.topk * 2 + asked.sampled_topk
-        if asked.lens:
-            tokens += lens_layers * (asked.lens.topk + 2)
-        numbers = anatomy.layers if asked.resid_norms else 0
-        if asked.router and anatomy.routing:
+        self.shapes = [_shape(anatomy.attention[layer], trace, keys) for layer in layers]
+        tokens = trace.topk * 2 + trace.sampled_topk
+        if trace.lens:
+            tokens += lens_layers * (trace.lens.topk + 2)
+        numbers = anatomy.layers if trace.resid_norms else 0
+        if trace.router and anatomy.routing:
             numbers += len(anatomy.routing.layers) * (2 * anatomy.routing.experts_per_token + 5)
         attention = sum(self._attention(heads, width) for heads, width in self.shapes)
         rest = _STEP + tokens * _TOKEN + numbers * _NUMBER
@@ -237,8 +245,8 @@ class _Size:
         """Raise InvalidRequest for a trace of more than ``most`` bytes."""
         if self.bytes > most:
             raise InvalidRequest(
-                f"trace too large: {self._said()} is about {_megabytes(self.bytes)} per token "
-                f"(max {most} bytes); {self._advice()}",
+                f"trace too large: {self._description()} is about {_megabytes(self.bytes)} "
+                f"per token (max {most} bytes); {self._advice()}",
                 param="trace",
             )
 
@@ -246,41 +254,41 @@ class _Size:
         """Raise InvalidRequest for more than one answer can hold."""
         if self.bytes * tokens > MAX_WHOLE_BYTES:
             raise InvalidRequest(
-                f"trace too large for an answer in one piece: {self._said()} is about "
+                f"trace too large for an answer in one piece: {self._description()} is about "
                 f"{_megabytes(self.bytes)} per token, for up to {tokens} tokens "
                 f'(max {MAX_WHOLE_BYTES} bytes); use "stream": true or fewer tokens',
                 param="trace",
             )
 
     def _attention(self, heads: int, width: int) -> float:
-        if self.asked.attn == "topk":
-            row = min(self.asked.attn_topk, width) * _KEY
+        if self.trace.attn == "topk":
+            row = min(self.trace.attn_topk, width) * _KEY
         else:
-            row = width * _CELL[self.asked.attn]
+            row = width * _CELL[self.trace.attn]
         return _LAYER + heads * (row + _ROW)
 
-    def _said(self) -> str:
+    def _description(self) -> str:
         if not self.shapes:
             return "it"
         heads = max(heads for heads, _ in self.shapes)
         keys = max(width for _, width in self.shapes)
         answers = f" x {self.choices} answers" if self.choices > 1 else ""
         return (
-            f"{heads} heads x {keys} keys x {len(self.shapes)} layers{answers} as {self.asked.attn}"
+            f"{heads} heads x {keys} keys x {len(self.shapes)} layers{answers} as {self.trace.attn}"
         )
 
     def _advice(self) -> str:
         if not self.shapes:
             return "ask for fewer layers of the lens, or a smaller topk"
-        return _ADVICE.get(self.asked.attn, 'use attn "topk" or "u8", or fewer layers')
+        return _ADVICE.get(self.trace.attn, 'use attn "topk" or "u8", or fewer layers')
 
 
-def _shape(layer: LayerAttention, asked: TraceRequest, keys: int) -> tuple[int, int]:
+def _shape(layer: LayerAttention, trace: TraceRequest, keys: int) -> tuple[int, int]:
     """(heads, keys) of a layer's row."""
-    if isinstance(asked.heads, tuple):
-        heads = len(asked.heads)
+    if isinstance(trace.heads, tuple):
+        heads = len(trace.heads)
     else:
-        heads = layer.heads if asked.heads is None else 1
+        heads = layer.heads if trace.heads is None else 1
     return heads, min(keys, layer.window or keys)
 
 
@@ -289,7 +297,7 @@ def _megabytes(size: int) -> str:
 
 
 class TraceSlots:
-    """How many requests are being traced. From any thread."""
+    """The number of requests that are traced at once. From any thread."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._lock = threading.Lock()

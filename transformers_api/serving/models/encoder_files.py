@@ -1,4 +1,4 @@
-"""What a sentence encoder's folder says of itself, in the format of sentence-transformers.
+"""The files of a sentence encoder, in the format of sentence-transformers.
 
 ``modules.json`` lists the steps from text to vector: a transformer, a pooling, and, where vectors
 have length one, a normalisation.
@@ -26,7 +26,7 @@ _NAMES: dict[str, PoolingMode] = {"cls": "cls", "mean": "mean", "lasttoken": "la
 
 @dataclass(frozen=True, slots=True)
 class EncoderFacts:
-    """How an encoder wants to be used."""
+    """Pooling and length of an encoder."""
 
     pooling: Pooling
     max_tokens: int | None  # what it was made for, special tokens included
@@ -43,12 +43,12 @@ def read_encoder(folder: Path) -> EncoderFacts:
         )
     shape = _optional(folder / steps[0][1] / "sentence_bert_config.json")
     usage = _optional(folder / "config_sentence_transformers.json")
-    for what, given in (
+    for what, value in (
         ("do_lower_case", shape.get("do_lower_case")),
         ("default_prompt_name", usage.get("default_prompt_name")),
     ):
-        if given:
-            raise ModelLoadFailed(f"{folder}: {what} {given!r} is not supported")
+        if value:
+            raise ModelLoadFailed(f"{folder}: {what} {value!r} is not supported")
     limit = shape.get("max_seq_length")
     return EncoderFacts(
         Pooling(_mode(folder / steps[1][1] / "config.json"), normalize=len(steps) == len(STEPS)),
@@ -72,15 +72,15 @@ def _steps(folder: Path) -> list[tuple[str, str]]:
 
 def _mode(path: Path) -> PoolingMode:
     config = read_object(path)
-    given = config.get("pooling_mode")
-    chosen = [given] if isinstance(given, str) else _flags(config)
-    known = _NAMES | _FLAGS
-    if len(chosen) != 1 or chosen[0] not in known:
+    value = config.get("pooling_mode")
+    chosen = [value] if isinstance(value, str) else _flags(config)
+    modes = _NAMES | _FLAGS
+    if len(chosen) != 1 or chosen[0] not in modes:
         raise ModelLoadFailed(
             f"{path}: the pooling {', '.join(chosen) or 'none'} is not supported, only one of "
             f"{', '.join(_NAMES)}"
         )
-    return known[chosen[0]]
+    return modes[chosen[0]]
 
 
 def _flags(config: dict[str, Any]) -> list[str]:

@@ -115,8 +115,8 @@ class HubCache:
         with _explained(source, self._token):
             files = self._list(source)
             small, weights = _choose(source, files, trust_remote_code=False)
-        wanted = sum(files[name].bytes for name in small + weights)
-        return wanted, sum(file.bytes for file in files.values())
+        needed = sum(files[name].bytes for name in small + weights)
+        return needed, sum(file.bytes for file in files.values())
 
     def _list(self, source: HubSource) -> dict[str, RemoteFile]:
         from huggingface_hub import HfApi

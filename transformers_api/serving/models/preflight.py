@@ -1,4 +1,4 @@
-"""Whether a model folder holds together: all that can be known without memory for its weights.
+"""Checks of a model folder, as far as they need no memory for its weights.
 
 Reads JSON files and the headers of safetensors files, never a tensor. Nothing that a header says
 is believed before it is compared with the size of the file.
@@ -114,7 +114,7 @@ def _stamp(folder: Path) -> tuple[tuple[str, int, int, int], ...]:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether all files that serving needs are there; a look at names, not at contents."""
+    """True where all files that serving needs are there; a look at names, not at contents."""
     try:
         weight_files(folder)
         if not is_original(folder):  # its conversion brings a tokenizer
@@ -125,7 +125,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def is_original(folder: Path) -> bool:
-    """Whether a folder holds one of our own architectures as the original system saved it."""
+    """True for a folder with one of our own architectures as the original system saved it."""
     try:
         config = read_object(folder / "config.json")
     except ModelLoadFailed:
@@ -232,9 +232,9 @@ def _span(path: Path, name: str, entry: Any) -> tuple[int, int, Tensor]:
 
 
 def _check_index(index: Path, headers: Mapping[str, list[Tensor]]) -> None:
-    held = {(name, tensor.name) for name, tensors in headers.items() for tensor in tensors}
+    present = {(name, tensor.name) for name, tensors in headers.items() for tensor in tensors}
     for tensor, name in read_weight_map(index).items():
-        if (name, tensor) not in held:
+        if (name, tensor) not in present:
             raise ModelLoadFailed(f"{index}: tensor {tensor} is not in {name}")
 
 
@@ -300,5 +300,5 @@ def _transformers_types() -> frozenset[str]:
 
 
 def _transformers_knows(model_type: str) -> bool:
-    known = _transformers_types()
-    return not known or model_type in known or model_type in OWN_TYPES
+    model_types = _transformers_types()
+    return not model_types or model_type in model_types or model_type in OWN_TYPES

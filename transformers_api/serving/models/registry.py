@@ -15,7 +15,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCI
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether ``text`` has the shape ``owner/name`` and cannot be taken for a path."""
+    """True where ``text`` has the shape ``owner/name`` and cannot be taken for a path."""
     return _HUB_ID.fullmatch(text) is not None and ".." not in text and "--" not in text
 
 
@@ -34,16 +34,16 @@ class ModelRegistry:
     ) -> None:
         by_name = {spec.name: spec for spec in specs}
         by_alias = {alias: spec for spec in by_name.values() for alias in spec.aliases}
-        known = by_alias | by_name
+        by_id = by_alias | by_name
         _check_aliases(by_name)
-        if unknown := [name for name in allow_list if name not in known]:
+        if unknown := [name for name in allow_list if name not in by_id]:
             raise SettingError(
                 f"MODEL_ALLOW_LIST={','.join(allow_list)} is not allowed: no registry entry is "
                 f"called {', '.join(unknown)}"
             )
-        allowed = {known[name].name for name in allow_list} or set(by_name)
+        allowed = {by_id[name].name for name in allow_list} or set(by_name)
         self._specs = [spec for name, spec in by_name.items() if name in allowed]
-        self._known = {name: spec for name, spec in known.items() if spec.name in allowed}
+        self._by_id = {name: spec for name, spec in by_id.items() if spec.name in allowed}
         self._is_restricted = bool(allow_list)
         self._allow_unregistered = allow_unregistered
         self._is_cached = is_cached
@@ -72,7 +72,7 @@ class ModelRegistry:
 
         Raises ModelNotFound.
         """
-        if spec := self._known.get(model_id):
+        if spec := self._by_id.get(model_id):
             return spec
         if (
             not self._is_restricted

@@ -75,15 +75,15 @@ def _parse(path: Path) -> Any:
 
 
 def _check_names(specs: list[ModelSpec], path: Path) -> None:
-    seen: dict[str, str] = {}
+    entries: dict[str, str] = {}
     for number, spec in enumerate(specs, start=1):
         for field, name in (("name", spec.name), *(("aliases", alias) for alias in spec.aliases)):
-            if name in seen:
+            if name in entries:
                 raise SettingError(
                     f"{path}: entry {number} ({spec.name}): {field} {name!r} is not allowed: "
-                    f"entry {seen[name]} has it already"
+                    f"entry {entries[name]} has it already"
                 )
-            seen[name] = f"{number} ({spec.name})"
+            entries[name] = f"{number} ({spec.name})"
 
 
 def _spec(entry: Entry, where: str, base: Path) -> ModelSpec:
@@ -92,34 +92,34 @@ def _spec(entry: Entry, where: str, base: Path) -> ModelSpec:
             f"{where}: {unknown[0]} is not a field; fields are {', '.join(sorted(_FIELDS))}"
         )
     # null means default, and YAML reads a bare ``off`` as false
-    given = {key: value for key, value in entry.items() if value is not None}
-    if given.get("chat") is False:
-        given["chat"] = "off"
-    for key, value in given.items():
+    fields = {key: value for key, value in entry.items() if value is not None}
+    if fields.get("chat") is False:
+        fields["chat"] = "off"
+    for key, value in fields.items():
         if expected := _FIELDS[key](value):
             raise SettingError(f"{where}: {key} {value!r} is not allowed: expected {expected}")
-    if "name" not in given:
+    if "name" not in fields:
         raise SettingError(f"{where}: name is missing")
-    if given.get("embedding") == "encoder" and given.get("quantization", "none") != "none":
+    if fields.get("embedding") == "encoder" and fields.get("quantization", "none") != "none":
         raise SettingError(f"{where}: quantization is for models that generate, not for encoders")
     passed = {
         key: value
-        for key, value in given.items()
+        for key, value in fields.items()
         if key not in (*_SOURCES, "revision", "file", "aliases")
     }
     if isinstance(passed.get("embedding"), dict):
-        asked = passed["embedding"]
-        passed["embedding"] = Pooling(asked["pooling"], asked.get("normalize", True))
+        pooling = passed["embedding"]
+        passed["embedding"] = Pooling(pooling["pooling"], pooling.get("normalize", True))
     return ModelSpec(
-        **passed, source=_source(given, where, base), aliases=tuple(given.get("aliases", ()))
+        **passed, source=_source(fields, where, base), aliases=tuple(fields.get("aliases", ()))
     )
 
 
 def _source(entry: Entry, where: str, base: Path) -> Source:
     named = [key for key in _SOURCES if key in entry]
     if len(named) != 1:
-        found = f"{' and '.join(named)} are" if named else "none is"
-        raise SettingError(f"{where}: one of hf_repo, path or package is needed, {found} given")
+        count = f"{' and '.join(named)} are" if named else "none is"
+        raise SettingError(f"{where}: one of hf_repo, path or package is needed, {count} given")
     kind = named[0]
     if "revision" in entry and kind != "hf_repo":
         raise SettingError(f"{where}: revision belongs to hf_repo only")
@@ -198,10 +198,10 @@ def _are_aliases(value: Any) -> str | None:
 def _is_generation(value: Any) -> str | None:
     if not isinstance(value, dict):
         return "an object with sampling fields"
-    for key, given in value.items():
+    for key, fields in value.items():
         if key not in _GENERATION:
             return f"the fields {', '.join(_GENERATION)}, not {key}"
-        if given is not None and (expected := _GENERATION[key](given)):
+        if fields is not None and (expected := _GENERATION[key](fields)):
             return f"{expected} for {key}"
     return None
 

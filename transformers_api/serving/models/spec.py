@@ -45,7 +45,7 @@ Source = HubSource | PathSource | PackageSource
 
 @dataclass(frozen=True, slots=True)
 class Pooling:
-    """How the hidden states of a text become one vector: its first, its last, or their mean."""
+    """The pooling of a text's hidden states to one vector: its first, its last, or their mean."""
 
     mode: PoolingMode
     normalize: bool = True

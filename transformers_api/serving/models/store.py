@@ -58,11 +58,11 @@ class ModelStore:
         return folder if preflight.is_complete(folder) else None
 
     def is_cached(self, spec: ModelSpec) -> bool:
-        """Whether the model can be loaded without a download or a conversion."""
+        """True where the model can be loaded without a download or a conversion."""
         return self.locate(spec) is not None
 
     def has_repo(self, repo: str) -> bool:
-        """Whether a repository of the Hub is complete in the cache. The id must be checked."""
+        """True where a repository of the Hub is complete in the cache. The id must be checked."""
         return self._hub.complete(HubSource(repo)) is not None
 
     def cached_hub_repos(self) -> list[str]:
@@ -96,8 +96,8 @@ class ModelStore:
                         f"{', '.join(CONVERTIBLE)}"
                     )
                 path = self._hub.complete(source)
-            case PathSource(path=given):
-                path = given.absolute()
+            case PathSource(path=location):
+                path = location.absolute()
                 if not path.exists():
                     raise ModelLoadFailed(f"{spec.name}: {path} does not exist")
             case PackageSource() as source:
@@ -139,7 +139,7 @@ class ModelStore:
         )
 
     def _converted(self, spec: ModelSpec, path: Path) -> Path:
-        """Where the conversion of a file lies: another file, another folder."""
+        """The folder of a file's conversion: another file, another folder."""
         match spec.source:
             case PackageSource(package, file):
                 version = importlib.metadata.version(package)
@@ -166,7 +166,7 @@ class ModelStore:
 
 
 def _is_standard(path: Path) -> bool:
-    """Whether transformers can load a model where it lies."""
+    """True where transformers can load a model where it lies."""
     return path.is_dir() and not preflight.is_original(path)
 
 
