@@ -39,28 +39,42 @@ class Watched:
                 return end.value
 
 
+Engines = dict[Any, Watched]
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Engines]:
+    """Engines of this file's tests, by model and options; closed with its last test."""
+    engines: Engines = {}
+    yield engines
+    for watched in engines.values():
+        watched.engine.close()
+
+
 @pytest.fixture
 def watch(
     engine_thread: EngineThread,  # noqa: F811
     native_default: Path | None,
-) -> Iterator[Callable[..., Watched]]:
-    """watch(name or model, **LoadOptions): a copy of the model, running, closed at the end."""
-    made: list[Watched] = []
+    running: Engines,
+) -> Callable[..., Watched]:
+    """watch(name or model, **LoadOptions): a running copy of the model; a named one is shared.
+
+    Give it the model where what was read before must not be in the cache.
+    """
 
     def make(model: Any = "llama", **options: Any) -> Watched:
-        model = tiny(model) if isinstance(model, str) else model
         options = {"num_slots": 4, "prefill_chunk": 8, "native": native_default} | options
+        key = (model if isinstance(model, str) else object(), repr(options))
+        if key not in running:
+            own = tiny(model) if isinstance(model, str) else model
+            running[key] = engine_thread.call(lambda: build(own, options)).result()
+        return running[key]
 
-        def build() -> Watched:
-            attachment = Attachment(slice_tokens=options["prefill_chunk"])
-            engine = built(model, LoadOptions(**options), engine_thread, attachment.wrap)
-            engine_thread.engines.append(engine)
-            assert attachment.examined is not None
-            return Watched(engine, attachment.examined, attachment.inspector(engine))
+    def build(model: Any, options: dict[str, Any]) -> Watched:
+        attachment = Attachment(slice_tokens=options["prefill_chunk"])
+        engine = built(model, LoadOptions(**options), engine_thread, attachment.wrap)
+        engine_thread.engines.append(engine)
+        assert attachment.examined is not None
+        return Watched(engine, attachment.examined, attachment.inspector(engine))
 
-        made.append(engine_thread.call(build).result())
-        return made[-1]
-
-    yield make
-    for watched in made:
-        watched.engine.close()
+    return make

@@ -177,7 +177,7 @@ def test_with_native_kernels_what_they_compute_is_verified(watch, native_cache, 
         show_attention(module, (*given, output * 1.1), *args)
 
     monkeypatch.setattr(hooks, "show_attention", shown_wrongly)
-    anatomy = watch("llama", native=native_cache, dtype="bfloat16").examined.anatomy
+    anatomy = watch(tiny("llama"), native=native_cache, dtype="bfloat16").examined.anatomy
     assert not anatomy.verified
     assert anatomy.layers_with_attention == []
 

@@ -116,7 +116,7 @@ def check_rows(trace, expected, anatomy):
 
 @pytest.mark.parametrize("name", SHOWN)
 def test_tokens_and_scores_are_the_same_bits_with_and_without_a_trace(watch, name):
-    prompts, plain, watched = prompts_of(6)[1:], watch(name), watch(name)
+    prompts, plain, watched = prompts_of(6)[1:], watch(tiny(name)), watch(tiny(name))
     plan = everything(watched.examined.anatomy)
     for asked in (prompts[:1], prompts[1:]):  # alone, and in company
         traced = generate(watched.engine, asked, plan)
@@ -127,8 +127,8 @@ def test_tokens_and_scores_are_the_same_bits_with_and_without_a_trace(watch, nam
 @pytest.mark.parametrize("name", ["llama", "gemma2", "mixtral"])
 def test_a_neighbour_of_a_traced_sequence_gets_its_own_tokens(watch, name):
     prompts = prompts_of(3)
-    alone = generate(watch(name).engine, prompts[:1], temperature=0)
-    watched = watch(name)
+    alone = generate(watch(tiny(name)).engine, prompts[:1], temperature=0)
+    watched = watch(tiny(name))
     plan = everything(watched.examined.anatomy)
     neighbour = watched.engine.submit(
         [SequenceRequest(prompts[0], SamplingParams(max_tokens=10, temperature=0, ignore_eos=True))]
