@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.metadata
 import re
 import subprocess
@@ -69,6 +70,7 @@ EXCEPTIONS = {"serving.models.hub": {"huggingface_hub"}}
 LOADING = {"engine/loader.py", "checkpoints/convert.py", "engine/embedding.py"}
 
 
+@functools.cache
 def modules() -> dict[str, Path]:
     return {name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
@@ -79,6 +81,7 @@ def name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+@functools.cache
 def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(), str(path))
 
