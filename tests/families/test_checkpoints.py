@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.families.originals import ORIGINALS
+from tests.repeats import slow
 from transformers_api.checkpoints.convert import convert
 from transformers_api.checkpoints.formats import FAMILIES
 from transformers_api.checkpoints.read import read_checkpoint
@@ -68,8 +69,8 @@ def test_the_family_is_recognised_from_the_weights(name):
     assert read_checkpoint(ORIGINALS[name].checkpoint).family.name == ORIGINALS[name].family
 
 
-@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "module._orig_mod."])
-@pytest.mark.parametrize("wrapper", [None, "model_state_dict", "model_state", "model"])
+@pytest.mark.parametrize("prefix", ["", *slow("_orig_mod.", "module."), "module._orig_mod."])
+@pytest.mark.parametrize("wrapper", [None, *slow("model_state_dict", "model_state"), "model"])
 def test_bare_and_wrapped_weights_give_the_same_model(tmp_path, prefix, wrapper):
     expected = read_checkpoint(ORIGINALS["tinygpt-moe"].checkpoint)
     state = {prefix + key: value for key, value in plain_state("tinygpt-moe").items()}
@@ -240,7 +241,7 @@ def test_tied_weights_are_stored_once(converted):
     assert (files.parameters, files.stored_dtype) == (expected, "float32")
 
 
-@pytest.mark.parametrize("name", ["tinygpt", "gpt3dev"])
+@pytest.mark.parametrize("name", ["tinygpt", *slow("gpt3dev")])
 def test_the_registry_converts_an_original_once_into_the_store(tmp_path, name):
     store = ModelStore(Settings(model_store=tmp_path / "store", hf_home=tmp_path / "hf"))
     spec = ModelSpec(name="m", source=PathSource(ORIGINALS[name].checkpoint))
