@@ -32,7 +32,7 @@ def test_answers_to_requests_by_chance_are_as_documented_and_never_a_server_erro
     served: Served,
 ) -> None:
     served.loader.build = lambda spec: fake_model(spec, FakeEngine())
-    survey = Survey(["fake", "owner/second"], examples=5)
+    survey = Survey(["fake", "owner/second"], examples=8)
 
     def load() -> None:  # an operation before may have unloaded it
         served.client.post("/v1/models", json={"model": "fake"})
