@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from flask import Flask
 
 from transformers_api import api
+from transformers_api.api.http.rate_limits import RateLimits
 from transformers_api.api.http.services import Services
 from transformers_api.config.settings import SettingError, Settings
 from transformers_api.engine.platform.lazy_torch import import_lean, without_collection
@@ -73,7 +74,7 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
         embeddings=embeddings,
         inspections=Inspections(settings.inspect_queue, settings.inspect_timeout_s),
         access=access,
-        rate_limiter=access.inspections,
+        limits=RateLimits(access, settings.redis_url),
         metrics=metrics,
         ready=readiness,
         devices=loader.devices,

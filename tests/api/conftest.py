@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -16,11 +17,11 @@ from werkzeug.test import TestResponse
 from tests.fakes import FakeEngine, FakeLoader, fake_model, fake_spec
 from transformers_api import api
 from transformers_api.api.http.disconnect import DisconnectWatcher
+from transformers_api.api.http.rate_limits import RateLimits
 from transformers_api.api.http.services import Services
 from transformers_api.config.settings import Settings
 from transformers_api.serving.limits.access import Access
 from transformers_api.serving.limits.admission import Admission
-from transformers_api.serving.limits.rate_limit import RateLimiter
 from transformers_api.serving.models.registry import ModelRegistry
 from transformers_api.serving.models.spec import ModelSpec
 from transformers_api.serving.models.store import ModelStore
@@ -106,7 +107,10 @@ def watcher() -> DisconnectWatcher:
 
 @pytest.fixture
 def serve(tmp_path: Path, watcher: DisconnectWatcher) -> Iterator[Serve]:
-    """Make an application; arguments are the engine of "fake", other specs, and settings."""
+    """Make an application; arguments are the engine of "fake", other specs, and settings.
+
+    ``rates`` are fields of its Access: without RATE_LIMIT_PER_MIN nothing is limited.
+    """
     made: list[Swapper] = []
 
     def build(
@@ -114,6 +118,7 @@ def serve(tmp_path: Path, watcher: DisconnectWatcher) -> Iterator[Serve]:
         specs: tuple[ModelSpec, ...] = (),
         ready: Callable[[], tuple[bool, str]] = lambda: (True, "ready"),
         devices: tuple[str, ...] = ("cpu",),
+        rates: Mapping[str, Any] = MappingProxyType({}),
         **settings: Any,
     ) -> Served:
         options = {
@@ -140,10 +145,13 @@ def serve(tmp_path: Path, watcher: DisconnectWatcher) -> Iterator[Serve]:
         )
         made.append(swapper)
         access = Access.from_settings(known)
+        if not known.rate_limit_per_min:
+            access = replace(access, requests=None)
+        access = replace(access, **rates)
         services = Services(
             settings=known,
             access=access,
-            rate_limiter=access.inspections if known.rate_limit_per_min else RateLimiter(0, 1),
+            limits=RateLimits(access, known.redis_url),
             registry=registry,
             store=store,
             swapper=swapper,

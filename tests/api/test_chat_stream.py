@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -12,7 +12,7 @@ import pytest
 from tests.fake_inspection import FakeInspector, fake_anatomy, fake_layer
 from tests.fakes import FakeEngine, fake_model, fake_spec, say
 from transformers_api.errors import EngineFailed
-from transformers_api.serving.limits.rate_limit import RateLimiter
+from transformers_api.serving.limits.token_bucket import Rate
 
 URL = "/chat/stream"
 HI = [{"role": "user", "content": "Hi"}]
@@ -381,9 +381,8 @@ def test_a_start_that_failed_is_tried_again(serve):
 @pytest.fixture
 def limited(serve):
     """One request, then one more in each minute; the clock stands still."""
-    served = saying(serve, "J")
-    known = replace(served.services, rate_limiter=RateLimiter(1, 1, clock=lambda: 0.0))
-    served.app.extensions["transformers_api"] = known
+    served = saying(serve, "J", rates={"requests": Rate(1, 1)})
+    served.services.limits.strategy.clock = lambda: 0.0
     return served
 
 

@@ -33,7 +33,7 @@ from transformers_api.api.http.services import EXTENSION
 from transformers_api.errors import ModelLoadFailed
 from transformers_api.inspection.base import AttentionMode, AttentionWindow, Routing
 from transformers_api.serving.inspect.queue import Inspections
-from transformers_api.serving.limits.rate_limit import RateLimiter
+from transformers_api.serving.limits.token_bucket import Rate
 
 HELLO = {"messages": [{"role": "user", "content": "hé"}]}
 IDS = [256, *b"user\nh\xc3\xa9", 257, 10, 256, *b"assistant\n"]
@@ -514,14 +514,14 @@ def test_switched_off_it_is_403_for_every_route(serve):
 
 
 def test_a_body_that_is_wrong_comes_before_everything_else_and_costs_nothing(serve):
-    served = with_services(serve(inspect_enabled=False), rate_limiter=RateLimiter(1, 1))
+    served = serve(inspect_enabled=False, rates={"requests": Rate(1, 1)})
     for _ in range(3):
         assert refusal(served, "tokens", {"prompt": 5})[0] == 422
     assert refusal(served, "tokens", {"prompt": "x"})[0] == 403
 
 
-def test_too_often_is_429_but_to_ask_what_can_be_asked_is_free(served):
-    with_services(served, rate_limiter=RateLimiter(1, 2))
+def test_too_often_is_429_but_to_ask_what_can_be_asked_is_free(serve):
+    served = serve(rates={"requests": Rate(2, 1)})
     for _ in range(4):
         assert served.client.get("/inspect/model").status_code == 200
     assert ask(served, "tokens", HELLO).status_code == 200

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import replace
 
 import openai
 import pytest
@@ -13,11 +12,10 @@ from tests.api.conftest import events
 from tests.api.live import live
 from tests.fakes import FakeEngine, say
 from transformers_api.api.http.rate_limit_headers import duration
-from transformers_api.api.http.services import EXTENSION
 from transformers_api.errors import EngineFailed, Overloaded
 from transformers_api.serving.limits import api_keys
 from transformers_api.serving.limits.access import Access
-from transformers_api.serving.limits.rate_limit import RateLimiter
+from transformers_api.serving.limits.token_bucket import Rate
 
 LOOK = {"messages": [{"role": "user", "content": "Hi"}]}
 CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 50}
@@ -41,13 +39,11 @@ def limited(serve, clock):
     """An application with limits by a clock of the test's own."""
 
     def build(requests=None, tokens=None, engine=None, **settings):
-        served = serve(engine, **settings)
-        access = replace(
-            served.services.access,
-            requests=requests and RateLimiter(*requests, clock=clock),
-            tokens=tokens and RateLimiter(tokens, tokens, clock=clock),
-        )
-        served.app.extensions[EXTENSION] = replace(served.services, access=access)
+        if requests is not None:
+            per_min, burst = requests
+            settings |= {"rate_limit_per_min": per_min, "rate_limit_burst": burst}
+        served = serve(engine, rate_limit_tokens_per_min=tokens, **settings)
+        served.services.limits.strategy.clock = clock
         return served
 
     return build
@@ -120,16 +116,16 @@ def test_wrong_requests_count(limited):
 def test_without_limits_no_answer_speaks_of_them(served):
     response = served.chat()
     assert not [name for name, _ in response.headers if name.lower().startswith("x-rate")]
+    assert len(served.services.limits.strategy.buckets) == 0
 
 
 def test_the_setting_holds_everywhere_and_its_default_only_where_one_looks_inside(serve):
     by_default = Access.from_settings(serve().services.settings)
-    assert (by_default.inspections.rate.per_min, by_default.requests) == (10, None)
-    given = Access.from_settings(serve(rate_limit_per_min=30).services.settings)
-    assert given.requests is given.inspections
-    assert given.requests.rate.per_min == 30
+    assert (by_default.requests, by_default.limits_all) == (Rate(3, 10), False)
+    everywhere = Access.from_settings(serve(rate_limit_per_min=30).services.settings)
+    assert (everywhere.requests, everywhere.limits_all) == (Rate(3, 30), True)
     off = Access.from_settings(serve(rate_limit_per_min=0).services.settings)
-    assert (off.inspections.rate.per_min, off.requests, off.tokens) == (0, None, None)
+    assert (off.requests, off.limits_all, off.tokens) == (None, False, None)
 
 
 def test_looking_inside_takes_from_the_same_bucket_and_once(serve):
@@ -173,6 +169,12 @@ def test_a_key_has_one_bucket_wherever_it_is_used(limited, tmp_path):
     assert chat_from(served, "192.0.2.3", key="wrong") == 401
 
 
+def test_clients_without_an_address_share_a_bucket(limited):
+    """As behind a socket in the file system; flask-limiter counts no empty name."""
+    served = limited(requests=(10, 1))
+    assert [chat_from(served, "") for _ in range(2)] == [200, 429]
+
+
 def test_the_forwarded_address_is_not_believed_unless_a_proxy_is_trusted(limited):
     served = limited(requests=(10, 1))
     assert chat_from(served, "192.0.2.1", forwarded="203.0.113.1") == 200
@@ -199,8 +201,10 @@ def test_where_the_proxy_says_nothing_its_own_address_counts(limited):
 
 def remaining(served):
     """Tokens of this client's bucket, without taking any."""
-    limiter = served.app.extensions[EXTENSION].access.tokens
-    return limiter.take("127.0.0.1", 0).remaining
+    limits = served.services.limits
+    return limits.strategy.take(
+        served.services.access.tokens, "127.0.0.1", "tokens", cost=0
+    ).remaining
 
 
 def prompt_tokens(answer):

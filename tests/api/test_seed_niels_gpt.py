@@ -11,12 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from flask import Flask
 
 from tests.api.live import live
+from transformers_api.api.http.rate_limits import RateLimits
 from transformers_api.api.http.services import EXTENSION
 from transformers_api.app import create_app
 from transformers_api.config.settings import Settings
-from transformers_api.serving.limits.rate_limit import RateLimiter
+from transformers_api.serving.limits.access import Access
+from transformers_api.serving.limits.token_bucket import Rate
 from transformers_api.serving.models.builtin import builtin_models
 from transformers_api.serving.models.spec import HubSource
 
@@ -267,9 +270,11 @@ def test_413_prompt_too_large(client, route):
 def limited(app, monkeypatch):
     """The documented limit, on a clock of the test: [seconds]."""
     clock = [0.0]
-    limiter = RateLimiter(10, 3, clock=lambda: clock[0])
-    known = replace(app.extensions[EXTENSION], rate_limiter=limiter)
-    monkeypatch.setitem(app.extensions, EXTENSION, known)
+    limits = RateLimits(Access(requests=Rate(3, 10)))
+    limits.init_app(Flask("limits"))  # the other one has its hooks, and has answered already
+    limits.strategy.clock = lambda: clock[0]
+    services = replace(app.extensions[EXTENSION], limits=limits)
+    monkeypatch.setitem(app.extensions, EXTENSION, services)
     return clock
 
 

@@ -12,16 +12,18 @@ import time
 
 import pytest
 import redis
+from limits.storage import storage_from_string
+from limits.strategies import STRATEGIES
 
 from tests.redis_server import RedisServer
 from tests.servers import ROOT
-from transformers_api.serving.limits.redis_rate_limit import (
+from transformers_api.serving.limits.redis_buckets import (
     PREFIX,
     TIMEOUT_S,
     TRY_AGAIN_S,
-    Redis,
-    SharedRateLimiter,
+    storage_of,
 )
+from transformers_api.serving.limits.token_bucket import NAME, Rate
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +62,37 @@ def clock():
     return Clock()
 
 
+def made(url, clock=time.monotonic):
+    """The strategy as flask-limiter makes it, over a redis."""
+    uri, options = storage_of(url)
+    strategy = STRATEGIES[NAME](storage_from_string(uri, **options))
+    strategy.clock = clock
+    return strategy
+
+
 @pytest.fixture
 def store(server, clock):
-    store = Redis(server.url, clock=clock)
-    yield store
-    store.close()
+    strategy = made(server.url, clock)
+    yield strategy
+    strategy.storage.get_connection().close()
+
+
+class SharedRateLimiter:
+    """Clients of one rate."""
+
+    def __init__(self, store, kind, per_min, burst):
+        self.store, self.kind, self.rate = store, kind, Rate(burst, per_min)
+
+    def take(self, client, cost=1):
+        return self.store.take(self.rate, client, self.kind, cost=cost)
+
+    def give_back(self, client, cost):
+        self.store.give_back(self.rate, client, self.kind, cost=cost)
+
+
+def key(kind, burst, per_min):
+    """Where redis has the bucket of the client "c"."""
+    return f"{PREFIX}:LIMITER/c/{kind}/{burst}/{per_min}/bucket"
 
 
 def taken(limiter, client="c", cost=1):
@@ -80,12 +108,11 @@ def test_a_burst_is_allowed_and_the_rest_is_told_when_to_come(store):
     assert taken(limiter, "other")
 
 
-def test_kinds_have_buckets_of_their_own_and_no_limit_asks_nobody(server, store):
+def test_kinds_have_buckets_of_their_own(server, store):
     for kind in ("requests", "tokens"):
         assert taken(SharedRateLimiter(store, kind, 1, 1))
-    assert [taken(SharedRateLimiter(store, "none", 0, 1)) for _ in range(5)] == [True] * 5
     client = redis.Redis.from_url(server.url)
-    assert sorted(client.keys()) == [f"{PREFIX}:{k}:c".encode() for k in ("requests", "tokens")]
+    assert sorted(client.keys()) == [key(kind, 1, 1).encode() for kind in ("requests", "tokens")]
     client.close()
 
 
@@ -93,7 +120,7 @@ def test_full_buckets_leave_redis_by_themselves(server, store):
     limiter = SharedRateLimiter(store, "requests", 10, 3)
     limiter.take("c")
     client = redis.Redis.from_url(server.url)
-    assert 5000 < client.pttl(f"{PREFIX}:requests:c") <= 6001
+    assert 5000 < client.pttl(key("requests", 3, 10)) <= 6001
     limiter.give_back("c", 1)
     assert client.keys() == []
     client.close()
@@ -109,7 +136,7 @@ def test_costs_and_what_comes_back(store):
 
 
 def test_sixty_four_at_once_get_the_burst_and_no_more(server):
-    stores = [Redis(server.url) for _ in range(4)]
+    stores = [made(server.url) for _ in range(4)]
     limiters = [SharedRateLimiter(store, "requests", 10, 3) for store in stores]
     start, allowed = threading.Barrier(64), []
 
@@ -123,16 +150,19 @@ def test_sixty_four_at_once_get_the_burst_and_no_more(server):
     for thread in threads:
         thread.join(20)
     for store in stores:
-        store.close()
+        store.storage.get_connection().close()
     assert (len(allowed), sum(allowed)) == (64, 3)
 
 
 ASK = """
 import sys
-from transformers_api.serving.limits.redis_rate_limit import Redis, SharedRateLimiter
-limiter = SharedRateLimiter(Redis(sys.argv[1]), "requests", 1, 10)
+from limits.storage import storage_from_string
+from transformers_api.serving.limits.redis_buckets import storage_of
+from transformers_api.serving.limits.token_bucket import Rate, TokenBucketRateLimiter
+uri, options = storage_of(sys.argv[1])
+strategy = TokenBucketRateLimiter(storage_from_string(uri, **options))
 sys.stdin.read()
-print(sum(limiter.take("c").wait_s == 0 for _ in range(10)))
+print(sum(strategy.hit(Rate(10, 1), "c", "requests") for _ in range(10)))
 """
 
 
@@ -152,7 +182,7 @@ def test_processes_share_what_they_allow(server):
 
 
 def test_a_redis_that_dies_leaves_local_limits_and_one_line(server, store, clock, caplog):
-    limiter = SharedRateLimiter(store, "requests", 10, 3)
+    limiter = SharedRateLimiter(store, "requests", 1, 3)
     assert taken(limiter)
     server.kill()
     with caplog.at_level(logging.INFO):
@@ -198,17 +228,17 @@ def test_a_redis_that_hangs_holds_up_one_request_and_not_for_long(server, store,
 
 
 def test_a_start_without_redis_has_local_limits(tmp_path):
-    store = Redis(f"unix://{tmp_path}/nobody.sock")
+    store = made(f"unix://{tmp_path}/nobody.sock")
     limiter = SharedRateLimiter(store, "requests", 10, 3)
     assert [taken(limiter) for _ in range(4)] == [True] * 3 + [False]
-    store.close()
+    store.storage.get_connection().close()
 
 
 @pytest.mark.parametrize("jump_s", [-3600, 3600])
 def test_a_clock_of_redis_that_is_set_locks_nobody_out(server, store, jump_s):
     limiter = SharedRateLimiter(store, "requests", 10, 3)
     client = redis.Redis.from_url(server.url)
-    client.set(f"{PREFIX}:requests:c", time.time() - jump_s)
+    client.set(key("requests", 3, 10), time.time() - jump_s)
     client.close()
     level = limiter.take("c")
     assert level.wait_s <= 6
@@ -217,6 +247,6 @@ def test_a_clock_of_redis_that_is_set_locks_nobody_out(server, store, jump_s):
 
 def test_what_stands_in_the_key_of_a_bucket_and_is_no_bucket_is_no_error(server, store):
     client = redis.Redis.from_url(server.url)
-    client.rpush(f"{PREFIX}:requests:c", "x")
+    client.rpush(key("requests", 3, 10), "x")
     client.close()
     assert taken(SharedRateLimiter(store, "requests", 10, 3))

@@ -30,7 +30,7 @@ def register(app: Flask, services: Services) -> None:
     app.json = StrictJSONProvider(app)
     app.url_map.strict_slashes = False
     middleware.install(app, services.settings)
-    auth.install(app, services.settings)
+    auth.install(app, services)
     errors.install(app)
     api = docs.install(app, needs_key=services.access.keys is not None)
     openai_routes = (openai, embeddings, models, tokens)

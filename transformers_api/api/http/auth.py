@@ -9,14 +9,12 @@ from __future__ import annotations
 from flask import Flask, g, request
 from werkzeug.middleware.proxy_fix import ProxyFix
 
-from transformers_api.api.http import rate_limit_headers
 from transformers_api.api.http.errors import INSPECTION_ROUTES, is_below
-from transformers_api.api.http.services import services
+from transformers_api.api.http.services import Services, services
 from transformers_api.api.ops.docs import ASSETS
-from transformers_api.config.settings import Settings
 from transformers_api.errors import InsufficientPermissions, InvalidApiKey
+from transformers_api.serving.limits.access import network
 from transformers_api.serving.limits.api_keys import ApiKey, ApiKeys
-from transformers_api.serving.limits.rate_limit import network
 
 # For probes, and for browsers, which open a page without a key. They say nothing that is secret.
 OPEN = frozenset(
@@ -64,10 +62,8 @@ def admit() -> None:
             )
         g.client = f"key:{key.name}"
     # Where one looks inside the limit has its documented place among the other checks.
-    if access.requests is None or request.method in _READING:
-        return
-    if not is_below(request.path, INSPECTION_ROUTES):
-        rate_limit_headers.take_request(access.requests)
+    if request.method not in _READING and not is_below(request.path, INSPECTION_ROUTES):
+        services().limits.take_request()
 
 
 def _needed(rule: str | None) -> str:
@@ -92,11 +88,12 @@ def _given() -> str:
     return key.strip() if scheme.lower() == "bearer" else request.headers.get("X-Api-Key", "")
 
 
-def install(app: Flask, settings: Settings) -> None:
+def install(app: Flask, services: Services) -> None:
     """Ask before every request of ``app``, and show what is left of its limits."""
-    if settings.trusted_proxies:  # of what the header says, as many entries from its end
+    proxies = services.settings.trusted_proxies
+    if proxies:  # of what the header says, as many entries from its end
         app.wsgi_app = ProxyFix(  # type: ignore[method-assign]
-            app.wsgi_app, x_for=settings.trusted_proxies, x_proto=0, x_host=0
+            app.wsgi_app, x_for=proxies, x_proto=0, x_host=0
         )
     app.before_request(admit)
-    app.after_request(rate_limit_headers.show)
+    services.limits.init_app(app)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from transformers_api.api.http import rate_limit_headers
 from transformers_api.api.http.services import services
 from transformers_api.errors import InspectionDisabled, ModelLoading
 
@@ -37,4 +36,4 @@ def check_started() -> None:
 
 def check_rate() -> None:
     """Take a token of this client's bucket, which all such routes share. Raises RateLimited."""
-    rate_limit_headers.take_request(services().rate_limiter)
+    services().limits.take_inspection()

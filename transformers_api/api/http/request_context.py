@@ -11,7 +11,6 @@ from typing import Any
 import flask
 
 from transformers_api.api.http import errors, request_log, sse
-from transformers_api.api.http.rate_limit_headers import Reservation
 from transformers_api.api.http.services import Services
 from transformers_api.errors import ApiError, Overloaded
 from transformers_api.serving import generation
@@ -62,9 +61,7 @@ class Exchange:
         if request.trace is not None:
             ends.append(known.traces.take(known.settings.trace_max_requests))
             self._held.callback(ends[-1])
-        reserved = None
-        if known.access.tokens is not None:
-            reserved = Reservation(known.access.tokens, request.most_tokens)
+        if (reserved := known.limits.reserve(request.most_tokens)) is not None:
             ends.append(reserved.settle)
             self._held.callback(reserved.settle)
         begun = self._start(model, request, stream)

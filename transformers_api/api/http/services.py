@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 import flask
 
 from transformers_api.api.http.disconnect import DisconnectWatcher
+from transformers_api.api.http.rate_limits import RateLimits
 from transformers_api.api.http.stream_writer import Courier
 from transformers_api.config.settings import Settings
 from transformers_api.errors import ApiError
@@ -19,7 +20,6 @@ from transformers_api.serving.inspect.recent_completions import Completions
 from transformers_api.serving.inspect.trace_plan import TraceSlots
 from transformers_api.serving.limits.access import Access
 from transformers_api.serving.limits.admission import Admission
-from transformers_api.serving.limits.rate_limit import Limiter, RateLimiter
 from transformers_api.serving.models.registry import ModelRegistry
 from transformers_api.serving.models.store import ModelStore
 from transformers_api.serving.swap.swapper import Swapper
@@ -38,8 +38,8 @@ def _only_cpu() -> Collection[str]:
     return ("cpu",)
 
 
-def _unlimited() -> RateLimiter:
-    return RateLimiter(0, 1)
+def _unlimited() -> RateLimits:
+    return RateLimits(Access())
 
 
 def _some_places() -> Admission:
@@ -84,8 +84,8 @@ class Services:
     swapper: Swapper
     admission: Admission = field(default_factory=_some_places)
     embeddings: EmbeddingModels | None = None  # None: ENABLE_EMBEDDINGS_BACKEND is off
-    rate_limiter: Limiter = field(default_factory=_unlimited)  # of /chat/stream and /inspect/*
-    access: Access = field(default_factory=Access)  # keys, and limits of the other routes
+    access: Access = field(default_factory=Access)  # keys, and how much a client may ask
+    limits: RateLimits = field(default_factory=_unlimited)  # the buckets of these
     completions: Completions = field(default_factory=Completions)  # tokens of recent answers
     inspections: Inspections = field(default_factory=_some_inspections)
     traces: TraceSlots = field(default_factory=TraceSlots)  # requests that are being traced

@@ -12,7 +12,6 @@ from flask import request
 
 from transformers_api.api.http import request_log
 from transformers_api.api.http.body import Blueprint
-from transformers_api.api.http.rate_limit_headers import Reservation
 from transformers_api.api.http.request_context import Exchange
 from transformers_api.api.http.services import services
 from transformers_api.api.openai import requests
@@ -60,8 +59,7 @@ def create_embeddings(body: dict[str, Any]) -> Any:
         record = request_log.current()
         record.model = model.spec.name
         rows = embeddings.encode(model, inputs)
-        if known.access.tokens is not None:
-            Reservation(known.access.tokens, sum(map(len, rows)))  # all of it is used
+        known.limits.reserve(sum(map(len, rows)))  # all of it is used
         vectors = embeddings.embed(model, rows, body.get("dimensions"), exchange.cancellation)
     shown = _base64 if body["encoding_format"] == "base64" else _numbers
     tokens = record.prompt_tokens = sum(map(len, rows))

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from transformers_api.config.settings import Settings
 from transformers_api.serving.limits.api_keys import ApiKeys
-from transformers_api.serving.limits.rate_limit import Limiter, RateLimiter
+from transformers_api.serving.limits.token_bucket import Rate
 
 log = logging.getLogger(__name__)
 
-
-def _unlimited() -> Limiter:
-    return RateLimiter(0, 1)
+_IPV6_NETWORK = 64  # bits: what one household or machine is assigned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,9 +20,9 @@ class Access:
     """Keys and limits; without any, everybody may do everything."""
 
     keys: ApiKeys | None = None  # None: nobody needs one
-    inspections: Limiter = field(default_factory=_unlimited)  # of /chat/stream and /inspect/*
-    requests: Limiter | None = None  # of everything else that is not only read
-    tokens: Limiter | None = None
+    requests: Rate | None = None  # of a client, to /chat/stream and /inspect/*
+    limits_all: bool = False  # `requests` holds for everything that is not only read
+    tokens: Rate | None = None  # of a client, in prompts and answers
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Access:
@@ -36,30 +35,24 @@ class Access:
                 settings.host,
                 settings.port,
             )
-        make = _Maker(settings.redis_url)
-        inspections = make("requests", settings.inspected_per_min, settings.rate_limit_burst)
-        per_min = settings.rate_limit_tokens_per_min
+        per_min, tokens = settings.inspected_per_min, settings.rate_limit_tokens_per_min
         return cls(
             keys=keys,
-            inspections=inspections,
-            requests=inspections if settings.rate_limit_per_min else None,
-            tokens=make("tokens", per_min, per_min) if per_min else None,
+            requests=Rate(settings.rate_limit_burst, per_min) if per_min else None,
+            limits_all=bool(settings.rate_limit_per_min),
+            tokens=Rate(tokens, tokens) if tokens else None,
         )
 
 
-class _Maker:
-    """Limiters in redis, where one is named, else in this process."""
-
-    def __init__(self, redis_url: str | None) -> None:
-        self._store = None
-        if redis_url is not None:
-            from transformers_api.serving.limits.redis_rate_limit import Redis
-
-            self._store = Redis(redis_url)
-
-    def __call__(self, kind: str, per_min: int, burst: int) -> Limiter:
-        if self._store is None:
-            return RateLimiter(per_min, burst)
-        from transformers_api.serving.limits.redis_rate_limit import SharedRateLimiter
-
-        return SharedRateLimiter(self._store, kind, per_min, burst)
+def network(address: str) -> str:
+    """The client of an address: itself, of IPv6 its /64; other names stand for themselves."""
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:  # a socket in the file system has none
+        return address
+    if isinstance(parsed, ipaddress.IPv6Address):
+        if parsed.ipv4_mapped is not None:
+            return str(parsed.ipv4_mapped)
+        prefix = int(parsed) >> (128 - _IPV6_NETWORK) << (128 - _IPV6_NETWORK)
+        return f"{ipaddress.IPv6Address(prefix)}/{_IPV6_NETWORK}"
+    return str(parsed)
