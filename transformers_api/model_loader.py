@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Hashable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 from transformers_api import __version__
 from transformers_api.config.settings import GIB, Settings, load_in_one_thread
@@ -65,6 +66,7 @@ class ModelLoader:
         self.thread = thread
         self._sleeping: SleepingModels | None = None  # made with torch
         self._tokenizers: OrderedDict[Hashable, _Tokenizer] = OrderedDict()
+        self._examinations: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # see Attachment
         load_in_one_thread()
         self._devices = thread.call(_devices)  # also the first import of torch
 
@@ -156,7 +158,7 @@ class ModelLoader:
             return load_engine(files.folder, options, self.thread), None
         from transformers_api.inspection.attachment import Attachment
 
-        attachment = Attachment(slice_tokens=self.settings.prefill_chunk)
+        attachment = Attachment(self.settings.prefill_chunk, self._examinations)
         engine = load_engine(files.folder, options, self.thread, attachment.wrap)
         return engine, attachment.inspector(engine)
 

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import gc
 import inspect
-import weakref
 
 import pytest
 from transformers import PreTrainedTokenizerBase
@@ -12,6 +10,7 @@ from tests import tokenizers
 from tests.fakes import fake_model, fake_spec
 from transformers_api.errors import ChatUnavailable, InvalidRequest, ModelNotCapable
 from transformers_api.serving.text import chat_template
+from transformers_api.serving.text.end_of_turn import end_of_turn_ids
 
 USER = {"role": "user", "content": "Hi"}
 ASSISTANT = {"role": "assistant", "content": "Well"}
@@ -212,22 +211,28 @@ def test_an_unknown_role_in_a_transcript_is_an_invalid_request():
     ids=["chatml", "end of text", "no token", "only before", "raises", "breaks", "none"],
 )
 def test_the_token_that_closes_a_turn_is_found_by_the_template(template, expected):
-    assert chat_template.end_of_turn_ids(tokenizers.byte_level(chat_template=template)) == expected
+    assert end_of_turn_ids(tokenizers.byte_level(chat_template=template)) == expected
 
 
 def test_added_tokens_that_are_spaces_close_no_turn():
     tokenizer = tokenizers.byte_level(chat_template="{{ messages[-1]['content'] }}\n\n### User")
     tokenizer.add_tokens(["\n\n"])
-    assert chat_template.end_of_turn_ids(tokenizer) == frozenset()
+    assert end_of_turn_ids(tokenizer) == frozenset()
 
 
-def test_what_is_known_of_a_tokenizer_is_forgotten_with_it():
-    tokenizer = tokenizers.byte_level()
-    chat_template.end_of_turn_ids(tokenizer)
-    gone = weakref.ref(tokenizer)
-    del tokenizer
-    gc.collect()
-    assert gone() is None
+def test_the_template_of_a_model_is_asked_once_what_closes_a_turn(monkeypatch):
+    model = model_with()
+    render, rendered = model.tokenizer.apply_chat_template, []
+
+    def count(messages, **options):
+        rendered.append(messages[-1]["content"])
+        return render(messages, **options)
+
+    monkeypatch.setattr(model.tokenizer, "apply_chat_template", count)
+    for _ in range(3):
+        prompt = chat_template.encode(model, [{"role": "user", "content": "Hi"}])
+        assert prompt.stop_token_ids == {tokenizers.IM_END}
+    assert sorted(rendered) == ["Hi", "Hi", "Hi", "qzprobeqz"]
 
 
 def test_text_is_encoded_and_decoded_again():

@@ -13,18 +13,20 @@ from transformers_api.inspection.examination import Examined, examine
 from transformers_api.inspection.inspector import ModelInspector
 from transformers_api.inspection.trace import TracingRunner, TracingSampler
 
-# What was found out of a model, which may have slept since.
-_known: WeakKeyDictionary[Any, tuple[dict[str, int], Examined]] = WeakKeyDictionary()
+# Of a model that has slept since, by the model: the sizes it was examined with, and the result.
+Examinations = WeakKeyDictionary[Any, tuple[dict[str, int], Examined]]
 
 
 class Attachment:
     """One per load; all of it on the engine thread.
 
-    ``slice_tokens``: tokens that an inspection reads between two decode steps.
+    ``slice_tokens``: tokens that an inspection reads between two decode steps. ``examinations``
+    is filled and read: a model is examined once in the life of whoever owns it.
     """
 
-    def __init__(self, slice_tokens: int) -> None:
+    def __init__(self, slice_tokens: int, examinations: Examinations | None = None) -> None:
         self.slice_tokens = slice_tokens
+        self._examinations = Examinations() if examinations is None else examinations
         self.examined: Examined | None = None
 
     def wrap(
@@ -32,14 +34,14 @@ class Attachment:
     ) -> tuple[Runner, TokenSampler]:
         """See ``engine.loader.Wrap``."""
         sizes = {"vocab_size": limits.vocab_size, "context": limits.max_model_len}
-        before, known = _known.get(model, (None, None))
-        if known is None or before != sizes:
-            known = examine(model, **sizes, runner=runner)
-            _known[model] = sizes, known
-        self.examined = known
+        before, examined = self._examinations.get(model, (None, None))
+        if examined is None or before != sizes:
+            examined = examine(model, **sizes, runner=runner)
+            self._examinations[model] = sizes, examined
+        self.examined = examined
         library = runner.cache.library if isinstance(runner.cache, NativeCache) else None
-        tracing = TracingSampler(sampler, model, known, library)
-        return TracingRunner(runner, model, known), tracing
+        tracing = TracingSampler(sampler, model, examined, library)
+        return TracingRunner(runner, model, examined), tracing
 
     def inspector(self, engine: BatchingEngine) -> ModelInspector:
         """What answers questions about given tokens; it keeps no model alive."""

@@ -10,9 +10,9 @@ Models that attend with code of their own compute the weights anyway: hooks read
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -70,22 +70,24 @@ class AttentionSource:
             for layer, name, index in self.outputs
             if layers is None or layer in layers
         ]
-        _watch.layers = layers
-        _watch.by = watcher if self.mode is AttentionMode.TAP else None
+        watch = _Watch(watcher, layers) if self.mode is AttentionMode.TAP else None
+        token = _current.set(watch)
         try:
             yield
         finally:
-            _watch.by = None
+            _current.reset(token)
             for handle in handles:
                 handle.remove()
 
 
-class _Watch(threading.local):
-    by: Watcher | None = None
-    layers: Collection[int] | None = None
+@dataclass(frozen=True, slots=True)
+class _Watch:
+    watcher: Watcher
+    layers: Collection[int] | None  # None: all
 
 
-_watch = _Watch()
+# transformers finds attention functions by name, so that a tap gets its watcher by this way only.
+_current: ContextVar[_Watch | None] = ContextVar("watch", default=None)
 
 
 def install_tap(name: str) -> bool:
@@ -121,18 +123,21 @@ class Tap:
     ) -> Any:
         """What the wrapped function gives."""
         result = self.function(module, query, key, value, attention_mask, *args, **options)
-        layer, layers = getattr(module, "layer_idx", None), self.layers
-        if _watch.by is not None and layer is not None and (layers is None or layer in layers):
-            seen = Attended(
+        layer, watch = getattr(module, "layer_idx", None), _current.get()
+        if watch is None or layer is None:
+            return result
+        if watch.layers is None or layer in watch.layers:
+            attended = Attended(
                 module, query, key, value, attention_mask, result[0], options, self.aligns_ends
             )
-            _watch.by(layer, seen)
+            watch.watcher(layer, attended)
         return result
 
     @property
     def layers(self) -> Collection[int] | None:
         """Those that somebody watches; None: all."""
-        return () if _watch.by is None else _watch.layers
+        watch = _current.get()
+        return () if watch is None else watch.layers
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 
 from transformers_api.engine.base import Engine
 from transformers_api.inspection.base import Inspector
+from transformers_api.serving.text.end_of_turn import end_of_turn_ids
 from transformers_api.serving.text.vocabulary import Vocabulary
 
 ChatMode = Literal["template", "transcript", "off"]
@@ -131,6 +132,11 @@ class LoadedModel:
     inspector: Inspector | None = None  # None: INSPECT_ENABLED is off
     is_outdated: Callable[[], bool] = bool  # whether loading it anew would make it faster
     extras: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def end_of_turn(self) -> frozenset[int]:
+        """See end_of_turn_ids; asking the template costs as much as rendering a request."""
+        return end_of_turn_ids(self.tokenizer)
 
     @cached_property
     def vocabulary(self) -> Vocabulary:

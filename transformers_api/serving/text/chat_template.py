@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
-
-from jinja2 import TemplateError
 
 from transformers_api.errors import ChatUnavailable, InvalidRequest, ModelNotCapable, PromptTooLarge
 from transformers_api.serving.models.spec import ChatMode, LoadedModel, ModelSpec
+from transformers_api.serving.text.end_of_turn import TEMPLATE_ERRORS
 
 _CHAT_OFF = "Chat completions are currently disabled; please use /v1/completions instead."
 _TAGS = {
@@ -23,10 +21,6 @@ _TAGS = {
 # What a model without a template writes when it goes on alone: somebody's next turn. With the
 # line break, so that "User:" inside a sentence does not end the answer.
 TRANSCRIPT_STOPS = ("\nUser:", "\nSystem:", "\nAssistant:")
-
-# What a template raises for messages that it cannot show: its own raise_exception, and whatever
-# comes of a field that is missing or of another type.
-_TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
 _RESERVED = frozenset(
     {
         "self",
@@ -46,10 +40,6 @@ _RESERVED = frozenset(
         "max_length",
     }
 )
-_PROBE = "qzprobeqz"
-
-# Rendering a probe costs as much as rendering a request, and its answer never changes.
-_end_of_turn: WeakKeyDictionary[Any, frozenset[int]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +94,7 @@ def encode(
     if mode == "transcript":
         return ChatPrompt(_tokenize(model.tokenizer, text, True, "messages"), TRANSCRIPT_STOPS)
     ids = _tokenize(model.tokenizer, text, False, "messages")
-    return ChatPrompt(ids, _written_stops(model.tokenizer), end_of_turn_ids(model.tokenizer))
+    return ChatPrompt(ids, _written_stops(model.tokenizer), model.end_of_turn)
 
 
 def render(
@@ -162,17 +152,6 @@ def _written_stops(tokenizer: Any) -> tuple[str, ...]:
     return tuple(getattr(tokenizer, "init_kwargs", {}).get("stop_strings") or ())
 
 
-def end_of_turn_ids(tokenizer: Any) -> frozenset[int]:
-    """The token with which the chat template closes an assistant's turn; empty when unknown.
-
-    It is often not the tokenizer's end-of-sequence token: ``<|im_end|>``, ``<|eot_id|>``, ….
-    """
-    known = _end_of_turn.get(tokenizer)
-    if known is None:
-        known = _end_of_turn[tokenizer] = _probe_end_of_turn(tokenizer)
-    return known
-
-
 def encode_text(
     model: LoadedModel, text: str, add_special_tokens: bool = True, param: str = "prompt"
 ) -> list[int]:
@@ -227,7 +206,7 @@ def _render(
             continue_final_message=continue_final_message,
             **kwargs,
         )
-    except _TEMPLATE_ERRORS as error:
+    except TEMPLATE_ERRORS as error:
         raise InvalidRequest(
             f"The model's chat template refuses these messages: {error}", param="messages"
         ) from error
@@ -243,20 +222,3 @@ def _tokenize(tokenizer: Any, text: str, add_special_tokens: bool, param: str) -
         ) from error
     # verbose=False: whether it fits is our question, and asked elsewhere.
     return list(tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False))
-
-
-def _probe_end_of_turn(tokenizer: Any) -> frozenset[int]:
-    turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": _PROBE}]
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except _TEMPLATE_ERRORS:
-        return frozenset()
-    _, found, after = text.rpartition(_PROBE)
-    if not found:
-        return frozenset()
-    # Added tokens that are only spaces (Gemma has some) close nothing.
-    closing = {
-        i for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip(" \t\r\n▁")
-    }
-    ids = tokenizer.encode(after, add_special_tokens=False)
-    return frozenset(next(([i] for i in ids if i in closing), []))
