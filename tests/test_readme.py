@@ -170,10 +170,17 @@ def in_this_environment(command):
 
 
 def test_every_command_of_the_readme_is_of_a_kind_that_is_run_here():
-    kinds = {"make", "curl", "python", ".venv/bin/python"}
+    kinds = {"make", "curl", "python", ".venv/bin/python", "pip", "transformers-api"}
     others = [c for c in README if not kinds & set(c.split("\n")[0].split())]
     assert others == []
     assert len(README) >= 10
+
+
+def test_the_package_is_installed_as_another_test_installs_it():
+    """tests/test_package.py installs the wheel and asks the server that the command starts."""
+    (torch,) = re.findall(r"^torch==.*", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+    installing = [f"pip install {torch}", "pip install ."]
+    assert [*those("pip"), *those("transformers-api")] == [*installing, "transformers-api serve"]
 
 
 @pytest.mark.parametrize("command", [*those("make"), *those("make", "CONTRIBUTING.md")])
