@@ -62,7 +62,8 @@ class Settings:
     allow_download: bool | None = _setting(
         None,
         to.boolean,
-        "Fetch models from the Hub, also ids that are not registered. Default: true when HOST is "
+        "Fetch models from the Hub, also ids that are not registered, and the packages of built-in "
+        "models. Default: true when HOST is "
         "a loopback address or API_KEYS_FILE is set, else false.",
     )
     model_registry_path: Path | None = _setting(
