@@ -38,9 +38,9 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def native_cache() -> Path:
     """Where the compiled kernels are; skips where they cannot be had."""
-    from transformers_api.kernels.provider import provision
+    from transformers_api.kernels.provider import kernel_provider
 
-    if provision(NATIVE_CACHE, 1).library() is None:
+    if kernel_provider(NATIVE_CACHE, 1).library() is None:
         pytest.skip("no native kernels")
     return NATIVE_CACHE
 

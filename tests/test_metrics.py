@@ -19,6 +19,7 @@ from transformers_api.api.http.request_log import RequestRecord
 from transformers_api.config.settings import Settings
 from transformers_api.errors import EngineFailed, ModelLoadFailed, NotFound, Overloaded
 from transformers_api.kernels.build import NativeUnavailable, build
+from transformers_api.kernels.provider import kernel_provider
 from transformers_api.metric_names import described
 from transformers_api.metrics import OTHER, Metrics, Tally
 from transformers_api.serving.limits import api_keys
@@ -192,12 +193,13 @@ def test_runs_of_the_compiler_are_counted_by_their_result(tmp_path):
     for compiler, status in ((made, 0), (broken, 1)):
         compiler.write_text(f"#!/bin/sh\nexit {status}\n")
         compiler.chmod(0o755)
-    app, _ = make_app(tmp_path)
+    app, _ = make_app(tmp_path, native_cache=tmp_path / "cache")
+    outcomes = kernel_provider(tmp_path / "cache", Settings().torch_threads).outcomes
     before = scrape(app.test_client())
-    build(tmp_path / "cache", compiler=str(made))
-    build(tmp_path / "cache", compiler=str(made))  # it is there already
+    build(tmp_path / "cache", compiler=str(made), outcomes=outcomes)
+    build(tmp_path / "cache", compiler=str(made), outcomes=outcomes)  # it is there already
     with pytest.raises(NativeUnavailable):
-        build(tmp_path / "another", compiler=str(broken))
+        build(tmp_path / "another", compiler=str(broken), outcomes=outcomes)
     after = scrape(app.test_client())
     grown = {name: after[name] - before[name] for name in after if "kernel_compilations" in name}
     assert grown == {

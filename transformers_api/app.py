@@ -16,6 +16,7 @@ from transformers_api.config.settings import SettingError, Settings
 from transformers_api.engine.platform.lazy_torch import import_lean, without_collection
 from transformers_api.engine.thread import EngineThread
 from transformers_api.errors import ModelNotFound
+from transformers_api.kernels.provider import kernel_provider
 from transformers_api.logs import adopt, configure_logging
 from transformers_api.model_loader import EncoderLoader, ModelLoader
 from transformers_api.server.readiness import Readiness
@@ -83,7 +84,8 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
     )
     api.register(app, services)
     if metrics is not None:
-        metrics.watch(swapper.status, readiness, admission.__len__)
+        kernels = kernel_provider(settings.native_cache, settings.torch_threads)
+        metrics.watch(swapper.status, readiness, admission.__len__, kernels.outcomes)
     if thread is not None:
         thread.call(_import_engine)  # while the server already answers its health checks
     if settings.preload_model:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -36,7 +36,6 @@ from transformers_api import __version__, errors
 from transformers_api import metric_names as names
 from transformers_api.engine.base import EngineListener, FinishReason, SequenceStats
 from transformers_api.errors import ApiError
-from transformers_api.kernels import build
 from transformers_api.metric_names import Named
 from transformers_api.serving.swap.residency import SwapperListener, SwapperStatus
 
@@ -169,10 +168,14 @@ class Metrics:
         status: Callable[[], SwapperStatus],
         ready: Callable[[], tuple[bool, str]],
         active: Callable[[], int],
+        compilations: Mapping[str, int],
     ) -> None:
-        """Show what these say when somebody asks, and what the engines count. Once."""
+        """Show what these say when somebody asks, and what the engines count. Once.
+
+        ``compilations``: runs of the kernels' compiler, by their result.
+        """
         self.registry.register(_Engines(self._engines))
-        self.registry.register(_Residents(status, ready, active, self.model))
+        self.registry.register(_Residents(status, ready, active, self.model, compilations))
 
     def engine(self, model: str) -> EngineTally:
         """What hears of the steps of ``model``."""
@@ -280,11 +283,13 @@ class _Residents(Collector):
         ready: Callable[[], tuple[bool, str]],
         active: Callable[[], int],
         label: Callable[[str], str],
+        compilations: Mapping[str, int],
     ) -> None:
         self._status = status
         self._ready = ready
         self._active = active
         self._label = label
+        self._compilations = compilations
 
     def collect(self) -> Iterator[Metric]:
         status = self._status()
@@ -295,7 +300,7 @@ class _Residents(Collector):
         compiled = CounterMetricFamily(
             names.COMPILED.name, names.COMPILED.help, labels=names.COMPILED.labels
         )
-        for result, count in build.outcomes.items():
+        for result, count in self._compilations.items():
             compiled.add_metric([result], count)
         yield compiled
         yield from self._of_resident(status)

@@ -141,9 +141,9 @@ class ModelLoader:
                 self.wake()
 
         if self.settings.native_kernels and self._pick_device(spec) == "cpu":
-            from transformers_api.kernels.provider import provision
+            from transformers_api.kernels.provider import kernel_provider
 
-            kernels = provision(self.settings.native_cache, self.settings.torch_threads)
+            kernels = kernel_provider(self.settings.native_cache, self.settings.torch_threads)
             if kernels.library() is None:
                 kernels.when_compiled(tell)
         return compiled.is_set
@@ -343,9 +343,9 @@ def _devices() -> list[str]:
 def _kernels(cache: Path, threads: int | None) -> Callable[[str, str, int], str | None] | None:
     """What says how weights are kept; None without kernels."""
     from transformers_api.engine.native.convert_model import weight_kind
-    from transformers_api.kernels.provider import provision
+    from transformers_api.kernels.provider import kernel_provider
 
-    return weight_kind if provision(cache, threads).library() else None
+    return weight_kind if kernel_provider(cache, threads).library() else None
 
 
 def _available_bytes(device: str) -> int:

@@ -11,10 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.engine.models import prompts_of
 from tests.engine.reading import GREEDY, ask, complete
-from transformers_api.kernels.abi import Attention, Copy, Step
-from transformers_api.kernels.capture import OPS
+from transformers_api.kernels.abi import OPS, Attention, CacheWrite, Step
 
-KERNELS = {"attention": Attention, "write_cache": Copy}
+KERNELS = {"attention": Attention, "write_cache": CacheWrite}
 NAMES = ["llama", "gpt2"]
 
 
@@ -128,14 +127,14 @@ def recorded_steps(runner, monkeypatch) -> Iterator[list[Step]]:
     """The steps that a recorded pass hands to the kernels."""
     steps: list[Step] = []
     library = runner.cache.library
-    honest = library.long.run_steps
+    honest = library.without_gil.run_steps
 
     def spy(address, count):
         steps.extend((Step * count).from_address(address))
         honest(address, count)
 
     with monkeypatch.context() as patch:
-        patch.setattr(library.long, "run_steps", spy)
+        patch.setattr(library.without_gil, "run_steps", spy)
         yield steps
 
 
@@ -157,7 +156,7 @@ def test_recorded_steps_read_and_write_the_cache_where_it_lies(
                 kind = KERNELS.get(OPS[each.op])
                 if kind is not None:
                     call = kind.from_address(each.call)
-                    used = [call.target] if kind is Copy else [call.k, call.v]
+                    used = [call.target] if kind is CacheWrite else [call.k, call.v]
                     assert all(any(a <= place < b for a, b in ranges) for place in used)
                     count += len(used)
                 others = [each.out.data, *(o.data for o in each.inputs[: each.operands])]

@@ -14,7 +14,7 @@ from transformers_api.engine.native.sampler import NativeRace
 from transformers_api.engine.sampling import rng
 from transformers_api.engine.sampling.fast_sampler import UNSURE, Race, largest, likeliest
 from transformers_api.engine.sampling.sampler import Sampler, by_definition
-from transformers_api.kernels.provider import provision
+from transformers_api.kernels.provider import kernel_provider
 
 
 @pytest.fixture(scope="session", params=["torch", "native"])
@@ -22,7 +22,7 @@ def race(request):
     """Each of the two ways."""
     if request.param == "torch":
         return Race()
-    return NativeRace(provision(request.getfixturevalue("native_cache"), 2).library())
+    return NativeRace(kernel_provider(request.getfixturevalue("native_cache"), 2).library())
 
 
 @st.composite
@@ -80,7 +80,7 @@ def test_it_is_nearly_always_sure(race, params, scale):
 def test_the_kernel_is_sure_of_the_k_likeliest_too(native_cache):
     logits = torch.randn(40, 20_000, generator=torch.Generator().manual_seed(1))
     sequences = [sequence(seed=s, top_k=s + 2, top_p=0.8 + s / 200) for s in range(40)]
-    found = NativeRace(provision(native_cache, 2).library())(logits, sequences)
+    found = NativeRace(kernel_provider(native_cache, 2).library())(logits, sequences)
     assert found.count(UNSURE) <= 1
     expected = by_definition(logits, sequences)
     assert all(x in (UNSURE, y) for x, y in zip(found, expected, strict=True))

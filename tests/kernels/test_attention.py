@@ -13,7 +13,7 @@ from transformers_api.kernels.modules.attention import (
     native_attention,
     write_cache,
 )
-from transformers_api.kernels.stats import shares
+from transformers_api.kernels.stats import attention_probs
 
 CASES = {
     "decode": {},
@@ -192,7 +192,7 @@ def test_shares_that_are_shown_are_those_of_the_definition(library, name, kv_dty
     for row, wanted in enumerate(case.weights()):
         queries = range(wanted.shape[1])[-3:]
         options = {"scaling": case.scale, **case.options}
-        found, sinks = shares(rows, case.query, case.key, row, queries, options)
+        found, sinks = attention_probs(rows, case.query, case.key, row, queries, options)
         torch.testing.assert_close(found.double(), wanted[:, -3:], atol=1e-6, rtol=1e-4)
         if case.options["s_aux"] is None:
             assert sinks is None

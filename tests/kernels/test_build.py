@@ -13,10 +13,9 @@ import pytest
 
 from tests.servers import ROOT
 from transformers_api.kernels import build as building
-from transformers_api.kernels.abi import load_library
 from transformers_api.kernels.build import NativeUnavailable, build, find
 from transformers_api.kernels.cpu import usable_cores
-from transformers_api.kernels.provider import Provision
+from transformers_api.kernels.provider import KernelProvider
 
 
 def script(path: Path, text: str) -> str:
@@ -85,7 +84,7 @@ def test_without_a_compiler_there_is_a_line_in_the_log_and_no_library(
 ):
     monkeypatch.setattr(building.shutil, "which", lambda name: None)
     monkeypatch.setattr(building, "check_processor", lambda: None)
-    assert load_library(tmp_path, 2) is None
+    assert KernelProvider(tmp_path, 2).library() is None
     assert "there is no compiler (g++, clang++)" in caplog.text
 
 
@@ -93,26 +92,26 @@ def test_without_the_instructions_nothing_is_compiled(tmp_path, monkeypatch, cap
     monkeypatch.setattr(building, "_cpu_flags", lambda: {"avx512f"})
     monkeypatch.setattr(building.platform, "system", lambda: "Linux")
     monkeypatch.setattr(building.platform, "machine", lambda: "x86_64")
-    assert load_library(tmp_path / "cache", 2) is None
+    assert KernelProvider(tmp_path / "cache", 2).library() is None
     assert "the processor has no avx512bw" in caplog.text
     assert not (tmp_path / "cache").exists()
 
 
 def test_another_machine_is_named(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(building.platform, "machine", lambda: "aarch64")
-    assert load_library(tmp_path, 2) is None
+    assert KernelProvider(tmp_path, 2).library() is None
     assert "Linux on x86-64" in caplog.text
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, library_file, caplog):
     (tmp_path / "file").write_text("")
-    assert load_library(tmp_path / "file" / "cache", 2) is None
+    assert KernelProvider(tmp_path / "file" / "cache", 2).library(wait=True) is None
     assert "cannot write to" in caplog.text
 
 
 def test_a_damaged_library_is_no_reason_to_fail(tmp_path, library_file, caplog):
     (tmp_path / library_file.name).write_bytes(b"not a library")
-    assert load_library(tmp_path, 2) is None
+    assert KernelProvider(tmp_path, 2).library() is None
     assert "No native kernels" in caplog.text
 
 
@@ -155,16 +154,16 @@ def test_nobody_waits_for_the_compiler_and_who_asked_is_told(tmp_path, quick):
     os.mkfifo(go)
     script(quick / "g++", f'read -r line <{go}; for to; do :; done; cp {quick}/made "$to"')
     compiled = threading.Event()
-    provision = Provision(tmp_path / "cache", 2)
-    assert provision.library() is None
-    assert provision.library() is None
-    assert provision.when_compiled(compiled.set)
+    provider = KernelProvider(tmp_path / "cache", 2)
+    assert provider.library() is None
+    assert provider.library() is None
+    assert provider.when_compiled(compiled.set)
     assert not compiled.is_set()
     go.write_text("on\n")
     assert compiled.wait(20)
-    assert provision.library() is not None
+    assert provider.library() is not None
     later = threading.Event()
-    assert provision.when_compiled(later.set)
+    assert provider.when_compiled(later.set)
     assert later.is_set()
 
 
@@ -172,21 +171,21 @@ def test_a_compiler_that_fails_in_the_background_is_told_once_and_not_tried_agai
     tmp_path, quick, caplog
 ):
     compiler(quick / "g++", fails=True)
-    provision = Provision(tmp_path / "cache", 2)
-    assert provision.library() is None
+    provider = KernelProvider(tmp_path / "cache", 2)
+    assert provider.library() is None
     for thread in threading.enumerate():
         if thread.name == "compiler":
             thread.join()
-    assert provision.library() is None
-    assert not provision.when_compiled(pytest.fail)
+    assert provider.library() is None
+    assert not provider.when_compiled(pytest.fail)
     assert caplog.text.count("No native kernels, so inference is slower") == 1
     assert (quick / "calls").read_text() == "called\n"
 
 
 def test_where_the_kernels_are_nothing_is_compiled(library_file, quick):
-    provision = Provision(library_file.parent, 2)
-    assert provision.library() is not None
-    assert not provision.when_compiled(pytest.fail)
+    provider = KernelProvider(library_file.parent, 2)
+    assert provider.library() is not None
+    assert not provider.when_compiled(pytest.fail)
     assert not (quick / "calls").exists()
 
 

@@ -49,7 +49,7 @@ from transformers_api.engine.thread import EngineThread
 from transformers_api.errors import ModelLoadFailed
 from transformers_api.kernels.abi import Library
 from transformers_api.kernels.cpu import usable_cores
-from transformers_api.kernels.provider import provision
+from transformers_api.kernels.provider import kernel_provider
 
 log = logging.getLogger(__name__)
 disable_progress_bar()  # type: ignore[no-untyped-call]  # a server's log is no terminal
@@ -324,7 +324,7 @@ def _library(options: LoadOptions, thread: EngineThread) -> Library | None:
     elif options.native is None:
         why = "it needs NATIVE_KERNELS=true"
     else:
-        kernels = provision(options.native, thread.num_threads)
+        kernels = kernel_provider(options.native, thread.num_threads)
         library = kernels.library(wait=quantizes)  # torch cannot do it meanwhile
         why = kernels.why_not
     torch.set_num_threads(1 if library else thread.num_threads or OWN_THREADS)

@@ -24,7 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from transformers_api.inspection.base import AttentionMode
 from transformers_api.kernels.modules.attention import CausalRows
-from transformers_api.kernels.stats import shares
+from transformers_api.kernels.stats import attention_probs
 
 
 class Weights(Protocol):
@@ -196,7 +196,7 @@ class Attended:
         self, mask: CausalRows, sequence: int, queries: slice, heads: Sequence[int] | None
     ) -> tuple[Tensor, Tensor | None]:
         chosen = range(self.query.shape[2])[queries]
-        found, sinks = shares(mask, self.query, self.key, sequence, chosen, self.options)
+        found, sinks = attention_probs(mask, self.query, self.key, sequence, chosen, self.options)
         if heads is not None:
             found, sinks = found[list(heads)], None if sinks is None else sinks[list(heads)]
         return found, sinks

@@ -34,8 +34,7 @@ from transformers_api.inspection.base import (
 from transformers_api.inspection.examination import Examined
 from transformers_api.inspection.parts import lens_logits, residuals_of, routers_of
 from transformers_api.kernels.abi import Library
-from transformers_api.kernels.stats import Figures
-from transformers_api.kernels.stats import figures as native_figures
+from transformers_api.kernels.stats import TokenStats, token_stats
 
 NAME = "trace"  # in ``observe`` and ``extras``
 LOWEST = -1e4  # a logit; times a probability of 0 it is 0, which -inf is not
@@ -209,10 +208,10 @@ class TracingSampler:
             router=tuple(notes.routed),
         )
 
-    def _figures(self, logits: Tensor, token: int, count: int) -> Figures:
+    def _figures(self, logits: Tensor, token: int, count: int) -> TokenStats:
         if self.library is None or logits.stride(0) != 1:
             return figures(logits, token, count)
-        return native_figures(self.library, logits, token, count)
+        return token_stats(self.library, logits, token, count)
 
     def _lens(self, notes: _Notes, token: int) -> tuple[LensReading, ...]:
         layers = [layer for layer in notes.plan.lens_layers if layer in notes.residuals]
@@ -233,7 +232,7 @@ class TracingSampler:
         )
 
 
-def figures(logits: Tensor, token: int, count: int) -> Figures:
+def figures(logits: Tensor, token: int, count: int) -> TokenStats:
     """Of ``logits`` (V,), with ``count`` of the likeliest tokens."""
     # Tensors of the size of the vocabulary cost more to allocate than to fill: one will do.
     probs = logits.softmax(-1)
@@ -241,7 +240,7 @@ def figures(logits: Tensor, token: int, count: int) -> Figures:
     total = best - probs.max().log()  # logsumexp
     seen = logits.clamp_min(LOWEST) if lowest < LOWEST else logits  # 0 * -inf is no number
     top = _likely(probs, count)
-    return Figures(
+    return TokenStats(
         logprob=float(logits[token] - total),
         entropy=max(float(total - probs @ seen), 0.0),
         rank=_rank(logits, token),

@@ -1,29 +1,46 @@
-"""The compiled kernels as Python sees them: structs, signatures, threads.
+"""The compiled kernels as Python sees them: structures, operations, types, functions, threads.
 
-A call through ctypes costs less than one through torch's dispatcher, and the file compiles in
-seconds because it includes nothing of torch. Calls of a few rows keep the interpreter's lock: to
-give it up and to get it back among busy threads takes longer than the call.
+The only mirror of src/abi.h. A library states its ABI version and the layout of everything in that
+file; one that differs from this module is refused before anything else of it is called.
+
+A call through ctypes costs less than one through torch's dispatcher, and the sources compile in
+seconds because they include nothing of torch. Calls of a few rows keep the interpreter's lock: to
+release it and to get it back among busy threads takes longer than the call.
 """
 
 from __future__ import annotations
 
 import ctypes
-import logging
-from ctypes import POINTER, c_double, c_float, c_int32, c_int64, c_void_p
+from _ctypes import dlclose
+from ctypes import POINTER, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from transformers_api.kernels.build import NativeUnavailable, build, check_processor
+from transformers_api.kernels.build import LibraryRefused, check_trusted
 
-log = logging.getLogger(__name__)
-TYPES = {torch.float32: 0, torch.bfloat16: 1}  # kernels.cpp: enum Type
-WEIGHT_TYPES = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 4}
+ABI_VERSION = 1
+OPS = (
+    *("copy", "add", "sub", "mul", "div", "neg", "cube", "rsqrt", "sqrt", "exp", "tanh", "silu"),
+    *("sigmoid", "gelu", "gelu_tanh", "relu", "cos", "sin", "mean", "layer_norm", "gather"),
+    *("linear", "attention", "write_cache", "unpack_rows"),
+)
+TYPE_NUMBERS = {"F32": 0, "BF16": 1, "I8": 2, "I64": 3, "I4": 4}
+# Of activations and the KV cache, of packed weights, of operands.
+TYPES = {torch.float32: TYPE_NUMBERS["F32"], torch.bfloat16: TYPE_NUMBERS["BF16"]}
+WEIGHT_TYPES = {
+    "float32": TYPE_NUMBERS["F32"],
+    "bfloat16": TYPE_NUMBERS["BF16"],
+    "int8": TYPE_NUMBERS["I8"],
+    "int4": TYPE_NUMBERS["I4"],
+}
+OPERAND_TYPES = {**TYPES, torch.int64: TYPE_NUMBERS["I64"]}
 
 
 class Weight(ctypes.Structure):
-    """kernels.cpp: struct Weight."""
+    """A packed weight matrix (n outputs, k inputs)."""
 
     _fields_ = (
         ("type", c_int32),
@@ -36,7 +53,7 @@ class Weight(ctypes.Structure):
 
 
 class Attention(ctypes.Structure):
-    """kernels.cpp: struct Attention."""
+    """Causal attention over a KV cache."""
 
     _fields_ = (
         ("q", c_void_p),
@@ -61,8 +78,8 @@ class Attention(ctypes.Structure):
     )
 
 
-class Copy(ctypes.Structure):
-    """kernels.cpp: struct Copy."""
+class CacheWrite(ctypes.Structure):
+    """New keys or values, and the rows of the KV cache that they are written into."""
 
     _fields_ = (
         ("source", c_void_p),
@@ -80,7 +97,7 @@ class Copy(ctypes.Structure):
 
 
 class Operand(ctypes.Structure):
-    """kernels.cpp: struct Operand."""
+    """An operand of a Step."""
 
     _fields_ = (
         ("data", c_void_p),
@@ -91,7 +108,7 @@ class Operand(ctypes.Structure):
 
 
 class Step(ctypes.Structure):
-    """kernels.cpp: struct Step."""
+    """One operation of a recorded forward pass."""
 
     _fields_ = (
         ("op", c_int32),
@@ -99,53 +116,163 @@ class Step(ctypes.Structure):
         ("sizes", c_int64 * 4),
         ("out", Operand),
         ("inputs", Operand * 3),
-        ("number", c_double),
+        ("scalar", c_double),
         ("call", c_void_p),
-        ("together", c_int64),
+        ("fused", c_int64),
     )
 
 
+class SampleRow(ctypes.Structure):
+    """One row of logits and how to sample from it."""
+
+    _fields_ = (
+        ("logits", c_void_p),
+        ("size", c_int64),
+        ("key", c_int64),
+        ("top_k", c_int64),
+        ("temperature", c_double),
+        ("top_p", c_double),
+        ("min_p", c_double),
+    )
+
+
+class TokenStats(ctypes.Structure):
+    """A token and the distribution it comes from; the last three are results."""
+
+    _fields_ = (
+        ("logits", c_void_p),
+        ("size", c_int64),
+        ("token", c_int64),
+        ("count", c_int64),
+        ("logprob", c_double),
+        ("entropy", c_double),
+        ("rank", c_int64),
+    )
+
+
+STRUCTURES = (Weight, Attention, CacheWrite, Operand, Step, SampleRow, TokenStats)
 SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "set_threads": (None, [c_int32]),
     "packed_bytes": (c_int64, [POINTER(Weight)]),
     "pack": (None, [POINTER(Weight), c_void_p, c_int32, c_int64, c_int64]),
     "pack_int4": (None, [POINTER(Weight), c_void_p, c_int32, c_int64, c_int64, c_void_p]),
-    "rows_of": (None, [POINTER(Weight), c_void_p, c_int64, c_void_p]),
+    "unpack_rows": (None, [POINTER(Weight), c_void_p, c_int64, c_void_p]),
     "linear": (None, [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int32]),
     "attention": (None, [POINTER(Attention)]),
-    "write_cache": (None, [POINTER(Copy)]),
+    "write_cache": (None, [POINTER(CacheWrite)]),
     "run_steps": (None, [c_void_p, c_int64]),
-    "draw": (None, [c_void_p, c_int64, c_void_p]),
-    "shares": (None, [c_void_p, *[c_int64] * 4, c_void_p, c_void_p]),
-    "figures": (None, [c_void_p, c_void_p, c_void_p]),
+    "sample": (None, [c_void_p, c_int64, c_void_p]),
+    "attention_probs": (None, [c_void_p, *[c_int64] * 4, c_void_p, c_void_p]),
+    "token_stats": (None, [c_void_p, c_void_p, c_void_p]),
 }
 
 
+class Layout(NamedTuple):
+    """The part of an ABI that is numbers: sizes and offsets in bytes, operations, types."""
+
+    sizes: dict[str, int]
+    offsets: dict[str, dict[str, int]]
+    ops: tuple[str, ...]
+    types: dict[str, int]
+
+    @classmethod
+    def own(cls) -> Layout:
+        """The layout that this module declares."""
+        return cls(
+            {each.__name__: ctypes.sizeof(each) for each in STRUCTURES},
+            {
+                each.__name__: {name: getattr(each, name).offset for name, *_ in each._fields_}
+                for each in STRUCTURES
+            },
+            OPS,
+            TYPE_NUMBERS,
+        )
+
+    @classmethod
+    def parse(cls, text: str) -> Layout:
+        """The layout that a library states; see src/abi.cpp. Raises ValueError."""
+        layout = cls({}, {}, (), {})
+        for line in text.splitlines():
+            kind, *words = line.split()
+            if kind == "struct":
+                name, size, *fields = words
+                layout.sizes[name] = int(size)
+                layout.offsets[name] = _numbers(fields)
+            elif kind == "ops":
+                layout = layout._replace(ops=tuple(words))
+            elif kind == "types":
+                layout = layout._replace(types=_numbers(words))
+        return layout
+
+
 class Library:
-    """The kernels, with a team of ``threads`` that all calls of the process share."""
+    """The compiled kernels, with a pool of ``threads`` that all calls of the process share.
+
+    Raises LibraryRefused for a file that must not be used, NativeUnavailable where its folder is
+    not safe, OSError where it cannot be opened.
+    """
 
     def __init__(self, path: Path, threads: int) -> None:
-        self.quick = _declared(ctypes.PyDLL(str(path)))  # keeps the interpreter's lock
-        self.long = _declared(ctypes.CDLL(str(path)))  # lets other threads run meanwhile
+        check_trusted(path)
+        with_gil = ctypes.PyDLL(str(path))
+        try:
+            check_abi(with_gil)
+            self.with_gil = _declare(with_gil)  # keeps the interpreter's lock
+            self.without_gil = _declare(ctypes.CDLL(str(path)))  # other threads run meanwhile
+        except LibraryRefused:
+            dlclose(with_gil._handle)  # else another file of this name would not be opened
+            raise
         self.set_threads(threads)
 
     def set_threads(self, count: int) -> None:
-        """Resize the team; waits for a call in progress."""
-        self.long.set_threads(count)
+        """Resize the pool; waits for a call in progress."""
+        self.without_gil.set_threads(count)
 
 
-def load_library(cache: Path, threads: int) -> Library | None:
-    """The kernels, compiled into ``cache`` if they are not there; None with a line in the log."""
+def check_abi(library: Any) -> None:
+    """Compare a library's ABI with this module. Raises LibraryRefused, naming the difference."""
     try:
-        check_processor()
-        return Library(build(cache), threads)
-    except (NativeUnavailable, OSError) as error:
-        log.warning("No native kernels, so inference is slower: %s", error)
-        return None
+        version = library.abi_version()
+        if version != ABI_VERSION:
+            raise LibraryRefused(
+                f"its ABI has version {version}, and this program needs {ABI_VERSION}"
+            )
+        library.abi_layout.restype = c_char_p
+        theirs = Layout.parse(library.abi_layout().decode())
+    except (AttributeError, ValueError) as error:
+        raise LibraryRefused(f"it does not state its ABI: {error}") from error
+    if difference := _difference(theirs, Layout.own()):
+        raise LibraryRefused(difference)
 
 
-def _declared(library: Any) -> Any:
+def _difference(theirs: Layout, own: Layout) -> str | None:
+    """The first difference, in words."""
+    for name, size in own.sizes.items():
+        if theirs.sizes.get(name) != size:
+            return f"struct {name} has {theirs.sizes.get(name)} bytes in it, and {size} here"
+        for field, offset in own.offsets[name].items():
+            other = theirs.offsets[name].get(field)
+            if other != offset:
+                return f"{name}.{field} is at byte {other} in it, and at {offset} here"
+    for number, (other_op, op) in enumerate(zip_longest(theirs.ops, own.ops)):
+        if other_op != op:
+            return f"operation {number} is {other_op} in it, and {op} here"
+    for name, number in own.types.items():
+        if theirs.types.get(name) != number:
+            return f"type {name} is {theirs.types.get(name)} in it, and {number} here"
+    return None
+
+
+def _numbers(words: list[str]) -> dict[str, int]:
+    pairs = (word.split(":") for word in words)
+    return {name: int(number) for name, number in pairs}
+
+
+def _declare(library: Any) -> Any:
     for name, (result, arguments) in SIGNATURES.items():
-        function = getattr(library, name)
+        try:
+            function = getattr(library, name)
+        except AttributeError as error:
+            raise LibraryRefused(f"it has no function {name}") from error
         function.restype, function.argtypes = result, arguments
     return library

@@ -1,7 +1,10 @@
-"""Compiles kernels.cpp into a cache, once: source, flags and C library name the result.
+"""Compiles the sources into a cache, once: sources, flags and C library name the result.
 
 The flags name the instructions and not the machine that compiles, so that a library can be made
 where an image is built and be used elsewhere; whether a processor has them is asked at run time.
+
+A library is code that a server runs, so one is opened only if nobody but this user or root can have
+written it.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import logging
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import time
 from collections.abc import Iterator
@@ -19,7 +23,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 log = logging.getLogger(__name__)
-SOURCE = Path(__file__).with_name("src") / "kernels.cpp"
+SOURCES = Path(__file__).with_name("src")
+MAIN_SOURCE = SOURCES / "kernels.cpp"  # which includes the others
 COMPILERS = ("g++", "clang++")
 FEATURES = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16", "fma")
 FLAGS = (
@@ -27,45 +32,97 @@ FLAGS = (
     *(f"-m{feature.replace('_', '')}" for feature in FEATURES),
 )
 TIMEOUT_S = 1800  # it has a low priority, and a server may be busy
-outcomes = {"succeeded": 0, "failed": 0}  # how often the compiler was run by this process
+WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
 class NativeUnavailable(Exception):
-    """Why this machine does without the kernels; never more than a matter of speed."""
+    """The reason why this machine does without the kernels; never more than a matter of speed."""
+
+
+class LibraryRefused(NativeUnavailable):
+    """A compiled library that must not be used. Another may be compiled in its place."""
 
 
 def find(cache: Path) -> Path | None:
-    """The compiled library, if an earlier ``build`` left it in ``cache``."""
-    made = cache / _name()
-    return made if made.is_file() else None
+    """The compiled library that an earlier ``build`` left in ``cache``; it may be refused yet."""
+    path = cache / _name()
+    return path if path.is_file() else None
 
 
-def build(cache: Path, compiler: str | None = None) -> Path:
-    """The compiled library in ``cache``, from an earlier run or made now (half a minute).
+def build(
+    cache: Path,
+    compiler: str | None = None,
+    replace: bool = False,
+    outcomes: dict[str, int] | None = None,
+) -> Path:
+    """The compiled library in ``cache``, from an earlier run or compiled now (half a minute).
 
-    Whoever asks meanwhile, also in another process, waits and finds it. ``compiler`` is one other
-    than the first that is found. Whether this processor can run it is another question. Raises
-    NativeUnavailable.
+    Callers that arrive meanwhile, also in other processes, wait for the same result. ``compiler``:
+    another one than the first on the path. ``replace``: compile even if a library is there.
+    ``outcomes``: counts the runs of the compiler that "succeeded" and "failed". Whether this
+    processor can run the library is another question. Raises NativeUnavailable.
     """
     check_platform()
-    if found := find(cache):
-        return found
+    if not replace and (library := _reusable(cache)):
+        return library
     compiler = compiler or find_compiler()
     with _locked(cache):
-        if find(cache) is None:
-            _compile(compiler, cache / _name())
+        if replace or _reusable(cache) is None:
+            _compile(compiler, cache / _name(), {} if outcomes is None else outcomes)
     return cache / _name()
 
 
+def check_trusted(path: Path) -> None:
+    """Check that nobody but this user or root can have written a library.
+
+    Raises LibraryRefused for the file, NativeUnavailable for its folder: of another owner, or
+    writable for a group or for all.
+    """
+    path = path.resolve()
+    check_folder(path.parent)
+    if reason := _distrust(path):
+        raise LibraryRefused(f"{path} {reason}")
+
+
+def check_folder(folder: Path) -> None:
+    """Raise NativeUnavailable for a folder into which others may write; see ``check_trusted``."""
+    folder = folder.resolve()
+    if reason := _distrust(folder):
+        raise NativeUnavailable(f"no library is opened in {folder}, because it {reason}")
+
+
+def _distrust(path: Path) -> str | None:
+    try:
+        status = path.stat()
+    except OSError as error:
+        return f"cannot be examined: {error.strerror}"
+    if status.st_uid not in (0, os.geteuid()):
+        return f"belongs to the user {status.st_uid}, not to {os.geteuid()} or root"
+    if status.st_mode & WRITABLE_BY_OTHERS:
+        return f"may be written by others (mode {stat.S_IMODE(status.st_mode):o})"
+    return None
+
+
+def _reusable(cache: Path) -> Path | None:
+    path = find(cache)
+    if path is None:
+        return None
+    try:
+        check_trusted(path)
+    except LibraryRefused:
+        return None
+    return path
+
+
 def check_processor() -> None:
-    """Raises NativeUnavailable for a CPU that lacks an instruction the kernels use."""
+    """Raise NativeUnavailable for a CPU that lacks an instruction the kernels use."""
     check_platform()
     if missing := [name for name in FEATURES if name not in _cpu_flags()]:
         raise NativeUnavailable(f"the processor has no {', '.join(missing)}")
 
 
 def check_platform() -> None:
-    """Raises NativeUnavailable where the kernels can be of no use."""
+    """Raise NativeUnavailable where the kernels can be of no use."""
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         raise NativeUnavailable("the kernels are written for Linux on x86-64")
 
@@ -77,30 +134,33 @@ def _cpu_flags() -> set[str]:
 
 def find_compiler() -> str:
     """The compiler of this machine. Raises NativeUnavailable."""
-    found = next((path for name in COMPILERS if (path := shutil.which(name))), None)
-    if found is None:
+    path = next((path for name in COMPILERS if (path := shutil.which(name))), None)
+    if path is None:
         raise NativeUnavailable(f"there is no compiler ({', '.join(COMPILERS)})")
-    return found
+    return path
 
 
 def _name() -> str:
-    """Of the file: says all that it depends on, but for the compiler that happens to be there."""
-    parts = [SOURCE.read_text(), " ".join(FLAGS), platform.libc_ver()[1]]
+    """The file's name: a hash of all that it depends on, but for the compiler itself."""
+    sources = [f"{path.name}\n{path.read_text()}" for path in sorted(SOURCES.iterdir())]
+    parts = [*sources, " ".join(FLAGS), platform.libc_ver()[1]]
     return f"kernels-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Made if need be, and nobody else's while it lasts."""
+    """Lock the folder against other processes; it is made if need be."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o755, exist_ok=True)  # not for a group to write, whatever the umask
         handle = os.open(folder, os.O_RDONLY)
     except OSError as error:
         raise NativeUnavailable(f"cannot write to {folder}: {error.strerror}") from error
     try:
+        check_folder(folder)
         fcntl.flock(handle, fcntl.LOCK_EX)
-        for left in folder.glob("kernels-*.part"):  # of somebody who was stopped
-            left.unlink(missing_ok=True)
+        for part in folder.glob("kernels-*.part"):  # of a process that was stopped
+            part.unlink(missing_ok=True)
         yield
     except OSError as error:
         raise NativeUnavailable(f"cannot write to {folder}: {error.strerror}") from error
@@ -108,26 +168,25 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _compile(compiler: str, target: Path) -> None:
+def _compile(compiler: str, target: Path, outcomes: dict[str, int]) -> None:
     start = time.monotonic()
-    made = target.with_suffix(".part")
+    part = target.with_suffix(".part")
+    outcome = "failed"
     try:
-        made.touch()
-        _run(compiler, [*FLAGS, str(SOURCE), "-o", str(made)])
-        made.chmod(0o755)  # whatever the umask: it may be another user who runs the server
-        made.replace(target)
-        outcomes["succeeded"] += 1
-    except (NativeUnavailable, OSError):
-        outcomes["failed"] += 1
-        raise
+        part.touch()
+        _run(compiler, [*FLAGS, str(MAIN_SOURCE), "-o", str(part)])
+        part.chmod(0o755)  # whatever the umask: it may be another user who runs the server
+        part.replace(target)
+        outcome = "succeeded"
     finally:
-        made.unlink(missing_ok=True)
+        outcomes[outcome] = outcomes.get(outcome, 0) + 1
+        part.unlink(missing_ok=True)
     log.info("Native kernels compiled in %.1f s: %s", time.monotonic() - start, target)
 
 
 def _run(compiler: str, arguments: list[str]) -> None:
-    patient = [nice, "-n", "10"] if (nice := shutil.which("nice")) else []  # a server may be busy
-    command = [*patient, compiler, *arguments]
+    low_priority = [nice, "-n", "10"] if (nice := shutil.which("nice")) else []
+    command = [*low_priority, compiler, *arguments]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False

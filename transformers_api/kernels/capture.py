@@ -19,11 +19,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-OPS = (  # kernels.cpp: enum Op
-    *("copy", "add", "sub", "mul", "div", "neg", "cube", "rsqrt", "sqrt", "exp", "tanh", "silu"),
-    *("sigmoid", "gelu", "gelu_tanh", "relu", "cos", "sin", "mean", "layer_norm", "gather"),
-    *("linear", "attention", "write_cache", "rows_of"),
-)
 COPY = "aten.copy.default"
 UNARY = {
     COPY: "copy",

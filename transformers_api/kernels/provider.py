@@ -1,4 +1,4 @@
-"""Where a process has its kernels from. Nobody waits for the compiler."""
+"""The source of a process's kernels: a compiled library, or the compiler in the background."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import logging
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from transformers_api.kernels.abi import Library
 from transformers_api.kernels.build import (
+    LibraryRefused,
     NativeUnavailable,
     build,
     check_processor,
@@ -18,45 +19,50 @@ from transformers_api.kernels.build import (
 )
 from transformers_api.kernels.cpu import usable_cores
 
+if TYPE_CHECKING:
+    from transformers_api.kernels.abi import Library
+
 log = logging.getLogger(__name__)
 
 
-class Provision:
-    """The kernels in ``cache``; where they are not, the compiler is started once and left alone.
+class KernelProvider:
+    """The kernels in ``cache``; where none can be used, the compiler is started once.
 
-    ``library`` is for one thread, the others are for any.
+    ``library`` is for one thread, the others are for any. ``why_not``: the reason while there is no
+    library. ``outcomes``: runs of the compiler that "succeeded" and "failed".
     """
 
     def __init__(self, cache: Path, threads: int) -> None:
+        self.why_not = "the native kernels are being compiled"
+        self.outcomes = {"succeeded": 0, "failed": 0}
         self._cache = cache
         self._threads = threads
         self._library: Library | None = None
-        self._is_hopeless = False
-        self.why_not = "the native kernels are being compiled"
-        self._compiling: threading.Thread | None = None
+        self._has_failed = False
+        self._compiler: threading.Thread | None = None
+        self._is_compiled = False
         self._lock = threading.Lock()
         self._callbacks: list[Callable[[], None]] = []
-        self._is_compiled = False
 
     def library(self, wait: bool = False) -> Library | None:
         """The kernels; None while they are compiled, or for good, with one line in the log.
 
-        ``wait``: for the compiler, if that is what they wait for.
+        ``wait``: until the compiler is done, if it is running.
         """
-        if self._library is None and not self._is_hopeless:
+        if self._library is None and not self._has_failed:
             try:
-                self._look()
-                if wait and self._library is None and self._compiling is not None:
-                    self._compiling.join()
-                    self._look()
+                self._advance()
+                if wait and self._library is None and self._compiler is not None:
+                    self._compiler.join()
+                    self._advance()
             except (NativeUnavailable, OSError) as error:
                 self._give_up(error)
         return self._library
 
     def when_compiled(self, callback: Callable[[], None]) -> bool:
-        """Call back once, from any thread, when the compiler is done; False: nothing is coming."""
+        """Call back once, from any thread, when the compiler is done; False if none is running."""
         with self._lock:
-            if self._compiling is None or self._is_hopeless:
+            if self._compiler is None or self._has_failed:
                 return False
             if not self._is_compiled:
                 self._callbacks.append(callback)
@@ -64,19 +70,34 @@ class Provision:
         callback()
         return True
 
-    def _look(self) -> None:
+    def _advance(self) -> None:
         check_processor()
-        if path := find(self._cache):
-            self._library = Library(path, self._threads)
-        elif self._compiling is None:
-            find_compiler()
-            log.info("Compiling native kernels; until they are there inference is slower")
-            self._compiling = threading.Thread(target=self._compile, name="compiler", daemon=True)
-            self._compiling.start()
-
-    def _compile(self) -> None:
+        path = find(self._cache)
+        if self._compiler is not None:
+            if self._is_compiled and path:
+                self._open(path)
+            return
         try:
-            build(self._cache)
+            if path:
+                self._open(path)
+                return
+        except LibraryRefused as refusal:
+            log.warning("The compiled library %s is not used: %s", path, refusal)
+        find_compiler()
+        log.info("Compiling native kernels; until they are there inference is slower")
+        self._compiler = threading.Thread(
+            target=self._compile, args=(path is not None,), name="compiler", daemon=True
+        )
+        self._compiler.start()
+
+    def _open(self, path: Path) -> None:
+        from transformers_api.kernels.abi import Library  # torch, which few callers need
+
+        self._library = Library(path, self._threads)
+
+    def _compile(self, replace: bool) -> None:
+        try:
+            build(self._cache, replace=replace, outcomes=self.outcomes)
         except NativeUnavailable as error:
             self._give_up(error)
             return
@@ -87,12 +108,12 @@ class Provision:
 
     def _give_up(self, error: Exception) -> None:
         with self._lock:
-            self._is_hopeless = True
+            self._has_failed = True
             self.why_not = f"no native kernels: {error}"
         log.warning("No native kernels, so inference is slower: %s", error)
 
 
 @functools.cache
-def provision(cache: Path, threads: int | None) -> Provision:
-    """The one of this process; ``threads`` None: as many as can run at once."""
-    return Provision(cache, threads or usable_cores())
+def kernel_provider(cache: Path, threads: int | None) -> KernelProvider:
+    """The provider of this process; ``threads`` None: as many as can run at once."""
+    return KernelProvider(cache, threads or usable_cores())

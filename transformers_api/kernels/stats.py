@@ -1,54 +1,42 @@
-"""What inspection says of a step, worked out by the kernels: shares of attention, figures."""
+"""Figures for inspection, computed by the kernels: attention probabilities, token statistics."""
 
 from __future__ import annotations
 
-import ctypes
-from ctypes import byref, c_double, c_float, c_int64, c_void_p
+from ctypes import byref, c_float, c_int64
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from transformers_api.kernels.abi import TYPES, Attention, Library
+from transformers_api.kernels import abi
 from transformers_api.kernels.modules.attention import CausalRows
 
 
-class _Figures(ctypes.Structure):
-    """kernels.cpp: struct Figures."""
-
-    _fields_ = (
-        ("logits", c_void_p),
-        ("size", c_int64),
-        ("token", c_int64),
-        ("count", c_int64),
-        ("logprob", c_double),
-        ("entropy", c_double),
-        ("rank", c_int64),
-    )
-
-
 @dataclass(frozen=True, slots=True)
-class Figures:
-    """Of a token and of the distribution that it is from."""
+class TokenStats:
+    """A token and the distribution it comes from."""
 
     logprob: float
     entropy: float  # in nats
-    rank: int  # how many tokens are likelier
-    ids: list[int]  # the likeliest tokens, the likeliest first
+    rank: int  # number of tokens that are likelier
+    ids: list[int]  # of the likeliest tokens, the likeliest first
     probs: list[float]  # theirs
 
 
-def figures(library: Library, logits: Tensor, token: int, count: int) -> Figures:
-    """Of ``logits`` (V,) float32, contiguous, with ``count`` of the likeliest tokens."""
+def token_stats(library: abi.Library, logits: Tensor, token: int, count: int) -> TokenStats:
+    """Statistics of ``token`` and of the ``count`` likeliest.
+
+    ``logits``: (V,) float32, contiguous, without NaN.
+    """
     count = min(count, len(logits))
-    row = _Figures(logits.data_ptr(), len(logits), token, count)
+    row = abi.TokenStats(logits.data_ptr(), len(logits), token, count)
     ids, probs = (c_int64 * count)(), (c_float * count)()
-    library.quick.figures(byref(row), ids, probs)
-    return Figures(row.logprob, row.entropy, row.rank, ids[:], probs[:])
+    library.with_gil.token_stats(byref(row), ids, probs)
+    return TokenStats(row.logprob, row.entropy, row.rank, ids[:], probs[:])
 
 
-def shares(
+def attention_probs(
     rows: CausalRows,
     query: Tensor,
     key: Tensor,
@@ -56,7 +44,7 @@ def shares(
     queries: range,
     options: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
-    """What ``queries`` of one sequence read (H, R, S), and what sinks took (H, R), float32.
+    """Attention of ``queries`` of one sequence (H, R, S), and of the sinks (H, R), float32.
 
     ``query`` (B, H, T, D) and ``key`` (B, G, S, D) as native_attention has them, with its options.
     """
@@ -64,9 +52,9 @@ def shares(
     scaling, sinks = options.get("scaling"), options.get("s_aux")
     if sinks is not None:
         sinks = sinks.detach().float().contiguous()
-    found = torch.empty(heads, count, keys)
-    taken = None if sinks is None else torch.empty(heads, count)
-    call = Attention(
+    probs = torch.empty(heads, count, keys)
+    sink_probs = None if sinks is None else torch.empty(heads, count)
+    call = abi.Attention(
         q=query.data_ptr(),
         k=key.data_ptr(),
         starts=rows.starts.data_ptr(),
@@ -79,10 +67,13 @@ def shares(
         window=rows.window,
         scale=size**-0.5 if scaling is None else scaling,
         softcap=options.get("softcap") or 0.0,
-        q_type=TYPES[query.dtype],
-        kv_type=TYPES[key.dtype],
+        q_type=abi.TYPES[query.dtype],
+        kv_type=abi.TYPES[key.dtype],
     )
-    where = sequence, queries.start, count, keys
-    to_sinks = None if taken is None else taken.data_ptr()
-    rows.library.quick.shares(byref(call), *where, found.data_ptr(), to_sinks)
-    return found, taken
+    rows.library.with_gil.attention_probs(
+        byref(call),
+        *(sequence, queries.start, count, keys),
+        probs.data_ptr(),
+        None if sink_probs is None else sink_probs.data_ptr(),
+    )
+    return probs, sink_probs

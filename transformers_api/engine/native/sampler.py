@@ -1,4 +1,4 @@
-"""Tokens drawn by the kernel: see engine/sampling/fast_sampler.py for what, kernels.cpp for how."""
+"""Tokens sampled by the kernel (kernels/src/sample.cpp), as engine/sampling defines them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,9 @@ from torch import Tensor
 from transformers_api.engine.sampling import rng
 from transformers_api.engine.sampling.fast_sampler import UNSURE, is_for_all
 from transformers_api.engine.sequence import Sequence
-from transformers_api.kernels.abi import Library
+from transformers_api.kernels.abi import Library, SampleRow
 
-DRAW = numpy.dtype(  # kernels.cpp: struct Draw
-    [
-        *((name, numpy.int64) for name in ("logits", "size", "key", "top_k")),
-        *((name, numpy.float64) for name in ("temperature", "top_p", "min_p")),
-    ]
-)
+SAMPLE_ROWS = numpy.dtype(SampleRow)
 
 
 class NativeRace:
@@ -32,11 +27,11 @@ class NativeRace:
         able = [row for row, seq in enumerate(sequences) if is_for_all(seq)]
         start, step, size = logits.data_ptr(), logits.stride(0) * 4, logits.shape[1]
         draws = numpy.array(
-            [_draw(start + row * step, size, sequences[row]) for row in able], dtype=DRAW
+            [_draw(start + row * step, size, sequences[row]) for row in able], dtype=SAMPLE_ROWS
         )
         found = numpy.empty(len(able), numpy.int64)
-        library = self.library.long if len(able) > 1 else self.library.quick
-        library.draw(draws.ctypes.data, len(able), found.ctypes.data)
+        library = self.library.without_gil if len(able) > 1 else self.library.with_gil
+        library.sample(draws.ctypes.data, len(able), found.ctypes.data)
         tokens = [UNSURE] * len(sequences)
         for row, token in zip(able, found.tolist(), strict=True):
             tokens[row] = token

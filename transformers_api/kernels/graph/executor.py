@@ -167,7 +167,7 @@ class Program:
 
     def _go_on(self, begin: int, end: int) -> None:
         address = self._steps.ctypes.data + begin * self.plan.width * self._steps.itemsize
-        self.library.long.run_steps(address, end - begin)
+        self.library.without_gil.run_steps(address, end - begin)
 
     @property
     def _base(self) -> int:

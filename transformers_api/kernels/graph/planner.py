@@ -19,8 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from transformers_api.kernels.abi import Operand, Step
-from transformers_api.kernels.capture import OPS, Recorded, Recorder, Ref, Shown
+from transformers_api.kernels.abi import OPERAND_TYPES, OPS, Operand, Step
+from transformers_api.kernels.capture import Recorded, Recorder, Ref, Shown
 from transformers_api.kernels.graph.fusion import fused
 from transformers_api.kernels.graph.tiling import (
     DIMENSIONS,
@@ -34,7 +34,6 @@ from transformers_api.kernels.graph.tiling import (
 
 Words = NDArray[numpy.int64]
 Pair = tuple[int, int]
-OPERAND_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int64: 3}  # kernels.cpp
 ALIGNMENT = 64
 WORD = 8
 STEP_WORDS = ctypes.sizeof(Step) // WORD
@@ -150,7 +149,7 @@ class _Planner:
                 at = self._add_step(*pair, unit.lines[nth] if unit.lines else None)
                 if unit.lines and not nth:
                     count = unit.end - unit.begin
-                    self._set(self.steps, at + Step.together.offset // WORD, (count, count))
+                    self._set(self.steps, at + Step.fused.offset // WORD, (count, count))
         inputs = [self._place(r) for r in self._input_refs()]
         result = self._result_ref()
         if result[0].tensor.dtype != torch.float32 or not result[0].is_dynamic:
@@ -365,6 +364,6 @@ def _step(op: str, count: int, number: float, sizes: tuple[int, ...]) -> list[in
 
     Asked again for every layer of a model, and they are all alike.
     """
-    step = Step(op=OPS.index(op), operands=count, number=number)
+    step = Step(op=OPS.index(op), operands=count, scalar=number)
     step.sizes = sizes
     return _as_words(step)

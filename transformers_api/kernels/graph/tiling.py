@@ -18,7 +18,7 @@ Strides = tuple[int, ...]
 Dimension = tuple[Pair, tuple[Strides, Strides]]  # sizes, strides of the operands; of two passes
 DIMENSIONS = 4
 UNITS = ("mean", "layer_norm", "gather")  # these need the last dimension whole
-KERNELS = ("linear", "attention", "write_cache", "rows_of")
+KERNELS = ("linear", "attention", "write_cache", "unpack_rows")
 
 
 class NotRecordable(Exception):

@@ -13,11 +13,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from transformers_api.kernels.abi import TYPES, Attention, Copy, Library
+from transformers_api.kernels.abi import TYPES, Attention, CacheWrite, Library
 from transformers_api.kernels.capture import current
 
 NAME = "native"
-MAX_SIZE = 256  # kernels.cpp
+MAX_SIZE = 256  # src/attention_block.h
 MARK = "_causal_rows"
 OPTIONS = ("softcap", "s_aux", "is_causal", "sliding_window")  # what weights depend on
 _known: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar("known", default=None)
@@ -99,7 +99,7 @@ def native_attention(
         TYPES[key.dtype],
     )
     library = rows.library
-    (library.quick if batch * width < 64 else library.long).attention(call)
+    (library.with_gil if batch * width < 64 else library.without_gil).attention(call)
     if recorder := current():
         fields = ("q", "starts", *(("sinks",) if sinks is not None else ()), "k", "v", "out")
         inputs = [query, rows.starts, *([sinks] if sinks is not None else []), key, value]
@@ -173,7 +173,7 @@ def write_cache(library: Library, states: Tensor, rows: Tensor, starts: Tensor) 
     batch, heads, width, size = states.shape
     if states.stride(3) != 1:
         states = states.contiguous()
-    call = Copy(
+    call = CacheWrite(
         states.data_ptr(),
         rows.data_ptr(),
         starts.data_ptr(),
@@ -186,7 +186,7 @@ def write_cache(library: Library, states: Tensor, rows: Tensor, starts: Tensor) 
         TYPES[states.dtype],
         TYPES[rows.dtype],
     )
-    library.quick.write_cache(call)
+    library.with_gil.write_cache(call)
     if recorder := current():
         inputs = [states, starts, rows]
         fields = ("source", "starts", "target")

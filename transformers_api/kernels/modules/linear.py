@@ -74,7 +74,7 @@ class PackedWeight:
         if shapes != {(self.out_features, self.in_features)}:
             raise ValueError(f"weights of {shapes}, not {self.out_features, self.in_features}")
         library = self.library
-        self._memory = memory.take(library.quick.packed_bytes(self._weight))
+        self._memory = memory.take(library.with_gil.packed_bytes(self._weight))
         self._weight.data = self._memory.data_ptr()
         first = 0
         lost = torch.zeros(self.out_features, 2, dtype=torch.float64)  # squared, and all squares
@@ -83,9 +83,9 @@ class PackedWeight:
             dense = (dense if dense.dtype in TYPES else dense.float()).contiguous()
             given = self._weight, dense.data_ptr(), TYPES[dense.dtype], first, len(dense)
             if self._is_int4:
-                library.long.pack_int4(*given, lost[first:].data_ptr())
+                library.without_gil.pack_int4(*given, lost[first:].data_ptr())
             else:
-                library.long.pack(*given)
+                library.without_gil.pack(*given)
             first += len(dense)
         if self._is_int4 and lost[:, 1].any():
             share = math.sqrt(lost[:, 0].sum() / lost[:, 1].sum())
@@ -120,7 +120,7 @@ class PackedWeight:
         if recorder := current():  # what is done is of interest, not the numbers that it gives
             recorder.add("linear", y.zero_(), [x], (rows,), call=self._address)
             return y
-        call = self.library.quick if rows < LONG else self.library.long
+        call = self.library.with_gil if rows < LONG else self.library.without_gil
         call.linear(
             self._address, x.data_ptr(), rows, self.in_features, y.data_ptr(), TYPES[x.dtype]
         )
@@ -130,12 +130,12 @@ class PackedWeight:
         """The rows with these numbers (…) as (…, in) float32."""
         numbers = numbers.contiguous()
         found = torch.empty((*numbers.shape, self.in_features))
-        self.library.quick.rows_of(
+        self.library.with_gil.unpack_rows(
             self._weight, numbers.data_ptr(), numbers.numel(), found.data_ptr()
         )
         if recorder := current():
             size = (numbers.numel(),)
-            recorder.add("rows_of", found, [numbers], size, call=self._address)
+            recorder.add("unpack_rows", found, [numbers], size, call=self._address)
         return found
 
     def dense(self) -> Tensor:

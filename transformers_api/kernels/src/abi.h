@@ -1,0 +1,129 @@
+// What crosses the border to Python: structures, operations and functions, mirrored by ../abi.py.
+//
+// abi.cpp describes all of it to the caller, which refuses a library that differs. Whoever changes
+// anything here changes ../abi.py too, and ABI_VERSION where the meaning changes and no size does.
+
+#pragma once
+
+#include <cstdint>
+
+constexpr int32_t ABI_VERSION = 1;
+
+enum Type : int32_t { F32 = 0, BF16 = 1, I8 = 2, I64 = 3, I4 = 4 };
+
+// The operations of a Step, in the order of their numbers: up to RELU..SIN elementwise ones.
+#define FOR_EACH_OP(X)                                                                            \
+  X(COPY, copy) X(ADD, add) X(SUB, sub) X(MUL, mul) X(DIV, div) X(NEG, neg) X(CUBE, cube)         \
+  X(RSQRT, rsqrt) X(SQRT, sqrt) X(EXP, exp) X(TANH, tanh) X(SILU, silu) X(SIGMOID, sigmoid)       \
+  X(GELU, gelu) X(GELU_TANH, gelu_tanh) X(RELU, relu) X(COS, cos) X(SIN, sin)                     \
+  X(MEAN, mean) X(LAYER_NORM, layer_norm) X(GATHER, gather) X(LINEAR, linear)                     \
+  X(ATTENTION, attention) X(WRITE_CACHE, write_cache) X(UNPACK_ROWS, unpack_rows)
+
+#define OP_CONSTANT(constant, name) constant,
+enum Op : int32_t { FOR_EACH_OP(OP_CONSTANT) };
+#undef OP_CONSTANT
+
+extern "C" {
+
+// A packed weight matrix (n outputs, k inputs); weights.h says how it lies in memory.
+struct Weight {
+  int32_t type;
+  int32_t unused;
+  int64_t n, k;
+  uint8_t* data;
+  const float* bias;  // n of them, or null
+};
+
+// Causal attention over a KV cache: the query at position p attends to the keys 0..p of its row, or
+// to the last ``window`` of them.
+struct Attention {
+  const void *q, *k, *v;  // (rows, heads, queries, size), (rows, kv_heads, length, size) twice
+  void* out;              // (rows, queries, heads, size), contiguous, of q's type
+  const int64_t* starts;  // position of the first query of each row
+  const float* sinks;     // per head: a score that takes part in softmax without a value; or null
+  int64_t rows, queries, heads, kv_heads, size;
+  int64_t q_strides[3], k_strides[3], v_strides[3];  // row, head, position; in elements
+  int64_t window;                                    // 0: all
+  float scale, softcap;                              // softcap 0: none
+  int32_t q_type, kv_type;
+};
+
+// New keys or values, and the rows of the KV cache that they are written into.
+struct CacheWrite {
+  const void* source;  // (rows, heads, queries, size)
+  void* target;        // (rows, heads, length, size), from each row's start on
+  const int64_t* starts;
+  int64_t rows, heads, queries, size;
+  int64_t source_strides[3], target_strides[3];
+  int32_t source_type, target_type;
+};
+
+struct Operand {
+  char* data;
+  int64_t strides[4];  // in elements
+  int32_t type, unused;
+};
+
+// One operation of a recorded forward pass.
+struct Step {
+  int32_t op, operands;
+  int64_t sizes[4];
+  Operand out, inputs[3];
+  double scalar;
+  const void* call;  // Weight, Attention or CacheWrite
+  // Steps of the fused group that this one opens; 0: it is run on its own. In a group sizes[0]
+  // counts tokens, and what a step computes for a token is read by the others for the same token.
+  int64_t fused;
+};
+
+// One row of logits and how to sample from it.
+struct SampleRow {
+  const float* logits;
+  int64_t size;   // tokens of the vocabulary
+  uint64_t key;   // of the step's noise: engine/sampling/rng.py
+  int64_t top_k;  // size: all of them
+  double temperature, top_p, min_p;
+};
+
+// A token and the distribution it comes from; the last three are results.
+struct TokenStats {
+  const float* logits;
+  int64_t size, token, count;  // ``count`` of the likeliest tokens are asked for
+  double logprob, entropy;     // of the token; of the distribution, in nats
+  int64_t rank;                // tokens that are likelier than ``token``
+};
+
+int32_t abi_version();
+const char* abi_layout();
+
+// The threads that share a call, the caller included.
+void set_threads(int32_t count);
+
+int64_t packed_bytes(const Weight* w);
+// Pack the rows ``row``.. from a dense (count, k) matrix, F32 or BF16. ``w->data`` must be zeroed.
+void pack(const Weight* w, const void* source, int32_t type, int64_t row, int64_t count);
+// The same for I4. ``sums`` (count, 2): of each row its squared error, and its squares.
+void pack_int4(const Weight* w, const void* source, int32_t type, int64_t row, int64_t count,
+               double* sums);
+// The rows ``indices`` as (count, k) floats; NaN for an index out of range.
+void unpack_rows(const Weight* w, const int64_t* indices, int64_t count, float* out);
+
+// y (rows, n) = x (rows, k) times the transposed weights, plus bias; x and y F32, or both BF16.
+void linear(const Weight* w, const void* x, int64_t rows, int64_t x_stride, void* y, int32_t type);
+void attention(const Attention* call);
+void write_cache(const CacheWrite* call);
+// A whole forward pass, or a part of one.
+void run_steps(const Step* steps, int64_t count);
+
+// A token for each row, or -1 where only the definition in float64 can decide.
+void sample(const SampleRow* rows, int64_t count, int64_t* tokens);
+
+// Softmax (heads, count, keys) of the queries ``query``.. of a row, and of the sinks (heads, count)
+// unless that is null.
+void attention_probs(const Attention* call, int64_t row, int64_t query, int64_t count, int64_t keys,
+                     float* probs, float* sinks);
+// The results in ``row``, and ``ids`` and ``probs`` (count) of the likeliest tokens. No logit may be
+// NaN.
+void token_stats(TokenStats* row, int64_t* ids, float* probs);
+
+}  // extern "C"

@@ -1,0 +1,146 @@
+// Attention over a KV cache, for prompts and decode steps.
+//
+// The keys of a row are visited in blocks that begin at multiples of BLOCK, whoever attends to them.
+// So a query's result depends neither on the queries that share the call with it, nor on whether a
+// prompt came in one piece or token by token.
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <mutex>
+
+#include "abi.h"
+#include "attention_block.h"
+#include "simd.h"
+#include "thread_pool.h"
+#include "tiles.h"
+
+namespace {
+
+// A few queries of one row, with the heads that share its keys and values (grouped-query attention).
+struct WorkItem {
+  int64_t row, kv_head, head, heads, query, queries;
+
+  int64_t count() const { return heads * queries; }
+  int64_t head_of(int64_t i) const { return head + i % heads; }
+  int64_t query_of(int64_t i) const { return query + i / heads; }
+};
+
+int64_t window_begin(const Attention& a, int64_t end) {
+  return a.window ? std::max<int64_t>(0, end - a.window) : 0;
+}
+
+template <class T>
+const T* keys_of(const Attention& a, const WorkItem& item) {
+  return static_cast<const T*>(a.k) + item.row * a.k_strides[0] + item.kv_head * a.k_strides[1];
+}
+
+template <class T>
+const T* values_of(const Attention& a, const WorkItem& item) {
+  return static_cast<const T*>(a.v) + item.row * a.v_strides[0] + item.kv_head * a.v_strides[1];
+}
+
+// Load query i of the item and begin its online softmax.
+template <class T>
+void begin_query(const Attention& a, const WorkItem& item, int64_t i, Workspace& workspace) {
+  constexpr int64_t STEP = DotFormat<T>::STEP;
+  QueryState& query = workspace.queries[i];
+  query.end = a.starts[item.row] + item.query_of(i) + 1;
+  query.begin = window_begin(a, query.end);
+  query.max = -std::numeric_limits<float>::max(), query.sum = 0;
+  const int64_t at = item.row * a.q_strides[0] + item.head_of(i) * a.q_strides[1] +
+                     item.query_of(i) * a.q_strides[2];
+  for (int64_t j = 0; j < a.size; j += 16 * STEP) {
+    const f32x16 low = load(a.q, a.q_type, at + j, first_lanes(a.size - j));
+    const f32x16 high = load(a.q, a.q_type, at + j + 16, first_lanes(a.size - j - 16));
+    store_aligned_i32(workspace.q[i] + j / STEP, DotFormat<T>::row(low, high));
+  }
+  for (int64_t j = 0; j < a.size; j += PANEL)
+    for (int64_t half : {0, 16}) store_aligned(workspace.output[i] + j + half, zero());
+}
+
+// Divide by the sum of the exponentials, the sink's included.
+template <class T>
+void write_output(const Attention& a, const Workspace& workspace, int64_t m, int64_t head,
+                  int64_t row) {
+  const QueryState& query = workspace.queries[m];
+  float sum = query.sum, rescale = 1;
+  if (a.sinks) {
+    const float new_max = std::max(query.max, a.sinks[head]);
+    rescale = std::exp(query.max - new_max);
+    sum = sum * rescale + std::exp(a.sinks[head] - new_max);
+  }
+  const f32x16 factor = broadcast(rescale / sum);
+  for (int64_t j = 0; j < a.size; j += PANEL) {
+    f32x16 low = load_aligned(workspace.output[m] + j);
+    f32x16 high = load_aligned(workspace.output[m] + j + 16);
+    DotFormat<T>::restore_order(low, high);
+    store(a.out, a.q_type, row * a.size + j, first_lanes(a.size - j), mul(low, factor));
+    if (j + 16 < a.size)
+      store(a.out, a.q_type, row * a.size + j + 16, first_lanes(a.size - j - 16),
+            mul(high, factor));
+  }
+}
+
+// All blocks of a work item. ``next``: the item that this thread takes after it.
+template <class T>
+void attend(const Attention& a, const WorkItem& item, const WorkItem& next, Workspace& workspace) {
+  const int64_t count = item.count();
+  for (int64_t i = 0; i < count; i++) begin_query<T>(a, item, i, workspace);
+  const int64_t end = workspace.queries[count - 1].end;
+  const int64_t begin = workspace.queries[0].begin / BLOCK * BLOCK;
+  const int64_t next_end = a.starts[next.row] + next.query + 1;
+  const int64_t next_begin = window_begin(a, next_end) / BLOCK * BLOCK;
+  for (int64_t at = begin; at < end; at += BLOCK) {
+    const int64_t current = std::clamp<int64_t>(end - at - BLOCK, 0, BLOCK);
+    const int64_t done = at == begin ? 0 : std::max<int64_t>(0, at + BLOCK - end);
+    const int64_t due = std::min(at + 2 * BLOCK - end, next_end - next_begin);
+    auto stream = [&](const T* own, const T* others, int64_t stride) {
+      return KvPrefetch::Stream{reinterpret_cast<const char*>(own + (at + BLOCK) * stride),
+                                reinterpret_cast<const char*>(others + (next_begin + done) * stride),
+                                stride * static_cast<int64_t>(sizeof(T))};
+    };
+    const KvPrefetch ahead{stream(keys_of<T>(a, item), keys_of<T>(a, next), a.k_strides[2]),
+                           stream(values_of<T>(a, item), values_of<T>(a, next), a.v_strides[2]),
+                           current, current + std::max<int64_t>(0, due - done),
+                           a.size * static_cast<int64_t>(sizeof(T))};
+    attend_block<T>(a, workspace, count, keys_of<T>(a, item), values_of<T>(a, item), at, ahead);
+  }
+  for (int64_t i = 0; i < count; i++)
+    write_output<T>(a, workspace, i, item.head_of(i),
+                    (item.row * a.queries + item.query_of(i)) * a.heads + item.head_of(i));
+}
+
+}  // namespace
+
+extern "C" {
+
+void attention(const Attention* call) {
+  std::lock_guard<std::mutex> lock(pool_mutex);
+  const Attention& a = *call;
+  const int64_t group = a.heads / a.kv_heads;
+  // the heads of a group stay together, so that their keys are loaded once for all of them, unless
+  // they are all the parallelism there is
+  const bool splits_heads = a.rows * a.kv_heads * a.queries < pool->size();
+  int64_t heads = splits_heads ? 1 : std::min(ITEM_QUERIES, group);
+  while (group % heads) heads--;
+  const int64_t queries = std::max<int64_t>(1, ITEM_QUERIES / heads);
+  const int64_t tiles = (a.queries + queries - 1) / queries;
+  const int64_t per_row = a.heads / heads * tiles;
+  const auto attend_type = a.kv_type == F32 ? attend<float> : attend<uint16_t>;
+  auto item_at = [&](int64_t i) {
+    // tiles of late queries see more keys: neighbours are an early and a late one
+    const int64_t nth = i % tiles, tile = nth % 2 ? tiles - 1 - nth / 2 : nth / 2;
+    const int64_t head = i % per_row / tiles * heads, query = tile * queries;
+    return WorkItem{i / per_row, head / group, head, heads, query,
+                    std::min(queries, a.queries - query)};
+  };
+  pool->run(a.rows * per_row, [&](int64_t b, int64_t e) {
+    static thread_local std::unique_ptr<Workspace> workspace(new Workspace);
+    for (int64_t i = b; i < e; i++)
+      attend_type(a, item_at(i), item_at(std::min(i + 1, a.rows * per_row - 1)), *workspace);
+  });
+}
+
+}  // extern "C"

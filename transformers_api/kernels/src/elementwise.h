@@ -1,0 +1,136 @@
+// The small operations of a forward pass: elementwise ones, norms, lookups.
+
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "abi.h"
+#include "operand.h"
+#include "simd.h"
+#include "vector_math.h"
+
+namespace {
+
+template <float (*F)(float)>
+f32x16 map_lanes(f32x16 v) {
+  alignas(64) float values[16];
+  store_aligned(values, v);
+  for (float& value : values) value = F(value);
+  return load_aligned(values);
+}
+
+inline f32x16 apply(int32_t op, f32x16 a, f32x16 b, float scalar) {
+  switch (op) {
+    case ADD: return fmadd(b, broadcast(scalar), a);
+    case SUB: return fnmadd(b, broadcast(scalar), a);
+    case MUL: return mul(a, b);
+    case DIV: return div(a, b);
+    case NEG: return sub(broadcast(-0.f), a);
+    case CUBE: return mul(mul(a, a), a);
+    case RSQRT: return div(broadcast(1), sqrt(a));
+    case SQRT: return sqrt(a);
+    case EXP: return exp(a);
+    case TANH: return tanh(a);
+    case SILU: return mul(a, sigmoid(a));
+    case SIGMOID: return sigmoid(a);
+    case GELU: return gelu(a);
+    case GELU_TANH: return gelu_tanh(a);
+    case RELU: return max(zero(), a);
+    case COS: return map_lanes<std::cos>(a);
+    case SIN: return map_lanes<std::sin>(a);
+    default: return a;
+  }
+}
+
+// Contiguous lines of floats sixteen at a time, or elements of any type and stride.
+template <int OP>
+void elementwise(const Step& s, int64_t begin, int64_t end) {
+  const int64_t n = s.sizes[3], lines = s.sizes[1] * s.sizes[2];
+  const bool is_binary = s.operands > 1;
+  const int64_t strides[] = {s.out.strides[3], s.inputs[0].strides[3],
+                             is_binary ? s.inputs[1].strides[3] : 0};
+  const float scalar = static_cast<float>(s.scalar);
+  const bool is_plain = s.out.type == F32 && s.inputs[0].type == F32 &&
+                        (!is_binary || s.inputs[1].type == F32) &&
+                        (n == 1 || (strides[0] == 1 && strides[1] == 1 && strides[2] <= 1));
+  for (int64_t index = begin * lines; index < end * lines; index++) {
+    const int64_t to = line_offset(s, s.out, index), a = line_offset(s, s.inputs[0], index);
+    const int64_t b = is_binary ? line_offset(s, s.inputs[1], index) : 0;
+    if (is_plain) {
+      float* out = reinterpret_cast<float*>(s.out.data) + to;
+      const float* x = reinterpret_cast<const float*>(s.inputs[0].data) + a;
+      const float* y = is_binary ? reinterpret_cast<const float*>(s.inputs[1].data) + b : x;
+      const bool is_broadcast = is_binary && strides[2] == 0;
+      const f32x16 constant = broadcast(*y);
+      int64_t i = 0;
+      for (; i + 16 <= n; i += 16) {
+        const f32x16 other = is_broadcast ? constant : load(y + i);
+        store(out + i, apply(OP, load(x + i), other, scalar));
+      }
+      if (i == n) continue;
+      const mask16 mask = first_lanes(n - i);
+      store(out + i, mask,
+            apply(OP, load(x + i, mask), is_broadcast ? constant : load(y + i, mask), scalar));
+      continue;
+    }
+    for (int64_t i = 0; i < n; i += 16) {
+      const mask16 mask = first_lanes(n - i);
+      const f32x16 x = load_elements(s.inputs[0], a + i * strides[1], strides[1], mask);
+      const f32x16 y =
+          is_binary ? load_elements(s.inputs[1], b + i * strides[2], strides[2], mask) : x;
+      store_elements(s.out, to + i * strides[0], strides[0], mask, apply(OP, x, y, scalar));
+    }
+  }
+}
+
+// The sum of x - center over a line, or of its squares.
+float sum_line(const Step& s, const Operand& o, int64_t offset, float center, bool squares) {
+  f32x16 sums[4] = {};
+  for (int64_t i = 0; i < s.sizes[3]; i += 16) {
+    const mask16 mask = first_lanes(s.sizes[3] - i);
+    f32x16 v = load_elements(o, offset + i * o.strides[3], o.strides[3], mask);
+    v = sub(mask, v, broadcast(center));
+    f32x16& sum = sums[i / 16 % 4];
+    sum = squares ? fmadd(v, v, sum) : add(sum, v);
+  }
+  return reduce_add(add(add(sums[0], sums[1]), add(sums[2], sums[3])));
+}
+
+void mean(const Step& s, int64_t index) {
+  const float sum = sum_line(s, s.inputs[0], line_offset(s, s.inputs[0], index), 0, false);
+  store_elements(s.out, line_offset(s, s.out, index), 1, 1, broadcast(sum / s.sizes[3]));
+}
+
+// inputs: x, then weight, then bias; ``scalar`` is epsilon.
+void layer_norm(const Step& s, int64_t index) {
+  const int64_t n = s.sizes[3];
+  const int64_t from = line_offset(s, s.inputs[0], index), to = line_offset(s, s.out, index);
+  const float average = sum_line(s, s.inputs[0], from, 0, false) / n;
+  const float variance = sum_line(s, s.inputs[0], from, average, true) / n;
+  const f32x16 factor = broadcast(1 / std::sqrt(variance + static_cast<float>(s.scalar)));
+  for (int64_t i = 0; i < n; i += 16) {
+    const mask16 mask = first_lanes(n - i);
+    f32x16 v = load_elements(s.inputs[0], from + i, 1, mask);
+    v = mul(sub(v, broadcast(average)), factor);
+    if (s.operands > 1) v = mul(v, load_elements(s.inputs[1], i, 1, mask));
+    if (s.operands > 2) v = add(v, load_elements(s.inputs[2], i, 1, mask));
+    store_elements(s.out, to + i, 1, mask, v);
+  }
+}
+
+// inputs: indices, then the table (contiguous) with ``scalar`` rows. NaN for an index out of range.
+void gather(const Step& s, int64_t index) {
+  const Operand& indices = s.inputs[0];
+  const int64_t at = line_offset(s, indices, index);
+  const int64_t row = *reinterpret_cast<int64_t*>(address_of(indices, at));
+  const bool is_in_range = row >= 0 && row < static_cast<int64_t>(s.scalar);
+  for (int64_t i = 0; i < s.sizes[3]; i += 16) {
+    const mask16 mask = first_lanes(s.sizes[3] - i);
+    store_elements(s.out, line_offset(s, s.out, index) + i, 1, mask,
+                   is_in_range ? load_elements(s.inputs[1], row * s.sizes[3] + i, 1, mask)
+                               : broadcast(std::numeric_limits<float>::quiet_NaN()));
+  }
+}
+
+}  // namespace

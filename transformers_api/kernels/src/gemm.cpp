@@ -1,0 +1,130 @@
+// Linear layers: GEMM over packed weights, one panel of 32 outputs at a time.
+
+#include <algorithm>
+#include <array>
+#include <mutex>
+#include <utility>
+
+#include "abi.h"
+#include "activations.h"
+#include "scratch.h"
+#include "simd.h"
+#include "thread_pool.h"
+#include "tiles.h"
+#include "weights.h"
+
+namespace {
+
+Scratch scratch_rows, scratch_groups;
+
+struct Gemm {
+  const Weight& w;
+  const int32_t* x;         // prepared rows
+  const Int8Group* groups;  // of I8; with I4 each is an Int4Group
+  void* y;
+  Type y_type;
+};
+
+// Prefetches of a tile over all of its steps; each fetches one line of the next panel.
+int64_t prefetches(const Weight& w) {
+  if (w.type == I4) return num_groups(w) * (GROUP_STEPS / 2 + 1);
+  return num_steps(w) + is_grouped(w) * num_groups(w);
+}
+
+template <Prefetch P, int R>
+inline void accumulate(const Gemm& gemm, const uint8_t* panel, int64_t m, PrefetchCursor cursor,
+                       Accumulators<R>& sums) {
+  const Weight& w = gemm.w;
+  const int64_t n = num_steps(w);
+  const int32_t* x = gemm.x + m * n;
+  if (w.type == I8) {
+    accumulate_int8<P, R>(panel, cursor, x, gemm.groups + m * num_groups(w), num_groups(w), sums);
+  } else if (w.type == I4) {
+    const auto* groups = reinterpret_cast<const Int4Group*>(gemm.groups + m * num_groups(w));
+    accumulate_int4<P, R>(panel, cursor, x, groups, num_groups(w), sums);
+  } else if (w.type == BF16) {
+    accumulate_dense<DotBF16, P, R>(panel, cursor, x, n, n, sums);
+  } else {
+    accumulate_dense<DotF32, P, R>(panel, cursor, x, n, n, sums);
+  }
+}
+
+// The rows m..m+R with panel p: tile ``index`` of ``tiles``. A single tile prefetches its own panel
+// a little ahead of its use. Of several each prefetches its part of the next panel: so memory is busy
+// all the time that the processor is, and never more than it can bear.
+template <int R>
+void tile(const Gemm& gemm, int64_t p, int64_t m, int64_t index, int64_t tiles) {
+  const Weight& w = gemm.w;
+  const uint8_t* panel = w.data + p * panel_bytes(w);
+  Accumulators<R> sums;
+  for (auto& sum : sums) sum[0] = sum[1] = zero();
+  if (tiles == 1) {
+    accumulate<SAME_PANEL, R>(gemm, panel, m, {}, sums);
+  } else {
+    const int64_t part = (panel_bytes(w) + tiles - 1) / tiles;
+    const char* next = reinterpret_cast<const char*>(panel + panel_bytes(w) + index * part);
+    const int64_t stride = (part + prefetches(w) - 1) / prefetches(w);
+    accumulate<NEXT_PANEL, R>(gemm, panel, m, {next, stride}, sums);
+  }
+  for (int half = 0; half < 2; half++) {
+    const int64_t column = p * PANEL + half * 16;
+    if (column >= w.n) break;
+    const mask16 mask = first_lanes(w.n - column);
+    const f32x16 bias = w.bias ? load(w.bias + column, mask) : zero();
+    for (int r = 0; r < R; r++) {
+      const f32x16 sum = w.bias ? add(sums[r][half], bias) : sums[r][half];
+      store(gemm.y, gemm.y_type, (m + r) * w.n + column, mask, sum);
+    }
+  }
+}
+
+// The accumulators of TILE_ROWS rows (two kinds with I8) just fit into 32 registers. A few rows more
+// are worth some spilling, if that saves going through the panel twice.
+constexpr int TILE_ROWS = 6, MAX_TILE_ROWS = 8;
+using Tile = void (*)(const Gemm&, int64_t, int64_t, int64_t, int64_t);
+template <size_t... I>
+constexpr std::array<Tile, sizeof...(I)> make_tiles(std::index_sequence<I...>) {
+  return {tile<I + 1>...};
+}
+constexpr auto TILES = make_tiles(std::make_index_sequence<MAX_TILE_ROWS>{});
+
+// All rows with one panel, which stays in the L2 cache meanwhile.
+void multiply_panel(const Gemm& gemm, int64_t p, int64_t rows) {
+  const int64_t tiles = rows <= MAX_TILE_ROWS ? std::min<int64_t>(1, rows)
+                                              : (rows + TILE_ROWS - 1) / TILE_ROWS;
+  for (int64_t i = 0; i < tiles; i++) {
+    const int64_t m = rows * i / tiles, r = rows * (i + 1) / tiles - m;
+    TILES[r - 1](gemm, p, m, i, tiles);
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+void linear(const Weight* w, const void* x, int64_t rows, int64_t x_stride, void* y, int32_t type) {
+  std::lock_guard<std::mutex> lock(pool_mutex);
+  int32_t* lanes = scratch_rows.get<int32_t>(rows * num_steps(*w));
+  Int8Group* groups =
+      is_grouped(*w) ? scratch_groups.get<Int8Group>(rows * num_groups(*w)) : nullptr;
+  auto prepare_rows = [&](int64_t b, int64_t e) {
+    for (int64_t m = b; m < e; m++) {
+      if (type == F32) {
+        prepare_row(*w, static_cast<const float*>(x) + m * x_stride, m, lanes, groups);
+      } else {
+        prepare_row(*w, static_cast<const uint16_t*>(x) + m * x_stride, m, lanes, groups);
+      }
+    }
+  };
+  if (rows * w->k < 32768) {
+    prepare_rows(0, rows);
+  } else {
+    pool->run(rows, prepare_rows);
+  }
+  const Gemm gemm{*w, lanes, groups, y, static_cast<Type>(type)};
+  pool->run(num_panels(*w), [&](int64_t b, int64_t e) {
+    for (int64_t p = b; p < e; p++) multiply_panel(gemm, p, rows);
+  });
+}
+
+}  // extern "C"

@@ -1,0 +1,106 @@
+// The interpreter of recorded forward passes: a list of operations over memory that was planned
+// beforehand (../graph/planner.py). One call runs a whole pass.
+
+#include <algorithm>
+#include <array>
+#include <mutex>
+#include <utility>
+
+#include "abi.h"
+#include "elementwise.h"
+#include "kv_write.h"
+#include "thread_pool.h"
+
+namespace {
+
+constexpr int64_t MIN_PARALLEL_ELEMENTS = 16384;  // below, a loop is not worth sharing
+constexpr int64_t CACHE_BLOCK_ELEMENTS = 4096;    // of a step, before the next step reads them
+
+// For the tokens begin..end, or whatever the first of the four sizes counts.
+using TokenKernel = void (*)(const Step&, int64_t, int64_t);
+
+template <void (*F)(const Step&, int64_t)>
+void for_each_line(const Step& s, int64_t begin, int64_t end) {
+  const int64_t lines = s.sizes[1] * s.sizes[2];
+  for (int64_t i = begin * lines; i < end * lines; i++) F(s, i);
+}
+
+void write_cache_tokens(const Step& s, int64_t begin, int64_t end) {
+  const CacheWrite& c = *static_cast<const CacheWrite*>(s.call);
+  if (c.queries == 1) return write_positions(c, begin, end, 0, 1);  // tokens are rows
+  write_positions(c, 0, c.rows, begin, end);
+}
+
+template <size_t... I>
+constexpr std::array<TokenKernel, sizeof...(I)> make_elementwise(std::index_sequence<I...>) {
+  return {elementwise<I>...};
+}
+constexpr auto ELEMENTWISE = make_elementwise(std::make_index_sequence<MEAN>{});
+
+TokenKernel kernel_of(int32_t op) {
+  switch (op) {
+    case MEAN: return for_each_line<mean>;
+    case LAYER_NORM: return for_each_line<layer_norm>;
+    case GATHER: return for_each_line<gather>;
+    case WRITE_CACHE: return write_cache_tokens;
+    default: return ELEMENTWISE[op];
+  }
+}
+
+int64_t elements_per_token(const Step& s) {
+  if (s.op != WRITE_CACHE) return s.sizes[1] * s.sizes[2] * s.sizes[3];
+  const CacheWrite& c = *static_cast<const CacheWrite*>(s.call);
+  return c.rows * c.queries * c.heads * c.size / s.sizes[0];
+}
+
+// A fused group: each thread does all steps for its tokens, a few tokens at a time. So it finds the
+// results of the step before in its cache, and there is no barrier in between.
+void run_fused(const Step* steps) {
+  const int64_t tokens = steps->sizes[0];
+  int64_t widest = 1, total = 0;
+  for (const Step* s = steps; s < steps + steps->fused; s++) {
+    const int64_t elements = elements_per_token(*s);
+    widest = std::max(widest, elements), total += elements;
+  }
+  const int64_t block = std::max<int64_t>(1, CACHE_BLOCK_ELEMENTS / widest);
+  auto run_tokens = [&](int64_t b, int64_t e) {
+    for (; b < e; b += block)
+      for (const Step* s = steps; s < steps + steps->fused; s++)
+        kernel_of(s->op)(*s, b, std::min(b + block, e));
+  };
+  if (tokens * total < MIN_PARALLEL_ELEMENTS) return run_tokens(0, tokens);
+  std::lock_guard<std::mutex> lock(pool_mutex);
+  pool->run(tokens, run_tokens);
+}
+
+}  // namespace
+
+extern "C" {
+
+void write_cache(const CacheWrite* call) {
+  std::lock_guard<std::mutex> lock(pool_mutex);
+  write_positions(*call, 0, call->rows, 0, call->queries);
+}
+
+void run_steps(const Step* steps, int64_t count) {
+  for (const Step* s = steps; s < steps + count; s += std::max<int64_t>(1, s->fused)) {
+    const Operand& x = s->inputs[0];
+    if (s->fused) {
+      run_fused(s);
+    } else if (s->op == LINEAR) {
+      const Weight* w = static_cast<const Weight*>(s->call);
+      linear(w, x.data, s->sizes[0], w->k, s->out.data, s->out.type);
+    } else if (s->op == UNPACK_ROWS) {
+      unpack_rows(static_cast<const Weight*>(s->call), reinterpret_cast<int64_t*>(x.data),
+                  s->sizes[0], reinterpret_cast<float*>(s->out.data));
+    } else if (s->op == ATTENTION) {
+      attention(static_cast<const Attention*>(s->call));
+    } else if (s->op == WRITE_CACHE) {
+      write_cache(static_cast<const CacheWrite*>(s->call));
+    } else {
+      kernel_of(s->op)(*s, 0, s->sizes[0]);
+    }
+  }
+}
+
+}  // extern "C"

@@ -1,0 +1,28 @@
+// New keys or values into their rows of the KV cache, converted to its type.
+
+#pragma once
+
+#include "abi.h"
+#include "simd.h"
+
+namespace {
+
+// Of the rows ``row``..``rows`` the queries ``query``..``queries``.
+void write_positions(const CacheWrite& c, int64_t row, int64_t rows, int64_t query,
+                     int64_t queries) {
+  for (; row < rows; row++)
+    for (int64_t head = 0; head < c.heads; head++)
+      for (int64_t t = query; t < queries; t++) {
+        const int64_t from =
+            row * c.source_strides[0] + head * c.source_strides[1] + t * c.source_strides[2];
+        const int64_t to = row * c.target_strides[0] + head * c.target_strides[1] +
+                           (c.starts[row] + t) * c.target_strides[2];
+        for (int64_t j = 0; j < c.size; j += 16) {
+          const mask16 mask = first_lanes(c.size - j);
+          const f32x16 v = load(c.source, c.source_type, from + j, mask);
+          store(c.target, c.target_type, to + j, mask, v);
+        }
+      }
+}
+
+}  // namespace
