@@ -26,10 +26,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.machine import processor
-from transformers_api.kernels.abi import Library, load_library
+from transformers_api.kernels.abi import Library
 from transformers_api.kernels.cpu import usable_cores
 from transformers_api.kernels.modules.attention import CausalRows, describe_mask, native_attention
 from transformers_api.kernels.modules.linear import PackedWeight, WeightMemory
+from transformers_api.kernels.provider import KernelProvider
 
 Call = Callable[[], object]
 SLEEPLESS = "while True: pass"
@@ -195,7 +196,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.set_grad_enabled(False)
     with tempfile.TemporaryDirectory() as cache, contextlib.ExitStack() as stack:
-        library = load_library(Path(cache), options.threads)
+        library = KernelProvider(Path(cache), options.threads).library(wait=True)
         if library is None:
             sys.exit("The native kernels cannot be built here.")
         if options.busy:

@@ -38,9 +38,10 @@ from transformers_api.engine.native.convert_model import (
 from transformers_api.engine.native.runner import NativeRunner
 from transformers_api.engine.scheduler import Batch
 from transformers_api.engine.sequence import Sequence
-from transformers_api.kernels.abi import Library, load_library
+from transformers_api.kernels.abi import Library
 from transformers_api.kernels.cpu import usable_cores
 from transformers_api.kernels.modules.replace import layer_groups
+from transformers_api.kernels.provider import KernelProvider
 
 TEXTS = Path(__file__).parent / "texts"
 MOST_TOKENS = 1024
@@ -186,7 +187,7 @@ def main() -> int:
     folder = options.folder or default_model_folder()
     torch.set_grad_enabled(False)
     with tempfile.TemporaryDirectory() as cache:
-        library = load_library(Path(cache), usable_cores())
+        library = KernelProvider(Path(cache), usable_cores()).library(wait=True)
         if library is None:
             sys.exit("The native kernels cannot be built here.")
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -46,7 +46,11 @@ LAYERS = {
     "families": layer("families", never=HTTP),
     "checkpoints": layer("checkpoints", "families", "engine.platform", *LEAVES, never=HTTP),
     "engine.base": layer("errors", never=HTTP | MODELS | {"torch"}),
-    "engine": layer("engine", "kernels", "families", "errors", "logs", never=HTTP),
+    "engine": layer("engine", "families", "errors", "logs", never=HTTP),
+    "engine.native": layer("engine", "kernels", "families", "errors", "logs", never=HTTP),
+    # The loader opens the library and hands it on; both count the cores.
+    "engine.loader": layer("engine", "kernels", "families", "errors", "logs", never=HTTP),
+    "engine.embedding": layer("engine", "kernels.cpu", "families", "errors", "logs", never=HTTP),
     "inspection.base": layer("errors", never=HTTP | MODELS | {"torch"}),
     "inspection": layer("inspection", "engine", "kernels", "errors", "logs", never=HTTP),
     "serving": layer(
@@ -163,6 +167,8 @@ def test_a_module_imports_only_what_its_layer_may_know(module):
         ),
         pytest.param("api.openai.views", f"{OURS}.inspection.trace", id="HTTP meets the tap"),
         pytest.param("kernels.abi", f"{OURS}.engine.base", id="the kernels meet the engine"),
+        pytest.param("engine.llm_engine", f"{OURS}.kernels.abi", id="the engine meets the kernels"),
+        pytest.param("serving.swap.swapper", f"{OURS}.kernels.cpu", id="serving meets the kernels"),
     ],
 )
 def test_a_forbidden_import_is_noticed(module, imported):
@@ -184,6 +190,22 @@ def test_files_and_functions_stay_short(module):
         if (lines := (node.end_lineno or 0) - node.lineno + 1) > 60
     ]
     assert not long, "\n".join(long)
+
+
+@pytest.mark.parametrize(
+    "path", [*PACKAGE.rglob("*.cpp"), *PACKAGE.rglob("*.h")], ids=lambda path: path.name
+)
+def test_sources_of_kernels_stay_short(path):
+    assert len(path.read_text().splitlines()) <= 400, f"{path.relative_to(ROOT)} is too long"
+
+
+def test_instructions_of_a_processor_are_named_in_two_headers_only():
+    intrinsic = re.compile(r"\b_mm\d*_|\b__m(\d|mask)|immintrin")
+    sources = [*PACKAGE.rglob("*.cpp"), *PACKAGE.rglob("*.h")]
+    assert {path.name for path in sources if intrinsic.search(path.read_text())} == {
+        "simd.h",
+        "tiles.h",
+    }
 
 
 @pytest.mark.parametrize("module", modules())

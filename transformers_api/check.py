@@ -159,14 +159,26 @@ def _kernels(settings: Settings) -> Finding:
         build.check_processor()
     except build.NativeUnavailable as error:
         return Finding(subject, f"none, {error}")
-    if made := build.find(settings.native_cache):
-        return Finding(subject, f"ready in {made}")
+    cache, when = settings.native_cache, "when a model is first loaded"
+    if cache.is_dir():
+        try:
+            build.check_folder(cache)
+        except build.NativeUnavailable as error:
+            mend = f"let nobody but this user or root write to {cache}, or change NATIVE_CACHE"
+            return Finding(subject, str(error), mend, prevents=False)
+    if library := build.find(cache):
+        try:
+            build.check_trusted(library)
+        except build.LibraryRefused as refusal:
+            when = f"anew {when}: {refusal}"
+        else:
+            return Finding(subject, f"ready in {library}")
     try:
         build.find_compiler()
     except build.NativeUnavailable as error:
         mend = "install g++; without it inference is slower"
         return Finding(subject, str(error), mend, prevents=False)
-    return Finding(subject, "will be compiled when a model is first loaded")
+    return Finding(subject, f"will be compiled {when}")
 
 
 def _address(settings: Settings) -> Finding:

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import shutil
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,3 +21,19 @@ def library_file(native_cache: Path) -> Path:
 @pytest.fixture
 def library(library_file: Path) -> Library:
     return Library(library_file, threads=2)
+
+
+@pytest.fixture(scope="session")
+def compile_source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Compile a few lines of C++ into a shared library."""
+    compiler = shutil.which("g++")  # before a test puts another one on the path
+    if compiler is None:
+        pytest.skip("no g++")
+
+    def compile_source(source: str) -> Path:
+        library = tmp_path_factory.mktemp("source") / "library.so"
+        command = [compiler, "-x", "c++", "-", "-shared", "-fPIC", "-o", str(library)]
+        subprocess.run(command, input=source, text=True, check=True, timeout=50)
+        return library
+
+    return compile_source

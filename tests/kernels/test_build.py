@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.servers import ROOT
+from transformers_api.check import report
 from transformers_api.kernels import build as building
 from transformers_api.kernels.build import NativeUnavailable, build, find
 from transformers_api.kernels.cpu import usable_cores
@@ -187,6 +190,128 @@ def test_where_the_kernels_are_nothing_is_compiled(library_file, quick):
     assert provider.library() is not None
     assert not provider.when_compiled(pytest.fail)
     assert not (quick / "calls").exists()
+
+
+def refused_by_its_abi(path, compile_source):
+    shutil.copy(compile_source('extern "C" int abi_version() { return -1; }'), path)
+
+
+def writable_by_a_group(path, compile_source):
+    path.chmod(0o775)
+
+
+def writable_by_all(path, compile_source):
+    path.chmod(0o757)
+
+
+def of_another_user(path, compile_source):
+    if os.geteuid():
+        pytest.skip("only root can give a file away")
+    os.chown(path, 4711, 4711)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        pytest.param(refused_by_its_abi, "its ABI has version -1", id="another ABI"),
+        pytest.param(writable_by_a_group, "may be written by others (mode 775)", id="group"),
+        pytest.param(writable_by_all, "may be written by others (mode 757)", id="all"),
+        pytest.param(of_another_user, "belongs to the user 4711", id="owner"),
+    ],
+)
+def test_a_library_that_must_not_be_used_is_not_opened_and_another_is_compiled(
+    tmp_path, quick, compile_source, caplog, spoil, reason
+):
+    cache = tmp_path / "cache"
+    path = build(cache)
+    spoil(path, compile_source)
+    spoiled = path.stat().st_ino
+    provider = KernelProvider(cache, 2)
+    assert provider.library(wait=True) is not None
+    assert f"The compiled library {path} is not used: " in caplog.text
+    assert reason in caplog.text
+    assert path.stat().st_ino != spoiled
+    assert provider.outcomes == {"succeeded": 1, "failed": 0}
+
+
+def test_a_library_that_must_not_be_used_is_compiled_anew_by_the_command_too(tmp_path, quick):
+    path = build(tmp_path / "cache")
+    path.chmod(0o777)
+    build(tmp_path / "cache")
+    assert path.stat().st_mode & 0o777 == 0o755
+    assert (quick / "calls").read_text() == "called\n" * 2
+
+
+def test_where_another_cannot_be_compiled_there_are_no_kernels_and_a_reason(tmp_path, quick):
+    build(tmp_path / "cache").chmod(0o777)
+    compiler(quick / "g++", fails=True)
+    provider = KernelProvider(tmp_path / "cache", 2)
+    assert provider.library(wait=True) is None
+    assert "error: no" in provider.why_not
+    assert provider.outcomes == {"succeeded": 0, "failed": 1}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        pytest.param(writable_by_a_group, "may be written by others (mode 775)", id="group"),
+        pytest.param(writable_by_all, "may be written by others (mode 757)", id="all"),
+        pytest.param(of_another_user, "belongs to the user 4711", id="owner"),
+    ],
+)
+@pytest.mark.parametrize("is_compiled", [True, False])
+def test_in_a_folder_of_others_nothing_is_opened_or_compiled(
+    tmp_path, quick, monkeypatch, spoil, reason, is_compiled
+):
+    cache = tmp_path / "cache"
+    cache.mkdir(mode=0o755)
+    if is_compiled:
+        build(cache)
+        (quick / "calls").unlink()
+    spoil(cache, None)
+    provider = KernelProvider(cache, 2)
+    assert provider.library(wait=True) is None
+    assert reason in provider.why_not
+    with pytest.raises(NativeUnavailable, match=re.escape(reason)):
+        build(cache)
+    assert not (quick / "calls").exists()
+    monkeypatch.setenv("NATIVE_CACHE", str(cache))
+    output = io.StringIO()
+    report(output)
+    assert reason in output.getvalue()
+
+
+def test_a_library_behind_a_link_is_judged_by_where_it_lies(tmp_path, quick):
+    path = build(tmp_path / "cache")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere").chmod(0o777)
+    path.rename(tmp_path / "elsewhere" / path.name)
+    path.symlink_to(tmp_path / "elsewhere" / path.name)
+    assert KernelProvider(tmp_path / "cache", 2).library(wait=True) is None
+
+
+def test_a_cache_is_not_for_a_group_to_write_whatever_the_umask(tmp_path, quick):
+    before = os.umask(0)
+    try:
+        build(tmp_path / "cache")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o755
+
+
+def test_any_source_that_changes_makes_another_library(tmp_path, monkeypatch):
+    sources = tmp_path / "src"
+    shutil.copytree(building.SOURCES, sources)
+    monkeypatch.setattr(building, "SOURCES", sources)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / building._name()).touch()
+    assert find(tmp_path / "cache")
+    for path in sources.iterdir():
+        text = path.read_text()
+        path.write_text(f"{text}// changed\n")
+        assert find(tmp_path / "cache") is None
+        path.write_text(text)
+    assert find(tmp_path / "cache")
 
 
 def tree(root: Path, files: dict[str, str]) -> Path:
