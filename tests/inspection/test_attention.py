@@ -14,7 +14,7 @@ from transformers_api.inspection.attention import Attended, Tap, install_tap
 from transformers_api.inspection.base import AttentionMode, TracePlan
 from transformers_api.inspection.examination import examine
 from transformers_api.kernels.graph import hooks
-from transformers_api.kernels.modules.attention import show_attention
+from transformers_api.kernels.modules.attention import replay_attention
 
 TAPPED = {"gemma2", "gpt-oss-sinks", "gpt-neo-local", "bloom-alibi", "gpt-1-without-cache", "gptj"}
 HOOKED = TAPPED | {"mpt-alibi"}
@@ -174,9 +174,9 @@ def test_with_native_kernels_what_they_compute_is_verified(watch, native_cache, 
 
     def shown_wrongly(module, tensors, *args):
         *given, output = tensors
-        show_attention(module, (*given, output * 1.1), *args)
+        replay_attention(module, (*given, output * 1.1), *args)
 
-    monkeypatch.setattr(hooks, "show_attention", shown_wrongly)
+    monkeypatch.setattr(hooks, "replay_attention", shown_wrongly)
     anatomy = watch(tiny("llama"), native=native_cache, dtype="bfloat16").examined.anatomy
     assert not anatomy.verified
     assert anatomy.layers_with_attention == []
@@ -188,9 +188,9 @@ def test_a_pass_shows_only_the_layers_that_are_asked_for(watch, native_cache, mo
 
     def noted(module, *args):
         shown.append(module.layer_idx)
-        show_attention(module, *args)
+        replay_attention(module, *args)
 
-    monkeypatch.setattr(hooks, "show_attention", noted)
+    monkeypatch.setattr(hooks, "replay_attention", noted)
     (outputs,) = generate(watched.engine, prompts_of(1), TracePlan(layers=(1,)), max_tokens=3)
     assert shown == [1] * len(outputs)
     generate(watched.engine, prompts_of(1), TracePlan(topk=2), max_tokens=3)

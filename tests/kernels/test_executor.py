@@ -95,7 +95,7 @@ class Setup:
     def learn(self, which, size, ids, starts, first=0):
         inputs = self.inputs(ids, starts)
         seen = int(inputs[1].max()) + 1
-        which.learn(size, inputs, self.tensors(), lambda: self.forward(*inputs, first, seen))
+        which.record(size, inputs, self.tensors(), lambda: self.forward(*inputs, first, seen))
 
     def learn_all(self):
         for rows in (2, 3):
@@ -117,7 +117,7 @@ class Setup:
 def test_decode_steps_of_any_size_give_the_models_own_logits(library, name):
     setup = Setup(library, name)
     setup.learn_all()
-    assert not setup.decode.refused
+    assert not setup.decode.failure
     for rows in (3, 1, 4, 2):
         for count, ids in enumerate(IDS):
             given = setup.step(ids, rows, count)
@@ -129,7 +129,7 @@ def test_decode_steps_of_any_size_give_the_models_own_logits(library, name):
 def test_prompts_of_any_length_give_the_models_own_logits(library, name):
     setup = Setup(library, name)
     setup.learn_all()
-    assert not setup.prefill.refused
+    assert not setup.prefill.failure
     ids = (PROMPT * 4)[:40]
     for row, width in ((2, 5), (0, 40), (3, 1), (1, 23)):
         given = setup.read(ids[:width], 0, row)
@@ -168,7 +168,7 @@ def test_a_model_that_cannot_be_recorded_says_why(library, name):
     setup = Setup(library, name)
     for rows in (2, 3):
         setup.learn(setup.decode, rows, IDS[0][:rows], setup.lengths[:rows])
-    assert setup.decode.refused
+    assert setup.decode.failure
     assert not setup.decode.is_ready
 
 
@@ -189,5 +189,5 @@ def test_a_result_that_an_unknown_operation_wrote_is_refused(library):
             doubled = x * 2
             return torch.cumsum(doubled, 1, out=doubled)
 
-        taught.learn(rows, [x], [], written_over)
-    assert "cumsum" in taught.refused
+        taught.record(rows, [x], [], written_over)
+    assert "cumsum" in taught.failure

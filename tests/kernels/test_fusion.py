@@ -8,7 +8,7 @@ from transformers.activations import ACT2FN
 
 from transformers_api.kernels.capture import record
 from transformers_api.kernels.graph.executor import RecordedPass
-from transformers_api.kernels.graph.fusion import fused
+from transformers_api.kernels.graph.fusion import fuse
 
 WRITTEN_OUT = ["gelu_new", "gelu_fast", "gelu_accurate"]
 
@@ -58,15 +58,15 @@ def numbers(rows):
 def operations(function):
     with record([x := numbers(5)]) as recorder:
         result = function(x)
-    return [step.op for step in fused(recorder, result).steps]
+    return [step.op for step in fuse(recorder, result).steps]
 
 
 def check_result(library, function):
     taught = RecordedPass(library)
     for size in (5, 7):
         x = numbers(size)
-        taught.learn(size, [x], [], lambda x=x: function(x))
-    assert not taught.refused
+        taught.record(size, [x], [], lambda x=x: function(x))
+    assert not taught.failure
     for size in (1, 40):
         x = numbers(size)
         given = taught.run(size, [x], [torch.zeros(1)], 0)
@@ -90,17 +90,17 @@ def test_what_is_shown_is_shown_after_as_many_operations_as_are_left():
     activation = ACT2FN["gelu_new"]
     with record([x := numbers(5)]) as recorder:
         made = activation(x)
-        recorder.show(None, [x, made])
+        recorder.add_module_call(None, [x, made])
         result = activation(made) + 1
-        recorder.show(None, [made, result])
-    shown = fused(recorder, result).shown
+        recorder.add_module_call(None, [made, result])
+    shown = fuse(recorder, result).module_calls
     assert [one.at for one in shown] == [1, 3]
-    assert [one.at for one in recorder.shown] == [8, 17]
+    assert [one.at for one in recorder.module_calls] == [8, 17]
 
 
 def test_what_is_shown_in_the_middle_is_still_made():
     with record([x := numbers(5)]) as recorder:
         half = 0.5 * x
-        recorder.show(None, [x, x])
+        recorder.add_module_call(None, [x, x])
         result = half * (1.0 + curve(x))
-    assert fused(recorder, result) is recorder
+    assert fuse(recorder, result) is recorder

@@ -7,7 +7,7 @@ import torch
 
 from transformers_api.kernels.capture import record
 from transformers_api.kernels.graph.executor import RecordedPass
-from transformers_api.kernels.graph.tiling import units
+from transformers_api.kernels.graph.tiling import step_groups
 
 WIDTH = 24
 SIZES = [1, 2, 9, 64, 700, 3000]
@@ -70,8 +70,8 @@ def learned(library, function):
     taught = RecordedPass(library)
     for size in (5, 7):
         inputs = [tokens(size)]
-        taught.learn(size, inputs, [], lambda given=inputs[0]: function(given))
-    assert not taught.refused
+        taught.record(size, inputs, [], lambda given=inputs[0]: function(given))
+    assert not taught.failure
     return taught
 
 
@@ -118,7 +118,7 @@ def groups(function):
             function(x)
         recorders.append(recorder)
     pairs = list(zip(recorders[0].steps, recorders[1].steps, strict=True))
-    return [unit.end - unit.begin if unit.lines else 0 for unit in units(pairs, (5, 7))]
+    return [unit.end - unit.begin if unit.loops else 0 for unit in step_groups(pairs, (5, 7))]
 
 
 @pytest.mark.parametrize("function", LOCAL)

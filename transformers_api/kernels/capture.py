@@ -1,9 +1,9 @@
-"""What a forward pass does, as a list of operations over memory: seen once, run again natively.
+"""Graph capture: a forward pass as a list of operations over memory, recorded once.
 
-A model of small layers spends more time between its products than in them, in Python and in
-torch's dispatcher. A decode step does the same every time; so the first one of its kind is watched
-at work, operation by operation, and program.py makes one native call of it. Nothing here knows a
-model: an operation that is not in the tables below means that the model goes on as it is.
+A model of small layers spends more time between its matrix products than in them, in Python and in
+torch's dispatcher. A decode step does the same every time; so the first one of its kind is recorded
+operation by operation, and graph/ turns it into one native call. Nothing here knows a model: one
+with an operation that is not in the tables below is not captured and runs as it is.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ ALLOCATIONS = {"aten.empty.memory_format", "aten.new_empty.default", "aten.empty
 
 @dataclass(frozen=True, slots=True)
 class Ref:
-    """A tensor as an operand. ``is_dynamic``: it is made in the pass, or one of its inputs."""
+    """A tensor as an operand. ``is_dynamic``: computed in the pass, or one of its inputs."""
 
     tensor: Tensor
     is_dynamic: bool
-    storage: int  # where its memory begins, which says whose memory it is
+    storage: int  # address of its memory, which identifies it
     offset: int  # bytes from there
 
 
 @dataclass(slots=True)
-class Recorded:
+class Operation:
     """One operation.
 
-    ``call`` is what a kernel is called with: the address of a Weight, or an Attention or a Copy.
-    The first operands are then those of its ``fields``, the rest parts of the cache.
+    ``call`` is a kernel's argument: the address of a Weight, or an Attention or a CacheWrite. The
+    operands are then those of its ``fields``, some of them parts of the KV cache.
     """
 
     op: str
@@ -68,11 +68,11 @@ class Recorded:
 
 
 @dataclass(slots=True)
-class Shown:
-    """A module's call that others may want to see; ``options`` is what is not a tensor of it.
+class ModuleCall:
+    """A module's call that hooks may observe; ``options`` are its other arguments.
 
-    ``tensors`` are made in the pass and have to be there still when it is over. ``key`` and
-    ``value`` are parts of the cache. ``at``: how many operations were before.
+    ``tensors`` are computed in the pass and stay alive until the hooks ran. ``key`` and ``value``
+    are parts of the KV cache. ``at``: the number of operations before the call.
     """
 
     module: Any
@@ -87,14 +87,14 @@ _current: contextvars.ContextVar[Recorder | None] = contextvars.ContextVar("reco
 
 
 def current() -> Recorder | None:
-    """The recorder at work in this thread."""
+    """The active recorder of this thread."""
     return _current.get()
 
 
 @contextlib.contextmanager
-def record(inputs: list[Tensor], begun: Recorder | None = None) -> Iterator[Recorder]:
-    """Watch what happens inside; see Recorder. ``begun`` has seen what came before."""
-    recorder = begun or Recorder(inputs)
+def record(inputs: list[Tensor], prefix: Recorder | None = None) -> Iterator[Recorder]:
+    """Record the operations of the block; see Recorder. ``prefix`` recorded those before it."""
+    recorder = prefix or Recorder(inputs)
     token = _current.set(recorder)
     try:
         with recorder:
@@ -104,25 +104,25 @@ def record(inputs: list[Tensor], begun: Recorder | None = None) -> Iterator[Reco
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Watches a forward pass. ``inputs`` are the tensors that will differ from step to step.
+    """Records a forward pass. ``inputs`` are the tensors that differ from step to step.
 
-    What it cannot follow is in ``failure``; the pass itself goes on undisturbed.
+    ``failure`` names an operation that cannot be recorded; the pass itself is not disturbed.
     """
 
     def __init__(self, inputs: list[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.steps: list[Recorded] = []
-        self.shown: list[Shown] = []
-        self.sizes: dict[int, int] = {}  # bytes of each storage that the pass makes or is given
-        self.kept: list[Tensor] = []  # so that no storage is used twice
-        self.unknown: dict[int, str] = {}  # storages that an operation we do not know wrote
-        self.failure = ""  # an operation that this pass needs and the native program lacks
+        self.steps: list[Operation] = []
+        self.module_calls: list[ModuleCall] = []
+        self.sizes: dict[int, int] = {}  # bytes of each dynamic storage
+        self.alive: list[Tensor] = []  # so that no storage is reused meanwhile
+        self.untranslated: dict[int, str] = {}  # storages written by unsupported operations
+        self.failure = ""  # an operation that the native program lacks
         for tensor in inputs:
             self._produces(tensor)
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Without what keeps torch's compiler out of every call: it is not there."""
+        """False: torch's compiler is not loaded, so there is nothing to keep out."""
         return False
 
     def __torch_dispatch__(
@@ -137,15 +137,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             with self:
                 return func.decompose(*args, **kwargs)
         out = func(*args, **kwargs)
-        self._note(func, args, kwargs, out)
+        self._record(func, args, kwargs, out)
         return out
 
     def ref(self, tensor: Tensor) -> Ref:
         """The tensor as an operand."""
         storage = tensor.untyped_storage().data_ptr()
-        if storage in self.unknown:
-            self.failure = self.failure or self.unknown[storage]
-        self.kept.append(tensor)
+        if storage in self.untranslated:
+            self.failure = self.failure or self.untranslated[storage]
+        self.alive.append(tensor)
         return Ref(tensor, storage in self.sizes, storage, tensor.data_ptr() - storage)
 
     def add(
@@ -158,71 +158,75 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         call: Any = None,
         fields: tuple[str, ...] = (),
     ) -> None:
-        """Append an operation; see Recorded."""
+        """Append an operation; see Operation."""
         refs = [self.ref(tensor) for tensor in inputs]
         if out is not None:
             self._produces(out)
             refs.append(self.ref(out))
-        self.steps.append(Recorded(op, refs, tuple(sizes), number, call, fields))
+        self.steps.append(Operation(op, refs, tuple(sizes), number, call, fields))
 
-    def show(self, module: Any, tensors: list[Tensor], **details: Any) -> None:
-        """Note a call that others may want to see; see Shown."""
-        self.shown.append(Shown(module, tensors, len(self.steps), **details))
+    def add_module_call(self, module: Any, tensors: list[Tensor], **details: Any) -> None:
+        """Note a call that others may want to see; see ModuleCall."""
+        self.module_calls.append(ModuleCall(module, tensors, len(self.steps), **details))
 
-    def branch(self) -> Recorder:
-        """One that has seen the same so far."""
+    def copy(self) -> Recorder:
+        """A recorder of the same operations so far."""
         other = Recorder([])
-        other.steps, other.shown, other.kept = list(self.steps), list(self.shown), list(self.kept)
-        other.sizes, other.unknown = dict(self.sizes), dict(self.unknown)
+        other.steps, other.module_calls, other.alive = (
+            list(self.steps),
+            list(self.module_calls),
+            list(self.alive),
+        )
+        other.sizes, other.untranslated = dict(self.sizes), dict(self.untranslated)
         other.failure = self.failure
         return other
 
     def is_dynamic(self, tensor: Tensor) -> bool:
-        """Whether it depends on the inputs."""
+        """True for a tensor that depends on the inputs."""
         storage = tensor.untyped_storage().data_ptr()
-        return storage in self.sizes or storage in self.unknown
+        return storage in self.sizes or storage in self.untranslated
 
     def _produces(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         self.sizes[storage.data_ptr()] = storage.nbytes()
-        self.kept.append(tensor)
+        self.alive.append(tensor)
 
-    def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        made = _tensors(out)
+    def _record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        results = _tensors(out)
         if not any(self.is_dynamic(tensor) for tensor in _tensors((args, *kwargs.values()))):
-            self.kept += made
+            self.alive += results
             return
         kind = _kind(func)
         if kind.name in ALLOCATIONS or kind.is_view:
             return
-        known = kind.name.replace("_.", ".") if kind.is_mutable else kind.name
-        elsewhere = kind.is_mutable and not self.is_dynamic(args[0])
-        if elsewhere or not _translate(self, known, args, kwargs, out):
-            self.kept += made
-            self.unknown |= {t.untyped_storage().data_ptr(): kind.name for t in made}
-            if elsewhere or not made:
+        name = kind.name.replace("_.", ".") if kind.is_mutable else kind.name
+        is_static = kind.is_mutable and not self.is_dynamic(args[0])
+        if is_static or not _translate(self, name, args, kwargs, out):
+            self.alive += results
+            self.untranslated |= {t.untyped_storage().data_ptr(): kind.name for t in results}
+            if is_static or not results:
                 self.failure = self.failure or kind.name
 
 
 def _tensors(values: Any) -> list[Tensor]:
-    """All tensors in lists of lists of values."""
-    found: list[Tensor] = []
+    """All tensors in nested lists of values."""
+    tensors: list[Tensor] = []
     for value in values if isinstance(values, list | tuple) else (values,):
         if isinstance(value, Tensor):
-            found.append(value)
+            tensors.append(value)
         elif isinstance(value, list | tuple):
-            found += _tensors(value)
-    return found
+            tensors += _tensors(value)
+    return tensors
 
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """What there is to know of one of torch's operations; to ask it costs more than to run it."""
+    """Properties of one of torch's operations, cached: a look-up costs more than the operation."""
 
     name: str
     decomposes: bool
     is_mutable: bool
-    is_view: bool  # the results only look at the first argument's memory
+    is_view: bool  # the results share the first argument's memory
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""How many threads this process can really run at once."""
+"""The number of threads that this process can really run at once."""
 
 from __future__ import annotations
 

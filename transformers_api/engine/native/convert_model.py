@@ -97,7 +97,7 @@ def native_runner(
         log.info("%s cannot be packed", type(model).__name__, exc_info=True)
         raise NativeRefused(f"packing failed: {error}") from error
     if not runner.is_recorded:
-        raise NativeRefused(runner.decode.refused or runner.prompt.refused or runner.scored.refused)
+        raise NativeRefused(runner.decode.failure or runner.prompt.failure or runner.scored.failure)
     return runner
 
 

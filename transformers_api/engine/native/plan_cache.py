@@ -32,7 +32,7 @@ from torch import Tensor
 
 from transformers_api.engine.native.convert_model import PlanOutdated, packed_weights
 from transformers_api.engine.native.runner import NativeRunner
-from transformers_api.kernels.graph.planner import Line, Plan, View, Words
+from transformers_api.kernels.graph.planner import Affine, HookPoint, Plan, Words
 from transformers_api.kernels.modules.replace import Place, places_of
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ MOST_FILES = 64
 LARGEST_CONSTANTS = 16 << 20  # bytes, of one model
 LIBRARIES = ("torch", "transformers", "numpy", "safetensors")
 LINES = ("steps", "calls", "memory", "inputs", "result")  # of a Plan
-WORDS = ("step_places", "call_places", "step_calls", "weights")
+WORDS = ("step_relocations", "call_relocations", "step_call_relocations", "weights")
 Arrays = dict[str, Any]
 
 
@@ -127,7 +127,7 @@ class KeptPlans:
         ]
         runner.cache.shape(likes)
         for name, recorded in runner.passes.items():
-            recorded.know(self._plan(name, names))
+            recorded.use_plan(self._plan(name, names))
         runner.is_recorded = True
 
     def _plan(self, name: str, names: _Names) -> Plan:
@@ -138,8 +138,8 @@ class KeptPlans:
             found: Words = self.arrays[f"{name}.{key}"].copy()  # one's own, to write into
             return found
 
-        def line(key: str) -> Line:
-            return Line(size, words(f"{key}.base"), words(f"{key}.slope"))
+        def line(key: str) -> Affine:
+            return Affine(size, words(f"{key}.base"), words(f"{key}.slope"))
 
         steps, calls, weights = line("steps"), line("calls"), words("weights")
         for word in weights:
@@ -159,14 +159,14 @@ class KeptPlans:
             memory=line("memory"),
             inputs=line("inputs"),
             result=line("result"),
-            step_places=words("step_places"),
-            call_places=words("call_places"),
-            step_calls=words("step_calls"),
+            step_relocations=words("step_relocations"),
+            call_relocations=words("call_relocations"),
+            step_call_relocations=words("step_call_relocations"),
             weights=weights,
             constants=constants,
             cache_words=[tuple(each) for each in facts["cache_words"]],
-            kept=kept,
-            views=[_view(each, names, size) for each in facts["views"]],
+            constant_tensors=kept,
+            hook_points=[_view(each, names, size) for each in facts["views"]],
         )
 
 
@@ -233,7 +233,7 @@ def _arrays_of(runner: NativeRunner, groups: list[list[Place]]) -> Arrays:
 def _describe(plan: Plan, names: _Names, facts: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """The arrays of a plan by name; what else there is to say of it is put into ``facts``."""
     for key in LINES:
-        line: Line = getattr(plan, key)
+        line: Affine = getattr(plan, key)
         base = line.base.copy()
         if key == "steps":
             for word in plan.weights:
@@ -247,7 +247,7 @@ def _describe(plan: Plan, names: _Names, facts: dict[str, Any]) -> Iterator[tupl
         yield key, getattr(plan, key)
     kept: list[tuple[str | int, int]] = []
     total = 0
-    for index, tensor in enumerate(plan.kept):
+    for index, tensor in enumerate(plan.constant_tensors):
         storage = tensor.untyped_storage()
         offset = tensor.data_ptr() - storage.data_ptr()
         named = names.storages.get(storage.data_ptr())
@@ -262,11 +262,11 @@ def _describe(plan: Plan, names: _Names, facts: dict[str, Any]) -> Iterator[tupl
         "kept": kept,
         "constants": plan.constants,
         "cache_words": plan.cache_words,
-        "views": [_view_facts(view, names) for view in plan.views],
+        "views": [_view_facts(view, names) for view in plan.hook_points],
     }
 
 
-def _view_facts(view: View, names: _Names) -> dict[str, Any]:
+def _view_facts(view: HookPoint, names: _Names) -> dict[str, Any]:
     return {
         "module": names.module_names[id(view.module)],
         "at": view.at,
@@ -277,11 +277,11 @@ def _view_facts(view: View, names: _Names) -> dict[str, Any]:
     }
 
 
-def _view(facts: dict[str, Any], names: _Names, size: int) -> View:
-    return View(
+def _view(facts: dict[str, Any], names: _Names, size: int) -> HookPoint:
+    return HookPoint(
         names.modules[facts["module"]],
         facts["at"],
-        [Line(size, *(numpy.array(n, numpy.int64) for n in each)) for each in facts["tensors"]],
+        [Affine(size, *(numpy.array(n, numpy.int64) for n in each)) for each in facts["tensors"]],
         [getattr(torch, name) for name in facts["dtypes"]],
         tuple(facts["cached"]) if facts["cached"] else None,
         _options(facts["options"], names),

@@ -21,7 +21,7 @@ from transformers_api.engine.scheduler import Batch
 from transformers_api.kernels.abi import Library
 from transformers_api.kernels.capture import Recorder, current
 from transformers_api.kernels.graph.executor import RecordedPass
-from transformers_api.kernels.graph.hooks import Showing, returning
+from transformers_api.kernels.graph.hooks import HookReplay, forward_returning
 from transformers_api.kernels.modules.attention import CausalRows, describe_mask
 
 DECODE_ROWS = (2, 3)  # sizes that are recorded; see layout.py
@@ -92,7 +92,7 @@ class NativeRunner(ModelRunner):
         watch = None
         if batch.reaches_end and any(seq.observe for seq in batch.sequences):
             seen = max(starts) + batch.width
-            watch = Showing(self.cache.library, inputs[2], seen, tensors, first)
+            watch = HookReplay(self.cache.library, inputs[2], seen, tensors, first)
         logits = recorded.run(size, inputs, tensors, first, watch)
         return logits[:, -keep:, : self.vocab_size]
 
@@ -117,7 +117,7 @@ class NativeRunner(ModelRunner):
         """Let go of all memory but the model's own."""
         self.clear()
         for recorded in self.passes.values():
-            recorded.rest()
+            recorded.release_memory()
 
     def _learn(
         self,
@@ -129,7 +129,7 @@ class NativeRunner(ModelRunner):
         begun: Recorder | None = None,
     ) -> None:
         forward = partial(self._compute, inputs, cache, keep)
-        which.learn(size, inputs, cache.tensors, forward, begun)
+        which.record(size, inputs, cache.tensors, forward, begun)
 
     def _learn_prompt(self, size: int, cache: NativeCache) -> None:
         """A scored one differs in what comes after the layers only; all before is recorded once."""
@@ -137,7 +137,7 @@ class NativeRunner(ModelRunner):
 
         def look(module: nn.Module, given: Any, output: Any) -> None:
             if recorder := current():
-                seen.append((recorder.branch(), output))
+                seen.append((recorder.copy(), output))
 
         handle = base.register_forward_hook(look)
         try:
@@ -148,7 +148,7 @@ class NativeRunner(ModelRunner):
             self._learn(self.scored, size, cache, inputs, 0)
             return
         begun, output = seen[0]
-        with returning(base, output):
+        with forward_returning(base, output):
             self._learn(self.scored, size, cache, inputs, 0, begun)
 
     def _compute(self, inputs: list[Tensor], cache: NativeCache, keep: int) -> Tensor:
@@ -191,7 +191,9 @@ def _note_layer(module: nn.Module, args: Any, kwargs: dict[str, Any], output: An
     stream = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
     made = output[0] if isinstance(output, tuple) else output
     if (recorder := current()) and stream is not None and isinstance(made, Tensor):
-        recorder.show(module, [stream, made], options={"is_tuple": isinstance(output, tuple)})
+        recorder.add_module_call(
+            module, [stream, made], options={"is_tuple": isinstance(output, tuple)}
+        )
 
 
 def _some_ids(rows: int, width: int) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from transformers_api.kernels.abi import Library
 from transformers_api.kernels.capture import Recorder, record
-from transformers_api.kernels.graph.planner import Learned, Line, Plan, View, make_plan
+from transformers_api.kernels.graph.planner import Affine, HookPoint, Plan, Recording, make_plan
 from transformers_api.kernels.graph.tiling import NotRecordable
 
 log = logging.getLogger(__name__)
@@ -24,55 +24,55 @@ PAGE = 4096
 class RecordedPass:
     """Forward passes of one kind, as prompts or decode steps, of any ``size``.
 
-    ``learn`` two passes of different sizes; from then on ``run`` gives what the model would, and
-    ``refused`` says why if that cannot be had. The size is what differs: rows, or tokens.
+    ``record`` two passes of different sizes; from then on ``run`` returns what the model would, and
+    ``failure`` is the reason where that is not possible. The size is a number of rows or of tokens.
     """
 
     def __init__(self, library: Library) -> None:
         self.library = library
-        self.refused = ""
-        self._learned: list[Learned] = []
+        self.failure = ""
+        self._recordings: list[Recording] = []
         self._program: Program | None = None
 
     @property
     def is_ready(self) -> bool:
-        """Whether ``run`` may be called."""
+        """True once ``run`` may be called."""
         return self._program is not None
 
     @property
     def plan(self) -> Plan:
-        """What ``run`` does. Only when it is ready."""
+        """The plan that ``run`` executes. Only when it is ready."""
         assert self._program is not None
         return self._program.plan
 
-    def know(self, plan: Plan) -> None:
-        """Be ready without having learned."""
+    def use_plan(self, plan: Plan) -> None:
+        """Be ready without a recording."""
         self._program = Program(self.library, plan)
 
-    def learn(
+    def record(
         self,
         size: int,
         inputs: list[Tensor],
         cache: list[Tensor],
         forward: Callable[[], Tensor],
-        begun: Recorder | None = None,
+        prefix: Recorder | None = None,
     ) -> None:
-        """Record how ``forward`` makes its result of ``inputs``; products are not computed for it.
+        """Record how ``forward`` computes its result from ``inputs``, without matrix products.
 
-        ``cache``: the tensors of keys and values, all rows, layer by layer. ``begun`` has recorded
-        a pass up to where ``forward`` goes on.
+        ``cache``: the tensors of keys and values, all rows, layer by layer. ``prefix`` has recorded
+        the pass up to the point where ``forward`` continues.
         """
-        with record(inputs, begun) as recorder:
+        with record(inputs, prefix) as recorder:
             result = forward()
-        self._learned.append(Learned(size, recorder, inputs, result))
-        if len(self._learned) == 2 and not self.refused:
+        self._recordings.append(Recording(size, recorder, inputs, result))
+        if len(self._recordings) == 2 and not self.failure:
             try:
-                first, second = self._learned
+                first, second = self._recordings
                 self._program = Program(self.library, make_plan(first, second, cache))
             except NotRecordable as error:
-                self.refused = str(error)
+                self.failure = str(error)
                 log.info("Forward passes are not recorded: %s", error)
-            self._learned = []
+            self._recordings = []
 
     def run(
         self,
@@ -80,26 +80,26 @@ class RecordedPass:
         inputs: list[Tensor],
         cache: list[Tensor],
         first: int,
-        watch: Watch | None = None,
+        observer: PassObserver | None = None,
     ) -> Tensor:
-        """The result, until the next call. ``first``: the cache's row of the pass's first row.
+        """The result, valid until the next call. ``first``: the cache's row of the first sequence.
 
-        ``watch`` is shown what it wants to see while the pass stands still.
+        ``observer`` is shown the calls that it chose while the pass is paused.
         """
         assert self._program is not None
-        return self._program.run(size, inputs, cache, first, watch)
+        return self._program.run(size, inputs, cache, first, observer)
 
-    def rest(self) -> None:
+    def release_memory(self) -> None:
         """Give the memory of the last run back."""
         if self._program is not None:
-            self._program.rest()
+            self._program.release_memory()
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """A call that the pass has just done: see recorder.Shown.
+class FinishedCall:
+    """A module call that the pass has just completed: see capture.ModuleCall.
 
-    ``cached``: which tensors of the cache are its key and value.
+    ``cached``: indices of its key and value in the cache.
     """
 
     module: Any
@@ -108,20 +108,20 @@ class Seen:
     options: dict[str, Any]
 
 
-class Watch(Protocol):
-    """Who looks at a pass. What it is shown is overwritten when the pass goes on."""
+class PassObserver(Protocol):
+    """An observer of a pass. The tensors of a call are overwritten when the pass continues."""
 
-    def wanted(self, views: list[View]) -> list[View]:
-        """Which of these calls are to be shown."""
+    def choose(self, points: list[HookPoint]) -> list[HookPoint]:
+        """The hook points to pause at, in order."""
         ...
 
-    def show(self, seen: Seen) -> None:
-        """See the call."""
+    def show(self, call: FinishedCall) -> None:
+        """Observe a call."""
         ...
 
 
 class Program:
-    """A plan with memory. Addresses and sizes are worked out when the size or the cache changes."""
+    """A plan with memory. Addresses and sizes are computed when the size or the cache changes."""
 
     def __init__(self, library: Library, plan: Plan) -> None:
         self.library = library
@@ -130,8 +130,8 @@ class Program:
         self._steps = plan.steps.at(plan.size)
         self._memory = torch.zeros(0, dtype=torch.uint8)
         self._size = 0
-        self._seen: dict[int, Seen] = {}  # by the view's id, for this size
-        self._cache: Any = None
+        self._finished: dict[int, FinishedCall] = {}  # by id of the hook point, for this size
+        self._bound_cache: Any = None
 
     def run(
         self,
@@ -139,33 +139,33 @@ class Program:
         inputs: list[Tensor],
         cache: list[Tensor],
         first: int,
-        watch: Watch | None,
+        observer: PassObserver | None,
     ) -> Tensor:
         """See RecordedPass."""
         if size != self._size:
             self._resize(size)
-        where = first, [tensor.data_ptr() for tensor in cache], cache[0].stride()
-        if where != self._cache:
-            self._aim(cache, first)
-            self._cache = where
+        key = first, [tensor.data_ptr() for tensor in cache], cache[0].stride()
+        if key != self._bound_cache:
+            self._bind_cache(cache, first)
+            self._bound_cache = key
         base = self._base
-        for place, given in zip(self._inputs, inputs, strict=True):
-            ctypes.memmove(base + int(place), given.data_ptr(), given.nbytes)
+        for offset, tensor in zip(self._inputs, inputs, strict=True):
+            ctypes.memmove(base + int(offset), tensor.data_ptr(), tensor.nbytes)
         done = 0
-        if watch:
-            for view in watch.wanted(self.plan.views):
-                self._go_on(done, view.at)
-                done = view.at
-                watch.show(self._look(view))
-        self._go_on(done, len(self._steps) // self.plan.width)
+        if observer:
+            for point in observer.choose(self.plan.hook_points):
+                self._run_steps(done, point.at)
+                done = point.at
+                observer.show(self._finished_call(point))
+        self._run_steps(done, len(self._steps) // self.plan.width)
         return self._result
 
-    def rest(self) -> None:
+    def release_memory(self) -> None:
         """See RecordedPass."""
         self._memory = self._result = torch.zeros(0, dtype=torch.uint8)
-        self._size, self._cache, self._seen = 0, None, {}
+        self._size, self._bound_cache, self._finished = 0, None, {}
 
-    def _go_on(self, begin: int, end: int) -> None:
+    def _run_steps(self, begin: int, end: int) -> None:
         address = self._steps.ctypes.data + begin * self.plan.width * self._steps.itemsize
         self.library.without_gil.run_steps(address, end - begin)
 
@@ -180,30 +180,32 @@ class Program:
             self._memory = torch.zeros(bytes_needed, dtype=torch.uint8)
         self._steps[:] = plan.steps.at(size)
         self._calls[:] = plan.calls.at(size)
-        self._steps[plan.step_places] += self._base
-        self._calls[plan.call_places] += self._base
-        self._steps[plan.step_calls] += self._calls.ctypes.data
+        self._steps[plan.step_relocations] += self._base
+        self._calls[plan.call_relocations] += self._base
+        self._steps[plan.step_call_relocations] += self._calls.ctypes.data
         self._inputs = plan.inputs.at(size)
-        self._size, self._cache = size, None
+        self._size, self._bound_cache = size, None
         self._result = self._tensor(plan.result, torch.float32)
-        self._seen = {}
+        self._finished = {}
 
-    def _look(self, view: View) -> Seen:
-        seen = self._seen.get(id(view))
-        if seen is None:
-            tensors = [self._tensor(*each) for each in zip(view.tensors, view.dtypes, strict=True)]
-            seen = self._seen[id(view)] = Seen(view.module, tensors, view.cached, view.options)
-        return seen
+    def _finished_call(self, point: HookPoint) -> FinishedCall:
+        call = self._finished.get(id(point))
+        if call is None:
+            pairs = zip(point.tensors, point.dtypes, strict=True)
+            tensors = [self._tensor(place, dtype) for place, dtype in pairs]
+            call = FinishedCall(point.module, tensors, point.cached, point.options)
+            self._finished[id(point)] = call
+        return call
 
-    def _tensor(self, line: Line, dtype: torch.dtype) -> Tensor:
-        place, *shape = (int(n) for n in line.at(self._size))
+    def _tensor(self, place: Affine, dtype: torch.dtype) -> Tensor:
+        offset, *shape = (int(n) for n in place.at(self._size))
         sizes, strides = shape[: len(shape) // 2], shape[len(shape) // 2 :]
-        start = self._base + place - self._memory.data_ptr()
+        start = self._base + offset - self._memory.data_ptr()
         end = start + (len(self._memory) - start) // 8 * 8
         return self._memory[start:end].view(dtype).as_strided(sizes, strides)
 
-    def _aim(self, cache: list[Tensor], first: int) -> None:
-        """Point the calls to rows ``first``.. of the cache as it is allocated now."""
+    def _bind_cache(self, cache: list[Tensor], first: int) -> None:
+        """Point the calls to the rows ``first``.. of the cache as it is allocated now."""
         for at, strides_at, index in self.plan.cache_words:
             tensor = cache[index]
             self._calls[at] = tensor.data_ptr() + first * tensor.stride(0) * tensor.element_size()

@@ -1,4 +1,4 @@
-"""A pass that runs natively, shown to whoever has hooks in the model or wraps its attention."""
+"""Hooks of modules and wrapped attention functions, replayed for a pass that runs natively."""
 
 from __future__ import annotations
 
@@ -10,73 +10,73 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from transformers_api.kernels.abi import Library
-from transformers_api.kernels.graph.executor import Seen
-from transformers_api.kernels.graph.planner import View
+from transformers_api.kernels.graph.executor import FinishedCall
+from transformers_api.kernels.graph.planner import HookPoint
 from transformers_api.kernels.modules.attention import (
     NAME,
     CausalRows,
     native_attention,
-    show_attention,
+    replay_attention,
 )
 
 
-class Showing:
-    """A pass whose sequences begin at the positions ``starts`` (B,) and end at ``seen`` or before.
+class HookReplay:
+    """A PassObserver of sequences at the positions ``starts`` (B,) that end before ``length``.
 
-    ``first``: the row of the ``cache`` that is the first one's. Meets ``program.Watch``. Who wraps
-    the attention function may say which ``layers`` are wanted: of those alone it is told.
+    ``first``: the row of the ``cache`` that belongs to the first sequence. A function that wraps
+    the attention may have ``layers``, and is then called for those alone.
 
     Between two parts of a pass the weights have driven everything else from the caches, and a call
     of torch takes fifty microseconds: few are made.
     """
 
     def __init__(
-        self, library: Library, starts: Tensor, seen: int, cache: list[Tensor], first: int
+        self, library: Library, starts: Tensor, length: int, cache: list[Tensor], first: int
     ) -> None:
         self.library = library
         self.starts = starts
         self.cache = cache
         self.rows = slice(first, first + len(starts))
-        self.seen = slice(seen)
+        self.positions = slice(length)
 
-    def wanted(self, views: Sequence[View]) -> list[View]:
-        """See Watch."""
+    def choose(self, points: Sequence[HookPoint]) -> list[HookPoint]:
+        """See PassObserver."""
         function = ALL_ATTENTION_FUNCTIONS[NAME]
-        nobody = () if function is native_attention else None
-        layers = getattr(function, "layers", nobody)
+        unwrapped = () if function is native_attention else None
+        layers = getattr(function, "layers", unwrapped)
         return [
-            view
-            for view in views
+            point
+            for point in points
             if (
-                layers is None or getattr(view.module, "layer_idx", None) in layers
-                if view.cached
-                else view.module._forward_hooks or view.module._forward_pre_hooks
+                layers is None or getattr(point.module, "layer_idx", None) in layers
+                if point.cached
+                else point.module._forward_hooks or point.module._forward_pre_hooks
             )
         ]
 
-    def show(self, seen: Seen) -> None:
-        """See Watch."""
-        if seen.cached is None:
-            stream, made = seen.tensors
-            pass_through(seen.module, stream, (made,) if seen.options["is_tuple"] else made)
+    def show(self, call: FinishedCall) -> None:
+        """See PassObserver."""
+        if call.cached is None:
+            stream, output = call.tensors
+            call_with_result(call.module, stream, (output,) if call.options["is_tuple"] else output)
             return
-        key, value = (self.cache[index][self.rows, :, self.seen] for index in seen.cached)
-        query, output = seen.tensors
-        mask = CausalRows(self.library, self.starts, seen.options["window"])
-        show_attention(seen.module, (query, key, value, output), mask, seen.options["options"])
+        key, value = (self.cache[index][self.rows, :, self.positions] for index in call.cached)
+        query, output = call.tensors
+        mask = CausalRows(self.library, self.starts, call.options["window"])
+        replay_attention(call.module, (query, key, value, output), mask, call.options["options"])
 
 
-def pass_through(module: nn.Module, stream: Tensor, made: Any) -> None:
-    """Call a module, and with it its hooks, for what has been computed."""
-    with returning(module, made):
+def call_with_result(module: nn.Module, stream: Tensor, result: Any) -> None:
+    """Call a module, and so its hooks, with a result that is computed already."""
+    with forward_returning(module, result):
         module(stream)
 
 
 @contextmanager
-def returning(module: nn.Module, made: Any) -> Iterator[None]:
-    """While it lasts, the module returns this whatever it is given."""
+def forward_returning(module: nn.Module, result: Any) -> Iterator[None]:
+    """Let the module return ``result`` for any arguments, within the block."""
     own = vars(module).get("forward")
-    module.forward = lambda *_args, **_kwargs: made
+    module.forward = lambda *_args, **_kwargs: result
     try:
         yield
     finally:

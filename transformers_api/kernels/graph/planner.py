@@ -1,8 +1,9 @@
-"""Two recordings of a forward pass make a plan for every size.
+"""Memory and shape planning: two recordings of a forward pass make a plan for every size.
 
-All that the native program needs is numbers: sizes, strides, places in memory. Between a pass of
-n tokens and one of m they differ by a multiple of n - m, or not at all; so what holds for two
-sizes is known for all. Recordings that differ in another way are refused.
+All that the native program needs is numbers: sizes, strides, addresses. Each is an affine function
+of the number of tokens, base + slope * tokens, and two samples determine an affine function. So two
+recordings of different sizes give the program for all sizes; recordings in which a number is not
+affine, such as one that is rounded up to a power of two, are refused.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from transformers_api.kernels.abi import OPERAND_TYPES, OPS, Operand, Step
-from transformers_api.kernels.capture import Recorded, Recorder, Ref, Shown
-from transformers_api.kernels.graph.fusion import fused
+from transformers_api.kernels.capture import ModuleCall, Operation, Recorder, Ref
+from transformers_api.kernels.graph.fusion import fuse
 from transformers_api.kernels.graph.tiling import (
     DIMENSIONS,
     KERNELS,
-    Lines,
+    LoopNest,
     NotRecordable,
-    Unit,
-    plain_lines,
-    units,
+    StepGroup,
+    collapsed_loops,
+    step_groups,
 )
 
 Words = NDArray[numpy.int64]
@@ -40,8 +41,8 @@ STEP_WORDS = ctypes.sizeof(Step) // WORD
 
 
 @dataclass(frozen=True)
-class Learned:
-    """One recording: of ``inputs``, ``result`` came out."""
+class Recording:
+    """A recorded pass over ``inputs`` that returned ``result``."""
 
     size: int
     recorder: Recorder
@@ -50,75 +51,78 @@ class Learned:
 
 
 @dataclass(frozen=True)
-class Line:
-    """Numbers that are a straight line over the size."""
+class Affine:
+    """Integers that are affine functions of the size: base + (n - size) * slope."""
 
     size: int
     base: Words
     slope: Words
 
     def at(self, size: int) -> Words:
-        """The numbers for this size."""
+        """The integers for this size."""
         return self.base + (size - self.size) * self.slope
 
 
 @dataclass(frozen=True)
-class View:
-    """A call that can be shown when ``at`` steps have been done: its tensors are there then."""
+class HookPoint:
+    """A module call that hooks may observe after ``at`` steps, when its tensors are in memory."""
 
     module: Any
     at: int
-    tensors: list[Line]  # place, sizes, strides
+    tensors: list[Affine]  # address, sizes, strides
     dtypes: list[torch.dtype]
-    cached: tuple[int, int] | None  # which tensors of the cache are its key and value
+    cached: tuple[int, int] | None  # indices of its key and value in the cache
     options: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The native program in words of 8 bytes, with what has to be added to some of them."""
+    """The native program in words of 8 bytes, and its relocations.
+
+    A relocation is the index of a word to which a base address is added before the program runs.
+    """
 
     size: int
-    steps: Line
-    calls: Line
-    memory: Line
-    inputs: Line  # places
-    result: Line  # place, sizes, strides
-    step_places: Words  # words that count from the beginning of the memory
-    call_places: Words
-    step_calls: Words  # words that count from the beginning of the calls
-    weights: Words  # words of the steps that are addresses of weights
-    constants: list[tuple[int, int, int]]  # whether of the calls, the word, whose address it is
-    cache_words: list[tuple[int, int, int]]  # a call's pointer, its strides, which of the cache
-    kept: list[Tensor]  # constants
-    views: list[View]
+    steps: Affine
+    calls: Affine
+    memory: Affine
+    inputs: Affine  # addresses
+    result: Affine  # address, sizes, strides
+    step_relocations: Words  # relative to the memory
+    call_relocations: Words  # relative to the memory
+    step_call_relocations: Words  # relative to the calls
+    weights: Words  # words of the steps that hold addresses of weights
+    constants: list[tuple[int, int, int]]  # 1: of the calls, word, index of the tensor
+    cache_words: list[tuple[int, int, int]]  # word of a pointer, of its strides, index in the cache
+    constant_tensors: list[Tensor]
+    hook_points: list[HookPoint]
     width: int = STEP_WORDS
 
 
-def make_plan(a: Learned, b: Learned, cache: list[Tensor]) -> Plan:
-    """A plan for every size. Raises NotRecordable."""
-    for one in (a, b):
-        one.recorder.ref(one.result)  # it may be what an unknown operation wrote last
+def make_plan(a: Recording, b: Recording, cache: list[Tensor]) -> Plan:
+    """A plan for every size, from recordings of two. Raises NotRecordable."""
+    for recording in (a, b):
+        recording.recorder.ref(recording.result)  # an unknown operation may have written it
     if failure := a.recorder.failure or b.recorder.failure:
         raise NotRecordable(failure)
-    a, b = (replace(one, recorder=fused(one.recorder, one.result)) for one in (a, b))
-    same = len(a.recorder.shown) == len(b.recorder.shown)
-    if not same or [s.op for s in a.recorder.steps] != [s.op for s in b.recorder.steps]:
+    a, b = (replace(r, recorder=fuse(r.recorder, r.result)) for r in (a, b))
+    same_calls = len(a.recorder.module_calls) == len(b.recorder.module_calls)
+    if not same_calls or [s.op for s in a.recorder.steps] != [s.op for s in b.recorder.steps]:
         raise NotRecordable("operations that depend on the size")
     return _Planner(a, b, cache).plan()
 
 
 @dataclass
 class _Words:
-    """Words of both recordings, and which of them are addresses."""
+    """The words of both recordings, and their relocations."""
 
     a: list[int] = field(default_factory=list)
     b: list[int] = field(default_factory=list)
-    places: list[int] = field(default_factory=list)
-    calls: list[int] = field(default_factory=list)
+    relocations: list[int] = field(default_factory=list)
+    call_relocations: list[int] = field(default_factory=list)
 
     def add(self, a: Sequence[int], b: Sequence[int]) -> int:
-        """Append the words of a struct; where it begins."""
+        """Append the words of a structure; returns the index of its first."""
         start = len(self.a)
         self.a += a
         self.b += b
@@ -126,95 +130,95 @@ class _Words:
 
 
 class _Planner:
-    """Goes through two recordings side by side."""
+    """Builds a plan from two recordings, step by step in parallel."""
 
-    def __init__(self, a: Learned, b: Learned, cache: list[Tensor]) -> None:
+    def __init__(self, a: Recording, b: Recording, cache: list[Tensor]) -> None:
         self.a, self.b = a, b
         self.cache = {t.untyped_storage().data_ptr(): i for i, t in enumerate(cache)}
         self.sizes = a.size, b.size
-        self.shown = list(zip(a.recorder.shown, b.recorder.shown, strict=True))
+        self.module_calls = list(zip(a.recorder.module_calls, b.recorder.module_calls, strict=True))
         self.pairs = list(zip(a.recorder.steps, b.recorder.steps, strict=True))
         self.steps, self.calls = _Words(), _Words()
         self.cache_words: list[tuple[int, int, int]] = []
         self.weights: list[int] = []
         self.constants: list[tuple[int, int, int]] = []
-        self.kept: list[Tensor] = []
-        self.units: list[Unit] = list(units(self.pairs, self.sizes))
-        self.ends = [unit.end for unit in self.units]
-        self.places, self.memory = self._lay_out()
+        self.constant_tensors: list[Tensor] = []
+        self.groups: list[StepGroup] = list(step_groups(self.pairs, self.sizes))
+        self.ends = [group.end for group in self.groups]
+        self.offsets, self.memory = self._allocate()
 
     def plan(self) -> Plan:
-        for unit in self.units:
-            for nth, pair in enumerate(self.pairs[unit.begin : unit.end]):
-                at = self._add_step(*pair, unit.lines[nth] if unit.lines else None)
-                if unit.lines and not nth:
-                    count = unit.end - unit.begin
+        for group in self.groups:
+            for nth, pair in enumerate(self.pairs[group.begin : group.end]):
+                at = self._add_step(*pair, group.loops[nth] if group.loops else None)
+                if group.loops and not nth:
+                    count = group.end - group.begin
                     self._set(self.steps, at + Step.fused.offset // WORD, (count, count))
-        inputs = [self._place(r) for r in self._input_refs()]
+        inputs = [self._offset(r) for r in self._input_refs()]
         result = self._result_ref()
         if result[0].tensor.dtype != torch.float32 or not result[0].is_dynamic:
             raise NotRecordable("a result of another kind")
         return Plan(
             size=self.a.size,
-            steps=self._line(self.steps.a, self.steps.b),
-            calls=self._line(self.calls.a, self.calls.b),
-            memory=self._line([self.memory[0]], [self.memory[1]]),
-            inputs=self._line([place[0] for place in inputs], [place[1] for place in inputs]),
-            result=self._described(result),
-            views=[self._view(x, y) for x, y in self.shown],
-            step_places=numpy.array(self.steps.places, numpy.int64),
-            call_places=numpy.array(self.calls.places, numpy.int64),
-            step_calls=numpy.array(self.steps.calls, numpy.int64),
+            steps=self._affine(self.steps.a, self.steps.b),
+            calls=self._affine(self.calls.a, self.calls.b),
+            memory=self._affine([self.memory[0]], [self.memory[1]]),
+            inputs=self._affine([place[0] for place in inputs], [place[1] for place in inputs]),
+            result=self._tensor(result),
+            hook_points=[self._hook_point(x, y) for x, y in self.module_calls],
+            step_relocations=numpy.array(self.steps.relocations, numpy.int64),
+            call_relocations=numpy.array(self.calls.relocations, numpy.int64),
+            step_call_relocations=numpy.array(self.steps.call_relocations, numpy.int64),
             weights=numpy.array(self.weights, numpy.int64),
             constants=self.constants,
             cache_words=self.cache_words,
-            kept=self.kept,
+            constant_tensors=self.constant_tensors,
         )
 
-    def _described(self, pair: tuple[Ref, Ref]) -> Line:
-        """Place, sizes, strides."""
-        return self._line(
+    def _tensor(self, pair: tuple[Ref, Ref]) -> Affine:
+        """Address, sizes, strides."""
+        return self._affine(
             *(
                 [place, *ref.tensor.shape, *ref.tensor.stride()]
-                for place, ref in zip(self._place(pair), pair, strict=True)
+                for place, ref in zip(self._offset(pair), pair, strict=True)
             )
         )
 
-    def _view(self, x: Shown, y: Shown) -> View:
-        pairs = self._shown_refs(x, y)
+    def _hook_point(self, x: ModuleCall, y: ModuleCall) -> HookPoint:
+        pairs = self._call_refs(x, y)
         cached = [t.untyped_storage().data_ptr() for t in (x.key, x.value) if t is not None]
         if len({pair[0].storage for pair in pairs}) < len(pairs):
             raise NotRecordable("a layer that changes what it is given")
-        end = self.units[self._unit_of(x)].end
+        end = self.groups[self._group_of(x)].end
         after = [r for r in self.a.recorder.steps[x.at : end] if r.op != "write_cache"]
         if {pair[0].storage for pair in pairs} & {r.refs[-1].storage for r in after}:
             raise NotRecordable("results of a layer that are changed at once")
-        return View(
+        return HookPoint(
             x.module,
             end,
-            [self._described(pair) for pair in pairs],
+            [self._tensor(pair) for pair in pairs],
             [tensor.dtype for tensor in x.tensors],
             (self.cache[cached[0]], self.cache[cached[1]]) if cached else None,
             x.options,
         )
 
-    def _unit_of(self, shown: Shown) -> int:
-        """Which steps have to be done before the call can be shown."""
-        return bisect.bisect_left(self.ends, shown.at)
+    def _group_of(self, call: ModuleCall) -> int:
+        """The index of the group after which hooks can observe the call."""
+        return bisect.bisect_left(self.ends, call.at)
 
-    def _shown_refs(self, x: Shown, y: Shown) -> list[tuple[Ref, Ref]]:
+    def _call_refs(self, x: ModuleCall, y: ModuleCall) -> list[tuple[Ref, Ref]]:
         refs = [[one.recorder.ref(t) for t in s.tensors] for one, s in ((self.a, x), (self.b, y))]
         pairs = list(zip(*refs, strict=True))
         if not all(ref.is_dynamic for pair in pairs for ref in pair):
             raise NotRecordable("a layer that returns what the pass does not make")
         return pairs
 
-    def _line(self, a: list[int], b: list[int]) -> Line:
+    def _affine(self, a: list[int], b: list[int]) -> Affine:
         first, second = numpy.array(a, numpy.int64), numpy.array(b, numpy.int64)
         slope, rest = numpy.divmod(second - first, self.sizes[1] - self.sizes[0])
         if rest.any():
             raise NotRecordable("sizes that do not grow evenly")
-        return Line(self.sizes[0], first, slope)
+        return Affine(self.sizes[0], first, slope)
 
     def _input_refs(self) -> list[tuple[Ref, Ref]]:
         refs = [[one.recorder.ref(t) for t in one.inputs] for one in (self.a, self.b)]
@@ -223,43 +227,43 @@ class _Planner:
     def _result_ref(self) -> tuple[Ref, Ref]:
         return self.a.recorder.ref(self.a.result), self.b.recorder.ref(self.b.result)
 
-    def _lay_out(self) -> tuple[dict[Pair, Pair], Pair]:
-        """(where each storage lies, bytes in all): memory is used again after its last use.
+    def _allocate(self) -> tuple[dict[Pair, Pair], Pair]:
+        """(offset of each storage, bytes in all), by liveness: memory is reused after its last use.
 
-        Not within steps that are done together, where one thread is ahead of another.
+        Not within a fused group of steps, where one thread may be ahead of another.
         """
         used = [
             {
                 (x.storage, y.storage)
-                for first, second in self.pairs[unit.begin : unit.end]
+                for first, second in self.pairs[group.begin : group.end]
                 for x, y in zip(first.refs, second.refs, strict=True)
                 if x.is_dynamic
             }
-            for unit in self.units
+            for group in self.groups
         ]
-        for shown in self.shown:  # still there when it is shown
-            used[self._unit_of(shown[0])] |= {
-                (x.storage, y.storage) for x, y in self._shown_refs(*shown)
+        for calls in self.module_calls:  # alive until hooks have observed it
+            used[self._group_of(calls[0])] |= {
+                (x.storage, y.storage) for x, y in self._call_refs(*calls)
             }
         last = {pair: i for i, pairs in enumerate(used) for pair in pairs}
         forever = [(x.storage, y.storage) for x, y in [*self._input_refs(), self._result_ref()]]
-        places: dict[Pair, Pair] = {}
+        offsets: dict[Pair, Pair] = {}
         free: dict[Pair, list[Pair]] = {}
         end = (0, 0)
         for i, pairs in enumerate([set(forever), *used], -1):
-            for pair in sorted(pairs - places.keys()):
+            for pair in sorted(pairs - offsets.keys()):
                 length = self._length(pair)
                 if free.get(length):
-                    places[pair] = free[length].pop()
+                    offsets[pair] = free[length].pop()
                 else:
-                    places[pair], end = end, (end[0] + length[0], end[1] + length[1])
+                    offsets[pair], end = end, (end[0] + length[0], end[1] + length[1])
             for pair in sorted(pairs - set(forever)):
                 if last[pair] == i:
-                    free.setdefault(self._length(pair), []).append(places[pair])
-        return places, end
+                    free.setdefault(self._length(pair), []).append(offsets[pair])
+        return offsets, end
 
     def _length(self, pair: Pair) -> Pair:
-        """Bytes; what is fixed and what grows are rounded up apart, so that they stay on a line."""
+        """Bytes; base and slope are rounded up apart, so that the length stays affine."""
         try:
             a, b = self.a.recorder.sizes[pair[0]], self.b.recorder.sizes[pair[1]]
         except KeyError:
@@ -270,30 +274,30 @@ class _Planner:
         fixed = _rounded(max(a - slope * self.sizes[0], 0))
         return fixed + _rounded(slope) * self.sizes[0], fixed + _rounded(slope) * self.sizes[1]
 
-    def _place(self, pair: tuple[Ref, Ref]) -> Pair:
-        place = self.places[pair[0].storage, pair[1].storage]
-        return place[0] + pair[0].offset, place[1] + pair[1].offset
+    def _offset(self, pair: tuple[Ref, Ref]) -> Pair:
+        start = self.offsets[pair[0].storage, pair[1].storage]
+        return start[0] + pair[0].offset, start[1] + pair[1].offset
 
     def _address(self, pair: tuple[Ref, Ref]) -> tuple[Pair, bool]:
-        """(address for each size, whether it counts from the beginning of the memory)."""
+        """(address for each size, True where it is relative to the memory)."""
         x, y = pair
         if x.is_dynamic != y.is_dynamic:
             raise NotRecordable("tensors that are constant for one size only")
         if x.is_dynamic:
-            return self._place(pair), True
+            return self._offset(pair), True
         if x.tensor.data_ptr() != y.tensor.data_ptr() and not torch.equal(x.tensor, y.tensor):
             raise NotRecordable("constants that depend on the size")
-        self.kept.append(x.tensor)
+        self.constant_tensors.append(x.tensor)
         return (x.tensor.data_ptr(), x.tensor.data_ptr()), False
 
-    def _add_step(self, a: Recorded, b: Recorded, lines: Lines | None) -> int:
+    def _add_step(self, a: Operation, b: Operation, loops: LoopNest | None) -> int:
         if a.number != b.number or type(a.call) is not type(b.call):
             raise NotRecordable("numbers that depend on the size")
         sizes: Any = (*a.sizes, 1, 1, 1), (*b.sizes, 1, 1, 1)
         strides: Any = [[(0,) * DIMENSIONS] * len(a.refs)] * 2
-        if lines or a.op not in KERNELS:
-            lines = lines or plain_lines(a, b)
-            sizes, strides = lines.sizes, lines.strides
+        if loops or a.op not in KERNELS:
+            loops = loops or collapsed_loops(a, b)
+            sizes, strides = loops.sizes, loops.strides
         count = len(a.refs) - 1
         at = self.steps.add(*(_step(a.op, count, a.number, n[:DIMENSIONS]) for n in sizes))
         if a.fields:
@@ -314,20 +318,20 @@ class _Planner:
         kind = OPERAND_TYPES.get(pair[0].tensor.dtype)
         if kind is None:
             raise NotRecordable(f"tensors of {pair[0].tensor.dtype}")
-        address, is_place = self._address(pair)
-        if is_place:
-            self.steps.places.append(at)
+        address, is_relative = self._address(pair)
+        if is_relative:
+            self.steps.relocations.append(at)
         else:
-            self.constants.append((0, at, len(self.kept) - 1))
+            self.constants.append((0, at, len(self.constant_tensors) - 1))
         words = zip((self.steps.a, self.steps.b), address, strides, strict=True)
         for of, where, each in words:
             of[at : at + 2 + DIMENSIONS] = [where, *each, kind]
 
-    def _add_call(self, a: Recorded, b: Recorded, step: int) -> None:
+    def _add_call(self, a: Operation, b: Operation, step: int) -> None:
         start = self.calls.add(_as_words(a.call), _as_words(b.call))
         word = step + Step.call.offset // WORD
         self._set(self.steps, word, (start * WORD, start * WORD))
-        self.steps.calls.append(word)
+        self.steps.call_relocations.append(word)
         for name, pair in zip(a.fields, zip(a.refs, b.refs, strict=True), strict=True):
             at = start + getattr(type(a.call), name).offset // WORD
             if (index := self.cache.get(pair[0].storage)) is not None:
@@ -337,12 +341,12 @@ class _Planner:
                     self._set(self.calls, start + strides + i, (0, 0))
                 self._set(self.calls, at, (0, 0))
                 continue
-            address, is_place = self._address(pair)
+            address, is_relative = self._address(pair)
             self._set(self.calls, at, address)
-            if is_place:
-                self.calls.places.append(at)
+            if is_relative:
+                self.calls.relocations.append(at)
             else:
-                self.constants.append((1, at, len(self.kept) - 1))
+                self.constants.append((1, at, len(self.constant_tensors) - 1))
 
     @staticmethod
     def _set(words: _Words, at: int, pair: Pair) -> None:
@@ -360,9 +364,9 @@ def _as_words(struct: ctypes.Structure) -> list[int]:
 
 @functools.lru_cache(4096)
 def _step(op: str, count: int, number: float, sizes: tuple[int, ...]) -> list[int]:
-    """The words of a step with so many operands, which are not filled in.
+    """The words of a step with ``count`` inputs, whose operands are not filled in.
 
-    Asked again for every layer of a model, and they are all alike.
+    Cached, because the layers of a model are alike.
     """
     step = Step(op=OPS.index(op), operands=count, scalar=number)
     step.sizes = sizes

@@ -1,8 +1,8 @@
-"""Operations as loops over four dimensions, and which of them can be done token by token.
+"""Loop nests of operations, and loop fusion over tokens.
 
-Between two products a pass has dozens of small operations. If each makes of a token what the next
-one reads for the same token only, then a thread can do all of them for its tokens, without waiting
-for the others and with the numbers in its cache. That they do is seen from sizes and strides.
+Between two matrix products a pass has dozens of small operations. Where each computes for a token
+what the next one reads for the same token only, a thread can run all of them for a tile of tokens,
+without a barrier in between and with the numbers in its cache. Sizes and strides prove it.
 """
 
 from __future__ import annotations
@@ -11,135 +11,135 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers_api.kernels.capture import Recorded
+from transformers_api.kernels.capture import Operation
 
 Pair = tuple[int, int]
 Strides = tuple[int, ...]
 Dimension = tuple[Pair, tuple[Strides, Strides]]  # sizes, strides of the operands; of two passes
 DIMENSIONS = 4
-UNITS = ("mean", "layer_norm", "gather")  # these need the last dimension whole
+ROW_OPS = ("mean", "layer_norm", "gather")  # these need the last dimension whole
 KERNELS = ("linear", "attention", "write_cache", "unpack_rows")
 
 
 class NotRecordable(Exception):
-    """The forward pass has something in it that the native program cannot do."""
+    """A forward pass that the native program cannot run; the text says why."""
 
 
 @dataclass(frozen=True)
-class Lines:
-    """Sizes, and strides of each operand, of one step in two passes."""
+class LoopNest:
+    """The loops of one step in both passes: sizes, and strides of each operand."""
 
     sizes: tuple[Strides, Strides]
     strides: tuple[list[Strides], list[Strides]]
 
 
 @dataclass
-class Unit:
-    """Steps ``begin`` to ``end``. With ``lines`` they are done together, token by token."""
+class StepGroup:
+    """The steps ``begin`` to ``end``. With ``loops`` they are fused, token by token."""
 
     begin: int
     end: int
-    lines: list[Lines] | None = None
+    loops: list[LoopNest] | None = None
 
 
-def plain_lines(a: Recorded, b: Recorded) -> Lines:
-    """As few dimensions as describe the step."""
-    return _lines(a, _merged(_dimensions(a, b), a.op), 0)
+def collapsed_loops(a: Operation, b: Operation) -> LoopNest:
+    """The step with as few dimensions as describe it."""
+    return _loop_nest(a, _merged(_dimensions(a, b), a.op), 0)
 
 
-def units(pairs: list[tuple[Recorded, Recorded]], sizes: Pair) -> Iterator[Unit]:
-    """All steps, in order; ``sizes`` are the tokens of the two passes."""
+def step_groups(pairs: list[tuple[Operation, Operation]], sizes: Pair) -> Iterator[StepGroup]:
+    """All steps in order, fused where possible; ``sizes`` are the tokens of the two passes."""
     group: _Group | None = None
-    known: dict[Any, Lines | None] = {}  # a model's layers are alike
+    cache: dict[Any, LoopNest | None] = {}  # a model's layers are alike
     for i, (a, b) in enumerate(pairs):
-        look = _look(a), _look(b)
-        if look not in known:
-            known[look] = _token_lines(a, b, sizes)
-        lines = known[look]
-        if group and lines and group.takes(a, b, lines):
-            group.unit.end = i + 1
+        key = _signature(a), _signature(b)
+        if key not in cache:
+            cache[key] = _token_loops(a, b, sizes)
+        loops = cache[key]
+        if group and loops and group.accepts(a, b, loops):
+            group.steps.end = i + 1
             continue
         if group:
-            yield group.unit
-        group = _Group(Unit(i, i + 1, []), sizes) if lines else None
-        if not (group and lines and group.takes(a, b, lines)):
-            yield Unit(i, i + 1)
+            yield group.steps
+        group = _Group(StepGroup(i, i + 1, []), sizes) if loops else None
+        if not (group and loops and group.accepts(a, b, loops)):
+            yield StepGroup(i, i + 1)
             group = None
     if group:
-        yield group.unit
+        yield group.steps
 
 
-def _look(recorded: Recorded) -> Any:
-    """All that lines depend on."""
-    shapes = tuple((ref.tensor.shape, ref.tensor.stride()) for ref in recorded.refs)
-    return recorded.op, tuple(recorded.sizes), shapes
+def _signature(operation: Operation) -> Any:
+    """A key of all that a loop nest depends on."""
+    shapes = tuple((ref.tensor.shape, ref.tensor.stride()) for ref in operation.refs)
+    return operation.op, tuple(operation.sizes), shapes
 
 
 @dataclass
 class _Group:
-    """Steps that go together so far."""
+    """The fused steps so far, and the token strides of the storages that they touch."""
 
-    unit: Unit
+    steps: StepGroup
     sizes: Pair
     strides: dict[Pair, set[Pair | None]] = field(default_factory=dict)  # of each storage
     written: set[Pair] = field(default_factory=set)
 
-    def takes(self, a: Recorded, b: Recorded, lines: Lines) -> bool:
-        """Add a step, if no token of it needs what another token's steps make."""
+    def accepts(self, a: Operation, b: Operation, loops: LoopNest) -> bool:
+        """Add a step, if no token of it depends on the steps of another token."""
         added: dict[Pair, set[Pair | None]] = {}
         result: Pair | None = None
         for i, (x, y) in enumerate(zip(a.refs, b.refs, strict=True)):
             if not x.is_dynamic:
                 continue
             storage = x.storage, y.storage
-            own = [self._own_bytes(r, lines, i, which) for which, r in enumerate((x, y))]
+            own = [self._token_bytes(r, loops, i, which) for which, r in enumerate((x, y))]
             both = None if own[0] is None or own[1] is None else (own[0], own[1])
             added.setdefault(storage, set()).add(both)
             if a.op != "write_cache" and i == len(a.refs) - 1:
                 result = storage
         for storage, own_strides in added.items():
-            known = own_strides | self.strides.get(storage, set())
+            strides = own_strides | self.strides.get(storage, set())
             is_written = storage == result or storage in self.written
-            if is_written and (len(known) > 1 or None in known):
+            if is_written and (len(strides) > 1 or None in strides):
                 return False
         for storage, own_strides in added.items():
             self.strides.setdefault(storage, set()).update(own_strides)
         if result is not None:
             self.written.add(result)
-        assert self.unit.lines is not None
-        self.unit.lines.append(lines)
+        assert self.steps.loops is not None
+        self.steps.loops.append(loops)
         return True
 
-    def _own_bytes(self, ref: Any, lines: Lines, index: int, which: int) -> int | None:
-        """Bytes from a token to the next, if the operand's numbers for a token are its own.
+    def _token_bytes(self, ref: Any, loops: LoopNest, index: int, which: int) -> int | None:
+        """Bytes from a token to the next, if tokens share no memory of the operand; else None.
 
-        Its memory is then a table with a column for each token, read from left to right, and all
-        that belongs to a token lies in its column.
+        Its memory is then a table with a column for each token, and all that belongs to a token
+        lies in its column.
         """
-        unit = ref.tensor.element_size()
-        sizes, strides = lines.sizes[which], lines.strides[which][index]
-        column = strides[0] * unit
+        item = ref.tensor.element_size()
+        sizes, strides = loops.sizes[which], loops.strides[which][index]
+        column = strides[0] * item
         table = column * self.sizes[which]
         if column <= 0:
             return None
         inner = [
-            (n - 1) * stride * unit
+            (n - 1) * stride * item
             for n, stride in zip(sizes[1:], strides[1:], strict=True)
-            if n > 1 and stride * unit % table
+            if n > 1 and stride * item % table
         ]
-        fits = ref.offset % table + sum(inner) + unit <= column
+        fits = ref.offset % table + sum(inner) + item <= column
         return column if fits else None
 
 
-def _token_lines(a: Recorded, b: Recorded, sizes: Pair) -> Lines | None:
-    """With the tokens as the first dimension, whose size is theirs; None if that cannot be."""
+def _token_loops(a: Operation, b: Operation, sizes: Pair) -> LoopNest | None:
+    """The loop nest with the tokens as its first dimension; None if there is none such."""
     if a.op == "write_cache":
-        return _cache_lines(a, b, sizes)
+        return _cache_loops(a, b, sizes)
     if a.op in KERNELS:
         return None
     dims = _dimensions(a, b)
     growing = [d for d, (size, _) in enumerate(dims) if size[0] != size[1]]
-    if len(growing) != 1 or (a.op in UNITS and growing[0] == len(dims) - 1):
+    if len(growing) != 1 or (a.op in ROW_OPS and growing[0] == len(dims) - 1):
         return None
     (at,) = growing
     size, strides = dims[at]
@@ -150,12 +150,12 @@ def _token_lines(a: Recorded, b: Recorded, sizes: Pair) -> Lines | None:
     others = _merged([*dims[:at], ((times, times), strides), *dims[at + 1 :]], a.op)
     if len(others) >= DIMENSIONS:
         return None
-    return _lines(a, others, 1, tokens)
+    return _loop_nest(a, others, 1, tokens)
 
 
-def _cache_lines(a: Recorded, b: Recorded, sizes: Pair) -> Lines | None:
-    """New keys or values (B, G, T, D): one token of many rows, or many of one row."""
-    shapes = [recorded.refs[0].tensor.shape for recorded in (a, b)]
+def _cache_loops(a: Operation, b: Operation, sizes: Pair) -> LoopNest | None:
+    """The loop nest of new keys or values (B, G, T, D): a token of many rows, or many of one."""
+    shapes = [operation.refs[0].tensor.shape for operation in (a, b)]
     axes = [d for d in (0, 2) if (shapes[0][d], shapes[1][d]) == sizes]
     if len(axes) != 1 or shapes[0][2 - axes[0]] != 1:
         return None
@@ -163,13 +163,13 @@ def _cache_lines(a: Recorded, b: Recorded, sizes: Pair) -> Lines | None:
     none = (0,) * DIMENSIONS
     made = [
         (tuple(tensor.shape[d] for d in order), tuple(tensor.stride(d) for d in order))
-        for tensor in (recorded.refs[0].tensor for recorded in (a, b))
+        for tensor in (operation.refs[0].tensor for operation in (a, b))
     ]
     strides = [[states, *([none] * (len(a.refs) - 1))] for _, states in made]
-    return Lines((made[0][0], made[1][0]), (strides[0], strides[1]))
+    return LoopNest((made[0][0], made[1][0]), (strides[0], strides[1]))
 
 
-def _dimensions(a: Recorded, b: Recorded) -> list[Dimension]:
+def _dimensions(a: Operation, b: Operation) -> list[Dimension]:
     strides = [[_strides(r, i) for i in range(len(r.refs))] for r in (a, b)]
     sizes = zip(a.sizes, b.sizes, strict=True)
     return [
@@ -179,40 +179,42 @@ def _dimensions(a: Recorded, b: Recorded) -> list[Dimension]:
 
 
 def _merged(dims: list[Dimension], op: str) -> list[Dimension]:
-    """The same loops with fewer dimensions, where one goes on in another."""
+    """The loops with adjacent dimensions collapsed where strides permit it."""
     made: list[Dimension] = []
     for d, (size, inner) in enumerate(dims):
-        is_unit = d == len(dims) - 1 and op in UNITS
-        if size == (1, 1) and not is_unit:
+        is_row = d == len(dims) - 1 and op in ROW_OPS
+        if size == (1, 1) and not is_row:
             continue
-        if made and not is_unit and _follow(made[-1][1], size, inner):
+        if made and not is_row and _can_collapse(made[-1][1], size, inner):
             outer = made.pop()[0]
             size = outer[0] * size[0], outer[1] * size[1]
         made.append((size, inner))
     return made
 
 
-def _lines(
-    recorded: Recorded, dims: list[Dimension], first: int, tokens: Dimension | None = None
-) -> Lines:
-    """In four dimensions: ``tokens``, if they are apart, then the others, last ones last."""
+def _loop_nest(
+    operation: Operation, dims: list[Dimension], first: int, tokens: Dimension | None = None
+) -> LoopNest:
+    """Pad to four dimensions: ``tokens``, if they are apart, then the others, last ones last."""
     if len(dims) + first > DIMENSIONS:
-        raise NotRecordable(f"{recorded.op} over {len(dims)} dimensions")
-    none = (0,) * len(recorded.refs)
+        raise NotRecordable(f"{operation.op} over {len(dims)} dimensions")
+    none = (0,) * len(operation.refs)
     filled = [((1, 1), (none, none))] * (DIMENSIONS - first - len(dims)) + dims
     filled = ([tokens] if tokens else []) + filled
     a, b = (
         (
             tuple(size[which] for size, _ in filled),
-            [tuple(inner[which][i] for _, inner in filled) for i in range(len(recorded.refs))],
+            [tuple(inner[which][i] for _, inner in filled) for i in range(len(operation.refs))],
         )
         for which in (0, 1)
     )
-    return Lines((a[0], b[0]), (a[1], b[1]))
+    return LoopNest((a[0], b[0]), (a[1], b[1]))
 
 
-def _follow(outer: tuple[Strides, Strides], size: Pair, inner: tuple[Strides, Strides]) -> bool:
-    """Whether the outer dimension goes on where the inner one ends, for every operand."""
+def _can_collapse(
+    outer: tuple[Strides, Strides], size: Pair, inner: tuple[Strides, Strides]
+) -> bool:
+    """True where the outer dimension continues the inner one, for every operand."""
     return all(
         o == n * i
         for n, outers, inners in zip(size, outer, inner, strict=True)
@@ -225,14 +227,14 @@ def _scaled(strides: tuple[Strides, Strides], times: int) -> tuple[Strides, Stri
     return a, b
 
 
-def _strides(recorded: Recorded, index: int) -> Strides:
-    """Strides of an operand along the operation's dimensions; 0 where it is repeated."""
-    dimensions = len(recorded.sizes)
-    if recorded.op in ("layer_norm", "gather") and 0 < index < len(recorded.refs) - 1:
+def _strides(operation: Operation, index: int) -> Strides:
+    """Strides of an operand along the operation's dimensions; 0 where it is broadcast."""
+    dimensions = len(operation.sizes)
+    if operation.op in ("layer_norm", "gather") and 0 < index < len(operation.refs) - 1:
         return (0,) * dimensions  # weights, bias or a table: whole for every line
-    tensor = recorded.refs[index].tensor
+    tensor = operation.refs[index].tensor
     sizes, strides = tuple(tensor.shape), tensor.stride()
-    if recorded.op == "gather" and index == 0:
+    if operation.op == "gather" and index == 0:
         sizes, strides = (*sizes, 1), (*strides, 0)
     own = tuple(0 if n == 1 else s for n, s in zip(sizes, strides, strict=True))
     return (0,) * (dimensions - len(own)) + own

@@ -1,4 +1,4 @@
-"""Attention over the slot cache with the native kernel, for transformers' attention interface."""
+"""Attention over the KV cache by the kernel, for transformers' attention interface."""
 
 from __future__ import annotations
 
@@ -19,15 +19,20 @@ from transformers_api.kernels.capture import current
 NAME = "native"
 MAX_SIZE = 256  # src/attention_block.h
 MARK = "_causal_rows"
-OPTIONS = ("softcap", "s_aux", "is_causal", "sliding_window")  # what weights depend on
-_known: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar("known", default=None)
+OPTIONS = (
+    "softcap",
+    "s_aux",
+    "is_causal",
+    "sliding_window",
+)  # of the probabilities
+_replayed: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar("replayed", default=None)
 
 
 @dataclass(frozen=True, slots=True)
 class CausalRows:
-    """What a mask says in short: query t of row b sees the keys up to ``starts[b] + t``.
+    """A causal mask in short: query t of row b attends to the keys up to ``starts[b] + t``.
 
-    Only the last ``window`` of them, if it is not 0. ``starts`` (B,) int64, contiguous.
+    To the last ``window`` of them only, if it is not 0. ``starts`` (B,) int64, contiguous.
     """
 
     library: Library
@@ -36,14 +41,14 @@ class CausalRows:
 
 
 def describe_mask(mask: Tensor, rows: CausalRows) -> Tensor:
-    """The mask, marked with what it says. Whatever a model makes of it has no mark any more."""
+    """The mask, marked with its description. A tensor that a model derives from it has no mark."""
     setattr(mask, MARK, rows)
     return mask
 
 
 def register() -> None:
     """Make ``native`` an attention implementation of transformers; masks are those of sdpa."""
-    if NAME not in ALL_ATTENTION_FUNCTIONS:  # it may be wrapped already
+    if NAME not in ALL_ATTENTION_FUNCTIONS:  # else it may be wrapped
         AttentionInterface.register(NAME, native_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
@@ -58,17 +63,17 @@ def native_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """(B, H, T, D) over keys and values (B, G, S, D) gives (B, T, H, D).
+    """Attention of queries (B, H, T, D) over keys and values (B, G, S, D): (B, T, H, D).
 
-    By the kernel when the mask is marked and the tensors are of its kind, else by sdpa.
+    By the kernel where the mask is marked and the tensors are supported, else by sdpa.
     """
-    if (known := _known.get()) is not None:
-        return known, None
+    if (output := _replayed.get()) is not None:
+        return output, None
     rows = getattr(attention_mask, MARK, None)
-    if rows is None or dropout or not _fits(query, key, value):
+    if rows is None or dropout or not _is_supported(query, key, value):
         key, value = key.to(query.dtype), value.to(query.dtype)
         if kwargs.get("softcap") or kwargs.get("s_aux") is not None:
-            return _by_products(query, key, value, attention_mask, scaling, **kwargs), None
+            return _eager_attention(query, key, value, attention_mask, scaling, **kwargs), None
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
@@ -106,29 +111,29 @@ def native_attention(
         recorder.add("attention", out, inputs, (1,), call=call, fields=fields)
         options = {"scaling": scaling, **{k: v for k, v in kwargs.items() if k in OPTIONS}}
         details = {"window": rows.window, "options": options}
-        recorder.show(module, [query, out], key=key, value=value, options=details)
+        recorder.add_module_call(module, [query, out], key=key, value=value, options=details)
     return out, None
 
 
-def show_attention(
+def replay_attention(
     module: nn.Module,
     tensors: tuple[Tensor, Tensor, Tensor, Tensor],
     mask: CausalRows,
     options: dict[str, Any],
 ) -> None:
-    """Call the attention function, as whoever wrapped it left it, for what has been computed.
+    """Call the attention function, wrappers included, with an output that is computed already.
 
-    ``tensors``: query, key, value and output. The mask is given in short.
+    ``tensors``: query, key, value and output.
     """
-    *given, output = tensors
-    token = _known.set(output)
+    *arguments, output = tensors
+    token = _replayed.set(output)
     try:
-        ALL_ATTENTION_FUNCTIONS[NAME](module, *given, mask, **options)
+        ALL_ATTENTION_FUNCTIONS[NAME](module, *arguments, mask, **options)
     finally:
-        _known.reset(token)
+        _replayed.reset(token)
 
 
-def _by_products(
+def _eager_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -138,7 +143,7 @@ def _by_products(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """Attention with what sdpa lacks: a cap on scores, sinks."""
+    """Attention with softcap and sinks, which sdpa lacks."""
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     scores = query @ key.transpose(2, 3) * (query.shape[3] ** -0.5 if scaling is None else scaling)
@@ -148,7 +153,7 @@ def _by_products(
         mask = torch.ones(scores.shape[2:], dtype=torch.bool).tril(
             scores.shape[3] - scores.shape[2]
         )
-    # finite, as in sdpa: a row of padding sees nothing, and its NaN would reach the others
+    # finite, as in sdpa: a row of padding attends to nothing, and its NaN would reach the others
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     if s_aux is not None:
         sinks = s_aux.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
@@ -157,7 +162,7 @@ def _by_products(
     return (weights @ value).transpose(1, 2).contiguous()
 
 
-def _fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
+def _is_supported(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return (
         query.dtype in TYPES
         and key.dtype in TYPES

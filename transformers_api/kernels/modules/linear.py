@@ -1,4 +1,4 @@
-"""Linear layers and embeddings over packed weights: the modules that take the place of torch's."""
+"""Linear layers and embeddings over packed weights, in the place of torch's."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch import Tensor, nn
 from transformers_api.kernels.abi import TYPES, WEIGHT_TYPES, Library, Weight
 from transformers_api.kernels.capture import current
 
-LONG = 64  # rows from which a call is worth giving the interpreter's lock up for
+LONG = 64  # rows from which a call releases the interpreter's lock
 BLOCK_BYTES = 32 << 20
 HUGE_PAGE = 2 << 20
 ALIGNMENT = 64
 
 
 class WeightMemory:
-    """Memory for packed weights, one after the other in the order in which they are read.
+    """An arena for packed weights, allocated in the order in which they are read.
 
-    In large pages where the system has them: with small ones a core spends a third of its time
-    finding out where they are. It is freed with the last weight in it.
+    In huge pages where the system has them: with small ones a core spends a third of its time on
+    misses of the translation buffer. A block is freed with the last weight in it.
     """
 
     def __init__(self) -> None:
@@ -34,8 +34,8 @@ class WeightMemory:
         size = -(-size // ALIGNMENT) * ALIGNMENT
         if size > len(self._block):
             self._block = _pages(max(size, BLOCK_BYTES))
-        taken, self._block = self._block[:size], self._block[size:]
-        return taken
+        memory, self._block = self._block[:size], self._block[size:]
+        return memory
 
 
 def _pages(size: int) -> Tensor:
@@ -49,10 +49,10 @@ def _pages(size: int) -> Tensor:
 class PackedWeight:
     """A weight matrix (out, in) as the kernels read it: ``kind`` float32, bfloat16, int8 or int4.
 
-    int8: groups of 32 along ``in`` with a scale each; inputs are rounded in the same groups.
-    int4: a minimum besides, both found by search; inputs as for int8; ``error`` says how much of
-    the weights was lost, as a share of their norm. bfloat16: inputs are rounded to bfloat16. Sums
-    are float32 everywhere.
+    int8: groups of 32 along ``in`` with a scale each; inputs are quantised in the same groups.
+    int4: scale and minimum of each group, found by search; inputs as for int8; ``error`` is the
+    norm of the quantisation error relative to that of the weights. bfloat16: inputs are rounded to
+    bfloat16. Sums are float32 everywhere.
     """
 
     error = 0.0
@@ -77,27 +77,27 @@ class PackedWeight:
         self._memory = memory.take(library.with_gil.packed_bytes(self._weight))
         self._weight.data = self._memory.data_ptr()
         first = 0
-        lost = torch.zeros(self.out_features, 2, dtype=torch.float64)  # squared, and all squares
+        sums = torch.zeros(self.out_features, 2, dtype=torch.float64)  # squared errors, squares
         for weight in weights:
             dense = weight.detach()
             dense = (dense if dense.dtype in TYPES else dense.float()).contiguous()
-            given = self._weight, dense.data_ptr(), TYPES[dense.dtype], first, len(dense)
+            arguments = self._weight, dense.data_ptr(), TYPES[dense.dtype], first, len(dense)
             if self._is_int4:
-                library.without_gil.pack_int4(*given, lost[first:].data_ptr())
+                library.without_gil.pack_int4(*arguments, sums[first:].data_ptr())
             else:
-                library.without_gil.pack(*given)
+                library.without_gil.pack(*arguments)
             first += len(dense)
-        if self._is_int4 and lost[:, 1].any():
-            share = math.sqrt(lost[:, 0].sum() / lost[:, 1].sum())
-            self.error = share if math.isfinite(share) else math.inf
+        if self._is_int4 and sums[:, 1].any():
+            error = math.sqrt(sums[:, 0].sum() / sums[:, 1].sum())
+            self.error = error if math.isfinite(error) else math.inf
 
     @property
     def address(self) -> int:
-        """Of what the kernels are told about it, the same for as long as it lives."""
+        """The address of its Weight structure, constant during its life."""
         return self._address
 
     def release(self) -> None:
-        """Give the memory back; ``fill`` before anybody multiplies again."""
+        """Give the memory back; ``fill`` before the next product."""
         self._memory, self._weight.data = torch.empty(0, dtype=torch.uint8), None
 
     @property
@@ -111,13 +111,13 @@ class PackedWeight:
         self._weight.bias = self._bias.data_ptr()
 
     def multiply(self, x: Tensor) -> Tensor:
-        """``x`` (…, in) gives (…, out), of the same dtype: float32 or bfloat16."""
+        """The product of ``x`` (…, in): (…, out), of the same dtype, float32 or bfloat16."""
         if not x.is_contiguous():
             x = x.contiguous()
         shape = x.shape
         y = x.new_empty((*shape[:-1], self.out_features))
         rows = x.numel() // self.in_features
-        if recorder := current():  # what is done is of interest, not the numbers that it gives
+        if recorder := current():  # a recording needs no indices
             recorder.add("linear", y.zero_(), [x], (rows,), call=self._address)
             return y
         call = self.library.with_gil if rows < LONG else self.library.without_gil
@@ -126,20 +126,20 @@ class PackedWeight:
         )
         return y
 
-    def rows(self, numbers: Tensor) -> Tensor:
-        """The rows with these numbers (…) as (…, in) float32."""
-        numbers = numbers.contiguous()
-        found = torch.empty((*numbers.shape, self.in_features))
+    def rows(self, indices: Tensor) -> Tensor:
+        """The rows ``indices`` (…) as (…, in) float32."""
+        indices = indices.contiguous()
+        rows = torch.empty((*indices.shape, self.in_features))
         self.library.with_gil.unpack_rows(
-            self._weight, numbers.data_ptr(), numbers.numel(), found.data_ptr()
+            self._weight, indices.data_ptr(), indices.numel(), rows.data_ptr()
         )
         if recorder := current():
-            size = (numbers.numel(),)
-            recorder.add("unpack_rows", found, [numbers], size, call=self._address)
-        return found
+            size = (indices.numel(),)
+            recorder.add("unpack_rows", rows, [indices], size, call=self._address)
+        return rows
 
     def dense(self) -> Tensor:
-        """(out, in) float32, with what was lost in packing."""
+        """The matrix (out, in) as float32, after quantisation."""
         return self.rows(torch.arange(self.out_features))
 
 
@@ -158,7 +158,7 @@ class _Multiply(torch.autograd.Function):
 
 
 class JoinedWeights:
-    """The weights of layers that are given the same input: the first one asked computes for all."""
+    """The weights of layers with the same input: the first layer called computes all products."""
 
     def __init__(self, weight: PackedWeight, sizes: list[int]) -> None:
         self.weight = weight
@@ -167,7 +167,7 @@ class JoinedWeights:
         self._parts: dict[int, Tensor] = {}
 
     def part(self, index: int, x: Tensor) -> Tensor:
-        """What layer ``index`` makes of ``x``; each part is handed out once."""
+        """The output of layer ``index`` for ``x``; each part is returned once."""
         if x is not self._x or index not in self._parts:
             self._x, self._parts = (
                 x,
@@ -180,14 +180,14 @@ class JoinedWeights:
 
 
 def multiply(weight: PackedWeight, x: Tensor) -> Tensor:
-    """``weight.multiply``, with a gradient where one is wanted."""
+    """``weight.multiply``, with a gradient where one is required."""
     if x.requires_grad and torch.is_grad_enabled():
         return cast(Tensor, _Multiply.apply(x, weight))  # type: ignore[no-untyped-call]
     return weight.multiply(x)
 
 
 class NativeLinear(nn.Module):
-    """Stands for a Linear; its numbers are in ``joined``, its ``weight`` (meta) is only a shape."""
+    """A Linear whose weights are in ``joined``; its own ``weight`` (meta) is only a shape."""
 
     def __init__(
         self, joined: JoinedWeights, index: int, weight: Tensor, is_transposed: bool = False
@@ -197,19 +197,19 @@ class NativeLinear(nn.Module):
         self.joined = joined
         self.index = index
         self.weight = weight
-        self.is_transposed = is_transposed  # in the files
+        self.is_transposed = is_transposed  # in the checkpoint
         self.bias = None
         self._alone = joined.weight if len(joined.sizes) == 1 else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` (…, in) gives (…, out)."""
+        """Map ``x`` (…, in) to (…, out)."""
         if self._alone is not None:
             return multiply(self._alone, x)
         return self.joined.part(self.index, x)
 
 
 class NativeEmbedding(nn.Module):
-    """Stands for an Embedding that shares its packed weights with the output layer."""
+    """An Embedding that shares its packed weights with the output layer."""
 
     def __init__(self, packed: PackedWeight, weight: Tensor) -> None:
         super().__init__()
@@ -218,5 +218,5 @@ class NativeEmbedding(nn.Module):
         self.weight = weight
 
     def forward(self, ids: Tensor) -> Tensor:
-        """``ids`` (…) gives (…, embedding_dim) float32."""
+        """Map ``ids`` (…) to (…, embedding_dim) float32."""
         return self.packed.rows(ids)

@@ -1,4 +1,4 @@
-"""Puts a model's Linear and Embedding layers on packed weights."""
+"""Replacement of a model's Linear and Embedding layers by those on packed weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from transformers_api.kernels.modules.linear import (
 
 @dataclass(frozen=True)
 class Place:
-    """Where a layer hangs in its model."""
+    """A layer and its attribute in the parent module."""
 
     parent: nn.Module
     name: str
@@ -31,7 +31,7 @@ class Place:
 
     @property
     def weight(self) -> Tensor:
-        """(out, in), whatever way the layer holds it."""
+        """The matrix as (out, in), however the layer stores it."""
         weight: Tensor = self.layer.weight
         return weight.t() if type(self.layer) is Conv1D else weight
 
@@ -40,7 +40,7 @@ def pack_model(model: Any, library: Library, kind: str, groups: list[list[Place]
     """Replace Linear, Conv1D and tied Embedding layers, each old weight freed before the next.
 
     ``kind`` see PackedWeight; with int4 the output layer is int8. ``groups`` see
-    ``layer_groups``. What is left of the model, norms above all, becomes float32, and so do its
+    ``layer_groups``. The rest of the model, above all norms, becomes float32, and so do its
     activations.
     """
     memory = WeightMemory()
@@ -82,7 +82,7 @@ def _replace_embeddings(tied: list[Place], weight: Tensor, packed: PackedWeight)
 
 
 def _shape_only(weight: Tensor) -> Tensor:
-    """No parameter: the model would be taken for one on the device ``meta``."""
+    """A meta tensor; as a parameter it would make the model one on the device ``meta``."""
     return torch.empty(weight.shape, dtype=weight.dtype, device="meta")
 
 
@@ -92,7 +92,7 @@ def _weight(layer: Any) -> Tensor:
 
 
 def places_of(model: nn.Module) -> dict[str, Place]:
-    """All layers that can be replaced, or have been, by their path."""
+    """All layers that can be or have been replaced, by their path."""
     return {
         f"{path}.{name}": Place(module, name, child)
         for path, module in model.named_modules()
@@ -113,9 +113,9 @@ def _tied_embeddings(model: nn.Module) -> list[Place]:
 
 
 def layer_groups(model: Any, forward: Callable[[], object]) -> list[list[Place]]:
-    """Layers in the order of their calls; those that follow one another with one input together.
+    """Layers in the order of their calls in ``forward``; consecutive ones with one input joined.
 
-    As seen in one ``forward`` pass. Layers that it does not reach, or reaches twice, stay single.
+    Layers that the pass does not reach, or reaches twice, stay single.
     """
     places = {place.layer: place for place in places_of(model).values()}
     calls: list[tuple[Any, Tensor]] = []
