@@ -10,7 +10,7 @@ forward pass of a small model, and most of it is wasted:
 * Probabilities may lack the factor that makes their sum 1.
 
 The last bits come out differently that way. Where that could matter, and that is rare, nothing is
-said, and the definition decides. kernels.cpp does the same.
+said, and the definition decides. kernels/src/sample.cpp does the same.
 """
 
 from __future__ import annotations

@@ -51,10 +51,8 @@ def fuse(recorder: Recorder, result: Tensor) -> Recorder:
             steps.append(step)
     position.append(len(steps))
     shorter = recorder.copy()
-    shorter.steps, shorter.module_calls = (
-        steps,
-        [replace(s, at=position[s.at]) for s in recorder.module_calls],
-    )
+    shorter.steps = steps
+    shorter.module_calls = [replace(c, at=position[c.at]) for c in recorder.module_calls]
     return shorter
 
 
@@ -63,15 +61,15 @@ class _Matcher:
 
     def __init__(self, recorder: Recorder, result: Tensor) -> None:
         self.steps = recorder.steps
-        self.views = {one.at for one in recorder.module_calls}
+        self.hook_positions = {call.at for call in recorder.module_calls}
         self.writers: dict[int, list[int]] = {}  # indices of the operations that write a storage
         self.uses: Counter[int] = Counter()  # of each storage, as an operand or from outside
         for i, step in enumerate(self.steps):
             if step.op != "write_cache":
                 self.writers.setdefault(step.refs[-1].storage, []).append(i)
             self.uses.update(ref.storage for ref in step.refs)
-        shown = [tensor for one in recorder.module_calls for tensor in one.tensors]
-        self.uses.update(t.untyped_storage().data_ptr() for t in (*shown, result))
+        observed = [tensor for call in recorder.module_calls for tensor in call.tensors]
+        self.uses.update(t.untyped_storage().data_ptr() for t in (*observed, result))
 
     def matches(self) -> Iterator[tuple[range, str, Ref]]:
         """(indices of the operations, the operation that replaces them, its operand)."""
@@ -92,7 +90,7 @@ class _Matcher:
             return None
         is_plain = all(_is_plain(ref, last.sizes) for step in own for ref in step.refs)
         is_private = all(self.uses[step.refs[-1].storage] == 2 for step in own[:-1])
-        is_observed = any(at in where[1:] for at in self.views)
+        is_observed = any(at in where[1:] for at in self.hook_positions)
         return bound[0] if is_plain and is_private and not is_observed else None
 
     def _matches_step(self, pattern: Any, at: int, where: range, bound: list[Ref]) -> bool:

@@ -163,7 +163,7 @@ class _Planner:
             steps=self._affine(self.steps.a, self.steps.b),
             calls=self._affine(self.calls.a, self.calls.b),
             memory=self._affine([self.memory[0]], [self.memory[1]]),
-            inputs=self._affine([place[0] for place in inputs], [place[1] for place in inputs]),
+            inputs=self._affine([offset[0] for offset in inputs], [offset[1] for offset in inputs]),
             result=self._tensor(result),
             hook_points=[self._hook_point(x, y) for x, y in self.module_calls],
             step_relocations=numpy.array(self.steps.relocations, numpy.int64),
@@ -179,8 +179,8 @@ class _Planner:
         """Address, sizes, strides."""
         return self._affine(
             *(
-                [place, *ref.tensor.shape, *ref.tensor.stride()]
-                for place, ref in zip(self._offset(pair), pair, strict=True)
+                [offset, *ref.tensor.shape, *ref.tensor.stride()]
+                for offset, ref in zip(self._offset(pair), pair, strict=True)
             )
         )
 

@@ -161,12 +161,12 @@ def _cache_loops(a: Operation, b: Operation, sizes: Pair) -> LoopNest | None:
         return None
     order = [axes[0], *(d for d in range(DIMENSIONS) if d != axes[0])]
     none = (0,) * DIMENSIONS
-    made = [
+    views = [
         (tuple(tensor.shape[d] for d in order), tuple(tensor.stride(d) for d in order))
         for tensor in (operation.refs[0].tensor for operation in (a, b))
     ]
-    strides = [[states, *([none] * (len(a.refs) - 1))] for _, states in made]
-    return LoopNest((made[0][0], made[1][0]), (strides[0], strides[1]))
+    strides = [[states, *([none] * (len(a.refs) - 1))] for _, states in views]
+    return LoopNest((views[0][0], views[1][0]), (strides[0], strides[1]))
 
 
 def _dimensions(a: Operation, b: Operation) -> list[Dimension]:
@@ -180,16 +180,16 @@ def _dimensions(a: Operation, b: Operation) -> list[Dimension]:
 
 def _merged(dims: list[Dimension], op: str) -> list[Dimension]:
     """The loops with adjacent dimensions collapsed where strides permit it."""
-    made: list[Dimension] = []
+    collapsed: list[Dimension] = []
     for d, (size, inner) in enumerate(dims):
         is_row = d == len(dims) - 1 and op in ROW_OPS
         if size == (1, 1) and not is_row:
             continue
-        if made and not is_row and _can_collapse(made[-1][1], size, inner):
-            outer = made.pop()[0]
+        if collapsed and not is_row and _can_collapse(collapsed[-1][1], size, inner):
+            outer = collapsed.pop()[0]
             size = outer[0] * size[0], outer[1] * size[1]
-        made.append((size, inner))
-    return made
+        collapsed.append((size, inner))
+    return collapsed
 
 
 def _loop_nest(
