@@ -68,9 +68,10 @@ int64_t argmax(const float* logits, int64_t size) {
   }
   const float top = reduce_max(largest);
   if (nans || !std::isfinite(top)) return UNSURE;
+  const f32x16 tops = broadcast(top);
   for (int64_t i = 0;; i += 16) {
     const mask16 mask = first_lanes(size - i);
-    const int matches = equal(mask, load(logits + i, mask), broadcast(top));
+    const int matches = equal(mask, load(logits + i, mask), tops);
     if (matches) return i + __builtin_ctz(matches);
   }
 }
