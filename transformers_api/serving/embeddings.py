@@ -64,7 +64,7 @@ class EmbeddingModels:
             raise Overloaded("Too many requests for embeddings are waiting", retry_after=1)
         try:
             swapper = self._models if isinstance(spec.embedding, Pooling) else self._encoders
-            with swapper.lease(model_id, cancellation=cancellation) as lease:
+            with swapper.lease(spec, model_id=model_id, cancellation=cancellation) as lease:
                 yield lease.model
         finally:
             self._places.release()

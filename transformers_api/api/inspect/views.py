@@ -13,10 +13,11 @@ import numpy
 from flask import Response, request
 
 from transformers_api.api.http import inspect_auth
-from transformers_api.api.http.body import View
-from transformers_api.api.http.dialects import InspectionBlueprint
+from transformers_api.api.http.auth import View
+from transformers_api.api.http.body import Blueprint
+from transformers_api.api.http.dialects import NIELS
 from transformers_api.api.http.error_schemas import Failed
-from transformers_api.api.http.request_context import Exchange
+from transformers_api.api.http.request_context import RequestContext
 from transformers_api.api.http.services import services
 from transformers_api.api.inspect import attention_page, subjects
 from transformers_api.api.inspect import format as inspect_format
@@ -51,7 +52,7 @@ from transformers_api.serving.inspect import arrays
 from transformers_api.serving.inspect.trace_plan import check_any_attention, check_layer
 from transformers_api.serving.text.vocabulary import Vocabulary
 
-blueprint = InspectionBlueprint("inspect", __name__, description="Looking inside")
+blueprint = Blueprint("inspect", __name__, dialect=NIELS, description="Looking inside")
 
 MOST_LENS_CELLS = 4096
 MOST_JSON_STATES = 65_536
@@ -81,12 +82,12 @@ def inspect_model() -> Any:
     """Say what can be asked of a model: `?model=`, else the one in memory, else the default."""
     inspect_auth.check_enabled()
     inspect_auth.check_started()
-    known = services()
-    with Exchange(known, request.environ) as exchange:
-        model = exchange.lease(request.args.get("model") or known.swapper.status().model)
+    swapper, inspections = services().swapper, services().inspections
+    with RequestContext(services()) as context:
+        model = context.lease(request.args.get("model") or swapper.status().model)
         inspector = subjects.inspector_of(model)
-        gradients = known.inspections.has_gradients(model, inspector, exchange.cancellation)
-        limits = _limits(known.settings)
+        gradients = inspections.has_gradients(model, inspector, context.cancellation)
+        limits = _limits(services().settings)
         return inspect_format.capabilities(model, inspector.anatomy, gradients, limits)
 
 

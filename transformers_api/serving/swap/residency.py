@@ -162,6 +162,13 @@ class Residency:
         """What it costs to have it again."""
         return self.model.load_s if self.model else 0.0
 
+    def grant(self, now: float, let_go: Callable[[Residency], None]) -> Lease:
+        """One more lease on the model; ``let_go`` is called when it is released."""
+        assert self.model is not None
+        self.leases += 1
+        self.asked_at = now
+        return Lease(self.model, lambda: let_go(self))
+
     def held_enough(self, min_s: float) -> float:
         """From when on a switch may interrupt it: a load must be worth its time."""
         return self.since + max(min(5 * self.load_s, 30.0), min_s)

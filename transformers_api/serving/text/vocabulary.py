@@ -1,4 +1,4 @@
-"""What a single token id stands for, in bytes and in text."""
+"""The bytes and the text that a single token id stands for."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ class Vocabulary:
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         self.strips_first_space = False
         self._tokenizer = tokenizer
-        self._bytes: dict[int, bytes] = {}
+        self.cached_bytes: dict[int, bytes] = {}  # of the tokens that were looked up
         self.scheme: Scheme | None = self._detect()
         if self.scheme and not self._agrees():
             self.scheme = None
-            self._bytes.clear()
+            self.cached_bytes.clear()
 
     def token_bytes(self, token_id: int) -> bytes:
         """The token's bytes: of a special or added token its literal content, b"" if unknown."""
-        known = self._bytes.get(token_id)
-        if known is None:
-            known = self._bytes[token_id] = self._read(token_id)
-        return known
+        raw = self.cached_bytes.get(token_id)
+        if raw is None:
+            raw = self.cached_bytes[token_id] = self._read(token_id)
+        return raw
 
     def token_text(self, token_id: int) -> str:
         r"""The token's text; where it is not whole characters OpenAI's form, ``bytes:\xe2\x98``."""

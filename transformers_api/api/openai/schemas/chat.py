@@ -134,4 +134,5 @@ class ChatRequest(Sampling, TemplateFields):
         """Rules between fields."""
         if "top_logprobs" in data and not data["logprobs"]:
             raise ValidationError("needs 'logprobs': true", "top_logprobs")
-        check_stream_options(data)
+        if "stream_options" in data:
+            check_stream_options(data)

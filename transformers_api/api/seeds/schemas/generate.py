@@ -100,12 +100,6 @@ class LoadModelRequest(Schema):
     )
 
 
-class Detail(Schema):
-    """Every error of these routes."""
-
-    detail = Text(required=True)
-
-
 class Done(Schema):
     """What was done."""
 
