@@ -7,7 +7,7 @@ from transformers_api.api.http.sampling_schema import about
 
 
 class ErrorBody(Schema):
-    """What went wrong."""
+    """The error."""
 
     message = Text(required=True)
     type = Text(required=True)

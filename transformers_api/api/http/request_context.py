@@ -8,9 +8,9 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import flask
 
@@ -26,6 +26,8 @@ from transformers_api.serving.limits.cancellation import Cancellation
 from transformers_api.serving.models.spec import LoadedModel
 from transformers_api.serving.text import chat_template
 from transformers_api.serving.text.choice_text import TextDelta
+
+T = TypeVar("T")
 
 
 class Formatter(ABC):
@@ -127,29 +129,33 @@ class RequestContext:
     """
 
     def __init__(self, services: Services) -> None:
-        """Raises Overloaded where no place is free."""
         self.services = services
         self.cancellation = Cancellation()
         self._record: RequestRecord = flask.g.record
         self._model: LoadedModel | None = None
         self._exits = ExitStack()
         self._is_streaming = self._is_over = False
+
+    def take_place(self) -> None:
+        """Be one of those that are served, until the end. Raises Overloaded where none is free."""
+        services, exits = self.services, self._exits
         services.admission.enter(self.cancellation)
-        self._exits.callback(services.admission.leave, self.cancellation)
+        exits.callback(services.admission.leave, self.cancellation)
         watch = services.watcher.watch(flask.request.environ, self.cancellation.cancel)
-        self._exits.callback(watch.close)
+        exits.callback(watch.close)
 
     def lease(self, model_id: str | None, *, is_chat: bool = False) -> LoadedModel:
         """The model, which stays in memory; None stands for the default one.
 
-        Raises ModelNotFound; ChatUnavailable for ``is_chat`` where the registry says so; then what
-        ``Swapper.lease`` does.
+        Raises ModelNotFound; ChatUnavailable for ``is_chat`` where the registry says so; then,
+        with a place among those served, what ``Swapper.lease`` does.
         """
         services, record = self.services, self._record
         name = model_id or services.settings.default_model
         spec = services.registry.resolve(name)
         if is_chat and spec.chat == "off":  # before it is loaded for nothing
             raise chat_template.unavailable()
+        self.take_place()
         record.model, began = spec.name, time.monotonic()
         try:
             lease = services.swapper.lease(spec, model_id=name, cancellation=self.cancellation)
@@ -158,6 +164,10 @@ class RequestContext:
         self._exits.callback(lease.release)
         self._model = lease.model
         return self._model
+
+    def hold(self, resource: AbstractContextManager[T]) -> T:
+        """Enter ``resource``, and leave it with all else."""
+        return self._exits.enter_context(resource)
 
     def start(
         self, model: LoadedModel, request: GenerationRequest, *, is_streamed: bool

@@ -60,13 +60,13 @@ def _check_depth(text: str) -> None:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
-        seen: set[str] = set()
+        names: set[str] = set()
         for key, _ in pairs:
-            if key in seen:
+            if key in names:
                 # A name with half a surrogate pair could not be sent back.
                 name = key.encode("utf-8", "replace").decode()
                 raise InvalidRequest(f"The body names '{name[:64]}' twice in one object")
-            seen.add(key)
+            names.add(key)
     return value
 
 

@@ -48,7 +48,7 @@ class Subject:
 
     @property
     def anatomy(self) -> Anatomy:
-        """What the model is made of."""
+        """The parts of the model."""
         return self.inspector.anatomy
 
     @property
@@ -57,13 +57,13 @@ class Subject:
         return self.context.services.settings
 
     def spans(self) -> list[Span]:
-        """Where each message stands; empty where there are none, or not all is seen."""
+        """The place of each message; empty where there are none, or the model does not see all."""
         if not self.messages or self.is_truncated:
             return []
         return spans(self.model, self.messages, self.ids)
 
     def run(self, job: Job[T]) -> T:
-        """What the job finds, once it is its turn."""
+        """The result of the job, once it is its turn."""
         inspections = self.context.services.inspections
         return inspections.run(self.model, job, self.context.cancellation)
 
@@ -100,7 +100,7 @@ class Subject:
 
 @contextmanager
 def opened(body: Mapping[str, Any]) -> Iterator[Subject]:
-    """What ``body`` asks about, for the length of the block."""
+    """The subject of ``body``, for the length of the block."""
     inspect_auth.check()
     settings, registry = services().settings, services().registry
     model_id, completion = body.get("model"), None
@@ -186,21 +186,21 @@ def window(body: Mapping[str, Any], name: str, n: int) -> tuple[int, int]:
     return start, stop
 
 
-def layers(wanted: Sequence[int] | str, anatomy: Anatomy) -> list[int]:
+def layers(requested: Sequence[int] | str, anatomy: Anatomy) -> list[int]:
     """Layers whose residual stream is asked for; -1 is the embedding."""
-    if isinstance(wanted, str):
+    if isinstance(requested, str):
         return list(range(-1, anatomy.layers))
-    for layer in wanted:
+    for layer in requested:
         if not -1 <= layer < anatomy.layers:
             raise InvalidRequest(f"layers must be in [-1, {anatomy.layers - 1}]", param="layers")
-    return list(wanted)
+    return list(requested)
 
 
-def positions(wanted: Sequence[int] | str, n: int) -> list[int]:
+def positions(requested: Sequence[int] | str, n: int) -> list[int]:
     """Places of tokens, from 0; negative ones count from the end."""
-    if isinstance(wanted, str):
+    if isinstance(requested, str):
         return list(range(n))
-    return [position(place, n, "positions") for place in wanted]
+    return [position(place, n, "positions") for place in requested]
 
 
 def position(place: int, n: int, param: str) -> int:

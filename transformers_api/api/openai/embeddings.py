@@ -50,10 +50,9 @@ def create_embeddings(body: dict[str, Any]) -> Any:
     inputs = body["input"]
     texts = [item for item in inputs if isinstance(item, str)]
     check_prompt_bytes(texts, services().settings, "input")
-    with (
-        RequestContext(services()) as context,
-        models.lease(body["model"], context.cancellation) as model,
-    ):
+    with RequestContext(services()) as context:
+        context.take_place()
+        model = context.hold(models.lease(body["model"], context.cancellation))
         record = request_log.current()
         record.model = model.spec.name
         rows = embeddings.encode(model, inputs)

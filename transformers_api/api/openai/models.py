@@ -66,6 +66,7 @@ def load_model(body: dict[str, Any]) -> Any:
         raise InvalidRequest(f"This machine has no device '{device}'", param="device")
     spec = services().registry.resolve(model_id)
     with RequestContext(services()) as context:
+        context.take_place()
         loaded = services().swapper.load(
             model_id,
             device=None if device == "auto" else device,
@@ -89,6 +90,7 @@ def load_model(body: dict[str, Any]) -> Any:
 def unload_model(model_id: str) -> Any:
     """Take a model out of memory, once its running answers are finished."""
     with RequestContext(services()) as context:
+        context.take_place()
         evicted = services().swapper.evict(model_id, cancellation=context.cancellation)
     if not evicted and not _unload_encoder(model_id):
         raise NotFound(f"Model '{model_id}' is not loaded", param="model")

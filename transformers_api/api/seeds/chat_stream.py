@@ -216,7 +216,7 @@ def _trace_request(model: LoadedModel, body: Mapping[str, Any]) -> TraceRequest:
 
 
 def _max_tokens(model: LoadedModel, body: Mapping[str, Any], prompt_tokens: int) -> int:
-    """What is not asked for is cut to what the prompt leaves."""
+    """The limit of the request; a default is cut to what the prompt leaves."""
     default = model.spec.generation.get("max_tokens") or DEFAULTS["max_new_tokens"]
     max_tokens: int = body.get("max_new_tokens", default)
     window, is_explicit = model.engine.max_model_len, "max_new_tokens" in body

@@ -126,6 +126,7 @@ def unload(model_name: str) -> Any:
     """Take a model out of memory, once its running answers are finished."""
     _check_origin()
     with RequestContext(services()) as context:
+        context.take_place()
         evicted = _evicted(model_name, context.cancellation)
     if not evicted:
         raise NotFound(f"Model '{model_name}' is not loaded", param="model")
@@ -143,6 +144,7 @@ def load_model(body: dict[str, Any]) -> Any:
     """Load a model and answer when it is in memory, which may take minutes."""
     name = body["model_name"]
     with RequestContext(services()) as context:
+        context.take_place()
         services().swapper.load(name, cancellation=context.cancellation)
     return {"message": f"Model {name} loaded successfully", **body}
 

@@ -89,7 +89,8 @@ def encode(
         continue_final_message=continue_final_message,
         chat_template_kwargs=chat_template_kwargs,
     )
-    check_bytes(text, max_bytes)
+    if max_bytes is not None:
+        check_bytes(text, max_bytes)
     if mode == "transcript":
         return ChatPrompt(_tokenize(model.tokenizer, text, True, "messages"), TRANSCRIPT_STOPS)
     ids = _tokenize(model.tokenizer, text, False, "messages")
@@ -115,9 +116,9 @@ def render(
     )
 
 
-def check_bytes(text: str, most: int | None) -> None:
+def check_bytes(text: str, most: int) -> None:
     """Raise PromptTooLarge for a prompt of more than ``most`` bytes."""
-    if most is not None and (size := len(text.encode(errors="replace"))) > most:
+    if (size := len(text.encode(errors="replace"))) > most:
         raise PromptTooLarge(f"Prompt too large: {size} bytes (max {most})")
 
 

@@ -87,7 +87,7 @@ class Vocabulary:
         return None if name is None else str(name)
 
     def _by_decoding(self, token_id: int) -> str:
-        """What the token adds after itself: a word has its space then, and ``##`` is gone."""
+        """The text that the token adds after itself: a word has its space, and ``##`` is gone."""
         once, twice = (self._decode([token_id] * times) for times in (1, 2))
         return twice[len(once) :] if twice.startswith(once) else once
 
@@ -109,7 +109,7 @@ class Vocabulary:
         return None
 
     def _agrees(self) -> bool:
-        """Whether the scheme says what the tokenizer decodes: a subclass may do otherwise."""
+        """True where the scheme says what the tokenizer decodes: a subclass may do otherwise."""
         ids = self._tokenizer.encode("a é 世, b", add_special_tokens=False)
         ours = b"".join(map(self.token_bytes, ids)).decode(errors="replace")
         if self.strips_first_space:
@@ -118,7 +118,7 @@ class Vocabulary:
 
 
 def _keeps_pieces(step: dict[str, Any]) -> bool:
-    """Whether a decoder's step leaves each piece on its own, but for a space at the very start."""
+    """True where a decoder's step leaves each piece alone, but for a space at the very start."""
     match step:
         case {"type": "ByteFallback" | "Fuse"}:
             return True

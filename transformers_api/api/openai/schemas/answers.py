@@ -1,4 +1,4 @@
-"""What generation answers look like. Documentation only: answers are not built through these."""
+"""Generated answers. Documentation only: answers are not built through these."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _REASONS = ("stop", "length")
 
 
 class PromptDetails(Schema):
-    """Where the prompt's tokens came from."""
+    """The sources of the prompt's tokens."""
 
     cached_tokens = Integer(0, MAX_TOKENS)
 
@@ -34,7 +34,7 @@ class UsageBody(Schema):
 
 
 class Answer(Schema):
-    """What completions and chat completions have in common."""
+    """The fields of both completions and chat completions."""
 
     id = Text()
     created = Integer(0, _TIME)
@@ -55,7 +55,7 @@ class LegacyLogprobs(Schema):
 
 
 class WholeTrace(Schema):
-    """What was asked to be shown of every token."""
+    """The requested trace of every token."""
 
     header = AnyObject(**about("The prompt's tokens, the model, the units."))
     steps = Many(AnyObject(), longest=_MANY)
@@ -81,7 +81,7 @@ class Completion(Answer):
 
 
 class ChatMessage(Schema):
-    """What the assistant says."""
+    """The assistant's message."""
 
     role = Text(choices=("assistant",))
     content = Text()

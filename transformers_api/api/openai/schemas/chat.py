@@ -83,7 +83,7 @@ class Message(Schema):
 
 
 class TemplateFields(Schema):
-    """How messages become a prompt."""
+    """The way from messages to a prompt."""
 
     add_generation_prompt = Boolean(
         **about("End the prompt where the assistant's turn begins. Default true.")

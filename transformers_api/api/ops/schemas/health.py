@@ -9,7 +9,7 @@ _MANY = 1 << 20
 
 
 class Health(Schema):
-    """How the server is, in the words of all its predecessors."""
+    """The health of the server, in the words of all its predecessors."""
 
     status = Text(required=True, choices=("healthy", "degraded"))
     ok = Boolean()
@@ -35,14 +35,14 @@ class Probe(Schema):
 
 
 class Ready(Schema):
-    """Whether requests may be sent."""
+    """Readiness for requests."""
 
     status = Text(required=True, choices=("ready", "not ready"))
     reason = Text(required=True)
 
 
 class Start(Schema):
-    """What this is, and where to go on."""
+    """The name of this server, and where to go on."""
 
     name = Text(required=True)
     message = Text()
