@@ -151,6 +151,16 @@ def test_a_silent_stream_gives_signs_of_life(writer, threads, make):
     assert body.result(WITHIN_S) == [b"first"]
 
 
+def test_a_dialect_with_another_sign_of_life_is_sent_that_one(writer, threads, make):
+    stream, blank = make(quiet_s=0.01), b"\n"
+    events = (blank if event is sse.PING else event for event in stream.events())
+    body = writer.write(events, stream, stream.environ, blank)
+    answer = threads.submit(lambda: list(body))
+    assert stream.hears(2 * chunk(blank))
+    stream.say(None)
+    assert answer.result(WITHIN_S) == [b"first"]
+
+
 @pytest.mark.parametrize(
     "stays",
     [

@@ -24,7 +24,8 @@ from transformers_api.errors import (
     Unavailable,
 )
 from transformers_api.serving.limits.cancellation import Cancellation
-from transformers_api.serving.models.spec import LoadedModel, ModelFiles, ModelSpec
+from transformers_api.serving.models.spec import ModelFiles, ModelSpec
+from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.swap.residency import Lease, SwapperListener
 from transformers_api.serving.swap.swapper import Swapper
 

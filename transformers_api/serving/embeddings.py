@@ -18,7 +18,8 @@ from transformers_api.errors import (
     Overloaded,
 )
 from transformers_api.serving.limits.cancellation import Cancellation
-from transformers_api.serving.models.spec import LoadedModel, ModelSpec, Pooling
+from transformers_api.serving.models.spec import ModelSpec, Pooling
+from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.swap.residency import ModelResolver
 from transformers_api.serving.swap.swapper import Swapper
 from transformers_api.serving.text import chat_template

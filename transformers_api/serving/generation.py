@@ -23,7 +23,7 @@ from transformers_api.errors import (
 )
 from transformers_api.inspection.base import StepTrace, TracePlan
 from transformers_api.serving.limits.cancellation import Cancellation
-from transformers_api.serving.models.spec import LoadedModel
+from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.text.choice_text import ChoiceText, TextDelta, TokenDetail
 from transformers_api.serving.text.token_counts import CountedTexts
 

@@ -23,7 +23,7 @@ from transformers_api.errors import ApiError, InvalidRequest, Overloaded, Payloa
 from transformers_api.serving import generation as serving_generation
 from transformers_api.serving.generation import Generation, GenerationRequest
 from transformers_api.serving.limits.cancellation import Cancellation
-from transformers_api.serving.models.spec import LoadedModel
+from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.text import chat_template
 from transformers_api.serving.text.choice_text import TextDelta
 

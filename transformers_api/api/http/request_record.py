@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers_api.errors import ApiError, ClientGone
 from transformers_api.serving.generation import Generation
-from transformers_api.serving.models.spec import LoadedModel
+from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.text import chat_template
 
 MAX_PATH = 200  # characters

@@ -22,7 +22,7 @@ from transformers_api.inspection.base import (
 )
 from transformers_api.serving.inspect import arrays
 from transformers_api.serving.inspect.arrays import Reduction
-from transformers_api.serving.models.spec import LoadedModel
+from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.text.spans import Span
 from transformers_api.serving.text.vocabulary import Vocabulary
 

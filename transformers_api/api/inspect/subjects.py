@@ -25,7 +25,7 @@ from transformers_api.errors import (
 )
 from transformers_api.inspection.base import Anatomy, Inspector, Job
 from transformers_api.serving.generation import GenerationRequest, collect
-from transformers_api.serving.models.spec import LoadedModel
+from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.text import chat_template
 from transformers_api.serving.text.chat_template import ChatPrompt
 from transformers_api.serving.text.spans import Span, spans

@@ -12,7 +12,7 @@ from transformers_api.errors import ContextLengthExceeded, InvalidRequest
 from transformers_api.serving.generation import GenerationRequest
 from transformers_api.serving.inspect import trace_plan
 from transformers_api.serving.inspect.trace_plan import TraceRequest
-from transformers_api.serving.models.spec import LoadedModel
+from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.text import chat_template
 
 _SAMPLING = (

@@ -27,7 +27,7 @@ from transformers_api.api.openai.schemas.completions import CompletionRequest
 from transformers_api.api.trace.format import TraceWriter
 from transformers_api.config.settings import Settings
 from transformers_api.serving.generation import GenerationRequest
-from transformers_api.serving.models.spec import LoadedModel
+from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.text import chat_template
 from transformers_api.serving.text.spans import Span, spans
 

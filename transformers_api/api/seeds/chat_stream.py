@@ -25,7 +25,7 @@ from transformers_api.inspection.base import StepTrace
 from transformers_api.serving.generation import Generation, GenerationRequest
 from transformers_api.serving.inspect import trace_plan
 from transformers_api.serving.inspect.trace_plan import TraceRequest
-from transformers_api.serving.models.spec import LoadedModel
+from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.text import chat_template
 from transformers_api.serving.text.choice_text import TextDelta
 from transformers_api.serving.text.spans import spans

@@ -35,7 +35,8 @@ from transformers_api.engine.base import SamplingParams
 from transformers_api.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound, NotFound
 from transformers_api.serving.generation import GenerationRequest
 from transformers_api.serving.limits.cancellation import Cancellation
-from transformers_api.serving.models.spec import LoadedModel, ModelSpec
+from transformers_api.serving.models.spec import ModelSpec
+from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.swap.residency import SwapperStatus
 
 blueprint = Blueprint("native", __name__, dialect=PLAIN, description="The native API")

@@ -19,7 +19,7 @@ from transformers_api.inspection.base import (
 )
 from transformers_api.serving.inspect import arrays
 from transformers_api.serving.inspect.trace_plan import TraceRequest
-from transformers_api.serving.models.spec import LoadedModel
+from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.text.spans import Span
 from transformers_api.serving.text.vocabulary import Vocabulary
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from transformers_api.errors import InvalidRequest, UnknownCompletion
-from transformers_api.serving.models.spec import LoadedModel
+from transformers_api.serving.swap.loaded_model import LoadedModel
 
 MAX_COMPLETIONS = 64
 MAX_AGE_S = 600.0

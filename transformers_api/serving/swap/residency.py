@@ -17,7 +17,8 @@ from typing import Literal, Protocol
 
 from transformers_api.engine.base import EngineStats
 from transformers_api.errors import ApiError, ModelLoadFailed
-from transformers_api.serving.models.spec import LoadedModel, ModelFiles, ModelSpec
+from transformers_api.serving.models.spec import ModelFiles, ModelSpec
+from transformers_api.serving.swap.loaded_model import LoadedModel
 
 log = logging.getLogger(__name__)
 

@@ -26,7 +26,8 @@ from transformers_api.errors import (
     Unavailable,
 )
 from transformers_api.serving.limits.cancellation import Cancellation
-from transformers_api.serving.models.spec import Loader, ModelSpec
+from transformers_api.serving.models.spec import ModelSpec
+from transformers_api.serving.swap.loaded_model import Loader
 from transformers_api.serving.swap.policy import Rules, Step, Turns
 from transformers_api.serving.swap.residency import (
     Lease,

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers_api.errors import ChatUnavailable, InvalidRequest, ModelNotCapable, PromptTooLarge
-from transformers_api.serving.models.spec import ChatMode, LoadedModel
+from transformers_api.serving.models.spec import ChatMode
+from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.text.end_of_turn import TEMPLATE_ERRORS
 
 _TAGS = {

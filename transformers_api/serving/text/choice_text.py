@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from transformers_api.engine.base import FinishReason, SamplingParams, TokenOutput, TokenScore
 from transformers_api.inspection.base import StepTrace
-from transformers_api.serving.models.spec import LoadedModel
+from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.text.detokenizer import detokenizer
 from transformers_api.serving.text.stop_strings import StopStrings
 

@@ -9,7 +9,7 @@ from itertools import accumulate
 from typing import Any
 
 from transformers_api.errors import InvalidRequest
-from transformers_api.serving.models.spec import LoadedModel
+from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.text import chat_template
 from transformers_api.serving.text.vocabulary import Vocabulary
 
