@@ -113,8 +113,8 @@ def _limits(settings: Settings) -> dict[str, Any]:
 
 def _format(body: Mapping[str, Any]) -> Format:
     """The form that the client accepts, and in JSON the one that ``format`` says."""
-    wanted = request.accept_mimetypes.best_match(_BY_TYPE, "application/json")
-    how = _BY_TYPE[wanted]
+    accepted = request.accept_mimetypes.best_match(_BY_TYPE, "application/json")
+    how = _BY_TYPE[accepted]
     return body["format"] if how == "json" else how
 
 
@@ -137,9 +137,9 @@ def full_attn(body: dict[str, Any]) -> Any:
         subject = subject.continued(body)
         heads = layer.heads if head == "all" else 1
         rows, cols = _windows(subject, body, how, heads)
-        asked: Heads = head
+        heads_read: Heads = head
         result = subject.run(
-            subject.inspector.attention(subject.ids, layer.layer, asked, rows, cols)
+            subject.inspector.attention(subject.ids, layer.layer, heads_read, rows, cols)
         )
         vocabulary = Vocabulary(subject.model.tokenizer)
         matrix = Matrix(
@@ -305,7 +305,7 @@ def attribution(body: dict[str, Any]) -> Any:
         if token_id is not None:
             subjects.token(token_id, subject, "target_token_id")
         place = subjects.position(body["target_position"], len(subject.ids), "target_position")
-        asked = AttributionQuestion(
+        question = AttributionQuestion(
             position=place,
             token_id=token_id,
             method=body["method"],
@@ -313,8 +313,8 @@ def attribution(body: dict[str, Any]) -> Any:
             baseline=body["baseline"],
             of=body["of"],
         )
-        result = subject.run(subject.inspector.attribute(subject.ids, asked))
-        return inspect_format.attribution(Vocabulary(subject.model.tokenizer), asked, result)
+        result = subject.run(subject.inspector.attribute(subject.ids, question))
+        return inspect_format.attribution(Vocabulary(subject.model.tokenizer), question, result)
 
 
 @blueprint.at("/inspect/hidden_states", methods=["POST"])
