@@ -26,12 +26,8 @@ from transformers_api.engine.base import (
     TokenStream,
 )
 from transformers_api.errors import ApiError, ContextLengthExceeded, EngineDead
-from transformers_api.serving.models.spec import (
-    LoadedModel,
-    ModelFiles,
-    ModelSpec,
-    PathSource,
-)
+from transformers_api.serving.models.spec import ModelFiles, ModelSpec, PathSource
+from transformers_api.serving.swap.loaded_model import LoadedModel
 
 Reply = Callable[[Sequence[int], SamplingParams, int], Iterable[int]]
 EOS = tokenizers.END_OF_TEXT

@@ -94,7 +94,7 @@ def test_draining_refuses_new_work_at_once_and_ends_what_is_left_in_time(make_ap
     app, services = make_app()
     client = app.test_client()
     wait_for(lambda: client.get("/readyz").status_code == 200)
-    lease = services.swapper.lease("fake")
+    lease = services.swapper.lease(services.registry.resolve("fake"))
     engine = lease.model.engine
     services.drain(2.0)  # seconds, which are all kept for the last words
     assert client.get("/readyz").status_code == 503

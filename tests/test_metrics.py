@@ -15,7 +15,7 @@ import pytest
 
 from tests.fakes import FakeEngine, say
 from tests.metrics_app import make_app, post, scrape, wait_for
-from transformers_api.api.http.request_log import RequestRecord
+from transformers_api.api.http.request_record import RequestRecord
 from transformers_api.config.settings import Settings
 from transformers_api.errors import EngineFailed, ModelLoadFailed, NotFound, Overloaded
 from transformers_api.kernels.build import NativeUnavailable, build

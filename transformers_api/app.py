@@ -25,8 +25,8 @@ from transformers_api.serving.inspect.queue import Inspections
 from transformers_api.serving.limits.access import Access
 from transformers_api.serving.limits.admission import Admission
 from transformers_api.serving.models.registry import ModelRegistry
-from transformers_api.serving.models.spec import Loader
 from transformers_api.serving.models.store import ModelStore
+from transformers_api.serving.swap.loaded_model import Loader
 from transformers_api.serving.swap.residency import Listeners, SwapperListener
 from transformers_api.serving.swap.swapper import Swapper
 

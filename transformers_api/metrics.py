@@ -40,7 +40,7 @@ from transformers_api.metric_names import Named
 from transformers_api.serving.swap.residency import SwapperListener, SwapperStatus
 
 if TYPE_CHECKING:
-    from transformers_api.api.http.request_log import RequestRecord
+    from transformers_api.api.http.request_record import RequestRecord
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each, which nobody reads
 

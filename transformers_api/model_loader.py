@@ -21,14 +21,9 @@ from transformers_api.config.settings import GIB, Settings, load_in_one_thread
 from transformers_api.engine.thread import EngineThread
 from transformers_api.errors import InsufficientMemory, ModelLoadFailed, ModelNotCapable
 from transformers_api.serving.models.encoder_files import read_encoder
-from transformers_api.serving.models.spec import (
-    Embedder,
-    LoadedModel,
-    ModelFiles,
-    ModelSpec,
-    Pooling,
-)
+from transformers_api.serving.models.spec import ModelFiles, ModelSpec, Pooling
 from transformers_api.serving.models.store import ModelStore
+from transformers_api.serving.swap.loaded_model import Embedder, LoadedModel
 from transformers_api.serving.text.token_counts import token_counter
 
 if TYPE_CHECKING:

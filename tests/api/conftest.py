@@ -20,6 +20,7 @@ from transformers_api.api.http.disconnect import DisconnectWatcher
 from transformers_api.api.http.rate_limits import RateLimits
 from transformers_api.api.http.services import Services
 from transformers_api.config.settings import Settings
+from transformers_api.serving.inspect.queue import Inspections
 from transformers_api.serving.limits.access import Access
 from transformers_api.serving.limits.admission import Admission
 from transformers_api.serving.models.registry import ModelRegistry
@@ -128,12 +129,12 @@ def serve(tmp_path: Path, watcher: DisconnectWatcher) -> Iterator[Serve]:
             "allow_download": False,
             "keepalive_s": 0.05,
         } | settings
-        known = Settings(**options)
+        chosen = Settings(**options)
         if "fake" not in {spec.name for spec in specs}:
             specs = (fake_spec(), fake_spec("owner/second", aliases=("two",)), *specs)
         engines = {spec.name: FakeEngine() for spec in specs} | {"fake": engine or FakeEngine()}
         loader = FakeLoader(lambda spec: fake_model(spec, engines[spec.name]))
-        store = ModelStore(known)
+        store = ModelStore(chosen)
         registry = ModelRegistry(specs, False, store.has_repo)
         swapper = Swapper(
             registry,
@@ -141,24 +142,27 @@ def serve(tmp_path: Path, watcher: DisconnectWatcher) -> Iterator[Serve]:
             swap_after_s=0,
             drain_s=10,
             wait_s=10,
-            auto_load=known.auto_load,
+            auto_load=chosen.auto_load,
         )
         made.append(swapper)
-        access = Access.from_settings(known)
-        if not known.rate_limit_per_min:
+        access = Access.from_settings(chosen)
+        if not chosen.rate_limit_per_min:
             access = replace(access, requests=None)
         access = replace(access, **rates)
         services = Services(
-            settings=known,
+            settings=chosen,
             access=access,
-            limits=RateLimits(access, known.redis_url),
+            limits=RateLimits(access, chosen.redis_url),
             registry=registry,
             store=store,
             swapper=swapper,
-            admission=Admission(known.max_inflight, known.max_queue, known.request_timeout_s),
+            admission=Admission(chosen.max_inflight, chosen.max_queue, chosen.request_timeout_s),
+            inspections=Inspections(chosen.inspect_queue, chosen.inspect_timeout_s),
             watcher=watcher,
             ready=ready,
+            fault=lambda: None,
             devices=lambda: devices,
+            drain=lambda grace_s: None,
         )
         app = Flask("tests", static_folder=None)
         app.testing = False  # errors are rendered, as in production

@@ -8,13 +8,33 @@ import httpx2
 import openai
 import pytest
 
-from transformers_api.api.http.auth import ADMIN, OPEN
+from transformers_api.api.http.auth import scope_of
 from transformers_api.app import create_app
 from transformers_api.config.settings import Settings
 from transformers_api.serving.limits import api_keys
 
 from tests.fakes import FakeLoader  # isort: skip
 
+# The scope of every route; (method, rule), "*" is any method. All others are for any key.
+OPEN = {
+    "/health",
+    "/healthz",
+    "/readyz",
+    "/docs",
+    "/redoc",
+    "/openapi.json",
+    "/docs/assets/<path:filename>",
+}
+ADMIN = {
+    ("POST", "/v1/models"),
+    ("DELETE", "/v1/models/<path:model_id>"),
+    ("POST", "/models/<path:model_name>/load"),
+    ("POST", "/models/<path:model_name>/unload"),
+    ("DELETE", "/models/<path:model_name>/unload"),
+    ("POST", "/load_model"),
+    ("*", "/metrics"),
+    ("*", "/status"),
+}
 PAGE = "http://localhost:3000"
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
 
@@ -54,6 +74,27 @@ def complete_app(tmp_path, **settings):
     """The real application, with whatever routes it has."""
     folders = {"model_store": tmp_path / "store", "hf_home": tmp_path / "hub"}
     return create_app(Settings(preload_model=False, **folders, **settings), FakeLoader())
+
+
+def test_every_route_declares_the_scope_that_is_listed_here(tmp_path):
+    app = complete_app(tmp_path)
+    for method, rule in every_route(app):
+        is_admin = {(method, rule.rule), ("*", rule.rule)} & ADMIN
+        listed = "open" if rule.rule in OPEN else "admin" if is_admin else "infer"
+        assert scope_of(app.view_functions[rule.endpoint]) == listed, f"{method} {rule.rule}"
+
+
+def test_the_document_says_which_routes_need_no_key(tmp_path, path, keys):
+    app = complete_app(tmp_path, api_keys_file=path)
+    document = app.test_client().get("/openapi.json").get_json()
+    without = {
+        rule
+        for rule, operations in document["paths"].items()
+        for method, operation in operations.items()
+        if method in ("get", "post") and operation.get("security") == []
+    }
+    assert without == {"/health", "/healthz", "/readyz"}
+    assert document["security"] == [{"ApiKey": []}]
 
 
 def test_every_route_is_closed_unless_it_is_listed_as_open(tmp_path, path, keys):

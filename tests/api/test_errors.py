@@ -5,6 +5,9 @@ import re
 import pytest
 
 from tests.api.test_bodies import error
+from transformers_api.api.http import dialects
+from transformers_api.api.http.dialects import Dialect
+from transformers_api.api.http.error_schemas import Error
 from transformers_api.errors import EngineDead, ServerShuttingDown
 
 PAGE = "http://localhost:3000"
@@ -19,6 +22,15 @@ def test_an_unknown_url_is_404_in_openais_shape(served, url):
         None,
     )
     assert url in body["message"]
+
+
+def test_a_url_that_is_no_route_is_answered_in_the_dialect_of_the_longest_prefix(monkeypatch):
+    new = Dialect(error_body=lambda error: {"type": "error"}, error_schema=Error)
+    monkeypatch.setattr(dialects, "BY_PREFIX", (("/v1/messages", new), *dialects.BY_PREFIX))
+    assert dialects.by_path("/v1/messages") is dialects.by_path("/v1/messages/nope") is new
+    assert dialects.by_path("/v1/messagesx") is dialects.by_path("/v1") is dialects.OPENAI
+    assert dialects.by_path("/inspect/nope") is dialects.NIELS
+    assert dialects.by_path("/v1x") is dialects.PLAIN
 
 
 @pytest.mark.parametrize("url", ["/nope", "/v1x", "/docs/assets/nope.js", "/generate/nope"])

@@ -202,7 +202,8 @@ def test_an_answer_goes_on_between_the_slices_of_an_inspection_and_stays_the_sam
     body = {"prompt": PROMPT, "max_tokens": 400, "temperature": 0, "ignore_eos": True}
     alone = client.post("/v1/completions", json=body).get_json()["choices"][0]["text"]
     grid = ask(client, "heads", {**LONG, "thumb": 2})
-    with app.extensions[EXTENSION].swapper.lease("tiny") as lease:
+    services = app.extensions[EXTENSION]
+    with services.swapper.lease(services.registry.resolve("tiny")) as lease:
         stats = lease.model.engine.stats
         stream = client.post("/v1/completions", json={**body, "stream": True})
         events = iter(stream.response)

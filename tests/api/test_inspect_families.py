@@ -9,7 +9,7 @@ import pytest
 
 from tests.engine.conftest import engine_thread  # noqa: F401
 from tests.fakes import fake_model
-from tests.inspection.conftest import watch  # noqa: F401
+from tests.inspection.conftest import running, watch  # noqa: F401
 from tests.inspection.models import ALL
 
 IDS = {"token_ids": [5, 17, 33, 60, 61, 62, 17, 33, 8, 9, 10, 11]}

@@ -1,4 +1,4 @@
-"""One thread carries the events of all streams; whatever takes long goes back to the request's."""
+"""One thread writes the events of all streams; whatever takes long goes back to the request's."""
 
 import queue
 import socket
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from transformers_api.api.http import sse
-from transformers_api.api.http.stream_writer import Courier
+from transformers_api.api.http.stream_writer import StreamWriter
 
 WITHIN_S = 10.0
 BIG = b"x" * 200_000  # more than the buffers of a connection hold
@@ -63,8 +63,8 @@ class Stream:
 
 
 @pytest.fixture
-def courier() -> Courier:
-    return Courier()
+def writer() -> StreamWriter:
+    return StreamWriter()
 
 
 @pytest.fixture
@@ -87,9 +87,11 @@ def threads() -> Iterator[ThreadPoolExecutor]:
         yield pool
 
 
-def carried(courier: Courier, threads: ThreadPoolExecutor, stream: Stream) -> Future[list[bytes]]:
+def written(
+    writer: StreamWriter, threads: ThreadPoolExecutor, stream: Stream
+) -> Future[list[bytes]]:
     """What the thread of a request has of its stream, in the end."""
-    body = courier.carry(stream.events(), stream, stream.environ)  # type: ignore[arg-type]
+    body = writer.write(stream.events(), stream, stream.environ)  # type: ignore[arg-type]
     return threads.submit(lambda: list(body))
 
 
@@ -97,9 +99,9 @@ def chunk(data: bytes) -> bytes:
     return b"%X\r\n%b\r\n" % (len(data), data)
 
 
-def test_the_first_event_is_the_request_s_and_the_others_are_sent_in_chunks(courier, threads, make):
+def test_the_first_event_is_the_request_s_and_the_others_are_sent_in_chunks(writer, threads, make):
     stream = make()
-    body = carried(courier, threads, stream)
+    body = written(writer, threads, stream)
     stream.say(b"one", b"twentytwentytwentytwenty")
     assert stream.hears(b"3\r\none\r\n18\r\ntwentytwentytwentytwenty\r\n")
     stream.say(b"last", None)
@@ -107,9 +109,9 @@ def test_the_first_event_is_the_request_s_and_the_others_are_sent_in_chunks(cour
     assert body.result(WITHIN_S) == [b"first"]
 
 
-def test_a_client_that_does_not_read_holds_up_nobody_and_loses_nothing(courier, threads, make):
+def test_a_client_that_does_not_read_holds_up_nobody_and_loses_nothing(writer, threads, make):
     slow, quick = make(), make()
-    bodies = [carried(courier, threads, stream) for stream in (slow, quick)]
+    bodies = [written(writer, threads, stream) for stream in (slow, quick)]
     slow.say(BIG, BIG)
     for number in range(3):
         quick.say(b"%d" % number)
@@ -120,9 +122,9 @@ def test_a_client_that_does_not_read_holds_up_nobody_and_loses_nothing(courier, 
     assert [body.result(WITHIN_S) for body in bodies] == [[b"first"], [b"first"]]
 
 
-def test_what_the_events_raise_is_raised_on_the_thread_of_the_request(courier, threads, make):
+def test_what_the_events_raise_is_raised_on_the_thread_of_the_request(writer, threads, make):
     stream, other = make(), make()
-    broken, whole = (carried(courier, threads, each) for each in (stream, other))
+    broken, whole = (written(writer, threads, each) for each in (stream, other))
     stream.say(b"one", ValueError("broken"))
     with pytest.raises(ValueError, match="broken"):
         broken.result(WITHIN_S)
@@ -132,21 +134,31 @@ def test_what_the_events_raise_is_raised_on_the_thread_of_the_request(courier, t
     assert whole.result(WITHIN_S) == [b"first"]
 
 
-def test_a_client_that_is_gone_is_an_error_of_the_socket(courier, threads, make):
+def test_a_client_that_is_gone_is_an_error_of_the_socket(writer, threads, make):
     stream = make()
-    body = carried(courier, threads, stream)
+    body = written(writer, threads, stream)
     stream.ends[1].close()
     stream.say(b"one")
     with pytest.raises(BrokenPipeError):
         body.result(WITHIN_S)
 
 
-def test_a_silent_stream_gives_signs_of_life(courier, threads, make):
+def test_a_silent_stream_gives_signs_of_life(writer, threads, make):
     stream = make(quiet_s=0.01)
-    body = carried(courier, threads, stream)
+    body = written(writer, threads, stream)
     assert stream.hears(2 * chunk(sse.PING))
     stream.say(None)
     assert body.result(WITHIN_S) == [b"first"]
+
+
+def test_a_dialect_with_another_sign_of_life_is_sent_that_one(writer, threads, make):
+    stream, blank = make(quiet_s=0.01), b"\n"
+    events = (blank if event is sse.PING else event for event in stream.events())
+    body = writer.write(events, stream, stream.environ, blank)
+    answer = threads.submit(lambda: list(body))
+    assert stream.hears(2 * chunk(blank))
+    stream.say(None)
+    assert answer.result(WITHIN_S) == [b"first"]
 
 
 @pytest.mark.parametrize(
@@ -157,13 +169,13 @@ def test_a_silent_stream_gives_signs_of_life(courier, threads, make):
         {"gunicorn.socket": SimpleNamespace()},
     ],
 )
-def test_what_is_not_sent_in_chunks_to_a_plain_socket_stays_with_its_thread(courier, make, stays):
+def test_what_is_not_sent_in_chunks_to_a_plain_socket_stays_with_its_thread(writer, make, stays):
     stream = make()
     events = stream.events()
-    assert courier.carry(events, stream, stream.environ | stays) is events
+    assert writer.write(events, stream, stream.environ | stays) is events
 
 
-def test_what_has_something_to_settle_at_its_end_stays_with_its_thread(courier, make):
+def test_what_has_something_to_settle_at_its_end_stays_with_its_thread(writer, make):
     stream = make(on_end=lambda: None)
     events = stream.events()
-    assert courier.carry(events, stream, stream.environ) is events
+    assert writer.write(events, stream, stream.environ) is events

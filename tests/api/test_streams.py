@@ -1,5 +1,6 @@
 """What happens to a request that does not go smoothly, and what it gives back."""
 
+import json
 import threading
 
 import pytest
@@ -7,7 +8,8 @@ import pytest
 from tests.api.conftest import events
 from tests.fakes import FakeEngine, fake_spec, say
 from transformers_api.api.http.disconnect import DisconnectWatcher, Watch
-from transformers_api.errors import EngineFailed, Overloaded
+from transformers_api.errors import EngineFailed, InvalidRequest, Overloaded, UnknownCompletion
+from transformers_api.serving.inspect.recent_completions import Completion
 
 
 class Client(DisconnectWatcher):
@@ -83,13 +85,13 @@ def test_an_error_before_the_answer_is_complete_is_a_status(serve, client):
 
 def test_an_unexpected_error_in_a_stream_is_logged_and_not_shown(served, client, caplog):
     def broken(*_):
-        yield {"choices": []}
+        yield b'data: {"choices":[]}\n\n'
         raise RuntimeError("secret")
 
-    from transformers_api.api.openai import format as openai_format
+    from transformers_api.api.openai.format import ChatFormatter
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(openai_format, "chat_chunks", broken)
+        patch.setattr(ChatFormatter, "frames", broken)
         read = events(served.chat(stream=True))
     assert read.payloads[-1]["error"]["code"] == "engine_failed"
     assert "secret" not in str(read.payloads)
@@ -147,6 +149,47 @@ def test_a_stream_that_is_left_in_the_middle_gives_everything_back(serve, client
     response.close()
     assert served.engine.aborted == [None]
     assert released(served, client)
+
+
+def test_a_stream_is_remembered_at_its_end_with_the_token_that_ended_it(serve):
+    gate = threading.Semaphore(0)
+    served = serve(FakeEngine(say("Hello"), gate=gate))
+    response = served.chat(stream=True)
+    frames = iter(response.response)
+    completion_id = json.loads(next(frames).removeprefix(b"data: "))["id"]
+    with pytest.raises(UnknownCompletion):
+        served.services.completions.find(completion_id)
+    gate.release(10)
+    assert b"".join(frames).endswith(b"data: [DONE]\n\n")
+    response.close()
+    prompt = tuple(served.engine.submitted[0][0].prompt_ids)
+    (end,) = served.engine.eos_token_ids
+    remembered = Completion("fake", prompt, (*b"Hello", end))
+    assert served.services.completions.find(completion_id) == remembered
+
+
+def test_a_stream_that_its_reader_leaves_is_not_remembered(serve):
+    served = serve(FakeEngine(say("Hello"), gate=threading.Semaphore(2)))
+    response = served.chat(stream=True)
+    frames = iter(response.response)
+    completion_id = json.loads(next(frames).removeprefix(b"data: "))["id"]
+    next(frames)
+    response.close()
+    with pytest.raises(UnknownCompletion):
+        served.services.completions.find(completion_id)
+
+
+def test_all_choices_of_a_stream_are_remembered(serve):
+    served = serve(FakeEngine(say("ab")))
+    completion_id = events(served.chat(stream=True, n=2)).payloads[0]["id"]
+    assert served.services.completions.find(completion_id, 1).token_ids[:2] == (*b"ab",)
+
+
+def test_of_several_answers_only_those_that_were_sent_are_remembered(served):
+    completion_id = served.complete(n=1, best_of=2).get_json()["id"]
+    assert served.services.completions.find(completion_id)
+    with pytest.raises(InvalidRequest, match=r"choice must be in \[0, 0\]"):
+        served.services.completions.find(completion_id, 1)
 
 
 def test_a_stream_that_was_read_to_its_end_aborts_nothing(served, client):

@@ -10,7 +10,8 @@ from flask import Flask, request
 from tests.fakes import FakeEngine, FakeLoader, fake_model
 from transformers_api import app
 from transformers_api.config.settings import Settings
-from transformers_api.serving.models.spec import LoadedModel, ModelSpec
+from transformers_api.serving.models.spec import ModelSpec
+from transformers_api.serving.swap.loaded_model import LoadedModel
 
 TICK_S = 0.01
 

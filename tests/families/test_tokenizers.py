@@ -21,7 +21,7 @@ from transformers_api.checkpoints import tokenizers
 from transformers_api.errors import InvalidRequest, ModelLoadFailed
 from transformers_api.serving.models.spec import ModelSpec, PathSource
 from transformers_api.serving.text.chat_template import encode
-from transformers_api.serving.text.detokenizer import IncrementalDetokenizer
+from transformers_api.serving.text.detokenizer import detokenizer as make_detokenizer
 from transformers_api.serving.text.vocabulary import Vocabulary
 
 GOLDEN = json.loads((FIXTURES / "niels_v2/tokenizer/golden.json").read_text())
@@ -60,7 +60,7 @@ def prompt(tokenizer, messages, **options):
 
 
 def streamed(tokenizer, ids: list[int]) -> str:
-    text = IncrementalDetokenizer(tokenizer)
+    text = make_detokenizer(tokenizer)
     return "".join(map(text.push, ids)) + text.flush()
 
 

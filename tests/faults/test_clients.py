@@ -205,7 +205,7 @@ def test_eight_who_do_not_read_slow_nobody_down_and_are_ended(
             stream.leave()
         until(tiny.is_idle)
         # 16 requests at once have a thread each, and so has who asks how it goes: three, as one may
-        # not have ended when the next asks. The courier, the deadlines and the watch on clients
+        # not have ended when the next asks. The stream writer, the deadlines and the watch on clients
         # start with the first request.
         assert tiny.threads() <= threads + 16 + 3 + 3
     measured(

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests import tokenizers
-from transformers_api.serving.text.detokenizer import IncrementalDetokenizer
+from transformers_api.serving.text.detokenizer import detokenizer as make_detokenizer
 
 KINDS = tokenizers.all_kinds()
 # In these, bytes that are not text change what the library decodes for the text around them.
@@ -25,7 +25,7 @@ def decode(tokenizer, ids, skip_special_tokens=True):
 
 
 def pieces(tokenizer, ids, prompt_ids=(), **options):
-    detokenizer = IncrementalDetokenizer(tokenizer, prompt_ids, **options)
+    detokenizer = make_detokenizer(tokenizer, prompt_ids, **options)
     return [*(detokenizer.push(i) for i in ids), detokenizer.flush()]
 
 
@@ -99,7 +99,7 @@ def test_no_piece_ends_inside_a_character(kind, text):
 def test_a_character_of_several_tokens_comes_whole_with_its_last_one(kind, text):
     tokenizer = KINDS[kind]
     offset = 0 if kind == "byte level" else 3
-    detokenizer = IncrementalDetokenizer(tokenizer)
+    detokenizer = make_detokenizer(tokenizer)
     for character in text:
         *first, last = [offset + byte for byte in character.encode()]
         assert [detokenizer.push(i) for i in first] == [""] * len(first)
@@ -111,7 +111,7 @@ def test_a_character_of_several_tokens_comes_whole_with_its_last_one(kind, text)
 def test_replacement_characters_do_not_hold_the_text_back(kind):
     tokenizer = KINDS[kind]
     mark = tokenizer.encode("�", add_special_tokens=False)
-    detokenizer = IncrementalDetokenizer(tokenizer, tokenizer.encode("a"))
+    detokenizer = make_detokenizer(tokenizer, tokenizer.encode("a"))
     sent = "".join(detokenizer.push(i) for i in mark * 100)
     assert len(sent) >= 97
     ends = "".join(map(detokenizer.push, tokenizer.encode("b", add_special_tokens=False)))

@@ -180,7 +180,7 @@ def both():
 
 
 def test_an_encoder_lives_beside_the_resident_model(both):
-    with both.models.lease("writer"), both.lease("encoder") as model:
+    with both.models.lease(registry().resolve("writer")), both.lease("encoder") as model:
         assert model.spec.name == "encoder"
         assert both.models.status().model == "writer"
     assert both.encoders.status().model == "encoder"
@@ -218,7 +218,11 @@ def test_another_encoder_takes_the_place_of_the_first(both):
 
 def test_an_encoder_that_does_not_fit_is_refused_and_nothing_goes_for_it(both):
     both.encoder_loader.fail["check_memory"] = InsufficientMemory("no room")
-    with both.models.lease("writer"), pytest.raises(InsufficientMemory), both.lease("encoder"):
+    with (
+        both.models.lease(registry().resolve("writer")),
+        pytest.raises(InsufficientMemory),
+        both.lease("encoder"),
+    ):
         pass
     assert both.models.status().model == "writer"
     assert both.encoder_loader.count("load") == 0

@@ -12,7 +12,6 @@ from tests.fakes import EOS, FakeEngine, fake_model, say
 from transformers_api.engine.base import FinishReason, SamplingParams, TokenOutput, TokenScore
 from transformers_api.errors import (
     ClientGone,
-    ContextLengthExceeded,
     EngineFailed,
     InvalidRequest,
     ModelUnloaded,
@@ -23,7 +22,6 @@ from transformers_api.serving.generation import (
     GenerationRequest,
     Usage,
     collect,
-    fit,
     start,
 )
 from transformers_api.serving.limits.cancellation import Cancellation
@@ -451,51 +449,3 @@ def test_closing_before_the_first_piece_aborts():
 def test_what_the_engine_refuses_is_raised_at_the_start():
     with pytest.raises(Overloaded):
         begin(FakeEngine(refusal=Overloaded("full")))
-
-
-def test_a_lease_can_stand_for_its_model():
-    class Lease:
-        model = fake_model(engine=FakeEngine(say("hi")))
-
-    request = GenerationRequest([PROMPT], SamplingParams(max_tokens=9))
-    assert collect(start(Lease(), request, Cancellation()))[0].text == "hi"
-
-
-# --- the context ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("max_tokens", "prompt", "explicit", "expected"),
-    [
-        (16, 10, True, 16),
-        (90, 10, True, 90),
-        (512, 10, False, 90),
-        (0, 100, True, 0),
-        (512, 99, False, 1),
-    ],
-)
-def test_what_fits_the_context_is_generated(max_tokens, prompt, explicit, expected):
-    assert fit(max_tokens, prompt, 100, explicit=explicit) == expected
-
-
-@pytest.mark.parametrize(
-    ("max_tokens", "prompt", "explicit", "param", "numbers"),
-    [
-        (512, 100, False, "prompt", ["100"]),
-        (1, 250, True, "prompt", ["100", "250"]),
-        (0, 101, True, "prompt", ["100", "101"]),
-        (91, 10, True, "max_completion_tokens", ["100", "101", "10", "91"]),
-    ],
-)
-def test_what_does_not_fit_is_told_with_its_numbers(max_tokens, prompt, explicit, param, numbers):
-    with pytest.raises(ContextLengthExceeded) as caught:
-        fit(
-            max_tokens,
-            prompt,
-            100,
-            explicit=explicit,
-            param="prompt",
-            max_tokens_param="max_completion_tokens",
-        )
-    assert caught.value.param == param
-    assert all(number in caught.value.message for number in numbers)

@@ -111,11 +111,11 @@ def test_unloading_a_model_keeps_its_files(hub, make_store):
 
     swapper = Swapper(Registry(), Loader(), swap_after_s=0, drain_s=5, wait_s=5)
     try:
-        swapper.lease(REPO).release()
+        swapper.lease(spec_of()).release()
         hub.requests.clear()
         assert swapper.evict(REPO)
         assert store.is_cached(spec_of())
-        swapper.lease(REPO).release()
+        swapper.lease(spec_of()).release()
         assert hub.requests == []
     finally:
         swapper.close()

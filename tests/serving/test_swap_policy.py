@@ -69,7 +69,7 @@ class World:
         resident = self.turns.resident
         if resident is not None and resident.serves(client.name, None):
             client.waits.append(0.0)
-            self._answer(client, self.turns.grant(resident, self.now))
+            self._answer(client, resident.grant(self.now, self._released))
             return
         target = Target(fake_spec(client.name), files=FILES)
         waiter = self.turns.join(target, self.now, wants_lease=True)

@@ -24,7 +24,8 @@ from transformers_api.errors import (
     Unavailable,
 )
 from transformers_api.serving.limits.cancellation import Cancellation
-from transformers_api.serving.models.spec import LoadedModel, ModelFiles, ModelSpec
+from transformers_api.serving.models.spec import ModelFiles, ModelSpec
+from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.swap.residency import Lease, SwapperListener
 from transformers_api.serving.swap.swapper import Swapper
 
@@ -76,6 +77,13 @@ class Ear(SwapperListener):
             assert self.changed.wait_for(lambda: self.heard == list(events), WAIT_S), self.heard
 
 
+class ByName(Swapper):
+    """Leases by name, as requests do: what is unknown is refused before anything happens."""
+
+    def lease(self, model_id: str, **options: Any) -> Lease:  # type: ignore[override]
+        return super().lease(Registry().resolve(model_id), model_id=model_id, **options)
+
+
 class Bench:
     """A swapper over fakes, a pool of callers, and ways to wait for what they do."""
 
@@ -89,7 +97,7 @@ class Bench:
     def swapper(self, **options: Any) -> Swapper:
         given: dict[str, Any] = {"swap_after_s": 10, "drain_s": 300, "wait_s": WAIT_S}
         given |= {"clock": self.clock, "listener": self.ear} | options
-        self.swappers.append(Swapper(Registry(), self.loader, **given))
+        self.swappers.append(ByName(Registry(), self.loader, **given))
         return self.swappers[-1]
 
     def start(self, call: Callable[..., Any], *args: Any, **options: Any) -> Future[Any]:
@@ -930,7 +938,7 @@ class CountedEngine(FakeEngine):
 def test_a_random_crowd_is_answered_rightly_and_leaves_nothing_behind(overlap: bool) -> None:
     loader = CountingLoader(seed=7, fits_beside=overlap)
     tick = iter(range(10**9))
-    swapper = Swapper(
+    swapper = ByName(
         Registry(),
         loader,
         swap_after_s=40,

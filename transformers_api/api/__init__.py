@@ -19,7 +19,7 @@ from transformers_api.api.ops import docs
 from transformers_api.api.ops.health import blueprint as health
 from transformers_api.api.ops.monitoring import blueprint as monitoring
 from transformers_api.api.seeds.chat_stream import blueprint as chat_stream
-from transformers_api.api.seeds.generate import blueprint as native
+from transformers_api.api.seeds.generate import blueprint as generate
 
 __all__ = ["Services", "register"]
 
@@ -34,5 +34,5 @@ def register(app: Flask, services: Services) -> None:
     errors.install(app)
     api = docs.install(app, needs_key=services.access.keys is not None)
     openai_routes = (openai, embeddings, models, tokens)
-    for blueprint in (*openai_routes, native, chat_stream, inspect, health, monitoring):
+    for blueprint in (*openai_routes, generate, chat_stream, inspect, health, monitoring):
         api.register_blueprint(blueprint)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -339,7 +340,7 @@ class Settings:
         """RATE_LIMIT_PER_MIN of /chat/stream and /inspect/*."""
         return 10 if self.rate_limit_per_min is None else self.rate_limit_per_min
 
-    @property
+    @cached_property
     def prompt_bytes(self) -> int:
         """MAX_PROMPT_BYTES of most routes."""
         return self.max_prompt_bytes or 1 << 20

@@ -298,10 +298,11 @@ class GatheringWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no ty
 def page(error: ApiError, path: str) -> bytes:
     """A whole response with ``error``, for where there is no application."""
     # Not before a worker runs: one that replaces it may find these modules changed (--reload).
-    from transformers_api.api.http import errors, strict_json
+    from transformers_api.api.http import dialects, strict_json
 
-    body = strict_json.dump(errors.payload(error, path))
-    status = errors.status(error, path)
+    dialect = dialects.by_path(path)
+    body = strict_json.dump(dialect.error_body(error))
+    status = dialect.status(error)
     head = (
         f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nConnection: close\r\n"
         f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"

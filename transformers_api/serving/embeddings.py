@@ -18,7 +18,8 @@ from transformers_api.errors import (
     Overloaded,
 )
 from transformers_api.serving.limits.cancellation import Cancellation
-from transformers_api.serving.models.spec import LoadedModel, ModelSpec, Pooling
+from transformers_api.serving.models.spec import ModelSpec, Pooling
+from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.swap.residency import ModelResolver
 from transformers_api.serving.swap.swapper import Swapper
 from transformers_api.serving.text import chat_template
@@ -64,7 +65,7 @@ class EmbeddingModels:
             raise Overloaded("Too many requests for embeddings are waiting", retry_after=1)
         try:
             swapper = self._models if isinstance(spec.embedding, Pooling) else self._encoders
-            with swapper.lease(model_id, cancellation=cancellation) as lease:
+            with swapper.lease(spec, model_id=model_id, cancellation=cancellation) as lease:
                 yield lease.model
         finally:
             self._places.release()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 from transformers_api.engine.base import (
     FinishReason,
@@ -17,7 +16,6 @@ from transformers_api.engine.base import (
 from transformers_api.errors import (
     ApiError,
     ClientGone,
-    ContextLengthExceeded,
     EngineFailed,
     InvalidRequest,
     ModelUnloaded,
@@ -25,16 +23,17 @@ from transformers_api.errors import (
 )
 from transformers_api.inspection.base import StepTrace, TracePlan
 from transformers_api.serving.limits.cancellation import Cancellation
-from transformers_api.serving.models.spec import LoadedModel
+from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.text.choice_text import ChoiceText, TextDelta, TokenDetail
 from transformers_api.serving.text.token_counts import CountedTexts
 
 _SEEDS = 2**63
+_FAILURES = (FinishReason.ERROR, FinishReason.ABORT)
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """What to continue, how, and how often."""
+    """The prompts to continue, how, and how often."""
 
     prompts: Sequence[Sequence[int]]  # ids
     params: SamplingParams
@@ -47,12 +46,12 @@ class GenerationRequest:
 
     @property
     def per_prompt(self) -> int:
-        """How many sequences are generated for each prompt."""
+        """The sequences that are generated for each prompt."""
         return self.best_of or self.n
 
     @property
     def most_tokens(self) -> int:
-        """What it may come to: every prompt once, and all its answers at their longest."""
+        """The upper bound of its tokens: every prompt once, all its answers at their longest."""
         answers = len(self.prompts) * self.per_prompt
         return sum(map(len, self.prompts)) + answers * self.params.max_tokens
 
@@ -83,15 +82,6 @@ class Usage:
     cached_tokens: int
 
 
-class HasModel(Protocol):
-    """A lease."""
-
-    @property
-    def model(self) -> LoadedModel:
-        """The resident model."""
-        ...
-
-
 class Generation:
     """Iterate for ``TextDelta``s, and None after each ``quiet_s`` of silence. One reader.
 
@@ -108,6 +98,7 @@ class Generation:
     ) -> None:
         self.request = request
         self.choices = choices  # of each prompt best_of, or else n
+        self.answers = choices  # of each prompt n, once ``collect`` has chosen
         self.on_end: Callable[[], object] | None = None  # called when the last piece has been read
         self.first_token_at: float | None = None  # time.monotonic(); None: not yet
         self.finish_reasons: list[str] = []  # of the choices that have ended, as they did
@@ -120,14 +111,26 @@ class Generation:
         return self
 
     def __next__(self) -> TextDelta | None:
+        # One frame for all that every token needs: what is rare is in functions of its own.
+        stream = self._stream
         while self._running:
-            self._check_open()
-            output = self._stream.get(self.request.quiet_s)
-            self._check_open()
+            if self._ended is not None or stream.overrun:
+                raise self._early_end()
+            output = stream.get(self.request.quiet_s)
+            if self._ended is not None or stream.overrun:
+                raise self._early_end()
             if output is None:
                 return None
-            delta = self._take(output)
+            choice = self.choices[output.index]
+            if choice.finished:  # by a stop string; the engine did not know yet
+                continue
+            if output.finish_reason in _FAILURES:
+                self._raise_failure(output)
+            self.first_token_at = self.first_token_at or time.monotonic()
+            delta = choice.take(output)
             if delta is not None:
+                if delta.finish_reason is not None or self._counted is not None:
+                    self._note(delta, output)
                 return delta
         if self.on_end is not None:
             self.on_end()
@@ -135,7 +138,7 @@ class Generation:
 
     @property
     def usage(self) -> Usage:
-        """What has been used so far; final once the iteration has ended."""
+        """The tokens used so far; final once the iteration has ended."""
         cached = sum(choice.cached_tokens for choice in self.choices[:: self.request.per_prompt])
         if self._counted is not None:
             prompt, completion = self._counted.totals()
@@ -169,40 +172,27 @@ class Generation:
             self._stream.abort()
             self._stream.wake()
 
-    def _check_open(self) -> None:
-        if self._ended is not None:
-            raise self._ended
-        if self._stream.overrun:
-            raise SlowReader("The answer is not read as fast as it is made")
+    def _early_end(self) -> ApiError:
+        return self._ended or SlowReader("The answer is not read as fast as it is made")
 
-    def _take(self, output: TokenOutput) -> TextDelta | None:
-        choice = self.choices[output.index]
-        if choice.finished:  # by a stop string; the engine did not know yet
-            return None
-        self._raise_early_end(output)
-        if self.first_token_at is None:
-            self.first_token_at = time.monotonic()
-        delta = choice.take(output)
-        if delta is not None and self._counted is not None:
+    def _note(self, delta: TextDelta, output: TokenOutput) -> None:
+        if self._counted is not None:
             self._counted.add(output.index, delta.text)
-        if delta is not None and delta.finish_reason is not None:
+        if delta.finish_reason is not None:
             self._running -= 1
             self.finish_reasons.append(delta.finish_reason)
-            if output.finish_reason is None:
+            if output.finish_reason is None:  # ended by its text: the engine goes on
                 self._stream.abort(output.index)
-        return delta
 
-    def _raise_early_end(self, output: TokenOutput) -> None:
+    def _raise_failure(self, output: TokenOutput) -> None:
+        self.close()
         if output.finish_reason is FinishReason.ERROR:
-            self.close()
             raise output.error or EngineFailed("The engine could not finish this answer")
-        if output.finish_reason is FinishReason.ABORT:
-            self.close()
-            raise ModelUnloaded("The model was taken away before the answer was complete")
+        raise ModelUnloaded("The model was taken away before the answer was complete")
 
 
 def start(
-    model: LoadedModel | HasModel,
+    model: LoadedModel,
     request: GenerationRequest,
     cancellation: Cancellation,
     *,
@@ -213,29 +203,33 @@ def start(
     Raises InvalidRequest for a ``best_of`` that is streamed or less than ``n``, the reason of a
     cancellation, and what the engine refuses with.
     """
-    loaded = model if isinstance(model, LoadedModel) else model.model
-    if request.per_prompt < request.n:
+    params, per_prompt = request.params, request.per_prompt
+    if per_prompt < request.n:
         raise InvalidRequest("best_of must not be less than n", param="best_of")
-    if stream and request.per_prompt > request.n:
-        raise InvalidRequest("best_of cannot be streamed when it exceeds n", param="best_of")
-    params = request.params
-    if request.per_prompt > request.n and params.logprobs is None:
-        params = replace(params, logprobs=0)
-    cancellation.check()
-    places = [(prompt, i) for prompt in request.prompts for i in range(request.per_prompt)]
-    vocabulary = loaded.vocabulary
-    choices = [
-        ChoiceText(
-            index, prompt, loaded, vocabulary, request.params, request.stop, request.trace_stops
-        )
-        for index, (prompt, _) in enumerate(places)
+    if per_prompt > request.n:
+        if stream:
+            raise InvalidRequest("best_of cannot be streamed when it exceeds n", param="best_of")
+        if params.logprobs is None:
+            params = replace(params, logprobs=0)
+    if cancellation.is_cancelled:
+        raise cancellation.error
+    places = [(prompt, i) for prompt in request.prompts for i in range(per_prompt)]
+    sequences = [
+        SequenceRequest(prompt, params if i == 0 else _with_seed(params, i)) for prompt, i in places
     ]
-    sequences = [SequenceRequest(prompt, _with_seed(params, i)) for prompt, i in places]
-    count = loaded.count_tokens
-    counted = count and CountedTexts(loaded, count, request.prompts, len(choices))
     observe = {} if request.trace is None else {"trace": request.trace}
-    tokens = loaded.engine.submit(sequences, observe=observe)
-    generation = Generation(request, choices, tokens, counted)
+    outputs = model.engine.submit(sequences, observe=observe)
+    try:  # the rest, while the engine reads the prompts
+        choices = [
+            ChoiceText(index, prompt, model, request.params, request.stop, request.trace_stops)
+            for index, (prompt, _) in enumerate(places)
+        ]
+        count = model.count_tokens
+        counted = count and CountedTexts(model, count, request.prompts, len(choices))
+    except BaseException:
+        outputs.abort()
+        raise
+    generation = Generation(request, choices, outputs, counted)
     cancellation.on_cancel(lambda: generation.close(cancellation.error))
     return generation
 
@@ -249,50 +243,20 @@ def collect(generation: Generation) -> list[Choice]:
                 pieces[delta.index].append(delta)
     finally:
         generation.close()
-    kept: list[int] = []
+    chosen: list[int] = []
     per_prompt = generation.request.per_prompt
     for first in range(0, len(pieces), per_prompt):
         group = range(first, first + per_prompt)
         # sorted is stable: equally good choices stay in order
         best = sorted(group, key=lambda i: -generation.choices[i].mean_logprob)
-        kept += sorted(best[: generation.request.n])
-    return [_joined(index, pieces[place]) for index, place in enumerate(kept)]
-
-
-def fit(
-    max_tokens: int,
-    prompt_tokens: int,
-    max_model_len: int,
-    *,
-    explicit: bool,
-    param: str = "messages",
-    max_tokens_param: str = "max_tokens",
-) -> int:
-    """How many tokens to generate after ``prompt_tokens``.
-
-    ``explicit``: the client asked for ``max_tokens``; what does not fit is ContextLengthExceeded
-    then. A default is cut to what remains. ``param``: the field that holds the prompt.
-    """
-    limit = f"This model's maximum context length is {max_model_len} tokens"
-    if prompt_tokens + min(max_tokens, 1) > max_model_len:
-        raise ContextLengthExceeded(
-            f"{limit}. However, your {param} resulted in {prompt_tokens} tokens. "
-            f"Please reduce the length of the {param}.",
-            param=param,
-        )
-    total = prompt_tokens + max_tokens
-    if explicit and total > max_model_len:
-        raise ContextLengthExceeded(
-            f"{limit}. However, you requested {total} tokens ({prompt_tokens} in the {param}, "
-            f"{max_tokens} in the completion). Please reduce one of them.",
-            param=max_tokens_param,
-        )
-    return min(max_tokens, max_model_len - prompt_tokens)
+        chosen += sorted(best[: generation.request.n])
+    generation.answers = [generation.choices[place] for place in chosen]
+    return [_joined(index, pieces[place]) for index, place in enumerate(chosen)]
 
 
 def _with_seed(params: SamplingParams, place: int) -> SamplingParams:
     """The choices of a prompt differ, and each can be had again: seed + its place."""
-    if params.seed is None or place == 0:
+    if params.seed is None:
         return params
     return replace(params, seed=(params.seed + place) % _SEEDS)
 

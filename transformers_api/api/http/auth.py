@@ -1,89 +1,96 @@
-"""Who asks, and whether they may: before every request, whatever it is for.
+"""Authentication: before every request, whatever it is for.
 
-With API keys everything needs one unless it stands here as open, unknown URLs included. Without
-keys everything is open.
+With API keys every route needs one of its scope, unknown URLs included; the views say which with
+``scope``. Without keys everything is open.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, Literal, TypeVar
+
+import flask
 from flask import Flask, g, request
 from werkzeug.middleware.proxy_fix import ProxyFix
 
-from transformers_api.api.http.errors import INSPECTION_ROUTES, is_below
-from transformers_api.api.http.services import Services, services
-from transformers_api.api.ops.docs import ASSETS
+from transformers_api.api.http.dialects import is_below
+from transformers_api.api.http.services import EXTENSION, Services
 from transformers_api.errors import InsufficientPermissions, InvalidApiKey
 from transformers_api.serving.limits.access import network
 from transformers_api.serving.limits.api_keys import ApiKey, ApiKeys
 
-# For probes, and for browsers, which open a page without a key. They say nothing that is secret.
-OPEN = frozenset(
-    {
-        "/health",
-        "/healthz",
-        "/readyz",
-        "/docs",
-        "/redoc",
-        "/openapi.json",
-        f"{ASSETS}/<path:filename>",
-    }
-)
-# (method, rule); "*" is any method.
-ADMIN = frozenset(
-    {
-        ("POST", "/v1/models"),
-        ("DELETE", "/v1/models/<path:model_id>"),
-        ("POST", "/models/<path:model_name>/load"),
-        ("POST", "/models/<path:model_name>/unload"),
-        ("DELETE", "/models/<path:model_name>/unload"),
-        ("POST", "/load_model"),
-        ("*", "/metrics"),
-        ("*", "/status"),
-    }
-)
+# open: for probes, and for browsers, which open a page without a key; nothing in it is secret.
+Scope = Literal["open", "infer", "admin"]
+View = TypeVar("View", bound=Callable[..., Any])
+
+# There the limit has its documented place among the other checks: inspect_auth.py.
+LIMITED_LATER = ("/chat/stream", "/inspect")
 _READING = ("GET", "HEAD")
+
+# Most requests come from few addresses, and parsing one takes as long as all the rest here.
+_network = lru_cache(maxsize=1024)(network)
+
+
+def scope(name: Scope) -> Callable[[View], View]:
+    """Declare what an API key needs to call a view; without a word it is ``infer``."""
+
+    def declare(view: View) -> View:
+        view.scope = name  # type: ignore[attr-defined]
+        return view
+
+    return declare
+
+
+def scope_of(view: Callable[..., Any] | None) -> Scope:
+    """The declared scope; None stands for a URL that is no route."""
+    declared: Scope = getattr(view, "scope", "infer")
+    return declared
 
 
 def admit() -> None:
-    """Note who asks in ``g.client``, and let them pass or not.
+    """Note the client in ``g.client``, and let it pass or not.
 
     Raises InvalidApiKey, InsufficientPermissions, RateLimited.
     """
-    access = services().access
-    g.client = network(request.remote_addr or "")
+    app = flask.current_app
+    services: Services = app.extensions[EXTENSION]
+    access = services.access
+    g.client = _network(request.remote_addr or "")
     if request.method == "OPTIONS":  # what a browser asks before it sends a key
         return
-    rule = request.url_rule.rule if request.url_rule else None
-    if access.keys is not None and rule not in OPEN:
-        key = _key(access.keys)
-        if not key.may(_needed(rule)):
-            raise InsufficientPermissions(
-                f"{request.method} {request.path} needs an API key of the scope {_needed(rule)}"
-            )
-        g.client = f"key:{key.name}"
-    # Where one looks inside the limit has its documented place among the other checks.
-    if request.method not in _READING and not is_below(request.path, INSPECTION_ROUTES):
-        services().limits.take_request()
+    if access.keys is not None:
+        _check_key(access.keys, scope_of(app.view_functions.get(request.endpoint or "")))
+    if not access.limits_all or request.method in _READING:
+        return
+    if not is_below(request.path, LIMITED_LATER):
+        services.limits.take_request()
 
 
-def _needed(rule: str | None) -> str:
-    is_admin = (request.method, rule) in ADMIN or ("*", rule) in ADMIN
-    return "admin" if is_admin else "infer"
+def _check_key(keys: ApiKeys, needed: Scope) -> None:
+    if needed == "open":
+        return
+    key = _key(keys)
+    if not key.may(needed):
+        raise InsufficientPermissions(
+            f"{request.method} {request.path} needs an API key of the scope {needed}"
+        )
+    g.client = f"key:{key.name}"
 
 
 def _key(keys: ApiKeys) -> ApiKey:
-    given = _given()
-    if not given:
+    secret = _secret()
+    if not secret:
         raise InvalidApiKey(
             "You did not provide an API key: send it as Authorization: Bearer KEY, or as x-api-key"
         )
-    key = keys.find(given)
+    key = keys.find(secret)
     if key is None:
         raise InvalidApiKey("Incorrect API key provided")  # and never told which
     return key
 
 
-def _given() -> str:
+def _secret() -> str:
     scheme, _, key = request.headers.get("Authorization", "").partition(" ")
     return key.strip() if scheme.lower() == "bearer" else request.headers.get("X-Api-Key", "")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, NoReturn, cast
 
 import flask
 from flask_smorest import Blueprint as SmorestBlueprint  # type: ignore[import-untyped]
@@ -12,16 +12,12 @@ from marshmallow import Schema, ValidationError
 from webargs.flaskparser import FlaskParser
 
 from transformers_api.api.http import strict_json
+from transformers_api.api.http.auth import View, scope_of
+from transformers_api.api.http.dialects import Dialect
 from transformers_api.api.http.fields import Refusal
-from transformers_api.api.openai.schemas.answers import Error
 from transformers_api.errors import InvalidRequest, PayloadTooLarge, UnsupportedParameter
 
 MAX_BODY_BYTES = 2 << 20
-OTHER_ERRORS = (
-    "Another error: 401 or 403 for the API key, 404, 408, 413, 429 or 503 with `Retry-After`, "
-    "500, 504, 507"
-)
-View = TypeVar("View", bound=Callable[..., Any])
 
 
 def read(request: flask.Request) -> dict[str, Any]:
@@ -74,10 +70,12 @@ def _instance(schema: type[Schema]) -> Schema:
 
 
 class StrictParser(FlaskParser):
-    """webargs with our JSON and our errors."""
+    """webargs with our JSON, and errors in a dialect."""
 
-    DEFAULT_VALIDATION_STATUS = 400
-    QUOTE = "'"  # around names of fields in messages
+    def __init__(self, dialect: Dialect) -> None:
+        super().__init__()
+        self.DEFAULT_VALIDATION_STATUS = dialect.invalid_status
+        self._quote = dialect.quote
 
     def _get_schema(self, argmap: Any, req: flask.Request) -> Schema:
         return _instance(argmap)
@@ -96,26 +94,23 @@ class StrictParser(FlaskParser):
     ) -> NoReturn:
         """Raise InvalidRequest or UnsupportedParameter."""
         assert isinstance(error.messages, dict)
-        raise invalid(error.messages["json"], self.QUOTE)  # webargs puts the location around them
-
-
-def with_errors(doc: Any, errors: Mapping[str, tuple[type[Schema], str]]) -> Any:
-    """The description of a route with what these statuses look like."""
-    for status, (schema, text) in errors.items():
-        body = {"application/json": {"schema": schema}}
-        doc["responses"][status] = {"description": text, "content": body}
-    return doc
+        raise invalid(error.messages["json"], self._quote)  # webargs puts the location around them
 
 
 class Blueprint(SmorestBlueprint):  # type: ignore[misc]
-    """flask-smorest's blueprint with strict bodies and types."""
+    """flask-smorest's blueprint with strict bodies, types, and a dialect for all its routes."""
 
-    ARGUMENTS_PARSER = StrictParser()
+    def __init__(self, name: str, import_name: str, *, dialect: Dialect, description: str) -> None:
+        super().__init__(name, import_name, description=description)
+        self.dialect = dialect
+        self.ARGUMENTS_PARSER = StrictParser(dialect)
 
-    @staticmethod
-    def _prepare_response_doc(doc: Any, doc_info: Any, **known: Any) -> Any:
-        doc = SmorestBlueprint._prepare_response_doc(doc, doc_info, **known)
-        return with_errors(doc, {"default": (Error, OTHER_ERRORS)})
+    def _prepare_response_doc(self, doc: Any, doc_info: Any, **options: Any) -> Any:
+        doc = SmorestBlueprint._prepare_response_doc(doc, doc_info, **options)
+        for status, (schema, text) in self.dialect.documented_errors.items():
+            body = {"application/json": {"schema": schema}}
+            doc["responses"][status] = {"description": text, "content": body}
+        return doc
 
     def takes(self, schema: type[Schema], **options: Any) -> Callable[[View], View]:
         """Load the JSON body with ``schema`` and pass it to the view as a dictionary."""
@@ -136,10 +131,12 @@ class Blueprint(SmorestBlueprint):  # type: ignore[misc]
             self.alt_response(status, schema=schema, success=status < 400, **options),
         )
 
-    def without_key(self, view: View) -> View:
-        """Document that nobody needs an API key for it; ``access.py`` lets it pass."""
-        return cast(View, self.doc(security=[])(view))
-
     def at(self, rule: str, **options: Any) -> Callable[[View], View]:
-        """Register the view for a URL."""
-        return cast(Callable[[View], View], self.route(rule, **options))
+        """Register the view for a URL, with its scope in the OpenAPI document."""
+
+        def register(view: View) -> View:
+            if scope_of(view) == "open":
+                view = self.doc(security=[])(view)
+            return cast(View, self.route(rule, **options)(view))
+
+        return register

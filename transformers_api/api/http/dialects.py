@@ -1,38 +1,120 @@
-"""The blueprints of the routes whose errors are not OpenAI's; ``errors.py`` renders those."""
+"""The dialects of the APIs: how errors look, and how a stream is framed and ends.
+
+Each blueprint has one. A new API is a ``Dialect`` here, or in its own folder and named in
+``BY_PREFIX``, a blueprint that has it, and its views.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
-from transformers_api.api.http.body import OTHER_ERRORS, Blueprint, StrictParser, with_errors
-from transformers_api.api.http.error_schemas import Failed, Refused
-from transformers_api.api.seeds.schemas.generate import Detail
+from marshmallow import Schema
 
-WRONG = "A field is wrong, or out of range; the text names it"
+from transformers_api.api.http import sse
+from transformers_api.api.http.error_schemas import Detail, Error, Failed, Refused
+from transformers_api.errors import ApiError, InvalidRequest
 
-
-class PlainBlueprint(Blueprint):
-    """For routes whose errors are ``{"detail": text}``."""
-
-    @staticmethod
-    def _prepare_response_doc(doc: Any, doc_info: Any, **known: Any) -> Any:
-        doc = Blueprint._prepare_response_doc(doc, doc_info, **known)
-        return with_errors(doc, {"default": (Detail, OTHER_ERRORS)})
+Json = dict[str, Any]
+OTHER_ERRORS = (
+    "Another error: 401 or 403 for the API key, 404, 408, 413, 429 or 503 with `Retry-After`, "
+    "500, 504, 507"
+)
+INVALID = "A field is wrong, or out of range; the text names it"
 
 
-class BareParser(StrictParser):
-    """Names fields as they are: ``head must be in [0, 3]``."""
+@dataclass(frozen=True, kw_only=True)
+class Dialect:
+    """One API's way to answer."""
 
-    DEFAULT_VALIDATION_STATUS = 422
-    QUOTE = ""
+    error_body: Callable[[ApiError], Json]  # of an answer that is nothing but an error
+    error_schema: type[Schema]
+    invalid_status: int = 400  # of an InvalidRequest
+    invalid_schema: type[Schema] | None = None  # None: a wrong request looks like other errors
+    quote: str = "'"  # around names of fields in messages
+    # A stream: what frames an event (a payload and a name), what shows life, what ends it.
+    content_type: str = sse.CONTENT_TYPE
+    frame: Callable[..., bytes] = sse.frame
+    ping: bytes = sse.PING  # every client skips it; one object, told apart by its identity
+    stream_end: bytes = b""  # after the last event; missing where the stream was cut off
+    late_error_body: Callable[[ApiError], Json] | None = None  # None: as error_body
+    late_error_event: str | None = None  # the name of the event of an error after the first byte
+
+    def status(self, error: ApiError) -> int:
+        """The HTTP status of an answer that is ``error``."""
+        return self.invalid_status if isinstance(error, InvalidRequest) else error.status
+
+    def late_error(self, error: ApiError) -> bytes:
+        """The event of an error after the first byte, when the status is out already."""
+        body = self.late_error_body or self.error_body
+        return self.frame(body(error), self.late_error_event)
+
+    @property
+    def documented_errors(self) -> dict[str, tuple[type[Schema], str]]:
+        """(schema, description) by status, for the OpenAPI document."""
+        others = {"default": (self.error_schema, OTHER_ERRORS)}
+        if self.invalid_schema is None:
+            return others
+        return {str(self.invalid_status): (self.invalid_schema, INVALID), **others}
 
 
-class InspectionBlueprint(Blueprint):
-    """For ``/chat/stream`` and below ``/inspect``: bodies and errors as niels-gpt has them."""
+def _openai_error(error: ApiError) -> Json:
+    return {
+        "error": {
+            "message": error.message,
+            "type": error.type,
+            "param": error.param,
+            "code": error.code,
+        }
+    }
 
-    ARGUMENTS_PARSER = BareParser()
 
-    @staticmethod
-    def _prepare_response_doc(doc: Any, doc_info: Any, **known: Any) -> Any:
-        doc = Blueprint._prepare_response_doc(doc, doc_info, **known)
-        return with_errors(doc, {"422": (Refused, WRONG), "default": (Failed, OTHER_ERRORS)})
+def _detail(error: ApiError) -> Json:
+    return {"detail": error.message}
+
+
+def _failure(error: ApiError) -> Json:
+    return {"error": error.message, "code": error.code}
+
+
+def _niels_error(error: ApiError) -> Json:
+    """A wrong request is ``detail``, with a code where it has one of its own."""
+    if not isinstance(error, InvalidRequest):
+        return _failure(error)
+    return {"detail": error.message} | ({"code": error.code} if error.code else {})
+
+
+OPENAI = Dialect(error_body=_openai_error, error_schema=Error, stream_end=sse.DONE)
+# The seeds' own routes, and all that no blueprint is named for.
+PLAIN = Dialect(error_body=_detail, error_schema=Detail, stream_end=sse.DONE)
+# /chat/stream and /inspect/*, as niels-gpt has them: ``head must be in [0, 3]``.
+NIELS = Dialect(
+    error_body=_niels_error,
+    error_schema=Failed,
+    invalid_status=422,
+    invalid_schema=Refused,
+    quote="",
+    late_error_body=_failure,
+    late_error_event="error",
+)
+
+# Of URLs that are no route, and of requests that never reach the application.
+BY_PREFIX = (
+    ("/v1", OPENAI),
+    ("/tokenize", OPENAI),
+    ("/detokenize", OPENAI),
+    ("/chat/stream", NIELS),
+    ("/inspect", NIELS),
+)
+
+
+def by_path(path: str) -> Dialect:
+    """The dialect below whose prefix ``path`` lies; of several the one with the longest."""
+    matches = [entry for entry in BY_PREFIX if is_below(path, (entry[0],))]
+    return max(matches, key=lambda entry: len(entry[0]), default=("", PLAIN))[1]
+
+
+def is_below(path: str, starts: Iterable[str]) -> bool:
+    """True where ``path`` is one of ``starts``, or below one."""
+    return any(path == start or path.startswith(f"{start}/") for start in starts)

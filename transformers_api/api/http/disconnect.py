@@ -22,7 +22,7 @@ HAS_EPOLL = hasattr(select, "epoll")  # Linux; elsewhere a failed write is all t
 
 
 class Socket(Protocol):
-    """What ``environ["gunicorn.socket"]`` has."""
+    """The part of ``environ["gunicorn.socket"]`` that is used here."""
 
     def fileno(self) -> int:
         """The file descriptor."""

@@ -1,9 +1,34 @@
-"""Errors of /chat/stream and /inspect/*, as niels-gpt has them."""
+"""The bodies of errors, as the OpenAPI document describes them; ``dialects.py`` says whose."""
 
 from __future__ import annotations
 
-from transformers_api.api.http.fields import Schema, Text
+from transformers_api.api.http.fields import Object, Schema, Text
 from transformers_api.api.http.sampling_schema import about
+
+
+class ErrorBody(Schema):
+    """The error."""
+
+    message = Text(required=True)
+    type = Text(required=True)
+    param = Text(
+        required=True,
+        allow_none=True,
+        **about("The field that is wrong, such as `messages[0].role`, or null."),
+    )
+    code = Text(required=True, allow_none=True)
+
+
+class Error(Schema):
+    """Every error of this server."""
+
+    error = Object(ErrorBody, required=True)
+
+
+class Detail(Schema):
+    """Every error of these routes."""
+
+    detail = Text(required=True)
 
 
 class Refused(Schema):

@@ -1,4 +1,4 @@
-"""Who may look inside, and how often: asked before a model is leased for it."""
+"""The right to look inside, and how often: checked before a model is leased for it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from transformers_api.api.http.services import services
 from transformers_api.errors import InspectionDisabled, ModelLoading
 
 
-def admit() -> None:
-    """What stands before every POST that looks inside, in the documented order.
+def check() -> None:
+    """The checks before every POST that looks inside, in the documented order.
 
     Raises InspectionDisabled, ModelLoading, RateLimited.
     """
@@ -27,9 +27,8 @@ def check_started() -> None:
 
     Later loads are waited for, as on every route; so is the next try after a start that failed.
     """
-    known = services()
-    ready, _ = known.ready()
-    status = known.swapper.status()
+    ready, _ = services().ready()
+    status = services().swapper.status()
     if not ready and status.model is None and status.loading is not None:
         raise ModelLoading("Model not ready yet, please retry", retry_after=1)
 

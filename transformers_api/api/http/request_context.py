@@ -1,25 +1,126 @@
-"""What one request holds while it is answered, and the one place where it lets go."""
+"""The walk of a request that generates text, and the context that holds all it needs.
+
+``answer`` is the list of steps. The context lets go of everything in one place.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import flask
 
-from transformers_api.api.http import errors, request_log, sse
-from transformers_api.api.http.services import Services
-from transformers_api.errors import ApiError, Overloaded
-from transformers_api.serving import generation
+from transformers_api.api.http import errors
+from transformers_api.api.http.dialects import Dialect
+from transformers_api.api.http.request_record import RequestRecord
+from transformers_api.api.http.services import EXTENSION, Services
+from transformers_api.config.settings import Settings
+from transformers_api.errors import ApiError, InvalidRequest, Overloaded, PayloadTooLarge
+from transformers_api.serving import generation as serving_generation
 from transformers_api.serving.generation import Generation, GenerationRequest
 from transformers_api.serving.limits.cancellation import Cancellation
-from transformers_api.serving.models.spec import LoadedModel
+from transformers_api.serving.swap.loaded_model import LoadedModel
+from transformers_api.serving.text import chat_template
+from transformers_api.serving.text.choice_text import TextDelta
+
+T = TypeVar("T")
 
 
-class Exchange:
+class Formatter(ABC):
+    """One answer in the words of its route: from pieces of text to JSON, or to framed events."""
+
+    dialect: Dialect
+    completion_id: str | None = None  # None: nobody can ask for its tokens afterwards
+    prompts: Sequence[Sequence[int]]  # ids
+
+    @abstractmethod
+    def whole(self, generation: Generation) -> Any:
+        """Collect the whole answer."""
+
+    def opening(self) -> Iterable[bytes]:
+        """The events before the first piece."""
+        return ()
+
+    @abstractmethod
+    def frames(self, delta: TextDelta) -> Iterable[bytes]:
+        """The events of one piece; called for every token of every stream."""
+
+    def closing(self, generation: Generation | None) -> Iterable[bytes]:
+        """The events after the last piece. None: nothing was to be generated."""
+        return ()
+
+
+class Task(ABC):
+    """A validated body that asks for text, in the words of its route."""
+
+    model_id: str | None  # None: the default model
+    is_chat: bool = False  # refused by models whose registry entry says so
+    is_streamed: bool
+    texts: Sequence[str]  # of the prompt, whose bytes are counted; in ``field``
+    field: str
+    prompts: int = 1
+    per_prompt: int = 1  # sequences
+
+    @abstractmethod
+    def prepare(self, model: LoadedModel, settings: Settings) -> GenerationRequest:
+        """Work out all that the body means for ``model``, and check it. Called once.
+
+        Raises InvalidRequest and its kinds, and for a trace what ``trace_plan.plan`` does.
+        """
+
+    @abstractmethod
+    def formatter(self, model: LoadedModel, request: GenerationRequest) -> Formatter:
+        """The words of the answer. Called once, when the engine works already."""
+
+
+def answer(task: Task) -> Any:
+    """Generate what ``task`` asks for: whole, or as a stream that ends with the response.
+
+    Every generating route is this walk: check, lease the model, prepare, start, answer.
+    """
+    services: Services = flask.current_app.extensions[EXTENSION]
+    check_prompt_bytes(task.texts, services.settings, task.field)
+    check_sequences(task.prompts, task.per_prompt, services.settings)
+    with RequestContext(services) as context:
+        model = context.lease(task.model_id, is_chat=task.is_chat)
+        request = task.prepare(model, services.settings)
+        if not request.params.max_tokens and request.params.prompt_logprobs is None:
+            return context.stream(task.formatter(model, request), None)
+        generation = context.start(model, request, is_streamed=task.is_streamed)
+        formatter = task.formatter(model, request)
+        if task.is_streamed:
+            return context.stream(formatter, generation)
+        whole = formatter.whole(generation)
+        context.remember(formatter, generation)
+        return whole
+
+
+def check_prompt_bytes(texts: Iterable[str], settings: Settings, param: str) -> None:
+    """Raise PayloadTooLarge for more text than the settings allow."""
+    size = sum(len(text.encode()) for text in texts)
+    if size > settings.prompt_bytes:
+        raise PayloadTooLarge(
+            f"'{param}' has {size} bytes of text; at most {settings.prompt_bytes} are allowed",
+            param=param,
+        )
+
+
+def check_sequences(prompts: int, per_prompt: int, settings: Settings) -> None:
+    """Raise InvalidRequest for more sequences than could ever wait and run."""
+    most = settings.max_inflight + settings.max_queue
+    if prompts * per_prompt > most:
+        raise InvalidRequest(
+            f"{prompts} prompts with {per_prompt} answers each are more than the {most} that this "
+            "server takes at once",
+            param="prompt" if prompts > 1 else "n",
+        )
+
+
+class RequestContext:
     """A request's place among those served, its watch on its client, its lease, its generation.
 
     A context manager: all is let go at the end of the block, or, after ``stream``, when the
@@ -27,110 +128,131 @@ class Exchange:
     started runs no ``finally``.
     """
 
-    def __init__(self, known: Services, environ: dict[str, Any]) -> None:
-        """Raises Overloaded where no place is free."""
+    def __init__(self, services: Services) -> None:
+        self.services = services
         self.cancellation = Cancellation()
-        self._services = known
-        self._held = ExitStack()
+        self._record: RequestRecord = flask.g.record
+        self._model: LoadedModel | None = None
+        self._exits = ExitStack()
         self._is_streaming = self._is_over = False
-        self._begun: Generation | None = None
-        self._record = request_log.current()
-        known.admission.enter(self.cancellation)
-        self._held.callback(known.admission.leave, self.cancellation)
-        self._held.enter_context(known.watcher.watch(environ, self.cancellation.cancel))
 
-    def lease(self, model_id: str | None) -> LoadedModel:
-        """The model, which stays in memory; None stands for the default one."""
-        name = model_id or self._services.settings.default_model
-        record, began = self._record, time.monotonic()
-        record.model = self._services.registry.resolve(name).name
+    def take_place(self) -> None:
+        """Be one of those that are served, until the end. Raises Overloaded where none is free."""
+        services, exits = self.services, self._exits
+        services.admission.enter(self.cancellation)
+        exits.callback(services.admission.leave, self.cancellation)
+        watch = services.watcher.watch(flask.request.environ, self.cancellation.cancel)
+        exits.callback(watch.close)
+
+    def lease(self, model_id: str | None, *, is_chat: bool = False) -> LoadedModel:
+        """The model, which stays in memory; None stands for the default one.
+
+        Raises ModelNotFound; ChatUnavailable for ``is_chat`` where the registry says so; then,
+        with a place among those served, what ``Swapper.lease`` does.
+        """
+        services, record = self.services, self._record
+        name = model_id or services.settings.default_model
+        spec = services.registry.resolve(name)
+        if is_chat and spec.chat == "off":  # before it is loaded for nothing
+            raise chat_template.unavailable()
+        self.take_place()
+        record.model, began = spec.name, time.monotonic()
         try:
-            lease = self._services.swapper.lease(name, cancellation=self.cancellation)
+            lease = services.swapper.lease(spec, model_id=name, cancellation=self.cancellation)
         finally:
             record.model_wait_s = time.monotonic() - began
-        self._held.callback(lease.release)
-        return lease.model
+        self._exits.callback(lease.release)
+        self._model = lease.model
+        return self._model
 
-    def start(self, model: LoadedModel, request: GenerationRequest, *, stream: bool) -> Generation:
+    def hold(self, resource: AbstractContextManager[T]) -> T:
+        """Enter ``resource``, and leave it with all else."""
+        return self._exits.enter_context(resource)
+
+    def start(
+        self, model: LoadedModel, request: GenerationRequest, *, is_streamed: bool
+    ) -> Generation:
         """Begin to generate.
 
         Raises TraceBusy for a trace that would be one too many, RateLimited and TooManyTokens.
         """
-        known = self._services
+        services, exits = self.services, self._exits
         ends: list[Callable[[], None]] = []
         if request.trace is not None:
-            ends.append(known.traces.take(known.settings.trace_max_requests))
-            self._held.callback(ends[-1])
-        if (reserved := known.limits.reserve(request.most_tokens)) is not None:
-            ends.append(reserved.settle)
-            self._held.callback(reserved.settle)
-        begun = self._start(model, request, stream)
-        if reserved is not None:
-            reserved.used = lambda: begun.tokens_read
+            ends.append(services.traces.take(services.settings.trace_max_requests))
+            exits.callback(ends[-1])
+        reservation = None
+        if services.access.tokens is not None:
+            reservation = services.limits.reserve(request.most_tokens)
+        if reservation is not None:
+            ends.append(reservation.settle)
+            exits.callback(reservation.settle)
+        generation = serving_generation.start(model, request, self.cancellation, stream=is_streamed)
+        exits.callback(generation.close)
+        texts = services.settings.log_prompts
+        exits.callback(self._record.note_generation, model, generation, texts)
+        if reservation is not None:
+            reservation.used = lambda: generation.tokens_read
         if ends:  # before the client can have read the end and asks again
-            begun.on_end = lambda: [end() for end in ends]
-        return begun
+            generation.on_end = lambda: [end() for end in ends]
+        return generation
 
-    def _start(self, model: LoadedModel, request: GenerationRequest, stream: bool) -> Generation:
-        begun = self._begun = generation.start(model, request, self.cancellation, stream=stream)
-        self._held.callback(begun.close)
-        texts = self._services.settings.log_prompts
-        self._held.callback(self._record.note_generation, model, begun, texts)
-        return begun
+    def remember(self, formatter: Formatter, generation: Generation | None) -> None:
+        """Keep the tokens of a complete answer, for whoever asks for them by its id."""
+        if formatter.completion_id is not None and self._model is not None:
+            answers = [choice.token_ids for choice in generation.answers] if generation else [[]]
+            self.services.completions.remember(
+                formatter.completion_id, self._model, formatter.prompts, answers
+            )
 
-    def stream(self, chunks: Iterator[dict[str, Any] | None]) -> flask.Response:
-        """Answer with events, ``chunks`` of what was started; None becomes a sign of life."""
-        assert self._begun is not None
-        frames = self._frames(chunks, flask.request.path)
-        courier = self._services.courier
-        return self._send(courier.carry(frames, self._begun, flask.request.environ))
-
-    def stream_named(self, frames: Iterator[bytes | None]) -> flask.Response:
-        """Answer with events that have names, the last of which ends the answer.
-
-        What goes wrong is an ``error`` event in its place.
-        """
-        return self._send(self._named(frames))
-
-    def _send(self, frames: Iterator[bytes]) -> flask.Response:
-        response = sse.response(frames)
+    def stream(self, formatter: Formatter, generation: Generation | None) -> flask.Response:
+        """Answer with events; the context ends with the response."""
+        dialect = formatter.dialect
+        frames = self._frames(formatter, generation)
+        if generation is not None:
+            environ = flask.request.environ
+            writer = self.services.stream_writer
+            frames = writer.write(frames, generation, environ, dialect.ping)
+        response = flask.Response(frames, content_type=dialect.content_type)
+        response.headers["Cache-Control"] = "no-cache"
+        response.headers["X-Accel-Buffering"] = "no"  # proxies pass it on as it comes
         response.call_on_close(self.close)
         self._is_streaming = self._record.is_streamed = True
         return response
 
-    def _frames(self, chunks: Iterator[dict[str, Any] | None], path: str) -> Iterator[bytes]:
+    def _frames(self, formatter: Formatter, generation: Generation | None) -> Iterator[bytes]:
+        dialect = formatter.dialect
         try:
-            for chunk in chunks:
-                yield sse.PING if chunk is None else sse.frame(chunk)
+            yield from formatter.opening()
+            for delta in generation or ():
+                if delta is None:
+                    yield dialect.ping
+                else:
+                    yield from formatter.frames(delta)
+            # Before the client can have read the end and asks for the tokens.
+            self.remember(formatter, generation)
+            yield from formatter.closing(generation)
         except Exception as error:
-            # The status is out. Without [DONE] no client takes this for a complete answer.
-            yield sse.frame(errors.payload(self._failed(error), path))
+            # The status is out. Without its end no client takes this for a complete answer.
+            yield dialect.late_error(self._failed(error))
         else:
             self._is_over = True
-            yield sse.DONE
-
-    def _named(self, frames: Iterator[bytes | None]) -> Iterator[bytes]:
-        try:
-            for frame in frames:
-                yield sse.PING if frame is None else frame
-        except Exception as error:
-            yield sse.frame(errors.failure(self._failed(error)), "error")
-        else:
-            self._is_over = True
+            if dialect.stream_end:
+                yield dialect.stream_end
 
     def _failed(self, error: Exception) -> ApiError:
         self._is_over = True
-        known = errors.known(error)
-        self._record.note_error(known)
-        return known
+        shown = errors.shown(error)
+        self._record.note_error(shown)
+        return shown
 
     def close(self) -> None:
         """Abort what runs, return the lease, stop watching. Idempotent."""
         if self._is_streaming and not self._is_over:  # the stream was given up
             self._failed(self.cancellation.error)
-        self._held.close()
+        self._exits.close()
 
-    def __enter__(self) -> Exchange:
+    def __enter__(self) -> RequestContext:
         return self
 
     def __exit__(
@@ -140,7 +262,7 @@ class Exchange:
         trace: TracebackType | None,
     ) -> None:
         if type(error) is Overloaded:  # by the engine, or the encoders, who know no rate
-            estimate = self._services.admission.retry_after()
+            estimate = self.services.admission.retry_after()
             error.retry_after = max(error.retry_after or 1, estimate)
         if error is not None or not self._is_streaming:
             self.close()

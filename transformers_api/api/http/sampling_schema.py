@@ -61,13 +61,13 @@ class LogitBias(fields.Dict):
 
 
 class StreamOptions(Schema):
-    """What a stream tells besides the text."""
+    """The extras of a stream besides its text."""
 
     include_usage = Boolean(**about("End with a chunk that has `usage` and no choices."))
 
 
 class Sampling(Schema):
-    """How tokens are chosen, and when to stop."""
+    """The choice of tokens, and when to stop."""
 
     model = Text(shortest=1, longest=256, **about("Id of a model. Default: the server's own."))
     stream = Boolean(load_default=False, **about("Send server-sent events as tokens come."))

@@ -1,4 +1,4 @@
-"""What the views work with; ``app.py`` makes it, ``services()`` finds it."""
+"""The parts that views work with; ``app.py`` makes them, ``services()`` finds them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import flask
 
 from transformers_api.api.http.disconnect import DisconnectWatcher
 from transformers_api.api.http.rate_limits import RateLimits
-from transformers_api.api.http.stream_writer import Courier
+from transformers_api.api.http.stream_writer import StreamWriter
 from transformers_api.config.settings import Settings
 from transformers_api.errors import ApiError
 from transformers_api.serving.embeddings import EmbeddingModels
@@ -25,41 +25,13 @@ from transformers_api.serving.models.store import ModelStore
 from transformers_api.serving.swap.swapper import Swapper
 
 if TYPE_CHECKING:
-    from transformers_api.api.http.request_log import RequestRecord
+    from transformers_api.api.http.request_record import RequestRecord
 
 EXTENSION = "transformers_api"
 
 
-def _always_ready() -> tuple[bool, str]:
-    return True, "ready"
-
-
-def _only_cpu() -> Collection[str]:
-    return ("cpu",)
-
-
-def _unlimited() -> RateLimits:
-    return RateLimits(Access())
-
-
-def _some_places() -> Admission:
-    return Admission(32, 128)
-
-
-def _never_faulty() -> None:
-    return None
-
-
-def _some_inspections() -> Inspections:
-    return Inspections(4, 30.0)
-
-
-def _nothing_to_drain(_grace_s: float) -> None:
-    return None
-
-
 class MetricsPage(Protocol):
-    """What counts requests and shows all that is counted. From any thread."""
+    """Counts requests, and shows all that is counted. From any thread."""
 
     def on_request(self, record: RequestRecord) -> None:
         """A request has ended. Never raises."""
@@ -82,24 +54,22 @@ class Services:
     registry: ModelRegistry
     store: ModelStore
     swapper: Swapper
-    admission: Admission = field(default_factory=_some_places)
+    admission: Admission
+    inspections: Inspections
+    access: Access  # keys, and how much a client may ask
+    limits: RateLimits  # the buckets of these
+    ready: Callable[[], tuple[bool, str]]  # (may requests be sent, the reason)
+    fault: Callable[[], str | None]  # why the process must be restarted
+    devices: Callable[[], Collection[str]]  # of this machine: "cpu", "cuda", "cuda:0", …
+    drain: Callable[[float], None]  # let answers finish for so many seconds
     embeddings: EmbeddingModels | None = None  # None: ENABLE_EMBEDDINGS_BACKEND is off
-    access: Access = field(default_factory=Access)  # keys, and how much a client may ask
-    limits: RateLimits = field(default_factory=_unlimited)  # the buckets of these
-    completions: Completions = field(default_factory=Completions)  # tokens of recent answers
-    inspections: Inspections = field(default_factory=_some_inspections)
-    traces: TraceSlots = field(default_factory=TraceSlots)  # requests that are being traced
     metrics: MetricsPage | None = None  # None: METRICS_ENABLED is off
+    completions: Completions = field(default_factory=Completions)  # tokens of recent answers
+    traces: TraceSlots = field(default_factory=TraceSlots)  # requests that are being traced
+    watcher: DisconnectWatcher = field(default_factory=DisconnectWatcher)
+    stream_writer: StreamWriter = field(default_factory=StreamWriter)
     started_at: float = field(default_factory=time.monotonic)  # seconds, time.monotonic()
     created: int = field(default_factory=lambda: int(time.time()))  # the same, since 1970
-    watcher: DisconnectWatcher = field(default_factory=DisconnectWatcher)
-    courier: Courier = field(default_factory=Courier)
-    ready: Callable[[], tuple[bool, str]] = _always_ready  # whether to send requests, and why not
-    fault: Callable[[], str | None] = _never_faulty  # why the process must be restarted
-    devices: Callable[[], Collection[str]] = (
-        _only_cpu  # of this machine: "cpu", "cuda", "cuda:0", …
-    )
-    drain: Callable[[float], None] = _nothing_to_drain  # let answers finish for so many seconds
 
 
 def services() -> Services:

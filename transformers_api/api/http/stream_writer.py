@@ -1,4 +1,4 @@
-"""One thread that carries the tokens of all streams to their clients.
+"""One thread that writes the tokens of all streams to their clients.
 
 A step of the engine gives every stream a token. If each stream's own thread woke for it, all of
 them would take the interpreter's lock and a core from the next step by turns, and most of that time
@@ -25,18 +25,24 @@ from transformers_api.serving.generation import Generation
 CAN_SEND_AT_ONCE = hasattr(socket, "MSG_DONTWAIT")  # not on Windows
 
 
-class Courier:
+class StreamWriter:
     """Its thread starts with the first stream, in the process that asks for it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._pid: int | None = None
-        self._ready: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
+        self._ready: queue.SimpleQueue[StreamBody] = queue.SimpleQueue()
 
-    def carry(
-        self, frames: Iterator[bytes], generation: Generation, environ: Mapping[str, Any]
+    def write(
+        self,
+        frames: Iterator[bytes],
+        generation: Generation,
+        environ: Mapping[str, Any],
+        ping: bytes = sse.PING,
     ) -> Iterator[bytes]:
         """``frames``, the events of ``generation``, as the body of an answer in chunks.
+
+        ``ping`` is the very object that ``frames`` give where nothing is ready.
 
         Those of a generation that has to settle something at its end, which may take long, and
         of an answer that is not sent in chunks to a plain socket stay with their request's thread.
@@ -49,26 +55,26 @@ class Courier:
             or not CAN_SEND_AT_ONCE
         ):
             return frames
-        return Delivery(frames, generation, sock, self._started())
+        return StreamBody(frames, generation, sock, self._started(), ping)
 
-    def _started(self) -> queue.SimpleQueue[Delivery]:
+    def _started(self) -> queue.SimpleQueue[StreamBody]:
         with self._lock:
             if self._pid != os.getpid():  # a fork inherits no thread
                 self._pid = os.getpid()
                 self._ready = queue.SimpleQueue()
-                threading.Thread(target=self._run, name="courier", daemon=True).start()
+                threading.Thread(target=self._run, name="stream-writer", daemon=True).start()
             return self._ready
 
     def _run(self) -> None:
         ready = self._ready
         while True:
-            ready.get().deliver()
+            ready.get().send_ready()
 
 
-class Delivery:
+class StreamBody:
     """The body of one answer. Iterated by the thread of its request, which gets the first event.
 
-    The others are sent by the courier, while ``__next__`` waits for the end.
+    The others are sent by the writer, while ``__next__`` waits for the end.
     """
 
     def __init__(
@@ -76,17 +82,19 @@ class Delivery:
         frames: Iterator[bytes],
         generation: Generation,
         sock: socket.socket,
-        ready: queue.SimpleQueue[Delivery],
+        ready: queue.SimpleQueue[StreamBody],
+        ping: bytes,
     ) -> None:
         self._frames = frames
         self._generation = generation
         self._quiet_s = generation.request.quiet_s
         self._socket = sock
         self._ready = ready
+        self._ping = ping
         self._has_begun = False
-        self._is_out = False  # with the courier; else it is with the thread of the request
+        self._is_lent = False  # to the writer; else it is with the thread of the request
         self._sent_at = 0.0  # time.monotonic()
-        self._back: queue.SimpleQueue[tuple[bytes, BaseException | None]] = queue.SimpleQueue()
+        self._returned: queue.SimpleQueue[tuple[bytes, BaseException | None]] = queue.SimpleQueue()
         self._collect = carried(self._collect_frames)
 
     def __iter__(self) -> Iterator[bytes]:
@@ -100,9 +108,9 @@ class Delivery:
         if not self._has_begun:
             self._has_begun = True
             return next(self._frames)
-        self._generation.notify(self._call)
+        self._generation.notify(self._announce)
         while True:
-            unsent, end = self._await()
+            unsent, end = self._lend()
             if unsent:
                 self._socket.sendall(unsent)
             if end is not None:
@@ -114,30 +122,30 @@ class Delivery:
         if close is not None:
             close()
 
-    def _call(self) -> None:
+    def _announce(self) -> None:
         self._ready.put(self)
 
-    def _await(self) -> tuple[bytes, BaseException | None]:
-        """Let the courier have it until it comes back; remind it of clients that hear nothing."""
-        self._sent_at = asked_at = time.monotonic()
-        self._is_out = True
-        self._call()
+    def _lend(self) -> tuple[bytes, BaseException | None]:
+        """Lend it to the writer until it comes back; remind that of clients that hear nothing."""
+        self._sent_at = reminded_at = time.monotonic()
+        self._is_lent = True
+        self._announce()
         while True:
             wait_s = None
             if self._quiet_s is not None:
-                due = max(self._sent_at, asked_at) + self._quiet_s
+                due = max(self._sent_at, reminded_at) + self._quiet_s
                 wait_s = max(due - time.monotonic(), 0.0)
             try:
-                return self._back.get(timeout=wait_s)
+                return self._returned.get(timeout=wait_s)
             except queue.Empty:
-                asked_at = time.monotonic()
-                self._call()
+                reminded_at = time.monotonic()
+                self._announce()
 
-    # -- the courier's thread -------------------------------------------------------------------
+    # -- the writer's thread --------------------------------------------------------------------
 
-    def deliver(self) -> None:
-        """Send what there is by now."""
-        if not self._is_out:  # it was called for before it came back
+    def send_ready(self) -> None:
+        """Send the events that are ready."""
+        if not self._is_lent:  # it was called for before it came back
             return
         data, end = self._collect()
         unsent = b""
@@ -150,20 +158,20 @@ class Delivery:
             except OSError as error:
                 end = error
         if unsent or end is not None:
-            self._is_out = False
-            self._back.put((unsent, end))
+            self._is_lent = False
+            self._returned.put((unsent, end))
 
     def _collect_frames(self) -> tuple[bytes, BaseException | None]:
         """The events that are ready, as chunks; and how it ends, if it does."""
         chunks: list[bytes] = []
         end: BaseException | None = None
         try:
-            while (frame := next(self._frames)) is not sse.PING:
+            while (frame := next(self._frames)) is not self._ping:
                 chunks.append(_chunk(frame))
         except BaseException as error:  # StopIteration too
             end = error
         if not chunks and end is None and self._has_been_quiet():
-            chunks.append(_chunk(sse.PING))
+            chunks.append(_chunk(self._ping))
         return b"".join(chunks), end
 
     def _has_been_quiet(self) -> bool:

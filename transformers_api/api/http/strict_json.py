@@ -11,6 +11,7 @@ from flask.json.provider import JSONProvider
 
 from transformers_api.errors import InvalidRequest
 
+OPTIONS = orjson.OPT_NON_STR_KEYS
 MAX_DEPTH = 64
 MAX_INTEGER_DIGITS = 19  # beyond 64 bits no field has a meaning, and parsing costs its square
 
@@ -59,13 +60,13 @@ def _check_depth(text: str) -> None:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
-        seen: set[str] = set()
+        names: set[str] = set()
         for key, _ in pairs:
-            if key in seen:
+            if key in names:
                 # A name with half a surrogate pair could not be sent back.
                 name = key.encode("utf-8", "replace").decode()
                 raise InvalidRequest(f"The body names '{name[:64]}' twice in one object")
-            seen.add(key)
+            names.add(key)
     return value
 
 
@@ -99,7 +100,7 @@ def _has_lone_surrogate(value: Any) -> bool:
 
 def dump(value: Any) -> bytes:
     """``value`` as compact JSON in UTF-8."""
-    return orjson.dumps(value, option=orjson.OPT_NON_STR_KEYS)
+    return orjson.dumps(value, option=OPTIONS)
 
 
 def ready(text: bytes) -> Any:
@@ -112,7 +113,7 @@ class StrictJSONProvider(JSONProvider):
 
     def dumps(self, obj: Any, **options: Any) -> str:
         """JSON text; ``indent`` and ``sort_keys`` are known."""
-        option = orjson.OPT_NON_STR_KEYS
+        option = OPTIONS
         if options.get("indent"):
             option |= orjson.OPT_INDENT_2
         if options.get("sort_keys"):

@@ -1,4 +1,4 @@
-"""What inspections found, as dictionaries and files. Pure functions: no Flask, no clock."""
+"""The results of inspections, as dictionaries and files. No Flask, no clock."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from transformers_api.inspection.base import (
 )
 from transformers_api.serving.inspect import arrays
 from transformers_api.serving.inspect.arrays import Reduction
-from transformers_api.serving.models.spec import LoadedModel
+from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.text.spans import Span
 from transformers_api.serving.text.vocabulary import Vocabulary
 
@@ -32,23 +32,23 @@ Range = tuple[int, int]
 STATES_NOTE = "before the final norm"
 
 
-def tokens(words: Vocabulary, ids: Sequence[int]) -> Json:
+def tokens(vocabulary: Vocabulary, ids: Sequence[int]) -> Json:
     """Ids, and what they are on their own."""
     return {
-        "tokens": [words.decoded(token_id) for token_id in ids],
-        "tokens_display": [words.display(token_id) for token_id in ids],
+        "tokens": [vocabulary.decoded(token_id) for token_id in ids],
+        "tokens_display": [vocabulary.display(token_id) for token_id in ids],
         "token_ids": list(ids),
     }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Matrix:
-    """(H', R, C) weights of queries ``rows`` on keys ``cols``, and what is told of them."""
+    """(H', R, C) weights of queries ``rows`` on keys ``cols``, and the fields beside them."""
 
     weights: Array
     rows: Range
     cols: Range
-    told: Json  # the fields before "attn": tokens, layer, head, …
+    fields: Json  # the fields before "attn": tokens, layer, head, …
     rest: Json = field(default_factory=dict)  # and those behind
     sink: Array | None = None  # (H', R)
     has_heads: bool = False  # several heads were asked for, as such
@@ -71,12 +71,12 @@ class Matrix:
     def json(self, how: str) -> Json:
         """The answer; ``how`` the weights are written: json, f16 or u8."""
         write = {"json": arrays.rounded, "f16": arrays.float16, "u8": arrays.uint8}[how]
-        return {**self.told, "attn": write(self.shown), **self._rest()}
+        return {**self.fields, "attn": write(self.shown), **self._rest()}
 
     def npz(self) -> bytes:
         """A file for numpy."""
-        ids = numpy.array(self.told["token_ids"], numpy.int32)
-        meta = {**self.told, **self._rest()}
+        ids = numpy.array(self.fields["token_ids"], numpy.int32)
+        meta = {**self.fields, **self._rest()}
         return arrays.npz({"attn": self.shown.astype(numpy.float16), "token_ids": ids}, meta)
 
     def png(self) -> bytes:
@@ -92,14 +92,14 @@ class Matrix:
         if self.sink is not None:
             sink = arrays.rounded(self.sink if self.has_heads else self.sink[0])
         place = {"rows": list(self.rows), "cols": list(self.cols)}
-        return {**place, "n": len(self.told["token_ids"]), **self.rest, "sink": sink}
+        return {**place, "n": len(self.fields["token_ids"]), **self.rest, "sink": sink}
 
 
 def full_attention(
-    words: Vocabulary, ids: Sequence[int], layer: LayerAttention, head: int | str
+    vocabulary: Vocabulary, ids: Sequence[int], layer: LayerAttention, head: int | str
 ) -> Json:
     """The fields of one layer's matrix before its numbers."""
-    return {"layer": layer.layer, "head": head, **tokens(words, ids)}
+    return {"layer": layer.layer, "head": head, **tokens(vocabulary, ids)}
 
 
 def about_layer(
@@ -116,49 +116,49 @@ def about_layer(
 
 
 def about_all(anatomy: Anatomy, is_truncated: bool) -> Json:
-    """Whether the model saw all of it, and used these weights."""
+    """``exact`` where the model saw all of it and used these weights."""
     return {
         "state": "truncated" if is_truncated else "exact",
         "verified": anatomy.verified,
     }
 
 
-def token_table(words: Vocabulary, ids: Sequence[int], spans: Sequence[Span]) -> Json:
-    """What the tokens are, and where they stand in the text."""
-    raw = [words.token_bytes(token_id) for token_id in ids]
+def token_table(vocabulary: Vocabulary, ids: Sequence[int], spans: Sequence[Span]) -> Json:
+    """The tokens, and where they stand in the text."""
+    raw = [vocabulary.token_bytes(token_id) for token_id in ids]
     # A character that is spread over several tokens counts with the one that begins it.
     ends = list(accumulate(sum(byte & 0xC0 != 0x80 for byte in piece) for piece in raw))
     return {
-        **tokens(words, ids),
+        **tokens(vocabulary, ids),
         "bytes": [list(piece) for piece in raw],
         "offsets": [list(pair) for pair in zip([0, *ends], ends, strict=False)],
         "spans": [asdict(span) for span in spans],
     }
 
 
-def reading(words: Vocabulary, found: PromptReading) -> Json:
-    """How the model foresaw each token; nothing foresees the first one."""
+def reading(vocabulary: Vocabulary, result: PromptReading) -> Json:
+    """The model's expectation of each token; nothing foresees the first one."""
     return {
-        "surprisal": [None, *arrays.rounded(found.surprisal)],
-        "entropy": [None, *arrays.rounded(found.entropy)],
-        "rank": [None, *found.rank.tolist()],
+        "surprisal": [None, *arrays.rounded(result.surprisal)],
+        "entropy": [None, *arrays.rounded(result.entropy)],
+        "rank": [None, *result.rank.tolist()],
         "topk": [
             None,
             *(
                 [
-                    {**_named(words, token_id), "logprob": round(logprob, arrays.DECIMALS)}
+                    {**_named(vocabulary, token_id), "logprob": round(logprob, arrays.DECIMALS)}
                     for token_id, logprob in zip(ids, logprobs, strict=True)
                 ]
                 for ids, logprobs in zip(
-                    found.top_ids.tolist(), found.top_logprobs.tolist(), strict=True
+                    result.top_ids.tolist(), result.top_logprobs.tolist(), strict=True
                 )
             ),
         ],
     }
 
 
-def _named(words: Vocabulary, token_id: int) -> Json:
-    return {"token_id": token_id, "token": words.decoded(token_id)}
+def _named(vocabulary: Vocabulary, token_id: int) -> Json:
+    return {"token_id": token_id, "token": vocabulary.decoded(token_id)}
 
 
 _GRID = ("entropy", "distance", "first", "previous", "itself")
@@ -190,7 +190,7 @@ def head_table(anatomy: Anatomy, n: int, grid: HeadGrid) -> Json:
 
 
 def lens_table(
-    words: Vocabulary,
+    vocabulary: Vocabulary,
     anatomy: Anatomy,
     layers: Sequence[int],
     positions: Sequence[int],
@@ -204,7 +204,7 @@ def lens_table(
     def cell(row: int, column: int) -> Json:
         likely = zip(ids[row][column], probs[row][column], strict=True)
         return {
-            "topk": [{**_named(words, token_id), "prob": prob} for token_id, prob in likely],
+            "topk": [{**_named(vocabulary, token_id), "prob": prob} for token_id, prob in likely],
             "entropy": entropy[row][column],
             "target_rank": ranks[row][column],
             "target_prob": target_probs[row][column],
@@ -213,34 +213,34 @@ def lens_table(
     return {
         "layers": list(layers),
         "positions": list(positions),
-        "targets": [_named(words, token_id) for token_id in table.target_ids.tolist()],
+        "targets": [_named(vocabulary, token_id) for token_id in table.target_ids.tolist()],
         "final_norm": anatomy.final_norm,
         "exact_final": anatomy.lens_is_exact,
         "cells": [[cell(i, j) for j in range(len(layers))] for i in range(len(positions))],
     }
 
 
-def attribution(words: Vocabulary, asked: AttributionQuestion, found: Attribution) -> Json:
+def attribution(vocabulary: Vocabulary, question: AttributionQuestion, result: Attribution) -> Json:
     """One score for each token up to the query."""
-    unit = "nats" if asked.of == "logprob" else "logits"
-    delta = found.convergence_delta
+    unit = "nats" if question.of == "logprob" else "logits"
+    delta = result.convergence_delta
     return {
-        "method": asked.method,
-        "unit": f"{unit} per unit of embedding" if asked.method == "gradient_norm" else unit,
+        "method": question.method,
+        "unit": f"{unit} per unit of embedding" if question.method == "gradient_norm" else unit,
         "target": {
-            **_named(words, found.token_id),
-            "logprob": round(found.logprob, arrays.DECIMALS),
-            "position": asked.position,
+            **_named(vocabulary, result.token_id),
+            "logprob": round(result.logprob, arrays.DECIMALS),
+            "position": question.position,
         },
-        "value": round(found.value, arrays.DECIMALS),
-        "scores": arrays.rounded(found.scores),
+        "value": round(result.value, arrays.DECIMALS),
+        "scores": arrays.rounded(result.scores),
         "convergence_delta": None if delta is None else round(delta, arrays.DECIMALS),
-        "note": found.note,
+        "note": result.note,
     }
 
 
 def states_meta(layers: Sequence[int], positions: Sequence[int], ids: Sequence[int]) -> Json:
-    """What residual streams are of; they are given raw, as the last layer leaves them."""
+    """The layers and tokens of residual streams, which are raw, as the last layer leaves them."""
     return {
         "layers": list(layers),
         "positions": list(positions),
@@ -253,7 +253,7 @@ def states_meta(layers: Sequence[int], positions: Sequence[int], ids: Sequence[i
 def capabilities(
     model: LoadedModel, anatomy: Anatomy, gradients: bool, limits: Mapping[str, Any]
 ) -> Json:
-    """What can be asked of a model."""
+    """The capabilities of a model."""
     routing = anatomy.routing
     return {
         "id": model.spec.name,

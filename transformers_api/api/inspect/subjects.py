@@ -11,11 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
-from flask import request
-
 from transformers_api.api.http import inspect_auth
-from transformers_api.api.http.request_context import Exchange
-from transformers_api.api.http.services import Services, services
+from transformers_api.api.http.request_context import RequestContext
+from transformers_api.api.http.services import services
 from transformers_api.api.openai import requests
 from transformers_api.config.settings import Settings
 from transformers_api.engine.base import SamplingParams
@@ -26,8 +24,8 @@ from transformers_api.errors import (
     ResponseTooLarge,
 )
 from transformers_api.inspection.base import Anatomy, Inspector, Job
-from transformers_api.serving.generation import GenerationRequest, collect, fit
-from transformers_api.serving.models.spec import LoadedModel
+from transformers_api.serving.generation import GenerationRequest, collect
+from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.text import chat_template
 from transformers_api.serving.text.chat_template import ChatPrompt
 from transformers_api.serving.text.spans import Span, spans
@@ -40,8 +38,7 @@ Format = Literal["json", "f16", "u8", "npz", "png", "html"]
 class Subject:
     """The tokens that are looked at, in a model that stays until the request is answered."""
 
-    known: Services
-    exchange: Exchange
+    context: RequestContext
     model: LoadedModel
     inspector: Inspector
     ids: list[int]
@@ -51,33 +48,34 @@ class Subject:
 
     @property
     def anatomy(self) -> Anatomy:
-        """What the model is made of."""
+        """The parts of the model."""
         return self.inspector.anatomy
 
     @property
     def settings(self) -> Settings:
         """Those of the server."""
-        return self.known.settings
+        return self.context.services.settings
 
     def spans(self) -> list[Span]:
-        """Where each message stands; empty where there are none, or not all is seen."""
+        """The place of each message; empty where there are none, or the model does not see all."""
         if not self.messages or self.is_truncated:
             return []
         return spans(self.model, self.messages, self.ids)
 
     def run(self, job: Job[T]) -> T:
-        """What the job finds, once it is its turn."""
-        return self.known.inspections.run(self.model, job, self.exchange.cancellation)
+        """The result of the job, once it is its turn."""
+        inspections = self.context.services.inspections
+        return inspections.run(self.model, job, self.context.cancellation)
 
     def continued(self, body: Mapping[str, Any]) -> Subject:
         """With what the model writes next: ``max_new_tokens`` of it, drawn with ``seed``."""
-        wanted = body["max_new_tokens"]
-        if not wanted:
+        max_new_tokens = body["max_new_tokens"]
+        if not max_new_tokens:
             return self
-        _check_tokens(len(self.ids) + wanted, self.settings.inspect_max_tokens)
+        _check_tokens(len(self.ids) + max_new_tokens, self.settings.inspect_max_tokens)
         if self.model.engine.context_overflow is None:
-            fit(
-                wanted,
+            requests.fit(
+                max_new_tokens,
                 len(self.ids),
                 self.model.engine.max_model_len,
                 explicit=True,
@@ -86,54 +84,48 @@ class Subject:
             )
         prompt = self.prompt or ChatPrompt(self.ids)
         params = SamplingParams(
-            max_tokens=wanted,
+            max_tokens=max_new_tokens,
             temperature=body["temperature"],
             top_k=max(body["top_k"], 0),
             top_p=body["top_p"],
             seed=body["seed"],
             stop_token_ids=prompt.stop_token_ids,
         )
-        registered = self.model.spec.generation.get("stop") or ()
-        own = (registered,) if isinstance(registered, str) else tuple(registered)
-        asked = GenerationRequest([self.ids], params, stop=(*prompt.stop, *own))
-        (written,) = collect(self.exchange.start(self.model, asked, stream=False))
-        ids, is_truncated = _seen(self.model, [*self.ids, *written.token_ids])
+        own_stops = requests.stop_strings(self.model.spec.generation)
+        request = GenerationRequest([self.ids], params, stop=(*prompt.stop, *own_stops))
+        (choice,) = collect(self.context.start(self.model, request, is_streamed=False))
+        ids, is_truncated = _visible(self.model, [*self.ids, *choice.token_ids])
         return replace(self, ids=ids, is_truncated=is_truncated or self.is_truncated)
 
 
 @contextmanager
 def opened(body: Mapping[str, Any]) -> Iterator[Subject]:
-    """What ``body`` asks about, for the length of the block."""
-    inspect_auth.admit()
-    known = services()
-    model_id, found = body.get("model"), None
+    """The subject of ``body``, for the length of the block."""
+    inspect_auth.check()
+    settings, registry = services().settings, services().registry
+    model_id, completion = body.get("model"), None
     if "completion_id" in body:
-        found = known.completions.find(body["completion_id"], body["choice"])
-        if model_id is not None and known.registry.resolve(model_id).name != found.model:
-            raise InvalidRequest(f"completion_id is of model '{found.model}'", param="model")
-        model_id = found.model
-    if "messages" in body:
-        chat_template.check_enabled(
-            known.registry.resolve(model_id or known.settings.default_model)
-        )
-    with Exchange(known, request.environ) as exchange:
-        model = exchange.lease(model_id)
+        completion = services().completions.find(body["completion_id"], body["choice"])
+        if model_id is not None and registry.resolve(model_id).name != completion.model:
+            raise InvalidRequest(f"completion_id is of model '{completion.model}'", param="model")
+        model_id = completion.model
+    with RequestContext(services()) as context:
+        model = context.lease(model_id, is_chat="messages" in body)
         inspector = inspector_of(model)
         prompt = None
-        if found is not None:
-            ids = [*found.prompt_ids, *found.token_ids]
+        if completion is not None:
+            ids = [*completion.prompt_ids, *completion.token_ids]
         elif "messages" in body:
             prompt = chat_template.encode(
-                model, body["messages"], max_bytes=known.settings.inspected_prompt_bytes
+                model, body["messages"], max_bytes=settings.inspected_prompt_bytes
             )
             ids = prompt.ids
         else:
-            ids = _given(model, body, known.settings)
-        _check_tokens(len(ids), known.settings.inspect_max_tokens)
-        ids, is_truncated = _seen(model, ids)
+            ids = _requested_ids(model, body, settings)
+        _check_tokens(len(ids), settings.inspect_max_tokens)
+        ids, is_truncated = _visible(model, ids)
         yield Subject(
-            known=known,
-            exchange=exchange,
+            context=context,
             model=model,
             inspector=inspector,
             ids=ids,
@@ -150,7 +142,7 @@ def inspector_of(model: LoadedModel) -> Inspector:
     return model.inspector
 
 
-def _given(model: LoadedModel, body: Mapping[str, Any], settings: Settings) -> list[int]:
+def _requested_ids(model: LoadedModel, body: Mapping[str, Any], settings: Settings) -> list[int]:
     if "prompt" not in body:
         requests.check_ids(model, body["token_ids"], "token_ids")
         return list(body["token_ids"])
@@ -166,13 +158,13 @@ def _check_tokens(count: int, most: int) -> None:
         raise PromptTooLarge(f"Prompt too large to inspect: {count} tokens (max {most})")
 
 
-def _seen(model: LoadedModel, ids: list[int]) -> tuple[list[int], bool]:
-    """What the model sees of ``ids``; whether that is not all. Raises ContextLengthExceeded."""
+def _visible(model: LoadedModel, ids: list[int]) -> tuple[list[int], bool]:
+    """(the ``ids`` that the model sees, True if that is not all). Raises ContextLengthExceeded."""
     window = model.engine.max_model_len
     if len(ids) <= window:
         return ids, False
     if model.engine.context_overflow is None:
-        fit(0, len(ids), window, explicit=True, param="prompt")
+        requests.fit(0, len(ids), window, explicit=True, param="prompt")
     return ids[-window:], True
 
 
@@ -194,21 +186,21 @@ def window(body: Mapping[str, Any], name: str, n: int) -> tuple[int, int]:
     return start, stop
 
 
-def layers(wanted: Sequence[int] | str, anatomy: Anatomy) -> list[int]:
+def layers(requested: Sequence[int] | str, anatomy: Anatomy) -> list[int]:
     """Layers whose residual stream is asked for; -1 is the embedding."""
-    if isinstance(wanted, str):
+    if isinstance(requested, str):
         return list(range(-1, anatomy.layers))
-    for layer in wanted:
+    for layer in requested:
         if not -1 <= layer < anatomy.layers:
             raise InvalidRequest(f"layers must be in [-1, {anatomy.layers - 1}]", param="layers")
-    return list(wanted)
+    return list(requested)
 
 
-def positions(wanted: Sequence[int] | str, n: int) -> list[int]:
+def positions(requested: Sequence[int] | str, n: int) -> list[int]:
     """Places of tokens, from 0; negative ones count from the end."""
-    if isinstance(wanted, str):
+    if isinstance(requested, str):
         return list(range(n))
-    return [position(place, n, "positions") for place in wanted]
+    return [position(place, n, "positions") for place in requested]
 
 
 def position(place: int, n: int, param: str) -> int:

@@ -13,10 +13,11 @@ import numpy
 from flask import Response, request
 
 from transformers_api.api.http import inspect_auth
-from transformers_api.api.http.body import View
-from transformers_api.api.http.dialects import InspectionBlueprint
+from transformers_api.api.http.auth import View
+from transformers_api.api.http.body import Blueprint
+from transformers_api.api.http.dialects import NIELS
 from transformers_api.api.http.error_schemas import Failed
-from transformers_api.api.http.request_context import Exchange
+from transformers_api.api.http.request_context import RequestContext
 from transformers_api.api.http.services import services
 from transformers_api.api.inspect import attention_page, subjects
 from transformers_api.api.inspect import format as inspect_format
@@ -51,7 +52,7 @@ from transformers_api.serving.inspect import arrays
 from transformers_api.serving.inspect.trace_plan import check_any_attention, check_layer
 from transformers_api.serving.text.vocabulary import Vocabulary
 
-blueprint = InspectionBlueprint("inspect", __name__, description="Looking inside")
+blueprint = Blueprint("inspect", __name__, dialect=NIELS, description="Looking inside")
 
 MOST_LENS_CELLS = 4096
 MOST_JSON_STATES = 65_536
@@ -81,12 +82,12 @@ def inspect_model() -> Any:
     """Say what can be asked of a model: `?model=`, else the one in memory, else the default."""
     inspect_auth.check_enabled()
     inspect_auth.check_started()
-    known = services()
-    with Exchange(known, request.environ) as exchange:
-        model = exchange.lease(request.args.get("model") or known.swapper.status().model)
+    swapper, inspections = services().swapper, services().inspections
+    with RequestContext(services()) as context:
+        model = context.lease(request.args.get("model") or swapper.status().model)
         inspector = subjects.inspector_of(model)
-        gradients = known.inspections.has_gradients(model, inspector, exchange.cancellation)
-        limits = _limits(known.settings)
+        gradients = inspections.has_gradients(model, inspector, context.cancellation)
+        limits = _limits(services().settings)
         return inspect_format.capabilities(model, inspector.anatomy, gradients, limits)
 
 
@@ -111,9 +112,9 @@ def _limits(settings: Settings) -> dict[str, Any]:
 
 
 def _format(body: Mapping[str, Any]) -> Format:
-    """What the client accepts, and in JSON what ``format`` says."""
-    wanted = request.accept_mimetypes.best_match(_BY_TYPE, "application/json")
-    how = _BY_TYPE[wanted]
+    """The form that the client accepts, and in JSON the one that ``format`` says."""
+    accepted = request.accept_mimetypes.best_match(_BY_TYPE, "application/json")
+    how = _BY_TYPE[accepted]
     return body["format"] if how == "json" else how
 
 
@@ -136,18 +137,18 @@ def full_attn(body: dict[str, Any]) -> Any:
         subject = subject.continued(body)
         heads = layer.heads if head == "all" else 1
         rows, cols = _windows(subject, body, how, heads)
-        asked: Heads = head
-        found = subject.run(
-            subject.inspector.attention(subject.ids, layer.layer, asked, rows, cols)
+        heads_read: Heads = head
+        result = subject.run(
+            subject.inspector.attention(subject.ids, layer.layer, heads_read, rows, cols)
         )
-        words = Vocabulary(subject.model.tokenizer)
+        vocabulary = Vocabulary(subject.model.tokenizer)
         matrix = Matrix(
-            weights=found.weights,
+            weights=result.weights,
             rows=rows,
             cols=cols,
-            told=inspect_format.full_attention(words, subject.ids, layer, head),
+            fields=inspect_format.full_attention(vocabulary, subject.ids, layer, head),
             rest=inspect_format.about_layer(subject.anatomy, layer, head, subject.is_truncated),
-            sink=found.sink,
+            sink=result.sink,
             has_heads=head == "all",
         )
         return _sent(subject, matrix, body, how)
@@ -215,14 +216,14 @@ def rollout(body: dict[str, Any]) -> Any:
             )
         rows, cols = _windows(subject, body, how)
         subjects.check_read_cells(len(subject.ids) ** 2, subject.settings)
-        found = subject.run(subject.inspector.rollout(subject.ids))
+        result = subject.run(subject.inspector.rollout(subject.ids))
         last = anatomy.layers - 1
-        words = Vocabulary(subject.model.tokenizer)
+        vocabulary = Vocabulary(subject.model.tokenizer)
         matrix = Matrix(
-            weights=found[None, slice(*rows), slice(*cols)],
+            weights=result[None, slice(*rows), slice(*cols)],
             rows=rows,
             cols=cols,
-            told={"layers": [0, last], **inspect_format.tokens(words, subject.ids)},
+            fields={"layers": [0, last], **inspect_format.tokens(vocabulary, subject.ids)},
             rest=inspect_format.about_all(anatomy, subject.is_truncated),
         )
         return _sent(subject, matrix, body, how)
@@ -234,12 +235,12 @@ def rollout(body: dict[str, Any]) -> Any:
 def inspect_tokens(body: dict[str, Any]) -> Any:
     """Show the tokens of a text, where they stand, and how surprising each was."""
     with opened(body) as subject:
-        words = Vocabulary(subject.model.tokenizer)
-        answer = inspect_format.token_table(words, subject.ids, subject.spans())
+        vocabulary = Vocabulary(subject.model.tokenizer)
+        answer = inspect_format.token_table(vocabulary, subject.ids, subject.spans())
         if not body["logprobs"]:
             return answer
-        found = subject.run(subject.inspector.read_prompt(subject.ids, body["topk"]))
-        return {**answer, **inspect_format.reading(words, found)}
+        result = subject.run(subject.inspector.read_prompt(subject.ids, body["topk"]))
+        return {**answer, **inspect_format.reading(vocabulary, result)}
 
 
 @blueprint.at("/inspect/heads", methods=["POST"])
@@ -283,8 +284,8 @@ def logit_lens(body: dict[str, Any]) -> Any:
                 f"(max {MOST_LENS_CELLS}); ask for fewer layers or positions"
             )
         job = subject.inspector.lens(subject.ids, layers, places, body["topk"], target)
-        words = Vocabulary(subject.model.tokenizer)
-        return inspect_format.lens_table(words, anatomy, layers, places, subject.run(job))
+        vocabulary = Vocabulary(subject.model.tokenizer)
+        return inspect_format.lens_table(vocabulary, anatomy, layers, places, subject.run(job))
 
 
 @blueprint.at("/inspect/attribution", methods=["POST"])
@@ -304,7 +305,7 @@ def attribution(body: dict[str, Any]) -> Any:
         if token_id is not None:
             subjects.token(token_id, subject, "target_token_id")
         place = subjects.position(body["target_position"], len(subject.ids), "target_position")
-        asked = AttributionQuestion(
+        question = AttributionQuestion(
             position=place,
             token_id=token_id,
             method=body["method"],
@@ -312,8 +313,8 @@ def attribution(body: dict[str, Any]) -> Any:
             baseline=body["baseline"],
             of=body["of"],
         )
-        found = subject.run(subject.inspector.attribute(subject.ids, asked))
-        return inspect_format.attribution(Vocabulary(subject.model.tokenizer), asked, found)
+        result = subject.run(subject.inspector.attribute(subject.ids, question))
+        return inspect_format.attribution(Vocabulary(subject.model.tokenizer), question, result)
 
 
 @blueprint.at("/inspect/hidden_states", methods=["POST"])
@@ -336,9 +337,9 @@ def hidden_states(body: dict[str, Any]) -> Any:
                 'positions, or format "npz"'
             )
         subjects.check_read_cells(count, subject.settings)
-        found = subject.run(subject.inspector.hidden_states(subject.ids, layers, places))
+        result = subject.run(subject.inspector.hidden_states(subject.ids, layers, places))
         meta = inspect_format.states_meta(layers, places, subject.ids)
         if body["format"] == "json":
-            return {**meta, "states": arrays.exact(found)}
+            return {**meta, "states": arrays.exact(result)}
         ids = numpy.array(subject.ids, numpy.int32)
-        return Response(arrays.npz({"states": found, "token_ids": ids}, meta), content_type=NPZ)
+        return Response(arrays.npz({"states": result, "token_ids": ids}, meta), content_type=NPZ)

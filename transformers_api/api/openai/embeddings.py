@@ -8,19 +8,17 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, TypeVar, cast
 
-from flask import request
-
 from transformers_api.api.http import request_log
 from transformers_api.api.http.body import Blueprint
-from transformers_api.api.http.request_context import Exchange
+from transformers_api.api.http.dialects import OPENAI
+from transformers_api.api.http.error_schemas import Error
+from transformers_api.api.http.request_context import RequestContext, check_prompt_bytes
 from transformers_api.api.http.services import services
-from transformers_api.api.openai import requests
-from transformers_api.api.openai.schemas.answers import Error
 from transformers_api.api.openai.schemas.embeddings import EmbeddingRequest, Embeddings
 from transformers_api.errors import EmbeddingsUnavailable
 from transformers_api.serving import embeddings
 
-blueprint = Blueprint("embeddings", __name__, description="OpenAI's embeddings")
+blueprint = Blueprint("embeddings", __name__, dialect=OPENAI, description="OpenAI's embeddings")
 View = TypeVar("View", bound=Callable[..., Any])
 
 
@@ -47,26 +45,25 @@ def _only_when_enabled(view: View) -> View:
 @blueprint.gives(Error, 501, description="`ENABLE_EMBEDDINGS_BACKEND` is off")
 def create_embeddings(body: dict[str, Any]) -> Any:
     """Make a vector of each text."""
-    known = services()
-    assert known.embeddings is not None
+    models = services().embeddings
+    assert models is not None
     inputs = body["input"]
-    texts = [given for given in inputs if isinstance(given, str)]
-    requests.check_prompt_bytes(texts, known.settings, "input")
-    with (
-        Exchange(known, request.environ) as exchange,
-        known.embeddings.lease(body["model"], exchange.cancellation) as model,
-    ):
+    texts = [item for item in inputs if isinstance(item, str)]
+    check_prompt_bytes(texts, services().settings, "input")
+    with RequestContext(services()) as context:
+        context.take_place()
+        model = context.hold(models.lease(body["model"], context.cancellation))
         record = request_log.current()
         record.model = model.spec.name
         rows = embeddings.encode(model, inputs)
-        known.limits.reserve(sum(map(len, rows)))  # all of it is used
-        vectors = embeddings.embed(model, rows, body.get("dimensions"), exchange.cancellation)
-    shown = _base64 if body["encoding_format"] == "base64" else _numbers
+        services().limits.reserve(sum(map(len, rows)))  # all of it is used
+        vectors = embeddings.embed(model, rows, body.get("dimensions"), context.cancellation)
+    encoded = _base64 if body["encoding_format"] == "base64" else _numbers
     tokens = record.prompt_tokens = sum(map(len, rows))
     return {
         "object": "list",
         "data": [
-            {"object": "embedding", "index": index, "embedding": shown(vector)}
+            {"object": "embedding", "index": index, "embedding": encoded(vector)}
             for index, vector in enumerate(vectors)
         ],
         "model": body["model"],

@@ -1,4 +1,4 @@
-"""OpenAI's answers: from pieces of text to dictionaries. Pure functions: no Flask, no clock."""
+"""OpenAI's answers: from pieces of text to dictionaries and events. No Flask, no clock."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transformers_api.api.http import strict_json
+import orjson
+
+from transformers_api.api.http.dialects import OPENAI
+from transformers_api.api.http.request_context import Formatter
 from transformers_api.api.openai.text_offsets import TextOffsets
 from transformers_api.api.trace.format import TraceWriter
-from transformers_api.serving.generation import Choice, Generation, Usage
+from transformers_api.serving.generation import Choice, Generation, Usage, collect
 from transformers_api.serving.text.choice_text import TextDelta, TokenDetail, TopToken
 
 Json = dict[str, Any]
@@ -19,7 +22,7 @@ _LOWEST_LOGPROB = -9999.0  # JSON has no infinity
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """What every object of one answer repeats, and what was asked to be in it."""
+    """The fields that every object of one answer repeats, and what was asked to be in it."""
 
     id: str
     created: int  # seconds since 1970
@@ -34,7 +37,7 @@ class Head:
 
     @property
     def with_more_than_text(self) -> bool:
-        """Whether there is more to tell of a piece than its text and its place."""
+        """True where there is more to a piece than its text and its place."""
         return self.with_logprobs or self.with_token_ids or self.traces is not None
 
     def envelope(self, kind: str, choices: list[Json]) -> Json:
@@ -59,7 +62,7 @@ class Head:
         """The field ``trace`` of a whole choice."""
         if self.traces is None:
             return {}
-        steps = [self.traces.step(noted, choice.index) for noted in choice.traces]
+        steps = [self.traces.step(trace, choice.index) for trace in choice.traces]
         header = self.traces.header(choice.index // self.n, choice.index)
         return {"trace": {"header": header, "steps": steps}}
 
@@ -84,44 +87,55 @@ def usage(used: Usage) -> Json:
     }
 
 
-# Chat completions.
+class ChatFormatter(Formatter):
+    """Chat completions."""
 
+    dialect = OPENAI
 
-def chat_completion(head: Head, choices: Iterable[Choice], used: Usage) -> Json:
-    """The whole answer."""
-    shown = [
-        {
-            "index": choice.index,
-            "message": {"role": "assistant", "content": choice.text, "refusal": None},
-            "logprobs": chat_logprobs(choice.logprobs) if head.with_logprobs else None,
-            "finish_reason": choice.finish_reason,
-            **head.token_ids(choice.index, choice.token_ids, first=True),
-            **head.traced(choice),
-        }
-        for choice in choices
-    ]
-    return {**head.envelope("chat.completion", shown), "usage": head.usage(used)}
+    def __init__(self, head: Head) -> None:
+        self.completion_id = head.id
+        self.prompts = head.prompts
+        self._head = head
+        # By choice, the bytes before and after the text of a piece that has nothing else.
+        self._around: list[tuple[bytes, bytes]] = []
 
+    def whole(self, generation: Generation) -> Json:
+        """The whole answer."""
+        head = self._head
+        choices = [
+            {
+                "index": choice.index,
+                "message": {"role": "assistant", "content": choice.text, "refusal": None},
+                "logprobs": chat_logprobs(choice.logprobs) if head.with_logprobs else None,
+                "finish_reason": choice.finish_reason,
+                **head.token_ids(choice.index, choice.token_ids, first=True),
+                **head.traced(choice),
+            }
+            for choice in collect(generation)
+        ]
+        envelope = head.envelope("chat.completion", choices)
+        return {**envelope, "usage": head.usage(generation.usage)}
 
-def chat_chunks(head: Head, generation: Generation) -> Iterator[Json | None]:
-    """The events of a stream: who speaks, what is said, why it ended, what it took."""
-    for index in range(head.n):
-        speaker = {"role": "assistant", "content": ""}
-        chunk = _chat_chunk(head, index, speaker, **head.token_ids(index, (), first=True))
-        if head.traces is not None:
-            chunk["trace"] = head.traces.header(index // head.n, index)
-        yield chunk
-    around = None if head.with_more_than_text else [_around(head, i) for i in range(head.n)]
-    for delta in generation:
-        if delta is None:
-            yield None
-            continue
-        if around is not None and delta.text:
-            before, after = around[delta.index]
-            yield strict_json.ready(b"%b%b%b" % (before, strict_json.dump(delta.text), after))
-        elif _says_something(head, delta):
-            chunk = _chat_chunk(
-                head,
+    def opening(self) -> Iterator[bytes]:
+        """The role of each choice."""
+        head = self._head
+        if not head.with_more_than_text:
+            self._around = [self._text_event(index) for index in range(head.n)]
+        for index in range(head.n):
+            ids = head.token_ids(index, (), first=True)
+            chunk = self._chunk(index, {"role": "assistant", "content": ""}, **ids)
+            if head.traces is not None:
+                chunk["trace"] = head.traces.header(index // head.n, index)
+            yield self.dialect.frame(chunk)
+
+    def frames(self, delta: TextDelta) -> Sequence[bytes]:
+        """A chunk with the text, and in the end one with the finish reason."""
+        if self._around and delta.text and delta.finish_reason is None:  # nearly every piece
+            before, after = self._around[delta.index]
+            return (before + orjson.dumps(delta.text) + after,)
+        head, frames = self._head, []
+        if _has_content(head, delta):
+            chunk = self._chunk(
                 delta.index,
                 {"content": delta.text},
                 logprobs=chat_logprobs(delta.logprobs) if head.with_logprobs else None,
@@ -129,29 +143,34 @@ def chat_chunks(head: Head, generation: Generation) -> Iterator[Json | None]:
             )
             if head.traces is not None and delta.trace is not None:
                 chunk["trace"] = head.traces.step(delta.trace, delta.index)
-            yield chunk
+            frames.append(self.dialect.frame(chunk))
         if delta.finish_reason is not None:
-            yield _chat_chunk(head, delta.index, {}, finish_reason=delta.finish_reason)
-    if head.with_usage:
-        yield {**head.envelope("chat.completion.chunk", []), "usage": head.usage(generation.usage)}
+            chunk = self._chunk(delta.index, {}, finish_reason=delta.finish_reason)
+            frames.append(self.dialect.frame(chunk))
+        return frames
+
+    def closing(self, generation: Generation | None) -> Iterator[bytes]:
+        """The usage, where it was asked for."""
+        if self._head.with_usage and generation is not None:
+            envelope = self._head.envelope("chat.completion.chunk", [])
+            usage = self._head.usage(generation.usage)
+            yield self.dialect.frame({**envelope, "usage": usage})
+
+    def _text_event(self, index: int) -> tuple[bytes, bytes]:
+        frame = self.dialect.frame(self._chunk(index, {"content": ""}))
+        before, _, after = frame.rpartition(b'""')
+        return before, after
+
+    def _chunk(self, index: int, delta: Json, **fields: Any) -> Json:
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **fields}
+        chunk = self._head.envelope("chat.completion.chunk", [choice])
+        return {**chunk, "usage": None} if self._head.with_usage else chunk
 
 
-def _around(head: Head, index: int) -> tuple[bytes, bytes]:
-    """The JSON before and after the text of a piece that has nothing else, as most have."""
-    before, _, after = strict_json.dump(_chat_chunk(head, index, {"content": ""})).rpartition(b'""')
-    return before, after
-
-
-def _says_something(head: Head, delta: TextDelta) -> bool:
-    """Whether there is more to a piece than that it may be the last."""
-    seen = delta.text or delta.logprobs or delta.trace is not None
-    return bool(seen or (head.with_token_ids and delta.token_ids))
-
-
-def _chat_chunk(head: Head, index: int, delta: Json, **fields: Any) -> Json:
-    choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **fields}
-    chunk = head.envelope("chat.completion.chunk", [choice])
-    return {**chunk, "usage": None} if head.with_usage else chunk
+def _has_content(head: Head, delta: TextDelta) -> bool:
+    """True where there is more to a piece than that it may be the last."""
+    content = delta.text or delta.logprobs or delta.trace is not None
+    return bool(content or (head.with_token_ids and delta.token_ids))
 
 
 def chat_logprobs(details: Iterable[TokenDetail]) -> Json:
@@ -171,41 +190,42 @@ def _logprob(value: float | None) -> float | None:
     return None if value is None else max(value, _LOWEST_LOGPROB)
 
 
-# Completions.
+class CompletionFormatter(Formatter):
+    """Completions; ``texts`` are the prompts."""
 
+    dialect = OPENAI
 
-def completion(
-    head: Head, texts: Sequence[str], echo: bool, choices: Iterable[Choice], used: Usage
-) -> Json:
-    """The whole answer; ``texts`` are the prompts."""
-    shown = []
-    for choice in choices:
-        writer = _TextWriter(texts[choice.index // head.n], echo)
-        shown.append(
+    def __init__(self, head: Head, texts: Sequence[str], *, echo: bool) -> None:
+        self.completion_id = head.id
+        self.prompts = head.prompts
+        self._head = head
+        self._texts = texts
+        self._echo = echo
+        self._writers: dict[int, _TextWriter] = {}  # by choice
+
+    def whole(self, generation: Generation) -> Json:
+        """The whole answer."""
+        head = self._head
+        choices = [
             {
-                **writer.write(choice, head.with_logprobs),
+                **self._writer(choice.index).write(choice, head.with_logprobs),
                 "finish_reason": choice.finish_reason,
                 **head.token_ids(choice.index, choice.token_ids, first=True),
                 **head.traced(choice),
             }
-        )
-    return {**head.envelope("text_completion", shown), "usage": head.usage(used)}
+            for choice in collect(generation)
+        ]
+        envelope = head.envelope("text_completion", choices)
+        return {**envelope, "usage": head.usage(generation.usage)}
 
-
-def completion_chunks(
-    head: Head, texts: Sequence[str], echo: bool, generation: Generation
-) -> Iterator[Json | None]:
-    """The events of a stream: pieces of text, the last of each choice with its finish reason."""
-    writers: dict[int, _TextWriter] = {}
-    for delta in generation:
-        if delta is None:
-            yield None
-            continue
-        is_first = delta.index not in writers
+    def frames(self, delta: TextDelta) -> Sequence[bytes]:
+        """A chunk; the last of each choice has its finish reason."""
+        head = self._head
+        is_first = delta.index not in self._writers
         if is_first:
-            writers[delta.index] = _TextWriter(texts[delta.index // head.n], echo)
+            self._writers[delta.index] = self._writer(delta.index)
         choice = {
-            **writers[delta.index].write(delta, head.with_logprobs),
+            **self._writers[delta.index].write(delta, head.with_logprobs),
             "finish_reason": delta.finish_reason,
             **head.token_ids(delta.index, delta.token_ids, first=is_first),
         }
@@ -214,9 +234,17 @@ def completion_chunks(
             chunk["usage"] = None
         if head.traces is not None:
             chunk |= _completion_trace(head.traces, head.n, delta, is_first)
-        yield chunk
-    if head.with_usage:
-        yield {**head.envelope("text_completion", []), "usage": head.usage(generation.usage)}
+        return (self.dialect.frame(chunk),)
+
+    def closing(self, generation: Generation | None) -> Iterator[bytes]:
+        """The usage, where it was asked for."""
+        if self._head.with_usage and generation is not None:
+            envelope = self._head.envelope("text_completion", [])
+            usage = self._head.usage(generation.usage)
+            yield self.dialect.frame({**envelope, "usage": usage})
+
+    def _writer(self, index: int) -> _TextWriter:
+        return _TextWriter(self._texts[index // self._head.n], self._echo)
 
 
 def _completion_trace(traces: TraceWriter, n: int, delta: TextDelta, is_first: bool) -> Json:

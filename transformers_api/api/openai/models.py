@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from flask import request
-
+from transformers_api.api.http.auth import scope
 from transformers_api.api.http.body import Blueprint
-from transformers_api.api.http.request_context import Exchange
-from transformers_api.api.http.services import Services, services
-from transformers_api.api.openai.schemas.answers import Error
+from transformers_api.api.http.dialects import OPENAI
+from transformers_api.api.http.error_schemas import Error
+from transformers_api.api.http.request_context import RequestContext
+from transformers_api.api.http.services import services
 from transformers_api.api.openai.schemas.models import (
     Deleted,
     LoadAnswer,
@@ -21,7 +21,12 @@ from transformers_api.errors import InvalidRequest, ModelNotFound, NotFound
 from transformers_api.serving.models.spec import HubSource, ModelSpec
 from transformers_api.serving.swap.residency import SwapperStatus
 
-blueprint = Blueprint("models", __name__, description="What can be served, and what is in memory")
+blueprint = Blueprint(
+    "models",
+    __name__,
+    dialect=OPENAI,
+    description="What can be served, and what is in memory",
+)
 
 
 @blueprint.at("/v1/models")
@@ -31,10 +36,8 @@ def list_models() -> Any:
 
     Those of the registry, those in the local Hugging Face cache, and what is in memory.
     """
-    known = services()
-    status = known.swapper.status()
-    specs = _servable(known, status)
-    return {"object": "list", "data": [_shown(known, spec, status) for spec in specs]}
+    status = services().swapper.status()
+    return {"object": "list", "data": [_described(spec, status) for spec in _servable(status)]}
 
 
 @blueprint.at("/v1/models/<path:model_id>")
@@ -42,13 +45,13 @@ def list_models() -> Any:
 @blueprint.gives(Error, 404, description="No such model")
 def retrieve_model(model_id: str) -> Any:
     """Describe one model."""
-    known = services()
-    spec = known.registry.resolve(model_id)
-    shown = _shown(known, spec, known.swapper.status())
-    return {**shown, "id": model_id, "metadata": _metadata(spec)}
+    spec = services().registry.resolve(model_id)
+    described = _described(spec, services().swapper.status())
+    return {**described, "id": model_id, "metadata": _metadata(spec)}
 
 
 @blueprint.at("/v1/models", methods=["POST"])
+@scope("admin")
 @blueprint.takes(LoadRequest, example={"model": "smollm2-135m-instruct"})
 @blueprint.gives(LoadAnswer)
 @blueprint.gives(Error, 404, description="No such model")
@@ -58,22 +61,22 @@ def load_model(body: dict[str, Any]) -> Any:
 
     Answers once it is loaded, which may take minutes. Running answers are finished first.
     """
-    known = services()
     model_id, device = body["model"], body.get("device", "auto")
-    if device != "auto" and device not in known.devices():
+    if device != "auto" and device not in services().devices():
         raise InvalidRequest(f"This machine has no device '{device}'", param="device")
-    spec = known.registry.resolve(model_id)
-    with Exchange(known, request.environ) as exchange:
-        loaded = known.swapper.load(
+    spec = services().registry.resolve(model_id)
+    with RequestContext(services()) as context:
+        context.take_place()
+        loaded = services().swapper.load(
             model_id,
             device=None if device == "auto" else device,
-            cancellation=exchange.cancellation,
+            cancellation=context.cancellation,
         )
-    status = known.swapper.status()
+    status = services().swapper.status()
     return {
         "id": model_id,
         "object": "model",
-        "created": _created(known, spec),
+        "created": _created(spec),
         "owned_by": _owner(spec),
         "status": "loaded" if loaded else "already_loaded",
         "device": (status.device if status.model == spec.name else None) or device,
@@ -81,62 +84,65 @@ def load_model(body: dict[str, Any]) -> Any:
 
 
 @blueprint.at("/v1/models/<path:model_id>", methods=["DELETE"])
+@scope("admin")
 @blueprint.gives(Deleted)
 @blueprint.gives(Error, 404, description="Not in memory")
 def unload_model(model_id: str) -> Any:
     """Take a model out of memory, once its running answers are finished."""
-    known = services()
-    with Exchange(known, request.environ) as exchange:
-        evicted = known.swapper.evict(model_id, cancellation=exchange.cancellation)
-    if not evicted and not _unload_encoder(known, model_id):
+    with RequestContext(services()) as context:
+        context.take_place()
+        evicted = services().swapper.evict(model_id, cancellation=context.cancellation)
+    if not evicted and not _unload_encoder(model_id):
         raise NotFound(f"Model '{model_id}' is not loaded", param="model")
     return {"id": model_id, "object": "model", "deleted": True}
 
 
-def _servable(known: Services, status: SwapperStatus) -> list[ModelSpec]:
+def _servable(status: SwapperStatus) -> list[ModelSpec]:
     """Registered entries, then what lies in the Hub's cache, then the resident; each once."""
-    specs = {spec.name: spec for spec in known.registry.list()}
+    specs = {spec.name: spec for spec in services().registry.list()}
     repos = {spec.source.repo for spec in specs.values() if isinstance(spec.source, HubSource)}
-    others = [repo for repo in known.store.cached_hub_repos() if repo not in repos]
+    others = [repo for repo in services().store.cached_hub_repos() if repo not in repos]
     for model_id in [*others, *([status.model] if status.model else [])]:
         try:
-            spec = known.registry.resolve(model_id)
+            spec = services().registry.resolve(model_id)
         except ModelNotFound:  # cached, but not allowed
             continue
         specs.setdefault(spec.name, spec)
     return list(specs.values())
 
 
-def _shown(known: Services, spec: ModelSpec, status: SwapperStatus) -> dict[str, Any]:
-    shown = {
+def _described(spec: ModelSpec, status: SwapperStatus) -> dict[str, Any]:
+    described = {
         "id": spec.name,
         "object": "model",
-        "created": _created(known, spec),
+        "created": _created(spec),
         "owned_by": _owner(spec),
-        "loaded": status.model == spec.name or _encoder(known) == spec.name,
+        "loaded": status.model == spec.name or _encoder() == spec.name,
         "permission": [],
         "root": spec.name,
         "parent": None,
     }
     if status.model == spec.name and status.max_model_len is not None:
-        shown["max_model_len"] = status.max_model_len
-        shown["quantization"] = status.quantization
-    return shown
+        described["max_model_len"] = status.max_model_len
+        described["quantization"] = status.quantization
+    return described
 
 
-def _encoder(known: Services) -> str | None:
-    return known.embeddings.encoder if known.embeddings else None
+def _encoder() -> str | None:
+    models = services().embeddings
+    return models.encoder if models else None
 
 
-def _unload_encoder(known: Services, model_id: str) -> bool:
-    is_there = _encoder(known) == known.registry.resolve(model_id).name
-    return is_there and known.embeddings is not None and known.embeddings.give_back(0)
+def _unload_encoder(model_id: str) -> bool:
+    models = services().embeddings
+    is_loaded = _encoder() == services().registry.resolve(model_id).name
+    return is_loaded and models is not None and models.give_back(0)
 
 
-def _created(known: Services, spec: ModelSpec) -> int:
-    """When its files came to this machine; of what is not here, when the server started."""
-    folder = known.store.locate(spec)
-    return known.created if folder is None else int(folder.stat().st_mtime)
+def _created(spec: ModelSpec) -> int:
+    """The time its files came to this machine; of what is not here, the server's start."""
+    folder = services().store.locate(spec)
+    return services().created if folder is None else int(folder.stat().st_mtime)
 
 
 def _owner(spec: ModelSpec) -> str:

@@ -1,24 +1,19 @@
-"""From validated bodies and a model to what is to be generated."""
+"""The parts of ``prepare`` that routes share: from fields of a body to sampling parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from transformers_api.config.settings import Settings
 from transformers_api.engine.base import SamplingParams
-from transformers_api.errors import InvalidRequest, PayloadTooLarge
-from transformers_api.serving.generation import GenerationRequest, fit
+from transformers_api.errors import ContextLengthExceeded, InvalidRequest
+from transformers_api.serving.generation import GenerationRequest
 from transformers_api.serving.inspect import trace_plan
 from transformers_api.serving.inspect.trace_plan import TraceRequest
-from transformers_api.serving.models.spec import LoadedModel
+from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.text import chat_template
-from transformers_api.serving.text.chat_template import ChatPrompt
-from transformers_api.serving.text.spans import Span, spans
-
-CHAT_DEFAULTS: Mapping[str, Any] = {"max_tokens": 512, "temperature": 0.7, "top_p": 0.9}
-COMPLETION_DEFAULTS: Mapping[str, Any] = {"max_tokens": 16, "temperature": 1.0, "top_p": 1.0}
 
 _SAMPLING = (
     "temperature",
@@ -34,47 +29,6 @@ _SAMPLING = (
     "ignore_eos",
     "seed",
 )
-
-
-def check_prompt_bytes(texts: Iterable[str], settings: Settings, param: str) -> None:
-    """Raise PayloadTooLarge for more text than the settings allow."""
-    size = sum(len(text.encode()) for text in texts)
-    if size > settings.prompt_bytes:
-        raise PayloadTooLarge(
-            f"'{param}' has {size} bytes of text; at most {settings.prompt_bytes} are allowed",
-            param=param,
-        )
-
-
-def check_sequences(prompts: int, per_prompt: int, settings: Settings) -> None:
-    """Raise InvalidRequest for more sequences than could ever wait and run."""
-    most = settings.max_inflight + settings.max_queue
-    if prompts * per_prompt > most:
-        raise InvalidRequest(
-            f"{prompts} prompts with {per_prompt} answers each are more than the {most} that this "
-            "server takes at once",
-            param="prompt" if prompts > 1 else "n",
-        )
-
-
-def message_texts(messages: Iterable[Mapping[str, Any]]) -> list[str]:
-    """All text of a conversation."""
-    texts: list[str] = []
-    for message in messages:
-        content = message.get("content", "")
-        texts += [content] if isinstance(content, str) else [part["text"] for part in content]
-    return texts
-
-
-def chat_prompt(model: LoadedModel, body: Mapping[str, Any]) -> ChatPrompt:
-    """The conversation of ``body`` as ``model`` reads it."""
-    return chat_template.encode(
-        model,
-        body["messages"],
-        add_generation_prompt=body.get("add_generation_prompt"),
-        continue_final_message=body["continue_final_message"],
-        chat_template_kwargs=body.get("chat_template_kwargs"),
-    )
 
 
 def prompt_ids(model: LoadedModel, prompts: Iterable[str | list[int]]) -> list[list[int]]:
@@ -101,115 +55,49 @@ def check_ids(model: LoadedModel, ids: Iterable[int], param: str) -> None:
         )
 
 
-def chat_request(
-    model: LoadedModel, body: Mapping[str, Any], prompt: ChatPrompt, quiet_s: float | None
-) -> GenerationRequest:
-    """How to answer a conversation."""
-    options = _options(CHAT_DEFAULTS, model, body)
-    asked = next((n for n in ("max_completion_tokens", "max_tokens") if n in body), None)
-    max_tokens = fit(
-        options[asked or "max_tokens"],
-        len(prompt.ids),
-        model.engine.max_model_len,
-        explicit=asked is not None,
-        param="messages",
-        max_tokens_param=asked or "max_tokens",
-    )
-    goes_on = options.get("ignore_eos", False)  # then the end of a turn ends nothing either
-    params = _params(
-        model,
-        options,
-        max_tokens,
-        stop_token_ids=frozenset() if goes_on else prompt.stop_token_ids,
-        logprobs=body.get("top_logprobs", 0) if body["logprobs"] else None,
-    )
-    stop = _stop(options) + (() if goes_on else prompt.stop)
-    return GenerationRequest([prompt.ids], params, n=body["n"], stop=stop, quiet_s=quiet_s)
+def registered_options(model: LoadedModel) -> Mapping[str, Any]:
+    """The defaults that the registry entry of ``model`` states, by OpenAI's field names."""
+    return {key: value for key, value in model.spec.generation.items() if value is not None}
 
 
-def completion_request(
-    model: LoadedModel,
-    body: Mapping[str, Any],
-    prompts: Sequence[Sequence[int]],
-    quiet_s: float | None,
-) -> GenerationRequest:
-    """How to continue texts."""
-    options = _options(COMPLETION_DEFAULTS, model, body)
-    # All prompts share one limit; a default is cut to what the longest of them leaves.
-    max_tokens = min(
-        fit(
-            options["max_tokens"],
-            len(ids),
-            model.engine.max_model_len,
-            explicit="max_tokens" in body,
-            param="prompt",
+def stop_strings(options: Mapping[str, Any]) -> tuple[str, ...]:
+    """``stop``, which may be one string or several."""
+    stop = options.get("stop") or ()
+    return (stop,) if isinstance(stop, str) else tuple(stop)
+
+
+def fit(
+    max_tokens: int,
+    prompt_tokens: int,
+    max_model_len: int,
+    *,
+    explicit: bool,
+    param: str = "messages",
+    max_tokens_param: str = "max_tokens",
+) -> int:
+    """The tokens to generate after ``prompt_tokens``.
+
+    ``explicit``: the client asked for ``max_tokens``; what does not fit is ContextLengthExceeded
+    then. A default is cut to what remains. ``param``: the field that holds the prompt.
+    """
+    limit = f"This model's maximum context length is {max_model_len} tokens"
+    if prompt_tokens + min(max_tokens, 1) > max_model_len:
+        raise ContextLengthExceeded(
+            f"{limit}. However, your {param} resulted in {prompt_tokens} tokens. "
+            f"Please reduce the length of the {param}.",
+            param=param,
         )
-        for ids in prompts
-    )
-    logprobs = body.get("logprobs")
-    scores_prompt = body["echo"] and (logprobs is not None or max_tokens == 0)
-    params = _params(
-        model,
-        options,
-        max_tokens,
-        logprobs=logprobs,
-        prompt_logprobs=(logprobs or 0) if scores_prompt else None,
-    )
-    return GenerationRequest(
-        prompts,
-        params,
-        n=body["n"],
-        best_of=body.get("best_of"),
-        stop=_stop(options),
-        quiet_s=quiet_s,
-    )
+    total = prompt_tokens + max_tokens
+    if explicit and total > max_model_len:
+        raise ContextLengthExceeded(
+            f"{limit}. However, you requested {total} tokens ({prompt_tokens} in the {param}, "
+            f"{max_tokens} in the completion). Please reduce one of them.",
+            param=max_tokens_param,
+        )
+    return min(max_tokens, max_model_len - prompt_tokens)
 
 
-def with_trace(
-    model: LoadedModel, body: Mapping[str, Any], wanted: GenerationRequest, settings: Settings
-) -> GenerationRequest:
-    """The same, with what ``trace`` asks to note; raises what ``trace_plan.plan`` does."""
-    asked: TraceRequest | None = body.get("trace")
-    if asked is None:
-        return wanted
-    plan = trace_plan.plan(
-        model,
-        asked,
-        settings,
-        prompt_tokens=max(map(len, wanted.prompts)),
-        max_tokens=wanted.params.max_tokens,
-        choices=len(wanted.prompts) * wanted.per_prompt,
-        whole=not body["stream"],
-    )
-    return replace(wanted, trace=plan, trace_stops=asked.specials)
-
-
-def message_spans(model: LoadedModel, body: Mapping[str, Any], ids: Sequence[int]) -> list[Span]:
-    """Where in the prompt ``ids`` the messages of ``body`` stand."""
-    return spans(
-        model,
-        body["messages"],
-        ids,
-        add_generation_prompt=body.get("add_generation_prompt"),
-        continue_final_message=body["continue_final_message"],
-        chat_template_kwargs=body.get("chat_template_kwargs"),
-    )
-
-
-def _options(
-    defaults: Mapping[str, Any], model: LoadedModel, body: Mapping[str, Any]
-) -> Mapping[str, Any]:
-    """The request's word, else the registry's, else the route's."""
-    registered = {key: value for key, value in model.spec.generation.items() if value is not None}
-    return {**defaults, **registered, **body}
-
-
-def _stop(options: Mapping[str, Any]) -> tuple[str, ...]:
-    stop = options.get("stop", ())
-    return (stop,) if isinstance(stop, str) else tuple(stop or ())
-
-
-def _params(
+def sampling_params(
     model: LoadedModel,
     options: Mapping[str, Any],
     max_tokens: int,
@@ -218,9 +106,11 @@ def _params(
     logprobs: int | None,
     prompt_logprobs: int | None = None,
 ) -> SamplingParams:
-    asked = options.get("stop_token_ids", ())
-    check_ids(model, asked, "stop_token_ids")
-    check_ids(model, options.get("logit_bias", ()), "logit_bias")
+    """OpenAI's fields, checked against ``model``. Raises InvalidRequest."""
+    requested = options.get("stop_token_ids", ())
+    for name in ("stop_token_ids", "logit_bias"):
+        if name in options:
+            check_ids(model, options[name], name)
     if options.get("min_tokens", 0) > max_tokens:
         raise InvalidRequest(
             f"'min_tokens' must not be larger than the {max_tokens} tokens that may be generated",
@@ -230,8 +120,25 @@ def _params(
     chosen["top_k"] = max(chosen.get("top_k", 0), 0)
     return SamplingParams(
         max_tokens=max_tokens,
-        stop_token_ids=stop_token_ids | {*asked},
+        stop_token_ids=stop_token_ids | {*requested},
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
         **chosen,
     )
+
+
+def with_trace(
+    request: GenerationRequest, model: LoadedModel, body: Mapping[str, Any], settings: Settings
+) -> GenerationRequest:
+    """``request`` with the plan that ``trace`` asks for; raises what ``trace_plan.plan`` does."""
+    trace: TraceRequest = body["trace"]
+    plan = trace_plan.plan(
+        model,
+        trace,
+        settings,
+        prompt_tokens=max(map(len, request.prompts)),
+        max_tokens=request.params.max_tokens,
+        choices=len(request.prompts) * request.per_prompt,
+        whole=not body["stream"],
+    )
+    return replace(request, trace=plan, trace_stops=trace.specials)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from flask import request
-
 from transformers_api.api.http.body import Blueprint
-from transformers_api.api.http.request_context import Exchange
+from transformers_api.api.http.dialects import OPENAI
+from transformers_api.api.http.error_schemas import Error
+from transformers_api.api.http.request_context import RequestContext, check_prompt_bytes
 from transformers_api.api.http.services import services
 from transformers_api.api.openai import requests
-from transformers_api.api.openai.schemas.answers import Error
 from transformers_api.api.openai.schemas.tokens import (
     TEXT_NAMES,
     DetokenizeAnswer,
@@ -18,10 +17,11 @@ from transformers_api.api.openai.schemas.tokens import (
     TokenizeAnswer,
     TokenizeRequest,
 )
+from transformers_api.api.openai.views import message_texts, template_options
 from transformers_api.serving.text import chat_template
 from transformers_api.serving.text.vocabulary import Vocabulary
 
-blueprint = Blueprint("tokens", __name__, description="Text to token ids, and back")
+blueprint = Blueprint("tokens", __name__, dialect=OPENAI, description="Text to token ids, and back")
 
 
 @blueprint.at("/tokenize", methods=["POST"])
@@ -30,14 +30,13 @@ blueprint = Blueprint("tokens", __name__, description="Text to token ids, and ba
 @blueprint.gives(Error, 400, description="A field is wrong; `param` names it")
 def tokenize(body: dict[str, Any]) -> Any:
     """Turn a text, or a conversation, into the ids that the model reads."""
-    known = services()
     name = next((name for name in TEXT_NAMES if name in body), "messages")
-    texts = requests.message_texts(body[name]) if name == "messages" else [body[name]]
-    requests.check_prompt_bytes(texts, known.settings, name)
-    with Exchange(known, request.environ) as exchange:
-        model = exchange.lease(body.get("model"))
+    texts = message_texts(body[name]) if name == "messages" else [body[name]]
+    check_prompt_bytes(texts, services().settings, name)
+    with RequestContext(services()) as context:
+        model = context.lease(body.get("model"))
         if name == "messages":
-            ids = requests.chat_prompt(model, body).ids
+            ids = chat_template.encode(model, body["messages"], **template_options(body)).ids
         else:
             ids = chat_template.encode_text(model, body[name], body["add_special_tokens"], name)
         answer = {"tokens": ids, "count": len(ids), "max_model_len": model.engine.max_model_len}
@@ -53,8 +52,8 @@ def tokenize(body: dict[str, Any]) -> Any:
 @blueprint.gives(Error, 400, description="A field is wrong; `param` names it")
 def detokenize(body: dict[str, Any]) -> Any:
     """Turn token ids into text."""
-    with Exchange(services(), request.environ) as exchange:
-        model = exchange.lease(body.get("model"))
+    with RequestContext(services()) as context:
+        model = context.lease(body.get("model"))
         requests.check_ids(model, body["tokens"], "tokens")
         text = chat_template.decode_ids(model, body["tokens"])
         return {"prompt": text, "text": text}

@@ -1,38 +1,44 @@
 """POST /v1/completions and /v1/chat/completions.
 
-Each view is the walk of one request: check, lease the model, make the prompt, fit it, start, and
-answer whole or as a stream.
+A view makes a task of its body; ``answer`` takes it through the steps that all routes share.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
-
-from flask import request
 
 from transformers_api.api.http import inspect_auth
 from transformers_api.api.http.body import Blueprint
-from transformers_api.api.http.request_context import Exchange
-from transformers_api.api.http.services import services
+from transformers_api.api.http.dialects import OPENAI
+from transformers_api.api.http.error_schemas import Error
+from transformers_api.api.http.request_context import Formatter, Task, answer
 from transformers_api.api.openai import format as openai_format
 from transformers_api.api.openai import requests
-from transformers_api.api.openai.format import Head
+from transformers_api.api.openai.format import ChatFormatter, CompletionFormatter, Head
 from transformers_api.api.openai.schemas.answers import (
     ChatCompletion,
     ChatCompletionChunk,
     Completion,
-    Error,
 )
 from transformers_api.api.openai.schemas.chat import ChatRequest
 from transformers_api.api.openai.schemas.completions import CompletionRequest
 from transformers_api.api.trace.format import TraceWriter
-from transformers_api.serving.generation import collect
-from transformers_api.serving.models.spec import LoadedModel
+from transformers_api.config.settings import Settings
+from transformers_api.serving.generation import GenerationRequest
+from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.text import chat_template
+from transformers_api.serving.text.spans import Span, spans
 
-blueprint = Blueprint("openai", __name__, description="OpenAI's completions and chat completions")
+blueprint = Blueprint(
+    "openai",
+    __name__,
+    dialect=OPENAI,
+    description="OpenAI's completions and chat completions",
+)
+CHAT_DEFAULTS: Mapping[str, Any] = {"max_tokens": 512, "temperature": 0.7, "top_p": 0.9}
+COMPLETION_DEFAULTS: Mapping[str, Any] = {"max_tokens": 16, "temperature": 1.0, "top_p": 1.0}
 # What the pages of the documentation fill in to try a route out.
 CHAT_EXAMPLE = {
     "messages": [{"role": "user", "content": "Name three colours of the sea."}],
@@ -55,29 +61,9 @@ def chat_completions(body: dict[str, Any]) -> Any:
     With `stream` the answer comes as server-sent events, each a `chat.completion.chunk`, and ends
     with `data: [DONE]`. An error after the first byte is an event with `error`, and no `[DONE]`.
     """
-    known = services()
     if "trace" in body:
         inspect_auth.check_enabled()
-    texts = requests.message_texts(body["messages"])
-    requests.check_prompt_bytes(texts, known.settings, "messages")
-    requests.check_sequences(1, body["n"], known.settings)
-    chat_template.check_enabled(
-        known.registry.resolve(body.get("model") or known.settings.default_model)
-    )
-    with Exchange(known, request.environ) as exchange:
-        model = exchange.lease(body.get("model"))
-        prompt = requests.chat_prompt(model, body)
-        quiet_s = known.settings.keepalive_s if body["stream"] else None
-        wanted = requests.chat_request(model, body, prompt, quiet_s)
-        wanted = requests.with_trace(model, body, wanted, known.settings)
-        generation = exchange.start(model, wanted, stream=body["stream"])
-        head = _head("chatcmpl", model, body, [prompt.ids], body["logprobs"])
-        if body["stream"]:
-            chunks = openai_format.chat_chunks(head, generation)
-            return exchange.stream(known.completions.after(chunks, head.id, model, generation))
-        choices = collect(generation)
-        known.completions.remember(head.id, model, head.prompts, [c.token_ids for c in choices])
-        return openai_format.chat_completion(head, choices, generation.usage)
+    return answer(ChatTask(body))
 
 
 @blueprint.at("/v1/completions", methods=["POST"])
@@ -93,57 +79,165 @@ def completions(body: dict[str, Any]) -> Any:
     With `echo`, `logprobs` and `max_tokens` 0 it scores the prompts and generates nothing. With
     `stream` the answer comes as server-sent events and ends with `data: [DONE]`.
     """
-    known = services()
     if "trace" in body:
         inspect_auth.check_enabled()
-    prompts = body["prompt"]
-    given = [prompt for prompt in prompts if isinstance(prompt, str)]
-    requests.check_prompt_bytes(given, known.settings, "prompt")
-    requests.check_sequences(len(prompts), body.get("best_of", body["n"]), known.settings)
-    with Exchange(known, request.environ) as exchange:
-        model = exchange.lease(body.get("model"))
-        ids = requests.prompt_ids(model, prompts)
-        quiet_s = known.settings.keepalive_s if body["stream"] else None
-        wanted = requests.completion_request(model, body, ids, quiet_s)
-        wanted = requests.with_trace(model, body, wanted, known.settings)
-        generation = exchange.start(model, wanted, stream=body["stream"])
-        head = _head("cmpl", model, body, ids, "logprobs" in body)
-        texts = _texts(model, prompts) if body["echo"] or head.with_logprobs else [""] * len(ids)
-        if body["stream"]:
-            chunks = openai_format.completion_chunks(head, texts, body["echo"], generation)
-            return exchange.stream(known.completions.after(chunks, head.id, model, generation))
-        choices = collect(generation)
-        known.completions.remember(head.id, model, head.prompts, [c.token_ids for c in choices])
-        return openai_format.completion(head, texts, body["echo"], choices, generation.usage)
+    return answer(CompletionTask(body))
 
 
-def _texts(model: LoadedModel, prompts: Sequence[str | list[int]]) -> list[str]:
-    return [p if isinstance(p, str) else chat_template.decode_ids(model, p) for p in prompts]
+class ChatTask(Task):
+    """A conversation to be answered ``n`` times."""
+
+    field = "messages"
+    is_chat = True
+
+    def __init__(self, body: Mapping[str, Any]) -> None:
+        self.body = body
+        self.model_id: str | None = body.get("model")
+        self.is_streamed: bool = body["stream"]
+        self.texts = message_texts(body["messages"])
+        self.per_prompt: int = body["n"]
+
+    def prepare(self, model: LoadedModel, settings: Settings) -> GenerationRequest:
+        """See Task."""
+        body = self.body
+        prompt = chat_template.encode(model, body["messages"], **template_options(body))
+        # The request's word, else the registry's, else the route's.
+        fields = {**CHAT_DEFAULTS, **requests.registered_options(model), **body}
+        limit = next((n for n in ("max_completion_tokens", "max_tokens") if n in body), None)
+        max_tokens = requests.fit(
+            fields[limit or "max_tokens"],
+            len(prompt.ids),
+            model.engine.max_model_len,
+            explicit=limit is not None,
+            param="messages",
+            max_tokens_param=limit or "max_tokens",
+        )
+        goes_on = fields.get("ignore_eos", False)  # then the end of a turn ends nothing either
+        params = requests.sampling_params(
+            model,
+            fields,
+            max_tokens,
+            stop_token_ids=frozenset() if goes_on else prompt.stop_token_ids,
+            logprobs=body.get("top_logprobs", 0) if body["logprobs"] else None,
+        )
+        request = GenerationRequest(
+            [prompt.ids],
+            params,
+            n=body["n"],
+            stop=requests.stop_strings(fields) + (() if goes_on else prompt.stop),
+            quiet_s=settings.keepalive_s if body["stream"] else None,
+        )
+        return requests.with_trace(request, model, body, settings) if "trace" in body else request
+
+    def formatter(self, model: LoadedModel, request: GenerationRequest) -> Formatter:
+        """See Task."""
+        body, places = self.body, []
+        if "trace" in body:
+            (prompt,) = request.prompts
+            places = spans(model, body["messages"], prompt, **template_options(body))
+        return ChatFormatter(_head("chatcmpl", model, body, request, body["logprobs"], places))
+
+
+class CompletionTask(Task):
+    """Texts, or token ids, to be continued ``n`` times each."""
+
+    field = "prompt"
+
+    def __init__(self, body: Mapping[str, Any]) -> None:
+        self.body = body
+        self.model_id: str | None = body.get("model")
+        self.is_streamed: bool = body["stream"]
+        self.texts = [prompt for prompt in body["prompt"] if isinstance(prompt, str)]
+        self.prompts = len(body["prompt"])
+        self.per_prompt: int = body.get("best_of", body["n"])
+
+    def prepare(self, model: LoadedModel, settings: Settings) -> GenerationRequest:
+        """See Task."""
+        body = self.body
+        prompts = requests.prompt_ids(model, body["prompt"])
+        fields = {**COMPLETION_DEFAULTS, **requests.registered_options(model), **body}
+        # All prompts share one limit; a default is cut to what the longest of them leaves.
+        max_tokens = min(
+            requests.fit(
+                fields["max_tokens"],
+                len(ids),
+                model.engine.max_model_len,
+                explicit="max_tokens" in body,
+                param="prompt",
+            )
+            for ids in prompts
+        )
+        logprobs = body.get("logprobs")
+        scores_prompt = body["echo"] and (logprobs is not None or max_tokens == 0)
+        params = requests.sampling_params(
+            model,
+            fields,
+            max_tokens,
+            logprobs=logprobs,
+            prompt_logprobs=(logprobs or 0) if scores_prompt else None,
+        )
+        request = GenerationRequest(
+            prompts,
+            params,
+            n=body["n"],
+            best_of=body.get("best_of"),
+            stop=requests.stop_strings(fields),
+            quiet_s=settings.keepalive_s if body["stream"] else None,
+        )
+        return requests.with_trace(request, model, body, settings) if "trace" in body else request
+
+    def formatter(self, model: LoadedModel, request: GenerationRequest) -> Formatter:
+        """See Task."""
+        body, with_logprobs = self.body, "logprobs" in self.body
+        head = _head("cmpl", model, body, request, with_logprobs)
+        texts = [""] * len(request.prompts)
+        if body["echo"] or with_logprobs:
+            texts = [_text(model, prompt) for prompt in body["prompt"]]
+        return CompletionFormatter(head, texts, echo=body["echo"])
+
+
+def message_texts(messages: Iterable[Mapping[str, Any]]) -> list[str]:
+    """All text of a conversation."""
+    texts: list[str] = []
+    for message in messages:
+        content = message.get("content", "")
+        texts += [content] if isinstance(content, str) else [part["text"] for part in content]
+    return texts
+
+
+def template_options(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that say how the messages of ``body`` become a prompt."""
+    return {
+        "add_generation_prompt": body.get("add_generation_prompt"),
+        "continue_final_message": body["continue_final_message"],
+        "chat_template_kwargs": body.get("chat_template_kwargs"),
+    }
+
+
+def _text(model: LoadedModel, prompt: str | list[int]) -> str:
+    return prompt if isinstance(prompt, str) else chat_template.decode_ids(model, prompt)
 
 
 def _head(
     prefix: str,
     model: LoadedModel,
     body: Mapping[str, Any],
-    prompts: Sequence[Sequence[int]],
+    request: GenerationRequest,
     with_logprobs: bool,
+    places: Sequence[Span] = (),
 ) -> Head:
+    traces = None
+    if "trace" in body:
+        traces = TraceWriter(model, body["trace"], request.prompts, places)
     return Head(
         id=openai_format.new_id(prefix),
         created=int(time.time()),
         model=body.get("model") or model.spec.name,
         fingerprint=model.fingerprint,
-        prompts=prompts,
+        prompts=request.prompts,
         n=body["n"],
         with_logprobs=with_logprobs,
         with_token_ids=body["return_token_ids"],
         with_usage=body.get("stream_options", {}).get("include_usage", False),
-        traces=_traces(model, body, prompts) if "trace" in body else None,
+        traces=traces,
     )
-
-
-def _traces(
-    model: LoadedModel, body: Mapping[str, Any], prompts: Sequence[Sequence[int]]
-) -> TraceWriter:
-    spans = requests.message_spans(model, body, prompts[0]) if "messages" in body else []
-    return TraceWriter(model, body["trace"], prompts, spans)

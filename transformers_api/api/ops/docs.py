@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 from typing import Any
 
 from apispec import APISpec
@@ -10,7 +11,8 @@ from flask import Blueprint, Flask, Response, request
 from flask_smorest import Api  # type: ignore[import-untyped]
 
 from transformers_api import __version__
-from transformers_api.api.openai.schemas.answers import Error
+from transformers_api.api.http.auth import scope
+from transformers_api.api.http.error_schemas import Error
 
 ASSETS = "/docs/assets"
 KEY_SCHEME = "ApiKey"
@@ -83,6 +85,9 @@ def install(app: Flask, *, needs_key: bool) -> OpenAPI:
     api = OpenAPI(app, spec_kwargs={"security": bearer if needs_key else [{}, *bearer]})
     scheme = {"type": "http", "scheme": "bearer", "description": "An API key of this server"}
     api.spec.components.security_scheme(KEY_SCHEME, scheme)
+    for endpoint, view in app.view_functions.items():
+        if endpoint.startswith(("assets.", "api-docs.")):
+            app.view_functions[endpoint] = scope("open")(partial(view))
     return api
 
 

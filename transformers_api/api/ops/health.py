@@ -1,4 +1,4 @@
-"""Whether the server lives, whether it can serve, and what it is."""
+"""GET /health, /healthz, /readyz and /: the server lives, can serve, and says what it is."""
 
 from __future__ import annotations
 
@@ -11,23 +11,26 @@ from typing import Any
 from flask import Response, jsonify
 
 from transformers_api import __version__
-from transformers_api.api.http.dialects import PlainBlueprint
+from transformers_api.api.http.auth import scope
+from transformers_api.api.http.body import Blueprint
+from transformers_api.api.http.dialects import PLAIN
 from transformers_api.api.http.services import services
-from transformers_api.api.openai.schemas.answers import Health, Probe, Ready, Start
+from transformers_api.api.ops.schemas.health import Health, Probe, Ready, Start
 
-blueprint = PlainBlueprint("health", __name__, description="Whether the server lives and can serve")
+blueprint = Blueprint(
+    "health", __name__, dialect=PLAIN, description="Whether the server lives and can serve"
+)
 
 
 @blueprint.at("/health")
-@blueprint.without_key
+@scope("open")
 @blueprint.gives(Health)
 def health() -> Any:
     """Say how the server is.
 
     `status` is `degraded` while no model is in memory. Never waits for a model.
     """
-    known = services()
-    status = known.swapper.status()
+    status = services().swapper.status()
     loaded = [] if status.model is None else [status.model]
     return {
         "status": "healthy" if loaded else "degraded",
@@ -38,17 +41,17 @@ def health() -> Any:
         "models_loaded": loaded,
         "loaded_models": len(loaded),
         "active_requests": status.leases,
-        "total_models": len(known.registry.list()),
-        "cuda_available": "cuda" in known.devices(),
+        "total_models": len(services().registry.list()),
+        "cuda_available": "cuda" in services().devices(),
         "device": status.device,
-        "cache_dir": str(known.settings.hf_home),
+        "cache_dir": str(services().settings.hf_home),
         "memory": {"process_bytes": _process_bytes(), "model_bytes": status.bytes},
         "system": {
             "platform": platform.system(),
             "python": platform.python_version(),
             "cpu_count": os.cpu_count(),
         },
-        "uptime": _uptime(time.monotonic() - known.started_at),
+        "uptime": _uptime(time.monotonic() - services().started_at),
     }
 
 
@@ -68,7 +71,7 @@ def _uptime(seconds: float) -> str:
 
 
 @blueprint.at("/healthz")
-@blueprint.without_key
+@scope("open")
 @blueprint.gives(Probe)
 def healthz() -> Any:
     """Say that the process answers."""
@@ -76,7 +79,7 @@ def healthz() -> Any:
 
 
 @blueprint.at("/readyz")
-@blueprint.without_key
+@scope("open")
 @blueprint.gives(Ready)
 @blueprint.gives(Ready, 503, description="Send no requests now; `reason` says why.")
 def readyz() -> Response:

@@ -8,19 +8,21 @@ from typing import Any
 from flask import Response
 
 from transformers_api import __version__
-from transformers_api.api.http.body import MAX_BODY_BYTES
-from transformers_api.api.http.dialects import PlainBlueprint
-from transformers_api.api.http.services import Services, services
+from transformers_api.api.http.auth import scope
+from transformers_api.api.http.body import MAX_BODY_BYTES, Blueprint
+from transformers_api.api.http.dialects import PLAIN
+from transformers_api.api.http.error_schemas import Detail
+from transformers_api.api.http.services import services
 from transformers_api.api.ops.schemas.status import Status
-from transformers_api.api.seeds.schemas.generate import Detail
 from transformers_api.config.settings import Settings
 from transformers_api.errors import NotFound
 from transformers_api.serving.swap.residency import SwapperStatus
 
-blueprint = PlainBlueprint("monitoring", __name__, description="What the server is doing")
+blueprint = Blueprint("monitoring", __name__, dialect=PLAIN, description="What the server is doing")
 
 
 @blueprint.at("/metrics")
+@scope("admin")
 @blueprint.gives({"type": "string"}, content_type="text/plain", description="Metrics")
 @blueprint.gives(Detail, 404, description="`METRICS_ENABLED` is off")
 def metrics() -> Response:
@@ -33,46 +35,47 @@ def metrics() -> Response:
 
 
 @blueprint.at("/status")
+@scope("admin")
 @blueprint.gives(Status)
 def status() -> Any:
     """Say what is resident, what is coming and who waits, with the limits."""
-    known = services()
-    ready, reason = known.ready()
-    seen = known.swapper.status()
-    uptime_s = time.monotonic() - known.started_at
+    ready, reason = services().ready()
+    swapper = services().swapper.status()
+    models = services().embeddings
+    uptime_s = time.monotonic() - services().started_at
     return {
         "version": __version__,
         "uptime_s": round(uptime_s, 1),
-        "started": known.created,
+        "started": services().created,
         "ready": ready,
         "reason": reason,
-        "state": seen.state,
-        "resident": None if seen.model is None else _resident(seen),
-        "encoder": known.embeddings.encoder if known.embeddings else None,
-        "loading": None if seen.loading is None else _loading(seen),
-        "queued": dict(seen.waiting),
-        "failed": dict(seen.last_errors),
-        "requests": len(known.admission),
-        "limits": _limits(known),
+        "state": swapper.state,
+        "resident": None if swapper.model is None else _resident(swapper),
+        "encoder": models.encoder if models else None,
+        "loading": None if swapper.loading is None else _loading(swapper),
+        "queued": dict(swapper.waiting),
+        "failed": dict(swapper.last_errors),
+        "requests": len(services().admission),
+        "limits": _limits(services().settings),
     }
 
 
-def _resident(seen: SwapperStatus) -> dict[str, Any]:
-    engine = seen.engine
+def _resident(swapper: SwapperStatus) -> dict[str, Any]:
+    engine = swapper.engine
     usage = engine.kv_used_bytes / engine.kv_budget_bytes if engine.kv_budget_bytes else 0.0
     return {
-        "model": seen.model,
-        "draining": seen.state == "draining",
-        "since": round(time.time() - (time.monotonic() - seen.since)),
-        "load_s": round(seen.load_s, 3),
-        "bytes": seen.bytes,
-        "dtype": seen.dtype,
-        "quantization": seen.quantization,
-        "kernels": seen.kernels,
-        "device": seen.device,
-        "max_model_len": seen.max_model_len,
+        "model": swapper.model,
+        "draining": swapper.state == "draining",
+        "since": round(time.time() - (time.monotonic() - swapper.since)),
+        "load_s": round(swapper.load_s, 3),
+        "bytes": swapper.bytes,
+        "dtype": swapper.dtype,
+        "quantization": swapper.quantization,
+        "kernels": swapper.kernels,
+        "device": swapper.device,
+        "max_model_len": swapper.max_model_len,
         "mode": engine.mode,
-        "leases": seen.leases,
+        "leases": swapper.leases,
         "running": engine.running,
         "waiting": engine.waiting,
         "kv_cache": {
@@ -84,16 +87,15 @@ def _resident(seen: SwapperStatus) -> dict[str, Any]:
     }
 
 
-def _loading(seen: SwapperStatus) -> dict[str, Any]:
+def _loading(swapper: SwapperStatus) -> dict[str, Any]:
     return {
-        "model": seen.loading,
-        "progress": round(seen.progress, 3),
-        "doing": seen.progress_text,
+        "model": swapper.loading,
+        "progress": round(swapper.progress, 3),
+        "doing": swapper.progress_text,
     }
 
 
-def _limits(known: Services) -> dict[str, Any]:
-    settings: Settings = known.settings
+def _limits(settings: Settings) -> dict[str, Any]:
     return {
         "max_inflight": settings.max_inflight,
         "max_queue": settings.max_queue,

@@ -12,14 +12,16 @@ from urllib.parse import urlsplit
 
 from flask import request
 
-from transformers_api.api.http.dialects import PlainBlueprint
-from transformers_api.api.http.request_context import Exchange
-from transformers_api.api.http.services import Services, services
+from transformers_api.api.http.auth import scope
+from transformers_api.api.http.body import Blueprint
+from transformers_api.api.http.dialects import PLAIN
+from transformers_api.api.http.error_schemas import Detail
+from transformers_api.api.http.request_context import Formatter, RequestContext, Task, answer
+from transformers_api.api.http.services import services
 from transformers_api.api.openai import requests
 from transformers_api.api.seeds import generate_format
-from transformers_api.api.seeds.generate_format import Answer, Asked
+from transformers_api.api.seeds.generate_format import GenerateFormatter, Heading
 from transformers_api.api.seeds.schemas.generate import (
-    Detail,
     Done,
     Generated,
     GenerateRequest,
@@ -28,14 +30,16 @@ from transformers_api.api.seeds.schemas.generate import (
     NativeModel,
     NativeModelState,
 )
+from transformers_api.config.settings import Settings
 from transformers_api.engine.base import SamplingParams
 from transformers_api.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound, NotFound
-from transformers_api.serving.generation import Generation, GenerationRequest, fit
+from transformers_api.serving.generation import GenerationRequest
 from transformers_api.serving.limits.cancellation import Cancellation
-from transformers_api.serving.models.spec import LoadedModel, ModelSpec
+from transformers_api.serving.models.spec import ModelSpec
+from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.swap.residency import SwapperStatus
 
-blueprint = PlainBlueprint("native", __name__, description="The native API")
+blueprint = Blueprint("native", __name__, dialect=PLAIN, description="The native API")
 
 DEFAULTS: Mapping[str, Any] = {
     "max_new_tokens": 100,
@@ -62,11 +66,7 @@ def generate(body: dict[str, Any]) -> Any:
     same order, also for a list of one; the times are those of all together. With `stream` the
     answer is that of `/generate/stream`.
     """
-    if body["stream"]:
-        return _streamed(body)
-    with Exchange(services(), request.environ) as exchange:
-        answer, generation = _begin(exchange, body, stream=False)
-        return answer.collect(generation)
+    return answer(GenerateTask(body, is_streamed=body["stream"]))
 
 
 @blueprint.at("/generate/stream", methods=["POST"])
@@ -82,26 +82,18 @@ def generate_stream(body: dict[str, Any]) -> Any:
     that index. The last one is the answer of `/generate` with `"done": true`; `data: [DONE]`
     follows. An error after the first byte is an event with `detail`, and no `[DONE]`.
     """
-    return _streamed(body)
-
-
-def _streamed(body: dict[str, Any]) -> Any:
-    """The events of a request that was checked."""
-    with Exchange(services(), request.environ) as exchange:
-        answer, generation = _begin(exchange, body, stream=True)
-        return exchange.stream(answer.events(generation))
+    return answer(GenerateTask(body, is_streamed=True))
 
 
 @blueprint.at("/models")
 @blueprint.gives(NativeModel(many=True))  # type: ignore[arg-type]
 def list_models() -> Any:
     """List the registered models, and what is in memory."""
-    known = services()
-    status = known.swapper.status()
-    specs = {spec.name: spec for spec in known.registry.list()}
+    registry, status = services().registry, services().swapper.status()
+    specs = {spec.name: spec for spec in registry.list()}
     if status.model is not None and status.model not in specs:
-        specs[status.model] = known.registry.resolve(status.model)
-    return [_described(known, spec, status) for spec in specs.values()]
+        specs[status.model] = registry.resolve(status.model)
+    return [_described(spec, status) for spec in specs.values()]
 
 
 @blueprint.at("/models/<path:model_name>")
@@ -109,38 +101,41 @@ def list_models() -> Any:
 @blueprint.gives(Detail, 404, description="No such model")
 def retrieve_model(model_name: str) -> Any:
     """Describe one model, and how far its loading is."""
-    known = services()
-    spec = known.registry.resolve(model_name)
-    status = known.swapper.status()
+    spec = services().registry.resolve(model_name)
+    status = services().swapper.status()
     state = generate_format.model_state(spec.name, status)
-    return {**_described(known, spec, status), **state}
+    return {**_described(spec, status), **state}
 
 
 @blueprint.at("/models/<path:model_name>/load", methods=["POST"])
+@scope("admin")
 @blueprint.gives(Done)
 @blueprint.gives(Detail, 404, description="No such model")
 def load_in_background(model_name: str) -> Any:
     """Begin to load a model and answer at once; GET /models/{model_name} tells how far it is."""
-    _check_origin(services())
+    _check_origin()
     begun = services().swapper.load(model_name, wait=False)
     state = f"Loading model '{model_name}' in background"
     return {"message": state if begun else f"Model '{model_name}' is already loaded"}
 
 
 @blueprint.at("/models/<path:model_name>/unload", methods=["DELETE", "POST"])
+@scope("admin")
 @blueprint.gives(Done)
 @blueprint.gives(Detail, 404, description="Not in memory")
 def unload(model_name: str) -> Any:
     """Take a model out of memory, once its running answers are finished."""
-    _check_origin(services())
-    with Exchange(services(), request.environ) as exchange:
-        evicted = _evicted(services(), model_name, exchange.cancellation)
+    _check_origin()
+    with RequestContext(services()) as context:
+        context.take_place()
+        evicted = _evicted(model_name, context.cancellation)
     if not evicted:
         raise NotFound(f"Model '{model_name}' is not loaded", param="model")
     return {"message": f"Model '{model_name}' unloaded successfully"}
 
 
 @blueprint.at("/load_model", methods=["POST"])
+@scope("admin")
 @blueprint.takes(LoadModelRequest, example={"model_name": "smollm2-135m-instruct"})
 @blueprint.gives(LoadModelAnswer)
 @blueprint.gives(Detail, 400, description="A field is wrong; the text names it")
@@ -149,66 +144,72 @@ def unload(model_name: str) -> Any:
 def load_model(body: dict[str, Any]) -> Any:
     """Load a model and answer when it is in memory, which may take minutes."""
     name = body["model_name"]
-    with Exchange(services(), request.environ) as exchange:
-        services().swapper.load(name, cancellation=exchange.cancellation)
+    with RequestContext(services()) as context:
+        context.take_place()
+        services().swapper.load(name, cancellation=context.cancellation)
     return {"message": f"Model {name} loaded successfully", **body}
 
 
-def _begin(exchange: Exchange, body: dict[str, Any], *, stream: bool) -> tuple[Answer, Generation]:
-    """Check, lease the model, encode, fit, start."""
-    known = services()
-    prompts = [body["prompt"]] if isinstance(body["prompt"], str) else body["prompt"]
-    requests.check_prompt_bytes(prompts, known.settings, "prompt")
-    requests.check_sequences(len(prompts), 1, known.settings)
-    model = exchange.lease(body.get("model"))
-    began = time.perf_counter()
-    ids = requests.prompt_ids(model, prompts)
-    encoded = time.perf_counter()
-    wanted = _request(model, body, ids, known.settings.keepalive_s if stream else None)
-    asked = Asked(
-        model=body.get("model") or model.spec.name,
-        prompts=prompts,
-        is_batch=isinstance(body["prompt"], list),
-        full_text=body["return_full_text"],
-        parameters=_shown(wanted.params, body),
-    )
-    return Answer(asked, began, encoded), exchange.start(model, wanted, stream=stream)
+class GenerateTask(Task):
+    """A text, or a list of texts, to be continued once each."""
 
+    field = "prompt"
 
-def _request(
-    model: LoadedModel, body: Mapping[str, Any], ids: Sequence[Sequence[int]], quiet_s: float | None
-) -> GenerationRequest:
-    """The request's word, else the registry's, else this route's."""
-    registered = {key: value for key, value in model.spec.generation.items() if value is not None}
-    options = {**DEFAULTS, **registered, **body}
-    params = SamplingParams(
-        max_tokens=_max_tokens(model, body, ids),
-        temperature=options["temperature"],
-        top_k=max(options["top_k"], 0),
-        top_p=options["top_p"],
-        word_repetition_penalty=options["word_repetition_penalty"],
-        seed=options.get("seed"),
-    )
-    # What a model writes to end its text, such as TinyGPT2's literal <|endoftext|>, is its own end.
-    stop = (*_stops(registered), *body.get("stop", ()))
-    return GenerationRequest(ids, params, stop=stop, quiet_s=quiet_s)
+    def __init__(self, body: Mapping[str, Any], *, is_streamed: bool) -> None:
+        prompt = body["prompt"]
+        self.body = body
+        self.model_id: str | None = body.get("model")
+        self.is_streamed = is_streamed
+        self.texts = [prompt] if isinstance(prompt, str) else prompt
+        self.prompts = len(self.texts)
+        self.began = self.encoded = 0.0  # time.perf_counter(), around the encoding
 
+    def prepare(self, model: LoadedModel, settings: Settings) -> GenerationRequest:
+        """See Task."""
+        body = self.body
+        self.began = time.perf_counter()
+        prompts = requests.prompt_ids(model, self.texts)
+        self.encoded = time.perf_counter()
+        # The request's word, else the registry's, else this route's.
+        registered = requests.registered_options(model)
+        options = {**DEFAULTS, **registered, **body}
+        params = SamplingParams(
+            max_tokens=_max_tokens(model, body, prompts),
+            temperature=options["temperature"],
+            top_k=max(options["top_k"], 0),
+            top_p=options["top_p"],
+            word_repetition_penalty=options["word_repetition_penalty"],
+            seed=options.get("seed"),
+        )
+        # What a model writes to end its text, such as TinyGPT2's literal <|endoftext|>, is its own
+        # end.
+        stop = (*requests.stop_strings(registered), *body.get("stop", ()))
+        quiet_s = settings.keepalive_s if self.is_streamed else None
+        return GenerationRequest(prompts, params, stop=stop, quiet_s=quiet_s)
 
-def _stops(registered: Mapping[str, Any]) -> tuple[str, ...]:
-    stop = registered.get("stop", ())
-    return (stop,) if isinstance(stop, str) else tuple(stop)
+    def formatter(self, model: LoadedModel, request: GenerationRequest) -> Formatter:
+        """See Task."""
+        body = self.body
+        heading = Heading(
+            model=body.get("model") or model.spec.name,
+            prompts=self.texts,
+            is_batch=isinstance(body["prompt"], list),
+            full_text=body["return_full_text"],
+            parameters=_parameters(request.params, body),
+        )
+        return GenerateFormatter(heading, request.prompts, self.began, self.encoded)
 
 
 def _max_tokens(model: LoadedModel, body: Mapping[str, Any], ids: Sequence[Sequence[int]]) -> int:
     """All prompts share one limit; a default is cut to what the longest of them leaves."""
     name = next((name for name in ("max_new_tokens", "max_length") if name in body), None)
     default = model.spec.generation.get("max_tokens") or DEFAULTS["max_new_tokens"]
-    wanted: int = body[name] if name else default
+    max_tokens: int = body[name] if name else default
     window = model.engine.max_model_len
     if model.engine.context_overflow is None:
-        fitting = (
-            fit(
-                wanted,
+        limits = (
+            requests.fit(
+                max_tokens,
                 len(prompt),
                 window,
                 explicit=name is not None,
@@ -217,34 +218,34 @@ def _max_tokens(model: LoadedModel, body: Mapping[str, Any], ids: Sequence[Seque
             )
             for prompt in ids
         )
-        return min(fitting)
+        return min(limits)
     most = max(window, DOCUMENTED_MOST)
-    if name and wanted > most:
+    if name and max_tokens > most:
         raise ContextLengthExceeded(f"'{name}' must be at most {most} for this model", param=name)
-    return min(wanted, most)
+    return min(max_tokens, most)
 
 
-def _shown(params: SamplingParams, body: Mapping[str, Any]) -> dict[str, Any]:
+def _parameters(params: SamplingParams, body: Mapping[str, Any]) -> dict[str, Any]:
     used = {name: getattr(params, name) for name in DEFAULTS if name != "max_new_tokens"}
-    given = {name: body[name] for name in _EXTRAS if name in body}
-    return {"max_new_tokens": params.max_tokens, **used, **given}
+    extras = {name: body[name] for name in _EXTRAS if name in body}
+    return {"max_new_tokens": params.max_tokens, **used, **extras}
 
 
-def _described(known: Services, spec: ModelSpec, status: SwapperStatus) -> dict[str, Any]:
-    return generate_format.model(spec, known.store.locate(spec), status)
+def _described(spec: ModelSpec, status: SwapperStatus) -> dict[str, Any]:
+    return generate_format.model(spec, services().store.locate(spec), status)
 
 
-def _check_origin(known: Services) -> None:
+def _check_origin() -> None:
     """Any web page may POST without a body; elsewhere the JSON body makes its browser ask first."""
     origin = request.headers.get("Origin")
-    if origin is None or origin in known.settings.cors_allow_origins:
+    if origin is None or origin in services().settings.cors_allow_origins:
         return
     if urlsplit(origin).netloc != request.host:
         raise InvalidRequest(f"Pages of {origin} may not do that; see CORS_ALLOW_ORIGINS")
 
 
-def _evicted(known: Services, model_name: str, cancellation: Cancellation) -> bool:
+def _evicted(model_name: str, cancellation: Cancellation) -> bool:
     try:
-        return known.swapper.evict(model_name, cancellation=cancellation)
+        return services().swapper.evict(model_name, cancellation=cancellation)
     except ModelNotFound:  # what is unknown is not loaded either
         return False

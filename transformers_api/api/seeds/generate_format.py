@@ -1,4 +1,4 @@
-"""The native API's answers: from pieces of text to dictionaries. No Flask."""
+"""The native API's answers: from pieces of text to dictionaries and events. No Flask."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers_api.api.http.dialects import PLAIN
+from transformers_api.api.http.request_context import Formatter
 from transformers_api.serving.generation import Generation
 from transformers_api.serving.models.spec import ModelSpec
 from transformers_api.serving.swap.residency import SwapperStatus
@@ -31,8 +33,8 @@ _SHAPE = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
-    """What an answer repeats of its request."""
+class Heading:
+    """The fields of a request that its answer repeats."""
 
     model: str
     prompts: Sequence[str]
@@ -41,35 +43,45 @@ class Asked:
     parameters: Mapping[str, Any]
 
 
-class Answer:
-    """Collects one generation and says what came of it."""
+class GenerateFormatter(Formatter):
+    """The answer of /generate, whole and as events."""
 
-    def __init__(self, asked: Asked, began: float, encoded: float) -> None:
-        self._asked = asked
+    dialect = PLAIN
+
+    def __init__(
+        self,
+        heading: Heading,
+        prompts: Sequence[Sequence[int]],
+        began: float,
+        encoded: float,
+    ) -> None:
+        self.prompts = prompts
+        self._heading = heading
         self._began = began  # time.perf_counter(), as the others
         self._encoded = encoded
         self._first: float | None = None
-        self._pieces: list[list[str]] = [[] for _ in asked.prompts]
-        self._tokens = [0] * len(asked.prompts)
-        self._reasons = [""] * len(asked.prompts)
+        self._pieces: list[list[str]] = [[] for _ in prompts]
+        self._tokens = [0] * len(prompts)
+        self._reasons = [""] * len(prompts)
 
-    def events(self, generation: Generation) -> Iterator[Json | None]:
-        """The pieces of text as they come, None for silence, and the whole answer at the end."""
-        for delta in generation:
-            if delta is None:
-                yield None
-                continue
-            self._take(delta)
-            if delta.text:
-                yield {"index": delta.index, "text": delta.text}
-        yield {"done": True, **self._complete(generation)}
-
-    def collect(self, generation: Generation) -> Json:
+    def whole(self, generation: Generation) -> Json:
         """The whole answer."""
         for delta in generation:
             if delta is not None:
                 self._take(delta)
         return self._complete(generation)
+
+    def frames(self, delta: TextDelta) -> Sequence[bytes]:
+        """An event with the piece of text, where there is any."""
+        self._take(delta)
+        if not delta.text:
+            return ()
+        return (self.dialect.frame({"index": delta.index, "text": delta.text}),)
+
+    def closing(self, generation: Generation | None) -> Iterator[bytes]:
+        """The whole answer."""
+        if generation is not None:
+            yield self.dialect.frame({"done": True, **self._complete(generation)})
 
     def _take(self, delta: TextDelta) -> None:
         if delta.text and self._first is None:
@@ -86,22 +98,22 @@ class Answer:
 
     def _complete(self, generation: Generation) -> Json:
         generated = time.perf_counter()
-        asked, texts = self._asked, ["".join(pieces) for pieces in self._pieces]
-        if asked.full_text:
-            texts = [prompt + text for prompt, text in zip(asked.prompts, texts, strict=True)]
+        heading, texts = self._heading, ["".join(pieces) for pieces in self._pieces]
+        if heading.full_text:
+            texts = [prompt + text for prompt, text in zip(heading.prompts, texts, strict=True)]
         spent_s = generated - self._encoded
         count = sum(self._tokens)
-        log.info("%s: %d tokens in %.3f s (%.1f/s)", asked.model, count, spent_s, count / spent_s)
+        log.info("%s: %d tokens in %.3f s (%.1f/s)", heading.model, count, spent_s, count / spent_s)
         return {
-            "generated_text": self._shown(texts),
-            "prompt": self._shown(asked.prompts),
-            "model_used": asked.model,
-            "model": asked.model,
-            "tokens_generated": self._shown(self._tokens),
-            "finish_reason": self._shown(self._reasons),
+            "generated_text": self._one_or_many(texts),
+            "prompt": self._one_or_many(heading.prompts),
+            "model_used": heading.model,
+            "model": heading.model,
+            "tokens_generated": self._one_or_many(self._tokens),
+            "finish_reason": self._one_or_many(self._reasons),
             "generation_time": round(spent_s, 3),
             "tokens_per_second": round(count / spent_s, 2),
-            "parameters": dict(asked.parameters),
+            "parameters": dict(heading.parameters),
             "timings": {
                 "encode_ms": _ms(self._encoded - self._began),
                 "time_to_first_token_ms": _ms((self._first or generated) - self._encoded),
@@ -113,8 +125,8 @@ class Answer:
             },
         }
 
-    def _shown(self, values: Sequence[Any]) -> Any:
-        return list(values) if self._asked.is_batch else values[0]
+    def _one_or_many(self, values: Sequence[Any]) -> Any:
+        return list(values) if self._heading.is_batch else values[0]
 
 
 def _ms(seconds: float) -> float:
@@ -133,7 +145,7 @@ def model(spec: ModelSpec, folder: Path | None, status: SwapperStatus) -> Json:
 
 
 def model_state(name: str, status: SwapperStatus) -> Json:
-    """How far the loading of a model is."""
+    """The progress of a model's loading."""
     error = status.last_errors.get(name)
     is_coming = status.loading == name
     if status.model == name:
@@ -155,10 +167,10 @@ def _shape(folder: Path | None) -> Json:
     if folder is None:
         return {}
     config = json.loads((folder / "config.json").read_text())
-    found = {
+    shape = {
         name: next((config[key] for key in keys if config.get(key) is not None), None)
         for name, keys in _SHAPE.items()
     }
-    if not found["n_experts"]:
-        del found["n_experts"], found["top_experts"]
-    return {name: value for name, value in found.items() if value is not None}
+    if not shape["n_experts"]:
+        del shape["n_experts"], shape["top_experts"]
+    return {name: value for name, value in shape.items() if value is not None}

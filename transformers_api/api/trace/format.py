@@ -1,4 +1,4 @@
-"""What was noted of every token: from plain data to JSON. Numbers have 5 decimals."""
+"""The traces of tokens: from plain data to JSON. Numbers have 5 decimals."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from transformers_api.inspection.base import (
 )
 from transformers_api.serving.inspect import arrays
 from transformers_api.serving.inspect.trace_plan import TraceRequest
-from transformers_api.serving.models.spec import LoadedModel
+from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.text.spans import Span
 from transformers_api.serving.text.vocabulary import Vocabulary
 
@@ -35,34 +35,34 @@ class TraceWriter:
     def __init__(
         self,
         model: LoadedModel,
-        asked: TraceRequest,
+        options: TraceRequest,
         prompts: Sequence[Sequence[int]],
         spans: Sequence[Span] = (),
     ) -> None:
         assert model.inspector is not None
         self._anatomy = model.inspector.anatomy
-        self._words = Vocabulary(model.tokenizer)
-        self._asked = asked
+        self._vocabulary = Vocabulary(model.tokenizer)
+        self._options = options
         self._prompts = prompts
         self._spans = spans
         self._bytes = 0
         self._seconds = 0.0
 
     def header(self, prompt: int, index: int) -> Any:
-        """What the traces of the answer ``index`` are about."""
+        """The header of the traces of the answer ``index``."""
         begun = time.perf_counter()
-        told = header(self._anatomy, self._words, self._prompts[prompt], self._spans)
-        return self._written({"v": VERSION, "index": index, **told}, begun)
+        content = header(self._anatomy, self._vocabulary, self._prompts[prompt], self._spans)
+        return self._written({"v": VERSION, "index": index, **content}, begun)
 
     def step(self, trace: StepTrace, index: int, **more: Any) -> Any:
         """One token of the answer ``index``, and ``more`` beside it."""
         begun = time.perf_counter()
-        return self._written({**step(trace, index, self._asked, self._words), **more}, begun)
+        return self._written({**step(trace, index, self._options, self._vocabulary), **more}, begun)
 
     def event(self, trace: StepTrace) -> Any:
         """One token, as ``seed_event`` has it."""
         begun = time.perf_counter()
-        return self._written(seed_event(trace, self._asked, self._words), begun)
+        return self._written(seed_event(trace, self._options, self._vocabulary), begun)
 
     @property
     def usage(self) -> Json:
@@ -78,13 +78,13 @@ class TraceWriter:
 
 
 def header(
-    anatomy: Anatomy, words: Vocabulary, prompt: Sequence[int], spans: Sequence[Span]
+    anatomy: Anatomy, vocabulary: Vocabulary, prompt: Sequence[int], spans: Sequence[Span]
 ) -> Json:
     """The prompt as the model reads it, the model, the units."""
     return {
         "prompt": {
             "token_ids": list(prompt),
-            "tokens": [words.decoded(i) for i in prompt],
+            "tokens": [vocabulary.decoded(i) for i in prompt],
             "spans": [span_json(span) for span in spans],
         },
         "model": {
@@ -98,14 +98,14 @@ def header(
 
 
 def span_json(span: Span) -> Json:
-    """Who said the tokens [start, end)."""
+    """The role of the tokens [start, end)."""
     return {"role": span.role, "start": span.start, "end": span.end, "section": span.section}
 
 
-def step(trace: StepTrace, index: int, asked: TraceRequest, words: Vocabulary) -> Json:
-    """What ``/v1`` shows of a token."""
+def step(trace: StepTrace, index: int, options: TraceRequest, vocabulary: Vocabulary) -> Json:
+    """One token, as ``/v1`` shows it."""
     logprob = _logprob(trace.logprob)
-    told: Json = {
+    content: Json = {
         "v": VERSION,
         "index": index,
         "step": trace.step,
@@ -120,30 +120,30 @@ def step(trace: StepTrace, index: int, asked: TraceRequest, words: Vocabulary) -
             "entropy": _round(trace.sampled_entropy),
         },
         "topk": [
-            {"token_id": i, "token": words.decoded(i), "logprob": _log(prob)}
+            {"token_id": i, "token": vocabulary.decoded(i), "logprob": _log(prob)}
             for i, prob in _pairs(trace.top)
         ],
     }
-    if asked.layers:
+    if options.layers:
         state = _state(trace)
-        told["attn"] = [_attention(row, asked, state) for row in trace.attention]
-    return {**told, **_others(trace, asked, words)}
+        content["attn"] = [_attention(row, options, state) for row in trace.attention]
+    return {**content, **_others(trace, options, vocabulary)}
 
 
-def seed_event(trace: StepTrace, asked: TraceRequest, words: Vocabulary) -> Json:
-    """What ``/chat/stream`` shows of a token, as niels-gpt had it and more.
+def seed_event(trace: StepTrace, options: TraceRequest, vocabulary: Vocabulary) -> Json:
+    """One token, as ``/chat/stream`` shows it: as niels-gpt had it, and more.
 
     ``entropy`` and ``topk`` are of what was drawn from; ``model`` is the model's own view.
     """
     logprob = _logprob(trace.logprob)
     first, *more = trace.attention or (None,)
-    told: Json = {
+    content: Json = {
         "step": trace.step,
         "entropy": _round(trace.sampled_entropy),
         "topk": [
-            {**_named(i, words), "prob": _round(prob)} for i, prob in _pairs(trace.sampled_top)
+            {**_named(i, vocabulary), "prob": _round(prob)} for i, prob in _pairs(trace.sampled_top)
         ],
-        "attn": [] if first is None else _rows(first, asked),
+        "attn": [] if first is None else _rows(first, options),
         "layer": None if first is None else first.layer,
         "key_start": 0 if first is None else first.key_start,
         "model": {
@@ -152,30 +152,32 @@ def seed_event(trace: StepTrace, asked: TraceRequest, words: Vocabulary) -> Json
             "entropy": _round(trace.entropy),
             "prob": _round(math.exp(logprob)),
             "rank": trace.rank,
-            "topk": [{**_named(i, words), "prob": _round(prob)} for i, prob in _pairs(trace.top)],
+            "topk": [
+                {**_named(i, vocabulary), "prob": _round(prob)} for i, prob in _pairs(trace.top)
+            ],
         },
     }
     if first is not None:
-        told |= {"sink": _sink(first), "state": _state(trace)}
+        content |= {"sink": _sink(first), "state": _state(trace)}
     if more:
-        told["attn_layers"] = {str(row.layer): _rows(row, asked) for row in more}
-    return {**told, **_others(trace, asked, words)}
+        content["attn_layers"] = {str(row.layer): _rows(row, options) for row in more}
+    return {**content, **_others(trace, options, vocabulary)}
 
 
-def _others(trace: StepTrace, asked: TraceRequest, words: Vocabulary) -> Json:
-    """What there is besides attention, as far as it was asked for."""
-    told: Json = {}
-    if asked.lens is not None:
-        told["lens"] = [_lens(reading, words) for reading in trace.lens]
-    if asked.resid_norms:
-        told["resid_norms"] = [_round(norm) for norm in trace.resid_norms]
-    if asked.router:
-        told["router"] = [_routed(routed) for routed in trace.router]
-    return told
+def _others(trace: StepTrace, options: TraceRequest, vocabulary: Vocabulary) -> Json:
+    """The fields besides attention, as far as they were requested."""
+    content: Json = {}
+    if options.lens is not None:
+        content["lens"] = [_lens(reading, vocabulary) for reading in trace.lens]
+    if options.resid_norms:
+        content["resid_norms"] = [_round(norm) for norm in trace.resid_norms]
+    if options.router:
+        content["router"] = [_routed(routed) for routed in trace.router]
+    return content
 
 
-def _attention(row: AttentionRow, asked: TraceRequest, state: str) -> Json:
-    rows = _rows(row, asked)
+def _attention(row: AttentionRow, options: TraceRequest, state: str) -> Json:
+    rows = _rows(row, options)
     shown = rows if isinstance(rows, dict) else {"weights": rows}
     return {
         "layer": row.layer,
@@ -186,7 +188,7 @@ def _attention(row: AttentionRow, asked: TraceRequest, state: str) -> Json:
     }
 
 
-def _rows(row: AttentionRow, asked: TraceRequest) -> Any:
+def _rows(row: AttentionRow, options: TraceRequest) -> Any:
     """The weights of a row (H, K) as the client wants them."""
     if row.keys is not None and row.rest is not None:
         return {
@@ -195,11 +197,11 @@ def _rows(row: AttentionRow, asked: TraceRequest) -> Any:
             "w": arrays.rounded(row.weights),
             "rest": arrays.rounded(row.rest),
         }
-    if asked.attn == "f16":
+    if options.attn == "f16":
         return arrays.float16(row.weights)
-    if asked.attn == "u8":
+    if options.attn == "u8":
         return arrays.uint8(row.weights)
-    return arrays.exact(row.weights) if asked.attn == "json64" else arrays.rounded(row.weights)
+    return arrays.exact(row.weights) if options.attn == "json64" else arrays.rounded(row.weights)
 
 
 def _sink(row: AttentionRow) -> Any:
@@ -208,13 +210,13 @@ def _sink(row: AttentionRow) -> Any:
 
 
 def _state(trace: StepTrace) -> str:
-    """Whether the model saw the whole text or, once that is too long, the end of it."""
+    """``exact``, or ``truncated`` where the model saw only the end of a text that is too long."""
     return "truncated" if trace.start else "exact"
 
 
-def _lens(reading: LensReading, words: Vocabulary) -> Json:
+def _lens(reading: LensReading, vocabulary: Vocabulary) -> Json:
     top = [
-        {"token_id": i, "token": words.decoded(i), "prob": _round(prob)}
+        {"token_id": i, "token": vocabulary.decoded(i), "prob": _round(prob)}
         for i, prob in _pairs(reading.top)
     ]
     return {
@@ -236,11 +238,11 @@ def _routed(routed: Routed) -> Json:
     }
 
 
-def _named(token_id: int, words: Vocabulary) -> Json:
+def _named(token_id: int, vocabulary: Vocabulary) -> Json:
     return {
         "token_id": token_id,
-        "token_text": words.decoded(token_id),
-        "token_display": words.display(token_id),
+        "token_text": vocabulary.decoded(token_id),
+        "token_display": vocabulary.display(token_id),
     }
 
 

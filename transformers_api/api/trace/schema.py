@@ -18,10 +18,10 @@ _EVERY = re.compile(r"every:([1-9][0-9]{0,3})")
 _NUMBERS = {"type": "array", "items": {"type": "integer"}, "maxItems": MAX_NAMED}
 
 
-def _numbers(value: Any, wanted: str) -> tuple[int, ...]:
-    """What the model has is known later; here they only have to be numbers."""
+def _numbers(value: Any, message: str) -> tuple[int, ...]:
+    """Check that they are numbers; whether the model has such layers is checked later."""
     if not isinstance(value, list) or not all(type(item) is int for item in value):
-        raise ValidationError(wanted)
+        raise ValidationError(message)
     if len(value) > MAX_NAMED:
         raise ValidationError(f"must have at most {MAX_NAMED} items")
     return tuple(dict.fromkeys(value))
@@ -33,17 +33,17 @@ class _Named(fields.Field[Any]):
     def __init__(self, *words: str, description: str, **options: Any) -> None:
         self.words = words
         text = " or ".join(f'"{word}"' for word in words)
-        self.wanted = f"must be a list of integers, or {text}"
+        self.message = f"must be a list of integers, or {text}"
         shape = [_NUMBERS, {"type": "string", "enum": list(words)}]
-        known = about(description, oneOf=shape)
-        super().__init__(error_messages=NOT_GIVEN, **known, **options)
+        described = about(description, oneOf=shape)
+        super().__init__(error_messages=NOT_GIVEN, **described, **options)
 
     def _deserialize(
         self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **_: Any
     ) -> Any:
         if isinstance(value, str) and value in self.words:
             return value
-        return _numbers(value, self.wanted)
+        return _numbers(value, self.message)
 
 
 class _LensLayers(fields.Field[Any]):
@@ -77,12 +77,12 @@ class LensOptions(Schema):
 
     @post_load
     def make(self, data: dict[str, Any], **_: Any) -> LensRequest:
-        """What the rest of the program knows it as."""
+        """The options as serving takes them."""
         return LensRequest(**data)
 
 
 class TraceOptions(Schema):
-    """What to show of every token."""
+    """The parts to show of every token."""
 
     layers = _Named(
         "all",
@@ -116,7 +116,7 @@ class TraceOptions(Schema):
 
     @post_load
     def make(self, data: dict[str, Any], **_: Any) -> TraceRequest:
-        """What the rest of the program knows it as."""
+        """The options as serving takes them."""
         return TraceRequest(**data)
 
 

@@ -20,7 +20,7 @@ from transformers_api.errors import InspectionBusy, InspectionTimeout
 from transformers_api.inspection.base import Inspector, Job
 from transformers_api.serving.limits.admission import Throughput
 from transformers_api.serving.limits.cancellation import Cancellation
-from transformers_api.serving.models.spec import LoadedModel
+from transformers_api.serving.swap.loaded_model import LoadedModel
 
 T = TypeVar("T")
 

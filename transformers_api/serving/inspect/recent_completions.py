@@ -5,17 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from transformers_api.errors import InvalidRequest, UnknownCompletion
-from transformers_api.serving.generation import Generation
-from transformers_api.serving.models.spec import LoadedModel
+from transformers_api.serving.swap.loaded_model import LoadedModel
 
-T = TypeVar("T")
-MOST = 64
-KEPT_S = 600.0
+MAX_COMPLETIONS = 64
+MAX_AGE_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,19 +25,19 @@ class Completion:
 
 
 class Completions:
-    """Remembers the last ``most`` of them for ``kept_s`` seconds. From any thread."""
+    """Remembers the last ``most`` of them for ``max_age_s`` seconds. From any thread."""
 
     def __init__(
         self,
-        most: int = MOST,
-        kept_s: float = KEPT_S,
+        most: int = MAX_COMPLETIONS,
+        max_age_s: float = MAX_AGE_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._most = most
-        self._kept_s = kept_s
+        self._max_age_s = max_age_s
         self._clock = clock
         self._lock = threading.Lock()
-        self._known: OrderedDict[str, tuple[float, list[Completion]]] = OrderedDict()
+        self._completions: OrderedDict[str, tuple[float, list[Completion]]] = OrderedDict()
 
     def remember(
         self,
@@ -51,33 +48,25 @@ class Completions:
     ) -> None:
         """Keep the ids of all choices: those of the first prompt, then those of the second one."""
         per_prompt = max(len(choices) // len(prompts), 1)
-        kept = [
+        completions = [
             Completion(model.spec.name, tuple(prompts[place // per_prompt]), tuple(ids))
             for place, ids in enumerate(choices)
         ]
         with self._lock:
             self._forget()
-            self._known[completion_id] = (self._clock(), kept)
-            while len(self._known) > self._most:
-                self._known.popitem(last=False)
-
-    def after(
-        self, events: Iterable[T], completion_id: str, model: LoadedModel, generation: Generation
-    ) -> Iterator[T]:
-        """``events`` as they come; when they have come to their end, what was generated is kept."""
-        yield from events
-        written = [choice.token_ids for choice in generation.choices]
-        self.remember(completion_id, model, generation.request.prompts, written)
+            self._completions[completion_id] = (self._clock(), completions)
+            while len(self._completions) > self._most:
+                self._completions.popitem(last=False)
 
     def find(self, completion_id: str, choice: int = 0) -> Completion:
         """Raises UnknownCompletion; InvalidRequest where it has not so many choices."""
         with self._lock:
             self._forget()
-            _, choices = self._known.get(completion_id, (0.0, []))
+            _, choices = self._completions.get(completion_id, (0.0, []))
         if not choices:
             raise UnknownCompletion(
                 f"Completion '{completion_id}' is not known; the last {self._most} are, for "
-                f"{self._kept_s / 60:g} minutes",
+                f"{self._max_age_s / 60:g} minutes",
                 param="completion_id",
             )
         if not 0 <= choice < len(choices):
@@ -86,6 +75,6 @@ class Completions:
 
     def _forget(self) -> None:
         """Drop what is too old; the oldest stands first."""
-        limit = self._clock() - self._kept_s
-        while self._known and next(iter(self._known.values()))[0] < limit:
-            self._known.popitem(last=False)
+        limit = self._clock() - self._max_age_s
+        while self._completions and next(iter(self._completions.values()))[0] < limit:
+            self._completions.popitem(last=False)

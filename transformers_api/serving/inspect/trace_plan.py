@@ -18,7 +18,7 @@ from transformers_api.errors import (
 )
 from transformers_api.inspection.base import Anatomy, LayerAttention, TracePlan
 from transformers_api.serving.limits.admission import Throughput
-from transformers_api.serving.models.spec import LoadedModel
+from transformers_api.serving.swap.loaded_model import LoadedModel
 
 AttentionFormat = Literal["f16", "u8", "topk", "json", "json64"]
 

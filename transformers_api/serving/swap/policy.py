@@ -12,7 +12,6 @@ from typing import Literal
 
 from transformers_api.errors import ApiError
 from transformers_api.serving.swap.residency import (
-    Lease,
     Residency,
     SwapperStatus,
     Target,
@@ -48,13 +47,6 @@ class Turns:
 
     # Callers.
 
-    def grant(self, residency: Residency, now: float) -> Lease:
-        """One more lease on a resident model."""
-        assert residency.model is not None
-        residency.leases += 1
-        residency.asked_at = now
-        return Lease(residency.model, lambda: self._let_go(residency))
-
     def join(self, target: Target, now: float, wants_lease: bool) -> Waiter:
         """One more caller in the queue of ``target``, or of one like it that is there already."""
         target = self.targets.setdefault(target.key, target)
@@ -83,7 +75,8 @@ class Turns:
         for target in list(self.targets.values()):
             if resident.serves(target.spec.name, target.device):
                 for waiter in target.waiters:
-                    waiter.lease = self.grant(resident, now) if waiter.wants_lease else None
+                    if waiter.wants_lease:
+                        waiter.lease = resident.grant(now, self._let_go)
                     waiter.answered.set()
                 target.waiters.clear()
                 self.drop_if_unwanted(target)

@@ -17,7 +17,8 @@ from typing import Literal, Protocol
 
 from transformers_api.engine.base import EngineStats
 from transformers_api.errors import ApiError, ModelLoadFailed
-from transformers_api.serving.models.spec import LoadedModel, ModelFiles, ModelSpec
+from transformers_api.serving.models.spec import ModelFiles, ModelSpec
+from transformers_api.serving.swap.loaded_model import LoadedModel
 
 log = logging.getLogger(__name__)
 
@@ -161,6 +162,13 @@ class Residency:
     def load_s(self) -> float:
         """What it costs to have it again."""
         return self.model.load_s if self.model else 0.0
+
+    def grant(self, now: float, let_go: Callable[[Residency], None]) -> Lease:
+        """One more lease on the model; ``let_go`` is called when it is released."""
+        assert self.model is not None
+        self.leases += 1
+        self.asked_at = now
+        return Lease(self.model, lambda: let_go(self))
 
     def held_enough(self, min_s: float) -> float:
         """From when on a switch may interrupt it: a load must be worth its time."""

@@ -26,7 +26,8 @@ from transformers_api.errors import (
     Unavailable,
 )
 from transformers_api.serving.limits.cancellation import Cancellation
-from transformers_api.serving.models.spec import Loader, ModelSpec
+from transformers_api.serving.models.spec import ModelSpec
+from transformers_api.serving.swap.loaded_model import Loader
 from transformers_api.serving.swap.policy import Rules, Step, Turns
 from transformers_api.serving.swap.residency import (
     Lease,
@@ -99,29 +100,30 @@ class Swapper:
 
     def lease(
         self,
-        model_id: str,
+        spec: ModelSpec,
         *,
+        model_id: str | None = None,
         cancellation: Cancellation | None = None,
         timeout: float | None = None,
     ) -> Lease:
-        """Wait until ``model_id`` is resident and keep it there until the lease is released.
+        """Wait until the model of ``spec`` is resident; keep it there until the lease is released.
 
-        May download, drain, evict and load, which can take minutes. ``timeout`` in seconds; None:
-        the swapper's ``wait_s``.
+        May download, drain, evict and load, which can take minutes. ``model_id``: the name or
+        alias that the client used, for messages. ``timeout`` in seconds; None: the swapper's
+        ``wait_s``.
 
-        Raises ModelNotFound and ModelNotLoaded before anything happens; ModelLoadFailed,
-        InsufficientMemory or InsufficientStorage when it cannot be had; Unavailable on timeout,
-        ClientGone on cancellation, ServerShuttingDown after ``close``.
+        Raises ModelNotLoaded before anything happens; ModelLoadFailed, InsufficientMemory or
+        InsufficientStorage when it cannot be had; Unavailable on timeout, ClientGone on
+        cancellation, ServerShuttingDown after ``close``.
         """
-        spec = self._registry.resolve(model_id)
-        if cancellation is not None:
-            cancellation.check()
+        if cancellation is not None and cancellation.is_cancelled:
+            raise cancellation.error
         with self._condition:
             self._check_open()
             resident = self._turns.resident
             if resident is not None and resident.serves(spec.name, None):
-                return self._turns.grant(resident, self._clock())
-            self._check_may_load(spec, model_id)
+                return resident.grant(self._clock(), self._release)
+            self._check_may_load(spec, model_id or spec.name)
             waiter = self._enqueue(Target(spec), wants_lease=True)
         if cancellation is not None:
             cancellation.on_cancel(lambda: self._withdraw(waiter, cancellation.error))

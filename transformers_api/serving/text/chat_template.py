@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers_api.errors import ChatUnavailable, InvalidRequest, ModelNotCapable, PromptTooLarge
-from transformers_api.serving.models.spec import ChatMode, LoadedModel, ModelSpec
+from transformers_api.serving.models.spec import ChatMode
+from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.text.end_of_turn import TEMPLATE_ERRORS
 
-_CHAT_OFF = "Chat completions are currently disabled; please use /v1/completions instead."
 _TAGS = {
     "system": "System",
     "developer": "System",
@@ -68,7 +68,7 @@ def encode(
     """
     mode = chat_mode(model)
     if mode == "off":
-        raise ChatUnavailable(_CHAT_OFF)
+        raise unavailable()
     if not messages:
         raise InvalidRequest("messages must not be empty", param="messages")
     if add_generation_prompt is None:
@@ -90,7 +90,8 @@ def encode(
         continue_final_message=continue_final_message,
         chat_template_kwargs=chat_template_kwargs,
     )
-    check_bytes(text, max_bytes)
+    if max_bytes is not None:
+        check_bytes(text, max_bytes)
     if mode == "transcript":
         return ChatPrompt(_tokenize(model.tokenizer, text, True, "messages"), TRANSCRIPT_STOPS)
     ids = _tokenize(model.tokenizer, text, False, "messages")
@@ -106,27 +107,31 @@ def render(
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> str:
     """The text that ``encode`` makes ids of. Raises InvalidRequest."""
-    kwargs = _checked(chat_template_kwargs or {})
+    if chat_template_kwargs:
+        _check_variables(chat_template_kwargs)
     plain = [{**message, "content": content_text(message)} for message in messages]
     if chat_mode(model) == "transcript":
         return transcript(plain, add_generation_prompt, continue_final_message)
-    return _render(model, plain, add_generation_prompt, continue_final_message, kwargs)
+    return _render(
+        model, plain, add_generation_prompt, continue_final_message, chat_template_kwargs or {}
+    )
 
 
-def check_bytes(text: str, most: int | None) -> None:
+def check_bytes(text: str, most: int) -> None:
     """Raise PromptTooLarge for a prompt of more than ``most`` bytes."""
-    if most is not None and (size := len(text.encode(errors="replace"))) > most:
+    if (size := len(text.encode(errors="replace"))) > most:
         raise PromptTooLarge(f"Prompt too large: {size} bytes (max {most})")
 
 
-def check_enabled(spec: ModelSpec) -> None:
-    """Raise ChatUnavailable where the registry says so: before the model is loaded for nothing."""
-    if spec.chat == "off":
-        raise ChatUnavailable(_CHAT_OFF)
+def unavailable() -> ChatUnavailable:
+    """The error for a model whose registry entry has ``chat: off``."""
+    return ChatUnavailable(
+        "Chat completions are currently disabled; please use /v1/completions instead."
+    )
 
 
 def chat_mode(model: LoadedModel) -> ChatMode:
-    """What the registry says; without a word there, a template where the tokenizer has one."""
+    """The registry's word; without one, a template where the tokenizer has one."""
     has_template = bool(getattr(model.tokenizer, "chat_template", None))
     mode: ChatMode = model.spec.chat or ("template" if has_template else "transcript")
     if mode == "template" and not has_template:
@@ -148,7 +153,7 @@ def transcript(
 
 
 def _written_stops(tokenizer: Any) -> tuple[str, ...]:
-    """What ends an answer as plain text, where the model has no token for that."""
+    """The plain texts that end an answer, where the model has no token for that."""
     return tuple(getattr(tokenizer, "init_kwargs", {}).get("stop_strings") or ())
 
 
@@ -167,18 +172,17 @@ def decode_ids(model: LoadedModel, ids: Sequence[int], skip_special_tokens: bool
     return str(text)
 
 
-def _checked(kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+def _check_variables(kwargs: Mapping[str, Any]) -> None:
     """Template variables may come with a request, but never a template or a way around it."""
     for name in kwargs:
         if name in _RESERVED or name.startswith(("return_", "_")):
             raise InvalidRequest(
                 f"chat_template_kwargs must not set '{name}'", param="chat_template_kwargs"
             )
-    return kwargs
 
 
 def content_text(message: Mapping[str, Any]) -> str:
-    """What a message says, its parts put together."""
+    """The text of a message, its parts put together."""
     content = message.get("content")
     if content is None:
         return ""

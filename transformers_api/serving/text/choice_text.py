@@ -8,10 +8,9 @@ from typing import NamedTuple
 
 from transformers_api.engine.base import FinishReason, SamplingParams, TokenOutput, TokenScore
 from transformers_api.inspection.base import StepTrace
-from transformers_api.serving.models.spec import LoadedModel
-from transformers_api.serving.text.detokenizer import IncrementalDetokenizer
+from transformers_api.serving.swap.loaded_model import LoadedModel
+from transformers_api.serving.text.detokenizer import detokenizer
 from transformers_api.serving.text.stop_strings import StopStrings
-from transformers_api.serving.text.vocabulary import Vocabulary
 
 
 class TopToken(NamedTuple):
@@ -73,7 +72,6 @@ class ChoiceText:
         index: int,
         prompt_ids: Sequence[int],
         model: LoadedModel,
-        vocabulary: Vocabulary,
         params: SamplingParams,
         stop: Sequence[str],
         trace_stops: bool = False,
@@ -83,15 +81,13 @@ class ChoiceText:
         self.token_ids: list[int] = []  # generated so far, the one that ends it included
         self.cached_tokens = 0
         self._prompt_ids = prompt_ids
-        self._vocabulary = vocabulary
+        self._vocabulary = vocabulary = model.vocabulary
         self._params = params
         self._eos_token_ids = model.engine.eos_token_ids
-        self._detokenizer = IncrementalDetokenizer(
-            model.tokenizer, prompt_ids, vocabulary=vocabulary
-        )
-        self._stops = StopStrings(stop)
+        self._detokenizer = detokenizer(model.tokenizer, prompt_ids, vocabulary=vocabulary)
+        self._stops = StopStrings(stop) if any(stop) else None
         scored = params.logprobs is not None or params.prompt_logprobs is not None
-        self._is_plain = not scored and not any(stop)
+        self._is_plain = not scored and self._stops is None
         self._trace_stops = trace_stops
         self._waiting: list[_Waiting] = []
         self._decoded = 0  # characters
@@ -109,38 +105,10 @@ class ChoiceText:
         return sum(self._logprobs) / len(self._logprobs) if self._logprobs else 0.0
 
     def take(self, output: TokenOutput) -> TextDelta | None:
-        """What this output makes complete: None while everything is held back."""
-        if self._is_plain and not (output.finish_reason or output.extras or self._waiting):
-            return self._take_plain(output)
-        self._count(output)
-        text = self._decode(output)
-        if self.completion_tokens > self._params.min_tokens:
-            text, _ = self._stops.push(text)
-        matched = self._stops.matched
-        self.finished = output.finish_reason is not None or matched is not None
-        if self.finished:
-            text += self._stops.flush()  # nothing after a match
-        self._sent += len(text)
-        prompt_scores = self._prompt_details(output.prompt_scores)
-        trace = self._trace(output)
-        if not (text or self.finished or prompt_scores is not None or trace):
-            return None
-        ready = self._take_ready()
-        ended_by = () if self._is_text(output) or output.token_id is None else (output.token_id,)
-        details = (token.detail for token in ready if matched is None or token.start < self._sent)
-        return TextDelta(
-            index=self.index,
-            text=text,
-            token_ids=(*(token.token_id for token in ready), *ended_by),
-            logprobs=tuple(detail for detail in details if detail is not None),
-            finish_reason=self._finish_reason(output),
-            stop_reason=matched if matched is not None else self._stop_token(output),
-            prompt_scores=prompt_scores,
-            trace=trace,
-        )
-
-    def _take_plain(self, output: TokenOutput) -> TextDelta | None:
-        """The same for nearly every token: it is text, and nothing else is to be known of it."""
+        """The piece that this output makes complete; None while everything is held back."""
+        if not self._is_plain or output.finish_reason or output.extras or self._waiting:
+            return self._take(output)
+        # Nearly every token: it is text, and nothing else is to be noted of it.
         token_id = output.token_id
         assert token_id is not None
         self.cached_tokens += output.cached_tokens
@@ -153,9 +121,38 @@ class ChoiceText:
         self._sent += len(text)
         return TextDelta(index=self.index, text=text, token_ids=(token_id,))
 
-    def _trace(self, output: TokenOutput) -> StepTrace | None:
-        noted: StepTrace | None = output.extras.get("trace")
-        return noted if self._trace_stops or self._is_text(output) else None
+    def _take(self, output: TokenOutput) -> TextDelta | None:
+        is_text = output.finish_reason is not FinishReason.STOP
+        self._count(output)
+        text, matched = self._decode(output, is_text), None
+        stops, self.finished = self._stops, output.finish_reason is not None
+        if stops is not None:
+            if len(self.token_ids) > self._params.min_tokens:
+                text, matched = stops.push(text)
+            self.finished = self.finished or matched is not None
+            if self.finished:
+                text += stops.flush()  # nothing after a match
+        self._sent += len(text)
+        scores = output.prompt_scores
+        prompt_scores = None if scores is None else self._prompt_details(scores)
+        trace: StepTrace | None = None
+        if is_text or self._trace_stops:
+            trace = output.extras.get("trace")
+        if not (text or self.finished or prompt_scores is not None or trace):
+            return None
+        ready = self._take_ready()
+        ended_by = () if is_text or output.token_id is None else (output.token_id,)
+        details = (token.detail for token in ready if matched is None or token.start < self._sent)
+        return TextDelta(
+            index=self.index,
+            text=text,
+            token_ids=(*(token.token_id for token in ready), *ended_by),
+            logprobs=tuple(detail for detail in details if detail is not None),
+            finish_reason=self._finish_reason(output, matched) if self.finished else None,
+            stop_reason=matched if is_text or matched is not None else self._stop_token(output),
+            prompt_scores=prompt_scores,
+            trace=trace,
+        )
 
     def _count(self, output: TokenOutput) -> None:
         self.cached_tokens += output.cached_tokens
@@ -164,9 +161,9 @@ class ChoiceText:
         if output.score is not None:
             self._logprobs.append(output.score.logprob)
 
-    def _decode(self, output: TokenOutput) -> str:
+    def _decode(self, output: TokenOutput, is_text: bool) -> str:
         text = ""
-        if output.token_id is not None and self._is_text(output):
+        if output.token_id is not None and is_text:
             detail = None
             if self._params.logprobs is not None and output.score is not None:
                 detail = self._detail(output.score)
@@ -190,40 +187,31 @@ class ChoiceText:
         ready, self._waiting = self._waiting[:count], self._waiting[count:]
         return ready
 
-    def _is_text(self, output: TokenOutput) -> bool:
-        return output.finish_reason is not FinishReason.STOP
-
-    def _finish_reason(self, output: TokenOutput) -> str | None:
-        if not self.finished:
-            return None
+    def _finish_reason(self, output: TokenOutput, matched: str | None) -> str:
         # A stop string in the very last token is a stop, also where max_tokens came with it.
-        by_length = output.finish_reason is FinishReason.LENGTH and not self._stops.matched
+        by_length = output.finish_reason is FinishReason.LENGTH and matched is None
         return "length" if by_length else "stop"
 
     def _stop_token(self, output: TokenOutput) -> int | None:
-        if self._is_text(output) or output.token_id in self._eos_token_ids:
-            return None
-        return output.token_id
+        return None if output.token_id in self._eos_token_ids else output.token_id
 
-    def _prompt_details(
-        self, scores: Sequence[TokenScore | None] | None
-    ) -> tuple[TokenDetail, ...] | None:
-        if scores is None:
-            return None
+    def _prompt_details(self, scores: Sequence[TokenScore | None]) -> tuple[TokenDetail, ...]:
         return tuple(
             self._detail(score) if score is not None else self._unscored(token_id)
             for token_id, score in zip(self._prompt_ids, scores, strict=True)
         )
 
     def _unscored(self, token_id: int) -> TokenDetail:
-        words = self._vocabulary
-        return TokenDetail(token_id, words.token_text(token_id), words.token_bytes(token_id), None)
+        vocabulary = self._vocabulary
+        text, raw = vocabulary.token_text(token_id), vocabulary.token_bytes(token_id)
+        return TokenDetail(token_id, text, raw, None)
 
     def _detail(self, score: TokenScore) -> TokenDetail:
-        words = self._vocabulary
+        vocabulary = self._vocabulary
         top = tuple(
-            TopToken(i, words.token_text(i), words.token_bytes(i), logprob)
+            TopToken(i, vocabulary.token_text(i), vocabulary.token_bytes(i), logprob)
             for i, logprob in score.top
         )
         i = score.token_id
-        return TokenDetail(i, words.token_text(i), words.token_bytes(i), score.logprob, top)
+        text, raw = vocabulary.token_text(i), vocabulary.token_bytes(i)
+        return TokenDetail(i, text, raw, score.logprob, top)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from transformers_api.serving.text.vocabulary import Vocabulary
 
 _UNREADABLE = "\N{REPLACEMENT CHARACTER}"
 _MAX_PARTIAL = 3  # a character has at most 4 bytes, so an unfinished one at most 3
-_KEPT_IDS = 8  # context that a decode sees before the newest token
+_CONTEXT_IDS = 8  # context that a decode sees before the newest token
 _MAX_IDS = 24
 
 # SentencePiece shows each byte that is not text as one character; UTF-8 decoders show a
@@ -26,7 +26,7 @@ def _each_byte(error: UnicodeError) -> tuple[str, int]:
 codecs.register_error(_EACH_BYTE, _each_byte)
 
 
-class IncrementalDetokenizer:
+class Detokenizer(Protocol):
     """The text of one sequence, token by token.
 
     All that ``push`` and ``flush`` return, joined, is what ``tokenizer.decode`` adds for these
@@ -37,30 +37,29 @@ class IncrementalDetokenizer:
     stay, as in SentencePiece (the ``tokenizers`` library would take the whole run back).
     """
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        prompt_ids: Sequence[int] = (),
-        skip_special_tokens: bool = True,
-        vocabulary: Vocabulary | None = None,
-    ) -> None:
-        vocabulary = vocabulary or Vocabulary(tokenizer)
-        self._text: _ByBytes | _ByWindow
-        if vocabulary.scheme is None:
-            self._text = _ByWindow(tokenizer, prompt_ids, skip_special_tokens)
-        else:
-            self._text = _ByBytes(vocabulary, prompt_ids, skip_special_tokens)
-
     def push(self, token_id: int) -> str:
         """The characters that this token completes; often several, sometimes none."""
-        return self._text.push(token_id)
+        ...
 
     def flush(self) -> str:
-        """What was held back, at the end: an unfinished character as U+FFFD."""
-        return self._text.flush()
+        """The rest at the end: an unfinished character as U+FFFD."""
+        ...
 
 
-class _ByBytes:
+def detokenizer(
+    tokenizer: Any,
+    prompt_ids: Sequence[int] = (),
+    skip_special_tokens: bool = True,
+    vocabulary: Vocabulary | None = None,
+) -> Detokenizer:
+    """The one for this tokenizer, after the prompt."""
+    vocabulary = vocabulary or Vocabulary(tokenizer)
+    if vocabulary.scheme is None:
+        return WindowDetokenizer(tokenizer, prompt_ids, skip_special_tokens)
+    return BytesDetokenizer(vocabulary, prompt_ids, skip_special_tokens)
+
+
+class BytesDetokenizer:
     """For vocabularies whose tokens are bytes: exact, and no decode of the tokenizer's."""
 
     def __init__(
@@ -68,6 +67,7 @@ class _ByBytes:
     ) -> None:
         errors = "replace" if vocabulary.scheme == "byte_level" else _EACH_BYTE
         self._vocabulary = vocabulary
+        self._token_bytes = vocabulary.cached_bytes
         self._skipped: frozenset[int] = vocabulary.special_ids if skip_special else frozenset()
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors)
         tail = self._tail(prompt_ids)
@@ -78,14 +78,20 @@ class _ByBytes:
             self._shown = " "
 
     def push(self, token_id: int) -> str:
+        """See Detokenizer."""
         if token_id in self._skipped:
             return ""
-        return self._new(self._utf8.decode(self._vocabulary.token_bytes(token_id)))
+        token = self._token_bytes.get(token_id)
+        if token is None:
+            token = self._vocabulary.token_bytes(token_id)
+        text = self._utf8.decode(token)
+        return self._unseen(text) if self._shown else text
 
     def flush(self) -> str:
-        return self._new(self._utf8.decode(b"", final=True))
+        """See Detokenizer."""
+        return self._unseen(self._utf8.decode(b"", final=True))
 
-    def _new(self, text: str) -> str:
+    def _unseen(self, text: str) -> str:
         if text and self._shown:
             text = text.removeprefix(self._shown)
             self._shown = ""
@@ -96,19 +102,20 @@ class _ByBytes:
         tail = b""
         for token_id in reversed(prompt_ids):
             if token_id not in self._skipped:
-                tail = self._vocabulary.token_bytes(token_id) + tail
+                token = self._token_bytes.get(token_id)
+                tail = (self._vocabulary.token_bytes(token_id) if token is None else token) + tail
             if len(tail) > _MAX_PARTIAL:
                 break
         return tail
 
 
-class _ByWindow:
+class WindowDetokenizer:
     """For all other tokenizers: decode the last few tokens, and see what is new at the end."""
 
     def __init__(self, tokenizer: Any, prompt_ids: Sequence[int], skip_special: bool) -> None:
         self._tokenizer = tokenizer
         self._skip_special = skip_special
-        self._ids = list(prompt_ids[-_KEPT_IDS:])
+        self._ids = list(prompt_ids[-_CONTEXT_IDS:])
         self._prompt_text = self._decode(self._ids)
         self._text = self._prompt_text
         self._sent = len(self._text)  # how much of _text is out
@@ -116,21 +123,23 @@ class _ByWindow:
         self._unreadable_pushes = 0
 
     def push(self, token_id: int) -> str:
+        """See Detokenizer."""
         if len(self._ids) >= self._limit:
             self._shorten()
         self._ids.append(token_id)
         self._text = self._decode(self._ids)
         if self._prompt_text and not self._text.startswith(self._prompt_text):
             # The prompt ended inside a character, which is complete now.
-            self._sent = _agreement(self._prompt_text, self._text)
+            self._sent = _common_prefix(self._prompt_text, self._text)
             self._prompt_text = ""
         return self._up_to(len(self._text) - self._unfinished())
 
     def flush(self) -> str:
+        """See Detokenizer."""
         return self._up_to(len(self._text))
 
     def _unfinished(self) -> int:
-        """How many characters at the end may still change."""
+        """The number of characters at the end that may still change."""
         unreadable = len(self._text) - len(self._text.rstrip(_UNREADABLE))
         self._unreadable_pushes = self._unreadable_pushes + 1 if unreadable else 0
         # Some decoders make a whole run of bytes unreadable while its last character is
@@ -145,16 +154,16 @@ class _ByWindow:
         return new
 
     def _shorten(self) -> None:
-        """Forget old tokens, where the kept ones decode to the same text without them."""
-        kept = self._ids[-_KEPT_IDS:]
-        text = self._decode(kept)
+        """Forget old tokens, where the rest decodes to the same text without them."""
+        context = self._ids[-_CONTEXT_IDS:]
+        text = self._decode(context)
         waiting = len(self._text) - self._sent
         if len(text) >= waiting and self._text.endswith(text):
-            self._ids, self._text, self._sent = kept, text, len(text) - waiting
+            self._ids, self._text, self._sent = context, text, len(text) - waiting
             self._prompt_text = ""
             self._limit = _MAX_IDS
         else:
-            self._limit += _KEPT_IDS
+            self._limit += _CONTEXT_IDS
 
     def _decode(self, ids: list[int]) -> str:
         if not ids:
@@ -165,7 +174,7 @@ class _ByWindow:
         return str(text)
 
 
-def _agreement(one: str, other: str) -> int:
-    """How many characters at the start of both are the same."""
+def _common_prefix(one: str, other: str) -> int:
+    """The number of characters at the start that both share."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))

@@ -1,4 +1,4 @@
-"""Which tokens of a prompt are what somebody said, and who said it."""
+"""The tokens of a prompt that are somebody's message, by role."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from itertools import accumulate
 from typing import Any
 
 from transformers_api.errors import InvalidRequest
-from transformers_api.serving.models.spec import LoadedModel
+from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.text import chat_template
 from transformers_api.serving.text.vocabulary import Vocabulary
 
@@ -33,7 +33,7 @@ def spans(
     continue_final_message: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[Span]:
-    """Where in ``ids``, which ``encode`` made of ``messages``, each message stands.
+    """The place of each message in ``ids``, which ``encode`` made of ``messages``.
 
     Empty where that cannot be known: a template that rewrites what was said, a tokenizer whose
     tokens are not the text.
@@ -55,12 +55,12 @@ def spans(
     if places is None or tokens is None:
         return []
     offset, ends = tokens
-    found = []
+    result = []
     for message, (start, stop) in zip(messages, places, strict=True):
         first = bisect_right(ends, offset + start)
         last = bisect_left(ends, offset + stop) + 1
-        found.append(Span(message["role"], first, last if stop > start else first))
-    return found
+        result.append(Span(message["role"], first, last if stop > start else first))
+    return result
 
 
 def _probe(place: int) -> str:
@@ -76,8 +76,8 @@ def _places(text: bytes, frame: bytes, contents: Sequence[str]) -> list[tuple[in
     """[start, stop) of each content in ``text``, of which ``frame`` shows the rest."""
     parts: list[bytes] = []
     for place in range(len(contents)):
-        before, found, frame = frame.partition(_probe(place).encode())
-        if not found:
+        before, probe, frame = frame.partition(_probe(place).encode())
+        if not probe:
             return None
         parts.append(before)
     parts.append(frame)
@@ -86,8 +86,8 @@ def _places(text: bytes, frame: bytes, contents: Sequence[str]) -> list[tuple[in
     at, places = len(parts[0]), []
     for content, after in zip(contents, parts[1:], strict=True):
         # Templates often cut white space off.
-        said = (content, content.strip(), content.lstrip(), content.rstrip())
-        here = next((s for s in map(str.encode, said) if text.startswith(s + after, at)), None)
+        variants = (content, content.strip(), content.lstrip(), content.rstrip())
+        here = next((s for s in map(str.encode, variants) if text.startswith(s + after, at)), None)
         if here is None:
             return None
         places.append((at, at + len(here)))
@@ -99,7 +99,7 @@ def _token_ends(
     model: LoadedModel, ids: Sequence[int], text: bytes
 ) -> tuple[int, list[int]] | None:
     """(where the text begins, where each token ends), in bytes; None if the tokens are not it."""
-    words = Vocabulary(model.tokenizer)
-    pieces = [words.token_bytes(i) for i in ids]
+    vocabulary = Vocabulary(model.tokenizer)
+    pieces = [vocabulary.token_bytes(i) for i in ids]
     offset = b"".join(pieces).find(text)
     return None if offset < 0 else (offset, list(accumulate(map(len, pieces))))

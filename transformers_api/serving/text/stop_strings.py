@@ -27,17 +27,19 @@ class StopStrings:
         if not self._stops:
             return text, None
         text = self._held + text
-        found = [(at + len(stop), at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
-        if found:
+        matches = [
+            (at + len(stop), at, stop) for stop in self._stops if (at := text.find(stop)) >= 0
+        ]
+        if matches:
             self._held = ""
-            _, start, self.matched = min(found)
+            _, start, self.matched = min(matches)
             return text[:start], self.matched
         sent = len(text) - self._partial(text)
         self._held = text[sent:]
         return text[:sent], None
 
     def flush(self) -> str:
-        """What was held back for a stop string that did not become complete."""
+        """The text that was held back for a stop string that did not become complete."""
         held, self._held = self._held, ""
         return held
 

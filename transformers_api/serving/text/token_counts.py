@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from transformers_api.errors import ModelLoadFailed
-from transformers_api.serving.models.spec import LoadedModel
+from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.text import chat_template
 
 TokenCounter = Callable[[str], int]
@@ -19,17 +19,17 @@ def token_counter(encoding: str) -> TokenCounter:
     import tiktoken  # with the Rust library, which most servers never need
 
     try:
-        known = tiktoken.get_encoding(encoding)
+        tokens = tiktoken.get_encoding(encoding)
     except Exception as error:  # tiktoken passes on whatever its download raises
         raise ModelLoadFailed(
             f"token_encoding {encoding!r} cannot be had: {type(error).__name__}: {error}. Without "
             "a network its file has to lie in the folder that TIKTOKEN_CACHE_DIR names"
         ) from error
-    return lambda text: len(known.encode(text, disallowed_special=()))
+    return lambda text: len(tokens.encode(text, disallowed_special=()))
 
 
 class CountedTexts:
-    """The prompts of a request and what has been generated for them, counted as texts."""
+    """The prompts of a request and their completions, counted as texts."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""What a single token id stands for, in bytes and in text."""
+"""The bytes and the text that a single token id stands for."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ class Vocabulary:
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         self.strips_first_space = False
         self._tokenizer = tokenizer
-        self._bytes: dict[int, bytes] = {}
+        self.cached_bytes: dict[int, bytes] = {}  # of the tokens that were looked up
         self.scheme: Scheme | None = self._detect()
         if self.scheme and not self._agrees():
             self.scheme = None
-            self._bytes.clear()
+            self.cached_bytes.clear()
 
     def token_bytes(self, token_id: int) -> bytes:
         """The token's bytes: of a special or added token its literal content, b"" if unknown."""
-        known = self._bytes.get(token_id)
-        if known is None:
-            known = self._bytes[token_id] = self._read(token_id)
-        return known
+        raw = self.cached_bytes.get(token_id)
+        if raw is None:
+            raw = self.cached_bytes[token_id] = self._read(token_id)
+        return raw
 
     def token_text(self, token_id: int) -> str:
         r"""The token's text; where it is not whole characters OpenAI's form, ``bytes:\xe2\x98``."""
@@ -87,7 +87,7 @@ class Vocabulary:
         return None if name is None else str(name)
 
     def _by_decoding(self, token_id: int) -> str:
-        """What the token adds after itself: a word has its space then, and ``##`` is gone."""
+        """The text that the token adds after itself: a word has its space, and ``##`` is gone."""
         once, twice = (self._decode([token_id] * times) for times in (1, 2))
         return twice[len(once) :] if twice.startswith(once) else once
 
@@ -109,7 +109,7 @@ class Vocabulary:
         return None
 
     def _agrees(self) -> bool:
-        """Whether the scheme says what the tokenizer decodes: a subclass may do otherwise."""
+        """True where the scheme says what the tokenizer decodes: a subclass may do otherwise."""
         ids = self._tokenizer.encode("a é 世, b", add_special_tokens=False)
         ours = b"".join(map(self.token_bytes, ids)).decode(errors="replace")
         if self.strips_first_space:
@@ -118,7 +118,7 @@ class Vocabulary:
 
 
 def _keeps_pieces(step: dict[str, Any]) -> bool:
-    """Whether a decoder's step leaves each piece on its own, but for a space at the very start."""
+    """True where a decoder's step leaves each piece alone, but for a space at the very start."""
     match step:
         case {"type": "ByteFallback" | "Fuse"}:
             return True

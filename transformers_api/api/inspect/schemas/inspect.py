@@ -92,7 +92,7 @@ class Window(Many):
 
 
 class Inspected(Schema):
-    """What is looked at: exactly one of four."""
+    """The tokens to inspect: exactly one of four inputs."""
 
     model = Text(
         shortest=1,
@@ -116,12 +116,12 @@ class Inspected(Schema):
     @validates_schema(skip_on_field_errors=True)
     def check_input(self, data: dict[str, Any], **_: Any) -> None:
         """One of four, and not empty."""
-        given = [name for name in INPUTS if name in data]
-        if len(given) != 1:
-            found = " and ".join(given) or "none"
-            raise InvalidRequest(f"give exactly one of {', '.join(INPUTS)}; there is {found}")
-        if not data[given[0]]:
-            raise InvalidRequest(f"{given[0]} must not be empty", param=given[0])
+        inputs = [name for name in INPUTS if name in data]
+        if len(inputs) != 1:
+            named = " and ".join(inputs) or "none"
+            raise InvalidRequest(f"give exactly one of {', '.join(INPUTS)}; there is {named}")
+        if not data[inputs[0]]:
+            raise InvalidRequest(f"{inputs[0]} must not be empty", param=inputs[0])
 
 
 class MatrixRequest(Inspected):
@@ -186,7 +186,7 @@ class HeadsRequest(Inspected):
 
 
 class LensRequest(Inspected):
-    """What each layer would say."""
+    """The readings of each layer through the model's head."""
 
     layers = places("all", load_default="all", **about("Layers from 0; -1 is the embedding."))
     positions = places(
@@ -236,7 +236,7 @@ class HiddenStatesRequest(Inspected):
 
 
 class Tokens(Schema):
-    """What was looked at."""
+    """The tokens that were inspected."""
 
     token_ids = Many(Integer(0, MAX_TOKEN_ID), longest=_MANY)
     tokens = Many(Text(), longest=_MANY)
@@ -294,7 +294,7 @@ class HeadTable(Schema):
 
 
 class Lens(Schema):
-    """What each layer would say."""
+    """The readings of each layer through the model's head."""
 
     layers = Many(Integer(-1, _MANY), longest=_MANY)
     positions = Many(Integer(0, _MANY), longest=_MANY)
@@ -325,7 +325,7 @@ class HiddenStates(Schema):
 
 
 class InspectedModel(Schema):
-    """What can be asked of a model."""
+    """The capabilities of a model."""
 
     id = Text()
     model_type = Text()

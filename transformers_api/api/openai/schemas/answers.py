@@ -1,10 +1,9 @@
-"""What generation answers look like. Documentation only: answers are not built through these."""
+"""Generated answers. Documentation only: answers are not built through these."""
 
 from __future__ import annotations
 
 from transformers_api.api.http.fields import (
     AnyObject,
-    Boolean,
     Integer,
     Many,
     Number,
@@ -19,27 +18,8 @@ _MANY = 1 << 20
 _REASONS = ("stop", "length")
 
 
-class ErrorBody(Schema):
-    """What went wrong."""
-
-    message = Text(required=True)
-    type = Text(required=True)
-    param = Text(
-        required=True,
-        allow_none=True,
-        **about("The field that is wrong, such as `messages[0].role`, or null."),
-    )
-    code = Text(required=True, allow_none=True)
-
-
-class Error(Schema):
-    """Every error of this server."""
-
-    error = Object(ErrorBody, required=True)
-
-
 class PromptDetails(Schema):
-    """Where the prompt's tokens came from."""
+    """The sources of the prompt's tokens."""
 
     cached_tokens = Integer(0, MAX_TOKENS)
 
@@ -54,7 +34,7 @@ class UsageBody(Schema):
 
 
 class Answer(Schema):
-    """What completions and chat completions have in common."""
+    """The fields of both completions and chat completions."""
 
     id = Text()
     created = Integer(0, _TIME)
@@ -75,7 +55,7 @@ class LegacyLogprobs(Schema):
 
 
 class WholeTrace(Schema):
-    """What was asked to be shown of every token."""
+    """The requested trace of every token."""
 
     header = AnyObject(**about("The prompt's tokens, the model, the units."))
     steps = Many(AnyObject(), longest=_MANY)
@@ -101,7 +81,7 @@ class Completion(Answer):
 
 
 class ChatMessage(Schema):
-    """What the assistant says."""
+    """The assistant's message."""
 
     role = Text(choices=("assistant",))
     content = Text()
@@ -146,48 +126,3 @@ class ChatCompletionChunk(Answer):
     object = Text(choices=("chat.completion.chunk",))
     choices = Many(Object(ChunkChoice), longest=_MANY)
     trace = AnyObject(**about("Of the token of this chunk; with the role, its header."))
-
-
-class Health(Schema):
-    """How the server is, in the words of all its predecessors."""
-
-    status = Text(required=True, choices=("healthy", "degraded"))
-    ok = Boolean()
-    model_ready = Boolean()
-    model_loaded = Boolean()
-    current_model = Text(allow_none=True)
-    models_loaded = Many(Text(), longest=_MANY)
-    loaded_models = Integer(0, _MANY)
-    active_requests = Integer(0, _MANY)
-    total_models = Integer(0, _MANY)
-    cuda_available = Boolean()
-    device = Text(allow_none=True, **about("Of the model in memory, or null."))
-    cache_dir = Text()
-    memory = AnyObject(**about("`process_bytes` (null where unknown) and `model_bytes`."))
-    system = AnyObject(**about("`platform`, `python` and `cpu_count`."))
-    uptime = Text()
-
-
-class Probe(Schema):
-    """The process answers."""
-
-    status = Text(required=True, choices=("ok",))
-
-
-class Ready(Schema):
-    """Whether requests may be sent."""
-
-    status = Text(required=True, choices=("ready", "not ready"))
-    reason = Text(required=True)
-
-
-class Start(Schema):
-    """What this is, and where to go on."""
-
-    name = Text(required=True)
-    message = Text()
-    status = Text()
-    version = Text(required=True)
-    documentation = Text()
-    health = Text()
-    endpoints = AnyObject()

@@ -83,7 +83,7 @@ class Message(Schema):
 
 
 class TemplateFields(Schema):
-    """How messages become a prompt."""
+    """The way from messages to a prompt."""
 
     add_generation_prompt = Boolean(
         **about("End the prompt where the assistant's turn begins. Default true.")
@@ -134,4 +134,5 @@ class ChatRequest(Sampling, TemplateFields):
         """Rules between fields."""
         if "top_logprobs" in data and not data["logprobs"]:
             raise ValidationError("needs 'logprobs': true", "top_logprobs")
-        check_stream_options(data)
+        if "stream_options" in data:
+            check_stream_options(data)

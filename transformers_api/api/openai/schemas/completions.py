@@ -98,7 +98,8 @@ class CompletionRequest(Sampling):
             raise ValidationError("must not be smaller than 'n'", "best_of")
         if best_of > data["n"] and data["stream"]:
             raise ValidationError("must equal 'n' in a stream", "best_of")
-        check_stream_options(data)
+        if "stream_options" in data:
+            check_stream_options(data)
 
 
 def check_stream_options(data: Mapping[str, Any]) -> None:

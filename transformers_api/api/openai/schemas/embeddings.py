@@ -29,7 +29,7 @@ def _many(item: dict[str, Any]) -> dict[str, Any]:
 
 
 class Inputs(Prompts):
-    """What completions take as prompts, but no empty text."""
+    """The prompts of completions, but no empty text."""
 
     LONGEST = MAX_INPUTS
 

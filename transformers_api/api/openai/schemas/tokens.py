@@ -27,11 +27,11 @@ class TokenizeRequest(TemplateFields):
     @validates_schema(skip_on_field_errors=True)
     def check(self, data: dict[str, Any], **_: Any) -> None:
         """One text or one conversation."""
-        given = [name for name in (*TEXT_NAMES, "messages") if name in data]
-        if not given:
+        inputs = [name for name in (*TEXT_NAMES, "messages") if name in data]
+        if not inputs:
             raise ValidationError("is required, or 'messages'", "prompt")
-        if len(given) > 1:
-            raise ValidationError(f"must not be given together with '{given[0]}'", given[1])
+        if len(inputs) > 1:
+            raise ValidationError(f"must not be given together with '{inputs[0]}'", inputs[1])
 
 
 class TokenizeAnswer(Schema):

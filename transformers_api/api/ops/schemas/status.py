@@ -1,4 +1,4 @@
-"""What GET /status answers."""
+"""GET /status."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Loading(Schema):
 
 
 class Limits(Schema):
-    """How much the server takes on; null is no limit."""
+    """The limits of the server; null is no limit."""
 
     max_inflight = fields.Integer()
     max_queue = fields.Integer()
@@ -57,7 +57,7 @@ class Limits(Schema):
 
 
 class Status(Schema):
-    """What the server is doing."""
+    """The state of the server."""
 
     version = fields.String()
     uptime_s = fields.Float()

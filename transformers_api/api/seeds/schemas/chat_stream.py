@@ -77,10 +77,10 @@ class ChatStreamRequest(Schema):
     @pre_load
     def drop_nulls(self, data: Any, **options: Any) -> Any:
         """Null means default; for `top_k` it means no filter."""
-        kept = super().drop_nulls(data, **options)
+        fields = super().drop_nulls(data, **options)
         if isinstance(data, Mapping) and "top_k" in data:
-            return {**kept, "top_k": data["top_k"]}
-        return kept
+            return {**fields, "top_k": data["top_k"]}
+        return fields
 
     @validates_schema(skip_on_field_errors=True)
     def check(self, data: dict[str, Any], **_: Any) -> None:
@@ -90,7 +90,7 @@ class ChatStreamRequest(Schema):
 
 
 class TraceUsage(Schema):
-    """What the traces took."""
+    """The cost of the traces."""
 
     bytes = Integer(0, ANY - 1, **about("As they were sent."))
     ms = Number(0, 1e12, **about("To write them."))

@@ -100,14 +100,8 @@ class LoadModelRequest(Schema):
     )
 
 
-class Detail(Schema):
-    """Every error of these routes."""
-
-    detail = Text(required=True)
-
-
 class Done(Schema):
-    """What was done."""
+    """A report of what was done."""
 
     message = Text()
 
@@ -130,7 +124,7 @@ class Parameters(Schema):
 
 
 class Timings(Schema):
-    """Where the time went, in milliseconds."""
+    """The time each part took, in milliseconds."""
 
     encode_ms = Number(0, _MS)
     time_to_first_token_ms = Number(0, _MS, **about("From the start to the first piece of text."))

@@ -1,0 +1,94 @@
+"""The resident model (LoadedModel), and what loads one (Loader)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
+
+from transformers_api.engine.base import Engine
+from transformers_api.inspection.base import Inspector
+from transformers_api.serving.models.spec import ModelFiles, ModelSpec
+from transformers_api.serving.text.end_of_turn import end_of_turn_ids
+from transformers_api.serving.text.vocabulary import Vocabulary
+
+
+class Embedder(Protocol):
+    """Makes vectors of texts. From any thread; the engine thread does the work."""
+
+    @property
+    def dimensions(self) -> int:
+        """Numbers in a vector."""
+        ...
+
+    @property
+    def slice_tokens(self) -> int:
+        """Tokens, padding included, to read between two decode steps of the resident model."""
+        ...
+
+    def embed(self, rows: Sequence[Sequence[int]], dimensions: int | None = None) -> list[bytes]:
+        """A vector per row of token ids, as little-endian float32: the first ``dimensions`` of it.
+
+        The rows are one slice. Raises ModelUnloaded, EngineDead.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A resident model."""
+
+    spec: ModelSpec
+    engine: Engine
+    tokenizer: Any  # a transformers PreTrainedTokenizer; used read-only, from many threads
+    device: str
+    dtype: str
+    quantization: str = "none"  # "int8" or "int4"; dtype is then that of what is not quantised
+    kernels: str = "torch"  # or "native"
+    bytes: int  # memory of the weights
+    load_s: float
+    fingerprint: str  # OpenAI's system_fingerprint: changes with weights, width, device, version
+    created: int = 0
+    count_tokens: Callable[[str], int] | None = None  # for usage; None: the model's own tokens
+    embedder: Embedder | None = None  # where the registry entry says that it embeds
+    inspector: Inspector | None = None  # None: INSPECT_ENABLED is off
+    is_outdated: Callable[[], bool] = bool  # whether loading it anew would make it faster
+    extras: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def end_of_turn(self) -> frozenset[int]:
+        """See end_of_turn_ids; asking the template costs as much as rendering a request."""
+        return end_of_turn_ids(self.tokenizer)
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """Of the tokenizer: what a token stands for is looked up once, for all answers."""
+        return Vocabulary(self.tokenizer)
+
+
+class Loader(Protocol):
+    """What the swapper needs to know of loading; ``app.py`` injects the real one."""
+
+    def devices(self) -> Collection[str]:
+        """The devices of this machine, such as "cpu", "cuda" and "cuda:0"."""
+        ...
+
+    def prepare(self, spec: ModelSpec, progress: Callable[[float, str], None]) -> ModelFiles:
+        """Make the files complete on the disk (download, convert) and check them, without memory.
+
+        Nothing of a resident model is touched. ``progress`` takes (share done 0..1, what is being
+        done). Raises ModelLoadFailed, InsufficientStorage.
+        """
+        ...
+
+    def check_memory(self, spec: ModelSpec, files: ModelFiles, freed_bytes: int) -> bool:
+        """Raise InsufficientMemory when the model cannot fit even after ``freed_bytes`` are freed.
+
+        True when it fits beside what is resident now, with a fifth to spare.
+        """
+        ...
+
+    def load(self, spec: ModelSpec, files: ModelFiles) -> LoadedModel:
+        """Load into memory. Raises ModelLoadFailed."""
+        ...
