@@ -14,10 +14,10 @@ import pytest
 
 from tests.fakes import fake_model, fake_spec
 from transformers_api.serving.models.spec import ModelFiles
-from transformers_api.serving.swap.policy import Rules, Turns
-from transformers_api.serving.swap.residency import Lease, Residency, Target, Waiter
+from transformers_api.serving.swap.policy import SwapPolicy, SwapRules
+from transformers_api.serving.swap.residency import Lease, Residency, SwapRequest, Waiter
 
-RULES = Rules(swap_after_s=10, drain_s=300, min_resident_s=5)
+RULES = SwapRules(swap_after_s=10, drain_s=300, min_resident_s=5)
 LOAD_S = 0.3
 FILES = ModelFiles(Path("nowhere"), 1000, 250, "float32", 0)
 
@@ -32,11 +32,11 @@ class Client:
 
 
 class World:
-    """Turns, the time that passes, and what happens in it; loads take ``LOAD_S``."""
+    """SwapPolicy, the time that passes, and what happens in it; loads take ``LOAD_S``."""
 
-    def __init__(self, rules: Rules = RULES) -> None:
+    def __init__(self, rules: SwapRules = RULES) -> None:
         self.now = 0.0
-        self.turns = Turns(rules, self._released)
+        self.policy = SwapPolicy(rules, self._released)
         self.loads: list[tuple[float, str]] = []
         self.answers: Counter[str] = Counter()
         self._events: list[tuple[float, int, Callable[[], None]]] = []
@@ -66,13 +66,13 @@ class World:
 
     def ask(self, client: Client) -> None:
         client.name = next(client.models)
-        resident = self.turns.resident
+        resident = self.policy.resident
         if resident is not None and resident.serves(client.name, None):
             client.waits.append(0.0)
             self._answer(client, resident.grant(self.now, self._released))
             return
-        target = Target(fake_spec(client.name), files=FILES)
-        waiter = self.turns.join(target, self.now, wants_lease=True)
+        target = SwapRequest(fake_spec(client.name), files=FILES)
+        waiter = self.policy.join(target, self.now, wants_lease=True)
         self._waiting.append((client, waiter))
 
     def _answer(self, client: Client, lease: Lease) -> None:
@@ -88,25 +88,25 @@ class World:
         residency.idle_since = self.now
 
     def _decide(self) -> None:
-        while not self._is_loading and (step := self.turns.next(self.now)) is not None:
+        while not self._is_loading and (step := self.policy.next(self.now)) is not None:
             match step:
                 case ("check", target):
-                    target.is_checked, target.checked_beside = True, self.turns.resident
+                    target.is_checked, target.checked_beside = True, self.policy.resident
                 case ("evict", residency):
                     residency.close(None)
-                    self.turns.gone(residency)
+                    self.policy.gone(residency)
                 case ("load", target):
                     self._is_loading = True
                     self.at(self.now + LOAD_S, lambda target=target: self._loaded(target))
-        deadline = self.turns.deadline()
+        deadline = self.policy.deadline()
         if not self._is_loading and self.now < deadline < math.inf and deadline != self._alarm:
             self._alarm = deadline
             self.at(deadline, lambda: None)
 
-    def _loaded(self, target: Target) -> None:
+    def _loaded(self, target: SwapRequest) -> None:
         self._is_loading = False
         model = fake_model(target.spec, load_s=LOAD_S, tokenizer=object())
-        self.turns.publish(Residency(model, target, self.now), target)
+        self.policy.publish(Residency(model, target, self.now), target)
         self.loads.append((self.now, target.spec.name))
         for client, waiter in self._waiting:
             if waiter.answered.is_set():
@@ -143,7 +143,7 @@ def test_models_in_demand_are_each_kept_for_a_while(models: str) -> None:
 
 
 def test_without_a_least_time_each_answer_may_be_followed_by_a_switch() -> None:
-    world = World(Rules(swap_after_s=10, drain_s=300))
+    world = World(SwapRules(swap_after_s=10, drain_s=300))
     crowd(world, *"ab")
     world.run(120)
     assert world.switches > 200

@@ -1,4 +1,4 @@
-"""Who may use the server, and how much: what the settings make of it."""
+"""Access to the server: its keys and its rates, as the settings say."""
 
 from __future__ import annotations
 

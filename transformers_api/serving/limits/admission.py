@@ -1,4 +1,4 @@
-"""Who is being served: how many at once, for how long, and what those hear who come too many.
+"""Admission: how many requests at once, for how long, and the refusal of those that are too many.
 
 Every request that leases a model, or waits for one, is in here from its arrival to its last byte.
 """
@@ -20,7 +20,7 @@ DEADLINE = "The answer was not complete after {:g} s"
 
 
 class Throughput:
-    """How fast requests have been finishing lately. Not safe from several threads by itself.
+    """The recent rate of finished requests. Not safe from several threads by itself.
 
     Time without any request says nothing about that, and does not pass in here.
     """
@@ -138,7 +138,7 @@ class Admission:
             if left_s > 0:
                 self._condition.wait(None if left_s == math.inf else left_s)
             now = self._clock()
-            overdue = [known for known, due in self._due.items() if due <= now]
+            overdue = [cancellation for cancellation, due in self._due.items() if due <= now]
             for cancellation in overdue:
                 del self._due[cancellation]
             return overdue

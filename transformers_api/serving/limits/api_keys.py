@@ -1,4 +1,4 @@
-"""Who may ask: API keys from a file that holds a hash of each.
+"""API keys, from a file that holds a hash of each.
 
 A line of the file is ``name:scope:sha256$hash``; ``#`` begins a comment. A key is 256 random bits,
 so that its SHA-256 tells nothing about it and a slow hash would only slow the requests down.
@@ -38,7 +38,7 @@ class ApiKey:
     digest: bytes
 
     def may(self, scope: str) -> bool:
-        """Whether what needs ``scope`` may be done with this key."""
+        """True where this key has ``scope``."""
         return SCOPES.index(self.scope) >= SCOPES.index(scope)
 
     def line(self) -> str:
@@ -61,14 +61,14 @@ class ApiKeys:
         if not self._keys:
             log.warning("API_KEYS_FILE %s has no keys: every request is refused", path)
 
-    def find(self, given: str) -> ApiKey | None:
+    def find(self, secret: str) -> ApiKey | None:
         """The key whose secret was given; all are compared, each in the same time."""
-        digest = _digest(given)
-        found = None
+        digest = _digest(secret)
+        match = None
         for key in self._current():
             if hmac.compare_digest(key.digest, digest):
-                found = key
-        return found
+                match = key
+        return match
 
     def _current(self) -> Sequence[ApiKey]:
         if _state(self._path) != self._state:
@@ -98,14 +98,14 @@ def read(path: Path) -> list[ApiKey]:
         if not text:
             continue
         name, _, rest = text.partition(":")
-        scope, _, kept = rest.partition(":")
-        found = _HASH.fullmatch(kept)
+        scope, _, digest = rest.partition(":")
+        match = _HASH.fullmatch(digest)
         # The line is not repeated: it may be a key itself.
-        if not _NAME.fullmatch(name) or scope not in SCOPES or not found:
+        if not _NAME.fullmatch(name) or scope not in SCOPES or not match:
             raise ValueError(f"line {number} must be {_FORM}")
         if name in keys:
             raise ValueError(f"line {number} has the name of an earlier one: {name}")
-        keys[name] = ApiKey(name, scope, bytes.fromhex(found[1]))
+        keys[name] = ApiKey(name, scope, bytes.fromhex(match[1]))
     return list(keys.values())
 
 
@@ -158,12 +158,12 @@ def _digest(key: str) -> bytes:
 
 
 def _state(path: Path) -> tuple[int, int, int] | None:
-    """What is another one when the file is; None where there is none."""
+    """The identity of the file's content; None where there is no file."""
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return None
-    return found.st_mtime_ns, found.st_ino, found.st_size
+    return status.st_mtime_ns, status.st_ino, status.st_size
 
 
 def _reason(error: OSError | ValueError) -> str:

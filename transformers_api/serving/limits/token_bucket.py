@@ -132,7 +132,7 @@ class TokenBucketRateLimiter(RateLimiter):
         return self.take(item, *identifiers, cost=0).remaining >= cost
 
     def get_window_stats(self, item: RateLimitItem, *identifiers: str) -> WindowStats:
-        """When the bucket is full, in seconds since 1970, and what is in it now."""
+        """The time at which the bucket is full, in seconds since 1970, and what is in it now."""
         level = self.take(item, *identifiers, cost=0)
         return WindowStats(time.time() + level.full_in_s, level.remaining)
 

@@ -50,7 +50,7 @@ class Pooling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """What may be served under one id."""
+    """A model that may be served under one id."""
 
     name: str
     source: Source

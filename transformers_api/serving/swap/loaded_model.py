@@ -68,7 +68,7 @@ class LoadedModel:
 
 
 class Loader(Protocol):
-    """What the swapper needs to know of loading; ``app.py`` injects the real one."""
+    """The loader as the swapper sees it; ``app.py`` injects the real one."""
 
     def devices(self) -> Collection[str]:
         """The devices of this machine, such as "cpu", "cuda" and "cuda:0"."""

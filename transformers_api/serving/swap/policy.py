@@ -1,4 +1,4 @@
-"""Whose turn it is: what is resident, what is wanted, what happens next. No threads, no clock.
+"""The swap policy: the resident model, requests for others, the next step. No threads or clock.
 
 The swapper calls everything here while it holds its condition, and carries the steps out.
 """
@@ -14,17 +14,17 @@ from transformers_api.errors import ApiError
 from transformers_api.serving.swap.residency import (
     Residency,
     SwapperStatus,
-    Target,
+    SwapRequest,
     Waiter,
     renewed,
 )
 
-Step = tuple[Literal["check", "load"], Target] | tuple[Literal["evict"], Residency]
+Step = tuple[Literal["check", "load"], SwapRequest] | tuple[Literal["evict"], Residency]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rules:
-    """When switches and evictions are due; in seconds."""
+class SwapRules:
+    """Times of switches and evictions, in seconds."""
 
     swap_after_s: float
     drain_s: float
@@ -33,21 +33,21 @@ class Rules:
     overlap: bool = False
 
 
-class Turns:
+class SwapPolicy:
     """The resident model, the queues for others, and the decision which of them comes next."""
 
-    def __init__(self, rules: Rules, let_go: Callable[[Residency], None]) -> None:
+    def __init__(self, rules: SwapRules, let_go: Callable[[Residency], None]) -> None:
         self.rules = rules
         self.resident: Residency | None = None  # grants leases
         self.leaving: list[Residency] = []  # drain, and grant none
-        self.targets: dict[tuple[str, str | None], Target] = {}  # wanted, not resident
-        self.decided: Target | None = None  # comes next
-        self.fallback: Target | None = None  # was evicted, and comes back if nothing else does
+        self.targets: dict[tuple[str, str | None], SwapRequest] = {}  # wanted, not resident
+        self.decided: SwapRequest | None = None  # comes next
+        self.fallback: SwapRequest | None = None  # was evicted, and comes back if nothing else does
         self._let_go = let_go
 
     # Callers.
 
-    def join(self, target: Target, now: float, wants_lease: bool) -> Waiter:
+    def join(self, target: SwapRequest, now: float, wants_lease: bool) -> Waiter:
         """One more caller in the queue of ``target``, or of one like it that is there already."""
         target = self.targets.setdefault(target.key, target)
         waiter = Waiter(target, now, wants_lease)
@@ -55,7 +55,7 @@ class Turns:
         return waiter
 
     def is_loading_on_request(self, name: str) -> bool:
-        """Whether somebody has asked for the model itself, not for an answer of it; or had it."""
+        """True where a caller has asked, or had asked, for the model itself and not an answer."""
         if self.fallback is not None and self.fallback.spec.name == name:
             return True
         targets = (target for target in self.targets.values() if target.spec.name == name)
@@ -81,7 +81,7 @@ class Turns:
                 target.waiters.clear()
                 self.drop_if_unwanted(target)
 
-    def refuse_waiters(self, target: Target, error: ApiError) -> None:
+    def refuse_waiters(self, target: SwapRequest, error: ApiError) -> None:
         """Answer everybody who waits for ``target`` with an error, and forget it."""
         for waiter in target.waiters:
             waiter.refuse(renewed(error))
@@ -89,7 +89,7 @@ class Turns:
         if self.targets.get(target.key) is target:
             del self.targets[target.key]
 
-    def drop_if_unwanted(self, target: Target) -> None:
+    def drop_if_unwanted(self, target: SwapRequest) -> None:
         """Forget a target that nobody waits for; a preparation in progress may be joined."""
         if target.waiters or target.is_preparing or target is self.decided:
             return
@@ -109,7 +109,7 @@ class Turns:
         """A snapshot of all of it."""
         residency = next(self.in_memory(), None)
         coming = self._coming()
-        shown = SwapperStatus(
+        status = SwapperStatus(
             state="empty" if coming is None else "loading",
             loading=coming.spec.name if coming else None,
             progress=coming.progress[0] if coming else 0.0,
@@ -118,10 +118,10 @@ class Turns:
             last_errors=last_errors,
         )
         if residency is None or residency.model is None:
-            return shown
+            return status
         model = residency.model
         return replace(
-            shown,
+            status,
             state="ready" if residency is self.resident else "draining",
             model=residency.spec.name,
             device=model.device,
@@ -136,9 +136,9 @@ class Turns:
             leases=residency.leases,
         )
 
-    def _coming(self) -> Target | None:
-        wanted = (target for target in self.targets.values() if target.waiters)
-        return self.decided or self.fallback or next(wanted, None)
+    def _coming(self) -> SwapRequest | None:
+        requested = (target for target in self.targets.values() if target.waiters)
+        return self.decided or self.fallback or next(requested, None)
 
     def _waiting(self) -> dict[str, int]:
         counts: dict[str, int] = {}
@@ -151,7 +151,7 @@ class Turns:
     # Decisions.
 
     def next(self, now: float) -> Step | None:
-        """What to do now; None when there is only waiting."""
+        """The step to take now; None when there is only waiting."""
         self._reconsider(now)
         if self.decided is None:
             unchecked = next(self._unchecked(), None)
@@ -171,7 +171,7 @@ class Turns:
         return None
 
     def deadline(self) -> float:
-        """When something may be due that no call announces; infinite for never."""
+        """The next time at which a step may be due that no call announces; infinite for never."""
         times = [r.drain_until for r in self.leaving if r.drain_until is not None]
         if self.resident is not None and self.decided is None:
             first = self._first()
@@ -180,7 +180,9 @@ class Turns:
                 times.append(self._idle_end(self.resident))
         return min(times, default=math.inf)
 
-    def retire(self, residency: Residency, now: float, successor: Target | None = None) -> None:
+    def retire(
+        self, residency: Residency, now: float, successor: SwapRequest | None = None
+    ) -> None:
         """Let nobody have the resident model any more; it goes when its leases have ended."""
         assert residency is self.resident
         self.resident = None
@@ -188,7 +190,7 @@ class Turns:
         residency.successor = successor
         residency.drain_until = now + self.rules.drain_s
 
-    def publish(self, residency: Residency, target: Target) -> None:
+    def publish(self, residency: Residency, target: SwapRequest) -> None:
         """``target`` was loaded: it is the resident model now."""
         if self.resident is not None:
             self.retire(self.resident, residency.since, target)
@@ -204,7 +206,7 @@ class Turns:
         if residency.successor is not None:
             residency.successor.replaced = residency
 
-    def failed(self, target: Target, error: ApiError) -> None:
+    def failed(self, target: SwapRequest, error: ApiError) -> None:
         """``target`` cannot be had: tell who waits for it, and bring back what it replaced."""
         if target is self.fallback:
             self.fallback = None
@@ -212,7 +214,7 @@ class Turns:
             self.decided = None
             if self.resident is None and target.replaced is not None:
                 old = target.replaced
-                self.fallback = Target(old.spec, old.spec.device, old.files)
+                self.fallback = SwapRequest(old.spec, old.spec.device, old.files)
         self.refuse_waiters(target, error)
 
     def end(self, error: ApiError) -> list[Residency]:
@@ -239,29 +241,29 @@ class Turns:
                 self.serve_waiters(now)
                 return
 
-    def _prepared(self) -> Iterator[Target]:
+    def _prepared(self) -> Iterator[SwapRequest]:
         return (t for t in self.targets.values() if t.waiters and t.files is not None)
 
-    def _unchecked(self) -> Iterator[Target]:
+    def _unchecked(self) -> Iterator[SwapRequest]:
         for target in self._prepared():
             if not target.is_checked or target.checked_beside is not self.resident:
                 yield target
 
-    def _first(self) -> Target | None:
+    def _first(self) -> SwapRequest | None:
         return min(self._prepared(), key=lambda target: target.head_since, default=None)
 
-    def _choose(self, now: float) -> Target | None:
+    def _choose(self, now: float) -> SwapRequest | None:
         target = self._first()
         return target if target is not None and now >= self._due(target) else None
 
-    def _due(self, target: Target) -> float:
+    def _due(self, target: SwapRequest) -> float:
         """From when on a switch to ``target`` may be decided."""
         resident, min_s = self.resident, self.rules.min_resident_s
         if resident is None:
             return target.head_since
         if resident.leases:
-            begun = target.head_since + self.rules.swap_after_s
-            return max(begun, resident.held_enough(min_s))
+            earliest = target.head_since + self.rules.swap_after_s
+            return max(earliest, resident.held_enough(min_s))
         # Who asked for it after that caller came is likely to do so again: each switch would be
         # followed by one back. Where nobody did, as with a single user, nothing is waited for.
         is_in_demand = resident.asked_at > target.head_since
@@ -278,7 +280,7 @@ class Turns:
             self.retire(resident, now)
         elif resident.leases == 0 and resident.is_outdated and not self._waiting():
             self.retire(resident, now)  # it would be loaded twice if another one is about to come
-            self.fallback = Target(resident.spec, resident.spec.device, resident.files)
+            self.fallback = SwapRequest(resident.spec, resident.spec.device, resident.files)
 
     def _idle_end(self, resident: Residency) -> float:
         idle_s = self.rules.idle_unload_s

@@ -1,7 +1,7 @@
-"""Who is resident, who waits for which model, and the lease that keeps a model where it is.
+"""The resident model, the callers that wait, and the leases that keep a model where it is.
 
-``Residency``, ``Waiter``, ``Target`` and ``RecentErrors`` belong to the swapper: they change only
-while its condition is held.
+``Residency``, ``Waiter``, ``SwapRequest`` and ``RecentErrors`` belong to the swapper: they change
+only while its condition is held.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ State = Literal["empty", "loading", "ready", "draining"]
 
 
 class ModelResolver(Protocol):
-    """What the swapper needs of the registry."""
+    """The part of the registry that the swapper needs."""
 
     def resolve(self, model_id: str) -> ModelSpec:
         """The entry of an id or alias. Raises ModelNotFound."""
@@ -121,8 +121,8 @@ class Lease:
     def release(self) -> None:
         """Let the model go. Idempotent, from any thread."""
         with self._lock:
-            held, self._model = self._model, None
-        if held is not None:
+            model, self._model = self._model, None
+        if model is not None:
             self._let_go()
 
     def __enter__(self) -> Lease:
@@ -140,7 +140,7 @@ class Lease:
 class Residency:
     """A model in memory, and who holds it there."""
 
-    def __init__(self, model: LoadedModel, target: Target, now: float) -> None:
+    def __init__(self, model: LoadedModel, target: SwapRequest, now: float) -> None:
         self.model: LoadedModel | None = model
         self.spec = target.spec
         self.files = target.files
@@ -149,18 +149,18 @@ class Residency:
         self.asked_at = -math.inf  # when the last lease was granted
         self.idle_since = now  # means something at zero leases
         self.drain_until: float | None = None  # then its running sequences are ended
-        self.successor: Target | None = None  # for whom it goes; None: it was unloaded
+        self.successor: SwapRequest | None = None  # for whom it goes; None: it was unloaded
         self.closed = False
 
     def serves(self, name: str, device: str | None) -> bool:
-        """Whether it is what was asked for; None stands for any device."""
+        """True for the model that was asked for; None stands for any device."""
         if self.model is None or name != self.spec.name:
             return False
         return device is None or device in (self.spec.device, self.model.device)
 
     @property
     def load_s(self) -> float:
-        """What it costs to have it again."""
+        """The cost of having it again."""
         return self.model.load_s if self.model else 0.0
 
     def grant(self, now: float, let_go: Callable[[Residency], None]) -> Lease:
@@ -183,7 +183,7 @@ class Residency:
         return min(self.since + min_s, self.idle_since + min(self.load_s, QUIET_S))
 
     def may_go(self, now: float) -> bool:
-        """Whether it may be evicted, once it drains."""
+        """True where it may be evicted, once it drains."""
         return self.leases == 0 or (self.drain_until is not None and now >= self.drain_until)
 
     def close(self, error: ApiError | None) -> None:
@@ -198,12 +198,12 @@ class Residency:
 
     @property
     def is_outdated(self) -> bool:
-        """Whether it should be loaded anew when nobody holds it."""
+        """True where it should be loaded anew when nobody holds it."""
         return self.model is not None and self.model.is_outdated()
 
     @property
     def bytes(self) -> int:
-        """What its eviction gives back: weights and KV cache."""
+        """The bytes that its eviction gives back: weights and KV cache."""
         model = self.model
         return 0 if model is None else model.bytes + model.engine.stats().kv_bytes
 
@@ -211,7 +211,7 @@ class Residency:
 class Waiter:
     """One caller in the queue for a model."""
 
-    def __init__(self, target: Target, since: float, wants_lease: bool) -> None:
+    def __init__(self, target: SwapRequest, since: float, wants_lease: bool) -> None:
         self.target = target
         self.since = since
         self.wants_lease = wants_lease  # False: it wants the model resident, no more
@@ -225,7 +225,7 @@ class Waiter:
         self.answered.set()
 
 
-class Target:
+class SwapRequest:
     """A model that somebody waits for: its queue and what is known of it so far."""
 
     def __init__(
@@ -249,7 +249,7 @@ class Target:
 
     @property
     def head_since(self) -> float:
-        """When the caller who has waited longest came."""
+        """The time at which the caller who has waited longest came."""
         return self.waiters[0].since
 
     def report(self, share: float, text: str) -> None:
@@ -276,8 +276,8 @@ class RecentErrors:
 
     def refuse(self, name: str, error: ApiError, now: float) -> None:
         """Refuse leases of ``name`` for a minute, so that a retry loop evicts nothing."""
-        kept = {n: entry for n, entry in self._refused.items() if entry[0] > now}
-        self._refused = {**kept, name: (now + self.RETRY_AFTER_S, error)}
+        recent = {n: entry for n, entry in self._refused.items() if entry[0] > now}
+        self._refused = {**recent, name: (now + self.RETRY_AFTER_S, error)}
 
     def check(self, name: str, now: float) -> None:
         """Raise the error that keeps ``name`` from being tried now."""
@@ -309,7 +309,7 @@ def renewed(
 
 
 def load_error(error: Exception, name: str) -> ApiError:
-    """What callers get to see of an error while preparing or loading."""
+    """The error that callers get for one while preparing or loading."""
     if isinstance(error, ApiError):
         return renewed(error)
     return ModelLoadFailed(f"Model '{name}' could not be loaded: {type(error).__name__}: {error}")

@@ -2,7 +2,7 @@
 
 A request for a model takes a lease. When another model is wanted, the swapper prepares it while
 the resident one goes on serving, decides when the switch is due, lets the leases run out, evicts
-and loads. ``turns.py`` decides; here is the one condition that guards its decisions, the one
+and loads. ``policy.py`` decides; here is the one condition that guards its decisions, the one
 thread that carries them out, and the calls that wait. Whatever takes long (prepare, check, load,
 close) is called outside the condition.
 """
@@ -28,7 +28,7 @@ from transformers_api.errors import (
 from transformers_api.serving.limits.cancellation import Cancellation
 from transformers_api.serving.models.spec import ModelSpec
 from transformers_api.serving.swap.loaded_model import Loader
-from transformers_api.serving.swap.policy import Rules, Step, Turns
+from transformers_api.serving.swap.policy import Step, SwapPolicy, SwapRules
 from transformers_api.serving.swap.residency import (
     Lease,
     ModelResolver,
@@ -37,7 +37,7 @@ from transformers_api.serving.swap.residency import (
     SilentListener,
     SwapperListener,
     SwapperStatus,
-    Target,
+    SwapRequest,
     Waiter,
     load_error,
     renewed,
@@ -83,14 +83,14 @@ class Swapper:
         self._listener = listener or SilentListener()
         self._clock = clock
         self._condition = threading.Condition()
-        rules = Rules(
+        rules = SwapRules(
             swap_after_s=swap_after_s,
             min_resident_s=min_resident_s,
             drain_s=drain_s,
             idle_unload_s=idle_unload_s,
             overlap=overlap,
         )
-        self._turns = Turns(rules, self._release)
+        self._policy = SwapPolicy(rules, self._release)
         self._errors = RecentErrors()
         self._refusal: ApiError | None = None
         self._closed = False
@@ -120,11 +120,11 @@ class Swapper:
             raise cancellation.error
         with self._condition:
             self._check_open()
-            resident = self._turns.resident
+            resident = self._policy.resident
             if resident is not None and resident.serves(spec.name, None):
                 return resident.grant(self._clock(), self._release)
             self._check_may_load(spec, model_id or spec.name)
-            waiter = self._enqueue(Target(spec), wants_lease=True)
+            waiter = self._enqueue(SwapRequest(spec), wants_lease=True)
         if cancellation is not None:
             cancellation.on_cancel(lambda: self._withdraw(waiter, cancellation.error))
         self._await(waiter, self._wait_s if timeout is None else timeout)
@@ -153,12 +153,12 @@ class Swapper:
         spec = self._registry.resolve(model_id)
         with self._condition:
             self._check_open()
-            resident = self._turns.resident
+            resident = self._policy.resident
             if resident is not None and resident.serves(spec.name, device):
                 return False
             if device is not None:
                 spec = replace(spec, device=device)
-            waiter = self._enqueue(Target(spec, device), wants_lease=False)
+            waiter = self._enqueue(SwapRequest(spec, device), wants_lease=False)
         if wait and cancellation is not None:
             cancellation.on_cancel(lambda: self._leave(waiter, cancellation.error))
         if wait:
@@ -181,15 +181,15 @@ class Swapper:
         """
         name = None if model_id is None else self._registry.resolve(model_id).name
         with self._condition:
-            turns = self._turns
-            if turns.fallback is not None and name in (None, turns.fallback.spec.name):
-                turns.fallback = None
-            residency = next(turns.in_memory(name), None)
+            policy = self._policy
+            if policy.fallback is not None and name in (None, policy.fallback.spec.name):
+                policy.fallback = None
+            residency = next(policy.in_memory(name), None)
             if residency is None:
                 return False
             residency.successor = None  # nothing brings it back
-            if residency is turns.resident:
-                turns.retire(residency, self._clock())
+            if residency is policy.resident:
+                policy.retire(residency, self._clock())
             if force:
                 residency.drain_until = self._clock()
             self._condition.notify_all()
@@ -201,9 +201,9 @@ class Swapper:
         return True
 
     def status(self) -> SwapperStatus:
-        """What is resident, coming and waiting. Advisory: never branch a mutation on it."""
+        """The resident model, the next one, the queues. Advisory: never branch a mutation on it."""
         with self._condition:
-            return self._turns.status(dict(self._errors.messages))
+            return self._policy.status(dict(self._errors.messages))
 
     def refuse(self, error: ApiError | None = None) -> None:
         """From now on raise ``error`` for new leases and loads; those who hold or wait go on."""
@@ -218,7 +218,7 @@ class Swapper:
         error = error or _shutting_down()
         with self._condition:
             self._refusal, self._closed = error, True
-            in_memory = self._turns.end(error)
+            in_memory = self._policy.end(error)
         for residency in in_memory:
             residency.close(renewed(error))
         self.wake()
@@ -231,16 +231,16 @@ class Swapper:
 
     def _check_may_load(self, spec: ModelSpec, model_id: str) -> None:
         self._errors.check(spec.name, self._clock())
-        if not self._auto_load and not self._turns.is_loading_on_request(spec.name):
+        if not self._auto_load and not self._policy.is_loading_on_request(spec.name):
             raise ModelNotLoaded(model_id)
 
-    def _enqueue(self, target: Target, wants_lease: bool) -> Waiter:
+    def _enqueue(self, target: SwapRequest, wants_lease: bool) -> Waiter:
         """Join the queue for the model; the first caller starts its preparation."""
-        if target.key not in self._turns.targets:
+        if target.key not in self._policy.targets:
             target.is_preparing = True
             name = f"prepare {target.spec.name}"
             threading.Thread(target=self._prepare, args=(target,), name=name, daemon=True).start()
-        waiter = self._turns.join(target, self._clock(), wants_lease)
+        waiter = self._policy.join(target, self._clock(), wants_lease)
         self._condition.notify_all()
         return waiter
 
@@ -254,14 +254,14 @@ class Swapper:
 
     def _withdraw(self, waiter: Waiter, error: ApiError) -> None:
         with self._condition:
-            self._turns.withdraw(waiter, error)
+            self._policy.withdraw(waiter, error)
             self._condition.notify_all()
 
     def _leave(self, waiter: Waiter, error: ApiError) -> None:
         """Wait no more; what was asked for goes on."""
         with self._condition:
             if not waiter.answered.is_set():
-                self._turns.join(waiter.target, self._clock(), wants_lease=False)
+                self._policy.join(waiter.target, self._clock(), wants_lease=False)
         self._withdraw(waiter, error)
 
     def wake(self) -> None:
@@ -288,10 +288,10 @@ class Swapper:
     def _next_step(self) -> Step | None:
         with self._condition:
             while not self._closed:
-                step = self._turns.next(self._clock())
+                step = self._policy.next(self._clock())
                 if step is not None:
                     return step
-                left_s = self._turns.deadline() - self._clock()
+                left_s = self._policy.deadline() - self._clock()
                 self._condition.wait(None if left_s == math.inf else max(0.0, left_s))
         return None
 
@@ -306,7 +306,7 @@ class Swapper:
             case _:
                 assert_never(step)
 
-    def _prepare(self, target: Target) -> None:
+    def _prepare(self, target: SwapRequest) -> None:
         """Runs in a thread of its own: a download must not delay other models."""
         try:
             files = self._loader.prepare(target.spec, target.report)
@@ -315,13 +315,13 @@ class Swapper:
             return
         with self._condition:
             target.is_preparing, target.files = False, files
-            self._turns.drop_if_unwanted(target)
+            self._policy.drop_if_unwanted(target)
             self._condition.notify_all()
 
-    def _check(self, target: Target) -> None:
+    def _check(self, target: SwapRequest) -> None:
         with self._condition:
-            resident = self._turns.resident
-            in_memory = list(self._turns.in_memory())
+            resident = self._policy.resident
+            in_memory = list(self._policy.in_memory())
         assert target.files is not None
         try:
             freed = sum(residency.bytes for residency in in_memory)
@@ -343,14 +343,14 @@ class Swapper:
         residency.close(error)
         log.info("Evicted %s", residency.spec.name)
         with self._condition:
-            self._turns.gone(residency)
+            self._policy.gone(residency)
             self._tell(self._listener.on_evict, residency.spec.name)
             self._condition.notify_all()
 
-    def _load(self, target: Target) -> None:
-        if self._turns.resident is not None:  # beside it; it may have grown since the first check
+    def _load(self, target: SwapRequest) -> None:
+        if self._policy.resident is not None:  # beside it; it may have grown since the first check
             self._check(target)
-            if target is not self._turns.decided or not target.fits_beside:
+            if target is not self._policy.decided or not target.fits_beside:
                 return
         assert target.files is not None
         log.info("Loading %s", target.spec.name)
@@ -365,25 +365,25 @@ class Swapper:
         residency = Residency(model, target, self._clock())
         with self._condition:
             if not self._closed:
-                self._turns.publish(residency, target)
+                self._policy.publish(residency, target)
                 self._errors.forget(target.spec.name)
             self._tell(self._listener.on_load, target.spec.name, model.load_s)
         if self._closed:
             residency.close(_shutting_down())
 
-    def _fail(self, target: Target, error: Exception, loading: bool = False) -> None:
+    def _fail(self, target: SwapRequest, error: Exception, loading: bool = False) -> None:
         name = target.spec.name
         if not isinstance(error, ApiError):
             log.error("Model %s could not be loaded", name, exc_info=error)
-        shown = load_error(error, name)
-        log.warning("Model %s failed: %s", name, shown.message)
+        failure = load_error(error, name)
+        log.warning("Model %s failed: %s", name, failure.message)
         with self._condition:
-            if loading and target is not self._turns.fallback:
-                shown.retry_after = RecentErrors.RETRY_AFTER_S
-                self._errors.refuse(name, shown, self._clock())
-            self._errors.note(name, shown)
-            self._turns.failed(target, shown)
-            self._tell(self._listener.on_load_failed, name, shown)
+            if loading and target is not self._policy.fallback:
+                failure.retry_after = RecentErrors.RETRY_AFTER_S
+                self._errors.refuse(name, failure, self._clock())
+            self._errors.note(name, failure)
+            self._policy.failed(target, failure)
+            self._tell(self._listener.on_load_failed, name, failure)
             self._condition.notify_all()
 
     def _tell(self, event: Callable[..., None], *facts: object) -> None:
