@@ -11,6 +11,7 @@ import torch
 from tests.engine.reading import GREEDY, ask, complete
 from tests.families.originals import NIELS, ORIGINALS, PUBLIC, SLIDING, TINYGPT
 from transformers_api.engine.base import SamplingParams, SequenceRequest, TokenStream
+from transformers_api.engine.sampling.logits_processors import processors_for
 from transformers_api.engine.sampling.sampler import candidates
 from transformers_api.engine.sequence import Sequence
 
@@ -146,7 +147,7 @@ def test_probabilities_to_sample_from_are_the_originals(load, name, setting):
         eos_token_ids=frozenset(),
         max_model_len=1 << 30,
     )
-    for processor in seq.processors:
+    for processor in processors_for(params):
         processor(seq, logits[0])
     kept, ids = candidates((logits / params.temperature).softmax(-1), [params], logits.shape[-1])
     probs = torch.zeros(logits.shape[-1], dtype=kept.dtype).scatter(0, ids[0], kept[0])

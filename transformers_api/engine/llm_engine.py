@@ -30,6 +30,7 @@ from transformers_api.engine.base import (
 from transformers_api.engine.platform.memory import release_memory
 from transformers_api.engine.prompt_lookup import PromptLookup
 from transformers_api.engine.runners.model_runner import OneRow, Runner
+from transformers_api.engine.sampling.logits_processors import processors_for
 from transformers_api.engine.sampling.sampler import Sampler, TokenSampler
 from transformers_api.engine.scheduler import Batch, Scheduler
 from transformers_api.engine.sequence import Sequence
@@ -308,6 +309,7 @@ class BatchingEngine:
             eos_token_ids=self.eos_token_ids,
             max_model_len=self.max_model_len,
             slides=limits.context_overflow == "slide",
+            processors=processors_for(request.params),
             observe=observe,
             on_end=self._ended,
         )

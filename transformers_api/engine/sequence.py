@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Sequence as SequenceOf
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from transformers_api.engine.base import (
     NOTHING,
@@ -18,7 +20,6 @@ from transformers_api.engine.base import (
     TokenScore,
     TokenStream,
 )
-from transformers_api.engine.sampling.logits_processors import LogitsProcessor, processors_for
 from transformers_api.errors import ApiError, SlowReader
 
 
@@ -35,12 +36,21 @@ class SampledToken:
         self.error = error
 
 
+class LogitsProcessor(Protocol):
+    """Changes a row of logits in place, before the temperature."""
+
+    def __call__(self, seq: Sequence, row: Tensor) -> None:
+        """``row`` (V,) float32, the sequence's own copy."""
+        ...
+
+
 class Sequence:
     """The tokens, the slot and the counters of one sequence. Owned by the engine thread.
 
     ``tokens`` are prompt and output. The model sees those from ``start`` on; the cache holds K and
     V of the first ``num_cached`` of these. With ``slides`` the model sees the last
     ``max_model_len`` tokens: beyond that each new token moves ``start`` and empties the cache.
+    ``processors`` change its logits, in this order.
     """
 
     def __init__(
@@ -52,6 +62,7 @@ class Sequence:
         eos_token_ids: frozenset[int],
         max_model_len: int,
         slides: bool = False,
+        processors: SequenceOf[LogitsProcessor] = (),
         observe: Mapping[str, Any] = NOTHING,
         on_end: Callable[[Sequence, FinishReason], object] | None = None,
     ) -> None:
@@ -65,13 +76,13 @@ class Sequence:
         self.prompt_len = len(self.tokens)
         self.start = max(self.prompt_len - max_model_len, 0)
         self.window = max_model_len
-        wanted = self.prompt_len + params.max_tokens
-        self.max_len = wanted if slides else min(wanted, max_model_len)
+        longest = self.prompt_len + params.max_tokens
+        self.max_len = longest if slides else min(longest, max_model_len)
         self.generator: torch.Generator | None = None  # noise from torch, not from the seed alone
         own_eos = frozenset() if params.ignore_eos else eos_token_ids
         self.stop_ids = own_eos | params.stop_token_ids
         self.seed = int.from_bytes(os.urandom(8)) if params.seed is None else params.seed
-        self.processors: list[LogitsProcessor] = processors_for(params)
+        self.processors = processors
         self.slot = -1
         self.turn = 0  # when it prefilled last, in turns of the scheduler
         self.num_cached = 0
