@@ -217,24 +217,22 @@ def _convert(options: argparse.Namespace) -> int:
 
 
 def _kernels(options: argparse.Namespace) -> int:
-    """1 where they could be of use and cannot be had; the server does without them then."""
-    from transformers_api.kernels import build
+    """Return 1 where they could be of use and cannot be had; the server does without them then."""
+    from transformers_api.engine.native import installation
 
     settings = Settings.from_env()
     if not settings.native_kernels:
         sys.stdout.write("NATIVE_KERNELS is off\n")
         return 0
-    try:
-        (build.check_platform if options.any_cpu else build.check_processor)()
-    except build.NativeUnavailable as error:
-        sys.stdout.write(f"No native kernels here: {error}\n")
+    if reason := installation.unusable(on_any_cpu=options.any_cpu):
+        sys.stdout.write(f"No native kernels here: {reason}\n")
         return 0
     try:
-        made = build.build(settings.native_cache)
-    except build.NativeUnavailable as error:
+        library = installation.install(settings.native_cache)
+    except installation.NativeUnavailable as error:
         sys.stderr.write(f"No native kernels, so inference is slower: {error}\n")
         return 1
-    sys.stdout.write(f"The native kernels are ready in {made}\n")
+    sys.stdout.write(f"The native kernels are ready in {library}\n")
     return 0
 
 

@@ -14,8 +14,10 @@ import torch
 from tests.engine.models import BATCHED, generate, prompts_of, tiny_model
 from tests.engine.reading import GREEDY, ask, complete
 from transformers_api.engine.llm_engine import BatchingEngine, EngineLimits
-from transformers_api.engine.loader import differentiable
+from transformers_api.engine.load_options import LoadOptions
+from transformers_api.engine.pretrained import differentiable
 from transformers_api.engine.runners.cuda_graphs import GraphRunner, PaddedCache
+from transformers_api.engine.runners.torch_backend import CudaGraphsBackend
 from transformers_api.engine.runners.verify import agrees
 
 LENGTHS = [9, 3, 14, 5, 7, 2, 11]
@@ -55,9 +57,8 @@ def graph_engine(engine_thread):
             layers = own.config.get_text_config(decoder=True).num_hidden_layers
             graphs.runner = GraphRunner(own, PaddedCache(layers, SLOTS, 1024), 97, graphs)
             sizes = {"max_model_len": 1024, "vocab_size": 97, "num_slots": SLOTS} | limits
-            engine = BatchingEngine(
-                own, graphs.runner, EngineLimits(**sizes), engine_thread, "batching"
-            )
+            facts = CudaGraphsBackend("cpu", LoadOptions()).describe(graphs.runner)
+            engine = BatchingEngine(own, graphs.runner, EngineLimits(**sizes), engine_thread, facts)
             engine_thread.engines.append(engine)
             return engine, graphs
 

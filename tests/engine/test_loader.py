@@ -13,13 +13,9 @@ from torch import nn
 
 from tests.engine.models import BATCHED, tiny_model
 from tests.engine.reading import GREEDY, ask, complete
-from transformers_api.engine.loader import (
-    LoadOptions,
-    gpu_dtype,
-    load_engine,
-    load_model,
-    pick_device,
-)
+from transformers_api.engine.load_options import LoadOptions
+from transformers_api.engine.loader import load_engine
+from transformers_api.engine.pretrained import gpu_dtype, load_model, pick_device
 from transformers_api.engine.runners import model_runner
 from transformers_api.engine.runners.packed_linear import PackedLinear, pack_linears
 from transformers_api.errors import ModelLoadFailed
@@ -144,7 +140,7 @@ def test_a_model_that_disagrees_with_itself_in_a_batch_is_served_alone(make_engi
         model_runner.MaskBuilder, "build", lambda self, positions, seen: None, raising=True
     )
     engine = make_engine("llama")
-    assert engine.mode == "sequential"
+    assert engine.describe().mode == "sequential"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -94,7 +94,7 @@ def test_greedy_ids_are_the_originals_by_generate_and_by_argmax(load, name):
 @pytest.mark.parametrize("name", PUBLIC)
 def test_engine_gives_the_original_greedy_ids_alone_and_in_company(load, make_engine, name):
     engine = make_engine(load(name))
-    assert engine.mode == "batching"
+    assert engine.describe().mode == "batching"
     prompt, expected = row(name, "prompt_ids"), row(name, "greedy_ids")
     request = ask(prompt, max_tokens=COUNT, **GREEDY)
     assert complete(engine, request) == [expected]
@@ -192,7 +192,7 @@ def test_half_of_the_layers_of_a_banded_gpt3dev_see_a_band(make_engine):
     assert (attentions[1][0][:, ~banded] == 0).all()
 
     engine = make_engine(copy.deepcopy(model))
-    assert engine.mode == "batching"
+    assert engine.describe().mode == "batching"
     prompt = ids[0].tolist()
     expected = decoded_by_argmax(model, prompt, 9, window=64)
     request = ask(prompt, max_tokens=9, **GREEDY)

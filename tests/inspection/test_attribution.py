@@ -12,7 +12,8 @@ from torch import nn
 
 from tests.engine.models import BATCHED, IDS, SEQUENTIAL, SIZES, prompts_of
 from tests.inspection.models import tiny
-from transformers_api.engine.loader import LoadOptions, load_engine
+from transformers_api.engine.load_options import LoadOptions
+from transformers_api.engine.loader import load_engine
 from transformers_api.engine.runners.packed_linear import PackedLinear
 from transformers_api.engine.thread import EngineThread
 from transformers_api.inspection.attachment import Attachment

@@ -1,4 +1,4 @@
-"""What the rest of the program knows of an engine: plain data and a protocol. Torch-free."""
+"""Plain data and the protocol of an engine, for the rest of the program. Torch-free."""
 
 from __future__ import annotations
 
@@ -172,6 +172,23 @@ class EngineStats:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EngineFacts:
+    """Facts of a loaded model that do not change."""
+
+    device: str  # "cpu", "cuda:0", …
+    dtype: str  # of the KV cache, and of the weights unless they are quantised
+    quantization: str = "none"  # or int8, int4
+    kernels: str = "torch"  # or native
+    bytes: int  # of the weights, as they lie in memory
+    mode: str = "batching"  # or "sequential": one at a time; or "encoder"
+
+    @property
+    def weights(self) -> str:
+        """The format of the weights: dtype or quantisation."""
+        return self.dtype if self.quantization == "none" else self.quantization
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceStats:
     """How one sequence went, told at its end. Times in seconds."""
 
@@ -252,6 +269,10 @@ class Engine(Protocol):
 
     def call(self, visit: Callable[[Any], T]) -> Future[T]:
         """Run ``visit(model)`` on the engine thread between two steps."""
+        ...
+
+    def describe(self) -> EngineFacts:
+        """The facts of the loaded model, also after ``close``."""
         ...
 
     def stats(self) -> EngineStats:

@@ -20,6 +20,7 @@ from transformers_api.engine.base import (
     NOTHING,
     OBSERVED_BACKLOG,
     ContextOverflow,
+    EngineFacts,
     EngineListener,
     EngineStats,
     FinishReason,
@@ -77,12 +78,12 @@ class BatchingEngine:
         runner: Runner,
         limits: EngineLimits,
         thread: EngineThread,
-        mode: str,
+        facts: EngineFacts,
         sampler: TokenSampler | None = None,
         listener: EngineListener | None = None,
     ) -> None:
         self.limits = limits
-        self.mode = mode
+        self.facts = facts
         self.model = model
         self.runner = runner
         self.sampler = sampler or Sampler()
@@ -235,6 +236,10 @@ class BatchingEngine:
 
         return self.thread.call(run)
 
+    def describe(self) -> EngineFacts:
+        """See base.Engine."""
+        return self.facts
+
     def stats(self) -> EngineStats:
         """See base.Engine."""
         scheduler = self.scheduler
@@ -248,7 +253,7 @@ class BatchingEngine:
             kv_bytes=scheduler.cache.bytes,
             kv_used_bytes=scheduler.reserved_bytes,
             kv_budget_bytes=scheduler.cache.budget_bytes,
-            mode=self.mode,
+            mode=self.facts.mode,
         )
 
     def close(self, error: ApiError | None = None) -> None:

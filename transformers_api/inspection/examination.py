@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from transformers_api.engine.backend import Backend
 from transformers_api.engine.base import SamplingParams, SequenceRequest, TokenStream
-from transformers_api.engine.native.convert_model import native_kind
-from transformers_api.engine.runners.model_runner import Runner
+from transformers_api.engine.runners.model_runner import Runner, innermost
 from transformers_api.engine.scheduler import Batch
 from transformers_api.engine.sequence import Sequence
 from transformers_api.inspection.attention import Attended, AttentionSource, Weights, install_tap
@@ -64,18 +64,27 @@ class _Probe:
             self.layers[layer] = _Seen(weights.heads, weights.kv_heads, weights.has_sinks, error)
 
 
-def examine(model: Any, *, vocab_size: int, context: int, runner: Runner | None = None) -> Examined:
+def examine(
+    model: Any,
+    *,
+    vocab_size: int,
+    context: int,
+    backend: Backend | None = None,
+    runner: Runner | None = None,
+) -> Examined:
     """Run a few tokens and see. Never raises for a model that merely shows little.
 
-    ``runner``: what serves the model, if that is not the model itself.
+    ``backend``, ``runner``: of the model, where it is served; None: the model as it is.
     """
     config = model.config.get_text_config(decoder=True)
     ids = _probe_ids(model, vocab_size, context)
     parts = find_parts(model)
-    source, seen = _find_attention(model, runner, ids, parts)
-    native = native_kind(model)
-    dtype = getattr(torch, native.numbers) if native else model.dtype
-    layers = _layers(config, source, seen, dtype)
+    source, seen = _find_attention(model, backend, runner, ids, parts)
+    numbers = weights = str(model.dtype).removeprefix("torch.")
+    if backend is not None:
+        facts = backend.describe(innermost(runner))
+        numbers, weights = facts.dtype, facts.weights
+    layers = _layers(config, source, seen, getattr(torch, numbers))
     errors = [layer.max_rel_err for layer in layers if layer.max_rel_err is not None]
     shown = next((layer for layer in layers if layer.available), None)
     live = shown is not None and source.mode in (AttentionMode.TAP, AttentionMode.HOOK)
@@ -90,7 +99,7 @@ def examine(model: Any, *, vocab_size: int, context: int, runner: Runner | None 
         hidden_size=hidden,
         vocab_size=vocab_size,
         context=context,
-        dtype=native.weights if native else str(model.dtype).removeprefix("torch."),
+        dtype=weights,
         mode=source.mode if shown else AttentionMode.NONE,
         implementation=source.implementation,
         verified=live,
@@ -114,15 +123,18 @@ def _probe_ids(model: Any, vocab_size: int, context: int) -> Tensor:
 
 
 def _find_attention(
-    model: Any, runner: Runner | None, ids: Tensor, parts: Parts
+    model: Any, backend: Backend | None, runner: Runner | None, ids: Tensor, parts: Parts
 ) -> tuple[AttentionSource, dict[int, _Seen]]:
     config = model.config.get_text_config(decoder=True)
     name = getattr(config, "_attn_implementation", None) or "eager"
     if install_tap(name):
-        source = AttentionSource(AttentionMode.TAP, name)
+        source = AttentionSource(AttentionMode.TAP, name, backend=backend)
         probe = _Probe()
         with source.watched(model, probe):
-            _read(model, runner, ids)
+            if backend is None or runner is None or backend.runs_modules:
+                model(input_ids=ids, use_cache=False, return_dict=True)
+            else:
+                _read(runner, ids)
         if probe.layers:
             return source, probe.layers
     if found := _weights_passing(model, ids):
@@ -144,11 +156,8 @@ def _find_attention(
     return AttentionSource(AttentionMode.NONE, name), {}
 
 
-def _read(model: Any, runner: Runner | None, ids: Tensor) -> None:
-    """The pass that is looked at. With native kernels: a prompt and a step, as they are served."""
-    if runner is None or native_kind(model) is None:
-        model(input_ids=ids, use_cache=False, return_dict=True)
-        return
+def _read(runner: Runner, ids: Tensor) -> None:
+    """Read a prompt and do a step, as they are served."""
     first, *rest = ids[0].tolist()
     prompt, step = [first, *rest[:-1]], rest[-1:]
     request = SequenceRequest(prompt, SamplingParams(max_tokens=2))

@@ -17,6 +17,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from transformers_api.engine.backend import Backend, TokenStats
 from transformers_api.engine.runners.model_runner import Runner
 from transformers_api.engine.sampling.fast_sampler import largest
 from transformers_api.engine.sampling.sampler import TokenSampler, distribution
@@ -33,8 +34,6 @@ from transformers_api.inspection.base import (
 )
 from transformers_api.inspection.examination import Examined
 from transformers_api.inspection.parts import lens_logits, residuals_of, routers_of
-from transformers_api.kernels.abi import Library
-from transformers_api.kernels.stats import TokenStats, token_stats
 
 NAME = "trace"  # in ``observe`` and ``extras``
 LOWEST = -1e4  # a logit; times a probability of 0 it is 0, which -inf is not
@@ -158,19 +157,19 @@ class TracingRunner:
 
 
 class TracingSampler:
-    """Wraps a sampler; see the module. ``library``: kernels, where the model runs on them."""
+    """Wraps a sampler; see the module."""
 
     def __init__(
         self,
         inner: TokenSampler,
         model: Any,
         examined: Examined,
-        library: Library | None = None,
+        backend: Backend,
     ) -> None:
         self.inner = inner
         self.model = model
         self.examined = examined
-        self.library = library
+        self.backend = backend
 
     def sample(self, logits: Tensor, sequences: list[Sequence]) -> list[SampledToken]:
         """See TokenSampler."""
@@ -184,7 +183,8 @@ class TracingSampler:
     def _trace(self, notes: _Notes, logits: Tensor, token: int) -> StepTrace:
         """``logits`` (V,)."""
         seq, plan = notes.seq, notes.plan
-        said = self._figures(logits, token, plan.topk)
+        own = self.backend.token_stats(logits, token, plan.topk)
+        stats = own or token_stats(logits, token, plan.topk)
         prob, spread, drawn_top = _drawn(logits, seq, token, plan.sampled_topk)
         norms = sorted(notes.residuals) if plan.resid_norms else []
         return StepTrace(
@@ -193,10 +193,10 @@ class TracingSampler:
             context=notes.context,
             start=seq.start,
             token_id=token,
-            logprob=said.logprob,
-            entropy=said.entropy,
-            rank=said.rank,
-            top=Likely(tuple(said.ids), tuple(said.probs)),
+            logprob=stats.logprob,
+            entropy=stats.entropy,
+            rank=stats.rank,
+            top=Likely(tuple(stats.ids), tuple(stats.probs)),
             sampled_prob=prob,
             sampled_entropy=spread,
             sampled_top=drawn_top,
@@ -207,11 +207,6 @@ class TracingSampler:
             ),
             router=tuple(notes.routed),
         )
-
-    def _figures(self, logits: Tensor, token: int, count: int) -> TokenStats:
-        if self.library is None or logits.stride(0) != 1:
-            return figures(logits, token, count)
-        return token_stats(self.library, logits, token, count)
 
     def _lens(self, notes: _Notes, token: int) -> tuple[LensReading, ...]:
         layers = [layer for layer in notes.plan.lens_layers if layer in notes.residuals]
@@ -232,20 +227,20 @@ class TracingSampler:
         )
 
 
-def figures(logits: Tensor, token: int, count: int) -> TokenStats:
+def token_stats(logits: Tensor, token: int, count: int) -> TokenStats:
     """Of ``logits`` (V,), with ``count`` of the likeliest tokens."""
     # Tensors of the size of the vocabulary cost more to allocate than to fill: one will do.
     probs = logits.softmax(-1)
     best, lowest = logits.max(), logits.min()
     total = best - probs.max().log()  # logsumexp
-    seen = logits.clamp_min(LOWEST) if lowest < LOWEST else logits  # 0 * -inf is no number
+    finite = logits.clamp_min(LOWEST) if lowest < LOWEST else logits  # 0 * -inf is no number
     top = _likely(probs, count)
     return TokenStats(
         logprob=float(logits[token] - total),
-        entropy=max(float(total - probs @ seen), 0.0),
+        entropy=max(float(total - probs @ finite), 0.0),
         rank=_rank(logits, token),
-        ids=list(top.token_ids),
-        probs=list(top.probs),
+        ids=top.token_ids,
+        probs=top.probs,
     )
 
 

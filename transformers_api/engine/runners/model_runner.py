@@ -40,6 +40,8 @@ class ModelRunner:
     ``vocab_size``: logits of ids that the tokenizer lacks are cut off.
     """
 
+    mode = "batching"
+
     def __init__(self, model: Any, cache: SlotCache, vocab_size: int) -> None:
         self.model = model
         self.cache = cache
@@ -148,6 +150,8 @@ class SequentialRunner:
     ``recompute`` every step reads the whole sequence again: for models without a cache.
     """
 
+    mode = "sequential"
+
     def __init__(self, model: Any, vocab_size: int, recompute: bool = False) -> None:
         self.model = model
         self.cache = OneRow()
@@ -193,6 +197,9 @@ class SequentialRunner:
             config = self.model.config.get_text_config(decoder=True)
             state[name or "past_key_values"] = DynamicCache(config=config)
         return state
+
+
+VerifiedRunner = ModelRunner | SequentialRunner
 
 
 def _last(logits: Tensor, keep: int, vocab_size: int) -> Tensor:
