@@ -3,6 +3,10 @@
 A graph is bound to addresses and shapes. So a step is padded to a bucket, of rows and of cached
 tokens, and its inputs are written where the graph reads them. Rows that only pad write their keys
 and values into a row of the cache that nobody reads.
+
+A step that is watched is the very same padded step, run uncaptured: same shapes, so the same bits.
+Whole streams agree in tokens, and in scores to rounding, as all that torch computes: prompts that
+are read in other chunks are products of other shapes (docs/decisions/0004-float32-on-cpu.md).
 """
 
 from __future__ import annotations
