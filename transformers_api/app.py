@@ -14,7 +14,8 @@ from transformers_api.api.http.rate_limits import RateLimits
 from transformers_api.api.http.services import Services
 from transformers_api.config.settings import SettingError, Settings
 from transformers_api.engine.native.installation import compilations
-from transformers_api.engine.platform.lazy_torch import import_lean, without_collection
+from transformers_api.engine.platform.imports import without_collection
+from transformers_api.engine.platform.lazy_torch import import_torch
 from transformers_api.engine.thread import EngineThread
 from transformers_api.errors import ModelNotFound
 from transformers_api.logs import adopt, configure_logging
@@ -46,7 +47,7 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
     encoder_loader = loader
     metrics = _metrics(settings, registry)
     if loader is None:
-        thread = EngineThread(settings.torch_threads)
+        thread = EngineThread(settings.torch_threads, lazy_torch=settings.lazy_torch)
         loader = ModelLoader(  # which calls back when it loads: swappers are there by then
             settings,
             store,
@@ -100,7 +101,7 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
 def _begin(settings: Settings, thread: EngineThread | None, swapper: Swapper) -> None:
     """Start what takes seconds, while the server already answers its health checks."""
     if thread is not None:
-        thread.call(_import_engine)
+        thread.call(partial(_import_engine, settings.lazy_torch))
     if settings.preload_model:
         swapper.load(settings.default_model, wait=False)
 
@@ -157,7 +158,7 @@ def _preloaded(settings: Settings, registry: ModelRegistry) -> str | None:
         ) from None
 
 
-def _import_engine() -> None:
+def _import_engine(lazy: bool) -> None:
     """Import what never goes away again, so that nobody looks through it for garbage.
 
     That takes a sixth of the time of the imports, and later, at every swap or in the middle of an
@@ -165,7 +166,7 @@ def _import_engine() -> None:
     """
     is_first = "transformers_api.engine.loader" not in sys.modules
     with without_collection():
-        import_lean()
+        import_torch(lazy=lazy, transformers=True)
         import transformers_api.engine.loader  # noqa: F401
 
         if is_first:  # what a later one would keep may be garbage, of models even

@@ -15,7 +15,7 @@ from transformers_api.engine.backends import choose_backends, not_quantized
 from transformers_api.engine.llm_engine import BatchingEngine, EngineLimits
 from transformers_api.engine.load_options import DTYPE_BYTES, LoadOptions
 from transformers_api.engine.platform.cpu import usable_cores
-from transformers_api.engine.platform.lazy_torch import without_collection
+from transformers_api.engine.platform.imports import without_collection
 from transformers_api.engine.platform.memory import available_bytes, release_memory, trim_memory
 from transformers_api.engine.pretrained import (
     context_window,
