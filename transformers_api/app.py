@@ -125,7 +125,7 @@ def _listeners(metrics: Metrics | None, *others: SwapperListener) -> SwapperList
 def _encoders(
     settings: Settings, registry: ModelRegistry, loader: Loader, listener: SwapperListener
 ) -> Swapper:
-    """What lives beside the resident model, one at a time; AUTO_LOAD says nothing about it."""
+    """The swapper of encoders: one beside the resident model, whatever AUTO_LOAD says."""
     return Swapper(
         EncoderRegistry(registry),
         loader,
@@ -135,7 +135,7 @@ def _encoders(
 
 
 def _patience(settings: Settings) -> dict[str, Any]:
-    """How long a Swapper waits for what."""
+    """The times that a Swapper waits."""
     return {
         "swap_after_s": settings.swap_after_s,
         "drain_s": settings.drain_s,

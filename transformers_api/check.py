@@ -94,8 +94,8 @@ def _software() -> Iterator[Finding]:
     fits = sys.version_info[:2] >= NEEDED_PYTHON
     yield Finding("Python", python, None if fits else "install Python 3.11 or newer")
     for package, needed in NEEDED_VERSIONS.items():
-        wanted = ".".join(map(str, needed))
-        mend = f"pip install -r requirements.txt ({package} {wanted} or newer is needed)"
+        required = ".".join(map(str, needed))
+        mend = f"pip install -r requirements.txt ({package} {required} or newer is needed)"
         try:
             version = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -100,9 +100,10 @@ def _port(text: str) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    given = {"host": options.host, "port": options.port}
+    overrides = {"host": options.host, "port": options.port}
     settings = replace(
-        Settings.from_env(), **{name: value for name, value in given.items() if value is not None}
+        Settings.from_env(),
+        **{name: value for name, value in overrides.items() if value is not None},
     )
     from transformers_api.server.serve import serve
     from transformers_api.serving.models.registry import ModelRegistry
@@ -257,7 +258,7 @@ def _add_key(options: argparse.Namespace) -> int:
     from transformers_api.serving.limits import api_keys
 
     path = _key_file(options)
-    with _told():
+    with _in_one_line():
         secret = api_keys.add(path, options.name, options.scope)
     sys.stderr.write(f"The key of {options.name}, whose hash is in {path}. It is shown only now.\n")
     sys.stdout.write(f"{secret}\n")
@@ -267,7 +268,7 @@ def _add_key(options: argparse.Namespace) -> int:
 def _remove_key(options: argparse.Namespace) -> int:
     from transformers_api.serving.limits import api_keys
 
-    with _told():
+    with _in_one_line():
         api_keys.remove(_key_file(options), options.name)
     return 0
 
@@ -275,7 +276,7 @@ def _remove_key(options: argparse.Namespace) -> int:
 def _list_keys(options: argparse.Namespace) -> int:
     from transformers_api.serving.limits import api_keys
 
-    with _told():
+    with _in_one_line():
         keys = api_keys.read(_key_file(options))
     _write_table([("NAME", "SCOPE"), *((key.name, key.scope) for key in keys)])
     return 0
@@ -289,8 +290,8 @@ def _key_file(options: argparse.Namespace) -> Path:
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """What is wrong with a file of keys, in one line."""
+def _in_one_line() -> Iterator[None]:
+    """Turn errors of a file of keys into one line."""
     try:
         yield
     except OSError as error:

@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Reduction:
-    """How the hidden states of a text become one vector."""
+    """The reduction of a text's hidden states to one vector."""
 
     mode: Mode
     normalize: bool
@@ -170,11 +170,11 @@ class _Reading:
         if self.cache is None:
             self.cache = DynamicCache(config=model.config.get_text_config(decoder=True))
         ids = self.ids[self.done : self.done + width]
-        seen = self.done + len(ids)
+        stop = self.done + len(ids)
         hidden = _hidden(
             model,
             input_ids=torch.tensor([ids], device=model.device),
-            attention_mask=torch.ones(1, seen, dtype=torch.long, device=model.device),
+            attention_mask=torch.ones(1, stop, dtype=torch.long, device=model.device),
             past_key_values=self.cache,
             use_cache=True,
         )
@@ -182,7 +182,7 @@ class _Reading:
         self.first = self.first if self.done else hidden[:, 0]
         self.sum = self.sum + total if self.done else total
         self.last = hidden[:, -1]
-        self.done = seen
+        self.done = stop
 
     def pooled(self, mode: Mode) -> Tensor:
         """(1, H)."""

@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class EngineLimits:
-    """How much one engine takes on."""
+    """Limits of one engine."""
 
     max_model_len: int  # tokens, prompt + completion
     vocab_size: int
@@ -131,7 +131,7 @@ class BatchingEngine:
     def _take(self, batch: Batch, logits: torch.Tensor, place: int) -> bool:
         """Sample from ``logits`` (B, V), which are of a place in the draft, or after it.
 
-        Whether that is what the draft says: if so, what was read after it holds.
+        Return True where that is the draft's token: what was read after it holds then.
         """
         ends = batch.reaches_end
         sampled = self.sampler.sample(logits, batch.sequences) if ends else []
@@ -165,7 +165,7 @@ class BatchingEngine:
 
     @property
     def has_work(self) -> bool:
-        """Whether ``step`` would do something."""
+        """True where ``step`` would do something."""
         return self.scheduler.has_work
 
     def fail(self, error: ApiError) -> None:

@@ -104,7 +104,7 @@ def attention_layers(model: Any) -> int:
 
 
 def gpu_dtype(stored: str, stored_bytes: int) -> str:
-    """What ``auto`` is on CUDA: the file's own, but 16 bits for a float32 file of any size."""
+    """Return ``auto`` on CUDA: the file's own, but 16 bits for a float32 file of any size."""
     if stored != "float32" or stored_bytes <= SMALL_BYTES:
         return stored
     return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"

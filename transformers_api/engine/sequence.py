@@ -24,7 +24,7 @@ from transformers_api.errors import ApiError, SlowReader
 
 
 class SampledToken:
-    """What the sampler chose for one row."""
+    """The sampler's choice for one row."""
 
     __slots__ = ("error", "score", "token_id")
 
@@ -110,7 +110,7 @@ class Sequence:
 
     @property
     def is_prefilling(self) -> bool:
-        """Whether more is to be read than the token sampled last."""
+        """True where more is to be read than the token sampled last."""
         return self.num_pending > 1 or not self.num_output
 
     @property
@@ -130,7 +130,7 @@ class Sequence:
 
     @property
     def masks_stops(self) -> bool:
-        """Whether stop tokens may not be sampled yet (min_tokens)."""
+        """True where stop tokens may not be sampled yet (min_tokens)."""
         return bool(self.stop_ids) and self.num_output < self.params.min_tokens
 
     def advance(self, width: int, sampled: SampledToken | None) -> None:
@@ -149,7 +149,7 @@ class Sequence:
             self._emit(sampled.token_id, sampled.score, self._finish_reason(sampled.token_id))
 
     def stats(self, reason: FinishReason) -> SequenceStats:
-        """How it went, at its end."""
+        """Return its figures, at its end."""
         now = time.monotonic()
         admitted = self.admitted_at or now
         first = self.first_token_at or now

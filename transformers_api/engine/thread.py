@@ -28,7 +28,7 @@ class Steppable(Protocol):
 
     @property
     def has_work(self) -> bool:
-        """Whether ``step`` would do something."""
+        """True where ``step`` would do something."""
         ...
 
     def step(self) -> None:

@@ -1,4 +1,4 @@
-"""How inspection is attached to an engine when a model is loaded."""
+"""The attachment of inspection to an engine when a model is loaded."""
 
 from __future__ import annotations
 

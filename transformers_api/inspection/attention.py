@@ -46,7 +46,7 @@ Watcher = Callable[[int, Weights], None]  # told of each layer that attends, in 
 
 @dataclass(frozen=True, slots=True)
 class AttentionSource:
-    """Where a model's weights are had. Names only: it keeps no model alive."""
+    """The source of a model's attention weights. Names only: it keeps no model alive."""
 
     mode: AttentionMode
     implementation: str
@@ -124,7 +124,7 @@ class Tap:
         *args: Any,
         **options: Any,
     ) -> Any:
-        """What the wrapped function gives."""
+        """Return the result of the wrapped function."""
         result = self.function(module, query, key, value, attention_mask, *args, **options)
         layer, watch = getattr(module, "layer_idx", None), _current.get()
         if watch is None or layer is None:
@@ -169,7 +169,7 @@ class Attended:
 
     @property
     def has_sinks(self) -> bool:
-        """Whether a head may leave a part of its attention unused."""
+        """True where a head may leave a part of its attention unused."""
         return self.options.get("s_aux") is not None
 
     def rows(
@@ -238,7 +238,7 @@ class Attended:
         return part if heads is None or len(part) == 1 else part[list(heads)]
 
     def _causal(self, queries: slice) -> Tensor | None:
-        """What a function without a mask hides of itself."""
+        """The causal mask of a function that is given none."""
         count, keys = self.query.shape[2], self.key.shape[2]
         is_causal = self.options.get("is_causal")
         if is_causal is None:
@@ -261,7 +261,7 @@ def _masked(scores: Tensor, mask: Tensor | None) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Given:
+class ComputedWeights:
     """Weights (B, H, T, S) that the model computed itself; see Weights."""
 
     weights: Tensor
@@ -291,4 +291,4 @@ def _pass_on(
     output: Any,
 ) -> None:
     weights = output[index] if isinstance(output, tuple) else output
-    watcher(layer, Given(weights, has_sinks))
+    watcher(layer, ComputedWeights(weights, has_sinks))

@@ -41,7 +41,7 @@ LOWEST = -1e4  # a logit; times a probability of 0 it is 0, which -inf is not
 
 @dataclass(slots=True)
 class _Notes:
-    """What the forward pass showed of one sequence; tensors are the notes' own."""
+    """The notes of the forward pass on one sequence; tensors are the notes' own."""
 
     place: int  # in the batch
     seq: Sequence
@@ -89,24 +89,24 @@ class TracingRunner:
         self.inner.clear()
 
     def _watch_attention(self, watch: ExitStack, traced: list[_Notes]) -> None:
-        wanted = {layer: [n for n in traced if layer in n.plan.layers] for layer in _layers(traced)}
-        if not wanted:
+        takers = {layer: [n for n in traced if layer in n.plan.layers] for layer in _layers(traced)}
+        if not takers:
             return
 
         def note(layer: int, weights: Weights) -> None:
-            for notes in wanted.get(layer, ()):
+            for notes in takers.get(layer, ()):
                 notes.rows.append(self._row(layer, weights, notes))
 
-        watch.enter_context(self.examined.source.watched(self.model, note, wanted))
+        watch.enter_context(self.examined.source.watched(self.model, note, takers))
 
     def _row(self, layer: int, weights: Weights, notes: _Notes) -> AttentionRow:
-        plan, seen = notes.plan, notes.context
+        plan, context = notes.plan, notes.context
         heads = plan.heads if isinstance(plan.heads, tuple) else None
         rows, sink = weights.rows(notes.place, slice(-1, None), heads)
         # the model's own cache may have dropped what lies before a window; ours has others' room
-        stop = min(rows.shape[2], seen)
-        width = min(stop, self.windows.get(layer) or seen)
-        first = seen - width
+        stop = min(rows.shape[2], context)
+        width = min(stop, self.windows.get(layer) or context)
+        first = context - width
         shares = rows[:, -1, stop - width : stop]  # (H', K)
         taken = None if sink is None else sink[:, -1]
         if plan.heads == "mean":
@@ -272,7 +272,7 @@ def _entropy(probs: Tensor) -> float:
 
 
 def _rank(scores: Tensor, token: int) -> int:
-    """How many tokens of (V,) score higher."""
+    """The number of tokens of (V,) that score higher."""
     numbers = scores.cpu().numpy()  # counts five times as fast as torch
     return int(numpy.count_nonzero(numbers > numbers[token]))
 
@@ -282,8 +282,8 @@ def _likely(probs: Tensor, count: int, ids: Tensor | None = None) -> Likely:
     if not count:
         return Likely()
     values, places = largest(probs, min(count, len(probs)))
-    found = places if ids is None else ids[places]
-    return Likely(tuple(found.tolist()), tuple(values.tolist()))
+    tokens = places if ids is None else ids[places]
+    return Likely(tuple(tokens.tolist()), tuple(values.tolist()))
 
 
 def _array(tensor: Tensor) -> numpy.ndarray[Any, Any]:

@@ -28,14 +28,14 @@ INT4_MOST_LOST = 0.02
 
 
 def weight_kind(dtype: str, stored: str, stored_bytes: int) -> str | None:
-    """How weights are kept when ``dtype`` is wanted of a file of ``stored``; None: not natively."""
+    """Return the format of weights for ``dtype`` and a file of ``stored``; None: not natively."""
     if dtype == "auto":
         return "float32" if stored == "float32" and stored_bytes <= SMALL_BYTES else "bfloat16"
     return dtype if dtype in CACHE_TYPES else None
 
 
 def kind_of(model: Any, dtype: str, quantization: str = "none") -> Kind:
-    """How to keep a model as it was loaded. Raises BackendRefused."""
+    """Return the format for a model as it was loaded. Raises BackendRefused."""
     stored_bytes = sum(parameter.nbytes for parameter in model.parameters())
     kind = weight_kind(dtype, str(model.dtype).removeprefix("torch."), stored_bytes)
     config = model.config.get_text_config(decoder=True)
@@ -99,7 +99,7 @@ def packed_weights(model: Any) -> list[PackedWeight]:
 
 
 def largest_loss(model: Any) -> float:
-    """What int4 lost of the weights of the layer that it changed most, as a share of their norm."""
+    """The loss by int4 in the layer that it changed most, as a share of the weights' norm."""
     return max((weight.error for weight in packed_weights(model)), default=0.0)
 
 

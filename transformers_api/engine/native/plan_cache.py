@@ -73,7 +73,7 @@ class PlanFile:
             log.warning("A damaged file is not used: %s", self.path)
             return None
         with suppress(OSError):  # where it may only be read
-            os.utime(self.path)  # those that were used last are kept
+            os.utime(self.path)  # those that were used last stay
         arrays = load(content)
         return StoredPlans(arrays, json.loads(arrays["facts"].tobytes()))
 
@@ -145,13 +145,13 @@ class StoredPlans:
         steps, calls, weights = line("steps"), line("calls"), words("weights")
         for word in weights:
             steps.base[word] = names.weights[int(steps.base[word])].address
-        kept = [
+        tensors = [
             names.tensors[of] if isinstance(of, str) else torch.from_numpy(words(f"own.{of}"))
             for of, _ in facts["kept"]
         ]
         constants = [tuple(each) for each in facts["constants"]]
         for is_call, word, index in constants:
-            address = kept[index].untyped_storage().data_ptr() + facts["kept"][index][1]
+            address = tensors[index].untyped_storage().data_ptr() + facts["kept"][index][1]
             (calls if is_call else steps).base[word] = address
         return Plan(
             size=size,
@@ -166,7 +166,7 @@ class StoredPlans:
             weights=weights,
             constants=constants,
             cache_words=[tuple(each) for each in facts["cache_words"]],
-            constant_tensors=kept,
+            constant_tensors=tensors,
             hook_points=[_view(each, names, size) for each in facts["views"]],
         )
 
@@ -246,13 +246,13 @@ def _describe(plan: Plan, names: _Names, facts: dict[str, Any]) -> Iterator[tupl
         yield f"{key}.slope", line.slope
     for key in WORDS:
         yield key, getattr(plan, key)
-    kept: list[tuple[str | int, int]] = []
+    tensors: list[tuple[str | int, int]] = []
     total = 0
     for index, tensor in enumerate(plan.constant_tensors):
         storage = tensor.untyped_storage()
         offset = tensor.data_ptr() - storage.data_ptr()
         named = names.storages.get(storage.data_ptr())
-        kept.append((index if named is None else named, offset))
+        tensors.append((index if named is None else named, offset))
         if named is None:
             total += storage.nbytes()
             if total > LARGEST_CONSTANTS:
@@ -260,7 +260,7 @@ def _describe(plan: Plan, names: _Names, facts: dict[str, Any]) -> Iterator[tupl
             yield f"own.{index}", torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
     facts |= {
         "size": plan.size,
-        "kept": kept,
+        "kept": tensors,
         "constants": plan.constants,
         "cache_words": plan.cache_words,
         "views": [_view_facts(view, names) for view in plan.hook_points],

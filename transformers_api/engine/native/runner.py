@@ -75,8 +75,8 @@ class NativeRunner(ModelRunner):
             recorded, size = self.decode, len(starts)
         watch = None
         if batch.reaches_end and any(seq.observe for seq in batch.sequences):
-            seen = max(starts) + batch.width
-            watch = HookReplay(self.cache.library, inputs[2], seen, tensors, first)
+            context = max(starts) + batch.width
+            watch = HookReplay(self.cache.library, inputs[2], context, tensors, first)
         logits = recorded.run(size, inputs, tensors, first, watch)
         return logits[:, -keep:, : self.vocab_size]
 
@@ -137,10 +137,10 @@ class NativeRunner(ModelRunner):
 
     def _compute(self, inputs: list[Tensor], cache: NativeCache, keep: int) -> Tensor:
         ids, positions, starts = inputs
-        seen = cache.length
-        cache.bind(0, positions, seen)
+        context = cache.length
+        cache.bind(0, positions, context)
         cache.starts = starts
-        built = self.masks.build(positions, seen)
+        built = self.masks.build(positions, context)
         masks = built if isinstance(built, dict) else {"": built}
         rows = {kind: CausalRows(cache.library, starts, self.masks.windows[kind]) for kind in masks}
         with describing([(mask, rows[kind]) for kind, mask in masks.items()]):

@@ -36,19 +36,19 @@ class PaddedCache(SlotCache):
         """No more, as what padding wrote into the spare one would be another's first keys."""
         return rows
 
-    def bind_padded(self, row_index: Tensor, positions: Tensor, seen: int) -> None:
+    def bind_padded(self, row_index: Tensor, positions: Tensor, context: int) -> None:
         """Aim the next forward at rows 0..R, each writing its token into row ``row_index`` (R, 1).
 
-        ``positions`` (R, 1); ``seen``: how many tokens of each row are read, masked or not.
+        ``positions`` (R, 1); ``context``: how many tokens of each row are read, masked or not.
         """
         self.window = slice(0, len(positions))
-        self.seen = seen
+        self.context = context
         self.span = None
         self.row_index, self.positions = row_index, positions
 
     @property
     def addresses(self) -> list[int]:
-        """Where keys and values lie now."""
+        """The addresses of keys and values now."""
         return [rows.data_ptr() for layer in self.slots for rows in layer.rows]
 
 
@@ -73,9 +73,9 @@ class GraphRunner(ModelRunner):
             return super().forward(batch, keep)
         sequences, cache = batch.sequences, self.cache
         count = len(sequences)
-        seen = max(seq.num_cached for seq in sequences) + 1
+        context = max(seq.num_cached for seq in sequences) + 1
         rows = min(power_of_two(count), cache.rows)
-        length = min(max(power_of_two(seen), MIN_LENGTH), cache.length)
+        length = min(max(power_of_two(context), MIN_LENGTH), cache.length)
         self._write(batch, rows)
 
         def step() -> Tensor:
