@@ -33,7 +33,7 @@ class NativeLayer(SlotLayer):
         cache = self.cache
         for rows, states in zip(self.rows, (key_states, value_states), strict=True):
             write_cache(cache.library, states, rows[cache.window], cache.starts)
-        return tuple(rows[cache.window, :, : cache.seen] for rows in self.rows)
+        return tuple(rows[cache.window, :, : cache.context] for rows in self.rows)
 
 
 class Setup:
