@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.machine import processor
+from transformers_api.engine.platform.cpu import usable_cores
 from transformers_api.kernels.abi import Library
-from transformers_api.kernels.cpu import usable_cores
-from transformers_api.kernels.modules.attention import CausalRows, describe_mask, native_attention
+from transformers_api.kernels.modules.attention import CausalRows, describing, native_attention
 from transformers_api.kernels.modules.linear import PackedWeight, WeightMemory
 from transformers_api.kernels.provider import KernelProvider
 
@@ -136,14 +136,14 @@ def attention_calls(
     query = torch.randn(rows, width, shapes.heads, shapes.size).transpose(1, 2)
     starts = torch.full((rows,), seen - width)
     visible = torch.arange(seen) <= (seen - width + torch.arange(width))[:, None]
-    mask = describe_mask(visible.expand(rows, 1, width, seen), CausalRows(library, starts, 0))
+    mask, causal = visible.expand(rows, 1, width, seen), CausalRows(library, starts, 0)
     calls: dict[str, Call] = {}
     for dtype in (torch.float32, torch.bfloat16):
         cache = torch.randn(2, rows, shapes.kv_heads, 2 * seen, shapes.size, dtype=dtype)
         key, value = cache[0][:, :, :seen], cache[1][:, :, :seen]
         name = str(dtype).removeprefix("torch.")
         calls[f"SDPA {name}"] = sdpa(query.to(dtype), key, value, mask)
-        calls[f"native {name}"] = native(query, key, value, mask)
+        calls[f"native {name}"] = native(query, key, value, mask, causal)
     return calls
 
 
@@ -152,10 +152,15 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Call:
     return lambda: F.scaled_dot_product_attention(query, key, value, mask, enable_gqa=True)
 
 
-def native(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Call:
+def native(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, rows: CausalRows) -> Call:
     """The kernel, with what Python adds to it."""
     module = torch.nn.Module()
-    return lambda: native_attention(module, query, key, value, mask)
+
+    def call() -> object:
+        with describing([(mask, rows)]):
+            return native_attention(module, query, key, value, mask)
+
+    return call
 
 
 def print_attention(library: Library, shapes: Shapes, rounds: int) -> None:

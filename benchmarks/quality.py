@@ -28,18 +28,17 @@ from transformers import AutoTokenizer
 from benchmarks.machine import default_model_folder, processor
 from benchmarks.pages import table, write_block
 from transformers_api.engine.base import SamplingParams, SequenceRequest, TokenStream
-from transformers_api.engine.loader import load_model
 from transformers_api.engine.native.convert_model import (
-    Kind,
     largest_loss,
     native_runner,
     packed_bytes,
 )
-from transformers_api.engine.native.runner import NativeRunner
+from transformers_api.engine.native.runner import Kind, NativeRunner
+from transformers_api.engine.platform.cpu import usable_cores
+from transformers_api.engine.pretrained import load_model
 from transformers_api.engine.scheduler import Batch
 from transformers_api.engine.sequence import Sequence
 from transformers_api.kernels.abi import Library
-from transformers_api.kernels.cpu import usable_cores
 from transformers_api.kernels.modules.replace import layer_groups
 from transformers_api.kernels.provider import KernelProvider
 

@@ -19,7 +19,8 @@ from benchmarks.machine import default_model_folder, processor
 from transformers_api.config.settings import Settings
 from transformers_api.engine.base import SamplingParams, SequenceRequest
 from transformers_api.engine.llm_engine import BatchingEngine
-from transformers_api.engine.loader import LoadOptions, load_engine
+from transformers_api.engine.load_options import LoadOptions
+from transformers_api.engine.loader import load_engine
 from transformers_api.engine.prompt_lookup import PromptLookup
 from transformers_api.engine.thread import EngineThread
 

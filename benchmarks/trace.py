@@ -23,7 +23,8 @@ from transformers_api.api.http import strict_json
 from transformers_api.api.trace.format import step
 from transformers_api.engine.base import SamplingParams, SequenceRequest
 from transformers_api.engine.llm_engine import BatchingEngine
-from transformers_api.engine.loader import LoadOptions, load_engine
+from transformers_api.engine.load_options import LoadOptions
+from transformers_api.engine.loader import load_engine
 from transformers_api.engine.thread import EngineThread
 from transformers_api.inspection.attachment import Attachment
 from transformers_api.inspection.base import Anatomy, StepTrace, TracePlan

@@ -191,6 +191,14 @@ def test_a_stop_string_ends_the_text_before_it(client):
     assert streamed(client, "rain", max_tokens=40, stop=[stop]) == whole[: whole.index(stop)]
 
 
+def test_a_server_that_imports_torch_as_a_whole_says_the_same(environment, client):
+    asked = {"model": "tiny-llama", "prompt": "abc", "max_tokens": 8, "temperature": 0}
+    with serve(environment, LAZY_TORCH="false", DEFAULT_MODEL="tiny-llama") as server:
+        url = wait_until_ready(server)
+        answer = httpx.post(f"{url}/v1/completions", json=asked, timeout=60).json()
+    assert answer["choices"][0]["text"] == client.completions.create(**asked).choices[0].text
+
+
 def test_models_are_switched_back_and_forth_under_load_without_a_failed_request(client):
     names = ["tiny-llama", "tiny-gpt2"]
 

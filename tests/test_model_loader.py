@@ -35,7 +35,7 @@ def native_loader(tmp_path, native_cache):
     thread.stop()
 
 
-def loader_for(thread, tmp_path, **native):
+def loader_for(thread, tmp_path, wake=lambda: None, **native):
     settings = Settings(
         model_store=tmp_path / "store",
         hf_home=tmp_path / "hub",
@@ -43,7 +43,7 @@ def loader_for(thread, tmp_path, **native):
         torch_threads=1,
         **native,
     )
-    return ModelLoader(settings, ModelStore(settings), thread)
+    return ModelLoader(settings, ModelStore(settings), thread, wake=wake)
 
 
 @pytest.fixture
@@ -188,9 +188,8 @@ def test_nobody_waits_for_kernels_and_who_went_without_them_becomes_outdated(
     slow.chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     thread = EngineThread(1)
-    loader = loader_for(thread, tmp_path, native_cache=tmp_path / "kernels")
     woken = threading.Event()
-    loader.wake = woken.set
+    loader = loader_for(thread, tmp_path, woken.set, native_cache=tmp_path / "kernels")
     without = loader.load(spec, prepared(loader, spec))
     assert not without.is_outdated()
     assert not runs_on_kernels(without)

@@ -13,10 +13,11 @@ from transformers_api import api
 from transformers_api.api.http.rate_limits import RateLimits
 from transformers_api.api.http.services import Services
 from transformers_api.config.settings import SettingError, Settings
-from transformers_api.engine.platform.lazy_torch import import_lean, without_collection
+from transformers_api.engine.native.installation import compilations
+from transformers_api.engine.platform.imports import without_collection
+from transformers_api.engine.platform.lazy_torch import import_torch
 from transformers_api.engine.thread import EngineThread
 from transformers_api.errors import ModelNotFound
-from transformers_api.kernels.provider import kernel_provider
 from transformers_api.logs import adopt, configure_logging
 from transformers_api.model_loader import EncoderLoader, ModelLoader
 from transformers_api.server.readiness import Readiness
@@ -42,12 +43,20 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
     store = ModelStore(settings)
     registry = ModelRegistry.from_settings(settings, store.has_repo)
     thread = None
+    embeddings: EmbeddingModels | None = None
     encoder_loader = loader
+    metrics = _metrics(settings, registry)
     if loader is None:
-        thread = EngineThread(settings.torch_threads)
-        loader = ModelLoader(settings, store, thread)
+        thread = EngineThread(settings.torch_threads, lazy_torch=settings.lazy_torch)
+        loader = ModelLoader(  # which calls back when it loads: swappers are there by then
+            settings,
+            store,
+            thread,
+            make_room=lambda lacking: embeddings is not None and embeddings.give_back(lacking),
+            listen=metrics.engine if metrics else lambda _model: None,
+            wake=lambda: swapper.wake(),
+        )
         encoder_loader = EncoderLoader(settings, store, thread)
-    metrics = _metrics(settings, registry, loader)
     readiness = Readiness(_preloaded(settings, registry), thread, settings.step_timeout_s)
     admission = Admission(settings.max_inflight, settings.max_queue, settings.request_timeout_s)
     swapper = Swapper(
@@ -58,13 +67,12 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
         auto_load=settings.auto_load,
         listener=_listeners(metrics, readiness),
     )
-    swappers, embeddings = [swapper], None
+    swappers = [swapper]
     if settings.enable_embeddings_backend:
         assert encoder_loader is not None
         encoders = _encoders(settings, registry, encoder_loader, _listeners(metrics))
         embeddings = EmbeddingModels(registry, swapper, encoders, max(settings.max_queue, 1))
         swappers.append(encoders)
-    _connect(loader, swapper, embeddings)
     app = Flask(__name__, static_folder=None)
     services = Services(
         settings=settings,
@@ -84,32 +92,26 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
     )
     api.register(app, services)
     if metrics is not None:
-        kernels = kernel_provider(settings.native_cache, settings.torch_threads)
-        metrics.watch(swapper.status, readiness, admission.__len__, kernels.outcomes)
-    if thread is not None:
-        thread.call(_import_engine)  # while the server already answers its health checks
-    if settings.preload_model:
-        swapper.load(settings.default_model, wait=False)
+        outcomes = compilations(settings.native_cache, settings.torch_threads)
+        metrics.watch(swapper.status, readiness, admission.__len__, outcomes)
+    _begin(settings, thread, swapper)
     return app
 
 
-def _metrics(settings: Settings, registry: ModelRegistry, loader: Loader) -> Metrics | None:
+def _begin(settings: Settings, thread: EngineThread | None, swapper: Swapper) -> None:
+    """Start what takes seconds, while the server already answers its health checks."""
+    if thread is not None:
+        thread.call(partial(_import_engine, settings.lazy_torch))
+    if settings.preload_model:
+        swapper.load(settings.default_model, wait=False)
+
+
+def _metrics(settings: Settings, registry: ModelRegistry) -> Metrics | None:
     if not settings.metrics_allowed:
         return None
     from transformers_api.metrics import Metrics
 
-    metrics = Metrics([spec.name for spec in registry.list()])
-    if isinstance(loader, ModelLoader):
-        loader.listen = metrics.engine
-    return metrics
-
-
-def _connect(loader: Loader, swapper: Swapper, embeddings: EmbeddingModels | None) -> None:
-    """Whom the loader calls."""
-    if isinstance(loader, ModelLoader):
-        loader.wake = swapper.wake
-        if embeddings is not None:
-            loader.make_room = embeddings.give_back
+    return Metrics([spec.name for spec in registry.list()])
 
 
 def _listeners(metrics: Metrics | None, *others: SwapperListener) -> SwapperListener:
@@ -123,7 +125,7 @@ def _listeners(metrics: Metrics | None, *others: SwapperListener) -> SwapperList
 def _encoders(
     settings: Settings, registry: ModelRegistry, loader: Loader, listener: SwapperListener
 ) -> Swapper:
-    """What lives beside the resident model, one at a time; AUTO_LOAD says nothing about it."""
+    """The swapper of encoders: one beside the resident model, whatever AUTO_LOAD says."""
     return Swapper(
         EncoderRegistry(registry),
         loader,
@@ -133,7 +135,7 @@ def _encoders(
 
 
 def _patience(settings: Settings) -> dict[str, Any]:
-    """How long a Swapper waits for what."""
+    """The times that a Swapper waits."""
     return {
         "swap_after_s": settings.swap_after_s,
         "drain_s": settings.drain_s,
@@ -156,7 +158,7 @@ def _preloaded(settings: Settings, registry: ModelRegistry) -> str | None:
         ) from None
 
 
-def _import_engine() -> None:
+def _import_engine(lazy: bool) -> None:
     """Import what never goes away again, so that nobody looks through it for garbage.
 
     That takes a sixth of the time of the imports, and later, at every swap or in the middle of an
@@ -164,7 +166,7 @@ def _import_engine() -> None:
     """
     is_first = "transformers_api.engine.loader" not in sys.modules
     with without_collection():
-        import_lean()
+        import_torch(lazy=lazy, transformers=True)
         import transformers_api.engine.loader  # noqa: F401
 
         if is_first:  # what a later one would keep may be garbage, of models even

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from transformers_api.config.settings import SettingError, Settings, described
+from transformers_api.engine.native import installation
 from transformers_api.errors import ApiError
-from transformers_api.kernels import build
 from transformers_api.serving.limits.api_keys import read
 from transformers_api.serving.models.registry import ModelRegistry
 from transformers_api.serving.models.spec import HubSource
@@ -94,8 +94,8 @@ def _software() -> Iterator[Finding]:
     fits = sys.version_info[:2] >= NEEDED_PYTHON
     yield Finding("Python", python, None if fits else "install Python 3.11 or newer")
     for package, needed in NEEDED_VERSIONS.items():
-        wanted = ".".join(map(str, needed))
-        mend = f"pip install -r requirements.txt ({package} {wanted} or newer is needed)"
+        required = ".".join(map(str, needed))
+        mend = f"pip install -r requirements.txt ({package} {required} or newer is needed)"
         try:
             version = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -155,29 +155,20 @@ def _kernels(settings: Settings) -> Finding:
     subject = "Native kernels"
     if not settings.native_kernels:
         return Finding(subject, "off")
-    try:
-        build.check_processor()
-    except build.NativeUnavailable as error:
-        return Finding(subject, f"none, {error}")
+    if reason := installation.unusable():
+        return Finding(subject, f"none, {reason}")
     cache, when = settings.native_cache, "when a model is first loaded"
-    if cache.is_dir():
-        try:
-            build.check_folder(cache)
-        except build.NativeUnavailable as error:
-            mend = f"let nobody but this user or root write to {cache}, or change NATIVE_CACHE"
-            return Finding(subject, str(error), mend, prevents=False)
-    if library := build.find(cache):
-        try:
-            build.check_trusted(library)
-        except build.LibraryRefused as refusal:
-            when = f"anew {when}: {refusal}"
-        else:
+    if cache.is_dir() and (reason := installation.untrusted(cache)):
+        mend = f"let nobody but this user or root write to {cache}, or change NATIVE_CACHE"
+        return Finding(subject, reason, mend, prevents=False)
+    if library := installation.find(cache):
+        reason = installation.refusal(library)
+        if reason is None:
             return Finding(subject, f"ready in {library}")
-    try:
-        build.find_compiler()
-    except build.NativeUnavailable as error:
+        when = f"anew {when}: {reason}"
+    if reason := installation.missing_compiler():
         mend = "install g++; without it inference is slower"
-        return Finding(subject, str(error), mend, prevents=False)
+        return Finding(subject, reason, mend, prevents=False)
     return Finding(subject, f"will be compiled {when}")
 
 

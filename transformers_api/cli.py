@@ -100,9 +100,10 @@ def _port(text: str) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    given = {"host": options.host, "port": options.port}
+    overrides = {"host": options.host, "port": options.port}
     settings = replace(
-        Settings.from_env(), **{name: value for name, value in given.items() if value is not None}
+        Settings.from_env(),
+        **{name: value for name, value in overrides.items() if value is not None},
     )
     from transformers_api.server.serve import serve
     from transformers_api.serving.models.registry import ModelRegistry
@@ -217,24 +218,22 @@ def _convert(options: argparse.Namespace) -> int:
 
 
 def _kernels(options: argparse.Namespace) -> int:
-    """1 where they could be of use and cannot be had; the server does without them then."""
-    from transformers_api.kernels import build
+    """Return 1 where they could be of use and cannot be had; the server does without them then."""
+    from transformers_api.engine.native import installation
 
     settings = Settings.from_env()
     if not settings.native_kernels:
         sys.stdout.write("NATIVE_KERNELS is off\n")
         return 0
-    try:
-        (build.check_platform if options.any_cpu else build.check_processor)()
-    except build.NativeUnavailable as error:
-        sys.stdout.write(f"No native kernels here: {error}\n")
+    if reason := installation.unusable(on_any_cpu=options.any_cpu):
+        sys.stdout.write(f"No native kernels here: {reason}\n")
         return 0
     try:
-        made = build.build(settings.native_cache)
-    except build.NativeUnavailable as error:
+        library = installation.install(settings.native_cache)
+    except installation.NativeUnavailable as error:
         sys.stderr.write(f"No native kernels, so inference is slower: {error}\n")
         return 1
-    sys.stdout.write(f"The native kernels are ready in {made}\n")
+    sys.stdout.write(f"The native kernels are ready in {library}\n")
     return 0
 
 
@@ -259,7 +258,7 @@ def _add_key(options: argparse.Namespace) -> int:
     from transformers_api.serving.limits import api_keys
 
     path = _key_file(options)
-    with _told():
+    with _in_one_line():
         secret = api_keys.add(path, options.name, options.scope)
     sys.stderr.write(f"The key of {options.name}, whose hash is in {path}. It is shown only now.\n")
     sys.stdout.write(f"{secret}\n")
@@ -269,7 +268,7 @@ def _add_key(options: argparse.Namespace) -> int:
 def _remove_key(options: argparse.Namespace) -> int:
     from transformers_api.serving.limits import api_keys
 
-    with _told():
+    with _in_one_line():
         api_keys.remove(_key_file(options), options.name)
     return 0
 
@@ -277,7 +276,7 @@ def _remove_key(options: argparse.Namespace) -> int:
 def _list_keys(options: argparse.Namespace) -> int:
     from transformers_api.serving.limits import api_keys
 
-    with _told():
+    with _in_one_line():
         keys = api_keys.read(_key_file(options))
     _write_table([("NAME", "SCOPE"), *((key.name, key.scope) for key in keys)])
     return 0
@@ -291,8 +290,8 @@ def _key_file(options: argparse.Namespace) -> Path:
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """What is wrong with a file of keys, in one line."""
+def _in_one_line() -> Iterator[None]:
+    """Turn errors of a file of keys into one line."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""How everything is counted that ``/metrics`` shows; ``names.py`` says what that is.
+"""The counting of everything that ``/metrics`` shows; ``metric_names.py`` lists it.
 
 Labels come from closed sets: registered models, rules of URLs, codes of errors. What a client sends
 is never one.
@@ -65,7 +65,7 @@ class Tally:
 
 
 class EngineTally(EngineListener):
-    """What the engine thread counts for one model, whichever engine runs it."""
+    """The engine thread's counts for one model, whichever engine runs it."""
 
     def __init__(self) -> None:
         histograms = (
@@ -178,7 +178,7 @@ class Metrics:
         self.registry.register(_Residents(status, ready, active, self.model, compilations))
 
     def engine(self, model: str) -> EngineTally:
-        """What hears of the steps of ``model``."""
+        """The listener to the steps of ``model``."""
         return self._engines.setdefault(self.model(model), EngineTally())
 
     def model(self, name: str) -> str:
@@ -275,7 +275,7 @@ class _Engines(Collector):
 
 
 class _Residents(Collector):
-    """What is resident, coming and waited for."""
+    """The models that are resident, coming and waited for."""
 
     def __init__(
         self,

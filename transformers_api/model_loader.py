@@ -18,6 +18,8 @@ from weakref import WeakKeyDictionary
 
 from transformers_api import __version__
 from transformers_api.config.settings import GIB, Settings, load_in_one_thread
+from transformers_api.engine.load_options import DTYPE_BYTES, LoadOptions
+from transformers_api.engine.standby import StandbyModels
 from transformers_api.engine.thread import EngineThread
 from transformers_api.errors import InsufficientMemory, ModelLoadFailed, ModelNotCapable
 from transformers_api.serving.models.encoder_files import read_encoder
@@ -27,14 +29,12 @@ from transformers_api.serving.swap.loaded_model import Embedder, LoadedModel
 from transformers_api.serving.text.token_counts import token_counter
 
 if TYPE_CHECKING:
-    from transformers_api.engine.base import Engine, EngineListener
-    from transformers_api.engine.loader import LoadOptions
-    from transformers_api.engine.native.standby import SleepingModels
+    from transformers_api.engine.backend import Backend
+    from transformers_api.engine.base import Engine, EngineFacts, EngineListener
     from transformers_api.inspection.base import Inspector
 
 RESERVE = 1.15  # of the weights: activations, the KV cache of a few short sequences
 SPARE = 1.2  # of what is needed, to load beside a resident model
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 QUANTIZED_BYTES = {"int8": 1.07, "int4": 0.8}  # int4: 5/8, and the output layer's like int8
 
 
@@ -46,20 +46,26 @@ class _Tokenizer(NamedTuple):
 class ModelLoader:
     """Prepares in the caller's thread, loads on the engine's.
 
-    ``make_room`` is asked for bytes that lack for a model, and says whether it freed them.
-    ``listen`` gives what hears of the steps of the model with that name. ``wake`` is called when
+    ``make_room`` is asked for bytes that lack for a model, and returns True if it freed them.
+    ``listen`` gives the listener to the steps of the model with that name. ``wake`` is called when
     a loaded model has become outdated.
     """
 
-    make_room: Callable[[int], bool] | None = None
-    listen: Callable[[str], EngineListener] | None = None
-    wake: Callable[[], None] | None = None
-
-    def __init__(self, settings: Settings, store: ModelStore, thread: EngineThread) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        store: ModelStore,
+        thread: EngineThread,
+        *,
+        make_room: Callable[[int], bool] = lambda _lacking_bytes: False,
+        listen: Callable[[str], EngineListener | None] = lambda _model: None,
+        wake: Callable[[], object] = lambda: None,
+    ) -> None:
         self.settings = settings
         self.store = store
         self.thread = thread
-        self._sleeping: SleepingModels | None = None  # made with torch
+        self._make_room, self._listen, self._wake = make_room, listen, wake
+        self._standby = StandbyModels(settings.sleeping_models)
         self._tokenizers: OrderedDict[Hashable, _Tokenizer] = OrderedDict()
         self._examinations: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # see Attachment
         load_in_one_thread()
@@ -67,8 +73,8 @@ class ModelLoader:
 
     def devices(self) -> Collection[str]:
         """See Loader. Never waits: only the CPU until torch has been imported."""
-        known = self._devices.done() and not self._devices.exception()
-        return self._devices.result() if known else ("cpu",)
+        is_there = self._devices.done() and not self._devices.exception()
+        return self._devices.result() if is_there else ("cpu",)
 
     def prepare(self, spec: ModelSpec, progress: Callable[[float, str], None]) -> ModelFiles:
         """See Loader."""
@@ -76,7 +82,7 @@ class ModelLoader:
             raise ModelNotCapable(
                 f"Model '{spec.name}' makes embeddings, it does not generate text", param="model"
             )
-        if spec.token_encoding:  # what cannot be had is told before anything is loaded
+        if spec.token_encoding:  # an encoding that cannot be had: before anything is loaded
             token_counter(spec.token_encoding)
         return self.store.prepare(spec, progress)
 
@@ -84,9 +90,9 @@ class ModelLoader:
         """See Loader."""
         device = self.thread.call(lambda: self._pick_device(spec)).result()
         free = self._free_bytes(device)
-        need = int(self._weight_bytes(spec, files, device) * RESERVE)
+        need = int(self._weight_bytes(spec, files) * RESERVE)
         lacking = need - free - freed_bytes
-        if lacking > 0 and self.make_room is not None and self.make_room(lacking):
+        if lacking > 0 and self._make_room(lacking):
             free = self._free_bytes(device)
         _require(spec, device, need, free + freed_bytes)
         return need * SPARE <= free
@@ -95,60 +101,55 @@ class ModelLoader:
         """See Loader."""
         started = time.monotonic()
         self.thread.call(_register_families).result()
-        known = self._tokenizer(spec, files)
-        is_outdated = self.thread.call(lambda: self._outdating(spec)).result()
-        made = self.thread.call(lambda: self._load_engine(spec, files, known)).result()
-        engine: Any = made[0]
-        facts = self.thread.call(lambda: _facts(engine.model)).result()
+        tokenizer = self._tokenizer(spec, files)
+        options = self._options(spec, files, tokenizer)
+        is_outdated = self.thread.call(lambda: self._outdating(options)).result()
+        engine, inspector = self.thread.call(lambda: self._load_engine(files, options)).result()
+        facts = _facts(engine.describe())
         return LoadedModel(
             spec=spec,
             engine=engine,
-            tokenizer=known.tokenizer,
+            tokenizer=tokenizer.tokenizer,
             load_s=time.monotonic() - started,
             fingerprint=_fingerprint(files, facts),
             created=files.created,
             count_tokens=token_counter(spec.token_encoding) if spec.token_encoding else None,
             embedder=self._embedder(spec, files, engine),
-            inspector=made[1],
+            inspector=inspector,
             is_outdated=is_outdated,
             **facts,
         )
 
     def _tokenizer(self, spec: ModelSpec, files: ModelFiles) -> _Tokenizer:
-        """That of these files; known ones are kept, of models that sleep and of the resident."""
-        key, known = (files.folder, files.stamp, spec.trust_remote_code), self._tokenizers
-        if (found := known.pop(key, None)) is None:
-            tokenizer = _load_tokenizer(files.folder, spec.trust_remote_code)
-            found = _Tokenizer(tokenizer, max(tokenizer.get_vocab().values(), default=0) + 1)
-        known[key] = found
-        sleeping = self.settings.sleeping_models
-        while len(known) > (sleeping + 1 if sleeping else 0):
-            known.popitem(last=False)
-        return found
+        """The tokenizer of these files; those of standby models and of the resident stay here."""
+        key, tokenizers = (files.folder, files.stamp, spec.trust_remote_code), self._tokenizers
+        if (tokenizer := tokenizers.pop(key, None)) is None:
+            loaded = _load_tokenizer(files.folder, spec.trust_remote_code)
+            tokenizer = _Tokenizer(loaded, max(loaded.get_vocab().values(), default=0) + 1)
+        tokenizers[key] = tokenizer
+        standby = self.settings.sleeping_models
+        while len(tokenizers) > (standby + 1 if standby else 0):
+            tokenizers.popitem(last=False)
+        return tokenizer
 
-    def _outdating(self, spec: ModelSpec) -> Callable[[], bool]:
-        """What says that the kernels, which a model loaded now does without, are compiled."""
+    def _outdating(self, options: LoadOptions) -> Callable[[], bool]:
+        """Return the question whether kernels, which were lacking at this load, are compiled."""
+        from transformers_api.engine.backends import when_compiled
+
         compiled = threading.Event()
 
-        def tell() -> None:
+        def on_compiled() -> None:
             compiled.set()
-            if self.wake is not None:
-                self.wake()
+            self._wake()
 
-        if self.settings.native_kernels and self._pick_device(spec) == "cpu":
-            from transformers_api.kernels.provider import kernel_provider
-
-            kernels = kernel_provider(self.settings.native_cache, self.settings.torch_threads)
-            if kernels.library() is None:
-                kernels.when_compiled(tell)
+        when_compiled(options, self.thread.num_threads, on_compiled)
         return compiled.is_set
 
     def _load_engine(
-        self, spec: ModelSpec, files: ModelFiles, known: _Tokenizer
+        self, files: ModelFiles, options: LoadOptions
     ) -> tuple[Engine, Inspector | None]:
         from transformers_api.engine.loader import load_engine
 
-        options = self._options(spec, files, known)
         if not self.settings.inspect_enabled:
             return load_engine(files.folder, options, self.thread), None
         from transformers_api.inspection.attachment import Attachment
@@ -160,7 +161,7 @@ class ModelLoader:
     def _embedder(self, spec: ModelSpec, files: ModelFiles, engine: Engine) -> Embedder | None:
         if not isinstance(spec.embedding, Pooling):
             return None
-        in_chunks = engine.stats().mode == "batching"
+        in_chunks = engine.describe().mode == "batching"
         return self._pooled(engine, spec.embedding, reads_in_chunks=in_chunks)
 
     def _pooled(self, engine: Engine, pooling: Pooling, *, reads_in_chunks: bool) -> Embedder:
@@ -170,115 +171,92 @@ class ModelLoader:
         size = self.settings.prefill_chunk
         return PooledEmbedder(engine, reduction, size, reads_in_chunks=reads_in_chunks)
 
-    def _options(self, spec: ModelSpec, files: ModelFiles, known: _Tokenizer) -> LoadOptions:
-        from transformers_api.engine.loader import LoadOptions
-        from transformers_api.engine.native.standby import SleepingModels
-
+    def _options(self, spec: ModelSpec, files: ModelFiles, tokenizer: _Tokenizer) -> LoadOptions:
         settings = self.settings
-        if self._sleeping is None:
-            self._sleeping = SleepingModels(settings.sleeping_models)
-        eos = known.tokenizer.eos_token_id
-        return LoadOptions(
-            dtype=self._dtype(spec),
-            device=self._device(spec),
+        eos = tokenizer.tokenizer.eos_token_id
+        return replace(
+            self._placement(spec),
             trust_remote_code=spec.trust_remote_code,
             max_context_tokens=spec.max_context_tokens,
             default_context_tokens=settings.max_context_tokens,
             eos_token_ids=frozenset() if eos is None else frozenset([eos]),
-            tokenizer_size=known.size,
+            tokenizer_size=tokenizer.size,
             stamp=files.stamp,
             num_slots=settings.max_inflight,
             max_waiting=settings.max_queue,
             prefill_chunk=settings.prefill_chunk,
             prompt_lookup_tokens=settings.prompt_lookup_tokens,
             kv_cache_bytes=int(settings.kv_cache_gib * GIB) if settings.kv_cache_gib else None,
-            listener=self.listen(spec.name) if self.listen else None,
-            native=settings.native_cache if settings.native_kernels else None,
+            listener=self._listen(spec.name),
             plans=settings.model_store.absolute() / "plans",
             check_room=lambda size: _require(
                 spec, "cpu", int(size * RESERVE), _available_bytes("cpu")
             ),
-            quantization=self._quantization(spec),
-            sleeping=self._sleeping,
+            standby=self._standby,
+        )
+
+    def _placement(self, spec: ModelSpec) -> LoadOptions:
+        """The options that decide which backend runs a model, and in which format."""
+        settings = self.settings
+        return LoadOptions(
+            dtype=settings.dtype if spec.dtype == "auto" else spec.dtype,
+            device=settings.default_device if spec.device == "auto" else spec.device,
+            native=settings.native_cache if settings.native_kernels else None,
+            quantization=spec.quantization or settings.quantization,
         )
 
     def _free_bytes(self, device: str) -> int:
         return self.thread.call(lambda: _available_bytes(device)).result()
 
     def _pick_device(self, spec: ModelSpec) -> str:
-        from transformers_api.engine.loader import pick_device
+        from transformers_api.engine.pretrained import pick_device
 
-        return pick_device(self._device(spec))
+        return pick_device(self._placement(spec).device)
 
-    def _device(self, spec: ModelSpec) -> str:
-        return self.settings.default_device if spec.device == "auto" else spec.device
-
-    def _dtype(self, spec: ModelSpec) -> str:
-        return self.settings.dtype if spec.dtype == "auto" else spec.dtype
-
-    def _quantization(self, spec: ModelSpec) -> str:
-        return spec.quantization or self.settings.quantization
-
-    def _weight_bytes(self, spec: ModelSpec, files: ModelFiles, device: str) -> int:
-        if quantized := QUANTIZED_BYTES.get(self._quantization(spec)):
+    def _weight_bytes(self, spec: ModelSpec, files: ModelFiles) -> int:
+        """Bytes of the weights; a model that the kernels refuse needs more, as its load finds."""
+        options, stored = self._placement(spec), files.stored_dtype
+        if quantized := QUANTIZED_BYTES.get(options.quantization):
             return int(files.parameters * quantized)
-        dtype = self._dtype(spec)
-        if dtype == "auto":
-            dtype = (
-                self._automatic_dtype(files) if device == "cpu" else self._gpu_dtype(files, device)
-            )
+        backend = self.thread.call(lambda: self._backend(options)).result()
+        stored_bytes = files.parameters * DTYPE_BYTES.get(stored, 4)
+        dtype = backend.weight_dtype(options.dtype, stored, stored_bytes)
         return files.parameters * DTYPE_BYTES.get(dtype, 4)
 
-    def _automatic_dtype(self, files: ModelFiles) -> str:
-        """What a CPU serves; a model that refuses the kernels needs more and is told at load."""
-        if not self.settings.native_kernels:
-            return "float32"
-        cache, threads = self.settings.native_cache, self.settings.torch_threads
-        kernels = self.thread.call(lambda: _kernels(cache, threads)).result()
-        stored = files.stored_dtype
-        stored_bytes = files.parameters * DTYPE_BYTES.get(stored, 4)
-        return (kernels and kernels("auto", stored, stored_bytes)) or "float32"
+    def _backend(self, options: LoadOptions) -> Backend:
+        from transformers_api.engine.backends import choose_backends
+        from transformers_api.engine.pretrained import pick_device
 
-    def _gpu_dtype(self, files: ModelFiles, device: str) -> str:
-        from transformers_api.engine.loader import gpu_dtype
-
-        stored = files.stored_dtype
-        stored_bytes = files.parameters * DTYPE_BYTES.get(stored, 4)
-        return gpu_dtype(stored, stored_bytes) if device.startswith("cuda") else stored
+        return choose_backends(options, pick_device(options.device), self.thread.num_threads)[0]
 
 
 class EncoderLoader(ModelLoader):
     """The same for the encoders of /v1/embeddings, which torch runs and nobody quantises."""
 
-    def _outdating(self, spec: ModelSpec) -> Callable[[], bool]:
-        return bool
-
-    def _quantization(self, spec: ModelSpec) -> str:
-        return "none"
-
-    def _automatic_dtype(self, files: ModelFiles) -> str:
-        return "float32"
+    def _placement(self, spec: ModelSpec) -> LoadOptions:
+        return replace(super()._placement(spec), native=None, quantization="none")
 
     def prepare(self, spec: ModelSpec, progress: Callable[[float, str], None]) -> ModelFiles:
         """See Loader."""
         files = self.store.prepare(spec, progress)
-        read_encoder(files.folder)  # what it wants and we cannot is told before anything is loaded
+        read_encoder(files.folder)  # a file that we cannot use: before anything is loaded
         return files
 
-    def _load_engine(
-        self, spec: ModelSpec, files: ModelFiles, known: _Tokenizer
-    ) -> tuple[Engine, Inspector | None]:
-        from transformers_api.engine.embedding import load_encoder
-
+    def _options(self, spec: ModelSpec, files: ModelFiles, tokenizer: _Tokenizer) -> LoadOptions:
         limits = (
             spec.max_context_tokens,
             read_encoder(files.folder).max_tokens,
-            known.tokenizer.model_max_length,  # enormous where it says nothing
+            tokenizer.tokenizer.model_max_length,  # enormous where it says nothing
         )
-        options = replace(
-            self._options(spec, files, known),
-            max_context_tokens=min(limit for limit in limits if limit is not None),
-        )
+        options = super()._options(spec, files, tokenizer)
+        longest = min(limit for limit in limits if limit is not None)
+        return replace(options, max_context_tokens=longest)
+
+    def _load_engine(
+        self, files: ModelFiles, options: LoadOptions
+    ) -> tuple[Engine, Inspector | None]:
+        from transformers_api.engine.embedding import load_encoder
+
         return load_encoder(files.folder, options, self.thread), None
 
     def _embedder(self, spec: ModelSpec, files: ModelFiles, engine: Engine) -> Embedder:
@@ -335,36 +313,24 @@ def _devices() -> list[str]:
     return ["cpu", *(["cuda"] if gpus else []), *gpus, *mps]
 
 
-def _kernels(cache: Path, threads: int | None) -> Callable[[str, str, int], str | None] | None:
-    """What says how weights are kept; None without kernels."""
-    from transformers_api.engine.native.convert_model import weight_kind
-    from transformers_api.kernels.provider import kernel_provider
-
-    return weight_kind if kernel_provider(cache, threads).library() else None
-
-
 def _available_bytes(device: str) -> int:
     from transformers_api.engine.platform.memory import available_bytes
 
     return available_bytes(device)
 
 
-def _facts(model: Any) -> dict[str, Any]:
-    """What LoadedModel tells of the model itself."""
-    from transformers_api.engine.native.convert_model import native_kind, packed_bytes
-
-    native = native_kind(model)
-    own = sum(parameter.nbytes for parameter in model.parameters())  # on any device
+def _facts(facts: EngineFacts) -> dict[str, Any]:
+    """The fields of LoadedModel that are facts of its engine."""
     return {
-        "device": str(model.device),
-        "dtype": native.numbers if native else str(model.dtype).removeprefix("torch."),
-        "quantization": native.quantization if native else "none",
-        "kernels": "native" if native else "torch",
-        "bytes": own + packed_bytes(model),
+        "device": facts.device,
+        "dtype": facts.dtype,
+        "quantization": facts.quantization,
+        "kernels": facts.kernels,
+        "bytes": facts.bytes,
     }
 
 
 def _fingerprint(files: ModelFiles, facts: dict[str, Any]) -> str:
     weights = [(p.name, p.stat().st_size) for p in sorted(files.folder.glob("*.safetensors"))]
-    told = repr((__version__, weights, files.created, sorted(facts.items())))
-    return "fp_" + hashlib.sha256(told.encode()).hexdigest()[:10]
+    content = repr((__version__, weights, files.created, sorted(facts.items())))
+    return "fp_" + hashlib.sha256(content.encode()).hexdigest()[:10]

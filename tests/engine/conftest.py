@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,11 @@ import pytest
 import torch
 
 from tests.engine.models import tiny_model
+from transformers_api.engine.backends import choose_backends
 from transformers_api.engine.llm_engine import BatchingEngine
-from transformers_api.engine.loader import LoadOptions, Wrap, build_engine, differentiable
-from transformers_api.engine.native.convert_model import NativeRefused
+from transformers_api.engine.load_options import LoadOptions
+from transformers_api.engine.loader import Wrap, start
+from transformers_api.engine.pretrained import differentiable
 from transformers_api.engine.thread import EngineThread
 
 torch.set_num_threads(1)
@@ -30,15 +31,12 @@ def built(
 ) -> BatchingEngine:
     """As ``load_engine`` does it, of a copy: with the kernels, or without those that refuse."""
 
-    def start(options: LoadOptions) -> BatchingEngine:
+    def make(dtype: str, trust_remote_code: bool) -> Any:
         with differentiable():
-            own = copy.deepcopy(model)
-        return build_engine(own, options, thread, wrap)
+            return copy.deepcopy(model)
 
-    try:
-        return start(options)
-    except NativeRefused:
-        return start(dataclasses.replace(options, native=None))
+    backends = choose_backends(options, "cpu", thread.num_threads)
+    return start(make, "a model", backends, options, thread, wrap)[0]
 
 
 @pytest.fixture

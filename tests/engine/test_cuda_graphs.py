@@ -12,11 +12,16 @@ import pytest
 import torch
 
 from tests.engine.models import BATCHED, generate, prompts_of, tiny_model
-from tests.engine.reading import GREEDY, ask, complete
+from tests.engine.reading import GREEDY, ask, complete, read
+from transformers_api.engine.base import TokenStream
 from transformers_api.engine.llm_engine import BatchingEngine, EngineLimits
-from transformers_api.engine.loader import differentiable
+from transformers_api.engine.load_options import LoadOptions
+from transformers_api.engine.pretrained import differentiable
 from transformers_api.engine.runners.cuda_graphs import GraphRunner, PaddedCache
+from transformers_api.engine.runners.torch_backend import CudaGraphsBackend
 from transformers_api.engine.runners.verify import agrees
+from transformers_api.engine.scheduler import Batch
+from transformers_api.engine.sequence import Sequence
 
 LENGTHS = [9, 3, 14, 5, 7, 2, 11]
 SLOTS = 4
@@ -55,9 +60,8 @@ def graph_engine(engine_thread):
             layers = own.config.get_text_config(decoder=True).num_hidden_layers
             graphs.runner = GraphRunner(own, PaddedCache(layers, SLOTS, 1024), 97, graphs)
             sizes = {"max_model_len": 1024, "vocab_size": 97, "num_slots": SLOTS} | limits
-            engine = BatchingEngine(
-                own, graphs.runner, EngineLimits(**sizes), engine_thread, "batching"
-            )
+            facts = CudaGraphsBackend("cpu", LoadOptions()).describe(graphs.runner)
+            engine = BatchingEngine(own, graphs.runner, EngineLimits(**sizes), engine_thread, facts)
             engine_thread.engines.append(engine)
             return engine, graphs
 
@@ -105,18 +109,48 @@ def test_a_size_is_captured_once_and_again_only_when_the_cache_has_moved(graph_e
     assert tokens == [generate(tiny_model("llama"), long[:300], 5)]
 
 
-def test_a_watched_step_runs_uncaptured_and_gives_the_same_bits(graph_engine):
+@torch.inference_mode()
+def test_a_watched_step_is_the_same_padded_step_run_uncaptured():
+    """The same shapes, so the same bits on any processor; three sequences are padded to four."""
+    graphs = Graphs()
+    graphs.runner = runner = GraphRunner(
+        copy.deepcopy(tiny_model("llama")), PaddedCache(3, SLOTS, 128), 97, graphs
+    )
+    runner.cache.reserve(SLOTS, 20)
+    sequences = []
+    for slot, prompt in enumerate(prompts_of(3)):
+        stream = TokenStream(1, lambda _: None)
+        seq = Sequence(ask(prompt), stream, 0, eos_token_ids=frozenset(), max_model_len=128)
+        seq.slot = slot
+        runner.forward(Batch([seq], len(prompt) - 1))
+        seq.num_cached = len(prompt) - 1
+        sequences.append(seq)
+    captured = runner.forward(Batch(sequences, 1)).clone()
+    repeated = graphs.repeated
+    sequences[1].observe = {"trace": None}
+    watched = runner.forward(Batch(sequences, 1)).clone()
+    assert graphs.repeated == repeated > 0
+    assert torch.equal(watched, captured)
+    sequences[1].observe = {}
+    assert torch.equal(runner.forward(Batch(sequences, 1)), captured)
+
+
+def test_a_watched_stream_has_the_tokens_of_one_that_is_not_and_its_scores(graph_engine):
+    """To rounding: prompts are read in other shapes the second time, as parts of them are cached."""
     engine, graphs = graph_engine()
     prompts = prompts_of(3)
     requests = [ask(p, max_tokens=12, logprobs=1, temperature=1.0, seed=5) for p in prompts]
 
-    def scores(**options):
-        stream = engine.submit(requests, **options)
-        return [(o.index, o.token_id, o.score) for o in stream.read(quiet_s=30) if o.score]
+    def outputs(**options):
+        by_index = read(engine.submit(requests, **options))
+        return [output for index in sorted(by_index) for output in by_index[index] if output.score]
 
-    plain, repeated = sorted(scores(), key=str), graphs.repeated
-    assert sorted(scores(observe={"trace": None}), key=str) == plain
-    assert graphs.repeated == repeated
+    plain, repeated = outputs(), graphs.repeated
+    watched = outputs(observe={"trace": None})
+    assert graphs.repeated == repeated > 0
+    assert [o.token_id for o in watched] == [o.token_id for o in plain]
+    for a, b in zip(watched, plain, strict=True):
+        assert a.score.logprob == pytest.approx(b.score.logprob, abs=1e-4)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

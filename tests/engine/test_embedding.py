@@ -22,7 +22,7 @@ from transformers_api.engine.embedding import (
     Reduction,
     load_encoder,
 )
-from transformers_api.engine.loader import LoadOptions
+from transformers_api.engine.load_options import LoadOptions
 from transformers_api.errors import ModelLoadFailed, ModelNotCapable, ModelUnloaded
 
 SIZE = {
@@ -71,7 +71,10 @@ def encoder_of(thread, name, mode="mean", normalize=True):
 
 def causal(engine, mode="mean", normalize=True, slice_tokens=8):
     return PooledEmbedder(
-        engine, Reduction(mode, normalize), slice_tokens, reads_in_chunks=engine.mode == "batching"
+        engine,
+        Reduction(mode, normalize),
+        slice_tokens,
+        reads_in_chunks=engine.describe().mode == "batching",
     )
 
 

@@ -26,7 +26,7 @@ def test_many_at_once_give_what_generate_gives_for_each(make_engine, name):
     requests = [ask(p, max_tokens=n, **GREEDY) for p, n in zip(prompts, LENGTHS, strict=True)]
     expected = [generate(tiny_model(name), p, n) for p, n in zip(prompts, LENGTHS, strict=True)]
     assert complete(engine, *requests) == expected
-    assert engine.mode == ("batching" if name in BATCHED else "sequential")
+    assert engine.describe().mode == ("batching" if name in BATCHED else "sequential")
 
 
 @pytest.mark.parametrize("name", BATCHED)
@@ -56,7 +56,7 @@ def test_a_model_with_eager_attention_gives_what_generate_gives(make_engine, nam
     model = tf.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     engine = make_engine(model)
     prompts = prompts_of(5)
-    assert engine.mode == "batching"
+    assert engine.describe().mode == "batching"
     assert complete(engine, *(ask(p, max_tokens=9, **GREEDY) for p in prompts)) == [
         generate(model, p, 9) for p in prompts
     ]

@@ -10,19 +10,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.engine.test_sampling import sequence
-from transformers_api.engine.native.sampler import NativeRace
+from transformers_api.engine.native.sampler import NativeSampler
 from transformers_api.engine.sampling import rng
-from transformers_api.engine.sampling.fast_sampler import UNSURE, Race, largest, likeliest
+from transformers_api.engine.sampling.fast_sampler import (
+    UNSURE,
+    TorchFastSampler,
+    largest,
+    likeliest,
+)
 from transformers_api.engine.sampling.sampler import Sampler, by_definition
 from transformers_api.kernels.provider import kernel_provider
 
 
 @pytest.fixture(scope="session", params=["torch", "native"])
-def race(request):
+def fast_sampler(request):
     """Each of the two ways."""
     if request.param == "torch":
-        return Race()
-    return NativeRace(kernel_provider(request.getfixturevalue("native_cache"), 2).library())
+        return TorchFastSampler()
+    return NativeSampler(kernel_provider(request.getfixturevalue("native_cache"), 2).library())
 
 
 @st.composite
@@ -57,10 +62,10 @@ PARAMS = st.fixed_dictionaries(
 
 @settings(max_examples=300, deadline=None)
 @given(data=st.data(), logits=rows())
-def test_what_is_drawn_quickly_is_what_the_definition_draws(race, data, logits):
+def test_what_is_drawn_quickly_is_what_the_definition_draws(fast_sampler, data, logits):
     sequences = [sequence(**data.draw(PARAMS)) for _ in logits]
     expected = by_definition(logits, sequences)
-    for quick, defined in zip(race(logits, sequences), expected, strict=True):
+    for quick, defined in zip(fast_sampler(logits, sequences), expected, strict=True):
         assert quick in (UNSURE, defined)
 
 
@@ -68,10 +73,10 @@ def test_what_is_drawn_quickly_is_what_the_definition_draws(race, data, logits):
 @pytest.mark.parametrize(
     "params", [{}, {"top_p": 0.9}, {"min_p": 0.02}, {"temperature": 0.0}, {"temperature": 0.3}]
 )
-def test_it_is_nearly_always_sure(race, params, scale):
+def test_it_is_nearly_always_sure(fast_sampler, params, scale):
     logits = torch.randn(40, 20_000, generator=torch.Generator().manual_seed(1)) * scale
     sequences = [sequence(seed=seed, **params) for seed in range(40)]
-    found = race(logits, sequences)
+    found = fast_sampler(logits, sequences)
     assert found.count(UNSURE) <= 1
     expected = by_definition(logits, sequences)
     assert all(x in (UNSURE, y) for x, y in zip(found, expected, strict=True))
@@ -80,47 +85,49 @@ def test_it_is_nearly_always_sure(race, params, scale):
 def test_the_kernel_is_sure_of_the_k_likeliest_too(native_cache):
     logits = torch.randn(40, 20_000, generator=torch.Generator().manual_seed(1))
     sequences = [sequence(seed=s, top_k=s + 2, top_p=0.8 + s / 200) for s in range(40)]
-    found = NativeRace(kernel_provider(native_cache, 2).library())(logits, sequences)
+    found = NativeSampler(kernel_provider(native_cache, 2).library())(logits, sequences)
     assert found.count(UNSURE) <= 1
     expected = by_definition(logits, sequences)
     assert all(x in (UNSURE, y) for x, y in zip(found, expected, strict=True))
 
 
-def test_of_equals_the_first_is_the_likeliest(race):
+def test_of_equals_the_first_is_the_likeliest(fast_sampler):
     logits = torch.zeros(2, 300)
     logits[0, [131, 200, 299]] = 5
     logits[1, 299] = 5
-    assert race(logits, [sequence(temperature=0.0)] * 2) == [131, 299]
+    assert fast_sampler(logits, [sequence(temperature=0.0)] * 2) == [131, 299]
 
 
-def test_rows_that_lie_apart_in_memory_are_drawn_alike(race):
+def test_rows_that_lie_apart_in_memory_are_drawn_alike(fast_sampler):
     whole = torch.randn(4, 3, 700, generator=torch.Generator().manual_seed(2))
     sequences = [sequence(seed=seed) for seed in range(4)]
     part = whole[:, -1, :600]
-    assert race(part, sequences) == by_definition(part.clone(), sequences)
+    assert fast_sampler(part, sequences) == by_definition(part.clone(), sequences)
 
 
-def test_what_is_not_sure_of_its_order_is_left_to_the_definition(race):
+def test_what_is_not_sure_of_its_order_is_left_to_the_definition(fast_sampler):
     """A tie where the nucleus ends."""
     logits = torch.tensor([0.4, 0.3, 0.3]).log()[None]
-    found = [race(logits, [sequence(seed=s, top_p=0.6)])[0] for s in range(50)]
+    found = [fast_sampler(logits, [sequence(seed=s, top_p=0.6)])[0] for s in range(50)]
     assert UNSURE in found
     expected = [by_definition(logits, [sequence(seed=s, top_p=0.6)])[0] for s in range(50)]
     assert all(x in (UNSURE, y) for x, y in zip(found, expected, strict=True))
 
 
-def test_a_token_without_any_noise_is_left_to_the_definition(race, monkeypatch):
+def test_a_token_without_any_noise_is_left_to_the_definition(fast_sampler, monkeypatch):
     """The luckiest number of all is rounded to 1, whose logarithm is 0."""
     key = _luckiest(token=3)
     monkeypatch.setattr(rng, "step_key", lambda _seed, _step: key)
     assert rng.exponential(torch.tensor([key]), torch.tensor([3])).item() == 0
-    assert race(torch.zeros(1, 40), [sequence()]) == [UNSURE]
+    assert fast_sampler(torch.zeros(1, 40), [sequence()]) == [UNSURE]
 
 
-def test_a_broken_row_fails_alone(race):
+def test_a_broken_row_fails_alone(fast_sampler):
     logits = torch.randn(4, 500, generator=torch.Generator().manual_seed(3))
     logits[1, 400], logits[2, :] = torch.nan, -torch.inf
-    sampled = Sampler(race).sample(logits, [sequence(temperature=t) for t in (1.0, 1.0, 0, 0)])
+    sampled = Sampler(fast_sampler).sample(
+        logits, [sequence(temperature=t) for t in (1.0, 1.0, 0, 0)]
+    )
     assert [token.error is not None for token in sampled] == [False, True, True, False]
 
 

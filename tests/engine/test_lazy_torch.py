@@ -12,18 +12,18 @@ from torch import Tensor, nn
 from transformers.utils import import_utils
 
 import transformers_api
-from transformers_api.engine.platform.lazy_torch import scanning_once
+from transformers_api.engine.platform.lazy_torch import VERSIONS, scanning_once
 from transformers_api.engine.platform.meta_shapes import ShapesOnly
 
 PROGRAM = """
 import collections
 import sys
 
-from transformers_api.engine.platform.lazy_torch import import_lean
+from transformers_api.engine.platform.lazy_torch import import_torch
 
 opened = collections.Counter()
 sys.addaudithook(lambda event, given: opened.update([given[0]]) if event == "open" else None)
-import_lean()
+import_torch(transformers=True)
 import torch
 import transformers_api.engine.loader
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -73,6 +73,34 @@ def test_a_model_is_made_without_the_compiler_and_the_compiler_works_afterwards(
         [sys.executable, str(program)], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stderr
+
+
+OTHER_VERSION = """
+import logging
+import sys
+import types
+
+from transformers_api.engine.platform import lazy_torch
+
+logging.basicConfig(level=logging.INFO)
+lazy_torch.VERSIONS["torch"] = "0.1"
+lazy_torch.import_torch()
+lazy_torch.import_torch(transformers=True)
+assert type(sys.modules["torch._meta_registrations"]) is types.ModuleType
+assert type(sys.modules.get("torch._dynamo", types)) is types.ModuleType
+assert "transformers" in sys.modules
+"""
+
+
+def test_another_version_is_imported_as_a_whole_with_one_line_in_the_log() -> None:
+    done = subprocess.run([sys.executable, "-c", OTHER_VERSION], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("Imported as a whole") == 1
+
+
+def test_the_versions_are_those_that_are_installed_with_the_program() -> None:
+    requirements = (Path(transformers_api.__file__).parents[1] / "requirements.txt").read_text()
+    assert all(f"{name}=={version}" in requirements.split() for name, version in VERSIONS.items())
 
 
 def angles(size: int) -> Tensor:

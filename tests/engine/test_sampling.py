@@ -17,6 +17,7 @@ from transformers import (
 from tests.engine.reading import ask
 from transformers_api.engine.base import TokenStream
 from transformers_api.engine.sampling import rng
+from transformers_api.engine.sampling.logits_processors import processors_for
 from transformers_api.engine.sampling.sampler import Sampler, candidates, token_scores
 from transformers_api.engine.sequence import Sequence
 
@@ -24,12 +25,14 @@ VOCAB = 1000
 
 
 def sequence(prompt=(5, 6, 7), output=(), **params) -> Sequence:
+    request = ask(list(prompt), **({"max_tokens": 50} | params))
     seq = Sequence(
-        ask(list(prompt), **({"max_tokens": 50} | params)),
+        request,
         TokenStream(1, lambda _: None),
         0,
         eos_token_ids=frozenset({2}),
         max_model_len=10_000,
+        processors=processors_for(request.params),
     )
     seq.tokens += output
     return seq

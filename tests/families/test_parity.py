@@ -11,6 +11,7 @@ import torch
 from tests.engine.reading import GREEDY, ask, complete
 from tests.families.originals import NIELS, ORIGINALS, PUBLIC, SLIDING, TINYGPT
 from transformers_api.engine.base import SamplingParams, SequenceRequest, TokenStream
+from transformers_api.engine.sampling.logits_processors import processors_for
 from transformers_api.engine.sampling.sampler import candidates
 from transformers_api.engine.sequence import Sequence
 
@@ -93,7 +94,7 @@ def test_greedy_ids_are_the_originals_by_generate_and_by_argmax(load, name):
 @pytest.mark.parametrize("name", PUBLIC)
 def test_engine_gives_the_original_greedy_ids_alone_and_in_company(load, make_engine, name):
     engine = make_engine(load(name))
-    assert engine.mode == "batching"
+    assert engine.describe().mode == "batching"
     prompt, expected = row(name, "prompt_ids"), row(name, "greedy_ids")
     request = ask(prompt, max_tokens=COUNT, **GREEDY)
     assert complete(engine, request) == [expected]
@@ -146,7 +147,7 @@ def test_probabilities_to_sample_from_are_the_originals(load, name, setting):
         eos_token_ids=frozenset(),
         max_model_len=1 << 30,
     )
-    for processor in seq.processors:
+    for processor in processors_for(params):
         processor(seq, logits[0])
     kept, ids = candidates((logits / params.temperature).softmax(-1), [params], logits.shape[-1])
     probs = torch.zeros(logits.shape[-1], dtype=kept.dtype).scatter(0, ids[0], kept[0])
@@ -191,7 +192,7 @@ def test_half_of_the_layers_of_a_banded_gpt3dev_see_a_band(make_engine):
     assert (attentions[1][0][:, ~banded] == 0).all()
 
     engine = make_engine(copy.deepcopy(model))
-    assert engine.mode == "batching"
+    assert engine.describe().mode == "batching"
     prompt = ids[0].tolist()
     expected = decoded_by_argmax(model, prompt, 9, window=64)
     request = ask(prompt, max_tokens=9, **GREEDY)

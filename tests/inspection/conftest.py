@@ -14,7 +14,7 @@ from tests.engine.conftest import (  # noqa: F401
 from tests.families.conftest import converted, load  # noqa: F401
 from tests.inspection.models import tiny
 from transformers_api.engine.llm_engine import BatchingEngine
-from transformers_api.engine.loader import LoadOptions
+from transformers_api.engine.load_options import LoadOptions
 from transformers_api.engine.thread import EngineThread
 from transformers_api.inspection.attachment import Attachment
 from transformers_api.inspection.examination import Examined

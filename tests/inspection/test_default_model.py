@@ -8,7 +8,8 @@ import pytest
 
 from tests.inspection.test_trace import everything, generate, scored
 from transformers_api.config.settings import Settings
-from transformers_api.engine.loader import LoadOptions, load_engine
+from transformers_api.engine.load_options import LoadOptions
+from transformers_api.engine.loader import load_engine
 from transformers_api.inspection.attachment import Attachment
 from transformers_api.inspection.base import AttentionMode
 from transformers_api.serving.models.registry import ModelRegistry

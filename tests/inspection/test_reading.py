@@ -15,7 +15,9 @@ from tests.engine.models import BATCHED, SEQUENTIAL, prompts_of
 from tests.engine.reading import GREEDY, ask, read, tokens
 from tests.inspection.models import tiny
 from tests.inspection.test_parts import OURS, hooks_on, model_of
-from transformers_api.engine.loader import LoadOptions, build_engine
+from transformers_api.engine.backends import choose_backends
+from transformers_api.engine.load_options import LoadOptions
+from transformers_api.engine.loader import build_engine
 from transformers_api.errors import ModelNotCapable
 from transformers_api.inspection.attachment import Attachment
 from transformers_api.inspection.base import AttributionQuestion
@@ -261,7 +263,9 @@ def test_the_inspector_keeps_no_unloaded_model_alive(engine_thread):
 
     def build(model=model):
         attachment = Attachment(slice_tokens=8)
-        engine = build_engine(model, LoadOptions(num_slots=2), engine_thread, attachment.wrap)
+        options = LoadOptions(num_slots=2)
+        (backend,) = choose_backends(options, "cpu", 1)
+        engine = build_engine(model, backend, options, engine_thread, attachment.wrap)
         return engine, attachment.inspector(engine)
 
     engine, inspector = engine_thread.call(build).result()

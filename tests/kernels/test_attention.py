@@ -9,7 +9,7 @@ import torch
 
 from transformers_api.kernels.modules.attention import (
     CausalRows,
-    describe_mask,
+    describing,
     native_attention,
     write_cache,
 )
@@ -74,13 +74,14 @@ class Case:
         rows = slice(None) if row is None else slice(row, row + 1)
         query = self.query[rows, :, begin:end]
         starts = (self.starts[rows] + begin).contiguous()
-        mask = describe_mask(self.visible(), CausalRows(library, starts, self.window))
+        mask, causal = self.visible(), CausalRows(library, starts, self.window)
         key, value = self.key[rows], self.value[rows]
         module = torch.nn.Module()
         module.num_key_value_groups = query.shape[1] // self.key.shape[1]
-        return native_attention(
-            module, query, key, value, mask, scaling=self.scale, **self.options
-        )[0]
+        with describing([(mask, causal)]):
+            return native_attention(
+                module, query, key, value, mask, scaling=self.scale, **self.options
+            )[0]
 
 
 def error(given, wanted):
@@ -149,7 +150,7 @@ def test_scores_far_apart_neither_overflow_nor_vanish(library):
     assert error(made.given(library), made.wanted()) < 1e-6
 
 
-def test_a_mask_without_a_mark_is_left_to_sdpa(library):
+def test_a_mask_without_a_description_is_left_to_sdpa(library):
     made = Case(width=5)
     mask = made.visible()
     mask[0, :, :, 0] = False  # a mask of the model's own

@@ -15,9 +15,9 @@ import pytest
 
 from tests.servers import ROOT
 from transformers_api.check import report
+from transformers_api.engine.platform.cpu import usable_cores
 from transformers_api.kernels import build as building
 from transformers_api.kernels.build import NativeUnavailable, build, find
-from transformers_api.kernels.cpu import usable_cores
 from transformers_api.kernels.provider import KernelProvider
 
 

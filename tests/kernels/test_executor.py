@@ -14,7 +14,7 @@ from transformers_api.kernels.graph.executor import RecordedPass
 from transformers_api.kernels.modules.attention import (
     NAME,
     CausalRows,
-    describe_mask,
+    describing,
     register,
     write_cache,
 )
@@ -33,7 +33,7 @@ class NativeLayer(SlotLayer):
         cache = self.cache
         for rows, states in zip(self.rows, (key_states, value_states), strict=True):
             write_cache(cache.library, states, rows[cache.window], cache.starts)
-        return tuple(rows[cache.window, :, : cache.seen] for rows in self.rows)
+        return tuple(rows[cache.window, :, : cache.context] for rows in self.rows)
 
 
 class Setup:
@@ -68,18 +68,20 @@ class Setup:
         self.cache.bind(first, positions, seen)
         self.cache.starts = starts
         mask = torch.ones(len(ids), 1, ids.shape[1], seen, dtype=torch.bool)
-        masks = {
-            kind: describe_mask(mask.clone(), CausalRows(self.library, starts, window))
+        masks = {kind: mask.clone() for kind in self.windows}
+        rows = [
+            (masks[kind], CausalRows(self.library, starts, window))
             for kind, window in self.windows.items()
-        }
-        return self.model(
-            input_ids=ids,
-            position_ids=positions,
-            attention_mask=masks.get("", masks),
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits
+        ]
+        with describing(rows):
+            return self.model(
+                input_ids=ids,
+                position_ids=positions,
+                attention_mask=masks.get("", masks),
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits
 
     def inputs(self, ids, starts):
         ids, starts = torch.as_tensor(ids).clone(), torch.as_tensor(starts).clone()

@@ -152,6 +152,12 @@ class Settings:
     torch_threads: int | None = _setting(
         None, to.integer(1, 1024), "CPU threads of the engine. Default: the cores it may use."
     )
+    lazy_torch: bool = _setting(
+        True,
+        to.boolean,
+        "Import torch and transformers without what only compilers and clusters need of them; that "
+        "is imported at its first use. false: as `import` does, for who debugs torch.",
+    )
     swap_overlap: bool = _setting(
         False,
         to.boolean,

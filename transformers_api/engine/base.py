@@ -1,4 +1,4 @@
-"""What the rest of the program knows of an engine: plain data and a protocol. Torch-free."""
+"""Plain data and the protocol of an engine, for the rest of the program. Torch-free."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any, Literal, Protocol, TypeVar
 from transformers_api.errors import ApiError
 
 T = TypeVar("T")
-# What a prompt or an answer beyond max_model_len does: None refuses and ends it. "slide": the model
-# sees the last max_model_len tokens, read again for each new one. "crop": the end of the prompt.
+# The rule for prompts and answers beyond max_model_len: None refuses and ends them. "slide": the
+# model sees the last max_model_len tokens, read again for each new one. "crop": the prompt's end.
 ContextOverflow = Literal["slide", "crop"] | None
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 BACKLOG = 4096  # outputs that a reader may fall behind
@@ -22,7 +22,7 @@ OBSERVED_BACKLOG = 256  # where each carries what an observer noted
 
 
 class FinishReason(StrEnum):
-    """Why a sequence ended."""
+    """Reasons for the end of a sequence."""
 
     STOP = "stop"  # an end-of-sequence or stop token; that token is not part of the text
     LENGTH = "length"  # max_tokens or the model's context
@@ -32,7 +32,7 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How the tokens of one sequence are chosen. By default: plain sampling from the model."""
+    """Sampling parameters of one sequence. By default: plain sampling from the model."""
 
     max_tokens: int = 16  # 0 only together with prompt_logprobs
     min_tokens: int = 0  # before that, end-of-sequence and stop tokens are masked
@@ -114,7 +114,7 @@ class TokenStream:
 
     @property
     def is_overfull(self) -> bool:
-        """Whether the reader has fallen ``limit`` outputs behind."""
+        """True where the reader has fallen ``limit`` outputs behind."""
         return self._outputs.qsize() > self.limit
 
     def get(self, timeout: float | None = None) -> TokenOutput | None:
@@ -172,8 +172,25 @@ class EngineStats:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EngineFacts:
+    """Facts of a loaded model that do not change."""
+
+    device: str  # "cpu", "cuda:0", …
+    dtype: str  # of the KV cache, and of the weights unless they are quantised
+    quantization: str = "none"  # or int8, int4
+    kernels: str = "torch"  # or native
+    bytes: int  # of the weights, as they lie in memory
+    mode: str = "batching"  # or "sequential": one at a time; or "encoder"
+
+    @property
+    def weights(self) -> str:
+        """The format of the weights: dtype or quantisation."""
+        return self.dtype if self.quantization == "none" else self.quantization
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceStats:
-    """How one sequence went, told at its end. Times in seconds."""
+    """Figures of one sequence, at its end. Times in seconds."""
 
     finish_reason: FinishReason
     prompt_tokens: int
@@ -225,7 +242,7 @@ class Engine(Protocol):
 
     @property
     def context_overflow(self) -> ContextOverflow:
-        """What happens beyond ``max_model_len``."""
+        """The rule for prompts and answers beyond ``max_model_len``."""
         ...
 
     @property
@@ -252,6 +269,10 @@ class Engine(Protocol):
 
     def call(self, visit: Callable[[Any], T]) -> Future[T]:
         """Run ``visit(model)`` on the engine thread between two steps."""
+        ...
+
+    def describe(self) -> EngineFacts:
+        """The facts of the loaded model, also after ``close``."""
         ...
 
     def stats(self) -> EngineStats:

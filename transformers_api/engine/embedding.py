@@ -23,16 +23,18 @@ from transformers_api.engine.base import (
     NOTHING,
     ContextOverflow,
     Engine,
+    EngineFacts,
     EngineStats,
     SequenceRequest,
     TokenStream,
 )
-from transformers_api.engine.loader import LoadOptions, context_window, pick_device
+from transformers_api.engine.load_options import LoadOptions
+from transformers_api.engine.platform.cpu import usable_cores
 from transformers_api.engine.platform.memory import release_memory
 from transformers_api.engine.platform.meta_shapes import ShapesOnly
+from transformers_api.engine.pretrained import context_window, pick_device
 from transformers_api.engine.thread import EngineThread
 from transformers_api.errors import ApiError, ModelLoadFailed, ModelNotCapable, ModelUnloaded
-from transformers_api.kernels.cpu import usable_cores
 
 T = TypeVar("T")
 Mode = Literal["cls", "mean", "last"]
@@ -41,7 +43,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Reduction:
-    """How the hidden states of a text become one vector."""
+    """The reduction of a text's hidden states to one vector."""
 
     mode: Mode
     normalize: bool
@@ -62,6 +64,12 @@ class EncoderEngine:
 
     def __init__(self, model: Any, max_model_len: int, thread: EngineThread) -> None:
         self.model = model
+        self.facts = EngineFacts(
+            device=str(model.device),
+            dtype=str(model.dtype).removeprefix("torch."),
+            bytes=sum(parameter.nbytes for parameter in model.parameters()),
+            mode="encoder",
+        )
         self.max_model_len = max_model_len
         self.vocab_size = int(model.get_input_embeddings().num_embeddings)
         self.thread = thread
@@ -89,9 +97,13 @@ class EncoderEngine:
 
         return self.thread.call(run)
 
+    def describe(self) -> EngineFacts:
+        """See base.Engine."""
+        return self.facts
+
     def stats(self) -> EngineStats:
         """See base.Engine."""
-        return EngineStats(mode="encoder")
+        return EngineStats(mode=self.facts.mode)
 
     def close(self, error: ApiError | None = None) -> None:
         """See base.Engine."""
@@ -158,11 +170,11 @@ class _Reading:
         if self.cache is None:
             self.cache = DynamicCache(config=model.config.get_text_config(decoder=True))
         ids = self.ids[self.done : self.done + width]
-        seen = self.done + len(ids)
+        stop = self.done + len(ids)
         hidden = _hidden(
             model,
             input_ids=torch.tensor([ids], device=model.device),
-            attention_mask=torch.ones(1, seen, dtype=torch.long, device=model.device),
+            attention_mask=torch.ones(1, stop, dtype=torch.long, device=model.device),
             past_key_values=self.cache,
             use_cache=True,
         )
@@ -170,7 +182,7 @@ class _Reading:
         self.first = self.first if self.done else hidden[:, 0]
         self.sum = self.sum + total if self.done else total
         self.last = hidden[:, -1]
-        self.done = seen
+        self.done = stop
 
     def pooled(self, mode: Mode) -> Tensor:
         """(1, H)."""

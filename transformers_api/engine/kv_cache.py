@@ -57,11 +57,11 @@ class SlotLayer(CacheLayerMixin):
         else:
             keys[cache.row_index, :, cache.positions] = key_states.transpose(1, 2)
             values[cache.row_index, :, cache.positions] = value_states.transpose(1, 2)
-        return keys[cache.window, :, : cache.seen], values[cache.window, :, : cache.seen]
+        return keys[cache.window, :, : cache.context], values[cache.window, :, : cache.context]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(keys that attention sees, offset)."""
-        return self.cache.seen, 0
+        return self.cache.context, 0
 
     def get_seq_length(self) -> int:
         """Always 0: positions are given with each forward, they differ from row to row."""
@@ -98,7 +98,7 @@ class SlotCache(Cache):
         self.rows = self.capacity = 1
         self.length = min(MIN_LENGTH, max_length)
         self.window = slice(0, 0)
-        self.seen = 0
+        self.context = 0
         self.span: slice | None = None
         self.row_index = self.positions = torch.empty(0, dtype=torch.long)
         self.slots = [layer(self) for _ in range(num_layers)]
@@ -130,11 +130,11 @@ class SlotCache(Cache):
         return self.max_length
 
     def reserve(
-        self, rows: int, length: int, kept: Mapping[int, int] | None = None
+        self, rows: int, length: int, prefixes: Mapping[int, int] | None = None
     ) -> tuple[int, int] | None:
         """Make room for ``rows`` rows of ``length`` tokens, within the budget.
 
-        ``kept``: how many first tokens of which row are worth keeping; by default all. Gives the
+        ``prefixes``: how many first tokens of each row are worth keeping; by default all. Gives the
         rows and the length that there are now: what lay beyond is lost. None when the room cannot
         be had.
         """
@@ -145,19 +145,19 @@ class SlotCache(Cache):
         for width in (max(self.length, doubled), doubled, tight):
             if rows <= self.max_rows and rows * width <= self.budget_tokens:
                 room = min(self.max_rows, self.budget_tokens // width)
-                self._resize(min(max(power_of_two(rows), self.rows), room), width, kept)
+                self._resize(min(max(power_of_two(rows), self.rows), room), width, prefixes)
                 return self.rows, self.length
         return None
 
-    def bind(self, first: int, positions: Tensor, seen: int) -> None:
+    def bind(self, first: int, positions: Tensor, context: int) -> None:
         """Aim the next forward at rows first..first+B.
 
-        ``positions`` (B, T) of the new tokens; ``seen`` = the largest of them + 1.
+        ``positions`` (B, T) of the new tokens; ``context`` = the largest of them + 1.
         """
         count, width = positions.shape
         self.window = slice(first, first + count)
-        self.seen = seen
-        self.span = slice(seen - width, seen) if count == 1 else None
+        self.context = context
+        self.span = slice(context - width, context) if count == 1 else None
         if count > 1:
             self.positions = positions
             self.row_index = torch.arange(first, first + count, device=positions.device)[:, None]
@@ -195,7 +195,7 @@ class SlotCache(Cache):
         self._lay_out({})
 
     def room_for(self, rows: int) -> int:
-        """How many rows to have memory for when so many are wanted."""
+        """Return the number of rows to have memory for where ``rows`` are needed."""
         if self._shaped[0].likes[0].device.type != "cpu":  # it would be taken at once
             return rows
         return max(rows, min(self.max_rows, self.budget_tokens // self.length))
@@ -204,8 +204,8 @@ class SlotCache(Cache):
     def _shaped(self) -> list[SlotLayer]:
         return [layer for layer in self.slots if layer.likes]
 
-    def _resize(self, rows: int, length: int, kept: Mapping[int, int] | None) -> None:
-        kept = dict.fromkeys(range(self.rows), self.length) if kept is None else kept
+    def _resize(self, rows: int, length: int, prefixes: Mapping[int, int] | None) -> None:
+        prefixes = dict.fromkeys(range(self.rows), self.length) if prefixes is None else prefixes
         is_there = length == self.length and rows <= self.capacity
         self.rows, self.length = rows, length
         used = [layer for layer in self.slots if layer.is_initialized]
@@ -215,9 +215,9 @@ class SlotCache(Cache):
             for layer in used:
                 layer.aim(layer.room)
         else:
-            self._lay_out(kept)
+            self._lay_out(prefixes)
 
-    def _lay_out(self, kept: Mapping[int, int]) -> None:
+    def _lay_out(self, prefixes: Mapping[int, int]) -> None:
         self.capacity = self.room_for(self.rows)
         likes = [like for layer in self._shaped for like in layer.likes]
         fresh = laid_out(likes, self.capacity + self.spare, self.length)
@@ -228,7 +228,7 @@ class SlotCache(Cache):
             fresh = laid_out(likes, self.capacity + self.spare, self.length)
         for layer in self._shaped:
             old = layer.rows or layer.likes
-            layer.aim(tuple(moved(each, next(fresh), kept) for each in old))
+            layer.aim(tuple(moved(each, next(fresh), prefixes) for each in old))
 
 
 def power_of_two(size: int) -> int:
@@ -258,9 +258,9 @@ def laid_out(likes: Sequence[Tensor], rows: int, length: int) -> Iterator[Tensor
         yield part.as_strided((rows, heads, length, width), (row // item, length * width, width, 1))
 
 
-def moved(old: Tensor, new: Tensor, kept: Mapping[int, int]) -> Tensor:
+def moved(old: Tensor, new: Tensor, prefixes: Mapping[int, int]) -> Tensor:
     """``new`` (rows, H, length, D) with so many first tokens of these rows of ``old``."""
-    for row, tokens in kept.items():
+    for row, tokens in prefixes.items():
         if row < min(len(old), len(new)):
             new[row, :, :tokens] = old[row, :, : min(tokens, new.shape[2])]
     return new

@@ -20,6 +20,7 @@ from transformers_api.engine.base import (
     NOTHING,
     OBSERVED_BACKLOG,
     ContextOverflow,
+    EngineFacts,
     EngineListener,
     EngineStats,
     FinishReason,
@@ -30,6 +31,7 @@ from transformers_api.engine.base import (
 from transformers_api.engine.platform.memory import release_memory
 from transformers_api.engine.prompt_lookup import PromptLookup
 from transformers_api.engine.runners.model_runner import OneRow, Runner
+from transformers_api.engine.sampling.logits_processors import processors_for
 from transformers_api.engine.sampling.sampler import Sampler, TokenSampler
 from transformers_api.engine.scheduler import Batch, Scheduler
 from transformers_api.engine.sequence import Sequence
@@ -49,7 +51,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class EngineLimits:
-    """How much one engine takes on."""
+    """Limits of one engine."""
 
     max_model_len: int  # tokens, prompt + completion
     vocab_size: int
@@ -76,12 +78,12 @@ class BatchingEngine:
         runner: Runner,
         limits: EngineLimits,
         thread: EngineThread,
-        mode: str,
+        facts: EngineFacts,
         sampler: TokenSampler | None = None,
         listener: EngineListener | None = None,
     ) -> None:
         self.limits = limits
-        self.mode = mode
+        self.facts = facts
         self.model = model
         self.runner = runner
         self.sampler = sampler or Sampler()
@@ -129,7 +131,7 @@ class BatchingEngine:
     def _take(self, batch: Batch, logits: torch.Tensor, place: int) -> bool:
         """Sample from ``logits`` (B, V), which are of a place in the draft, or after it.
 
-        Whether that is what the draft says: if so, what was read after it holds.
+        Return True where that is the draft's token: what was read after it holds then.
         """
         ends = batch.reaches_end
         sampled = self.sampler.sample(logits, batch.sequences) if ends else []
@@ -163,7 +165,7 @@ class BatchingEngine:
 
     @property
     def has_work(self) -> bool:
-        """Whether ``step`` would do something."""
+        """True where ``step`` would do something."""
         return self.scheduler.has_work
 
     def fail(self, error: ApiError) -> None:
@@ -234,6 +236,10 @@ class BatchingEngine:
 
         return self.thread.call(run)
 
+    def describe(self) -> EngineFacts:
+        """See base.Engine."""
+        return self.facts
+
     def stats(self) -> EngineStats:
         """See base.Engine."""
         scheduler = self.scheduler
@@ -247,7 +253,7 @@ class BatchingEngine:
             kv_bytes=scheduler.cache.bytes,
             kv_used_bytes=scheduler.reserved_bytes,
             kv_budget_bytes=scheduler.cache.budget_bytes,
-            mode=self.mode,
+            mode=self.facts.mode,
         )
 
     def close(self, error: ApiError | None = None) -> None:
@@ -308,6 +314,7 @@ class BatchingEngine:
             eos_token_ids=self.eos_token_ids,
             max_model_len=self.max_model_len,
             slides=limits.context_overflow == "slide",
+            processors=processors_for(request.params),
             observe=observe,
             on_end=self._ended,
         )

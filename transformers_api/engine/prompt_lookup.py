@@ -1,4 +1,4 @@
-"""What comes next may have been said before; several tokens are checked in one pass.
+"""Drafts from what a sequence has said before; several tokens are checked in one pass.
 
 Prompt lookup decoding (Saxena 2023, github.com/apoorvumang/prompt-lookup-decoding). The answer is
 the same whatever is proposed: a token that was read ahead counts only where it is the one that is
@@ -26,7 +26,7 @@ class PromptLookup:
         self.most = most
         self._seq: Sequence | None = None
         self._follow: dict[tuple[int, ...], int] = {}  # where the last one of each ending ends
-        self._read = 0  # tokens whose endings are known
+        self._read = 0  # tokens whose endings are in ``_follow``
         self._proposed: list[int] = []
         self._count = 0
 
@@ -59,7 +59,7 @@ class PromptLookup:
         self._read = len(tokens)
 
     def _proposal(self, tokens: list[int], count: int) -> list[int]:
-        """What followed the longest known ending; from there on it repeats itself."""
+        """The tokens after the longest ending that occurred before; then they repeat themselves."""
         for size in SIZES:
             place = self._follow.get(tuple(tokens[-size:]))
             if place is not None and count > 0:

@@ -42,11 +42,11 @@ class SlotStore(Protocol):
         ...
 
     def reserve(
-        self, rows: int, length: int, kept: Mapping[int, int] | None = None
+        self, rows: int, length: int, prefixes: Mapping[int, int] | None = None
     ) -> tuple[int, int] | None:
         """Make room for ``rows`` rows of ``length`` tokens.
 
-        ``kept``: how many first tokens of which row are worth keeping; by default all. Gives the
+        ``prefixes``: how many first tokens of each row are worth keeping; by default all. Gives the
         rows and the length that there are now: what lay beyond is lost. None when the room cannot
         be had.
         """
@@ -84,7 +84,7 @@ class Batch:
 
     @property
     def reaches_end(self) -> bool:
-        """Whether the forward reads the last token of its sequences, so that one is sampled."""
+        """True where the forward reads the last token of its sequences, so that one is sampled."""
         return self.stride == self.sequences[0].num_pending
 
     @property
@@ -99,12 +99,12 @@ class Batch:
 
     @property
     def ids(self) -> list[list[int]]:
-        """What the forward reads."""
+        """The token ids that the forward reads."""
         return [seq.upcoming(self.stride) + self.draft for seq in self.sequences]
 
 
 @dataclass(slots=True)
-class _Kept:
+class _FinishedRow:
     """A row whose sequence has finished."""
 
     tokens: list[int]
@@ -127,7 +127,7 @@ class Scheduler:
         self.busy_chunk = min(busy_chunk or prefill_chunk, prefill_chunk)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        self._kept: dict[int, _Kept] = {}
+        self._finished: dict[int, _FinishedRow] = {}
         self.num_decoding = 0  # of running, the first so many
         self._prefilled = 0  # tokens read in chunks since the last decode step
         self._turn = 0
@@ -137,7 +137,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Whether ``schedule`` has something to do."""
+        """True where ``schedule`` has something to do."""
         return bool(self.waiting or self.running)
 
     @property
@@ -183,8 +183,8 @@ class Scheduler:
             return self.prefill_chunk
         sequences = min(len(self.waiting) + len(self.running), self.num_slots)
         prompts = sequences - self.num_decoding
-        wanted = max(self.busy_chunk * prompts, PER_DECODING * self.num_decoding)
-        return min(wanted, self.prefill_chunk)
+        tokens = max(self.busy_chunk * prompts, PER_DECODING * self.num_decoding)
+        return min(tokens, self.prefill_chunk)
 
     def _may_admit(self) -> bool:
         """One prompt is read at a time, for the next may begin alike; a short one goes between."""
@@ -215,7 +215,7 @@ class Scheduler:
         if seq.has_failed:
             self.cache.wipe(last)  # it may hold a NaN, which gets through masks
         elif self.cache.reuses_prefixes and seq.num_cached:
-            self._kept[last] = _Kept(seq.cached, self._admissions)
+            self._finished[last] = _FinishedRow(seq.cached, self._admissions)
         seq.slot = -1
 
     def clear(self) -> None:
@@ -227,7 +227,7 @@ class Scheduler:
 
     def forget(self) -> None:
         """Reuse no row that was written before: after a broken step its content is unknown."""
-        self._kept.clear()
+        self._finished.clear()
 
     def _drop_cancelled(self) -> None:
         if any(seq.cancelled for seq in self.waiting):
@@ -245,8 +245,8 @@ class Scheduler:
             return
         seq = self.waiting[0]
         length = max(other.room for other in [seq, *self.running])
-        known = {slot: len(tokens) for slot, tokens in self._known_rows().items()}
-        room = self.cache.reserve(len(self.running) + 1, length, known)
+        lengths = {slot: len(tokens) for slot, tokens in self._cached_rows().items()}
+        room = self.cache.reserve(len(self.running) + 1, length, lengths)
         if room is None:
             return
         self._forget_beyond(*room)
@@ -260,26 +260,26 @@ class Scheduler:
         self.cached_tokens += seq.cached_tokens
 
     def _forget_beyond(self, rows: int, length: int) -> None:
-        self._kept = {
-            slot: kept
-            for slot, kept in self._kept.items()
-            if slot < rows and len(kept.tokens) <= length
+        self._finished = {
+            slot: row
+            for slot, row in self._finished.items()
+            if slot < rows and len(row.tokens) <= length
         }
 
     def _take_prefix(self, seq: Sequence, rows: int) -> int:
-        """Put the longest known beginning of the prompt into the slot; gives its tokens."""
+        """Put the longest cached prefix of the prompt into the slot; gives its tokens."""
         source, shared = self._longest_prefix(seq)
         if shared and source < seq.slot:
             self._make_free(seq.slot, rows)
             self.cache.copy(source, seq.slot, shared)
         elif shared and source > seq.slot:
-            del self._kept[source]
-            other = self._kept.pop(seq.slot, None)
+            del self._finished[source]
+            other = self._finished.pop(seq.slot, None)
             if other:
-                self._kept[source] = other
+                self._finished[source] = other
             self.cache.swap(source, seq.slot, max(shared, len(other.tokens) if other else 0))
         elif shared:
-            del self._kept[seq.slot]
+            del self._finished[seq.slot]
         else:
             self._make_free(seq.slot, rows)
         return shared
@@ -289,28 +289,28 @@ class Scheduler:
         if not self.cache.reuses_prefixes or seq.params.prompt_logprobs is not None:
             return -1, 0
         prompt = seq.tokens[seq.start : seq.prompt_len - 1]
-        rows = self._known_rows()
+        rows = self._cached_rows()
         best = max(rows, key=lambda slot: common_prefix(rows[slot], prompt), default=-1)
         return best, common_prefix(rows[best], prompt) if rows else 0
 
-    def _known_rows(self) -> dict[int, list[int]]:
+    def _cached_rows(self) -> dict[int, list[int]]:
         """The tokens whose K and V lie in each row."""
-        rows = {slot: kept.tokens for slot, kept in self._kept.items()}
+        rows = {slot: row.tokens for slot, row in self._finished.items()}
         return rows | {other.slot: other.cached for other in self.running}
 
     def _make_free(self, slot: int, rows: int) -> None:
         """Let the slot's finished row go, or rather the least recently used one."""
-        kept = self._kept.pop(slot, None)
-        if kept is None:
+        row = self._finished.pop(slot, None)
+        if row is None:
             return
-        free = next((s for s in range(slot + 1, rows) if s not in self._kept), None)
+        free = next((s for s in range(slot + 1, rows) if s not in self._finished), None)
         if free is None:
-            oldest = min(self._kept, key=lambda s: self._kept[s].used, default=slot)
-            if oldest == slot or self._kept[oldest].used >= kept.used:
+            oldest = min(self._finished, key=lambda s: self._finished[s].used, default=slot)
+            if oldest == slot or self._finished[oldest].used >= row.used:
                 return
             free = oldest
-        self.cache.copy(slot, free, len(kept.tokens))
-        self._kept[free] = kept
+        self.cache.copy(slot, free, len(row.tokens))
+        self._finished[free] = row
 
     def _swap(self, a: int, b: int) -> None:
         if a == b:
@@ -322,7 +322,7 @@ class Scheduler:
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:
-    """How many tokens two lists share from their start. Compares by slices, so in C."""
+    """Return the number of tokens that two lists share from their start. By slices, so in C."""
     low, high = 0, min(len(a), len(b))
     if a[:high] == b[:high]:
         return high

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Sequence as SequenceOf
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from transformers_api.engine.base import (
     NOTHING,
@@ -18,12 +20,11 @@ from transformers_api.engine.base import (
     TokenScore,
     TokenStream,
 )
-from transformers_api.engine.sampling.logits_processors import LogitsProcessor, processors_for
 from transformers_api.errors import ApiError, SlowReader
 
 
 class SampledToken:
-    """What the sampler chose for one row."""
+    """The sampler's choice for one row."""
 
     __slots__ = ("error", "score", "token_id")
 
@@ -35,12 +36,21 @@ class SampledToken:
         self.error = error
 
 
+class LogitsProcessor(Protocol):
+    """Changes a row of logits in place, before the temperature."""
+
+    def __call__(self, seq: Sequence, row: Tensor) -> None:
+        """``row`` (V,) float32, the sequence's own copy."""
+        ...
+
+
 class Sequence:
     """The tokens, the slot and the counters of one sequence. Owned by the engine thread.
 
     ``tokens`` are prompt and output. The model sees those from ``start`` on; the cache holds K and
     V of the first ``num_cached`` of these. With ``slides`` the model sees the last
     ``max_model_len`` tokens: beyond that each new token moves ``start`` and empties the cache.
+    ``processors`` change its logits, in this order.
     """
 
     def __init__(
@@ -52,6 +62,7 @@ class Sequence:
         eos_token_ids: frozenset[int],
         max_model_len: int,
         slides: bool = False,
+        processors: SequenceOf[LogitsProcessor] = (),
         observe: Mapping[str, Any] = NOTHING,
         on_end: Callable[[Sequence, FinishReason], object] | None = None,
     ) -> None:
@@ -65,13 +76,13 @@ class Sequence:
         self.prompt_len = len(self.tokens)
         self.start = max(self.prompt_len - max_model_len, 0)
         self.window = max_model_len
-        wanted = self.prompt_len + params.max_tokens
-        self.max_len = wanted if slides else min(wanted, max_model_len)
+        longest = self.prompt_len + params.max_tokens
+        self.max_len = longest if slides else min(longest, max_model_len)
         self.generator: torch.Generator | None = None  # noise from torch, not from the seed alone
         own_eos = frozenset() if params.ignore_eos else eos_token_ids
         self.stop_ids = own_eos | params.stop_token_ids
         self.seed = int.from_bytes(os.urandom(8)) if params.seed is None else params.seed
-        self.processors: list[LogitsProcessor] = processors_for(params)
+        self.processors = processors
         self.slot = -1
         self.turn = 0  # when it prefilled last, in turns of the scheduler
         self.num_cached = 0
@@ -99,7 +110,7 @@ class Sequence:
 
     @property
     def is_prefilling(self) -> bool:
-        """Whether more is to be read than the token sampled last."""
+        """True where more is to be read than the token sampled last."""
         return self.num_pending > 1 or not self.num_output
 
     @property
@@ -119,7 +130,7 @@ class Sequence:
 
     @property
     def masks_stops(self) -> bool:
-        """Whether stop tokens may not be sampled yet (min_tokens)."""
+        """True where stop tokens may not be sampled yet (min_tokens)."""
         return bool(self.stop_ids) and self.num_output < self.params.min_tokens
 
     def advance(self, width: int, sampled: SampledToken | None) -> None:
@@ -138,7 +149,7 @@ class Sequence:
             self._emit(sampled.token_id, sampled.score, self._finish_reason(sampled.token_id))
 
     def stats(self, reason: FinishReason) -> SequenceStats:
-        """How it went, at its end."""
+        """Return its figures, at its end."""
         now = time.monotonic()
         admitted = self.admitted_at or now
         first = self.first_token_at or now

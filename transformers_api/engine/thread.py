@@ -28,7 +28,7 @@ class Steppable(Protocol):
 
     @property
     def has_work(self) -> bool:
-        """Whether ``step`` would do something."""
+        """True where ``step`` would do something."""
         ...
 
     def step(self) -> None:
@@ -44,11 +44,12 @@ class EngineThread:
     """Runs calls and steps, in turn, for as long as the process lives.
 
     ``inbox`` is the one way in. When the thread ends, for whatever reason, every caller gets
-    EngineDead, then and later.
+    EngineDead, then and later. ``lazy_torch``: see ``lazy_torch.py``.
     """
 
-    def __init__(self, num_threads: int | None = None) -> None:
+    def __init__(self, num_threads: int | None = None, *, lazy_torch: bool = True) -> None:
         self.num_threads = num_threads
+        self.lazy_torch = lazy_torch
         self.engines: list[Steppable] = []
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -109,7 +110,7 @@ class EngineThread:
 
     def _run(self) -> None:
         try:
-            import_torch()
+            import_torch(lazy=self.lazy_torch)
             import torch
 
             torch.set_grad_enabled(False)

@@ -1,19 +1,19 @@
-"""How inspection is attached to an engine when a model is loaded."""
+"""The attachment of inspection to an engine when a model is loaded."""
 
 from __future__ import annotations
 
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from transformers_api.engine.backend import Backend
 from transformers_api.engine.llm_engine import BatchingEngine, EngineLimits
-from transformers_api.engine.native.kv_cache import NativeCache
 from transformers_api.engine.runners.model_runner import Runner
 from transformers_api.engine.sampling.sampler import TokenSampler
 from transformers_api.inspection.examination import Examined, examine
 from transformers_api.inspection.inspector import ModelInspector
 from transformers_api.inspection.trace import TracingRunner, TracingSampler
 
-# Of a model that has slept since, by the model: the sizes it was examined with, and the result.
+# By the model, which may have been on standby: the sizes it was examined with, and the result.
 Examinations = WeakKeyDictionary[Any, tuple[dict[str, int], Examined]]
 
 
@@ -30,26 +30,30 @@ class Attachment:
         self.examined: Examined | None = None
 
     def wrap(
-        self, model: Any, limits: EngineLimits, runner: Runner, sampler: TokenSampler
+        self,
+        model: Any,
+        limits: EngineLimits,
+        backend: Backend,
+        runner: Runner,
+        sampler: TokenSampler,
     ) -> tuple[Runner, TokenSampler]:
         """See ``engine.loader.Wrap``."""
         sizes = {"vocab_size": limits.vocab_size, "context": limits.max_model_len}
         before, examined = self._examinations.get(model, (None, None))
         if examined is None or before != sizes:
-            examined = examine(model, **sizes, runner=runner)
+            examined = examine(model, **sizes, backend=backend, runner=runner)
             self._examinations[model] = sizes, examined
         self.examined = examined
-        library = runner.cache.library if isinstance(runner.cache, NativeCache) else None
-        tracing = TracingSampler(sampler, model, examined, library)
+        tracing = TracingSampler(sampler, model, examined, backend)
         return TracingRunner(runner, model, examined), tracing
 
     def inspector(self, engine: BatchingEngine) -> ModelInspector:
-        """What answers questions about given tokens; it keeps no model alive."""
+        """Return the inspector of a model, which keeps no model alive."""
         assert self.examined is not None
         return ModelInspector(
             self.examined.anatomy,
             self.examined.parts,
             self.examined.source,
             slice_tokens=self.slice_tokens,
-            reads_in_chunks=engine.mode == "batching",
+            reads_in_chunks=engine.describe().mode == "batching",
         )

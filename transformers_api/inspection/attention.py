@@ -11,7 +11,7 @@ Models that attend with code of their own compute the weights anyway: hooks read
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from transformers_api.engine.backend import Backend
 from transformers_api.inspection.base import AttentionMode
-from transformers_api.kernels.modules.attention import CausalRows
-from transformers_api.kernels.stats import attention_probs
 
 
 class Weights(Protocol):
@@ -47,12 +46,13 @@ Watcher = Callable[[int, Weights], None]  # told of each layer that attends, in 
 
 @dataclass(frozen=True, slots=True)
 class AttentionSource:
-    """Where a model's weights are had. Names only: it keeps no model alive."""
+    """The source of a model's attention weights. Names only: it keeps no model alive."""
 
     mode: AttentionMode
     implementation: str
     outputs: tuple[tuple[int, str, int], ...] = ()  # hook: (layer, module, index in its output)
     has_sinks: bool = False  # hook: rows need not sum to 1
+    backend: Backend | None = None  # tap: that of the model; None: torch
 
     @contextmanager
     def watched(
@@ -70,10 +70,12 @@ class AttentionSource:
             for layer, name, index in self.outputs
             if layers is None or layer in layers
         ]
-        watch = _Watch(watcher, layers) if self.mode is AttentionMode.TAP else None
-        token = _current.set(watch)
+        is_tapped = self.mode is AttentionMode.TAP
+        token = _current.set(_Watch(watcher, layers, self.backend) if is_tapped else None)
+        shown = self.backend.observing_attention(layers) if self.backend else nullcontext()
         try:
-            yield
+            with shown if is_tapped else nullcontext():
+                yield
         finally:
             _current.reset(token)
             for handle in handles:
@@ -84,6 +86,7 @@ class AttentionSource:
 class _Watch:
     watcher: Watcher
     layers: Collection[int] | None  # None: all
+    backend: Backend | None
 
 
 # transformers finds attention functions by name, so that a tap gets its watcher by this way only.
@@ -117,27 +120,23 @@ class Tap:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask: Tensor | CausalRows | None,
+        attention_mask: Any,
         *args: Any,
         **options: Any,
     ) -> Any:
-        """What the wrapped function gives."""
+        """Return the result of the wrapped function."""
         result = self.function(module, query, key, value, attention_mask, *args, **options)
         layer, watch = getattr(module, "layer_idx", None), _current.get()
         if watch is None or layer is None:
             return result
         if watch.layers is None or layer in watch.layers:
-            attended = Attended(
-                module, query, key, value, attention_mask, result[0], options, self.aligns_ends
+            call = Attended(
+                *(module, query, key, value, attention_mask, result[0], options),
+                aligns_ends=self.aligns_ends,
+                backend=watch.backend,
             )
-            watch.watcher(layer, attended)
+            watch.watcher(layer, call)
         return result
-
-    @property
-    def layers(self) -> Collection[int] | None:
-        """Those that somebody watches; None: all."""
-        watch = _current.get()
-        return () if watch is None else watch.layers
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -152,10 +151,11 @@ class Attended:
     query: Tensor  # (B, H, T, D)
     key: Tensor  # (B, G, S, D)
     value: Tensor  # (B, G, S, D')
-    mask: Tensor | CausalRows | None  # (B | 1, H | 1, T, >= S): boolean, or added to the scores
+    mask: Any  # (B | 1, H | 1, T, >= S): boolean, or added to the scores; or the backend's own
     output: Tensor  # (B, T, H, D')
     options: dict[str, Any]
     aligns_ends: bool
+    backend: Backend | None = None
 
     @property
     def heads(self) -> int:
@@ -169,15 +169,17 @@ class Attended:
 
     @property
     def has_sinks(self) -> bool:
-        """Whether a head may leave a part of its attention unused."""
+        """True where a head may leave a part of its attention unused."""
         return self.options.get("s_aux") is not None
 
     def rows(
         self, sequence: int, queries: slice, heads: Sequence[int] | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """See Weights."""
-        if isinstance(self.mask, CausalRows):
-            return self._native_rows(self.mask, sequence, queries, heads)
+        if (own := self._own_rows(sequence, queries)) is not None:
+            probs, taken = own
+            chosen = slice(None) if heads is None else list(heads)
+            return probs[chosen], None if taken is None else taken[chosen]
         scores = self._products(sequence, queries, heads) * self._scale()
         if (cap := self.options.get("softcap")) is not None:
             scores = torch.tanh(scores / cap) * cap
@@ -192,14 +194,14 @@ class Attended:
         shares = torch.cat([scores, sinks.expand(-1, scores.shape[1], 1)], -1).softmax(-1)
         return shares[..., :-1], shares[..., -1]
 
-    def _native_rows(
-        self, mask: CausalRows, sequence: int, queries: slice, heads: Sequence[int] | None
-    ) -> tuple[Tensor, Tensor | None]:
-        chosen = range(self.query.shape[2])[queries]
-        found, sinks = attention_probs(mask, self.query, self.key, sequence, chosen, self.options)
-        if heads is not None:
-            found, sinks = found[list(heads)], None if sinks is None else sinks[list(heads)]
-        return found, sinks
+    def _own_rows(self, sequence: int, queries: slice) -> tuple[Tensor, Tensor | None] | None:
+        """The backend's probabilities (H, R, S) and what the sinks took, where it has them."""
+        if self.backend is None:
+            return None
+        rows = range(self.query.shape[2])[queries]
+        return self.backend.attention_probs(
+            self.mask, self.query, self.key, sequence, rows, self.options
+        )
 
     def error(self) -> float:
         """The largest |P V - out| relative to |out|: rounding, when P made the output."""
@@ -236,7 +238,7 @@ class Attended:
         return part if heads is None or len(part) == 1 else part[list(heads)]
 
     def _causal(self, queries: slice) -> Tensor | None:
-        """What a function without a mask hides of itself."""
+        """The causal mask of a function that is given none."""
         count, keys = self.query.shape[2], self.key.shape[2]
         is_causal = self.options.get("is_causal")
         if is_causal is None:
@@ -259,7 +261,7 @@ def _masked(scores: Tensor, mask: Tensor | None) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Given:
+class ComputedWeights:
     """Weights (B, H, T, S) that the model computed itself; see Weights."""
 
     weights: Tensor
@@ -289,4 +291,4 @@ def _pass_on(
     output: Any,
 ) -> None:
     weights = output[index] if isinstance(output, tuple) else output
-    watcher(layer, Given(weights, has_sinks))
+    watcher(layer, ComputedWeights(weights, has_sinks))

@@ -117,7 +117,7 @@ def attribute(
 
 
 def _occlusion(function: _Function, value: float) -> Generator[None, None, Tensor]:
-    """What f loses when one token's embedding becomes the mean embedding (T,)."""
+    """The loss of f (T,) when one token's embedding becomes the mean embedding."""
     mean = yield from _mean_embedding(function.model)
     values = []
     for places in torch.split(torch.arange(function.length), function.rows_per_slice()):

@@ -1,4 +1,4 @@
-"""What the rest of the program knows of inspection: plain data and a protocol. Torch-free.
+"""Plain data and the protocol of inspection, for the rest of the program. Torch-free.
 
 Units everywhere: probabilities 0..1; entropy, surprisal and logprob in nats; positions and steps
 count from 0. Arrays are numpy's, float32 unless said otherwise. Letters for shapes: L layers,
@@ -26,7 +26,7 @@ Job = Callable[[Any], Generator[None, None, T]]
 
 
 class AttentionMode(StrEnum):
-    """How attention weights are had from a model."""
+    """Sources of a model's attention weights."""
 
     TAP = "tap"  # recomputed in float32 beside the kernel, from the very q and k that it read
     HOOK = "hook"  # the model computes them anyway; they are read as they pass
@@ -36,7 +36,7 @@ class AttentionMode(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerAttention:
-    """What one layer shows.
+    """The attention of one layer, as far as it can be shown.
 
     ``heads`` counts queries; head h reads with K and V of ``h // (heads // kv_heads)``.
     """
@@ -63,7 +63,7 @@ class Routing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Anatomy:
-    """What a model is made of and what of it can be shown; found and checked at load."""
+    """The parts of a model, and those that can be shown; found and checked at load."""
 
     model_type: str
     layers: int
@@ -97,7 +97,7 @@ class Anatomy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TracePlan:
-    """What to note of every step. Given to ``Engine.submit`` as ``observe={"trace": plan}``."""
+    """The notes to take of every step, for ``Engine.submit``: ``observe={"trace": plan}``."""
 
     layers: tuple[int, ...] = ()  # whose attention row is noted
     heads: tuple[int, ...] | Literal["mean", "max"] | None = None  # None: all
@@ -112,7 +112,7 @@ class TracePlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionRow:
-    """What the query that predicts a token read, in one layer."""
+    """The attention row of the query that predicts a token, in one layer."""
 
     layer: int
     key_start: int  # position of the first column; weights before it are 0
@@ -133,7 +133,7 @@ class Likely:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LensReading:
-    """What the residual stream after one layer says already."""
+    """The residual stream after one layer, read through the head."""
 
     layer: int
     top: Likely
@@ -144,7 +144,7 @@ class LensReading:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Routed:
-    """Where one mixture-of-experts layer sent the token."""
+    """The routing of the token in one mixture-of-experts layer."""
 
     layer: int
     experts: tuple[int, ...]
@@ -154,7 +154,7 @@ class Routed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTrace:
-    """What was noted of one step; ``TokenOutput.extras["trace"]``, with the token's own output."""
+    """The notes of one step; ``TokenOutput.extras["trace"]``, with the token's own output."""
 
     step: int  # of the generated tokens
     position: int  # of the token, over prompt and output
@@ -202,7 +202,7 @@ class HeadGrid:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptReading:
-    """How the model foresaw each token; element i is about token i + 1, from what came before."""
+    """The model's prediction of each token; element i is about token i + 1, from all before."""
 
     surprisal: Array  # (n - 1,)
     entropy: Array
@@ -230,7 +230,7 @@ AttributionMethod = Literal[
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttributionQuestion:
-    """Why this token? ``position`` is that of the query which predicts it."""
+    """The question why this token; ``position`` is that of the query which predicts it."""
 
     position: int
     token_id: int | None = None  # None: the model's own choice
@@ -257,7 +257,7 @@ class Inspector(Protocol):
 
     @property
     def anatomy(self) -> Anatomy:
-        """What can be asked."""
+        """The anatomy, which says what can be asked."""
         ...
 
     def attention(
@@ -284,7 +284,7 @@ class Inspector(Protocol):
         ...
 
     def read_prompt(self, ids: Sequence[int], topk: int) -> Job[PromptReading]:
-        """How surprising each token was."""
+        """The surprisal of each token."""
         ...
 
     def lens(
@@ -305,9 +305,9 @@ class Inspector(Protocol):
         ...
 
     def attribute(self, ids: Sequence[int], question: AttributionQuestion) -> Job[Attribution]:
-        """What each token did for the prediction of one."""
+        """The contribution of each token to the prediction of one."""
         ...
 
     def check_gradients(self) -> Job[bool]:
-        """Whether gradients reach the embeddings."""
+        """True where gradients reach the embeddings."""
         ...

@@ -1,4 +1,4 @@
-"""What of a model can be shown: found out and checked at load, on the engine thread."""
+"""The examination of a model at load: what can be shown, checked; on the engine thread."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from transformers_api.engine.backend import Backend
 from transformers_api.engine.base import SamplingParams, SequenceRequest, TokenStream
-from transformers_api.engine.native.convert_model import native_kind
-from transformers_api.engine.runners.model_runner import Runner
+from transformers_api.engine.runners.model_runner import Runner, innermost
 from transformers_api.engine.scheduler import Batch
 from transformers_api.engine.sequence import Sequence
 from transformers_api.inspection.attention import Attended, AttentionSource, Weights, install_tap
@@ -34,7 +34,7 @@ WINDOWS = {"sliding_attention": ("sliding_window",), "chunked_attention": ("atte
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Examined:
-    """Everything that inspection knows of one model. Names only: it keeps no model alive."""
+    """The result for one model. Names only: it keeps no model alive."""
 
     anatomy: Anatomy
     parts: Parts
@@ -42,8 +42,8 @@ class Examined:
 
 
 @dataclass(slots=True)
-class _Seen:
-    """What a layer showed while it was watched."""
+class _LayerFigures:
+    """The figures of a layer that was watched."""
 
     heads: int
     kv_heads: int
@@ -53,29 +53,40 @@ class _Seen:
 
 @dataclass(slots=True)
 class _Probe:
-    """A watcher that checks what it is told."""
+    """A watcher that checks the weights of each layer."""
 
-    layers: dict[int, _Seen] = field(default_factory=dict)
+    layers: dict[int, _LayerFigures] = field(default_factory=dict)
 
     def __call__(self, layer: int, weights: Weights) -> None:
         if isinstance(weights, Attended):
             before = self.layers.get(layer)
             error = max(weights.error(), before.error or 0 if before else 0)
-            self.layers[layer] = _Seen(weights.heads, weights.kv_heads, weights.has_sinks, error)
+            self.layers[layer] = _LayerFigures(
+                weights.heads, weights.kv_heads, weights.has_sinks, error
+            )
 
 
-def examine(model: Any, *, vocab_size: int, context: int, runner: Runner | None = None) -> Examined:
+def examine(
+    model: Any,
+    *,
+    vocab_size: int,
+    context: int,
+    backend: Backend | None = None,
+    runner: Runner | None = None,
+) -> Examined:
     """Run a few tokens and see. Never raises for a model that merely shows little.
 
-    ``runner``: what serves the model, if that is not the model itself.
+    ``backend``, ``runner``: of the model, where it is served; None: the model as it is.
     """
     config = model.config.get_text_config(decoder=True)
     ids = _probe_ids(model, vocab_size, context)
     parts = find_parts(model)
-    source, seen = _find_attention(model, runner, ids, parts)
-    native = native_kind(model)
-    dtype = getattr(torch, native.numbers) if native else model.dtype
-    layers = _layers(config, source, seen, dtype)
+    source, figures = _find_attention(model, backend, runner, ids, parts)
+    numbers = weights = str(model.dtype).removeprefix("torch.")
+    if backend is not None:
+        facts = backend.describe(innermost(runner))
+        numbers, weights = facts.dtype, facts.weights
+    layers = _layers(config, source, figures, getattr(torch, numbers))
     errors = [layer.max_rel_err for layer in layers if layer.max_rel_err is not None]
     shown = next((layer for layer in layers if layer.available), None)
     live = shown is not None and source.mode in (AttentionMode.TAP, AttentionMode.HOOK)
@@ -90,7 +101,7 @@ def examine(model: Any, *, vocab_size: int, context: int, runner: Runner | None 
         hidden_size=hidden,
         vocab_size=vocab_size,
         context=context,
-        dtype=native.weights if native else str(model.dtype).removeprefix("torch."),
+        dtype=weights,
         mode=source.mode if shown else AttentionMode.NONE,
         implementation=source.implementation,
         verified=live,
@@ -114,41 +125,41 @@ def _probe_ids(model: Any, vocab_size: int, context: int) -> Tensor:
 
 
 def _find_attention(
-    model: Any, runner: Runner | None, ids: Tensor, parts: Parts
-) -> tuple[AttentionSource, dict[int, _Seen]]:
+    model: Any, backend: Backend | None, runner: Runner | None, ids: Tensor, parts: Parts
+) -> tuple[AttentionSource, dict[int, _LayerFigures]]:
     config = model.config.get_text_config(decoder=True)
     name = getattr(config, "_attn_implementation", None) or "eager"
     if install_tap(name):
-        source = AttentionSource(AttentionMode.TAP, name)
+        source = AttentionSource(AttentionMode.TAP, name, backend=backend)
         probe = _Probe()
         with source.watched(model, probe):
-            _read(model, runner, ids)
+            if backend is None or runner is None or backend.runs_modules:
+                model(input_ids=ids, use_cache=False, return_dict=True)
+            else:
+                _read(runner, ids)
         if probe.layers:
             return source, probe.layers
-    if found := _weights_passing(model, ids):
+    if passing := _weights_passing(model, ids):
         outputs = tuple(
             (_layer_of(module, place, parts), module, index)
-            for place, (module, index, _) in enumerate(found)
+            for place, (module, index, _) in enumerate(passing)
         )
         kv_heads = getattr(config, "num_key_value_heads", None)
-        seen = {
-            layer: _Seen(shape[0], kv_heads or shape[0], shape[1] < 0.999)
-            for (layer, *_), (*_, shape) in zip(outputs, found, strict=True)
+        figures = {
+            layer: _LayerFigures(shape[0], kv_heads or shape[0], shape[1] < 0.999)
+            for (layer, *_), (*_, shape) in zip(outputs, passing, strict=True)
         }
-        has_sinks = any(layer.sinks for layer in seen.values())
-        return AttentionSource(AttentionMode.HOOK, name, outputs, has_sinks), seen
+        has_sinks = any(layer.sinks for layer in figures.values())
+        return AttentionSource(AttentionMode.HOOK, name, outputs, has_sinks), figures
     if weights := asked_weights(model, ids):
         heads = {layer: each.shape[1] for layer, each in weights.items()}
-        seen = {layer: _Seen(count, count, False) for layer, count in heads.items()}
-        return AttentionSource(AttentionMode.LEGACY, name), seen
+        figures = {layer: _LayerFigures(count, count, False) for layer, count in heads.items()}
+        return AttentionSource(AttentionMode.LEGACY, name), figures
     return AttentionSource(AttentionMode.NONE, name), {}
 
 
-def _read(model: Any, runner: Runner | None, ids: Tensor) -> None:
-    """The pass that is looked at. With native kernels: a prompt and a step, as they are served."""
-    if runner is None or native_kind(model) is None:
-        model(input_ids=ids, use_cache=False, return_dict=True)
-        return
+def _read(runner: Runner, ids: Tensor) -> None:
+    """Read a prompt and do a step, as they are served."""
     first, *rest = ids[0].tolist()
     prompt, step = [first, *rest[:-1]], rest[-1:]
     request = SequenceRequest(prompt, SamplingParams(max_tokens=2))
@@ -172,16 +183,16 @@ def _weights_passing(model: Any, ids: Tensor) -> list[tuple[str, int, tuple[int,
 
     Known by their looks: (1, H, T, T), nothing above the diagonal, rows that sum to 1 or less.
     """
-    found: list[tuple[str, int, tuple[int, float]]] = []
-    kept: list[Tensor] = []  # alive, so that each has an address of its own
+    passing: list[tuple[str, int, tuple[int, float]]] = []
+    alive: list[Tensor] = []  # so that each has an address of its own
 
     def look(name: str, output: Any) -> None:
         for index, part in enumerate(output if isinstance(output, tuple) else (output,)):
             if are_weights(part, ids.shape[1]) and all(
-                part.data_ptr() != other.data_ptr() for other in kept
+                part.data_ptr() != other.data_ptr() for other in alive
             ):
-                kept.append(part)
-                found.append((name, index, (part.shape[1], float(part.float().sum(-1).min()))))
+                alive.append(part)
+                passing.append((name, index, (part.shape[1], float(part.float().sum(-1).min()))))
 
     handles = [
         module.register_forward_hook(lambda _module, _args, output, name=name: look(name, output))
@@ -192,11 +203,11 @@ def _weights_passing(model: Any, ids: Tensor) -> list[tuple[str, int, tuple[int,
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return passing
 
 
 def are_weights(part: Any, length: int) -> bool:
-    """Whether it looks like the attention of one sequence of ``length`` tokens: (1, H, T, T)."""
+    """True for what looks like the attention of one sequence of ``length`` tokens: (1, H, T, T)."""
     if not isinstance(part, Tensor) or part.shape[:1] + part.shape[2:] != (1, length, length):
         return False
     sums = part.float().sum(-1)
@@ -232,14 +243,14 @@ def _layer_of(module: str, place: int, parts: Parts) -> int:
 
 
 def _layers(
-    config: Any, source: AttentionSource, seen: dict[int, _Seen], dtype: torch.dtype
+    config: Any, source: AttentionSource, figures: dict[int, _LayerFigures], dtype: torch.dtype
 ) -> list[LayerAttention]:
-    count = max(getattr(config, "num_hidden_layers", 0) or 0, max(seen, default=-1) + 1)
+    count = max(getattr(config, "num_hidden_layers", 0) or 0, max(figures, default=-1) + 1)
     kinds = _kinds(config, count)
     most = TOLERANCE.get(dtype, ROUNDED)
     layers = []
     for layer in range(count):
-        shown = seen.get(layer)
+        shown = figures.get(layer)
         window = _window(config, kinds[layer] if kinds else None)
         plain = "sliding_attention" if window else "full_attention"
         kind = kinds[layer] if kinds else plain if shown else config.model_type
@@ -266,7 +277,7 @@ def _layers(
 
 
 def _kinds(config: Any, count: int) -> SequenceOf[str] | None:
-    """What each layer is, where the configuration says it."""
+    """The kind of each layer, where the configuration says it."""
     for name in KINDS:
         kinds = getattr(config, name, None)
         if isinstance(kinds, list | tuple) and kinds and all(isinstance(k, str) for k in kinds):

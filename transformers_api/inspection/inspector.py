@@ -58,9 +58,9 @@ class ModelInspector:
         cols: tuple[int, int],
     ) -> Job[AttentionWindow]:
         """See ``base.Inspector``. Raises AttentionUnavailable."""
-        known = self.anatomy.attention[layer]
-        if not known.available:
-            raise AttentionUnavailable(f"layer {layer} has no attention weights: {known.reason}")
+        shown = self.anatomy.attention[layer]
+        if not shown.available:
+            raise AttentionUnavailable(f"layer {layer} has no attention weights: {shown.reason}")
         return lambda model: matrices.attention(
             model, self.way, self.source, list(ids), layer, heads, rows, cols
         )

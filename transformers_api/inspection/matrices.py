@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from transformers_api.errors import AttentionUnavailable, PromptTooLarge
-from transformers_api.inspection.attention import AttentionSource, Given, Weights
+from transformers_api.inspection.attention import AttentionSource, ComputedWeights, Weights
 from transformers_api.inspection.base import Array, AttentionMode, AttentionWindow, HeadGrid, Heads
 from transformers_api.inspection.examination import asked_weights
 from transformers_api.inspection.reading import SeenEnough, Way, read, unarmed
@@ -42,18 +42,18 @@ def read_attention(
     start, stop = rows or (0, len(ids))
     tokens = torch.tensor([ids], device=model.device)
     if source.mode is AttentionMode.LEGACY:
-        given = asked_weights(model, tokens)
-        for layer in given if only is None else [only]:
-            take(layer, Given(given[layer], source.has_sinks), 0, len(ids))
+        weights_of = asked_weights(model, tokens)
+        for layer in weights_of if only is None else [only]:
+            take(layer, ComputedWeights(weights_of[layer], source.has_sinks), 0, len(ids))
         return
 
     def arm(first: int, last: int) -> AbstractContextManager[None]:
-        is_wanted = last > start and first < stop
-        if not is_wanted and only is None:
+        has_queries = last > start and first < stop
+        if not has_queries and only is None:
             return unarmed(first, last)
 
         def watcher(layer: int, weights: Weights) -> None:
-            if is_wanted and only in (None, layer):
+            if has_queries and only in (None, layer):
                 take(layer, weights, first, last)
             if layer == only:
                 raise SeenEnough
@@ -77,18 +77,18 @@ def attention(
     cols: tuple[int, int],
 ) -> Generator[None, None, AttentionWindow]:
     """See ``base.Inspector``."""
-    found: list[tuple[Tensor, Tensor | None]] = []
+    parts: list[tuple[Tensor, Tensor | None]] = []
     only = [heads] if isinstance(heads, int) else None
 
     def take(_layer: int, weights: Weights, first: int, last: int) -> None:
         queries = slice(max(rows[0] - first, 0), min(rows[1], last) - first)
         shares, sink = weights.rows(0, queries, only)
-        found.append(_reduced(_columns(shares, last, cols), sink, heads))
+        parts.append(_reduced(_columns(shares, last, cols), sink, heads))
 
     yield from read_attention(model, way, source, ids, take, rows, layer)
-    sinks = [sink for _, sink in found if sink is not None]
+    sinks = [sink for _, sink in parts if sink is not None]
     return AttentionWindow(
-        weights=_array(torch.cat([shares for shares, _ in found], dim=1)),
+        weights=_array(torch.cat([shares for shares, _ in parts], dim=1)),
         sink=_array(torch.cat(sinks, dim=1)) if sinks else None,
     )
 
@@ -191,15 +191,15 @@ def _add(
     )
     rows, cols = (_bins(size, count, at, n, shares) for at, n in ((start, queries), (0, keys)))
     picture = rows.T @ shares @ cols if size else None
-    told = sums.get(layer)
-    if told is None:
+    so_far = sums.get(layer)
+    if so_far is None:
         sums[layer] = _Sums(statistics, None if sink is None else sink.sum(-1), picture)
         return
-    told.statistics += statistics
-    if sink is not None and told.sink is not None:
-        told.sink += sink.sum(-1)
-    if picture is not None and told.thumbs is not None:
-        told.thumbs += picture
+    so_far.statistics += statistics
+    if sink is not None and so_far.sink is not None:
+        so_far.sink += sink.sum(-1)
+    if picture is not None and so_far.thumbs is not None:
+        so_far.thumbs += picture
 
 
 def _bins(size: int, count: int, start: int, length: int, like: Tensor) -> Tensor:

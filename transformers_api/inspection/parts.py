@@ -1,4 +1,4 @@
-"""Where things are in a model, found by watching one small forward pass; no table of names.
+"""The parts of a model, found by watching one small forward pass; no table of names.
 
 Everything here runs on the engine thread. ``Parts`` has names and no modules: who keeps it keeps
 no model alive.
@@ -47,7 +47,7 @@ class _Call:
 
     name: str
     module: nn.Module
-    given: Tensor | None
+    stream: Tensor | None
     result: Tensor | None
     output: Any
 
@@ -57,7 +57,7 @@ class _Call:
 
 
 def find_parts(model: Any) -> Parts:
-    """What one forward pass over three tokens shows. Never raises for what it cannot find."""
+    """The parts that one forward pass over three tokens shows. Never raises for others."""
     try:
         return _find(model)
     except Exception:
@@ -113,22 +113,22 @@ def _layers(model: Any, calls: list[_Call]) -> tuple[str, ...]:
     count = model.config.get_text_config(decoder=True).num_hidden_layers
     order = {call.name: place for place, call in enumerate(calls)}
     passing = {call.name for call in calls if not call.is_leaf and _passes(call)}
-    found: dict[int, tuple[str, ...]] = {}
+    by_end: dict[int, tuple[str, ...]] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             children = tuple(f"{name}.{index}" for index in range(count))
             if passing.issuperset(children):
-                found[order[children[-1]]] = children
-    return found[max(found)] if found else ()  # the one that ends next to the head
+                by_end[order[children[-1]]] = children
+    return by_end[max(by_end)] if by_end else ()  # the one that ends next to the head
 
 
 def _passes(call: _Call) -> bool:
-    given, result = call.given, call.result
+    stream, result = call.stream, call.result
     return (
-        given is not None
+        stream is not None
         and result is not None
-        and given.shape == result.shape
-        and given.shape[:-1] == (1, len(PROBE))
+        and stream.shape == result.shape
+        and stream.shape[:-1] == (1, len(PROBE))
     )
 
 
@@ -153,13 +153,13 @@ def _decoder(layers: Sequence[str], calls: list[_Call]) -> _Call | None:
 
 
 def _routers(layers: Sequence[str], calls: list[_Call]) -> list[tuple[int, _Call]]:
-    """What in the layers chooses experts, once per layer."""
-    found: dict[int, _Call] = {}
+    """The routers in the layers, one per layer."""
+    routers: dict[int, _Call] = {}
     for call in calls:
         for index, layer in enumerate(layers):
             if call.name.startswith(f"{layer}.") and routed_of(call.output) is not None:
-                found.setdefault(index, call)
-    return sorted(found.items())
+                routers.setdefault(index, call)
+    return sorted(routers.items())
 
 
 def _routing(routers: list[tuple[int, _Call]]) -> Routing | None:
@@ -175,14 +175,14 @@ def _with_lens(model: Any, parts: Parts, calls: list[_Call], logits: Tensor) -> 
     residual = [call.result for call in calls if call.name == parts.layers[-1]][-1]
     assert residual is not None
     try:
-        seen = lens_logits(model, parts, residual[0])
+        read = lens_logits(model, parts, residual[0])
     except Exception:
         log.info("%s: no lens", type(model).__name__, exc_info=True)
         return parts
-    wanted = logits.float()
-    if seen.shape != wanted.shape or (seen - wanted).norm() > LENS_TOLERANCE * wanted.norm():
+    own = logits.float()
+    if read.shape != own.shape or (read - own).norm() > LENS_TOLERANCE * own.norm():
         return parts
-    return replace(parts, lens=True, lens_is_exact=torch.equal(seen, wanted))
+    return replace(parts, lens=True, lens_is_exact=torch.equal(read, own))
 
 
 # -- reading with them

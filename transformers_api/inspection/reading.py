@@ -1,4 +1,4 @@
-"""Reading given tokens in slices, so that others are answered in between. On the engine thread."""
+"""Reading tokens in slices, so that others are answered in between. On the engine thread."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Slices = Generator[None, None, None]  # a pause where it yields; see base.Job
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Way:
-    """How a model is read: tokens per slice, or 0 for all at once where it cannot be cut."""
+    """The way to read a model: tokens per slice, or 0 for all at once where it cannot be cut."""
 
     parts: Parts
     vocab_size: int  # ids that the tokenizer has
@@ -41,7 +41,7 @@ class Chunk:
 
 
 class SeenEnough(Exception):
-    """Raised by who watches a forward pass: what comes after this layer is not wanted."""
+    """Raised by who watches a forward pass: what comes after this layer is not needed."""
 
 
 Arm = Callable[[int, int], AbstractContextManager[Any]]
@@ -110,16 +110,19 @@ def residuals_at(
     model: Any, way: Way, ids: list[int], layers: list[int], positions: list[int]
 ) -> Generator[None, None, Tensor]:
     """Residual streams (L', P, C) after ``layers``, -1 being the embedding, at ``positions``."""
-    wanted = sorted(set(positions))
-    found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    chosen = sorted(set(positions))
+    streams: dict[int, list[Tensor]] = {layer: [] for layer in layers}
 
     def arm(start: int, stop: int) -> AbstractContextManager[None]:
-        here = [position - start for position in wanted if start <= position < stop]
+        here = [position - start for position in chosen if start <= position < stop]
         return residuals_of(
-            model, way.parts, list(found), lambda layer, each: found[layer].append(each[0, here])
+            model,
+            way.parts,
+            list(streams),
+            lambda layer, each: streams[layer].append(each[0, here]),
         )
 
     for _ in read(model, torch.tensor([ids], device=model.device), way.width(), arm):
         yield
-    order = [wanted.index(position) for position in positions]
-    return torch.stack([torch.cat(found[layer])[order] for layer in layers])
+    order = [chosen.index(position) for position in positions]
+    return torch.stack([torch.cat(streams[layer])[order] for layer in layers])

@@ -1,4 +1,4 @@
-"""What the residual stream says: how a prompt was foreseen, the logit lens, the stream itself."""
+"""The residual stream: predictions of a prompt, the logit lens, the stream itself."""
 
 from __future__ import annotations
 
@@ -45,19 +45,19 @@ def read_prompt(
 ) -> Generator[None, None, PromptReading]:
     """See ``base.Inspector``."""
     following = torch.tensor(ids[1:], device=model.device)  # what each token should have foreseen
-    found: list[_Rows] = []
+    distributions: list[_Rows] = []
 
     def take(start: int, logits: Tensor) -> None:
         targets = following[start : start + len(logits)]
-        found.append(_rows(logits[: len(targets)], targets, topk))
+        distributions.append(_rows(logits[: len(targets)], targets, topk))
 
     yield from each_logits(model, way, ids, take)
     return PromptReading(
-        surprisal=-_floats([rows.logprob for rows in found]),
-        entropy=_floats([rows.entropy for rows in found]),
-        rank=_ids([rows.rank for rows in found]),
-        top_ids=_ids([rows.top_ids for rows in found]),
-        top_logprobs=_floats([rows.top_logprobs for rows in found]),
+        surprisal=-_floats([rows.logprob for rows in distributions]),
+        entropy=_floats([rows.entropy for rows in distributions]),
+        rank=_ids([rows.rank for rows in distributions]),
+        top_ids=_ids([rows.top_ids for rows in distributions]),
+        top_logprobs=_floats([rows.top_logprobs for rows in distributions]),
     )
 
 
@@ -79,19 +79,21 @@ def read_lens(
         targets = torch.full((count,), target, device=streams.device)
     flat = streams[:-1].transpose(0, 1).flatten(0, 1)  # (P * L', C)
     asked = targets.repeat_interleave(len(layers))
-    found: list[_Rows] = []
+    distributions: list[_Rows] = []
     for rows, own in zip(torch.split(flat, HEAD_ROWS), torch.split(asked, HEAD_ROWS), strict=True):
-        found.append(_rows(_lens(model, way, rows), own, topk))
+        distributions.append(_rows(_lens(model, way, rows), own, topk))
         yield
 
     shape = (count, len(layers))
     return LensTable(
-        top_ids=_ids([rows.top_ids for rows in found]).reshape(*shape, -1),
-        top_probs=numpy.exp(_floats([rows.top_logprobs for rows in found])).reshape(*shape, -1),
-        entropy=_floats([rows.entropy for rows in found]).reshape(shape),
+        top_ids=_ids([rows.top_ids for rows in distributions]).reshape(*shape, -1),
+        top_probs=numpy.exp(_floats([rows.top_logprobs for rows in distributions])).reshape(
+            *shape, -1
+        ),
+        entropy=_floats([rows.entropy for rows in distributions]).reshape(shape),
         target_ids=_ids([targets]),
-        target_rank=_ids([rows.rank for rows in found]).reshape(shape),
-        target_prob=numpy.exp(_floats([rows.logprob for rows in found])).reshape(shape),
+        target_rank=_ids([rows.rank for rows in distributions]).reshape(shape),
+        target_prob=numpy.exp(_floats([rows.logprob for rows in distributions])).reshape(shape),
     )
 
 

@@ -17,6 +17,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from transformers_api.engine.backend import Backend, TokenStats
 from transformers_api.engine.runners.model_runner import Runner
 from transformers_api.engine.sampling.fast_sampler import largest
 from transformers_api.engine.sampling.sampler import TokenSampler, distribution
@@ -33,8 +34,6 @@ from transformers_api.inspection.base import (
 )
 from transformers_api.inspection.examination import Examined
 from transformers_api.inspection.parts import lens_logits, residuals_of, routers_of
-from transformers_api.kernels.abi import Library
-from transformers_api.kernels.stats import TokenStats, token_stats
 
 NAME = "trace"  # in ``observe`` and ``extras``
 LOWEST = -1e4  # a logit; times a probability of 0 it is 0, which -inf is not
@@ -42,7 +41,7 @@ LOWEST = -1e4  # a logit; times a probability of 0 it is 0, which -inf is not
 
 @dataclass(slots=True)
 class _Notes:
-    """What the forward pass showed of one sequence; tensors are the notes' own."""
+    """The notes of the forward pass on one sequence; tensors are the notes' own."""
 
     place: int  # in the batch
     seq: Sequence
@@ -90,24 +89,24 @@ class TracingRunner:
         self.inner.clear()
 
     def _watch_attention(self, watch: ExitStack, traced: list[_Notes]) -> None:
-        wanted = {layer: [n for n in traced if layer in n.plan.layers] for layer in _layers(traced)}
-        if not wanted:
+        takers = {layer: [n for n in traced if layer in n.plan.layers] for layer in _layers(traced)}
+        if not takers:
             return
 
         def note(layer: int, weights: Weights) -> None:
-            for notes in wanted.get(layer, ()):
+            for notes in takers.get(layer, ()):
                 notes.rows.append(self._row(layer, weights, notes))
 
-        watch.enter_context(self.examined.source.watched(self.model, note, wanted))
+        watch.enter_context(self.examined.source.watched(self.model, note, takers))
 
     def _row(self, layer: int, weights: Weights, notes: _Notes) -> AttentionRow:
-        plan, seen = notes.plan, notes.context
+        plan, context = notes.plan, notes.context
         heads = plan.heads if isinstance(plan.heads, tuple) else None
         rows, sink = weights.rows(notes.place, slice(-1, None), heads)
         # the model's own cache may have dropped what lies before a window; ours has others' room
-        stop = min(rows.shape[2], seen)
-        width = min(stop, self.windows.get(layer) or seen)
-        first = seen - width
+        stop = min(rows.shape[2], context)
+        width = min(stop, self.windows.get(layer) or context)
+        first = context - width
         shares = rows[:, -1, stop - width : stop]  # (H', K)
         taken = None if sink is None else sink[:, -1]
         if plan.heads == "mean":
@@ -158,19 +157,19 @@ class TracingRunner:
 
 
 class TracingSampler:
-    """Wraps a sampler; see the module. ``library``: kernels, where the model runs on them."""
+    """Wraps a sampler; see the module."""
 
     def __init__(
         self,
         inner: TokenSampler,
         model: Any,
         examined: Examined,
-        library: Library | None = None,
+        backend: Backend,
     ) -> None:
         self.inner = inner
         self.model = model
         self.examined = examined
-        self.library = library
+        self.backend = backend
 
     def sample(self, logits: Tensor, sequences: list[Sequence]) -> list[SampledToken]:
         """See TokenSampler."""
@@ -184,7 +183,8 @@ class TracingSampler:
     def _trace(self, notes: _Notes, logits: Tensor, token: int) -> StepTrace:
         """``logits`` (V,)."""
         seq, plan = notes.seq, notes.plan
-        said = self._figures(logits, token, plan.topk)
+        own = self.backend.token_stats(logits, token, plan.topk)
+        stats = own or token_stats(logits, token, plan.topk)
         prob, spread, drawn_top = _drawn(logits, seq, token, plan.sampled_topk)
         norms = sorted(notes.residuals) if plan.resid_norms else []
         return StepTrace(
@@ -193,10 +193,10 @@ class TracingSampler:
             context=notes.context,
             start=seq.start,
             token_id=token,
-            logprob=said.logprob,
-            entropy=said.entropy,
-            rank=said.rank,
-            top=Likely(tuple(said.ids), tuple(said.probs)),
+            logprob=stats.logprob,
+            entropy=stats.entropy,
+            rank=stats.rank,
+            top=Likely(tuple(stats.ids), tuple(stats.probs)),
             sampled_prob=prob,
             sampled_entropy=spread,
             sampled_top=drawn_top,
@@ -207,11 +207,6 @@ class TracingSampler:
             ),
             router=tuple(notes.routed),
         )
-
-    def _figures(self, logits: Tensor, token: int, count: int) -> TokenStats:
-        if self.library is None or logits.stride(0) != 1:
-            return figures(logits, token, count)
-        return token_stats(self.library, logits, token, count)
 
     def _lens(self, notes: _Notes, token: int) -> tuple[LensReading, ...]:
         layers = [layer for layer in notes.plan.lens_layers if layer in notes.residuals]
@@ -232,20 +227,20 @@ class TracingSampler:
         )
 
 
-def figures(logits: Tensor, token: int, count: int) -> TokenStats:
+def token_stats(logits: Tensor, token: int, count: int) -> TokenStats:
     """Of ``logits`` (V,), with ``count`` of the likeliest tokens."""
     # Tensors of the size of the vocabulary cost more to allocate than to fill: one will do.
     probs = logits.softmax(-1)
     best, lowest = logits.max(), logits.min()
     total = best - probs.max().log()  # logsumexp
-    seen = logits.clamp_min(LOWEST) if lowest < LOWEST else logits  # 0 * -inf is no number
+    finite = logits.clamp_min(LOWEST) if lowest < LOWEST else logits  # 0 * -inf is no number
     top = _likely(probs, count)
     return TokenStats(
         logprob=float(logits[token] - total),
-        entropy=max(float(total - probs @ seen), 0.0),
+        entropy=max(float(total - probs @ finite), 0.0),
         rank=_rank(logits, token),
-        ids=list(top.token_ids),
-        probs=list(top.probs),
+        ids=top.token_ids,
+        probs=top.probs,
     )
 
 
@@ -277,7 +272,7 @@ def _entropy(probs: Tensor) -> float:
 
 
 def _rank(scores: Tensor, token: int) -> int:
-    """How many tokens of (V,) score higher."""
+    """The number of tokens of (V,) that score higher."""
     numbers = scores.cpu().numpy()  # counts five times as fast as torch
     return int(numpy.count_nonzero(numbers > numbers[token]))
 
@@ -287,8 +282,8 @@ def _likely(probs: Tensor, count: int, ids: Tensor | None = None) -> Likely:
     if not count:
         return Likely()
     values, places = largest(probs, min(count, len(probs)))
-    found = places if ids is None else ids[places]
-    return Likely(tuple(found.tolist()), tuple(values.tolist()))
+    tokens = places if ids is None else ids[places]
+    return Likely(tuple(tokens.tolist()), tuple(values.tolist()))
 
 
 def _array(tensor: Tensor) -> numpy.ndarray[Any, Any]:

@@ -17,7 +17,6 @@ from transformers_api.kernels.build import (
     find,
     find_compiler,
 )
-from transformers_api.kernels.cpu import usable_cores
 
 if TYPE_CHECKING:
     from transformers_api.kernels.abi import Library
@@ -114,6 +113,6 @@ class KernelProvider:
 
 
 @functools.cache
-def kernel_provider(cache: Path, threads: int | None) -> KernelProvider:
-    """The provider of this process; ``threads`` None: as many as can run at once."""
-    return KernelProvider(cache, threads or usable_cores())
+def kernel_provider(cache: Path, threads: int) -> KernelProvider:
+    """The provider of this process."""
+    return KernelProvider(cache, threads)

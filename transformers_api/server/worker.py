@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from gunicorn.workers.gthread import TConn  # type: ignore[import-untyped]
 
-from transformers_api.engine.platform.lazy_torch import map_torch
+from transformers_api.engine.platform.imports import map_torch
 from transformers_api.server.connections import GatheringWorker
 from transformers_api.server.systemd import Notifier
 

@@ -13,7 +13,8 @@ import torch
 from tests.engine.models import BATCHED, prompts_of, tiny_model
 from tests.engine.reading import GREEDY, ask, complete, read
 from transformers_api.engine import loader
-from transformers_api.engine.loader import LoadOptions, load_engine
+from transformers_api.engine.load_options import LoadOptions
+from transformers_api.engine.loader import load_engine
 from transformers_api.engine.native import convert_model
 from transformers_api.engine.native.convert_model import weight_kind
 from transformers_api.engine.native.runner import NativeRunner
@@ -103,7 +104,7 @@ def test_a_scored_prompt_leaves_no_other_bits_to_those_who_share_it(make_engine,
 def test_a_model_with_experts_is_refused_and_served_without_kernels(make_engine, native_cache):
     engine = make_engine("mixtral", native=native_cache)
     assert not isinstance(inner(engine), NativeRunner)
-    assert engine.mode == "batching"
+    assert engine.describe().mode == "batching"
 
 
 def test_a_refused_model_is_let_go_and_weighed_before_it_is_loaded_again(

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from tests.engine.models import prompts_of, tiny_model
 from tests.engine.reading import GREEDY, ask, read
 from tests.inspection.test_trace import everything
-from transformers_api.engine.loader import LoadOptions, load_engine
+from transformers_api.engine.load_options import LoadOptions
+from transformers_api.engine.loader import load_engine
 from transformers_api.engine.native import plan_cache
 from transformers_api.engine.native.runner import NativeRunner
 from transformers_api.inspection.attachment import Attachment
@@ -101,7 +102,8 @@ import json, os, sys
 from pathlib import Path
 from tests.engine.native.test_plan_cache import ASKED
 from tests.engine.reading import read
-from transformers_api.engine.loader import LoadOptions, load_engine
+from transformers_api.engine.load_options import LoadOptions
+from transformers_api.engine.loader import load_engine
 from transformers_api.engine.native.runner import NativeRunner
 from transformers_api.engine.thread import EngineThread
 

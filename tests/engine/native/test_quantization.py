@@ -11,9 +11,11 @@ from tests.engine.models import prompts_of, tiny_model
 from tests.engine.native.test_engine import bits, inner, scored
 from tests.engine.reading import GREEDY, ask, complete
 from tests.four_bits import of_four_bits
-from transformers_api.engine.loader import LoadOptions, load_engine
+from transformers_api.engine.load_options import LoadOptions
+from transformers_api.engine.loader import load_engine
 from transformers_api.engine.native import convert_model
-from transformers_api.engine.native.convert_model import Kind, kind_of
+from transformers_api.engine.native.convert_model import kind_of
+from transformers_api.engine.native.runner import Kind
 from transformers_api.errors import ModelLoadFailed
 from transformers_api.kernels import build
 from transformers_api.kernels.modules.linear import NativeLinear
@@ -120,12 +122,12 @@ def test_a_small_model_that_four_bits_would_change_is_refused(load, native_cache
     told = refusal(load, native=native_cache, quantization="int4")
     assert "it would change the weights by" in told
     assert "below 3 billion of them 2 % is the most" in told
-    assert load(native=native_cache, quantization="int8").mode == "batching"
+    assert load(native=native_cache, quantization="int8").describe().mode == "batching"
 
 
 def test_a_large_model_may_be_changed(load, native_cache, monkeypatch):
     monkeypatch.setattr(convert_model, "INT4_ENOUGH", 1000)
-    assert load(native=native_cache, quantization="int4").mode == "batching"
+    assert load(native=native_cache, quantization="int4").describe().mode == "batching"
 
 
 def test_a_small_model_that_comes_from_four_bits_is_served_with_them(load, native_cache):

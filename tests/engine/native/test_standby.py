@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from tests.engine.models import prompts_of, tiny_model
 from tests.engine.reading import GREEDY, ask, read
 from transformers_api.engine import loader
-from transformers_api.engine.loader import LoadOptions, load_engine
+from transformers_api.engine.load_options import LoadOptions
+from transformers_api.engine.loader import load_engine
 from transformers_api.engine.native.convert_model import packed_bytes
-from transformers_api.engine.native.standby import SleepingModels
 from transformers_api.engine.runners.model_runner import innermost
+from transformers_api.engine.standby import StandbyModels
 
 ASKED = [ask(prompt, max_tokens=8, **GREEDY, logprobs=0) for prompt in prompts_of(3)]
 
@@ -24,14 +25,14 @@ ASKED = [ask(prompt, max_tokens=8, **GREEDY, logprobs=0) for prompt in prompts_o
 @pytest.fixture
 def load(engine_thread, native_cache, monkeypatch):
     """load(folder, **options): a running engine; ``load.anew`` says how many were not woken up."""
-    sleeping, honest = SleepingModels(2), loader.load_model
+    standby, honest = StandbyModels(2), loader.load_model
 
     def load_model(*args):
         load.anew += 1
         return honest(*args)
 
     def load(folder, **options):
-        options = {"num_slots": 2, "native": native_cache, "sleeping": sleeping} | options
+        options = {"num_slots": 2, "native": native_cache, "standby": standby} | options
         return engine_thread.call(
             lambda: load_engine(folder, LoadOptions(**options), engine_thread)
         ).result()
@@ -47,11 +48,13 @@ def saved(name, folder):
 
 
 def bits(engine):
-    """What it says, to the bit; it is closed then."""
-    streams = [engine.submit([asked]) for asked in ASKED]
-    said = [[(o.token_id, o.score) for o in read(stream)[0]] for stream in streams]
+    """Its tokens and scores, to the bit; it is closed then.
+
+    Of one submit, so that also torch has products of the same shapes every time.
+    """
+    outputs = read(engine.submit(ASKED))
     engine.close()
-    return said
+    return [[(o.token_id, o.score) for o in outputs[index]] for index in sorted(outputs)]
 
 
 @pytest.mark.parametrize(

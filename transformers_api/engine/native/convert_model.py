@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
+from transformers_api.engine.backend import BackendRefused, PlanOutdated
+from transformers_api.engine.load_options import SMALL_BYTES
 from transformers_api.engine.native.kv_cache import NativeCache
-from transformers_api.engine.native.runner import NativeRunner
+from transformers_api.engine.native.runner import Kind, NativeRunner
 from transformers_api.kernels.abi import Library
 from transformers_api.kernels.modules.attention import NAME, register
 from transformers_api.kernels.modules.linear import NativeEmbedding, NativeLinear, PackedWeight
 from transformers_api.kernels.modules.replace import Place, pack_model
 
 log = logging.getLogger(__name__)
-SMALL_BYTES = 64 << 20  # a float32 checkpoint up to here stays exact: it has no weight to speak of
 LENGTH_DEPENDENT = {"dynamic", "longrope"}  # rope whose angles depend on how long a sequence is
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 CACHE_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -26,44 +27,24 @@ INT4_ENOUGH = 3_000_000_000
 INT4_MOST_LOST = 0.02
 
 
-class Kind(NamedTuple):
-    """How a model is kept: ``numbers`` (dtype) in the KV cache, and as weights unless quantised."""
-
-    numbers: str
-    quantization: str
-
-    @property
-    def weights(self) -> str:
-        """See PackedWeight."""
-        return self.numbers if self.quantization == "none" else self.quantization
-
-
-class NativeRefused(Exception):
-    """Why this model goes on without the kernels. It may have been changed already."""
-
-
-class PlanOutdated(Exception):
-    """A model does not do what was known of it. It has been changed already."""
-
-
 def weight_kind(dtype: str, stored: str, stored_bytes: int) -> str | None:
-    """How weights are kept when ``dtype`` is wanted of a file of ``stored``; None: not natively."""
+    """Return the format of weights for ``dtype`` and a file of ``stored``; None: not natively."""
     if dtype == "auto":
         return "float32" if stored == "float32" and stored_bytes <= SMALL_BYTES else "bfloat16"
     return dtype if dtype in CACHE_TYPES else None
 
 
 def kind_of(model: Any, dtype: str, quantization: str = "none") -> Kind:
-    """How to keep a model as it was loaded. Raises NativeRefused."""
+    """Return the format for a model as it was loaded. Raises BackendRefused."""
     stored_bytes = sum(parameter.nbytes for parameter in model.parameters())
     kind = weight_kind(dtype, str(model.dtype).removeprefix("torch."), stored_bytes)
     config = model.config.get_text_config(decoder=True)
     if kind is None:
-        raise NativeRefused(f"no kernels for {dtype}")
+        raise BackendRefused(f"no kernels for {dtype}")
     if any(getattr(config, name, None) for name in EXPERTS):
-        raise NativeRefused("a mixture of experts")
+        raise BackendRefused("a mixture of experts")
     if _rope_types(getattr(config, "rope_parameters", None)) & LENGTH_DEPENDENT:
-        raise NativeRefused("positions that depend on the length")
+        raise BackendRefused("positions that depend on the length")
     if quantization != "none" and dtype == "auto":
         kind = "bfloat16"  # also of a small checkpoint: what is rounded is not exact anyway
     return Kind(kind, quantization)
@@ -78,7 +59,7 @@ def native_runner(
     vocab_size: int,
     teach: Callable[[NativeRunner], None],
 ) -> NativeRunner:
-    """A runner for the model, whose weights are packed by this. Raises NativeRefused.
+    """A runner for the model, whose weights are packed by this. Raises BackendRefused.
 
     ``groups``: see ``layer_groups``. ``cache_size``: layers, rows, tokens of a row. ``teach``: how
     the runner comes to know the passes, as by ``NativeRunner.learn``.
@@ -87,24 +68,18 @@ def native_runner(
     try:
         model.set_attn_implementation(NAME)
         pack_model(model, library, kind.weights, groups)
-        model.native_kind = kind
         cache = NativeCache(library, *cache_size, CACHE_TYPES[kind.numbers])
-        runner = NativeRunner(model, cache, vocab_size)
+        runner = NativeRunner(model, cache, vocab_size, kind)
         teach(runner)
     except PlanOutdated:
         raise
     except Exception as error:
         log.info("%s cannot be packed", type(model).__name__, exc_info=True)
-        raise NativeRefused(f"packing failed: {error}") from error
+        raise BackendRefused(f"packing failed: {error}") from error
     if not runner.is_recorded:
-        raise NativeRefused(runner.decode.failure or runner.prompt.failure or runner.scored.failure)
+        passes = (runner.decode, runner.prompt, runner.scored)
+        raise BackendRefused(next(each.failure for each in passes if each.failure))
     return runner
-
-
-def native_kind(model: Any) -> Kind | None:
-    """How a packed model is kept; None for one that is not."""
-    kind: Kind | None = getattr(model, "native_kind", None)
-    return kind
 
 
 def packed_bytes(model: Any) -> int:
@@ -124,16 +99,16 @@ def packed_weights(model: Any) -> list[PackedWeight]:
 
 
 def largest_loss(model: Any) -> float:
-    """What int4 lost of the weights of the layer that it changed most, as a share of their norm."""
+    """The loss by int4 in the layer that it changed most, as a share of the weights' norm."""
     return max((weight.error for weight in packed_weights(model)), default=0.0)
 
 
 def check_loss(model: Any) -> None:
-    """Raises NativeRefused for a small model that int4 changed too much."""
+    """Raises BackendRefused for a small model that int4 changed too much."""
     weights = sum(weight.in_features * weight.out_features for weight in packed_weights(model))
     lost = largest_loss(model)
     if weights < INT4_ENOUGH and lost > INT4_MOST_LOST:
-        raise NativeRefused(
+        raise BackendRefused(
             f"it would change the weights by {100 * lost:.1f} %, and below "
             f"{INT4_ENOUGH / 1e9:g} billion of them {100 * INT4_MOST_LOST:g} % is the most; "
             "int8 changes far less"

@@ -27,7 +27,7 @@ class NativeLayer(SlotLayer):  # type: ignore[no-untyped-call]
         for rows, states in zip(self.rows, (key_states, value_states), strict=True):
             write_cache(cache.library, states, rows[cache.window], cache.starts)
         keys, values = self.rows
-        return keys[cache.window, :, : cache.seen], values[cache.window, :, : cache.seen]
+        return keys[cache.window, :, : cache.context], values[cache.window, :, : cache.context]
 
 
 class NativeCache(SlotCache):
@@ -45,10 +45,10 @@ class NativeCache(SlotCache):
         self._most = max_rows, max_length
         super().__init__(num_layers, max_rows, max_length, NativeLayer)
 
-    def bind(self, first: int, positions: Tensor, seen: int) -> None:
+    def bind(self, first: int, positions: Tensor, context: int) -> None:
         """See SlotCache."""
         self.window = slice(first, first + len(positions))
-        self.seen = seen
+        self.context = context
         self.starts = positions[:, 0].contiguous()
 
     def scratch(self, rows: int, length: int) -> NativeCache:
@@ -76,5 +76,5 @@ class NativeCache(SlotCache):
 
     def shape(self, likes: list[tuple[Tensor, ...]]) -> None:
         """Take what a forward would show: empty K and V of each layer."""
-        for layer, seen in zip(self.slots, likes, strict=True):
-            layer.likes = seen
+        for layer, context in zip(self.slots, likes, strict=True):
+            layer.likes = context

@@ -1,11 +1,11 @@
-"""What a load found out about a model's passes, kept on the disk for the next process.
+"""Execution plans of a model's passes on the disk, for the next process.
 
-To watch a model at work and to make plans of what it does takes longer than to read its weights,
-and gives the same every time: for the same files, options, libraries and sources, whose names the
+To record a model's passes and to make plans of them takes longer than to read its weights, and
+gives the same every time: for the same files, options, libraries and sources, whose names the
 file's name is made of. In a plan are addresses, so here they are names: of weights, parameters and
 buffers, or the constant itself. A file that is damaged is not read. A model that is run by a plan
 from the disk has to give the logits of the first time, bit by bit, in every kind of pass; else the
-file is removed and the model is watched as if nobody knew it.
+file is removed and the passes are recorded again.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 from torch import Tensor
 
-from transformers_api.engine.native.convert_model import PlanOutdated, packed_weights
+from transformers_api.engine.backend import PlanOutdated
+from transformers_api.engine.native.convert_model import packed_weights
 from transformers_api.engine.native.runner import NativeRunner
 from transformers_api.kernels.graph.planner import Affine, HookPoint, Plan, Words
 from transformers_api.kernels.modules.replace import Place, places_of
@@ -45,8 +46,8 @@ WORDS = ("step_relocations", "call_relocations", "step_call_relocations", "weigh
 Arrays = dict[str, Any]
 
 
-class NotKeepable(Exception):
-    """What a plan has that no name is known for."""
+class NotStorable(Exception):
+    """A part of a plan that has no name."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,13 @@ class PlanFile:
     path: Path
 
     @classmethod
-    def of(cls, folder: Path, *what: Hashable) -> PlanFile:
-        """``what``: all that the plans depend on, besides this program."""
-        name = hashlib.sha256(repr((_program(), what)).encode()).hexdigest()[:32]
+    def of(cls, folder: Path, *key: Hashable) -> PlanFile:
+        """``key``: all that the plans depend on, besides this program."""
+        name = hashlib.sha256(repr((_program(), key)).encode()).hexdigest()[:32]
         return cls(folder / f"{name}.plan")
 
-    def read(self) -> KeptPlans | None:
-        """What is there. None where there is nothing, or nothing whole."""
+    def read(self) -> StoredPlans | None:
+        """Return the plans. None where there are none, or none whole."""
         try:
             data = self.path.read_bytes()
         except OSError:
@@ -72,22 +73,22 @@ class PlanFile:
             log.warning("A damaged file is not used: %s", self.path)
             return None
         with suppress(OSError):  # where it may only be read
-            os.utime(self.path)  # those that were used last are kept
+            os.utime(self.path)  # those that were used last stay
         arrays = load(content)
-        return KeptPlans(arrays, json.loads(arrays["facts"].tobytes()))
+        return StoredPlans(arrays, json.loads(arrays["facts"].tobytes()))
 
     def write(self, runner: NativeRunner, groups: list[list[Place]]) -> None:
-        """Keep what ``runner`` has learned, if it can be kept and written."""
+        """Store the plans of ``runner``, if that is possible."""
         folder = self.path.parent
         try:
             content = save(_arrays_of(runner, groups))
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder, prefix=".") as own:
-                made = Path(own) / self.path.name
-                made.write_bytes(hashlib.sha256(content).digest() + content)
-                made.replace(self.path)
+                complete = Path(own) / self.path.name
+                complete.write_bytes(hashlib.sha256(content).digest() + content)
+                complete.replace(self.path)
             _remove_oldest(folder)
-        except (NotKeepable, KeyError, OSError, SafetensorError) as reason:
+        except (NotStorable, KeyError, OSError, SafetensorError) as reason:
             log.info("The plans of this model are not kept: %r", reason)
 
     def remove(self) -> None:
@@ -97,7 +98,7 @@ class PlanFile:
 
 
 @dataclass(frozen=True)
-class KeptPlans:
+class StoredPlans:
     """The content of a file."""
 
     arrays: Arrays
@@ -117,7 +118,7 @@ class KeptPlans:
             self._teach(runner, _Names(runner.model))
         except (KeyError, IndexError, ValueError) as error:
             raise PlanOutdated(f"it is built otherwise: {error!r}") from error
-        if testimony(runner) != self.facts["said"]:
+        if logits_digest(runner) != self.facts["logits"]:
             raise PlanOutdated("it says something else")
 
     def _teach(self, runner: NativeRunner, names: _Names) -> None:
@@ -135,8 +136,8 @@ class KeptPlans:
         size: int = facts["size"]
 
         def words(key: str) -> Words:
-            found: Words = self.arrays[f"{name}.{key}"].copy()  # one's own, to write into
-            return found
+            own: Words = self.arrays[f"{name}.{key}"].copy()  # to write into
+            return own
 
         def line(key: str) -> Affine:
             return Affine(size, words(f"{key}.base"), words(f"{key}.slope"))
@@ -144,13 +145,13 @@ class KeptPlans:
         steps, calls, weights = line("steps"), line("calls"), words("weights")
         for word in weights:
             steps.base[word] = names.weights[int(steps.base[word])].address
-        kept = [
+        tensors = [
             names.tensors[of] if isinstance(of, str) else torch.from_numpy(words(f"own.{of}"))
             for of, _ in facts["kept"]
         ]
         constants = [tuple(each) for each in facts["constants"]]
         for is_call, word, index in constants:
-            address = kept[index].untyped_storage().data_ptr() + facts["kept"][index][1]
+            address = tensors[index].untyped_storage().data_ptr() + facts["kept"][index][1]
             (calls if is_call else steps).base[word] = address
         return Plan(
             size=size,
@@ -165,22 +166,22 @@ class KeptPlans:
             weights=weights,
             constants=constants,
             cache_words=[tuple(each) for each in facts["cache_words"]],
-            constant_tensors=kept,
+            constant_tensors=tensors,
             hook_points=[_view(each, names, size) for each in facts["views"]],
         )
 
 
-def testimony(runner: NativeRunner) -> str:
+def logits_digest(runner: NativeRunner) -> str:
     """A digest of logits, from passes of every kind, of tokens that exist everywhere."""
-    said = hashlib.sha256()
+    digest = hashlib.sha256()
     for kind, ids, start in (("prompt", [1, 2], 0), ("decode", [3], 2), ("scored", [1, 2, 3], 0)):
-        said.update(runner.compute(kind, [ids], [start]).numpy().tobytes())
+        digest.update(runner.compute(kind, [ids], [start]).numpy().tobytes())
     runner.cache.clear()
-    return said.hexdigest()
+    return digest.hexdigest()
 
 
 class _Names:
-    """What the addresses of a model are called."""
+    """Names for the addresses of a model."""
 
     def __init__(self, model: Any) -> None:
         self.modules = dict(model.named_modules(remove_duplicate=False))
@@ -196,7 +197,7 @@ class _Names:
 
 @functools.cache
 def _program() -> str:
-    """What this program is, and what it stands on."""
+    """A digest of this program, and the versions that it stands on."""
     package = Path(__file__).parents[2]
     sources = sorted(
         path
@@ -204,10 +205,10 @@ def _program() -> str:
         for kind in ("*.py", "*.cpp", "*.h")
         for path in (package / folder).rglob(kind)
     )
-    known = hashlib.sha256(b"".join(path.read_bytes() for path in sources))
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources))
     versions = [importlib.metadata.version(name) for name in LIBRARIES]
     capability = torch.backends.cpu.get_cpu_capability()
-    return repr((known.hexdigest(), versions, sys.version, capability))
+    return repr((digest.hexdigest(), versions, sys.version, capability))
 
 
 def _arrays_of(runner: NativeRunner, groups: list[list[Place]]) -> Arrays:
@@ -215,7 +216,7 @@ def _arrays_of(runner: NativeRunner, groups: list[list[Place]]) -> Arrays:
     paths = {(id(p.parent), p.name): path for path, p in places_of(runner.model).items()}
     arrays: Arrays = {}
     facts: dict[str, Any] = {
-        "said": testimony(runner),
+        "logits": logits_digest(runner),
         "groups": [[paths[id(p.parent), p.name] for p in group] for group in groups],
         "likes": [
             [(list(like.shape), _name_of(like.dtype)) for like in layer.likes]
@@ -231,7 +232,7 @@ def _arrays_of(runner: NativeRunner, groups: list[list[Place]]) -> Arrays:
 
 
 def _describe(plan: Plan, names: _Names, facts: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The arrays of a plan by name; what else there is to say of it is put into ``facts``."""
+    """The arrays of a plan by name; the rest of it is put into ``facts``."""
     for key in LINES:
         line: Affine = getattr(plan, key)
         base = line.base.copy()
@@ -245,21 +246,21 @@ def _describe(plan: Plan, names: _Names, facts: dict[str, Any]) -> Iterator[tupl
         yield f"{key}.slope", line.slope
     for key in WORDS:
         yield key, getattr(plan, key)
-    kept: list[tuple[str | int, int]] = []
+    tensors: list[tuple[str | int, int]] = []
     total = 0
     for index, tensor in enumerate(plan.constant_tensors):
         storage = tensor.untyped_storage()
         offset = tensor.data_ptr() - storage.data_ptr()
         named = names.storages.get(storage.data_ptr())
-        kept.append((index if named is None else named, offset))
+        tensors.append((index if named is None else named, offset))
         if named is None:
             total += storage.nbytes()
             if total > LARGEST_CONSTANTS:
-                raise NotKeepable("large constants")
+                raise NotStorable("large constants")
             yield f"own.{index}", torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
     facts |= {
         "size": plan.size,
-        "kept": kept,
+        "kept": tensors,
         "constants": plan.constants,
         "cache_words": plan.cache_words,
         "views": [_view_facts(view, names) for view in plan.hook_points],
@@ -299,7 +300,7 @@ def _option_facts(options: dict[str, Any], names: _Names) -> dict[str, Any]:
         for name, tensor in names.tensors.items():
             if value is tensor:
                 return [name]
-        raise NotKeepable(f"a call with {type(value).__name__}")
+        raise NotStorable(f"a call with {type(value).__name__}")
 
     return {key: fact(value) for key, value in options.items()}
 

@@ -9,58 +9,44 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from transformers_api.engine.kv_cache import MIN_LENGTH
 from transformers_api.engine.native.kv_cache import NativeCache
-from transformers_api.engine.runners.model_runner import MaskBuilder, ModelRunner
+from transformers_api.engine.runners.model_runner import ModelRunner
 from transformers_api.engine.scheduler import Batch
-from transformers_api.kernels.abi import Library
 from transformers_api.kernels.capture import Recorder, current
 from transformers_api.kernels.graph.executor import RecordedPass
 from transformers_api.kernels.graph.hooks import HookReplay, forward_returning
-from transformers_api.kernels.modules.attention import CausalRows, describe_mask
+from transformers_api.kernels.modules.attention import CausalRows, describing
 
 DECODE_ROWS = (2, 3)  # sizes that are recorded; see layout.py
 PROMPT_TOKENS = (5, 7)
 
 
-class NativeMasks(MaskBuilder):
-    """Masks that say in short what is in them."""
+class Kind(NamedTuple):
+    """A format: ``numbers`` is the dtype of the KV cache, and of weights unless quantised."""
 
-    def __init__(self, model: Any, library: Library) -> None:
-        super().__init__(model)
-        self.library = library
+    numbers: str
+    quantization: str
 
-    def build(
-        self, positions: Tensor, seen: int, starts: Tensor | None = None
-    ) -> Tensor | dict[str, Tensor]:
-        """See MaskBuilder. ``starts``: the first column of the positions, contiguous."""
-        if starts is None:
-            starts = positions[:, 0].contiguous()
-        masks = self.by_kind(positions, seen)
-        for kind, mask in masks.items():
-            describe_mask(mask, CausalRows(self.library, starts, self.windows[kind]))
-        return masks.get("", masks)
-
-    def by_kind(self, positions: Tensor, seen: int) -> dict[str, Tensor]:
-        """The plain masks."""
-        built = super().build(positions, seen)
-        return built if isinstance(built, dict) else {"": built}
+    @property
+    def weights(self) -> str:
+        """See PackedWeight."""
+        return self.numbers if self.quantization == "none" else self.quantization
 
 
 class NativeRunner(ModelRunner):
     """Runs a packed model. ``learn`` before the first sequence."""
 
     cache: NativeCache
-    masks: NativeMasks
 
-    def __init__(self, model: Any, cache: NativeCache, vocab_size: int) -> None:
+    def __init__(self, model: Any, cache: NativeCache, vocab_size: int, kind: Kind) -> None:
         super().__init__(model, cache, vocab_size)
-        self.masks = NativeMasks(model, cache.library)
+        self.kind = kind
         self.decode, self.prompt, self.scored = (RecordedPass(cache.library) for _ in range(3))
         self.is_recorded = False
 
@@ -78,8 +64,6 @@ class NativeRunner(ModelRunner):
 
     def forward(self, batch: Batch, keep: int = 1) -> Tensor:
         """See Runner. The result lasts until the next one."""
-        if not self.is_recorded:
-            return super().forward(batch, keep)
         starts = [seq.num_cached for seq in batch.sequences]
         ids = torch.tensor(batch.ids)
         first, tensors, inputs = batch.first_slot, self.cache.tensors, _inputs(ids, starts)
@@ -91,8 +75,8 @@ class NativeRunner(ModelRunner):
             recorded, size = self.decode, len(starts)
         watch = None
         if batch.reaches_end and any(seq.observe for seq in batch.sequences):
-            seen = max(starts) + batch.width
-            watch = HookReplay(self.cache.library, inputs[2], seen, tensors, first)
+            context = max(starts) + batch.width
+            watch = HookReplay(self.cache.library, inputs[2], context, tensors, first)
         logits = recorded.run(size, inputs, tensors, first, watch)
         return logits[:, -keep:, : self.vocab_size]
 
@@ -107,13 +91,13 @@ class NativeRunner(ModelRunner):
         inputs = _inputs(torch.tensor(ids), starts)
         return self.passes[kind].run(size, inputs, self.cache.tensors, 0)
 
-    def say(self, ids: Sequence[int]) -> Tensor:
-        """Logits (1, V) of the last of these first tokens; nothing stays in the cache."""
-        said = self.compute("prompt", [list(ids)], [0])[:, -1].clone()
+    def logits_of(self, ids: Sequence[int]) -> Tensor:
+        """Logits (1, V) of the last token of this prompt; nothing stays in the cache."""
+        logits = self.compute("prompt", [list(ids)], [0])[:, -1].clone()
         self.cache.clear()
-        return said
+        return logits
 
-    def rest(self) -> None:
+    def release(self) -> None:
         """Let go of all memory but the model's own."""
         self.clear()
         for recorded in self.passes.values():
@@ -132,39 +116,43 @@ class NativeRunner(ModelRunner):
         which.record(size, inputs, cache.tensors, forward, begun)
 
     def _learn_prompt(self, size: int, cache: NativeCache) -> None:
-        """A scored one differs in what comes after the layers only; all before is recorded once."""
-        inputs, base, seen = _inputs(_some_ids(1, size), [0]), self.model.base_model, []
+        """Record two passes; a scored one differs after the layers only, so these run once."""
+        inputs, base, branches = _inputs(_some_ids(1, size), [0]), self.model.base_model, []
 
-        def look(module: nn.Module, given: Any, output: Any) -> None:
+        def branch(module: nn.Module, args: Any, output: Any) -> None:
             if recorder := current():
-                seen.append((recorder.copy(), output))
+                branches.append((recorder.copy(), output))
 
-        handle = base.register_forward_hook(look)
+        handle = base.register_forward_hook(branch)
         try:
             self._learn(self.prompt, size, cache, inputs, 1)
         finally:
             handle.remove()
-        if base is self.model or len(seen) != 1:
+        if base is self.model or len(branches) != 1:
             self._learn(self.scored, size, cache, inputs, 0)
             return
-        begun, output = seen[0]
+        begun, output = branches[0]
         with forward_returning(base, output):
             self._learn(self.scored, size, cache, inputs, 0, begun)
 
     def _compute(self, inputs: list[Tensor], cache: NativeCache, keep: int) -> Tensor:
         ids, positions, starts = inputs
-        seen = cache.length
-        cache.bind(0, positions, seen)
+        context = cache.length
+        cache.bind(0, positions, context)
         cache.starts = starts
-        logits: Tensor = self.model(
-            input_ids=ids,
-            position_ids=positions,
-            attention_mask=self.masks.build(positions, seen, starts),
-            past_key_values=cache,
-            use_cache=True,
-            return_dict=True,
-            **({"logits_to_keep": keep} if self._takes_keep else {}),
-        ).logits
+        built = self.masks.build(positions, context)
+        masks = built if isinstance(built, dict) else {"": built}
+        rows = {kind: CausalRows(cache.library, starts, self.masks.windows[kind]) for kind in masks}
+        with describing([(mask, rows[kind]) for kind, mask in masks.items()]):
+            logits: Tensor = self.model(
+                input_ids=ids,
+                position_ids=positions,
+                attention_mask=built,
+                past_key_values=cache,
+                use_cache=True,
+                return_dict=True,
+                **({"logits_to_keep": keep} if self._takes_keep else {}),
+            ).logits
         return logits
 
 

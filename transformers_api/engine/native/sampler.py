@@ -7,33 +7,33 @@ import torch
 from torch import Tensor
 
 from transformers_api.engine.sampling import rng
-from transformers_api.engine.sampling.fast_sampler import UNSURE, is_for_all
+from transformers_api.engine.sampling.fast_sampler import UNSURE, is_fast
 from transformers_api.engine.sequence import Sequence
 from transformers_api.kernels.abi import Library, SampleRow
 
 SAMPLE_ROWS = numpy.dtype(SampleRow)
 
 
-class NativeRace:
-    """Meets ``race.Quick``."""
+class NativeSampler:
+    """Meets ``fast_sampler.FastSampler``."""
 
     def __init__(self, library: Library) -> None:
         self.library = library
 
     def __call__(self, logits: Tensor, sequences: list[Sequence]) -> list[int]:
-        """See Quick."""
+        """See FastSampler."""
         if logits.dtype != torch.float32 or logits.stride(1) != 1:
             return [UNSURE] * len(sequences)
-        able = [row for row, seq in enumerate(sequences) if is_for_all(seq)]
+        rows = [row for row, seq in enumerate(sequences) if is_fast(seq)]
         start, step, size = logits.data_ptr(), logits.stride(0) * 4, logits.shape[1]
         draws = numpy.array(
-            [_draw(start + row * step, size, sequences[row]) for row in able], dtype=SAMPLE_ROWS
+            [_draw(start + row * step, size, sequences[row]) for row in rows], dtype=SAMPLE_ROWS
         )
-        found = numpy.empty(len(able), numpy.int64)
-        library = self.library.without_gil if len(able) > 1 else self.library.with_gil
-        library.sample(draws.ctypes.data, len(able), found.ctypes.data)
+        drawn = numpy.empty(len(rows), numpy.int64)
+        library = self.library.without_gil if len(rows) > 1 else self.library.with_gil
+        library.sample(draws.ctypes.data, len(rows), drawn.ctypes.data)
         tokens = [UNSURE] * len(sequences)
-        for row, token in zip(able, found.tolist(), strict=True):
+        for row, token in zip(rows, drawn.tolist(), strict=True):
             tokens[row] = token
         return tokens
 

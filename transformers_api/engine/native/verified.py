@@ -1,4 +1,4 @@
-"""A runner that gives the model's own logits: by what an earlier load found out, or by looking."""
+"""A runner that gives the model's own logits: by the plans on the disk, or by recording passes."""
 
 from __future__ import annotations
 
@@ -6,21 +6,16 @@ from typing import Any
 
 from torch import Tensor
 
-from transformers_api.engine.native.convert_model import (
-    Kind,
-    NativeRefused,
-    PlanOutdated,
-    check_loss,
-    native_runner,
-)
+from transformers_api.engine.backend import BackendRefused, PlanOutdated
+from transformers_api.engine.native.convert_model import check_loss, native_runner
 from transformers_api.engine.native.plan_cache import PlanFile
-from transformers_api.engine.native.runner import NativeRunner
+from transformers_api.engine.native.runner import Kind, NativeRunner
 from transformers_api.engine.runners.verify import agrees, own_logits
 from transformers_api.kernels.abi import Library
 from transformers_api.kernels.modules.replace import layer_groups
 
 
-def checked_runner(
+def verified_runner(
     model: Any,
     library: Library,
     kind: Kind,
@@ -28,28 +23,28 @@ def checked_runner(
     vocab_size: int,
     file: PlanFile | None,
 ) -> NativeRunner:
-    """A runner for a loaded model, which is packed by this. ``size``: see ``native_runner``.
+    """Return a runner for a loaded model, whose weights are packed by this.
 
-    ``file``: where is what an earlier load found out, or where it is to be kept. Raises
-    NativeRefused, PlanOutdated.
+    ``size``: see ``native_runner``. ``file``: where the plans of an earlier load are, or where
+    those of this one are to be stored. Raises BackendRefused, PlanOutdated.
     """
-    if file is not None and (known := file.read()) is not None:
+    if file is not None and (plans := file.read()) is not None:
         try:
-            groups = known.groups(model)
-            return native_runner(model, library, kind, groups, size, vocab_size, known.teach)
+            groups = plans.groups(model)
+            return native_runner(model, library, kind, groups, size, vocab_size, plans.teach)
         except PlanOutdated:
             file.remove()
             raise
     window = size[2]
-    wanted: list[Tensor] = []
+    expected: list[Tensor] = []
     groups = layer_groups(
-        model, lambda: wanted.extend(own_logits(model, vocab_size, window, at_once=True))
+        model, lambda: expected.extend(own_logits(model, vocab_size, window, at_once=True))
     )
     learn = NativeRunner.learn
     runner = native_runner(model, library, kind, groups, size, vocab_size, learn)
     check_loss(model)
-    if not agrees(runner, model, vocab_size, window, wanted, kind.quantization):
-        raise NativeRefused("it says something else with them")
+    if not agrees(runner, model, vocab_size, window, expected, kind.quantization):
+        raise BackendRefused("it says something else with them")
     if file is not None:
         file.write(runner, groups)
     return runner

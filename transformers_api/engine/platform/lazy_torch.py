@@ -5,22 +5,23 @@ of CPU time at every start and 80 MB for good, for what a server of one process 
 nothing does not call. ``import torch`` itself brings what says in Python which shape the results
 of 1,500 operations have, and ``import transformers`` reads the sources of all its models, twice.
 Here transformers is told that there is nothing to distribute over, it reads once, and the rest is
-imported by whoever first wants something of it.
+imported by whoever first uses something of it.
 
-This module itself imports no torch.
+``import_torch`` is all that others call. ``LAZY_TORCH=false`` switches the rest of this module off;
+so does another version of torch or transformers than those of ``VERSIONS``, whose private names it
+relies on. See docs/decisions/0010-a-lean-start.md. This module itself imports no torch.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import gc
 import importlib
+import importlib.metadata
 import importlib.util
 import inspect
+import logging
 import os
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.abc import Loader, MetaPathFinder
@@ -29,85 +30,78 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from transformers_api.engine.platform.imports import without_collection
+
+__all__ = ["import_torch"]
+log = logging.getLogger(__name__)
+VERSIONS = {"torch": "2.13.0", "transformers": "5.23.0"}  # those of requirements.txt
 COMPILER = "torch._dynamo"
-NEEDED = f"{COMPILER}._trace_wrapped_higher_order_op"  # by transformers; it stands on its own
+TRACE_OPERATOR = f"{COMPILER}._trace_wrapped_higher_order_op"  # which transformers needs
 SHAPES = "torch._meta_registrations"
-BROUGHT = "_decomp", "_prims", "_refs"  # by it; torch asks for them without an import
+SHAPES_BRING = "_decomp", "_prims", "_refs"  # torch asks for them without an import
 SCANNER = "transformers.utils.import_utils"
 SCAN, EXPORTED = "create_import_structure_from_path", "fetch__all__"
 
 
-def map_torch() -> None:
-    """Let the linker begin with torch's largest library while Python's modules are imported.
+def import_torch(*, lazy: bool = True, transformers: bool = False) -> None:
+    """Import torch, and transformers on request; afterwards a call does nothing.
 
-    ``import torch`` would hold the interpreter's lock meanwhile, this does not. What fails here
-    fails there again, and says why.
+    ``lazy`` False: as ``import`` does. So it is, with a line in the log, in other versions.
     """
-    found = importlib.util.find_spec("torch")  # imports nothing
-    library = Path((found and found.origin) or "").parent / "lib" / "libtorch_cpu.so"
-    load = getattr(ctypes.CDLL(None), "dlopen", None)
-    if load is not None and library.exists():
-        given = (os.fsencode(library), os.RTLD_NOW)
-        threading.Thread(target=load, args=given, name="linker", daemon=True).start()
+    lazy = lazy and _is_supported_version()
+    with without_collection():
+        if "torch" not in sys.modules:
+            _import_lazily() if lazy else importlib.import_module("torch")
+        if transformers and "transformers" not in sys.modules:
+            is_possible = lazy and COMPILER not in sys.modules
+            _import_transformers() if is_possible else importlib.import_module("transformers")
 
 
-def import_torch() -> None:
-    """The first import of torch; after it this does nothing."""
-    if "torch" not in sys.modules:
-        with without_collection(), _treated(SHAPES, _AtFirstUse):
-            torch: Any = importlib.import_module("torch")
-        torch.__getattr__ = functools.partial(_missing_of_torch, torch.__getattr__)
-        try:  # the one thing that others need of it: before, nobody can make a generator
-            from torch._opaque_base import OpaqueBaseMeta
-
-            torch._C._set_generator_metaclass(OpaqueBaseMeta)
-        except (ImportError, AttributeError):  # another version
-            import_shapes()
+@functools.cache
+def _is_supported_version() -> bool:
+    installed = {name: importlib.metadata.version(name).partition("+")[0] for name in VERSIONS}
+    if installed == VERSIONS:
+        return True
+    names = ", ".join(f"{name} {version}" for name, version in installed.items())
+    log.info("Imported as a whole, which takes longer: %s", names)
+    return False
 
 
-def import_lean() -> None:
-    """Before the first import of transformers; after it this does nothing."""
-    import_torch()
-    if "transformers" in sys.modules or COMPILER in sys.modules:
-        return
+def _import_lazily() -> None:
+    with _treated(SHAPES, _AtFirstUse):
+        torch: Any = importlib.import_module("torch")
+    torch.__getattr__ = functools.partial(_missing_of_torch, torch.__getattr__)
+    # the one thing that others need of it: before, nobody can make a generator
+    from torch._opaque_base import OpaqueBaseMeta
+
+    torch._C._set_generator_metaclass(OpaqueBaseMeta)
+
+
+def _import_transformers() -> None:
     import torch
 
     with ExitStack() as scanning:
         scanning.enter_context(_treated(SCANNER, functools.partial(_ScanningOnce, scanning)))
         _distribute_nothing(torch.distributed)
         importlib.import_module("transformers.models")
-    later: Any = Compiler(COMPILER)
-    sys.modules[COMPILER] = torch._dynamo = later
-    importlib.import_module(NEEDED)
+    compiler: Any = Compiler(COMPILER)
+    sys.modules[COMPILER] = torch._dynamo = compiler
+    importlib.import_module(TRACE_OPERATOR)
     sys.meta_path.insert(0, _WholeFirst())
 
 
-@contextmanager
-def without_collection() -> Iterator[None]:
-    """While what never goes away again is imported, nobody looks through it for garbage."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-def import_shapes() -> bool:
-    """What was left out of ``import torch``; whether it was missing until now."""
+def _import_shapes() -> None:
+    """Import what was left out of ``import torch``, unless it is there."""
     shapes = sys.modules.get(SHAPES)
-    was_missing = isinstance(shapes, Later)
-    if isinstance(shapes, Later):
+    if isinstance(shapes, Deferred):
         shapes.import_now()
-    return was_missing
 
 
 def _missing_of_torch(others: Callable[[str], Any], name: str) -> Any:
     whole = f"torch.{name}"
-    if name not in BROUGHT or whole in sys.modules:  # which is being imported
+    if name not in SHAPES_BRING or whole in sys.modules:  # which is being imported
         return others(name)
-    import_shapes()
+    _import_shapes()
     return sys.modules[whole]
 
 
@@ -124,8 +118,8 @@ def _treated(name: str, treat: Callable[[Any], Loader]) -> Iterator[None]:
     """While it lasts, a module of this name is loaded by what ``treat`` makes of its loader."""
 
     class Finder(MetaPathFinder):
-        def find_spec(self, wanted: str, path: Any, target: Any = None) -> ModuleSpec | None:
-            spec = PathFinder.find_spec(wanted, path, target) if wanted == name else None
+        def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+            spec = PathFinder.find_spec(fullname, path, target) if fullname == name else None
             if spec is not None:
                 spec.loader = treat(spec.loader)
             return spec
@@ -151,10 +145,10 @@ class _Treating(Loader):
 
 
 class _AtFirstUse(_Treating):
-    """Makes a module that is executed when something is wanted of it."""
+    """Makes a module that is executed when a name of it is used."""
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        return Later(spec.name)
+        return Deferred(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
         """Not yet."""
@@ -178,16 +172,12 @@ class _ScanningOnce(_Treating):
 @contextmanager
 def scanning_once(scanner: Any) -> Iterator[None]:
     """Give transformers, which looks through its models for what they export, a memory for it."""
-    scan: Any = getattr(scanner, SCAN, None)
-    exported: Any = getattr(scanner, EXPORTED, None)
-    if scan is None or exported is None:  # another version: it takes longer
-        yield
-        return
-    known = functools.cache(scan)
+    exported: Any = getattr(scanner, EXPORTED)
+    cached = functools.cache(getattr(scanner, SCAN))
 
     def scan_folder(path: str | Path) -> Any:
         text = os.fspath(path)
-        return known(os.path.dirname(text) if os.path.isfile(text) else text)
+        return cached(os.path.dirname(text) if os.path.isfile(text) else text)
 
     def find_exported(source: str) -> Any:  # the last line that begins with it counts
         return exported(source[source.rfind("\n__all__") + 1 :])
@@ -198,16 +188,16 @@ def scanning_once(scanner: Any) -> Iterator[None]:
 
 @contextmanager
 def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
-    known = getattr(module, name)
+    original = getattr(module, name)
     setattr(module, name, value)
     try:
         yield
     finally:
-        setattr(module, name, known)
+        setattr(module, name, original)
 
 
-class Later(ModuleType):
-    """A module that is executed when something is wanted of it that is not there yet."""
+class Deferred(ModuleType):
+    """A module that is executed when a name is used that is not there yet."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -224,8 +214,8 @@ class Later(ModuleType):
         spec.loader.exec_module(self)
 
 
-class Compiler(Later):
-    """torch's. That it should leave a function alone, or know it, can wait until it is there."""
+class Compiler(Deferred):
+    """torch's compiler. To exempt or to allow a function can wait until it is there."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -242,12 +232,12 @@ class Compiler(Later):
             return functools.partial(self._note, name)
         return super().__getattr__(name)
 
-    def _disable(self, function: Any = None, *given: Any, **options: Any) -> Any:
+    def _disable(self, function: Any = None, *args: Any, **options: Any) -> Any:
         if function is None:
-            return lambda function: self._disable(function, *given, **options)
+            return lambda function: self._disable(function, *args, **options)
         if not inspect.isroutine(function):
             self.import_now()
-            return self.disable(function, *given, **options)
+            return self.disable(function, *args, **options)
         called = function
 
         @functools.wraps(function)
@@ -256,7 +246,7 @@ class Compiler(Later):
 
         def disable() -> None:
             nonlocal called
-            called = self.disable(function, *given, **options)
+            called = self.disable(function, *args, **options)
 
         self._waiting.append(disable)
         return call
@@ -266,9 +256,9 @@ class Compiler(Later):
         return function
 
     def import_now(self) -> None:
-        """Import it, and do what has waited for it."""
+        """Import it, and do what was put off."""
         waiting = self._waiting
-        import_shapes()  # it asks for them without a name
+        _import_shapes()  # it asks for them without a name
         super().import_now()
         for act in waiting:
             act()
@@ -286,12 +276,12 @@ class _WholeFirst(MetaPathFinder):
         module = sys.modules.get(name)
         if module is None:
             return None
-        found = _Found(module)
-        module.__spec__ = ModuleSpec(name, found)  # else it would be loaded by its own once more
+        loader = _Loaded(module)
+        module.__spec__ = ModuleSpec(name, loader)  # else it would be loaded by its own once more
         return module.__spec__
 
 
-class _Found(Loader):
+class _Loaded(Loader):
     """Gives a module that has been loaded meanwhile."""
 
     def __init__(self, module: ModuleType) -> None:

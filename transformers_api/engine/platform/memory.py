@@ -1,4 +1,4 @@
-"""How much memory there is, and giving it back."""
+"""Free memory, and giving it back."""
 
 from __future__ import annotations
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
+import torch._meta_registrations as registrations
 from torch.overrides import TorchFunctionMode
-
-from transformers_api.engine.platform.lazy_torch import import_shapes
 
 
 class ShapesOnly(TorchFunctionMode):
     """While it lasts, tensors on ``meta`` can do what they could if torch were imported whole.
 
-    Most of it they can without (``engine.lean``); whoever wants more gets all.
+    Most of it they can without (``lazy_torch.py``); an operation that needs more gets all.
     """
 
     def __torch_function__(
@@ -23,6 +23,7 @@ class ShapesOnly(TorchFunctionMode):
         try:
             return func(*args, **kwargs)
         except NotImplementedError:
-            if not import_shapes():
+            if type(registrations) is ModuleType:  # nothing was left out
                 raise
+            _ = registrations.activate_meta  # the first name that is used imports it
             return func(*args, **kwargs)

@@ -3,6 +3,10 @@
 A graph is bound to addresses and shapes. So a step is padded to a bucket, of rows and of cached
 tokens, and its inputs are written where the graph reads them. Rows that only pad write their keys
 and values into a row of the cache that nobody reads.
+
+A step that is watched is the very same padded step, run uncaptured: same shapes, so the same bits.
+Whole streams agree in tokens, and in scores to rounding, as all that torch computes: prompts that
+are read in other chunks are products of other shapes (docs/decisions/0004-float32-on-cpu.md).
 """
 
 from __future__ import annotations
@@ -32,19 +36,19 @@ class PaddedCache(SlotCache):
         """No more, as what padding wrote into the spare one would be another's first keys."""
         return rows
 
-    def bind_padded(self, row_index: Tensor, positions: Tensor, seen: int) -> None:
+    def bind_padded(self, row_index: Tensor, positions: Tensor, context: int) -> None:
         """Aim the next forward at rows 0..R, each writing its token into row ``row_index`` (R, 1).
 
-        ``positions`` (R, 1); ``seen``: how many tokens of each row are read, masked or not.
+        ``positions`` (R, 1); ``context``: how many tokens of each row are read, masked or not.
         """
         self.window = slice(0, len(positions))
-        self.seen = seen
+        self.context = context
         self.span = None
         self.row_index, self.positions = row_index, positions
 
     @property
     def addresses(self) -> list[int]:
-        """Where keys and values lie now."""
+        """The addresses of keys and values now."""
         return [rows.data_ptr() for layer in self.slots for rows in layer.rows]
 
 
@@ -69,9 +73,9 @@ class GraphRunner(ModelRunner):
             return super().forward(batch, keep)
         sequences, cache = batch.sequences, self.cache
         count = len(sequences)
-        seen = max(seq.num_cached for seq in sequences) + 1
+        context = max(seq.num_cached for seq in sequences) + 1
         rows = min(power_of_two(count), cache.rows)
-        length = min(max(power_of_two(seen), MIN_LENGTH), cache.length)
+        length = min(max(power_of_two(context), MIN_LENGTH), cache.length)
         self._write(batch, rows)
 
         def step() -> Tensor:

@@ -15,7 +15,7 @@ from transformers_api.engine.sequence import Sequence
 
 
 class Runner(Protocol):
-    """What ``BatchingEngine`` drives; wrappers that observe have the same interface."""
+    """The runner that ``BatchingEngine`` drives; wrappers that observe are the same outside."""
 
     @property
     def cache(self) -> SlotStore:
@@ -40,6 +40,8 @@ class ModelRunner:
     ``vocab_size``: logits of ids that the tokenizer lacks are cut off.
     """
 
+    mode = "batching"
+
     def __init__(self, model: Any, cache: SlotCache, vocab_size: int) -> None:
         self.model = model
         self.cache = cache
@@ -51,14 +53,14 @@ class ModelRunner:
     def forward(self, batch: Batch, keep: int = 1) -> Tensor:
         """See Runner."""
         starts = [seq.num_cached for seq in batch.sequences]
-        seen = max(starts) + batch.width
+        context = max(starts) + batch.width
         positions = torch.tensor(starts)[:, None] + torch.arange(batch.width)  # (B, T)
         positions = positions.to(self.device)
-        self.cache.bind(batch.first_slot, positions, seen)
+        self.cache.bind(batch.first_slot, positions, context)
         output = self.model(
             input_ids=torch.tensor(batch.ids, device=self.device),
             position_ids=positions,
-            attention_mask=self.masks.build(positions, seen),
+            attention_mask=self.masks.build(positions, context),
             past_key_values=self.cache,
             use_cache=True,
             return_dict=True,
@@ -90,9 +92,9 @@ class MaskBuilder:
         additive = config._attn_implementation == "eager"  # eager adds masks, sdpa selects by them
         self.additive_dtype = model.dtype if additive else None
 
-    def build(self, positions: Tensor, seen: int) -> Tensor | dict[str, Tensor]:
-        """The mask for ``positions`` (B, T) over the first ``seen`` cached tokens."""
-        keys = torch.arange(seen, device=positions.device)
+    def build(self, positions: Tensor, context: int) -> Tensor | dict[str, Tensor]:
+        """The mask for ``positions`` (B, T) over the first ``context`` cached tokens."""
+        keys = torch.arange(context, device=positions.device)
         distance = positions[:, None, :, None] - keys  # (B, 1, T, S)
         masks = {kind: self._mask(distance, window) for kind, window in self.windows.items()}
         return masks.get("", masks)
@@ -125,7 +127,7 @@ class OneRow:
     budget_bytes = 0
 
     def reserve(
-        self, rows: int, length: int, kept: Mapping[int, int] | None = None
+        self, rows: int, length: int, prefixes: Mapping[int, int] | None = None
     ) -> tuple[int, int] | None:
         """One row of any length."""
         return (1, length) if rows == 1 else None
@@ -147,6 +149,8 @@ class SequentialRunner:
     transformers' attention interface. The model's own ``prepare_inputs_for_generation`` knows. With
     ``recompute`` every step reads the whole sequence again: for models without a cache.
     """
+
+    mode = "sequential"
 
     def __init__(self, model: Any, vocab_size: int, recompute: bool = False) -> None:
         self.model = model
@@ -193,6 +197,9 @@ class SequentialRunner:
             config = self.model.config.get_text_config(decoder=True)
             state[name or "past_key_values"] = DynamicCache(config=config)
         return state
+
+
+VerifiedRunner = ModelRunner | SequentialRunner
 
 
 def _last(logits: Tensor, keep: int, vocab_size: int) -> Tensor:

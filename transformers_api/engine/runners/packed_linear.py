@@ -50,11 +50,18 @@ class _PackedProduct(torch.autograd.Function):
         return grads[0] @ ctx.packed.to_dense(), None, None
 
 
-def pack_linears(model: Any) -> None:
-    """Replace the Linear layers of a float32 or bfloat16 model on a CPU, one by one."""
-    if model.device.type != "cpu" or model.dtype not in (torch.float32, torch.bfloat16):
-        return
+def can_pack(dtype: torch.dtype) -> bool:
+    """True where this processor has oneDNN's products of such weights."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    if dtype == torch.bfloat16:  # AVX-512, or AVX2 with conversions
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32
+
+
+def pack_linears(model: Any) -> None:
+    """Replace the Linear layers of a model on a CPU, one by one, where that is possible."""
+    if model.device.type != "cpu" or not can_pack(model.dtype):
         return
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in [m.weight]}
     for module in list(model.modules()):

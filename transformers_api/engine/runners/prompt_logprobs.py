@@ -40,5 +40,5 @@ class PromptScoringRunner:
             seq.prompt_scores = [None]
         first = seq.num_cached + 1
         targets = seq.tokens[first : min(first + len(logits), seq.prompt_len)]
-        wanted = [seq.params.prompt_logprobs] * len(targets)
-        seq.prompt_scores += token_scores(logits[: len(targets)], targets, wanted)
+        counts = [seq.params.prompt_logprobs] * len(targets)
+        seq.prompt_scores += token_scores(logits[: len(targets)], targets, counts)

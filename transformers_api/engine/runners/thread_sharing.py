@@ -91,14 +91,14 @@ def thread_waits() -> dict[str, float]:
     """Seconds that this thread and those of libraries have so far waited for a core, by task."""
     others = {str(each.native_id) for each in threading.enumerate()}
     others.discard(str(threading.get_native_id()))
-    found = {}
+    waits = {}
     try:
         for task in TASKS.iterdir():
             if task.name not in others:
-                found[task.name] = int((task / "schedstat").read_text().split()[1]) / 1e9
+                waits[task.name] = int((task / "schedstat").read_text().split()[1]) / 1e9
     except OSError:  # a thread has ended meanwhile, or Linux does not tell
         return {}
-    return found
+    return waits
 
 
 def idle_s() -> float:

@@ -1,4 +1,4 @@
-"""Whether a runner says what its model says. Asked at load, before anybody else asks anything."""
+"""The comparison of a runner with its model, at load, before anybody asks anything."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def probe(vocab_size: int, window: int) -> list[list[int]]:
 
 
 def own_logits(model: Any, vocab_size: int, window: int, *, at_once: bool = False) -> list[Tensor]:
-    """What the model itself says of the probe's last two tokens: (2, V) of each sequence.
+    """The model's own logits (2, V) for the last two tokens of each sequence of the probe.
 
     ``at_once``: in one pass, for a model that takes a batch; what comes after a sequence is nothing
     to its tokens.
@@ -37,8 +37,8 @@ def own_logits(model: Any, vocab_size: int, window: int, *, at_once: bool = Fals
     batches = (
         [[row + [0] * (longest - len(row)) for row in rows]] if at_once else [[r] for r in rows]
     )
-    given = [logits for batch in batches for logits in _plain_logits(model, batch, vocab_size)]
-    return [logits[len(row) - 2 : len(row)] for logits, row in zip(given, rows, strict=True)]
+    computed = [logits for batch in batches for logits in _plain_logits(model, batch, vocab_size)]
+    return [logits[len(row) - 2 : len(row)] for logits, row in zip(computed, rows, strict=True)]
 
 
 def agrees(
@@ -46,21 +46,21 @@ def agrees(
     model: Any,
     vocab_size: int,
     window: int,
-    wanted: list[Tensor] | None = None,
+    expected: list[Tensor] | None = None,
     quantization: str = "none",
 ) -> bool:
-    """Whether the runner's logits are the model's own: rows in company, prompts in chunks.
+    """Return True where the runner's logits are the model's own, in company and in chunks.
 
-    Two short sequences, against one forward pass of each without any cache. ``wanted``: what
-    ``own_logits`` said of the model before it was changed.
+    Two short sequences, against one forward pass of each without any cache. ``expected``: the
+    ``own_logits`` of the model before it was changed.
     """
     rows = probe(vocab_size, window)
     together = isinstance(runner, ModelRunner) and runner.cache.max_rows >= len(rows)
     try:
-        if wanted is None:
-            wanted = own_logits(model, vocab_size, window)
+        if expected is None:
+            expected = own_logits(model, vocab_size, window)
         groups = [rows] if together else [[row] for row in rows]
-        given = [
+        computed = [
             logits
             for group in groups
             for logits in _run(runner, group, isinstance(runner, ModelRunner))
@@ -72,7 +72,8 @@ def agrees(
     exact = model.dtype == torch.float32 and getattr(runner.cache, "dtype", torch.float32)
     tolerance = QUANTIZED.get(quantization, 1e-3 if exact == torch.float32 else 0.05)
     return all(
-        bool((a - b).norm() <= tolerance * b.norm()) for a, b in zip(given, wanted, strict=True)
+        bool((a - b).norm() <= tolerance * b.norm())
+        for a, b in zip(computed, expected, strict=True)
     )
 
 

@@ -1,6 +1,6 @@
-"""Tokens drawn quickly, where there is no doubt about them.
+"""A fast sampler, for tokens that are beyond doubt.
 
-What is drawn is defined by ``sampler.draw``: of the tokens that the filters keep, the one whose
+``sampler.draw`` defines the token: of the tokens that the filters keep, the one whose
 probability over its noise is largest. To work that out for a whole vocabulary costs more than a
 forward pass of a small model, and most of it is wasted:
 
@@ -9,8 +9,8 @@ forward pass of a small model, and most of it is wasted:
   a place; else it is out, with all that are less likely, and the rest race again.
 * Probabilities may lack the factor that makes their sum 1.
 
-The last bits come out differently that way. Where that could matter, and that is rare, nothing is
-said, and the definition decides. kernels/src/sample.cpp does the same.
+The last bits come out differently that way. Where that could matter, and that is rare, the answer
+is UNSURE, and the definition decides. The kernels do the same.
 """
 
 from __future__ import annotations
@@ -33,33 +33,33 @@ TINY = 1e-30  # a temperature that is smaller, or its inverse, may not be a norm
 GROUP = 128  # tokens whose maximum is looked at first
 
 
-class Quick(Protocol):
-    """Draws what it is sure of."""
+class FastSampler(Protocol):
+    """Draws the tokens that it is sure of."""
 
     def __call__(self, logits: Tensor, sequences: list[Sequence]) -> list[int]:
         """A token for each row of ``logits`` (B, V), or UNSURE."""
         ...
 
 
-def is_for_all(seq: Sequence) -> bool:
-    """Whether a row can be drawn quickly at all."""
+def is_fast(seq: Sequence) -> bool:
+    """True where a fast sampler may draw for the sequence at all."""
     return seq.generator is None and seq.params.typical_p >= 1
 
 
-class Race:
-    """Meets Quick, on a CPU. Keeps memory: tensors of this size take longer to get than to fill."""
+class TorchFastSampler:
+    """Meets FastSampler, on a CPU. Reuses memory: large tensors take longer to get than to fill."""
 
     def __init__(self) -> None:
         self._steps = torch.zeros(0, dtype=torch.int64)
 
     def __call__(self, logits: Tensor, sequences: list[Sequence]) -> list[int]:
-        """See Quick."""
+        """See FastSampler."""
         if logits.device.type != "cpu" or logits.dtype != torch.float32:
             return [UNSURE] * len(sequences)
         self._reserve(logits.shape[1])
         best, finite = likeliest(logits)
         return [
-            self._drawn(logits[row], seq, token) if ok and is_for_all(seq) else UNSURE
+            self._drawn(logits[row], seq, token) if ok and is_fast(seq) else UNSURE
             for row, (seq, token, ok) in enumerate(zip(sequences, best, finite, strict=True))
         ]
 
@@ -86,15 +86,15 @@ class Race:
             winner = self._winner(key, best)
             if winner == UNSURE:
                 return UNSURE
-            kept = self._is_kept(float(self._shares[winner]), params)
-            if kept is None:
+            passes = self._passes(float(self._shares[winner]), params)
+            if passes is None:
                 return UNSURE
-            if kept:
+            if passes:
                 return winner
             floor = float(self._shares[winner])
 
     def _find_scores(self, key: int) -> None:
-        """For every token a number that is not below its share over its rng."""
+        """Fill in, for every token, a number that is not below its share over its noise."""
         x, shifted = self._hash, self._shifted
         torch.add(self._steps, key, out=x)
         rng.mix(x, shifted)
@@ -104,22 +104,22 @@ class Race:
     def _winner(self, key: int, best: int) -> int:
         most = int(self._scores.argmax())
         bound = min(self._exact(key, torch.tensor([most])).item(), 1e30)
-        able = (self._scores >= bound * (1 - 2 * CLOSE)).nonzero()[:, 0]
-        exact = self._exact(key, able)
-        if len(able) == 1:
-            return int(able[0]) if bool(exact.isfinite()) else UNSURE
+        candidates = (self._scores >= bound * (1 - 2 * CLOSE)).nonzero()[:, 0]
+        exact = self._exact(key, candidates)
+        if len(candidates) == 1:
+            return int(candidates[0]) if bool(exact.isfinite()) else UNSURE
         values, places = exact.topk(2)
         first, second = values.tolist()
         is_sure = first < torch.inf and second < first * (1 - CLOSE)
-        return int(able[places[0]]) if is_sure else UNSURE
+        return int(candidates[places[0]]) if is_sure else UNSURE
 
     def _exact(self, key: int, tokens: Tensor) -> Tensor:
         """The scores (K,) of ``tokens`` (K,), float64."""
         drawn = rng.exponential(torch.tensor([key]), tokens)[0]
         return self._shares[tokens].double() / drawn.abs()  # no noise at all: infinite
 
-    def _is_kept(self, share: float, params: SamplingParams) -> bool | None:
-        """Whether the filters keep a token; None if it is not clear."""
+    def _passes(self, share: float, params: SamplingParams) -> bool | None:
+        """True where the filters keep a token; None if it is not clear."""
         if params.min_p > 0 and abs(share - params.min_p) <= CLOSE * params.min_p:
             return None
         if share < params.min_p:
@@ -162,5 +162,5 @@ def largest(numbers: Tensor, count: int) -> tuple[Tensor, Tensor]:
     groups = numbers[:whole].reshape(-1, GROUP).amax(-1).topk(count).indices
     places = (groups[:, None] * GROUP + torch.arange(GROUP, device=groups.device)).flatten()
     places = torch.cat([places, torch.arange(whole, len(numbers), device=groups.device)])
-    values, found = numbers[places].topk(count)
-    return values, places[found]
+    values, indices = numbers[places].topk(count)
+    return values, places[indices]

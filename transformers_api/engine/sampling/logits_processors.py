@@ -1,28 +1,17 @@
-"""What changes one sequence's logits before the temperature. One class each."""
+"""Changes to one sequence's logits before the temperature. One class each."""
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from transformers_api.engine.base import SamplingParams
-
-if TYPE_CHECKING:
-    from transformers_api.engine.sequence import Sequence
+from transformers_api.engine.sequence import LogitsProcessor, Sequence
 
 
-class LogitsProcessor(Protocol):
-    """Changes a row in place."""
-
-    def __call__(self, seq: Sequence, row: Tensor) -> None:
-        """``row`` (V,) float32, the sequence's own copy."""
-        ...
-
-
-class SeenTokens:
+class PastTokens:
     """The distinct ids of prompt and output, kept up as the sequence grows."""
 
     def __init__(self) -> None:
@@ -44,11 +33,11 @@ class WordRepetitionPenalty:
 
     def __init__(self, penalty: float) -> None:
         self.penalty = penalty
-        self._seen = SeenTokens()
+        self._past = PastTokens()
 
     def __call__(self, seq: Sequence, row: Tensor) -> None:
         """See the class."""
-        row[self._seen.index(seq, row)] /= self.penalty
+        row[self._past.index(seq, row)] /= self.penalty
 
 
 class RepetitionPenalty:
@@ -59,13 +48,13 @@ class RepetitionPenalty:
 
     def __init__(self, penalty: float) -> None:
         self.penalty = penalty
-        self._seen = SeenTokens()
+        self._past = PastTokens()
 
     def __call__(self, seq: Sequence, row: Tensor) -> None:
         """See the class."""
-        ids = self._seen.index(seq, row)
-        seen = row[ids]
-        row[ids] = torch.where(seen > 0, seen / self.penalty, seen * self.penalty)
+        ids = self._past.index(seq, row)
+        logits = row[ids]
+        row[ids] = torch.where(logits > 0, logits / self.penalty, logits * self.penalty)
 
 
 class AdditivePenalties:

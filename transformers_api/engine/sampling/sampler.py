@@ -12,7 +12,12 @@ from torch import Tensor
 
 from transformers_api.engine.base import SamplingParams, TokenScore
 from transformers_api.engine.sampling import rng
-from transformers_api.engine.sampling.fast_sampler import UNSURE, Quick, Race, largest
+from transformers_api.engine.sampling.fast_sampler import (
+    UNSURE,
+    FastSampler,
+    TorchFastSampler,
+    largest,
+)
 from transformers_api.engine.sequence import SampledToken, Sequence
 from transformers_api.errors import EngineFailed
 
@@ -20,7 +25,7 @@ FIRST_CANDIDATES = 64  # looked at before more; nearly always enough for top_p 0
 
 
 class TokenSampler(Protocol):
-    """What ``BatchingEngine`` draws with; wrappers that observe have the same interface."""
+    """The sampler that ``BatchingEngine`` drives; wrappers that observe are the same outside."""
 
     def sample(self, logits: Tensor, sequences: list[Sequence]) -> list[SampledToken]:
         """One token for each row of ``logits`` (B, V), float32, which stay as they are."""
@@ -30,17 +35,17 @@ class TokenSampler(Protocol):
 class Sampler:
     """Stateless, but for what the logits processors of a sequence remember, and some memory.
 
-    ``quick`` draws what it is sure of; the rest is drawn by definition.
+    ``fast`` draws the tokens that it is sure of; the rest is drawn by definition.
     """
 
-    def __init__(self, quick: Quick | None = None) -> None:
-        self.quick = quick or Race()
+    def __init__(self, fast: FastSampler | None = None) -> None:
+        self.fast = fast or TorchFastSampler()
         self._room = torch.empty(0)
 
     def sample(self, logits: Tensor, sequences: list[Sequence]) -> list[SampledToken]:
         """One token for each row of ``logits`` (B, V), float32."""
         processed = self._process(logits, sequences)
-        ids = self.quick(processed, sequences)
+        ids = self.fast(processed, sequences)
         left = [row for row, token in enumerate(ids) if token == UNSURE]
         if left:
             chosen = by_definition(processed[left], [sequences[row] for row in left])
@@ -77,7 +82,7 @@ def by_definition(logits: Tensor, sequences: list[Sequence]) -> list[int]:
 
 
 def distribution(logits: Tensor, seq: Sequence, least: int = 1) -> tuple[Tensor, Tensor]:
-    """What the next token of ``seq`` is drawn from: probabilities (K,), float64, and ids (K,).
+    """The distribution of the next token of ``seq``: probabilities (K,), float64, and ids (K,).
 
     ``logits`` (V,) of the model. Tokens that are not among the K have none; K is ``least`` or more.
     Temperature 0 has everything on the likeliest.
@@ -92,8 +97,8 @@ def distribution(logits: Tensor, seq: Sequence, least: int = 1) -> tuple[Tensor,
         return (torch.arange(len(ids), device=row.device) == 0).double(), ids
     probs = ((row - row.max()) / seq.params.temperature).softmax(-1)[None]
     ((_, count),) = _by_candidates(probs, [seq.params])
-    kept, ids = candidates(probs, [seq.params], count)
-    return kept[0] / kept.sum(), ids[0]
+    filtered, ids = candidates(probs, [seq.params], count)
+    return filtered[0] / filtered.sum(), ids[0]
 
 
 def draw(logits: Tensor, sequences: list[Sequence]) -> Tensor:
@@ -111,9 +116,9 @@ def draw(logits: Tensor, sequences: list[Sequence]) -> Tensor:
     chosen = torch.empty(len(sequences), dtype=torch.long, device=logits.device)
     for rows, count in _by_candidates(probs, params):
         index = torch.tensor(rows, device=logits.device)
-        kept, ids = candidates(probs[index], [params[row] for row in rows], count)
-        race = kept / _noise([sequences[row] for row in rows], keys[index], ids, probs.shape[-1])
-        chosen[index] = ids.gather(-1, race.argmax(-1, keepdim=True))[:, 0]
+        filtered, ids = candidates(probs[index], [params[row] for row in rows], count)
+        noise = _noise([sequences[row] for row in rows], keys[index], ids, probs.shape[-1])
+        chosen[index] = ids.gather(-1, (filtered / noise).argmax(-1, keepdim=True))[:, 0]
     return chosen
 
 
@@ -138,52 +143,52 @@ def candidates(probs: Tensor, params: list[SamplingParams], count: int) -> tuple
         ids = torch.arange(probs.shape[-1], device=probs.device)
         return probs.double(), ids.expand(probs.shape)
     values, ids = probs.topk(count, -1)  # sorted
-    kept = values.double()
+    filtered = values.double()
     for keep in (_top_k, _top_p, _min_p, _typical_p):
-        kept = keep(kept, params)
-    return kept, ids
+        filtered = keep(filtered, params)
+    return filtered, ids
 
 
-def _top_k(kept: Tensor, params: list[SamplingParams]) -> Tensor:
+def _top_k(filtered: Tensor, params: list[SamplingParams]) -> Tensor:
     """Keep the k likeliest."""
-    limit = _column(kept, [float(p.top_k or kept.shape[-1]) for p in params])
-    return kept.where(torch.arange(kept.shape[-1], device=kept.device) < limit, 0)
+    limit = _column(filtered, [float(p.top_k or filtered.shape[-1]) for p in params])
+    return filtered.where(torch.arange(filtered.shape[-1], device=filtered.device) < limit, 0)
 
 
-def _top_p(kept: Tensor, params: list[SamplingParams]) -> Tensor:
+def _top_p(filtered: Tensor, params: list[SamplingParams]) -> Tensor:
     """Keep the smallest set whose probability reaches p, at least one token.
 
     Nucleus sampling: Holtzman et al. 2019, arXiv:1904.09751, section 3.1. With p = 1 all stay,
-    also where ``kept`` is only a part of the distribution.
+    also where ``filtered`` is only a part of the distribution.
     """
-    p = _column(kept, [param.top_p for param in params])
-    filtered_before = _column(kept, [float(param.top_k > 0) for param in params])
-    total = torch.where(filtered_before > 0, kept.sum(-1, keepdim=True), 1.0)
-    before = kept.cumsum(-1) - kept
+    p = _column(filtered, [param.top_p for param in params])
+    filtered_before = _column(filtered, [float(param.top_k > 0) for param in params])
+    total = torch.where(filtered_before > 0, filtered.sum(-1, keepdim=True), 1.0)
+    before = filtered.cumsum(-1) - filtered
     keep = (before < p * total) | (p >= 1)
     keep[:, 0] = True
-    return kept.where(keep, 0)
+    return filtered.where(keep, 0)
 
 
-def _min_p(kept: Tensor, params: list[SamplingParams]) -> Tensor:
+def _min_p(filtered: Tensor, params: list[SamplingParams]) -> Tensor:
     """Keep what is at least p times as likely as the likeliest: arXiv:2407.01082."""
-    p = _column(kept, [param.min_p for param in params])
-    return kept.where(kept >= p * kept[:, :1], 0)
+    p = _column(filtered, [param.min_p for param in params])
+    return filtered.where(filtered >= p * filtered[:, :1], 0)
 
 
-def _typical_p(kept: Tensor, params: list[SamplingParams]) -> Tensor:
+def _typical_p(filtered: Tensor, params: list[SamplingParams]) -> Tensor:
     """Keep the tokens whose surprise is nearest to the entropy, p of the mass: arXiv:2202.00666."""
     if all(param.typical_p >= 1 for param in params):
-        return kept
-    p = _column(kept, [param.typical_p for param in params])
-    normal = kept / kept.sum(-1, keepdim=True)
+        return filtered
+    p = _column(filtered, [param.typical_p for param in params])
+    normal = filtered / filtered.sum(-1, keepdim=True)
     surprise = -normal.clamp_min(1e-300).log()
     entropy = (normal * surprise).sum(-1, keepdim=True)
     order = (surprise - entropy).abs().argsort(stable=True, dim=-1)
     ordered = normal.gather(-1, order)
     keep = (ordered.cumsum(-1) - ordered < p) | (p >= 1)
     keep[:, 0] = True
-    return kept.where(torch.zeros_like(keep).scatter(-1, order, keep), 0)
+    return filtered.where(torch.zeros_like(keep).scatter(-1, order, keep), 0)
 
 
 def _by_candidates(probs: Tensor, params: list[SamplingParams]) -> list[tuple[list[int], int]]:
@@ -219,7 +224,7 @@ def _has_filter(param: SamplingParams, vocab: int) -> bool:
 
 
 def _is_decided(param: SamplingParams, count: int, mass: float, ratio: float) -> bool:
-    """Whether some filter cuts within the ``count`` likeliest tokens, so that no other matters."""
+    """True where a filter cuts within the ``count`` likeliest tokens: no other matters then."""
     by_top_k = 0 < param.top_k <= count
     by_top_p = param.top_p < 1 and mass >= param.top_p
     by_min_p = param.min_p > 0 and ratio < param.min_p
@@ -227,21 +232,21 @@ def _is_decided(param: SamplingParams, count: int, mass: float, ratio: float) ->
 
 
 def token_scores(
-    logits: Tensor, token_ids: list[int], wanted: list[int | None]
+    logits: Tensor, token_ids: list[int], top_counts: list[int | None]
 ) -> list[TokenScore | None]:
     """Log probabilities under the model of ``token_ids``, one a row of ``logits`` (B, V).
 
-    ``wanted``: None for no score, else how many of the likeliest tokens come with it.
+    ``top_counts``: None for no score, else how many of the likeliest tokens come with it.
     """
-    rows = [row for row, count in enumerate(wanted) if count is not None]
-    scores: list[TokenScore | None] = [None] * len(wanted)
+    rows = [row for row, count in enumerate(top_counts) if count is not None]
+    scores: list[TokenScore | None] = [None] * len(top_counts)
     if not rows:
         return scores
     logprobs = logits[torch.tensor(rows, device=logits.device)].float().log_softmax(-1)
-    width = min(max(wanted[row] or 0 for row in rows), logits.shape[-1])
+    width = min(max(top_counts[row] or 0 for row in rows), logits.shape[-1])
     values, ids = (t.tolist() for t in logprobs.topk(width, -1))
     for i, row in enumerate(rows):
-        top = tuple(zip(ids[i], values[i], strict=True))[: wanted[row]]
+        top = tuple(zip(ids[i], values[i], strict=True))[: top_counts[row]]
         token = token_ids[row]
         scores[row] = TokenScore(token, float(logprobs[i, token]), top)
     return scores

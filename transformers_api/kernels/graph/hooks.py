@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from transformers_api.kernels.abi import Library
 from transformers_api.kernels.graph.executor import FinishedCall
 from transformers_api.kernels.graph.planner import HookPoint
-from transformers_api.kernels.modules.attention import (
-    NAME,
-    CausalRows,
-    native_attention,
-    replay_attention,
-)
+from transformers_api.kernels.modules.attention import CausalRows, replay_attention
+
+_observed: ContextVar[Collection[int] | None] = ContextVar("observed", default=())
+
+
+@contextmanager
+def observing(layers: Collection[int] | None) -> Iterator[None]:
+    """Let passes show the attention of these layers, within the block; None: of all."""
+    token = _observed.set(layers)
+    try:
+        yield
+    finally:
+        _observed.reset(token)
 
 
 class HookReplay:
     """A PassObserver of sequences at the positions ``starts`` (B,) that end before ``length``.
 
-    ``first``: the row of the ``cache`` that belongs to the first sequence. A function that wraps
-    the attention may have ``layers``, and is then called for those alone.
+    ``first``: the row of the ``cache`` that belongs to the first sequence. Attention is shown of
+    the layers that are observed (see ``observing``), other modules where they have hooks.
 
     Between two parts of a pass the weights have driven everything else from the caches, and a call
     of torch takes fifty microseconds: few are made.
@@ -41,9 +48,7 @@ class HookReplay:
 
     def choose(self, points: Sequence[HookPoint]) -> list[HookPoint]:
         """See PassObserver."""
-        function = ALL_ATTENTION_FUNCTIONS[NAME]
-        unwrapped = () if function is native_attention else None
-        layers = getattr(function, "layers", unwrapped)
+        layers = _observed.get()
         return [
             point
             for point in points
@@ -58,7 +63,7 @@ class HookReplay:
         """See PassObserver."""
         if call.cached is None:
             stream, output = call.tensors
-            call_with_result(call.module, stream, (output,) if call.options["is_tuple"] else output)
+            call_hooks(call.module, stream, (output,) if call.options["is_tuple"] else output)
             return
         key, value = (self.cache[index][self.rows, :, self.positions] for index in call.cached)
         query, output = call.tensors
@@ -66,10 +71,14 @@ class HookReplay:
         replay_attention(call.module, (query, key, value, output), mask, call.options["options"])
 
 
-def call_with_result(module: nn.Module, stream: Tensor, result: Any) -> None:
-    """Call a module, and so its hooks, with a result that is computed already."""
-    with forward_returning(module, result):
-        module(stream)
+def call_hooks(module: nn.Module, stream: Tensor, result: Any) -> None:
+    """Call a module's hooks, as a call of it would, with a result that is computed already."""
+    for number, before in list(module._forward_pre_hooks.items()):
+        with_kwargs = number in module._forward_pre_hooks_with_kwargs
+        before(module, (stream,), *([{}] if with_kwargs else []))
+    for number, after in list(module._forward_hooks.items()):
+        with_kwargs = number in module._forward_hooks_with_kwargs
+        after(module, (stream,), *([{}] if with_kwargs else []), result)
 
 
 @contextmanager

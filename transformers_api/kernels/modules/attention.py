@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextvars
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +20,6 @@ from transformers_api.kernels.capture import current
 
 NAME = "native"
 MAX_SIZE = 256  # src/attention_block.h
-MARK = "_causal_rows"
 OPTIONS = (
     "softcap",
     "s_aux",
@@ -40,10 +41,28 @@ class CausalRows:
     window: int
 
 
-def describe_mask(mask: Tensor, rows: CausalRows) -> Tensor:
-    """The mask, marked with its description. A tensor that a model derives from it has no mark."""
-    setattr(mask, MARK, rows)
-    return mask
+_described: contextvars.ContextVar[Sequence[tuple[Tensor, CausalRows]]] = contextvars.ContextVar(
+    "described", default=()
+)
+
+
+@contextmanager
+def describing(masks: Sequence[tuple[Tensor, CausalRows]]) -> Iterator[None]:
+    """While it lasts, attention with one of these very masks is computed from its description.
+
+    A mask that a model makes of one of them is another one, and has none.
+    """
+    token = _described.set(masks)
+    try:
+        yield
+    finally:
+        _described.reset(token)
+
+
+def _description(mask: Tensor | None) -> CausalRows | None:
+    if mask is None:
+        return None
+    return next((rows for other, rows in _described.get() if other is mask), None)
 
 
 def register() -> None:
@@ -65,11 +84,11 @@ def native_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of queries (B, H, T, D) over keys and values (B, G, S, D): (B, T, H, D).
 
-    By the kernel where the mask is marked and the tensors are supported, else by sdpa.
+    By the kernel where the mask is described and the tensors are supported, else by sdpa.
     """
     if (output := _replayed.get()) is not None:
         return output, None
-    rows = getattr(attention_mask, MARK, None)
+    rows = _description(attention_mask)
     if rows is None or dropout or not _is_supported(query, key, value):
         key, value = key.to(query.dtype), value.to(query.dtype)
         if kwargs.get("softcap") or kwargs.get("s_aux") is not None:

@@ -1,0 +1,41 @@
+"""Options of one load: what settings and registry say about it. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers_api.engine.base import EngineListener
+from transformers_api.engine.standby import StandbyModels
+
+SMALL_BYTES = 64 << 20  # a float32 checkpoint up to here stays exact: it has no weight to speak of
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """Options of a load. Those that are compared decide what a loaded model is."""
+
+    dtype: str = "auto"
+    device: str = "auto"
+    trust_remote_code: bool = False
+    max_context_tokens: int | None = None  # the registry's: clamps
+    default_context_tokens: int = 2048  # where the config says nothing
+    eos_token_ids: frozenset[int] = frozenset()  # the tokenizer's, besides the model's own
+    tokenizer_size: int | None = None  # largest id + 1; larger ids are never sampled
+    stamp: Hashable = None  # another one when the files are
+    num_slots: int = 32
+    max_waiting: int = 128
+    prefill_chunk: int = 256
+    prompt_lookup_tokens: int = 0  # used where bits do not depend on how many tokens are read
+    kv_cache_bytes: int | None = None  # None: a quarter of what is free after loading
+    native: Path | None = None  # cache of the compiled kernels; None: without them
+    plans: Path | None = None  # cache of execution plans; None: none
+    quantization: str = "none"  # or int8, int4: only with the kernels, else the load fails
+    # Hears of every step.
+    listener: EngineListener | None = field(default=None, compare=False)
+    # Raises InsufficientMemory where so many bytes of weights do not fit.
+    check_room: Callable[[int], None] | None = field(default=None, compare=False)
+    # Where unloaded models go.
+    standby: StandbyModels = field(default_factory=StandbyModels, compare=False)

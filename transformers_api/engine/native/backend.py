@@ -1,0 +1,126 @@
+"""The backend on the kernels of ``transformers_api.kernels``, for CPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from transformers_api.engine.backend import (
+    BackendRefused,
+    PlanOutdated,
+    TokenStats,
+)
+from transformers_api.engine.base import EngineFacts
+from transformers_api.engine.load_options import LoadOptions
+from transformers_api.engine.native.convert_model import kind_of, packed_bytes, weight_kind
+from transformers_api.engine.native.plan_cache import PlanFile
+from transformers_api.engine.native.runner import NativeRunner
+from transformers_api.engine.native.sampler import NativeSampler
+from transformers_api.engine.native.standby import NativeStandby
+from transformers_api.engine.native.verified import verified_runner
+from transformers_api.engine.pretrained import attention_layers, differentiable
+from transformers_api.engine.runners.model_runner import Runner, VerifiedRunner, innermost
+from transformers_api.engine.sampling.sampler import Sampler, TokenSampler
+from transformers_api.engine.standby import StandbyModel
+from transformers_api.kernels import stats
+from transformers_api.kernels.abi import Library
+from transformers_api.kernels.graph.hooks import observing
+from transformers_api.kernels.modules.attention import CausalRows
+
+
+class NativeBackend:
+    """Meets Backend: models on attention, whose layers become packed ones."""
+
+    title = "native kernels"
+    has_own_threads = True
+    is_batch_invariant = True
+    runs_modules = False
+    leaves_model = False
+
+    def __init__(self, library: Library, options: LoadOptions) -> None:
+        self.library = library
+        self.options = options
+
+    def load_dtype(self, dtype: str) -> str:
+        """See Backend. The kernels keep their promise for weights of any dtype."""
+        return "stored" if dtype == "auto" else dtype
+
+    def weight_dtype(self, dtype: str, stored: str, stored_bytes: int) -> str:
+        """See Backend."""
+        return weight_kind(dtype, stored, stored_bytes) or dtype
+
+    def refusal(self, model: Any) -> str | None:
+        """See Backend."""
+        if not attention_layers(model):
+            return "it cannot share a batch"
+        try:
+            kind_of(model, self.options.dtype, self.options.quantization)
+        except BackendRefused as error:
+            return str(error)
+        return None
+
+    def verified_runner(self, model: Any, vocab_size: int, window: int) -> VerifiedRunner:
+        """See Backend. Raises PlanOutdated where a plan on the disk does not fit the model."""
+        options = self.options
+        kind = kind_of(model, options.dtype, options.quantization)
+        size, file = (attention_layers(model), options.num_slots, window), None
+        # Code of a model's own may change where nobody looks.
+        if options.plans and options.stamp and not options.trust_remote_code:
+            file = PlanFile.of(options.plans, options.stamp, options.dtype, kind, size)
+        try:
+            with differentiable():
+                return verified_runner(model, self.library, kind, size, vocab_size, file)
+        except PlanOutdated as error:
+            error.instead = NativeBackend(self.library, replace(options, plans=None))
+            raise
+
+    def sampler(self) -> TokenSampler:
+        """See Backend."""
+        return Sampler(NativeSampler(self.library))
+
+    def describe(self, runner: VerifiedRunner) -> EngineFacts:
+        """See Backend."""
+        assert isinstance(runner, NativeRunner)
+        model, kind = runner.model, runner.kind
+        own = sum(parameter.nbytes for parameter in model.parameters())
+        return EngineFacts(
+            device=str(model.device),
+            dtype=kind.numbers,
+            quantization=kind.quantization,
+            kernels="native",
+            bytes=own + packed_bytes(model),
+        )
+
+    def token_stats(self, logits: Tensor, token: int, count: int) -> TokenStats | None:
+        """See Backend."""
+        if logits.stride(0) != 1:
+            return None
+        made = stats.token_stats(self.library, logits, token, count)
+        return TokenStats(made.logprob, made.entropy, made.rank, made.ids, made.probs)
+
+    def observing_attention(self, layers: Collection[int] | None) -> AbstractContextManager[None]:
+        """See Backend."""
+        return observing(layers)
+
+    def attention_probs(
+        self,
+        mask: Any,
+        query: Tensor,
+        key: Tensor,
+        sequence: int,
+        queries: range,
+        options: dict[str, Any],
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """See Backend. None for a pass that ran the model's modules, as inspections do."""
+        if not isinstance(mask, CausalRows):
+            return None
+        return stats.attention_probs(mask, query, key, sequence, queries, options)
+
+    def standby(self, runner: Runner, folder: Path) -> StandbyModel | None:
+        """See Backend."""
+        return NativeStandby.of(innermost(runner), folder)

@@ -1,0 +1,38 @@
+"""Imports of what never goes away again: begun early, and not looked through for garbage."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib.util
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def map_torch() -> None:
+    """Let the linker begin with torch's largest library while Python's modules are imported.
+
+    ``import torch`` would hold the interpreter's lock meanwhile, this does not. A failure here
+    comes again there, with its reason.
+    """
+    spec = importlib.util.find_spec("torch")  # imports nothing
+    library = Path((spec and spec.origin) or "").parent / "lib" / "libtorch_cpu.so"
+    load = getattr(ctypes.CDLL(None), "dlopen", None)
+    if load is not None and library.exists():
+        arguments = (os.fsencode(library), os.RTLD_NOW)
+        threading.Thread(target=load, args=arguments, name="linker", daemon=True).start()
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """While it lasts, nobody looks for garbage: what is made meanwhile stays."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

@@ -1,0 +1,150 @@
+"""A folder in the transformers format to a causal language model, and facts of its config."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.utils.logging import disable_progress_bar
+
+from transformers_api.engine.load_options import SMALL_BYTES, LoadOptions
+from transformers_api.engine.platform.meta_shapes import ShapesOnly
+from transformers_api.errors import ModelLoadFailed
+
+log = logging.getLogger(__name__)
+disable_progress_bar()  # type: ignore[no-untyped-call]  # a server's log is no terminal
+WINDOW_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
+ATTENTION_KINDS = {"full_attention", "sliding_attention"}
+
+
+def pick_device(device: str) -> str:
+    """``auto`` is the first accelerator, else the CPU. Raises ModelLoadFailed if absent."""
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if device == "auto":
+        return "cuda" if has["cuda"] else "mps" if has["mps"] else "cpu"
+    kind, _, index = device.partition(":")
+    if not has.get(kind, kind == "cpu"):
+        raise ModelLoadFailed(f"Device '{device}' is not available on this machine", param="device")
+    if index and int(index) >= torch.cuda.device_count():
+        raise ModelLoadFailed(
+            f"Device '{device}': there are {torch.cuda.device_count()} GPUs", param="device"
+        )
+    return device
+
+
+def load_model(folder: Path, device: str, dtype: str, trust_remote_code: bool) -> Any:
+    """A causal language model in evaluation mode, every weight from the file.
+
+    Raises ModelLoadFailed for a missing, unexpected or mismatched weight: transformers itself
+    would fill the gap with random numbers and go on.
+    """
+    try:
+        config = AutoConfig.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+        if config.is_encoder_decoder:
+            raise ModelLoadFailed("Encoder-decoder models cannot be served")
+        with differentiable(), ShapesOnly():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=_dtype(dtype, device, config, folder),
+                trust_remote_code=trust_remote_code,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+    except ModelLoadFailed:
+        raise
+    except Exception as error:
+        log.exception("Loading %s failed", folder.name)
+        raise ModelLoadFailed(f"The model cannot be loaded: {_first_line(error)}") from error
+    model, info = loaded
+    _check_loading_info(info)
+    with differentiable():
+        return model.to(device).eval().requires_grad_(False)
+
+
+@contextmanager
+def differentiable() -> Iterator[None]:
+    """Weights made while it lasts can take part in a gradient.
+
+    Those of the engine thread's inference mode never can.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def context_window(config: Any, options: LoadOptions) -> int:
+    """Tokens that the model can see: what its config allows, or less where the registry says so."""
+    text = config.get_text_config(decoder=True)
+    sizes = [getattr(text, name, None) for name in WINDOW_FIELDS]
+    own = next((size for size in sizes if isinstance(size, int) and size > 0), None)
+    if own is None:
+        return options.max_context_tokens or options.default_context_tokens
+    return min(own, options.max_context_tokens or own)
+
+
+def attention_layers(model: Any) -> int:
+    """Layers of the slot cache; 0 for a model whose state is more than K and V per token."""
+    if model._is_stateful or not model._supports_attention_backend:
+        return 0
+    config = model.config.get_text_config(decoder=True)
+    if not set(getattr(config, "layer_types", None) or ()) <= ATTENTION_KINDS:
+        return 0
+    layers = DynamicCache(config=config).layers
+    plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+    return len(layers) if plain else 0
+
+
+def gpu_dtype(stored: str, stored_bytes: int) -> str:
+    """Return ``auto`` on CUDA: the file's own, but 16 bits for a float32 file of any size."""
+    if stored != "float32" or stored_bytes <= SMALL_BYTES:
+        return stored
+    return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+
+
+def _dtype(dtype: str, device: str, config: Any, folder: Path) -> Any:
+    """Auto: float32 on a CPU, where tokens then do not depend on the batch; else see ``gpu_dtype``.
+
+    The kernels keep that promise for weights of any dtype: with them it is ``stored``.
+    """
+    if dtype == "stored":
+        return "auto"
+    if dtype == "auto":
+        if device == "cpu":
+            return torch.float32
+        stored = str(config.dtype).removeprefix("torch.")
+        if not device.startswith("cuda") or stored == "None":
+            return "auto"
+        dtype = gpu_dtype(stored, sum(f.stat().st_size for f in folder.glob("*.safetensors")))
+    return getattr(torch, dtype)
+
+
+def eos_token_ids(model: Any) -> frozenset[int]:
+    """Return the end-of-sequence ids of the generation config and of the config."""
+    ids: set[int] = set()
+    for source in (model.generation_config, model.config.get_text_config(decoder=True)):
+        eos = getattr(source, "eos_token_id", None)
+        ids.update([eos] if isinstance(eos, int) else eos or ())
+    return frozenset(ids)
+
+
+def _check_loading_info(info: dict[str, Any]) -> None:
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if keys := sorted(str(key) for key in info.get(kind) or ()):
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise ModelLoadFailed(
+                f"The weights do not fit the configuration: {kind.replace('_', ' ')}: "
+                f"{', '.join(keys[:3])}{more}"
+            )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
