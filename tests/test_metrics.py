@@ -17,9 +17,9 @@ from tests.fakes import FakeEngine, say
 from tests.metrics_app import make_app, post, scrape, wait_for
 from transformers_api.api.http.request_record import RequestRecord
 from transformers_api.config.settings import Settings
+from transformers_api.engine.native.installation import compilations
 from transformers_api.errors import EngineFailed, ModelLoadFailed, NotFound, Overloaded
 from transformers_api.kernels.build import NativeUnavailable, build
-from transformers_api.kernels.provider import kernel_provider
 from transformers_api.metric_names import described
 from transformers_api.metrics import OTHER, Metrics, Tally
 from transformers_api.serving.limits import api_keys
@@ -194,7 +194,7 @@ def test_runs_of_the_compiler_are_counted_by_their_result(tmp_path):
         compiler.write_text(f"#!/bin/sh\nexit {status}\n")
         compiler.chmod(0o755)
     app, _ = make_app(tmp_path, native_cache=tmp_path / "cache")
-    outcomes = kernel_provider(tmp_path / "cache", Settings().torch_threads).outcomes
+    outcomes = compilations(tmp_path / "cache", Settings().torch_threads)
     before = scrape(app.test_client())
     build(tmp_path / "cache", compiler=str(made), outcomes=outcomes)
     build(tmp_path / "cache", compiler=str(made), outcomes=outcomes)  # it is there already

@@ -42,9 +42,8 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
     access = Access.from_settings(settings)
     store = ModelStore(settings)
     registry = ModelRegistry.from_settings(settings, store.has_repo)
-    thread = None
+    thread, encoder_loader = None, loader
     embeddings: EmbeddingModels | None = None
-    encoder_loader = loader
     metrics = _metrics(settings, registry)
     if loader is None:
         thread = EngineThread(settings.torch_threads, lazy_torch=settings.lazy_torch)
@@ -92,8 +91,8 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
     )
     api.register(app, services)
     if metrics is not None:
-        outcomes = compilations(settings.native_cache, settings.torch_threads)
-        metrics.watch(swapper.status, readiness, admission.__len__, outcomes)
+        compiled = compilations(settings.native_cache, settings.torch_threads)
+        metrics.watch(swapper.status, readiness, admission.__len__, compiled)
     _begin(settings, thread, swapper)
     return app
 
