@@ -296,3 +296,68 @@ def test_every_folder_says_what_it_is_and_where_to_start():
         if not ast.get_docstring(tree(path))
     ]
     assert not missing
+
+
+# Names that say nothing of the thing, or are words of our own where the field has one.
+NAMELESS = frozenset(
+    [
+        "known",
+        "given",
+        "wanted",
+        "found",
+        "told",
+        "said",
+        "seen",
+        "kept",
+        "asked",
+        "shown",
+        "begun",
+        "noted",
+        "heard",
+        "thing",
+        "things",
+        "stuff",
+        "courier",
+        "exchange",
+        "desk",
+        "race",
+        "lean",
+    ]
+)
+RELATIVE = ("what ", "whether ", "who ", "where ", "when ", "how ")
+
+
+def bound_name(node: ast.AST) -> str | None:
+    """The name that ``node`` gives to something."""
+    match node:
+        case ast.Name(id=name, ctx=ast.Store()) | ast.Attribute(attr=name, ctx=ast.Store()):
+            return name
+        case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.ExceptHandler(name=name):
+            return name
+        case ast.arg(arg=name) | ast.alias(asname=name) | ast.MatchAs(name=name):
+            return name
+    return None
+
+
+def vague(path: Path) -> Iterator[str]:
+    for node in ast.walk(tree(path)):
+        name = bound_name(node)
+        if name and name.strip("_").lower() in NAMELESS:
+            yield f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 1)} calls something {name}"
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            first = (ast.get_docstring(node) or "").partition("\n")[0]
+            if first.lower().startswith(RELATIVE):
+                yield f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 1)} opens with {first!r}"
+
+
+@pytest.mark.parametrize("module", modules())
+def test_names_say_what_a_thing_is_and_docstrings_open_with_it(module):
+    wrong = list(vague(modules()[module]))
+    assert not wrong, "\n".join(wrong)
+
+
+def test_vague_names_and_openings_are_noticed(tmp_path, monkeypatch):
+    file = tmp_path / "vague.py"
+    file.write_text('"""What it is."""\ndef f(given):\n    known = self.said = given\n')
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    assert len(list(vague(file))) == 4

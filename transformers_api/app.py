@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from flask import Flask
 
@@ -28,6 +28,7 @@ from transformers_api.serving.limits.admission import Admission
 from transformers_api.serving.models.registry import ModelRegistry
 from transformers_api.serving.models.store import ModelStore
 from transformers_api.serving.swap.loaded_model import Loader
+from transformers_api.serving.swap.policy import SwapRules
 from transformers_api.serving.swap.residency import Listeners, SwapperListener
 from transformers_api.serving.swap.swapper import Swapper
 
@@ -61,8 +62,8 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
     swapper = Swapper(
         registry,
         loader,
-        **_patience(settings),
-        overlap=settings.swap_overlap,
+        _swap_rules(settings, overlap=settings.swap_overlap),
+        wait_s=settings.model_wait_s,
         auto_load=settings.auto_load,
         listener=_listeners(metrics, readiness),
     )
@@ -128,20 +129,20 @@ def _encoders(
     return Swapper(
         EncoderRegistry(registry),
         loader,
-        **_patience(settings),
+        _swap_rules(settings),
+        wait_s=settings.model_wait_s,
         listener=listener,
     )
 
 
-def _patience(settings: Settings) -> dict[str, Any]:
-    """The times that a Swapper waits."""
-    return {
-        "swap_after_s": settings.swap_after_s,
-        "drain_s": settings.drain_s,
-        "wait_s": settings.model_wait_s,
-        "min_resident_s": settings.swap_min_resident_s,
-        "idle_unload_s": settings.idle_unload_s,
-    }
+def _swap_rules(settings: Settings, *, overlap: bool = False) -> SwapRules:
+    return SwapRules(
+        swap_after_s=settings.swap_after_s,
+        drain_s=settings.drain_s,
+        min_resident_s=settings.swap_min_resident_s,
+        idle_unload_s=settings.idle_unload_s,
+        overlap=overlap,
+    )
 
 
 def _preloaded(settings: Settings, registry: ModelRegistry) -> str | None:

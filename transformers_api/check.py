@@ -66,11 +66,11 @@ def _write_settings(settings: Settings, out: TextIO) -> None:
         is_standard = value == getattr(standard, option.name)
         alias = f" or {names[name]}" if names[name] else ""
         origin = "default" if is_standard else f"environment: {name}{alias}"
-        shown = _shown(value) if option.repr or value is None else "***"
-        out.write(f"  {name:<{width}}  {shown}  ({origin})\n")
+        text = _text(value) if option.repr or value is None else "***"
+        out.write(f"  {name:<{width}}  {text}  ({origin})\n")
 
 
-def _shown(value: Any) -> str:
+def _text(value: Any) -> str:
     if value is None or value == ():
         return "-"
     if isinstance(value, bool):

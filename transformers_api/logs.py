@@ -36,10 +36,10 @@ def hidden(text: str) -> str:
 
 def carried(function: Callable[P, T]) -> Callable[P, T]:
     """``function``, whose log lines have this thread's request id on whatever thread it runs."""
-    given = request_id.get()
+    own_id = request_id.get()
 
     def run(*args: P.args, **options: P.kwargs) -> T:
-        before = request_id.set(given)
+        before = request_id.set(own_id)
         try:
             return function(*args, **options)
         finally:
@@ -103,7 +103,7 @@ def id_of(record: logging.LogRecord) -> str:
 
 
 def fields_of(record: logging.LogRecord) -> Mapping[str, Any]:
-    """What a line has besides its message."""
+    """The fields of a line besides its message."""
     fields: Mapping[str, Any] = getattr(record, "fields", {})
     return fields
 
@@ -128,7 +128,7 @@ def _frames(error: BaseException) -> list[str]:
 
 
 def _one_line(text: str) -> str:
-    return _UNSEEN.sub(lambda found: f"\\x{ord(found[0]):02x}", " ".join(text.splitlines()))
+    return _UNSEEN.sub(lambda match: f"\\x{ord(match[0]):02x}", " ".join(text.splitlines()))
 
 
 def _word(value: Any) -> str:
@@ -137,7 +137,7 @@ def _word(value: Any) -> str:
 
 
 def formatter(how: str, *, shows_texts: bool = False) -> logging.Formatter:
-    """What makes lines: ``text``, ``json``, or ``auto``, which is text on a terminal."""
+    """The formatter of lines: ``text``, ``json``, or ``auto``, which is text on a terminal."""
     if how == "json" or (how == "auto" and not sys.stderr.isatty()):
         return JsonFormatter(shows_texts=shows_texts)
     return LineFormatter(shows_texts=shows_texts)
@@ -147,7 +147,7 @@ def configure_logging(level: str, how: str = "auto", *, shows_texts: bool = Fals
     """Send this package's log to standard error; a second call changes how."""
     logger = logging.getLogger("transformers_api")
     logger.setLevel(level.upper())
-    ours = next((known for known in logger.handlers if isinstance(known, _Stderr)), None)
+    ours = next((handler for handler in logger.handlers if isinstance(handler, _Stderr)), None)
     if ours is None:
         ours = _Stderr(sys.stderr)
         logger.addHandler(ours)

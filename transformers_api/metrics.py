@@ -293,10 +293,10 @@ class _Residents(Collector):
 
     def collect(self) -> Iterator[Metric]:
         status = self._status()
-        yield _shown(names.BUILD, [((__version__,), 1)])
-        yield _shown(names.READY, [((), self._ready()[0])])
-        yield _shown(names.ACTIVE, [((), self._active())])
-        yield _shown(names.THREADS, [((), threading.active_count())])
+        yield _gauge(names.BUILD, [((__version__,), 1)])
+        yield _gauge(names.READY, [((), self._ready()[0])])
+        yield _gauge(names.ACTIVE, [((), self._active())])
+        yield _gauge(names.THREADS, [((), threading.active_count())])
         compiled = CounterMetricFamily(
             names.COMPILED.name, names.COMPILED.help, labels=names.COMPILED.labels
         )
@@ -307,9 +307,9 @@ class _Residents(Collector):
         waiting: dict[str, int] = {}
         for name, count in status.waiting.items():
             waiting[self._label(name)] = waiting.get(self._label(name), 0) + count
-        yield _shown(names.CALLERS, [((name,), count) for name, count in waiting.items()])
+        yield _gauge(names.CALLERS, [((name,), count) for name, count in waiting.items()])
         coming = [] if status.loading is None else [self._label(status.loading)]
-        yield _shown(names.PROGRESS, [((name,), status.progress) for name in coming])
+        yield _gauge(names.PROGRESS, [((name,), status.progress) for name in coming])
 
     def _of_resident(self, status: SwapperStatus) -> Iterator[Metric]:
         engine = status.engine
@@ -326,15 +326,15 @@ class _Residents(Collector):
         }
         models = [] if status.model is None else [self._label(status.model)]
         for named, value in values.items():
-            yield _shown(named, [((model,), value) for model in models])
+            yield _gauge(named, [((model,), value) for model in models])
         kind = (
             *(str(status.device), str(status.dtype), status.quantization, str(status.kernels)),
             engine.mode,
         )
-        yield _shown(names.INFO, [((model, *kind), 1) for model in models])
+        yield _gauge(names.INFO, [((model, *kind), 1) for model in models])
 
 
-def _shown(named: Named, samples: Sequence[tuple[tuple[str, ...], float]]) -> Metric:
+def _gauge(named: Named, samples: Sequence[tuple[tuple[str, ...], float]]) -> Metric:
     gauge = GaugeMetricFamily(named.name, named.help, labels=named.labels)
     for labels, value in samples:
         gauge.add_metric(labels, value)

@@ -26,6 +26,7 @@ from transformers_api.serving.limits.admission import Admission
 from transformers_api.serving.models.registry import ModelRegistry
 from transformers_api.serving.models.spec import ModelSpec
 from transformers_api.serving.models.store import ModelStore
+from transformers_api.serving.swap.policy import SwapRules
 from transformers_api.serving.swap.swapper import Swapper
 
 
@@ -139,8 +140,7 @@ def serve(tmp_path: Path, watcher: DisconnectWatcher) -> Iterator[Serve]:
         swapper = Swapper(
             registry,
             loader,
-            swap_after_s=0,
-            drain_s=10,
+            SwapRules(swap_after_s=0, drain_s=10),
             wait_s=10,
             auto_load=chosen.auto_load,
         )

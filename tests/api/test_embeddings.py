@@ -20,6 +20,7 @@ from transformers_api.api.http.services import EXTENSION
 from transformers_api.app import create_app
 from transformers_api.config.settings import GIB, Settings
 from transformers_api.serving.embeddings import EmbeddingModels, EncoderRegistry
+from transformers_api.serving.swap.policy import SwapRules
 from transformers_api.serving.swap.swapper import Swapper
 
 OFF = {
@@ -53,7 +54,10 @@ def embedding(serve):
         return fake_model(spec, FakeEngine(max_model_len=32), embedder=ThreeNumbers())
 
     encoders = Swapper(
-        EncoderRegistry(known.registry), FakeLoader(build), swap_after_s=0, drain_s=10, wait_s=10
+        EncoderRegistry(known.registry),
+        FakeLoader(build),
+        SwapRules(swap_after_s=0, drain_s=10),
+        wait_s=10,
     )
     models = EmbeddingModels(known.registry, known.swapper, encoders, 4)
     served.app.extensions[EXTENSION] = replace(known, embeddings=models)

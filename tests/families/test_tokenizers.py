@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import sentencepiece
@@ -16,6 +15,7 @@ from hypothesis import strategies as st
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from transformers import AutoTokenizer
 
+from tests.fakes import fake_model
 from tests.families.originals import FIXTURES, ORIGINALS
 from transformers_api.checkpoints import tokenizers
 from transformers_api.errors import InvalidRequest, ModelLoadFailed
@@ -56,7 +56,7 @@ def saved(tmp_path_factory):
 
 def prompt(tokenizer, messages, **options):
     spec = ModelSpec(name="m", source=PathSource(Path()), chat="template")
-    return encode(SimpleNamespace(spec=spec, tokenizer=tokenizer), messages, **options)
+    return encode(fake_model(spec, tokenizer=tokenizer), messages, **options)
 
 
 def streamed(tokenizer, ids: list[int]) -> str:

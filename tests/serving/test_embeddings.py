@@ -44,6 +44,7 @@ from transformers_api.serving.models.spec import (
     Pooling,
 )
 from transformers_api.serving.models.store import ModelStore
+from transformers_api.serving.swap.policy import SwapRules
 from transformers_api.serving.swap.swapper import Swapper
 
 ENCODER = {"model_type": "bert", "architectures": ["BertModel"], "vocab_size": 16}
@@ -162,9 +163,9 @@ class Both:
     def __init__(self, max_requests=4):
         known = registry(allow_unregistered=True)
         self.loader, self.encoder_loader = (FakeLoader(embedding_model) for _ in range(2))
-        options = {"swap_after_s": 0, "drain_s": 10, "wait_s": 10}
-        self.models = Swapper(known, self.loader, **options)
-        self.encoders = Swapper(EncoderRegistry(known), self.encoder_loader, **options)
+        rules = SwapRules(swap_after_s=0, drain_s=10)
+        self.models = Swapper(known, self.loader, rules, wait_s=10)
+        self.encoders = Swapper(EncoderRegistry(known), self.encoder_loader, rules, wait_s=10)
         self.embeddings = EmbeddingModels(known, self.models, self.encoders, max_requests)
 
     def lease(self, model_id):

@@ -17,6 +17,7 @@ from transformers_api.config.settings import Settings
 from transformers_api.errors import ModelLoadFailed, ModelNotFound
 from transformers_api.serving.models.spec import HubSource, ModelSpec
 from transformers_api.serving.models.store import ModelStore
+from transformers_api.serving.swap.policy import SwapRules
 from transformers_api.serving.swap.swapper import Swapper
 
 REPO = "someone/tiny"
@@ -109,7 +110,7 @@ def test_unloading_a_model_keeps_its_files(hub, make_store):
     class Registry:
         resolve = functools.partial(spec_of)
 
-    swapper = Swapper(Registry(), Loader(), swap_after_s=0, drain_s=5, wait_s=5)
+    swapper = Swapper(Registry(), Loader(), SwapRules(swap_after_s=0, drain_s=5), wait_s=5)
     try:
         swapper.lease(spec_of()).release()
         hub.requests.clear()

@@ -7,6 +7,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from transformers_api.errors import (
 from transformers_api.serving.limits.cancellation import Cancellation
 from transformers_api.serving.models.spec import ModelFiles, ModelSpec
 from transformers_api.serving.swap.loaded_model import LoadedModel
+from transformers_api.serving.swap.policy import SwapRules
 from transformers_api.serving.swap.residency import Lease, SwapperListener
 from transformers_api.serving.swap.swapper import Swapper
 
@@ -95,9 +97,11 @@ class Bench:
         self.swappers: list[Swapper] = []
 
     def swapper(self, **options: Any) -> Swapper:
-        given: dict[str, Any] = {"swap_after_s": 10, "drain_s": 300, "wait_s": WAIT_S}
-        given |= {"clock": self.clock, "listener": self.ear} | options
-        self.swappers.append(ByName(Registry(), self.loader, **given))
+        """A swapper; ``options`` are those of its rules and its own."""
+        times = {"swap_after_s": 10, "drain_s": 300}
+        times |= {f.name: options.pop(f.name) for f in fields(SwapRules) if f.name in options}
+        own = {"wait_s": WAIT_S, "clock": self.clock, "listener": self.ear} | options
+        self.swappers.append(ByName(Registry(), self.loader, SwapRules(**times), **own))
         return self.swappers[-1]
 
     def start(self, call: Callable[..., Any], *args: Any, **options: Any) -> Future[Any]:
@@ -941,11 +945,8 @@ def test_a_random_crowd_is_answered_rightly_and_leaves_nothing_behind(overlap: b
     swapper = ByName(
         Registry(),
         loader,
-        swap_after_s=40,
-        drain_s=4000,
+        SwapRules(swap_after_s=40, drain_s=4000, min_resident_s=20, overlap=overlap),
         wait_s=WAIT_S,
-        min_resident_s=20,
-        overlap=overlap,
         clock=lambda: next(tick) * 0.5,  # so that the hysteresis and the negative cache turn over
     )
     answers: list[str] = []

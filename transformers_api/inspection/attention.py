@@ -72,9 +72,9 @@ class AttentionSource:
         ]
         is_tapped = self.mode is AttentionMode.TAP
         token = _current.set(_Watch(watcher, layers, self.backend) if is_tapped else None)
-        shown = self.backend.observing_attention(layers) if self.backend else nullcontext()
+        observing = self.backend.observing_attention(layers) if self.backend else nullcontext()
         try:
-            with shown if is_tapped else nullcontext():
+            with observing if is_tapped else nullcontext():
                 yield
         finally:
             _current.reset(token)

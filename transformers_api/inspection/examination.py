@@ -88,21 +88,21 @@ def examine(
         numbers, weights = facts.dtype, facts.weights
     layers = _layers(config, source, figures, getattr(torch, numbers))
     errors = [layer.max_rel_err for layer in layers if layer.max_rel_err is not None]
-    shown = next((layer for layer in layers if layer.available), None)
-    live = shown is not None and source.mode in (AttentionMode.TAP, AttentionMode.HOOK)
+    figure = next((layer for layer in layers if layer.available), None)
+    live = figure is not None and source.mode in (AttentionMode.TAP, AttentionMode.HOOK)
     hidden = config.hidden_size
-    heads = shown.heads if shown else getattr(config, "num_attention_heads", None) or 0
+    heads = figure.heads if figure else getattr(config, "num_attention_heads", None) or 0
     anatomy = Anatomy(
         model_type=model.config.model_type,
         layers=len(layers),
         heads=heads,
-        kv_heads=shown.kv_heads if shown else 0,
+        kv_heads=figure.kv_heads if figure else 0,
         head_dim=getattr(config, "head_dim", None) or hidden // max(heads, 1),
         hidden_size=hidden,
         vocab_size=vocab_size,
         context=context,
         dtype=weights,
-        mode=source.mode if shown else AttentionMode.NONE,
+        mode=source.mode if figure else AttentionMode.NONE,
         implementation=source.implementation,
         verified=live,
         max_rel_err=max(errors, default=None),
@@ -250,29 +250,29 @@ def _layers(
     most = TOLERANCE.get(dtype, ROUNDED)
     layers = []
     for layer in range(count):
-        shown = figures.get(layer)
+        figure = figures.get(layer)
         window = _window(config, kinds[layer] if kinds else None)
         plain = "sliding_attention" if window else "full_attention"
-        kind = kinds[layer] if kinds else plain if shown else config.model_type
-        if shown is None:
+        kind = kinds[layer] if kinds else plain if figure else config.model_type
+        if figure is None:
             layers.append(LayerAttention(layer=layer, type=kind, reason=kind))
             continue
-        is_right = shown.error is None or shown.error <= most
+        is_right = figure.error is None or figure.error <= most
         layers.append(
             LayerAttention(
                 layer=layer,
                 type=kind,
-                heads=shown.heads,
-                kv_heads=shown.kv_heads,
+                heads=figure.heads,
+                kv_heads=figure.kv_heads,
                 window=window,
-                sinks=shown.sinks,
+                sinks=figure.sinks,
                 available=is_right,
                 reason=None if is_right else "not verified",
-                max_rel_err=shown.error,
+                max_rel_err=figure.error,
             )
         )
         if not is_right:
-            log.warning("Layer %d: attention weights are off by %g", layer, shown.error)
+            log.warning("Layer %d: attention weights are off by %g", layer, figure.error)
     return layers
 
 

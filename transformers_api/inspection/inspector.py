@@ -58,9 +58,11 @@ class ModelInspector:
         cols: tuple[int, int],
     ) -> Job[AttentionWindow]:
         """See ``base.Inspector``. Raises AttentionUnavailable."""
-        shown = self.anatomy.attention[layer]
-        if not shown.available:
-            raise AttentionUnavailable(f"layer {layer} has no attention weights: {shown.reason}")
+        attention = self.anatomy.attention[layer]
+        if not attention.available:
+            raise AttentionUnavailable(
+                f"layer {layer} has no attention weights: {attention.reason}"
+            )
         return lambda model: matrices.attention(
             model, self.way, self.source, list(ids), layer, heads, rows, cols
         )

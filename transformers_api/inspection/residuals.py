@@ -78,9 +78,11 @@ def read_lens(
     else:
         targets = torch.full((count,), target, device=streams.device)
     flat = streams[:-1].transpose(0, 1).flatten(0, 1)  # (P * L', C)
-    asked = targets.repeat_interleave(len(layers))
+    repeated = targets.repeat_interleave(len(layers))
     distributions: list[_Rows] = []
-    for rows, own in zip(torch.split(flat, HEAD_ROWS), torch.split(asked, HEAD_ROWS), strict=True):
+    for rows, own in zip(
+        torch.split(flat, HEAD_ROWS), torch.split(repeated, HEAD_ROWS), strict=True
+    ):
         distributions.append(_rows(_lens(model, way, rows), own, topk))
         yield
 

@@ -47,7 +47,7 @@ class EncoderRegistry:
 
 
 class EmbeddingModels:
-    """Who serves /v1/embeddings: encoders, and the resident model where its entry says so."""
+    """The models of /v1/embeddings: encoders, and the resident model where its entry says so."""
 
     def __init__(
         self, registry: ModelResolver, models: Swapper, encoders: Swapper, max_requests: int
@@ -83,13 +83,9 @@ class EmbeddingModels:
 def encode(model: LoadedModel, inputs: Sequence[str | list[int]]) -> list[list[int]]:
     """The token ids of every input; ids pass as they are. Raises InvalidRequest with ``param``."""
     rows = []
-    for index, given in enumerate(inputs):
+    for index, item in enumerate(inputs):
         param = f"input[{index}]" if len(inputs) > 1 else "input"
-        row = (
-            chat_template.encode_text(model, given, True, param)
-            if isinstance(given, str)
-            else given
-        )
+        row = chat_template.encode_text(model, item, True, param) if isinstance(item, str) else item
         _check(model, row, param)
         rows.append(row)
     if (total := sum(map(len, rows))) > MAX_TOKENS:

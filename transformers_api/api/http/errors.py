@@ -43,7 +43,7 @@ def render(error: ApiError) -> Response:
     return response
 
 
-def shown(error: BaseException) -> ApiError:
+def visible(error: BaseException) -> ApiError:
     """``error`` itself if a client may see it; else it is logged and becomes EngineFailed."""
     if isinstance(error, ApiError):
         return error
@@ -79,4 +79,4 @@ def install(app: Flask) -> None:
     """Render every error of ``app``."""
     app.register_error_handler(ApiError, render)
     app.register_error_handler(HTTPException, _from_http)
-    app.register_error_handler(Exception, lambda error: render(shown(error)))
+    app.register_error_handler(Exception, lambda error: render(visible(error)))

@@ -43,7 +43,7 @@ class Schema(BaseSchema):
         return data
 
 
-def _shown(value: float) -> str:
+def _number(value: float) -> str:
     return f"{value:,}".replace(",", " ") if isinstance(value, int) else f"{value:g}"
 
 
@@ -51,7 +51,7 @@ class Integer(fields.Integer):
     """A whole number from ``low`` to ``high``."""
 
     def __init__(self, low: int, high: int, **options: Any) -> None:
-        self.message = f"must be an integer from {_shown(low)} to {_shown(high)}"
+        self.message = f"must be an integer from {_number(low)} to {_number(high)}"
         if (low, high) == (-(2**63), 2**63 - 1):  # as many as JSON may have here
             self.message = "must be an integer"
         bounds = validate.Range(low, high, error=self.message)
@@ -68,7 +68,7 @@ class Number(fields.Float):
 
     def __init__(self, low: float, high: float, *, above: bool = False, **options: Any) -> None:
         start = "above" if above else "from"
-        self.message = f"must be a number {start} {_shown(low)} to {_shown(high)}"
+        self.message = f"must be a number {start} {_number(low)} to {_number(high)}"
         bounds = validate.Range(low, high, min_inclusive=not above, error=self.message)
         super().__init__(validate=bounds, error_messages=NOT_GIVEN, **options)
 
@@ -112,7 +112,7 @@ class Text(fields.String):
             listed = ", ".join(f"'{choice}'" for choice in choices)
             checks.append(validate.OneOf(choices, error=f"must be one of {listed}"))
         elif shortest or longest is not None:
-            size = f"from {shortest} to {_shown(longest)}" if longest else f"at least {shortest}"
+            size = f"from {shortest} to {_number(longest)}" if longest else f"at least {shortest}"
             error = f"must have {size} characters"
             checks.append(validate.Length(shortest or None, longest, error=error))
         super().__init__(validate=checks, error_messages=NOT_GIVEN, **options)
@@ -129,7 +129,7 @@ class Many(fields.List[Any]):
     def __init__(
         self, item: fields.Field[Any], *, shortest: int = 0, longest: int, **options: Any
     ) -> None:
-        error = f"must have from {shortest} to {_shown(longest)} items"
+        error = f"must have from {shortest} to {_number(longest)} items"
         messages = NOT_GIVEN | {"invalid": "must be a list"}
         super().__init__(
             item,

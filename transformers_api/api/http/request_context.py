@@ -242,9 +242,9 @@ class RequestContext:
 
     def _failed(self, error: Exception) -> ApiError:
         self._is_over = True
-        shown = errors.shown(error)
-        self._record.note_error(shown)
-        return shown
+        failure = errors.visible(error)
+        self._record.note_error(failure)
+        return failure
 
     def close(self) -> None:
         """Abort what runs, return the lease, stop watching. Idempotent."""

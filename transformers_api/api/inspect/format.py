@@ -64,20 +64,20 @@ class Matrix:
         return replace(self, weights=weights, sink=sink)
 
     @property
-    def shown(self) -> Array:
+    def visible(self) -> Array:
         """(R, C), or (H, R, C) of several heads."""
         return self.weights if self.has_heads else self.weights[0]
 
     def json(self, how: str) -> Json:
         """The answer; ``how`` the weights are written: json, f16 or u8."""
         write = {"json": arrays.rounded, "f16": arrays.float16, "u8": arrays.uint8}[how]
-        return {**self.fields, "attn": write(self.shown), **self._rest()}
+        return {**self.fields, "attn": write(self.visible), **self._rest()}
 
     def npz(self) -> bytes:
         """A file for numpy."""
         ids = numpy.array(self.fields["token_ids"], numpy.int32)
         meta = {**self.fields, **self._rest()}
-        return arrays.npz({"attn": self.shown.astype(numpy.float16), "token_ids": ids}, meta)
+        return arrays.npz({"attn": self.visible.astype(numpy.float16), "token_ids": ids}, meta)
 
     def png(self) -> bytes:
         """A picture of the only head."""
@@ -171,9 +171,9 @@ def head_table(anatomy: Anatomy, n: int, grid: HeadGrid) -> Json:
     sinks = None if grid.sink is None else arrays.rounded(grid.sink)
     answer: Json = {"n": n, "layers": []}
     for layer in anatomy.attention:
-        shown: Json = {"layer": layer.layer, "type": layer.type, "heads": None}
+        entry: Json = {"layer": layer.layer, "type": layer.type, "heads": None}
         if layer.available:
-            shown["heads"] = [
+            entry["heads"] = [
                 {
                     "head": head,
                     **{name: rows[layer.layer][head] for name, rows in numbers.items()},
@@ -182,8 +182,8 @@ def head_table(anatomy: Anatomy, n: int, grid: HeadGrid) -> Json:
                 for head in range(min(layer.heads, grid.entropy.shape[1]))
             ]
         else:
-            shown["reason"] = layer.reason or layer.type
-        answer["layers"].append(shown)
+            entry["reason"] = layer.reason or layer.type
+        answer["layers"].append(entry)
     if grid.thumbs is not None:
         answer["thumb"] = arrays.uint8(grid.thumbs)
     return answer

@@ -114,9 +114,9 @@ def retrieve_model(model_name: str) -> Any:
 def load_in_background(model_name: str) -> Any:
     """Begin to load a model and answer at once; GET /models/{model_name} tells how far it is."""
     _check_origin()
-    begun = services().swapper.load(model_name, wait=False)
+    has_begun = services().swapper.load(model_name, wait=False)
     state = f"Loading model '{model_name}' in background"
-    return {"message": state if begun else f"Model '{model_name}' is already loaded"}
+    return {"message": state if has_begun else f"Model '{model_name}' is already loaded"}
 
 
 @blueprint.at("/models/<path:model_name>/unload", methods=["DELETE", "POST"])

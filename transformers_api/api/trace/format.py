@@ -50,30 +50,30 @@ class TraceWriter:
 
     def header(self, prompt: int, index: int) -> Any:
         """The header of the traces of the answer ``index``."""
-        begun = time.perf_counter()
+        began = time.perf_counter()
         content = header(self._anatomy, self._vocabulary, self._prompts[prompt], self._spans)
-        return self._written({"v": VERSION, "index": index, **content}, begun)
+        return self._written({"v": VERSION, "index": index, **content}, began)
 
     def step(self, trace: StepTrace, index: int, **more: Any) -> Any:
         """One token of the answer ``index``, and ``more`` beside it."""
-        begun = time.perf_counter()
-        return self._written({**step(trace, index, self._options, self._vocabulary), **more}, begun)
+        began = time.perf_counter()
+        return self._written({**step(trace, index, self._options, self._vocabulary), **more}, began)
 
     def event(self, trace: StepTrace) -> Any:
         """One token, as ``seed_event`` has it."""
-        begun = time.perf_counter()
-        return self._written(seed_event(trace, self._options, self._vocabulary), begun)
+        began = time.perf_counter()
+        return self._written(seed_event(trace, self._options, self._vocabulary), began)
 
     @property
     def usage(self) -> Json:
         """Bytes of JSON and milliseconds of work so far."""
         return {"bytes": self._bytes, "ms": round(self._seconds * 1000, 3)}
 
-    def _written(self, value: Json, begun: float) -> Any:
+    def _written(self, value: Json, began: float) -> Any:
         """``value`` as JSON that is ready to be put into a larger one."""
         text = strict_json.dump(value)
         self._bytes += len(text)
-        self._seconds += time.perf_counter() - begun
+        self._seconds += time.perf_counter() - began
         return strict_json.ready(text)
 
 
@@ -178,11 +178,11 @@ def _others(trace: StepTrace, options: TraceRequest, vocabulary: Vocabulary) -> 
 
 def _attention(row: AttentionRow, options: TraceRequest, state: str) -> Json:
     rows = _rows(row, options)
-    shown = rows if isinstance(rows, dict) else {"weights": rows}
+    weights = rows if isinstance(rows, dict) else {"weights": rows}
     return {
         "layer": row.layer,
         "key_start": row.key_start,
-        **shown,
+        **weights,
         "sink": _sink(row),
         "state": state,
     }

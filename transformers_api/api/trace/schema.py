@@ -49,7 +49,7 @@ class _Named(fields.Field[Any]):
 class _LensLayers(fields.Field[Any]):
     """A list of layers, "all", or "every:N", which becomes N."""
 
-    WANTED = 'must be a list of integers, "all" or "every:N"'
+    EXPECTED = 'must be a list of integers, "all" or "every:N"'
 
     def _deserialize(
         self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **_: Any
@@ -57,9 +57,9 @@ class _LensLayers(fields.Field[Any]):
         if isinstance(value, str):
             every = _EVERY.fullmatch(value)
             if every is None and value != "all":
-                raise ValidationError(self.WANTED)
+                raise ValidationError(self.EXPECTED)
             return int(every[1]) if every else value
-        return _numbers(value, self.WANTED)
+        return _numbers(value, self.EXPECTED)
 
 
 class LensOptions(Schema):

@@ -110,10 +110,10 @@ class NativeRunner(ModelRunner):
         cache: NativeCache,
         inputs: list[Tensor],
         keep: int,
-        begun: Recorder | None = None,
+        prefix: Recorder | None = None,
     ) -> None:
         forward = partial(self._compute, inputs, cache, keep)
-        which.record(size, inputs, cache.tensors, forward, begun)
+        which.record(size, inputs, cache.tensors, forward, prefix)
 
     def _learn_prompt(self, size: int, cache: NativeCache) -> None:
         """Record two passes; a scored one differs after the layers only, so these run once."""
@@ -131,9 +131,9 @@ class NativeRunner(ModelRunner):
         if base is self.model or len(branches) != 1:
             self._learn(self.scored, size, cache, inputs, 0)
             return
-        begun, output = branches[0]
+        prefix, output = branches[0]
         with forward_returning(base, output):
-            self._learn(self.scored, size, cache, inputs, 0, begun)
+            self._learn(self.scored, size, cache, inputs, 0, prefix)
 
     def _compute(self, inputs: list[Tensor], cache: NativeCache, keep: int) -> Tensor:
         ids, positions, starts = inputs

@@ -65,13 +65,9 @@ class Swapper:
         self,
         registry: ModelResolver,
         loader: Loader,
+        rules: SwapRules,
         *,
-        swap_after_s: float,
-        drain_s: float,
         wait_s: float,
-        min_resident_s: float = 0.0,
-        idle_unload_s: float | None = None,
-        overlap: bool = False,
         auto_load: bool = True,
         listener: SwapperListener | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -83,13 +79,6 @@ class Swapper:
         self._listener = listener or SilentListener()
         self._clock = clock
         self._condition = threading.Condition()
-        rules = SwapRules(
-            swap_after_s=swap_after_s,
-            min_resident_s=min_resident_s,
-            drain_s=drain_s,
-            idle_unload_s=idle_unload_s,
-            overlap=overlap,
-        )
         self._policy = SwapPolicy(rules, self._release)
         self._errors = RecentErrors()
         self._refusal: ApiError | None = None

@@ -73,9 +73,9 @@ class BytesDetokenizer:
         tail = self._tail(prompt_ids)
         self._utf8.decode(tail)
         # What the prompt already shows and the first text would repeat.
-        self._shown = self._utf8.getstate()[0].decode("utf-8", errors)
+        self._emitted = self._utf8.getstate()[0].decode("utf-8", errors)
         if vocabulary.strips_first_space and not tail:
-            self._shown = " "
+            self._emitted = " "
 
     def push(self, token_id: int) -> str:
         """See Detokenizer."""
@@ -85,16 +85,16 @@ class BytesDetokenizer:
         if token is None:
             token = self._vocabulary.token_bytes(token_id)
         text = self._utf8.decode(token)
-        return self._unseen(text) if self._shown else text
+        return self._unseen(text) if self._emitted else text
 
     def flush(self) -> str:
         """See Detokenizer."""
         return self._unseen(self._utf8.decode(b"", final=True))
 
     def _unseen(self, text: str) -> str:
-        if text and self._shown:
-            text = text.removeprefix(self._shown)
-            self._shown = ""
+        if text and self._emitted:
+            text = text.removeprefix(self._emitted)
+            self._emitted = ""
         return text
 
     def _tail(self, prompt_ids: Sequence[int]) -> bytes:

@@ -42,14 +42,14 @@ class Either(fields.Field[Any]):
         other: fields.Field[Any],
         *words: str,
         expected: str,
-        shown: dict[str, Any],
+        text: dict[str, Any],
         **options: Any,
     ) -> None:
         self.other = other
         self.words = words
         self.expected = expected
         metadata = options.pop("metadata", {})
-        alternatives = [{"type": "string", "enum": list(words)}, shown]
+        alternatives = [{"type": "string", "enum": list(words)}, text]
         super().__init__(
             error_messages=NOT_GIVEN, metadata={**metadata, "oneOf": alternatives}, **options
         )
@@ -79,7 +79,7 @@ def places(word: str, **options: Any) -> Either:
         Many(whole(), shortest=1, longest=_MANY),
         word,
         expected=f'"{word}" or a list of integers',
-        shown=_NUMBERS,
+        text=_NUMBERS,
         **options,
     )
 
@@ -153,7 +153,7 @@ class FullAttentionRequest(MatrixRequest):
         "max",
         "all",
         expected='an integer, "mean", "max" or "all"',
-        shown=_NUMBER,
+        text=_NUMBER,
         required=True,
         **about("The head, from 0; or all heads reduced; or all of them, in binary formats."),
     )
@@ -197,7 +197,7 @@ class LensRequest(Inspected):
         whole(),
         "sampled",
         expected='"sampled" or a token id',
-        shown=_NUMBER,
+        text=_NUMBER,
         load_default="sampled",
         **about("The token that is followed; `sampled` is what the model itself likes best."),
     )

@@ -33,7 +33,7 @@ class Prompts(fields.Field[list[PromptInput]]):
     """A text, a list of texts, token ids, or a list of lists of token ids; always a list after."""
 
     LONGEST = MAX_PROMPTS
-    WANTED = "must be a string, a list of strings, token ids, or a list of lists of token ids"
+    EXPECTED = "must be a string, a list of strings, token ids, or a list of lists of token ids"
 
     def _deserialize(
         self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **_: Any
@@ -41,7 +41,7 @@ class Prompts(fields.Field[list[PromptInput]]):
         if isinstance(value, str):
             return [value]
         if not isinstance(value, list):
-            raise ValidationError(self.WANTED)
+            raise ValidationError(self.EXPECTED)
         if not value:
             raise ValidationError("must not be empty")
         if type(value[0]) is int:
@@ -52,7 +52,7 @@ class Prompts(fields.Field[list[PromptInput]]):
 
     def _one(self, index: int, item: Any, kind: type) -> PromptInput:
         if kind not in (str, list) or type(item) is not kind:
-            raise ValidationError(self.WANTED)
+            raise ValidationError(self.EXPECTED)
         try:
             return _token_ids(item) if isinstance(item, list) else str(item)
         except ValidationError as error:
