@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 import subprocess
 import sys
@@ -25,8 +26,12 @@ from transformers_api.serving.models.spec import (
 
 CONVERTER = "transformers_api.checkpoints.convert"
 CONVERTIBLE = (".gguf", ".pt", ".pth")  # the last two: TinyGPT, niels-gpt, GPT3-dev
+CONVERSION = "conversion.json"  # the converter's record in a folder that it has finished
+CONVERTER_VERSION = 2  # the converter's own; what an earlier one has made is made anew
 NO_ROOM_EXIT = 28  # the converter's exit status when the disk is full
 _PROGRAM_ROOT = Path(__file__).resolve().parents[3]
+
+logger = logging.getLogger(__name__)
 
 
 class ModelStore:
@@ -53,8 +58,10 @@ class ModelStore:
             return None
         if path is None:
             return None
-        folder = path if _is_standard(path) else self._converted(spec, path)
-        return folder if preflight.is_complete(folder) else None
+        if _is_standard(path):
+            return path if preflight.is_complete(path) else None
+        folder = self._converted(spec, path)
+        return folder if preflight.is_complete(folder) and _is_current(folder) else None
 
     def is_cached(self, spec: ModelSpec) -> bool:
         """True where the model can be loaded without a download or a conversion."""
@@ -160,7 +167,9 @@ class ModelStore:
 
     def _prepare_converted(self, spec: ModelSpec, path: Path, progress: Progress) -> ModelFiles:
         folder = self._converted(spec, path)
-        if folder.exists():
+        if folder.exists() and not _is_current(folder):
+            progress(0.0, "converting again: an earlier version has made the converted files")
+        elif folder.exists():
             try:
                 return self._inspect(spec, folder)
             except ModelLoadFailed:
@@ -172,6 +181,15 @@ class ModelStore:
 def _is_standard(path: Path) -> bool:
     """True where transformers can load a model where it lies."""
     return path.is_dir() and not preflight.is_original(path)
+
+
+def _is_current(folder: Path) -> bool:
+    """True where the converter of this version has made the folder."""
+    try:
+        record = preflight.read_object(folder / CONVERSION)
+    except ModelLoadFailed:
+        return False
+    return record.get("version") == CONVERTER_VERSION
 
 
 def _converted_from(path: Path) -> list[Path]:
@@ -199,7 +217,7 @@ def _run_converter(spec: ModelSpec, source: Path, folder: Path, progress: Progre
         try:
             assert process.stdout is not None
             for line in process.stdout:
-                _forward(line, progress)
+                _forward(line, spec.name, progress)
             status = process.wait()
         except BaseException:
             process.kill()
@@ -211,8 +229,10 @@ def _run_converter(spec: ModelSpec, source: Path, folder: Path, progress: Progre
     raise InsufficientStorage(message) if status == NO_ROOM_EXIT else ModelLoadFailed(message)
 
 
-def _forward(line: str, progress: Progress) -> None:
+def _forward(line: str, name: str, progress: Progress) -> None:
     word, _, rest = line.strip().partition(" ")
+    if word == "warning":
+        logger.warning("%s: %s", name, rest)
     share, _, what = rest.partition(" ")
     if word == "progress":
         progress(float(share), what)
