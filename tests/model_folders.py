@@ -11,7 +11,7 @@ from typing import Any
 
 BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "U8": 1}
 
-LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 16}
+LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 8}
 TENSORS = {"a": ("F32", [4, 8]), "b": ("F16", [3]), "c": ("F32", [])}
 
 

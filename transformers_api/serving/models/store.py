@@ -15,6 +15,7 @@ from typing import TextIO
 from transformers_api.config.settings import Settings
 from transformers_api.errors import InsufficientStorage, ModelLoadFailed, ModelNotFound
 from transformers_api.serving.models import packages, preflight
+from transformers_api.serving.models.headers import read_object
 from transformers_api.serving.models.hub import HubCache, Progress, RepositoryMissing
 from transformers_api.serving.models.spec import (
     HubSource,
@@ -186,7 +187,7 @@ def _is_standard(path: Path) -> bool:
 def _is_current(folder: Path) -> bool:
     """True where the converter of this version has made the folder."""
     try:
-        record = preflight.read_object(folder / CONVERSION)
+        record = read_object(folder / CONVERSION)
     except ModelLoadFailed:
         return False
     return record.get("version") == CONVERTER_VERSION
