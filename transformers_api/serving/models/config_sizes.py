@@ -20,7 +20,7 @@ MAX_POSITIONS = 1 << 28  # the weights of rotary models do not say how long a te
 MAX_NESTING = 8
 # Allowed where the weights do not show the number itself: layers that share weights, layers of a
 # part that is left out (a vision tower), experts in one flat matrix, labels.
-SLACK_LAYERS, SLACK_EXPERTS, SLACK_SIZE, SLACK_FACTOR = 512, 1024, 1 << 16, 8
+SLACK_LAYERS, SLACK_EXPERTS, SLACK_SIZE, SLACK_FACTOR = 512, 1 << 14, 1 << 20, 8
 
 _LAYERS = re.compile(r"n_layers?|num_(hidden_|transformer_)?layers|num_blocks|n_blocks?")
 _WIDTHS = re.compile(r"vocab_size|hidden_size|n_embd|d_model")
@@ -32,12 +32,14 @@ _OTHER_SECTIONS = re.compile(
     r"quantization_config|rope_.*|task_specific_params|auto_map|id2label|label2id|generation_.*"
 )
 _TEXT_SECTIONS = ("", "text_config", "llm_config", "language_config", "decoder")
+_LOOPS = re.compile(r".*(cycles?|loops?|recurrences?|ut_steps)")  # layers that run several times
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 @dataclass(frozen=True, slots=True)
 class _Limits:
     layers: int  # 0: no names with an index
+    is_looped: bool
     experts: int
     width: int
 
@@ -49,6 +51,7 @@ def check_sizes(path: Path, tensors: Sequence[Tensor]) -> None:
     stacked = [tensor.shape[0] for tensor in tensors if len(tensor.shape) == 3]
     limits = _Limits(
         layers=max(indices, default=-1) + 1,
+        is_looped=any(_LOOPS.fullmatch(name) for name in config),
         experts=max([*indices, *stacked, SLACK_EXPERTS]),
         width=max((size for tensor in tensors for size in tensor.shape), default=0),
     )
@@ -78,7 +81,8 @@ def _limit(section: str, name: str, limits: _Limits, is_packed: bool) -> int | N
     is_text = section in _TEXT_SECTIONS
     if _LAYERS.fullmatch(name):
         shared = max(limits.layers, SLACK_LAYERS)
-        return limits.layers if is_text and limits.layers > 1 else shared
+        is_shown = is_text and limits.layers > 1 and not limits.is_looped
+        return limits.layers if is_shown else shared
     if _WIDTHS.fullmatch(name) and is_text and not is_packed:
         return limits.width
     if _POSITIONS.fullmatch(name):

@@ -47,7 +47,7 @@ class ModelStore:
     ) -> None:
         self._folder = settings.model_store.absolute()
         self._packages = self._folder / "packages"
-        self._hub = HubCache(settings.hf_home.absolute() / "hub", settings.hf_token)
+        self._hub = HubCache(settings.hub_cache.absolute(), settings.hf_token)
         self._may_download = settings.downloads_allowed
         self._knows = knows_model_type
 
