@@ -53,7 +53,9 @@ def sharded_files() -> dict[str, bytes]:
     for shard, name in shards.items():
         files[shard] = safetensors_bytes(safetensors_header({name: TENSORS[name]}))
     weight_map = {name: shard for shard, name in shards.items()}
-    files["model.safetensors.index.json"] = json.dumps({"weight_map": weight_map}).encode()
+    files["model.safetensors.index.json"] = json.dumps(
+        {"metadata": {}, "weight_map": weight_map}
+    ).encode()
     return files
 
 

@@ -251,6 +251,16 @@ def test_conversion_of_an_earlier_version_is_made_again(
     assert store.is_cached(spec_of(source))
 
 
+def test_a_folder_with_one_gguf_file_is_that_file(
+    store: ModelStore, source: Path, folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "tiny model.gguf").symlink_to(source)
+    (tmp_path / "mmproj-tiny.gguf").write_bytes(b"")
+    (tmp_path / "README.md").write_text("# tiny")
+    assert store.prepare(spec_of(tmp_path), lambda share, what: None).folder == folder
+    assert store.is_cached(spec_of(tmp_path))
+
+
 def test_store_and_converter_agree_on_the_record() -> None:
     assert (CONVERSION, CONVERTER_VERSION) == (MANIFEST, VERSION)
 

@@ -29,6 +29,7 @@ CONFIGS = ("model_cfg", "config")
 # what torch.compile, data parallelism and the Liger kernels add to the names
 ADDED = re.compile(r"_orig_mod\.|^module\.|(?<=\.)swiglu\.")
 HEAD = "lm_head.weight"
+LFS_POINTER = b"version https://git-lfs"  # what a file stored elsewhere begins with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +91,9 @@ def read_checkpoint(
 
 def _read_pickle(path: Path) -> tuple[State, Mapping[str, Any]]:
     """(weights, the configuration that came with them) of a bare or wrapped state dict."""
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ModelLoadFailed(f"{path.name} is a Git LFS pointer: fetch the file itself")
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds for a file that is no checkpoint

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers_api.errors import ModelLoadFailed
+from transformers_api.serving.models.foreign import LFS_POINTER, refuse_pointer
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 MAX_JSON_BYTES = 100_000_000
@@ -63,6 +64,8 @@ def read_header(path: Path) -> list[Tensor]:
         start = file.read(8)
         if len(start) < 8:
             raise ModelLoadFailed(f"{path}: {size} bytes are too few for a safetensors file")
+        refuse_pointer(path, start + file.read(len(LFS_POINTER)))
+        file.seek(len(start))
         length = struct.unpack("<Q", start)[0]
         if length > min(MAX_HEADER_BYTES, size - 8):
             raise ModelLoadFailed(
@@ -96,6 +99,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def _parse_object(text: bytes, path: Path) -> dict[str, Any]:
+    refuse_pointer(path, text[: len(LFS_POINTER)])
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:

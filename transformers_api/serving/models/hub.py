@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers_api.errors import ApiError, InsufficientStorage, ModelLoadFailed
-from transformers_api.serving.models import preflight
+from transformers_api.serving.models import foreign, preflight
 from transformers_api.serving.models.spec import HubSource
 
 RESERVE_BYTES = 1 << 30  # left free on the disk for everybody else
@@ -178,6 +178,13 @@ def _choose(
         return small, [preflight.WEIGHTS]
     if preflight.INDEX in files:
         return small, [name for name in files if fnmatchcase(name, "model-*.safetensors")]
+    if names := foreign.ggufs(files):
+        raise ModelLoadFailed(
+            f"{source.repo} has no weights in the safetensors format, but GGUF files: name one as "
+            f"file in a registry entry, such as {names[0]}"
+        )
+    if "adapter_config.json" in files:
+        raise ModelLoadFailed(f"{source.repo} is an adapter, no model: merge it into its base")
     if any(fnmatchcase(name, pattern) for name in files for pattern in preflight.PICKLES):
         raise ModelLoadFailed(
             f"{source.repo} has its weights only in the pickle format, which can run code when it "

@@ -13,6 +13,12 @@ from pathlib import Path
 
 from transformers_api.errors import ModelLoadFailed
 from transformers_api.serving.models.config_sizes import check_sizes
+from transformers_api.serving.models.foreign import (
+    LFS_POINTER,
+    check_format,
+    kind_of,
+    refuse_pointer,
+)
 from transformers_api.serving.models.headers import DTYPES, Tensor, read_header, read_object
 from transformers_api.serving.models.spec import ModelFiles
 
@@ -57,7 +63,9 @@ def inspect_folder(
     tensors = [tensor for header in headers.values() for tensor in header]
     if not tensors:
         raise ModelLoadFailed(f"{paths[0]} holds no tensors")
-    check_sizes(folder / "config.json", tensors)
+    config = folder / "config.json"
+    check_format(config, read_object(config), (tensor.name for tensor in tensors))
+    check_sizes(config, tensors)
     by_dtype = Counter[str]()
     for tensor in tensors:
         by_dtype[tensor.dtype] += tensor.bytes
@@ -113,6 +121,8 @@ def weight_files(folder: Path) -> list[Path]:
             "code when it is read and is refused; convert them to safetensors, or name a revision "
             "that has them"
         )
+    if kind := kind_of(folder):
+        raise ModelLoadFailed(f"{folder} is {kind}")
     raise ModelLoadFailed(f"{folder} has no weights: neither {WEIGHTS} nor {INDEX}")
 
 
@@ -128,6 +138,11 @@ def read_weight_map(index: Path) -> dict[str, str]:
 
 
 def _check_index(index: Path, headers: Mapping[str, list[Tensor]]) -> None:
+    if not isinstance(read_object(index).get("metadata"), dict):
+        raise ModelLoadFailed(
+            f"{index} has no metadata, without which transformers does not read it: add "
+            '"metadata": {} to it'
+        )
     present = {(name, tensor.name) for name, tensors in headers.items() for tensor in tensors}
     for tensor, name in read_weight_map(index).items():
         if (name, tensor) not in present:
@@ -141,6 +156,8 @@ def check_config(
     encoder: bool = False,
 ) -> None:
     """Refuse what cannot be served, from the small files alone; arguments as in inspect_folder."""
+    if not (folder / "config.json").is_file() and (kind := kind_of(folder)):
+        raise ModelLoadFailed(f"{folder} is {kind}")
     config = read_object(folder / "config.json")
     model_type = config.get("model_type")
     architectures = config.get("architectures") or ["?"]
@@ -176,6 +193,10 @@ def _check_is_encoder(folder: Path) -> None:
 def _check_tokenizer(folder: Path) -> None:
     if not any(all((folder / name).is_file() for name in names) for names in TOKENIZERS):
         raise ModelLoadFailed(f"{folder} has no tokenizer, such as tokenizer.json")
+    for name in {name for names in TOKENIZERS for name in names}:
+        if (folder / name).is_file():
+            with (folder / name).open("rb") as file:
+                refuse_pointer(folder / name, file.read(len(LFS_POINTER)))
 
 
 @functools.cache

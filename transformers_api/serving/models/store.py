@@ -14,7 +14,7 @@ from typing import TextIO
 
 from transformers_api.config.settings import Settings
 from transformers_api.errors import InsufficientStorage, ModelLoadFailed, ModelNotFound
-from transformers_api.serving.models import packages, preflight
+from transformers_api.serving.models import foreign, packages, preflight
 from transformers_api.serving.models.headers import read_object
 from transformers_api.serving.models.hub import HubCache, Progress, RepositoryMissing
 from transformers_api.serving.models.spec import (
@@ -107,6 +107,7 @@ class ModelStore:
                 path = location.absolute()
                 if not path.exists():
                     raise ModelLoadFailed(f"{spec.name}: {path} does not exist")
+                path = foreign.only_gguf(path) or path
             case PackageSource() as source:
                 located = packages.locate(spec.name, source, self._packages)
                 path = located[1] if located else None
