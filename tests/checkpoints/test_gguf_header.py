@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from transformers_api.checkpoints.gguf_header import read_gguf_header
+from transformers_api.checkpoints.headers.gguf_file import read_gguf_header
 from transformers_api.errors import ModelLoadFailed
 
 U32, STRING, ARRAY, U8 = 4, 8, 9, 0

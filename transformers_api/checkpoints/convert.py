@@ -151,7 +151,7 @@ def _write_checkpoint(
 def _write_gguf(source: Path, folder: Path, report: Report, warn: Warn) -> None:
     report(0.0, "starting")
     from transformers_api.checkpoints import gguf_tokenizer
-    from transformers_api.checkpoints.gguf_header import read_gguf_header
+    from transformers_api.checkpoints.headers.gguf_file import read_gguf_header
 
     header = read_gguf_header(source)
     try:

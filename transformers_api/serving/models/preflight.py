@@ -10,6 +10,7 @@ import importlib.util
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from transformers_api.errors import ModelLoadFailed
 from transformers_api.serving.models.config_sizes import check_sizes
@@ -160,18 +161,10 @@ def check_config(
         raise ModelLoadFailed(f"{folder} is {kind}")
     config = read_object(folder / "config.json")
     model_type = config.get("model_type")
-    architectures = config.get("architectures") or ["?"]
-    if config.get("is_encoder_decoder"):
-        raise ModelLoadFailed(
-            f"{folder}: an encoder-decoder model ({model_type}) cannot be served, only models that "
-            "continue their own text"
-        )
+    if reason := _not_generating(folder, config, encoder):
+        raise ModelLoadFailed(f"{folder}: {reason}")
     if encoder:
         _check_is_encoder(folder)
-    elif (folder / MODULES).is_file():
-        raise ModelLoadFailed(f"{folder}: a sentence encoder makes embeddings, it writes no text")
-    elif str(architectures[0]).endswith(NOT_GENERATING) and not config.get("is_decoder"):
-        raise ModelLoadFailed(f"{folder}: {architectures[0]} does not generate text")
     if trust_remote_code:
         return
     if not isinstance(model_type, str) or not (knows or _transformers_knows)(model_type):
@@ -180,6 +173,31 @@ def check_config(
             f"{folder / 'config.json'}: model_type {model_type!r} {own}; such code runs only for a "
             "registry entry with trust_remote_code: true"
         )
+
+
+def refusal(folder: Path, encoder: bool = False) -> str | None:
+    """The reason why a folder's kind of model can never be served; None where it may be."""
+    try:
+        return _not_generating(folder, read_object(folder / "config.json"), encoder)
+    except ModelLoadFailed:
+        return None
+
+
+def _not_generating(folder: Path, config: Mapping[str, Any], encoder: bool) -> str | None:
+    architectures = config.get("architectures") or ["?"]
+    name = str(architectures[0]) if isinstance(architectures, list) else "?"
+    if config.get("is_encoder_decoder"):
+        return (
+            f"an encoder-decoder model ({config.get('model_type')}) cannot be served, only models "
+            "that continue their own text"
+        )
+    if encoder:
+        return None
+    if (folder / MODULES).is_file():
+        return "a sentence encoder makes embeddings, it writes no text"
+    if name.endswith(NOT_GENERATING) and not config.get("is_decoder"):
+        return f"{name} does not generate text"
+    return None
 
 
 def _check_is_encoder(folder: Path) -> None:

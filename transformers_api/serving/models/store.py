@@ -15,8 +15,14 @@ from typing import TextIO
 from transformers_api.config.settings import Settings
 from transformers_api.errors import InsufficientStorage, ModelLoadFailed, ModelNotFound
 from transformers_api.serving.models import foreign, packages, preflight
+from transformers_api.serving.models.description import Description, describe
 from transformers_api.serving.models.headers import read_object
-from transformers_api.serving.models.hub import HubCache, Progress, RepositoryMissing
+from transformers_api.serving.models.hub import (
+    HubCache,
+    HubUnreachable,
+    Progress,
+    RepositoryMissing,
+)
 from transformers_api.serving.models.spec import (
     HubSource,
     ModelFiles,
@@ -76,13 +82,41 @@ class ModelStore:
         """The repositories of the Hub that are complete in the cache."""
         return self._hub.repos()
 
+    def describe(self, spec: ModelSpec) -> Description:
+        """What the headers of its files say, also of files that are yet to be converted."""
+        if (folder := self.locate(spec)) is not None:
+            return describe(folder)
+        try:
+            path = self._local_path(spec)
+        except ModelLoadFailed:
+            path = None
+        return Description() if path is None else describe(path)
+
+    def refusal(self, spec: ModelSpec) -> str | None:
+        """The reason why a model can never be served; None where it may be."""
+        if spec.refusal is not None:
+            return spec.refusal
+        folder = self.locate(spec)
+        return preflight.refusal(folder, spec.embedding == "encoder") if folder else None
+
+    def check_exists(self, spec: ModelSpec) -> None:
+        """Raise ModelNotFound for an id that only the Hub could know, and it does not."""
+        if spec.registered or self.is_cached(spec) or not isinstance(spec.source, HubSource):
+            return
+        try:
+            self._hub.check_exists(spec.source)
+        except (RepositoryMissing, HubUnreachable):
+            raise ModelNotFound(spec.name) from None
+
     def check_source(self, spec: ModelSpec) -> None:
         """Raise ModelLoadFailed when ``prepare`` cannot succeed, as far as one knows without it."""
+        _check_servable(spec)
         if self._local_path(spec) is None:
             self._check_download(spec)
 
     def prepare(self, spec: ModelSpec, progress: Progress) -> ModelFiles:
         """Make the files complete on the disk and check them: serving.models.Loader.prepare."""
+        _check_servable(spec)
         path = self._local_path(spec)
         if path is None:
             path = self._fetch(spec, progress)
@@ -131,7 +165,7 @@ class ModelStore:
                     folder, spec.trust_remote_code, self._knows, spec.embedding == "encoder"
                 ),
             )
-        except RepositoryMissing:
+        except (RepositoryMissing, HubUnreachable):
             if spec.registered:
                 raise
             raise ModelNotFound(spec.name) from None  # a client's own invention
@@ -178,6 +212,11 @@ class ModelStore:
                 progress(0.0, "converting again: the converted files are damaged")
         _run_converter(spec, path, folder, progress)
         return self._inspect(spec, folder)
+
+
+def _check_servable(spec: ModelSpec) -> None:
+    if spec.refusal is not None:
+        raise ModelLoadFailed(f"Model '{spec.name}': {spec.refusal}", param="model")
 
 
 def _is_standard(path: Path) -> bool:
