@@ -34,8 +34,8 @@ _ENCODING = re.compile(r"[a-z0-9_]{1,40}", re.ASCII)
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _QUANTIZATIONS = ("none", "int8", "int4")
 _CHAT = ("template", "transcript", "off")
-MAX_BYTES = 4 << 20
-MAX_NODES, MAX_NESTING = 100_000, 32  # of a YAML file; JSON's parser has limits of its own
+MAX_BYTES = 1 << 20
+MAX_NODES, MAX_NESTING = 20_000, 32  # of a YAML file; JSON's parser has limits of its own
 _POOLINGS = ("mean", "last", "cls")
 _SOURCES = ("hf_repo", "path", "package")
 
@@ -91,7 +91,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         """Compose one node. Raises yaml.YAMLError for more of them than any registry has."""
-        event = self.peek_event()
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
         before, anchor = self._nodes, getattr(event, "anchor", None)
         is_alias = isinstance(event, yaml.AliasEvent)
         self._nodes += self._sizes.get(anchor, MAX_NODES) if is_alias and anchor else 1
@@ -213,8 +213,8 @@ def _not_json(value: Any, where: str, depth: int = 0) -> str | None:
     if depth > MAX_NESTING:
         return f"nesting of more than {MAX_NESTING} at {where[:80]}"
     if isinstance(value, dict):
-        if wrong := next((key for key in value if not isinstance(key, str)), None):
-            return f"the key {wrong!r} at {where[:80]}"
+        if wrong := [key for key in value if not isinstance(key, str)]:
+            return f"the key {wrong[0]!r} at {where[:80]}"
         parts = ((f"{where}.{key}", part) for key, part in value.items())
     elif isinstance(value, list):
         parts = ((f"{where}[{index}]", part) for index, part in enumerate(value))
@@ -228,9 +228,8 @@ def _not_json(value: Any, where: str, depth: int = 0) -> str | None:
         return None
     else:
         return f"the {type(value).__name__} at {where[:80]}"
-    return next(
-        (wrong for name, part in parts if (wrong := _not_json(part, name, depth + 1))), None
-    )
+    reasons = (_not_json(part, name, depth + 1) for name, part in parts)
+    return next(filter(None, reasons), None)
 
 
 def _is_text(value: str) -> bool:
