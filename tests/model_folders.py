@@ -11,7 +11,7 @@ from typing import Any
 
 BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "U8": 1}
 
-LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 16}
+LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 8}
 TENSORS = {"a": ("F32", [4, 8]), "b": ("F16", [3]), "c": ("F32", [])}
 
 
@@ -53,7 +53,9 @@ def sharded_files() -> dict[str, bytes]:
     for shard, name in shards.items():
         files[shard] = safetensors_bytes(safetensors_header({name: TENSORS[name]}))
     weight_map = {name: shard for shard, name in shards.items()}
-    files["model.safetensors.index.json"] = json.dumps({"weight_map": weight_map}).encode()
+    files["model.safetensors.index.json"] = json.dumps(
+        {"metadata": {}, "weight_map": weight_map}
+    ).encode()
     return files
 
 

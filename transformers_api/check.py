@@ -82,7 +82,7 @@ def _findings(settings: Settings) -> Iterator[Finding]:
     yield from _software()
     yield _memory()
     yield _disk("MODEL_STORE", settings.model_store)
-    yield _disk("HF_HOME", settings.hf_home)
+    yield _disk("HF_HUB_CACHE" if settings.hf_hub_cache else "HF_HOME", settings.hub_cache)
     yield _model(settings)
     yield _kernels(settings)
     yield _address(settings)

@@ -7,6 +7,7 @@ from openai.types import Model, ModelDeleted
 
 from tests.api.test_bodies import error
 from tests.fakes import fake_spec
+from transformers_api.serving.models.hub import HubUnreachable
 from transformers_api.serving.models.spec import HubSource
 
 
@@ -155,3 +156,28 @@ def test_many_loads_of_one_model_are_one(served):
         thread.join(10)
     assert len(statuses) == 8
     assert served.loader.count("load") == 1
+
+
+def test_a_model_that_can_never_be_served_says_so_in_both_lists(serve):
+    reason = "an encoder-decoder model cannot be served"
+    served = serve(specs=(fake_spec(), fake_spec("t5", refusal=reason)))
+    entry = listed(served)["t5"]
+    assert (entry["servable"], entry["reason"]) == (False, reason)
+    assert "servable" not in listed(served)["fake"]
+    [first, second] = served.client.get("/models").get_json()
+    assert "servable" not in first
+    assert (second["servable"], second["reason"]) == (False, reason)
+
+
+def test_an_id_that_nobody_knows_is_a_404_everywhere(served, monkeypatch):
+    registry, hub = served.services.registry, served.services.store._hub
+    monkeypatch.setattr(registry, "_allow_unregistered", True)
+
+    def unknown(source):
+        raise HubUnreachable(f"{source.repo} could not be fetched")
+
+    monkeypatch.setattr(hub, "check_exists", unknown)
+    for url in ("/v1/models/owner/typo", "/models/owner/typo"):
+        answer = served.client.get(url)
+        assert answer.status_code == 404, url
+        assert "owner/typo" in answer.get_data(as_text=True)

@@ -193,5 +193,5 @@ def test_the_environment_names_the_cache():
             "FLASK_ENV": "production",
         }
     )
-    assert str(settings.hf_home) == "/path/to/cache"
+    assert str(settings.hub_cache) == "/path/to/cache"  # it names the hub folder itself
     assert settings.port == 5000

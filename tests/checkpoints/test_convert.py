@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -8,11 +9,11 @@ from typing import IO, Any
 
 import pytest
 
-from transformers_api.checkpoints.convert import is_intact
+from transformers_api.checkpoints.convert import MANIFEST, VERSION, is_intact
 from transformers_api.config.settings import Settings
 from transformers_api.errors import ModelLoadFailed
 from transformers_api.serving.models.spec import ModelSpec, PathSource
-from transformers_api.serving.models.store import ModelStore
+from transformers_api.serving.models.store import CONVERSION, CONVERTER_VERSION, ModelStore
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
@@ -49,7 +50,7 @@ def tiny_llama() -> Any:
     ).eval()
 
 
-def write_gguf(model: Any, path: Path) -> Path:
+def write_gguf(model: Any, path: Path, pre: str | None = "smollm") -> Path:
     import gguf
 
     writer = gguf.GGUFWriter(str(path), "llama")
@@ -67,7 +68,8 @@ def write_gguf(model: Any, path: Path) -> Path:
     alphabet = byte_alphabet()
     tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *alphabet, "he"]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
+    if pre is not None:
+        writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     writer.add_token_types([3, 3, 3] + [1] * 257)
     writer.add_token_merges(["h e"])
@@ -230,6 +232,53 @@ def test_damaged_conversion_is_made_again(store: ModelStore, source: Path, folde
     assert "converting weights" in heard
     assert weights.read_bytes() == whole
     assert is_intact(folder)
+
+
+def test_conversion_of_an_earlier_version_is_made_again(
+    store: ModelStore, source: Path, folder: Path
+) -> None:
+    record = folder / "conversion.json"
+    for version in ({}, {"version": VERSION - 1}, {"version": VERSION + 1}):
+        manifest = json.loads(record.read_text())
+        manifest.pop("version", None)
+        record.write_text(json.dumps(manifest | version))
+        assert not is_intact(folder)
+        assert not store.is_cached(spec_of(source))
+    heard: list[str] = []
+    store.prepare(spec_of(source), lambda share, what: heard.append(what))
+    assert "earlier version" in heard[0]
+    assert is_intact(folder)
+    assert store.is_cached(spec_of(source))
+
+
+def test_a_folder_with_one_gguf_file_is_that_file(
+    store: ModelStore, source: Path, folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "tiny model.gguf").symlink_to(source)
+    (tmp_path / "mmproj-tiny.gguf").write_bytes(b"")
+    (tmp_path / "README.md").write_text("# tiny")
+    assert store.prepare(spec_of(tmp_path), lambda share, what: None).folder == folder
+    assert store.is_cached(spec_of(tmp_path))
+
+
+def test_store_and_converter_agree_on_the_record() -> None:
+    assert (CONVERSION, CONVERTER_VERSION) == (MANIFEST, VERSION)
+
+
+def test_unknown_pre_tokenizer_is_refused_by_name(
+    store: ModelStore, original: Any, tmp_path: Path
+) -> None:
+    novel = write_gguf(original, tmp_path / "novel.gguf", pre="novel")
+    with pytest.raises(ModelLoadFailed, match=r"novel\.gguf: the pre-tokenizer 'novel'"):
+        store.prepare(spec_of(novel), lambda share, what: None)
+
+
+def test_missing_pre_tokenizer_is_warned_of(
+    store: ModelStore, original: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    silent = write_gguf(original, tmp_path / "silent.gguf", pre=None)
+    store.prepare(spec_of(silent), lambda share, what: None)
+    assert "tiny: silent.gguf: the file does not name its pre-tokenizer" in caplog.text
 
 
 def test_killed_conversion_leaves_nothing_that_looks_complete(source: Path, tmp_path: Path) -> None:

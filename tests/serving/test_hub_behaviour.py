@@ -12,7 +12,7 @@ import pytest
 
 from tests.fakes import FakeLoader
 from tests.hub_server import HubServer
-from tests.model_folders import model_files
+from tests.model_folders import model_files, write_files
 from transformers_api.config.settings import Settings
 from transformers_api.errors import ModelLoadFailed, ModelNotFound
 from transformers_api.serving.models.spec import HubSource, ModelSpec
@@ -122,8 +122,32 @@ def test_unloading_a_model_keeps_its_files(hub, make_store):
         swapper.close()
 
 
-@pytest.mark.parametrize("name", ["HF_HOME", "TRANSFORMERS_CACHE"])
-def test_the_environment_says_where_downloads_lie(tmp_path, name):
+def test_the_hubs_own_name_of_its_folder_wins_over_older_ones():
+    environ = {"TRANSFORMERS_CACHE": "/older", "HF_HOME": "/home"}
+    assert str(Settings.from_env(environ).hub_cache) == "/older"
+    assert str(Settings.from_env(environ | {"HF_HUB_CACHE": "/hub"}).hub_cache) == "/hub"
+    assert str(Settings.from_env({"HF_HOME": "/home"}).hub_cache) == "/home/hub"
+
+
+def test_a_cache_that_other_programs_filled_is_used(tmp_path):
+    commit = "0" * 40
+    repo = tmp_path / "models--someone--tiny"
+    write_files(repo / "snapshots" / commit, model_files())
+    write_files(repo / "refs", {"main": commit.encode()})
+    environ = {"TRANSFORMERS_CACHE": str(tmp_path), "MODEL_STORE": str(tmp_path / "store")}
+    assert ModelStore(Settings.from_env(environ)).cached_hub_repos() == ["someone/tiny"]
+
+
+@pytest.mark.parametrize(
+    ("name", "hub"),
+    [
+        ("HF_HOME", "elsewhere/hub"),
+        ("HF_HUB_CACHE", "elsewhere"),
+        ("HUGGINGFACE_HUB_CACHE", "elsewhere"),
+        ("TRANSFORMERS_CACHE", "elsewhere"),
+    ],
+)
+def test_the_environment_says_where_downloads_lie(tmp_path, name, hub):
     server = HubServer({REPO: model_files()})
     server.private[REPO] = TOKEN
     environ = {
@@ -147,6 +171,6 @@ def test_the_environment_says_where_downloads_lie(tmp_path, name):
     finally:
         server.close()
     assert done.returncode == 0, done.stderr
-    assert list((tmp_path / "elsewhere").rglob("model.safetensors"))
+    assert list((tmp_path / hub).glob("models--*/snapshots/*/model.safetensors"))
     assert not (tmp_path / "home").exists() or not list((tmp_path / "home").rglob("*.safetensors"))
     assert TOKEN not in done.stdout + done.stderr

@@ -16,7 +16,8 @@ from tests.model_folders import (
     write_files,
 )
 from transformers_api.errors import ModelLoadFailed
-from transformers_api.serving.models.preflight import inspect_folder, is_complete, read_header
+from transformers_api.serving.models.headers import read_header
+from transformers_api.serving.models.preflight import inspect_folder, is_complete
 
 GOOD = model_files()["model.safetensors"]
 
@@ -111,7 +112,7 @@ def test_missing_shard_is_named(tmp_path: Path) -> None:
 def test_index_that_does_not_fit_is_refused(
     tmp_path: Path, weight_map: object, reason: str
 ) -> None:
-    index = json.dumps({"weight_map": weight_map}).encode()
+    index = json.dumps({"metadata": {}, "weight_map": weight_map}).encode()
     write_files(tmp_path, sharded_files() | {"model.safetensors.index.json": index})
     with pytest.raises(ModelLoadFailed, match=reason):
         inspect_folder(tmp_path)

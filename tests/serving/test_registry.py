@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -318,3 +319,84 @@ def test_missing_file_is_refused_by_name(tmp_path: Path) -> None:
 def test_alias_that_would_hide_another_entry_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match=r"mine: aliases 'gpt2' is not allowed"):
         registry_of(tmp_path, [{"name": "mine", "path": "p", "aliases": ["gpt2"]}])
+
+
+def yaml_registry(tmp_path: Path, text: str) -> ModelRegistry:
+    path = tmp_path / "models.yaml"
+    path.write_text(text)
+    return ModelRegistry.from_settings(Settings(model_registry_path=path))
+
+
+def test_metadata_of_dates_is_text(tmp_path: Path) -> None:
+    entry = "- {name: m, path: p, metadata: {day: 2024-05-01, times: [2024-05-01 10:20:30]}}"
+    metadata = yaml_registry(tmp_path, entry).resolve("m").metadata
+    assert metadata == {"day": "2024-05-01", "times": ["2024-05-01T10:20:30"]}
+    assert json.loads(json.dumps(metadata)) == metadata
+
+
+@pytest.mark.parametrize(
+    ("metadata", "reason"),
+    [
+        ("{a: !!set {x, y}}", "the set at metadata.a"),
+        ("{a: {b: [1, !!binary aGVsbG8=]}}", "the bytes at metadata.a.b[1]"),
+        ("{1: one}", "the key 1 at metadata"),
+        ("{a: {2024-05-01: x}}", "the key datetime.date(2024, 5, 1) at metadata.a"),
+        ("{a: {null: x}}", "the key None at metadata.a"),
+        ("{a: .nan}", "nan at metadata.a"),
+        ("{a: [-.inf]}", "-inf at metadata.a[0]"),
+        ("{a: 1.0e+400}", "inf at metadata.a"),
+        ("{a: 18446744073709551616}", "an integer of more than 64 bits at metadata.a"),
+        ("{a: !!omap [b: 1]}", "the tuple at metadata.a[0]"),
+        ("[1]", "an object"),
+    ],
+)
+def test_metadata_is_valid_json_or_stops_the_start(
+    tmp_path: Path, metadata: str, reason: str
+) -> None:
+    with pytest.raises(SettingError) as caught:
+        yaml_registry(tmp_path, f"- {{name: m, path: p, metadata: {metadata}}}")
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", '"\\ud800"'])
+def test_metadata_in_a_json_file_is_valid_json_too(tmp_path: Path, value: str) -> None:
+    with pytest.raises(SettingError, match=r"metadata.* is not allowed: .*metadata\.a"):
+        registry_of(tmp_path, f'[{{"name": "m", "path": "p", "metadata": {{"a": {value}}}}}]')
+
+
+LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 12)
+)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param(LAUGHS, id="billion laughs"),
+        pytest.param(LAUGHS.replace("[", "{? [").replace("]", "]}"), id="laughing keys"),
+        pytest.param("a: &a [*a]", id="a list in itself"),
+        pytest.param("[" * 500_000, id="deep brackets"),
+        pytest.param("- " * 300_000, id="deep lists"),
+        pytest.param("".join(f"{' ' * n}a:\n" for n in range(1000)), id="deep maps"),
+        pytest.param("- a\n" * 200_000, id="long list"),
+        pytest.param("a: " + "9" * 100_000, id="long number"),
+        pytest.param("a: 2024-99-99", id="no date"),
+        pytest.param("a: " + "x" * (2 << 20), id="too large"),
+        pytest.param(
+            f"- {{name: m, path: p, metadata: {'{a: ' * 40}1{'}' * 40}}}", id="deep metadata"
+        ),
+    ],
+)
+def test_a_yaml_bomb_is_refused_within_a_second(tmp_path: Path, text: str) -> None:
+    started = time.process_time()
+    with pytest.raises(SettingError) as caught:
+        yaml_registry(tmp_path, text)
+    assert time.process_time() - started < 1
+    assert len(str(caught.value)) < 1000
+
+
+def test_aliases_of_a_small_registry_are_read(tmp_path: Path) -> None:
+    text = "- &a {name: one, path: p, metadata: &m {k: v}}\n- {<<: *a, name: two, metadata: *m}"
+    registry = yaml_registry(tmp_path, text)
+    assert registry.resolve("two").metadata == {"k": "v"}

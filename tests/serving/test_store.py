@@ -13,6 +13,7 @@ from tests.hub_server import COMMIT, HubServer
 from tests.model_folders import LLAMA, model_files, sharded_files, write_files
 from transformers_api.config.settings import Settings
 from transformers_api.errors import InsufficientStorage, ModelLoadFailed, ModelNotFound
+from transformers_api.serving.models.builtin import builtin_models
 from transformers_api.serving.models.spec import HubSource, ModelSpec, PackageSource, PathSource
 from transformers_api.serving.models.store import ModelStore
 
@@ -152,6 +153,74 @@ def test_an_id_that_a_client_made_up_is_an_unknown_model(hub: HubServer, store: 
     spec = ModelSpec(name="some/one", source=HubSource("some/one"), registered=False)
     with pytest.raises(ModelNotFound):
         store.prepare(spec, no_progress)
+
+
+def unregistered(repo: str) -> ModelSpec:
+    return ModelSpec(name=repo, source=HubSource(repo), registered=False)
+
+
+def test_an_id_exists_where_the_hub_or_the_cache_says_so(hub: HubServer, store: ModelStore) -> None:
+    store.check_exists(unregistered(REPO))
+    with pytest.raises(ModelNotFound):
+        store.check_exists(unregistered("owner/typo"))
+    store.check_exists(hub_spec("registered/entry"))
+    store.prepare(unregistered(REPO), no_progress)
+    hub.close()
+    store.check_exists(unregistered(REPO))
+
+
+def test_a_gated_repository_exists(hub: HubServer, store: ModelStore) -> None:
+    hub.repos["someone/gated"] = model_files()
+    hub.gated.add("someone/gated")
+    store.check_exists(unregistered("someone/gated"))
+
+
+def test_the_hub_is_asked_once_a_minute_for_an_id(hub: HubServer, store: ModelStore) -> None:
+    for _ in range(5):
+        with pytest.raises(ModelNotFound):
+            store.check_exists(unregistered("owner/typo"))
+    assert len(hub.requests) == 1
+
+
+def test_an_id_that_a_silent_hub_cannot_confirm_is_unknown(
+    hub: HubServer, store: ModelStore
+) -> None:
+    hub.close()
+    with pytest.raises(ModelNotFound):
+        store.check_exists(unregistered("owner/typo"))
+    with pytest.raises(ModelNotFound):
+        store.prepare(unregistered("owner/typo"), no_progress)
+    with pytest.raises(ModelLoadFailed, match="could not be fetched"):
+        store.prepare(hub_spec("registered/entry"), no_progress)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("google/flan-t5-small", "encoder-decoder"),
+        ("google/flan-t5-large", "encoder-decoder"),
+        ("huggingface/CodeBERTa-small-v1", "masked language model"),
+    ],
+)
+def test_listed_models_that_cannot_be_served_are_refused_as_that(
+    hub: HubServer, store: ModelStore, name: str, reason: str
+) -> None:
+    spec = next(spec for spec in builtin_models() if spec.name == name)
+    assert reason in str(store.refusal(spec))
+    for refuse in (store.check_source, lambda spec: store.prepare(spec, no_progress)):
+        with pytest.raises(ModelLoadFailed, match=f"{name}.*{reason}"):
+            refuse(spec)
+    assert hub.requests == []
+
+
+def test_files_that_cannot_be_served_say_so(store: ModelStore, tmp_path: Path) -> None:
+    spec = ModelSpec(name="m", source=PathSource(tmp_path))
+    write_files(tmp_path, model_files(LLAMA))
+    assert store.refusal(spec) is None
+    write_files(tmp_path, model_files({"model_type": "t5", "is_encoder_decoder": True}))
+    assert "encoder-decoder" in str(store.refusal(spec))
+    write_files(tmp_path, model_files({"architectures": ["BertForMaskedLM"]}))
+    assert store.refusal(spec) == "BertForMaskedLM does not generate text"
 
 
 def test_encoder_decoder_is_refused_before_its_weights_are_fetched(

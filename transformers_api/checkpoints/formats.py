@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from transformers_api.checkpoints.headers.originals import PUBLISHED_HEADS
 from transformers_api.errors import ModelLoadFailed
 from transformers_api.families.gpt3dev import GPT3DevConfig, GPT3DevForCausalLM
 from transformers_api.families.niels import NielsConfig, NielsForCausalLM
@@ -19,19 +20,6 @@ from transformers_api.families.tinygpt2 import TinyGPT2Config, TinyGPT2ForCausal
 State = dict[str, Tensor]
 Declared = Mapping[str, Any]
 END_OF_TEXT = 50256  # GPT-2's
-
-# The number of heads cannot be seen in the weights. What was published:
-# (family, width, layers, experts) -> heads
-PUBLISHED_HEADS = {
-    ("tinygpt", 512, 8, 0): 8,
-    ("tinygpt-moe", 512, 8, 4): 8,
-    ("tinygpt-moe", 512, 8, 8): 16,  # Wikipedia-MoE
-    ("tinygpt2", 768, 12, 0): 12,
-    ("tinygpt2", 1024, 12, 0): 16,  # 2.1
-    ("gpt3dev", 256, 6, 0): 4,
-    ("gpt3dev", 768, 12, 0): 12,
-    ("gpt3dev", 1024, 24, 0): 16,
-}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,6 @@ errors that name it as the original does. Pickles are read as plain weights, nev
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +21,10 @@ from transformers import GenerationConfig
 
 from transformers_api.checkpoints import tokenizers
 from transformers_api.checkpoints.formats import FAMILIES, Family, State
+from transformers_api.checkpoints.headers.originals import ADDED, CONFIGS, HEAD, WRAPPERS
 from transformers_api.errors import ModelLoadFailed
 
-WRAPPERS = ("model_state_dict", "model_state", "state_dict", "model")
-CONFIGS = ("model_cfg", "config")
-# what torch.compile, data parallelism and the Liger kernels add to the names
-ADDED = re.compile(r"_orig_mod\.|^module\.|(?<=\.)swiglu\.")
-HEAD = "lm_head.weight"
+LFS_POINTER = b"version https://git-lfs"  # what a file stored elsewhere begins with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +86,9 @@ def read_checkpoint(
 
 def _read_pickle(path: Path) -> tuple[State, Mapping[str, Any]]:
     """(weights, the configuration that came with them) of a bare or wrapped state dict."""
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ModelLoadFailed(f"{path.name} is a Git LFS pointer: fetch the file itself")
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds for a file that is no checkpoint

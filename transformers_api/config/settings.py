@@ -32,19 +32,11 @@ def _setting(
     return field(default=default, metadata=metadata, repr=not is_secret)
 
 
-def _default_store() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(root).expanduser() / "transformers-api" / "models"
-
-
-def _default_native_cache() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(root).expanduser() / "transformers-api" / "native"
-
-
-def _default_hf_home() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(root).expanduser() / "huggingface"
+def _cache(*names: str) -> Callable[[], Path]:
+    """A folder among the caches of this user."""
+    return lambda: (
+        Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().joinpath(*names)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,13 +67,17 @@ class Settings:
         (), to.names, "Comma-separated ids: only these may be served."
     )
     model_store: Path = _setting(
-        _default_store,
+        _cache("transformers-api", "models"),
         to.path,
         "Where converted models are kept, and what was found out about models.",
         aliases=("CKPT_DIR",),
     )
-    hf_home: Path = _setting(
-        _default_hf_home, to.path, "Hugging Face cache folder.", aliases=("TRANSFORMERS_CACHE",)
+    hf_home: Path = _setting(_cache("huggingface"), to.path, "Hugging Face cache folder.")
+    hf_hub_cache: Path | None = _setting(
+        None,
+        to.path,
+        "Where models of the Hub lie. Default: hub in HF_HOME.",
+        aliases=("HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE"),
     )
     hf_token: str | None = _setting(
         None, str, "Token for private models of the Hub.", is_secret=True
@@ -112,7 +108,7 @@ class Settings:
         "by less than 2 %. Needs NATIVE_KERNELS; a model that cannot have it is not loaded.",
     )
     native_cache: Path = _setting(
-        _default_native_cache,
+        _cache("transformers-api", "native"),
         to.path,
         "Where compiled kernels are kept; `python -m transformers_api kernels` compiles them.",
     )
@@ -331,6 +327,11 @@ class Settings:
     def downloads_allowed(self) -> bool:
         """ALLOW_DOWNLOAD with its default worked out."""
         return self._is_guarded if self.allow_download is None else self.allow_download
+
+    @property
+    def hub_cache(self) -> Path:
+        """HF_HUB_CACHE with its default worked out."""
+        return self.hf_hub_cache or self.hf_home / "hub"
 
     @property
     def metrics_allowed(self) -> bool:

@@ -46,6 +46,7 @@ def list_models() -> Any:
 def retrieve_model(model_id: str) -> Any:
     """Describe one model."""
     spec = services().registry.resolve(model_id)
+    services().store.check_exists(spec)
     described = _described(spec, services().swapper.status())
     return {**described, "id": model_id, "metadata": _metadata(spec)}
 
@@ -125,6 +126,8 @@ def _described(spec: ModelSpec, status: SwapperStatus) -> dict[str, Any]:
     if status.model == spec.name and status.max_model_len is not None:
         described["max_model_len"] = status.max_model_len
         described["quantization"] = status.quantization
+    if (reason := services().store.refusal(spec)) is not None:
+        described |= {"servable": False, "reason": reason}
     return described
 
 

@@ -102,6 +102,7 @@ def list_models() -> Any:
 def retrieve_model(model_name: str) -> Any:
     """Describe one model, and how far its loading is."""
     spec = services().registry.resolve(model_name)
+    services().store.check_exists(spec)
     status = services().swapper.status()
     state = generate_format.model_state(spec.name, status)
     return {**_described(spec, status), **state}
@@ -232,7 +233,8 @@ def _parameters(params: SamplingParams, body: Mapping[str, Any]) -> dict[str, An
 
 
 def _described(spec: ModelSpec, status: SwapperStatus) -> dict[str, Any]:
-    return generate_format.model(spec, services().store.locate(spec), status)
+    store = services().store
+    return generate_format.model(spec, store.describe(spec), store.refusal(spec), status)
 
 
 def _check_origin() -> None:

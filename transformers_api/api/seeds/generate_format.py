@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from transformers_api.api.http.dialects import PLAIN
 from transformers_api.api.http.request_context import Formatter
 from transformers_api.serving.generation import Generation
+from transformers_api.serving.models.description import Description
 from transformers_api.serving.models.spec import ModelSpec
 from transformers_api.serving.swap.residency import SwapperStatus
 from transformers_api.serving.text.choice_text import TextDelta
@@ -133,15 +132,27 @@ def _ms(seconds: float) -> float:
     return round(1000 * seconds, 3)
 
 
-def model(spec: ModelSpec, folder: Path | None, status: SwapperStatus) -> Json:
-    """A model of the list; ``folder`` has its files, where they are on this machine."""
-    return {
+def model(spec: ModelSpec, files: Description, refusal: str | None, status: SwapperStatus) -> Json:
+    """A model of the list: what the registry says of it, else its files."""
+    described = {
         "name": spec.name,
         "description": spec.metadata.get("description", ""),
-        "parameters": spec.metadata.get("parameter_count"),
+        "parameters": spec.metadata.get("parameter_count") or _rounded(files.parameters),
         "loaded": status.model == spec.name,
-        "config": spec.metadata.get("config") or _shape(folder),
+        "config": spec.metadata.get("config") or _shape(files.config),
     }
+    return described if refusal is None else {**described, "servable": False, "reason": refusal}
+
+
+def _rounded(parameters: int | None) -> str | None:
+    """A number as people name a model's size: 51M, 1.3B."""
+    if parameters is None:
+        return None
+    if parameters >= 1_000_000_000:
+        return f"{parameters / 1e9:.3g}B"
+    if parameters >= 1_000_000:
+        return f"{parameters / 1e6:.0f}M"
+    return f"{parameters / 1e3:.0f}K" if parameters >= 1000 else str(parameters)
 
 
 def model_state(name: str, status: SwapperStatus) -> Json:
@@ -162,11 +173,8 @@ def model_state(name: str, status: SwapperStatus) -> Json:
     }
 
 
-def _shape(folder: Path | None) -> Json:
-    """The shape in a folder's config.json, in TinyGPT's words."""
-    if folder is None:
-        return {}
-    config = json.loads((folder / "config.json").read_text())
+def _shape(config: Mapping[str, Any]) -> Json:
+    """The shape in a configuration, in TinyGPT's words."""
     shape = {
         name: next((config[key] for key in keys if config.get(key) is not None), None)
         for name, keys in _SHAPE.items()

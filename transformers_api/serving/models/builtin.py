@@ -25,6 +25,10 @@ ENCODER = PackageSource(
 # The widest window that the training scripts of the 350M checkpoints used; their published table
 # says 4096, which the position embeddings do not have.
 GPT3DEV_CONTEXT = 2048
+ENCODER_DECODER = (
+    "an encoder-decoder model cannot be served, only models that continue their own text"
+)
+MASKED = "a masked language model does not generate text"
 TINYGPT2_CONTEXT = 1024  # its rotary table; prompts are cut to the last 512 tokens
 
 
@@ -81,6 +85,7 @@ def _hub(
     is_instruct: bool | None = None,
     context: int | None = None,
     more: Mapping[str, Any] | None = None,
+    refusal: str | None = None,
 ) -> ModelSpec:
     repo = repo or name
     metadata = {
@@ -98,6 +103,7 @@ def _hub(
         chat=chat,
         is_instruct=is_instruct,
         metadata=metadata,
+        refusal=refusal,
     )
 
 
@@ -106,6 +112,7 @@ def _general() -> tuple[ModelSpec, ...]:
     gpt2, opt, neo = "OpenAI's GPT-2", "Meta's OPT", "EleutherAI's GPT-Neo"
     dialogue = "GPT-2 trained on dialogues"
     t5 = "Instruction-tuned T5: an encoder-decoder, which is listed but refused"
+    masked = "A masked model of code: it cannot generate"
     return (
         _hub("gpt2", "124M", gpt2, repo="openai-community/gpt2", aliases=("GPT-2",)),
         _hub("gpt2-medium", "355M", gpt2, repo="openai-community/gpt2-medium"),
@@ -119,11 +126,11 @@ def _general() -> tuple[ModelSpec, ...]:
         _hub("facebook/opt-1.3b", "1.3B", opt),
         _hub("EleutherAI/gpt-neo-125m", "125M", neo, aliases=("EleutherAI/gpt-neo-125M",)),
         _hub("EleutherAI/gpt-neo-1.3B", "1.3B", neo),
-        _hub("google/flan-t5-small", "77M", t5),
-        _hub("google/flan-t5-base", "248M", t5),
-        _hub("google/flan-t5-large", "783M", t5),
+        _hub("google/flan-t5-small", "77M", t5, refusal=ENCODER_DECODER),
+        _hub("google/flan-t5-base", "248M", t5, refusal=ENCODER_DECODER),
+        _hub("google/flan-t5-large", "783M", t5, refusal=ENCODER_DECODER),
         _hub("microsoft/CodeGPT-small-py", "124M", "GPT-2 trained on Python code"),
-        _hub("huggingface/CodeBERTa-small-v1", "84M", "A masked model of code: it cannot generate"),
+        _hub("huggingface/CodeBERTa-small-v1", "84M", masked, refusal=MASKED),
     )
 
 

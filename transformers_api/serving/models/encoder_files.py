@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from transformers_api.errors import ModelLoadFailed
-from transformers_api.serving.models.preflight import MODULES, read_object
+from transformers_api.serving.models.headers import read_object
+from transformers_api.serving.models.preflight import MODULES
 from transformers_api.serving.models.spec import Pooling, PoolingMode
 
 STEPS = ("Transformer", "Pooling", "Normalize")

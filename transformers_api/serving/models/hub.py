@@ -12,6 +12,7 @@ import hashlib
 import re
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers_api.errors import ApiError, InsufficientStorage, ModelLoadFailed
-from transformers_api.serving.models import preflight
+from transformers_api.serving.models import foreign, preflight
 from transformers_api.serving.models.spec import HubSource
 
 RESERVE_BYTES = 1 << 30  # left free on the disk for everybody else
@@ -28,12 +29,18 @@ SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 ENCODER_STEP = "[0-9]_*/config.json"  # how a sentence encoder pools
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _CHUNK = 1 << 22
+ASK_TIMEOUT_S = 5.0
+ANSWER_S, MAX_ANSWERS = 60.0, 256
 
 Progress = Callable[[float, str], None]
 
 
 class RepositoryMissing(ModelLoadFailed):
     """The Hub has no such repository, or not for us."""
+
+
+class HubUnreachable(ModelLoadFailed):
+    """The Hub did not say what a repository holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +57,7 @@ class HubCache:
     def __init__(self, folder: Path, token: str | None) -> None:
         self.folder = folder
         self._token = token
+        self._answers: dict[tuple[str, str | None], tuple[float, ModelLoadFailed | None]] = {}
 
     def snapshot(self, source: HubSource) -> Path | None:
         """The folder of a revision that is at least partly here. No network."""
@@ -91,9 +99,10 @@ class HubCache:
         ``check`` looks at the small files before the weights are fetched. Raises ModelLoadFailed,
         InsufficientStorage.
         """
-        with _explained(source, self._token):
-            progress(0.0, "asking the Hub")
+        progress(0.0, "asking the Hub")
+        with _explained(source, self._token, HubUnreachable):
             files = self._list(source)
+        with _explained(source, self._token):
             small, weights = _choose(source, files, trust_remote_code)
             self._check_room(source, {name: files[name] for name in small + weights})
             total = sum(files[name].bytes for name in small + weights)
@@ -106,6 +115,35 @@ class HubCache:
             for name in set(weights) - present:
                 _verify(folder / name, files[name], progress)
         return folder / source.file if source.file else folder
+
+    def check_exists(self, source: HubSource) -> None:
+        """Raise RepositoryMissing or HubUnreachable unless the Hub has the repository.
+
+        An answer is remembered for a minute.
+        """
+        now, key = time.monotonic(), (source.repo, source.revision)
+        until, error = self._answers.get(key, (0.0, None))
+        if until < now:
+            error = self._ask(source)
+            if len(self._answers) >= MAX_ANSWERS:
+                self._answers.clear()
+            self._answers[key] = (now + ANSWER_S, error)
+        if error is not None:
+            raise type(error)(error.message)
+
+    def _ask(self, source: HubSource) -> ModelLoadFailed | None:
+        from huggingface_hub import HfApi
+
+        try:
+            with _explained(source, self._token, HubUnreachable):
+                HfApi(token=self._token).model_info(
+                    source.repo, revision=source.revision, timeout=ASK_TIMEOUT_S
+                )
+        except (RepositoryMissing, HubUnreachable) as error:
+            return error
+        except ModelLoadFailed:  # such as a gated one: it exists
+            return None
+        return None
 
     def sizes(self, source: HubSource) -> tuple[int, int]:
         """Bytes of the files that ``fetch`` takes, and of all, as the Hub says; downloads nothing.
@@ -178,6 +216,13 @@ def _choose(
         return small, [preflight.WEIGHTS]
     if preflight.INDEX in files:
         return small, [name for name in files if fnmatchcase(name, "model-*.safetensors")]
+    if names := foreign.ggufs(files):
+        raise ModelLoadFailed(
+            f"{source.repo} has no weights in the safetensors format, but GGUF files: name one as "
+            f"file in a registry entry, such as {names[0]}"
+        )
+    if "adapter_config.json" in files:
+        raise ModelLoadFailed(f"{source.repo} is an adapter, no model: merge it into its base")
     if any(fnmatchcase(name, pattern) for name in files for pattern in preflight.PICKLES):
         raise ModelLoadFailed(
             f"{source.repo} has its weights only in the pickle format, which can run code when it "
@@ -225,8 +270,11 @@ def _progress_bar(total: int, progress: Progress) -> type[Any]:
 
 
 @contextmanager
-def _explained(source: HubSource, token: str | None) -> Iterator[None]:
+def _explained(
+    source: HubSource, token: str | None, unreachable: type[ModelLoadFailed] = ModelLoadFailed
+) -> Iterator[None]:
     """Turn what the Hub's library raises into our errors, with the token in none of them."""
+    kind = ModelLoadFailed
     import httpx2
     from huggingface_hub import errors
 
@@ -243,16 +291,16 @@ def _explained(source: HubSource, token: str | None) -> Iterator[None]:
     except errors.RevisionNotFoundError:
         message = f"has no revision {source.revision}"
     except (errors.OfflineModeIsEnabled, httpx2.HTTPError, errors.EntryNotFoundError) as error:
-        message = f"could not be fetched: {_redacted(error, token)}"
+        kind, message = unreachable, f"could not be fetched: {_redacted(error, token)}"
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise InsufficientStorage(f"The disk is full: {source.repo} is incomplete") from error
-        message = f"could not be fetched: {_redacted(error, token)}"
+        kind, message = unreachable, f"could not be fetched: {_redacted(error, token)}"
     except ValueError as error:
         message = f"could not be fetched: {_redacted(error, token)}"
     else:
         return
-    raise ModelLoadFailed(f"{source.repo} {message}") from None
+    raise kind(f"{source.repo} {message}") from None
 
 
 def _redacted(error: Exception, token: str | None) -> str:

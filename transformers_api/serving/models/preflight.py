@@ -1,23 +1,26 @@
 """Checks of a model folder, as far as they need no memory for its weights.
 
-Reads JSON files and the headers of safetensors files, never a tensor. Nothing that a header says
-is believed before it is compared with the size of the file.
+Reads JSON files and the headers of safetensors files, never a tensor.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
-import json
-import math
-import struct
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers_api.errors import ModelLoadFailed
+from transformers_api.serving.models.config_sizes import check_sizes
+from transformers_api.serving.models.foreign import (
+    LFS_POINTER,
+    check_format,
+    kind_of,
+    refuse_pointer,
+)
+from transformers_api.serving.models.headers import DTYPES, Tensor, read_header, read_object
 from transformers_api.serving.models.spec import ModelFiles
 
 WEIGHTS = "model.safetensors"
@@ -37,40 +40,6 @@ NOT_GENERATING = ("ForMaskedLM", "Classification", "ForQuestionAnswering", "ForP
 # Architectures of our own, and fields that only their originals' configurations have.
 OWN_TYPES = frozenset({"gpt3dev", "niels_gpt", "tinygpt", "tinygpt2"})
 ORIGINAL_FIELDS = frozenset({"block_size", "n_embd"})
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
-MAX_JSON_BYTES = 100_000_000
-
-# name in a safetensors header -> (bits per element, torch's name)
-DTYPES: Mapping[str, tuple[int, str]] = {
-    "F64": (64, "float64"),
-    "F32": (32, "float32"),
-    "F16": (16, "float16"),
-    "BF16": (16, "bfloat16"),
-    "F8_E4M3": (8, "float8_e4m3fn"),
-    "F8_E5M2": (8, "float8_e5m2"),
-    "F8_E8M0": (8, "float8_e8m0fnu"),
-    "F4": (4, "float4_e2m1fn_x2"),
-    "C64": (64, "complex64"),
-    "I64": (64, "int64"),
-    "U64": (64, "uint64"),
-    "I32": (32, "int32"),
-    "U32": (32, "uint32"),
-    "I16": (16, "int16"),
-    "U16": (16, "uint16"),
-    "I8": (8, "int8"),
-    "U8": (8, "uint8"),
-    "BOOL": (8, "bool"),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Tensor:
-    """One entry of a safetensors header, already checked against the file."""
-
-    name: str
-    dtype: str
-    elements: int
-    bytes: int
 
 
 def inspect_folder(
@@ -95,6 +64,9 @@ def inspect_folder(
     tensors = [tensor for header in headers.values() for tensor in header]
     if not tensors:
         raise ModelLoadFailed(f"{paths[0]} holds no tensors")
+    config = folder / "config.json"
+    check_format(config, read_object(config), (tensor.name for tensor in tensors))
+    check_sizes(config, tensors)
     by_dtype = Counter[str]()
     for tensor in tensors:
         by_dtype[tensor.dtype] += tensor.bytes
@@ -150,6 +122,8 @@ def weight_files(folder: Path) -> list[Path]:
             "code when it is read and is refused; convert them to safetensors, or name a revision "
             "that has them"
         )
+    if kind := kind_of(folder):
+        raise ModelLoadFailed(f"{folder} is {kind}")
     raise ModelLoadFailed(f"{folder} has no weights: neither {WEIGHTS} nor {INDEX}")
 
 
@@ -164,74 +138,12 @@ def read_weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def read_header(path: Path) -> list[Tensor]:
-    """The tensors of a safetensors file whose header fits the file to the byte."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        if len(start) < 8:
-            raise ModelLoadFailed(f"{path}: {size} bytes are too few for a safetensors file")
-        length = struct.unpack("<Q", start)[0]
-        if length > min(MAX_HEADER_BYTES, size - 8):
-            raise ModelLoadFailed(
-                f"{path}: a header of {length} bytes in a file of {size}: truncated, or not "
-                "safetensors"
-            )
-        header = _parse_object(file.read(length), path)
-    header.pop("__metadata__", None)
-    spans = [_span(path, name, entry) for name, entry in header.items()]
-    spans.sort(key=lambda span: span[:2])
-    end = 0
-    for first, last, tensor in spans:
-        if first != end:
-            raise ModelLoadFailed(f"{path}: tensor {tensor.name} starts at {first}, not at {end}")
-        end = last
-    if 8 + length + end != size:
-        raise ModelLoadFailed(
-            f"{path} has {size} bytes, its header describes {8 + length + end}: truncated or padded"
-        )
-    return [tensor for _, _, tensor in spans]
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON file that holds one object. Raises ModelLoadFailed."""
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise ModelLoadFailed(f"{path} is larger than any such file should be")
-        return _parse_object(path.read_bytes(), path)
-    except OSError as error:
-        raise ModelLoadFailed(f"{path} cannot be read: {error.strerror}") from error
-
-
-def _parse_object(text: bytes, path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ModelLoadFailed(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise ModelLoadFailed(f"{path}: not a JSON object")
-    return value
-
-
-def _span(path: Path, name: str, entry: Any) -> tuple[int, int, Tensor]:
-    """(first byte, byte after the last, tensor) of a header entry whose three facts agree."""
-    try:
-        (first, last), shape, dtype = entry["data_offsets"], entry["shape"], entry["dtype"]
-        numbers = (first, last, *shape)
-        bits = DTYPES[dtype][0]
-    except (TypeError, KeyError, ValueError):
-        raise ModelLoadFailed(f"{path}: tensor {name} is described wrongly: {entry}") from None
-    if not all(type(number) is int and 0 <= number < 1 << 63 for number in numbers):
-        raise ModelLoadFailed(f"{path}: tensor {name} has offsets or a shape that cannot be")
-    elements = math.prod(shape)
-    if (last - first) * 8 != elements * bits:
-        raise ModelLoadFailed(
-            f"{path}: tensor {name} has {last - first} bytes, but {dtype} {shape} does not"
-        )
-    return first, last, Tensor(name, dtype, elements, last - first)
-
-
 def _check_index(index: Path, headers: Mapping[str, list[Tensor]]) -> None:
+    if not isinstance(read_object(index).get("metadata"), dict):
+        raise ModelLoadFailed(
+            f"{index} has no metadata, without which transformers does not read it: add "
+            '"metadata": {} to it'
+        )
     present = {(name, tensor.name) for name, tensors in headers.items() for tensor in tensors}
     for tensor, name in read_weight_map(index).items():
         if (name, tensor) not in present:
@@ -245,20 +157,14 @@ def check_config(
     encoder: bool = False,
 ) -> None:
     """Refuse what cannot be served, from the small files alone; arguments as in inspect_folder."""
+    if not (folder / "config.json").is_file() and (kind := kind_of(folder)):
+        raise ModelLoadFailed(f"{folder} is {kind}")
     config = read_object(folder / "config.json")
     model_type = config.get("model_type")
-    architectures = config.get("architectures") or ["?"]
-    if config.get("is_encoder_decoder"):
-        raise ModelLoadFailed(
-            f"{folder}: an encoder-decoder model ({model_type}) cannot be served, only models that "
-            "continue their own text"
-        )
+    if reason := _not_generating(folder, config, encoder):
+        raise ModelLoadFailed(f"{folder}: {reason}")
     if encoder:
         _check_is_encoder(folder)
-    elif (folder / MODULES).is_file():
-        raise ModelLoadFailed(f"{folder}: a sentence encoder makes embeddings, it writes no text")
-    elif str(architectures[0]).endswith(NOT_GENERATING) and not config.get("is_decoder"):
-        raise ModelLoadFailed(f"{folder}: {architectures[0]} does not generate text")
     if trust_remote_code:
         return
     if not isinstance(model_type, str) or not (knows or _transformers_knows)(model_type):
@@ -267,6 +173,31 @@ def check_config(
             f"{folder / 'config.json'}: model_type {model_type!r} {own}; such code runs only for a "
             "registry entry with trust_remote_code: true"
         )
+
+
+def refusal(folder: Path, encoder: bool = False) -> str | None:
+    """The reason why a folder's kind of model can never be served; None where it may be."""
+    try:
+        return _not_generating(folder, read_object(folder / "config.json"), encoder)
+    except ModelLoadFailed:
+        return None
+
+
+def _not_generating(folder: Path, config: Mapping[str, Any], encoder: bool) -> str | None:
+    architectures = config.get("architectures") or ["?"]
+    name = str(architectures[0]) if isinstance(architectures, list) else "?"
+    if config.get("is_encoder_decoder"):
+        return (
+            f"an encoder-decoder model ({config.get('model_type')}) cannot be served, only models "
+            "that continue their own text"
+        )
+    if encoder:
+        return None
+    if (folder / MODULES).is_file():
+        return "a sentence encoder makes embeddings, it writes no text"
+    if name.endswith(NOT_GENERATING) and not config.get("is_decoder"):
+        return f"{name} does not generate text"
+    return None
 
 
 def _check_is_encoder(folder: Path) -> None:
@@ -280,6 +211,10 @@ def _check_is_encoder(folder: Path) -> None:
 def _check_tokenizer(folder: Path) -> None:
     if not any(all((folder / name).is_file() for name in names) for names in TOKENIZERS):
         raise ModelLoadFailed(f"{folder} has no tokenizer, such as tokenizer.json")
+    for name in {name for names in TOKENIZERS for name in names}:
+        if (folder / name).is_file():
+            with (folder / name).open("rb") as file:
+                refuse_pointer(folder / name, file.read(len(LFS_POINTER)))
 
 
 @functools.cache

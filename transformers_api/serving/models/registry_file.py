@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
@@ -32,6 +34,8 @@ _ENCODING = re.compile(r"[a-z0-9_]{1,40}", re.ASCII)
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _QUANTIZATIONS = ("none", "int8", "int4")
 _CHAT = ("template", "transcript", "off")
+MAX_BYTES = 1 << 20
+MAX_NODES, MAX_NESTING = 20_000, 32  # of a YAML file; JSON's parser has limits of its own
 _POOLINGS = ("mean", "last", "cls")
 _SOURCES = ("hf_repo", "path", "package")
 
@@ -57,6 +61,8 @@ def read_registry_file(path: Path) -> list[ModelSpec]:
 
 def _parse(path: Path) -> Any:
     try:
+        if path.stat().st_size > MAX_BYTES:
+            raise SettingError(f"{path}: more than {MAX_BYTES >> 20} MiB are no registry")
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise SettingError(
@@ -68,10 +74,37 @@ def _parse(path: Path) -> Any:
         if path.suffix == ".json":
             raise SettingError(f"{path}: not valid JSON: {error}") from None
     try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise SettingError(f"{path}: neither valid JSON nor YAML: {reason}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as far as a registry needs it: what an alias repeats counts each time."""
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._nodes = 0
+        self._sizes: dict[str, int] = {}
+        self._depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Compose one node. Raises yaml.YAMLError for more of them than any registry has."""
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        before, anchor = self._nodes, getattr(event, "anchor", None)
+        is_alias = isinstance(event, yaml.AliasEvent)
+        self._nodes += self._sizes.get(anchor, MAX_NODES) if is_alias and anchor else 1
+        self._depth += 1
+        if self._nodes > MAX_NODES or self._depth > MAX_NESTING:
+            raise yaml.YAMLError(
+                f"more than {MAX_NODES} values, or nested more than {MAX_NESTING} deep"
+            )
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if anchor and not is_alias:
+            self._sizes[anchor] = self._nodes - before
+        return node
 
 
 def _check_names(specs: list[ModelSpec], path: Path) -> None:
@@ -93,11 +126,15 @@ def _spec(entry: Entry, where: str, base: Path) -> ModelSpec:
         )
     # null means default, and YAML reads a bare ``off`` as false
     fields = {key: value for key, value in entry.items() if value is not None}
+    if "metadata" in fields:
+        fields["metadata"] = _dated(fields["metadata"])
     if fields.get("chat") is False:
         fields["chat"] = "off"
     for key, value in fields.items():
         if expected := _FIELDS[key](value):
-            raise SettingError(f"{where}: {key} {value!r} is not allowed: expected {expected}")
+            raise SettingError(
+                f"{where}: {key} {_short(value)} is not allowed: expected {expected}"
+            )
     if "name" not in fields:
         raise SettingError(f"{where}: name is missing")
     if fields.get("embedding") == "encoder" and fields.get("quantization", "none") != "none":
@@ -164,10 +201,59 @@ def _is_bool(value: Any) -> str | None:
     return None if isinstance(value, bool) else "true or false"
 
 
-def _is_mapping(value: Any) -> str | None:
-    return (
-        None if isinstance(value, dict) and all(isinstance(k, str) for k in value) else "an object"
-    )
+def _is_metadata(value: Any) -> str | None:
+    if not isinstance(value, dict):
+        return "an object"
+    wrong = _not_json(value, "metadata")
+    return f"what JSON can say, without {wrong}" if wrong else None
+
+
+def _not_json(value: Any, where: str, depth: int = 0) -> str | None:
+    """The first part of a value that JSON has no form for; dates are text already."""
+    if depth > MAX_NESTING:
+        return f"nesting of more than {MAX_NESTING} at {where[:80]}"
+    if isinstance(value, dict):
+        if wrong := [key for key in value if not isinstance(key, str)]:
+            return f"the key {wrong[0]!r} at {where[:80]}"
+        parts = ((f"{where}.{key}", part) for key, part in value.items())
+    elif isinstance(value, list):
+        parts = ((f"{where}[{index}]", part) for index, part in enumerate(value))
+    elif isinstance(value, float) and not math.isfinite(value):
+        return f"{value} at {where[:80]}"
+    elif isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 1 << 63:
+        return f"an integer of more than 64 bits at {where[:80]}"
+    elif isinstance(value, str) and not _is_text(value):
+        return f"half a surrogate pair at {where[:80]}"
+    elif value is None or isinstance(value, (str, bool, int, float)):
+        return None
+    else:
+        return f"the {type(value).__name__} at {where[:80]}"
+    reasons = (_not_json(part, name, depth + 1) for name, part in parts)
+    return next(filter(None, reasons), None)
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+def _dated(value: Any, depth: int = 0) -> Any:
+    """``value`` with YAML's dates as the text that they were written as, in ISO's form."""
+    if isinstance(value, (datetime.date, datetime.datetime)):
+        return value.isoformat()
+    if depth > MAX_NESTING:
+        return value
+    if isinstance(value, dict):
+        return {key: _dated(part, depth + 1) for key, part in value.items()}
+    return [_dated(part, depth + 1) for part in value] if isinstance(value, list) else value
 
 
 def _is_path(value: Any) -> str | None:
@@ -249,6 +335,6 @@ _FIELDS: dict[str, Check] = {
     "token_encoding": _matches(_ENCODING, "an encoding of tiktoken, such as cl100k_base"),
     "generation": _is_generation,
     "is_instruct": _is_bool,
-    "metadata": _is_mapping,
+    "metadata": _is_metadata,
     "trust_remote_code": _is_bool,
 }

@@ -70,6 +70,7 @@ class ModelSpec:
     embedding: Literal["encoder"] | Pooling | None = None
     token_encoding: str | None = None  # tiktoken's, for usage; None: the model's own tokens
     trust_remote_code: bool = False
+    refusal: str | None = None  # why it can never be served, though it is listed
     registered: bool = True  # False: an id of the Hub that no registry entry names
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 import subprocess
 import sys
@@ -13,8 +14,15 @@ from typing import TextIO
 
 from transformers_api.config.settings import Settings
 from transformers_api.errors import InsufficientStorage, ModelLoadFailed, ModelNotFound
-from transformers_api.serving.models import packages, preflight
-from transformers_api.serving.models.hub import HubCache, Progress, RepositoryMissing
+from transformers_api.serving.models import foreign, packages, preflight
+from transformers_api.serving.models.description import Description, describe
+from transformers_api.serving.models.headers import read_object
+from transformers_api.serving.models.hub import (
+    HubCache,
+    HubUnreachable,
+    Progress,
+    RepositoryMissing,
+)
 from transformers_api.serving.models.spec import (
     HubSource,
     ModelFiles,
@@ -25,8 +33,12 @@ from transformers_api.serving.models.spec import (
 
 CONVERTER = "transformers_api.checkpoints.convert"
 CONVERTIBLE = (".gguf", ".pt", ".pth")  # the last two: TinyGPT, niels-gpt, GPT3-dev
+CONVERSION = "conversion.json"  # the converter's record in a folder that it has finished
+CONVERTER_VERSION = 2  # the converter's own; what an earlier one has made is made anew
 NO_ROOM_EXIT = 28  # the converter's exit status when the disk is full
 _PROGRAM_ROOT = Path(__file__).resolve().parents[3]
+
+logger = logging.getLogger(__name__)
 
 
 class ModelStore:
@@ -41,7 +53,7 @@ class ModelStore:
     ) -> None:
         self._folder = settings.model_store.absolute()
         self._packages = self._folder / "packages"
-        self._hub = HubCache(settings.hf_home.absolute() / "hub", settings.hf_token)
+        self._hub = HubCache(settings.hub_cache.absolute(), settings.hf_token)
         self._may_download = settings.downloads_allowed
         self._knows = knows_model_type
 
@@ -53,8 +65,10 @@ class ModelStore:
             return None
         if path is None:
             return None
-        folder = path if _is_standard(path) else self._converted(spec, path)
-        return folder if preflight.is_complete(folder) else None
+        if _is_standard(path):
+            return path if preflight.is_complete(path) else None
+        folder = self._converted(spec, path)
+        return folder if preflight.is_complete(folder) and _is_current(folder) else None
 
     def is_cached(self, spec: ModelSpec) -> bool:
         """True where the model can be loaded without a download or a conversion."""
@@ -68,13 +82,41 @@ class ModelStore:
         """The repositories of the Hub that are complete in the cache."""
         return self._hub.repos()
 
+    def describe(self, spec: ModelSpec) -> Description:
+        """What the headers of its files say, also of files that are yet to be converted."""
+        if (folder := self.locate(spec)) is not None:
+            return describe(folder)
+        try:
+            path = self._local_path(spec)
+        except ModelLoadFailed:
+            path = None
+        return Description() if path is None else describe(path)
+
+    def refusal(self, spec: ModelSpec) -> str | None:
+        """The reason why a model can never be served; None where it may be."""
+        if spec.refusal is not None:
+            return spec.refusal
+        folder = self.locate(spec)
+        return preflight.refusal(folder, spec.embedding == "encoder") if folder else None
+
+    def check_exists(self, spec: ModelSpec) -> None:
+        """Raise ModelNotFound for an id that only the Hub could know, and it does not."""
+        if spec.registered or self.is_cached(spec) or not isinstance(spec.source, HubSource):
+            return
+        try:
+            self._hub.check_exists(spec.source)
+        except (RepositoryMissing, HubUnreachable):
+            raise ModelNotFound(spec.name) from None
+
     def check_source(self, spec: ModelSpec) -> None:
         """Raise ModelLoadFailed when ``prepare`` cannot succeed, as far as one knows without it."""
+        _check_servable(spec)
         if self._local_path(spec) is None:
             self._check_download(spec)
 
     def prepare(self, spec: ModelSpec, progress: Progress) -> ModelFiles:
         """Make the files complete on the disk and check them: serving.models.Loader.prepare."""
+        _check_servable(spec)
         path = self._local_path(spec)
         if path is None:
             path = self._fetch(spec, progress)
@@ -99,6 +141,7 @@ class ModelStore:
                 path = location.absolute()
                 if not path.exists():
                     raise ModelLoadFailed(f"{spec.name}: {path} does not exist")
+                path = foreign.only_gguf(path) or path
             case PackageSource() as source:
                 located = packages.locate(spec.name, source, self._packages)
                 path = located[1] if located else None
@@ -122,7 +165,7 @@ class ModelStore:
                     folder, spec.trust_remote_code, self._knows, spec.embedding == "encoder"
                 ),
             )
-        except RepositoryMissing:
+        except (RepositoryMissing, HubUnreachable):
             if spec.registered:
                 raise
             raise ModelNotFound(spec.name) from None  # a client's own invention
@@ -160,7 +203,9 @@ class ModelStore:
 
     def _prepare_converted(self, spec: ModelSpec, path: Path, progress: Progress) -> ModelFiles:
         folder = self._converted(spec, path)
-        if folder.exists():
+        if folder.exists() and not _is_current(folder):
+            progress(0.0, "converting again: an earlier version has made the converted files")
+        elif folder.exists():
             try:
                 return self._inspect(spec, folder)
             except ModelLoadFailed:
@@ -169,9 +214,23 @@ class ModelStore:
         return self._inspect(spec, folder)
 
 
+def _check_servable(spec: ModelSpec) -> None:
+    if spec.refusal is not None:
+        raise ModelLoadFailed(f"Model '{spec.name}': {spec.refusal}", param="model")
+
+
 def _is_standard(path: Path) -> bool:
     """True where transformers can load a model where it lies."""
     return path.is_dir() and not preflight.is_original(path)
+
+
+def _is_current(folder: Path) -> bool:
+    """True where the converter of this version has made the folder."""
+    try:
+        record = read_object(folder / CONVERSION)
+    except ModelLoadFailed:
+        return False
+    return record.get("version") == CONVERTER_VERSION
 
 
 def _converted_from(path: Path) -> list[Path]:
@@ -199,7 +258,7 @@ def _run_converter(spec: ModelSpec, source: Path, folder: Path, progress: Progre
         try:
             assert process.stdout is not None
             for line in process.stdout:
-                _forward(line, progress)
+                _forward(line, spec.name, progress)
             status = process.wait()
         except BaseException:
             process.kill()
@@ -211,8 +270,10 @@ def _run_converter(spec: ModelSpec, source: Path, folder: Path, progress: Progre
     raise InsufficientStorage(message) if status == NO_ROOM_EXIT else ModelLoadFailed(message)
 
 
-def _forward(line: str, progress: Progress) -> None:
+def _forward(line: str, name: str, progress: Progress) -> None:
     word, _, rest = line.strip().partition(" ")
+    if word == "warning":
+        logger.warning("%s: %s", name, rest)
     share, _, what = rest.partition(" ")
     if word == "progress":
         progress(float(share), what)

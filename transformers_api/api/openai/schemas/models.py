@@ -52,6 +52,8 @@ class Model(Schema):
     quantization = Text(
         choices=("none", "int8", "int4"), **about("Width of the weights; once loaded.")
     )
+    servable = Boolean(**about("false: it is listed, and can never be served; else absent."))
+    reason = Text(**about("Why it can never be served."))
 
 
 class ModelDetail(Model):

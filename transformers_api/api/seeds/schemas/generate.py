@@ -163,6 +163,8 @@ class NativeModel(Schema):
     parameters = Text(allow_none=True, **about("Such as `51M`, or null."))
     loaded = Boolean()
     config = AnyObject(**about("Its shape: what the registry or its files say."))
+    servable = Boolean(**about("false: it is listed, and can never be served; else absent."))
+    reason = Text(**about("Why it can never be served."))
 
 
 class NativeModelState(NativeModel):

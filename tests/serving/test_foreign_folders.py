@@ -1,0 +1,147 @@
+"""Folders that are no model that this server reads: what they are is said before anything else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.model_folders import LLAMA, TENSORS, model_files, sharded_files, write_files
+from transformers_api.config.settings import Settings
+from transformers_api.errors import ModelLoadFailed
+from transformers_api.serving.models.hub import RemoteFile, _choose
+from transformers_api.serving.models.preflight import inspect_folder
+from transformers_api.serving.models.spec import HubSource, ModelSpec, PathSource
+from transformers_api.serving.models.store import ModelStore
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 9\n"
+INDEX = "model.safetensors.index.json"
+
+
+def without(*names: str) -> dict[str, bytes]:
+    return {name: data for name, data in model_files().items() if name not in names}
+
+
+def config(**more: Any) -> bytes:
+    return json.dumps(LLAMA | more).encode()
+
+
+@pytest.fixture
+def prepare(tmp_path: Path) -> Callable[[Path], object]:
+    store = ModelStore(Settings(model_store=tmp_path / "store", hf_home=tmp_path / "hf"))
+
+    def prepare(path: Path) -> object:
+        spec = ModelSpec(name="m", source=PathSource(path))
+        return store.prepare(spec, lambda share, what: None)
+
+    return prepare
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "model.safetensors", "generation_config.json"]
+)
+def test_git_lfs_pointer_is_named(tmp_path: Path, name: str) -> None:
+    write_files(tmp_path, model_files() | {name: POINTER})
+    if name == "generation_config.json":  # it is not read here
+        return
+    with pytest.raises(ModelLoadFailed, match=rf"{name} is a Git LFS pointer, .*git lfs pull"):
+        inspect_folder(tmp_path)
+
+
+def test_git_lfs_pointer_among_shards_is_named(tmp_path: Path) -> None:
+    shard = "model-00002-of-00002.safetensors"
+    write_files(tmp_path, sharded_files() | {shard: POINTER})
+    with pytest.raises(ModelLoadFailed, match=rf"{shard} is a Git LFS pointer"):
+        inspect_folder(tmp_path)
+    write_files(tmp_path, sharded_files() | {INDEX: POINTER})
+    with pytest.raises(ModelLoadFailed, match=rf"{INDEX} is a Git LFS pointer"):
+        inspect_folder(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["gguf", "pt"])
+def test_git_lfs_pointer_to_convert_is_named(
+    tmp_path: Path, prepare: Callable[[Path], object], suffix: str
+) -> None:
+    path = tmp_path / f"m.{suffix}"
+    path.write_bytes(POINTER)
+    with pytest.raises(ModelLoadFailed, match=r"m\.\w+ .*Git LFS pointer"):
+        prepare(path)
+
+
+@pytest.mark.parametrize("metadata", [{}, {"metadata": None}, {"metadata": []}])
+def test_index_without_metadata_is_refused_by_name(tmp_path: Path, metadata: Any) -> None:
+    files = sharded_files()
+    weight_map = json.loads(files[INDEX])["weight_map"]
+    files[INDEX] = json.dumps({"weight_map": weight_map} | metadata).encode()
+    write_files(tmp_path, files)
+    with pytest.raises(ModelLoadFailed, match=rf"{INDEX} has no metadata.*add \"metadata\": {{}}"):
+        inspect_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        pytest.param(
+            {"adapter_config.json": b'{"base_model_name_or_path": "meta/base"}'},
+            "is an adapter for meta/base, no model: merge it",
+            id="adapter",
+        ),
+        pytest.param({"adapter_config.json": b"{"}, "is an adapter, no model", id="adapter-broken"),
+        pytest.param({"a.gguf": b"", "b.gguf": b""}, "2 GGUF files; .*: a.gguf, b.gguf", id="gguf"),
+        pytest.param({"weights.npz": b""}, "MLX", id="mlx-old"),
+        pytest.param({"params.json": b"{}", "consolidated.00.pth": b""}, "makers", id="meta"),
+        pytest.param({"model_index.json": b"{}"}, "diffusers", id="diffusers"),
+        pytest.param({"model.onnx": b""}, "ONNX", id="onnx"),
+        pytest.param({"tf_model.h5": b""}, "TensorFlow", id="tensorflow"),
+    ],
+)
+@pytest.mark.parametrize("has_config", [False, True])
+def test_another_kind_of_folder_is_named(
+    tmp_path: Path, files: dict[str, bytes], reason: str, has_config: bool
+) -> None:
+    if has_config and "consolidated.00.pth" in files:
+        reason = "pickle"
+    missing = ["model.safetensors", *([] if has_config else ["config.json"])]
+    write_files(tmp_path, without(*missing) | files)
+    with pytest.raises(ModelLoadFailed, match=reason):
+        inspect_folder(tmp_path)
+
+
+def test_mlx_quantization_is_refused_and_plain_mlx_is_not(tmp_path: Path) -> None:
+    quantized = {"quantization": {"group_size": 64, "bits": 4}}
+    packed = TENSORS | {"layer.weight": ("U8", [4]), "layer.scales": ("F16", [1])}
+    write_files(tmp_path, model_files(LLAMA | quantized, packed))
+    with pytest.raises(ModelLoadFailed, match=r"4 bits in the format of MLX \(layer\.scales\)"):
+        inspect_folder(tmp_path)
+    write_files(tmp_path, model_files(LLAMA | quantized))
+    inspect_folder(tmp_path)
+
+
+@pytest.mark.parametrize(("method", "package"), [("gptq", "optimum"), ("bitsandbytes", "bitsand")])
+def test_weights_that_need_a_package_are_refused_before_they_are_loaded(
+    tmp_path: Path, method: str, package: str
+) -> None:
+    write_files(tmp_path, model_files(LLAMA | {"quantization_config": {"quant_method": method}}))
+    with pytest.raises(ModelLoadFailed, match=f"format {method}, which need the package {package}"):
+        inspect_folder(tmp_path)
+
+
+def test_unusual_quantization_config_is_no_error_of_ours(tmp_path: Path) -> None:
+    for value in ({}, None, [], {"quant_method": 5}, "none"):
+        write_files(tmp_path, model_files(LLAMA | {"quantization_config": value}))
+        inspect_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        (["m-Q4.gguf", "m-Q8.gguf", "config.json"], "GGUF files: name one .* such as m-Q4.gguf"),
+        (["adapter_config.json", "adapter_model.bin"], "is an adapter"),
+    ],
+)
+def test_a_repository_of_another_kind_is_named(names: list[str], reason: str) -> None:
+    with pytest.raises(ModelLoadFailed, match=reason):
+        _choose(HubSource("a/b"), {name: RemoteFile(1, None) for name in names}, False)

@@ -1,0 +1,102 @@
+"""Folders and files that look like a model and are something else: what they are, what would do."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers_api.errors import ModelLoadFailed
+
+LFS_POINTER = b"version https://git-lfs"
+NOT_A_MODEL = "mmproj"  # in the name of a GGUF file beside a model: a projector of images
+# quant_method in config.json -> the package without which transformers cannot read such weights
+PACKAGES = {
+    "gptq": "optimum",
+    "awq": "gptqmodel",
+    "bitsandbytes": "bitsandbytes",
+    "bitsandbytes_4bit": "bitsandbytes",
+    "bitsandbytes_8bit": "bitsandbytes",
+    "compressed-tensors": "compressed_tensors",
+    "hqq": "hqq",
+    "quanto": "optimum",
+    "torchao": "torchao",
+    "aqlm": "aqlm",
+    "vptq": "vptq",
+    "eetq": "eetq",
+    "spqr": "spqr_quant",
+    "auto-round": "auto_round",
+    "quark": "quark",
+}
+# A pattern of file names -> what a folder with such a file is, where config.json or weights lack.
+_KINDS = (
+    ("model_index.json", "a pipeline of diffusers, which makes images"),
+    ("params.json", "a model in its makers' own format; take the one converted to transformers"),
+    ("weights*.npz", "a model in an old format of MLX; take the one in the format of transformers"),
+    ("weights*.safetensors", "a model in a format of MLX; take the one in that of transformers"),
+    ("*.onnx", "a model for ONNX Runtime; take the one with safetensors"),
+    ("openvino_model.xml", "a model for OpenVINO; take the one with safetensors"),
+    ("tf_model.h5", "a model for TensorFlow; take the one with safetensors"),
+    ("flax_model*.msgpack", "a model for Flax; take the one with safetensors"),
+)
+
+
+def ggufs(names: Iterable[str]) -> list[str]:
+    """The GGUF files among ``names`` that might be a model."""
+    return sorted(name for name in names if name.endswith(".gguf") and NOT_A_MODEL not in name)
+
+
+def only_gguf(folder: Path) -> Path | None:
+    """The GGUF file of a folder that has no other weights; None where there is not exactly one."""
+    if any(folder.glob("*.safetensors")):
+        return None
+    names = ggufs(path.name for path in folder.glob("*.gguf"))
+    return folder / names[0] if len(names) == 1 else None
+
+
+def kind_of(folder: Path) -> str | None:
+    """What a folder without a model of ours is."""
+    if (folder / "adapter_config.json").is_file():
+        return f"an adapter{_base_of(folder)}, no model: merge it into that one and save the whole"
+    if names := ggufs(path.name for path in folder.glob("*.gguf")):
+        return f"a folder with {len(names)} GGUF files; name one of them: {', '.join(names[:5])}"
+    kinds = (kind for pattern, kind in _KINDS if any(folder.glob(pattern)))
+    return next(kinds, None)
+
+
+def _base_of(folder: Path) -> str:
+    try:
+        base = json.loads((folder / "adapter_config.json").read_bytes())["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return ""
+    return f" for {base}" if isinstance(base, str) and base else ""
+
+
+def refuse_pointer(path: Path, start: bytes) -> None:
+    """Raise ModelLoadFailed where a file that begins with ``start`` stands for another one."""
+    if start.startswith(LFS_POINTER):
+        raise ModelLoadFailed(
+            f"{path} is a Git LFS pointer, not the file itself: run git lfs pull in its folder, or "
+            "download the file"
+        )
+
+
+def check_format(path: Path, config: Mapping[str, Any], tensors: Iterable[str]) -> None:
+    """Refuse weights in a quantised format that cannot be read here. Raises ModelLoadFailed."""
+    packed = next((name for name in tensors if name.endswith(".scales")), None)
+    if packed is not None and isinstance(config.get("quantization"), dict):
+        bits = config["quantization"].get("bits", "few")
+        raise ModelLoadFailed(
+            f"{path.parent}: weights of {bits} bits in the format of MLX ({packed}), which only "
+            "MLX reads; take the model that they were made from"
+        )
+    quantization = config.get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    package = PACKAGES.get(method) if isinstance(method, str) else None
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise ModelLoadFailed(
+            f"{path}: weights in the format {method}, which need the package {package}; take the "
+            "model that they were made from, or a GGUF file"
+        )
