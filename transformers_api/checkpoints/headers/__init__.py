@@ -1,1 +1,5 @@
-"""What files to convert say of themselves, without torch: a list of models shows it."""
+"""Headers of files to convert, read without torch and without trust: lists of models show them.
+
+Start reading at ``gguf_file.py``; ``pickled_file.py`` reads a checkpoint's outline without running
+it, and ``originals.py`` recognises the families of the original systems in it.
+"""

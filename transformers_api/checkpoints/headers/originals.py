@@ -51,11 +51,11 @@ def shape_of(
     """
     plain = {ADDED.sub("", name): size for name, size in sizes.items()}
     parameters = sum(math.prod(size) for name, size in plain.items() if name != HEAD)
-    found = next((name for name in _EMBEDDINGS if len(plain.get(name, ())) == 2), None)
-    if found is None:
+    embedding = next((name for name in _EMBEDDINGS if len(plain.get(name, ())) == 2), None)
+    if embedding is None:
         return {}, parameters
-    family, positions = _EMBEDDINGS[found]
-    vocab, width = plain[found]
+    family, positions = _EMBEDDINGS[embedding]
+    vocab, width = plain[embedding]
     layers = len({match[1] for name in plain if (match := _BLOCK.match(name))})
     experts = plain[_GATE][0] if plain.get(_GATE) else 0
     named = {_DECLARED.get(name, name): value for name, value in declared.items()}

@@ -1,4 +1,4 @@
-"""What config.json promises, held against what the weights' headers hold.
+"""Sizes that config.json promises, held against those in the weights' headers.
 
 A model is built by its configuration before a weight is read, so a number there that the weights
 do not bear out (a million layers, a vocabulary of 2^40) would take the memory and the time of one.

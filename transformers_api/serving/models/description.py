@@ -1,4 +1,4 @@
-"""What is known of a model from its files' headers alone: its shape, how many weights it has."""
+"""The description of a model from its files' headers alone: its shape, its number of weights."""
 
 from __future__ import annotations
 

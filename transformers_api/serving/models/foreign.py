@@ -57,7 +57,7 @@ def only_gguf(folder: Path) -> Path | None:
 
 
 def kind_of(folder: Path) -> str | None:
-    """What a folder without a model of ours is."""
+    """The kind of a folder that holds no model of ours."""
     if (folder / "adapter_config.json").is_file():
         return f"an adapter{_base_of(folder)}, no model: merge it into that one and save the whole"
     if names := ggufs(path.name for path in folder.glob("*.gguf")):

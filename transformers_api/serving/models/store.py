@@ -83,7 +83,7 @@ class ModelStore:
         return self._hub.repos()
 
     def describe(self, spec: ModelSpec) -> Description:
-        """What the headers of its files say, also of files that are yet to be converted."""
+        """The description by its files' headers, also of files that are yet to be converted."""
         if (folder := self.locate(spec)) is not None:
             return describe(folder)
         try:
