@@ -29,13 +29,17 @@ def engine_thread() -> Iterator[EngineThread]:
 def built(
     model: Any, options: LoadOptions, thread: EngineThread, wrap: Wrap | None = None
 ) -> BatchingEngine:
-    """As ``load_engine`` does it, of a copy: with the kernels, or without those that refuse."""
+    """As ``load_engine`` does it, of a copy: with the kernels, or without those that refuse.
+
+    On the CPU, unless the options name another device.
+    """
+    device = "cpu" if options.device == "auto" else options.device
 
     def make(dtype: str, trust_remote_code: bool) -> Any:
         with differentiable():
-            return copy.deepcopy(model)
+            return copy.deepcopy(model).to(device)
 
-    backends = choose_backends(options, "cpu", thread.num_threads)
+    backends = choose_backends(options, device, thread.num_threads)
     return start(make, "a model", backends, options, thread, wrap)[0]
 
 

@@ -103,8 +103,8 @@ def generate(model: Any, prompt: list[int], count: int) -> list[int]:
     """The next ``count`` tokens by transformers' own greedy ``generate``."""
     with torch.inference_mode():
         output = model.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            torch.tensor([prompt], device=model.device),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long, device=model.device),
             max_new_tokens=count,
             do_sample=False,
             eos_token_id=None,

@@ -160,3 +160,17 @@ def test_a_gpu_repeats_its_steps_as_graphs():
     with torch.inference_mode():
         assert agrees(runner, model, 97, 128)
     assert runner.num_captured == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", [name for name in BATCHED if name != "gpt-oss-sinks"])
+def test_a_gpu_gives_what_generate_gives_alone_and_in_company(make_engine, name):
+    engine = make_engine(name, device="cuda", native=None)
+    prompts = prompts_of(len(LENGTHS))
+    requests = [ask(p, max_tokens=n, **GREEDY) for p, n in zip(prompts, LENGTHS, strict=True)]
+    model = copy.deepcopy(tiny_model(name)).to("cuda")
+    expected = [generate(model, p, n) for p, n in zip(prompts, LENGTHS, strict=True)]
+    assert complete(engine, *requests) == expected
+    assert [complete(engine, request)[0] for request in requests] == expected
+    assert engine.describe().mode == "batching"
