@@ -13,6 +13,7 @@ import torch
 
 from tests.engine.models import BATCHED, generate, prompts_of, tiny_model
 from tests.engine.reading import GREEDY, ask, complete, read
+from tests.repeats import slow
 from transformers_api.engine.base import TokenStream
 from transformers_api.engine.llm_engine import BatchingEngine, EngineLimits
 from transformers_api.engine.load_options import LoadOptions
@@ -25,6 +26,7 @@ from transformers_api.engine.sequence import Sequence
 
 LENGTHS = [9, 3, 14, 5, 7, 2, 11]
 SLOTS = 4
+PADDED = BATCHED.keys() - {"gpt-oss-sinks"}
 
 
 class Graphs:
@@ -74,7 +76,7 @@ def graph_engine(engine_thread):
         engine.close()
 
 
-@pytest.mark.parametrize("name", [name for name in BATCHED if name != "gpt-oss-sinks"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", *slow(*sorted(PADDED - {"llama", "gemma3"}))])
 def test_padded_steps_give_what_generate_gives_for_each(graph_engine, name):
     engine, graphs = graph_engine(name)
     prompts = prompts_of(len(LENGTHS))
@@ -164,7 +166,7 @@ def test_a_gpu_repeats_its_steps_as_graphs():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("name", [name for name in BATCHED if name != "gpt-oss-sinks"])
+@pytest.mark.parametrize("name", sorted(PADDED))
 def test_a_gpu_gives_what_generate_gives_alone_and_in_company(make_engine, name):
     engine = make_engine(name, device="cuda", native=None)
     prompts = prompts_of(len(LENGTHS))

@@ -8,6 +8,7 @@ import transformers as tf
 
 from tests.engine.models import BATCHED, SEQUENTIAL, generate, prompts_of, tiny_model
 from tests.engine.reading import GREEDY, ask, complete
+from tests.repeats import slow
 
 
 @pytest.fixture(scope="module", params=["native", "torch"])
@@ -30,7 +31,7 @@ def test_many_at_once_give_what_generate_gives_for_each(make_engine, name):
 
 
 @pytest.mark.parametrize("name", BATCHED)
-@pytest.mark.parametrize("chunk", [1, 5, 1000], ids=lambda chunk: f"chunk-{chunk}")
+@pytest.mark.parametrize("chunk", [1, *slow(5, 1000)], ids=lambda chunk: f"chunk-{chunk}")
 def test_one_alone_gives_what_generate_gives_whatever_the_chunk(make_engine, name, chunk):
     engine = make_engine(name, prefill_chunk=chunk)
     prompt = prompts_of(7)[-1]
@@ -39,7 +40,7 @@ def test_one_alone_gives_what_generate_gives_whatever_the_chunk(make_engine, nam
     ]
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral-window-8", "gpt2", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", "mistral-window-8", *slow("gpt2", "gemma3")])
 def test_generation_goes_on_to_the_end_of_the_context(make_engine, name):
     engine = make_engine(name)
     prompt = prompts_of(3)[-1]

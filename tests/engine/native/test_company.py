@@ -8,6 +8,7 @@ import pytest
 
 from tests.engine.reading import ask, read
 from tests.engine.test_listener import shown
+from tests.repeats import slow
 from transformers_api.engine.base import FinishReason
 from transformers_api.metrics import Metrics
 
@@ -54,7 +55,7 @@ def alone(engine, requests):
     return [bits(read(engine.submit([request]))[0]) for request in requests]
 
 
-@pytest.mark.parametrize("seed", range(ROUNDS))
+@pytest.mark.parametrize("seed", [0, *slow(*range(1, ROUNDS))])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
 def test_every_bit_is_that_of_a_sequence_alone(make_engine, native_cache, name, seed):
     rng = random.Random(seed)
@@ -83,7 +84,7 @@ def test_every_bit_is_that_of_a_sequence_alone(make_engine, native_cache, name, 
         assert bits(read(stream)[0]) == wanted[requests.index(request)]
 
 
-@pytest.mark.parametrize("most", [1, 10])
+@pytest.mark.parametrize("most", [*slow(1), 10])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral-window-8"])
 def test_reading_ahead_gives_the_same_bits(make_engine, native_cache, name, most):
     requests = [request for seed in range(2) for request in requests_of(random.Random(seed))]

@@ -12,6 +12,7 @@ import torch
 
 from tests.engine.models import BATCHED, prompts_of, tiny_model
 from tests.engine.reading import GREEDY, ask, complete, read
+from tests.repeats import slow
 from transformers_api.engine import loader
 from transformers_api.engine.load_options import LoadOptions
 from transformers_api.engine.loader import load_engine
@@ -55,7 +56,7 @@ def prompt_scores(engine, prompt):
     return torch.tensor([score.logprob for score in read(stream)[0][0].prompt_scores[1:]])
 
 
-@pytest.mark.parametrize(("dtype", "apart"), [("float32", 1e-4), ("bfloat16", 0.02)])
+@pytest.mark.parametrize(("dtype", "apart"), [*slow(("float32", 1e-4)), ("bfloat16", 0.02)])
 @pytest.mark.parametrize("name", NATIVE)
 def test_what_is_thought_of_a_text_is_that_of_the_engine_without_kernels(
     make_engine, native_cache, name, dtype, apart
@@ -71,7 +72,7 @@ def test_what_is_thought_of_a_text_is_that_of_the_engine_without_kernels(
     assert (native - plain).norm() <= apart * (plain - plain.mean()).norm()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [*slow("float32"), "bfloat16"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
 def test_scores_are_the_same_bits_whoever_comes_and_goes(make_engine, native_cache, name, dtype):
     prompts = prompts_of(7)

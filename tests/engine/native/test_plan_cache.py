@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tests.engine.models import prompts_of, tiny_model
 from tests.engine.reading import GREEDY, ask, read
 from tests.inspection.test_trace import everything
+from tests.repeats import slow
 from transformers_api.engine.load_options import LoadOptions
 from transformers_api.engine.loader import load_engine
 from transformers_api.engine.native import plan_cache
@@ -21,15 +22,17 @@ from transformers_api.engine.native.runner import NativeRunner
 from transformers_api.inspection.attachment import Attachment
 
 FAMILIES = [
-    ("llama", {}),
     ("llama", {"dtype": "bfloat16"}),
     ("qwen3", {"quantization": "int8"}),
     ("gpt2", {}),
-    ("mistral-window-8", {}),
-    ("gemma2", {}),
     ("gemma3", {}),
-    ("gpt-neox", {}),
-    ("opt", {}),
+    *slow(
+        ("llama", {}),
+        ("mistral-window-8", {}),
+        ("gemma2", {}),
+        ("gpt-neox", {}),
+        ("opt", {}),
+    ),
 ]
 ASKED = [ask(prompt, max_tokens=8, **GREEDY, logprobs=2) for prompt in prompts_of(3)]
 SCORED = ask(prompts_of(3)[1], max_tokens=2, **GREEDY, prompt_logprobs=1)

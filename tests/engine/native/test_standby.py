@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.engine.models import prompts_of, tiny_model
 from tests.engine.reading import GREEDY, ask, read
+from tests.repeats import slow
 from transformers_api.engine import loader
 from transformers_api.engine.load_options import LoadOptions
 from transformers_api.engine.loader import load_engine
@@ -61,11 +62,9 @@ def bits(engine):
     ("name", "options"),
     [
         ("llama", {}),
-        ("gpt2", {}),
         ("gpt2", {"dtype": "bfloat16"}),
-        ("gemma3", {}),
         ("qwen3", {"quantization": "int8"}),
-        ("opt", {}),
+        *slow(("gpt2", {}), ("gemma3", {}), ("opt", {})),
     ],
 )
 def test_a_model_that_slept_says_the_same_bits_and_is_not_loaded_anew(
