@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import re
 import weakref
 
 import pytest
@@ -167,3 +168,97 @@ def test_packing_keeps_tied_embeddings_readable():
     pack_linears(model)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.model.layers[0].mlp.up_proj.weight.shape == (64, 32)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"dtype": "torch.float32"},
+        {"torch_dtype": "torch.float16"},
+        {"dtype": "bf16"},
+        {"dtype": "auto"},
+        {"dtype": "nonsense"},
+        {"dtype": 16},
+        {"attn_implementation": "flash_attention_2"},
+        {"_attn_implementation": "flash_attention_3"},
+        {"attn_implementation": "kernels-community/flash-attn"},
+        {"use_return_dict": False, "return_dict": False},
+        {"output_attentions": True, "output_hidden_states": True, "torchscript": True},
+        {"experts_implementation": "grouped_mm"},
+        {"quantization_config": {}},
+        {"quantization_config": None},
+    ],
+)
+def test_settings_that_do_not_matter_here_are_accepted(folder, settings):
+    right = load(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | settings))
+    model = load(folder)
+    ids = torch.arange(3, 9)[None]
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, right(ids).logits)
+    assert model.config._attn_implementation == right.config._attn_implementation
+
+
+def test_a_weight_of_another_shape_is_named_with_its_file_and_both_shapes(folder):
+    name = "transformer.h.0.mlp.c_fc.weight"
+    edit_weights(folder, lambda weights: weights.update({name: torch.zeros(3, 5)}))
+    place = rf"{re.escape(name)} \(model\.safetensors\) has the shape \[3, 5\]"
+    with pytest.raises(ModelLoadFailed, match=place + r", the configuration says \[\d+, \d+\]"):
+        load(folder)
+
+
+def old_masks(kind, name):
+    square = torch.ones(1, 1, 64, 64).tril().bool()
+    parts = {"gpt2": "attn", "gpt_neo": "attn.attention", "gptj": "attn", "codegen": "attn"}
+    if kind == "codegen":
+        return {f"{name}.{parts[kind]}.causal_mask": square}
+    return {
+        f"{name}.{parts[kind]}.bias": square,
+        f"{name}.{parts[kind]}.masked_bias": torch.tensor(-1e9),
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("gpt2", tf.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64)),
+        (
+            "gpt_neo",
+            tf.GPTNeoConfig(
+                hidden_size=32,
+                num_layers=2,
+                num_heads=4,
+                attention_types=[[["global", "local"], 1]],
+                max_position_embeddings=64,
+            ),
+        ),
+        ("gptj", tf.GPTJConfig(n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=8)),
+        ("codegen", tf.CodeGenConfig(n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=8)),
+    ],
+)
+def test_masks_that_older_versions_saved_are_passed_over(tmp_path, kind, config):
+    config.vocab_size, config.eos_token_id, config.bos_token_id = 64, 1, 1
+    original = tf.AutoModelForCausalLM.from_config(config).eval()
+    original.save_pretrained(tmp_path)
+    for layer in range(2):
+        edit_weights(tmp_path, lambda w, n=layer: w.update(old_masks(kind, f"transformer.h.{n}")))
+    ids = torch.arange(3, 9)[None]
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path)(ids).logits, original(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("transformer.h.0.attn.causal_mask", [32]),
+        ("transformer.h.0.attn.causal_mask", [1, 1, 64, 32]),
+        ("transformer.h.0.attn.causal_mask", [1, 2, 64, 64]),
+        ("transformer.h.0.attn.masked_bias", [4]),
+        ("transformer.h.0.mlp.causal_mask", [1, 1, 64, 64]),
+    ],
+)
+def test_what_only_looks_like_an_old_mask_is_unexpected(folder, name, shape):
+    edit_weights(folder, lambda weights: weights.update({name: torch.zeros(shape)}))
+    with pytest.raises(ModelLoadFailed, match=f"unexpected keys: {re.escape(name)}"):
+        load(folder)

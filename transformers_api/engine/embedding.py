@@ -32,7 +32,7 @@ from transformers_api.engine.load_options import LoadOptions
 from transformers_api.engine.platform.cpu import usable_cores
 from transformers_api.engine.platform.memory import release_memory
 from transformers_api.engine.platform.meta_shapes import ShapesOnly
-from transformers_api.engine.pretrained import context_window, pick_device
+from transformers_api.engine.pretrained import context_window, pick_device, read_config
 from transformers_api.engine.thread import EngineThread
 from transformers_api.errors import ApiError, ModelLoadFailed, ModelNotCapable, ModelUnloaded
 
@@ -204,6 +204,7 @@ def load_encoder(folder: Path, options: LoadOptions, thread: EngineThread) -> En
         with ShapesOnly():
             loaded: Any = AutoModel.from_pretrained(
                 folder,
+                config=read_config(folder, options.trust_remote_code),
                 dtype=dtype,
                 trust_remote_code=options.trust_remote_code,
                 local_files_only=True,

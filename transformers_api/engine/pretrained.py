@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils.logging import disable_progress_bar
 
 from transformers_api.engine.load_options import SMALL_BYTES, LoadOptions
+from transformers_api.engine.model_config import neutral
 from transformers_api.engine.platform.meta_shapes import ShapesOnly
+from transformers_api.engine.weight_report import check_weights
 from transformers_api.errors import ModelLoadFailed
 
 log = logging.getLogger(__name__)
@@ -45,9 +48,7 @@ def load_model(folder: Path, device: str, dtype: str, trust_remote_code: bool) -
     would fill the gap with random numbers and go on.
     """
     try:
-        config = AutoConfig.from_pretrained(
-            folder, trust_remote_code=trust_remote_code, local_files_only=True
-        )
+        config = read_config(folder, trust_remote_code)
         if config.is_encoder_decoder:
             raise ModelLoadFailed("Encoder-decoder models cannot be served")
         with differentiable(), ShapesOnly():
@@ -59,6 +60,7 @@ def load_model(folder: Path, device: str, dtype: str, trust_remote_code: bool) -
                 local_files_only=True,
                 use_safetensors=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # to be told of them, with their shapes
             )
     except ModelLoadFailed:
         raise
@@ -66,9 +68,23 @@ def load_model(folder: Path, device: str, dtype: str, trust_remote_code: bool) -
         log.exception("Loading %s failed", folder.name)
         raise ModelLoadFailed(f"The model cannot be loaded: {_first_line(error)}") from error
     model, info = loaded
-    _check_loading_info(info)
+    check_weights(info, folder)
     with differentiable():
         return model.to(device).eval().requires_grad_(False)
+
+
+def read_config(folder: Path, trust_remote_code: bool) -> Any:
+    """The configuration of a folder, without settings that do not matter here."""
+    written = json.loads((folder / "config.json").read_bytes())
+    config = neutral(written)
+    own_code = trust_remote_code and "auto_map" in written
+    if config == written or own_code or config.get("model_type") not in CONFIG_MAPPING:
+        return AutoConfig.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    made = CONFIG_MAPPING[config["model_type"]].from_dict(config)
+    made.name_or_path = str(folder)
+    return made
 
 
 @contextmanager
@@ -134,16 +150,6 @@ def eos_token_ids(model: Any) -> frozenset[int]:
         eos = getattr(source, "eos_token_id", None)
         ids.update([eos] if isinstance(eos, int) else eos or ())
     return frozenset(ids)
-
-
-def _check_loading_info(info: dict[str, Any]) -> None:
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if keys := sorted(str(key) for key in info.get(kind) or ()):
-            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            raise ModelLoadFailed(
-                f"The weights do not fit the configuration: {kind.replace('_', ' ')}: "
-                f"{', '.join(keys[:3])}{more}"
-            )
 
 
 def _first_line(error: Exception) -> str:

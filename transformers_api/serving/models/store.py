@@ -30,6 +30,7 @@ from transformers_api.serving.models.spec import (
     PackageSource,
     PathSource,
 )
+from transformers_api.serving.models.template_tokens import check_template
 
 CONVERTER = "transformers_api.checkpoints.convert"
 CONVERTIBLE = (".gguf", ".pt", ".pth")  # the last two: TinyGPT, niels-gpt, GPT3-dev
@@ -180,6 +181,8 @@ class ModelStore:
             )
 
     def _inspect(self, spec: ModelSpec, folder: Path) -> ModelFiles:
+        if spec.chat in (None, "template") and spec.embedding != "encoder" and folder.is_dir():
+            check_template(folder)
         return preflight.inspect_folder(
             folder, spec.trust_remote_code, self._knows, spec.embedding == "encoder"
         )
