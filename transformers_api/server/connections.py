@@ -17,21 +17,13 @@ import struct
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from http import HTTPStatus
 from typing import Any
 
-from gunicorn.http import errors as http_errors  # type: ignore[import-untyped]
 from gunicorn.workers.gthread import TConn, ThreadWorker  # type: ignore[import-untyped]
 
-from transformers_api.errors import (
-    ApiError,
-    EngineFailed,
-    HeadersTooLarge,
-    InvalidRequest,
-    RequestTimeout,
-    UriTooLong,
-)
-from transformers_api.server.http_parser import MAX_HEAD_BYTES, RequestBuffer
+from transformers_api.errors import ApiError, RequestTimeout
+from transformers_api.server import refusals
+from transformers_api.server.http_parser import RequestBuffer, RequestHead
 
 LINGER_S = 2.0  # a client may still be sending what nobody reads; it is to see the answer first
 LINGER_BYTES = 1 << 20
@@ -43,8 +35,6 @@ DEAD_AFTER_S = (30, 10, 3)  # of silence; then probes so far apart; so many unan
 PROBES = (b"GET /health ", b"GET /healthz ", b"GET /readyz ", b"GET /metrics ")
 PROBE_THREADS = 4
 MAX_BODY_BYTES = 2 << 20  # where the application names no other limit
-OUR_FAULTS = (http_errors.InvalidResponseHeader, http_errors.InvalidResponseHeaderName)
-OPENAI = "/v1"  # in whose dialect is answered where no path was sent
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +44,7 @@ class PendingRequest:
 
     def __init__(self, incoming: RequestBuffer | None, until: float) -> None:
         self.incoming = incoming  # None: it is being closed, and what comes is thrown away
+        self.began = time.monotonic()  # of its first byte, once that has come
         self.until = until  # time.monotonic()
         self.thrown_away = 0
 
@@ -78,6 +69,8 @@ class GatheringWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no ty
         self._bytes = 0
         self._looked = 0.0
         self._max_body = MAX_BODY_BYTES
+        self._origins: tuple[str, ...] = ()
+        self._heads: dict[socket.socket, tuple[RequestHead, float]] = {}  # of those with a thread
 
     def init_process(self) -> None:
         """Gunicorn's, with a few threads more for those who ask whether the server lives."""
@@ -87,9 +80,11 @@ class GatheringWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no ty
     def load_wsgi(self) -> None:
         """Load the application; it says how long a body may be, and how long it may take."""
         super().load_wsgi()
+        refusals.load()
         settings = getattr(self.services, "settings", None)
         if settings is not None:
             self.receive_s, self.send_s = settings.receive_timeout_s, settings.send_timeout_s
+            self._origins = settings.cors_allow_origins
         limit = getattr(self.wsgi, "config", {}).get("MAX_CONTENT_LENGTH")
         self._max_body = limit or MAX_BODY_BYTES
 
@@ -150,7 +145,8 @@ class GatheringWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no ty
         incoming = waiting.incoming
         assert incoming is not None
         if not waiting.size:
-            waiting.until = self._now() + self.receive_s
+            waiting.began = self._now()
+            waiting.until = waiting.began + self.receive_s
         self._bytes -= waiting.size
         try:
             incoming.feed(data)
@@ -160,6 +156,7 @@ class GatheringWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no ty
             return
         self._bytes += waiting.size
         if incoming.is_complete:
+            self._heads[conn.sock] = incoming.head, waiting.began
             self._hand_over(conn, incoming.whole)
         elif incoming.expects_continue:
             incoming.expects_continue = False
@@ -195,16 +192,17 @@ class GatheringWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no ty
 
     def handle_error(self, req: Any, client: Any, addr: Any, exc: BaseException) -> None:
         """Answer what cannot be read, or has failed below the application, with JSON."""
-        path = getattr(req or getattr(exc, "req", None), "path", None) or OPENAI
-        error = _api_error(exc)
+        error = refusals.api_error(exc)
         self._count(error)
+        head, began = self._heads.get(client) or (RequestHead(b""), self._now())
         try:
-            client.sendall(page(error, path))
+            client.sendall(refusals.page(error, head, began, self._origins))
         except OSError:
             log.debug("A client did not wait for its error")
 
     def finish_request(self, conn: TConn, fs: Future[Any]) -> None:
         """After a response: wait for the next request, or close."""
+        self._heads.pop(conn.sock, None)
         if conn.is_http2 or self.cfg.is_ssl or self.cfg.http2_cleartext != "off":
             super().finish_request(conn, fs)
             return
@@ -218,11 +216,12 @@ class GatheringWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no ty
             self._drop(conn)
 
     def _refuse(self, conn: TConn, error: ApiError) -> None:
-        incoming = self._waiting[conn].incoming
-        path = incoming.path if incoming is not None else ""
+        waiting = self._waiting[conn]
+        assert waiting.incoming is not None
         log.info("Refused a request before it was complete: %s", error)
         self._count(error)
-        self._send(conn, page(error, path or OPENAI))
+        head = waiting.incoming.head
+        self._send(conn, refusals.page(error, head, waiting.began, self._origins))
         self._linger(conn)
 
     def _count(self, error: ApiError) -> None:
@@ -293,34 +292,6 @@ class GatheringWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no ty
     @staticmethod
     def _now() -> float:
         return time.monotonic()
-
-
-def page(error: ApiError, path: str) -> bytes:
-    """A whole response with ``error``, for where there is no application."""
-    # Not before a worker runs: one that replaces it may find these modules changed (--reload).
-    from transformers_api.api.http import dialects, strict_json
-
-    dialect = dialects.by_path(path)
-    body = strict_json.dump(dialect.error_body(error))
-    status = dialect.status(error)
-    head = (
-        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nConnection: close\r\n"
-        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    )
-    return head.encode() + body
-
-
-def _api_error(exc: BaseException) -> ApiError:
-    match exc:
-        case http_errors.LimitRequestLine():
-            return UriTooLong("The request line is too long")
-        case http_errors.LimitRequestHeaders():
-            return HeadersTooLarge(f"Too many headers, or more than {MAX_HEAD_BYTES} bytes of them")
-        case http_errors.ParseException() if not isinstance(exc, OUR_FAULTS):
-            return InvalidRequest(f"The request is not HTTP: {str(exc)[:200]}")
-        case _:
-            log.error("A request failed outside of the application", exc_info=exc)
-            return EngineFailed("The server failed to handle the request; its log says more")
 
 
 def _limit(client: socket.socket, send_s: float) -> None:
