@@ -22,7 +22,7 @@ TESTS := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup tools run test test-all faults soak lint format docs check bench bench-peers lock audit sbom clean
+.PHONY: help setup tools run test test-all faults image-test soak lint format docs check bench bench-peers lock audit sbom clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -48,6 +48,10 @@ faults: $(DEV) ## break the server in every way of docs/operations.md, and show 
 		tests/faults tests/test_lifecycle.py tests/test_overload.py tests/test_access.py \
 		tests/deploy/test_restart.py tests/deploy/test_nginx.py
 	@$(BIN)/python -m benchmarks.faults
+
+image-test: $(DEV) ## build the image and run it alone and by Compose (as root; on Debian installs podman)
+	@scripts/install_test_tools.sh image
+	@$(BIN)/python -m pytest tests/deploy/test_image.py
 
 soak: $(DEV) ## ten minutes of 32 streams, some of which leave or send nonsense (SOAK="--minutes 60")
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak $(SOAK)
