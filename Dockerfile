@@ -72,8 +72,7 @@ USER 1000:1000
 VOLUME /models
 EXPOSE 5000
 
-# Whether the process answers; `/readyz` says whether the model is there too.
 HEALTHCHECK --interval=30s --timeout=5s --start-period=60s \
-    CMD ["python", "-c", "from http.client import HTTPConnection as C; from transformers_api.config.settings import Settings; c = C('127.0.0.1', Settings.from_env().port, timeout=4); c.request('GET', '/healthz'); raise SystemExit(c.getresponse().status != 200)"]
+    CMD ["python", "-m", "transformers_api.server.health_check"]
 
 CMD ["python", "-m", "transformers_api", "serve"]

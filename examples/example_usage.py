@@ -1,7 +1,7 @@
 """Load a model, list, chat twice, unload: plain HTTP with requests.
 
     make run
-    python examples/example_usage.py
+    .venv/bin/python examples/example_usage.py
 
 API_BASE_URL names another server, MODEL another model, API_KEY the key where one is needed.
 """

@@ -1,7 +1,8 @@
 """The OpenAI SDK: list the models, complete a prompt.
 
     make run
-    python examples/openai_client_demo.py
+    .venv/bin/pip install openai
+    .venv/bin/python examples/openai_client_demo.py
 
 OPENAI_BASE_URL names another server, MODEL another model, such as GPT3-dev-350m-2805.
 """

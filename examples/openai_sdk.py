@@ -1,7 +1,8 @@
 """The official OpenAI SDK with this server: chat, stream, switch models.
 
     make run
-    python examples/openai_sdk.py
+    .venv/bin/pip install openai
+    .venv/bin/python examples/openai_sdk.py
 
 OPENAI_BASE_URL names another server, OPENAI_API_KEY its key, OTHER_MODEL a second model to switch
 to.

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The programs that some tests use beside Python, from Debian: nginx, redis, systemd-analyze,
-# openssl, shellcheck. Needs root or sudo, and starts no service. Does nothing where all are there.
+# openssl, shellcheck; with the argument `image` what builds and runs the image (`make image-test`).
+# Needs root or sudo, and starts no service. Does nothing where all are there.
 set -euo pipefail
 
 declare -A packages=(
@@ -10,8 +11,18 @@ declare -A packages=(
     [shellcheck]=shellcheck
     [openssl]=openssl
 )
+if [[ ${1:-} == image ]]; then
+    packages=(
+        [debootstrap]=debootstrap
+        [podman]=podman
+        [runc]=runc
+        [docker-compose]=docker-compose
+        [netavark]=netavark
+        [aardvark-dns]=aardvark-dns
+    )
+fi
 
-PATH=$PATH:/usr/sbin:/sbin
+PATH=$PATH:/usr/sbin:/sbin:/usr/lib/podman
 missing=()
 for program in "${!packages[@]}"; do
     command -v "$program" >/dev/null || missing+=("${packages[$program]}")

@@ -33,6 +33,7 @@ class Answer:
 def server() -> Iterator[Server]:
     """A server with four slots: 36 threads and those for probes."""
     with serving(max_queue=0, receive_timeout_s=1.0, send_timeout_s=1.0) as started:
+        started.get("/health")  # its worker is there too
         yield started
 
 

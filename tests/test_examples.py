@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -73,6 +75,44 @@ def run(url, program, *options, status=0):
 def test_every_example_is_run_here():
     found = {path.name for path in (ROOT / "examples").glob("*.py")}
     assert found == {*EXAMPLES, "openai_sdk.py", "attention_heatmap.py"}  # in test_readme.py
+
+
+RUNTIME = {
+    re.split("[=;]", line)[0].strip()
+    for line in (ROOT / "requirements.txt").read_text().splitlines()
+    if "==" in line
+}
+PROGRAMS = [
+    *(
+        (path.name, path.read_text(), path.read_text())
+        for path in [*(ROOT / "examples").glob("*.py"), ROOT / "api_client.py"]
+    ),
+    *(
+        (f"{page.name} {number}", code, page.read_text())
+        for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+        for number, code in enumerate(
+            re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("code", "page"), [program[1:] for program in PROGRAMS], ids=[name for name, *_ in PROGRAMS]
+)
+def test_a_program_imports_what_is_installed_or_its_page_says_how_to_install_it(code, page):
+    imported = {
+        name.split(".")[0]
+        for node in ast.walk(ast.parse(code))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else names(node))
+    }
+    others = imported - sys.stdlib_module_names - RUNTIME - {"transformers_api"}
+    assert sorted(name for name in others if f"pip install {name}" not in page) == []
+
+
+def names(node):
+    return [alias.name for alias in node.names]
 
 
 def test_example_usage_loads_lists_chats_and_unloads(url):

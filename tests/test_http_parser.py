@@ -262,7 +262,7 @@ def test_long_headers_are_refused() -> None:
     found.feed(b"X: %b\r\n" % (b"a" * (MAX_HEAD_BYTES - 100)))
     with pytest.raises(HeadersTooLarge):
         found.feed(b"X: %b\r\n" % (b"a" * 100))
-    assert found.path == "/v1/completions"
+    assert found.head.path == "/v1/completions"
 
 
 def test_a_client_that_waits_for_a_word_before_the_body_is_known() -> None:

@@ -83,7 +83,7 @@ def test_files_modules_and_services_exist():
     modules = re.findall(r"python -m (benchmarks\.\w+)", PAGE)
     assert [name for name in modules if not (ROOT / f"{name.replace('.', '/')}.py").is_file()] == []
     services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
-    assert set(re.findall(r"up ([\w-]+) --build", PAGE)) == set(services)
+    assert set(re.findall(r"up --build ([\w-]+)", PAGE)) == set(services)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers_api.config.settings import SettingError, Settings
 from transformers_api.errors import ApiError, ModelLoadFailed
+from transformers_api.server import standard_streams
 
 if TYPE_CHECKING:
     from transformers_api.serving.models.spec import ModelSpec
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status."""
+    standard_streams.open_missing()
     options = _parser().parse_args(arguments)
     try:
         run: Callable[[argparse.Namespace], int] = options.run

@@ -38,14 +38,14 @@ def free_port() -> int:
         return port
 
 
-def certificate(folder: Path) -> None:
+def certificate(folder: Path, key: str) -> None:
     """A certificate that nobody else signed, as fullchain.pem and privkey.pem."""
     assert OPENSSL is not None
     subject = ["-subj", f"/CN={NAME}", "-addext", f"subjectAltName=DNS:{NAME}"]
-    key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-noenc"]
+    curve = ["-pkeyopt", "ec_paramgen_curve:prime256v1"] if key == "ec" else []
     files = ["-keyout", str(folder / "privkey.pem"), "-out", str(folder / "fullchain.pem")]
     subprocess.run(
-        [OPENSSL, "req", "-x509", *key, *subject, *files],
+        [OPENSSL, "req", "-x509", "-noenc", "-newkey", key, *curve, *subject, *files],
         check=True,
         capture_output=True,
         timeout=WAIT_S,
@@ -55,10 +55,12 @@ def certificate(folder: Path) -> None:
 class Proxy:
     """nginx in front of ``server_port``. ``rate`` replaces the guard against floods."""
 
-    def __init__(self, folder: Path, server_port: int, rate: str = "10000r/s") -> None:
+    def __init__(
+        self, folder: Path, server_port: int, rate: str = "10000r/s", key: str = "ec"
+    ) -> None:
         self.folder = folder
         self.https, self.http = free_port(), free_port()
-        certificate(folder)
+        certificate(folder, key)
         self.file = folder / "nginx.conf"
         self.file.write_text(self._adapted(server_port, rate))
         self._trust = ssl.create_default_context(cafile=str(folder / "fullchain.pem"))
@@ -116,11 +118,18 @@ class Proxy:
         with socket.socket() as probe:
             return probe.connect_ex(("127.0.0.1", self.https)) == 0
 
-    def socket(self, source: str = "127.0.0.1", name: str = NAME) -> ssl.SSLSocket:
-        """A connection over TLS, from an address of its own."""
+    def socket(
+        self, source: str = "127.0.0.1", name: str = NAME, ciphers: str | None = None
+    ) -> ssl.SSLSocket:
+        """A connection over TLS, from an address of its own; with ``ciphers``, over TLS 1.2."""
         plain = socket.create_connection(("127.0.0.1", self.https), WAIT_S, (source, 0))
         plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return self._trust.wrap_socket(plain, server_hostname=name)
+        trust = self._trust
+        if ciphers:
+            trust = ssl.create_default_context(cafile=str(self.folder / "fullchain.pem"))
+            trust.maximum_version = ssl.TLSVersion.TLSv1_2
+            trust.set_ciphers(ciphers)
+        return trust.wrap_socket(plain, server_hostname=name)
 
     def connect(self, source: str = "127.0.0.1") -> http.client.HTTPConnection:
         """A connection for requests, closed with nginx."""

@@ -15,7 +15,7 @@ import pytest
 
 from tests.deploy.activation import Unit, active, unit, until
 from tests.deploy.fake_app import create_app
-from tests.deploy.nginx import CONFIGURATION, NAME, Proxy, needs_nginx
+from tests.deploy.nginx import CONFIGURATION, NAME, Answer, Proxy, needs_nginx
 from tests.servers import WAIT_S
 from transformers_api.config.settings import Settings
 
@@ -175,7 +175,8 @@ def test_models_are_loaded_and_unloaded_from_inside_only(
 ) -> None:
     answer = proxy.ask(method, path, {})
     assert answer.status == 403
-    assert answer.json["error"]["code"] == "forbidden"
+    shown = answer.json["error"] if path.startswith("/v1") else answer.json
+    assert shown.get("message", shown.get("detail")) == "This is not offered from outside"
 
 
 @pytest.mark.parametrize(
@@ -185,7 +186,65 @@ def test_models_are_loaded_and_unloaded_from_inside_only(
 def test_what_is_not_offered_is_404(proxy: Proxy, path: str) -> None:
     answer = proxy.ask("GET", path)
     assert answer.status == 404
-    assert answer.json["error"]["code"] == "not_found"
+    shown = answer.json["error"] if path == "/v1" else answer.json
+    assert shown.get("message", shown.get("detail")) == "There is no such route"
+    assert re.fullmatch("[0-9a-f]{32}", answer.headers["X-Request-Id"])
+
+
+LONG = "x" * 9000
+REFUSALS = {
+    "no route": ("GET", "{}/nothing", {}, 404, "not_found"),
+    "too large": ("POST", "{}/nothing", {"Content-Length": str(LIMIT + 1)}, 413, None),
+    "a long line": ("GET", "{}/" + LONG, {}, 414, "uri_too_long"),
+    "a long header": ("GET", "{}/nothing", {"X-Long": LONG}, 431, "headers_too_large"),
+    "a method": ("TRACE", "{}/nothing", {}, 405, "method_not_allowed"),
+    "no length": ("POST", "{}/nothing", {"Content-Length": "none"}, 400, "bad_request"),
+}
+
+
+@pytest.mark.parametrize("refusal", REFUSALS)
+@pytest.mark.parametrize("start", ["/v1", "/nothing", "/inspect"])
+def test_what_nginx_refuses_itself_is_json_as_the_server_has_it(
+    proxy: Proxy, start: str, refusal: str
+) -> None:
+    method, path, fields, status, code = REFUSALS[refusal]
+    if start == "/inspect" and code == "not_found":
+        start = "/chat/stream"  # below /inspect the server answers itself
+    head = "".join(f"{name}: {value}\r\n" for name, value in {"Host": NAME, **fields}.items())
+    with proxy.socket() as client:
+        client.sendall(f"{method} {path.format(start)} HTTP/1.1\r\n{head}\r\n".encode())
+        response = http.client.HTTPResponse(client)
+        response.begin()
+        answer = Answer(response)
+    assert answer.status == status
+    assert answer.headers["Content-Type"] == "application/json"
+    assert answer.headers["X-Request-Id"]
+    if start == "/v1" or status == 414:  # a line that is too long was not read: it has no path
+        assert set(answer.json["error"]) == {"message", "type", "param", "code"}
+        assert answer.json["error"]["type"] == "invalid_request_error"
+        assert code is None or answer.json["error"]["code"] == code
+    elif start == "/nothing":
+        assert list(answer.json) == ["detail"]
+    else:
+        assert list(answer.json) == ["error", "code"]
+
+
+def test_plain_http_on_the_port_for_tls_is_answered_in_json(proxy: Proxy) -> None:
+    plain = http.client.HTTPConnection("127.0.0.1", proxy.https, timeout=WAIT_S)
+    plain.request("GET", "/v1/models", headers={"Host": NAME})
+    answer = Answer(plain.getresponse())
+    plain.close()
+    assert (answer.status, answer.json["error"]["code"]) == (400, "bad_request")
+
+
+def test_a_stolen_key_opens_nothing_that_was_said_before(server: Unit, tmp_path) -> None:
+    """Also TLS 1.2 with a key of RSA, whose older ciphers send the secret under that key."""
+    with Proxy(tmp_path, server.port, key="rsa:2048").running() as proxy:
+        with proxy.socket(ciphers="ECDHE-RSA-AES128-GCM-SHA256") as client:
+            assert client.version() == "TLSv1.2"
+        for old in ("AES256-GCM-SHA384", "AES128-SHA", "ECDHE-RSA-AES128-SHA"):
+            with pytest.raises(ssl.SSLError, match=r"(?i)handshake.failure"):
+                proxy.socket(ciphers=f"{old}:@SECLEVEL=0")
 
 
 def test_a_client_cannot_say_that_it_is_another_address(proxy: Proxy) -> None:

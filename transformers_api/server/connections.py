@@ -13,25 +13,18 @@ import errno
 import logging
 import selectors
 import socket
-import struct
 import time
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from http import HTTPStatus
 from typing import Any
 
-from gunicorn.http import errors as http_errors  # type: ignore[import-untyped]
 from gunicorn.workers.gthread import TConn, ThreadWorker  # type: ignore[import-untyped]
 
-from transformers_api.errors import (
-    ApiError,
-    EngineFailed,
-    HeadersTooLarge,
-    InvalidRequest,
-    RequestTimeout,
-    UriTooLong,
-)
-from transformers_api.server.http_parser import MAX_HEAD_BYTES, RequestBuffer
+from transformers_api.errors import ApiError, RequestTimeout
+from transformers_api.server import refusals, sockets
+from transformers_api.server.http_parser import RequestBuffer, RequestHead
+from transformers_api.server.large_body import FIRST_BYTES, LEAST_RATE, LargeBody
 
 LINGER_S = 2.0  # a client may still be sending what nobody reads; it is to see the answer first
 LINGER_BYTES = 1 << 20
@@ -39,12 +32,9 @@ DRAIN_S = 0.05  # for bytes that are here and that the application did not want
 LOOK_S = 0.25  # between two looks at who has been waiting too long
 MAX_WAITING_BYTES = 256 << 20  # of requests that are not complete, all together
 READ_BYTES = 1 << 16
-DEAD_AFTER_S = (30, 10, 3)  # of silence; then probes so far apart; so many unanswered ones
 PROBES = (b"GET /health ", b"GET /healthz ", b"GET /readyz ", b"GET /metrics ")
 PROBE_THREADS = 4
 MAX_BODY_BYTES = 2 << 20  # where the application names no other limit
-OUR_FAULTS = (http_errors.InvalidResponseHeader, http_errors.InvalidResponseHeaderName)
-OPENAI = "/v1"  # in whose dialect is answered where no path was sent
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +44,7 @@ class PendingRequest:
 
     def __init__(self, incoming: RequestBuffer | None, until: float) -> None:
         self.incoming = incoming  # None: it is being closed, and what comes is thrown away
+        self.began = time.monotonic()  # of its first byte, once that has come
         self.until = until  # time.monotonic()
         self.thrown_away = 0
 
@@ -63,12 +54,24 @@ class PendingRequest:
         return 0 if self.incoming is None else len(self.incoming)
 
 
+class UnsentBody:
+    """A connection whose answer the main loop sends, as its client reads it."""
+
+    def __init__(self, body: LargeBody, keep: bool, until: float) -> None:
+        self.body = body
+        self.keep = keep  # the connection, for another request
+        self.until = until  # time.monotonic(), for the next bytes
+        self.end = until + body.left / LEAST_RATE  # for the last one
+
+
 class GatheringWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
     """A gthread worker whose threads wait for no client, but for the reading of answers.
 
     ``receive_s``: what a whole request may take from its first byte on. ``send_s``: after so long
     a client that reads nothing is given up. The application may have settings for them.
     """
+
+    wsgi: Any  # what threads call: the application, whose large answers they do not wait for
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -78,6 +81,11 @@ class GatheringWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no ty
         self._bytes = 0
         self._looked = 0.0
         self._max_body = MAX_BODY_BYTES
+        self._origins: tuple[str, ...] = ()
+        self._application: Any = None  # the WSGI application, once it is loaded
+        self._bodies: dict[socket.socket, LargeBody] = {}  # of those with a thread
+        self._sending: dict[TConn, UnsentBody] = {}
+        self._heads: dict[socket.socket, tuple[RequestHead, float]] = {}  # of those with a thread
 
     def init_process(self) -> None:
         """Gunicorn's, with a few threads more for those who ask whether the server lives."""
@@ -87,16 +95,19 @@ class GatheringWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no ty
     def load_wsgi(self) -> None:
         """Load the application; it says how long a body may be, and how long it may take."""
         super().load_wsgi()
+        refusals.load()
+        self._application, self.wsgi = self.wsgi, self._answer
         settings = getattr(self.services, "settings", None)
         if settings is not None:
             self.receive_s, self.send_s = settings.receive_timeout_s, settings.send_timeout_s
-        limit = getattr(self.wsgi, "config", {}).get("MAX_CONTENT_LENGTH")
+            self._origins = settings.cors_allow_origins
+        limit = getattr(self._application, "config", {}).get("MAX_CONTENT_LENGTH")
         self._max_body = limit or MAX_BODY_BYTES
 
     @property
     def services(self) -> Any:
         """The application's services; None for another application."""
-        return getattr(self.wsgi, "extensions", {}).get("transformers_api")
+        return getattr(self._application, "extensions", {}).get("transformers_api")
 
     # -- gathering ----------------------------------------------------------------------------
 
@@ -117,7 +128,7 @@ class GatheringWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no ty
             return
         self.nr_conns += 1
         conn = TConn(self.cfg, client, address, listener.getsockname())
-        _limit(client, self.send_s)
+        sockets.limit(client, self.send_s)
         self._gather(conn, b"")
 
     def _gather(self, conn: TConn, sent: bytes) -> None:
@@ -150,7 +161,8 @@ class GatheringWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no ty
         incoming = waiting.incoming
         assert incoming is not None
         if not waiting.size:
-            waiting.until = self._now() + self.receive_s
+            waiting.began = self._now()
+            waiting.until = waiting.began + self.receive_s
         self._bytes -= waiting.size
         try:
             incoming.feed(data)
@@ -160,12 +172,29 @@ class GatheringWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no ty
             return
         self._bytes += waiting.size
         if incoming.is_complete:
-            self._hand_over(conn, incoming.whole)
+            self._when_writable(conn, waiting)
         elif incoming.expects_continue:
             incoming.expects_continue = False
             self._send(conn, b"HTTP/1.1 100 Continue\r\n\r\n")
         while self._bytes > MAX_WAITING_BYTES:
             self._drop_oldest()
+
+    def _when_writable(self, conn: TConn, waiting: PendingRequest) -> None:
+        """Hand a whole request over, once its client has read what was sent before.
+
+        A thread has to find room for the head of its answer at once.
+        """
+        if not sockets.is_writable(conn.sock):
+            waiting.until = self._now() + self.send_s
+            self.poller.modify(
+                conn.sock,
+                selectors.EVENT_WRITE,
+                lambda _: self._when_writable(conn, waiting),
+            )
+            return
+        assert waiting.incoming is not None
+        self._heads[conn.sock] = waiting.incoming.head, waiting.began
+        self._hand_over(conn, waiting.incoming.whole)
 
     def _hand_over(self, conn: TConn, request: bytes) -> None:
         self._forget(conn)
@@ -189,26 +218,52 @@ class GatheringWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no ty
             log.info("A client read nothing for %g s; its answer has ended", self.send_s)
             raise BrokenPipeError(errno.EPIPE, "the client does not read") from None
 
+    def _answer(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        """The application's answer; a large one with a length is not waited for by its thread."""
+        length = 0
+
+        def start(status: str, headers: list[tuple[str, str]], *error: Any) -> Any:
+            nonlocal length
+            for name, value in headers:
+                if name.lower() == "content-length":
+                    length = int(value)
+            return start_response(status, headers, *error)
+
+        body: Iterable[bytes] = self._application(environ, start)
+        sock = environ["gunicorn.socket"]
+        if length <= FIRST_BYTES or environ["REQUEST_METHOD"] == "HEAD" or self.cfg.is_ssl:
+            return body
+        self._bodies[sock] = LargeBody(body, sock, length)
+        return self._bodies[sock]
+
     def _keepalive_after(self, conn: TConn, keepalive: bool) -> bool:
         """True where the connection can be used again: not while a body is on its way."""
         return keepalive and bool(conn.parser.finish_body(deadline=self._now() + DRAIN_S))
 
     def handle_error(self, req: Any, client: Any, addr: Any, exc: BaseException) -> None:
         """Answer what cannot be read, or has failed below the application, with JSON."""
-        path = getattr(req or getattr(exc, "req", None), "path", None) or OPENAI
-        error = _api_error(exc)
+        error = refusals.api_error(exc)
         self._count(error)
+        head, began = self._heads.get(client) or (RequestHead(b""), self._now())
         try:
-            client.sendall(page(error, path))
+            client.sendall(refusals.page(error, head, began, self._origins))
         except OSError:
             log.debug("A client did not wait for its error")
 
     def finish_request(self, conn: TConn, fs: Future[Any]) -> None:
         """After a response: wait for the next request, or close."""
+        self._heads.pop(conn.sock, None)
+        body = self._bodies.pop(conn.sock, None)
         if conn.is_http2 or self.cfg.is_ssl or self.cfg.http2_cleartext != "off":
             super().finish_request(conn, fs)
             return
-        keep = not fs.cancelled() and not fs.exception() and fs.result()
+        keep = not fs.cancelled() and not fs.exception() and bool(fs.result())
+        if body is not None and body.is_left:
+            self._send_later(conn, body, keep)
+        else:
+            self._end_request(conn, keep)
+
+    def _end_request(self, conn: TConn, keep: bool) -> None:
         try:
             if keep:
                 self._gather(conn, conn.parser.unreader.take_buffered())
@@ -217,12 +272,44 @@ class GatheringWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no ty
         except OSError:
             self._drop(conn)
 
+    def _send_later(self, conn: TConn, body: LargeBody, keep: bool) -> None:
+        self._sending[conn] = UnsentBody(body, keep, self._now() + self.send_s)
+        conn.sock.setblocking(False)
+        self.poller.register(conn.sock, selectors.EVENT_WRITE, partial(self._send_rest, conn))
+
+    def _send_rest(self, conn: TConn, _: Any) -> None:
+        unsent = self._sending[conn]
+        try:
+            if not unsent.body.send():
+                unsent.until = min(self._now() + self.send_s, unsent.end)
+                return
+        except OSError:
+            log.info("A client has left, or read nothing for %g s", self.send_s)
+            self._give_up(conn)
+            return
+        except Exception:
+            log.exception("The rest of an answer failed")
+            self._give_up(conn)
+            return
+        self._end_sending(conn)
+        self._end_request(conn, unsent.keep)
+
+    def _end_sending(self, conn: TConn) -> None:
+        self.poller.unregister(conn.sock)
+        self._sending.pop(conn).body.end()
+
+    def _give_up(self, conn: TConn) -> None:
+        """End an answer that its client does not take."""
+        self._end_sending(conn)
+        self._drop(conn)
+
     def _refuse(self, conn: TConn, error: ApiError) -> None:
-        incoming = self._waiting[conn].incoming
-        path = incoming.path if incoming is not None else ""
+        waiting = self._waiting[conn]
+        assert waiting.incoming is not None
         log.info("Refused a request before it was complete: %s", error)
         self._count(error)
-        self._send(conn, page(error, path or OPENAI))
+        head = waiting.incoming.head
+        self._send(conn, refusals.page(error, head, waiting.began, self._origins))
         self._linger(conn)
 
     def _count(self, error: ApiError) -> None:
@@ -258,11 +345,13 @@ class GatheringWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no ty
         conn.close()
 
     def _drop_oldest(self) -> None:
-        """Of those who have not sent a whole request."""
-        oldest = next(iter(self._waiting), None)
-        if oldest is not None:
+        """Of those who have not sent a whole request, else of those who do not read the answer."""
+        for oldest in self._waiting:
             log.warning("Too many connections: closed the one that has waited longest")
-            self._drop(oldest)
+            return self._drop(oldest)
+        for oldest in self._sending:
+            log.warning("Too many connections: closed the one that has read longest")
+            return self._give_up(oldest)
 
     def _forget(self, conn: TConn) -> None:
         self._bytes -= self._waiting.pop(conn).size
@@ -282,6 +371,9 @@ class GatheringWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no ty
                 self._refuse(conn, RequestTimeout(text))
             else:
                 self._drop(conn)
+        for conn in [conn for conn, unsent in self._sending.items() if unsent.until <= now]:
+            log.info("A client read too slowly; its answer has ended")
+            self._give_up(conn)
 
     def cap_waiting(self, until: float) -> None:
         """Give those who have not sent a whole request so long at most."""
@@ -293,47 +385,3 @@ class GatheringWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no ty
     @staticmethod
     def _now() -> float:
         return time.monotonic()
-
-
-def page(error: ApiError, path: str) -> bytes:
-    """A whole response with ``error``, for where there is no application."""
-    # Not before a worker runs: one that replaces it may find these modules changed (--reload).
-    from transformers_api.api.http import dialects, strict_json
-
-    dialect = dialects.by_path(path)
-    body = strict_json.dump(dialect.error_body(error))
-    status = dialect.status(error)
-    head = (
-        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nConnection: close\r\n"
-        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    )
-    return head.encode() + body
-
-
-def _api_error(exc: BaseException) -> ApiError:
-    match exc:
-        case http_errors.LimitRequestLine():
-            return UriTooLong("The request line is too long")
-        case http_errors.LimitRequestHeaders():
-            return HeadersTooLarge(f"Too many headers, or more than {MAX_HEAD_BYTES} bytes of them")
-        case http_errors.ParseException() if not isinstance(exc, OUR_FAULTS):
-            return InvalidRequest(f"The request is not HTTP: {str(exc)[:200]}")
-        case _:
-            log.error("A request failed outside of the application", exc_info=exc)
-            return EngineFailed("The server failed to handle the request; its log says more")
-
-
-def _limit(client: socket.socket, send_s: float) -> None:
-    """Let the kernel end what does not get on: a write, or a client that is no more."""
-    timeout = struct.pack("ll", int(send_s), int(send_s % 1 * 1e6))
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeout)
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    if client.family == socket.AF_UNIX or not hasattr(socket, "TCP_USER_TIMEOUT"):
-        return
-    idle, apart, tries = DEAD_AFTER_S
-    client.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, idle)
-    client.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, apart)
-    client.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, tries)
-    # Also while nothing is written, so that the watcher hears of it: see api/http/disconnect.py.
-    client.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(send_s * 1000))

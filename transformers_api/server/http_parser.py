@@ -26,6 +26,27 @@ LENGTH = re.compile(rb"0*([0-9]{1,18})")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]+)[ \t]*(?:;[^\r]*)?\r\n")
 
 
+class RequestHead:
+    """The request line and the headers, as far as they have come; for refusals."""
+
+    def __init__(self, data: bytes) -> None:
+        self._line, *self._fields = data.split(CRLF)
+
+    @property
+    def path(self) -> str:
+        """Path of the request line."""
+        words = self._line.split(b" ")
+        return words[1].partition(b"?")[0].decode("latin-1") if len(words) > 1 else ""
+
+    def field(self, name: bytes) -> str:
+        """The first value of a header, by its name in lower case; "" without it."""
+        for text in self._fields:
+            match = FIELD.fullmatch(text)
+            if match and match[1].lower() == name:
+                return match[2].strip(b" \t").decode("latin-1")
+        return ""
+
+
 class RequestBuffer:
     """One request on its way. ``feed`` it until it ``is_complete``, then take ``whole``.
 
@@ -50,11 +71,13 @@ class RequestBuffer:
         return len(self._data) + len(self._body)
 
     @property
-    def path(self) -> str:
-        """Path of the request line, as far as it has come."""
-        line = bytes(self._data[:MAX_LINE]) if self._head is None else self._head
-        words = line.split(CRLF, 1)[0].split(b" ")
-        return words[1].partition(b"?")[0].decode("latin-1") if len(words) > 1 else ""
+    def head(self) -> RequestHead:
+        """The request line as far as it has come, and the headers that are whole."""
+        if self._head is not None:
+            return RequestHead(self._head)
+        data = bytes(self._data[:MAX_HEAD_BYTES])
+        end = data.rfind(CRLF)
+        return RequestHead(data if end < 0 else data[:end])
 
     @property
     def whole(self) -> bytes:

@@ -32,7 +32,7 @@ from transformers_api.config.settings import (
     has_activated_sockets,
     take_notify_socket,
 )
-from transformers_api.server import http_parser, lock
+from transformers_api.server import http_parser, lock, standard_streams
 from transformers_api.server.logger import logger_class
 from transformers_api.server.systemd import Notifier
 from transformers_api.server.worker import FAULTY, DrainWorker
@@ -114,6 +114,7 @@ def settings_or_exit(**overrides: Any) -> Settings:
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """``python app.py``: the options that the documents name, before those of the environment."""
+    standard_streams.open_missing()
     parser = argparse.ArgumentParser(prog="app.py", description="Serve language models over HTTP.")
     parser.add_argument("--host", help="address to listen on (HOST)")
     parser.add_argument("--port", type=int, help="port to listen on (PORT)")

@@ -24,10 +24,14 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 def begin() -> None:
     """Give this request its id, and open its record."""
-    requested = flask.request.headers.get("X-Request-Id", "")
-    flask.g.request_id = requested if _REQUEST_ID.fullmatch(requested) else uuid.uuid4().hex
+    flask.g.request_id = id_for(flask.request.headers.get("X-Request-Id", ""))
     logs.request_id.set(flask.g.request_id)  # each request runs on one thread
     _open_record()
+
+
+def id_for(requested: str) -> str:
+    """The id that a client asks for where it may have it, else a new one."""
+    return requested if _REQUEST_ID.fullmatch(requested) else uuid.uuid4().hex
 
 
 def _open_record() -> None:
