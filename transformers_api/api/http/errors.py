@@ -40,7 +40,21 @@ def render(error: ApiError) -> Response:
         response.headers["Retry-After"] = str(min(max(int(error.retry_after), 1), 120))
     if error.status == 401:
         response.headers["WWW-Authenticate"] = 'Bearer realm="transformers-api"'
+    forget_frames(error)
     return response
+
+
+def forget_frames(error: BaseException | None) -> None:
+    """Let go of the frames that ``error``, and what it came from, went through.
+
+    Each of these knows the frame that raised it, whose locals know the error again: such a circle,
+    with the whole body in it, would live until the collector's oldest generation runs.
+    """
+    visited: set[int] = set()
+    while error is not None and id(error) not in visited:
+        visited.add(id(error))
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
 
 
 def visible(error: BaseException) -> ApiError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flask import Flask, Response
+from flask import Flask, Response, request
 from flask_cors import CORS
 
 from transformers_api.api.http import rate_limit_headers, request_log
@@ -15,6 +15,7 @@ def install(app: Flask, settings: Settings) -> None:
     app.config["MAX_CONTENT_LENGTH"] = max(MAX_BODY_BYTES, 2 * settings.prompt_bytes)
     app.before_request(request_log.begin)
     app.after_request(request_log.finish)
+    app.teardown_request(_untie)
     if settings.cors_allow_origins:  # with no origins flask-cors would allow them all
         CORS(
             app,
@@ -30,6 +31,11 @@ def install(app: Flask, settings: Settings) -> None:
             max_age=600,
         )
         app.after_request(_vary)
+
+
+def _untie(_error: BaseException | None) -> None:
+    """Part the request and its environ, which know each other, with the body in both."""
+    request.environ.pop("werkzeug.request", None)
 
 
 def _vary(response: Response) -> Response:

@@ -244,6 +244,7 @@ class RequestContext:
         self._is_over = True
         failure = errors.visible(error)
         self._record.note_error(failure)
+        errors.forget_frames(error)
         return failure
 
     def close(self) -> None:
