@@ -226,11 +226,11 @@ def start(
         ]
         count = model.count_tokens
         counted = count and CountedTexts(model, count, request.prompts, len(choices))
+        generation = Generation(request, choices, outputs, counted)
+        cancellation.on_cancel(lambda: generation.close(cancellation.error))
     except BaseException:
         outputs.abort()
         raise
-    generation = Generation(request, choices, outputs, counted)
-    cancellation.on_cancel(lambda: generation.close(cancellation.error))
     return generation
 
 

@@ -41,6 +41,10 @@ def render(error: ApiError) -> Response:
     if error.status == 401:
         response.headers["WWW-Authenticate"] = 'Bearer realm="transformers-api"'
     forget_frames(error)
+    # A stream that this error comes instead of: nobody will close its response.
+    abandoned = flask.g.pop("streaming", None)
+    if abandoned is not None:
+        abandoned.close()
     return response
 
 

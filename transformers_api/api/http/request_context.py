@@ -217,6 +217,7 @@ class RequestContext:
         response.headers["Cache-Control"] = "no-cache"
         response.headers["X-Accel-Buffering"] = "no"  # proxies pass it on as it comes
         response.call_on_close(self.close)
+        flask.g.streaming = self  # errors.py closes it where the response is not sent
         self._is_streaming = self._record.is_streamed = True
         return response
 
