@@ -369,6 +369,12 @@ def has_activated_sockets() -> bool:
     return is_ours and os.environ.get("LISTEN_FDS", "0") != "0"
 
 
+def helper_environment() -> dict[str, str]:
+    """What a helper process has to know of the environment, and no secrets."""
+    names = ("LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", "TZ")
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
 def load_in_one_thread() -> None:
     """Tell transformers, which would read the weights of a model with a pool of threads."""
     os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
