@@ -11,7 +11,7 @@ import orjson
 
 from transformers_api.api.http.dialects import OPENAI
 from transformers_api.api.http.request_context import Formatter
-from transformers_api.api.openai.text_offsets import TextOffsets
+from transformers_api.api.openai.text_offsets import text_offsets
 from transformers_api.api.trace.format import TraceWriter
 from transformers_api.serving.generation import Choice, Generation, Usage, collect
 from transformers_api.serving.text.choice_text import TextDelta, TokenDetail, TopToken
@@ -259,26 +259,28 @@ class _TextWriter:
     """Writes one choice, whole or piece by piece; offsets count from the start of the prompt."""
 
     def __init__(self, prompt: str, echo: bool) -> None:
+        self._prompt = prompt
         self._repeat = prompt if echo else ""
-        self._offsets = TextOffsets(0 if echo else len(prompt))
 
     def write(self, piece: Choice | TextDelta, with_logprobs: bool) -> Json:
         text = self._repeat + piece.text
         self._repeat = ""
-        self._offsets.extend(text)
-        details = (*(piece.prompt_scores or ()), *piece.logprobs)
         return {
             "index": piece.index,
             "text": text,
-            "logprobs": self._logprobs(details) if with_logprobs else None,
+            "logprobs": self._logprobs(piece) if with_logprobs else None,
         }
 
-    def _logprobs(self, details: Sequence[TokenDetail]) -> Json:
+    def _logprobs(self, piece: Choice | TextDelta) -> Json:
+        before = piece.prompt_scores or ()
+        details = (*before, *piece.logprobs)
+        offsets = text_offsets(self._prompt, [detail.bytes for detail in before])
+        offsets += [len(self._prompt) + detail.offset for detail in piece.logprobs]
         return {
             "tokens": [detail.text for detail in details],
             "token_logprobs": [_logprob(detail.logprob) for detail in details],
             "top_logprobs": [_top(detail) for detail in details],
-            "text_offset": [self._offsets.place(detail.bytes) for detail in details],
+            "text_offset": offsets,
         }
 
 
