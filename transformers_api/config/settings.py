@@ -287,6 +287,13 @@ class Settings:
         "Comma-separated exact origins of browser applications.",
         aliases=("ALLOWED_ORIGINS",),
     )
+    allowed_hosts: tuple[str, ...] = _setting(
+        (),
+        to.hosts,
+        "Comma-separated names in Host headers that mean this server, .example.org with all below "
+        "it, * for any. Without API_KEYS_FILE others are refused with 421, but for HOST, loopback "
+        "names and addresses, names without a dot, and where HOST is 0.0.0.0 or :: any address.",
+    )
     log_level: str = _setting(
         "info", to.choice("debug", "info", "warning", "error"), "How much is logged."
     )

@@ -12,7 +12,7 @@ from flask_smorest import Blueprint as SmorestBlueprint  # type: ignore[import-u
 from marshmallow import Schema, ValidationError
 from webargs.flaskparser import FlaskParser
 
-from transformers_api.api.http import strict_json
+from transformers_api.api.http import encodings, strict_json
 from transformers_api.api.http.auth import View, scope_of
 from transformers_api.api.http.dialects import Dialect
 from transformers_api.api.http.fields import Refusal
@@ -34,6 +34,8 @@ def read(request: flask.Request, most_items: int = strict_json.MOST_ITEMS) -> di
     if not request.is_json and "Origin" in request.headers:
         raise InvalidRequest("Content-Type must be application/json")
     raw = request.get_data(cache=True)
+    if encoding := request.headers.get("Content-Encoding", "").strip().lower():
+        raw = encodings.decoded(raw, encoding, request.max_content_length or MAX_BODY_BYTES)
     if request.content_length is None and len(raw) >= (request.max_content_length or 1 << 62):
         # A chunked body is cut at the limit without a word.
         raise PayloadTooLarge(f"The body has more than {request.max_content_length} bytes")
@@ -85,7 +87,8 @@ class StrictParser(FlaskParser):
     def parse(self, argmap: Any, req: flask.Request | None = None, **options: Any) -> Any:
         """As webargs does; large bodies one after the other."""
         request = req or flask.request
-        if len(request.get_data(cache=True)) <= LARGE_BYTES:  # what is still to come is awaited
+        is_large = len(request.get_data(cache=True)) > LARGE_BYTES  # all of it is awaited
+        if not is_large and "Content-Encoding" not in request.headers:
             return super().parse(argmap, request, **options)
         with _TURN:
             return super().parse(argmap, request, **options)
@@ -152,6 +155,7 @@ class Blueprint(SmorestBlueprint):  # type: ignore[misc]
         def register(view: View) -> View:
             if scope_of(view) == "open":
                 view = self.doc(security=[])(view)
+            view = self.doc(operationId=view.__name__)(view)
             return cast(View, self.route(rule, **options)(view))
 
         return register

@@ -113,7 +113,8 @@ class Text(fields.String):
     ) -> None:
         checks: list[Any] = []
         if pattern is not None:
-            checks.append(validate.Regexp(rf"(?:{pattern})\Z", error=f"must be like {pattern}"))
+            whole = rf"^(?:{pattern})(?![\s\S])"  # no \Z: the document's readers are JavaScript
+            checks.append(validate.Regexp(whole, error=f"must be like {pattern}"))
         if choices:
             listed = ", ".join(f"'{choice}'" for choice in choices)
             checks.append(validate.OneOf(choices, error=f"must be one of {listed}"))

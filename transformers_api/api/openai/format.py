@@ -9,6 +9,7 @@ from typing import Any
 
 import orjson
 
+from transformers_api.api.http import sse
 from transformers_api.api.http.dialects import OPENAI
 from transformers_api.api.http.request_context import Formatter
 from transformers_api.api.openai.text_offsets import text_offsets
@@ -132,7 +133,10 @@ class ChatFormatter(Formatter):
         """A chunk with the text, and in the end one with the finish reason."""
         if self._around and delta.text and delta.finish_reason is None:  # nearly every piece
             before, after = self._around[delta.index]
-            return (before + orjson.dumps(delta.text) + after,)
+            text = orjson.dumps(delta.text)
+            if sse.LINE_ENDS[0] in text or sse.LINE_ENDS[1] in text:
+                text = sse.in_one_line(text)
+            return (before + text + after,)
         head, frames = self._head, []
         if _has_content(head, delta):
             chunk = self._chunk(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -189,6 +190,27 @@ def content_text(message: Mapping[str, Any]) -> str:
     return "".join(part["text"] for part in content)
 
 
+def _tool_calls(message: Mapping[str, Any]) -> dict[str, Any]:
+    """The calls of an earlier answer, with arguments as templates read them: not as text."""
+    calls = message.get("tool_calls")
+    if not calls:
+        return {}
+    return {
+        "tool_calls": [
+            {**call, "function": {**call["function"], "arguments": _arguments(call["function"])}}
+            for call in calls
+        ]
+    }
+
+
+def _arguments(function: Mapping[str, Any]) -> Any:
+    try:
+        arguments = json.loads(function["arguments"])
+    except (ValueError, RecursionError):
+        return function["arguments"]
+    return arguments if isinstance(arguments, dict) else function["arguments"]
+
+
 def _render(
     model: LoadedModel,
     messages: Sequence[Mapping[str, Any]],
@@ -198,7 +220,10 @@ def _render(
 ) -> str:
     """The prompt, with a break in each control token that somebody typed."""
     _check_variables(kwargs)
-    texts = [{**message, "content": content_text(message)} for message in messages]
+    texts = [
+        {**message, "content": content_text(message), **_tool_calls(message)}
+        for message in messages
+    ]
     if chat_mode(model) == "transcript":
         broken = [model.template.control.broken(message) for message in texts]
         return transcript(broken, add_generation_prompt, continue_final_message)
