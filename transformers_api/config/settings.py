@@ -290,9 +290,9 @@ class Settings:
     allowed_hosts: tuple[str, ...] = _setting(
         (),
         to.hosts,
-        "Comma-separated names in Host headers that mean this server, .example.org with all below "
-        "it, * for any. Without API_KEYS_FILE others are refused with 421, but for HOST, loopback "
-        "names and addresses, names without a dot, and where HOST is 0.0.0.0 or :: any address.",
+        "Comma-separated hosts that mean this server, .example.org with all below it, * for any. "
+        "Without API_KEYS_FILE others get 421, but for HOST, loopback, names without a dot, and "
+        "any address where HOST is 0.0.0.0 or ::.",
     )
     log_level: str = _setting(
         "info", to.choice("debug", "info", "warning", "error"), "How much is logged."
