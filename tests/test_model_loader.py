@@ -147,6 +147,17 @@ def test_with_no_sleeping_models_every_load_is_a_whole_one(tmp_path, native_cach
     thread.stop()
 
 
+@pytest.mark.parametrize("template", ["{{ (10 ** 9) ** (10 ** 7) }}", "{{ 1 | no_such_filter }}"])
+def test_a_template_that_never_works_is_told_at_load(loader, tmp_path, spec, caplog, template):
+    byte_level(chat_template=template).save_pretrained(tmp_path / "tiny")
+    model = loader.load(spec, loader.prepare(spec, lambda share, text: None))
+    try:
+        assert "The chat template of tiny cannot be used" in caplog.text
+        assert model.template.fault in caplog.text
+    finally:
+        model.engine.close()
+
+
 def test_a_folder_without_a_tokenizer_is_a_failed_load(loader, spec, tmp_path):
     ready = prepared(loader, spec)
     for path in (tmp_path / "tiny").glob("tokenizer*"):

@@ -199,6 +199,22 @@ class SlowReader(ApiError):
     code = "slow_reader"
 
 
+class UnsupportedEncoding(ApiError):
+    """The body is compressed in a way that this server does not read."""
+
+    status = 415
+    type = "invalid_request_error"
+    code = "unsupported_encoding"
+
+
+class MisdirectedRequest(ApiError):
+    """The Host header names another server; ALLOWED_HOSTS lists those that mean this one."""
+
+    status = 421
+    type = "invalid_request_error"
+    code = "misdirected_request"
+
+
 class UriTooLong(ApiError):
     """The first line of the request is too long."""
 

@@ -7,6 +7,7 @@ that a server answers its health checks before they are there.
 from __future__ import annotations
 
 import hashlib
+import logging
 import threading
 import time
 from collections import OrderedDict
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 RESERVE = 1.15  # of the weights: activations, the KV cache of a few short sequences
 SPARE = 1.2  # of what is needed, to load beside a resident model
 QUANTIZED_BYTES = {"int8": 1.07, "int4": 0.8}  # int4: 5/8, and the output layer's like int8
+
+log = logging.getLogger(__name__)
 
 
 class _Tokenizer(NamedTuple):
@@ -106,7 +109,7 @@ class ModelLoader:
         is_outdated = self.thread.call(lambda: self._outdating(options)).result()
         engine, inspector = self.thread.call(lambda: self._load_engine(files, options)).result()
         facts = _facts(engine.describe())
-        return LoadedModel(
+        loaded = LoadedModel(
             spec=spec,
             engine=engine,
             tokenizer=tokenizer.tokenizer,
@@ -119,6 +122,9 @@ class ModelLoader:
             is_outdated=is_outdated,
             **facts,
         )
+        if spec.chat != "off" and (fault := loaded.template.fault) is not None:
+            log.warning("The chat template of %s cannot be used: %s", spec.name, fault)
+        return loaded
 
     def _tokenizer(self, spec: ModelSpec, files: ModelFiles) -> _Tokenizer:
         """The tokenizer of these files; those of standby models and of the resident stay here."""

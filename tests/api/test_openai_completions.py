@@ -7,7 +7,7 @@ from openai.types import Completion
 
 from tests.api.conftest import events
 from tests.fakes import FakeEngine, say
-from transformers_api.api.openai.text_offsets import TextOffsets
+from transformers_api.api.openai.text_offsets import text_offsets
 
 
 def whole(response) -> Completion:
@@ -162,15 +162,34 @@ def test_a_completion_only_model_completes(serve):
 
 
 def test_offsets_pass_over_what_is_not_in_the_text():
-    offsets = TextOffsets()
-    offsets.extend("Hello 世界")
     tokens = [b"<s>", b" Hello", b" ", b"\xe4\xb8", b"\x96", "界".encode(), b"</s>"]
-    assert [offsets.place(token) for token in tokens] == [0, 0, 5, 6, 7, 7, 8]
+    assert text_offsets("Hello 世界", tokens) == [0, 0, 5, 6, 7, 7, 8]
 
 
-def test_offsets_go_on_from_piece_to_piece():
-    offsets = TextOffsets(10)
-    offsets.extend("ab")
-    assert [offsets.place(b"a"), offsets.place(b"b")] == [10, 11]
-    offsets.extend(" c")
-    assert offsets.place(b" c") == 12
+def test_offsets_go_on_where_a_tokenizer_has_changed_the_text():
+    assert text_offsets("Ärger über alles", [b"arger", b" ueber", b" alles"]) == [0, 0, 10]
+    assert text_offsets("a\u00a0b word", [b"a", b" ", b"b", b" word"]) == [0, 1, 1, 3]
+
+
+@pytest.mark.parametrize("echo", [False, True])
+@pytest.mark.parametrize(
+    "raw",
+    [
+        "a 👍 b 👍 c".encode(),
+        b"a \xf0\x9f b \xff\xff c",
+        b"\xf0\x9f\x91",
+        "世界 né".encode(),
+    ],
+    ids=["emojis", "broken bytes", "half a character", "others"],
+)
+def test_offsets_of_a_stream_are_those_of_the_whole(serve, raw, echo):
+    served = serve(FakeEngine(lambda *_: list(raw)))
+    options = {"logprobs": 0, "max_tokens": 100, "echo": echo}
+    whole = served.complete("né: ", **options).get_json()["choices"][0]
+    chunks = events(served.complete("né: ", stream=True, **options)).payloads
+    streamed = [i for chunk in chunks for i in chunk["choices"][0]["logprobs"]["text_offset"]]
+    assert streamed == whole["logprobs"]["text_offset"]
+    tokens = len("né: ".encode()) * echo + len(raw)
+    assert len(streamed) == tokens
+    assert streamed == sorted(streamed)
+    assert streamed[-1] <= len(whole["text"]) + (0 if echo else 4)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter
 from http import HTTPStatus
 from pathlib import Path
@@ -42,6 +44,27 @@ def test_answers_to_requests_by_chance_are_as_documented_and_never_a_server_erro
     answered = {route for route, status in survey.seen if status == HTTPStatus.OK}
     assert len(answered) > 25
     assert served.swapper.status().leases == 0
+
+
+def test_generators_of_clients_can_read_the_document(served: Served) -> None:
+    document = served.client.get("/openapi.json").get_json()
+    assert document["servers"][0]["url"] == "/"
+    assert document["info"]["description"]
+    methods = [
+        operation
+        for path in document["paths"].values()
+        for method, operation in path.items()
+        if method != "parameters"
+    ]
+    names = [operation["operationId"] for operation in methods]
+    assert len(set(names)) == len(names) > 25
+    assert all(name.isidentifier() for name in names)
+    text = json.dumps(document)
+    patterns = re.findall(r'"pattern": ("(?:[^"\\\\]|\\\\.)*")', text)
+    assert patterns
+    for pattern in map(json.loads, patterns):
+        assert not re.search(r"\\[AZz]|\(\?[P<#i]", pattern)  # Python's, not ECMAScript's
+        assert not re.search(pattern, "auto\n")
 
 
 def test_every_route_succeeds_as_documented_with_the_example_of_the_document(

@@ -187,7 +187,6 @@ TOOL = {"type": "function", "function": {"name": "f"}}
         ("modalities", ["text", "audio"]),
         ("audio", {"voice": "alloy"}),
         ("web_search_options", {}),
-        ("reasoning_effort", "high"),
         ("guided_json", {"type": "object"}),
         ("guided_regex", "a+"),
         ("structured_outputs", {"regex": "a+"}),
@@ -222,6 +221,7 @@ def test_a_suffix_is_refused(served):
         {"use_beam_search": False},
         {"tools": None, "audio": None, "response_format": None, "web_search_options": None},
         {"logit_bias": {}},
+        *({"reasoning_effort": effort} for effort in ("none", "minimal", "low", "medium", "high")),
         {"stop": []},
     ],
 )

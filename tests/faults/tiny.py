@@ -49,6 +49,7 @@ def environment(folder: Path, **models: Path) -> dict[str, str]:
     return {
         "PORT": "0",
         "HOST": "127.0.0.1",
+        "ALLOWED_HOSTS": "api.example.org",
         "DEFAULT_MODEL": next(iter(paths)),
         "MODEL_REGISTRY_PATH": str(folder / "models.json"),
         "MODEL_STORE": str(ROOT / "build" / "test-models"),

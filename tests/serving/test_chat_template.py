@@ -9,8 +9,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from tests import tokenizers
 from tests.fakes import fake_model, fake_spec
 from transformers_api.errors import ChatUnavailable, InvalidRequest, ModelNotCapable
-from transformers_api.serving.text import chat_template
-from transformers_api.serving.text.end_of_turn import end_of_turn_ids
+from transformers_api.serving.text import chat_template, template_renderer
+from transformers_api.serving.text.model_template import ModelTemplate
 
 USER = {"role": "user", "content": "Hi"}
 ASSISTANT = {"role": "assistant", "content": "Well"}
@@ -211,28 +211,29 @@ def test_an_unknown_role_in_a_transcript_is_an_invalid_request():
     ids=["chatml", "end of text", "no token", "only before", "raises", "breaks", "none"],
 )
 def test_the_token_that_closes_a_turn_is_found_by_the_template(template, expected):
-    assert end_of_turn_ids(tokenizers.byte_level(chat_template=template)) == expected
+    tokenizer = tokenizers.byte_level(chat_template=template)
+    assert ModelTemplate(tokenizer).end_of_turn == expected
 
 
 def test_added_tokens_that_are_spaces_close_no_turn():
     tokenizer = tokenizers.byte_level(chat_template="{{ messages[-1]['content'] }}\n\n### User")
     tokenizer.add_tokens(["\n\n"])
-    assert end_of_turn_ids(tokenizer) == frozenset()
+    assert ModelTemplate(tokenizer).end_of_turn == frozenset()
 
 
-def test_the_template_of_a_model_is_asked_once_what_closes_a_turn(monkeypatch):
+def test_the_template_of_a_model_is_asked_once_what_it_is_like(monkeypatch):
     model = model_with()
-    render, rendered = model.tokenizer.apply_chat_template, []
+    render, rendered = template_renderer.renderer.render, []
 
-    def count(messages, **options):
-        rendered.append(messages[-1]["content"])
-        return render(messages, **options)
+    def count(source, variables):
+        rendered.append(variables["messages"][-1]["content"])
+        return render(source, variables)
 
-    monkeypatch.setattr(model.tokenizer, "apply_chat_template", count)
+    monkeypatch.setattr(template_renderer.renderer, "render", count)
     for _ in range(3):
         prompt = chat_template.encode(model, [{"role": "user", "content": "Hi"}])
         assert prompt.stop_token_ids == {tokenizers.IM_END}
-    assert sorted(rendered) == ["Hi", "Hi", "Hi", "qzprobeqz"]
+    assert rendered == [*["qzprobeqz", "hello", "qzprobeqz", "qzprobeqz"], "Hi", "Hi", "Hi"]
 
 
 def test_text_is_encoded_and_decoded_again():

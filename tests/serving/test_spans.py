@@ -75,12 +75,10 @@ def test_white_space_that_a_template_cuts_off_is_in_no_span():
     "template",
     [
         "{% for m in messages %}{{ m.content | upper }}{% endfor %}",
-        "{% for m in messages %}{{ m.content[:2] }}{% endfor %}",
-        "{{ messages[-1].content }}",
         "{% for m in messages | reverse %}{{ m.content }}{% endfor %}",
         "{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}",
     ],
-    ids=["another case", "a part", "only the last", "another order", "twice"],
+    ids=["another case", "another order", "twice"],
 )
 def test_what_cannot_be_known_is_left_open(template):
     talk = [{"role": "user", "content": "Hello"}, {"role": "user", "content": "World"}]

@@ -87,6 +87,14 @@ def names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
+def hosts(text: str) -> tuple[str, ...]:
+    """Names of hosts without ports, separated by commas."""
+    listed = tuple(name.lower() for name in names(text))
+    if any(set(name) & set("/:@ ") or ("*" in name and name != "*") for name in listed):
+        raise ValueError("names of hosts without ports, such as llm.example.org or .example.org")
+    return listed
+
+
 def origins(text: str) -> tuple[str, ...]:
     """Exact origins of web pages, separated by commas."""
     listed = names(text)

@@ -287,6 +287,13 @@ class Settings:
         "Comma-separated exact origins of browser applications.",
         aliases=("ALLOWED_ORIGINS",),
     )
+    allowed_hosts: tuple[str, ...] = _setting(
+        (),
+        to.hosts,
+        "Comma-separated hosts that mean this server, .example.org with all below it, * for any. "
+        "Without API_KEYS_FILE others get 421, but for HOST, loopback, names without a dot, and "
+        "any address where HOST is 0.0.0.0 or ::.",
+    )
     log_level: str = _setting(
         "info", to.choice("debug", "info", "warning", "error"), "How much is logged."
     )
@@ -367,6 +374,12 @@ def has_activated_sockets() -> bool:
     """True where systemd has handed this process its listening sockets."""
     is_ours = os.environ.get("LISTEN_PID") == str(os.getpid())
     return is_ours and os.environ.get("LISTEN_FDS", "0") != "0"
+
+
+def helper_environment() -> dict[str, str]:
+    """What a helper process has to know of the environment, and no secrets."""
+    names = ("LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", "TZ")
+    return {name: os.environ[name] for name in names if name in os.environ}
 
 
 def load_in_one_thread() -> None:

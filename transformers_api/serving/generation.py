@@ -28,6 +28,10 @@ from transformers_api.serving.text.choice_text import ChoiceText, TextDelta, Tok
 from transformers_api.serving.text.token_counts import CountedTexts
 
 _SEEDS = 2**63
+# What is smaller has no normal float32: a temperature is 0 then, the likeliest token; a share keeps
+# that one too. A penalty that divides by less would make infinite logits of ordinary ones.
+_SMALLEST = 2.0**-126
+_LEAST_PENALTY = 1e-30
 _FAILURES = (FinishReason.ERROR, FinishReason.ABORT)
 
 
@@ -203,7 +207,7 @@ def start(
     Raises InvalidRequest for a ``best_of`` that is streamed or less than ``n``, the reason of a
     cancellation, and what the engine refuses with.
     """
-    params, per_prompt = request.params, request.per_prompt
+    params, per_prompt = _within_float32(request.params), request.per_prompt
     if per_prompt < request.n:
         raise InvalidRequest("best_of must not be less than n", param="best_of")
     if per_prompt > request.n:
@@ -226,12 +230,24 @@ def start(
         ]
         count = model.count_tokens
         counted = count and CountedTexts(model, count, request.prompts, len(choices))
+        generation = Generation(request, choices, outputs, counted)
+        cancellation.on_cancel(lambda: generation.close(cancellation.error))
     except BaseException:
         outputs.abort()
         raise
-    generation = Generation(request, choices, outputs, counted)
-    cancellation.on_cancel(lambda: generation.close(cancellation.error))
     return generation
+
+
+def _within_float32(params: SamplingParams) -> SamplingParams:
+    """``params`` with numbers that mean in float32 what they say, for every way of sampling."""
+    return replace(
+        params,
+        temperature=0.0 if params.temperature < _SMALLEST else params.temperature,
+        top_p=max(params.top_p, _SMALLEST),
+        typical_p=max(params.typical_p, _SMALLEST),
+        repetition_penalty=max(params.repetition_penalty, _LEAST_PENALTY),
+        word_repetition_penalty=max(params.word_repetition_penalty, _LEAST_PENALTY),
+    )
 
 
 def collect(generation: Generation) -> list[Choice]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, NoReturn, cast
@@ -11,16 +12,20 @@ from flask_smorest import Blueprint as SmorestBlueprint  # type: ignore[import-u
 from marshmallow import Schema, ValidationError
 from webargs.flaskparser import FlaskParser
 
-from transformers_api.api.http import strict_json
+from transformers_api.api.http import encodings, strict_json
 from transformers_api.api.http.auth import View, scope_of
 from transformers_api.api.http.dialects import Dialect
 from transformers_api.api.http.fields import Refusal
 from transformers_api.errors import InvalidRequest, PayloadTooLarge, UnsupportedParameter
 
 MAX_BODY_BYTES = 2 << 20
+LARGE_BYTES = 1 << 16  # a body beyond takes its turn
+# Large bodies are parsed and validated one after the other: beside eight at once, whose threads
+# take the interpreter by turns, everybody else would wait eight times as long for theirs.
+_TURN = threading.Lock()
 
 
-def read(request: flask.Request) -> dict[str, Any]:
+def read(request: flask.Request, most_items: int = strict_json.MOST_ITEMS) -> dict[str, Any]:
     """The JSON object of the body, whatever its content type says.
 
     curl sends a form's content type unless told otherwise. A web page can send that, or plain
@@ -29,12 +34,14 @@ def read(request: flask.Request) -> dict[str, Any]:
     if not request.is_json and "Origin" in request.headers:
         raise InvalidRequest("Content-Type must be application/json")
     raw = request.get_data(cache=True)
+    if encoding := request.headers.get("Content-Encoding", "").strip().lower():
+        raw = encodings.decoded(raw, encoding, request.max_content_length or MAX_BODY_BYTES)
     if request.content_length is None and len(raw) >= (request.max_content_length or 1 << 62):
         # A chunked body is cut at the limit without a word.
         raise PayloadTooLarge(f"The body has more than {request.max_content_length} bytes")
     if not raw.strip():
         raise InvalidRequest("The body is empty; it must be a JSON object")
-    value = strict_json.parse(raw)
+    value = strict_json.parse(raw, most_items)
     if not isinstance(value, dict):
         raise InvalidRequest("The body must be a JSON object")
     return value
@@ -77,11 +84,21 @@ class StrictParser(FlaskParser):
         self.DEFAULT_VALIDATION_STATUS = dialect.invalid_status
         self._quote = dialect.quote
 
+    def parse(self, argmap: Any, req: flask.Request | None = None, **options: Any) -> Any:
+        """As webargs does; large bodies one after the other."""
+        request = req or flask.request
+        is_large = len(request.get_data(cache=True)) > LARGE_BYTES  # all of it is awaited
+        if not is_large and "Content-Encoding" not in request.headers:
+            return super().parse(argmap, request, **options)
+        with _TURN:
+            return super().parse(argmap, request, **options)
+
     def _get_schema(self, argmap: Any, req: flask.Request) -> Schema:
         return _instance(argmap)
 
-    def _raw_load_json(self, req: flask.Request) -> Any:
-        return read(req)
+    def load_json(self, req: flask.Request, schema: Schema) -> Any:
+        """The body, with as many items as ``schema`` has a use for."""
+        return read(req, getattr(schema, "most_items", strict_json.MOST_ITEMS))
 
     def handle_error(
         self,
@@ -94,7 +111,8 @@ class StrictParser(FlaskParser):
     ) -> NoReturn:
         """Raise InvalidRequest or UnsupportedParameter."""
         assert isinstance(error.messages, dict)
-        raise invalid(error.messages["json"], self._quote)  # webargs puts the location around them
+        refusal = invalid(error.messages["json"], self._quote)  # webargs puts the location around
+        raise refusal from None
 
 
 class Blueprint(SmorestBlueprint):  # type: ignore[misc]
@@ -137,6 +155,7 @@ class Blueprint(SmorestBlueprint):  # type: ignore[misc]
         def register(view: View) -> View:
             if scope_of(view) == "open":
                 view = self.doc(security=[])(view)
+            view = self.doc(operationId=view.__name__)(view)
             return cast(View, self.route(rule, **options)(view))
 
         return register

@@ -79,17 +79,23 @@ class DisconnectWatcher:
         # time that its event is read.
         fd = os.dup(sock.fileno())
         with self._lock:
-            epoll = self._started()
-            self._callbacks[fd] = carried(on_gone)
-            epoll.register(fd, select.EPOLLRDHUP | select.EPOLLONESHOT)
+            try:
+                epoll = self._started()
+                epoll.register(fd, select.EPOLLRDHUP | select.EPOLLONESHOT)
+            except BaseException:
+                os.close(fd)
+                raise
+            self._callbacks[fd] = carried(on_gone)  # looked for under the lock
         return Watch(lambda: self._unwatch(epoll, fd))
 
     def _started(self) -> Any:
         if self._pid != os.getpid():  # a fork inherits no thread
-            self._pid = os.getpid()
-            self._epoll = select.epoll()
-            self._callbacks = {}
-            threading.Thread(target=self._run, name="disconnect-watcher", daemon=True).start()
+            epoll = select.epoll()
+            thread = threading.Thread(
+                target=self._run, args=(epoll,), name="disconnect-watcher", daemon=True
+            )
+            thread.start()
+            self._pid, self._epoll, self._callbacks = os.getpid(), epoll, {}
         return self._epoll
 
     def _unwatch(self, epoll: Any, fd: int) -> None:
@@ -98,8 +104,7 @@ class DisconnectWatcher:
             epoll.unregister(fd)
             os.close(fd)
 
-    def _run(self) -> None:
-        epoll = self._epoll
+    def _run(self, epoll: Any) -> None:
         while True:
             for fd, _ in epoll.poll():
                 callback = self._take(fd)

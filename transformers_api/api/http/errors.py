@@ -8,7 +8,7 @@ import flask
 from flask import Flask, Response, jsonify, request
 from werkzeug.exceptions import HTTPException
 
-from transformers_api.api.http import dialects, request_log
+from transformers_api.api.http import dialects, encodings, request_log
 from transformers_api.api.http.body import Blueprint
 from transformers_api.api.http.dialects import Dialect
 from transformers_api.errors import (
@@ -18,6 +18,7 @@ from transformers_api.errors import (
     MethodNotAllowed,
     NotFound,
     PayloadTooLarge,
+    UnsupportedEncoding,
 )
 
 log = logging.getLogger(__name__)
@@ -38,9 +39,29 @@ def render(error: ApiError) -> Response:
     if error.retry_after is not None:
         # OpenAI's clients ignore 0 and give up on more than two minutes.
         response.headers["Retry-After"] = str(min(max(int(error.retry_after), 1), 120))
+    if isinstance(error, UnsupportedEncoding):
+        response.headers["Accept-Encoding"] = encodings.READABLE
     if error.status == 401:
         response.headers["WWW-Authenticate"] = 'Bearer realm="transformers-api"'
+    forget_frames(error)
+    # A stream that this error comes instead of: nobody will close its response.
+    abandoned = flask.g.pop("streaming", None)
+    if abandoned is not None:
+        abandoned.close()
     return response
+
+
+def forget_frames(error: BaseException | None) -> None:
+    """Let go of the frames that ``error``, and what it came from, went through.
+
+    Each of these knows the frame that raised it, whose locals know the error again: such a circle,
+    with the whole body in it, would live until the collector's oldest generation runs.
+    """
+    visited: set[int] = set()
+    while error is not None and id(error) not in visited:
+        visited.add(id(error))
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
 
 
 def visible(error: BaseException) -> ApiError:

@@ -13,6 +13,10 @@ from marshmallow import Schema as BaseSchema
 from marshmallow import ValidationError, fields, pre_load, validate
 from marshmallow.constants import EXCLUDE
 
+from transformers_api.api.http.strict_json import MOST_ITEMS
+
+MAX_TOKEN_ID = (1 << 31) - 1
+MOST_IDS = 1 << 18  # of one body
 NOT_GIVEN: dict[str, Any] = {"required": "is required", "null": "must not be null"}
 
 
@@ -24,6 +28,8 @@ class Refusal(str):
 
 class Schema(BaseSchema):
     """A JSON object of a request: null means default, unknown names are ignored."""
+
+    most_items: int = MOST_ITEMS  # of a body, in all its lists and objects
 
     error_messages: dict[str, str] = {  # noqa: RUF012 - marshmallow declares it so
         "type": "must be an object",
@@ -107,7 +113,8 @@ class Text(fields.String):
     ) -> None:
         checks: list[Any] = []
         if pattern is not None:
-            checks.append(validate.Regexp(rf"(?:{pattern})\Z", error=f"must be like {pattern}"))
+            whole = rf"^(?:{pattern})(?![\s\S])"  # no \Z: the document's readers are JavaScript
+            checks.append(validate.Regexp(whole, error=f"must be like {pattern}"))
         if choices:
             listed = ", ".join(f"'{choice}'" for choice in choices)
             checks.append(validate.OneOf(choices, error=f"must be one of {listed}"))
@@ -142,10 +149,41 @@ class Many(fields.List[Any]):
         # A tuple or a set cannot come out of JSON; marshmallow takes any collection.
         if not isinstance(value, list):
             raise ValidationError("must be a list")
-        # Before the items: a million bad ones would each get a message.
+        for check in self.validators:  # before the items, which may be many
+            check(value)
+        return [self._item(index, item, **kwargs) for index, item in enumerate(value)]
+
+    def _item(self, index: int, item: Any, **kwargs: Any) -> Any:
+        """Load one item. The first bad one ends it: only one message is sent."""
+        try:
+            return self.inner.deserialize(item, **kwargs)
+        except ValidationError as error:
+            raise ValidationError({index: error.messages}) from None
+
+
+class TokenIds(Many):
+    """Token ids of any model; checked all at once, for they may be many."""
+
+    def __init__(self, **options: Any) -> None:
+        self.one = Integer(0, MAX_TOKEN_ID)
+        super().__init__(self.one, longest=MOST_IDS, **options)
+
+    def _deserialize(self, value: Any, *_args: Any, **_kwargs: Any) -> list[Any]:
+        if not isinstance(value, list):
+            raise ValidationError("must be a list")
         for check in self.validators:
             check(value)
-        return super()._deserialize(value, *args, **kwargs)
+        check_ids(value, self.one.message)
+        return value
+
+
+def check_ids(ids: list[Any], message: str = "must be a token id") -> None:
+    """Raise ValidationError at the first of ``ids`` that no model could have."""
+    if set(map(type, ids)) <= {int} and (not ids or (min(ids) >= 0 and max(ids) <= MAX_TOKEN_ID)):
+        return
+    for index, item in enumerate(ids):
+        if type(item) is not int or not 0 <= item <= MAX_TOKEN_ID:
+            raise ValidationError({index: [message]})
 
 
 class Object(fields.Nested):
@@ -154,6 +192,14 @@ class Object(fields.Nested):
     def __init__(self, schema: type[Schema], **options: Any) -> None:
         messages = NOT_GIVEN | {"type": "must be an object"}
         super().__init__(schema, error_messages=messages, **options)
+
+    def _load(self, value: Any, partial: Any = None) -> Any:
+        try:
+            return self.schema.load(value, unknown=self.unknown, partial=partial)
+        except ValidationError as error:
+            # The frame that raised it knows it: a circle around the whole value.
+            error.__traceback__ = None
+            raise ValidationError(error.messages) from None
 
 
 class AnyObject(fields.Dict):

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import re
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
 
-from flask import Flask, Response
+from flask import Flask, Response, request
 from flask_cors import CORS
 
-from transformers_api.api.http import rate_limit_headers, request_log
+from transformers_api.api.http import hosts, rate_limit_headers, request_log
 from transformers_api.api.http.body import MAX_BODY_BYTES
 from transformers_api.config.settings import Settings
 
 EXPOSED = ["Retry-After", "X-Request-Id", "OpenAI-Processing-Ms", *rate_limit_headers.HEADERS]
+Application = Callable[[dict[str, Any], Any], Iterable[bytes]]  # of WSGI
+
+_SLASHES = re.compile("/{2,}")
 
 
 def install(app: Flask, settings: Settings) -> None:
     """Add the hooks to ``app``."""
     app.config["MAX_CONTENT_LENGTH"] = max(MAX_BODY_BYTES, 2 * settings.prompt_bytes)
+    app.url_map.merge_slashes = False  # by a redirect, which few clients of APIs follow
+    app.wsgi_app = PlainPaths(app.wsgi_app)  # type: ignore[method-assign]
     app.before_request(request_log.begin)
+    hosts.install(app, settings)
     app.after_request(request_log.finish)
+    app.teardown_request(_untie)
     if settings.cors_allow_origins:  # with no origins flask-cors would allow them all
         CORS(
             app,
@@ -26,9 +35,32 @@ def install(app: Flask, settings: Settings) -> None:
             expose_headers=EXPOSED,
             supports_credentials=False,
             always_send=False,
+            allow_private_network=True,  # of pages of these origins that come from the web
             max_age=600,
         )
         app.after_request(_vary)
+
+
+class PlainPaths:
+    """Paths as they were meant: base URLs often end in a slash, or have ``/v1`` once too often."""
+
+    def __init__(self, application: Application) -> None:
+        self._application = application
+
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        """See WSGI."""
+        path = environ.get("PATH_INFO", "")
+        if "//" in path or path.startswith("/v1/v1"):
+            path = _SLASHES.sub("/", path)
+            while path.startswith("/v1/v1/"):
+                path = path.removeprefix("/v1")
+            environ["PATH_INFO"] = path
+        return self._application(environ, start_response)
+
+
+def _untie(_error: BaseException | None) -> None:
+    """Part the request and its environ, which know each other, with the body in both."""
+    request.environ.pop("werkzeug.request", None)
 
 
 def _vary(response: Response) -> Response:

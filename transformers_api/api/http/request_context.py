@@ -217,6 +217,7 @@ class RequestContext:
         response.headers["Cache-Control"] = "no-cache"
         response.headers["X-Accel-Buffering"] = "no"  # proxies pass it on as it comes
         response.call_on_close(self.close)
+        flask.g.streaming = self  # errors.py closes it where the response is not sent
         self._is_streaming = self._record.is_streamed = True
         return response
 
@@ -244,6 +245,7 @@ class RequestContext:
         self._is_over = True
         failure = errors.visible(error)
         self._record.note_error(failure)
+        errors.forget_frames(error)
         return failure
 
     def close(self) -> None:

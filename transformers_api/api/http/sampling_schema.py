@@ -9,6 +9,7 @@ from typing import Any
 from marshmallow import ValidationError, fields
 
 from transformers_api.api.http.fields import (
+    MAX_TOKEN_ID,
     NOT_GIVEN,
     Boolean,
     Integer,
@@ -22,7 +23,6 @@ from transformers_api.api.http.fields import (
 )
 
 MAX_TOKENS = 1 << 24
-MAX_TOKEN_ID = (1 << 31) - 1
 MAX_BIASES = 300
 MAX_N = 8
 MAX_LOGPROBS = 20

@@ -60,13 +60,15 @@ class StreamWriter:
     def _started(self) -> queue.SimpleQueue[StreamBody]:
         with self._lock:
             if self._pid != os.getpid():  # a fork inherits no thread
-                self._pid = os.getpid()
-                self._ready = queue.SimpleQueue()
-                threading.Thread(target=self._run, name="stream-writer", daemon=True).start()
+                ready: queue.SimpleQueue[StreamBody] = queue.SimpleQueue()
+                thread = threading.Thread(
+                    target=self._run, args=(ready,), name="stream-writer", daemon=True
+                )
+                thread.start()
+                self._pid, self._ready = os.getpid(), ready
             return self._ready
 
-    def _run(self) -> None:
-        ready = self._ready
+    def _run(self, ready: queue.SimpleQueue[StreamBody]) -> None:
         while True:
             ready.get().send_ready()
 

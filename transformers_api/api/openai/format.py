@@ -9,9 +9,10 @@ from typing import Any
 
 import orjson
 
+from transformers_api.api.http import sse
 from transformers_api.api.http.dialects import OPENAI
 from transformers_api.api.http.request_context import Formatter
-from transformers_api.api.openai.text_offsets import TextOffsets
+from transformers_api.api.openai.text_offsets import text_offsets
 from transformers_api.api.trace.format import TraceWriter
 from transformers_api.serving.generation import Choice, Generation, Usage, collect
 from transformers_api.serving.text.choice_text import TextDelta, TokenDetail, TopToken
@@ -132,7 +133,10 @@ class ChatFormatter(Formatter):
         """A chunk with the text, and in the end one with the finish reason."""
         if self._around and delta.text and delta.finish_reason is None:  # nearly every piece
             before, after = self._around[delta.index]
-            return (before + orjson.dumps(delta.text) + after,)
+            text = orjson.dumps(delta.text)
+            if sse.LINE_ENDS[0] in text or sse.LINE_ENDS[1] in text:
+                text = sse.in_one_line(text)
+            return (before + text + after,)
         head, frames = self._head, []
         if _has_content(head, delta):
             chunk = self._chunk(
@@ -259,26 +263,28 @@ class _TextWriter:
     """Writes one choice, whole or piece by piece; offsets count from the start of the prompt."""
 
     def __init__(self, prompt: str, echo: bool) -> None:
+        self._prompt = prompt
         self._repeat = prompt if echo else ""
-        self._offsets = TextOffsets(0 if echo else len(prompt))
 
     def write(self, piece: Choice | TextDelta, with_logprobs: bool) -> Json:
         text = self._repeat + piece.text
         self._repeat = ""
-        self._offsets.extend(text)
-        details = (*(piece.prompt_scores or ()), *piece.logprobs)
         return {
             "index": piece.index,
             "text": text,
-            "logprobs": self._logprobs(details) if with_logprobs else None,
+            "logprobs": self._logprobs(piece) if with_logprobs else None,
         }
 
-    def _logprobs(self, details: Sequence[TokenDetail]) -> Json:
+    def _logprobs(self, piece: Choice | TextDelta) -> Json:
+        before = piece.prompt_scores or ()
+        details = (*before, *piece.logprobs)
+        offsets = text_offsets(self._prompt, [detail.bytes for detail in before])
+        offsets += [len(self._prompt) + detail.offset for detail in piece.logprobs]
         return {
             "tokens": [detail.text for detail in details],
             "token_logprobs": [_logprob(detail.logprob) for detail in details],
             "top_logprobs": [_top(detail) for detail in details],
-            "text_offset": [self._offsets.place(detail.bytes) for detail in details],
+            "text_offset": offsets,
         }
 
 

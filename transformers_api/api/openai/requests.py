@@ -48,8 +48,8 @@ def prompt_ids(model: LoadedModel, prompts: Iterable[str | list[int]]) -> list[l
 def check_ids(model: LoadedModel, ids: Iterable[int], param: str) -> None:
     """Raise InvalidRequest for an id that the model does not have."""
     most = model.engine.vocab_size
-    wrong = next((i for i in ids if i >= most), None)
-    if wrong is not None:
+    wrong = max(ids, default=0)
+    if wrong >= most:
         raise InvalidRequest(
             f"'{param}' has token id {wrong}; the ids of this model are below {most}", param=param
         )

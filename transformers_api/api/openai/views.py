@@ -202,15 +202,20 @@ def message_texts(messages: Iterable[Mapping[str, Any]]) -> list[str]:
     for message in messages:
         content = message.get("content", "")
         texts += [content] if isinstance(content, str) else [part["text"] for part in content]
+        calls = [call["function"] for call in message.get("tool_calls", ())]
+        texts += [text for call in calls for text in (call["name"], call["arguments"])]
     return texts
 
 
 def template_options(body: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that say how the messages of ``body`` become a prompt."""
+    kwargs = body.get("chat_template_kwargs")
+    if "reasoning_effort" in body:
+        kwargs = {"reasoning_effort": body["reasoning_effort"], **(kwargs or {})}
     return {
         "add_generation_prompt": body.get("add_generation_prompt"),
         "continue_final_message": body["continue_final_message"],
-        "chat_template_kwargs": body.get("chat_template_kwargs"),
+        "chat_template_kwargs": kwargs,
     }
 
 

@@ -17,6 +17,10 @@ from transformers_api.api.http.error_schemas import Error
 ASSETS = "/docs/assets"
 KEY_SCHEME = "ApiKey"
 _PAGES = ("/docs", "/redoc")
+_ABOUT = (
+    "Text from causal language models: OpenAI's API, a native one, and what happens inside a model "
+    "while it writes."
+)
 # Redoc's footer shows a logo from its makers' host.
 _POLICY = "img-src 'self' data:; font-src 'self' data:; connect-src 'self'"
 
@@ -51,6 +55,7 @@ class OpenAPI(Api):  # type: ignore[misc]
                     self, self._app, self._spec, name=blueprint.name, parameters=None
                 )
                 self._spec.tag({"name": blueprint.name, "description": blueprint.description})
+                _tell_apart(self._spec._paths)
             return self._spec
 
     @spec.setter
@@ -82,13 +87,36 @@ def install(app: Flask, *, needs_key: bool) -> OpenAPI:
     )
     app.after_request(_stay_at_home)
     bearer: list[dict[str, list[str]]] = [{KEY_SCHEME: []}]
-    api = OpenAPI(app, spec_kwargs={"security": bearer if needs_key else [{}, *bearer]})
+    api = OpenAPI(
+        app,
+        spec_kwargs={
+            "security": bearer if needs_key else [{}, *bearer],
+            "servers": [{"url": "/", "description": "This server"}],
+            "info": {"description": _ABOUT},
+        },
+    )
     scheme = {"type": "http", "scheme": "bearer", "description": "An API key of this server"}
     api.spec.components.security_scheme(KEY_SCHEME, scheme)
     for endpoint, view in app.view_functions.items():
         if endpoint.startswith(("assets.", "api-docs.")):
             app.view_functions[endpoint] = scope("open")(partial(view))
     return api
+
+
+def _tell_apart(paths: dict[str, Any]) -> None:
+    """Give operations names of their own, where views share one or serve several methods."""
+    names: set[str] = set()
+    for path in paths.values():
+        for method, operation in path.items():
+            if method == "parameters":
+                continue
+            name = operation["operationId"]
+            if name in names:
+                tag = operation["tags"][0]
+                options = (f"{tag}_{name}", f"{tag}_{name}_{method}")
+                name = next(option for option in options if option not in names)
+            operation["operationId"] = name
+            names.add(name)
 
 
 def _stay_at_home(response: Response) -> Response:

@@ -90,11 +90,13 @@ class Admission:
         with self._condition:
             if len(self._live) >= self._places:
                 raise Overloaded("Too many requests are waiting", retry_after=self._retry_after())
+            if self._timeout_s is not None:
+                self._start_keeper()  # which may fail, before anything is taken
+                self._due[cancellation] = self._clock() + self._timeout_s
+                if len(self._due) == 1:  # it waits for the first
+                    self._condition.notify()
             self._throughput.began()
             self._live.add(cancellation)
-            if self._timeout_s is not None:
-                self._due[cancellation] = self._clock() + self._timeout_s
-                self._start_keeper()
 
     def leave(self, cancellation: Cancellation) -> None:
         """Give the place back. Idempotent."""
@@ -121,10 +123,9 @@ class Admission:
 
     def _start_keeper(self) -> None:
         if self._keeper is None:
-            self._keeper = threading.Thread(target=self._keep, name="deadlines", daemon=True)
-            self._keeper.start()
-        elif len(self._due) == 1:  # it waits for the first
-            self._condition.notify()
+            keeper = threading.Thread(target=self._keep, name="deadlines", daemon=True)
+            keeper.start()
+            self._keeper = keeper
 
     def _keep(self) -> None:
         while True:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from transformers_api.engine.base import Engine
 from transformers_api.inspection.base import Inspector
 from transformers_api.serving.models.spec import ModelFiles, ModelSpec
-from transformers_api.serving.text.end_of_turn import end_of_turn_ids
+from transformers_api.serving.text.model_template import ModelTemplate
 from transformers_api.serving.text.vocabulary import Vocabulary
 
 
@@ -57,9 +57,14 @@ class LoadedModel:
     extras: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
+    def template(self) -> ModelTemplate:
+        """The tokenizer's chat template."""
+        return ModelTemplate(self.tokenizer)
+
+    @property
     def end_of_turn(self) -> frozenset[int]:
-        """See end_of_turn_ids; asking the template costs as much as rendering a request."""
-        return end_of_turn_ids(self.tokenizer)
+        """See ModelTemplate."""
+        return self.template.end_of_turn
 
     @cached_property
     def vocabulary(self) -> Vocabulary:

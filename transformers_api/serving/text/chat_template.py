@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from transformers_api.errors import ChatUnavailable, InvalidRequest, ModelNotCapable, PromptTooLarge
 from transformers_api.serving.models.spec import ChatMode
 from transformers_api.serving.swap.loaded_model import LoadedModel
-from transformers_api.serving.text.end_of_turn import TEMPLATE_ERRORS
+from transformers_api.serving.text import model_template
 
 _TAGS = {
     "system": "System",
@@ -83,18 +84,15 @@ def encode(
             "continue_final_message needs an assistant message at the end of messages",
             param="continue_final_message",
         )
-    text = render(
-        model,
-        messages,
-        add_generation_prompt=add_generation_prompt,
-        continue_final_message=continue_final_message,
-        chat_template_kwargs=chat_template_kwargs,
+    text = _render(
+        model, messages, add_generation_prompt, continue_final_message, chat_template_kwargs or {}
     )
     if max_bytes is not None:
-        check_bytes(text, max_bytes)
+        check_bytes(model_template.plain(text), max_bytes)
+    _check_unicode(text, "messages")
     if mode == "transcript":
-        return ChatPrompt(_tokenize(model.tokenizer, text, True, "messages"), TRANSCRIPT_STOPS)
-    ids = _tokenize(model.tokenizer, text, False, "messages")
+        return ChatPrompt(model.template.control.ids(text, True), TRANSCRIPT_STOPS)
+    ids = model.template.control.ids(text, False)
     return ChatPrompt(ids, _written_stops(model.tokenizer), model.end_of_turn)
 
 
@@ -107,13 +105,9 @@ def render(
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> str:
     """The text that ``encode`` makes ids of. Raises InvalidRequest."""
-    if chat_template_kwargs:
-        _check_variables(chat_template_kwargs)
-    plain = [{**message, "content": content_text(message)} for message in messages]
-    if chat_mode(model) == "transcript":
-        return transcript(plain, add_generation_prompt, continue_final_message)
-    return _render(
-        model, plain, add_generation_prompt, continue_final_message, chat_template_kwargs or {}
+    kwargs = chat_template_kwargs or {}
+    return model_template.plain(
+        _render(model, messages, add_generation_prompt, continue_final_message, kwargs)
     )
 
 
@@ -136,6 +130,11 @@ def chat_mode(model: LoadedModel) -> ChatMode:
     mode: ChatMode = model.spec.chat or ("template" if has_template else "transcript")
     if mode == "template" and not has_template:
         raise ModelNotCapable(f"Model '{model.spec.name}' has no chat template", param="model")
+    if mode == "template" and (fault := model.template.fault):
+        raise ModelNotCapable(
+            f"Model '{model.spec.name}' has a chat template that cannot be used: {fault}",
+            param="model",
+        )
     return mode
 
 
@@ -191,38 +190,61 @@ def content_text(message: Mapping[str, Any]) -> str:
     return "".join(part["text"] for part in content)
 
 
+def _tool_calls(message: Mapping[str, Any]) -> dict[str, Any]:
+    """The calls of an earlier answer, with arguments as templates read them: not as text."""
+    calls = message.get("tool_calls")
+    if not calls:
+        return {}
+    return {
+        "tool_calls": [
+            {**call, "function": {**call["function"], "arguments": _arguments(call["function"])}}
+            for call in calls
+        ]
+    }
+
+
+def _arguments(function: Mapping[str, Any]) -> Any:
+    try:
+        arguments = json.loads(function["arguments"])
+    except (ValueError, RecursionError):
+        return function["arguments"]
+    return arguments if isinstance(arguments, dict) else function["arguments"]
+
+
 def _render(
     model: LoadedModel,
-    messages: list[dict[str, Any]],
+    messages: Sequence[Mapping[str, Any]],
     add_generation_prompt: bool,
     continue_final_message: bool,
     kwargs: Mapping[str, Any],
 ) -> str:
-    tokenizer = model.tokenizer
-    try:
-        if "developer" not in tokenizer.get_chat_template():
-            roles = {"developer": "system"}
-            messages = [{**m, "role": roles.get(m["role"], m["role"])} for m in messages]
-        text = tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            **kwargs,
-        )
-    except TEMPLATE_ERRORS as error:
-        raise InvalidRequest(
-            f"The model's chat template refuses these messages: {error}", param="messages"
-        ) from error
-    return str(text)
+    """The prompt, with a break in each control token that somebody typed."""
+    _check_variables(kwargs)
+    texts = [
+        {**message, "content": content_text(message), **_tool_calls(message)}
+        for message in messages
+    ]
+    if chat_mode(model) == "transcript":
+        broken = [model.template.control.broken(message) for message in texts]
+        return transcript(broken, add_generation_prompt, continue_final_message)
+    return model.template.render(
+        texts,
+        add_generation_prompt=add_generation_prompt,
+        continue_final_message=continue_final_message,
+        kwargs=kwargs,
+    )
 
 
 def _tokenize(tokenizer: Any, text: str, add_special_tokens: bool, param: str) -> list[int]:
+    _check_unicode(text, param)
+    # verbose=False: whether it fits is our question, and asked elsewhere.
+    return list(tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False))
+
+
+def _check_unicode(text: str, param: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise InvalidRequest(
             f"{param} holds half of a surrogate pair, which is not text", param=param
         ) from error
-    # verbose=False: whether it fits is our question, and asked elsewhere.
-    return list(tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False))

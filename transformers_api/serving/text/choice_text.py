@@ -10,7 +10,11 @@ from transformers_api.engine.base import FinishReason, SamplingParams, TokenOutp
 from transformers_api.inspection.base import StepTrace
 from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.text.detokenizer import detokenizer
-from transformers_api.serving.text.stop_strings import StopStrings
+from transformers_api.serving.text.stop_strings import (
+    StopStrings,
+    mark_special_tokens,
+    without_marks,
+)
 
 
 class TopToken(NamedTuple):
@@ -34,6 +38,7 @@ class TokenDetail:
     bytes: bytes
     logprob: float | None
     top: tuple[TopToken, ...] = ()
+    offset: int = 0  # characters of the answer before it; of a prompt's token 0
 
 
 @dataclass(slots=True, kw_only=True)  # not frozen: that would cost a token more than its text
@@ -85,7 +90,9 @@ class ChoiceText:
         self._params = params
         self._eos_token_ids = model.engine.eos_token_ids
         self._detokenizer = detokenizer(model.tokenizer, prompt_ids, vocabulary=vocabulary)
-        self._stops = StopStrings(stop) if any(stop) else None
+        self._marks, stops = mark_special_tokens(stop, vocabulary)
+        self._stops = StopStrings(stops) if stops else None
+        self._originals = stops
         scored = params.logprobs is not None or params.prompt_logprobs is not None
         self._is_plain = not scored and self._stops is None
         self._trace_stops = trace_stops
@@ -128,7 +135,8 @@ class ChoiceText:
         stops, self.finished = self._stops, output.finish_reason is not None
         if stops is not None:
             if len(self.token_ids) > self._params.min_tokens:
-                text, matched = stops.push(text)
+                text, match = stops.push(text)
+                matched = None if match is None else self._originals[match]
             self.finished = self.finished or matched is not None
             if self.finished:
                 text += stops.flush()  # nothing after a match
@@ -145,7 +153,7 @@ class ChoiceText:
         details = (token.detail for token in ready if matched is None or token.start < self._sent)
         return TextDelta(
             index=self.index,
-            text=text,
+            text=without_marks(text) if self._marks else text,
             token_ids=(*(token.token_id for token in ready), *ended_by),
             logprobs=tuple(detail for detail in details if detail is not None),
             finish_reason=self._finish_reason(output, matched) if self.finished else None,
@@ -162,18 +170,25 @@ class ChoiceText:
             self._logprobs.append(output.score.logprob)
 
     def _decode(self, output: TokenOutput, is_text: bool) -> str:
-        text = ""
-        if output.token_id is not None and is_text:
+        text, token_id = "", output.token_id
+        if token_id is not None and is_text:
+            # What is unfinished becomes one character, which counts with its first token.
+            start = self._decoded + self._detokenizer.is_unfinished
             detail = None
             if self._params.logprobs is not None and output.score is not None:
-                detail = self._detail(output.score)
-            self._waiting.append(_Waiting(output.token_id, detail, self._decoded))
-            text = self._detokenizer.push(output.token_id)
-        if output.finish_reason is not None:
+                detail = self._detail(output.score, start)
+            self._waiting.append(_Waiting(token_id, detail, start))
+            text = self._detokenizer.push(token_id) + self._marks.get(token_id, "")
+        is_over = output.finish_reason is not None
+        if is_over:
             text += self._detokenizer.flush()
         self._decoded += len(text)
-        if text or output.finish_reason is not None:
-            for token in self._waiting:
+        if text or is_over:
+            # The bytes of an unfinished character behind a finished one are the newest token's.
+            whole = self._waiting
+            if not is_over and self._detokenizer.is_unfinished:
+                whole = whole[:-1]
+            for token in whole:
                 token.end = self._decoded if token.end is None else token.end
         return text
 
@@ -206,7 +221,7 @@ class ChoiceText:
         text, raw = vocabulary.token_text(token_id), vocabulary.token_bytes(token_id)
         return TokenDetail(token_id, text, raw, None)
 
-    def _detail(self, score: TokenScore) -> TokenDetail:
+    def _detail(self, score: TokenScore, offset: int = 0) -> TokenDetail:
         vocabulary = self._vocabulary
         top = tuple(
             TopToken(i, vocabulary.token_text(i), vocabulary.token_bytes(i), logprob)
@@ -214,4 +229,4 @@ class ChoiceText:
         )
         i = score.token_id
         text, raw = vocabulary.token_text(i), vocabulary.token_bytes(i)
-        return TokenDetail(i, text, raw, score.logprob, top)
+        return TokenDetail(i, text, raw, score.logprob, top, offset)

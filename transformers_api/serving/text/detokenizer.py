@@ -37,6 +37,11 @@ class Detokenizer(Protocol):
     stay, as in SentencePiece (the ``tokenizers`` library would take the whole run back).
     """
 
+    @property
+    def is_unfinished(self) -> bool:
+        """True while bytes of a character wait for the rest of it."""
+        ...
+
     def push(self, token_id: int) -> str:
         """The characters that this token completes; often several, sometimes none."""
         ...
@@ -76,6 +81,11 @@ class BytesDetokenizer:
         self._emitted = self._utf8.getstate()[0].decode("utf-8", errors)
         if vocabulary.strips_first_space and not tail:
             self._emitted = " "
+
+    @property
+    def is_unfinished(self) -> bool:
+        """See Detokenizer."""
+        return bool(self._utf8.getstate()[0])
 
     def push(self, token_id: int) -> str:
         """See Detokenizer."""
@@ -121,6 +131,11 @@ class WindowDetokenizer:
         self._sent = len(self._text)  # how much of _text is out
         self._limit = _MAX_IDS
         self._unreadable_pushes = 0
+
+    @property
+    def is_unfinished(self) -> bool:
+        """See Detokenizer."""
+        return self._sent < len(self._text)
 
     def push(self, token_id: int) -> str:
         """See Detokenizer."""

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
+
+from transformers_api.serving.text.vocabulary import Vocabulary
+
+_MARKS = re.compile("[\ud800-\udfff]")  # half surrogate pairs, which no text holds
 
 
 class StopStrings:
@@ -50,3 +55,30 @@ class StopStrings:
             if any(stop.startswith(end) for stop in self._stops):
                 return length
         return 0
+
+
+def mark_special_tokens(
+    stops: Iterable[str], vocabulary: Vocabulary
+) -> tuple[dict[int, str], dict[str, str]]:
+    """Marks for special tokens, which no text shows, and the strings to stop at.
+
+    (a mark by token id, the client's stop string by what is looked for). A stop string with the
+    text of a special token is looked for as it is, and with the token's mark.
+    """
+    originals = {stop: stop for stop in stops if stop}
+    texts = {vocabulary.added[i]: i for i in vocabulary.special_ids if vocabulary.added[i]}
+    if not texts or not any(text in stop for stop in originals for text in texts):
+        return {}, originals
+    pattern = re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))))
+    marks: dict[int, str] = {}
+
+    def mark(match: re.Match[str]) -> str:
+        return marks.setdefault(texts[match[0]], chr(0xD800 + len(marks)))
+
+    marked = {pattern.sub(mark, stop): stop for stop in originals}
+    return marks, marked | originals
+
+
+def without_marks(text: str) -> str:
+    """``text`` as a client may read it."""
+    return _MARKS.sub("", text)

@@ -8,6 +8,8 @@ from typing import Any
 from marshmallow import ValidationError, fields, validates_schema
 
 from transformers_api.api.http.fields import (
+    MAX_TOKEN_ID,
+    MOST_IDS,
     NOT_GIVEN,
     AnyObject,
     Boolean,
@@ -17,8 +19,9 @@ from transformers_api.api.http.fields import (
     Object,
     Schema,
     Text,
+    TokenIds,
 )
-from transformers_api.api.http.sampling_schema import MAX_TOKEN_ID, MAX_TOKENS, about
+from transformers_api.api.http.sampling_schema import MAX_TOKENS, about
 from transformers_api.api.openai.schemas.chat import MAX_MESSAGES, Message
 from transformers_api.errors import InvalidRequest
 
@@ -94,6 +97,7 @@ class Window(Many):
 class Inspected(Schema):
     """The tokens to inspect: exactly one of four inputs."""
 
+    most_items = MOST_IDS
     model = Text(
         shortest=1,
         longest=256,
@@ -105,7 +109,7 @@ class Inspected(Schema):
         **about("A conversation; the answer's beginning is added as for an answer."),
     )
     prompt = Text(**about("A text, as for a completion."))
-    token_ids = Many(Integer(0, MAX_TOKEN_ID), longest=_MANY, **about("Tokens of the model."))
+    token_ids = TokenIds(**about("Tokens of the model."))
     completion_id = Text(
         shortest=1,
         longest=256,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from transformers_api.api.http.fields import (
+    MAX_TOKEN_ID,
     AnyObject,
     Integer,
     Many,
@@ -11,7 +12,7 @@ from transformers_api.api.http.fields import (
     Schema,
     Text,
 )
-from transformers_api.api.http.sampling_schema import MAX_TOKEN_ID, MAX_TOKENS, about
+from transformers_api.api.http.sampling_schema import MAX_TOKENS, about
 
 _TIME = 1 << 40
 _MANY = 1 << 20

@@ -26,6 +26,8 @@ from transformers_api.api.trace.schema import TraceOptions
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_MESSAGES = 1024
 MAX_PARTS = 256
+MAX_TOOL_CALLS = 128
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
 
 
 class Content(fields.Field[str | list[Any]]):
@@ -55,6 +57,21 @@ class Content(fields.Field[str | list[Any]]):
         return {"type": "text", "text": part["text"]}
 
 
+class CalledFunction(Schema):
+    """The function of a call, and what it was called with."""
+
+    name = Text(shortest=1, longest=256, required=True)
+    arguments = Text(required=True, **about("A JSON object, as text."))
+
+
+class ToolCall(Schema):
+    """A call that the assistant made."""
+
+    id = Text(longest=256)
+    type = Text(choices=("function",), load_default="function")
+    function = Object(CalledFunction, required=True)
+
+
 class Message(Schema):
     """One turn of a conversation."""
 
@@ -71,7 +88,11 @@ class Message(Schema):
     )
     name = Text(longest=256)
     tool_call_id = Text(longest=256)
-    tool_calls = Unsupported()
+    tool_calls = Many(
+        Object(ToolCall),
+        longest=MAX_TOOL_CALLS,
+        **about("Of an earlier answer; the model's template shows them."),
+    )
     function_call = Unsupported()
     audio = Unsupported()
 
@@ -80,6 +101,10 @@ class Message(Schema):
         """Only an assistant may have said nothing."""
         if "content" not in data and data["role"] != "assistant":
             raise ValidationError("is required", "content")
+        if data.get("tool_calls") and data["role"] != "assistant":
+            raise ValidationError("is only allowed in assistant messages", "tool_calls")
+        if data["role"] == "tool" and "tool_call_id" not in data:
+            raise ValidationError("is required in tool messages", "tool_call_id")
 
 
 class TemplateFields(Schema):
@@ -123,7 +148,9 @@ class ChatRequest(Sampling, TemplateFields):
     function_call = Unsupported(lambda value: value in ("none", "auto"))
     modalities = Unsupported(lambda value: value == ["text"])
     audio = Unsupported()
-    reasoning_effort = Unsupported(lambda value: value == "none")
+    reasoning_effort = Text(
+        choices=EFFORTS, **about("For templates that read it; the others ignore it.")
+    )
     web_search_options = Unsupported(lambda _value: False)
     echo = Unsupported()
     chat_template = Unsupported()

@@ -7,11 +7,18 @@ from typing import Any
 
 from marshmallow import ValidationError, fields, validates_schema
 
-from transformers_api.api.http.fields import NOT_GIVEN, Boolean, Integer, Object, Unsupported
+from transformers_api.api.http.fields import (
+    MOST_IDS,
+    NOT_GIVEN,
+    Boolean,
+    Integer,
+    Object,
+    Unsupported,
+    check_ids,
+)
 from transformers_api.api.http.sampling_schema import (
     MAX_LOGPROBS,
     MAX_N,
-    MAX_TOKEN_ID,
     MAX_TOKENS,
     Sampling,
     about,
@@ -62,15 +69,14 @@ class Prompts(fields.Field[list[PromptInput]]):
 def _token_ids(value: list[Any]) -> list[int]:
     if not value:
         raise ValidationError("must not be empty")
-    for index, item in enumerate(value):
-        if type(item) is not int or not 0 <= item <= MAX_TOKEN_ID:
-            raise ValidationError({index: ["must be a token id"]})
+    check_ids(value)
     return value
 
 
 class CompletionRequest(Sampling):
     """Text to be continued."""
 
+    most_items = MOST_IDS
     prompt = Prompts(
         required=True,
         error_messages=NOT_GIVEN,

@@ -8,6 +8,7 @@ from typing import Any
 from marshmallow import ValidationError
 
 from transformers_api.api.http.fields import (
+    MOST_IDS,
     NOT_GIVEN,
     AnyObject,
     Integer,
@@ -50,6 +51,7 @@ class Inputs(Prompts):
 class EmbeddingRequest(Schema):
     """Texts to be made into vectors."""
 
+    most_items = MOST_IDS
     model = Text(
         shortest=1, longest=256, required=True, **about("Id of a model that makes embeddings.")
     )

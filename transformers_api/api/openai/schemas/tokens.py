@@ -6,8 +6,17 @@ from typing import Any
 
 from marshmallow import ValidationError, validates_schema
 
-from transformers_api.api.http.fields import Boolean, Integer, Many, Schema, Text
-from transformers_api.api.http.sampling_schema import MAX_TOKEN_ID, about
+from transformers_api.api.http.fields import (
+    MAX_TOKEN_ID,
+    MOST_IDS,
+    Boolean,
+    Integer,
+    Many,
+    Schema,
+    Text,
+    TokenIds,
+)
+from transformers_api.api.http.sampling_schema import about
 from transformers_api.api.openai.schemas.chat import TemplateFields, conversation
 
 TEXT_NAMES = ("prompt", "text", "content")
@@ -46,8 +55,9 @@ class TokenizeAnswer(Schema):
 class DetokenizeRequest(Schema):
     """Token ids."""
 
+    most_items = MOST_IDS
     model = Text(shortest=1, longest=256)
-    tokens = Many(Integer(0, MAX_TOKEN_ID), longest=1 << 20, required=True)
+    tokens = TokenIds(required=True)
 
 
 class DetokenizeAnswer(Schema):

@@ -8,6 +8,7 @@ from typing import Any
 from marshmallow import ValidationError, pre_load, validates_schema
 
 from transformers_api.api.http.fields import (
+    MAX_TOKEN_ID,
     Integer,
     Many,
     Number,
@@ -16,7 +17,7 @@ from transformers_api.api.http.fields import (
     Schema,
     Text,
 )
-from transformers_api.api.http.sampling_schema import MAX_TOKEN_ID, MAX_TOKENS, about
+from transformers_api.api.http.sampling_schema import MAX_TOKENS, about
 from transformers_api.api.openai.schemas.chat import MAX_MESSAGES
 from transformers_api.api.trace.schema import StreamTrace
 

@@ -8,6 +8,7 @@ from typing import Any
 from marshmallow import ValidationError, fields
 
 from transformers_api.api.http.fields import (
+    MAX_TOKEN_ID,
     NOT_GIVEN,
     AnyObject,
     Boolean,
@@ -19,7 +20,7 @@ from transformers_api.api.http.fields import (
     Text,
     Unsupported,
 )
-from transformers_api.api.http.sampling_schema import MAX_TOKEN_ID, MAX_TOKENS, about
+from transformers_api.api.http.sampling_schema import MAX_TOKENS, about
 
 MAX_PROMPTS = 1024
 _MS = 1e12

@@ -1,0 +1,144 @@
+"""What a refused body may cost: memory that comes back, and a bounded time of the interpreter."""
+
+import gc
+import json
+import time
+import weakref
+
+import flask
+import pytest
+
+from tests.api.test_bodies import CHAT, error
+from transformers_api.api.http import strict_json
+from transformers_api.api.http.fields import MOST_IDS
+from transformers_api.errors import PayloadTooLarge
+
+SIZE = 2 << 20
+
+
+def many(unit, name="x"):
+    """A body of nearly two megabytes: ``{"x": [unit, unit, ...]}``."""
+    count = (SIZE - 100) // (len(unit) + 1)
+    return (f'{{"{name}":[' + ",".join([unit] * count) + "]}").encode()
+
+
+SHAPES = {
+    "objects": many('{"a":1}'),
+    "empty objects": many("{}", "messages"),
+    "nested lists": many("[[[]]]"),
+    "integers": many("1"),
+    "floats": many("1.5"),
+    "exponents": many("1e5"),
+    "words": many("true"),
+    "strings": many('""'),
+    "escaped quotes": many(r'"\""'),
+    "names": json.dumps({str(i): 0 for i in range(150_000)}).encode(),
+    "biases": json.dumps({**CHAT, "logit_bias": {str(i): 1 for i in range(120_000)}}).encode(),
+    "stops": json.dumps({**CHAT, "stop": ["x" * (i % 9) for i in range(100_000)]}).encode(),
+    "unfinished": many("1")[:-2],
+}
+# Within the limits of parsing, and refused for what they say.
+SMALL = {
+    "objects": b'{"x":[' + b",".join([b'{"a":1}'] * 9_000) + b"]}",
+    "messages": b'{"messages":[' + b",".join([b"{}"] * 9_000) + b"]}",
+    "roles": json.dumps({"messages": [{"role": "x", "content": "y"}] * 900}).encode(),
+    "parts": json.dumps(
+        {"messages": [{"role": "user", "content": [{"type": "image"}] * 200}]}
+    ).encode(),
+    "ids": b'{"prompt":[' + b",".join([b"1"] * 200_000) + b',"x"]}',
+    "unfinished": b'{"x":[' + b",".join([b'{"a":1}'] * 9_000),
+    "nulls": json.dumps({"messages": [None] * 900}).encode(),
+}
+
+
+@pytest.mark.parametrize("raw", SHAPES.values(), ids=SHAPES)
+def test_a_body_of_more_values_than_any_request_needs_is_413_before_it_is_built(served, raw):
+    response = served.client.post("/v1/chat/completions", data=raw)
+    body = error(response, 413)
+    assert body["code"] == "payload_too_large"
+    assert "more than" in body["message"]
+
+
+@pytest.mark.parametrize(
+    ("raw", "most"),
+    [
+        (b"[" + b",".join([b"1"] * (strict_json.MOST_ITEMS + 1)) + b"]", strict_json.MOST_ITEMS),
+        (b"[" + b",".join([b'"\\\\\\""'] * 9) + b"]", 8),
+        (b'{"a":[1,2],"b":[3,",,,,\\",,,,"]}', 3),
+    ],
+    ids=["the limit itself", "escapes", "commas in strings do not count"],
+)
+def test_items_are_counted_exactly(raw, most):
+    assert strict_json.parse(raw, most) == json.loads(raw)
+    with pytest.raises(PayloadTooLarge):
+        strict_json.parse(raw, most - 1)
+
+
+def test_token_ids_may_be_many_where_a_route_takes_them(served):
+    raw = json.dumps({"tokens": [65] * MOST_IDS}).encode()
+    assert served.client.post("/detokenize", data=raw).status_code == 200
+    assert served.client.post("/v1/chat/completions", data=raw).status_code == 413
+
+
+@pytest.mark.parametrize("raw", SHAPES.values(), ids=SHAPES)
+def test_no_body_takes_the_interpreter_for_long(raw):
+    """50 ms on a quiet machine; processor time, for others share this one."""
+
+    def cost():
+        began = time.thread_time()
+        with pytest.raises(PayloadTooLarge):
+            strict_json.parse(raw, MOST_IDS if b'"prompt"' in raw else strict_json.MOST_ITEMS)
+        return time.thread_time() - began
+
+    assert min(cost() for _ in range(3)) < 0.05
+
+
+@pytest.mark.parametrize("raw", [*SMALL.values()], ids=SMALL)
+@pytest.mark.parametrize("url", ["/v1/chat/completions", "/inspect/tokens"])
+def test_nothing_of_a_refused_body_outlives_its_request(served, url, raw):
+    """Not even where the collector of circles never runs."""
+
+    def refuse():
+        response = served.client.post(url, data=raw, content_type="application/json")
+        assert response.status_code in (400, 413, 422)
+        response.close()
+
+    refuse()
+    gc.collect()
+    gc.disable()
+    try:
+        before = len(gc.get_objects())
+        for _ in range(5):
+            refuse()
+        left = len(gc.get_objects()) - before
+    finally:
+        gc.enable()
+    # Of tens of thousands; werkzeug's look-up of a URL is a small circle of its own.
+    assert left < 100
+
+
+@pytest.mark.parametrize("status", [200, 400, 404, 413])
+def test_no_request_outlives_its_answer(serve, status):
+    """The raw body hangs on it."""
+    served = serve(max_prompt_bytes=100)
+    body = {
+        200: CHAT,
+        400: {**CHAT, "n": 0},
+        404: {**CHAT, "model": "nobody"},
+        413: {"messages": [{"role": "user", "content": "x" * 101}]},
+    }[status]
+    requests = []
+    served.app.before_request(
+        lambda: requests.append(weakref.ref(flask.request.environ["werkzeug.request"]))
+    )
+    gc.disable()
+    try:
+        for stream in (False, True):
+            response = served.client.post("/v1/chat/completions", json={**body, "stream": stream})
+            assert response.status_code == status
+            response.get_data()
+            response.close()
+            del response
+        assert [request() for request in requests] == [None, None]
+    finally:
+        gc.enable()
