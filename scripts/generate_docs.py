@@ -36,7 +36,7 @@ from transformers_api.api.openai.schemas.tokens import DetokenizeRequest, Tokeni
 from transformers_api.api.seeds.schemas.chat_stream import ChatStreamRequest
 from transformers_api.api.seeds.schemas.generate import GenerateRequest, LoadModelRequest
 from transformers_api.api.trace.schema import LensOptions, StreamTrace, TraceOptions
-from transformers_api.config.settings import described
+from transformers_api.config.described import described
 from transformers_api.metric_names import described as described_metrics
 
 DOCS = Path(__file__).parent.parent / "docs"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import textwrap
 from pathlib import Path
 
-from transformers_api.config.settings import described
+from transformers_api.config.described import described
 
 FILE = Path(__file__).parent.parent / "deploy" / "env.example"
 

@@ -16,7 +16,8 @@ import pytest
 import yaml
 
 from tests.servers import WAIT_S, started
-from transformers_api.config.settings import Settings, described
+from transformers_api.config.described import described
+from transformers_api.config.settings import Settings
 from transformers_api.kernels.build import find
 
 ROOT = Path(__file__).parent.parent

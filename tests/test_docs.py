@@ -14,7 +14,8 @@ from scripts import generate_docs
 from tests.fakes import FakeLoader
 from transformers_api import errors
 from transformers_api.app import create_app
-from transformers_api.config.settings import Settings, described
+from transformers_api.config.described import described
+from transformers_api.config.settings import Settings
 from transformers_api.serving.models.registry_file import read_registry_file
 
 ROOT = Path(__file__).parent.parent

@@ -12,7 +12,8 @@ import yaml
 
 from tests.fakes import FakeLoader
 from transformers_api.app import create_app
-from transformers_api.config.settings import Settings, described
+from transformers_api.config.described import described
+from transformers_api.config.settings import Settings
 from transformers_api.serving.models.builtin import builtin_models
 
 ROOT = Path(__file__).parent.parent

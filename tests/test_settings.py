@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from transformers_api.config.settings import SettingError, Settings, described
+from transformers_api.config.described import described
+from transformers_api.config.settings import SettingError, Settings
 
 
 def test_every_setting_has_a_default_that_needs_no_environment():

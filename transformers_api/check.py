@@ -12,7 +12,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TextIO
 
-from transformers_api.config.settings import SettingError, Settings, described
+from transformers_api.config.described import described
+from transformers_api.config.settings import SettingError, Settings
 from transformers_api.engine.native import installation
 from transformers_api.errors import ApiError
 from transformers_api.serving.limits.api_keys import read

@@ -15,7 +15,8 @@ import pytest
 
 from scripts import generate_env
 from tests.servers import ROOT, WAIT_S
-from transformers_api.config.settings import Settings, described
+from transformers_api.config.described import described
+from transformers_api.config.settings import Settings
 from transformers_api.server.serve import BAD_SETTING
 
 UNITS = ROOT / "deploy" / "systemd"

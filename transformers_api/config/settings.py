@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -377,7 +377,7 @@ def has_activated_sockets() -> bool:
 
 
 def helper_environment() -> dict[str, str]:
-    """What a helper process has to know of the environment, and no secrets."""
+    """The part of the environment that a helper process needs, without secrets."""
     names = ("LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", "TZ")
     return {name: os.environ[name] for name in names if name in os.environ}
 
@@ -398,16 +398,3 @@ def _parse(option: Field[Any], name: str, text: str) -> Any:
     except ValueError as error:
         text = repr(text) if option.repr else "***"
         raise SettingError(f"{name}={text} is not allowed: expected {error}") from None
-
-
-def described() -> list[tuple[str, str, str, str]]:
-    """(NAME, default, aliases, help) of every setting, for documents and ``check``."""
-    rows = []
-    for option in fields(Settings):
-        default = "" if option.default is MISSING else option.default
-        if default in (None, ()):
-            default = ""
-        text = str(default).lower() if isinstance(default, bool) else str(default)
-        aliases = ", ".join(option.metadata["aliases"])
-        rows.append((option.name.upper(), text, aliases, option.metadata["help"]))
-    return rows

@@ -29,7 +29,7 @@ class _Traits:
 
 
 class ModelTemplate:
-    """What a tokenizer's chat template makes of messages. From any thread."""
+    """A tokenizer's chat template, and prompts made with it. From any thread."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer

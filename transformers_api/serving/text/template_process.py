@@ -77,7 +77,7 @@ class PlainDict:
 
 
 class Raised(jinja2.TemplateError):
-    """What the template itself refuses."""
+    """A refusal of the template itself."""
 
 
 def _raise(message: Any) -> NoReturn:
@@ -103,7 +103,7 @@ def _tojson(
 
 
 def environment() -> ImmutableSandboxedEnvironment:
-    """What transformers gives to templates."""
+    """The environment that transformers gives to templates."""
     made = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlocks, loopcontrols]
     )
