@@ -72,7 +72,7 @@ class RequestBuffer:
 
     @property
     def head(self) -> RequestHead:
-        """What has come of the request line, and the headers that are whole."""
+        """The request line, as far as it has come, and the headers that are whole."""
         if self._head is not None:
             return RequestHead(self._head)
         data = bytes(self._data[:MAX_HEAD_BYTES])
