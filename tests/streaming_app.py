@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from flask import Flask, Response, request
 
@@ -90,7 +90,7 @@ def _with_request(rest: Iterator[str], first: str) -> Iterator[str]:
 
 def create_watched_app(settings: Settings | None = None) -> Flask:
     """Waits for clients to leave, each kind of request in its own way."""
-    from transformers_api.api.http.disconnect import DisconnectWatcher
+    from transformers_api.api.http.disconnect import DisconnectWatcher, Watch
 
     app = Flask(__name__)
     watcher = DisconnectWatcher()
@@ -107,13 +107,14 @@ def create_watched_app(settings: Settings | None = None) -> Flask:
                 gone.wait(20)
             return "nobody reads this"
 
-        def events(kind: str, close: Callable[[], None]) -> Iterator[str]:
-            if kind == "streaming":
-                yield "data: first\n\n"
+        def events(kind: str, watch: Watch) -> Iterator[str]:
+            while kind == "streaming" and not gone.wait(0.01):
+                watch.answer_begins()
+                yield "data: event\n\n"
             gone.wait(20)
-            close()
+            watch.close()
 
-        return Response(events(kind, watch.close), mimetype="text/event-stream")
+        return Response(events(kind, watch), mimetype="text/event-stream")
 
     @app.get("/begun/<kind>")
     def has_begun(kind: str) -> str:

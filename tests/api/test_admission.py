@@ -12,6 +12,7 @@ import pytest
 from tests.api.conftest import events
 from tests.api.test_sdk import MESSAGES, sdk  # noqa: F401  # a fixture
 from tests.fakes import FakeEngine, say
+from transformers_api.api.http.disconnect import Watch
 from transformers_api.errors import ServerShuttingDown
 
 WAIT_S = 10.0
@@ -37,18 +38,7 @@ class Leaving:
     def watch(self, environ, on_gone):
         self.leave.append(on_gone)
         self.watched.release()
-        return Closing()
-
-
-class Closing:
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        return None
-
-    def close(self):
-        return None
+        return Watch(lambda: None)
 
 
 @pytest.fixture

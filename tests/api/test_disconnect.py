@@ -22,7 +22,7 @@ class Connection:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             self.client = socket.create_connection(listener.getsockname())
             self.server, _ = listener.accept()
-        self.environ = {"gunicorn.socket": self.server}
+        self.environ = {"gunicorn.socket": self.server, "SERVER_PROTOCOL": "HTTP/1.1"}
 
     def close(self) -> None:
         self.client.close()
@@ -50,11 +50,7 @@ def leave_abruptly(client: socket.socket) -> None:
     client.close()  # a reset
 
 
-def leave_by_half(client: socket.socket) -> None:
-    client.shutdown(socket.SHUT_WR)
-
-
-@pytest.mark.parametrize("leave", [leave_quietly, leave_abruptly, leave_by_half])
+@pytest.mark.parametrize("leave", [leave_quietly, leave_abruptly])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_client_that_leaves_is_noticed(
     watcher: DisconnectWatcher, connection: Connection, leave: object, when: str
@@ -68,6 +64,51 @@ def test_a_client_that_leaves_is_noticed(
             assert not gone.is_set()
             leave(connection.client)
         assert gone.wait(WAIT_S)
+
+
+def test_a_client_that_only_sends_no_more_is_asked_once_and_served(
+    watcher: DisconnectWatcher, connection: Connection
+) -> None:
+    gone = threading.Event()
+    with watcher.watch(connection.environ, gone.set):
+        connection.client.shutdown(socket.SHUT_WR)
+        assert connection.client.recv(100) == disconnect.PROBE
+        connection.server.sendall(b"the answer")
+        assert connection.client.recv(100) == b"the answer"
+        assert not gone.is_set()
+        connection.client.close()
+        connection.server.sendall(b"more")  # is answered with a reset
+        assert gone.wait(WAIT_S)
+
+
+def test_nothing_is_put_into_an_answer_that_is_being_written(
+    watcher: DisconnectWatcher, connection: Connection
+) -> None:
+    gone = threading.Event()
+    with watcher.watch(connection.environ, gone.set) as watch:
+        watch.answer_begins()
+        connection.client.shutdown(socket.SHUT_WR)
+        other, others = Connection(), threading.Event()
+        with watcher.watch(other.environ, others.set):
+            other.close()
+            assert others.wait(WAIT_S)  # by now the first has been looked at
+        connection.server.sendall(b"an event")
+        assert connection.client.recv(100) == b"an event"
+        assert not gone.is_set()
+        connection.client.close()
+        connection.server.sendall(b"another")
+        assert gone.wait(WAIT_S)
+
+
+def test_half_a_client_of_http_1_0_is_none(
+    watcher: DisconnectWatcher, connection: Connection
+) -> None:
+    gone = threading.Event()
+    with watcher.watch(connection.environ | {"SERVER_PROTOCOL": "HTTP/1.0"}, gone.set):
+        connection.client.shutdown(socket.SHUT_WR)
+        assert gone.wait(WAIT_S)
+    connection.server.close()
+    assert connection.client.recv(100) == b""
 
 
 def test_data_is_not_taken_for_leaving(watcher: DisconnectWatcher, connection: Connection) -> None:
@@ -103,10 +144,9 @@ def test_the_client_is_told_of_once(watcher: DisconnectWatcher, connection: Conn
     told: list[str] = []
     gone = threading.Event()
     with watcher.watch(connection.environ, lambda: told.append("x")):
-        connection.client.shutdown(socket.SHUT_WR)
+        connection.client.close()
         with watcher.watch(connection.environ, gone.set):
             assert gone.wait(WAIT_S)
-        connection.client.close()
     assert told == ["x"]
 
 
@@ -132,7 +172,7 @@ def test_an_event_that_comes_late_is_not_put_down_to_the_next_request(
     told: list[str] = []
     other = Connection()
     with watcher.watch(connection.environ, lambda: told.append("wrong")):
-        fd = next(iter(watcher._callbacks))
+        fd = next(iter(watcher._clients))
         assert watcher._take(fd) is None
     other.close()
     assert told == []

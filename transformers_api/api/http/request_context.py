@@ -16,6 +16,7 @@ import flask
 
 from transformers_api.api.http import errors
 from transformers_api.api.http.dialects import Dialect
+from transformers_api.api.http.disconnect import Watch
 from transformers_api.api.http.request_record import RequestRecord
 from transformers_api.api.http.services import EXTENSION, Services
 from transformers_api.config.settings import Settings
@@ -133,6 +134,7 @@ class RequestContext:
         self.cancellation = Cancellation()
         self._record: RequestRecord = flask.g.record
         self._model: LoadedModel | None = None
+        self._watch = Watch(lambda: None)
         self._exits = ExitStack()
         self._is_streaming = self._is_over = False
 
@@ -141,8 +143,8 @@ class RequestContext:
         services, exits = self.services, self._exits
         services.admission.enter(self.cancellation)
         exits.callback(services.admission.leave, self.cancellation)
-        watch = services.watcher.watch(flask.request.environ, self.cancellation.cancel)
-        exits.callback(watch.close)
+        self._watch = services.watcher.watch(flask.request.environ, self.cancellation.cancel)
+        exits.callback(self._watch.close)
 
     def lease(self, model_id: str | None, *, is_chat: bool = False) -> LoadedModel:
         """The model, which stays in memory; None stands for the default one.
@@ -223,18 +225,27 @@ class RequestContext:
 
     def _frames(self, formatter: Formatter, generation: Generation | None) -> Iterator[bytes]:
         dialect = formatter.dialect
+        has_begun = False  # the head of the answer leaves with the first event
         try:
-            yield from formatter.opening()
+            for frame in formatter.opening():
+                self._watch.answer_begins()
+                has_begun = True
+                yield frame
             for delta in generation or ():
+                if not has_begun:
+                    self._watch.answer_begins()
+                    has_begun = True
                 if delta is None:
                     yield dialect.ping
                 else:
                     yield from formatter.frames(delta)
             # Before the client can have read the end and asks for the tokens.
             self.remember(formatter, generation)
+            self._watch.answer_begins()
             yield from formatter.closing(generation)
         except Exception as error:
             # The status is out. Without its end no client takes this for a complete answer.
+            self._watch.answer_begins()
             yield dialect.late_error(self._failed(error))
         else:
             self._is_over = True
