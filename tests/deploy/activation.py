@@ -38,6 +38,7 @@ def settings(folder: Path) -> dict[str, str]:
         "MODEL_REGISTRY_PATH": str(folder / "models.json"),
         "MODEL_STORE": str(folder),
         "HF_HOME": str(folder),
+        "ALLOWED_HOSTS": "api.example.org",  # which the proxy passes on; there are no keys
         "PORT": "1",  # nobody may listen there: the socket that is handed over is used
     }
 

@@ -21,7 +21,7 @@ from transformers_api.config.settings import Settings
 
 pytestmark = needs_nginx
 
-app = create_app(Settings(preload_model=False))
+app = create_app(Settings(preload_model=False, allowed_hosts=("api.example.org",)))
 LIMIT = app.config["MAX_CONTENT_LENGTH"]
 HALTING = {"model": "halting", "prompt": "Hello", "max_tokens": 9}
 HIDDEN = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -49,14 +50,16 @@ class Auditor:
     def __init__(self, folder: Path) -> None:
         self.is_on = False
         self.events: list[str] = []
-        # /health and the like read /proc; the cache of the Hub is listed for /v1/models.
-        self._ordinary = ("/proc/", str(folder / "hub"), str(folder / "store"))
+        # /health and the like read /proc; the cache of the Hub is listed for /v1/models, and the
+        # headers of the built-in models are read, which importlib looks for along sys.path.
+        packages = filter(None, sys.path)
+        self._ordinary = ("/proc/", str(folder / "hub"), str(folder / "store"), *packages)
 
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
         if not self.is_on or not (event in self.WATCHED or event.startswith(self.BEGINNINGS)):
             return
         name = os.fsdecode(arguments[0]) if isinstance(arguments[0], str | bytes) else ""
-        if not name.startswith(self._ordinary):
+        if not name.startswith(self._ordinary) and (event, name) != ("os.listdir", "."):
             self.events.append(f"{event} {name or arguments[0]!r}")
 
 

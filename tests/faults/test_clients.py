@@ -265,7 +265,9 @@ def test_patterns_and_schemas_that_explode_are_refused_beside_a_stream(
                 began = time.monotonic()
                 status, answer = tiny.ask("POST", "/v1/completions", {"prompt": "Hi"} | extra)
                 slowest = max(slowest, time.monotonic() - began)
-                assert (status, answer["error"]["param"]) == (400, next(iter(extra))), answer
+                # by name, or because it has more values than any body may have
+                by_name = (status, answer["error"]["param"]) == (400, next(iter(extra)))
+                assert by_name or (status, answer["error"]["param"]) == (413, None), answer
     stream.leave()
     widest = max(reading.result())
     measured(

@@ -33,7 +33,7 @@ EXCLUSIVE = ("typical_p", "repetition_penalty")  # "above 0"
 def model(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("edge")
     tiny_model("gpt2").save_pretrained(folder / "tiny")
-    byte_level().save_pretrained(folder / "tiny")
+    byte_level(chat_template=None).save_pretrained(folder / "tiny")
     native = {"native_kernels": False}
     if request.param == "native":
         cache = request.getfixturevalue("native_cache")

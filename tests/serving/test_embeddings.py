@@ -47,7 +47,7 @@ from transformers_api.serving.models.store import ModelStore
 from transformers_api.serving.swap.policy import SwapRules
 from transformers_api.serving.swap.swapper import Swapper
 
-ENCODER = {"model_type": "bert", "architectures": ["BertModel"], "vocab_size": 16}
+ENCODER = {"model_type": "bert", "architectures": ["BertModel"], "vocab_size": 8}
 TRANSFORMER, POOLING, NORMALIZE = (
     {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
     for i, (kind, path) in enumerate(
