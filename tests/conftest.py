@@ -46,6 +46,12 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def what_other_files_left() -> None:
+    """The same for what the tests of other files have imported and keep."""
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def native_cache() -> Path:
     """Where the compiled kernels are; skips where they cannot be had."""

@@ -29,6 +29,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from transformers_api.config.settings import Settings
+from transformers_api.engine.platform.lazy_torch import import_torch
 from transformers_api.errors import ApiError, InsufficientStorage, ModelLoadFailed
 
 MANIFEST = "conversion.json"
@@ -45,6 +47,7 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 2:
         sys.stderr.write("usage: python -m transformers_api.checkpoints.convert SOURCE FOLDER\n")
         return 2
+    import_torch(lazy=Settings.from_env().lazy_torch, transformers=True)
     try:
         convert(Path(arguments[0]), Path(arguments[1]), _print_progress, warn=_print_warning)
     except InsufficientStorage as error:
