@@ -190,6 +190,7 @@ def quiet() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("quiet")
+@pytest.mark.slow  # test_fuzz.py asks a tenth of them
 def test_ten_thousand_malformed_bodies(serve: Any) -> None:
     served = serve()
     app = served.app

@@ -221,6 +221,7 @@ def test_changed_source_is_another_conversion(
     assert store.locate(spec_of(tmp_path / source.name)) is None
 
 
+@pytest.mark.slow  # one of an earlier version is, below
 def test_damaged_conversion_is_made_again(store: ModelStore, source: Path, folder: Path) -> None:
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()

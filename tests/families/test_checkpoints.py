@@ -289,6 +289,7 @@ def test_the_store_knows_the_model_types_of_ours():
     assert {config.model_type for config, _, _ in OURS} == preflight.OWN_TYPES
 
 
+@pytest.mark.slow  # the registry runs the same program, above
 def test_convert_command_makes_a_folder_that_the_auto_classes_load(tmp_path):
     dest = tmp_path / "made"
     source = ORIGINALS["niels-v1"].checkpoint

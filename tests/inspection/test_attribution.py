@@ -12,6 +12,7 @@ from torch import nn
 
 from tests.engine.models import BATCHED, IDS, SEQUENTIAL, SIZES, prompts_of
 from tests.inspection.models import tiny
+from tests.repeats import slow
 from transformers_api.engine.load_options import LoadOptions
 from transformers_api.engine.loader import load_engine
 from transformers_api.engine.runners.packed_linear import PackedLinear, can_pack
@@ -61,7 +62,12 @@ def reference():
 
 @pytest.mark.parametrize(
     ("name", "of"),
-    [(name, "logprob") for name in KINDS] + [("llama", "logit"), ("gemma2", "logit")],
+    [
+        ("llama", "logit"),
+        ("gemma2", "logit"),
+        ("gpt2", "logprob"),
+        *slow(*[(name, "logprob") for name in KINDS if name != "gpt2"]),
+    ],
 )
 def test_occlusion_is_what_is_lost_when_one_embedding_is_the_mean(name, of, watch, reference):
     watched = watch(name)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.model_folders import LLAMA, TENSORS, model_files, sharded_files, write_files
+from tests.repeats import slow
 from transformers_api.config.settings import Settings
 from transformers_api.errors import ModelLoadFailed
 from transformers_api.serving.models.hub import RemoteFile, _choose
@@ -61,7 +62,7 @@ def test_git_lfs_pointer_among_shards_is_named(tmp_path: Path) -> None:
         inspect_folder(tmp_path)
 
 
-@pytest.mark.parametrize("suffix", ["gguf", "pt"])
+@pytest.mark.parametrize("suffix", ["gguf", *slow("pt")])
 def test_git_lfs_pointer_to_convert_is_named(
     tmp_path: Path, prepare: Callable[[Path], object], suffix: str
 ) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.fakes import FakeEngine, FakeLoader, fake_model, fake_spec
+from tests.repeats import slow
 from transformers_api.errors import (
     ApiError,
     ClientGone,
@@ -938,7 +939,7 @@ class CountedEngine(FakeEngine):
         super().close(error)
 
 
-@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("overlap", [*slow(False), True])
 def test_a_random_crowd_is_answered_rightly_and_leaves_nothing_behind(overlap: bool) -> None:
     loader = CountingLoader(seed=7, fits_beside=overlap)
     tick = iter(range(10**9))

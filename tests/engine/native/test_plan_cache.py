@@ -142,8 +142,7 @@ def test_what_a_process_found_out_is_enough_for_another(native_cache, tmp_path):
     [
         {"stamp": 2},
         {"quantization": "int8"},
-        {"num_slots": 2},
-        {"max_context_tokens": 64},
+        *slow({"num_slots": 2}, {"max_context_tokens": 64}),
         {"dtype": "float32"},  # which this small one is anyway
     ],
 )
