@@ -122,7 +122,7 @@ def _compiled(source: str) -> jinja2.Template:
     return environment().from_string(source)
 
 
-def answer(request: dict[str, Any]) -> dict[str, str]:
+def answer(request: dict[str, Any]) -> dict[str, Any]:
     """``text``, or the ``message`` of an error and its ``kind``.
 
     "broken": the template is no template. "raised": it refuses what it is to show. "failed": it

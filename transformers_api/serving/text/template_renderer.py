@@ -18,9 +18,12 @@ import orjson
 
 from transformers_api.config.settings import helper_environment
 from transformers_api.errors import EngineFailed, InvalidRequest
+from transformers_api.serving.text import template_process
+from transformers_api.serving.text.bounded_template import is_bounded
 
 CPU_S = 1.0  # of processor time for one rendering; an ordinary template takes a thousandth
 WAIT_S = 30.0  # for a reply; what ends a template is the helper's processor time
+MOST_HERE = 64 << 10  # bytes of a conversation that is rendered in this process
 _SCRIPT = Path(__file__).with_name("template_process.py")
 
 Kind = Literal["broken", "raised", "failed", "limit"]
@@ -51,10 +54,13 @@ class TemplateRenderer:
             raise InvalidRequest(
                 "messages holds half of a surrogate pair, which is not text", param="messages"
             ) from error
-        with self._lock:
-            reply = self._ask(request)
-            if reply.get("kind") == "limit":
-                self._end()  # with the memory that it took
+        if len(request) <= MOST_HERE and is_bounded(source):
+            reply = template_process.answer(orjson.loads(request))
+        else:
+            with self._lock:
+                reply = self._ask(request)
+                if reply.get("kind") == "limit":
+                    self._end()  # with the memory that it took
         if "text" not in reply:
             raise TemplateFailed(reply["kind"], reply["message"])
         return str(reply["text"])
