@@ -230,11 +230,12 @@ def test_six_clients_of_three_models_all_get_their_turn(tmp_path: Path, measured
         for thread in clients:
             thread.join()
         swaps = tiny.metric("transformers_api_model_swaps_total")
+        loading = tiny.metric("transformers_api_model_load_seconds_sum")
     shares = {name: count / sum(done.values()) for name, count in done.items()}
     measured(
-        f"120 s: {swaps:.0f} switches, longest wait {max(waits):.1f} s, "
+        f"120 s: {swaps:.0f} switches, {loading:.1f} s of loading, longest wait {max(waits):.1f} s, "
         f"{sum(done.values())} answers, shares {', '.join(f'{s:.0%}' for s in shares.values())}"
     )
-    assert swaps <= 24
+    assert loading <= 12, swaps  # a tenth: a model that wakes up may come for a shorter turn
     assert max(waits) < 45
-    assert min(shares.values()) > 0.25
+    assert min(shares.values()) > 0.2
