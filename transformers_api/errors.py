@@ -6,6 +6,7 @@
     ├── InvalidRequest               400  a field is wrong; ``param`` names it
     │   ├── UnsupportedParameter     400  known, not supported, and it would change the answer
     │   ├── ContextLengthExceeded    400  prompt + completion do not fit the model's window
+    │   ├── ConstraintFailed         400  no token can follow that the requested format allows
     │   ├── TooManyTokens            400  more at once than a client may have in a minute
     │   └── ModelNotCapable          400  the resident model cannot do this
     │       └── AttentionUnavailable 400  it has no attention weights to show
@@ -84,6 +85,12 @@ class ContextLengthExceeded(InvalidRequest):
     """Prompt and completion together do not fit the model's context."""
 
     code = "context_length_exceeded"
+
+
+class ConstraintFailed(InvalidRequest):
+    """Nothing that the requested format allows can follow, or it is too complex to work out."""
+
+    code = "constraint_failed"
 
 
 class TooManyTokens(InvalidRequest):

@@ -10,6 +10,9 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Any, Literal, Protocol, TypeVar
 
+import numpy
+import numpy.typing as npt
+
 from transformers_api.errors import ApiError
 
 T = TypeVar("T")
@@ -17,6 +20,7 @@ T = TypeVar("T")
 # model sees the last max_model_len tokens, read again for each new one. "crop": the prompt's end.
 ContextOverflow = Literal["slide", "crop"] | None
 NOTHING: Mapping[str, Any] = MappingProxyType({})
+Mask = npt.NDArray[numpy.uint32]  # (W,): bit i % 32 of word i // 32 is set for token i; 32 W >= V
 BACKLOG = 4096  # outputs that a reader may fall behind
 OBSERVED_BACKLOG = 256  # where each carries what an observer noted
 
@@ -25,6 +29,7 @@ class FinishReason(StrEnum):
     """Reasons for the end of a sequence."""
 
     STOP = "stop"  # an end-of-sequence or stop token; that token is not part of the text
+    COMPLETE = "complete"  # nothing may follow by its constraint; the last token is part of it
     LENGTH = "length"  # max_tokens or the model's context
     ABORT = "abort"  # the caller asked
     ERROR = "error"  # TokenOutput.error says what
@@ -53,12 +58,41 @@ class SamplingParams:
     prompt_logprobs: int | None = None  # the same for the tokens of the prompt
 
 
+class TokenConstraint(Protocol):
+    """The tokens that one sequence may go on with, and the state of what it has. Ids only.
+
+    The engine thread calls it, for one sequence, in the order ``allowed``, ``take``, ``allowed``, …
+    """
+
+    def allowed(self) -> Mask | None:
+        """Return the tokens that may come next, or None for all.
+
+        It holds until ``take``; may wait for another thread. Raises ConstraintFailed where nothing
+        may come, or it cannot be worked out.
+        """
+        ...
+
+    def take(self, token_id: int) -> None:
+        """Note that this token has come. Raises nothing; returns soon."""
+        ...
+
+    def draft(self, most: int) -> Sequence[int]:
+        """Return up to ``most`` tokens that are likely to come next because of it; often none."""
+        ...
+
+    @property
+    def is_complete(self) -> bool:
+        """True where nothing may follow what has come."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class SequenceRequest:
     """One prompt to continue once."""
 
     prompt_ids: Sequence[int]  # at least one
     params: SamplingParams
+    constraint: TokenConstraint | None = None  # of this sequence alone
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import Any, TypeVar
 
@@ -306,7 +306,7 @@ class BatchingEngine:
         limits = self.limits
         if limits.context_overflow == "crop" and limits.prompt_window:
             cropped = request.prompt_ids[-limits.prompt_window :]
-            request = SequenceRequest(cropped, request.params)
+            request = replace(request, prompt_ids=cropped)
         seq = Sequence(
             request,
             stream,

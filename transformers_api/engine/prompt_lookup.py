@@ -39,7 +39,9 @@ class PromptLookup:
             return
         room = min(seq.start + seq.room, seq.max_len) - len(seq.tokens) - 1
         self._look(seq)
-        batch.draft = self._proposed = self._proposal(seq.tokens, min(self._count, room))
+        forced = seq.constraint.draft(min(self.most, room)) if seq.constraint is not None else ()
+        repeated = () if forced else self._proposal(seq.tokens, min(self._count, room))
+        batch.draft = self._proposed = [*forced, *repeated]
         batch.width += len(batch.draft)
 
     def _look(self, seq: Sequence) -> None:

@@ -68,6 +68,7 @@ class Sequence:
     ) -> None:
         params = request.params
         self.params = params
+        self.constraint = request.constraint
         self.stream = stream
         self.index = index
         self.on_end = on_end
@@ -144,6 +145,8 @@ class Sequence:
             self.end(FinishReason.LENGTH)
         else:
             self.tokens.append(sampled.token_id)
+            if self.constraint is not None:
+                self.constraint.take(sampled.token_id)
             if len(self.tokens) - self.start > self.window:
                 self.start, self.num_cached = len(self.tokens) - self.window, 0
             self._emit(sampled.token_id, sampled.score, self._finish_reason(sampled.token_id))
@@ -171,6 +174,8 @@ class Sequence:
     def _finish_reason(self, token_id: int) -> FinishReason | None:
         if token_id in self.stop_ids:
             return FinishReason.STOP
+        if self.constraint is not None and self.constraint.is_complete:
+            return FinishReason.COMPLETE
         if len(self.tokens) >= self.max_len:
             return FinishReason.LENGTH
         return None

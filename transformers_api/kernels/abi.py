@@ -133,6 +133,7 @@ class SampleRow(ctypes.Structure):
         ("temperature", c_double),
         ("top_p", c_double),
         ("min_p", c_double),
+        ("allowed", c_void_p),
     )
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from transformers_api.engine.base import SamplingParams
 from transformers_api.engine.sampling import rng
+from transformers_api.engine.sampling.changed_rows import NO_CHANGES, ChangedRows
 from transformers_api.engine.sequence import Sequence
 
 UNSURE = -1
@@ -36,8 +37,12 @@ GROUP = 128  # tokens whose maximum is looked at first
 class FastSampler(Protocol):
     """Draws the tokens that it is sure of."""
 
-    def __call__(self, logits: Tensor, sequences: list[Sequence]) -> list[int]:
-        """A token for each row of ``logits`` (B, V), or UNSURE."""
+    applies_masks: bool  # False: those of ``changed`` have been applied
+
+    def __call__(
+        self, logits: Tensor, sequences: list[Sequence], changed: ChangedRows = NO_CHANGES
+    ) -> list[int]:
+        """A token for each row of ``logits`` (B, V) but for what is ``changed``, or UNSURE."""
         ...
 
 
@@ -49,17 +54,25 @@ def is_fast(seq: Sequence) -> bool:
 class TorchFastSampler:
     """Meets FastSampler, on a CPU. Reuses memory: large tensors take longer to get than to fill."""
 
+    applies_masks = False
+
     def __init__(self) -> None:
         self._steps = torch.zeros(0, dtype=torch.int64)
 
-    def __call__(self, logits: Tensor, sequences: list[Sequence]) -> list[int]:
+    def __call__(
+        self, logits: Tensor, sequences: list[Sequence], changed: ChangedRows = NO_CHANGES
+    ) -> list[int]:
         """See FastSampler."""
         if logits.device.type != "cpu" or logits.dtype != torch.float32:
             return [UNSURE] * len(sequences)
         self._reserve(logits.shape[1])
         best, finite = likeliest(logits)
+        for row, own in changed.logits.items():
+            (best[row],), (finite[row],) = likeliest(own[None])
         return [
-            self._drawn(logits[row], seq, token) if ok and is_fast(seq) else UNSURE
+            self._drawn(changed.logits.get(row, logits[row]), seq, token)
+            if ok and is_fast(seq)
+            else UNSURE
             for row, (seq, token, ok) in enumerate(zip(sequences, best, finite, strict=True))
         ]
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from transformers_api.engine.base import SamplingParams, TokenScore
 from transformers_api.engine.sampling import rng
+from transformers_api.engine.sampling.changed_rows import RowChanges, changed_row
 from transformers_api.engine.sampling.fast_sampler import (
     UNSURE,
     FastSampler,
@@ -19,7 +20,7 @@ from transformers_api.engine.sampling.fast_sampler import (
     largest,
 )
 from transformers_api.engine.sequence import SampledToken, Sequence
-from transformers_api.errors import EngineFailed
+from transformers_api.errors import ApiError, ConstraintFailed, EngineFailed
 
 FIRST_CANDIDATES = 64  # looked at before more; nearly always enough for top_p 0.9
 
@@ -40,34 +41,31 @@ class Sampler:
 
     def __init__(self, fast: FastSampler | None = None) -> None:
         self.fast = fast or TorchFastSampler()
-        self._room = torch.empty(0)
+        self._changes = RowChanges()
 
     def sample(self, logits: Tensor, sequences: list[Sequence]) -> list[SampledToken]:
         """One token for each row of ``logits`` (B, V), float32."""
-        processed = self._process(logits, sequences)
-        ids = self.fast(processed, sequences)
+        changed = self._changes.find(logits, sequences)
+        if not self.fast.applies_masks:
+            self._changes.apply_masks(logits, changed)
+        ids = self.fast(logits, sequences, changed)
         left = [row for row, token in enumerate(ids) if token == UNSURE]
         if left:
-            chosen = by_definition(processed[left], [sequences[row] for row in left])
+            self._changes.apply_masks(logits, changed)
+            rows = logits[left]
+            for place, row in enumerate(left):
+                if row in changed.logits:
+                    rows[place] = changed.logits[row]
+            chosen = by_definition(rows, [sequences[row] for row in left])
             for row, token in zip(left, chosen, strict=True):
                 ids[row] = token
         scores = token_scores(logits, ids, [seq.params.logprobs for seq in sequences])
         return [
-            SampledToken(0, error=_not_finite()) if token == UNSURE else SampledToken(token, score)
-            for token, score in zip(ids, scores, strict=True)
+            _failed(seq, changed.errors.get(row))
+            if token == UNSURE or row in changed.errors
+            else SampledToken(token, score)
+            for row, (seq, token, score) in enumerate(zip(sequences, ids, scores, strict=True))
         ]
-
-    def _process(self, logits: Tensor, sequences: list[Sequence]) -> Tensor:
-        changed = [(row, seq) for row, seq in enumerate(sequences) if seq.processors]
-        if not changed:
-            return logits
-        if self._room.shape[1:] != logits.shape[1:] or len(self._room) < len(logits):
-            self._room = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        processed = self._room[: len(logits)].copy_(logits)
-        for row, seq in changed:
-            for processor in seq.processors:
-                processor(seq, processed[row])
-        return processed
 
 
 def by_definition(logits: Tensor, sequences: list[Sequence]) -> list[int]:
@@ -87,9 +85,7 @@ def distribution(logits: Tensor, seq: Sequence, least: int = 1) -> tuple[Tensor,
     ``logits`` (V,) of the model. Tokens that are not among the K have none; K is ``least`` or more.
     Temperature 0 has everything on the likeliest.
     """
-    row = logits.clone() if seq.processors else logits
-    for processor in seq.processors:
-        processor(seq, row)
+    row = changed_row(logits, seq)
     if seq.params.temperature == 0:
         ids = row.new_tensor([row.cpu().numpy().argmax()], dtype=torch.long)  # the first of equals
         if least > 1:
@@ -257,5 +253,10 @@ def _column(like: Tensor, values: list[float]) -> Tensor:
     return torch.tensor(values, dtype=dtype, device=like.device)[:, None]
 
 
-def _not_finite() -> EngineFailed:
-    return EngineFailed("The model produced numbers that are not finite")
+def _failed(seq: Sequence, error: ApiError | None) -> SampledToken:
+    if error is None and seq.constraint is not None:
+        error = ConstraintFailed(
+            "No token can follow that both the requested format and the other parameters allow"
+        )
+    not_finite = EngineFailed("The model produced numbers that are not finite")
+    return SampledToken(0, error=error or not_finite)

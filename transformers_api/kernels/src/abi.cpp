@@ -58,7 +58,7 @@ std::string describe_layout() {
   STRUCTURE(SampleRow);
   FIELD(SampleRow, logits), FIELD(SampleRow, size), FIELD(SampleRow, key);
   FIELD(SampleRow, top_k), FIELD(SampleRow, temperature), FIELD(SampleRow, top_p);
-  FIELD(SampleRow, min_p);
+  FIELD(SampleRow, min_p), FIELD(SampleRow, allowed);
 
   STRUCTURE(TokenStats);
   FIELD(TokenStats, logits), FIELD(TokenStats, size), FIELD(TokenStats, token);

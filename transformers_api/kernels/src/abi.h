@@ -83,6 +83,7 @@ struct SampleRow {
   uint64_t key;   // of the step's noise: engine/sampling/rng.py
   int64_t top_k;  // size: all of them
   double temperature, top_p, min_p;
+  const uint16_t* allowed;  // bit i % 16 of i / 16: token i may come; null: all may
 };
 
 // A token and the distribution it comes from; the last three are results.

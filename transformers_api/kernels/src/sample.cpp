@@ -56,22 +56,28 @@ u64x8 noise_bound(u64x8 x) {
   return shift_right_u64<11>(xor_u64(splitmix64(x), broadcast_u64(~uint64_t{0})));
 }
 
-// The likeliest token, the first of equals. UNSURE in a row with NaN or whose largest is infinite.
-int64_t argmax(const float* logits, int64_t size) {
+// Of the 16 tokens from ``i`` on, those that may come.
+mask16 allowed_lanes(const SampleRow& row, int64_t i) {
+  const mask16 mask = first_lanes(row.size - i);
+  return row.allowed ? mask & row.allowed[i / 16] : mask;
+}
+
+// The likeliest token that may come, the first of equals. UNSURE in a row with NaN, or whose largest
+// is infinite or none.
+int64_t argmax(const SampleRow& row) {
   f32x16 largest = broadcast(-INFINITY);
   mask16 nans = 0;
-  for (int64_t i = 0; i < size; i += 16) {
-    const mask16 mask = first_lanes(size - i);
-    const f32x16 x = load(logits + i, mask);
+  for (int64_t i = 0; i < row.size; i += 16) {
+    const f32x16 x = load(row.logits + i, first_lanes(row.size - i));
     nans |= is_nan(x);
-    largest = max(mask, largest, x);
+    largest = max(allowed_lanes(row, i), largest, x);
   }
   const float top = reduce_max(largest);
   if (nans || !std::isfinite(top)) return UNSURE;
   const f32x16 tops = broadcast(top);
   for (int64_t i = 0;; i += 16) {
-    const mask16 mask = first_lanes(size - i);
-    const int matches = equal(mask, load(logits + i, mask), tops);
+    const mask16 mask = allowed_lanes(row, i);
+    const int matches = equal(mask, load(row.logits + i, mask), tops);
     if (matches) return i + __builtin_ctz(matches);
   }
 }
@@ -85,7 +91,7 @@ class RowSampler {
     const f32x16 temperature = broadcast(static_cast<float>(row.temperature));
     f64x8 sum = zero_f64();
     for (int64_t i = 0; i < row.size; i += 16) {
-      const mask16 mask = first_lanes(row.size - i);
+      const mask16 mask = allowed_lanes(row, i);
       const f32x16 x = sub(load(row.logits + i, mask), top);
       const f32x16 prob = masked(mask, exp(div(x, temperature)));
       store(probs + i, prob);
@@ -203,7 +209,7 @@ class RowSampler {
 };
 
 int64_t sample_row(const SampleRow& row) {
-  const int64_t likeliest = argmax(row.logits, row.size);
+  const int64_t likeliest = argmax(row);
   if (row.temperature == 0 || likeliest == UNSURE) return likeliest;
   if (!(row.temperature > TINY && row.temperature < 1 / TINY)) return UNSURE;
   static thread_local std::vector<float> probs;
