@@ -32,6 +32,7 @@ from transformers_api.api.openai.schemas.chat import ChatRequest, Message
 from transformers_api.api.openai.schemas.completions import CompletionRequest
 from transformers_api.api.openai.schemas.embeddings import EmbeddingRequest
 from transformers_api.api.openai.schemas.models import LoadRequest
+from transformers_api.api.openai.schemas.structured import Structured
 from transformers_api.api.openai.schemas.tokens import DetokenizeRequest, TokenizeRequest
 from transformers_api.api.seeds.schemas.chat_stream import ChatStreamRequest
 from transformers_api.api.seeds.schemas.generate import GenerateRequest, LoadModelRequest
@@ -70,11 +71,11 @@ def metrics() -> str:
     return table(("metric", "type", "labels", "what it says"), rows)
 
 
-def fields(schema: type[Schema], without: type[Schema] | None = None) -> Callable[[], str]:
-    """A table of the fields that ``schema`` takes and ``without`` does not."""
+def fields(schema: type[Schema], *without: type[Schema]) -> Callable[[], str]:
+    """A table of the fields that ``schema`` takes and none of ``without`` does."""
 
     def render() -> str:
-        shared = set(without().fields) if without else set()
+        shared = {name for other in without for name in other().fields}
         known = {name: f for name, f in schema().fields.items() if name not in shared}
         rows = [
             (f"`{name}`", _values(_property(field)), _default(field), _about(field))
@@ -95,8 +96,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "errors": error_codes,
     "metrics": metrics,
     "sampling fields": fields(Sampling),
-    "completion fields": fields(CompletionRequest, without=Sampling),
-    "chat fields": fields(ChatRequest, without=Sampling),
+    "form fields": fields(Structured),
+    "completion fields": fields(CompletionRequest, Sampling, Structured),
+    "chat fields": fields(ChatRequest, Sampling, Structured),
     "message fields": fields(Message),
     "trace fields": fields(TraceOptions),
     "lens fields": fields(LensOptions),
@@ -105,17 +107,17 @@ TABLES: dict[str, Callable[[], str]] = {
     "generate fields": fields(GenerateRequest),
     "load_model fields": fields(LoadModelRequest),
     "chat_stream fields": fields(ChatStreamRequest),
-    "chat_stream trace fields": fields(StreamTrace, without=TraceOptions),
+    "chat_stream trace fields": fields(StreamTrace, TraceOptions),
     "tokenize fields": fields(TokenizeRequest),
     "detokenize fields": fields(DetokenizeRequest),
     "inspected fields": fields(Inspected),
-    "full_attn fields": fields(FullAttentionRequest, without=Inspected),
-    "rollout fields": fields(MatrixRequest, without=Inspected),
-    "inspect tokens fields": fields(TokensRequest, without=Inspected),
-    "heads fields": fields(HeadsRequest, without=Inspected),
-    "logit_lens fields": fields(LensRequest, without=Inspected),
-    "attribution fields": fields(AttributionRequest, without=Inspected),
-    "hidden_states fields": fields(HiddenStatesRequest, without=Inspected),
+    "full_attn fields": fields(FullAttentionRequest, Inspected),
+    "rollout fields": fields(MatrixRequest, Inspected),
+    "inspect tokens fields": fields(TokensRequest, Inspected),
+    "heads fields": fields(HeadsRequest, Inspected),
+    "logit_lens fields": fields(LensRequest, Inspected),
+    "attribution fields": fields(AttributionRequest, Inspected),
+    "hidden_states fields": fields(HiddenStatesRequest, Inspected),
 }
 
 

@@ -212,6 +212,15 @@ def test_instructions_of_a_processor_are_named_in_two_headers_only():
     }
 
 
+def test_grammars_are_compiled_in_one_module():
+    users = {
+        module
+        for module, path in modules().items()
+        if any(target.split(".")[0] == "llguidance" for _, target in imports(path))
+    }
+    assert users == {"serving.constraints.compiler"}
+
+
 @pytest.mark.parametrize("module", modules())
 def test_only_settings_reads_the_environment(module):
     if module == "config.settings":

@@ -25,6 +25,7 @@
     ├── UriTooLong                   414
     ├── HeadersTooLarge              431
     ├── ChatUnavailable              501  the registry marks the model as completion-only
+    ├── ConstraintsUnavailable       501  the model's tokens cannot be held to a format
     ├── EmbeddingsUnavailable        501  ENABLE_EMBEDDINGS_BACKEND is off
     ├── Overloaded                   429  the queue is full
     │   ├── RateLimited              429  this client has asked too often
@@ -244,6 +245,14 @@ class ChatUnavailable(ApiError):
     status = 501
     type = "not_implemented_error"
     code = "chat_completions_not_available"
+
+
+class ConstraintsUnavailable(ApiError):
+    """The tokens of this model cannot be told as bytes, so its answers cannot be constrained."""
+
+    status = 501
+    type = "not_implemented_error"
+    code = "constraints_not_available"
 
 
 class EmbeddingsUnavailable(ApiError):

@@ -170,7 +170,6 @@ def test_a_bad_field_of_chat_is_named(served, param, body):
     refused(served, "chat", param, **body)
 
 
-SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}
 TOOL = {"type": "function", "function": {"name": "f"}}
 
 
@@ -182,15 +181,9 @@ TOOL = {"type": "function", "function": {"name": "f"}}
         ("tool_choice", {"type": "function", "function": {"name": "f"}}),
         ("functions", [{"name": "f"}]),
         ("function_call", {"name": "f"}),
-        ("response_format", {"type": "json_object"}),
-        ("response_format", SCHEMA),
         ("modalities", ["text", "audio"]),
         ("audio", {"voice": "alloy"}),
         ("web_search_options", {}),
-        ("guided_json", {"type": "object"}),
-        ("guided_regex", "a+"),
-        ("structured_outputs", {"regex": "a+"}),
-        ("grammar", "root ::= x"),
         ("use_beam_search", True),
     ],
 )

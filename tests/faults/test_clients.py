@@ -250,12 +250,14 @@ BOMBS: tuple[dict[str, Any], ...] = (
     {"response_format": {"type": "json_schema", "json_schema": {"schema": {"$ref": "#"}}}},
     {"structured_outputs": {"regex": "(a|a)*b" * 1000}},
     {"guided_json": {"enum": list(range(100_000))}},
+    {"guided_json": {"type": "object", "properties": {f"k{i}": {} for i in range(500)}}},
+    {"guided_json": {"type": "array", "items": {"type": "null"}, "minItems": 10**6}},
+    {"guided_regex": "(x*y*){200}"},
+    {"grammar": "root ::= " + "(" * 20_000},
 )
 
 
-def test_patterns_and_schemas_that_explode_are_refused_beside_a_stream(
-    tiny: Tiny, measured: Measured
-) -> None:
+def test_patterns_and_schemas_that_explode_hold_nobody_up(tiny: Tiny, measured: Measured) -> None:
     stream = tiny.begin()
     slowest = 0.0
     with ThreadPoolExecutor(1) as pool:
@@ -265,13 +267,15 @@ def test_patterns_and_schemas_that_explode_are_refused_beside_a_stream(
                 began = time.monotonic()
                 status, answer = tiny.ask("POST", "/v1/completions", {"prompt": "Hi"} | extra)
                 slowest = max(slowest, time.monotonic() - began)
-                # by name, or because it has more values than any body may have
-                by_name = (status, answer["error"]["param"]) == (400, next(iter(extra)))
-                assert by_name or (status, answer["error"]["param"]) == (413, None), answer
+                # answered, refused by name, or because it has more values than a body may have
+                if status == 400:
+                    assert answer["error"]["param"].startswith(next(iter(extra))), answer
+                else:
+                    assert status in (200, 413), answer
     stream.leave()
     widest = max(reading.result())
     measured(
-        f"slowest refusal {slowest * 1000:.0f} ms, widest gap of the stream {widest * 1000:.0f} ms"
+        f"slowest answer {slowest * 1000:.0f} ms, widest gap of the stream {widest * 1000:.0f} ms"
     )
     assert slowest < 2
     assert widest < 1

@@ -10,6 +10,7 @@ from transformers_api.engine.base import (
     FinishReason,
     SamplingParams,
     SequenceRequest,
+    TokenConstraint,
     TokenOutput,
     TokenStream,
 )
@@ -45,6 +46,7 @@ class GenerationRequest:
     best_of: int | None = None  # generate so many per prompt and keep the n most likely
     stop: tuple[str, ...] = ()
     quiet_s: float | None = None  # iteration gives None after each so many seconds of silence
+    constrain: Callable[[], TokenConstraint] | None = None  # makes one for each sequence
     trace: TracePlan | None = None  # a piece for every token then, with what was noted of it
     trace_stops: bool = False  # also of the token that ends an answer
 
@@ -219,7 +221,12 @@ def start(
         raise cancellation.error
     places = [(prompt, i) for prompt in request.prompts for i in range(per_prompt)]
     sequences = [
-        SequenceRequest(prompt, params if i == 0 else _with_seed(params, i)) for prompt, i in places
+        SequenceRequest(
+            prompt,
+            params if i == 0 else _with_seed(params, i),
+            None if request.constrain is None else request.constrain(),
+        )
+        for prompt, i in places
     ]
     observe = {} if request.trace is None else {"trace": request.trace}
     outputs = model.engine.submit(sequences, observe=observe)

@@ -106,13 +106,6 @@ class Sampling(Schema):
     user = Text(longest=512, **about("Accepted and not used."))
 
     # Known elsewhere, not here, and the answer would be another one.
-    response_format = Unsupported(lambda value: value == {"type": "text"})
-    structured_outputs = Unsupported()
-    grammar = Unsupported()
-    guided_json = Unsupported()
-    guided_regex = Unsupported()
-    guided_choice = Unsupported()
-    guided_grammar = Unsupported()
     use_beam_search = Unsupported()
     prompt_logprobs = Unsupported()
     truncate_prompt_tokens = Unsupported()

@@ -24,8 +24,10 @@ from transformers_api.api.openai.schemas.answers import (
 )
 from transformers_api.api.openai.schemas.chat import ChatRequest
 from transformers_api.api.openai.schemas.completions import CompletionRequest
+from transformers_api.api.openai.structured import constrained, constraint_of
 from transformers_api.api.trace.format import TraceWriter
 from transformers_api.config.settings import Settings
+from transformers_api.errors import InvalidRequest
 from transformers_api.serving.generation import GenerationRequest
 from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.text import chat_template
@@ -95,6 +97,7 @@ class ChatTask(Task):
         self.model_id: str | None = body.get("model")
         self.is_streamed: bool = body["stream"]
         self.texts = message_texts(body["messages"])
+        self.form = constraint_of(body)
         self.per_prompt: int = body["n"]
 
     def prepare(self, model: LoadedModel, settings: Settings) -> GenerationRequest:
@@ -127,6 +130,8 @@ class ChatTask(Task):
             stop=requests.stop_strings(fields) + (() if goes_on else prompt.stop),
             quiet_s=settings.keepalive_s if body["stream"] else None,
         )
+        prefix = message_texts(body["messages"][-1:]) if body["continue_final_message"] else ()
+        request = constrained(request, model, self.form, prefix="".join(prefix), ignore_eos=goes_on)
         return requests.with_trace(request, model, body, settings) if "trace" in body else request
 
     def formatter(self, model: LoadedModel, request: GenerationRequest) -> Formatter:
@@ -148,6 +153,9 @@ class CompletionTask(Task):
         self.model_id: str | None = body.get("model")
         self.is_streamed: bool = body["stream"]
         self.texts = [prompt for prompt in body["prompt"] if isinstance(prompt, str)]
+        self.form = constraint_of(body)
+        if self.form is not None and body.get("max_tokens") == 0:
+            raise InvalidRequest("A format needs 'max_tokens' above 0", param="max_tokens")
         self.prompts = len(body["prompt"])
         self.per_prompt: int = body.get("best_of", body["n"])
 
@@ -184,6 +192,8 @@ class CompletionTask(Task):
             stop=requests.stop_strings(fields),
             quiet_s=settings.keepalive_s if body["stream"] else None,
         )
+        goes_on = fields.get("ignore_eos", False)
+        request = constrained(request, model, self.form, ignore_eos=goes_on)
         return requests.with_trace(request, model, body, settings) if "trace" in body else request
 
     def formatter(self, model: LoadedModel, request: GenerationRequest) -> Formatter:

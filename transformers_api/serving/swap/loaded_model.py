@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from transformers_api.engine.base import Engine
 from transformers_api.inspection.base import Inspector
+from transformers_api.serving.constraints.compiler import Compiler
 from transformers_api.serving.models.spec import ModelFiles, ModelSpec
 from transformers_api.serving.text.model_template import ModelTemplate
 from transformers_api.serving.text.vocabulary import Vocabulary
@@ -65,6 +66,12 @@ class LoadedModel:
     def end_of_turn(self) -> frozenset[int]:
         """See ModelTemplate."""
         return self.template.end_of_turn
+
+    @cached_property
+    def compiler(self) -> Compiler:
+        """Of constraints, for the tokens of this model."""
+        ends = self.engine.eos_token_ids | self.end_of_turn
+        return Compiler(self.tokenizer, self.vocabulary, self.engine.vocab_size, ends)
 
     @cached_property
     def vocabulary(self) -> Vocabulary:

@@ -21,6 +21,7 @@ from transformers_api.api.http.fields import (
 )
 from transformers_api.api.http.sampling_schema import MAX_LOGPROBS, MAX_TOKENS, Sampling, about
 from transformers_api.api.openai.schemas.completions import check_stream_options
+from transformers_api.api.openai.schemas.structured import Structured
 from transformers_api.api.trace.schema import TraceOptions
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -132,7 +133,7 @@ def conversation(**options: Any) -> Many:
     return Many(Object(Message), shortest=1, longest=MAX_MESSAGES, **options)
 
 
-class ChatRequest(Sampling, TemplateFields):
+class ChatRequest(Sampling, Structured, TemplateFields):
     """A conversation to be continued."""
 
     messages = conversation(required=True)

@@ -23,6 +23,7 @@ from transformers_api.api.http.sampling_schema import (
     Sampling,
     about,
 )
+from transformers_api.api.openai.schemas.structured import Structured
 from transformers_api.api.trace.schema import TraceOptions
 
 MAX_PROMPTS = 1024
@@ -73,7 +74,7 @@ def _token_ids(value: list[Any]) -> list[int]:
     return value
 
 
-class CompletionRequest(Sampling):
+class CompletionRequest(Sampling, Structured):
     """Text to be continued."""
 
     most_items = MOST_IDS

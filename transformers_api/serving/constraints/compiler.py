@@ -1,0 +1,266 @@
+"""From a constraint's words to token ids: the only importer of llguidance.
+
+``Compiler`` belongs to one tokenizer. Its tables and its compiled grammars are shared; what a
+sequence gets (``GrammarConstraint``) is a copy of its own.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Collection, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy
+import orjson
+
+from transformers_api.engine.base import Mask
+from transformers_api.errors import ConstraintFailed, ConstraintsUnavailable, InvalidRequest
+from transformers_api.serving.constraints.mask_worker import worker
+from transformers_api.serving.constraints.spec import ConstraintSpec
+from transformers_api.serving.text.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+    from llguidance._lib import JsonCompileOptions
+
+MAX_COMPILED = 64  # grammars that are kept, the least recently used goes first
+_SAMPLES = ('{"a b": [1, 2.5], "ü": "x\\n"}', "Hello, world!\n  two", "日本 \N{GRINNING FACE} ok")
+_MARK = "\x02"  # no tokenizer joins it to what follows
+_GRAMMAR_LIMITS: dict[str, Any] = {
+    "max_items_in_row": 2_000,
+    "initial_lexer_fuel": 1_000_000,
+    "step_lexer_fuel": 200_000,
+    "step_max_items": 50_000,
+    "max_lexer_states": 50_000,
+    "max_grammar_size": 500_000,
+    "verbose_errors": False,  # they would show the client's schema in the log
+}
+
+
+class Grammar:
+    """A compiled constraint: makes one ``GrammarConstraint`` after the other."""
+
+    def __init__(self, matcher: LLMatcher, first: bytes, param: str) -> None:
+        self._matcher = matcher
+        self._first = first  # the mask of the first token
+        self._param = param  # the field that it came in
+        self.warnings = matcher.get_grammar_warnings()  # what is not enforced
+
+    def fits(self, tokens: Sequence[int]) -> bool:
+        """True where an answer may begin with ``tokens``, and something may follow."""
+        matcher = self._matcher.deep_copy()
+        return matcher.consume_tokens(list(tokens)) and not matcher.is_stopped()
+
+    def start(
+        self, tokens: Sequence[int] = (), *, forbidden: Collection[int] = ()
+    ) -> GrammarConstraint:
+        """A constraint behind ``tokens``, which fit; ``forbidden`` tokens never come."""
+        mask = numpy.frombuffer(self._first, numpy.uint32).copy()
+        constraint = GrammarConstraint(self._matcher.deep_copy(), mask, self._param, forbidden)
+        for token in tokens:
+            constraint.take(token)
+        return constraint
+
+
+class GrammarConstraint:
+    """Meets ``engine.base.TokenConstraint``. The mask is worked out while the model reads."""
+
+    def __init__(
+        self, matcher: LLMatcher, mask: Mask, param: str, forbidden: Collection[int] = ()
+    ) -> None:
+        self._matcher = matcher
+        self._mask = mask
+        self._param = param
+        self._forbidden = _bits(forbidden, len(mask)) if forbidden else None
+        self._is_ready = threading.Lock()  # held while the mask is worked out
+        self._has_failed = False
+        self._stopped = False
+        if self._forbidden is not None:
+            mask &= ~self._forbidden
+
+    def allowed(self) -> Mask:
+        """See TokenConstraint."""
+        with self._is_ready:
+            if self._has_failed:
+                raise ConstraintFailed(
+                    "What may follow by the requested format is too complex to work out",
+                    param=self._param,
+                )
+            return self._mask
+
+    def take(self, token_id: int) -> None:
+        """See TokenConstraint."""
+        with self._is_ready:
+            self._has_failed = not self._matcher.consume_token(token_id)
+            self._stopped = self._matcher.is_stopped()
+        if not self._has_failed and not self._stopped:
+            self._is_ready.acquire()
+            worker.submit(self._fill)
+
+    def draft(self, most: int) -> Sequence[int]:
+        """See TokenConstraint."""
+        with self._is_ready:
+            if self._has_failed or self._stopped or most <= 0:
+                return ()
+            return self._matcher.compute_ff_tokens()[:most]
+
+    @property
+    def is_complete(self) -> bool:
+        """See TokenConstraint."""
+        return self._stopped and not self._has_failed
+
+    def _fill(self) -> None:
+        try:
+            mask = self._mask
+            self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+            self._has_failed = self._matcher.is_error()
+            if self._forbidden is not None:
+                mask &= ~self._forbidden
+        except Exception:
+            self._has_failed = True
+        finally:
+            self._is_ready.release()
+
+
+class Compiler:
+    """Compiles constraints for one tokenizer. From any thread."""
+
+    def __init__(
+        self, tokenizer: Any, vocabulary: Vocabulary, size: int, end_ids: Collection[int]
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._vocabulary = vocabulary
+        self._size = size  # ids below this can be sampled
+        self.end_ids = sorted(token for token in end_ids if token < size)
+        self._grammars: OrderedDict[ConstraintSpec, Grammar] = OrderedDict()
+        self._lock = threading.Lock()  # of the compiled grammars
+        self._compiling = threading.Lock()  # one at a time: it takes a processor
+
+    def compile(self, spec: ConstraintSpec) -> Grammar:
+        """The grammar of ``spec``. Raises InvalidRequest, ConstraintsUnavailable."""
+        with self._lock:
+            grammar = self._grammars.get(spec)
+            if grammar is not None:
+                self._grammars.move_to_end(spec)
+                return grammar
+        with self._compiling:
+            grammar = self._compiled(spec)
+        with self._lock:
+            self._grammars[spec] = grammar
+            if len(self._grammars) > MAX_COMPILED:
+                self._grammars.popitem(last=False)
+        return grammar
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text in the middle of an answer."""
+        whole = self._ids(_MARK + text)
+        mark = self._ids(_MARK)
+        return whole[len(mark) :] if whole[: len(mark)] == mark else self._ids(text)
+
+    def _compiled(self, spec: ConstraintSpec) -> Grammar:
+        from llguidance import LLMatcher, LLParserLimits
+
+        tables, size = self._tables, self._size
+        limits = LLParserLimits(**_GRAMMAR_LIMITS)
+        matcher = LLMatcher(tables, _source(spec), log_level=0, limits=limits)
+        if matcher.is_error():
+            raise _refusal(spec, matcher.get_error())
+        first = numpy.zeros((max(size, tables.vocab_size) + 31) // 32, numpy.uint32)
+        fresh = matcher.deep_copy()
+        fresh.unsafe_compute_mask_ptr(first.ctypes.data, first.nbytes)
+        if fresh.is_error() or not first.any():
+            raise InvalidRequest(f"'{spec.param}' allows no answer", param=spec.param)
+        return Grammar(matcher, first.tobytes(), spec.param)
+
+    @cached_property
+    def _tables(self) -> LLTokenizer:
+        """The tokens as bytes, in the compiler's own form. Takes some 0.3 s for 50,000 tokens."""
+        from llguidance import LLTokenizer
+
+        for sample in _SAMPLES:
+            spelt = b"".join(map(self._vocabulary.token_bytes, self.encode(sample)))
+            if spelt != sample.encode():
+                raise ConstraintsUnavailable(
+                    "The tokens of this model cannot be told as bytes, so that its answers cannot "
+                    "be held to a format"
+                )
+        wrapped = _Wrapped(self, self._vocabulary, self._size, self.end_ids)
+        return LLTokenizer(cast("Any", wrapped), eos_token=wrapped.end_ids)
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+
+class _Wrapped:
+    """A tokenizer as llguidance wants it (``llguidance.TokenizerWrapper``)."""
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+
+    def __init__(
+        self, compiler: Compiler, vocabulary: Vocabulary, size: int, end_ids: list[int]
+    ) -> None:
+        self._encode = compiler.encode
+        self.tokens = [vocabulary.token_bytes(token) for token in range(size)]
+        if not end_ids:  # a model that never ends needs one all the same: an id that it lacks
+            end_ids = [size]
+            self.tokens.append(b"<end>")
+        self.end_ids = end_ids
+        self.eos_token_id = end_ids[0]
+        special = {*vocabulary.special_ids, *end_ids}
+        self.special_token_ids = sorted(token for token in special if token < len(self.tokens))
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        return self._encode(text if isinstance(text, str) else text.decode(errors="ignore"))
+
+
+def _source(spec: ConstraintSpec) -> str:
+    """The grammar in the compiler's words."""
+    from llguidance import LLMatcher
+    from llguidance.gbnf_to_lark import any_to_lark
+
+    if spec.kind == "regex":
+        return LLMatcher.grammar_from_regex(spec.source)
+    if spec.kind == "tags":
+        return _tagged(spec.source)
+    if spec.kind == "lark":
+        try:
+            return LLMatcher.grammar_from_lark(any_to_lark(spec.source))
+        except Exception as error:  # its parser raises what it likes, RecursionError among them
+            raise _refusal(spec, str(error)) from None
+    options: dict[str, Any] = {"whitespace_flexible": False, "lenient": not spec.strict}
+    if spec.whitespace is None:
+        options |= {"item_separator": ", ?", "key_separator": ": ?"}
+    elif spec.whitespace:
+        options |= {"whitespace_flexible": True, "whitespace_pattern": spec.whitespace}
+    try:
+        overrides = cast("JsonCompileOptions", options)
+        return LLMatcher.grammar_from_json_schema(spec.source, overrides=overrides)
+    except ValueError as error:
+        raise _refusal(spec, str(error)) from None
+
+
+def _tagged(source: str) -> str:
+    """Free text with tags, each of which holds what its schema says."""
+    from llguidance import StructTag
+
+    tags = [
+        StructTag(trigger=tag["trigger"], begin=tag["begin"], grammar=tag["schema"], end=tag["end"])
+        for tag in orjson.loads(source)
+    ]
+    return StructTag.to_grammar(tags, assume_special=False)
+
+
+def _refusal(spec: ConstraintSpec, message: str) -> InvalidRequest:
+    lines = filter(None, map(str.strip, message.splitlines()))
+    reason = " ".join(lines)[:300] or "it is not understood"
+    return InvalidRequest(f"'{spec.param}' cannot be enforced: {reason}", param=spec.param)
+
+
+def _bits(ids: Collection[int], words: int) -> Mask:
+    bits = numpy.zeros(words * 32, numpy.uint8)
+    bits[[token for token in ids if token < len(bits)]] = 1
+    return numpy.packbits(bits, bitorder="little").view(numpy.uint32)
