@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from transformers_api.engine.base import (
@@ -25,7 +25,7 @@ from transformers_api.errors import (
 from transformers_api.inspection.base import StepTrace, TracePlan
 from transformers_api.serving.limits.cancellation import Cancellation
 from transformers_api.serving.swap.loaded_model import LoadedModel
-from transformers_api.serving.text.choice_text import ChoiceText, TextDelta, TokenDetail
+from transformers_api.serving.text.choice_text import NO_MARKS, ChoiceText, TextDelta, TokenDetail
 from transformers_api.serving.text.token_counts import CountedTexts
 
 _SEEDS = 2**63
@@ -47,6 +47,7 @@ class GenerationRequest:
     stop: tuple[str, ...] = ()
     quiet_s: float | None = None  # iteration gives None after each so many seconds of silence
     constrain: Callable[[], TokenConstraint] | None = None  # makes one for each sequence
+    marks: Mapping[int, str] = NO_MARKS  # shown in the text in place of special tokens, by id
     trace: TracePlan | None = None  # a piece for every token then, with what was noted of it
     trace_stops: bool = False  # also of the token that ends an answer
 
@@ -232,7 +233,15 @@ def start(
     outputs = model.engine.submit(sequences, observe=observe)
     try:  # the rest, while the engine reads the prompts
         choices = [
-            ChoiceText(index, prompt, model, request.params, request.stop, request.trace_stops)
+            ChoiceText(
+                index,
+                prompt,
+                model,
+                request.params,
+                request.stop,
+                request.trace_stops,
+                request.marks,
+            )
             for index, (prompt, _) in enumerate(places)
         ]
         count = model.count_tokens

@@ -153,6 +153,11 @@ class Compiler:
                 self._grammars.popitem(last=False)
         return grammar
 
+    @property
+    def mask_words(self) -> int:
+        """Words of a mask."""
+        return (max(self._size, self._tables.vocab_size) + 31) // 32
+
     def encode(self, text: str) -> list[int]:
         """The tokens of a text in the middle of an answer."""
         whole = self._ids(_MARK + text)
@@ -162,12 +167,12 @@ class Compiler:
     def _compiled(self, spec: ConstraintSpec) -> Grammar:
         from llguidance import LLMatcher, LLParserLimits
 
-        tables, size = self._tables, self._size
+        tables = self._tables
         limits = LLParserLimits(**_GRAMMAR_LIMITS)
         matcher = LLMatcher(tables, _source(spec), log_level=0, limits=limits)
         if matcher.is_error():
             raise _refusal(spec, matcher.get_error())
-        first = numpy.zeros((max(size, tables.vocab_size) + 31) // 32, numpy.uint32)
+        first = numpy.zeros(self.mask_words, numpy.uint32)
         fresh = matcher.deep_copy()
         fresh.unsafe_compute_mask_ptr(first.ctypes.data, first.nbytes)
         if fresh.is_error() or not first.any():
@@ -226,6 +231,8 @@ def _source(spec: ConstraintSpec) -> str:
         return LLMatcher.grammar_from_regex(spec.source)
     if spec.kind == "tags":
         return _tagged(spec.source)
+    if spec.kind == "rules":
+        return LLMatcher.grammar_from_lark(spec.source)
     if spec.kind == "lark":
         try:
             return LLMatcher.grammar_from_lark(any_to_lark(spec.source))

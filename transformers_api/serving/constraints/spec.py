@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["json_schema", "regex", "lark", "tags"]
+# "rules" are our own, in Lark; "lark" is what a client sent.
+Kind = Literal["json_schema", "regex", "lark", "tags", "rules"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

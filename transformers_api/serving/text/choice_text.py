@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 from transformers_api.engine.base import FinishReason, SamplingParams, TokenOutput, TokenScore
@@ -15,6 +16,8 @@ from transformers_api.serving.text.stop_strings import (
     mark_special_tokens,
     without_marks,
 )
+
+NO_MARKS: Mapping[int, str] = MappingProxyType({})
 
 
 class TopToken(NamedTuple):
@@ -80,6 +83,7 @@ class ChoiceText:
         params: SamplingParams,
         stop: Sequence[str],
         trace_stops: bool = False,
+        marks: Mapping[int, str] = NO_MARKS,
     ) -> None:
         self.index = index
         self.finished = False
@@ -94,7 +98,8 @@ class ChoiceText:
         self._stops = StopStrings(stops) if stops else None
         self._originals = stops
         scored = params.logprobs is not None or params.prompt_logprobs is not None
-        self._is_plain = not scored and self._stops is None
+        self._is_plain = not scored and self._stops is None and not marks
+        self._marks = {**self._marks, **marks}
         self._trace_stops = trace_stops
         self._waiting: list[_Waiting] = []
         self._decoded = 0  # characters

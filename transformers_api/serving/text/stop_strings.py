@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from transformers_api.serving.text.vocabulary import Vocabulary
 
-_MARKS = re.compile("[\ud800-\udfff]")  # half surrogate pairs, which no text holds
+_MARKS = re.compile("[\ud800-\udbff]")  # half surrogate pairs, which no text holds
 
 
 class StopStrings:

@@ -1,0 +1,196 @@
+"""An answer in phases: what the model thinks, what it says freely, what a grammar holds.
+
+Free text has no mask at all, so that an answer without calls has the tokens that it would have had
+without tools. It is watched for the beginning of a call; from there on the grammar holds.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+import numpy
+
+from transformers_api.engine.base import Mask
+from transformers_api.serving.constraints.compiler import Compiler, Grammar, GrammarConstraint
+from transformers_api.serving.text.vocabulary import Vocabulary
+
+_LONGEST_TAIL = 256  # bytes that are looked at for the end of a phase
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Thought:
+    """The phase before the answer, until ``close``; after ``budget`` tokens that is forced."""
+
+    open_id: int | None  # the token that opens it, where the prompt has not
+    close: bytes
+    close_ids: tuple[int, ...]
+    budget: int | None = None
+    is_open: bool = False  # by the prompt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phases:
+    """The phases of one answer: a thought, free text until ``trigger``, a grammar.
+
+    ``trigger`` None: the grammar holds from the start, or after the thought. ``grammar`` None: the
+    answer is free to its end.
+    """
+
+    thought: Thought | None = None
+    trigger: re.Pattern[bytes] | None = None  # group 1 is what the grammar begins with
+    grammar: Grammar | None = None
+    forbidden: Collection[int] = ()
+
+    def start(self, compiler: Compiler, vocabulary: Vocabulary) -> PhasedConstraint:
+        """A constraint at its start."""
+        return PhasedConstraint(self, compiler, vocabulary)
+
+
+class PhasedConstraint:
+    """Meets ``engine.base.TokenConstraint``."""
+
+    def __init__(self, phases: Phases, compiler: Compiler, vocabulary: Vocabulary) -> None:
+        self._phases = phases
+        self._compiler = compiler
+        self._token_bytes = vocabulary.token_bytes
+        self._held: GrammarConstraint | None = None
+        self._tail = b""
+        self._tokens: list[tuple[int, int]] = []  # (token, bytes of the tail before it)
+        self._thought_tokens = 0
+        self._closing = 0  # ids of the mark that have been forced
+        self._step: Callable[[int], None]
+        thought = phases.thought
+        if thought is not None and thought.is_open:
+            self._step = self._think
+        elif thought is not None and thought.open_id is not None:
+            self._step = self._first
+            self._held = self._started(())
+        else:
+            self._answer()
+
+    def allowed(self) -> Mask | None:
+        """See TokenConstraint."""
+        if self._step == self._think:
+            return self._forced_close()
+        if self._held is None:
+            return None
+        mask = self._held.allowed()
+        if self._step == self._first:  # it may think first
+            thought = self._phases.thought
+            assert thought is not None
+            mask = mask | self._one(thought.open_id or 0)
+        return mask
+
+    def take(self, token_id: int) -> None:
+        """See TokenConstraint."""
+        self._step(token_id)
+
+    def draft(self, most: int) -> Sequence[int]:
+        """See TokenConstraint."""
+        return self._held.draft(most) if self._held is not None else ()
+
+    @property
+    def is_complete(self) -> bool:
+        """See TokenConstraint."""
+        return self._held is not None and self._held.is_complete
+
+    # The phases: each takes a token and sets the next.
+
+    def _first(self, token_id: int) -> None:
+        thought = self._phases.thought
+        assert thought is not None
+        if token_id == thought.open_id:
+            self._held, self._step = None, self._think
+        else:
+            self._answer()
+            self._step(token_id)
+
+    def _think(self, token_id: int) -> None:
+        thought = self._phases.thought
+        assert thought is not None
+        self._closing += self._is_closing
+        self._thought_tokens += 1
+        self._note(token_id)
+        if thought.close in self._tail or self._closing >= len(thought.close_ids) > 0:
+            self._tail, self._tokens = b"", []
+            self._answer()
+
+    def _free(self, token_id: int) -> None:
+        self._note(token_id)
+        trigger = self._phases.trigger
+        match = None if trigger is None else trigger.search(self._tail)
+        if match is None:
+            return
+        grammar = self._phases.grammar
+        assert grammar is not None
+        tokens = self._since(match.start(1))
+        if grammar.fits(tokens):
+            self._held, self._step = self._started(tokens), self._hold
+        else:  # it only looks like a call
+            self._tail, self._tokens = b"", []
+
+    def _hold(self, token_id: int) -> None:
+        assert self._held is not None
+        self._held.take(token_id)
+
+    def _answer(self) -> None:
+        """What comes after the thought, or without one."""
+        if self._phases.grammar is None or self._phases.trigger is not None:
+            self._held, self._step = None, self._free
+        else:
+            self._held = self._held or self._started(())
+            self._step = self._hold
+
+    def _started(self, tokens: Sequence[int]) -> GrammarConstraint | None:
+        grammar = self._phases.grammar
+        if grammar is None or (self._phases.trigger is not None and not tokens):
+            return None
+        return grammar.start(tokens, forbidden=self._phases.forbidden)
+
+    def _note(self, token_id: int) -> None:
+        self._tokens.append((token_id, len(self._tail)))
+        self._tail += self._token_bytes(token_id)
+        while len(self._tail) > _LONGEST_TAIL:
+            cut = self._tokens[1][1] if len(self._tokens) > 1 else len(self._tail)
+            self._tail = self._tail[cut:]
+            self._tokens = [(token, at - cut) for token, at in self._tokens[1:]]
+
+    def _since(self, start: int) -> list[int]:
+        """The tokens from a byte of the tail on; of one that is cut, those of its rest."""
+        later = [token for token, at in self._tokens if at >= start]
+        first = next((at for _, at in self._tokens if at >= start), len(self._tail))
+        rest = self._tail[start:first]
+        return [*(self._compiler.encode(rest.decode(errors="ignore")) if rest else []), *later]
+
+    @property
+    def _is_closing(self) -> bool:
+        """True once the budget is spent and no character is unfinished: the mark has to come."""
+        thought = self._phases.thought
+        assert thought is not None
+        if thought.budget is None or not thought.close_ids:
+            return False
+        is_spent = self._thought_tokens >= thought.budget
+        return self._closing > 0 or (is_spent and _is_whole(self._tail))
+
+    def _forced_close(self) -> Mask | None:
+        """The next token of the mark where it has to come."""
+        thought = self._phases.thought
+        assert thought is not None
+        return self._one(thought.close_ids[self._closing]) if self._is_closing else None
+
+    def _one(self, token_id: int) -> Mask:
+        mask = numpy.zeros(self._compiler.mask_words, numpy.uint32)
+        mask[token_id // 32] = numpy.uint32(1 << (token_id % 32))
+        return mask
+
+
+def _is_whole(text: bytes) -> bool:
+    """True where ``text``, the end of one, ends with a whole character."""
+    for size in range(1, min(len(text), 4) + 1):
+        byte = text[-size]
+        if byte & 0xC0 != 0x80:  # the first byte of the last character
+            needed = 1 if byte < 0x80 else 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
+            return size >= needed
+    return True

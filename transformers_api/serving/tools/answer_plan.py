@@ -1,0 +1,229 @@
+"""One request decided: how its calls look, what its answer is held to, how that is read.
+
+Everything that depends on a model's template is asked here, once, and the routes only see parts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import orjson
+
+from transformers_api.engine.base import TokenConstraint
+from transformers_api.errors import ConstraintsUnavailable, InvalidRequest
+from transformers_api.serving.constraints.compiler import Compiler
+from transformers_api.serving.constraints.phases import Phases, Thought
+from transformers_api.serving.constraints.spec import ConstraintSpec
+from transformers_api.serving.text.vocabulary import Vocabulary
+from transformers_api.serving.tools.call_format import SLOT_ID, SLOT_NAME, CallFormat
+from transformers_api.serving.tools.call_grammar import CallGrammar, in_json
+from transformers_api.serving.tools.call_parser import AnswerParser
+from transformers_api.serving.tools.spec import ToolUse
+
+_MARK = 0xDC00  # half surrogate pairs, which no text holds, stand for special tokens
+_LITERALS = (
+    "lead",
+    "lead_after_content",
+    "between",
+    "tail",
+    "mid",
+    "open",
+    "kv",
+    "kv_json",
+    "sep",
+    "close",
+    "empty",
+)
+_SLOT = re.compile(f"{SLOT_ID}|{SLOT_NAME}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReasoningStyle:
+    """The marks around what a model thinks before it answers."""
+
+    open: str
+    close: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerPlan:
+    """How one answer is held and read."""
+
+    style: CallFormat | None
+    schemas: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    thought: tuple[str, str] | None = None
+    is_thinking: bool = False  # the prompt has opened the thought
+    marks: Mapping[int, str] = field(default_factory=dict)  # of special tokens, by id
+    constrain: Callable[[], TokenConstraint] | None = None
+
+    def parser(self) -> AnswerParser:
+        """What reads one answer."""
+        return AnswerParser(
+            self.style, self.schemas, thought=self.thought, is_thinking=self.is_thinking
+        )
+
+
+def plan(
+    compiler: Compiler,
+    vocabulary: Vocabulary,
+    *,
+    style: CallFormat | None,
+    use: ToolUse | None,
+    form: ConstraintSpec | None = None,
+    reasoning: ReasoningStyle | None = None,
+    prompt: str = "",
+    budget: int | None = None,
+    ignore_eos: bool = False,
+    param: str = "tools",
+) -> AnswerPlan:
+    """The plan of an answer to ``prompt``, whose end shows whether the model thinks already.
+
+    ``style``: None where no calls are read. ``budget``: tokens of thinking, None: as many as it
+    likes. Raises InvalidRequest, ConstraintsUnavailable.
+    """
+    special = {vocabulary.added[i]: i for i in vocabulary.special_ids if vocabulary.added[i]}
+    is_thinking = reasoning is not None and _opens(prompt, reasoning)
+    phases = Phases(forbidden=compiler.end_ids if ignore_eos else ())
+    if reasoning is not None:
+        phases = replace(
+            phases, thought=_thought(compiler, reasoning, special, is_thinking, budget)
+        )
+    schemas = {} if use is None else {tool.name: tool.parameters for tool in use.tools}
+    try:
+        phases = _with_grammar(phases, compiler, style, use, form, special, param)
+    except ConstraintsUnavailable:
+        if form is not None or (use is not None and use.mode == "required"):
+            raise
+        phases = replace(phases, grammar=None, trigger=None)  # calls are read, and not held
+    marks = {
+        token: chr(_MARK + place) for place, token in enumerate(_used(style, reasoning, special))
+    }
+    shown = {text: marks[token] for text, token in special.items() if token in marks}
+    needs = phases.grammar is not None or (budget is not None and reasoning is not None)
+    return AnswerPlan(
+        style=None if style is None else _marked(style, shown),
+        schemas=schemas,
+        thought=None
+        if reasoning is None
+        else (_with_marks(reasoning.open, shown), _with_marks(reasoning.close, shown)),
+        is_thinking=is_thinking,
+        marks=marks,
+        constrain=(lambda: phases.start(compiler, vocabulary)) if needs else None,
+    )
+
+
+def _with_grammar(
+    phases: Phases,
+    compiler: Compiler,
+    style: CallFormat | None,
+    use: ToolUse | None,
+    form: ConstraintSpec | None,
+    special: Mapping[str, int],
+    param: str,
+) -> Phases:
+    if use is None or style is None:
+        return phases if form is None else replace(phases, grammar=compiler.compile(form))
+    rules = CallGrammar(style, use.callable, special, parallel=use.parallel)
+    lead = style.lead.lstrip()
+    trigger, answer = None, None
+    if use.mode == "auto" and form is None:
+        trigger = _trigger(style, use)
+    elif use.mode == "auto" and form is not None:
+        answer = _rule(form)
+    source = rules.source(lead=lead, answer=answer)
+    grammar = compiler.compile(ConstraintSpec(kind="rules", source=source, param=param))
+    return replace(phases, grammar=grammar, trigger=trigger)
+
+
+def _rule(form: ConstraintSpec) -> str:
+    """The body of a rule for an answer that is no call."""
+    if form.kind == "json_schema":
+        return in_json(orjson.loads(form.source))
+    if form.kind == "regex":
+        pattern = form.source.replace("/", "\\/")
+        return f"/{pattern}/"
+    raise InvalidRequest(
+        f"'{form.param}' cannot be combined with 'tools': only JSON and regular expressions can",
+        param=form.param,
+    )
+
+
+def _trigger(style: CallFormat, use: ToolUse) -> re.Pattern[bytes]:
+    """Where free text becomes a call: its lead; without one, the start of a core at the start."""
+    lead = _SLOT.split(style.lead.strip())[0].rstrip()
+    if lead:
+        return re.compile(b"(" + re.escape(lead.encode()) + b")")
+    names = "|".join(re.escape(tool.name) for tool in use.callable)
+    match style.core:
+        case "json":
+            key = re.escape(style.name_key) if style.name_key else f"(?:{names})"
+            start = rf'\{{\s*"{key}"'
+        case "named":
+            start = f"(?:{names}){re.escape(_SLOT.split(style.mid)[0])}"
+        case "tagged":
+            start = f"(?:{names}){re.escape(style.open)}"
+    return re.compile(rf"\A\s*({start})".encode())
+
+
+def _thought(
+    compiler: Compiler,
+    reasoning: ReasoningStyle,
+    special: Mapping[str, int],
+    is_open: bool,
+    budget: int | None,
+) -> Thought:
+    def ids(mark: str) -> tuple[int, ...]:
+        return (special[mark],) if mark in special else tuple(compiler.encode(mark))
+
+    opening = ids(reasoning.open) if reasoning.open else ()
+    return Thought(
+        open_id=opening[0] if len(opening) == 1 else None,
+        close=reasoning.close.encode(),
+        close_ids=ids(reasoning.close),
+        budget=budget,
+        is_open=is_open,
+    )
+
+
+def _opens(prompt: str, reasoning: ReasoningStyle) -> bool:
+    """True where the prompt ends inside a thought."""
+    tail = prompt[-4096:].rstrip()
+    if not reasoning.open:
+        return True  # only its end is marked
+    return tail.endswith(reasoning.open.rstrip())
+
+
+def _used(
+    style: CallFormat | None, reasoning: ReasoningStyle | None, special: Mapping[str, int]
+) -> Sequence[int]:
+    """The special tokens that stand in the literals."""
+    texts = [] if reasoning is None else [reasoning.open, reasoning.close]
+    texts += [] if style is None else _literals(style).values()
+    return sorted(token for text, token in special.items() if any(text in t for t in texts))
+
+
+def _literals(style: CallFormat) -> dict[str, str]:
+    literals = {name: getattr(style, name) for name in _LITERALS}
+    return {name: text for name, text in literals.items() if text} | {
+        f"quotes{place}": quote for place, quote in enumerate(style.quotes) if quote
+    }
+
+
+def _marked(style: CallFormat, marks: Mapping[str, str]) -> CallFormat:
+    """``style`` with marks in place of special tokens, as the detokenizer shows them."""
+    if not marks:
+        return style
+    changed: dict[str, Any] = {
+        name: _with_marks(text, marks) for name, text in _literals(style).items()
+    }
+    changed["quotes"] = tuple(changed.pop(f"quotes{place}", "") for place in (0, 1))
+    return replace(style, **changed)
+
+
+def _with_marks(text: str, marks: Mapping[str, str]) -> str:
+    for special in sorted(marks, key=len, reverse=True):
+        text = text.replace(special, marks[special])
+    return text

@@ -1,0 +1,231 @@
+"""From a format and the tools of a request to the grammar of calls, in llguidance's Lark."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import orjson
+
+from transformers_api.serving.tools.call_format import SLOT_ID, SLOT_NAME, CallFormat
+from transformers_api.serving.tools.spec import MOST_CALLS, Tool
+
+_ID = "ID: /[A-Za-z0-9]{9}/"
+_SPACE = "SPACE: /[ \\n\\t]{0,4}/"
+# Of JSON in a call: at most one space between its tokens; keywords that are not known are left out.
+_OPTIONS = {
+    "x-guidance": {
+        "whitespace_flexible": False,
+        "item_separator": ", ?",
+        "key_separator": ": ?",
+        "lenient": True,
+    }
+}
+
+
+class CallGrammar:
+    """The rules of calls of ``tools``; ``special`` gives the ids of tokens that no text spells."""
+
+    def __init__(
+        self,
+        style: CallFormat,
+        tools: Sequence[Tool],
+        special: Mapping[str, int],
+        *,
+        parallel: bool = True,
+    ) -> None:
+        self._style = style
+        self._tools = tools
+        self._special = special
+        texts = sorted(special, key=len, reverse=True)
+        self._slots = re.compile("|".join(map(re.escape, [SLOT_ID, SLOT_NAME, *texts])))
+        self._parallel = parallel
+
+    def source(self, *, lead: str, answer: str | None = None) -> str:
+        """The grammar of calls behind ``lead``, or of either that or ``answer``, a rule body."""
+        style = self._style
+        calls = "call"
+        if style.between is not None and self._parallel:
+            calls = f"call ({self._literal(style.between)} call){{0,{MOST_CALLS - 1}}}"
+        turn = self._joined(self._literal(lead), calls, self._literal(style.tail))
+        names = " | ".join(f"call{place}" for place in range(len(self._tools)))
+        rules = [
+            f"start: {turn}" if answer is None else f"start: {answer} | turn",
+            *([] if answer is None else [f"turn: {turn}"]),
+            f"call: {names}",
+            _ID,
+            _SPACE,
+        ]
+        for place, tool in enumerate(self._tools):
+            rules += self._call(place, tool)
+        return "\n".join(rules)
+
+    def _call(self, place: int, tool: Tool) -> list[str]:
+        style = self._style
+        if style.core == "json":
+            return [f"call{place}: {in_json(self._object(tool))}"]
+        name = _quoted(tool.name)
+        if style.core == "named":
+            mid = self._literal(style.mid, tool.name)
+            body = self._joined(name, mid, in_json(tool.parameters))
+            return [f"call{place}: {body}"]
+        return _Tagged(self, style, place, tool).rules()
+
+    def _object(self, tool: Tool) -> dict[str, Any]:
+        style = self._style
+        if not style.name_key:
+            properties: dict[str, Any] = {tool.name: tool.parameters}
+        else:
+            # Where the template writes them as text, too: what is in a string cannot be held.
+            properties = {
+                style.name_key: {"const": tool.name},
+                **{key: {"const": value} for key, value in style.constants.items()},
+                style.arguments_key: tool.parameters,
+            }
+            if style.id_key:
+                properties[style.id_key] = {"type": "string", "pattern": "^[a-zA-Z0-9]{9}$"}
+        return {
+            "type": "object",
+            "properties": properties,
+            "required": list(properties),
+            "additionalProperties": False,
+        }
+
+    def _literal(self, text: str, name: str = "") -> str:
+        """``text`` as a sequence of literals, special tokens and slots; empty for an empty one."""
+        parts, at = [], 0
+        for match in self._slots.finditer(text):
+            parts.append(_quoted(text[at : match.start()]))
+            at = match.end()
+            if match[0] == SLOT_ID:
+                parts.append("ID")
+            elif match[0] == SLOT_NAME:
+                parts.append(_quoted(name))
+            else:
+                parts.append(f"<[{self._special[match[0]]}]>")
+        return self._joined(*parts, _quoted(text[at:]))
+
+    @staticmethod
+    def _joined(*parts: str) -> str:
+        return " ".join(filter(None, parts))
+
+
+class _Tagged:
+    """The rules of one tool whose arguments stand between literals."""
+
+    def __init__(self, grammar: CallGrammar, style: CallFormat, place: int, tool: Tool) -> None:
+        self._grammar = grammar
+        self._style = style
+        self._place = place
+        self._tool = tool
+        self._properties: Mapping[str, Any] = tool.parameters.get("properties") or {}
+        self._required = frozenset(tool.parameters.get("required") or ())
+
+    def rules(self) -> list[str]:
+        style, place, literal = self._style, self._place, self._grammar._literal
+        joined, keys = self._grammar._joined, list(self._properties)
+        rules = []
+        for at, key in enumerate(keys):
+            rules += self._argument(at, key)
+        for at, key in enumerate(keys):
+            here = joined(literal(style.sep), f"arg{place}_{at}", f"rest{place}_{at + 1}")
+            skip = "" if key in self._required else f" | rest{place}_{at + 1}"
+            rules.append(f"rest{place}_{at}: {here}{skip}")
+        rules.append(f'rest{place}_{len(keys)}: ""')
+        bodies, may_be_empty = [], True
+        for at, key in enumerate(keys):
+            rest = f"arg{place}_{at} rest{place}_{at + 1}"
+            bodies.append(joined(literal(style.open), rest, literal(style.close)))
+            if key in self._required:
+                may_be_empty = False
+                break
+        if may_be_empty:
+            bodies.append(literal(style.empty) or '""')
+        name = _quoted(self._tool.name)
+        return [*rules, f"call{place}: {name} ({' | '.join(bodies)})"]
+
+    def _argument(self, at: int, key: str) -> list[str]:
+        style, grammar, schema = self._style, self._grammar, self._properties[key]
+        schema = schema if isinstance(schema, Mapping) else {}
+        name = f"arg{self._place}_{at}"
+        first = grammar._joined(_quoted(key), "")
+        if is_text(schema):
+            value, extra = self._text(f"STR{self._place}_{at}", schema)
+            kv = style.kv
+        else:
+            value, extra, kv = self._other(schema), [], style.kv_json or style.kv
+        return [f"{name}: {grammar._joined(first, grammar._literal(kv), value)}", *extra]
+
+    def _text(self, terminal: str, schema: Mapping[str, Any]) -> tuple[str, list[str]]:
+        style, literal = self._style, self._grammar._literal
+        before, after = map(literal, style.quotes)
+        if isinstance(schema.get("enum"), list) or "const" in schema:
+            values = schema.get("enum") or [schema["const"]]
+            texts = " | ".join(_quoted(str(value)) for value in values)
+            return self._grammar._joined(before, f"({texts})", after), []
+        # No value may hold what ends it.
+        ends = {
+            end for end in (style.quotes[1] or style.sep, style.quotes[1] or style.close) if end
+        }
+        low, high = schema.get("minLength", 0), schema.get("maxLength", "")
+        body = rf"{terminal}: /(?s:.){{{low},{high}}}/"
+        for end in sorted(ends):
+            body += rf" & ~/(?s:.*){_pattern(end.strip() or end)}(?s:.*)/"
+        pattern = schema.get("pattern")
+        if isinstance(pattern, str):
+            body += f" & /{_anchored(pattern)}/"
+        return self._grammar._joined(before, terminal, after), [body]
+
+    def _other(self, schema: Mapping[str, Any]) -> str:
+        style = self._style
+        if schema.get("type") == "boolean" and style.true != "true":
+            return f"({_quoted(style.true)} | {_quoted(style.false)})"
+        if style.quotes[0] and schema.get("type") in ("object", "array"):
+            return self._written(schema)
+        return in_json(schema)
+
+    def _written(self, schema: Mapping[str, Any]) -> str:
+        """A value with the template's own quotes, and keys without any."""
+        before, after = map(self._grammar._literal, self._style.quotes)
+        match schema.get("type"):
+            case "object":
+                items = [
+                    f"{_quoted(key + ':')} {self._written(value)}"
+                    for key, value in (schema.get("properties") or {}).items()
+                ]
+                return self._grammar._joined('"{"', ' "," '.join(items), '"}"')
+            case "array":
+                item = self._written(schema.get("items") or {"type": "string"})
+                most = max(min(schema.get("maxItems", 64), 64), 1)
+                return f'"[" ({item} ("," {item}){{0,{most - 1}}})? "]"'
+            case "string":
+                most = schema.get("maxLength", 4096)
+                return self._grammar._joined(before, rf'/[^\n\r<"]{{0,{most}}}/', after)
+        return in_json(schema)
+
+
+def is_text(schema: Mapping[str, Any]) -> bool:
+    """True where a value is written as it is, without the quotes of JSON."""
+    return schema.get("type") == "string"
+
+
+def in_json(schema: Mapping[str, Any]) -> str:
+    """The body of a rule: a value by ``schema``, in JSON."""
+    return f"%json {orjson.dumps({**schema, **_OPTIONS}).decode()}"
+
+
+def _quoted(text: str) -> str:
+    return orjson.dumps(text).decode() if text else ""
+
+
+def _pattern(text: str) -> str:
+    return "".join(c if c.isascii() and c.isalnum() else f"\\x{{{ord(c):x}}}" for c in text)
+
+
+def _anchored(pattern: str) -> str:
+    """A schema's pattern, which may match anywhere, as one that matches the whole."""
+    before = "" if pattern.startswith("^") else "(?s:.*)"
+    after = "" if pattern.endswith("$") else "(?s:.*)"
+    inside = pattern.removeprefix("^").removesuffix("$").replace("/", "\\/")
+    return f"{before}({inside}){after}"
