@@ -11,6 +11,10 @@ from typing import Any
 from transformers_api.errors import InvalidRequest
 from transformers_api.serving.text.control_tokens import BREAK, ControlTokens
 from transformers_api.serving.text.template_renderer import TemplateFailed, renderer
+from transformers_api.serving.tools.call_format import CallFormat
+from transformers_api.serving.tools.derivation import derive
+from transformers_api.serving.tools.reasoning_style import ReasoningStyle, derive_reasoning
+from transformers_api.serving.tools.template_probe import FUNCTIONS, HELLO, TOOLS, TemplateProbe
 
 _PROBE = "qzprobeqz"
 _TAG = "qzcontinueqz "  # transformers' way: where the space is cut off, so is the message's
@@ -72,6 +76,7 @@ class ModelTemplate:
         *,
         add_generation_prompt: bool,
         continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         kwargs: Mapping[str, Any],
     ) -> str:
         """The prompt, with a BREAK in each control token that is not the template's own.
@@ -87,6 +92,8 @@ class ModelTemplate:
         if continue_final_message:
             broken[-1]["content"] = final + _TAG
         variables = {"add_generation_prompt": add_generation_prompt, **self.control.broken(kwargs)}
+        if tools:
+            variables["tools"] = self.control.broken(tools)
         try:
             text = self._text(broken, variables)
         except TemplateFailed as error:
@@ -108,6 +115,42 @@ class ModelTemplate:
                 **variables,
             },
         )
+
+    @cached_property
+    def takes_system(self) -> bool:
+        """True where a system turn shows."""
+        turns = [{"role": "system", "content": _PROBE}, _HELLO]
+        return self._shows(_in_parts(turns, self._traits.in_parts))
+
+    @cached_property
+    def reasoning(self) -> ReasoningStyle | None:
+        """The marks around what the model thinks; None where the template knows of none."""
+        return derive_reasoning(self._probe, self.source) if self.source else None
+
+    @cached_property
+    def call_format(self) -> CallFormat | None:
+        """The format of calls; None where the template shows none, or not what tools there are."""
+        if not self.source or FUNCTIONS[0] not in (
+            self._probe.render([HELLO], TOOLS, True, {}) or ""
+        ):
+            return None
+        return derive(self._probe, self.reasoning.close if self.reasoning else "")
+
+    @property
+    def _probe(self) -> TemplateProbe:
+        def render(
+            messages: Sequence[Mapping[str, Any]],
+            tools: Sequence[Any] | None,
+            add_generation_prompt: bool,
+            variables: Mapping[str, Any],
+        ) -> str | None:
+            prompt = {"add_generation_prompt": add_generation_prompt, "tools": tools}
+            try:
+                return self._rendered(messages, {**prompt, **variables})
+            except TemplateFailed:
+                return None
+
+        return TemplateProbe(render)
 
     @cached_property
     def _traits(self) -> _Traits:
@@ -201,7 +244,7 @@ def _check_texts(messages: Sequence[Mapping[str, Any]], text: str) -> None:
     """
     folded = None
     for place, message in enumerate(messages):
-        content = message["content"].rpartition("</think>")[2][:_LOOKED_AT]
+        content = (message["content"] or "").rpartition("</think>")[2][:_LOOKED_AT]
         word = max(_WORD.findall(content), key=len, default="")
         if word in text:
             continue

@@ -21,6 +21,7 @@ from transformers_api.serving.text.vocabulary import Vocabulary
 from transformers_api.serving.tools.call_format import SLOT_ID, SLOT_NAME, CallFormat
 from transformers_api.serving.tools.call_grammar import CallGrammar, in_json
 from transformers_api.serving.tools.call_parser import AnswerParser
+from transformers_api.serving.tools.reasoning_style import ReasoningStyle
 from transformers_api.serving.tools.spec import ToolUse
 
 _MARK = 0xDC00  # half surrogate pairs, which no text holds, stand for special tokens
@@ -38,14 +39,6 @@ _LITERALS = (
     "empty",
 )
 _SLOT = re.compile(f"{SLOT_ID}|{SLOT_NAME}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReasoningStyle:
-    """The marks around what a model thinks before it answers."""
-
-    open: str
-    close: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,9 @@ cut.
 from __future__ import annotations
 
 import ast
+import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import orjson
@@ -524,8 +526,11 @@ def _literal(text: str) -> Any:
 
 
 def _notation(text: str, at: int, quotes: tuple[str, str]) -> tuple[Any, int]:
-    """A value with quotes of its own and keys without any, from ``at``: (value, its end)."""
+    """A value in JSON, or with quotes of its own and keys without any: (value, its end)."""
     before, after = quotes
+    if text[at] in "[{":
+        with suppress(ValueError):
+            return json.JSONDecoder().raw_decode(text, at)
     if text.startswith(before, at):
         end = text.index(after, at + len(before))
         return text[at + len(before) : end], end + len(after)

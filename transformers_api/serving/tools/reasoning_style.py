@@ -1,0 +1,131 @@
+"""From a chat template to the marks around what its model thinks before it answers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers_api.serving.tools.template_probe import (
+    FUNCTIONS,
+    HELLO,
+    KEYS,
+    SAID,
+    THOUGHT,
+    TOOLS,
+    VALUES,
+    TemplateProbe,
+    after_user,
+    before_tag,
+    call,
+    common,
+)
+
+_TAG = r"<[^<>\n]{1,60}>|\[[A-Z_/]{2,30}\]"
+_NAMED = re.compile(
+    r"(\[|<\|?/?|</?)([\w: ▁-]*(?:think|thought|reason|analysis)[\w:▁ -]*)(\|?>|\])", re.IGNORECASE
+)
+_EMPTY = re.compile(r"(<\|?[\w:]+\|?>|\[[A-Z]+\])\s*(<\|?/[\w:]+\|?>|\[/[A-Z]+\])\s*\Z")
+_OPEN = re.compile(r"(<\|?)(\w*think\w*|\w*reason\w*)(\|?>)\Z|\[(THINK)\]\Z")
+_ON: Mapping[str, Any] = {
+    "enable_thinking": True,
+    "thinking": True,
+    "preserve_thinking": True,
+    "clear_thinking": False,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReasoningStyle:
+    """The marks around what a model thinks before it answers."""
+
+    open: str  # empty: only its end is marked
+    close: str
+    has_switch: bool = False  # ``enable_thinking`` changes the prompt
+
+
+def derive_reasoning(probe: TemplateProbe, source: str) -> ReasoningStyle | None:
+    """The marks that the template ``source`` shows or looks for; None where it knows of none."""
+    thinks = probe.prompt(None, enable_thinking=True, thinking=True)
+    answers = probe.prompt(None, enable_thinking=False, thinking=False)
+    marks = (
+        _from_fields(probe, thinks)
+        or _from_history(probe, source)
+        or _from_switch(thinks, answers)
+        or _from_prompt(thinks)
+    )
+    if marks is None:
+        return None
+    return ReasoningStyle(open=marks[0], close=marks[1], has_switch=thinks != answers)
+
+
+def _from_fields(probe: TemplateProbe, prompt: str) -> tuple[str, str] | None:
+    """The template shows what an earlier turn has thought."""
+    for message, tools, mark in _thoughtful():
+        for variables in ({}, _ON):
+            shown = after_user(probe.render([HELLO, message], tools, False, variables)) or ""
+            if THOUGHT not in shown or mark not in shown or re.search("[\"']type[\"']", shown):
+                continue
+            before, _, rest = shown.partition(THOUGHT)
+            header = common(before, prompt)
+            between = rest.partition(mark)[0]
+            first = re.match(rf"\s*({_TAG})", between)
+            close = first[1] if first else between.strip()
+            lead = before[before_tag(before, header) :].strip()
+            if not close:
+                continue
+            return lead or _opening(prompt[:header], close), close
+    return None
+
+
+def _thoughtful() -> Iterator[tuple[dict[str, Any], Any, str]]:
+    """(an assistant's turn that has thought, the tools beside it, what follows the thought)."""
+    fields = {"reasoning_content": THOUGHT, "reasoning": THOUGHT, "thinking": THOUGHT}
+    plain = {"role": "assistant", "content": SAID, **fields}
+    yield plain, None, SAID
+    parts = [
+        {"type": "thinking", "thinking": THOUGHT, "closed": True},
+        {"type": "text", "text": SAID},
+    ]
+    yield {**plain, "content": parts}, None, SAID
+    arguments = dict(zip(KEYS, VALUES, strict=True))
+    calls = [call(FUNCTIONS[0], arguments, as_text=False)]
+    yield {**plain, "content": "", "tool_calls": calls}, TOOLS, FUNCTIONS[0]
+
+
+def _opening(prompt: str, close: str) -> str:
+    """The tag at the end of a prompt, where ``close`` is its counterpart."""
+    tags = re.findall(_TAG, prompt.rstrip())
+    if not tags or not prompt.rstrip().endswith(tags[-1]):
+        return ""
+    names = (re.sub(r"\W|START|END", "", tag) for tag in (tags[-1], close))
+    return str(tags[-1]) if len(set(names)) == 1 else ""
+
+
+def _from_history(probe: TemplateProbe, source: str) -> tuple[str, str] | None:
+    """The template cuts earlier thoughts away, at a mark that it names."""
+    names = sorted({match[0] for match in _NAMED.finditer(source)}, key=lambda m: "/" not in m)
+    for mark in names:
+        if "/" not in mark and "end" not in mark.lower():
+            continue
+        message = {"role": "assistant", "content": f"{THOUGHT}{mark}{SAID}"}
+        for later in ((), ({"role": "user", "content": "x"},)):
+            shown = probe.render([HELLO, message, *later], None, False, {}) or ""
+            if SAID in shown and THOUGHT not in shown:
+                return mark.replace("/", "", 1).replace("END", "START"), mark
+    return None
+
+
+def _from_switch(thinks: str, answers: str) -> tuple[str, str] | None:
+    """Without thinking the prompt holds an empty thought."""
+    match = _EMPTY.search(answers) if thinks != answers else None
+    return None if match is None else (match[1], match[2])
+
+
+def _from_prompt(thinks: str) -> tuple[str, str] | None:
+    """The prompt ends inside a thought."""
+    match = _OPEN.search(thinks.rstrip())
+    if match is None:
+        return None
+    return match[0], match[0].replace("<", "</", 1).replace("[", "[/", 1)
