@@ -249,7 +249,8 @@ class RequestContext:
         except Exception as error:
             # The status is out. Without its end no client takes this for a complete answer.
             self._watch.answer_begins()
-            yield dialect.late_error(self._failed(error))
+            failure = self._failed(error)
+            yield dialect.late_error(self.services.private_paths.public(failure))
         else:
             self._is_over = True
             if dialect.stream_end:
