@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from flask import Flask
 
-from tests.fakes import FakeLoader
+from tests.fakes import FakeEngine, FakeLoader, fake_model
 from tests.servers import Server, started
 from transformers_api import app
 from transformers_api.config.settings import Settings
@@ -16,7 +17,7 @@ from transformers_api.config.settings import Settings
 SERVE = """
 from transformers_api.server.serve import serve
 from transformers_api.config.settings import Settings
-serve(Settings.from_env(), app="tests.served_app:create_app")
+serve(Settings.from_env(), app="tests.served_app:{app}")
 """
 
 
@@ -24,10 +25,19 @@ def create_app(settings: Settings) -> Flask:
     return app.create_app(settings, FakeLoader())
 
 
+def create_silent_app(settings: Settings) -> Flask:
+    """Its model writes nothing: a chat's stream begins and then hears no more."""
+    silence = threading.Semaphore(0)
+    return app.create_app(
+        settings, FakeLoader(lambda spec: fake_model(spec, FakeEngine(gate=silence)))
+    )
+
+
 @contextmanager
-def serving(folder: object, **environ: str) -> Iterator[Server]:
+def serving(folder: object, app: str = "create_app", **environ: str) -> Iterator[Server]:
     """A server with these settings, once it listens."""
     settings = {"PORT": "0", "HOST": "127.0.0.1", "MODEL_STORE": f"{folder}/store"} | environ
-    with started(sys.executable, "-c", SERVE, **settings, HF_HOME=f"{folder}/hub") as server:
+    command = [sys.executable, "-c", SERVE.format(app=app)]
+    with started(*command, **settings, HF_HOME=f"{folder}/hub") as server:
         server.address()
         yield server

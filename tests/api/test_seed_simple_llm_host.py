@@ -171,10 +171,8 @@ def test_the_sdk_example_runs(server):
 
 def test_hf_home_is_the_cache_folder(serve):
     assert str(Settings.from_env({"HF_HOME": "/path/to/cache"}).hf_home) == "/path/to/cache"
-    served = serve()
-    assert served.client.get("/health").get_json()["cache_dir"] == str(
-        served.services.settings.hf_home
-    )
+    # The key is there for whoever reads it; the folder is the operator's.
+    assert serve().client.get("/health").get_json()["cache_dir"] is None
 
 
 # GPU Support and Troubleshooting: no content type

@@ -39,7 +39,6 @@ def settings(folder: Path) -> dict[str, str]:
         "MODEL_STORE": str(folder),
         "HF_HOME": str(folder),
         "ALLOWED_HOSTS": "api.example.org",  # which the proxy passes on; there are no keys
-        "KEEPALIVE_S": "1",  # a stream that is silent notices with the next ping who has left
         "PORT": "1",  # nobody may listen there: the socket that is handed over is used
     }
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from transformers_api.kernels.abi import Library
-from transformers_api.kernels.build import find
+from transformers_api.kernels.build import content_name, find
 
 
 @pytest.fixture(scope="session")
@@ -25,7 +25,7 @@ def library(library_file: Path) -> Library:
 
 @pytest.fixture(scope="session")
 def compile_source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Compile a few lines of C++ into a shared library."""
+    """Compile a few lines of C++ into a shared library that is named as ours are."""
     compiler = shutil.which("g++")  # before a test puts another one on the path
     if compiler is None:
         pytest.skip("no g++")
@@ -34,6 +34,6 @@ def compile_source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
         library = tmp_path_factory.mktemp("source") / "library.so"
         command = [compiler, "-x", "c++", "-", "-shared", "-fPIC", "-o", str(library)]
         subprocess.run(command, input=source, text=True, check=True, timeout=50)
-        return library
+        return library.rename(library.with_name(content_name(library.read_bytes())))
 
     return compile_source

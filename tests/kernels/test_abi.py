@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
 import re
-import shutil
 
 import pytest
 
@@ -89,15 +87,3 @@ def test_a_library_that_lacks_a_function_is_refused(compile_source, layout):
     path = compile_source(source(ABI_VERSION, layout))
     with pytest.raises(LibraryRefused, match="it has no function set_threads"):
         Library(path, 1)
-
-
-def test_after_a_refusal_another_library_of_the_same_name_is_opened(
-    compile_source, library_file, tmp_path
-):
-    path = tmp_path / "kernels.so"
-    shutil.copy(compile_source(source(ABI_VERSION + 1, "")), path)
-    with pytest.raises(LibraryRefused):
-        Library(path, 1)
-    shutil.copy(library_file, tmp_path / "another.so")
-    os.replace(tmp_path / "another.so", path)
-    assert Library(path, 1)

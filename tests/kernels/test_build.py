@@ -112,8 +112,8 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, library_file, caplog
     assert "cannot write to" in caplog.text
 
 
-def test_a_damaged_library_is_no_reason_to_fail(tmp_path, library_file, caplog):
-    (tmp_path / library_file.name).write_bytes(b"not a library")
+def test_a_whole_library_that_cannot_be_opened_is_no_reason_to_fail(tmp_path, quick, caplog):
+    (tmp_path / building.content_name(b"not a library")).write_bytes(b"not a library")
     assert KernelProvider(tmp_path, 2).library() is None
     assert "No native kernels" in caplog.text
 
@@ -193,7 +193,38 @@ def test_where_the_kernels_are_nothing_is_compiled(library_file, quick):
 
 
 def refused_by_its_abi(path, compile_source):
-    shutil.copy(compile_source('extern "C" int abi_version() { return -1; }'), path)
+    path.unlink()
+    other = compile_source('extern "C" int abi_version() { return -1; }')
+    return shutil.copy(other, path.parent / other.name)
+
+
+def a_link_to_a_folder_of_others(path, compile_source):
+    elsewhere = path.parent.parent / "elsewhere"
+    elsewhere.mkdir()
+    elsewhere.chmod(0o777)
+    path.symlink_to(path.rename(elsewhere / path.name))
+
+
+def a_link_to_nothing(path, compile_source):
+    path.unlink()
+    path.symlink_to("nowhere")
+
+
+def damaged(change):
+    """The file with other bytes: ``change`` makes them of its own."""
+
+    def spoil(path, compile_source):
+        path.write_bytes(change(path.read_bytes()))
+
+    return spoil
+
+
+def inverted(data, start, count):
+    return (
+        data[:start]
+        + bytes(byte ^ 255 for byte in data[start : start + count])
+        + data[start + count :]
+    )
 
 
 def writable_by_a_group(path, compile_source):
@@ -217,20 +248,40 @@ def of_another_user(path, compile_source):
         pytest.param(writable_by_a_group, "may be written by others (mode 775)", id="group"),
         pytest.param(writable_by_all, "may be written by others (mode 757)", id="all"),
         pytest.param(of_another_user, "belongs to the user 4711", id="owner"),
+        pytest.param(a_link_to_a_folder_of_others, "is not a file of this folder", id="link"),
+        pytest.param(a_link_to_nothing, "is not a file of this folder", id="dangling link"),
+        pytest.param(damaged(lambda data: b""), "another digest", id="empty"),
+        pytest.param(damaged(lambda data: data[: len(data) // 2]), "another digest", id="half"),
+        pytest.param(damaged(lambda data: data[:-1]), "another digest", id="a byte less"),
+        pytest.param(damaged(lambda data: data + b"\0"), "another digest", id="a byte more"),
+        pytest.param(
+            damaged(lambda data: inverted(data, 100_000, 1)), "another digest", id="bit flips"
+        ),
+        pytest.param(
+            damaged(lambda data: data[:60_000] + bytes(60_000) + data[120_000:]),
+            "another digest",
+            id="zeros",
+        ),
+        pytest.param(
+            damaged(lambda data: Path(sys.executable).read_bytes()),
+            "another digest",
+            id="another program",
+        ),
     ],
 )
 def test_a_library_that_must_not_be_used_is_not_opened_and_another_is_compiled(
     tmp_path, quick, compile_source, caplog, spoil, reason
 ):
     cache = tmp_path / "cache"
-    path = build(cache)
-    spoil(path, compile_source)
-    spoiled = path.stat().st_ino
+    made = build(cache)
+    path = spoil(made, compile_source) or made
+    spoiled = path.lstat().st_ino
     provider = KernelProvider(cache, 2)
     assert provider.library(wait=True) is not None
     assert f"The compiled library {path} is not used: " in caplog.text
     assert reason in caplog.text
-    assert path.stat().st_ino != spoiled
+    assert list(cache.iterdir()) == [made]
+    assert made.lstat().st_ino != spoiled
     assert provider.outcomes == {"succeeded": 1, "failed": 0}
 
 
@@ -281,13 +332,23 @@ def test_in_a_folder_of_others_nothing_is_opened_or_compiled(
     assert reason in output.getvalue()
 
 
-def test_a_library_behind_a_link_is_judged_by_where_it_lies(tmp_path, quick):
-    path = build(tmp_path / "cache")
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere").chmod(0o777)
-    path.rename(tmp_path / "elsewhere" / path.name)
-    path.symlink_to(tmp_path / "elsewhere" / path.name)
-    assert KernelProvider(tmp_path / "cache", 2).library(wait=True) is None
+def test_of_several_libraries_the_whole_one_is_used(tmp_path, quick):
+    made = build(tmp_path / "cache")
+    for number in range(3):
+        copy = made.with_name(f"{made.stem.rpartition('-')[0]}-{number:032x}.so")
+        shutil.copy(made, copy)
+        copy.write_bytes(copy.read_bytes()[:-number])
+    assert find(tmp_path / "cache") == made == build(tmp_path / "cache")
+    assert (quick / "calls").read_text() == "called\n"
+
+
+def test_a_library_is_on_the_disk_before_it_has_its_name(tmp_path, quick, monkeypatch):
+    synced = []
+    monkeypatch.setattr(building.os, "fsync", lambda handle: synced.append(os.fstat(handle)))
+    made = build(tmp_path / "cache")
+    file, folder = synced
+    assert (file.st_ino, file.st_size) == (made.stat().st_ino, made.stat().st_size)
+    assert folder.st_ino == made.parent.stat().st_ino
 
 
 def test_a_cache_is_not_for_a_group_to_write_whatever_the_umask(tmp_path, quick):
@@ -304,7 +365,7 @@ def test_any_source_that_changes_makes_another_library(tmp_path, monkeypatch):
     shutil.copytree(building.SOURCES, sources)
     monkeypatch.setattr(building, "SOURCES", sources)
     (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / building._name()).touch()
+    (tmp_path / "cache" / building.content_name(b"")).touch()
     assert find(tmp_path / "cache")
     for path in sources.iterdir():
         text = path.read_text()

@@ -196,10 +196,45 @@ def test_a_redis_that_dies_leaves_local_limits_and_one_line(server, store, clock
         clock.now += TRY_AGAIN_S / 2
         assert not taken(limiter)  # nobody asks redis yet
         clock.now += TRY_AGAIN_S
-        assert [taken(limiter) for _ in range(4)] == [True] * 3 + [False]
+        assert [taken(limiter) for _ in range(4)] == [False] * 4  # what was spent is not forgotten
+        assert taken(limiter, "other")
     assert [record.getMessage() for record in caplog.records[1:]] == [
         "REDIS_URL answers again, rate limits are shared"
     ]
+
+
+@pytest.mark.parametrize(("alone", "elsewhere"), [(3, 0), (2, 1), (1, 1), (1, 0), (0, 3), (3, 3)])
+def test_what_was_spent_while_redis_was_away_is_taken_from_it(
+    server, store, clock, alone, elsewhere
+):
+    limiter = SharedRateLimiter(store, "requests", 1, 3)
+    server.kill()
+    assert all(taken(limiter) for _ in range(alone))
+    taken(limiter, "other")  # who finds that it is away
+    server.start()
+    another = made(server.url, clock)  # of another server, which shares the bucket
+    assert all(taken(SharedRateLimiter(another, "requests", 1, 3)) for _ in range(elsewhere))
+    another.storage.get_connection().close()
+    clock.now += TRY_AGAIN_S + 1
+    left = max(3 - alone - elsewhere, 0)
+    assert [taken(limiter) for _ in range(5)] == [True] * left + [False] * (5 - left)
+    clock.now += 170  # the bucket of this process is full; nothing is taken twice
+    assert store.buckets.full_in("LIMITER/c/requests/3/1/bucket") == 0
+
+
+def test_what_comes_back_while_redis_is_away_is_not_owed(server, store, clock):
+    limiter = SharedRateLimiter(store, "tokens", 10, 10)
+    server.kill()
+    assert taken(limiter, cost=9)
+    limiter.give_back("c", 8)
+    server.start()
+    clock.now += TRY_AGAIN_S + 1
+    assert limiter.take("c", 0).remaining == 10  # six seconds bring one back
+    server.kill()
+    assert taken(limiter, cost=9)
+    server.start()
+    clock.now += TRY_AGAIN_S + 1
+    assert limiter.take("c", 0).remaining == 2
 
 
 def test_a_redis_that_was_restarted_between_two_requests_is_no_failure(server, store, caplog):

@@ -381,6 +381,12 @@ LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         pytest.param("".join(f"{' ' * n}a:\n" for n in range(1000)), id="deep maps"),
         pytest.param("- a\n" * 200_000, id="long list"),
         pytest.param("a: " + "9" * 100_000, id="long number"),
+        pytest.param("a: " + "1:" * 200_000 + "1", id="long number in parts"),
+        pytest.param("a: " + "1:" * 200_000 + "1.5", id="long fraction in parts"),
+        pytest.param("a: 0x" + "f" * 200_000, id="long number in hexadecimal"),
+        pytest.param("a: !!int ''", id="empty number"),
+        pytest.param("a: !!timestamp x", id="a word as a date"),
+        pytest.param("a: !!bool perhaps", id="a word as a truth value"),
         pytest.param("a: 2024-99-99", id="no date"),
         pytest.param("a: " + "x" * (2 << 20), id="too large"),
         pytest.param(

@@ -16,7 +16,7 @@ from transformers_api.engine.llm_engine import BatchingEngine, EngineLimits
 from transformers_api.engine.load_options import DTYPE_BYTES, LoadOptions
 from transformers_api.engine.platform.cpu import usable_cores
 from transformers_api.engine.platform.imports import without_collection
-from transformers_api.engine.platform.memory import available_bytes, release_memory, trim_memory
+from transformers_api.engine.platform.memory import available_bytes, release_memory
 from transformers_api.engine.pretrained import (
     context_window,
     eos_token_ids,
@@ -30,6 +30,7 @@ from transformers_api.engine.runners.thread_sharing import SharingRunner
 from transformers_api.engine.sampling.sampler import TokenSampler
 from transformers_api.engine.thread import EngineThread
 from transformers_api.errors import ModelLoadFailed
+from transformers_api.heap import trim_memory
 
 log = logging.getLogger(__name__)
 BUSY_CHUNK = 32  # on a CPU, where more tokens in one pass take as long apiece

@@ -11,7 +11,6 @@ release it and to get it back among busy threads takes longer than the call.
 from __future__ import annotations
 
 import ctypes
-from _ctypes import dlclose
 from ctypes import POINTER, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
 from itertools import zip_longest
 from pathlib import Path
@@ -216,13 +215,9 @@ class Library:
     def __init__(self, path: Path, threads: int) -> None:
         check_trusted(path)
         with_gil = ctypes.PyDLL(str(path))
-        try:
-            check_abi(with_gil)
-            self.with_gil = _declare(with_gil)  # keeps the interpreter's lock
-            self.without_gil = _declare(ctypes.CDLL(str(path)))  # other threads run meanwhile
-        except LibraryRefused:
-            dlclose(with_gil._handle)  # else another file of this name would not be opened
-            raise
+        check_abi(with_gil)
+        self.with_gil = _declare(with_gil)  # keeps the interpreter's lock
+        self.without_gil = _declare(ctypes.CDLL(str(path)))  # other threads run meanwhile
         self.set_threads(threads)
 
     def set_threads(self, count: int) -> None:

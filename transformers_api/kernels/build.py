@@ -4,7 +4,7 @@ The flags name the instructions and not the machine that compiles, so that a lib
 where an image is built and be used elsewhere; whether a processor has them is asked at run time.
 
 A library is code that a server runs, so one is opened only if nobody but this user or root can have
-written it.
+written it, and if it is what was compiled: its name ends with the digest of its bytes.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ FLAGS = (
 )
 TIMEOUT_S = 1800  # it has a low priority, and a server may be busy
 WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
+DIGITS = 32  # hexadecimal, of the digest in a name
 
 
 class NativeUnavailable(Exception):
@@ -45,8 +46,8 @@ class LibraryRefused(NativeUnavailable):
 
 def find(cache: Path) -> Path | None:
     """The compiled library that an earlier ``build`` left in ``cache``; it may be refused yet."""
-    path = cache / _name()
-    return path if path.is_file() else None
+    paths = sorted(cache.glob(f"kernels-{_source_digest()}-*.so"))
+    return next((path for path in paths if _refusal(path) is None), paths[0] if paths else None)
 
 
 def build(
@@ -67,21 +68,35 @@ def build(
         return library
     compiler = compiler or find_compiler()
     with _locked(cache):
-        if replace or _reusable(cache) is None:
-            _compile(compiler, cache / _name(), {} if outcomes is None else outcomes)
-    return cache / _name()
+        library = None if replace else _reusable(cache)
+        return library or _compile(compiler, cache, {} if outcomes is None else outcomes)
 
 
 def check_trusted(path: Path) -> None:
-    """Check that nobody but this user or root can have written a library.
+    """Check that nobody but this user or root can have written a library, and that it is whole.
 
-    Raises LibraryRefused for the file, NativeUnavailable for its folder: of another owner, or
-    writable for a group or for all.
+    Raises LibraryRefused for the file, which may be a link, of another owner, writable for a group
+    or for all, or damaged; NativeUnavailable for its folder.
     """
-    path = path.resolve()
     check_folder(path.parent)
-    if reason := _distrust(path):
+    if reason := _refusal(path):
         raise LibraryRefused(f"{path} {reason}")
+
+
+def content_name(library: bytes) -> str:
+    """The file's name: a hash of all that it depends on but the compiler, and its own digest."""
+    return f"kernels-{_source_digest()}-{hashlib.sha256(library).hexdigest()[:DIGITS]}.so"
+
+
+def _refusal(path: Path) -> str | None:
+    """The reason why this file is not opened."""
+    if path.is_symlink() or not path.is_file():
+        return "is not a file of this folder"
+    if reason := _distrust(path):
+        return reason
+    if hashlib.sha256(path.read_bytes()).hexdigest()[:DIGITS] != path.stem.rpartition("-")[2]:
+        return "is not what was compiled: its bytes have another digest than its name says"
+    return None
 
 
 def check_folder(folder: Path) -> None:
@@ -140,11 +155,10 @@ def find_compiler() -> str:
     return path
 
 
-def _name() -> str:
-    """The file's name: a hash of all that it depends on, but for the compiler itself."""
+def _source_digest() -> str:
     sources = [f"{path.name}\n{path.read_text()}" for path in sorted(SOURCES.iterdir())]
     parts = [*sources, " ".join(FLAGS), platform.libc_ver()[1]]
-    return f"kernels-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
+    return hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]
 
 
 @contextmanager
@@ -168,20 +182,35 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _compile(compiler: str, target: Path, outcomes: dict[str, int]) -> None:
+def _compile(compiler: str, folder: Path, outcomes: dict[str, int]) -> Path:
+    """The library, on the disk under its name; those that were made of the same before are gone."""
     start = time.monotonic()
-    part = target.with_suffix(".part")
+    part = folder / f"kernels-{_source_digest()}.part"
     outcome = "failed"
     try:
         part.touch()
         _run(compiler, [*FLAGS, str(MAIN_SOURCE), "-o", str(part)])
         part.chmod(0o755)  # whatever the umask: it may be another user who runs the server
+        target = folder / content_name(part.read_bytes())
+        _sync(part)  # else a crash may leave the name, and half of the bytes
         part.replace(target)
+        _sync(folder)
+        for other in set(folder.glob(f"kernels-{_source_digest()}-*.so")) - {target}:
+            other.unlink()
         outcome = "succeeded"
     finally:
         outcomes[outcome] = outcomes.get(outcome, 0) + 1
         part.unlink(missing_ok=True)
     log.info("Native kernels compiled in %.1f s: %s", time.monotonic() - start, target)
+    return target
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _run(compiler: str, arguments: list[str]) -> None:

@@ -169,6 +169,10 @@ class Generation:
         """
         self._stream.notify(notice)
 
+    def wake(self) -> None:
+        """Give the reader, who waits, a None before ``quiet_s`` are over. From any thread."""
+        self._stream.wake()
+
     def close(self, error: ApiError | None = None) -> None:
         """Abort what still runs; a reader hears ``error``, else ClientGone.
 

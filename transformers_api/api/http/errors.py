@@ -11,6 +11,7 @@ from werkzeug.exceptions import HTTPException
 from transformers_api.api.http import dialects, encodings, request_log
 from transformers_api.api.http.body import Blueprint
 from transformers_api.api.http.dialects import Dialect
+from transformers_api.api.http.services import services
 from transformers_api.errors import (
     ApiError,
     EngineFailed,
@@ -34,7 +35,7 @@ def render(error: ApiError) -> Response:
     """The response for ``error``, with ``Retry-After`` where waiting helps."""
     request_log.note_error(error)
     dialect = current_dialect()
-    response = jsonify(dialect.error_body(error))
+    response = jsonify(dialect.error_body(services().private_paths.public(error)))
     response.status_code = dialect.status(error)
     if error.retry_after is not None:
         # OpenAI's clients ignore 0 and give up on more than two minutes.

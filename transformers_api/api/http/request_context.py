@@ -19,6 +19,7 @@ from transformers_api.api.http.dialects import Dialect
 from transformers_api.api.http.disconnect import Watch
 from transformers_api.api.http.request_record import RequestRecord
 from transformers_api.api.http.services import EXTENSION, Services
+from transformers_api.api.http.stream_writer import StreamBody
 from transformers_api.config.settings import Settings
 from transformers_api.errors import ApiError, InvalidRequest, Overloaded, PayloadTooLarge
 from transformers_api.serving import generation as serving_generation
@@ -215,6 +216,8 @@ class RequestContext:
             environ = flask.request.environ
             writer = self.services.stream_writer
             frames = writer.write(frames, generation, environ, dialect.ping)
+            ping = frames.ping if isinstance(frames, StreamBody) else generation.wake
+            self._watch.answers_with(ping)
         response = flask.Response(frames, content_type=dialect.content_type)
         response.headers["Cache-Control"] = "no-cache"
         response.headers["X-Accel-Buffering"] = "no"  # proxies pass it on as it comes
@@ -246,7 +249,8 @@ class RequestContext:
         except Exception as error:
             # The status is out. Without its end no client takes this for a complete answer.
             self._watch.answer_begins()
-            yield dialect.late_error(self._failed(error))
+            failure = self._failed(error)
+            yield dialect.late_error(self.services.private_paths.public(failure))
         else:
             self._is_over = True
             if dialect.stream_end:

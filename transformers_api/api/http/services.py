@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Protocol, cast
 
 import flask
 
 from transformers_api.api.http.disconnect import DisconnectWatcher
+from transformers_api.api.http.private_paths import PrivatePaths
 from transformers_api.api.http.rate_limits import RateLimits
 from transformers_api.api.http.stream_writer import StreamWriter
 from transformers_api.config.settings import Settings
@@ -70,6 +72,11 @@ class Services:
     stream_writer: StreamWriter = field(default_factory=StreamWriter)
     started_at: float = field(default_factory=time.monotonic)  # seconds, time.monotonic()
     created: int = field(default_factory=lambda: int(time.time()))  # the same, since 1970
+
+    @cached_property
+    def private_paths(self) -> PrivatePaths:
+        """The folders that clients are not told of."""
+        return PrivatePaths(self.settings, self.registry.list())
 
 
 def services() -> Services:

@@ -92,8 +92,9 @@ class StreamBody:
         self._quiet_s = generation.request.quiet_s
         self._socket = sock
         self._ready = ready
-        self._ping = ping
+        self._ping_frame = ping
         self._has_begun = False
+        self._is_ping_due = False  # whatever has been sent
         self._is_lent = False  # to the writer; else it is with the thread of the request
         self._sent_at = 0.0  # time.monotonic()
         self._returned: queue.SimpleQueue[tuple[bytes, BaseException | None]] = queue.SimpleQueue()
@@ -123,6 +124,11 @@ class StreamBody:
         close = getattr(self._frames, "close", None)
         if close is not None:
             close()
+
+    def ping(self) -> None:
+        """Have something written at once, at the latest when the client takes more. Any thread."""
+        self._is_ping_due = True
+        self._announce()
 
     def _announce(self) -> None:
         self._ready.put(self)
@@ -165,15 +171,16 @@ class StreamBody:
 
     def _collect_frames(self) -> tuple[bytes, BaseException | None]:
         """The events that are ready, as chunks; and how it ends, if it does."""
+        is_ping_due, self._is_ping_due = self._is_ping_due, False  # one that comes now is another
         chunks: list[bytes] = []
         end: BaseException | None = None
         try:
-            while (frame := next(self._frames)) is not self._ping:
+            while (frame := next(self._frames)) is not self._ping_frame:
                 chunks.append(_chunk(frame))
         except BaseException as error:  # StopIteration too
             end = error
-        if not chunks and end is None and self._has_been_quiet():
-            chunks.append(_chunk(self._ping))
+        if not chunks and end is None and (is_ping_due or self._has_been_quiet()):
+            chunks.append(_chunk(self._ping_frame))
         return b"".join(chunks), end
 
     def _has_been_quiet(self) -> bool:

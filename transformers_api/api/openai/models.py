@@ -127,7 +127,7 @@ def _described(spec: ModelSpec, status: SwapperStatus) -> dict[str, Any]:
         described["max_model_len"] = status.max_model_len
         described["quantization"] = status.quantization
     if (reason := services().store.refusal(spec)) is not None:
-        described |= {"servable": False, "reason": reason}
+        described |= {"servable": False, "reason": services().private_paths.hide(reason)}
     return described
 
 

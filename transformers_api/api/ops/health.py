@@ -44,7 +44,7 @@ def health() -> Any:
         "total_models": len(services().registry.list()),
         "cuda_available": "cuda" in services().devices(),
         "device": status.device,
-        "cache_dir": str(services().settings.hf_home),
+        "cache_dir": None,  # the server's folders are nobody's business
         "memory": {"process_bytes": _process_bytes(), "model_bytes": status.bytes},
         "system": {
             "platform": platform.system(),
@@ -85,6 +85,7 @@ def healthz() -> Any:
 def readyz() -> Response:
     """Say whether requests may be sent."""
     ready, reason = services().ready()
+    reason = services().private_paths.hide(reason)
     answer = jsonify({"status": "ready" if ready else "not ready", "reason": reason})
     answer.status_code = 200 if ready else 503
     return answer

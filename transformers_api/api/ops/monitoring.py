@@ -42,19 +42,20 @@ def status() -> Any:
     ready, reason = services().ready()
     swapper = services().swapper.status()
     models = services().embeddings
+    hide = services().private_paths.hide
     uptime_s = time.monotonic() - services().started_at
     return {
         "version": __version__,
         "uptime_s": round(uptime_s, 1),
         "started": services().created,
         "ready": ready,
-        "reason": reason,
+        "reason": hide(reason),
         "state": swapper.state,
         "resident": None if swapper.model is None else _resident(swapper),
         "encoder": models.encoder if models else None,
         "loading": None if swapper.loading is None else _loading(swapper),
         "queued": dict(swapper.waiting),
-        "failed": dict(swapper.last_errors),
+        "failed": {name: hide(text) for name, text in swapper.last_errors.items()},
         "requests": len(services().admission),
         "limits": _limits(services().settings),
     }

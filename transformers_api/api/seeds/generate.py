@@ -104,7 +104,8 @@ def retrieve_model(model_name: str) -> Any:
     spec = services().registry.resolve(model_name)
     services().store.check_exists(spec)
     status = services().swapper.status()
-    state = generate_format.model_state(spec.name, status)
+    error = services().private_paths.hide(status.last_errors.get(spec.name, ""))
+    state = generate_format.model_state(spec.name, status, error or None)
     return {**_described(spec, status), **state}
 
 
@@ -233,8 +234,9 @@ def _parameters(params: SamplingParams, body: Mapping[str, Any]) -> dict[str, An
 
 
 def _described(spec: ModelSpec, status: SwapperStatus) -> dict[str, Any]:
-    store = services().store
-    return generate_format.model(spec, store.describe(spec), store.refusal(spec), status)
+    store, reason = services().store, services().store.refusal(spec)
+    refusal = reason and services().private_paths.hide(reason)
+    return generate_format.model(spec, store.describe(spec), refusal, status)
 
 
 def _check_origin() -> None:

@@ -155,9 +155,8 @@ def _rounded(parameters: int | None) -> str | None:
     return f"{parameters / 1e3:.0f}K" if parameters >= 1000 else str(parameters)
 
 
-def model_state(name: str, status: SwapperStatus) -> Json:
-    """The progress of a model's loading."""
-    error = status.last_errors.get(name)
+def model_state(name: str, status: SwapperStatus, error: str | None) -> Json:
+    """The progress of a model's loading; ``error``: of the last load that failed."""
     is_coming = status.loading == name
     if status.model == name:
         state = "loaded"

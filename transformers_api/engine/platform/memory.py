@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
-import sys
 from pathlib import Path
 
 import torch
+
+from transformers_api.heap import trim_memory
 
 
 def available_bytes(device: str) -> int:
@@ -28,14 +28,6 @@ def release_memory() -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     trim_memory()
-
-
-def trim_memory() -> None:
-    """Return the pages that the C library keeps for the next allocation."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
-        if trim:
-            trim(0)
 
 
 def _meminfo(name: str) -> int:

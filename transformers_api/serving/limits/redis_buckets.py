@@ -15,15 +15,21 @@ TIMEOUT_S = 0.25  # a request waits no longer for redis
 TRY_AGAIN_S = 5.0
 PREFIX = "transformers-api:limit"
 
-# In one step, by the clock of redis: the arithmetic of MemoryBuckets.spend.
+# In one step, by the clock of redis: the arithmetic of MemoryBuckets.spend. What was spent while
+# redis was away is taken first, whether there is room for it or not.
 _SPEND = b"""
 local clock = redis.call('TIME')
 local now = tonumber(clock[1]) + tonumber(clock[2]) / 1e6
 local spent, capacity = tonumber(ARGV[1]), tonumber(ARGV[2])
-local full_at = math.max(tonumber(redis.call('GET', KEYS[1]) or 0), now)
-full_at = math.min(full_at, now + capacity) -- later only if the clock was set back
+local owed = tonumber(ARGV[3])
+local full_at = math.max(tonumber(redis.call('GET', KEYS[1]) or 0), now) + owed
+full_at = math.min(full_at, now + capacity) -- later also if the clock was set back
 local wait = full_at + spent - now - capacity
 if spent > 0 and wait > 1e-6 then
+    if owed > 0 then
+        local ms = math.ceil((full_at - now) * 1000)
+        redis.call('SET', KEYS[1], string.format('%.6f', full_at), 'PX', ms)
+    end
     return {string.format('%.6f', wait), string.format('%.6f', full_at - now)}
 end
 full_at = full_at + spent
@@ -66,13 +72,19 @@ class RedisBuckets:
         self._is_away = False
         self._try_at = 0.0
 
-    def spend(self, key: str, spent_s: float, capacity_s: float) -> tuple[float, float] | None:
-        """(seconds to wait, seconds until it is full) of a bucket; None: redis is away."""
+    def spend(
+        self, key: str, spent_s: float, capacity_s: float, owed_s: float
+    ) -> tuple[float, float] | None:
+        """(seconds to wait, seconds until it is full) of a bucket; None: redis is away.
+
+        ``owed_s``: what was spent while it was away, and has not come back since.
+        """
         if not self._may_try():
             return None
         try:
             wait, full_in = self._script(
-                keys=[self._storage.prefixed_key(key)], args=[spent_s, capacity_s]
+                keys=[self._storage.prefixed_key(key)],
+                args=[spent_s, capacity_s, owed_s],
             )
         except self._storage.base_exceptions as error:
             self._lost(error)

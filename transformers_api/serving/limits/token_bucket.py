@@ -92,6 +92,12 @@ class MemoryBuckets:
                 self._forget(now, capacity_s)
             return 0.0, max(full_at - now, 0.0)
 
+    def full_in(self, key: str) -> float:
+        """Seconds until a bucket is full."""
+        with self._lock:
+            now = self._clock()
+            return max(self._full_at.get(key, now) - now, 0.0)
+
     def _forget(self, now: float, capacity_s: float) -> None:
         """Drop full buckets from time to time, and in a flood of clients the oldest."""
         if now >= self._next_sweep:
@@ -104,7 +110,8 @@ class MemoryBuckets:
 class TokenBucketRateLimiter(RateLimiter):
     """The strategy: buckets in the storage if that is redis, else in this process. Thread-safe.
 
-    While redis is away each process counts for itself: no request fails for it.
+    While redis is away each process counts for itself: no request fails for it. What a client has
+    spent meanwhile is taken from redis when that client next comes.
     """
 
     def __init__(self, storage: StorageTypes) -> None:
@@ -155,8 +162,15 @@ class TokenBucketRateLimiter(RateLimiter):
     ) -> tuple[float, float]:
         key, capacity_s = item.key_for(*identifiers), item.get_expiry()
         spent_s = cost * capacity_s / item.amount
-        shared = self._redis.spend(key, spent_s, capacity_s) if self._redis else None
-        return shared or self.buckets.spend(key, spent_s, capacity_s)
+        if self._redis is None:
+            return self.buckets.spend(key, spent_s, capacity_s)
+        owed_s = self.buckets.full_in(key)
+        level = self._redis.spend(key, spent_s, capacity_s, owed_s)
+        if level is None:
+            return self.buckets.spend(key, spent_s, capacity_s)
+        if owed_s:
+            self.buckets.spend(key, -owed_s, capacity_s)
+        return level
 
     def _now(self) -> float:
         return self.clock()

@@ -35,6 +35,7 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _QUANTIZATIONS = ("none", "int8", "int4")
 _CHAT = ("template", "transcript", "off")
 MAX_BYTES = 1 << 20
+MAX_DIGITS = 40
 MAX_NODES, MAX_NESTING = 20_000, 32  # of a YAML file; JSON's parser has limits of its own
 _POOLINGS = ("mean", "last", "cls")
 _SOURCES = ("hf_repo", "path", "package")
@@ -75,7 +76,7 @@ def _parse(path: Path) -> Any:
             raise SettingError(f"{path}: not valid JSON: {error}") from None
     try:
         return yaml.load(text, _Loader)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    except Exception as error:  # PyYAML passes on whatever a scalar of a wrong kind raises
         reason = " ".join(str(error).split())
         raise SettingError(f"{path}: neither valid JSON nor YAML: {reason}") from None
 
@@ -105,6 +106,16 @@ class _Loader(yaml.SafeLoader):
         if anchor and not is_alias:
             self._sizes[anchor] = self._nodes - before
         return node
+
+    def construct_scalar(self, node: Any) -> Any:
+        """The text of one scalar. Raises yaml.YAMLError for a number that is longer than any is.
+
+        Numbers of many parts, such as ``1:59:59``, cost the square of their length.
+        """
+        is_number = node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+        if is_number and len(node.value) > MAX_DIGITS:
+            raise yaml.YAMLError(f"a number of more than {MAX_DIGITS} digits")
+        return super().construct_scalar(node)
 
 
 def _check_names(specs: list[ModelSpec], path: Path) -> None:

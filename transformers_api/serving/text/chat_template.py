@@ -11,6 +11,7 @@ from transformers_api.errors import ChatUnavailable, InvalidRequest, ModelNotCap
 from transformers_api.serving.models.spec import ChatMode
 from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.text import model_template
+from transformers_api.serving.text.tokenization import token_ids
 
 _TAGS = {
     "system": "System",
@@ -237,8 +238,7 @@ def _render(
 
 def _tokenize(tokenizer: Any, text: str, add_special_tokens: bool, param: str) -> list[int]:
     _check_unicode(text, param)
-    # verbose=False: whether it fits is our question, and asked elsewhere.
-    return list(tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False))
+    return token_ids(tokenizer, text, add_special_tokens=add_special_tokens)
 
 
 def _check_unicode(text: str, param: str) -> None:

@@ -13,6 +13,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from transformers_api.serving.text.tokenization import token_ids
+
 BREAK = "\ufdd0"  # stands for no character in any text, by Unicode's rules
 _PAIR = re.compile(r"<(/?)([\w|]+)>\Z")
 
@@ -42,21 +44,18 @@ class ControlTokens:
     def ids(self, text: str, add_special_tokens: bool) -> list[int]:
         """The ids of a rendered prompt with breaks."""
         first, *rest = text.split(BREAK)
-        # verbose=False: whether it fits is our question, and asked elsewhere.
-        options: dict[str, Any] = {"add_special_tokens": add_special_tokens, "verbose": False}
-        ids = list(self._tokenizer.encode(first, **options))
+        ids = token_ids(self._tokenizer, first, add_special_tokens=add_special_tokens)
         for piece in filter(None, rest):
             ids += self._continued(piece)
         return ids
 
     def _continued(self, piece: str) -> list[int]:
         """After a line break, for SentencePiece puts a space before the beginning of a text."""
-        options: dict[str, Any] = {"add_special_tokens": False, "verbose": False}
-        line_break = list(self._tokenizer.encode("\n", **options))
-        ids = list(self._tokenizer.encode("\n" + piece, **options))
+        line_break = token_ids(self._tokenizer, "\n", add_special_tokens=False)
+        ids = token_ids(self._tokenizer, "\n" + piece, add_special_tokens=False)
         if line_break and ids[: len(line_break)] == line_break:
             return ids[len(line_break) :]
-        return list(self._tokenizer.encode(piece, **options))
+        return token_ids(self._tokenizer, piece, add_special_tokens=False)
 
 
 class _Breaker:

@@ -22,7 +22,7 @@ class Health(Schema):
     total_models = Integer(0, _MANY)
     cuda_available = Boolean()
     device = Text(allow_none=True, **about("Of the model in memory, or null."))
-    cache_dir = Text()
+    cache_dir = Text(allow_none=True, **about("Always null: `check` names the server's folders."))
     memory = AnyObject(**about("`process_bytes` (null where unknown) and `model_bytes`."))
     system = AnyObject(**about("`platform`, `python` and `cpu_count`."))
     uptime = Text()
