@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -138,7 +139,7 @@ def build_engine(
     ``runner``: the one that the model has already. Raises BackendRefused; the model may be of no
     use then, unless the backend ``leaves_model``.
     """
-    vocab_size, window = _vocab_size(model, options), context_window(model.config, options)
+    vocab_size, window = _vocab_size(model, options), context_window(model, options)
     if runner is None:
         if reason := backend.refusal(model):
             raise BackendRefused(reason)
@@ -146,7 +147,10 @@ def build_engine(
     if isinstance(runner, ModelRunner):
         window = _bounded(runner, options)
     facts = backend.describe(runner)
-    limits = _limits(model, backend, options, facts.mode, vocab_size, window)
+    limits = replace(
+        _limits(model, backend, options, facts.mode, vocab_size, window),
+        original_window=runner.original_window,
+    )
     outer: Runner = runner
     suppressed = getattr(model.generation_config, "suppress_tokens", None) or ()
     if ids := [token for token in suppressed if 0 <= token < vocab_size]:
