@@ -63,7 +63,7 @@ def examine(name: str, folder: Path, native: Path | None) -> Outcome:
         torch.manual_seed(0)
         model: Any = random_weights(AutoModelForCausalLM.from_config(tiny_config(name)))
         model.save_pretrained(folder)
-        reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        reference = type(model).from_pretrained(folder, dtype=torch.float32).eval()
     except Exception as error:
         return Outcome(name, PATHS[3], f"transformers does not make one: {_line(error)}")
     return _compare(name, folder, reference, native)

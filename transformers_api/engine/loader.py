@@ -30,7 +30,7 @@ from transformers_api.engine.runners.suppressed_tokens import SuppressingRunner
 from transformers_api.engine.runners.thread_sharing import SharingRunner
 from transformers_api.engine.sampling.sampler import TokenSampler
 from transformers_api.engine.thread import EngineThread
-from transformers_api.errors import ModelLoadFailed
+from transformers_api.errors import ModelNotServable
 
 log = logging.getLogger(__name__)
 BUSY_CHUNK = 32  # on a CPU, where more tokens in one pass take as long apiece
@@ -117,7 +117,7 @@ def start(
             options.check_room(weights * DTYPE_BYTES.get(options.dtype, 4))
     if options.quantization != "none":
         raise not_quantized(options, reason)
-    raise ModelLoadFailed(reason)
+    raise ModelNotServable(reason, param="model")
 
 
 def share_cores(backend: Backend, thread: EngineThread) -> None:

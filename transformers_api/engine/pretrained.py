@@ -19,7 +19,7 @@ from transformers_api.engine.model_config import neutral
 from transformers_api.engine.platform.meta_shapes import ShapesOnly
 from transformers_api.engine.rope import follow_lengths
 from transformers_api.engine.weight_report import check_weights
-from transformers_api.errors import ModelLoadFailed
+from transformers_api.errors import ModelLoadFailed, ModelNotServable
 
 log = logging.getLogger(__name__)
 disable_progress_bar()  # type: ignore[no-untyped-call]  # a server's log is no terminal
@@ -51,7 +51,7 @@ def load_model(folder: Path, device: str, dtype: str, trust_remote_code: bool) -
     try:
         config = read_config(folder, trust_remote_code)
         if config.is_encoder_decoder:
-            raise ModelLoadFailed("Encoder-decoder models cannot be served")
+            raise ModelNotServable("Encoder-decoder models cannot be served", param="model")
         with differentiable(), ShapesOnly():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
