@@ -35,6 +35,7 @@
     │   ├── ModelLoading             503  the server is still starting
     │   ├── ModelNotLoaded           503  AUTO_LOAD is off and another model is resident
     │   ├── ModelLoadFailed          503
+    │   │   ├── ModelNotServable     400  of a kind that never can be
     │   │   └── InsufficientMemory   503
     │   ├── ModelUnloaded            503  the model was taken away before the answer was complete
     │   └── ServerShuttingDown       503
@@ -316,6 +317,14 @@ class ModelLoadFailed(Unavailable):
     """The model's files could not be found, checked, converted or loaded."""
 
     code = "model_load_failed"
+
+
+class ModelNotServable(ModelLoadFailed):
+    """The model is of a kind that this server can never serve, such as an encoder-decoder."""
+
+    status = 400
+    type = "invalid_request_error"
+    code = "model_not_servable"
 
 
 class InsufficientMemory(ModelLoadFailed):

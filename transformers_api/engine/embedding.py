@@ -7,6 +7,7 @@ answered, and reads at most ``slice_tokens`` tokens where the model allows it.
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -33,6 +34,7 @@ from transformers_api.engine.platform.cpu import usable_cores
 from transformers_api.engine.platform.memory import release_memory
 from transformers_api.engine.platform.meta_shapes import ShapesOnly
 from transformers_api.engine.pretrained import context_window, pick_device, read_config
+from transformers_api.engine.rope import follow_lengths, sequence_length, switching_lengths
 from transformers_api.engine.thread import EngineThread
 from transformers_api.errors import ApiError, ModelLoadFailed, ModelNotCapable, ModelUnloaded
 
@@ -133,9 +135,10 @@ class PooledEmbedder:
         self._engine = engine
         self._reduction = reduction
         self._reads_in_chunks = reads_in_chunks
-        self._lock = (
-            threading.Lock()
-        )  # several slices in the inbox would run without a step between
+        # Several slices in the inbox would run without a step between them.
+        self._lock = threading.Lock()
+        lengths = self._visit(lambda model: switching_lengths(model, sys.maxsize))
+        self._original = min(lengths, default=None)
         self.dimensions = int(self._visit(partial(_pooled, rows=[[0]], mode="last")).shape[1])
 
     def embed(self, rows: Sequence[Sequence[int]], dimensions: int | None = None) -> list[bytes]:
@@ -146,7 +149,20 @@ class PooledEmbedder:
             while not reading.is_done:
                 self._visit(partial(reading.read, width=self.slice_tokens))
             return self._visit(lambda _model: finish(reading.pooled(mode)))
-        return self._visit(lambda model: finish(_pooled(model, rows, mode)))
+        vectors: dict[int, bytes] = {}
+        for numbers in self._of_one_kind(rows):
+            pooled = partial(_pooled, rows=[rows[i] for i in numbers], mode=mode)
+            made = self._visit(lambda model, pooled=pooled: finish(pooled(model)))  # type: ignore[misc]
+            vectors |= zip(numbers, made, strict=True)
+        return [vectors[i] for i in range(len(rows))]
+
+    def _of_one_kind(self, rows: Sequence[Sequence[int]]) -> list[list[int]]:
+        """The numbers of rows that can share a pass: all, unless rope factors differ."""
+        if self._original is None:
+            return [[*range(len(rows))]]
+        is_long = [len(row) > self._original for row in rows]
+        kinds = [[i for i, own in enumerate(is_long) if own == kind] for kind in (False, True)]
+        return [numbers for numbers in kinds if numbers]
 
     def _visit(self, visit: Callable[[Any], T]) -> T:
         with self._lock:
@@ -171,13 +187,14 @@ class _Reading:
             self.cache = DynamicCache(config=model.config.get_text_config(decoder=True))
         ids = self.ids[self.done : self.done + width]
         stop = self.done + len(ids)
-        hidden = _hidden(
-            model,
-            input_ids=torch.tensor([ids], device=model.device),
-            attention_mask=torch.ones(1, stop, dtype=torch.long, device=model.device),
-            past_key_values=self.cache,
-            use_cache=True,
-        )
+        with sequence_length(len(self.ids)):
+            hidden = _hidden(
+                model,
+                input_ids=torch.tensor([ids], device=model.device),
+                attention_mask=torch.ones(1, stop, dtype=torch.long, device=model.device),
+                past_key_values=self.cache,
+                use_cache=True,
+            )
         total = hidden.sum(1)
         self.first = self.first if self.done else hidden[:, 0]
         self.sum = self.sum + total if self.done else total
@@ -217,8 +234,9 @@ def load_encoder(folder: Path, options: LoadOptions, thread: EngineThread) -> En
         raise ModelLoadFailed(f"The model cannot be loaded: {reason}") from error
     model, info = loaded
     _check_weights(info)
+    follow_lengths(model)
     model = model.to(device).eval()
-    return EncoderEngine(model, context_window(model.config, options), thread)
+    return EncoderEngine(model, context_window(model, options), thread)
 
 
 def _check_weights(info: dict[str, Any]) -> None:

@@ -64,6 +64,7 @@ class EngineLimits:
     torch_noise: bool = False  # sample as torch.multinomial with a seeded generator does
     busy_chunk: int | None = None  # the same for one prompt while others decode; None: as many
     prompt_lookup_tokens: int = 0  # read ahead in a lone sequence that repeats itself
+    original_window: int | None = None  # tokens beyond which a sequence takes other rope factors
 
 
 class BatchingEngine:
@@ -117,11 +118,12 @@ class BatchingEngine:
 
     def _step(self, batch: Batch) -> None:
         self.lookup.extend(batch)
-        logits = self.runner.forward(batch, batch.keep)  # (B, keep, V)
-        self._steps += 1
-        for place in range(batch.keep):
-            if not self._take(batch, logits[:, place], place):
-                break
+        for part in batch.parts:
+            logits = self.runner.forward(part, part.keep)  # (B, keep, V)
+            self._steps += 1
+            for place in range(part.keep):
+                if not self._take(part, logits[:, place], place):
+                    break
         for seq in reversed(batch.sequences):  # only when all have advanced: finishing moves rows
             if seq.is_finished:
                 self.scheduler.finish(seq)
@@ -317,6 +319,7 @@ class BatchingEngine:
             processors=processors_for(request.params),
             observe=observe,
             on_end=self._ended,
+            original_window=limits.original_window,
         )
         seq.request_id = logs.request_id.get()
         return seq

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,7 +30,7 @@ from transformers_api.engine.runners.suppressed_tokens import SuppressingRunner
 from transformers_api.engine.runners.thread_sharing import SharingRunner
 from transformers_api.engine.sampling.sampler import TokenSampler
 from transformers_api.engine.thread import EngineThread
-from transformers_api.errors import ModelLoadFailed
+from transformers_api.errors import ModelNotServable
 from transformers_api.heap import trim_memory
 
 log = logging.getLogger(__name__)
@@ -117,7 +118,7 @@ def start(
             options.check_room(weights * DTYPE_BYTES.get(options.dtype, 4))
     if options.quantization != "none":
         raise not_quantized(options, reason)
-    raise ModelLoadFailed(reason)
+    raise ModelNotServable(reason, param="model")
 
 
 def share_cores(backend: Backend, thread: EngineThread) -> None:
@@ -139,7 +140,7 @@ def build_engine(
     ``runner``: the one that the model has already. Raises BackendRefused; the model may be of no
     use then, unless the backend ``leaves_model``.
     """
-    vocab_size, window = _vocab_size(model, options), context_window(model.config, options)
+    vocab_size, window = _vocab_size(model, options), context_window(model, options)
     if runner is None:
         if reason := backend.refusal(model):
             raise BackendRefused(reason)
@@ -147,7 +148,10 @@ def build_engine(
     if isinstance(runner, ModelRunner):
         window = _bounded(runner, options)
     facts = backend.describe(runner)
-    limits = _limits(model, backend, options, facts.mode, vocab_size, window)
+    limits = replace(
+        _limits(model, backend, options, facts.mode, vocab_size, window),
+        original_window=runner.original_window,
+    )
     outer: Runner = runner
     suppressed = getattr(model.generation_config, "suppress_tokens", None) or ()
     if ids := [token for token in suppressed if 0 <= token < vocab_size]:

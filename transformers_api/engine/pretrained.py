@@ -17,8 +17,9 @@ from transformers.utils.logging import disable_progress_bar
 from transformers_api.engine.load_options import SMALL_BYTES, LoadOptions
 from transformers_api.engine.model_config import neutral
 from transformers_api.engine.platform.meta_shapes import ShapesOnly
+from transformers_api.engine.rope import follow_lengths
 from transformers_api.engine.weight_report import check_weights
-from transformers_api.errors import ModelLoadFailed
+from transformers_api.errors import ModelLoadFailed, ModelNotServable
 
 log = logging.getLogger(__name__)
 disable_progress_bar()  # type: ignore[no-untyped-call]  # a server's log is no terminal
@@ -50,7 +51,7 @@ def load_model(folder: Path, device: str, dtype: str, trust_remote_code: bool) -
     try:
         config = read_config(folder, trust_remote_code)
         if config.is_encoder_decoder:
-            raise ModelLoadFailed("Encoder-decoder models cannot be served")
+            raise ModelNotServable("Encoder-decoder models cannot be served", param="model")
         with differentiable(), ShapesOnly():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
@@ -69,6 +70,7 @@ def load_model(folder: Path, device: str, dtype: str, trust_remote_code: bool) -
         raise ModelLoadFailed(f"The model cannot be loaded: {_first_line(error)}") from error
     model, info = loaded
     check_weights(info, folder)
+    follow_lengths(model)
     with differentiable():
         return model.to(device).eval().requires_grad_(False)
 
@@ -97,14 +99,27 @@ def differentiable() -> Iterator[None]:
         yield
 
 
-def context_window(config: Any, options: LoadOptions) -> int:
+def context_window(model: Any, options: LoadOptions) -> int:
     """Tokens that the model can see: what its config allows, or less where the registry says so."""
-    text = config.get_text_config(decoder=True)
+    text = model.config.get_text_config(decoder=True)
     sizes = [getattr(text, name, None) for name in WINDOW_FIELDS]
     own = next((size for size in sizes if isinstance(size, int) and size > 0), None)
+    tables = [
+        _positions(module.position_embeddings)
+        for module in model.modules()
+        if hasattr(module, "position_embeddings")
+    ]
+    own = min((size for size in (own, *tables) if size is not None), default=None)
     if own is None:
         return options.max_context_tokens or options.default_context_tokens
     return min(own, options.max_context_tokens or own)
+
+
+def _positions(table: Any) -> int | None:
+    """Tokens of a table of positions that begins behind its padding, as RoBERTa's."""
+    if not isinstance(table, torch.nn.Embedding) or table.padding_idx is None:
+        return None
+    return table.num_embeddings - table.padding_idx - 1
 
 
 def attention_layers(model: Any) -> int:

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Protocol
 
 from transformers_api.engine.base import FinishReason
@@ -98,6 +99,14 @@ class Batch:
         return 1 + len(self.draft)
 
     @property
+    def parts(self) -> list[Batch]:
+        """Batches of neighbours that take the same rope factors; nearly always this one alone."""
+        if self.sequences[0].original_window is None:
+            return [self]
+        kinds = groupby(self.sequences, key=lambda seq: seq.is_long)
+        return [Batch(list(part), self.width, self.draft) for _, part in kinds]
+
+    @property
     def ids(self) -> list[list[int]]:
         """The token ids that the forward reads."""
         return [seq.upcoming(self.stride) + self.draft for seq in self.sequences]
@@ -109,6 +118,7 @@ class _FinishedRow:
 
     tokens: list[int]
     used: int = 0  # when, in admissions
+    is_long: bool = False  # see Sequence
 
 
 class Scheduler:
@@ -215,7 +225,7 @@ class Scheduler:
         if seq.has_failed:
             self.cache.wipe(last)  # it may hold a NaN, which gets through masks
         elif self.cache.reuses_prefixes and seq.num_cached:
-            self._finished[last] = _FinishedRow(seq.cached, self._admissions)
+            self._finished[last] = _FinishedRow(seq.cached, self._admissions, seq.is_long)
         seq.slot = -1
 
     def clear(self) -> None:
@@ -285,11 +295,16 @@ class Scheduler:
         return shared
 
     def _longest_prefix(self, seq: Sequence) -> tuple[int, int]:
-        """(slot, tokens) of the row that shares most with the prompt, but for its last token."""
+        """(slot, tokens) of the row that shares most with the prompt, but for its last token.
+
+        Rows that were read with other rope factors share nothing.
+        """
         if not self.cache.reuses_prefixes or seq.params.prompt_logprobs is not None:
             return -1, 0
         prompt = seq.tokens[seq.start : seq.prompt_len - 1]
-        rows = self._cached_rows()
+        others = {slot for slot, row in self._finished.items() if row.is_long != seq.is_long}
+        others |= {other.slot for other in self.running if other.is_long != seq.is_long}
+        rows = {s: tokens for s, tokens in self._cached_rows().items() if s not in others}
         best = max(rows, key=lambda slot: common_prefix(rows[slot], prompt), default=-1)
         return best, common_prefix(rows[best], prompt) if rows else 0
 

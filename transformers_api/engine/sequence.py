@@ -50,7 +50,8 @@ class Sequence:
     ``tokens`` are prompt and output. The model sees those from ``start`` on; the cache holds K and
     V of the first ``num_cached`` of these. With ``slides`` the model sees the last
     ``max_model_len`` tokens: beyond that each new token moves ``start`` and empties the cache.
-    ``processors`` change its logits, in this order.
+    ``processors`` change its logits, in this order. Beyond ``original_window`` tokens, if there is
+    one, the model takes other rope factors, and what it has read is read again.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Sequence:
         processors: SequenceOf[LogitsProcessor] = (),
         observe: Mapping[str, Any] = NOTHING,
         on_end: Callable[[Sequence, FinishReason], object] | None = None,
+        original_window: int | None = None,
     ) -> None:
         params = request.params
         self.params = params
@@ -77,6 +79,7 @@ class Sequence:
         self.prompt_len = len(self.tokens)
         self.start = max(self.prompt_len - max_model_len, 0)
         self.window = max_model_len
+        self.original_window = original_window
         longest = self.prompt_len + params.max_tokens
         self.max_len = longest if slides else min(longest, max_model_len)
         self.generator: torch.Generator | None = None  # noise from torch, not from the seed alone
@@ -107,12 +110,21 @@ class Sequence:
     @property
     def num_pending(self) -> int:
         """Tokens that the next forwards have to read: 1 while decoding."""
-        return len(self.tokens) - self.start - self.num_cached
+        return self._length - self.num_cached
 
     @property
     def is_prefilling(self) -> bool:
         """True where more is to be read than the token sampled last."""
         return self.num_pending > 1 or not self.num_output
+
+    @property
+    def is_long(self) -> bool:
+        """True beyond the original window: all of it is read with the long factors."""
+        return self.original_window is not None and self._length > self.original_window
+
+    @property
+    def _length(self) -> int:
+        return len(self.tokens) - self.start
 
     @property
     def room(self) -> int:
@@ -147,8 +159,10 @@ class Sequence:
             self.tokens.append(sampled.token_id)
             if self.constraint is not None:
                 self.constraint.take(sampled.token_id)
-            if len(self.tokens) - self.start > self.window:
+            if self._length > self.window:
                 self.start, self.num_cached = len(self.tokens) - self.window, 0
+            elif self.is_long and self._length - 1 == self.original_window:
+                self.num_cached = 0
             self._emit(sampled.token_id, sampled.score, self._finish_reason(sampled.token_id))
 
     def stats(self, reason: FinishReason) -> SequenceStats:

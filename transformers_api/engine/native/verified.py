@@ -10,7 +10,7 @@ from transformers_api.engine.backend import BackendRefused, PlanOutdated
 from transformers_api.engine.native.convert_model import check_loss, native_runner
 from transformers_api.engine.native.plan_cache import PlanFile
 from transformers_api.engine.native.runner import Kind, NativeRunner
-from transformers_api.engine.runners.verify import agrees, own_logits
+from transformers_api.engine.runners.verify import agrees, own_logits, probe, windows_agree
 from transformers_api.kernels.abi import Library
 from transformers_api.kernels.modules.replace import layer_groups
 
@@ -35,10 +35,13 @@ def verified_runner(
         except PlanOutdated:
             file.remove()
             raise
+    if not windows_agree(model):
+        raise BackendRefused("its windows are not those of its configuration")
     window = size[2]
     expected: list[Tensor] = []
+    rows = probe(model, vocab_size, window, in_windows=False)
     groups = layer_groups(
-        model, lambda: expected.extend(own_logits(model, vocab_size, window, at_once=True))
+        model, lambda: expected.extend(own_logits(model, vocab_size, rows, at_once=True))
     )
     learn = NativeRunner.learn
     runner = native_runner(model, library, kind, groups, size, vocab_size, learn)

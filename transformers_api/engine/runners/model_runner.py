@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from transformers_api.engine.kv_cache import SlotCache
+from transformers_api.engine.rope import sequence_length
 from transformers_api.engine.scheduler import Batch, SlotStore
 from transformers_api.engine.sequence import Sequence
 
@@ -37,10 +38,12 @@ class Runner(Protocol):
 class ModelRunner:
     """Runs an unmodified transformers model over the slot cache, with explicit positions and masks.
 
-    ``vocab_size``: logits of ids that the tokenizer lacks are cut off.
+    ``vocab_size``: logits of ids that the tokenizer lacks are cut off. ``original_window``: tokens
+    of a sequence beyond which the model's rope takes other factors; see ``rope.py``.
     """
 
     mode = "batching"
+    original_window: int | None = None
 
     def __init__(self, model: Any, cache: SlotCache, vocab_size: int) -> None:
         self.model = model
@@ -57,20 +60,27 @@ class ModelRunner:
         positions = torch.tensor(starts)[:, None] + torch.arange(batch.width)  # (B, T)
         positions = positions.to(self.device)
         self.cache.bind(batch.first_slot, positions, context)
-        output = self.model(
-            input_ids=torch.tensor(batch.ids, device=self.device),
-            position_ids=positions,
-            attention_mask=self.masks.build(positions, context),
-            past_key_values=self.cache,
-            use_cache=True,
-            return_dict=True,
-            **({"logits_to_keep": keep} if self._takes_keep else {}),
-        )
+        with sequence_length(self._length(batch)):
+            output = self.model(
+                input_ids=torch.tensor(batch.ids, device=self.device),
+                position_ids=positions,
+                attention_mask=self.masks.build(positions, context),
+                past_key_values=self.cache,
+                use_cache=True,
+                return_dict=True,
+                **({"logits_to_keep": keep} if self._takes_keep else {}),
+            )
         return _last(output.logits, keep, self.vocab_size)
 
     def clear(self) -> None:
         """See Runner."""
         self.cache.clear()
+
+    def _length(self, batch: Batch) -> int | None:
+        """A length whose factors the sequences of a batch take, which are of one kind."""
+        if self.original_window is None:
+            return None
+        return self.original_window + batch.sequences[0].is_long
 
 
 class MaskBuilder:
@@ -151,12 +161,14 @@ class SequentialRunner:
     """
 
     mode = "sequential"
+    original_window: int | None = None  # generate()'s own rule holds
 
     def __init__(self, model: Any, vocab_size: int, recompute: bool = False) -> None:
         self.model = model
         self.cache = OneRow()
         self.vocab_size = vocab_size
         self.recompute = recompute
+        self._takes_keep = bool(model._supports_logits_to_keep())
         self._sequence: Sequence | None = None
         self._state: dict[str, Any] = {}
 
@@ -168,14 +180,14 @@ class SequentialRunner:
         if self.recompute:
             logits = self.model(input_ids=ids, use_cache=False, return_dict=True).logits
         else:
-            logits = self._continue(seq, ids, batch.width)
+            logits = self._continue(seq, ids, batch.width, keep)
         return _last(logits, keep, self.vocab_size)
 
     def clear(self) -> None:
         """See Runner."""
         self._sequence, self._state = None, {}
 
-    def _continue(self, seq: Sequence, ids: Tensor, width: int) -> Tensor:
+    def _continue(self, seq: Sequence, ids: Tensor, width: int, keep: int) -> Tensor:
         starts = seq is not self._sequence or not seq.num_cached
         if starts:
             self._sequence, self._state = seq, self._fresh_state(ids)
@@ -185,6 +197,8 @@ class SequentialRunner:
             is_first_iteration=starts,
             **self._state,
         )
+        if self._takes_keep:  # some models' own preparation keeps the last token's alone
+            inputs["logits_to_keep"] = keep
         output = self.model(**inputs, return_dict=True)
         self._state = self.model._update_model_kwargs_for_generation(output, self._state)
         logits: Tensor = output.logits

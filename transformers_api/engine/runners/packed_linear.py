@@ -7,6 +7,7 @@ a small model clearly faster (benchmarks/decode.py).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
@@ -59,12 +60,33 @@ def can_pack(dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
-def pack_linears(model: Any) -> None:
-    """Replace the Linear layers of a model on a CPU, one by one, where that is possible."""
+def called_linears(model: nn.Module, forward: Callable[[], object]) -> set[nn.Module]:
+    """Return the Linear layers that ``forward`` calls: of others only the weights may be used."""
+    called: set[nn.Module] = set()
+    hooks = [
+        module.register_forward_pre_hook(lambda module, _: called.add(module))
+        for module in model.modules()
+        if type(module) is nn.Linear
+    ]
+    try:
+        forward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return called
+
+
+def pack_linears(model: Any, layers: Container[nn.Module] | None = None) -> None:
+    """Replace Linear layers of a model on a CPU, one by one, where that is possible.
+
+    ``layers``: those that may be replaced; None: all.
+    """
     if model.device.type != "cpu" or not can_pack(model.dtype):
         return
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in [m.weight]}
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if type(child) is nn.Linear and child.weight.dtype == model.dtype:
+            if type(child) is not nn.Linear or (layers is not None and child not in layers):
+                continue
+            if child.weight.dtype == model.dtype:
                 setattr(module, name, PackedLinear(child, id(child.weight) in embeddings))

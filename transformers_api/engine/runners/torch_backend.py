@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers_api.engine.base import EngineFacts
 from transformers_api.engine.kv_cache import SlotCache
 from transformers_api.engine.load_options import LoadOptions
 from transformers_api.engine.pretrained import attention_layers, differentiable, gpu_dtype
+from transformers_api.engine.rope import reads_again, switching_lengths
 from transformers_api.engine.runners.cuda_graphs import GraphRunner, PaddedCache
 from transformers_api.engine.runners.model_runner import (
     ModelRunner,
@@ -25,8 +27,13 @@ from transformers_api.engine.runners.model_runner import (
     SequentialRunner,
     VerifiedRunner,
 )
-from transformers_api.engine.runners.packed_linear import pack_linears
-from transformers_api.engine.runners.verify import agrees
+from transformers_api.engine.runners.packed_linear import called_linears, pack_linears
+from transformers_api.engine.runners.verify import (
+    agrees,
+    expected_logits,
+    looks_ahead,
+    windows_agree,
+)
 from transformers_api.engine.sampling.sampler import Sampler, TokenSampler
 from transformers_api.engine.standby import StandbyModel
 
@@ -64,20 +71,39 @@ class TorchBackend:
 
     def verified_runner(self, model: Any, vocab_size: int, window: int) -> VerifiedRunner:
         """See Backend."""
-        if layers := attention_layers(model):
-            with differentiable():
-                pack_linears(model)
-            cache = SlotCache(layers, self.options.num_slots, window)
-            batched = ModelRunner(model, cache, vocab_size)
-            if agrees(batched, model, vocab_size, window):
-                return batched
+        if batched := self._batched(model, vocab_size, window):
+            return batched
         for recompute in (False, True):
             runner = SequentialRunner(model, vocab_size, recompute)
             if agrees(runner, model, vocab_size, window):
                 runner.clear()
                 log.warning("%s is served one sequence at a time", type(model).__name__)
                 return runner
-        raise BackendRefused(f"{type(model).__name__} cannot be run as a causal language model")
+        raise BackendRefused(
+            f"{type(model).__name__} cannot be run as a causal language model"
+            f"{looks_ahead(model, vocab_size, window)}"
+        )
+
+    def _batched(self, model: Any, vocab_size: int, window: int) -> ModelRunner | None:
+        """None for a model whose sequences cannot be read together. Its layers are packed."""
+        layers, lengths = attention_layers(model), switching_lengths(model, window)
+        if not layers or len(lengths) > 1 or not all(reads_again(model, n) for n in lengths):
+            return None
+        cache = SlotCache(layers, self.options.num_slots, window)
+        runner = ModelRunner(model, cache, vocab_size)
+        runner.original_window = min(lengths, default=None)
+        expected: list[Tensor] = []
+        try:
+            called = called_linears(
+                model, lambda: expected.extend(expected_logits(runner, vocab_size, window))
+            )
+        except Exception:
+            log.info("%s cannot read the probe", type(model).__name__, exc_info=True)
+            return None
+        with differentiable():
+            pack_linears(model, called)
+        right = windows_agree(model) and agrees(runner, model, vocab_size, window, expected)
+        return runner if right else None
 
     def sampler(self) -> TokenSampler:
         """See Backend."""
@@ -125,12 +151,14 @@ class CudaGraphsBackend(TorchBackend):
 
     def refusal(self, model: Any) -> str | None:
         """See Backend."""
+        if switching_lengths(model, sys.maxsize):
+            return "positions that depend on the length"
         return None if attention_layers(model) else "it cannot share a batch"
 
     def verified_runner(self, model: Any, vocab_size: int, window: int) -> VerifiedRunner:
         """See Backend."""
         cache = PaddedCache(attention_layers(model), self.options.num_slots, window)
         runner = GraphRunner(model, cache, vocab_size)
-        if not agrees(runner, model, vocab_size, window):
+        if not (windows_agree(model) and agrees(runner, model, vocab_size, window)):
             raise BackendRefused("its decode steps cannot be captured")
         return runner

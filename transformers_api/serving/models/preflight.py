@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers_api.errors import ModelLoadFailed
+from transformers_api.errors import ModelLoadFailed, ModelNotServable
 from transformers_api.serving.models.config_sizes import check_sizes
 from transformers_api.serving.models.foreign import (
     LFS_POINTER,
@@ -162,7 +162,7 @@ def check_config(
     config = read_object(folder / "config.json")
     model_type = config.get("model_type")
     if reason := _not_generating(folder, config, encoder):
-        raise ModelLoadFailed(f"{folder}: {reason}")
+        raise ModelNotServable(f"{folder}: {reason}", param="model")
     if encoder:
         _check_is_encoder(folder)
     if trust_remote_code:

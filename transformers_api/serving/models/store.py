@@ -13,7 +13,12 @@ from pathlib import Path
 from typing import TextIO
 
 from transformers_api.config.settings import Settings
-from transformers_api.errors import InsufficientStorage, ModelLoadFailed, ModelNotFound
+from transformers_api.errors import (
+    InsufficientStorage,
+    ModelLoadFailed,
+    ModelNotFound,
+    ModelNotServable,
+)
 from transformers_api.serving.models import foreign, packages, preflight
 from transformers_api.serving.models.description import Description, describe
 from transformers_api.serving.models.headers import read_object
@@ -30,7 +35,6 @@ from transformers_api.serving.models.spec import (
     PackageSource,
     PathSource,
 )
-from transformers_api.serving.models.template_tokens import check_template
 
 CONVERTER = "transformers_api.checkpoints.convert"
 CONVERTIBLE = (".gguf", ".pt", ".pth")  # the last two: TinyGPT, niels-gpt, GPT3-dev
@@ -181,8 +185,6 @@ class ModelStore:
             )
 
     def _inspect(self, spec: ModelSpec, folder: Path) -> ModelFiles:
-        if spec.chat in (None, "template") and spec.embedding != "encoder" and folder.is_dir():
-            check_template(folder)
         return preflight.inspect_folder(
             folder, spec.trust_remote_code, self._knows, spec.embedding == "encoder"
         )
@@ -219,7 +221,7 @@ class ModelStore:
 
 def _check_servable(spec: ModelSpec) -> None:
     if spec.refusal is not None:
-        raise ModelLoadFailed(f"Model '{spec.name}': {spec.refusal}", param="model")
+        raise ModelNotServable(f"Model '{spec.name}': {spec.refusal}", param="model")
 
 
 def _is_standard(path: Path) -> bool:

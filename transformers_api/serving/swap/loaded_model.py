@@ -60,7 +60,7 @@ class LoadedModel:
     @cached_property
     def template(self) -> ModelTemplate:
         """The tokenizer's chat template."""
-        return ModelTemplate(self.tokenizer)
+        return ModelTemplate(self.tokenizer, self.engine.vocab_size)
 
     @property
     def end_of_turn(self) -> frozenset[int]:

@@ -94,6 +94,8 @@ def encode(
     if mode == "transcript":
         return ChatPrompt(model.template.control.ids(text, True), TRANSCRIPT_STOPS)
     ids = model.template.control.ids(text, False)
+    if fault := model.template.missing_token(ids):  # written in this conversation only
+        raise _unusable(model, fault)
     return ChatPrompt(ids, _written_stops(model.tokenizer), model.end_of_turn)
 
 
@@ -132,11 +134,15 @@ def chat_mode(model: LoadedModel) -> ChatMode:
     if mode == "template" and not has_template:
         raise ModelNotCapable(f"Model '{model.spec.name}' has no chat template", param="model")
     if mode == "template" and (fault := model.template.fault):
-        raise ModelNotCapable(
-            f"Model '{model.spec.name}' has a chat template that cannot be used: {fault}",
-            param="model",
-        )
+        raise _unusable(model, fault)
     return mode
+
+
+def _unusable(model: LoadedModel, fault: str) -> ModelNotCapable:
+    return ModelNotCapable(
+        f"Model '{model.spec.name}' has a chat template that cannot be used: {fault}",
+        param="model",
+    )
 
 
 def transcript(

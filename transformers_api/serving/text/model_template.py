@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -33,10 +33,14 @@ class _Traits:
 
 
 class ModelTemplate:
-    """A tokenizer's chat template, and prompts made with it. From any thread."""
+    """A tokenizer's chat template, and prompts made with it. From any thread.
 
-    def __init__(self, tokenizer: Any) -> None:
+    ``vocab_size``: of the model, which may lack tokens that were added to the tokenizer.
+    """
+
+    def __init__(self, tokenizer: Any, vocab_size: int | None = None) -> None:
         self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
 
     @cached_property
     def source(self) -> str:
@@ -63,12 +67,44 @@ class ModelTemplate:
         """The token with which the template closes an assistant's turn; empty when unknown.
 
         It is often not the tokenizer's end-of-sequence token: ``<|im_end|>``, ``<|eot_id|>``, ….
+        Where the last turn is left open, it is the token before another turn.
         """
         added = self._tokenizer.added_tokens_decoder.items()
         # Added tokens that are only spaces (Gemma has some) close nothing.
         closing = {i for i, token in added if token.content.strip(" \t\r\n▁")}
-        ids = self._tokenizer.encode(self._traits.close, add_special_tokens=False)
-        return frozenset(next(([i] for i in ids if i in closing), []))
+        for close in self._closes():
+            ids = self._tokenizer.encode(close, add_special_tokens=False)
+            if first := [i for i in ids if i in closing][:1]:
+                return frozenset(first)
+        return frozenset()
+
+    def missing_token(self, ids: Sequence[int]) -> str | None:
+        """What is wrong with a prompt that has tokens which the model lacks; None: nothing."""
+        size = self._vocab_size
+        beyond = [] if size is None else [token for token in ids if token >= size]
+        if not beyond:
+            return None
+        text = self._tokenizer.convert_ids_to_tokens(beyond[0])
+        return (
+            f"it writes {text!r}, which is token {beyond[0]}, but the model has {size}: resize its "
+            "embeddings, or set chat: transcript in the registry entry"
+        )
+
+    def _closes(self) -> Iterator[str]:
+        """What comes after an assistant's message: at the end, and before another turn."""
+        traits = self._traits
+        yield traits.close
+        if not self.source or traits.fault:
+            return
+        turns = [_HELLO, {"role": "assistant", "content": _PROBE}, _NEXT]
+        try:
+            text = self._rendered(_in_parts(turns, traits.in_parts), _NO_PROMPT)
+        except TemplateFailed:
+            return
+        _, probe, after = text.partition(_PROBE)
+        between, following, _ = after.partition(_NEXT["content"])
+        if probe and following:
+            yield between
 
     def render(
         self,
@@ -167,7 +203,8 @@ class ModelTemplate:
         except TemplateFailed:
             text = ""
         _, probe, after = text.rpartition(_PROBE)
-        return _Traits(in_parts=in_parts, close=after if probe else "")
+        fault = self.missing_token(self.control.ids(text, False))
+        return _Traits(fault, in_parts, close=after if probe else "")
 
     def _roles_in_parts(self) -> frozenset[str]:
         """The roles whose text only shows as a list of parts."""
@@ -195,6 +232,7 @@ class ModelTemplate:
 
 _NO_PROMPT = {"add_generation_prompt": False}
 _HELLO = {"role": "user", "content": "hello"}
+_NEXT = {"role": "user", "content": "qznextqz"}
 
 
 def _special_tokens(tokenizer: Any) -> dict[str, Any]:
