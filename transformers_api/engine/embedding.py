@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -120,7 +122,7 @@ class EncoderEngine:
 
 
 class PooledEmbedder:
-    """Meets ``serving.models.Embedder``: one slice at a time, whoever asks, from any thread.
+    """Meets ``serving.models.Embedder``: one slice at a time, by turns, from any thread.
 
     ``reads_in_chunks``: a causal model can take a long text in pieces; its later tokens do not
     change the earlier ones.
@@ -133,9 +135,7 @@ class PooledEmbedder:
         self._engine = engine
         self._reduction = reduction
         self._reads_in_chunks = reads_in_chunks
-        self._lock = (
-            threading.Lock()
-        )  # several slices in the inbox would run without a step between
+        self._line = Line()  # several slices in the inbox would run without a step between
         self.dimensions = int(self._visit(partial(_pooled, rows=[[0]], mode="last")).shape[1])
 
     def embed(self, rows: Sequence[Sequence[int]], dimensions: int | None = None) -> list[bytes]:
@@ -149,8 +149,39 @@ class PooledEmbedder:
         return self._visit(lambda model: finish(_pooled(model, rows, mode)))
 
     def _visit(self, visit: Callable[[Any], T]) -> T:
-        with self._lock:
+        with self._line.turn():
             return self._engine.call(visit).result()
+
+
+class Line:
+    """A lock whose holders come in the order in which they asked: who asks again is the last.
+
+    One of ``threading`` goes to whoever is quick, which is the one that has just released it.
+    """
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._line: deque[threading.Event] = deque()  # the first one holds it
+
+    def __len__(self) -> int:
+        """Those who hold it or wait for it."""
+        return len(self._line)
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Wait for the turn; it ends with the block."""
+        turn = threading.Event()
+        with self._guard:
+            self._line.append(turn)
+            self._line[0].set()
+        turn.wait()
+        try:
+            yield
+        finally:
+            with self._guard:
+                self._line.popleft()
+                if self._line:
+                    self._line[0].set()
 
 
 class _Reading:

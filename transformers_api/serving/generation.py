@@ -200,9 +200,10 @@ def start(
     request: GenerationRequest,
     cancellation: Cancellation,
     *,
+    client: str = "",
     stream: bool = False,
 ) -> Generation:
-    """Submit all choices of all prompts at once.
+    """Submit all choices of all prompts at once, for ``client``, whose turns they share.
 
     Raises InvalidRequest for a ``best_of`` that is streamed or less than ``n``, the reason of a
     cancellation, and what the engine refuses with.
@@ -219,7 +220,8 @@ def start(
         raise cancellation.error
     places = [(prompt, i) for prompt in request.prompts for i in range(per_prompt)]
     sequences = [
-        SequenceRequest(prompt, params if i == 0 else _with_seed(params, i)) for prompt, i in places
+        SequenceRequest(prompt, params if i == 0 else _with_seed(params, i), client=client)
+        for prompt, i in places
     ]
     observe = {} if request.trace is None else {"trace": request.trace}
     outputs = model.engine.submit(sequences, observe=observe)
