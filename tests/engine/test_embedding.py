@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from transformers_api.engine import embedding
 from transformers_api.engine.base import SamplingParams, SequenceRequest
 from transformers_api.engine.embedding import (
     EncoderEngine,
+    Line,
     PooledEmbedder,
     Reduction,
     load_encoder,
@@ -153,6 +155,29 @@ def test_never_do_two_slices_lie_in_the_inbox_together(engine_thread):
         list(pool.map(lambda row: embedder.embed([row]), ROWS * 10))
     assert len(most) == 40
     assert max(most) == 1
+
+
+def test_a_text_of_many_slices_lets_others_between():
+    line, order = Line(), []
+    waiting = threading.Event()
+
+    def read(name, slices):
+        for _ in range(slices):
+            with line.turn():
+                order.append(name)
+                assert waiting.wait(10)
+
+    with ThreadPoolExecutor(2) as pool:
+        readings = [pool.submit(read, "long", 3)]
+        while not order:
+            pass
+        readings.append(pool.submit(read, "short", 1))
+        while len(line) < 2:
+            pass
+        waiting.set()
+        for reading in readings:
+            reading.result(10)
+    assert order == ["long", "short", "long", "long"]
 
 
 def test_a_closed_encoder_says_so_and_gives_its_model_away(engine_thread):

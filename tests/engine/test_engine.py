@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -332,6 +333,30 @@ def test_prompt_scores_are_the_models_log_probabilities(make_engine):
         assert score.top[0][0] == logits[position].argmax().item()
     assert outputs[0].score.logprob == pytest.approx(logits[-1].max().item(), abs=1e-4)
     assert outputs[1].prompt_scores is None
+
+
+def test_prompts_that_share_the_engine_get_what_they_get_alone(make_engine, gated):
+    """Tokens and scores to the bit: long ones and short ones, scored ones, of several clients."""
+    prompts = [[(7 * place + 3 * i) % 50 + 4 for i in range(10 + 20 * place)] for place in range(6)]
+    scored = {1: 2, 3: 0}
+    asks = [
+        replace(
+            ask(prompt, max_tokens=6, logprobs=1, prompt_logprobs=scored.get(place), **GREEDY),
+            client=str(place % 3),
+        )
+        for place, prompt in enumerate(prompts)
+    ]
+    options = {"kv_cache_bytes": 1 << 22, "num_slots": 8, "max_waiting": 8}
+    lone = make_engine(**options)
+    alone = [read(lone.submit([each]))[0] for each in asks]
+    engine, gate = gated(**options)
+    streams = [engine.submit([each]) for each in asks]
+    gate.open()
+    for stream, expected in zip(streams, alone, strict=True):
+        outputs = read(stream)[0]
+        assert [each.token_id for each in outputs] == [each.token_id for each in expected]
+        assert [each.score for each in outputs] == [each.score for each in expected]
+        assert outputs[0].prompt_scores == expected[0].prompt_scores
 
 
 def test_scoring_alone_generates_nothing(make_engine):

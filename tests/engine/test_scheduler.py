@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -56,9 +58,9 @@ class Rows:
             assert self.data[seq.slot][:end] == seen, "the row holds what the sequence sees"
 
 
-def sequence(prompt, max_tokens, window=64, slides=False) -> Sequence:
+def sequence(prompt, max_tokens, window=64, slides=False, client="") -> Sequence:
     return Sequence(
-        ask(prompt, max_tokens=max_tokens, temperature=0.0),
+        replace(ask(prompt, max_tokens=max_tokens, temperature=0.0), client=client),
         TokenStream(1, lambda _: None),
         0,
         eos_token_ids=frozenset(),
@@ -126,8 +128,6 @@ def test_every_row_holds_its_sequence_whatever_comes_and_goes(requests, slots, c
         assert [seq.slot for seq in scheduler.running] == list(range(len(scheduler.running)))
         phases = [seq.is_prefilling for seq in scheduler.running]
         assert phases == sorted(phases), "those who decode come first"
-        reading = sum(not seq.num_output for seq in scheduler.running)
-        assert reading <= 2, "one prompt at a time, and a short one in between"
     assert all(seq.is_finished for _, seq, _ in due)
     assert all(seq.cancelled or seq.num_output == seq.params.max_tokens for _, seq, _ in due)
 
@@ -206,7 +206,7 @@ def test_a_short_prompt_does_not_wait_for_a_long_one():
     steps(scheduler, 1)
     scheduler.add(short)
     scheduler.add(other)
-    read = [seqs[0] for seqs, width in steps(scheduler, 6) if width > 1]
+    read = [seqs[0] for seqs, width in steps(scheduler, 8) if width > 1]
     assert read.index(short) < 2
     assert read.count(long) > 1, "nor does the long one for many short ones"
 

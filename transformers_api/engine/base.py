@@ -93,6 +93,7 @@ class SequenceRequest:
     prompt_ids: Sequence[int]  # at least one
     params: SamplingParams
     constraint: TokenConstraint | None = None  # of this sequence alone
+    client: str = ""  # whoever asks: prompts of all clients are read by turns
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,10 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -122,7 +124,7 @@ class EncoderEngine:
 
 
 class PooledEmbedder:
-    """Meets ``serving.models.Embedder``: one slice at a time, whoever asks, from any thread.
+    """Meets ``serving.models.Embedder``: one slice at a time, by turns, from any thread.
 
     ``reads_in_chunks``: a causal model can take a long text in pieces; its later tokens do not
     change the earlier ones.
@@ -135,8 +137,7 @@ class PooledEmbedder:
         self._engine = engine
         self._reduction = reduction
         self._reads_in_chunks = reads_in_chunks
-        # Several slices in the inbox would run without a step between them.
-        self._lock = threading.Lock()
+        self._line = Line()  # several slices in the inbox would run without a step between
         lengths = self._visit(lambda model: switching_lengths(model, sys.maxsize))
         self._original = min(lengths, default=None)
         self.dimensions = int(self._visit(partial(_pooled, rows=[[0]], mode="last")).shape[1])
@@ -165,8 +166,39 @@ class PooledEmbedder:
         return [numbers for numbers in kinds if numbers]
 
     def _visit(self, visit: Callable[[Any], T]) -> T:
-        with self._lock:
+        with self._line.turn():
             return self._engine.call(visit).result()
+
+
+class Line:
+    """A lock whose holders come in the order in which they asked: who asks again is the last.
+
+    One of ``threading`` goes to whoever is quick, which is the one that has just released it.
+    """
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._line: deque[threading.Event] = deque()  # the first one holds it
+
+    def __len__(self) -> int:
+        """Those who hold it or wait for it."""
+        return len(self._line)
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Wait for the turn; it ends with the block."""
+        turn = threading.Event()
+        with self._guard:
+            self._line.append(turn)
+            self._line[0].set()
+        turn.wait()
+        try:
+            yield
+        finally:
+            with self._guard:
+                self._line.popleft()
+                if self._line:
+                    self._line[0].set()
 
 
 class _Reading:

@@ -63,6 +63,7 @@ class EngineLimits:
     prompt_window: int | None = None  # with "crop": tokens of a prompt that are read
     torch_noise: bool = False  # sample as torch.multinomial with a seeded generator does
     busy_chunk: int | None = None  # the same for one prompt while others decode; None: as many
+    costly_context: int | None = None  # see Scheduler
     prompt_lookup_tokens: int = 0  # read ahead in a lone sequence that repeats itself
     original_window: int | None = None  # tokens beyond which a sequence takes other rope factors
 
@@ -90,7 +91,11 @@ class BatchingEngine:
         self.sampler = sampler or Sampler()
         self.listener = listener or SilentEngineListener()
         self.scheduler = Scheduler(
-            runner.cache, limits.num_slots, limits.prefill_chunk, limits.busy_chunk
+            runner.cache,
+            limits.num_slots,
+            limits.prefill_chunk,
+            limits.busy_chunk,
+            limits.costly_context,
         )
         self.lookup = PromptLookup(limits.prompt_lookup_tokens)
         self.thread = thread

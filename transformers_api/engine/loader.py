@@ -35,6 +35,7 @@ from transformers_api.heap import trim_memory
 
 log = logging.getLogger(__name__)
 BUSY_CHUNK = 32  # on a CPU, where more tokens in one pass take as long apiece
+COSTLY_CONTEXT = 6  # times the model's width: attention takes as long as all else there
 OWN_THREADS = min(torch.get_num_threads(), usable_cores())  # torch knows of no quota
 
 
@@ -172,7 +173,8 @@ def _limits(
     vocab_size: int,
     window: int,
 ) -> EngineLimits:
-    batches = mode == "batching"
+    batches, on_cpu = mode == "batching", model.device.type == "cpu"
+    width = getattr(model.config.get_text_config(decoder=True), "hidden_size", 0)
     return EngineLimits(
         max_model_len=window,
         vocab_size=vocab_size,
@@ -183,7 +185,8 @@ def _limits(
         context_overflow=getattr(model.config, "context_overflow", None),
         prompt_window=getattr(model.config, "prompt_window", None),
         torch_noise=getattr(model.config, "sampling_noise", None) == "torch",
-        busy_chunk=BUSY_CHUNK if model.device.type == "cpu" else None,
+        busy_chunk=BUSY_CHUNK if on_cpu else None,
+        costly_context=(COSTLY_CONTEXT * width or None) if on_cpu and batches else None,
         prompt_lookup_tokens=options.prompt_lookup_tokens if backend.is_batch_invariant else 0,
     )
 

@@ -16,9 +16,11 @@ from itertools import groupby
 from typing import Protocol
 
 from transformers_api.engine.base import FinishReason
+from transformers_api.engine.prompt_turns import PromptTurns
 from transformers_api.engine.sequence import Sequence
 
 WORTH_READING = 16  # tokens of a prompt: a pass of fewer takes nearly as long
+SHORT = 512  # tokens of a prompt that may go before longer ones, where one pass reads more
 PER_DECODING = 3  # tokens of a prompt, which take as long as two decode steps of one of many
 
 
@@ -122,7 +124,11 @@ class _FinishedRow:
 
 
 class Scheduler:
-    """Waiting and running sequences; prefill and decode take turns."""
+    """Waiting and running sequences; prefill and decode take turns.
+
+    ``costly_context``: tokens before a token that cost as much as the token itself; None where the
+    length of a pass hardly depends on them.
+    """
 
     def __init__(
         self,
@@ -130,17 +136,20 @@ class Scheduler:
         num_slots: int,
         prefill_chunk: int,
         busy_chunk: int | None = None,
+        costly_context: int | None = None,
     ) -> None:
         self.cache = cache
         self.num_slots = num_slots
         self.prefill_chunk = prefill_chunk
         self.busy_chunk = min(busy_chunk or prefill_chunk, prefill_chunk)
+        self.costly_context = costly_context
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self._finished: dict[int, _FinishedRow] = {}
         self.num_decoding = 0  # of running, the first so many
         self._prefilled = 0  # tokens read in chunks since the last decode step
-        self._turn = 0
+        self._turns = PromptTurns()
+        self._arrivals = 0
         self._admissions = 0
         self.prompt_tokens = 0  # admitted
         self.cached_tokens = 0  # of them, taken from a row that was there
@@ -158,6 +167,10 @@ class Scheduler:
 
     def add(self, seq: Sequence) -> None:
         """Queue a sequence."""
+        self._arrive(seq)
+        others = self.waiting or len(self.running) > self.num_decoding
+        if others and seq.prompt_len > self.busy_chunk:  # what is cached makes it a short one
+            seq.num_shared = self._longest_prefix(seq)[1]
         self.waiting.append(seq)
 
     def schedule(self) -> Batch | None:
@@ -167,21 +180,35 @@ class Scheduler:
         long one never starves those who are decoding, and many short ones do not wait in line.
         """
         self._drop_cancelled()
-        if self._may_admit():
-            self._admit()
-        prefilling = self.running[self.num_decoding :]
-        if prefilling:
-            seq = min(prefilling, key=lambda seq: seq.turn)
-            chunk = self._chunk()
-            left = chunk - self._prefilled if self.num_decoding else chunk
-            width = min(left, seq.num_pending)
-            if width >= min(WORTH_READING, chunk, seq.num_pending):
-                self._prefilled += width
-                self._turn += 1
-                seq.turn = self._turn
-                return Batch([seq], width)
+        if batch := self._read_prompt():
+            return batch
         self._prefilled = 0
         return Batch(self.running[: self.num_decoding], 1) if self.num_decoding else None
+
+    def _read_prompt(self) -> Batch | None:
+        """A piece of the prompt whose turn it is; None where none may be read now."""
+        chunk = self._chunk()
+        left = chunk - self._prefilled if self.num_decoding else chunk
+        turn = self._next_turn(min(chunk, SHORT)) if left > 0 else None
+        if turn is None:
+            return None
+        reading = self.running[self.num_decoding :]
+        seq = turn if turn.slot >= 0 else self._reader_of_prefix(turn, reading)
+        if seq is None:
+            return None
+        width = min(left, seq.num_pending, self._piece(seq))
+        if width < min(WORTH_READING, chunk, seq.num_pending):
+            return None
+        self._prefilled += width
+        self._turns.count(turn, width)
+        return Batch([seq], width)
+
+    def _piece(self, seq: Sequence) -> int:
+        """Tokens of a prompt in one pass, which takes about as long wherever in it they are."""
+        if self.costly_context is None:
+            return self.prefill_chunk
+        share = self.costly_context / (self.costly_context + seq.num_cached)
+        return max(round(self.prefill_chunk * share), min(WORTH_READING, self.prefill_chunk))
 
     def _chunk(self) -> int:
         """Prompt tokens between two decode steps: the more, the more prompts there are to read.
@@ -196,13 +223,33 @@ class Scheduler:
         tokens = max(self.busy_chunk * prompts, PER_DECODING * self.num_decoding)
         return min(tokens, self.prefill_chunk)
 
-    def _may_admit(self) -> bool:
-        """One prompt is read at a time, for the next may begin alike; a short one goes between."""
-        reading = [seq for seq in self.running[self.num_decoding :] if not seq.num_output]
-        if not reading or not self.waiting:
-            return not reading
-        is_short = self.waiting[0].prompt_len <= self.busy_chunk < reading[0].num_pending
-        return is_short and len(reading) == 1
+    def _next_turn(self, short: int) -> Sequence | None:
+        """The prompt whose turn it is. Without a slot: another one is read for it now."""
+        reading = self.running[self.num_decoding :]
+        free = self.num_slots - len(self.running)
+        waiting = list(self.waiting) if free else []
+        if reading and free == 1:  # the last slot is for those who do not hold it for long
+            waiting = [seq for seq in waiting if seq.unread <= short]
+        prompts = reading + waiting
+        if not prompts:
+            return None
+        turn = self._turns.pick(prompts, short)
+        if turn.slot >= 0 or self._reader_of_prefix(turn, reading) or self._admit(turn):
+            return turn
+        return self._turns.first_in_line(reading) if reading else None
+
+    def _reader_of_prefix(self, seq: Sequence, reading: list[Sequence]) -> Sequence | None:
+        """One that is reading what ``seq`` begins with, and will leave more of it to be copied."""
+        if not self.cache.reuses_prefixes or seq.params.prompt_logprobs is not None:
+            return None
+        prompt, cached = shareable(seq), None
+        for other in reading:
+            shared = common_prefix(other.tokens[other.start :], prompt)
+            if shared >= other.num_cached + WORTH_READING:
+                cached = self._longest_prefix(seq)[1] if cached is None else cached
+                if shared >= cached + WORTH_READING:
+                    return other
+        return None
 
     def settle(self, seq: Sequence) -> None:
         """After an advance: move the sequence to those who decode, or to those who prefill."""
@@ -213,6 +260,8 @@ class Scheduler:
         elif not decodes and not seq.is_prefilling:
             self._swap(seq.slot, self.num_decoding)
             self.num_decoding += 1
+        if seq.is_prefilling and not seq.num_cached:  # its window has moved: it is read anew
+            self._arrive(seq)
 
     def finish(self, seq: Sequence) -> None:
         """Free the slot; others move up, and its row stays reusable behind them."""
@@ -249,25 +298,27 @@ class Scheduler:
             seq.end(FinishReason.ABORT)
             self.finish(seq)
 
-    def _admit(self) -> None:
-        """Give the first waiting sequence the next slot, if slots and KV memory allow."""
-        if not self.waiting or len(self.running) == self.num_slots:
-            return
-        seq = self.waiting[0]
+    def _arrive(self, seq: Sequence) -> None:
+        self._arrivals += 1
+        seq.arrival = self._arrivals
+
+    def _admit(self, seq: Sequence) -> bool:
+        """Give a waiting sequence the next slot; False where KV memory does not allow it."""
         length = max(other.room for other in [seq, *self.running])
         lengths = {slot: len(tokens) for slot, tokens in self._cached_rows().items()}
         room = self.cache.reserve(len(self.running) + 1, length, lengths)
         if room is None:
-            return
+            return False
         self._forget_beyond(*room)
-        self.waiting.popleft()
+        self.waiting.remove(seq)
         self._admissions += 1
         seq.admitted_at = time.monotonic()
-        seq.slot, seq.turn = len(self.running), self._turn
+        seq.slot, seq.num_shared = len(self.running), 0
         seq.cached_tokens = seq.num_cached = self._take_prefix(seq, room[0])
         self.running.append(seq)
         self.prompt_tokens += seq.prompt_len
         self.cached_tokens += seq.cached_tokens
+        return True
 
     def _forget_beyond(self, rows: int, length: int) -> None:
         self._finished = {
@@ -301,7 +352,7 @@ class Scheduler:
         """
         if not self.cache.reuses_prefixes or seq.params.prompt_logprobs is not None:
             return -1, 0
-        prompt = seq.tokens[seq.start : seq.prompt_len - 1]
+        prompt = shareable(seq)
         others = {slot for slot, row in self._finished.items() if row.is_long != seq.is_long}
         others |= {other.slot for other in self.running if other.is_long != seq.is_long}
         rows = {s: tokens for s, tokens in self._cached_rows().items() if s not in others}
@@ -336,9 +387,16 @@ class Scheduler:
         self.running[a], self.running[b] = two, one
 
 
+def shareable(seq: Sequence) -> list[int]:
+    """The tokens of a prompt that may be copied: all but the last, which is sampled from."""
+    return seq.tokens[seq.start : seq.prompt_len - 1]
+
+
 def common_prefix(a: list[int], b: list[int]) -> int:
     """Return the number of tokens that two lists share from their start. By slices, so in C."""
     low, high = 0, min(len(a), len(b))
+    if not high or a[0] != b[0]:
+        return 0
     if a[:high] == b[:high]:
         return high
     while low < high:

@@ -88,8 +88,10 @@ class Sequence:
         self.seed = int.from_bytes(os.urandom(8)) if params.seed is None else params.seed
         self.processors = processors
         self.slot = -1
-        self.turn = 0  # when it prefilled last, in turns of the scheduler
+        self.client = request.client
+        self.arrival = 0  # its place among the prompts that are to be read, by when it came
         self.num_cached = 0
+        self.num_shared = 0  # while it waits: tokens that it can probably copy when it is read
         self.cached_tokens = 0  # prompt tokens that came from the prefix cache
         self.prompt_scores: list[TokenScore | None] | None = None
         self.extras: dict[str, Any] = {}  # an observer leaves here what goes with the next token
@@ -111,6 +113,11 @@ class Sequence:
     def num_pending(self) -> int:
         """Tokens that the next forwards have to read: 1 while decoding."""
         return self._length - self.num_cached
+
+    @property
+    def unread(self) -> int:
+        """Tokens of its prompt that have to be read, as far as one can tell while it waits."""
+        return self.num_pending - self.num_shared
 
     @property
     def is_prefilling(self) -> bool:

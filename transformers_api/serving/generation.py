@@ -207,9 +207,10 @@ def start(
     request: GenerationRequest,
     cancellation: Cancellation,
     *,
+    client: str = "",
     stream: bool = False,
 ) -> Generation:
-    """Submit all choices of all prompts at once.
+    """Submit all choices of all prompts at once, for ``client``, whose turns they share.
 
     Raises InvalidRequest for a ``best_of`` that is streamed or less than ``n``, the reason of a
     cancellation, and what the engine refuses with.
@@ -229,7 +230,8 @@ def start(
         SequenceRequest(
             prompt,
             params if i == 0 else _with_seed(params, i),
-            None if request.constrain is None else request.constrain(),
+            constraint=None if request.constrain is None else request.constrain(),
+            client=client,
         )
         for prompt, i in places
     ]

@@ -133,6 +133,7 @@ class RequestContext:
     def __init__(self, services: Services) -> None:
         self.services = services
         self.cancellation = Cancellation()
+        self.client: str = flask.g.client  # with whom others share by turns
         self._record: RequestRecord = flask.g.record
         self._model: LoadedModel | None = None
         self._watch = Watch(lambda: None)
@@ -190,7 +191,9 @@ class RequestContext:
         if reservation is not None:
             ends.append(reservation.settle)
             exits.callback(reservation.settle)
-        generation = serving_generation.start(model, request, self.cancellation, stream=is_streamed)
+        generation = serving_generation.start(
+            model, request, self.cancellation, client=self.client, stream=is_streamed
+        )
         exits.callback(generation.close)
         texts = services.settings.log_prompts
         exits.callback(self._record.note_generation, model, generation, texts)
