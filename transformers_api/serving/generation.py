@@ -49,6 +49,7 @@ class GenerationRequest:
     constrain: Callable[[], TokenConstraint] | None = None  # makes one for each sequence
     trace: TracePlan | None = None  # a piece for every token then, with what was noted of it
     trace_stops: bool = False  # also of the token that ends an answer
+    shows_stop: bool = False  # the text that ends an answer is part of it
 
     @property
     def per_prompt(self) -> int:
@@ -232,7 +233,15 @@ def start(
     outputs = model.engine.submit(sequences, observe=observe)
     try:  # the rest, while the engine reads the prompts
         choices = [
-            ChoiceText(index, prompt, model, request.params, request.stop, request.trace_stops)
+            ChoiceText(
+                index,
+                prompt,
+                model,
+                request.params,
+                request.stop,
+                request.trace_stops,
+                request.shows_stop,
+            )
             for index, (prompt, _) in enumerate(places)
         ]
         count = model.count_tokens
