@@ -160,7 +160,7 @@ TABLE: tuple[Entry, ...] = (
     Entry("guided_choice", SUPPORTED),
     Entry("guided_grammar", SUPPORTED),
     Entry("guided_decoding_backend", HARMLESS),
-    Entry("guided_whitespace_pattern", HARMLESS),
+    Entry("guided_whitespace_pattern", REFUSED, of="structured_outputs"),
     Entry("grammar", SUPPORTED),
     Entry("grammar_lazy", REFUSED),
     Entry("grammar_type", REFUSED),
