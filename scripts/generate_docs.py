@@ -6,6 +6,7 @@ and a test fails while a page says something else.
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from apispec import APISpec
 from apispec.ext.marshmallow import MarshmallowPlugin
 
 from transformers_api import errors
+from transformers_api.api.http.field_table import ALL, ASKS_NOTHING, BOTH, TABLE, Entry, Treatment
 from transformers_api.api.http.fields import Schema, Unsupported
 from transformers_api.api.http.sampling_schema import Sampling
 from transformers_api.api.inspect.schemas.inspect import (
@@ -91,12 +93,60 @@ def fields(schema: type[Schema], *without: type[Schema]) -> Callable[[], str]:
     return render
 
 
+def aliases() -> str:
+    """The fields that stand for others."""
+    rows = [
+        (f"`{entry.name}`", f"`{entry.of}`", _routes(entry))
+        for entry in TABLE
+        if entry.treatment is Treatment.ALIAS
+    ]
+    return table(("field", "stands for", "on"), rows)
+
+
+def refused() -> str:
+    """The fields that are refused by name."""
+    rows = [
+        (
+            f"`{entry.name}`",
+            _neutral(entry),
+            _routes(entry),
+            f"`{entry.of}`" if entry.of else "",
+        )
+        for entry in TABLE
+        if entry.treatment is Treatment.REFUSED
+    ]
+    return table(("field", "asks for nothing", "on", "see"), rows)
+
+
+def harmless() -> str:
+    """The fields that are ignored."""
+    names = [
+        f"`{entry.name}`" + ("" if set(entry.routes) >= {*BOTH} else f" ({_routes(entry)})")
+        for entry in TABLE
+        if entry.treatment is Treatment.HARMLESS
+    ]
+    return f"{', '.join(names)}."
+
+
+def _neutral(entry: Entry) -> str:
+    if entry.neutral == ASKS_NOTHING:
+        return "`false`, `0`, empty"
+    return _codes([json.dumps(value) for value in entry.neutral]) or "null alone"
+
+
+def _routes(entry: Entry) -> str:
+    return "all" if entry.routes == ALL else ", ".join(entry.routes)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "settings": settings,
     "errors": error_codes,
     "metrics": metrics,
     "sampling fields": fields(Sampling),
     "form fields": fields(Structured),
+    "alias fields": aliases,
+    "refused fields": refused,
+    "harmless fields": harmless,
     "completion fields": fields(CompletionRequest, Sampling, Structured),
     "chat fields": fields(ChatRequest, Sampling, Structured),
     "message fields": fields(Message),

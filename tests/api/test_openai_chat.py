@@ -112,11 +112,11 @@ def test_logprobs_without_top_have_the_chosen_tokens_only(served):
 
 
 def test_an_infinite_logprob_is_sent_as_a_number():
-    from transformers_api.api.openai import format as openai_format
+    from transformers_api.api.openai import logprobs as openai_logprobs
     from transformers_api.serving.text.choice_text import TokenDetail
 
     detail = TokenDetail(1, "x", b"x", float("-inf"))
-    (score,) = openai_format.chat_logprobs([detail])["content"]
+    (score,) = openai_logprobs.chat_logprobs([detail])["content"]
     assert score["logprob"] == -9999.0
 
 

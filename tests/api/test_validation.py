@@ -14,7 +14,7 @@ NUMBERS = {
     "frequency_penalty": (-2, 2),
 }
 INTEGERS = {
-    "n": (1, 8),
+    "n": (1, 128),
     "max_tokens": (1, 1 << 24),
     "top_k": (-1, (1 << 31) - 1),
     "min_tokens": (0, 1 << 24),
@@ -113,7 +113,7 @@ def test_a_bad_field_is_named(served, route, param, body):
         ("logprobs", {"logprobs": 21}),
         ("logprobs", {"logprobs": True}),
         ("echo", {"echo": "yes"}),
-        ("best_of", {"best_of": 9}),
+        ("best_of", {"best_of": 129}),
         ("best_of", {"n": 3, "best_of": 2}),
         ("best_of", {"best_of": 2, "stream": True}),
         ("max_tokens", {"max_tokens": 0}),

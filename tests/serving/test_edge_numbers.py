@@ -9,7 +9,7 @@ from tests.test_model_loader import loader_for
 from tests.tokenizers import byte_level
 from transformers_api.api.http.fields import Integer, Number
 from transformers_api.api.openai.schemas.completions import CompletionRequest
-from transformers_api.engine.base import SamplingParams
+from transformers_api.engine.base import DryParams, SamplingParams
 from transformers_api.engine.thread import EngineThread
 from transformers_api.serving.generation import GenerationRequest, collect, start
 from transformers_api.serving.limits.cancellation import Cancellation
@@ -25,7 +25,13 @@ BOUNDS = {
     "word_repetition_penalty": (0.1, 2.0),
     "presence_penalty": (-2.0, 2.0),
     "frequency_penalty": (-2.0, 2.0),
+    "top_n_sigma": (-1.0, 1e6),
+    "xtc_probability": (0.0, 1.0),
+    "xtc_threshold": (0.0, 1.0),
+    "dry_multiplier": (0.0, 100.0),
+    "dry_base": (1.0, 100.0),
 }
+DRY = {"dry_multiplier": "multiplier", "dry_base": "base"}
 EXCLUSIVE = ("typical_p", "repetition_penalty")  # "above 0"
 
 
@@ -48,14 +54,18 @@ def model(request, tmp_path_factory):
 
 
 def ids_of(model, **params):
-    params = SamplingParams(**{"max_tokens": 3, "seed": 1, "ignore_eos": True, **params})
+    dry = {DRY[name]: params.pop(name) for name in DRY if name in params}
+    dry = DryParams(**{"multiplier": 1.0, "allowed_length": 0, **dry}) if dry else None
+    fields = {"max_tokens": 3, "seed": 1, "ignore_eos": True, "dry": dry, **params}
+    params = SamplingParams(**fields)
     (choice,) = collect(start(model, GenerationRequest([[1, 2, 1, 2]], params), Cancellation()))
     assert choice.finish_reason == "length"
     return choice.token_ids
 
 
 @pytest.mark.parametrize(
-    "others", [{}, {"presence_penalty": 1.0}, {"typical_p": 0.9}, {"top_k": 2}]
+    "others",
+    [{}, {"presence_penalty": 1.0}, {"typical_p": 0.9}, {"top_k": 2}, {"xtc_probability": 0.5}],
 )
 @pytest.mark.parametrize("name", BOUNDS)
 def test_a_number_at_its_bounds_gives_tokens(model, name, others):

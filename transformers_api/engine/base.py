@@ -36,6 +36,18 @@ class FinishReason(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DryParams:
+    """Parameters of the DRY penalty, as llama.cpp's of these names."""
+
+    multiplier: float
+    base: float = 1.75
+    allowed_length: int = 2
+    last_n: int = -1  # tokens; -1: all
+    # By its first token, what may follow of each sequence that no repetition reaches across.
+    breakers: Mapping[int, frozenset[tuple[int, ...]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """Sampling parameters of one sequence. By default: plain sampling from the model."""
 
@@ -48,9 +60,15 @@ class SamplingParams:
     typical_p: float = 1.0
     word_repetition_penalty: float = 1.0  # divides logits of prompt and output ids (TinyGPT)
     repetition_penalty: float = 1.0  # multiplicative, over prompt and output (CTRL)
+    repeat_last_n: int = -1  # tokens that repetition_penalty looks back at; -1: all
     presence_penalty: float = 0.0  # additive, over the output (OpenAI)
     frequency_penalty: float = 0.0  # additive, times the count in the output (OpenAI)
+    dry: DryParams | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    allowed_token_ids: frozenset[int] | None = None  # at least one; None: all
+    top_n_sigma: float = 0.0  # standard deviations of the logits; 0 or less = off
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
     stop_token_ids: frozenset[int] = frozenset()  # besides the model's own end-of-sequence ids
     ignore_eos: bool = False  # go on after the model's own end-of-sequence ids
     seed: int | None = None  # None: a fresh one from the operating system
@@ -103,6 +121,7 @@ class TokenScore:
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), most likely first
+    rank: int | None = None  # of a prompt's token: 1 is the likeliest
 
 
 @dataclass(slots=True, kw_only=True)  # not frozen: that takes longer to make, for every token

@@ -50,6 +50,7 @@ class GenerationRequest:
     marks: Mapping[int, str] = NO_MARKS  # shown in the text in place of special tokens, by id
     trace: TracePlan | None = None  # a piece for every token then, with what was noted of it
     trace_stops: bool = False  # also of the token that ends an answer
+    shows_stop: bool = False  # the text that ends an answer is part of it
 
     @property
     def per_prompt(self) -> int:
@@ -246,6 +247,7 @@ def start(
                 request.params,
                 request.stop,
                 request.trace_stops,
+                request.shows_stop,
                 request.marks,
             )
             for index, (prompt, _) in enumerate(places)

@@ -9,7 +9,7 @@ import pytest
 from tests.engine.reading import ask, read
 from tests.engine.test_listener import shown
 from tests.repeats import slow
-from transformers_api.engine.base import FinishReason
+from transformers_api.engine.base import DryParams, FinishReason
 from transformers_api.metrics import Metrics
 
 ROUNDS = 2
@@ -37,6 +37,11 @@ def params_of(rng):
         "logprobs": rng.choice([None, 0, 3]),
         "prompt_logprobs": rng.choice([None, None, None, 1]),
         "seed": rng.randint(0, 1000),
+        "allowed_token_ids": rng.choice([None, None, frozenset(range(3, 97, 2))]),
+        "dry": rng.choice([None, None, DryParams(multiplier=1.0)]),
+        "top_n_sigma": rng.choice([0.0, 0.0, 1.5]),
+        "xtc_probability": rng.choice([0.0, 0.0, 0.5]),
+        "xtc_threshold": 0.02,
     }
 
 

@@ -164,9 +164,9 @@ class Many(fields.List[Any]):
 class TokenIds(Many):
     """Token ids of any model; checked all at once, for they may be many."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *, shortest: int = 0, **options: Any) -> None:
         self.one = Integer(0, MAX_TOKEN_ID)
-        super().__init__(self.one, longest=MOST_IDS, **options)
+        super().__init__(self.one, shortest=shortest, longest=MOST_IDS, **options)
 
     def _deserialize(self, value: Any, *_args: Any, **_kwargs: Any) -> list[Any]:
         if not isinstance(value, list):

@@ -38,6 +38,7 @@ class Formatter(ABC):
     dialect: Dialect
     completion_id: str | None = None  # None: nobody can ask for its tokens afterwards
     prompts: Sequence[Sequence[int]]  # ids
+    generation: Generation | None = None  # of a stream, while it goes out
 
     @abstractmethod
     def whole(self, generation: Generation) -> Any:
@@ -230,7 +231,7 @@ class RequestContext:
         return response
 
     def _frames(self, formatter: Formatter, generation: Generation | None) -> Iterator[bytes]:
-        dialect = formatter.dialect
+        dialect, formatter.generation = formatter.dialect, generation
         has_begun = False  # the head of the answer leaves with the first event
         try:
             for frame in formatter.opening():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import orjson
@@ -12,13 +12,17 @@ import orjson
 from transformers_api.api.http import sse
 from transformers_api.api.http.dialects import OPENAI
 from transformers_api.api.http.request_context import Formatter
+from transformers_api.api.openai.logprobs import (
+    chat_logprobs,
+    completion_logprobs,
+    prompt_logprobs,
+)
 from transformers_api.api.openai.text_offsets import text_offsets
 from transformers_api.api.trace.format import TraceWriter
 from transformers_api.serving.generation import Choice, Generation, Usage, collect
-from transformers_api.serving.text.choice_text import TextDelta, TokenDetail, TopToken
+from transformers_api.serving.text.choice_text import TextDelta
 
 Json = dict[str, Any]
-_LOWEST_LOGPROB = -9999.0  # JSON has no infinity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,15 +35,20 @@ class Head:
     fingerprint: str
     prompts: Sequence[Sequence[int]]  # ids
     n: int = 1  # choices per prompt
-    with_logprobs: bool = False
+    logprobs: int | None = None  # so many likely tokens beside each; None: no scores
+    prompt_logprobs: int | None = None  # the same of the prompt's
+    as_token_ids: bool = False  # names of tokens in scores
     with_token_ids: bool = False
     with_usage: bool = False  # in a stream
+    with_usage_so_far: bool = False  # in every chunk of it
     traces: TraceWriter | None = None
 
     @property
     def with_more_than_text(self) -> bool:
         """True where there is more to a piece than its text and its place."""
-        return self.with_logprobs or self.with_token_ids or self.traces is not None
+        is_scored = self.logprobs is not None
+        is_counted = self.with_usage_so_far
+        return is_scored or is_counted or self.with_token_ids or self.traces is not None
 
     def envelope(self, kind: str, choices: list[Json]) -> Json:
         """The object around ``choices``."""
@@ -58,6 +67,21 @@ class Head:
             return {}
         prompt = {"prompt_token_ids": list(self.prompts[index // self.n])} if first else {}
         return {**prompt, "token_ids": list(ids)}
+
+    def scored_prompt(self, choice: Choice) -> Json:
+        """The field ``prompt_logprobs``, where it was asked for."""
+        if self.prompt_logprobs is None:
+            return {}
+        scores = prompt_logprobs(choice.prompt_scores or (), self.prompt_logprobs)
+        return {"prompt_logprobs": scores}
+
+    def usage_so_far(self, generation: Generation | None) -> Json:
+        """The field ``usage`` of a chunk that is not the last."""
+        if not self.with_usage:
+            return {}
+        if generation is None or not self.with_usage_so_far:
+            return {"usage": None}
+        return {"usage": self.usage(generation.usage)}
 
     def traced(self, choice: Choice) -> Json:
         """The field ``trace`` of a whole choice."""
@@ -85,6 +109,7 @@ def usage(used: Usage) -> Json:
         "completion_tokens": used.completion_tokens,
         "total_tokens": used.prompt_tokens + used.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": used.cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": 0},
     }
 
 
@@ -102,19 +127,20 @@ class ChatFormatter(Formatter):
 
     def whole(self, generation: Generation) -> Json:
         """The whole answer."""
-        head = self._head
+        head, answers = self._head, collect(generation)
         choices = [
             {
                 "index": choice.index,
                 "message": {"role": "assistant", "content": choice.text, "refusal": None},
-                "logprobs": chat_logprobs(choice.logprobs) if head.with_logprobs else None,
+                "logprobs": self._logprobs(choice),
                 "finish_reason": choice.finish_reason,
+                "stop_reason": choice.stop_reason,
                 **head.token_ids(choice.index, choice.token_ids, first=True),
                 **head.traced(choice),
             }
-            for choice in collect(generation)
+            for choice in answers
         ]
-        envelope = head.envelope("chat.completion", choices)
+        envelope = head.envelope("chat.completion", choices) | head.scored_prompt(answers[0])
         return {**envelope, "usage": head.usage(generation.usage)}
 
     def opening(self) -> Iterator[bytes]:
@@ -142,14 +168,15 @@ class ChatFormatter(Formatter):
             chunk = self._chunk(
                 delta.index,
                 {"content": delta.text},
-                logprobs=chat_logprobs(delta.logprobs) if head.with_logprobs else None,
+                logprobs=self._logprobs(delta),
                 **head.token_ids(delta.index, delta.token_ids, first=False),
             )
             if head.traces is not None and delta.trace is not None:
                 chunk["trace"] = head.traces.step(delta.trace, delta.index)
             frames.append(self.dialect.frame(chunk))
         if delta.finish_reason is not None:
-            chunk = self._chunk(delta.index, {}, finish_reason=delta.finish_reason)
+            ends = {"finish_reason": delta.finish_reason, "stop_reason": delta.stop_reason}
+            chunk = self._chunk(delta.index, {}, **ends)
             frames.append(self.dialect.frame(chunk))
         return frames
 
@@ -160,6 +187,11 @@ class ChatFormatter(Formatter):
             usage = self._head.usage(generation.usage)
             yield self.dialect.frame({**envelope, "usage": usage})
 
+    def _logprobs(self, piece: Choice | TextDelta) -> Json | None:
+        if self._head.logprobs is None:
+            return None
+        return chat_logprobs(piece.logprobs, as_ids=self._head.as_token_ids)
+
     def _text_event(self, index: int) -> tuple[bytes, bytes]:
         frame = self.dialect.frame(self._chunk(index, {"content": ""}))
         before, _, after = frame.rpartition(b'""')
@@ -168,30 +200,13 @@ class ChatFormatter(Formatter):
     def _chunk(self, index: int, delta: Json, **fields: Any) -> Json:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **fields}
         chunk = self._head.envelope("chat.completion.chunk", [choice])
-        return {**chunk, "usage": None} if self._head.with_usage else chunk
+        return {**chunk, **self._head.usage_so_far(self.generation)}
 
 
 def _has_content(head: Head, delta: TextDelta) -> bool:
     """True where there is more to a piece than that it may be the last."""
     content = delta.text or delta.logprobs or delta.trace is not None
     return bool(content or (head.with_token_ids and delta.token_ids))
-
-
-def chat_logprobs(details: Iterable[TokenDetail]) -> Json:
-    """Scores as chat completions show them."""
-    content = [
-        {**_scored(detail), "top_logprobs": [_scored(top) for top in detail.top]}
-        for detail in details
-    ]
-    return {"content": content, "refusal": None}
-
-
-def _scored(token: TokenDetail | TopToken) -> Json:
-    return {"token": token.text, "logprob": _logprob(token.logprob), "bytes": list(token.bytes)}
-
-
-def _logprob(value: float | None) -> float | None:
-    return None if value is None else max(value, _LOWEST_LOGPROB)
 
 
 class CompletionFormatter(Formatter):
@@ -212,8 +227,10 @@ class CompletionFormatter(Formatter):
         head = self._head
         choices = [
             {
-                **self._writer(choice.index).write(choice, head.with_logprobs),
+                **self._writer(choice.index).write(choice),
                 "finish_reason": choice.finish_reason,
+                "stop_reason": choice.stop_reason,
+                **head.scored_prompt(choice),
                 **head.token_ids(choice.index, choice.token_ids, first=True),
                 **head.traced(choice),
             }
@@ -229,13 +246,12 @@ class CompletionFormatter(Formatter):
         if is_first:
             self._writers[delta.index] = self._writer(delta.index)
         choice = {
-            **self._writers[delta.index].write(delta, head.with_logprobs),
+            **self._writers[delta.index].write(delta),
             "finish_reason": delta.finish_reason,
+            "stop_reason": delta.stop_reason,
             **head.token_ids(delta.index, delta.token_ids, first=is_first),
         }
-        chunk = head.envelope("text_completion", [choice])
-        if head.with_usage:
-            chunk["usage"] = None
+        chunk = head.envelope("text_completion", [choice]) | head.usage_so_far(self.generation)
         if head.traces is not None:
             chunk |= _completion_trace(head.traces, head.n, delta, is_first)
         return (self.dialect.frame(chunk),)
@@ -248,7 +264,7 @@ class CompletionFormatter(Formatter):
             yield self.dialect.frame({**envelope, "usage": usage})
 
     def _writer(self, index: int) -> _TextWriter:
-        return _TextWriter(self._texts[index // self._head.n], self._echo)
+        return _TextWriter(self._head, self._texts[index // self._head.n], self._echo)
 
 
 def _completion_trace(traces: TraceWriter, n: int, delta: TextDelta, is_first: bool) -> Json:
@@ -262,38 +278,26 @@ def _completion_trace(traces: TraceWriter, n: int, delta: TextDelta, is_first: b
 class _TextWriter:
     """Writes one choice, whole or piece by piece; offsets count from the start of the prompt."""
 
-    def __init__(self, prompt: str, echo: bool) -> None:
+    def __init__(self, head: Head, prompt: str, echo: bool) -> None:
+        self._head = head
         self._prompt = prompt
+        self._echo = echo
         self._repeat = prompt if echo else ""
 
-    def write(self, piece: Choice | TextDelta, with_logprobs: bool) -> Json:
+    def write(self, piece: Choice | TextDelta) -> Json:
         text = self._repeat + piece.text
         self._repeat = ""
         return {
             "index": piece.index,
             "text": text,
-            "logprobs": self._logprobs(piece) if with_logprobs else None,
+            "logprobs": None if self._head.logprobs is None else self._logprobs(piece),
         }
 
     def _logprobs(self, piece: Choice | TextDelta) -> Json:
-        before = piece.prompt_scores or ()
-        details = (*before, *piece.logprobs)
+        count = self._head.logprobs
+        scores = (piece.prompt_scores or ()) if self._echo else ()
+        before = [replace(detail, top=detail.top[:count]) for detail in scores]
         offsets = text_offsets(self._prompt, [detail.bytes for detail in before])
         offsets += [len(self._prompt) + detail.offset for detail in piece.logprobs]
-        return {
-            "tokens": [detail.text for detail in details],
-            "token_logprobs": [_logprob(detail.logprob) for detail in details],
-            "top_logprobs": [_top(detail) for detail in details],
-            "text_offset": offsets,
-        }
-
-
-def _top(detail: TokenDetail) -> dict[str, float] | None:
-    """The likeliest tokens by text, and the one that stands there; None where nothing predicts."""
-    if detail.logprob is None:
-        return None
-    top: dict[str, float] = {}
-    for token in detail.top:
-        top.setdefault(token.text, max(token.logprob, _LOWEST_LOGPROB))
-    top.setdefault(detail.text, max(detail.logprob, _LOWEST_LOGPROB))
-    return top
+        details = (*before, *piece.logprobs)
+        return completion_logprobs(details, offsets, as_ids=self._head.as_token_ids)

@@ -107,9 +107,12 @@ class ChatTask(Task):
         # The request's word, else the registry's, else the route's.
         fields = {**CHAT_DEFAULTS, **requests.registered_options(model), **body}
         limit = next((n for n in ("max_completion_tokens", "max_tokens") if n in body), None)
+        ids = requests.truncated(
+            body, prompt.ids, model, fields[limit or "max_tokens"], explicit=limit is not None
+        )
         max_tokens = requests.fit(
             fields[limit or "max_tokens"],
-            len(prompt.ids),
+            len(ids),
             model.engine.max_model_len,
             explicit=limit is not None,
             param="messages",
@@ -122,12 +125,14 @@ class ChatTask(Task):
             max_tokens,
             stop_token_ids=frozenset() if goes_on else prompt.stop_token_ids,
             logprobs=body.get("top_logprobs", 0) if body["logprobs"] else None,
+            prompt_logprobs=body.get("prompt_logprobs"),
         )
         request = GenerationRequest(
-            [prompt.ids],
+            [ids],
             params,
             n=body["n"],
             stop=requests.stop_strings(fields) + (() if goes_on else prompt.stop),
+            shows_stop=body["include_stop_str_in_output"],
             quiet_s=settings.keepalive_s if body["stream"] else None,
         )
         prefix = message_texts(body["messages"][-1:]) if body["continue_final_message"] else ()
@@ -140,7 +145,8 @@ class ChatTask(Task):
         if "trace" in body:
             (prompt,) = request.prompts
             places = spans(model, body["messages"], prompt, **template_options(body))
-        return ChatFormatter(_head("chatcmpl", model, body, request, body["logprobs"], places))
+        logprobs = body.get("top_logprobs", 0) if body["logprobs"] else None
+        return ChatFormatter(_head("chatcmpl", model, body, request, logprobs, places))
 
 
 class CompletionTask(Task):
@@ -162,8 +168,13 @@ class CompletionTask(Task):
     def prepare(self, model: LoadedModel, settings: Settings) -> GenerationRequest:
         """See Task."""
         body = self.body
-        prompts = requests.prompt_ids(model, body["prompt"])
         fields = {**COMPLETION_DEFAULTS, **requests.registered_options(model), **body}
+        prompts = [
+            requests.truncated(
+                body, ids, model, fields["max_tokens"], explicit="max_tokens" in body
+            )
+            for ids in requests.prompt_ids(model, body["prompt"], body["add_special_tokens"])
+        ]
         # All prompts share one limit; a default is cut to what the longest of them leaves.
         max_tokens = min(
             requests.fit(
@@ -176,13 +187,15 @@ class CompletionTask(Task):
             for ids in prompts
         )
         logprobs = body.get("logprobs")
-        scores_prompt = body["echo"] and (logprobs is not None or max_tokens == 0)
+        scored = body.get("prompt_logprobs")
+        if body["echo"] and (logprobs is not None or max_tokens == 0):
+            scored = max(logprobs or 0, scored or 0)
         params = requests.sampling_params(
             model,
             fields,
             max_tokens,
             logprobs=logprobs,
-            prompt_logprobs=(logprobs or 0) if scores_prompt else None,
+            prompt_logprobs=scored,
         )
         request = GenerationRequest(
             prompts,
@@ -190,6 +203,7 @@ class CompletionTask(Task):
             n=body["n"],
             best_of=body.get("best_of"),
             stop=requests.stop_strings(fields),
+            shows_stop=body["include_stop_str_in_output"],
             quiet_s=settings.keepalive_s if body["stream"] else None,
         )
         goes_on = fields.get("ignore_eos", False)
@@ -198,11 +212,13 @@ class CompletionTask(Task):
 
     def formatter(self, model: LoadedModel, request: GenerationRequest) -> Formatter:
         """See Task."""
-        body, with_logprobs = self.body, "logprobs" in self.body
-        head = _head("cmpl", model, body, request, with_logprobs)
+        body, logprobs = self.body, self.body.get("logprobs")
+        head = _head("cmpl", model, body, request, logprobs)
         texts = [""] * len(request.prompts)
-        if body["echo"] or with_logprobs:
-            texts = [_text(model, prompt) for prompt in body["prompt"]]
+        if body["echo"] or logprobs is not None:
+            is_cut = "truncate_prompt_tokens" in body
+            prompts = request.prompts if is_cut else body["prompt"]
+            texts = [_text(model, prompt) for prompt in prompts]
         return CompletionFormatter(head, texts, echo=body["echo"])
 
 
@@ -229,7 +245,7 @@ def template_options(body: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _text(model: LoadedModel, prompt: str | list[int]) -> str:
+def _text(model: LoadedModel, prompt: str | Sequence[int]) -> str:
     return prompt if isinstance(prompt, str) else chat_template.decode_ids(model, prompt)
 
 
@@ -238,10 +254,10 @@ def _head(
     model: LoadedModel,
     body: Mapping[str, Any],
     request: GenerationRequest,
-    with_logprobs: bool,
+    logprobs: int | None,
     places: Sequence[Span] = (),
 ) -> Head:
-    traces = None
+    traces, stream_options = None, body.get("stream_options", {})
     if "trace" in body:
         traces = TraceWriter(model, body["trace"], request.prompts, places)
     return Head(
@@ -251,8 +267,11 @@ def _head(
         fingerprint=model.fingerprint,
         prompts=request.prompts,
         n=body["n"],
-        with_logprobs=with_logprobs,
+        logprobs=logprobs,
+        prompt_logprobs=body.get("prompt_logprobs"),
+        as_token_ids=body["return_tokens_as_token_ids"],
         with_token_ids=body["return_token_ids"],
-        with_usage=body.get("stream_options", {}).get("include_usage", False),
+        with_usage=stream_options.get("include_usage", False),
+        with_usage_so_far=stream_options.get("continuous_usage_stats", False),
         traces=traces,
     )

@@ -42,4 +42,4 @@ class PromptScoringRunner:
         first = seq.num_cached + 1
         targets = seq.tokens[first : min(first + len(logits), seq.prompt_len)]
         counts = [seq.params.prompt_logprobs] * len(targets)
-        seq.prompt_scores += token_scores(logits[: len(targets)], targets, counts)
+        seq.prompt_scores += token_scores(logits[: len(targets)], targets, counts, ranked=True)

@@ -48,7 +48,10 @@ class FastSampler(Protocol):
 
 def is_fast(seq: Sequence) -> bool:
     """True where a fast sampler may draw for the sequence at all."""
-    return seq.generator is None and seq.params.typical_p >= 1
+    params = seq.params
+    if params.xtc_probability or params.top_n_sigma > 0:
+        return False
+    return seq.generator is None and params.typical_p >= 1
 
 
 class TorchFastSampler:

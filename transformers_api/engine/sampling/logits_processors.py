@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from transformers_api.engine.base import SamplingParams
+from transformers_api.engine.sampling.dry import DryPenalty
 from transformers_api.engine.sequence import LogitsProcessor, Sequence
 
 
@@ -43,18 +44,24 @@ class WordRepetitionPenalty:
 class RepetitionPenalty:
     """Divide positive and multiply negative logits of every token of prompt and output.
 
+    ``last_n``: of the last so many only; -1: of all.
     Keskar et al. 2019, arXiv:1909.05858, section 4.1.
     """
 
-    def __init__(self, penalty: float) -> None:
+    def __init__(self, penalty: float, last_n: int = -1) -> None:
         self.penalty = penalty
+        self.last_n = last_n
         self._past = PastTokens()
 
     def __call__(self, seq: Sequence, row: Tensor) -> None:
         """See the class."""
-        ids = self._past.index(seq, row)
+        ids = self._past.index(seq, row) if self.last_n < 0 else self._last(seq, row)
         logits = row[ids]
         row[ids] = torch.where(logits > 0, logits / self.penalty, logits * self.penalty)
+
+    def _last(self, seq: Sequence, row: Tensor) -> Tensor:
+        tokens = {token for token in seq.tokens[-self.last_n :] if token < len(row)}
+        return torch.tensor(sorted(tokens), dtype=torch.long, device=row.device)
 
 
 class AdditivePenalties:
@@ -88,6 +95,20 @@ class LogitBias:
         row[self._ids.to(row.device)] += self._values.to(row.device)
 
 
+class AllowedTokens:
+    """No others can be sampled."""
+
+    def __init__(self, ids: frozenset[int]) -> None:
+        self._ids = torch.tensor(sorted(ids))
+
+    def __call__(self, seq: Sequence, row: Tensor) -> None:
+        """See the class."""
+        ids = self._ids.to(row.device)
+        logits = row[ids]
+        row.fill_(-torch.inf)
+        row[ids] = logits
+
+
 class MinTokens:
     """Stop tokens cannot be sampled before ``min_tokens``."""
 
@@ -103,12 +124,16 @@ def processors_for(params: SamplingParams) -> list[LogitsProcessor]:
     processors: list[LogitsProcessor] = []
     if params.word_repetition_penalty != 1.0:
         processors.append(WordRepetitionPenalty(params.word_repetition_penalty))
-    if params.repetition_penalty != 1.0:
-        processors.append(RepetitionPenalty(params.repetition_penalty))
+    if params.repetition_penalty != 1.0 and params.repeat_last_n:
+        processors.append(RepetitionPenalty(params.repetition_penalty, params.repeat_last_n))
     if params.presence_penalty or params.frequency_penalty:
         processors.append(AdditivePenalties(params.presence_penalty, params.frequency_penalty))
+    if params.dry is not None:
+        processors.append(DryPenalty(params.dry))
     if params.logit_bias:
         processors.append(LogitBias(dict(params.logit_bias)))
+    if params.allowed_token_ids is not None:
+        processors.append(AllowedTokens(params.allowed_token_ids))
     if params.min_tokens:
         processors.append(MinTokens())
     return processors

@@ -20,6 +20,11 @@ def step_key(seed: int, step: int) -> int:
     return signed(_mix((state + step * GAMMA) & _MASK))
 
 
+def chance(key: int) -> float:
+    """A number above 0 and below 1 of the step with this key, apart from its tokens' noise."""
+    return ((_mix((key - GAMMA) & _MASK) >> 11) + 0.5) * 2.0**-53  # that of a token -1
+
+
 def exponential(keys: Tensor, token_ids: Tensor) -> Tensor:
     """Exponential(1) noise for each (row, token): ``keys`` (B,), ``token_ids`` (B, K) or (K,).
 

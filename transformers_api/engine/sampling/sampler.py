@@ -91,9 +91,11 @@ def distribution(logits: Tensor, seq: Sequence, least: int = 1) -> tuple[Tensor,
         if least > 1:
             ids = torch.cat([ids, largest(row, min(least, len(row)))[1][1:]])
         return (torch.arange(len(ids), device=row.device) == 0).double(), ids
+    row = _top_n_sigma(row[None], [seq.params])[0]
     probs = ((row - row.max()) / seq.params.temperature).softmax(-1)[None]
     ((_, count),) = _by_candidates(probs, [seq.params])
     filtered, ids = candidates(probs, [seq.params], count)
+    filtered = _xtc(filtered, [seq])
     return filtered[0] / filtered.sum(), ids[0]
 
 
@@ -103,6 +105,7 @@ def draw(logits: Tensor, sequences: list[Sequence]) -> Tensor:
     ``logits`` (B, V), processed. Gives ids (B,).
     """
     params = [seq.params for seq in sequences]
+    logits = _top_n_sigma(logits, params)
     temperature = _column(logits, [p.temperature for p in params])
     # the largest logit is subtracted first: a small temperature must not overflow
     probs = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
@@ -113,7 +116,9 @@ def draw(logits: Tensor, sequences: list[Sequence]) -> Tensor:
     for rows, count in _by_candidates(probs, params):
         index = torch.tensor(rows, device=logits.device)
         filtered, ids = candidates(probs[index], [params[row] for row in rows], count)
-        noise = _noise([sequences[row] for row in rows], keys[index], ids, probs.shape[-1])
+        group = [sequences[row] for row in rows]
+        filtered = _xtc(filtered, group)
+        noise = _noise(group, keys[index], ids, probs.shape[-1])
         chosen[index] = ids.gather(-1, (filtered / noise).argmax(-1, keepdim=True))[:, 0]
     return chosen
 
@@ -187,6 +192,42 @@ def _typical_p(filtered: Tensor, params: list[SamplingParams]) -> Tensor:
     return filtered.where(torch.zeros_like(keep).scatter(-1, order, keep), 0)
 
 
+def _top_n_sigma(logits: Tensor, params: list[SamplingParams]) -> Tensor:
+    """Keep logits within n standard deviations of the largest, of a row (B, V): arXiv:2411.07641.
+
+    What is masked already does not count.
+    """
+    rows = [row for row, param in enumerate(params) if param.top_n_sigma > 0]
+    if rows:
+        logits = logits.clone()
+    for row in rows:
+        finite = logits[row][logits[row] > -torch.inf].double()
+        least = finite.max() - params[row].top_n_sigma * finite.std(correction=0)
+        logits[row, logits[row] < least] = -torch.inf
+    return logits
+
+
+def _xtc(filtered: Tensor, sequences: list[Sequence]) -> Tensor:
+    """Exclude top choices: with a chance, of the tokens from a share on keep the least likely.
+
+    What the filters have left counts (B, K); llama.cpp's parameters and its place, the last.
+    """
+    for row, seq in enumerate(sequences):
+        params = seq.params
+        if not params.xtc_probability:
+            continue
+        if rng.chance(rng.step_key(seq.seed, seq.num_output)) >= params.xtc_probability:
+            continue
+        shares = filtered[row]
+        likely = (shares > 0) & (shares >= params.xtc_threshold * shares.sum())
+        places = likely.nonzero()[:, 0]
+        if len(places) > 1:
+            least = places[shares[places].argmin()]
+            filtered = filtered.clone()
+            filtered[row, places[places != least]] = 0
+    return filtered
+
+
 def _by_candidates(probs: Tensor, params: list[SamplingParams]) -> list[tuple[list[int], int]]:
     """Group rows by how many of their likeliest tokens decide the filters: [(rows, count)].
 
@@ -228,11 +269,12 @@ def _is_decided(param: SamplingParams, count: int, mass: float, ratio: float) ->
 
 
 def token_scores(
-    logits: Tensor, token_ids: list[int], top_counts: list[int | None]
+    logits: Tensor, token_ids: list[int], top_counts: list[int | None], *, ranked: bool = False
 ) -> list[TokenScore | None]:
     """Log probabilities under the model of ``token_ids``, one a row of ``logits`` (B, V).
 
     ``top_counts``: None for no score, else how many of the likeliest tokens come with it.
+    ``ranked``: with the place of each among all.
     """
     rows = [row for row, count in enumerate(top_counts) if count is not None]
     scores: list[TokenScore | None] = [None] * len(top_counts)
@@ -244,7 +286,8 @@ def token_scores(
     for i, row in enumerate(rows):
         top = tuple(zip(ids[i], values[i], strict=True))[: top_counts[row]]
         token = token_ids[row]
-        scores[row] = TokenScore(token, float(logprobs[i, token]), top)
+        rank = 1 + int((logprobs[i] > logprobs[i, token]).sum()) if ranked else None
+        scores[row] = TokenScore(token, float(logprobs[i, token]), top, rank)
     return scores
 
 

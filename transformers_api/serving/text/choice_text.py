@@ -42,6 +42,7 @@ class TokenDetail:
     logprob: float | None
     top: tuple[TopToken, ...] = ()
     offset: int = 0  # characters of the answer before it; of a prompt's token 0
+    rank: int | None = None  # of a prompt's token: 1 is the likeliest
 
 
 @dataclass(slots=True, kw_only=True)  # not frozen: that would cost a token more than its text
@@ -83,6 +84,7 @@ class ChoiceText:
         params: SamplingParams,
         stop: Sequence[str],
         trace_stops: bool = False,
+        shows_stop: bool = False,
         marks: Mapping[int, str] = NO_MARKS,
     ) -> None:
         self.index = index
@@ -95,7 +97,8 @@ class ChoiceText:
         self._eos_token_ids = model.engine.eos_token_ids
         self._detokenizer = detokenizer(model.tokenizer, prompt_ids, vocabulary=vocabulary)
         self._marks, stops = mark_special_tokens(stop, vocabulary)
-        self._stops = StopStrings(stops) if stops else None
+        self._stops = StopStrings(stops, included=shows_stop) if stops else None
+        self._shows_stop = shows_stop
         self._originals = stops
         scored = params.logprobs is not None or params.prompt_logprobs is not None
         self._is_plain = not scored and self._stops is None and not marks
@@ -134,7 +137,7 @@ class ChoiceText:
         return TextDelta(index=self.index, text=text, token_ids=(token_id,))
 
     def _take(self, output: TokenOutput) -> TextDelta | None:
-        is_text = output.finish_reason is not FinishReason.STOP
+        is_text = self._shows_stop or output.finish_reason is not FinishReason.STOP
         self._count(output)
         text, matched = self._decode(output, is_text), None
         stops, self.finished = self._stops, output.finish_reason is not None
@@ -158,14 +161,22 @@ class ChoiceText:
         details = (token.detail for token in ready if matched is None or token.start < self._sent)
         return TextDelta(
             index=self.index,
-            text=without_marks(text) if self._marks else text,
+            text=self._visible(text, matched) if self._marks else text,
             token_ids=(*(token.token_id for token in ready), *ended_by),
             logprobs=tuple(detail for detail in details if detail is not None),
             finish_reason=self._finish_reason(output, matched) if self.finished else None,
-            stop_reason=matched if is_text or matched is not None else self._stop_token(output),
+            stop_reason=self._stop_token(output) if matched is None else matched,
             prompt_scores=prompt_scores,
             trace=trace,
         )
+
+    def _visible(self, text: str, matched: str | None) -> str:
+        """``text`` as a client may read it; of special tokens only those of its own stop string."""
+        if matched is None or not self._shows_stop:
+            return without_marks(text)
+        ends = (stop for stop, original in self._originals.items() if original == matched)
+        end = next(stop for stop in ends if text.endswith(stop))
+        return without_marks(text.removesuffix(end)) + matched
 
     def _count(self, output: TokenOutput) -> None:
         self.cached_tokens += output.cached_tokens
@@ -213,7 +224,8 @@ class ChoiceText:
         return "length" if by_length else "stop"
 
     def _stop_token(self, output: TokenOutput) -> int | None:
-        return None if output.token_id in self._eos_token_ids else output.token_id
+        is_stop = output.finish_reason is FinishReason.STOP
+        return output.token_id if is_stop and output.token_id not in self._eos_token_ids else None
 
     def _prompt_details(self, scores: Sequence[TokenScore | None]) -> tuple[TokenDetail, ...]:
         return tuple(
@@ -234,4 +246,4 @@ class ChoiceText:
         )
         i = score.token_id
         text, raw = vocabulary.token_text(i), vocabulary.token_bytes(i)
-        return TokenDetail(i, text, raw, score.logprob, top, offset)
+        return TokenDetail(i, text, raw, score.logprob, top, offset, score.rank)

@@ -16,9 +16,11 @@ class StopStrings:
     The first is the one that is complete first; of several that end at the same character, the
     longest. So the result never depends on how the text is cut into pieces, and nothing waits
     for a longer stop string once a shorter one is there. Empty strings are ignored.
+    ``included``: the text is cut behind it.
     """
 
-    def __init__(self, stops: Iterable[str]) -> None:
+    def __init__(self, stops: Iterable[str], *, included: bool = False) -> None:
+        self._included = included
         self._stops = tuple(stop for stop in stops if stop)
         self._reach = max(map(len, self._stops), default=1) - 1  # the most that is ever held back
         self._held = ""
@@ -37,8 +39,8 @@ class StopStrings:
         ]
         if matches:
             self._held = ""
-            _, start, self.matched = min(matches)
-            return text[:start], self.matched
+            end, start, self.matched = min(matches)
+            return text[: end if self._included else start], self.matched
         sent = len(text) - self._partial(text)
         self._held = text[sent:]
         return text[:sent], None

@@ -27,6 +27,7 @@ class Vocabulary:
         self.strips_first_space = False
         self._tokenizer = tokenizer
         self.cached_bytes: dict[int, bytes] = {}  # of the tokens that were looked up
+        self.cached_breakers: dict[str, list[tuple[int, tuple[int, ...]]]] = {}  # see dry_breakers
         self.scheme: Scheme | None = self._detect()
         if self.scheme and not self._agrees():
             self.scheme = None

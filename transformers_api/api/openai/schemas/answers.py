@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from marshmallow import fields
+
 from transformers_api.api.http.fields import (
     MAX_TOKEN_ID,
     AnyObject,
@@ -25,6 +27,12 @@ class PromptDetails(Schema):
     cached_tokens = Integer(0, MAX_TOKENS)
 
 
+class CompletionDetails(Schema):
+    """The uses of the answer's tokens."""
+
+    reasoning_tokens = Integer(0, MAX_TOKENS)
+
+
 class UsageBody(Schema):
     """Tokens of the model itself."""
 
@@ -32,6 +40,7 @@ class UsageBody(Schema):
     completion_tokens = Integer(0, MAX_TOKENS)
     total_tokens = Integer(0, MAX_TOKENS)
     prompt_tokens_details = Object(PromptDetails)
+    completion_tokens_details = Object(CompletionDetails)
 
 
 class Answer(Schema):
@@ -42,6 +51,23 @@ class Answer(Schema):
     model = Text()
     system_fingerprint = Text()
     usage = Object(UsageBody)
+
+
+class StopReason(fields.Raw):
+    """The end of an answer that is not the model's own."""
+
+    def __init__(self) -> None:
+        kinds = [{"type": "string"}, {"type": "integer"}, {"type": "null"}]
+        text = "The stop string, or the id of the stop token; null at the model's own end."
+        super().__init__(metadata={"description": text, "anyOf": kinds})
+
+
+class PromptLogprobs(Many):
+    """Scores of a prompt's tokens."""
+
+    def __init__(self) -> None:
+        text = "By token id: `logprob`, `rank`, `decoded_token`; null for the first token."
+        super().__init__(AnyObject(allow_none=True), longest=_MANY, **about(text))
 
 
 class LegacyLogprobs(Schema):
@@ -68,7 +94,9 @@ class TextChoice(Schema):
     index = Integer(0, _MANY)
     text = Text()
     logprobs = Object(LegacyLogprobs, allow_none=True)
+    prompt_logprobs = PromptLogprobs()
     finish_reason = Text(choices=_REASONS, allow_none=True)
+    stop_reason = StopReason()
     prompt_token_ids = Many(Integer(0, MAX_TOKEN_ID), longest=_MANY)
     token_ids = Many(Integer(0, MAX_TOKEN_ID), longest=_MANY)
     trace = Object(WholeTrace)
@@ -101,6 +129,7 @@ class ChatChoice(Schema):
     message = Object(ChatMessage)
     logprobs = Object(ChatLogprobs, allow_none=True)
     finish_reason = Text(choices=_REASONS, allow_none=True)
+    stop_reason = StopReason()
     token_ids = Many(Integer(0, MAX_TOKEN_ID), longest=_MANY)
     trace = Object(WholeTrace)
 
@@ -110,6 +139,7 @@ class ChatCompletion(Answer):
 
     object = Text(choices=("chat.completion",))
     choices = Many(Object(ChatChoice), longest=_MANY)
+    prompt_logprobs = PromptLogprobs()
 
 
 class ChunkChoice(Schema):
@@ -119,6 +149,7 @@ class ChunkChoice(Schema):
     delta = Object(ChatMessage)
     logprobs = Object(ChatLogprobs, allow_none=True)
     finish_reason = Text(choices=_REASONS, allow_none=True)
+    stop_reason = StopReason()
 
 
 class ChatCompletionChunk(Answer):

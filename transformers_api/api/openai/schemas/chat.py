@@ -7,6 +7,7 @@ from typing import Any
 
 from marshmallow import ValidationError, fields, validates_schema
 
+from transformers_api.api.http.field_table import CHAT, of_route
 from transformers_api.api.http.fields import (
     NOT_GIVEN,
     AnyObject,
@@ -19,7 +20,7 @@ from transformers_api.api.http.fields import (
     Text,
     Unsupported,
 )
-from transformers_api.api.http.sampling_schema import MAX_LOGPROBS, MAX_TOKENS, Sampling, about
+from transformers_api.api.http.sampling_schema import MAX_LOGPROBS, Sampling, TokenLimit, about
 from transformers_api.api.openai.schemas.completions import check_stream_options
 from transformers_api.api.openai.schemas.structured import Structured
 from transformers_api.api.trace.schema import TraceOptions
@@ -136,26 +137,17 @@ def conversation(**options: Any) -> Many:
 class ChatRequest(Sampling, Structured, TemplateFields):
     """A conversation to be continued."""
 
+    entries = of_route(CHAT)
     messages = conversation(required=True)
-    max_tokens = Integer(1, MAX_TOKENS, **about("Default 512, or what the context leaves."))
-    max_completion_tokens = Integer(1, MAX_TOKENS, **about("The same; wins over `max_tokens`."))
+    max_tokens = TokenLimit(1, **about("Default 512, or what the context leaves; -1: all of it."))
+    max_completion_tokens = TokenLimit(1, **about("The same; wins over `max_tokens`."))
     logprobs = Boolean(load_default=False, **about("Add the log probability of each token."))
     top_logprobs = Integer(0, MAX_LOGPROBS, **about("Also of so many likely others."))
 
     trace = Object(TraceOptions, **about("What to show of every token; see [traces](#traces)."))
-    tools = Unsupported()
-    tool_choice = Unsupported(lambda value: value in ("none", "auto"))
-    functions = Unsupported()
-    function_call = Unsupported(lambda value: value in ("none", "auto"))
-    modalities = Unsupported(lambda value: value == ["text"])
-    audio = Unsupported()
     reasoning_effort = Text(
         choices=EFFORTS, **about("For templates that read it; the others ignore it.")
     )
-    web_search_options = Unsupported(lambda _value: False)
-    echo = Unsupported()
-    chat_template = Unsupported()
-    documents = Unsupported()
 
     @validates_schema(skip_on_field_errors=True)
     def check(self, data: dict[str, Any], **_: Any) -> None:

@@ -7,20 +7,20 @@ from typing import Any
 
 from marshmallow import ValidationError, fields, validates_schema
 
+from transformers_api.api.http.field_table import COMPLETIONS, of_route
 from transformers_api.api.http.fields import (
     MOST_IDS,
     NOT_GIVEN,
     Boolean,
     Integer,
     Object,
-    Unsupported,
     check_ids,
 )
 from transformers_api.api.http.sampling_schema import (
     MAX_LOGPROBS,
     MAX_N,
-    MAX_TOKENS,
     Sampling,
+    TokenLimit,
     about,
 )
 from transformers_api.api.openai.schemas.structured import Structured
@@ -77,6 +77,7 @@ def _token_ids(value: list[Any]) -> list[int]:
 class CompletionRequest(Sampling, Structured):
     """Text to be continued."""
 
+    entries = of_route(COMPLETIONS)
     most_items = MOST_IDS
     prompt = Prompts(
         required=True,
@@ -86,19 +87,24 @@ class CompletionRequest(Sampling, Structured):
             oneOf=[_TEXT, _many(_TEXT), _many(_TOKEN), _many(_many(_TOKEN))],
         ),
     )
-    max_tokens = Integer(0, MAX_TOKENS, **about("Default 16. 0 only with `echo`."))
+    max_tokens = TokenLimit(
+        0, **about("Default 16; -1: what the context leaves. 0 only with `echo`.")
+    )
+    add_special_tokens = Boolean(
+        load_default=True, **about("Begin a text as the model's texts begin.")
+    )
     echo = Boolean(load_default=False, **about("Begin the answer with the prompt."))
     logprobs = Integer(
         0, MAX_LOGPROBS, **about("Log probabilities of the tokens and of so many likely others.")
     )
     best_of = Integer(1, MAX_N, **about("Make so many answers and send the `n` likeliest."))
     trace = Object(TraceOptions, **about("What to show of every token; see [traces](#traces)."))
-    suffix = Unsupported()
 
     @validates_schema(skip_on_field_errors=True)
     def check(self, data: dict[str, Any], **_: Any) -> None:
         """Rules between fields."""
-        if data.get("max_tokens") == 0 and not data["echo"]:
+        scores = data["echo"] or "prompt_logprobs" in data
+        if data.get("max_tokens") == 0 and not scores:
             raise ValidationError("must be at least 1 unless 'echo' is true", "max_tokens")
         best_of = data.get("best_of", data["n"])
         if best_of < data["n"]:

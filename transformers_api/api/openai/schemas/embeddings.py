@@ -7,17 +7,19 @@ from typing import Any
 
 from marshmallow import ValidationError
 
+from transformers_api.api.http.field_table import EMBEDDINGS, of_route
 from transformers_api.api.http.fields import (
     MOST_IDS,
     NOT_GIVEN,
     AnyObject,
+    Boolean,
     Integer,
     Many,
     Object,
     Schema,
     Text,
 )
-from transformers_api.api.http.sampling_schema import MAX_TOKENS, about
+from transformers_api.api.http.sampling_schema import MAX_TOKENS, Truncation, about
 from transformers_api.api.openai.schemas.completions import PromptInput, Prompts
 
 MAX_INPUTS = 2048
@@ -48,9 +50,10 @@ class Inputs(Prompts):
         return inputs
 
 
-class EmbeddingRequest(Schema):
+class EmbeddingRequest(Truncation):
     """Texts to be made into vectors."""
 
+    entries = of_route(EMBEDDINGS)
     most_items = MOST_IDS
     model = Text(
         shortest=1, longest=256, required=True, **about("Id of a model that makes embeddings.")
@@ -71,6 +74,9 @@ class EmbeddingRequest(Schema):
     )
     dimensions = Integer(
         1, 1 << 16, **about("Only the first so many numbers, scaled to length one again.")
+    )
+    normalize = Boolean(
+        **about("Scale vectors to length one, or do not. Default: as the model's entry says.")
     )
     user = Text(longest=512, **about("Accepted and not used."))
 
