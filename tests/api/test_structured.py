@@ -8,15 +8,11 @@ import re
 import jsonschema
 import orjson
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests import tokenizers
 from tests.api.conftest import events
 from tests.api.test_bodies import error
-from transformers_api.api.http.services import EXTENSION
-from transformers_api.app import create_app
-from transformers_api.config.settings import Settings
+from tests.api.tiny_app import running
 
 SCHEMA = {
     "type": "object",
@@ -36,36 +32,10 @@ TAG = {"begin": "<t>", "schema": {"const": 1}, "end": "</t>"}
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory):
-    torch.manual_seed(0)
+    merges = ('{"', '":', '", "', "city", "days", "unit")
     folder = tmp_path_factory.mktemp("tiny")
-    tokenizer = tokenizers.byte_level(merges=('{"', '":', '", "', "city", "days", "unit"))
-    config = LlamaConfig(
-        vocab_size=len(tokenizer) + 5,  # padded
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=1024,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    entries = [{"name": "tiny", "path": str(folder / "model")}]
-    (folder / "models.json").write_text(json.dumps(entries))
-    app = create_app(
-        Settings(
-            model_registry_path=folder / "models.json",
-            include_default_models=False,
-            default_model="tiny",
-            preload_model=False,
-            model_store=folder / "store",
-            hf_home=folder / "hub",
-            torch_threads=1,
-            rate_limit_per_min=0,
-        )
-    )
-    yield app.test_client()
-    app.extensions[EXTENSION].swapper.close()
+    with running(folder, {"tiny": tokenizers.byte_level(merges=merges)}) as app:
+        yield app.test_client()
 
 
 def chat(client, **fields):

@@ -170,17 +170,9 @@ def test_a_bad_field_of_chat_is_named(served, param, body):
     refused(served, "chat", param, **body)
 
 
-TOOL = {"type": "function", "function": {"name": "f"}}
-
-
 @pytest.mark.parametrize(
     ("param", "value"),
     [
-        ("tools", [TOOL]),
-        ("tool_choice", "required"),
-        ("tool_choice", {"type": "function", "function": {"name": "f"}}),
-        ("functions", [{"name": "f"}]),
-        ("function_call", {"name": "f"}),
         ("modalities", ["text", "audio"]),
         ("audio", {"voice": "alloy"}),
         ("web_search_options", {}),

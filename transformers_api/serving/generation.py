@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from transformers_api.engine.base import (
     FinishReason,
@@ -25,7 +25,7 @@ from transformers_api.errors import (
 from transformers_api.inspection.base import StepTrace, TracePlan
 from transformers_api.serving.limits.cancellation import Cancellation
 from transformers_api.serving.swap.loaded_model import LoadedModel
-from transformers_api.serving.text.choice_text import NO_MARKS, ChoiceText, TextDelta, TokenDetail
+from transformers_api.serving.text.choice_text import ChoiceText, TextDelta, TokenDetail
 from transformers_api.serving.text.token_counts import CountedTexts
 
 _SEEDS = 2**63
@@ -47,7 +47,7 @@ class GenerationRequest:
     stop: tuple[str, ...] = ()
     quiet_s: float | None = None  # iteration gives None after each so many seconds of silence
     constrain: Callable[[], TokenConstraint] | None = None  # makes one for each sequence
-    marks: Mapping[int, str] = NO_MARKS  # shown in the text in place of special tokens, by id
+    marks: Mapping[int, str] = field(default_factory=dict)  # of special tokens, shown in the text
     trace: TracePlan | None = None  # a piece for every token then, with what was noted of it
     trace_stops: bool = False  # also of the token that ends an answer
     shows_stop: bool = False  # the text that ends an answer is part of it
@@ -274,12 +274,16 @@ def _within_float32(params: SamplingParams) -> SamplingParams:
     )
 
 
-def collect(generation: Generation) -> list[Choice]:
-    """The complete choices, in order; of ``best_of`` the ``n`` with the best mean logprob."""
+def collect(generation: Generation, hear: Callable[[TextDelta], object] = bool) -> list[Choice]:
+    """The complete choices, in order; of ``best_of`` the ``n`` with the best mean logprob.
+
+    ``hear`` is told of each piece as it comes.
+    """
     pieces: list[list[TextDelta]] = [[] for _ in generation.choices]
     try:
         for delta in generation:
             if delta is not None:
+                hear(delta)
                 pieces[delta.index].append(delta)
     finally:
         generation.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -51,33 +51,29 @@ def constrained(
     model: LoadedModel,
     spec: ConstraintSpec | None,
     *,
-    prefix: str = "",
     ignore_eos: bool = False,
 ) -> GenerationRequest:
-    """``request`` held to ``spec``, of which ``prefix`` stands in the prompt already.
-
-    Raises InvalidRequest, ConstraintsUnavailable.
-    """
+    """``request`` held to ``spec``. Raises InvalidRequest, ConstraintsUnavailable."""
     if spec is None:
         return request
     compiler = model.compiler
     grammar = compiler.compile(spec)
-    if grammar.warnings:
-        ignored = "; ".join(grammar.warnings).encode("ascii", "replace").decode()[:MAX_HEADER]
-
-        def tell(response: flask.Response) -> flask.Response:
-            response.headers[IGNORED] = " ".join(ignored.split())
-            return response
-
-        flask.after_this_request(tell)
-    tokens = compiler.encode(prefix) if prefix else []
+    tell_ignored(grammar.warnings)
     forbidden = compiler.end_ids if ignore_eos else ()
-    if tokens and not grammar.fits(tokens):
-        raise InvalidRequest(
-            "The message that is to be continued does not fit the format of the answer",
-            param="messages",
-        )
-    return replace(request, constrain=lambda: grammar.start(tokens, forbidden=forbidden))
+    return replace(request, constrain=lambda: grammar.start(forbidden=forbidden))
+
+
+def tell_ignored(warnings: Sequence[str]) -> None:
+    """Say in a header of the answer what of a schema is not enforced."""
+    if not warnings:
+        return
+    text = "; ".join(warnings).encode("ascii", "replace").decode()[:MAX_HEADER]
+
+    def tell(response: flask.Response) -> flask.Response:
+        response.headers[IGNORED] = " ".join(text.split())
+        return response
+
+    flask.after_this_request(tell)
 
 
 def _response_format(value: Any, param: str) -> ConstraintSpec | None:

@@ -16,15 +16,23 @@ from transformers_api.api.http.error_schemas import Error
 from transformers_api.api.http.request_context import Formatter, Task, answer
 from transformers_api.api.openai import format as openai_format
 from transformers_api.api.openai import requests
+from transformers_api.api.openai.conversation import (
+    Conversation,
+    Thinking,
+    check_results,
+    planned,
+)
 from transformers_api.api.openai.format import ChatFormatter, CompletionFormatter, Head
+from transformers_api.api.openai.planned_chat import PlannedChatFormatter
 from transformers_api.api.openai.schemas.answers import (
     ChatCompletion,
     ChatCompletionChunk,
     Completion,
 )
-from transformers_api.api.openai.schemas.chat import ChatRequest
+from transformers_api.api.openai.schemas.chat import THINKING_BUDGETS, ChatRequest
 from transformers_api.api.openai.schemas.completions import CompletionRequest
 from transformers_api.api.openai.structured import constrained, constraint_of
+from transformers_api.api.openai.tool_input import tool_use
 from transformers_api.api.trace.format import TraceWriter
 from transformers_api.config.settings import Settings
 from transformers_api.errors import InvalidRequest
@@ -32,6 +40,7 @@ from transformers_api.serving.generation import GenerationRequest
 from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.text import chat_template
 from transformers_api.serving.text.spans import Span, spans
+from transformers_api.serving.tools.answer_plan import AnswerPlan
 
 blueprint = Blueprint(
     "openai",
@@ -97,13 +106,14 @@ class ChatTask(Task):
         self.model_id: str | None = body.get("model")
         self.is_streamed: bool = body["stream"]
         self.texts = message_texts(body["messages"])
-        self.form = constraint_of(body)
+        self.conversation = conversation_of(body)
         self.per_prompt: int = body["n"]
+        self._plan: AnswerPlan | None = None
 
     def prepare(self, model: LoadedModel, settings: Settings) -> GenerationRequest:
         """See Task."""
         body = self.body
-        prompt = chat_template.encode(model, body["messages"], **template_options(body))
+        prompt = self.conversation.encode(model)
         # The request's word, else the registry's, else the route's.
         fields = {**CHAT_DEFAULTS, **requests.registered_options(model), **body}
         limit = next((n for n in ("max_completion_tokens", "max_tokens") if n in body), None)
@@ -135,8 +145,8 @@ class ChatTask(Task):
             shows_stop=body["include_stop_str_in_output"],
             quiet_s=settings.keepalive_s if body["stream"] else None,
         )
-        prefix = message_texts(body["messages"][-1:]) if body["continue_final_message"] else ()
-        request = constrained(request, model, self.form, prefix="".join(prefix), ignore_eos=goes_on)
+        self._plan = self.conversation.plan(model, prompt, ignore_eos=goes_on)
+        request = planned(request, self._plan)
         return requests.with_trace(request, model, body, settings) if "trace" in body else request
 
     def formatter(self, model: LoadedModel, request: GenerationRequest) -> Formatter:
@@ -144,9 +154,19 @@ class ChatTask(Task):
         body, places = self.body, []
         if "trace" in body:
             (prompt,) = request.prompts
-            places = spans(model, body["messages"], prompt, **template_options(body))
+            options = self.conversation.template_options(model)
+            places = spans(model, body["messages"], prompt, **options)
         logprobs = body.get("top_logprobs", 0) if body["logprobs"] else None
-        return ChatFormatter(_head("chatcmpl", model, body, request, logprobs, places))
+        head = _head("chatcmpl", model, body, request, logprobs, places)
+        if self._plan is None or not self._plan.has_parts:
+            return ChatFormatter(head)
+        return PlannedChatFormatter(
+            head,
+            self._plan,
+            is_legacy="functions" in body and "tools" not in body,
+            with_reasoning=body.get("include_reasoning", True)
+            and not body.get("reasoning", {}).get("excluded", False),
+        )
 
 
 class CompletionTask(Task):
@@ -220,6 +240,30 @@ class CompletionTask(Task):
             prompts = request.prompts if is_cut else body["prompt"]
             texts = [_text(model, prompt) for prompt in prompts]
         return CompletionFormatter(head, texts, echo=body["echo"])
+
+
+def conversation_of(body: Mapping[str, Any]) -> Conversation:
+    """The conversation of a chat completion. Raises InvalidRequest."""
+    check_results(body["messages"])
+    options = template_options(body)
+    effort, reasoning = body.get("reasoning_effort"), body.get("reasoning") or {}
+    effort = effort or reasoning.get("effort")
+    budgets = (body.get(name) for name in THINKING_BUDGETS)
+    budget = next((tokens for tokens in budgets if tokens is not None), reasoning.get("max_tokens"))
+    return Conversation(
+        messages=body["messages"],
+        use=tool_use(body),
+        form=constraint_of(body),
+        thinking=Thinking(
+            enabled=False if effort == "none" or reasoning.get("enabled") is False else None,
+            budget=budget,
+            is_shown=body.get("reasoning_format") != "none",
+        ),
+        add_generation_prompt=options["add_generation_prompt"],
+        continue_final_message=options["continue_final_message"],
+        variables=options["chat_template_kwargs"],
+        tools_param="functions" if "functions" in body and "tools" not in body else "tools",
+    )
 
 
 def message_texts(messages: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -42,6 +42,7 @@ class Phases:
     trigger: re.Pattern[bytes] | None = None  # group 1 is what the grammar begins with
     grammar: Grammar | None = None
     forbidden: Collection[int] = ()
+    prefix: Sequence[int] = ()  # tokens of the prompt that the grammar has to begin with
 
     def start(self, compiler: Compiler, vocabulary: Vocabulary) -> PhasedConstraint:
         """A constraint at its start."""
@@ -136,7 +137,7 @@ class PhasedConstraint:
         self._held.take(token_id)
 
     def _answer(self) -> None:
-        """What comes after the thought, or without one."""
+        """Begin the phase after the thought, or without one."""
         if self._phases.grammar is None or self._phases.trigger is not None:
             self._held, self._step = None, self._free
         else:
@@ -147,6 +148,7 @@ class PhasedConstraint:
         grammar = self._phases.grammar
         if grammar is None or (self._phases.trigger is not None and not tokens):
             return None
+        tokens = tokens or self._phases.prefix
         return grammar.start(tokens, forbidden=self._phases.forbidden)
 
     def _note(self, token_id: int) -> None:

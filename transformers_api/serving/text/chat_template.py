@@ -12,6 +12,9 @@ from transformers_api.serving.models.spec import ChatMode
 from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.text import model_template
 from transformers_api.serving.text.tokenization import token_ids
+from transformers_api.serving.tools import call_history, tool_prompt
+from transformers_api.serving.tools.call_format import CallFormat
+from transformers_api.serving.tools.spec import Tool
 
 _TAGS = {
     "system": "System",
@@ -51,6 +54,7 @@ class ChatPrompt:
     ids: list[int]
     stop: tuple[str, ...] = ()
     stop_token_ids: frozenset[int] = frozenset()
+    text: str = ""
 
 
 def encode(
@@ -60,9 +64,12 @@ def encode(
     add_generation_prompt: bool | None = None,
     continue_final_message: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    tools: Sequence[Tool] = (),
     max_bytes: int | None = None,
 ) -> ChatPrompt:
     """The prompt for ``messages``, by the model's template or as a transcript.
+
+    ``tools`` are shown by the template, or in a form of our own where it shows none.
 
     ``add_generation_prompt`` None: unless the final message is continued. ``max_bytes``: of the
     prompt as the model reads it, before it becomes ids. Raises ChatUnavailable where the registry
@@ -85,18 +92,18 @@ def encode(
             "continue_final_message needs an assistant message at the end of messages",
             param="continue_final_message",
         )
-    text = _render(
-        model, messages, add_generation_prompt, continue_final_message, chat_template_kwargs or {}
-    )
+    kwargs = chat_template_kwargs or {}
+    text = _render(model, messages, add_generation_prompt, continue_final_message, kwargs, tools)
+    plain = model_template.plain(text)
     if max_bytes is not None:
-        check_bytes(model_template.plain(text), max_bytes)
+        check_bytes(plain, max_bytes)
     _check_unicode(text, "messages")
     if mode == "transcript":
-        return ChatPrompt(model.template.control.ids(text, True), TRANSCRIPT_STOPS)
+        return ChatPrompt(model.template.control.ids(text, True), TRANSCRIPT_STOPS, text=plain)
     ids = model.template.control.ids(text, False)
     if fault := model.template.missing_token(ids):  # written in this conversation only
         raise _unusable(model, fault)
-    return ChatPrompt(ids, _written_stops(model.tokenizer), model.end_of_turn)
+    return ChatPrompt(ids, _written_stops(model.tokenizer), model.end_of_turn, plain)
 
 
 def render(
@@ -106,12 +113,18 @@ def render(
     add_generation_prompt: bool,
     continue_final_message: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    tools: Sequence[Tool] = (),
 ) -> str:
     """The text that ``encode`` makes ids of. Raises InvalidRequest."""
     kwargs = chat_template_kwargs or {}
     return model_template.plain(
-        _render(model, messages, add_generation_prompt, continue_final_message, kwargs)
+        _render(model, messages, add_generation_prompt, continue_final_message, kwargs, tools)
     )
+
+
+def call_format(model: LoadedModel) -> CallFormat | None:
+    """The format in which the template of ``model`` writes calls; None where it shows none."""
+    return model.template.call_format if chat_mode(model) == "template" else None
 
 
 def check_bytes(text: str, most: int) -> None:
@@ -210,6 +223,13 @@ def _tool_calls(message: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _thought(message: Mapping[str, Any]) -> dict[str, Any]:
+    """The reasoning of an earlier answer, by all the names that templates have for it."""
+    names = ("reasoning_content", "reasoning", "thinking")
+    text = next((message[name] for name in names if message.get(name)), None)
+    return {} if text is None else dict.fromkeys(names, text)
+
+
 def _arguments(function: Mapping[str, Any]) -> Any:
     try:
         arguments = json.loads(function["arguments"])
@@ -224,20 +244,36 @@ def _render(
     add_generation_prompt: bool,
     continue_final_message: bool,
     kwargs: Mapping[str, Any],
+    tools: Sequence[Tool],
 ) -> str:
     """The prompt, with a break in each control token that somebody typed."""
     _check_variables(kwargs)
     texts = [
-        {**message, "content": content_text(message), **_tool_calls(message)}
+        {**message, "content": content_text(message), **_tool_calls(message), **_thought(message)}
         for message in messages
     ]
-    if chat_mode(model) == "transcript":
+    mode, listed = chat_mode(model), None
+    if tools or any(message["role"] == "tool" or "tool_calls" in message for message in texts):
+        style = call_format(model)
+        if style is None:
+            is_transcript = mode == "transcript"
+            texts = tool_prompt.with_tools(
+                texts,
+                tools,
+                takes_system=is_transcript or model.template.takes_system,
+                takes_results=is_transcript,
+            )
+        else:
+            texts = call_history.in_style(texts, style)
+            listed = [tool.as_json for tool in tools]
+    if mode == "transcript":
         broken = [model.template.control.broken(message) for message in texts]
         return transcript(broken, add_generation_prompt, continue_final_message)
     return model.template.render(
         texts,
         add_generation_prompt=add_generation_prompt,
         continue_final_message=continue_final_message,
+        tools=listed,
         kwargs=kwargs,
     )
 

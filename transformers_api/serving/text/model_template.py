@@ -79,7 +79,7 @@ class ModelTemplate:
         return frozenset()
 
     def missing_token(self, ids: Sequence[int]) -> str | None:
-        """What is wrong with a prompt that has tokens which the model lacks; None: nothing."""
+        """The fault of a prompt that has tokens which the model lacks; None: there is none."""
         size = self._vocab_size
         beyond = [] if size is None else [token for token in ids if token >= size]
         if not beyond:
@@ -91,7 +91,7 @@ class ModelTemplate:
         )
 
     def _closes(self) -> Iterator[str]:
-        """What comes after an assistant's message: at the end, and before another turn."""
+        """The text after an assistant's message: at the end, and before another turn."""
         traits = self._traits
         yield traits.close
         if not self.source or traits.fault:

@@ -12,6 +12,7 @@ from transformers_api.errors import InvalidRequest
 from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.text import chat_template
 from transformers_api.serving.text.vocabulary import Vocabulary
+from transformers_api.serving.tools.spec import Tool
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,7 @@ def spans(
     add_generation_prompt: bool | None = None,
     continue_final_message: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    tools: Sequence[Tool] = (),
 ) -> list[Span]:
     """The place of each message in ``ids``, which ``encode`` made of ``messages``.
 
@@ -44,6 +46,7 @@ def spans(
         ),
         "continue_final_message": continue_final_message,
         "chat_template_kwargs": chat_template_kwargs,
+        "tools": tools,
     }
     try:
         text = chat_template.render(model, messages, **options).encode()

@@ -43,7 +43,7 @@ _SLOT = re.compile(f"{SLOT_ID}|{SLOT_NAME}")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerPlan:
-    """How one answer is held and read."""
+    """The way in which one answer is held and read."""
 
     style: CallFormat | None
     schemas: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -51,9 +51,15 @@ class AnswerPlan:
     is_thinking: bool = False  # the prompt has opened the thought
     marks: Mapping[int, str] = field(default_factory=dict)  # of special tokens, by id
     constrain: Callable[[], TokenConstraint] | None = None
+    warnings: Sequence[str] = ()  # what of a schema is not enforced
+
+    @property
+    def has_parts(self) -> bool:
+        """True where there may be more to an answer than its text."""
+        return self.style is not None or self.thought is not None
 
     def parser(self) -> AnswerParser:
-        """What reads one answer."""
+        """A parser of one answer."""
         return AnswerParser(
             self.style, self.schemas, thought=self.thought, is_thinking=self.is_thinking
         )
@@ -70,6 +76,7 @@ def plan(
     prompt: str = "",
     budget: int | None = None,
     ignore_eos: bool = False,
+    prefix: str = "",
     param: str = "tools",
 ) -> AnswerPlan:
     """The plan of an answer to ``prompt``, whose end shows whether the model thinks already.
@@ -91,20 +98,29 @@ def plan(
         if form is not None or (use is not None and use.mode == "required"):
             raise
         phases = replace(phases, grammar=None, trigger=None)  # calls are read, and not held
+    if prefix and phases.grammar is not None and phases.trigger is None:
+        tokens = compiler.encode(prefix)
+        if not phases.grammar.fits(tokens):
+            raise InvalidRequest(
+                "The message that is to be continued does not fit the format of the answer",
+                param="messages",
+            )
+        phases = replace(phases, prefix=tokens)
     marks = {
         token: chr(_MARK + place) for place, token in enumerate(_used(style, reasoning, special))
     }
-    shown = {text: marks[token] for text, token in special.items() if token in marks}
+    mark_texts = {text: marks[token] for text, token in special.items() if token in marks}
     needs = phases.grammar is not None or (budget is not None and reasoning is not None)
     return AnswerPlan(
-        style=None if style is None else _marked(style, shown),
+        style=None if style is None else _marked(style, mark_texts),
         schemas=schemas,
         thought=None
         if reasoning is None
-        else (_with_marks(reasoning.open, shown), _with_marks(reasoning.close, shown)),
+        else (_with_marks(reasoning.open, mark_texts), _with_marks(reasoning.close, mark_texts)),
         is_thinking=is_thinking,
         marks=marks,
         constrain=(lambda: phases.start(compiler, vocabulary)) if needs else None,
+        warnings=phases.grammar.warnings if form is not None and phases.grammar is not None else (),
     )
 
 
@@ -145,7 +161,7 @@ def _rule(form: ConstraintSpec) -> str:
 
 
 def _trigger(style: CallFormat, use: ToolUse) -> re.Pattern[bytes]:
-    """Where free text becomes a call: its lead; without one, the start of a core at the start."""
+    """The beginning of a call in free text: its lead; without one, a core at the very start."""
     lead = _SLOT.split(style.lead.strip())[0].rstrip()
     if lead:
         return re.compile(b"(" + re.escape(lead.encode()) + b")")

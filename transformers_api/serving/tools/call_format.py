@@ -24,7 +24,7 @@ SLOT_ID, SLOT_NAME = "\0id\0", "\0name\0"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallFormat:
-    """How calls are written. See the module."""
+    """The format of calls. See the module."""
 
     core: Literal["json", "named", "tagged"]
     lead: str = ""  # before the first call of a turn without content
@@ -53,10 +53,11 @@ class CallFormat:
     # in the history of a conversation
     takes_text: bool = False  # the template wants arguments as text
     content_is_null: bool = False  # it wants null as the content beside calls
+    has_short_ids: bool = False  # it insists on ids of nine letters and digits
 
     @property
     def leads(self) -> tuple[str, ...]:
-        """What may stand before the first call, the longest first."""
+        """The texts that may stand before the first call, the longest first."""
         leads = {
             self.lead,
             self.lead if self.lead_after_content is None else self.lead_after_content,

@@ -16,10 +16,10 @@ from transformers_api.serving.tools.call_format import SLOT_ID, SLOT_NAME, CallF
 from transformers_api.serving.tools.call_parser import AnswerParser
 from transformers_api.serving.tools.spec import CallArguments, CallStart, Part
 from transformers_api.serving.tools.template_probe import (
+    ANSWER,
     FUNCTIONS,
     IDS,
     KEYS,
-    SAID,
     TOOLS,
     VALUES,
     TemplateProbe,
@@ -39,7 +39,7 @@ _MARKS = ("lead", "lead_after_content", "between", "tail", "mid", "open", "close
 
 @dataclass(frozen=True, slots=True)
 class _Core:
-    """Where a call stands in a text, and how it is written."""
+    """The place of a call in a text, and the way it is written."""
 
     start: int
     end: int
@@ -127,8 +127,18 @@ class _Derivation:
             style,
             takes_text=variant.as_text,
             content_is_null=variant.content is None,
+            has_short_ids=not self._takes_long_ids(),
             **slotted,
         )
+
+    def _takes_long_ids(self) -> bool:
+        made = call(_F, _ONE, as_text=self._variant.as_text)
+        message = {
+            "role": "assistant",
+            "content": self._variant.content,
+            "tool_calls": [{**made, "id": "call_0123456789abcdef01234567"}],
+        }
+        return _F in (self._probe.turn(message) or "")
 
     def _core(self) -> CallFormat | None:
         core, text = self._variant.core, self._variant.text
@@ -155,13 +165,15 @@ class _Derivation:
         )
 
     def _with_content(self, style: CallFormat) -> CallFormat:
-        text = _written(self._probe, [(_F, _ONE)], self._variant.as_text, SAID)
-        if text is None or not 0 <= text.find(SAID) < text.find(_F):
+        text = _written(self._probe, [(_F, _ONE)], self._variant.as_text, ANSWER)
+        if text is None or not 0 <= text.find(ANSWER) < text.find(_F):
             return style
         cores = _cores(text, [(_F, _ONE)])
         if not cores:
             return style
-        return replace(style, lead_after_content=text[text.find(SAID) + len(SAID) : cores[0].start])
+        return replace(
+            style, lead_after_content=text[text.find(ANSWER) + len(ANSWER) : cores[0].start]
+        )
 
     def _without_thought(self, lead: str) -> str:
         mark = self._thought_ends
@@ -197,13 +209,13 @@ class _Derivation:
         return _written(self._probe, [(_F, arguments)], variant.as_text, variant.content)
 
     def _with_values(self, style: CallFormat) -> CallFormat:
-        """What differs before values that are no strings, and how constants are written."""
-        shown = {
+        """The literals before values that are no strings, and the constants."""
+        between = {
             name: between
             for name, value in (("number", 90210), ("true", True), ("false", False), ("null", None))
             if (between := self._between_keys(value)) is not None
         }
-        before, number, after = shown.get("number", "").partition("90210")
+        before, number, after = between.get("number", "").partition("90210")
         if number and (before, after) != (style.kv, style.sep):
             if style.kv.startswith(before) and style.sep.endswith(after):
                 quotes = style.kv[len(before) :], style.sep[: len(style.sep) - len(after)]
@@ -213,7 +225,7 @@ class _Derivation:
         start, end = style.kv_json or style.kv, style.sep
         constants: dict[str, Any] = {
             name: text[len(start) : len(text) - len(end)]
-            for name, text in shown.items()
+            for name, text in between.items()
             if name != "number" and text.startswith(start) and text.endswith(end)
         }
         return replace(style, **{name: text for name, text in constants.items() if text})

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers_api.serving.tools.template_probe import (
+    ANSWER,
     FUNCTIONS,
     HELLO,
     KEYS,
-    SAID,
     THOUGHT,
     TOOLS,
     VALUES,
@@ -64,10 +64,10 @@ def _from_fields(probe: TemplateProbe, prompt: str) -> tuple[str, str] | None:
     """The template shows what an earlier turn has thought."""
     for message, tools, mark in _thoughtful():
         for variables in ({}, _ON):
-            shown = after_user(probe.render([HELLO, message], tools, False, variables)) or ""
-            if THOUGHT not in shown or mark not in shown or re.search("[\"']type[\"']", shown):
+            text = after_user(probe.render([HELLO, message], tools, False, variables)) or ""
+            if THOUGHT not in text or mark not in text or re.search("[\"']type[\"']", text):
                 continue
-            before, _, rest = shown.partition(THOUGHT)
+            before, _, rest = text.partition(THOUGHT)
             header = common(before, prompt)
             between = rest.partition(mark)[0]
             first = re.match(rf"\s*({_TAG})", between)
@@ -82,13 +82,13 @@ def _from_fields(probe: TemplateProbe, prompt: str) -> tuple[str, str] | None:
 def _thoughtful() -> Iterator[tuple[dict[str, Any], Any, str]]:
     """(an assistant's turn that has thought, the tools beside it, what follows the thought)."""
     fields = {"reasoning_content": THOUGHT, "reasoning": THOUGHT, "thinking": THOUGHT}
-    plain = {"role": "assistant", "content": SAID, **fields}
-    yield plain, None, SAID
+    plain = {"role": "assistant", "content": ANSWER, **fields}
+    yield plain, None, ANSWER
     parts = [
         {"type": "thinking", "thinking": THOUGHT, "closed": True},
-        {"type": "text", "text": SAID},
+        {"type": "text", "text": ANSWER},
     ]
-    yield {**plain, "content": parts}, None, SAID
+    yield {**plain, "content": parts}, None, ANSWER
     arguments = dict(zip(KEYS, VALUES, strict=True))
     calls = [call(FUNCTIONS[0], arguments, as_text=False)]
     yield {**plain, "content": "", "tool_calls": calls}, TOOLS, FUNCTIONS[0]
@@ -109,10 +109,10 @@ def _from_history(probe: TemplateProbe, source: str) -> tuple[str, str] | None:
     for mark in names:
         if "/" not in mark and "end" not in mark.lower():
             continue
-        message = {"role": "assistant", "content": f"{THOUGHT}{mark}{SAID}"}
+        message = {"role": "assistant", "content": f"{THOUGHT}{mark}{ANSWER}"}
         for later in ((), ({"role": "user", "content": "x"},)):
-            shown = probe.render([HELLO, message, *later], None, False, {}) or ""
-            if SAID in shown and THOUGHT not in shown:
+            text = probe.render([HELLO, message, *later], None, False, {}) or ""
+            if ANSWER in text and THOUGHT not in text:
                 return mark.replace("/", "", 1).replace("END", "START"), mark
     return None
 

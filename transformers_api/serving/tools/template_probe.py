@@ -11,7 +11,7 @@ Message = Mapping[str, Any]
 # (messages, tools, add_generation_prompt, other variables) → text; None where it raises.
 Render = Callable[[Sequence[Message], Sequence[Any] | None, bool, Mapping[str, Any]], str | None]
 
-USER, SAID, THOUGHT = "zquserqz", "zqsaidqz", "zqwhyqz"
+USER, ANSWER, THOUGHT = "zquserqz", "zqsaidqz", "zqwhyqz"
 FUNCTIONS = ("zqfnaqz", "zqfnbqz")
 KEYS = ("zqpaqz", "zqpbqz")
 VALUES = ("zqvaqz", "zqvbqz")
@@ -44,23 +44,23 @@ class TemplateProbe:
     render: Render
 
     def turn(self, message: Message, tools: Sequence[Any] | None = TOOLS) -> str | None:
-        """What stands behind the user's turn with an assistant's ``message`` after it."""
+        """The text behind the user's turn with an assistant's ``message`` after it."""
         return after_user(self.render([HELLO, message], tools, False, NOTHING))
 
     def prompt(self, tools: Sequence[Any] | None = TOOLS, **variables: Any) -> str:
-        """What stands behind the user's turn where the assistant is to go on."""
+        """The text behind the user's turn where the assistant is to go on."""
         return after_user(self.render([HELLO], tools, True, variables)) or ""
 
     def answer(self, message: Message) -> str | None:
-        """What a model would have to write for ``message``."""
+        """The text that a model would have to write for ``message``."""
         text = self.turn(message)
         return None if text is None else after_prompt(text, self.prompt())
 
     @property
     def end_of_turn(self) -> str:
-        """What closes an assistant's turn."""
-        text = self.turn({"role": "assistant", "content": SAID}) or ""
-        return text.partition(SAID)[2]
+        """The text that closes an assistant's turn."""
+        text = self.turn({"role": "assistant", "content": ANSWER}) or ""
+        return text.partition(ANSWER)[2]
 
 
 def after_user(text: str | None) -> str | None:

@@ -23,20 +23,24 @@ _INTRODUCTION = (
 
 
 def introduction(tools: Sequence[Tool]) -> str:
-    """What the model is told of ``tools``."""
+    """The text that tells a model of ``tools``."""
     lines = (orjson.dumps(tool.as_json["function"]).decode() for tool in tools)
     return _INTRODUCTION.format(tools="\n".join(lines))
 
 
 def with_tools(
-    messages: Sequence[Message], tools: Sequence[Tool], *, takes_system: bool
+    messages: Sequence[Message],
+    tools: Sequence[Tool],
+    *,
+    takes_system: bool,
+    takes_results: bool = False,
 ) -> list[dict[str, Any]]:
     """``messages`` with the introduction in front, and with calls and results as text.
 
     ``content`` of messages are texts. Where the template has no system turns, the introduction
-    stands before what the first user says.
+    stands before what the first user says; where it ``takes_results``, these stay turns of a tool.
     """
-    turns = as_text(messages)
+    turns = as_text(messages, takes_results=takes_results)
     if not tools:
         return turns
     text = introduction(tools)
@@ -54,7 +58,7 @@ def with_tools(
     return turns
 
 
-def as_text(messages: Sequence[Message]) -> list[dict[str, Any]]:
+def as_text(messages: Sequence[Message], *, takes_results: bool = False) -> list[dict[str, Any]]:
     """``messages`` with calls as what the assistant wrote, and results as what the user said."""
     turns: list[dict[str, Any]] = []
     follows_result = False
@@ -64,7 +68,7 @@ def as_text(messages: Sequence[Message]) -> list[dict[str, Any]]:
             for key, value in message.items()
             if key not in ("tool_calls", "tool_call_id")
         }
-        is_result = message["role"] == "tool"
+        is_result = message["role"] == "tool" and not takes_results
         if message.get("tool_calls"):
             calls = [_written(call["function"]) for call in message["tool_calls"]]
             turn["content"] = _joined(turn["content"], "\n".join(calls), "\n")

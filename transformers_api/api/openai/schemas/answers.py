@@ -18,7 +18,7 @@ from transformers_api.api.http.sampling_schema import MAX_TOKENS, about
 
 _TIME = 1 << 40
 _MANY = 1 << 20
-_REASONS = ("stop", "length")
+_REASONS = ("stop", "length", "tool_calls", "function_call")
 
 
 class PromptDetails(Schema):
@@ -113,7 +113,11 @@ class ChatMessage(Schema):
     """The assistant's message."""
 
     role = Text(choices=("assistant",))
-    content = Text()
+    content = Text(allow_none=True)
+    reasoning_content = Text(**about("What was thought before."))
+    reasoning = Text(**about("The same."))
+    tool_calls = Many(AnyObject(), longest=_MANY, **about("`id`, `type`, `function`."))
+    function_call = AnyObject(**about("Where the request had `functions`."))
 
 
 class ChatLogprobs(Schema):

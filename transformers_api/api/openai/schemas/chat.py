@@ -20,15 +20,27 @@ from transformers_api.api.http.fields import (
     Text,
     Unsupported,
 )
-from transformers_api.api.http.sampling_schema import MAX_LOGPROBS, Sampling, TokenLimit, about
+from transformers_api.api.http.sampling_schema import (
+    MAX_LOGPROBS,
+    MAX_TOKENS,
+    Sampling,
+    TokenLimit,
+    about,
+)
 from transformers_api.api.openai.schemas.completions import check_stream_options
-from transformers_api.api.openai.schemas.structured import Structured
+from transformers_api.api.openai.schemas.structured import Structured, Whatever
 from transformers_api.api.trace.schema import TraceOptions
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_MESSAGES = 1024
 MAX_PARTS = 256
 MAX_TOOL_CALLS = 128
+THINKING_BUDGETS = (
+    "thinking_budget_tokens",
+    "thinking_token_budget",
+    "max_thinking_tokens",
+    "reasoning_budget",
+)
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
 
 
@@ -95,7 +107,10 @@ class Message(Schema):
         longest=MAX_TOOL_CALLS,
         **about("Of an earlier answer; the model's template shows them."),
     )
-    function_call = Unsupported()
+    function_call = Object(CalledFunction, **about("The older form of `tool_calls`."))
+    reasoning_content = Text(**about("What was thought before an earlier answer."))
+    reasoning = Text(**about("The same."))
+    thinking = Text(**about("The same."))
     audio = Unsupported()
 
     @validates_schema(skip_on_field_errors=True)
@@ -134,6 +149,26 @@ def conversation(**options: Any) -> Many:
     return Many(Object(Message), shortest=1, longest=MAX_MESSAGES, **options)
 
 
+class ThinkingBudget(Integer):
+    """Tokens of thinking; -1 has no bound."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(-1, MAX_TOKENS, **options)
+
+    def _deserialize(self, value: Any, *args: Any, **kwargs: Any) -> Any:
+        tokens = super()._deserialize(value, *args, **kwargs)
+        return None if tokens == -1 else tokens
+
+
+class ReasoningOptions(Schema):
+    """Thinking, as OpenRouter has it."""
+
+    effort = Text(choices=EFFORTS)
+    max_tokens = Integer(0, MAX_TOKENS)
+    enabled = Boolean()
+    excluded = Boolean(data_key="exclude", **about("Leave out what was thought."))
+
+
 class ChatRequest(Sampling, Structured, TemplateFields):
     """A conversation to be continued."""
 
@@ -145,8 +180,32 @@ class ChatRequest(Sampling, Structured, TemplateFields):
     top_logprobs = Integer(0, MAX_LOGPROBS, **about("Also of so many likely others."))
 
     trace = Object(TraceOptions, **about("What to show of every token; see [traces](#traces)."))
+    tools = Many(
+        Whatever(),
+        longest=128,
+        **about("Functions that the answer may call; see [tools](#tools)."),
+    )
+    tool_choice = Whatever(
+        **about("`auto`, `none`, `required`, a function by its name, or allowed tools.")
+    )
+    parallel_tool_calls = Boolean(
+        load_default=True, **about("Whether one answer may have several calls.")
+    )
+    functions = Many(Whatever(), longest=128, **about("The older form of `tools`."))
+    function_call = Whatever(**about("The older form of `tool_choice`."))
     reasoning_effort = Text(
-        choices=EFFORTS, **about("For templates that read it; the others ignore it.")
+        choices=EFFORTS,
+        **about("`none` answers at once; others are for templates that read them."),
+    )
+    reasoning = Object(ReasoningOptions, **about("OpenRouter's way to say the same."))
+    thinking_budget_tokens = ThinkingBudget(**about("After so many tokens a thought is closed."))
+    thinking_token_budget = ThinkingBudget(**about("The same (vLLM)."))
+    max_thinking_tokens = ThinkingBudget(**about("The same."))
+    reasoning_budget = ThinkingBudget(**about("The same (llama.cpp)."))
+    include_reasoning = Boolean(**about("`false` leaves out what was thought."))
+    reasoning_format = Text(
+        choices=("none", "auto", "deepseek"),
+        **about("`none` leaves what was thought in the text of the answer."),
     )
 
     @validates_schema(skip_on_field_errors=True)

@@ -1,0 +1,126 @@
+"""A conversation that is answered in parts, in whatever words a route has for it.
+
+Chat completions, responses, messages and Ollama's chat make one of these of their bodies. It knows
+the prompt of a model, and how the answer is held and read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from transformers_api.api.openai.structured import tell_ignored
+from transformers_api.errors import InvalidRequest
+from transformers_api.serving.constraints.spec import ConstraintSpec
+from transformers_api.serving.generation import GenerationRequest
+from transformers_api.serving.swap.loaded_model import LoadedModel
+from transformers_api.serving.text import chat_template
+from transformers_api.serving.text.chat_template import ChatPrompt
+from transformers_api.serving.tools import answer_plan
+from transformers_api.serving.tools.answer_plan import AnswerPlan
+from transformers_api.serving.tools.call_format import OWN_FORMAT
+from transformers_api.serving.tools.spec import ToolUse
+
+Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Thinking:
+    """The thinking of a model before it answers."""
+
+    enabled: bool | None = None  # None: as its template has it
+    budget: int | None = None  # tokens; None: as many as it likes
+    is_shown: bool = True  # apart from the answer; else as a part of its text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversation:
+    """Messages as chat completions have them, and what the answer to them may be."""
+
+    messages: Sequence[Message]
+    use: ToolUse | None = None
+    form: ConstraintSpec | None = None
+    thinking: Thinking = field(default_factory=Thinking)
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    variables: Mapping[str, Any] | None = None  # of the template
+    tools_param: str = "tools"
+
+    def template_options(self, model: LoadedModel) -> dict[str, Any]:
+        """The options that make the prompt of ``model``."""
+        variables = dict(self.variables or {})
+        reasoning = model.template.reasoning
+        enabled = self.thinking.enabled
+        if enabled is not None and reasoning is not None and reasoning.has_switch:
+            variables.setdefault("enable_thinking", enabled)
+            variables.setdefault("thinking", enabled)
+        return {
+            "add_generation_prompt": self.add_generation_prompt,
+            "continue_final_message": self.continue_final_message,
+            "chat_template_kwargs": variables,
+            "tools": () if self.use is None else self.use.tools,
+        }
+
+    def encode(self, model: LoadedModel) -> ChatPrompt:
+        """The prompt. Raises what ``chat_template.encode`` does."""
+        return chat_template.encode(model, self.messages, **self.template_options(model))
+
+    def plan(
+        self, model: LoadedModel, prompt: ChatPrompt, *, ignore_eos: bool = False
+    ) -> AnswerPlan | None:
+        """The way in which the answer is held and read; None where it is plain text.
+
+        Raises InvalidRequest, ConstraintsUnavailable.
+        """
+        reasoning = None
+        if chat_template.chat_mode(model) == "template":
+            reasoning = model.template.reasoning
+        if self.use is None and self.form is None and reasoning is None:
+            return None
+        style = None
+        if self.use is not None:
+            style = chat_template.call_format(model) or OWN_FORMAT
+        compiler, budget = model.compiler, self.thinking.budget
+        if self.thinking.enabled is False and reasoning is not None and not reasoning.has_switch:
+            budget = 0
+        plan = answer_plan.plan(
+            compiler,
+            model.vocabulary,
+            style=style,
+            use=self.use,
+            form=self.form,
+            reasoning=reasoning,
+            prompt=prompt.text,
+            budget=budget,
+            ignore_eos=ignore_eos,
+            prefix=self._prefix,
+            param=self.tools_param,
+        )
+        tell_ignored(plan.warnings)
+        return plan if self.thinking.is_shown else replace(plan, thought=None)
+
+    @property
+    def _prefix(self) -> str:
+        """The beginning of the answer that stands in the prompt."""
+        if not self.continue_final_message:
+            return ""
+        return chat_template.content_text(self.messages[-1])
+
+
+def planned(request: GenerationRequest, plan: AnswerPlan | None) -> GenerationRequest:
+    """``request`` held to ``plan``."""
+    if plan is None:
+        return request
+    marks = plan.marks if plan.has_parts else {}
+    return replace(request, constrain=plan.constrain, marks=marks)
+
+
+def check_results(messages: Sequence[Message]) -> None:
+    """Raise InvalidRequest for a result of a call that nobody has made."""
+    ids: set[str] = set()
+    for place, message in enumerate(messages):
+        ids |= {call["id"] for call in message.get("tool_calls") or () if "id" in call}
+        if message["role"] == "tool" and ids and message.get("tool_call_id") not in ids:
+            name = f"messages[{place}].tool_call_id"
+            raise InvalidRequest(f"'{name}' is of no call before it", param=name)
