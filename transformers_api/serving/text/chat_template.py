@@ -261,7 +261,7 @@ def _render(
                 texts,
                 tools,
                 takes_system=is_transcript or model.template.takes_system,
-                takes_results=is_transcript,
+                takes_results=is_transcript or model.template.takes_results,
             )
         else:
             texts = call_history.in_style(texts, style)

@@ -159,6 +159,12 @@ class ModelTemplate:
         return self._shows(_in_parts(turns, self._traits.in_parts))
 
     @cached_property
+    def takes_results(self) -> bool:
+        """True where a turn of a tool shows."""
+        turns = [_HELLO, {"role": "tool", "content": _PROBE}]
+        return self._shows(_in_parts(turns, self._traits.in_parts))
+
+    @cached_property
     def reasoning(self) -> ReasoningStyle | None:
         """The marks around what the model thinks; None where the template knows of none."""
         return derive_reasoning(self._probe, self.source) if self.source else None
