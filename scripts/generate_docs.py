@@ -36,6 +36,7 @@ from transformers_api.api.openai.schemas.embeddings import EmbeddingRequest
 from transformers_api.api.openai.schemas.models import LoadRequest
 from transformers_api.api.openai.schemas.structured import Structured
 from transformers_api.api.openai.schemas.tokens import DetokenizeRequest, TokenizeRequest
+from transformers_api.api.responses.schema import ResponseRequest
 from transformers_api.api.seeds.schemas.chat_stream import ChatStreamRequest
 from transformers_api.api.seeds.schemas.generate import GenerateRequest, LoadModelRequest
 from transformers_api.api.trace.schema import LensOptions, StreamTrace, TraceOptions
@@ -147,6 +148,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "alias fields": aliases,
     "refused fields": refused,
     "harmless fields": harmless,
+    "response fields": fields(ResponseRequest),
     "completion fields": fields(CompletionRequest, Sampling, Structured),
     "chat fields": fields(ChatRequest, Sampling, Structured),
     "message fields": fields(Message),

@@ -7,6 +7,7 @@
     │   ├── UnsupportedParameter     400  known, not supported, and it would change the answer
     │   ├── ContextLengthExceeded    400  prompt + completion do not fit the model's window
     │   ├── ConstraintFailed         400  no token can follow that the requested format allows
+    │   ├── PreviousResponseNotFound 400  ``previous_response_id`` is not stored, or not any more
     │   ├── TooManyTokens            400  more at once than a client may have in a minute
     │   └── ModelNotCapable          400  the resident model cannot do this
     │       └── AttentionUnavailable 400  it has no attention weights to show
@@ -93,6 +94,12 @@ class ConstraintFailed(InvalidRequest):
     """Nothing that the requested format allows can follow, or it is too complex to work out."""
 
     code = "constraint_failed"
+
+
+class PreviousResponseNotFound(InvalidRequest):
+    """The response that this one was to go on from is not stored, or not any more."""
+
+    code = "previous_response_not_found"
 
 
 class TooManyTokens(InvalidRequest):

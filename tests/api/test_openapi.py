@@ -19,6 +19,10 @@ from transformers_api.serving.limits import api_keys
 
 # What answers otherwise here: the registry and the tokens of the examples are not those of fakes.
 OTHERWISE = {
+    "GET /v1/responses/{response_id}": 404,
+    "DELETE /v1/responses/{response_id}": 404,
+    "GET /v1/responses/{response_id}/input_items": 404,
+    "POST /v1/responses/{response_id}/cancel": 404,
     "POST /v1/embeddings": 501,
     "GET /metrics": 404,
     "POST /load_model": 404,

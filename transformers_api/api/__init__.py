@@ -18,6 +18,7 @@ from transformers_api.api.openai.views import blueprint as openai
 from transformers_api.api.ops import docs
 from transformers_api.api.ops.health import blueprint as health
 from transformers_api.api.ops.monitoring import blueprint as monitoring
+from transformers_api.api.responses.views import blueprint as responses
 from transformers_api.api.seeds.chat_stream import blueprint as chat_stream
 from transformers_api.api.seeds.generate import blueprint as generate
 
@@ -33,6 +34,6 @@ def register(app: Flask, services: Services) -> None:
     auth.install(app, services)
     errors.install(app)
     api = docs.install(app, needs_key=services.access.keys is not None)
-    openai_routes = (openai, embeddings, models, tokens)
+    openai_routes = (openai, responses, embeddings, models, tokens)
     for blueprint in (*openai_routes, generate, chat_stream, inspect, health, monitoring):
         api.register_blueprint(blueprint)

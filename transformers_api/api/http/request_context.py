@@ -56,6 +56,10 @@ class Formatter(ABC):
         """The events after the last piece. None: nothing was to be generated."""
         return ()
 
+    def failing(self, error: ApiError) -> Iterable[bytes]:
+        """The events of an error after the first byte, when the status is out already."""
+        yield self.dialect.late_error(error)
+
 
 class Task(ABC):
     """A validated body that asks for text, in the words of its route."""
@@ -254,7 +258,7 @@ class RequestContext:
             # The status is out. Without its end no client takes this for a complete answer.
             self._watch.answer_begins()
             failure = self._failed(error)
-            yield dialect.late_error(self.services.private_paths.public(failure))
+            yield from formatter.failing(self.services.private_paths.public(failure))
         else:
             self._is_over = True
             if dialect.stream_end:

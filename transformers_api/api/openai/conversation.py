@@ -6,8 +6,9 @@ the prompt of a model, and how the answer is held and read.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 from transformers_api.api.openai.structured import tell_ignored
@@ -46,6 +47,7 @@ class Conversation:
     continue_final_message: bool = False
     variables: Mapping[str, Any] | None = None  # of the template
     tools_param: str = "tools"
+    drops_oldest: bool = False  # turns that do not fit the context
 
     def template_options(self, model: LoadedModel) -> dict[str, Any]:
         """The options that make the prompt of ``model``."""
@@ -64,7 +66,22 @@ class Conversation:
 
     def encode(self, model: LoadedModel) -> ChatPrompt:
         """The prompt. Raises what ``chat_template.encode`` does."""
-        return chat_template.encode(model, self.messages, **self.template_options(model))
+        options = self.template_options(model)
+        prompt = chat_template.encode(model, self.messages, **options)
+        most = model.engine.max_model_len
+        if not self.drops_oldest or len(prompt.ids) < most:
+            return prompt
+        groups = list(_groups(self.messages))
+        low, high = 1, len(groups) - 1  # groups that are dropped; the last stays
+        while low <= high:
+            middle = (low + high) // 2
+            turns = [*_system(self.messages), *chain.from_iterable(groups[middle:])]
+            shorter = chat_template.encode(model, turns, **options)
+            if len(shorter.ids) < most:
+                prompt, high = shorter, middle - 1
+            else:
+                low = middle + 1
+        return prompt
 
     def plan(
         self, model: LoadedModel, prompt: ChatPrompt, *, ignore_eos: bool = False
@@ -106,6 +123,24 @@ class Conversation:
         if not self.continue_final_message:
             return ""
         return chat_template.content_text(self.messages[-1])
+
+
+def _system(messages: Sequence[Message]) -> list[Message]:
+    return [message for message in messages if message["role"] in ("system", "developer")]
+
+
+def _groups(messages: Sequence[Message]) -> Iterator[list[Message]]:
+    """Turns that are dropped together: calls with their results; never instructions."""
+    group: list[Message] = []
+    for message in messages:
+        if message["role"] in ("system", "developer"):
+            continue
+        if group and message["role"] != "tool":
+            yield group
+            group = []
+        group.append(message)
+    if group:
+        yield group
 
 
 def planned(request: GenerationRequest, plan: AnswerPlan | None) -> GenerationRequest:

@@ -1,0 +1,82 @@
+"""A conversation to be answered once, for the routes that have words of their own for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from transformers_api.api.http.request_context import Formatter, Task
+from transformers_api.api.openai import requests
+from transformers_api.api.openai.conversation import Conversation, planned
+from transformers_api.config.settings import Settings
+from transformers_api.serving.generation import GenerationRequest
+from transformers_api.serving.swap.loaded_model import LoadedModel
+from transformers_api.serving.tools.answer_plan import AnswerPlan
+
+DEFAULTS: Mapping[str, Any] = {"max_tokens": 512, "temperature": 0.7, "top_p": 0.9}  # chat's
+Make = Callable[[LoadedModel, GenerationRequest, AnswerPlan], Formatter]
+
+
+class ConversationTask(Task):
+    """See the module. ``sampling`` are fields by the names of chat completions.
+
+    ``most_tokens`` is a ceiling: it is cut to what the context leaves; None: the default.
+    """
+
+    is_chat = True
+
+    def __init__(
+        self,
+        conversation: Conversation,
+        make: Make,
+        *,
+        model_id: str | None,
+        is_streamed: bool,
+        texts: Sequence[str],
+        sampling: Mapping[str, Any],
+        most_tokens: int | None = None,
+        logprobs: int | None = None,
+        field: str = "messages",
+    ) -> None:
+        self.conversation = conversation
+        self.model_id = model_id
+        self.is_streamed = is_streamed
+        self.texts = texts
+        self.field = field
+        self._make = make
+        self._sampling = sampling
+        self._most_tokens = most_tokens
+        self._logprobs = logprobs
+        self._plan = AnswerPlan(style=None)
+
+    def prepare(self, model: LoadedModel, settings: Settings) -> GenerationRequest:
+        """See Task."""
+        prompt = self.conversation.encode(model)
+        fields = {**DEFAULTS, **requests.registered_options(model), **self._sampling}
+        max_tokens = requests.fit(
+            self._most_tokens or fields["max_tokens"],
+            len(prompt.ids),
+            model.engine.max_model_len,
+            explicit=False,
+            param=self.field,
+        )
+        params = requests.sampling_params(
+            model,
+            fields,
+            max_tokens,
+            stop_token_ids=prompt.stop_token_ids,
+            logprobs=self._logprobs,
+        )
+        request = GenerationRequest(
+            [prompt.ids],
+            params,
+            stop=requests.stop_strings(fields) + prompt.stop,
+            quiet_s=settings.keepalive_s if self.is_streamed else None,
+        )
+        plan = self.conversation.plan(model, prompt)
+        self._plan = plan or self._plan
+        return planned(request, plan)
+
+    def formatter(self, model: LoadedModel, request: GenerationRequest) -> Formatter:
+        """See Task."""
+        return self._make(model, request, self._plan)

@@ -1,0 +1,186 @@
+"""From the input of a response to a conversation as chat completions have it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import orjson
+
+from transformers_api.api.openai.structured import constraint_of
+from transformers_api.api.openai.tool_input import check_together, chosen, tool_of
+from transformers_api.api.responses.format import unsealed
+from transformers_api.errors import InvalidRequest, UnsupportedParameter
+from transformers_api.serving.constraints.spec import ConstraintSpec
+from transformers_api.serving.tools.spec import Tool, ToolUse
+
+Json = Mapping[str, Any]
+Message = dict[str, Any]
+ROLES = ("user", "assistant", "system", "developer")
+_TEXT_PARTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
+_CALLS = {"function_call": "arguments", "custom_tool_call": "input"}
+_RESULTS = ("function_call_output", "custom_tool_call_output")
+# Of tools that this server does not run: nothing that a model has to be told.
+_SKIPPED = ("_call", "_call_output", "_list_tools", "_approval_request", "_approval_response")
+FREE_TEXT: Json = {
+    "type": "object",
+    "properties": {"input": {"type": "string"}},
+    "required": ["input"],
+    "additionalProperties": False,
+}
+
+
+def messages_of(items: str | Sequence[Any], instructions: str | None = None) -> list[Message]:
+    """The conversation of ``items``, behind the ``instructions``. Raises InvalidRequest."""
+    turns: list[Message] = []
+    if isinstance(items, str):
+        turns.append({"role": "user", "content": items})
+    else:
+        thought = ""
+        for place, item in enumerate(items):
+            where = f"input[{place}]"
+            kind = _object(item, where).get("type", "message")
+            if kind == "reasoning":
+                thought = _thought(item, where)
+                continue
+            _add(turns, item, kind, where, thought)
+            thought = ""
+    system = [{"role": "system", "content": instructions}] if instructions else []
+    return [*system, *turns]
+
+
+def _add(turns: list[Message], item: Json, kind: Any, where: str, thought: str) -> None:
+    """Add the turn of an item; calls join the assistant's turn before them."""
+    if kind == "message":
+        turns.append(_message(item, where, thought))
+    elif kind in _CALLS:
+        call = _call(item, _CALLS[kind], where)
+        if turns and turns[-1]["role"] == "assistant":
+            turns[-1].setdefault("tool_calls", []).append(call)
+        else:
+            turn = {"role": "assistant", "content": "", "tool_calls": [call]}
+            turns.append(turn | ({"reasoning_content": thought} if thought else {}))
+    elif kind in _RESULTS:
+        output = _text(item.get("output"), f"{where}.output")
+        call_id = _string(item.get("call_id"), f"{where}.call_id")
+        turns.append({"role": "tool", "content": output, "tool_call_id": call_id})
+    elif not isinstance(kind, str) or not kind.endswith(_SKIPPED):
+        raise UnsupportedParameter(
+            f"'{where}' is an item of type '{str(kind)[:32]}', which is not supported", param=where
+        )
+
+
+def _message(item: Json, where: str, thought: str) -> Message:
+    role = item.get("role")
+    if role not in ROLES:
+        listed = ", ".join(ROLES)
+        raise InvalidRequest(f"'{where}.role' must be one of {listed}", param=f"{where}.role")
+    message = {"role": role, "content": _text(item.get("content"), f"{where}.content")}
+    if thought and role == "assistant":
+        message["reasoning_content"] = thought
+    return message
+
+
+def _call(item: Json, field: str, where: str) -> Json:
+    name = _string(item.get("name"), f"{where}.name")
+    written = _string(item.get(field), f"{where}.{field}")
+    if field == "input":
+        written = orjson.dumps({"input": written}).decode()
+    return {
+        "id": _string(item.get("call_id"), f"{where}.call_id"),
+        "type": "function",
+        "function": {"name": name, "arguments": written},
+    }
+
+
+def _text(value: Any, where: str) -> str:
+    """A text, or the texts of parts, one after the other."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise InvalidRequest(f"'{where}' must be a string or a list of parts", param=where)
+    texts = []
+    for place, part in enumerate(value):
+        name = f"{where}[{place}]"
+        kind = _object(part, name).get("type")
+        if kind == "refusal":
+            texts.append(_string(part.get("refusal"), f"{name}.refusal"))
+        elif kind in _TEXT_PARTS:
+            texts.append(_string(part.get("text"), f"{name}.text"))
+        else:
+            raise UnsupportedParameter(
+                f"'{name}' is a part of type '{str(kind)[:32]}'; only text is supported", param=name
+            )
+    return "".join(texts)
+
+
+def _thought(item: Json, where: str) -> str:
+    """The text of a reasoning item: its content, else its summary, else what we have sealed."""
+    for field in ("content", "summary"):
+        if item.get(field):
+            return _text(item[field], f"{where}.{field}")
+    sealed = item.get("encrypted_content")
+    return unsealed(sealed) if isinstance(sealed, str) else ""
+
+
+def texts_of(messages: Iterable[Json]) -> list[str]:
+    """All text of a conversation, to be counted."""
+    texts: list[str] = []
+    for message in messages:
+        texts.append(message["content"])
+        for call in message.get("tool_calls", ()):
+            texts += [call["function"]["name"], call["function"]["arguments"]]
+    return texts
+
+
+def tools_of(body: Json) -> tuple[ToolUse | None, frozenset[str]]:
+    """The tools that may be called, and the names of those that take free text.
+
+    Tools of other kinds (search, files, …) are run by nobody here: a model is not told of them.
+    """
+    tools: list[Tool] = []
+    free: set[str] = set()
+    for place, item in enumerate(body.get("tools") or ()):
+        where = f"tools[{place}]"
+        kind = _object(item, where).get("type")
+        if kind == "function":
+            tools.append(tool_of(item, where))
+        elif kind == "custom":
+            tool = tool_of({**item, "parameters": FREE_TEXT}, where)
+            tools.append(tool)
+            free.add(tool.name)
+    check_together(tools, "tools")
+    choice = body.get("tool_choice", "auto")
+    parallel = body.get("parallel_tool_calls", True)
+    return chosen(tuple(tools), choice, "tool_choice", parallel=parallel), frozenset(free)
+
+
+def form_of(body: Json) -> ConstraintSpec | None:
+    """The form of the text: ``text.format``. Raises InvalidRequest."""
+    form = (body.get("text") or {}).get("format")
+    if form is None:
+        return None
+    param = "text.format"
+    fields = _object(form, param)
+    if fields.get("type") == "json_schema":  # flat here
+        named = {key: fields[key] for key in ("name", "schema", "strict") if key in fields}
+        fields = {"type": "json_schema", "json_schema": named}
+    try:
+        return constraint_of({"response_format": fields})
+    except InvalidRequest as error:
+        inner = (error.param or "").replace("response_format.json_schema", param)
+        inner = inner.replace("response_format", param)
+        message = error.message.replace(error.param or "\0", inner)
+        raise InvalidRequest(message, param=inner) from None
+
+
+def _object(value: Any, where: str) -> Json:
+    if not isinstance(value, Mapping):
+        raise InvalidRequest(f"'{where}' must be an object", param=where)
+    return value
+
+
+def _string(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise InvalidRequest(f"'{where}' must be a string", param=where)
+    return value
