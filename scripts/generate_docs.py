@@ -17,6 +17,7 @@ from apispec import APISpec
 from apispec.ext.marshmallow import MarshmallowPlugin
 
 from transformers_api import errors
+from transformers_api.api.anthropic.schema import MessageRequest
 from transformers_api.api.http.field_table import ALL, ASKS_NOTHING, BOTH, TABLE, Entry, Treatment
 from transformers_api.api.http.fields import Schema, Unsupported
 from transformers_api.api.http.sampling_schema import Sampling
@@ -149,6 +150,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "refused fields": refused,
     "harmless fields": harmless,
     "response fields": fields(ResponseRequest),
+    "message request fields": fields(MessageRequest),
     "completion fields": fields(CompletionRequest, Sampling, Structured),
     "chat fields": fields(ChatRequest, Sampling, Structured),
     "message fields": fields(Message),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from flask import Flask
 
+from transformers_api.api.anthropic.views import blueprint as messages
 from transformers_api.api.http import auth, errors, middleware
 from transformers_api.api.http.services import EXTENSION, Services
 from transformers_api.api.http.strict_json import StrictJSONProvider
@@ -34,6 +35,6 @@ def register(app: Flask, services: Services) -> None:
     auth.install(app, services)
     errors.install(app)
     api = docs.install(app, needs_key=services.access.keys is not None)
-    openai_routes = (openai, responses, embeddings, models, tokens)
+    openai_routes = (openai, responses, messages, embeddings, models, tokens)
     for blueprint in (*openai_routes, generate, chat_stream, inspect, health, monitoring):
         api.register_blueprint(blueprint)

@@ -8,6 +8,7 @@ from http import HTTPStatus
 
 from gunicorn.http import errors as http_errors  # type: ignore[import-untyped]
 
+from transformers_api import logs
 from transformers_api.errors import (
     ApiError,
     EngineFailed,
@@ -39,18 +40,29 @@ def page(error: ApiError, head: RequestHead, began: float, origins: tuple[str, .
     from transformers_api.api.http import dialects, middleware, request_log, strict_json
 
     dialect = dialects.by_path(head.path or OPENAI)
+    own_id = request_log.id_for(head.field(b"x-request-id"))
+    named = logs.request_id.set(own_id)
     body = strict_json.dump(dialect.error_body(error))
+    logs.request_id.reset(named)
     status = dialect.status(error)
     fields = {
         "Connection": "close",
         "Content-Type": "application/json",
         "Content-Length": len(body),
-        "X-Request-Id": request_log.id_for(head.field(b"x-request-id")),
+        "X-Request-Id": own_id,
+        **dict.fromkeys(dialect.id_headers, own_id),
         "OpenAI-Processing-Ms": round(1000 * (time.monotonic() - began)),
         **middleware.cors_headers(origins, head.field(b"origin")),
     }
     lines = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
-    return f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n{lines}\r\n".encode() + body
+    return f"HTTP/1.1 {status} {_phrase(status)}\r\n{lines}\r\n".encode() + body
+
+
+def _phrase(status: int) -> str:
+    try:
+        return HTTPStatus(status).phrase
+    except ValueError:  # a dialect's own
+        return "Unavailable"
 
 
 def api_error(exc: BaseException) -> ApiError:

@@ -6,14 +6,15 @@ Each blueprint has one. A new API is a ``Dialect`` here, or in its own folder an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from marshmallow import Schema
 
+from transformers_api import logs
 from transformers_api.api.http import sse
-from transformers_api.api.http.error_schemas import Detail, Error, Failed, Refused
+from transformers_api.api.http.error_schemas import Detail, Error, Failed, MessagesError, Refused
 from transformers_api.errors import ApiError, InvalidRequest
 
 Json = dict[str, Any]
@@ -31,6 +32,8 @@ class Dialect:
     error_body: Callable[[ApiError], Json]  # of an answer that is nothing but an error
     error_schema: type[Schema]
     invalid_status: int = 400  # of an InvalidRequest
+    id_headers: tuple[str, ...] = ()  # that have the request's id, besides x-request-id
+    statuses: Mapping[int, int] = field(default_factory=dict)  # others than ours
     invalid_schema: type[Schema] | None = None  # None: a wrong request looks like other errors
     quote: str = "'"  # around names of fields in messages
     # A stream: what frames an event (a payload and a name), what shows life, what ends it.
@@ -43,7 +46,9 @@ class Dialect:
 
     def status(self, error: ApiError) -> int:
         """The HTTP status of an answer that is ``error``."""
-        return self.invalid_status if isinstance(error, InvalidRequest) else error.status
+        if isinstance(error, InvalidRequest):
+            return self.invalid_status
+        return self.statuses.get(error.status, error.status)
 
     def late_error(self, error: ApiError) -> bytes:
         """The event of an error after the first byte, when the status is out already."""
@@ -85,6 +90,23 @@ def _niels_error(error: ApiError) -> Json:
     return {"detail": error.message} | ({"code": error.code} if error.code else {})
 
 
+_MESSAGES_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
+def _messages_error(error: ApiError) -> Json:
+    other = "api_error" if error.status >= 500 else "invalid_request_error"
+    body = {"type": _MESSAGES_TYPES.get(error.status, other), "message": error.message}
+    return {"type": "error", "error": body, "request_id": logs.request_id.get()}
+
+
 OPENAI = Dialect(error_body=_openai_error, error_schema=Error, stream_end=sse.DONE)
 # The seeds' own routes, and all that no blueprint is named for.
 PLAIN = Dialect(error_body=_detail, error_schema=Detail, stream_end=sse.DONE)
@@ -98,10 +120,20 @@ NIELS = Dialect(
     late_error_body=_failure,
     late_error_event="error",
 )
+# /v1/messages, as Anthropic has it; its clients try again after a 529.
+MESSAGES = Dialect(
+    error_body=_messages_error,
+    error_schema=MessagesError,
+    id_headers=("Request-Id",),
+    statuses={503: 529},
+    ping=sse.frame({"type": "ping"}, "ping"),
+    late_error_event="error",
+)
 
 # Of URLs that are no route, and of requests that never reach the application.
 BY_PREFIX = (
     ("/v1", OPENAI),
+    ("/v1/messages", MESSAGES),
     ("/tokenize", OPENAI),
     ("/detokenize", OPENAI),
     ("/chat/stream", NIELS),

@@ -38,6 +38,21 @@ class Refused(Schema):
     code = Text(**about("Such as `attention_unavailable`; most have none."))
 
 
+class MessagesErrorBody(Schema):
+    """The error."""
+
+    type = Text(required=True)
+    message = Text(required=True)
+
+
+class MessagesError(Schema):
+    """Every error of these routes."""
+
+    type = Text(choices=("error",), required=True)
+    error = Object(MessagesErrorBody, required=True)
+    request_id = Text()
+
+
 class Failed(Schema):
     """The request is not to blame, or not alone."""
 

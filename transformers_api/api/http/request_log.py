@@ -13,6 +13,7 @@ import uuid
 import flask
 
 from transformers_api import logs
+from transformers_api.api.http import dialects
 from transformers_api.api.http.request_record import RequestRecord
 from transformers_api.api.http.services import services
 from transformers_api.errors import ApiError
@@ -59,7 +60,9 @@ def finish(response: flask.Response) -> flask.Response:
     """Name the request in its answer; log and count it when that has been sent, or given up."""
     record, metrics = current(), services().metrics
     # A malformed request may fail before it has an id.
-    response.headers["X-Request-Id"] = flask.g.get("request_id") or uuid.uuid4().hex
+    own_id = flask.g.get("request_id") or uuid.uuid4().hex
+    for header in ("X-Request-Id", *dialects.by_path(flask.request.path).id_headers):
+        response.headers[header] = own_id
     spent_s = time.monotonic() - record.began
     response.headers["OpenAI-Processing-Ms"] = str(round(1000 * spent_s))
     record.status = response.status_code

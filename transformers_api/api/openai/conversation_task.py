@@ -9,6 +9,7 @@ from transformers_api.api.http.request_context import Formatter, Task
 from transformers_api.api.openai import requests
 from transformers_api.api.openai.conversation import Conversation, planned
 from transformers_api.config.settings import Settings
+from transformers_api.errors import ContextLengthExceeded
 from transformers_api.serving.generation import GenerationRequest
 from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.tools.answer_plan import AnswerPlan
@@ -37,6 +38,7 @@ class ConversationTask(Task):
         most_tokens: int | None = None,
         logprobs: int | None = None,
         field: str = "messages",
+        too_long: str | None = None,  # with {tokens} and {most}; None: OpenAI's words
     ) -> None:
         self.conversation = conversation
         self.model_id = model_id
@@ -47,16 +49,21 @@ class ConversationTask(Task):
         self._sampling = sampling
         self._most_tokens = most_tokens
         self._logprobs = logprobs
+        self._too_long = too_long
         self._plan = AnswerPlan(style=None)
 
     def prepare(self, model: LoadedModel, settings: Settings) -> GenerationRequest:
         """See Task."""
         prompt = self.conversation.encode(model)
         fields = {**DEFAULTS, **requests.registered_options(model), **self._sampling}
+        tokens, most = len(prompt.ids), model.engine.max_model_len
+        if self._too_long is not None and tokens >= most:
+            words = self._too_long.format(tokens=tokens, most=most)
+            raise ContextLengthExceeded(words, param=self.field)
         max_tokens = requests.fit(
             self._most_tokens or fields["max_tokens"],
-            len(prompt.ids),
-            model.engine.max_model_len,
+            tokens,
+            most,
             explicit=False,
             param=self.field,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 from transformers_api.api.http.auth import scope
@@ -37,7 +38,14 @@ def list_models() -> Any:
     Those of the registry, those in the local Hugging Face cache, and what is in memory.
     """
     status = services().swapper.status()
-    return {"object": "list", "data": [_described(spec, status) for spec in _servable(status)]}
+    models = [_described(spec, status) for spec in _servable(status)]
+    return {
+        "object": "list",
+        "data": models,
+        "first_id": models[0]["id"] if models else None,
+        "last_id": models[-1]["id"] if models else None,
+        "has_more": False,
+    }
 
 
 @blueprint.at("/v1/models/<path:model_id>")
@@ -113,10 +121,14 @@ def _servable(status: SwapperStatus) -> list[ModelSpec]:
 
 
 def _described(spec: ModelSpec, status: SwapperStatus) -> dict[str, Any]:
+    created = _created(spec)
     described = {
         "id": spec.name,
         "object": "model",
-        "created": _created(spec),
+        "type": "model",
+        "display_name": spec.name,
+        "created": created,
+        "created_at": datetime.fromtimestamp(created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "owned_by": _owner(spec),
         "loaded": status.model == spec.name or _encoder() == spec.name,
         "permission": [],

@@ -42,7 +42,10 @@ class Model(Schema):
 
     id = Text()
     object = Text(choices=("model",))
+    type = Text(choices=("model",))
+    display_name = Text()
     created = Integer(0, _TIME)
+    created_at = Text(**about("The same in words: RFC 3339."))
     owned_by = Text()
     loaded = Boolean()
     permission = Many(AnyObject(), longest=0)
@@ -67,3 +70,6 @@ class ModelList(Schema):
 
     object = Text(choices=("list",))
     data = Many(Object(Model), longest=1 << 16)
+    first_id = Text(allow_none=True)
+    last_id = Text(allow_none=True)
+    has_more = Boolean()
