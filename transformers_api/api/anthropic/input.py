@@ -124,8 +124,8 @@ def tools_of(body: Json) -> ToolUse | None:
             "'tool_choice.type' must be one of auto, any, tool, none", param="tool_choice.type"
         )
     parallel = choice.get("disable_parallel_tool_use") is not True
-    wanted = choice if kind == "tool" else kind
-    return chosen(tools, wanted, "tool_choice", parallel=parallel)
+    allowed = choice if kind == "tool" else kind
+    return chosen(tools, allowed, "tool_choice", parallel=parallel)
 
 
 def form_of(body: Json) -> ConstraintSpec | None:

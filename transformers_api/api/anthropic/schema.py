@@ -19,7 +19,10 @@ class PromptFields(Schema):
         **about("Turns of `user`, `assistant` and `system`: texts, or blocks."),
     )
     system = Whatever(
-        **about("A text, or blocks of text.", oneOf=[{"type": "string"}, {"type": "array"}])
+        **about(
+            "A text, or blocks of text.",
+            oneOf=[{"type": "string"}, {"type": "array", "items": {"type": "object"}}],
+        )
     )
     tools = Many(Whatever(), longest=128, **about("`name`, `description`, `input_schema`."))
     tool_choice = AnyObject(**about("`auto`, `any`, `tool` with a `name`, or `none`."))
