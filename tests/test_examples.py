@@ -74,7 +74,8 @@ def run(url, program, *options, status=0):
 
 def test_every_example_is_run_here():
     found = {path.name for path in (ROOT / "examples").glob("*.py")}
-    assert found == {*EXAMPLES, "openai_sdk.py", "attention_heatmap.py"}  # in test_readme.py
+    others = {"openai_sdk.py", "attention_heatmap.py", "agent.py", "structured_extraction.py"}
+    assert found == {*EXAMPLES, *others}  # in test_readme.py
 
 
 RUNTIME = {

@@ -278,6 +278,20 @@ def test_the_heat_map_of_an_answer_is_saved(url, environment, tmp_path):
     assert "<canvas" in (tmp_path / "map.html").read_text()
 
 
+def test_the_agent_calls_what_it_was_given(url, environment):
+    answer = run(
+        f"{sys.executable} examples/agent.py", {**environment, "OPENAI_BASE_URL": f"{url}/v1"}
+    )
+    assert re.match(r"(add|multiply)\(\{", answer)
+    assert " = " in answer.splitlines()[0]
+
+
+def test_a_person_is_read_out_of_a_text(url, environment):
+    command = f"{sys.executable} examples/structured_extraction.py"
+    answer = run(command, {**environment, "OPENAI_BASE_URL": f"{url}/v1"})
+    assert re.match(r"name='.*' age=-?\d+ city='.*' hobbies=\[", answer)
+
+
 def test_the_terminal_client_talks_to_the_real_server(url):
     client = ApiClient(url)
     messages = [{"role": "user", "content": "Say hello."}]

@@ -51,7 +51,7 @@ class ResponseRequest(InputFields):
 
     stream = Boolean(load_default=False, **about("Send server-sent events as tokens come."))
     max_output_tokens = Integer(
-        1, MAX_TOKENS, **about("A ceiling; it is cut to what the context leaves.")
+        1, MAX_TOKENS, **about("A ceiling. Default, and most: what the context leaves.")
     )
     temperature = Number(0, 2, **about("0 takes the most likely token."))
     top_p = Number(0, 1, **about("Nucleus sampling: the share of probability that is kept."))

@@ -11,6 +11,7 @@ import flask
 from transformers_api.api.http.body import Blueprint
 from transformers_api.api.http.error_schemas import Error
 from transformers_api.api.http.request_context import Formatter, RequestContext, answer
+from transformers_api.api.http.sampling_schema import MAX_TOKENS
 from transformers_api.api.http.services import services
 from transformers_api.api.openai.conversation import Conversation, Thinking, check_results
 from transformers_api.api.openai.conversation_task import DEFAULTS, ConversationTask
@@ -175,7 +176,7 @@ class _Turn:
             is_streamed=body["stream"],
             texts=response_input.texts_of(self.conversation.messages),
             sampling={name: body[name] for name in _SAMPLING if name in body},
-            most_tokens=body.get("max_output_tokens"),
+            most_tokens=body.get("max_output_tokens", MAX_TOKENS),  # agents name none
             logprobs=body.get("top_logprobs", 0) if scored else None,
             field="input",
         )
