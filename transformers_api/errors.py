@@ -26,6 +26,7 @@
     ├── UriTooLong                   414
     ├── HeadersTooLarge              431
     ├── ChatUnavailable              501  the registry marks the model as completion-only
+    ├── NotOffered                   501  another server's route, which nothing here does
     ├── ConstraintsUnavailable       501  the model's tokens cannot be held to a format
     ├── EmbeddingsUnavailable        501  ENABLE_EMBEDDINGS_BACKEND is off
     ├── Overloaded                   429  the queue is full
@@ -253,6 +254,14 @@ class ChatUnavailable(ApiError):
     status = 501
     type = "not_implemented_error"
     code = "chat_completions_not_available"
+
+
+class NotOffered(ApiError):
+    """A route of another server's API that this one does not offer."""
+
+    status = 501
+    type = "not_implemented_error"
+    code = "not_offered"
 
 
 class ConstraintsUnavailable(ApiError):

@@ -118,7 +118,7 @@ def test_what_was_thought_is_a_block_with_a_signature(client):
     kinds = [e["delta"]["type"] for e in events if e["type"] == "content_block_delta"]
     assert kinds.count("signature_delta") == 1
     assert kinds[0] == "thinking_delta"
-    assert kinds[-1] == "text_delta"
+    assert "text_delta" in kinds
     fields["thinking"] = {"type": "disabled"}
     assert [block["type"] for block in whole(ask(client, **fields))["content"]] == ["text"]
 

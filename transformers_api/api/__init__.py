@@ -12,6 +12,7 @@ from transformers_api.api.http import auth, errors, middleware
 from transformers_api.api.http.services import EXTENSION, Services
 from transformers_api.api.http.strict_json import StrictJSONProvider
 from transformers_api.api.inspect.views import blueprint as inspect
+from transformers_api.api.ollama.views import blueprint as ollama
 from transformers_api.api.openai.embeddings import blueprint as embeddings
 from transformers_api.api.openai.models import blueprint as models
 from transformers_api.api.openai.tokens import blueprint as tokens
@@ -36,5 +37,5 @@ def register(app: Flask, services: Services) -> None:
     errors.install(app)
     api = docs.install(app, needs_key=services.access.keys is not None)
     openai_routes = (openai, responses, messages, embeddings, models, tokens)
-    for blueprint in (*openai_routes, generate, chat_stream, inspect, health, monitoring):
+    for blueprint in (*openai_routes, ollama, generate, chat_stream, inspect, health, monitoring):
         api.register_blueprint(blueprint)

@@ -13,8 +13,15 @@ from typing import Any
 from marshmallow import Schema
 
 from transformers_api import logs
-from transformers_api.api.http import sse
-from transformers_api.api.http.error_schemas import Detail, Error, Failed, MessagesError, Refused
+from transformers_api.api.http import sse, strict_json
+from transformers_api.api.http.error_schemas import (
+    Detail,
+    Error,
+    Explained,
+    Failed,
+    MessagesError,
+    Refused,
+)
 from transformers_api.errors import ApiError, InvalidRequest
 
 Json = dict[str, Any]
@@ -62,6 +69,11 @@ class Dialect:
         if self.invalid_schema is None:
             return others
         return {str(self.invalid_status): (self.invalid_schema, INVALID), **others}
+
+
+def ndjson_line(payload: Any, _event: str | None = None) -> bytes:
+    """A line of JSON."""
+    return strict_json.dump(payload) + b"\n"
 
 
 def _openai_error(error: ApiError) -> Json:
@@ -129,11 +141,22 @@ MESSAGES = Dialect(
     ping=sse.frame({"type": "ping"}, "ping"),
     late_error_event="error",
 )
+# /api/*, as Ollama has it: lines of JSON, the last with ``done``.
+OLLAMA = Dialect(
+    error_body=lambda error: {"error": error.message},
+    error_schema=Explained,
+    content_type="application/x-ndjson",
+    frame=ndjson_line,
+    ping=ndjson_line(
+        {"done": False, "response": "", "message": {"role": "assistant", "content": ""}}
+    ),
+)
 
 # Of URLs that are no route, and of requests that never reach the application.
 BY_PREFIX = (
     ("/v1", OPENAI),
     ("/v1/messages", MESSAGES),
+    ("/api", OLLAMA),
     ("/tokenize", OPENAI),
     ("/detokenize", OPENAI),
     ("/chat/stream", NIELS),

@@ -53,6 +53,12 @@ class MessagesError(Schema):
     request_id = Text()
 
 
+class Explained(Schema):
+    """Every error of these routes."""
+
+    error = Text(required=True, **about("What is wrong, with the name of the field."))
+
+
 class Failed(Schema):
     """The request is not to blame, or not alone."""
 

@@ -12,6 +12,8 @@ from transformers_api.config.settings import Settings
 from transformers_api.errors import ContextLengthExceeded
 from transformers_api.serving.generation import GenerationRequest
 from transformers_api.serving.swap.loaded_model import LoadedModel
+from transformers_api.serving.text import chat_template
+from transformers_api.serving.text.chat_template import ChatPrompt
 from transformers_api.serving.tools.answer_plan import AnswerPlan
 
 DEFAULTS: Mapping[str, Any] = {"max_tokens": 512, "temperature": 0.7, "top_p": 0.9}  # chat's
@@ -54,7 +56,7 @@ class ConversationTask(Task):
 
     def prepare(self, model: LoadedModel, settings: Settings) -> GenerationRequest:
         """See Task."""
-        prompt = self.conversation.encode(model)
+        prompt = self._encoded(model)
         fields = {**DEFAULTS, **requests.registered_options(model), **self._sampling}
         tokens, most = len(prompt.ids), model.engine.max_model_len
         if self._too_long is not None and tokens >= most:
@@ -84,6 +86,20 @@ class ConversationTask(Task):
         self._plan = plan or self._plan
         return planned(request, plan)
 
+    def _encoded(self, model: LoadedModel) -> ChatPrompt:
+        return self.conversation.encode(model)
+
     def formatter(self, model: LoadedModel, request: GenerationRequest) -> Formatter:
         """See Task."""
         return self._make(model, request, self._plan)
+
+
+class RawTask(ConversationTask):
+    """The same for a prompt that is to be read as it is: the text of the only message."""
+
+    is_chat = False
+
+    def _encoded(self, model: LoadedModel) -> ChatPrompt:
+        return ChatPrompt(
+            chat_template.encode_text(model, self.conversation.messages[-1]["content"])
+        )
