@@ -148,7 +148,7 @@ def test_pieces_are_shorter_where_more_comes_before_them():
     """So that all take about as long: attention looks at all of it."""
     scheduler = Scheduler(Rows(4, 4096, 1 << 20), 4, PIECE, 16, costly_context=500)
     scheduler.add(long_prompt("a", 1))
-    widths = [width for _, width in pieces(scheduler, 100)]
+    widths = [width for _, width in pieces(scheduler, 200)]
     assert sum(widths) == 3000
     done = 0
     for width in widths[:-1]:
