@@ -57,7 +57,9 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
             wake=lambda: swapper.wake(),
         )
         encoder_loader = EncoderLoader(settings, store, thread)
-    readiness = Readiness(_preloaded(settings, registry), thread, settings.step_timeout_s)
+    loads = [each.deadline for each in (loader, encoder_loader) if isinstance(each, ModelLoader)]
+    awaited = _preloaded(settings, registry)
+    readiness = Readiness(awaited, thread, settings.step_timeout_s, loads)
     admission = Admission(settings.max_inflight, settings.max_queue, settings.request_timeout_s)
     swapper = Swapper(
         registry,
