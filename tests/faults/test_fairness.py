@@ -72,12 +72,12 @@ def beside(tiny: Tiny, *loops: Iterator[Any]) -> Iterator[list[float]]:
             client.result()
 
 
-def innocent(tiny: Tiny, seconds: float = SERVED_S) -> list[float]:
+def innocent(tiny: Tiny, seconds: float = SERVED_S, pause_s: float = 0.3) -> list[float]:
     """Waits of a client that asks for a token of the default model now and then."""
     end, waits = time.monotonic() + seconds, list[float]()
     while time.monotonic() < end:
         waits.append(ask_as(tiny, "127.0.0.77", SHORT))
-        threading.Event().wait(0.3)
+        threading.Event().wait(pause_s)
     return waits
 
 
@@ -125,6 +125,57 @@ def test_long_and_scored_prompts_do_not_hold_a_short_one(
         f"most (alone {alone:.2f}); they {max(theirs):.1f} s"
     )
     assert max(waits) < 5
+
+
+BIG = (2 << 20) - 200
+BODIES = {  # (around, unit) of two megabytes, or as many units as are accepted
+    "messages": ('{"messages":[%s]}', '{"role":"user","content":"' + "x" * 900 + '"}', 1024),
+    "parts": ('{"messages":[{"role":"user","content":[%s]}]}', '{"type":"text","text":"a"}', 256),
+    "ids": ('{"prompt":[%s],"max_tokens":1}', "1", 262_144),
+    "stops": ('{"prompt":"a","max_tokens":1,"stop":[%s]}', '"x"', 150_000),
+    "biases": ('{"prompt":"a","max_tokens":1,"logit_bias":{%s}}', '"%d":1', 100_000),
+    "tools": ('{"messages":[],"tools":[%s]}', '{"a":{"b":{"c":[{"d":1}]}}}', 6_000),
+    "deep": ('{"prompt":"a","max_tokens":1,"x":[%s]}', "[" * 60 + "]" * 60, 500),
+    "escapes": ('{"prompt":"a","max_tokens":1,"x":["%s"]}', "\\u0041", 340_000),
+    "objects": ('{"prompt":"a","max_tokens":1,"x":[%s]}', '{"a":1}', 16_000),
+    "bombs": ('{"prompt":"a","max_tokens":1,"x":[%s]}', '{"a":1}', 250_000),
+    "fractions": ('{"prompt":"a","max_tokens":1,"x":[%s]}', "1." + "5" * 30, 16_000),
+}
+
+
+def body_of(around: str, unit: str, count: int) -> bytes:
+    count = min(count, BIG // (len(unit) + 4))
+    units = [unit % n for n in range(count)] if "%d" in unit else [unit] * count
+    return (around % ("" if unit[0] == "\\" else ",").join(units)).encode()
+
+
+def test_eight_senders_of_large_bodies_do_not_hold_an_innocent_client(
+    models: dict[str, str], measured: Measured
+) -> None:
+    figures, over = {}, threading.Event()
+
+    def send(tiny: Tiny, path: str, body: bytes) -> int:
+        sent = 0
+        while not over.is_set():
+            assert tiny.ask("POST", path, body)[0] in (200, 400, 413)
+            sent += 1
+        return sent
+
+    with started(models) as tiny, ThreadPoolExecutor(8) as pool:
+        for name, (around, unit, count) in BODIES.items():
+            path = "/v1/chat/completions" if "messages" in around else "/v1/completions"
+            body = body_of(around, unit, count)
+            over.clear()
+            senders = [pool.submit(send, tiny, path, body) for _ in range(8)]
+            waits = sorted(innocent(tiny, 5.0, pause_s=0.02))
+            over.set()
+            sent = sum(sender.result() for sender in senders)
+            figures[name] = waits[int(len(waits) * 0.99)], sent
+    measured(
+        "the innocent client's p99 beside 8 senders: "
+        + ", ".join(f"{name} {p99 * 1000:.0f} ms ({n})" for name, (p99, n) in figures.items())
+    )
+    assert max(p99 for p99, _ in figures.values()) < 1.5
 
 
 def never_ready(folder: Path, step: str) -> Path:
