@@ -1,4 +1,4 @@
-"""What one forward pass reads."""
+"""The sequences and the tokens that one forward pass reads."""
 
 from __future__ import annotations
 

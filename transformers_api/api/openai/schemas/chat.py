@@ -98,7 +98,7 @@ class ToolCalls(Many):
 
 
 def _right_call(call: dict[str, Any]) -> dict[str, Any] | None:
-    """What ToolCall makes of it; None where that has something to say about it."""
+    """Return what ToolCall makes of it; None where that has something to say about it."""
     identity, function = call.get("id"), call.get("function")
     if call.get("type") not in (None, "function") or not isinstance(function, dict):
         return None
