@@ -72,7 +72,7 @@ class World:
         resident = self.policy.resident
         if resident is not None and resident.serves(client.name, None):
             client.waits.append(0.0)
-            self._answer(client, resident.grant(self.now, self._released))
+            self._answer(client, resident.grant(self.now, self._released, client.key))
             return
         target = SwapRequest(fake_spec(client.name), files=FILES)
         waiter = self.policy.join(target, self.now, True, client.key)
@@ -251,6 +251,18 @@ def test_four_who_loop_on_a_model_each_let_an_innocent_client_between() -> None:
 def test_who_owes_for_loads_waits_until_the_resident_model_is_idle_or_it_has_paid() -> None:
     world, _ = innocent_beside(at_once("bcdefgh", key="many"))
     assert world.switches * LOAD_S <= 600 / 5
+
+
+def test_a_client_that_is_alone_with_all_models_does_not_switch_more_often() -> None:
+    """As those who have no name, whose models are kept for a while."""
+    switches = []
+    for key in ("", "alone"):
+        world = World()
+        for name in "aabbcc":
+            world.comes(at_once(name, key=key))
+        world.run(300)
+        switches.append(world.switches)
+    assert switches[0] == switches[1]
 
 
 @pytest.mark.parametrize("think_s", [0.0, 0.3])

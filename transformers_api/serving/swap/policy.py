@@ -80,7 +80,7 @@ class SwapPolicy:
             if resident.serves(target.spec.name, target.device):
                 for waiter in target.waiters:
                     if waiter.wants_lease:
-                        waiter.lease = resident.grant(now, self._let_go)
+                        waiter.lease = resident.grant(now, self._let_go, waiter.client)
                     waiter.answered.set()
                 target.waiters.clear()
                 self.drop_if_unwanted(target)
@@ -269,9 +269,14 @@ class SwapPolicy:
         target = self._first(now)
         if target is None or now < self._due(target):
             return None
-        others = any(other is not target for other in self._prepared())
-        target.is_charged = others or self._is_in_demand(target)
+        others = set().union(*(other.clients for other in self._prepared()))
+        target.is_charged = bool(others - target.clients) or self._others_use_resident(target)
         return target
+
+    def _others_use_resident(self, target: SwapRequest) -> bool:
+        """True where ``target`` is not asked for by all those who use the resident model."""
+        resident = self.resident
+        return resident is not None and bool(resident.clients - target.clients)
 
     def _must_wait(self, target: SwapRequest, now: float) -> bool:
         """True where those who can pay for their load come before it."""
@@ -293,7 +298,9 @@ class SwapPolicy:
         resident, min_s = self.resident, self.rules.min_resident_s
         if resident is None or not self._is_in_demand(target):
             return target.head_since
-        paid = max(self._affordable_at(target), target.head_since, resident.stayed(min_s))
+        paid = math.inf  # who is alone with all models gains nothing by more switches
+        if self._others_use_resident(target):
+            paid = max(self._affordable_at(target), target.head_since, resident.stayed(min_s))
         settled = min(map(self._swap_time.settled_at, target.clients))
         if resident.leases:
             patient = max(target.head_since + self.rules.swap_after_s, settled)

@@ -23,6 +23,7 @@ from transformers_api.serving.swap.loaded_model import LoadedModel
 log = logging.getLogger(__name__)
 
 QUIET_S = 1.0  # a model that was idle for so long is not in demand
+MOST_CLIENTS = 64  # that are told apart
 STAY_S = 0.5  # a model that others have paid for is kept, at least, or ten times its load time
 
 State = Literal["empty", "loading", "ready", "draining"]
@@ -148,6 +149,7 @@ class Residency:
         self.leases = 0
         self.since = now
         self.asked_at = -math.inf  # when the last lease was granted
+        self.clients: set[str] = set()  # some of those who had a lease
         self.idle_since = now  # means something at zero leases
         self.drain_until: float | None = None  # then its running sequences are ended
         self.successor: SwapRequest | None = None  # for whom it goes; None: it was unloaded
@@ -164,9 +166,11 @@ class Residency:
         """The cost of having it again."""
         return self.model.load_s if self.model else 0.0
 
-    def grant(self, now: float, let_go: Callable[[Residency], None]) -> Lease:
+    def grant(self, now: float, let_go: Callable[[Residency], None], client: str = "") -> Lease:
         """One more lease on the model; ``let_go`` is called when it is released."""
         assert self.model is not None
+        if len(self.clients) < MOST_CLIENTS:
+            self.clients.add(client)
         self.leases += 1
         self.asked_at = now
         return Lease(self.model, lambda: let_go(self))

@@ -113,7 +113,7 @@ class Swapper:
             self._check_open()
             resident = self._policy.resident
             if resident is not None and resident.serves(spec.name, None):
-                return resident.grant(self._clock(), self._release)
+                return resident.grant(self._clock(), self._release, client)
             self._check_may_load(spec, model_id or spec.name)
             waiter = self._enqueue(SwapRequest(spec), wants_lease=True, client=client)
         if cancellation is not None:
