@@ -20,6 +20,7 @@ from transformers_api.engine.prompt_turns import PromptTurns
 from transformers_api.engine.sequence import Sequence
 
 WORTH_READING = 16  # tokens of a prompt: a pass of fewer takes nearly as long
+SCORED = 2  # times as long as others take tokens whose logits are all looked at
 SHORT = 512  # tokens of a prompt that may go before longer ones, where one pass reads more
 PER_DECODING = 3  # tokens of a prompt, which take as long as two decode steps of one of many
 
@@ -162,6 +163,8 @@ class Scheduler:
         if self.costly_context is None:
             return self.prefill_chunk
         share = self.costly_context / (self.costly_context + seq.num_cached)
+        if seq.params.prompt_logprobs is not None:
+            share /= SCORED
         return max(round(self.prefill_chunk * share), min(WORTH_READING, self.prefill_chunk))
 
     def _chunk(self) -> int:
