@@ -17,11 +17,11 @@ import torch
 
 from benchmarks.machine import default_model_folder, processor
 from transformers_api.engine.base import SamplingParams, SequenceRequest, TokenStream
+from transformers_api.engine.batch import Batch
 from transformers_api.engine.kv_cache import SlotCache
 from transformers_api.engine.pretrained import load_model
 from transformers_api.engine.runners.model_runner import ModelRunner
 from transformers_api.engine.runners.packed_linear import pack_linears
-from transformers_api.engine.scheduler import Batch
 from transformers_api.engine.sequence import Sequence
 
 CONTEXT = 64

@@ -28,6 +28,7 @@ from transformers import AutoTokenizer
 from benchmarks.machine import default_model_folder, processor
 from benchmarks.pages import table, write_block
 from transformers_api.engine.base import SamplingParams, SequenceRequest, TokenStream
+from transformers_api.engine.batch import Batch
 from transformers_api.engine.native.convert_model import (
     largest_loss,
     native_runner,
@@ -36,7 +37,6 @@ from transformers_api.engine.native.convert_model import (
 from transformers_api.engine.native.runner import Kind, NativeRunner
 from transformers_api.engine.platform.cpu import usable_cores
 from transformers_api.engine.pretrained import load_model
-from transformers_api.engine.scheduler import Batch
 from transformers_api.engine.sequence import Sequence
 from transformers_api.kernels.abi import Library
 from transformers_api.kernels.modules.replace import layer_groups

@@ -57,7 +57,8 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
             wake=lambda: swapper.wake(),
         )
         encoder_loader = EncoderLoader(settings, store, thread)
-    readiness = Readiness(_preloaded(settings, registry), thread, settings.step_timeout_s)
+    loads = [each.deadline for each in (loader, encoder_loader) if isinstance(each, ModelLoader)]
+    readiness = Readiness(_preloaded(settings, registry), thread, settings.step_timeout_s, loads)
     admission = Admission(settings.max_inflight, settings.max_queue, settings.request_timeout_s)
     swapper = Swapper(
         registry,
@@ -68,8 +69,7 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
         listener=_listeners(metrics, readiness),
     )
     swappers = [swapper]
-    if settings.enable_embeddings_backend:
-        assert encoder_loader is not None
+    if settings.enable_embeddings_backend and encoder_loader is not None:
         encoders = _encoders(settings, registry, encoder_loader, _listeners(metrics))
         embeddings = EmbeddingModels(registry, swapper, encoders, max(settings.max_queue, 1))
         swappers.append(encoders)

@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary
 
 from transformers_api import __version__
 from transformers_api.config.settings import GIB, Settings, load_in_one_thread
+from transformers_api.engine.load_deadline import LoadDeadline
 from transformers_api.engine.load_options import DTYPE_BYTES, LoadOptions
 from transformers_api.engine.standby import StandbyModels
 from transformers_api.engine.thread import EngineThread
@@ -68,6 +69,7 @@ class ModelLoader:
         self.store = store
         self.thread = thread
         self._make_room, self._listen, self._wake = make_room, listen, wake
+        self.deadline = LoadDeadline(settings.model_wait_s)
         self._standby = StandbyModels(settings.sleeping_models)
         self._tokenizers: OrderedDict[Hashable, _Tokenizer] = OrderedDict()
         self._examinations: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # see Attachment
@@ -102,12 +104,16 @@ class ModelLoader:
 
     def load(self, spec: ModelSpec, files: ModelFiles) -> LoadedModel:
         """See Loader."""
+        with self.deadline.running():
+            return self._load(spec, files)
+
+    def _load(self, spec: ModelSpec, files: ModelFiles) -> LoadedModel:
         started = time.monotonic()
         self.thread.call(_register_families).result()
         tokenizer = self._tokenizer(spec, files)
         options = self._options(spec, files, tokenizer)
         is_outdated = self.thread.call(lambda: self._outdating(options)).result()
-        engine, inspector = self.thread.call(lambda: self._load_engine(files, options)).result()
+        engine, inspector = self.thread.call(lambda: self._in_time(files, options)).result()
         facts = _facts(engine.describe())
         loaded = LoadedModel(
             spec=spec,
@@ -150,6 +156,11 @@ class ModelLoader:
 
         when_compiled(options, self.thread.num_threads, on_compiled)
         return compiled.is_set
+
+    def _in_time(self, files: ModelFiles, options: LoadOptions) -> tuple[Engine, Inspector | None]:
+        self.deadline.check()
+        with self.deadline.between_tensors():
+            return self._load_engine(files, options)
 
     def _load_engine(
         self, files: ModelFiles, options: LoadOptions

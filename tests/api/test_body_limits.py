@@ -11,6 +11,9 @@ import pytest
 from tests.api.test_bodies import CHAT, error
 from transformers_api.api.http import strict_json
 from transformers_api.api.http.fields import MOST_IDS
+from transformers_api.api.openai.schemas.chat import ChatRequest
+from transformers_api.api.openai.schemas.completions import CompletionRequest
+from transformers_api.api.openai.schemas.embeddings import EmbeddingRequest
 from transformers_api.errors import PayloadTooLarge
 
 SIZE = 2 << 20
@@ -22,6 +25,7 @@ def many(unit, name="x"):
     return (f'{{"{name}":[' + ",".join([unit] * count) + "]}").encode()
 
 
+TALK = '{"messages":[{"role":"user","content":"hi"}],%s}'
 SHAPES = {
     "objects": many('{"a":1}'),
     "empty objects": many("{}", "messages"),
@@ -91,6 +95,81 @@ def test_no_body_takes_the_interpreter_for_long(raw):
         return time.thread_time() - began
 
     assert min(cost() for _ in range(3)) < 0.05
+
+
+def compact(**fields):
+    return json.dumps(fields, separators=(",", ":"))
+
+
+CALL = {"id": "a", "type": "function", "function": {"name": "n", "arguments": "{}"}}
+PART = {"type": "text", "text": "a" * 250}
+ID_LIST = "[" + ",".join(["49151"] * 127) + "]"
+# (schema, what there are many of, what stands around it, how many of them are still accepted)
+ACCEPTED = {
+    "messages": (ChatRequest, compact(role="user", content="x" * 1900), '{"messages":[%s]}', 1024),
+    "parts": (
+        ChatRequest,
+        compact(role="user", content=[PART] * 5, name="n", tool_call_id="t"),
+        '{"messages":[%s]}',
+        950,
+    ),
+    "calls": (
+        ChatRequest,
+        compact(role="assistant", content="x", tool_calls=[CALL] * 2),
+        '{"messages":[%s]}',
+        1024,
+    ),
+    "calls of one message": (
+        ChatRequest,
+        compact(role="assistant", tool_calls=[CALL] * 128),
+        '{"messages":[%s]}',
+        17,
+    ),
+    "variables": (ChatRequest, '{"a":1}', TALK % '"chat_template_kwargs":{"x":[%s]}', 16_000),
+    "names": (ChatRequest, None, TALK % '"chat_template_kwargs":{%s}', 32_000),
+    "strings": (ChatRequest, '"\\u0041\\n"', TALK % '"x":[%s]', 32_000),
+    "fractions": (ChatRequest, "1." + "5" * 30, TALK % '"x":[%s]', 16_000),
+    "deep": (ChatRequest, '{"a":' * 60 + "1" + "}" * 60, TALK % '"x":[%s]', 270),
+    "escapes": (ChatRequest, "\\u0041", TALK % '"x":"%s"', 300_000),
+    "pairs": (ChatRequest, "\\ud83d\\ude00", TALK % '"x":"%s"', 150_000),
+    "quotes": (ChatRequest, r"\"", TALK % '"x":"%s"', 1_000_000),
+    "ids": (CompletionRequest, "1", '{"prompt":[%s]}', MOST_IDS),
+    "lists of ids": (EmbeddingRequest, ID_LIST, '{"model":"m","input":[%s]}', 2048),
+    "ids and a long seed": (
+        CompletionRequest,
+        "49151",
+        '{"seed":1234567890123456789,"temperature":1e0,"prompt":[%s]}',
+        MOST_IDS - 2,
+    ),
+    "long integers": (CompletionRequest, "9" * 18, '{"prompt":"a","x":[%s]}', 100_000),
+    "longest integers": (CompletionRequest, "1" * 19, '{"prompt":"a","x":[%s]}', 16_000),
+    "words": (CompletionRequest, "false", '{"prompt":"a","x":[%s]}', MOST_IDS),
+    "texts": (EmbeddingRequest, '"' + "x" * 1000 + '"', '{"model":"m","input":[%s]}', 2048),
+}
+
+
+@pytest.mark.parametrize(("schema", "unit", "around", "count"), ACCEPTED.values(), ids=ACCEPTED)
+def test_no_accepted_body_takes_the_interpreter_for_long(schema, unit, around, count):
+    """50 ms on a quiet machine for all of parsing and validation; processor time."""
+    units = [f'"{n}":0' for n in range(count)] if unit is None else [unit] * count
+    raw = (around % ("" if around.endswith('"}') else ",").join(units)).encode()
+    assert len(raw) <= SIZE
+
+    def cost():
+        began = time.thread_time()
+        schema().load(strict_json.parse(raw, schema.most_items))
+        return time.thread_time() - began
+
+    assert min(cost() for _ in range(4)) < 0.05
+
+
+@pytest.mark.parametrize(
+    "unit", ["1.5", "1e5", "1" * 19], ids=["fractions", "exponents", "long integers"]
+)
+def test_numbers_that_cost_more_than_token_ids_are_not_as_many(unit):
+    raw = f'{{"prompt":"a","x":[{",".join([unit] * 40_000)}]}}'.encode()
+    with pytest.raises(PayloadTooLarge):
+        strict_json.parse(raw, MOST_IDS)
 
 
 @pytest.mark.parametrize("raw", [*SMALL.values()], ids=SMALL)

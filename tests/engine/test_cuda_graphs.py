@@ -15,13 +15,13 @@ from tests.engine.models import BATCHED, generate, prompts_of, tiny_model
 from tests.engine.reading import GREEDY, ask, complete, read
 from tests.repeats import slow
 from transformers_api.engine.base import TokenStream
+from transformers_api.engine.batch import Batch
 from transformers_api.engine.llm_engine import BatchingEngine, EngineLimits
 from transformers_api.engine.load_options import LoadOptions
 from transformers_api.engine.pretrained import differentiable
 from transformers_api.engine.runners.cuda_graphs import GraphRunner, PaddedCache
 from transformers_api.engine.runners.torch_backend import CudaGraphsBackend
 from transformers_api.engine.runners.verify import agrees
-from transformers_api.engine.scheduler import Batch
 from transformers_api.engine.sequence import Sequence
 
 LENGTHS = [9, 3, 14, 5, 7, 2, 11]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -144,11 +145,19 @@ def test_prompts_that_begin_alike_share_what_they_begin_with():
     assert sum(width for _, width in read) == 1000 + 4 * 50
 
 
+def test_pieces_of_scored_prompts_are_half_as_long():
+    scheduler = Scheduler(Rows(4, 4096, 1 << 20), 4, PIECE, 16, costly_context=1 << 20)
+    scored = sequence([1] * 200, 1, 4096)
+    scored.params = replace(scored.params, prompt_logprobs=0)
+    scheduler.add(scored)
+    assert [width for _, width in pieces(scheduler, 9)] == [50] * 4
+
+
 def test_pieces_are_shorter_where_more_comes_before_them():
     """So that all take about as long: attention looks at all of it."""
     scheduler = Scheduler(Rows(4, 4096, 1 << 20), 4, PIECE, 16, costly_context=500)
     scheduler.add(long_prompt("a", 1))
-    widths = [width for _, width in pieces(scheduler, 100)]
+    widths = [width for _, width in pieces(scheduler, 200)]
     assert sum(widths) == 3000
     done = 0
     for width in widths[:-1]:

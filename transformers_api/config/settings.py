@@ -183,7 +183,7 @@ class Settings:
         "Seconds that running answers may take to finish before a switch or unload ends them.",
     )
     model_wait_s: float = _setting(
-        600.0, to.number(0.1, 86400), "Seconds that a request waits for its model to be resident."
+        600.0, to.number(0.1, 86400), "Seconds that a model is waited for and its load may take."
     )
     idle_unload_s: float | None = _setting(
         None, to.number(1, 1e9), "Unload the model after this many idle seconds. Default: never."

@@ -28,12 +28,13 @@ from transformers_api.engine.base import (
     SilentEngineListener,
     TokenStream,
 )
+from transformers_api.engine.batch import Batch
 from transformers_api.engine.platform.memory import release_memory
 from transformers_api.engine.prompt_lookup import PromptLookup
 from transformers_api.engine.runners.model_runner import OneRow, Runner
 from transformers_api.engine.sampling.logits_processors import processors_for
 from transformers_api.engine.sampling.sampler import Sampler, TokenSampler
-from transformers_api.engine.scheduler import Batch, Scheduler
+from transformers_api.engine.scheduler import Scheduler
 from transformers_api.engine.sequence import Sequence
 from transformers_api.engine.thread import EngineThread
 from transformers_api.errors import (

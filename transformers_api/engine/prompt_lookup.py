@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from itertools import cycle, islice
 
-from transformers_api.engine.scheduler import Batch
+from transformers_api.engine.batch import Batch
 from transformers_api.engine.sequence import Sequence
 
 SIZES = (4, 3, 2)  # of the endings that are looked for, the longest first

@@ -1,4 +1,4 @@
-"""Whose prompt the engine reads next: the turns of clients, and of the prompts of one.
+"""The order in which prompts are read: turns of clients, and of the prompts of one.
 
 Clients share by what they have had: a counter of tokens for each, the least goes first (virtual
 token counters, Sheng et al. 2024, arxiv.org/abs/2401.00588). Every other piece may go out of line

@@ -11,15 +11,16 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from itertools import groupby
+from dataclasses import dataclass
 from typing import Protocol
 
 from transformers_api.engine.base import FinishReason
+from transformers_api.engine.batch import Batch
 from transformers_api.engine.prompt_turns import PromptTurns
 from transformers_api.engine.sequence import Sequence
 
 WORTH_READING = 16  # tokens of a prompt: a pass of fewer takes nearly as long
+SCORED = 2  # times as long as others take tokens whose logits are all looked at
 SHORT = 512  # tokens of a prompt that may go before longer ones, where one pass reads more
 PER_DECODING = 3  # tokens of a prompt, which take as long as two decode steps of one of many
 
@@ -66,52 +67,6 @@ class SlotStore(Protocol):
     def wipe(self, row: int) -> None:
         """Zero a row."""
         ...
-
-
-@dataclass(slots=True)
-class Batch:
-    """Sequences in slot order, and how many new tokens of each the forward reads.
-
-    A sequence alone may have a ``draft`` among them: tokens that perhaps come next, the last to be
-    read.
-    """
-
-    sequences: list[Sequence]
-    width: int
-    draft: list[int] = field(default_factory=list)
-
-    @property
-    def first_slot(self) -> int:
-        """Slot of the first sequence; the others follow without a gap."""
-        return self.sequences[0].slot
-
-    @property
-    def reaches_end(self) -> bool:
-        """True where the forward reads the last token of its sequences, so that one is sampled."""
-        return self.stride == self.sequences[0].num_pending
-
-    @property
-    def stride(self) -> int:
-        """Tokens of each sequence, which a draft is not part of."""
-        return self.width - len(self.draft)
-
-    @property
-    def keep(self) -> int:
-        """Tokens of each sequence whose logits are wanted."""
-        return 1 + len(self.draft)
-
-    @property
-    def parts(self) -> list[Batch]:
-        """Batches of neighbours that take the same rope factors; nearly always this one alone."""
-        if self.sequences[0].original_window is None:
-            return [self]
-        kinds = groupby(self.sequences, key=lambda seq: seq.is_long)
-        return [Batch(list(part), self.width, self.draft) for _, part in kinds]
-
-    @property
-    def ids(self) -> list[list[int]]:
-        """The token ids that the forward reads."""
-        return [seq.upcoming(self.stride) + self.draft for seq in self.sequences]
 
 
 @dataclass(slots=True)
@@ -208,6 +163,8 @@ class Scheduler:
         if self.costly_context is None:
             return self.prefill_chunk
         share = self.costly_context / (self.costly_context + seq.num_cached)
+        if seq.params.prompt_logprobs is not None:
+            share /= SCORED
         return max(round(self.prefill_chunk * share), min(WORTH_READING, self.prefill_chunk))
 
     def _chunk(self) -> int:
@@ -244,6 +201,8 @@ class Scheduler:
             return None
         prompt, cached = shareable(seq), None
         for other in reading:
+            if other.is_long != seq.is_long:
+                continue
             shared = common_prefix(other.tokens[other.start :], prompt)
             if shared >= other.num_cached + WORTH_READING:
                 cached = self._longest_prefix(seq)[1] if cached is None else cached

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from transformers_api.engine.backend import Backend
 from transformers_api.engine.base import SamplingParams, SequenceRequest, TokenStream
+from transformers_api.engine.batch import Batch
 from transformers_api.engine.runners.model_runner import Runner, innermost
-from transformers_api.engine.scheduler import Batch
 from transformers_api.engine.sequence import Sequence
 from transformers_api.inspection.attention import Attended, AttentionSource, Weights, install_tap
 from transformers_api.inspection.base import (

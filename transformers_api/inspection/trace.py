@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from transformers_api.engine.backend import Backend, TokenStats
+from transformers_api.engine.batch import Batch
 from transformers_api.engine.runners.model_runner import Runner
 from transformers_api.engine.sampling.fast_sampler import largest
 from transformers_api.engine.sampling.sampler import TokenSampler, distribution
-from transformers_api.engine.scheduler import Batch, SlotStore
+from transformers_api.engine.scheduler import SlotStore
 from transformers_api.engine.sequence import SampledToken, Sequence
 from transformers_api.inspection.attention import Weights
 from transformers_api.inspection.base import (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 
+from transformers_api.engine.load_deadline import LoadDeadline
 from transformers_api.engine.thread import EngineThread
 from transformers_api.errors import ApiError, ServerShuttingDown
 from transformers_api.serving.limits.admission import Admission
@@ -18,12 +19,17 @@ class Readiness(SwapperListener):
     """Listens to the swapper: ready once the model of the start is there, until the end begins."""
 
     def __init__(
-        self, awaited: str | None, thread: EngineThread | None, step_timeout_s: float | None = None
+        self,
+        awaited: str | None,
+        thread: EngineThread | None,
+        step_timeout_s: float | None = None,
+        loads: Sequence[LoadDeadline] = (),
     ) -> None:
         self._awaited = awaited  # the model that is loaded at start
         self._reason = f"Loading {awaited}" if awaited else ""
         self._thread = thread
         self._step_timeout_s = step_timeout_s
+        self._loads = loads
 
     def __call__(self) -> tuple[bool, str]:
         """(ready, why not)."""
@@ -37,6 +43,8 @@ class Readiness(SwapperListener):
             return "The engine has stopped; restart the process"
         if thread is not None and most is not None and thread.step_s > most:
             return f"A step of the engine takes longer than {most:g} s; restart the process"
+        if most is not None and any(load.overrun_s > most for load in self._loads):
+            return f"A load cannot be given up, {most:g} s after its end; restart the process"
         return None
 
     def on_load(self, model_id: str, seconds: float) -> None:

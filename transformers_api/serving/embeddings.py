@@ -58,14 +58,17 @@ class EmbeddingModels:
         self._places = threading.BoundedSemaphore(max_requests)
 
     @contextmanager
-    def lease(self, model_id: str, cancellation: Cancellation) -> Iterator[LoadedModel]:
+    def lease(
+        self, model_id: str, cancellation: Cancellation, client: str = ""
+    ) -> Iterator[LoadedModel]:
         """The model, which stays in memory until the end of the block. Raises as Swapper.lease."""
         spec = self._registry.resolve(model_id)
         if not self._places.acquire(blocking=False):
             raise Overloaded("Too many requests for embeddings are waiting", retry_after=1)
         try:
             swapper = self._models if isinstance(spec.embedding, Pooling) else self._encoders
-            with swapper.lease(spec, model_id=model_id, cancellation=cancellation) as lease:
+            lease = swapper.lease(spec, model_id=model_id, client=client, cancellation=cancellation)
+            with lease:
                 yield lease.model
         finally:
             self._places.release()

@@ -167,7 +167,9 @@ class RequestContext:
         self.take_place()
         record.model, began = spec.name, time.monotonic()
         try:
-            lease = services.swapper.lease(spec, model_id=name, cancellation=self.cancellation)
+            lease = services.swapper.lease(
+                spec, model_id=name, client=self.client, cancellation=self.cancellation
+            )
         finally:
             record.model_wait_s = time.monotonic() - began
         self._exits.callback(lease.release)

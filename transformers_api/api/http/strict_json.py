@@ -17,15 +17,17 @@ from transformers_api.errors import InvalidRequest, PayloadTooLarge
 
 OPTIONS = orjson.OPT_NON_STR_KEYS
 MAX_DEPTH = 64
-MAX_INTEGER_DIGITS = 19  # beyond 64 bits no field has a meaning, and parsing costs its square
+MAX_DIGITS = 64  # of a number; beyond, parsing costs their square
 
-MOST_PARTS = 1 << 15  # lists, objects, names, strings and numbers with an exponent
+MOST_PARTS = 1 << 15  # lists, objects, names, strings, and twice the numbers that are no integers
 MOST_ITEMS = 1 << 15  # what commas separate; more where a route takes token ids
 
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _DIGITS = bytes.maketrans(b"123456789", b"000000000")
-_LONG_INTEGER = b"0" * MAX_INTEGER_DIGITS
+_LONG = b"0" * 19  # as many digits as the largest integer of 64 bits has
+_ZEROS = re.compile(rb"0+")
+_FRACTION = re.compile(rb"[.eE][-+]?$")  # what comes before digits that are no integer
 
 
 def parse(raw: bytes, most_items: int | None = MOST_ITEMS) -> Any:
@@ -43,15 +45,14 @@ def parse(raw: bytes, most_items: int | None = MOST_ITEMS) -> Any:
     has_exponents = _check_size(
         structure, len(raw) if most_items is None else most_items, most_parts
     )
-    has_long_numbers = _LONG_INTEGER in structure.translate(_DIGITS)
+    _check_digits(structure, most_parts)
     try:
         value = json.loads(
             text,
             object_pairs_hook=_unique,
             parse_constant=_no_constant,
             # The parser's own, which is five times as fast, where no number can be too large.
-            parse_int=_integer if has_long_numbers else None,
-            parse_float=_finite if has_exponents or has_long_numbers else None,
+            parse_float=_finite if has_exponents else None,
         )
     except json.JSONDecodeError as error:
         raise InvalidRequest(f"The body is not valid JSON: {error}") from None
@@ -77,11 +78,36 @@ def _check_size(structure: bytes, most_items: int, most_parts: int) -> bool:
     exponents = max(structure.count(b"e") - words, 0) + structure.count(b"E")
     opened = brackets.count(b"[") + brackets.count(b"{")
     strings = structure.count(b'"') // 2
-    if opened + strings + exponents > most_parts:
-        raise _too_much("lists, objects, names and strings", most_parts)
+    fractions = structure.count(b".")
+    if opened + strings + 2 * (fractions + exponents) > most_parts:
+        raise _too_much("lists, objects, names, strings and fractions", most_parts)
     if structure.count(b",") > most_items:
         raise _too_much("items", most_items)
     return exponents > 0
+
+
+def _check_digits(structure: bytes, most_parts: int) -> None:
+    """Raise for integers of more than 64 bits, and for what has too many digits."""
+    zeros = structure.translate(_DIGITS)
+    if zeros.count(_LONG) > most_parts // 2:
+        raise _too_much("long numbers", most_parts // 2)
+    start = zeros.find(_LONG)
+    while start >= 0:
+        run = _ZEROS.match(zeros, start)
+        assert run is not None
+        end = run.end()
+        before, after = structure[max(start - 2, 0) : start], structure[end : end + 1]
+        _check_number(before, structure[start:end], after)
+        start = zeros.find(_LONG, end)
+
+
+def _check_number(before: bytes, digits: bytes, after: bytes) -> None:
+    """``before``: the two characters before its digits, ``after``: the one behind them."""
+    if _FRACTION.search(before) or after in (b".", b"e", b"E"):
+        if len(digits) > MAX_DIGITS:
+            raise InvalidRequest(f"The body holds a number of more than {MAX_DIGITS} digits")
+    elif len(digits) > len(_LONG) or int(digits) >= 2**63 + before.endswith(b"-"):
+        raise InvalidRequest("The body holds an integer of more than 64 bits")
 
 
 def _too_much(parts: str, most: int) -> PayloadTooLarge:
@@ -114,15 +140,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> NoReturn:
     raise InvalidRequest(f"The body is not valid JSON: {name} is not a number")
-
-
-def _integer(digits: str) -> int:
-    if len(digits.lstrip("-")) > MAX_INTEGER_DIGITS:
-        raise InvalidRequest("The body holds an integer of more than 64 bits")
-    value = int(digits)
-    if not -(2**63) <= value < 2**63:
-        raise InvalidRequest("The body holds an integer of more than 64 bits")
-    return value
 
 
 def _finite(digits: str) -> float:

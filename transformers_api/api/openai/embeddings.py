@@ -52,7 +52,8 @@ def create_embeddings(body: dict[str, Any]) -> Any:
     check_prompt_bytes(texts, services().settings, "input")
     with RequestContext(services()) as context:
         context.take_place()
-        model = context.hold(models.lease(body["model"], context.cancellation))
+        lease = models.lease(body["model"], context.cancellation, context.client)
+        model = context.hold(lease)
         record = request_log.current()
         record.model = model.spec.name
         rows = embeddings.encode(model, inputs)

@@ -79,6 +79,7 @@ def load_model(body: dict[str, Any]) -> Any:
         loaded = services().swapper.load(
             model_id,
             device=None if device == "auto" else device,
+            client=context.client,
             cancellation=context.cancellation,
         )
     status = services().swapper.status()

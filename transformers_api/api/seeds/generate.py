@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-from flask import request
+from flask import g, request
 
 from transformers_api.api.http.auth import scope
 from transformers_api.api.http.body import Blueprint
@@ -116,7 +116,7 @@ def retrieve_model(model_name: str) -> Any:
 def load_in_background(model_name: str) -> Any:
     """Begin to load a model and answer at once; GET /models/{model_name} tells how far it is."""
     _check_origin()
-    has_begun = services().swapper.load(model_name, wait=False)
+    has_begun = services().swapper.load(model_name, client=g.client, wait=False)
     state = f"Loading model '{model_name}' in background"
     return {"message": state if has_begun else f"Model '{model_name}' is already loaded"}
 
@@ -148,7 +148,7 @@ def load_model(body: dict[str, Any]) -> Any:
     name = body["model_name"]
     with RequestContext(services()) as context:
         context.take_place()
-        services().swapper.load(name, cancellation=context.cancellation)
+        services().swapper.load(name, client=context.client, cancellation=context.cancellation)
     return {"message": f"Model {name} loaded successfully", **body}
 
 

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from transformers_api.engine.batch import Batch
 from transformers_api.engine.kv_cache import MIN_LENGTH
 from transformers_api.engine.native.kv_cache import NativeCache
 from transformers_api.engine.runners.model_runner import ModelRunner
-from transformers_api.engine.scheduler import Batch
 from transformers_api.kernels.capture import Recorder, current
 from transformers_api.kernels.graph.executor import RecordedPass
 from transformers_api.kernels.graph.hooks import HookReplay, forward_returning

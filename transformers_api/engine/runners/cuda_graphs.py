@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from transformers_api.engine.batch import Batch
 from transformers_api.engine.kv_cache import MIN_LENGTH, SlotCache, power_of_two
 from transformers_api.engine.runners.model_runner import ModelRunner
-from transformers_api.engine.scheduler import Batch
 
 log = logging.getLogger(__name__)
 Step = Callable[[], Tensor]

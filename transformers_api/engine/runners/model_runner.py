@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from transformers_api.engine.batch import Batch
 from transformers_api.engine.kv_cache import SlotCache
 from transformers_api.engine.rope import sequence_length
-from transformers_api.engine.scheduler import Batch, SlotStore
+from transformers_api.engine.scheduler import SlotStore
 from transformers_api.engine.sequence import Sequence
 
 

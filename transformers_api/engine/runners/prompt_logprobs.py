@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from transformers_api.engine.batch import Batch
 from transformers_api.engine.runners.model_runner import Runner
 from transformers_api.engine.sampling.sampler import token_scores
-from transformers_api.engine.scheduler import Batch, SlotStore
+from transformers_api.engine.scheduler import SlotStore
 from transformers_api.engine.sequence import Sequence
 
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from transformers_api.engine.batch import Batch
 from transformers_api.engine.runners.model_runner import Runner
-from transformers_api.engine.scheduler import Batch, SlotStore
+from transformers_api.engine.scheduler import SlotStore
 
 
 class SuppressingRunner:

@@ -20,8 +20,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from transformers_api.engine.batch import Batch
 from transformers_api.engine.runners.model_runner import Runner
-from transformers_api.engine.scheduler import Batch, SlotStore
+from transformers_api.engine.scheduler import SlotStore
 
 WINDOW_S = 0.1  # of computing, after which it is decided anew
 CROWDED = 0.4  # seconds that threads wait for a core, all together, in a second of computing

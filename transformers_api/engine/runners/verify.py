@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from transformers_api.engine.base import SamplingParams, SequenceRequest, TokenStream
+from transformers_api.engine.batch import Batch
 from transformers_api.engine.rope import sequence_length
 from transformers_api.engine.runners.model_runner import MaskBuilder, ModelRunner, VerifiedRunner
-from transformers_api.engine.scheduler import Batch
 from transformers_api.engine.sequence import Sequence
 
 log = logging.getLogger(__name__)

@@ -12,12 +12,14 @@ from typing import Literal
 
 from transformers_api.errors import ApiError
 from transformers_api.serving.swap.residency import (
+    QUIET_S,
     Residency,
     SwapperStatus,
     SwapRequest,
     Waiter,
     renewed,
 )
+from transformers_api.serving.swap.swap_time import SwapTime
 
 Step = tuple[Literal["check", "load"], SwapRequest] | tuple[Literal["evict"], Residency]
 
@@ -44,13 +46,15 @@ class SwapPolicy:
         self.decided: SwapRequest | None = None  # comes next
         self.fallback: SwapRequest | None = None  # was evicted, and comes back if nothing else does
         self._let_go = let_go
+        self._swap_time = SwapTime()
+        self._load_s: dict[str, float] = {}  # what the last load of each model took
 
     # Callers.
 
-    def join(self, target: SwapRequest, now: float, wants_lease: bool) -> Waiter:
+    def join(self, target: SwapRequest, now: float, wants_lease: bool, client: str = "") -> Waiter:
         """One more caller in the queue of ``target``, or of one like it that is there already."""
         target = self.targets.setdefault(target.key, target)
-        waiter = Waiter(target, now, wants_lease)
+        waiter = Waiter(target, now, wants_lease, client)
         target.waiters.append(waiter)
         return waiter
 
@@ -76,7 +80,7 @@ class SwapPolicy:
             if resident.serves(target.spec.name, target.device):
                 for waiter in target.waiters:
                     if waiter.wants_lease:
-                        waiter.lease = resident.grant(now, self._let_go)
+                        waiter.lease = resident.grant(now, self._let_go, waiter.client)
                     waiter.answered.set()
                 target.waiters.clear()
                 self.drop_if_unwanted(target)
@@ -170,12 +174,13 @@ class SwapPolicy:
             return "load", self.fallback
         return None
 
-    def deadline(self) -> float:
+    def deadline(self, now: float) -> float:
         """The next time at which a step may be due that no call announces; infinite for never."""
         times = [r.drain_until for r in self.leaving if r.drain_until is not None]
         if self.resident is not None and self.decided is None:
-            first = self._first()
-            times += [] if first is None else [self._due(first)]
+            if first := self._first(now):
+                times.append(self._due(first))
+            times += [self._affordable_at(t) for t in self._prepared() if self._must_wait(t, now)]
             if self.resident.leases == 0:
                 times.append(self._idle_end(self.resident))
         return min(times, default=math.inf)
@@ -196,6 +201,9 @@ class SwapPolicy:
             self.retire(self.resident, residency.since, target)
         self.resident = residency
         self.decided = self.fallback = None
+        self._load_s[target.spec.name] = residency.load_s
+        for client in target.clients if target.is_charged else ():
+            self._swap_time.charge(client, residency.load_s, residency.since)
         self.serve_waiters(residency.since)
         self.drop_if_unwanted(target)
 
@@ -249,25 +257,65 @@ class SwapPolicy:
             if not target.is_checked or target.checked_beside is not self.resident:
                 yield target
 
-    def _first(self) -> SwapRequest | None:
-        return min(self._prepared(), key=lambda target: target.head_since, default=None)
+    def _first(self, now: float) -> SwapRequest | None:
+        """The model that comes next, once a switch to it is due."""
+        return min(
+            self._prepared(),
+            key=lambda target: (self._must_wait(target, now), target.head_since),
+            default=None,
+        )
 
     def _choose(self, now: float) -> SwapRequest | None:
-        target = self._first()
-        return target if target is not None and now >= self._due(target) else None
+        target = self._first(now)
+        if target is None or now < self._due(target):
+            return None
+        others = set().union(*(other.clients for other in self._prepared()))
+        target.is_charged = bool(others - target.clients) or self._others_use_resident(target)
+        return target
+
+    def _others_use_resident(self, target: SwapRequest) -> bool:
+        """True where ``target`` is not asked for by all those who use the resident model."""
+        resident = self.resident
+        return resident is not None and bool(resident.clients - target.clients)
+
+    def _must_wait(self, target: SwapRequest, now: float) -> bool:
+        """True where those who can pay for their load come before it."""
+        return all(target.clients) and now < self._affordable_at(target)
+
+    def _is_in_demand(self, target: SwapRequest) -> bool:
+        """True where others have asked for the resident model since ``target`` was asked for.
+
+        Who asked for it after that caller came is likely to do so again: each switch would be
+        followed by one back. Where nobody did, as with a single user, nothing is waited for.
+        """
+        resident = self.resident
+        return resident is not None and (
+            resident.leases > 0 or resident.asked_at > target.head_since
+        )
 
     def _due(self, target: SwapRequest) -> float:
         """From when on a switch to ``target`` may be decided."""
         resident, min_s = self.resident, self.rules.min_resident_s
-        if resident is None:
+        if resident is None or not self._is_in_demand(target):
             return target.head_since
+        paid = math.inf  # who is alone with all models gains nothing by more switches
+        if self._others_use_resident(target):
+            paid = max(self._affordable_at(target), target.head_since, resident.stayed(min_s))
+        settled = min(map(self._swap_time.settled_at, target.clients))
         if resident.leases:
-            earliest = target.head_since + self.rules.swap_after_s
-            return max(earliest, resident.held_enough(min_s))
-        # Who asked for it after that caller came is likely to do so again: each switch would be
-        # followed by one back. Where nobody did, as with a single user, nothing is waited for.
-        is_in_demand = resident.asked_at > target.head_since
-        return resident.idle_enough(min_s) if is_in_demand else target.head_since
+            patient = max(target.head_since + self.rules.swap_after_s, settled)
+            return min(paid, max(patient, resident.held_enough(min_s)))
+        if settled > resident.idle_since:  # they owe: until it is really idle
+            return min(
+                paid, max(settled, resident.idle_enough(min_s)), resident.idle_since + QUIET_S
+            )
+        return min(paid, resident.idle_enough(min_s))
+
+    def _affordable_at(self, target: SwapRequest) -> float:
+        """From when on one of those who wait for it can pay for its load."""
+        guess = self.resident.load_s if self.resident else 0.0
+        load_s = self._load_s.get(target.spec.name, guess)
+        return min(self._swap_time.affordable_at(client, load_s) for client in target.clients)
 
     def _retire_when_due(self, now: float) -> None:
         resident, target = self.resident, self.decided

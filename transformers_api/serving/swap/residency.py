@@ -23,6 +23,8 @@ from transformers_api.serving.swap.loaded_model import LoadedModel
 log = logging.getLogger(__name__)
 
 QUIET_S = 1.0  # a model that was idle for so long is not in demand
+MOST_CLIENTS = 64  # that are told apart
+STAY_S = 0.5  # a model that others have paid for is kept, at least, or ten times its load time
 
 State = Literal["empty", "loading", "ready", "draining"]
 
@@ -147,6 +149,7 @@ class Residency:
         self.leases = 0
         self.since = now
         self.asked_at = -math.inf  # when the last lease was granted
+        self.clients: set[str] = set()  # some of those who had a lease
         self.idle_since = now  # means something at zero leases
         self.drain_until: float | None = None  # then its running sequences are ended
         self.successor: SwapRequest | None = None  # for whom it goes; None: it was unloaded
@@ -163,9 +166,11 @@ class Residency:
         """The cost of having it again."""
         return self.model.load_s if self.model else 0.0
 
-    def grant(self, now: float, let_go: Callable[[Residency], None]) -> Lease:
+    def grant(self, now: float, let_go: Callable[[Residency], None], client: str = "") -> Lease:
         """One more lease on the model; ``let_go`` is called when it is released."""
         assert self.model is not None
+        if len(self.clients) < MOST_CLIENTS:
+            self.clients.add(client)
         self.leases += 1
         self.asked_at = now
         return Lease(self.model, lambda: let_go(self))
@@ -173,6 +178,10 @@ class Residency:
     def held_enough(self, min_s: float) -> float:
         """From when on a switch may interrupt it: a load must be worth its time."""
         return self.since + max(min(5 * self.load_s, 30.0), min_s)
+
+    def stayed(self, min_s: float) -> float:
+        """From when on a switch that is paid for may interrupt it: loading takes a tenth then."""
+        return min(self.since + max(10 * self.load_s, STAY_S), self.held_enough(min_s))
 
     def idle_enough(self, min_s: float) -> float:
         """From when on it may go though it is in demand, at zero leases.
@@ -211,8 +220,11 @@ class Residency:
 class Waiter:
     """One caller in the queue for a model."""
 
-    def __init__(self, target: SwapRequest, since: float, wants_lease: bool) -> None:
+    def __init__(
+        self, target: SwapRequest, since: float, wants_lease: bool, client: str = ""
+    ) -> None:
         self.target = target
+        self.client = client  # who pays for the load
         self.since = since
         self.wants_lease = wants_lease  # False: it wants the model resident, no more
         self.lease: Lease | None = None
@@ -240,6 +252,7 @@ class SwapRequest:
         self.checked_beside: Residency | None = None
         self.fits_beside = False
         self.replaced: Residency | None = None  # what was evicted for it
+        self.is_charged = False  # those who wait for it keep others waiting
         self.progress: tuple[float, str] = (0.0, "")
 
     @property
@@ -251,6 +264,11 @@ class SwapRequest:
     def head_since(self) -> float:
         """The time at which the caller who has waited longest came."""
         return self.waiters[0].since
+
+    @property
+    def clients(self) -> set[str]:
+        """Those who wait for it."""
+        return {waiter.client for waiter in self.waiters}
 
     def report(self, share: float, text: str) -> None:
         """Note how far the preparation is; called by the loader, from any thread."""

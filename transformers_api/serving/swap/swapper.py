@@ -54,9 +54,10 @@ class Swapper:
     resident has no leases, or when that caller has waited ``swap_after_s`` and the resident was
     held for five times its load time (at most 30 s). A resident that others have asked for since
     that caller came, so that both are in demand, is held for ``min_resident_s`` before either
-    counts, unless it is idle for as long as loading it took (at most 1 s). Then nobody gets the
-    old model any more. Its leases have ``drain_s`` to end; after that its running sequences are
-    ended.
+    counts, unless it is idle for as long as loading it took (at most 1 s). A caller whose client
+    can pay for the load (``swap_time.py``) needs none of that patience, and comes before those who
+    cannot. Then nobody gets the old model any more. Its leases have ``drain_s`` to end; after that
+    its running sequences are ended.
 
     Safe from any thread.
     """
@@ -92,14 +93,15 @@ class Swapper:
         spec: ModelSpec,
         *,
         model_id: str | None = None,
+        client: str = "",
         cancellation: Cancellation | None = None,
         timeout: float | None = None,
     ) -> Lease:
         """Wait until the model of ``spec`` is resident; keep it there until the lease is released.
 
         May download, drain, evict and load, which can take minutes. ``model_id``: the name or
-        alias that the client used, for messages. ``timeout`` in seconds; None: the swapper's
-        ``wait_s``.
+        alias that was used, for messages. ``client`` pays for a switch. ``timeout`` in seconds;
+        None: the swapper's ``wait_s``.
 
         Raises ModelNotLoaded before anything happens; ModelLoadFailed, InsufficientMemory or
         InsufficientStorage when it cannot be had; Unavailable on timeout, ClientGone on
@@ -111,9 +113,9 @@ class Swapper:
             self._check_open()
             resident = self._policy.resident
             if resident is not None and resident.serves(spec.name, None):
-                return resident.grant(self._clock(), self._release)
+                return resident.grant(self._clock(), self._release, client)
             self._check_may_load(spec, model_id or spec.name)
-            waiter = self._enqueue(SwapRequest(spec), wants_lease=True)
+            waiter = self._enqueue(SwapRequest(spec), wants_lease=True, client=client)
         if cancellation is not None:
             cancellation.on_cancel(lambda: self._withdraw(waiter, cancellation.error))
         self._await(waiter, self._wait_s if timeout is None else timeout)
@@ -128,6 +130,7 @@ class Swapper:
         model_id: str,
         *,
         device: str | None = None,
+        client: str = "",
         wait: bool = True,
         timeout: float | None = None,
         cancellation: Cancellation | None = None,
@@ -147,7 +150,8 @@ class Swapper:
                 return False
             if device is not None:
                 spec = replace(spec, device=device)
-            waiter = self._enqueue(SwapRequest(spec, device), wants_lease=False)
+            target = SwapRequest(spec, device)
+            waiter = self._enqueue(target, wants_lease=False, client=client)
         if wait and cancellation is not None:
             cancellation.on_cancel(lambda: self._leave(waiter, cancellation.error))
         if wait:
@@ -223,13 +227,13 @@ class Swapper:
         if not self._auto_load and not self._policy.is_loading_on_request(spec.name):
             raise ModelNotLoaded(model_id)
 
-    def _enqueue(self, target: SwapRequest, wants_lease: bool) -> Waiter:
+    def _enqueue(self, target: SwapRequest, *, wants_lease: bool, client: str) -> Waiter:
         """Join the queue for the model; the first caller starts its preparation."""
         if target.key not in self._policy.targets:
             target.is_preparing = True
             name = f"prepare {target.spec.name}"
             threading.Thread(target=self._prepare, args=(target,), name=name, daemon=True).start()
-        waiter = self._policy.join(target, self._clock(), wants_lease)
+        waiter = self._policy.join(target, self._clock(), wants_lease, client)
         self._condition.notify_all()
         return waiter
 
@@ -250,7 +254,7 @@ class Swapper:
         """Wait no more; what was asked for goes on."""
         with self._condition:
             if not waiter.answered.is_set():
-                self._policy.join(waiter.target, self._clock(), wants_lease=False)
+                self._policy.join(waiter.target, self._clock(), False, waiter.client)
         self._withdraw(waiter, error)
 
     def wake(self) -> None:
@@ -280,7 +284,8 @@ class Swapper:
                 step = self._policy.next(self._clock())
                 if step is not None:
                     return step
-                left_s = self._policy.deadline() - self._clock()
+                now = self._clock()
+                left_s = self._policy.deadline(now) - now
                 self._condition.wait(None if left_s == math.inf else max(0.0, left_s))
         return None
 

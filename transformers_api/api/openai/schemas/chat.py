@@ -86,6 +86,32 @@ class ToolCall(Schema):
     function = Object(CalledFunction, required=True)
 
 
+class ToolCalls(Many):
+    """Calls of an assistant; right ones are loaded without a schema, for they may be many."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(Object(ToolCall), longest=MAX_TOOL_CALLS, **options)
+
+    def _item(self, index: int, item: Any, **kwargs: Any) -> Any:
+        call = _right_call(item) if isinstance(item, dict) else None
+        return call or super()._item(index, item, **kwargs)
+
+
+def _right_call(call: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what ToolCall makes of it; None where that has something to say about it."""
+    identity, function = call.get("id"), call.get("function")
+    if call.get("type") not in (None, "function") or not isinstance(function, dict):
+        return None
+    name, arguments = function.get("name"), function.get("arguments")
+    if not (isinstance(name, str) and isinstance(arguments, str) and 1 <= len(name) <= 256):
+        return None
+    right = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    if identity is None:
+        return right
+    is_right = isinstance(identity, str) and len(identity) <= 256
+    return {"id": identity, **right} if is_right else None
+
+
 class Message(Schema):
     """One turn of a conversation."""
 
@@ -102,11 +128,7 @@ class Message(Schema):
     )
     name = Text(longest=256)
     tool_call_id = Text(longest=256)
-    tool_calls = Many(
-        Object(ToolCall),
-        longest=MAX_TOOL_CALLS,
-        **about("Of an earlier answer; the model's template shows them."),
-    )
+    tool_calls = ToolCalls(**about("Of an earlier answer; the model's template shows them."))
     function_call = Object(CalledFunction, **about("The older form of `tool_calls`."))
     reasoning_content = Text(**about("What was thought before an earlier answer."))
     reasoning = Text(**about("The same."))
