@@ -51,7 +51,8 @@ faults: $(DEV) ## break the server in every way of docs/operations.md, and show 
 		tests/api/test_body_limits.py tests/api/test_half_close.py tests/api/test_private_paths.py \
 		tests/serving/test_hostile_templates.py tests/serving/test_bounded_template.py \
 		tests/serving/test_config_sizes.py tests/serving/test_redis_rate_limit.py \
-		tests/kernels/test_build.py tests/checkpoints/test_gguf_header.py
+		tests/kernels/test_build.py tests/checkpoints/test_gguf_header.py \
+		tests/serving/test_constraints.py tests/serving/test_tokenization.py
 	@$(BIN)/python -m benchmarks.faults
 
 image-test: $(DEV) ## build the image and run it alone and by Compose (as root; on Debian installs podman)
