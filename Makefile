@@ -46,7 +46,13 @@ test-all: $(DEV) ## the tests, slow ones included (takes long; before a release)
 faults: $(DEV) ## break the server in every way of docs/operations.md, and show the figures
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest --figures \
 		tests/faults tests/test_lifecycle.py tests/test_overload.py tests/test_access.py \
-		tests/deploy/test_restart.py tests/deploy/test_nginx.py
+		tests/deploy/test_restart.py tests/deploy/test_nginx.py tests/test_slow_readers.py \
+		tests/test_http_parser.py tests/test_connections.py tests/api/test_acquisitions.py \
+		tests/api/test_body_limits.py tests/api/test_half_close.py tests/api/test_private_paths.py \
+		tests/serving/test_hostile_templates.py tests/serving/test_bounded_template.py \
+		tests/serving/test_config_sizes.py tests/serving/test_redis_rate_limit.py \
+		tests/kernels/test_build.py tests/checkpoints/test_gguf_header.py \
+		tests/serving/test_constraints.py tests/serving/test_tokenization.py
 	@$(BIN)/python -m benchmarks.faults
 
 image-test: $(DEV) ## build the image and run it alone and by Compose (as root; on Debian installs podman)

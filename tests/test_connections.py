@@ -132,6 +132,10 @@ def test_a_client_that_waits_for_a_word_gets_it_once(server: Server) -> None:
     ("request_", "status", "code"),
     [
         (b"HELLO\r\n\r\n", 400, None),
+        (b"GET / HTTP/1.1\nHost: h\n\n", 400, None),
+        (b"GET / HTTP/1.0\r\r", 400, None),
+        (b"GET /v1/models\r\nHost: h\n", 400, None),
+        (b"\x16\x03\x01\x00\xa5\x01\x00\x00\xa1\x03\x03" + bytes(160), 400, None),  # TLS
         (b"GET / HTTP/9.9\r\n\r\n", 400, None),
         (b"GET /v1/models HTTP/1.1\r\nHost : h\r\n\r\n", 400, None),
         (b"GET /v1/models HTTP/1.1\r\nHost: h\r\nX: a\r\n b\r\n\r\n", 400, None),

@@ -15,6 +15,8 @@ from transformers_api.api.openai.schemas.chat import ChatRequest
 from transformers_api.api.openai.schemas.completions import CompletionRequest
 from transformers_api.api.openai.schemas.embeddings import EmbeddingRequest
 from transformers_api.errors import PayloadTooLarge
+from transformers_api.serving import generation
+from transformers_api.serving.limits.token_bucket import Rate
 
 SIZE = 2 << 20
 
@@ -196,17 +198,26 @@ def test_nothing_of_a_refused_body_outlives_its_request(served, url, raw):
     assert left < 100
 
 
+@pytest.mark.parametrize("rates", [{}, {"tokens": Rate(10**6, 10**6)}], ids=["", "limited"])
 @pytest.mark.parametrize("status", [200, 400, 404, 413])
-def test_no_request_outlives_its_answer(serve, status):
-    """The raw body hangs on it."""
-    served = serve(max_prompt_bytes=100)
+def test_no_request_outlives_its_answer(serve, monkeypatch, status, rates):
+    """The raw body hangs on it, and on its generation the prompt and the form of the answer."""
+    served = serve(max_prompt_bytes=100, rates=rates)
     body = {
         200: CHAT,
         400: {**CHAT, "n": 0},
         404: {**CHAT, "model": "nobody"},
         413: {"messages": [{"role": "user", "content": "x" * 101}]},
     }[status]
-    requests = []
+    requests, generations = [], []
+    start = generation.start
+
+    def started(*args, **options):
+        one = start(*args, **options)
+        generations.append(weakref.ref(one))
+        return one
+
+    monkeypatch.setattr(generation, "start", started)
     served.app.before_request(
         lambda: requests.append(weakref.ref(flask.request.environ["werkzeug.request"]))
     )
@@ -219,5 +230,6 @@ def test_no_request_outlives_its_answer(serve, status):
             response.close()
             del response
         assert [request() for request in requests] == [None, None]
+        assert [one() for one in generations] == ([None, None] if status == 200 else [])
     finally:
         gc.enable()

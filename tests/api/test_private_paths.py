@@ -107,6 +107,8 @@ def bodies(client: FlaskClient, name: str) -> Iterator[tuple[str, str]]:
         "/tokenize": {"model": name, "text": "a"},
         "/inspect/logit_lens": {"model": name, "prompt": "a"},
         "/v1/embeddings": {"model": name, "input": "a"},
+        "/v1/messages": {"model": name, "messages": messages, "max_tokens": 1},
+        "/v1/responses": {"model": name, "input": "a", "stream": True},
         "/v1/models": {"model": name},
         f"/models/{name}/load": {},
         "/load_model": {"model_name": name},

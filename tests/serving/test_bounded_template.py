@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 
 from tests.tokenizers import CHATML
-from transformers_api.serving.text import template_renderer
+from transformers_api.serving.text import template_process, template_renderer
 from transformers_api.serving.text.bounded_template import MOST_NAMES, is_bounded
 from transformers_api.serving.text.template_renderer import TemplateFailed, TemplateRenderer
 
@@ -73,3 +76,28 @@ def test_a_bounded_template_gives_the_same_here_and_in_the_helper(monkeypatch, s
     assert outcome() == here
     assert renderer._helper is not None
     renderer.close()
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["{{ 'a' + x }}", "{% for y in x %}{{ y.z.z }}{% endfor %}", "{{ raise_exception(1) }}"],
+)
+def test_nothing_that_a_failed_template_was_rendered_for_outlives_it(source):
+    class Body(list):
+        """What knows the request."""
+
+    def fail(body):
+        reply = template_process.answer({"source": source, "variables": {"x": [1]}})
+        assert "text" not in reply
+        return len(body)
+
+    fail(Body())
+    gc.disable()
+    try:
+        body = Body()
+        reference = weakref.ref(body)
+        fail(body)
+        del body
+        assert reference() is None
+    finally:
+        gc.enable()

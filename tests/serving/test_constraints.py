@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import re
 import time
+import weakref
 from contextlib import suppress
 
 import jsonschema
@@ -13,9 +15,16 @@ import numpy
 import pytest
 
 from tests import tokenizers
-from transformers_api.errors import ConstraintsUnavailable, InvalidRequest
-from transformers_api.serving.constraints.compiler import MAX_COMPILED, Compiler
+from transformers_api.errors import ConstraintsUnavailable, InvalidRequest, Overloaded
+from transformers_api.heap import used_bytes
+from transformers_api.serving.constraints import compiler as compiling
+from transformers_api.serving.constraints.compiler import (
+    MAX_COMPILED,
+    MAX_COMPILED_BYTES,
+    Compiler,
+)
 from transformers_api.serving.constraints.json_schema import ANY_OBJECT, json_constraint
+from transformers_api.serving.constraints.phases import Phases
 from transformers_api.serving.constraints.text_grammars import (
     choice_constraint,
     grammar_constraint,
@@ -220,6 +229,40 @@ def test_a_compiled_grammar_is_kept_and_only_so_many(compiler):
     for number in range(MAX_COMPILED):
         compiler.compile(regex_constraint(f"a{number}", "regex"))
     assert compiler.compile(spec) is not grammar
+
+
+def test_large_grammars_are_forgotten_before_they_fill_the_memory(compiler):
+    """One of a{300000} takes 36 MB, and a short pattern asks for it."""
+    before = used_bytes()
+    for number in range(8):
+        compiler.compile(regex_constraint(f"a{{{300_000 + number}}}", "regex"))
+    assert used_bytes() - before < MAX_COMPILED_BYTES + (16 << 20)
+
+
+def test_grammars_in_use_take_only_so_much_and_the_next_one_has_to_wait(compiler, monkeypatch):
+    monkeypatch.setattr(compiling, "MAX_LIVE_BYTES", 60 << 20)
+    uses = [
+        compiler.compile(regex_constraint(f"a{{{400_000 + number}}}", "regex")).start()
+        for number in range(2)
+    ]
+    with pytest.raises(Overloaded, match="formats"):
+        compiler.compile(regex_constraint("b", "regex"))
+    uses.clear()
+    assert compiler.compile(regex_constraint("b", "regex"))
+
+
+def test_what_holds_an_answer_to_its_form_is_gone_with_it(compiler):
+    """It shares the grammar's memory, and the collector of circles may not come for long."""
+    grammar = compiler.compile(regex_constraint("ab", "regex"))
+    gc.disable()
+    try:
+        constraint = Phases(grammar=grammar).start(compiler, compiler._vocabulary)
+        constraint.take(ord("a"))
+        reference = weakref.ref(constraint)
+        del constraint
+        assert reference() is None
+    finally:
+        gc.enable()
 
 
 def test_white_space_is_bounded_so_that_answers_end(compiler):

@@ -402,6 +402,12 @@ def test_a_yaml_bomb_is_refused_within_a_second(tmp_path: Path, text: str) -> No
     assert len(str(caught.value)) < 1000
 
 
+def test_a_device_without_an_end_is_no_registry() -> None:
+    settings = Settings(model_registry_path=Path("/dev/zero"), include_default_models=False)
+    with pytest.raises(SettingError, match="/dev/zero: more than 1 MiB are no registry"):
+        ModelRegistry.from_settings(settings)
+
+
 def test_aliases_of_a_small_registry_are_read(tmp_path: Path) -> None:
     text = "- &a {name: one, path: p, metadata: &m {k: v}}\n- {<<: *a, name: two, metadata: *m}"
     registry = yaml_registry(tmp_path, text)

@@ -396,5 +396,5 @@ def _parse(option: Field[Any], name: str, text: str) -> Any:
     try:
         return option.metadata["parse"](text)
     except ValueError as error:
-        text = repr(text) if option.repr else "***"
+        text = repr(text[:200]) if option.repr else "***"
         raise SettingError(f"{name}={text} is not allowed: expected {error}") from None

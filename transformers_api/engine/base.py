@@ -143,6 +143,10 @@ class TokenOutput:
     extras: Mapping[str, Any] = field(default_factory=dict)  # what an observer attached
 
 
+def _nothing(_index: int | None) -> None:
+    return None
+
+
 class TokenStream:
     """The outputs of one submit, as they come: one queue, written by the engine thread only.
 
@@ -184,6 +188,8 @@ class TokenStream:
             return None
         if output is not None and output.finish_reason is not None:
             self._open -= 1
+            if not self._open:
+                self._abort = _nothing  # it knows the sequences, which know this
         return output
 
     def wake(self) -> None:
@@ -207,6 +213,8 @@ class TokenStream:
     def abort(self, index: int | None = None) -> None:
         """Stop one sequence, or all of them. Idempotent, from any thread; ABORT outputs follow."""
         self._abort(index)
+        if index is None:
+            self._abort = _nothing
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ CRLF = b"\r\n"
 FRAMING = (b"content-length", b"transfer-encoding")
 FIELD = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
 LENGTH = re.compile(rb"0*([0-9]{1,18})")
+NOT_A_HEAD = re.compile(rb"(?<!\r)\n|\r[^\n]|[\x00-\x08\x0b\x0c\x0e-\x1f]")  # nor its beginning
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]+)[ \t]*(?:;[^\r]*)?\r\n")
 
 
@@ -115,6 +116,11 @@ class RequestBuffer:
             del self._data[: end + 4]
             self._read_head(self._head)
             return
+        if end < 0 and (match := NOT_A_HEAD.search(self._data, start)):
+            raise InvalidRequest(
+                f"The request is not HTTP: {_excerpt(match[0])} in its head, whose lines end with "
+                f"{_excerpt(CRLF)}"
+            )
         line = self._data.find(CRLF, 0, MAX_LINE + 2)
         if line < 0 and len(self._data) > MAX_LINE + 2:
             raise UriTooLong(f"The request line has more than {MAX_LINE} bytes")

@@ -278,6 +278,7 @@ class RequestContext:
         if self._is_streaming and not self._is_over:  # the stream was given up
             self._failed(self.cancellation.error)
         self._exits.close()
+        self.cancellation.forget()
 
     def __enter__(self) -> RequestContext:
         return self

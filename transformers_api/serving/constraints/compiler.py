@@ -11,12 +11,19 @@ from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakSet
 
 import numpy
 import orjson
 
 from transformers_api.engine.base import Mask
-from transformers_api.errors import ConstraintFailed, ConstraintsUnavailable, InvalidRequest
+from transformers_api.errors import (
+    ConstraintFailed,
+    ConstraintsUnavailable,
+    InvalidRequest,
+    Overloaded,
+)
+from transformers_api.heap import used_bytes
 from transformers_api.serving.constraints.mask_worker import worker
 from transformers_api.serving.constraints.spec import ConstraintSpec
 from transformers_api.serving.text.vocabulary import Vocabulary
@@ -25,12 +32,15 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
     from llguidance._lib import JsonCompileOptions
 
-MAX_COMPILED = 64  # grammars that are kept, the least recently used goes first
+MAX_COMPILED = 64  # grammars that are kept, the least recently used goes first, of so many bytes
+MAX_COMPILED_BYTES = 64 << 20
+MAX_LIVE_BYTES = 512 << 20  # of all grammars, with those of the requests that are being answered
+MAX_GRAMMAR_BYTES = 64 << 20  # of one: no more is due to it, whatever other threads have allocated
 _SAMPLES = ('{"a b": [1, 2.5], "ü": "x\\n"}', "Hello, world!\n  two", "日本 \N{GRINNING FACE} ok")
 _MARK = "\x02"  # no tokenizer joins it to what follows
 _GRAMMAR_LIMITS: dict[str, Any] = {
     "max_items_in_row": 2_000,
-    "initial_lexer_fuel": 1_000_000,
+    "initial_lexer_fuel": 300_000,  # some 100 bytes each
     "step_lexer_fuel": 200_000,
     "step_max_items": 50_000,
     "max_lexer_states": 50_000,
@@ -42,7 +52,8 @@ _GRAMMAR_LIMITS: dict[str, Any] = {
 class Grammar:
     """A compiled constraint: makes one ``GrammarConstraint`` after the other."""
 
-    def __init__(self, matcher: LLMatcher, first: bytes, param: str) -> None:
+    def __init__(self, matcher: LLMatcher, first: bytes, param: str, size: int) -> None:
+        self.size = size  # bytes
         self._matcher = matcher
         self._first = first  # the mask of the first token
         self._param = param  # the field that it came in
@@ -59,6 +70,7 @@ class Grammar:
         """A constraint behind ``tokens``, which fit; ``forbidden`` tokens never come."""
         mask = numpy.frombuffer(self._first, numpy.uint32).copy()
         constraint = GrammarConstraint(self._matcher.deep_copy(), mask, self._param, forbidden)
+        constraint.grammar = self
         for token in tokens:
             constraint.take(token)
         return constraint
@@ -70,6 +82,7 @@ class GrammarConstraint:
     def __init__(
         self, matcher: LLMatcher, mask: Mask, param: str, forbidden: Collection[int] = ()
     ) -> None:
+        self.grammar: Grammar | None = None  # whose memory it shares
         self._matcher = matcher
         self._mask = mask
         self._param = param
@@ -135,23 +148,43 @@ class Compiler:
         self._size = size  # ids below this can be sampled
         self.end_ids = sorted(token for token in end_ids if token < size)
         self._grammars: OrderedDict[ConstraintSpec, Grammar] = OrderedDict()
+        self._live: WeakSet[Grammar] = WeakSet()  # those, and others that are in use
         self._lock = threading.Lock()  # of the compiled grammars
         self._compiling = threading.Lock()  # one at a time: it takes a processor
 
     def compile(self, spec: ConstraintSpec) -> Grammar:
-        """The grammar of ``spec``. Raises InvalidRequest, ConstraintsUnavailable."""
+        """The grammar of ``spec``.
+
+        Raises InvalidRequest, ConstraintsUnavailable, and Overloaded where those of other requests
+        take all the memory that grammars may have.
+        """
         with self._lock:
             grammar = self._grammars.get(spec)
             if grammar is not None:
                 self._grammars.move_to_end(spec)
                 return grammar
         with self._compiling:
+            self._make_room()
             grammar = self._compiled(spec)
+            self._live.add(grammar)
         with self._lock:
             self._grammars[spec] = grammar
-            if len(self._grammars) > MAX_COMPILED:
+            while len(self._grammars) > MAX_COMPILED or self._size_of_cache() > MAX_COMPILED_BYTES:
                 self._grammars.popitem(last=False)
         return grammar
+
+    def _size_of_cache(self) -> int:
+        return sum(grammar.size for grammar in self._grammars.values())
+
+    def _live_size(self) -> int:
+        return sum(grammar.size for grammar in list(self._live))
+
+    def _make_room(self) -> None:
+        if self._live_size() > MAX_LIVE_BYTES:
+            with self._lock:
+                self._grammars.clear()
+        if self._live_size() > MAX_LIVE_BYTES:
+            raise Overloaded("The formats that other requests ask for take all memory there is")
 
     @property
     def mask_words(self) -> int:
@@ -168,6 +201,7 @@ class Compiler:
         from llguidance import LLMatcher, LLParserLimits
 
         tables = self._tables
+        before = used_bytes()
         limits = LLParserLimits(**_GRAMMAR_LIMITS)
         matcher = LLMatcher(tables, _source(spec), log_level=0, limits=limits)
         if matcher.is_error():
@@ -177,7 +211,8 @@ class Compiler:
         fresh.unsafe_compute_mask_ptr(first.ctypes.data, first.nbytes)
         if fresh.is_error() or not first.any():
             raise InvalidRequest(f"'{spec.param}' allows no answer", param=spec.param)
-        return Grammar(matcher, first.tobytes(), spec.param)
+        size = min(max(used_bytes() - before, 0), MAX_GRAMMAR_BYTES)
+        return Grammar(matcher, first.tobytes(), spec.param, size)
 
     @cached_property
     def _tables(self) -> LLTokenizer:

@@ -61,24 +61,25 @@ class PhasedConstraint:
         self._tokens: list[tuple[int, int]] = []  # (token, bytes of the tail before it)
         self._thought_tokens = 0
         self._closing = 0  # ids of the mark that have been forced
-        self._step: Callable[[int], None]
+        # A function of the class: a bound one would know this object, which knows it.
+        self._step: Callable[[PhasedConstraint, int], None]
         thought = phases.thought
         if thought is not None and thought.is_open:
-            self._step = self._think
+            self._step = PhasedConstraint._think
         elif thought is not None and thought.open_id is not None:
-            self._step = self._first
+            self._step = PhasedConstraint._first
             self._held = self._started(())
         else:
             self._answer()
 
     def allowed(self) -> Mask | None:
         """See TokenConstraint."""
-        if self._step == self._think:
+        if self._step is PhasedConstraint._think:
             return self._forced_close()
         if self._held is None:
             return None
         mask = self._held.allowed()
-        if self._step == self._first:  # it may think first
+        if self._step is PhasedConstraint._first:  # it may think first
             thought = self._phases.thought
             assert thought is not None
             mask = mask | self._one(thought.open_id or 0)
@@ -86,7 +87,7 @@ class PhasedConstraint:
 
     def take(self, token_id: int) -> None:
         """See TokenConstraint."""
-        self._step(token_id)
+        self._step(self, token_id)
 
     def draft(self, most: int) -> Sequence[int]:
         """See TokenConstraint."""
@@ -103,10 +104,10 @@ class PhasedConstraint:
         thought = self._phases.thought
         assert thought is not None
         if token_id == thought.open_id:
-            self._held, self._step = None, self._think
+            self._held, self._step = None, PhasedConstraint._think
         else:
             self._answer()
-            self._step(token_id)
+            self._step(self, token_id)
 
     def _think(self, token_id: int) -> None:
         thought = self._phases.thought
@@ -128,7 +129,7 @@ class PhasedConstraint:
         assert grammar is not None
         tokens = self._since(match.start(1))
         if grammar.fits(tokens):
-            self._held, self._step = self._started(tokens), self._hold
+            self._held, self._step = self._started(tokens), PhasedConstraint._hold
         else:  # it only looks like a call
             self._tail, self._tokens = b"", []
 
@@ -139,10 +140,10 @@ class PhasedConstraint:
     def _answer(self) -> None:
         """Begin the phase after the thought, or without one."""
         if self._phases.grammar is None or self._phases.trigger is not None:
-            self._held, self._step = None, self._free
+            self._held, self._step = None, PhasedConstraint._free
         else:
             self._held = self._held or self._started(())
-            self._step = self._hold
+            self._step = PhasedConstraint._hold
 
     def _started(self, tokens: Sequence[int]) -> GrammarConstraint | None:
         grammar = self._phases.grammar

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 SCOPES = ("infer", "admin")  # admin may also do what infer may
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+MAX_BYTES = 16 << 20
 _HASH = re.compile(r"sha256\$([0-9a-f]{64})")
 _FORM = "name:infer:sha256$... or name:admin:sha256$..."
 
@@ -93,7 +94,11 @@ class ApiKeys:
 def read(path: Path) -> list[ApiKey]:
     """The keys of a file. Raises OSError, or ValueError with the number of a wrong line."""
     keys: dict[str, ApiKey] = {}
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+    with path.open(encoding="utf-8") as file:
+        content = file.read(MAX_BYTES + 1)  # not all of it: a device has no end
+    if len(content) > MAX_BYTES:
+        raise ValueError(f"more than {MAX_BYTES >> 20} MiB are no file of keys")
+    for number, line in enumerate(content.splitlines(), 1):
         text = line.partition("#")[0].strip()
         if not text:
             continue

@@ -40,6 +40,11 @@ class Cancellation:
                 return
         callback()
 
+    def forget(self) -> None:
+        """Let go of the callbacks, which know what belongs to the request: it is over."""
+        with self._lock:
+            self._callbacks = []
+
     def check(self) -> None:
         """Raise the reason after cancellation."""
         if self.is_cancelled:

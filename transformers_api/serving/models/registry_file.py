@@ -62,13 +62,14 @@ def read_registry_file(path: Path) -> list[ModelSpec]:
 
 def _parse(path: Path) -> Any:
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise SettingError(f"{path}: more than {MAX_BYTES >> 20} MiB are no registry")
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MAX_BYTES + 1)  # not all of it: a device has no end
     except (OSError, UnicodeDecodeError) as error:
         raise SettingError(
             f"MODEL_REGISTRY_PATH={str(path)!r} is not allowed: expected a readable file ({error})"
         ) from None
+    if len(text) > MAX_BYTES:
+        raise SettingError(f"{path}: more than {MAX_BYTES >> 20} MiB are no registry")
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -45,13 +45,18 @@ class ControlTokens:
         """The ids of a rendered prompt with breaks."""
         first, *rest = text.split(BREAK)
         ids = token_ids(self._tokenizer, first, add_special_tokens=add_special_tokens)
+        if not rest:
+            return ids
+        line_break = token_ids(self._tokenizer, "\n", add_special_tokens=False)
+        continued: dict[str, list[int]] = {}  # a token that somebody repeats is read once
         for piece in filter(None, rest):
-            ids += self._continued(piece)
+            if piece not in continued:
+                continued[piece] = self._continued(piece, line_break)
+            ids += continued[piece]
         return ids
 
-    def _continued(self, piece: str) -> list[int]:
+    def _continued(self, piece: str, line_break: list[int]) -> list[int]:
         """After a line break, for SentencePiece puts a space before the beginning of a text."""
-        line_break = token_ids(self._tokenizer, "\n", add_special_tokens=False)
         ids = token_ids(self._tokenizer, "\n" + piece, add_special_tokens=False)
         if line_break and ids[: len(line_break)] == line_break:
             return ids[len(line_break) :]

@@ -17,6 +17,7 @@ import signal
 import sys
 from datetime import datetime
 from functools import lru_cache
+from types import FrameType
 from typing import Any, NoReturn
 
 import jinja2
@@ -137,8 +138,10 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     try:
         text = template.render(**request["variables"])
     except Raised as error:
+        _forget_frames(error)
         return {"kind": "raised", "message": str(error)[:MOST_MESSAGE]}
-    except (MemoryError, RecursionError):
+    except (MemoryError, RecursionError) as error:
+        _forget_frames(error)
         return {"kind": "limit", "message": "it needs too much memory"}
     except Exception as error:
         return _failure("failed", error)
@@ -148,10 +151,29 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _failure(kind: str, error: Exception) -> dict[str, str]:
+    _forget_frames(error)
     text = str(error)[:MOST_MESSAGE] or "no reason"
     name = type(error).__name__
     plain = isinstance(error, jinja2.TemplateError)
     return {"kind": kind, "message": text if plain else f"{name}: {text}"}
+
+
+def _forget_frames(error: BaseException) -> None:
+    """Let go of the frames that ``error`` went through, and of what these know.
+
+    Jinja shows the lines of a template as frames of its own making: they know those that made
+    them, which know them, and all know their callers, down to the request's.
+    """
+    trace, error.__traceback__ = error.__traceback__, None
+    while trace is not None:
+        frame: FrameType | None = trace.tb_frame
+        while frame is not None:
+            try:
+                frame.clear()
+            except RuntimeError:  # it runs: those behind it do, too
+                break
+            frame = frame.f_back
+        trace = trace.tb_next
 
 
 def _serve(cpu_s: float) -> None:
