@@ -97,7 +97,8 @@ class Truncation(TableSchema):
         1, **about("Read only so many tokens of the prompt; -1: as many as fit.")
     )
     truncation_side = Text(
-        choices=("left", "right"), **about("The end of the prompt that is cut off.")
+        choices=("left", "right"),
+        **about("The end of the prompt that is cut off. Default: left; of embeddings right."),
     )
 
     @validates_schema(skip_on_field_errors=True)

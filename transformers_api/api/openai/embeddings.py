@@ -55,9 +55,12 @@ def create_embeddings(body: dict[str, Any]) -> Any:
         model = context.hold(models.lease(body["model"], context.cancellation))
         record = request_log.current()
         record.model = model.spec.name
-        rows = embeddings.encode(model, inputs)
+        side = body.get("truncation_side", "right")
+        rows = embeddings.encode(model, inputs, body.get("truncate_prompt_tokens"), side)
         services().limits.reserve(sum(map(len, rows)))  # all of it is used
-        vectors = embeddings.embed(model, rows, body.get("dimensions"), context.cancellation)
+        vectors = embeddings.embed(
+            model, rows, body.get("dimensions"), context.cancellation, body.get("normalize")
+        )
     encoded = _base64 if body["encoding_format"] == "base64" else _numbers
     tokens = record.prompt_tokens = sum(map(len, rows))
     return {
