@@ -51,6 +51,7 @@ class GenerationRequest:
     trace: TracePlan | None = None  # a piece for every token then, with what was noted of it
     trace_stops: bool = False  # also of the token that ends an answer
     shows_stop: bool = False  # the text that ends an answer is part of it
+    strips_blank: bool = False  # leave out the white space with which an answer begins
 
     @property
     def per_prompt(self) -> int:
@@ -249,6 +250,7 @@ def start(
                 request.trace_stops,
                 request.shows_stop,
                 request.marks,
+                request.strips_blank,
             )
             for index, (prompt, _) in enumerate(places)
         ]

@@ -143,6 +143,7 @@ class ChatTask(Task):
             n=body["n"],
             stop=requests.stop_strings(fields) + (() if goes_on else prompt.stop),
             shows_stop=body["include_stop_str_in_output"],
+            strips_blank=prompt.strips_blank and self.form is None,
             quiet_s=settings.keepalive_s if body["stream"] else None,
         )
         self._plan = self.conversation.plan(model, prompt, ignore_eos=goes_on)
