@@ -19,6 +19,7 @@ from transformers_api.errors import EmbeddingsUnavailable
 from transformers_api.serving import embeddings
 
 blueprint = Blueprint("embeddings", __name__, dialect=OPENAI, description="OpenAI's embeddings")
+EXAMPLE = {"model": "all-minilm-l6-v2", "input": "The colour of the sea"}
 View = TypeVar("View", bound=Callable[..., Any])
 
 
@@ -38,7 +39,7 @@ def _only_when_enabled(view: View) -> View:
 
 @blueprint.at("/v1/embeddings", methods=["POST"])
 @_only_when_enabled
-@blueprint.takes(EmbeddingRequest, example={"input": "The colour of the sea"})
+@blueprint.takes(EmbeddingRequest, example=EXAMPLE)
 @blueprint.gives(Embeddings)
 @blueprint.gives(Error, 400, description="A field is wrong; `param` names it")
 @blueprint.gives(Error, 404, description="No such model")
