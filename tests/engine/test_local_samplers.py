@@ -14,6 +14,7 @@ from tests.engine.reading import ask, complete, read
 from tests.engine.test_sampling import VOCAB, logits, sample, sequence
 from transformers_api.engine.base import DryParams
 from transformers_api.engine.sampling.dry import DryPenalty, repeats_of_end
+from transformers_api.engine.sampling.sampler import distribution
 
 TRIALS = 400
 
@@ -149,6 +150,28 @@ def test_xtc_looks_at_what_the_filters_left():
     assert set(counts) == {1}  # 4/7 and 3/7
 
 
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
+def test_xtc_looks_at_shares_without_the_temperature(temperature):
+    counts = outcomes(
+        SHARES, xtc_probability=1.0, xtc_threshold=0.12, temperature=temperature, top_k=4
+    )
+    assert set(counts) <= {2, 3}
+    ratio = (0.15 / 0.1) ** (1 / temperature)
+    assert counts[2] / TRIALS == pytest.approx(ratio / (1 + ratio), abs=0.08)
+
+
+@pytest.mark.parametrize(("threshold", "token"), [(0.12, 2), (0.35, 0), (0.01, 4)])
+def test_xtc_at_temperature_zero_takes_the_likeliest_that_is_left(threshold, token):
+    fields = {"xtc_probability": 1.0, "xtc_threshold": threshold, "temperature": 0.0}
+    assert set(outcomes(SHARES, **fields)) == {token}
+    seq = sequence(**fields)
+    probabilities, ids = distribution(SHARES[0], seq)
+    assert ids[probabilities.argmax()] == token
+    assert probabilities.max() == 1
+    half = outcomes(SHARES, **{**fields, "xtc_probability": 0.5})
+    assert set(half) == {0, token}
+
+
 # -- on every way of sampling
 
 FIELDS = {
@@ -190,6 +213,8 @@ def test_greedy_tokens_are_those_of_the_definitions(make_engine, way):
     engine = make_engine(name, **options)
     model = tiny_model(name)
     for fields in FIELDS.values():
+        certain = {"xtc_probability": 1.0} if "xtc_probability" in fields else {}
+        fields = {**fields, **certain, "top_p": 1.0}
         request = ask(PROMPT, max_tokens=10, temperature=0.0, ignore_eos=True, **fields)
         tokens = list(PROMPT)
         for token in complete(engine, request)[0]:
@@ -207,7 +232,16 @@ def likeliest_by_definition(row, tokens, params):
     if params.dry is not None:
         for token, penalty in penalties_by_definition(tokens, params.dry, len(row)).items():
             row[token] -= penalty
-    allowed = params.allowed_token_ids or range(len(row))
+    allowed = set(params.allowed_token_ids or range(len(row)))
+    if params.top_n_sigma:
+        left = torch.tensor([row[token] for token in allowed]).double()
+        least = left.max() - params.top_n_sigma * left.std(correction=0)
+        allowed = {token for token in allowed if row[token] >= least}
+    if params.xtc_probability == 1:
+        total = sum(math.exp(row[token]) for token in allowed)
+        likely = [t for t in allowed if math.exp(row[t]) / total >= params.xtc_threshold]
+        least = min(likely, key=lambda token: row[token], default=None)
+        allowed -= {token for token in likely if token != least}
     return max(allowed, key=lambda token: row[token])
 
 
