@@ -93,6 +93,18 @@ def test_prompt_logprobs_and_those_of_an_echo_keep_to_their_own_numbers(served):
     assert (scored["text"], len(scored["prompt_logprobs"])) == ("", 3)
 
 
+def test_a_prompt_is_scored_once_for_all_its_answers(served):
+    fields = {"n": 2, "best_of": 3, "max_tokens": 2, "prompt_logprobs": 1, "echo": True, "seed": 5}
+    choices = served.complete(["ab", "cd"], **fields, logprobs=0).get_json()["choices"]
+    firsts = [next(iter(choice["prompt_logprobs"][1])) for choice in choices]
+    assert firsts == ["98", "98", "100", "100"]
+    assert {len(choice["logprobs"]["tokens"]) for choice in choices} == {4}
+    (submit,) = served.engine.submitted
+    assert [s.params.prompt_logprobs is not None for s in submit] == [True, False, False] * 2
+    served.complete("ab", n=2, echo=True, logprobs=0, max_tokens=0)
+    assert all(s.params.prompt_logprobs == 0 for s in served.engine.submitted[-1])
+
+
 @pytest.mark.parametrize("route", ["chat", "complete"])
 def test_prompt_logprobs_come_with_no_stream(served, route):
     body = error(getattr(served, route)(stream=True, prompt_logprobs=1))

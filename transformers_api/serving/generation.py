@@ -227,11 +227,14 @@ def start(
             params = replace(params, logprobs=0)
     if cancellation.is_cancelled:
         raise cancellation.error
+    others = params  # than the first of each prompt, which scores it for all: see collect
+    if params.max_tokens and not stream:
+        others = replace(params, prompt_logprobs=None)
     places = [(prompt, i) for prompt in request.prompts for i in range(per_prompt)]
     sequences = [
         SequenceRequest(
             prompt,
-            params if i == 0 else _with_seed(params, i),
+            params if i == 0 else _with_seed(others, i),
             constraint=None if request.constrain is None else request.constrain(),
             client=client,
         )
@@ -291,13 +294,17 @@ def collect(generation: Generation, hear: Callable[[TextDelta], object] = bool) 
         generation.close()
     chosen: list[int] = []
     per_prompt = generation.request.per_prompt
+    scores = [group[0].prompt_scores for group in pieces[::per_prompt]]
     for first in range(0, len(pieces), per_prompt):
         group = range(first, first + per_prompt)
         # sorted is stable: equally good choices stay in order
         best = sorted(group, key=lambda i: -generation.choices[i].mean_logprob)
         chosen += sorted(best[: generation.request.n])
     generation.answers = [generation.choices[place] for place in chosen]
-    return [_joined(index, pieces[place]) for index, place in enumerate(chosen)]
+    return [
+        _joined(index, pieces[place], scores[place // per_prompt])
+        for index, place in enumerate(chosen)
+    ]
 
 
 def _with_seed(params: SamplingParams, place: int) -> SamplingParams:
@@ -307,7 +314,7 @@ def _with_seed(params: SamplingParams, place: int) -> SamplingParams:
     return replace(params, seed=(params.seed + place) % _SEEDS)
 
 
-def _joined(index: int, deltas: list[TextDelta]) -> Choice:
+def _joined(index: int, deltas: list[TextDelta], scores: tuple[TokenDetail, ...] | None) -> Choice:
     last = deltas[-1]
     assert last.finish_reason is not None
     return Choice(
@@ -317,6 +324,6 @@ def _joined(index: int, deltas: list[TextDelta]) -> Choice:
         logprobs=tuple(detail for delta in deltas for detail in delta.logprobs),
         finish_reason=last.finish_reason,
         stop_reason=last.stop_reason,
-        prompt_scores=deltas[0].prompt_scores,
+        prompt_scores=scores,
         traces=tuple(delta.trace for delta in deltas if delta.trace is not None),
     )
