@@ -227,19 +227,8 @@ def start(
             params = replace(params, logprobs=0)
     if cancellation.is_cancelled:
         raise cancellation.error
-    others = params  # than the first of each prompt, which scores it for all: see collect
-    if params.max_tokens and not stream:
-        others = replace(params, prompt_logprobs=None)
     places = [(prompt, i) for prompt in request.prompts for i in range(per_prompt)]
-    sequences = [
-        SequenceRequest(
-            prompt,
-            params if i == 0 else _with_seed(others, i),
-            constraint=None if request.constrain is None else request.constrain(),
-            client=client,
-        )
-        for prompt, i in places
-    ]
+    sequences = _sequences(request, params, places, client, stream)
     observe = {} if request.trace is None else {"trace": request.trace}
     outputs = model.engine.submit(sequences, observe=observe)
     try:  # the rest, while the engine reads the prompts
@@ -265,6 +254,28 @@ def start(
         outputs.abort()
         raise
     return generation
+
+
+def _sequences(
+    request: GenerationRequest,
+    params: SamplingParams,
+    places: Sequence[tuple[Sequence[int], int]],
+    client: str,
+    stream: bool,
+) -> list[SequenceRequest]:
+    """One for each prompt and number among its answers."""
+    others = params  # than the first of each prompt, which scores it for all: see ``collect``
+    if params.max_tokens and not stream:
+        others = replace(params, prompt_logprobs=None)
+    return [
+        SequenceRequest(
+            prompt,
+            params if i == 0 else _with_seed(others, i),
+            constraint=None if request.constrain is None else request.constrain(),
+            client=client,
+        )
+        for prompt, i in places
+    ]
 
 
 def _within_float32(params: SamplingParams) -> SamplingParams:
