@@ -14,7 +14,7 @@ from tests.engine.reading import ask, complete, read
 from tests.engine.test_sampling import VOCAB, logits, sample, sequence
 from transformers_api.engine.base import DryParams
 from transformers_api.engine.sampling.dry import DryPenalty, repeats_of_end
-from transformers_api.engine.sampling.sampler import distribution
+from transformers_api.engine.sampling.sampler import Sampler, distribution
 
 TRIALS = 400
 
@@ -114,6 +114,16 @@ def test_top_n_sigma_keeps_logits_near_the_largest(n, masked):
     counts = outcomes(row, top_n_sigma=n, allowed_token_ids=ids, temperature=2.0)
     assert set(counts) <= kept
     assert len(kept) > 50 or set(counts) == kept
+
+
+@pytest.mark.parametrize("fields", [{"top_n_sigma": 1.0}, {"xtc_probability": 1.0}])
+def test_a_row_in_which_nothing_may_come_fails_alone(fields):
+    rows = torch.cat([torch.full((1, VOCAB), -torch.inf), logits(seed=5)])
+    sequences = [sequence(seed=1, **fields), sequence(seed=1, **fields)]
+    broken, whole = Sampler().sample(rows, sequences)
+    assert broken.error is not None
+    assert whole.error is None
+    assert [whole.token_id] == sample(rows[1:], sequences[1])
 
 
 @pytest.mark.parametrize("n", [0.0, -1.0])

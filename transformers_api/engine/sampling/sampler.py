@@ -212,6 +212,8 @@ def _top_n_sigma(logits: Tensor, params: list[SamplingParams]) -> Tensor:
         logits = logits.clone()
     for row in rows:
         finite = logits[row][logits[row] > -torch.inf].double()
+        if not len(finite):
+            continue  # nothing may come: the caller says so
         least = finite.max() - params[row].top_n_sigma * finite.std(correction=0)
         logits[row, logits[row] < least] = -torch.inf
     return logits
