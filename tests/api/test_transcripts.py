@@ -53,6 +53,15 @@ def test_a_text_that_is_continued_keeps_its_blank(answers):
     assert answer.get_json()["choices"][0]["message"]["content"] == " there"
 
 
+def test_responses_and_messages_begin_with_their_text_too(answers):
+    served = answers(" Hello")
+    answer = served.client.post("/v1/responses", json={"input": "Hi"}).get_json()
+    assert answer["output"][0]["content"][0]["text"] == "Hello"
+    body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 9}
+    answer = served.client.post("/v1/messages", json=body | {"model": "fake"}).get_json()
+    assert answer["content"][0]["text"] == "Hello"
+
+
 def test_templates_and_completions_keep_theirs(answers):
     served = answers(" there", chat="template")
     assert served.chat().get_json()["choices"][0]["message"]["content"] == " there"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from transformers_api.api.http import inspect_auth
@@ -147,10 +146,7 @@ class ChatTask(Task):
             quiet_s=settings.keepalive_s if body["stream"] else None,
         )
         self._plan = self.conversation.plan(model, prompt, ignore_eos=goes_on)
-        request = planned(request, self._plan)
-        has_parts = self._plan is not None and self._plan.has_parts
-        if prompt.strips_blank and request.constrain is None and not has_parts:
-            request = replace(request, strips_blank=True)
+        request = planned(request, self._plan, strips_blank=prompt.strips_blank)
         return requests.with_trace(request, model, body, settings) if "trace" in body else request
 
     def formatter(self, model: LoadedModel, request: GenerationRequest) -> Formatter:
