@@ -40,7 +40,7 @@ class ThreeNumbers:
     dimensions = 3
     slice_tokens = 16
 
-    def embed(self, rows, dimensions=None):
+    def embed(self, rows, dimensions=None, normalize=None):
         return [struct.pack("<3f", len(row), row[0], dimensions or 0) for row in rows]
 
 
@@ -122,6 +122,40 @@ def test_base64_holds_the_same_numbers(embedding):
 def vectors_as_text(response):
     assert response.status_code == 200, response.get_data(as_text=True)
     return [item["embedding"] for item in response.get_json()["data"]]
+
+
+@pytest.mark.parametrize(
+    ("fields", "vector"),
+    [
+        ({"truncate_prompt_tokens": 2}, [2, 72, 0]),
+        ({"truncate_prompt_tokens": 2, "truncation_side": "left"}, [2, 108, 0]),
+        ({"truncate_prompt_tokens": 2, "input": [1, 2, 3]}, [2, 1, 0]),
+        ({"truncate_prompt_tokens": -1, "input": "x" * 40}, [32, 120, 0]),
+        ({"embed_dtype": "float32", "endianness": "little", "normalize": True}, [5, 72, 0]),
+        ({"prompt": "Hello", "input": None}, [5, 72, 0]),
+    ],
+)
+def test_fields_of_other_servers_are_understood(embedding, fields, vector):
+    assert vectors(ask(embedding, **{"input": "Hello", **fields})) == [vector]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("embed_dtype", "float16"),
+        ("endianness", "big"),
+        ("messages", [{"role": "user", "content": "x"}]),
+        ("truncate", True),
+        ("use_activation", False),
+        ("embd_normalize", -1),
+        ("options", {"num_ctx": 5}),
+        ("input_type", "query"),
+        ("add_special_tokens", False),
+    ],
+)
+def test_fields_that_would_change_vectors_are_refused_by_name(embedding, name, value):
+    body = ask(embedding, "Hello", **{name: value}).get_json()["error"]
+    assert (body["param"], body["code"]) == (name, "unsupported_parameter")
 
 
 def test_dimensions_reach_the_model(embedding):

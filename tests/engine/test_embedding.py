@@ -98,6 +98,23 @@ def test_without_normalisation_vectors_keep_their_length(engine_thread):
     assert (wanted.norm(dim=1) - 1).abs().min() > 0.1
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_request_says_whether_vectors_have_length_one(engine_thread, normalize):
+    other = encoder_of(engine_thread, "bert", normalize=not normalize)
+    same = encoder_of(engine_thread, "bert", normalize=normalize)
+    assert other.embed(ROWS[:1], normalize=normalize) == same.embed(ROWS[:1])
+    assert other.embed(ROWS[:1]) != same.embed(ROWS[:1])
+
+
+def test_a_text_alone_has_the_same_bits_always_and_beside_others_nearly(engine_thread):
+    embedder = encoder_of(engine_thread, "bert")
+    beside = numbers(embedder.embed(ROWS))
+    alone = [embedder.embed([row]) for row in ROWS]
+    embedder.embed(ROWS[::-1])
+    assert [embedder.embed([row]) for row in ROWS] == alone
+    assert (torch.cat(list(map(numbers, alone))) - beside).abs().max() <= 1e-6
+
+
 def test_fewer_dimensions_are_the_first_ones_at_length_one(engine_thread):
     embedder = encoder_of(engine_thread, "bert")
     whole, cut = numbers(embedder.embed(ROWS)), numbers(embedder.embed(ROWS, dimensions=5))

@@ -14,6 +14,7 @@ from tests.engine.reading import ask, complete, read
 from tests.engine.test_sampling import VOCAB, logits, sample, sequence
 from transformers_api.engine.base import DryParams
 from transformers_api.engine.sampling.dry import DryPenalty, repeats_of_end
+from transformers_api.engine.sampling.sampler import Sampler, distribution
 
 TRIALS = 400
 
@@ -115,6 +116,16 @@ def test_top_n_sigma_keeps_logits_near_the_largest(n, masked):
     assert len(kept) > 50 or set(counts) == kept
 
 
+@pytest.mark.parametrize("fields", [{"top_n_sigma": 1.0}, {"xtc_probability": 1.0}])
+def test_a_row_in_which_nothing_may_come_fails_alone(fields):
+    rows = torch.cat([torch.full((1, VOCAB), -torch.inf), logits(seed=5)])
+    sequences = [sequence(seed=1, **fields), sequence(seed=1, **fields)]
+    broken, whole = Sampler().sample(rows, sequences)
+    assert broken.error is not None
+    assert whole.error is None
+    assert [whole.token_id] == sample(rows[1:], sequences[1])
+
+
 @pytest.mark.parametrize("n", [0.0, -1.0])
 def test_top_n_sigma_of_nothing_keeps_all(n):
     assert outcomes(logits(seed=5), top_n_sigma=n) == outcomes(logits(seed=5))
@@ -147,6 +158,28 @@ def test_xtc_needs_two_likely_tokens(fields):
 def test_xtc_looks_at_what_the_filters_left():
     counts = outcomes(SHARES, xtc_probability=1.0, xtc_threshold=0.4, top_k=2)
     assert set(counts) == {1}  # 4/7 and 3/7
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
+def test_xtc_looks_at_shares_without_the_temperature(temperature):
+    counts = outcomes(
+        SHARES, xtc_probability=1.0, xtc_threshold=0.12, temperature=temperature, top_k=4
+    )
+    assert set(counts) <= {2, 3}
+    ratio = (0.15 / 0.1) ** (1 / temperature)
+    assert counts[2] / TRIALS == pytest.approx(ratio / (1 + ratio), abs=0.08)
+
+
+@pytest.mark.parametrize(("threshold", "token"), [(0.12, 2), (0.35, 0), (0.01, 4)])
+def test_xtc_at_temperature_zero_takes_the_likeliest_that_is_left(threshold, token):
+    fields = {"xtc_probability": 1.0, "xtc_threshold": threshold, "temperature": 0.0}
+    assert set(outcomes(SHARES, **fields)) == {token}
+    seq = sequence(**fields)
+    probabilities, ids = distribution(SHARES[0], seq)
+    assert ids[probabilities.argmax()] == token
+    assert probabilities.max() == 1
+    half = outcomes(SHARES, **{**fields, "xtc_probability": 0.5})
+    assert set(half) == {0, token}
 
 
 # -- on every way of sampling
@@ -190,6 +223,8 @@ def test_greedy_tokens_are_those_of_the_definitions(make_engine, way):
     engine = make_engine(name, **options)
     model = tiny_model(name)
     for fields in FIELDS.values():
+        certain = {"xtc_probability": 1.0} if "xtc_probability" in fields else {}
+        fields = {**fields, **certain, "top_p": 1.0}
         request = ask(PROMPT, max_tokens=10, temperature=0.0, ignore_eos=True, **fields)
         tokens = list(PROMPT)
         for token in complete(engine, request)[0]:
@@ -207,7 +242,16 @@ def likeliest_by_definition(row, tokens, params):
     if params.dry is not None:
         for token, penalty in penalties_by_definition(tokens, params.dry, len(row)).items():
             row[token] -= penalty
-    allowed = params.allowed_token_ids or range(len(row))
+    allowed = set(params.allowed_token_ids or range(len(row)))
+    if params.top_n_sigma:
+        left = torch.tensor([row[token] for token in allowed]).double()
+        least = left.max() - params.top_n_sigma * left.std(correction=0)
+        allowed = {token for token in allowed if row[token] >= least}
+    if params.xtc_probability == 1:
+        total = sum(math.exp(row[token]) for token in allowed)
+        likely = [t for t in allowed if math.exp(row[t]) / total >= params.xtc_threshold]
+        least = min(likely, key=lambda token: row[token], default=None)
+        allowed -= {token for token in likely if token != least}
     return max(allowed, key=lambda token: row[token])
 
 

@@ -6,6 +6,7 @@ import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -65,7 +66,7 @@ class FakeEmbedder:
     def __init__(self) -> None:
         self.seen: list[list[list[int]]] = []
 
-    def embed(self, rows, dimensions=None):
+    def embed(self, rows, dimensions=None, normalize=None):
         self.seen.append([list(row) for row in rows])
         return [bytes([row[0]]) for row in rows]
 
@@ -127,6 +128,13 @@ def test_texts_are_tokenized_and_ids_pass_as_they_are():
         pytest.param(
             [[300]], InvalidRequest, "token id 300.*below 259.*send text", "input", id="id"
         ),
+        pytest.param(
+            ["x", [1, 100_000]],
+            InvalidRequest,
+            "tiktoken.*check_embedding_ctx_length=False",
+            "input[1]",
+            id="cl100k",
+        ),
         pytest.param(["\ud800"], InvalidRequest, "surrogate", "input", id="surrogate"),
         pytest.param([""], InvalidRequest, "has no tokens", "input", id="no-tokens"),
     ],
@@ -135,6 +143,31 @@ def test_what_cannot_be_read_is_refused_by_name(inputs, kind, message, param):
     with pytest.raises(kind, match=message) as caught:
         encode(embedding_model(max_model_len=64), inputs)
     assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("text", "limit", "side", "row"),
+    [
+        ("a b c", 4, "right", [101, 1, 2, 102]),
+        ("a b c", 4, "left", [101, 2, 3, 102]),
+        ("a b c", 5, "right", [101, 1, 2, 3, 102]),
+        ("a b c", 3, "right", [101, 1, 102]),
+        ("a b c", 2, "right", [101, 102]),
+        ("a b c", 1, "right", [101]),
+        ("a b c", -1, "right", [101, 1, 2, 3, 102]),
+        ("a b c a b c a b c", -1, "right", [101, 1, 2, 3, 1, 2, 3, 102]),
+        ([101, 1, 2, 3, 102], 4, "right", [101, 1, 2, 3]),
+        ([101, 1, 2, 3, 102], 4, "left", [1, 2, 3, 102]),
+    ],
+)
+def test_a_long_text_is_cut_between_its_special_tokens(text, limit, side, row):
+    def ids_of(text, add_special_tokens, **_):
+        ids = ["_abc".index(word) for word in text.split()]
+        return [101, *ids, 102] if add_special_tokens else ids
+
+    tokenizer = SimpleNamespace(encode=ids_of, added_tokens_decoder={})
+    model = fake_model(engine=FakeEngine(max_model_len=8), tokenizer=tokenizer)
+    assert encode(model, [text], limit, side) == [row]
 
 
 def test_all_texts_together_have_a_limit():

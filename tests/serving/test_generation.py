@@ -235,7 +235,7 @@ def test_a_prompt_can_be_scored_without_generating():
 
 
 def test_prompt_scores_come_with_the_first_piece_of_each_choice_only():
-    deltas = list(begin(FakeEngine(say("世b")), n=2, prompt_logprobs=0))
+    deltas = list(begin(FakeEngine(say("世b")), n=2, prompt_logprobs=0, stream=True))
     for index in range(2):
         own = [delta for delta in deltas if delta.index == index]
         assert [delta.prompt_scores is not None for delta in own] == [True] + [False] * (

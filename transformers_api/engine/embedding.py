@@ -52,10 +52,12 @@ class Reduction:
     mode: Mode
     normalize: bool
 
-    def finish(self, pooled: Tensor, dimensions: int | None) -> list[bytes]:
+    def finish(
+        self, pooled: Tensor, dimensions: int | None, normalize: bool | None = None
+    ) -> list[bytes]:
         """(B, H) as little-endian float32, cut to the first ``dimensions``."""
         vectors = pooled[:, :dimensions]
-        if self.normalize:
+        if self.normalize if normalize is None else normalize:
             vectors = torch.nn.functional.normalize(vectors, dim=1)
         return [row.tobytes() for row in vectors.cpu().numpy().astype("<f4")]
 
@@ -142,9 +144,15 @@ class PooledEmbedder:
         self._original = min(lengths, default=None)
         self.dimensions = int(self._visit(partial(_pooled, rows=[[0]], mode="last")).shape[1])
 
-    def embed(self, rows: Sequence[Sequence[int]], dimensions: int | None = None) -> list[bytes]:
+    def embed(
+        self,
+        rows: Sequence[Sequence[int]],
+        dimensions: int | None = None,
+        normalize: bool | None = None,
+    ) -> list[bytes]:
         """See serving.models.Embedder."""
-        mode, finish = self._reduction.mode, partial(self._reduction.finish, dimensions=dimensions)
+        mode = self._reduction.mode
+        finish = partial(self._reduction.finish, dimensions=dimensions, normalize=normalize)
         if self._reads_in_chunks and len(rows) == 1 and len(rows[0]) > self.slice_tokens:
             reading = _Reading(rows[0])
             while not reading.is_done:

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Literal
 
 from transformers_api.errors import (
     ContextLengthExceeded,
@@ -24,6 +25,7 @@ from transformers_api.serving.swap.residency import ModelResolver
 from transformers_api.serving.swap.swapper import Swapper
 from transformers_api.serving.text import chat_template
 
+Side = Literal["left", "right"]
 MAX_TOKENS = 300_000  # of all texts of a request, as OpenAI's
 
 
@@ -83,12 +85,27 @@ class EmbeddingModels:
         return self._encoders.status().bytes >= lacking_bytes and self._encoders.evict()
 
 
-def encode(model: LoadedModel, inputs: Sequence[str | list[int]]) -> list[list[int]]:
-    """The token ids of every input; ids pass as they are. Raises InvalidRequest with ``param``."""
+def encode(
+    model: LoadedModel,
+    inputs: Sequence[str | list[int]],
+    limit: int | None = None,
+    side: Side = "right",
+) -> list[list[int]]:
+    """The token ids of every input; ids pass as they are. Raises InvalidRequest with ``param``.
+
+    ``limit``: tokens of an input that are read, special ones included; -1: as many as the model
+    reads; None: all, or it is refused. ``side`` is where the others are left out.
+    """
+    limit = model.engine.max_model_len if limit == -1 else limit
     rows = []
     for index, item in enumerate(inputs):
         param = f"input[{index}]" if len(inputs) > 1 else "input"
         row = chat_template.encode_text(model, item, True, param) if isinstance(item, str) else item
+        if limit is not None and len(row) > limit:
+            plain = row
+            if isinstance(item, str):
+                plain = chat_template.encode_text(model, item, False, param)
+            row = _cut(row, plain, limit, side)
         _check(model, row, param)
         rows.append(row)
     if (total := sum(map(len, rows))) > MAX_TOKENS:
@@ -96,6 +113,19 @@ def encode(model: LoadedModel, inputs: Sequence[str | list[int]]) -> list[list[i
             f"'input' has {total} tokens; at most {MAX_TOKENS} are allowed", param="input"
         )
     return rows
+
+
+def _cut(row: list[int], plain: list[int], limit: int, side: Side) -> list[int]:
+    """``limit`` tokens of ``row``, which is ``plain`` and special tokens around it: these stay."""
+    count = len(plain)
+    starts = range(len(row) - count + 1)
+    start = next((at for at in starts if row[at : at + count] == plain), None)
+    if start is None:  # special tokens in the middle
+        plain, start, count = row, 0, len(row)
+    before, after = row[:start], row[start + count :]
+    room = max(limit - len(before) - len(after), 0)
+    middle = plain[:room] if side == "right" else plain[count - room :]
+    return [*before, *middle, *after][:limit]
 
 
 def _check(model: LoadedModel, row: Sequence[int], param: str) -> None:
@@ -110,7 +140,8 @@ def _check(model: LoadedModel, row: Sequence[int], param: str) -> None:
     if (largest := max(row)) >= size:
         raise InvalidRequest(
             f"'{param}' has token id {largest}; the ids of this model are below {size}. Ids of "
-            "another tokenizer mean nothing to it: send text",
+            "another tokenizer, such as tiktoken's, mean nothing to it: send text (LangChain's "
+            "OpenAIEmbeddings does with check_embedding_ctx_length=False)",
             param=param,
         )
 
@@ -120,8 +151,11 @@ def embed(
     rows: Sequence[Sequence[int]],
     dimensions: int | None,
     cancellation: Cancellation,
+    normalize: bool | None = None,
 ) -> list[bytes]:
     """A vector per row, in their order, as little-endian float32.
+
+    ``normalize``: to length one, or not; None: as the model's files or its entry say.
 
     Raises InvalidRequest for more ``dimensions`` than the model has, ClientGone.
     """
@@ -135,7 +169,7 @@ def embed(
     vectors = [b""] * len(rows)
     for indices in slices([len(row) for row in rows], embedder.slice_tokens):
         cancellation.check()
-        made = embedder.embed([rows[index] for index in indices], dimensions)
+        made = embedder.embed([rows[index] for index in indices], dimensions, normalize)
         for index, vector in zip(indices, made, strict=True):
             vectors[index] = vector
     return vectors

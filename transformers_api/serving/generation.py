@@ -51,6 +51,7 @@ class GenerationRequest:
     trace: TracePlan | None = None  # a piece for every token then, with what was noted of it
     trace_stops: bool = False  # also of the token that ends an answer
     shows_stop: bool = False  # the text that ends an answer is part of it
+    strips_blank: bool = False  # leave out the white space with which an answer begins
 
     @property
     def per_prompt(self) -> int:
@@ -227,15 +228,7 @@ def start(
     if cancellation.is_cancelled:
         raise cancellation.error
     places = [(prompt, i) for prompt in request.prompts for i in range(per_prompt)]
-    sequences = [
-        SequenceRequest(
-            prompt,
-            params if i == 0 else _with_seed(params, i),
-            constraint=None if request.constrain is None else request.constrain(),
-            client=client,
-        )
-        for prompt, i in places
-    ]
+    sequences = _sequences(request, params, places, client, stream)
     observe = {} if request.trace is None else {"trace": request.trace}
     outputs = model.engine.submit(sequences, observe=observe)
     try:  # the rest, while the engine reads the prompts
@@ -249,6 +242,7 @@ def start(
                 request.trace_stops,
                 request.shows_stop,
                 request.marks,
+                request.strips_blank,
             )
             for index, (prompt, _) in enumerate(places)
         ]
@@ -260,6 +254,28 @@ def start(
         outputs.abort()
         raise
     return generation
+
+
+def _sequences(
+    request: GenerationRequest,
+    params: SamplingParams,
+    places: Sequence[tuple[Sequence[int], int]],
+    client: str,
+    stream: bool,
+) -> list[SequenceRequest]:
+    """One for each prompt and number among its answers."""
+    others = params  # than the first of each prompt, which scores it for all: see ``collect``
+    if params.max_tokens and not stream:
+        others = replace(params, prompt_logprobs=None)
+    return [
+        SequenceRequest(
+            prompt,
+            params if i == 0 else _with_seed(others, i),
+            constraint=None if request.constrain is None else request.constrain(),
+            client=client,
+        )
+        for prompt, i in places
+    ]
 
 
 def _within_float32(params: SamplingParams) -> SamplingParams:
@@ -289,13 +305,17 @@ def collect(generation: Generation, hear: Callable[[TextDelta], object] = bool) 
         generation.close()
     chosen: list[int] = []
     per_prompt = generation.request.per_prompt
+    scores = [group[0].prompt_scores for group in pieces[::per_prompt]]
     for first in range(0, len(pieces), per_prompt):
         group = range(first, first + per_prompt)
         # sorted is stable: equally good choices stay in order
         best = sorted(group, key=lambda i: -generation.choices[i].mean_logprob)
         chosen += sorted(best[: generation.request.n])
     generation.answers = [generation.choices[place] for place in chosen]
-    return [_joined(index, pieces[place]) for index, place in enumerate(chosen)]
+    return [
+        _joined(index, pieces[place], scores[place // per_prompt])
+        for index, place in enumerate(chosen)
+    ]
 
 
 def _with_seed(params: SamplingParams, place: int) -> SamplingParams:
@@ -305,7 +325,7 @@ def _with_seed(params: SamplingParams, place: int) -> SamplingParams:
     return replace(params, seed=(params.seed + place) % _SEEDS)
 
 
-def _joined(index: int, deltas: list[TextDelta]) -> Choice:
+def _joined(index: int, deltas: list[TextDelta], scores: tuple[TokenDetail, ...] | None) -> Choice:
     last = deltas[-1]
     assert last.finish_reason is not None
     return Choice(
@@ -315,6 +335,6 @@ def _joined(index: int, deltas: list[TextDelta]) -> Choice:
         logprobs=tuple(detail for delta in deltas for detail in delta.logprobs),
         finish_reason=last.finish_reason,
         stop_reason=last.stop_reason,
-        prompt_scores=deltas[0].prompt_scores,
+        prompt_scores=scores,
         traces=tuple(delta.trace for delta in deltas if delta.trace is not None),
     )

@@ -26,7 +26,7 @@ from transformers_api.api.http.table_schema import TableSchema
 MAX_TOKENS = 1 << 24
 MAX_BIASES = 300
 MAX_N = 128
-MAX_BREAKERS = 32
+MAX_BREAKERS = 16
 DRY_BREAKERS = ("\n", ":", '"', "*")  # llama.cpp's
 MAX_LOGPROBS = 20
 _TOKEN_ID = re.compile(r"[0-9]{1,10}")
@@ -97,7 +97,8 @@ class Truncation(TableSchema):
         1, **about("Read only so many tokens of the prompt; -1: as many as fit.")
     )
     truncation_side = Text(
-        choices=("left", "right"), **about("The end of the prompt that is cut off.")
+        choices=("left", "right"),
+        **about("The end of the prompt that is cut off. Default: left; of embeddings right."),
     )
 
     @validates_schema(skip_on_field_errors=True)
@@ -159,7 +160,7 @@ class Sampling(Truncation):
         -1, MAX_TOKENS, **about("Tokens in which a repetition is looked for. Default -1: all.")
     )
     dry_sequence_breakers = Many(
-        Text(shortest=1, longest=64),
+        Text(shortest=1, longest=32),
         shortest=1,
         longest=MAX_BREAKERS,
         **about('Texts that no repetition reaches across. Default: line end, `:`, `"`, `*`.'),

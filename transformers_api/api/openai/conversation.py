@@ -143,12 +143,20 @@ def _groups(messages: Sequence[Message]) -> Iterator[list[Message]]:
         yield group
 
 
-def planned(request: GenerationRequest, plan: AnswerPlan | None) -> GenerationRequest:
-    """``request`` held to ``plan``."""
+def planned(
+    request: GenerationRequest, plan: AnswerPlan | None, *, strips_blank: bool
+) -> GenerationRequest:
+    """``request`` held to ``plan``; ``strips_blank`` is for answers without a form or parts."""
     if plan is None:
-        return request
+        return replace(request, strips_blank=strips_blank)
     marks = plan.marks if plan.has_parts else {}
-    return replace(request, constrain=plan.constrain, marks=marks)
+    is_free = plan.constrain is None and not plan.has_parts
+    return replace(
+        request,
+        constrain=plan.constrain,
+        marks=marks,
+        strips_blank=strips_blank and is_free,
+    )
 
 
 def check_results(messages: Sequence[Message]) -> None:

@@ -84,7 +84,7 @@ class ConversationTask(Task):
         )
         plan = self.conversation.plan(model, prompt)
         self._plan = plan or self._plan
-        return planned(request, plan)
+        return planned(request, plan, strips_blank=prompt.strips_blank)
 
     def _encoded(self, model: LoadedModel) -> ChatPrompt:
         return self.conversation.encode(model)

@@ -19,6 +19,7 @@ from transformers_api.errors import EmbeddingsUnavailable
 from transformers_api.serving import embeddings
 
 blueprint = Blueprint("embeddings", __name__, dialect=OPENAI, description="OpenAI's embeddings")
+EXAMPLE = {"model": "all-minilm-l6-v2", "input": "The colour of the sea"}
 View = TypeVar("View", bound=Callable[..., Any])
 
 
@@ -38,7 +39,7 @@ def _only_when_enabled(view: View) -> View:
 
 @blueprint.at("/v1/embeddings", methods=["POST"])
 @_only_when_enabled
-@blueprint.takes(EmbeddingRequest, example={"input": "The colour of the sea"})
+@blueprint.takes(EmbeddingRequest, example=EXAMPLE)
 @blueprint.gives(Embeddings)
 @blueprint.gives(Error, 400, description="A field is wrong; `param` names it")
 @blueprint.gives(Error, 404, description="No such model")
@@ -56,9 +57,12 @@ def create_embeddings(body: dict[str, Any]) -> Any:
         model = context.hold(lease)
         record = request_log.current()
         record.model = model.spec.name
-        rows = embeddings.encode(model, inputs)
+        side = body.get("truncation_side", "right")
+        rows = embeddings.encode(model, inputs, body.get("truncate_prompt_tokens"), side)
         services().limits.reserve(sum(map(len, rows)))  # all of it is used
-        vectors = embeddings.embed(model, rows, body.get("dimensions"), context.cancellation)
+        vectors = embeddings.embed(
+            model, rows, body.get("dimensions"), context.cancellation, body.get("normalize")
+        )
     encoded = _base64 if body["encoding_format"] == "base64" else _numbers
     tokens = record.prompt_tokens = sum(map(len, rows))
     return {

@@ -146,7 +146,7 @@ class ChatTask(Task):
             quiet_s=settings.keepalive_s if body["stream"] else None,
         )
         self._plan = self.conversation.plan(model, prompt, ignore_eos=goes_on)
-        request = planned(request, self._plan)
+        request = planned(request, self._plan, strips_blank=prompt.strips_blank)
         return requests.with_trace(request, model, body, settings) if "trace" in body else request
 
     def formatter(self, model: LoadedModel, request: GenerationRequest) -> Formatter:

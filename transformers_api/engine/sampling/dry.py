@@ -56,8 +56,7 @@ class DryPenalty:
         if len(fresh) > FEW:
             self._tokens = numpy.array(tokens, numpy.int64)
             self._repeats = repeats_of_end(tokens)
-            for end in range(count, len(tokens)):
-                self._note_breaker(end)
+            self._find_breaker(tokens)
         else:
             for token in fresh:
                 self._push(token)
@@ -67,6 +66,14 @@ class DryPenalty:
         self._repeats = numpy.where(self._tokens == token, before + 1, 0)
         self._tokens = numpy.append(self._tokens, token)
         self._note_breaker(len(self._tokens) - 1)
+
+    def _find_breaker(self, tokens: SequenceOf[int]) -> None:
+        """Look for the last one in all of ``tokens``."""
+        for head in range(len(tokens) - 1, -1, -1):
+            for tail in sorted(self._tails.get(tokens[head], ()), key=len, reverse=True):
+                if tuple(tokens[head + 1 : head + 1 + len(tail)]) == tail:
+                    self._breaker = (head, len(tail))
+                    return
 
     def _note_breaker(self, end: int) -> None:
         """Look for a breaker whose last token is at ``end``."""

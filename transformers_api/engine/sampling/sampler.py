@@ -68,10 +68,15 @@ class Sampler:
         ]
 
 
+def is_greedy(params: SamplingParams) -> bool:
+    """True where the likeliest token comes, whatever the filters."""
+    return params.temperature == 0 and not params.xtc_probability
+
+
 def by_definition(logits: Tensor, sequences: list[Sequence]) -> list[int]:
     """A token for each row of ``logits`` (B, V), processed; UNSURE in one that is not finite."""
     best, tokens = logits.max(-1)  # (B,); a NaN anywhere in a row comes out as best
-    drawn = [row for row, seq in enumerate(sequences) if seq.params.temperature > 0]
+    drawn = [row for row, seq in enumerate(sequences) if not is_greedy(seq.params)]
     if drawn:
         rows = tokens.new_tensor(drawn)
         scaled = logits if len(drawn) == len(sequences) else logits[rows]
@@ -86,27 +91,30 @@ def distribution(logits: Tensor, seq: Sequence, least: int = 1) -> tuple[Tensor,
     Temperature 0 has everything on the likeliest.
     """
     row = changed_row(logits, seq)
-    if seq.params.temperature == 0:
+    if is_greedy(seq.params):
         ids = row.new_tensor([row.cpu().numpy().argmax()], dtype=torch.long)  # the first of equals
         if least > 1:
             ids = torch.cat([ids, largest(row, min(least, len(row)))[1][1:]])
         return (torch.arange(len(ids), device=row.device) == 0).double(), ids
     row = _top_n_sigma(row[None], [seq.params])[0]
-    probs = ((row - row.max()) / seq.params.temperature).softmax(-1)[None]
+    probs = ((row - row.max()) / (seq.params.temperature or 1)).softmax(-1)[None]
     ((_, count),) = _by_candidates(probs, [seq.params])
     filtered, ids = candidates(probs, [seq.params], count)
-    filtered = _xtc(filtered, [seq])
+    filtered = _xtc(filtered, ids, row[None], [seq])
+    if seq.params.temperature == 0:
+        filtered = (filtered == filtered.max()).double()
     return filtered[0] / filtered.sum(), ids[0]
 
 
 def draw(logits: Tensor, sequences: list[Sequence]) -> Tensor:
     """Sample one token per row: temperature, then the filters, then the exponential race.
 
+    A row with temperature 0, which only XTC brings here, takes the likeliest that is left.
     ``logits`` (B, V), processed. Gives ids (B,).
     """
     params = [seq.params for seq in sequences]
     logits = _top_n_sigma(logits, params)
-    temperature = _column(logits, [p.temperature for p in params])
+    temperature = _column(logits, [p.temperature or 1.0 for p in params])
     # the largest logit is subtracted first: a small temperature must not overflow
     probs = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
     keys = torch.tensor(
@@ -117,7 +125,7 @@ def draw(logits: Tensor, sequences: list[Sequence]) -> Tensor:
         index = torch.tensor(rows, device=logits.device)
         filtered, ids = candidates(probs[index], [params[row] for row in rows], count)
         group = [sequences[row] for row in rows]
-        filtered = _xtc(filtered, group)
+        filtered = _xtc(filtered, ids, logits[index], group)
         noise = _noise(group, keys[index], ids, probs.shape[-1])
         chosen[index] = ids.gather(-1, (filtered / noise).argmax(-1, keepdim=True))[:, 0]
     return chosen
@@ -127,7 +135,9 @@ def _noise(sequences: list[Sequence], keys: Tensor, ids: Tensor, vocab: int) -> 
     """Exponential(1) noise (B, K) of the tokens ``ids`` (B, K)."""
     drawn = rng.exponential(keys, ids)
     for row, seq in enumerate(sequences):
-        if seq.generator is not None:  # torch.multinomial draws for the whole vocabulary
+        if seq.params.temperature == 0:
+            drawn[row] = 1
+        elif seq.generator is not None:  # torch.multinomial draws for the whole vocabulary
             whole = torch.empty(vocab).exponential_(generator=seq.generator)
             drawn[row] = whole.to(ids.device)[ids[row]]
     return drawn
@@ -202,15 +212,18 @@ def _top_n_sigma(logits: Tensor, params: list[SamplingParams]) -> Tensor:
         logits = logits.clone()
     for row in rows:
         finite = logits[row][logits[row] > -torch.inf].double()
+        if not len(finite):
+            continue  # nothing may come: the caller says so
         least = finite.max() - params[row].top_n_sigma * finite.std(correction=0)
         logits[row, logits[row] < least] = -torch.inf
     return logits
 
 
-def _xtc(filtered: Tensor, sequences: list[Sequence]) -> Tensor:
+def _xtc(filtered: Tensor, ids: Tensor, logits: Tensor, sequences: list[Sequence]) -> Tensor:
     """Exclude top choices: with a chance, of the tokens from a share on keep the least likely.
 
-    What the filters have left counts (B, K); llama.cpp's parameters and its place, the last.
+    Shares are those of what the filters have left of ``ids`` (B, K), without the temperature: in
+    llama.cpp, whose parameters these are, it comes last. ``logits`` (B, V).
     """
     for row, seq in enumerate(sequences):
         params = seq.params
@@ -218,8 +231,9 @@ def _xtc(filtered: Tensor, sequences: list[Sequence]) -> Tensor:
             continue
         if rng.chance(rng.step_key(seq.seed, seq.num_output)) >= params.xtc_probability:
             continue
-        shares = filtered[row]
-        likely = (shares > 0) & (shares >= params.xtc_threshold * shares.sum())
+        left = filtered[row] > 0
+        shares = logits[row, ids[row]].double().where(left, -torch.inf).softmax(-1)
+        likely = left & (shares >= params.xtc_threshold)
         places = likely.nonzero()[:, 0]
         if len(places) > 1:
             least = places[shares[places].argmin()]

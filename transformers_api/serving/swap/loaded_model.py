@@ -28,9 +28,15 @@ class Embedder(Protocol):
         """Tokens, padding included, to read between two decode steps of the resident model."""
         ...
 
-    def embed(self, rows: Sequence[Sequence[int]], dimensions: int | None = None) -> list[bytes]:
+    def embed(
+        self,
+        rows: Sequence[Sequence[int]],
+        dimensions: int | None = None,
+        normalize: bool | None = None,
+    ) -> list[bytes]:
         """A vector per row of token ids, as little-endian float32: the first ``dimensions`` of it.
 
+        ``normalize``: to length one, or not; None: as the model has it.
         The rows are one slice. Raises ModelUnloaded, EngineDead.
         """
         ...

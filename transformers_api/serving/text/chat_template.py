@@ -55,6 +55,7 @@ class ChatPrompt:
     stop: tuple[str, ...] = ()
     stop_token_ids: frozenset[int] = frozenset()
     text: str = ""
+    strips_blank: bool = False  # the blank after "Assistant:" is the answer's first, not its text
 
 
 def encode(
@@ -99,7 +100,8 @@ def encode(
         check_bytes(plain, max_bytes)
     _check_unicode(text, "messages")
     if mode == "transcript":
-        return ChatPrompt(model.template.control.ids(text, True), TRANSCRIPT_STOPS, text=plain)
+        ids, strips_blank = model.template.control.ids(text, True), add_generation_prompt
+        return ChatPrompt(ids, TRANSCRIPT_STOPS, text=plain, strips_blank=strips_blank)
     ids = model.template.control.ids(text, False)
     if fault := model.template.missing_token(ids):  # written in this conversation only
         raise _unusable(model, fault)

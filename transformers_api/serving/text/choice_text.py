@@ -86,6 +86,7 @@ class ChoiceText:
         trace_stops: bool = False,
         shows_stop: bool = False,
         marks: Mapping[int, str] = NO_MARKS,
+        strips_blank: bool = False,
     ) -> None:
         self.index = index
         self.finished = False
@@ -101,8 +102,10 @@ class ChoiceText:
         self._shows_stop = shows_stop
         self._originals = stops
         scored = params.logprobs is not None or params.prompt_logprobs is not None
-        self._is_plain = not scored and self._stops is None and not marks
+        has_stages = self._stops is not None or bool(marks) or strips_blank
+        self._is_plain = not scored and not has_stages
         self._marks = {**self._marks, **marks}
+        self._strips_blank = strips_blank  # as long as nothing else has come
         self._trace_stops = trace_stops
         self._waiting: list[_Waiting] = []
         self._decoded = 0  # characters
@@ -149,6 +152,9 @@ class ChoiceText:
             if self.finished:
                 text += stops.flush()  # nothing after a match
         self._sent += len(text)
+        if self._strips_blank and not (matched is not None and self._shows_stop):
+            text = text.lstrip()
+            self._strips_blank = not text
         scores = output.prompt_scores
         prompt_scores = None if scores is None else self._prompt_details(scores)
         trace: StepTrace | None = None

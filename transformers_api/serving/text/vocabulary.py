@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 Scheme = Literal["byte_level", "byte_fallback"]
@@ -27,7 +27,8 @@ class Vocabulary:
         self.strips_first_space = False
         self._tokenizer = tokenizer
         self.cached_bytes: dict[int, bytes] = {}  # of the tokens that were looked up
-        self.cached_breakers: dict[str, list[tuple[int, tuple[int, ...]]]] = {}  # see dry_breakers
+        self.spellings: object = None  # see dry_breakers, as is the next
+        self.cached_breakers: dict[tuple[str, ...], Mapping[int, frozenset[tuple[int, ...]]]] = {}
         self.scheme: Scheme | None = self._detect()
         if self.scheme and not self._agrees():
             self.scheme = None
