@@ -31,6 +31,7 @@ from transformers_api.api.inspect.schemas.inspect import (
     MatrixRequest,
     TokensRequest,
 )
+from transformers_api.api.ollama.schema import OllamaOptions
 from transformers_api.api.openai.schemas.chat import ChatRequest, Message
 from transformers_api.api.openai.schemas.completions import CompletionRequest
 from transformers_api.api.openai.schemas.embeddings import EmbeddingRequest
@@ -151,6 +152,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "harmless fields": harmless,
     "response fields": fields(ResponseRequest),
     "message request fields": fields(MessageRequest),
+    "ollama fields": fields(OllamaOptions),
     "completion fields": fields(CompletionRequest, Sampling, Structured),
     "chat fields": fields(ChatRequest, Sampling, Structured),
     "message fields": fields(Message),

@@ -13,7 +13,7 @@
     │       └── AttentionUnavailable 400  it has no attention weights to show
     ├── InvalidApiKey                401  no key, or one that is not valid
     ├── InsufficientPermissions      403  the key may not do this
-    ├── InspectionDisabled           403  INSPECT_ENABLED is off
+    │   └── InspectionDisabled       403  INSPECT_ENABLED is off
     ├── PayloadTooLarge              413
     │   ├── PromptTooLarge           413  more text or tokens than this route reads
     │   └── ResponseTooLarge         413  more numbers than this route sends
@@ -27,8 +27,8 @@
     ├── HeadersTooLarge              431
     ├── ChatUnavailable              501  the registry marks the model as completion-only
     ├── NotOffered                   501  another server's route, which nothing here does
-    ├── ConstraintsUnavailable       501  the model's tokens cannot be held to a format
-    ├── EmbeddingsUnavailable        501  ENABLE_EMBEDDINGS_BACKEND is off
+    │   ├── ConstraintsUnavailable   501  the model's tokens cannot be held to a format
+    │   └── EmbeddingsUnavailable    501  ENABLE_EMBEDDINGS_BACKEND is off
     ├── Overloaded                   429  the queue is full
     │   ├── RateLimited              429  this client has asked too often
     │   ├── TraceBusy                429  TRACE_MAX_REQUESTS are being traced
@@ -137,11 +137,9 @@ class InsufficientPermissions(ApiError):
     code = "insufficient_permissions"
 
 
-class InspectionDisabled(ApiError):
+class InspectionDisabled(InsufficientPermissions):
     """INSPECT_ENABLED is off."""
 
-    status = 403
-    type = "invalid_request_error"
     code = "inspect_disabled"
 
     def __init__(self) -> None:
@@ -264,19 +262,15 @@ class NotOffered(ApiError):
     code = "not_offered"
 
 
-class ConstraintsUnavailable(ApiError):
+class ConstraintsUnavailable(NotOffered):
     """The tokens of this model cannot be told as bytes, so its answers cannot be constrained."""
 
-    status = 501
-    type = "not_implemented_error"
     code = "constraints_not_available"
 
 
-class EmbeddingsUnavailable(ApiError):
+class EmbeddingsUnavailable(NotOffered):
     """`ENABLE_EMBEDDINGS_BACKEND` is off."""
 
-    status = 501
-    type = "not_implemented_error"
     code = "embeddings_backend_unavailable"
 
 

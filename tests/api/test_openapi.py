@@ -19,6 +19,9 @@ from transformers_api.serving.limits import api_keys
 
 # What answers otherwise here: the registry and the tokens of the examples are not those of fakes.
 OTHERWISE = {
+    "POST /api/{action}": 404,
+    "DELETE /api/delete": 501,
+    "POST /api/embed": 501,
     "GET /v1/responses/{response_id}": 404,
     "DELETE /v1/responses/{response_id}": 404,
     "GET /v1/responses/{response_id}/input_items": 404,

@@ -43,6 +43,7 @@ DIFFERENT = {
         15: (405, "the original sent a page of HTML"),
     },
     "simple_llm_host": {
+        1: (200, "no body names a folder of the server's machine: cache_dir is null"),
         3: (200, "a request for a model that is not in memory loads it (AUTO_LOAD)"),
         6: (404, "an id that cannot exist is not found; that is no failure of the server"),
         7: (400, OPENAI),

@@ -30,6 +30,7 @@ __all__ = ["Services", "register"]
 def register(app: Flask, services: Services) -> None:
     """Give ``app`` every route, error handler and hook; the views work with ``services``."""
     app.extensions[EXTENSION] = services
+    assert services.private_paths  # made now, not when an error is to be told
     app.json = StrictJSONProvider(app)
     app.url_map.strict_slashes = False
     middleware.install(app, services.settings)

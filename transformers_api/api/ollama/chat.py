@@ -131,13 +131,13 @@ class OllamaFormatter(Formatter):
     def whole(self, generation: Generation) -> Json:
         """The whole answer."""
         (answer,) = self._reader.whole(generation)
-        said: Json = {"content": answer.content}
+        message: Json = {"content": answer.content}
         if answer.reasoning:
-            said["thinking"] = answer.reasoning
+            message["thinking"] = answer.reasoning
         if answer.calls:
-            said["tool_calls"] = [_shown(call) for call in answer.calls]
+            message["tool_calls"] = [_as_json(call) for call in answer.calls]
         self._reason = answer.choice.finish_reason
-        return {**self._line(said), **self._end(generation)}
+        return {**self._line(message), **self._end(generation)}
 
     def frames(self, delta: TextDelta) -> Sequence[bytes]:
         """A line for each part; a call is one line, when it is whole."""
@@ -166,10 +166,10 @@ class OllamaFormatter(Formatter):
 
     def _whole_call(self) -> list[Json]:
         call, self._call = self._call, None
-        return [] if call is None else [{"content": "", "tool_calls": [_shown(call)]}]
+        return [] if call is None else [{"content": "", "tool_calls": [_as_json(call)]}]
 
-    def _line(self, said: Json) -> Json:
-        return line(self._model, said, is_chat=self._is_chat)
+    def _line(self, message: Json) -> Json:
+        return line(self._model, message, is_chat=self._is_chat)
 
     def _end(self, generation: Generation) -> Json:
         used, now = generation.usage, time.monotonic()
@@ -186,13 +186,13 @@ class OllamaFormatter(Formatter):
         }
 
 
-def line(model: str, said: Json, *, is_chat: bool, **fields: Any) -> Json:
+def line(model: str, message: Json, *, is_chat: bool, **fields: Any) -> Json:
     """One line of an answer."""
     begin = {"model": model, "created_at": timestamp(time.time())}
     if is_chat:
-        return {**begin, "message": {"role": "assistant", **said}, "done": False, **fields}
-    thought = {"thinking": said["thinking"]} if "thinking" in said else {}
-    return {**begin, "response": said["content"], **thought, "done": False, **fields}
+        return {**begin, "message": {"role": "assistant", **message}, "done": False, **fields}
+    thought = {"thinking": message["thinking"]} if "thinking" in message else {}
+    return {**begin, "response": message["content"], **thought, "done": False, **fields}
 
 
 def timestamp(seconds: float) -> str:
@@ -200,7 +200,7 @@ def timestamp(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
-def _shown(call: Call) -> Json:
+def _as_json(call: Call) -> Json:
     try:
         arguments = orjson.loads(call.arguments)
     except ValueError:  # it was cut off

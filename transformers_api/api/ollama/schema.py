@@ -20,7 +20,7 @@ from transformers_api.api.openai.schemas.structured import Whatever
 _MANY = 1 << 16
 
 
-class Options(Schema):
+class OllamaOptions(Schema):
     """The choice of tokens; options that are not here change nothing here."""
 
     temperature = Number(0, 2, **about("0 takes the most likely token."))
@@ -43,14 +43,14 @@ class Shared(Schema):
     model = Text(shortest=1, longest=256, **about("Id of a model; `:latest` is left out."))
     stream = Boolean(load_default=True, **about("Send lines of JSON as tokens come."))
     format = Whatever(**about("`json`, or a JSON schema."))
-    options = Object(Options)
+    options = Object(OllamaOptions)
     think = Whatever(**about("`false` answers at once; `true` or an effort lets it think."))
     keep_alive = Whatever(**about("Not used: models stay until another one is asked for."))
     truncate = Boolean()
     shift = Boolean()
 
 
-class ChatRequest(Shared):
+class OllamaChatRequest(Shared):
     """A conversation to be answered; an empty one loads the model."""
 
     messages = Many(Whatever(), longest=4096, load_default=list, **about("`role` and `content`."))
@@ -58,7 +58,7 @@ class ChatRequest(Shared):
     tool_choice = Unsupported(lambda value: value in ("auto", "none"))
 
 
-class GenerateRequest(Shared):
+class OllamaGenerateRequest(Shared):
     """A prompt to be answered; an empty one loads the model."""
 
     prompt = Text(load_default="", **about("What the user says; with `raw` the prompt itself."))
@@ -70,7 +70,7 @@ class GenerateRequest(Shared):
     context = Unsupported()
 
 
-class EmbedRequest(Schema):
+class OllamaEmbedRequest(Schema):
     """Texts whose vectors are wanted."""
 
     model = Text(shortest=1, longest=256, required=True)
@@ -81,7 +81,7 @@ class EmbedRequest(Schema):
     options = AnyObject()
 
 
-class NameRequest(Schema):
+class OllamaNameRequest(Schema):
     """Which model."""
 
     model = Text(shortest=1, longest=256)
@@ -89,7 +89,7 @@ class NameRequest(Schema):
     verbose = Boolean()
 
 
-class ChatLine(Schema):
+class OllamaChatLine(Schema):
     """A line of a stream, or the whole answer; the last has `done: true` and counts."""
 
     model = Text()
@@ -102,19 +102,19 @@ class ChatLine(Schema):
     eval_count = Integer(0, MAX_TOKENS)
 
 
-class Tags(Schema):
+class OllamaTags(Schema):
     """The models."""
 
     models = Many(AnyObject(), longest=_MANY)
 
 
-class Version(Schema):
+class OllamaVersion(Schema):
     """The version of this server."""
 
     version = Text()
 
 
-class Vectors(Schema):
+class OllamaVectors(Schema):
     """A vector for each text."""
 
     model = Text()

@@ -22,14 +22,14 @@ from transformers_api.api.http.services import services
 from transformers_api.api.ollama import chat as ollama_chat
 from transformers_api.api.ollama.chat import OllamaFormatter, conversation_of, sampling_of
 from transformers_api.api.ollama.schema import (
-    ChatLine,
-    ChatRequest,
-    EmbedRequest,
-    GenerateRequest,
-    NameRequest,
-    Tags,
-    Vectors,
-    Version,
+    OllamaChatLine,
+    OllamaChatRequest,
+    OllamaEmbedRequest,
+    OllamaGenerateRequest,
+    OllamaNameRequest,
+    OllamaTags,
+    OllamaVectors,
+    OllamaVersion,
 )
 from transformers_api.api.openai.conversation import Conversation
 from transformers_api.api.openai.conversation_task import ConversationTask, RawTask
@@ -46,14 +46,14 @@ LATEST = ":latest"
 
 
 @blueprint.at("/api/version")
-@blueprint.gives(Version)
+@blueprint.gives(OllamaVersion)
 def ollama_version() -> Any:
     """Give the version of this server."""
     return {"version": __version__}
 
 
 @blueprint.at("/api/tags")
-@blueprint.gives(Tags)
+@blueprint.gives(OllamaTags)
 def ollama_tags() -> Any:
     """List the models."""
     specs = services().registry.list()
@@ -62,7 +62,7 @@ def ollama_tags() -> Any:
 
 
 @blueprint.at("/api/ps")
-@blueprint.gives(Tags)
+@blueprint.gives(OllamaTags)
 def ollama_ps() -> Any:
     """List what is in memory."""
     status = services().swapper.status()
@@ -74,8 +74,9 @@ def ollama_ps() -> Any:
 
 
 @blueprint.at("/api/show", methods=["POST"])
-@blueprint.takes(NameRequest, example={"model": "smollm2-135m-instruct"})
+@blueprint.takes(OllamaNameRequest, example={"model": "smollm2-135m-instruct"})
 @blueprint.gives({"type": "object"})
+@blueprint.gives(Explained, 400, description="A field is wrong; the text names it")
 @blueprint.gives(Explained, 404, description="No such model")
 def ollama_show(body: dict[str, Any]) -> Any:
     """Describe a model; its template and abilities once it is in memory."""
@@ -98,9 +99,9 @@ def ollama_show(body: dict[str, Any]) -> Any:
 
 
 @blueprint.at("/api/chat", methods=["POST"])
-@blueprint.takes(ChatRequest, example={"messages": [{"role": "user", "content": "Hi"}]})
-@blueprint.gives(ChatLine)
-@blueprint.gives(ChatLine, content_type="application/x-ndjson")
+@blueprint.takes(OllamaChatRequest, example={"messages": [{"role": "user", "content": "Hi"}]})
+@blueprint.gives(OllamaChatLine)
+@blueprint.gives(OllamaChatLine, content_type="application/x-ndjson")
 @blueprint.gives(Explained, 400, description="A field is wrong; the text names it")
 @blueprint.gives(Explained, 404, description="No such model")
 def ollama_chat_completion(body: dict[str, Any]) -> Any:
@@ -112,9 +113,9 @@ def ollama_chat_completion(body: dict[str, Any]) -> Any:
 
 
 @blueprint.at("/api/generate", methods=["POST"])
-@blueprint.takes(GenerateRequest, example={"prompt": "The colour of the sea is"})
-@blueprint.gives(ChatLine)
-@blueprint.gives(ChatLine, content_type="application/x-ndjson")
+@blueprint.takes(OllamaGenerateRequest, example={"prompt": "The colour of the sea is"})
+@blueprint.gives(OllamaChatLine)
+@blueprint.gives(OllamaChatLine, content_type="application/x-ndjson")
 @blueprint.gives(Explained, 400, description="A field is wrong; the text names it")
 @blueprint.gives(Explained, 404, description="No such model")
 def ollama_generate(body: dict[str, Any]) -> Any:
@@ -127,8 +128,8 @@ def ollama_generate(body: dict[str, Any]) -> Any:
 
 
 @blueprint.at("/api/embed", methods=["POST"])
-@blueprint.takes(EmbedRequest, example={"model": "all-minilm-l6-v2", "input": "The sea"})
-@blueprint.gives(Vectors)
+@blueprint.takes(OllamaEmbedRequest, example={"model": "all-minilm-l6-v2", "input": "The sea"})
+@blueprint.gives(OllamaVectors)
 @blueprint.gives(Explained, 501, description="`ENABLE_EMBEDDINGS_BACKEND` is off")
 def ollama_embed(body: dict[str, Any]) -> Any:
     """Make a vector of each text."""
