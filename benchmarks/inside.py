@@ -32,18 +32,18 @@ class Inside:
         loader = ModelLoader(settings, store, self._thread)
         spec = ModelSpec(name="inside", source=PathSource(folder))
         files = loader.prepare(spec, lambda _share, _what: None)
-        self._loaded = loader.load(spec, files)
+        self.loaded = loader.load(spec, files)
         self._count = 0
 
     @property
     def dtype(self) -> str:
         """Of the weights, as they are kept."""
-        return self._loaded.dtype
+        return self.loaded.dtype
 
     @property
     def weight_bytes(self) -> int:
         """What one step reads of packed weights; 0 without native kernels."""
-        engine: Any = self._loaded.engine
+        engine: Any = self.loaded.engine
         return packed_bytes(engine.model)
 
     def on_thread(self, call: Callable[[], T]) -> T:
@@ -54,8 +54,7 @@ class Inside:
         """The median time between two tokens of one of ``rows`` greedy sequences."""
         params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
         streams = [
-            self._loaded.engine.submit([SequenceRequest(self._prompt(), params)])
-            for _ in range(rows)
+            self.loaded.engine.submit([SequenceRequest(self.prompt(), params)]) for _ in range(rows)
         ]
         # the last to come: when it decodes, nobody's prompt is being read any more
         moments = [time.perf_counter() for _ in streams[-1].read()]
@@ -65,11 +64,11 @@ class Inside:
         gaps = [after - before for before, after in itertools.pairwise(moments)]
         return 1000 * statistics.median(gaps)
 
-    def _prompt(self) -> list[int]:
+    def prompt(self) -> list[int]:
         """Another one each time, so that none is known."""
         self._count += 1
         return [20 + (7 * i + 131 * self._count) % 4000 for i in range(PROMPT)]
 
     def close(self) -> None:
         """Let go of the model."""
-        self._loaded.engine.close()
+        self.loaded.engine.close()
