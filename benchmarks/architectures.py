@@ -290,11 +290,13 @@ def _worker(names: list[str], timeout_s: float) -> Iterator[Outcome]:
 
     def read() -> None:
         assert process.stdout is not None
-        for line in process.stdout:
-            lines.put(line)
+        with process.stdout:
+            for line in process.stdout:
+                lines.put(line)
         lines.put("")
 
-    threading.Thread(target=read, daemon=True).start()
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
     try:
         for name in names:
             try:
@@ -310,6 +312,7 @@ def _worker(names: list[str], timeout_s: float) -> Iterator[Outcome]:
     finally:
         process.kill()
         process.wait()
+        reader.join()
 
 
 def main() -> int:
@@ -364,7 +367,7 @@ def _names(outcomes: list[Outcome], path: str) -> str:
 
 def _reason(outcome: Outcome) -> str:
     """Why it is not served, without the name of its class."""
-    reason = outcome.reason.split("; generate()")[0]
+    reason = outcome.reason.split("; generate()")[0].rstrip(".")
     _, looks, ahead = reason.partition(": what it says of a token ")
     if looks:
         return f"what they say of a token {ahead}"
