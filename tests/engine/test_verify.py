@@ -103,6 +103,7 @@ def test_models_that_keep_the_last_logits_score_whole_prompts(make_engine, kind)
 @pytest.mark.parametrize(
     ("config", "says"),
     [
+        (tf.BertConfig(**{**SIZES, "num_hidden_layers": 1}), "later tokens"),
         (tf.BertConfig(**SIZES), r'later tokens \(config.json has no "is_decoder": true\)'),
         (
             tf.XLNetConfig(vocab_size=97, d_model=32, n_layer=2, n_head=4, d_inner=64),
