@@ -28,13 +28,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import today
+from benchmarks.machine import machine, today
 from benchmarks.pages import table, write_block
 
 LENGTHS = (20, 3, 9, 40)  # tokens of the prompts; the window of the models is 16
 NEW_TOKENS = 10
 TOLERANCE = 1e-2  # of a log probability: chunks of a scan round otherwise
 MODEL_TIMEOUT_S = 120
+UNLIKE = "as its own passes without a cache, which generate() differs from"
+RANDOM = "generate() says something else each time"
 PATHS = ("native kernels", "in a batch, by torch", "one at a time", "not served")
 
 
@@ -54,16 +56,19 @@ class Outcome:
 def examine(name: str, folder: Path, native: Path | None) -> Outcome:
     """Load a model of random weights and compare it."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
-    from benchmarks.tiny_models import random_weights, tiny_config
+    from benchmarks.tiny_models import NOT_ALONE, random_weights, tiny_config
 
     torch.set_num_threads(1)
+    if name in NOT_ALONE:
+        return Outcome(name, PATHS[3], NOT_ALONE[name])
     try:
         torch.manual_seed(0)
         model: Any = random_weights(AutoModelForCausalLM.from_config(tiny_config(name)))
         model.save_pretrained(folder)
         reference = type(model).from_pretrained(folder, dtype=torch.float32).eval()
+        reference.generation_config = GenerationConfig()  # such as forced tokens
     except Exception as error:
         return Outcome(name, PATHS[3], f"transformers does not make one: {_line(error)}")
     return _compare(name, folder, reference, native)
@@ -119,7 +124,7 @@ def _faults(engine: Any, model: Any) -> tuple[list[str], str]:
     try:
         expected = [_generated(model, prompt) for prompt in prompts]
         if _generated(model, prompts[0])[0] != expected[0][0]:
-            return [], "generate() says something else each time"
+            return [], RANDOM
     except Exception as error:
         return [f"generate() fails: {_line(error)}"], ""
     second = [*prompts[0], *expected[0][0], *prompts[1]]
@@ -136,7 +141,7 @@ def _faults(engine: Any, model: Any) -> tuple[list[str], str]:
     faults = _differences(made, model, _generated)
     remark = ""
     if faults and not _differences(made, model, _by_definition):
-        faults, remark = [], "as its own passes without a cache, which generate() differs from"
+        faults, remark = [], UNLIKE
     return [*faults, *_prompt_differences(engine, model, prompts[0])], remark
 
 
@@ -285,11 +290,13 @@ def _worker(names: list[str], timeout_s: float) -> Iterator[Outcome]:
 
     def read() -> None:
         assert process.stdout is not None
-        for line in process.stdout:
-            lines.put(line)
+        with process.stdout:
+            for line in process.stdout:
+                lines.put(line)
         lines.put("")
 
-    threading.Thread(target=read, daemon=True).start()
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
     try:
         for name in names:
             try:
@@ -305,6 +312,7 @@ def _worker(names: list[str], timeout_s: float) -> Iterator[Outcome]:
     finally:
         process.kill()
         process.wait()
+        reader.join()
 
 
 def main() -> int:
@@ -335,8 +343,35 @@ def main() -> int:
 
 
 def summary(outcomes: list[Outcome]) -> str:
-    """The tables of the page."""
-    return str(Counter(o.path for o in outcomes)) + table([], []) + today()
+    """The tables of the page: how many take which path, what is not served, what is unlike."""
+    counts = Counter(outcome.path for outcome in outcomes)
+    rows = [[path, str(counts[path]), _names(outcomes, path)] for path in PATHS[:3]]
+    unserved = [o for o in outcomes if o.path == PATHS[3]]
+    text = table(["path", "models", "model types"], rows)
+    reasons: dict[str, list[str]] = {}
+    for outcome in unserved:
+        reasons.setdefault(_reason(outcome), []).append(f"`{outcome.name}`")
+    text += f"\n\nNot served, {len(unserved)}:\n\n"
+    text += "\n".join(f"- {', '.join(names)}: {reason}." for reason, names in reasons.items())
+    unlike = [o for o in outcomes if o.reason.endswith((UNLIKE, RANDOM)) and o.path != PATHS[3]]
+    text += "\n\nWhere `generate()` is no measure:\n\n"
+    text += "\n".join(f"- `{o.name}`: {o.reason}." for o in unlike)
+    wrong = [o for o in outcomes if o.faults]
+    text += f"\n\nWrong: {', '.join(f'`{o.name}`' for o in wrong) or 'none'}."
+    return f"{text} {today()}; {machine()}."
+
+
+def _names(outcomes: list[Outcome], path: str) -> str:
+    return ", ".join(f"`{outcome.name}`" for outcome in outcomes if outcome.path == path)
+
+
+def _reason(outcome: Outcome) -> str:
+    """Why it is not served, without the name of its class."""
+    reason = outcome.reason.split("; generate()")[0].rstrip(".")
+    _, looks, ahead = reason.partition(": what it says of a token ")
+    if looks:
+        return f"what they say of a token {ahead}"
+    return reason
 
 
 if __name__ == "__main__":

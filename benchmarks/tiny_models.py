@@ -63,6 +63,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "roberta, decoder": ("roberta", {"is_decoder": True}),
 }
 
+NOT_ALONE = {
+    "gemma3n": "a part of it needs the packages timm and Pillow",
+    **dict.fromkeys(
+        ("gemma4_assistant", "gemma4_unified_assistant"),
+        "they draft for another model, whose keys and values they read",
+    ),
+}
+
 _SIZES: dict[str, int] = {
     **dict.fromkeys(("vocab_size", "unpadded_vocab_size", "decoder_vocab_size"), VOCAB_SIZE),
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "emb_dim", "embedding_dim"), 64),
@@ -114,9 +122,6 @@ _GEMMA = {
     "vocab_size_per_layer_input": VOCAB_SIZE,
     "hidden_size_per_layer_input": 8,
 }
-_ASSISTANT = _GEMMA | dict.fromkeys(
-    ("hidden_size_per_layer_input", "vocab_size_per_layer_input"), 0
-)
 _DOTS3 = {
     "swa_num_attention_heads": 4,
     "swa_num_key_value_heads": 4,
@@ -155,16 +160,14 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "dots3_note_text": _DOTS3,
+    "dots3_note_vision_encoder": {
+        "per_layer_config": {},
+        "adapter_in_dim": 64,
+        "adapter_out_dim": 64,
+    },
+    "dots3_note_audio_encoder": {"adapter_input_size": 64, "adapter_out_dim": 64},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16},
     "gemma3n_text": {**_GEMMA, "intermediate_size": [96] * 4, "laurel_rank": 8},
-    "gemma4_assistant": {
-        "text_config": {"model_type": "gemma4_text", **_ASSISTANT},
-        "backbone_hidden_size": 64,
-    },
-    "gemma4_unified_assistant": {
-        "text_config": {"model_type": "gemma4_unified_text", **_ASSISTANT},
-        "backbone_hidden_size": 64,
-    },
     "gemma4_text": _GEMMA,
     "gemma4_unified_text": _GEMMA,
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},

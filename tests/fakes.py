@@ -269,10 +269,12 @@ def fake_model(
     spec: ModelSpec | None = None, engine: FakeEngine | None = None, **fields: Any
 ) -> LoadedModel:
     """A resident model around a FakeEngine; ``fields`` replace those of LoadedModel."""
+    tokenizer = fields.pop("tokenizer", None) or fake_tokenizer()
+    size = len(tokenizer) if hasattr(tokenizer, "__len__") else 0
     given: dict[str, Any] = {
         "spec": spec or fake_spec(),
-        "engine": engine or FakeEngine(),
-        "tokenizer": None,
+        "engine": engine or FakeEngine(vocab_size=max(size, 259)),
+        "tokenizer": tokenizer,
         "device": "cpu",
         "dtype": "float32",
         "bytes": 1000,
@@ -281,7 +283,6 @@ def fake_model(
         "created": 1_700_000_000,
         "inspector": FakeInspector(),
     } | fields
-    given["tokenizer"] = given["tokenizer"] or fake_tokenizer()
     return LoadedModel(**given)
 
 

@@ -19,7 +19,7 @@ from transformers_api.engine.loader import load_engine
 from transformers_api.engine.pretrained import gpu_dtype, load_model, pick_device
 from transformers_api.engine.runners import model_runner
 from transformers_api.engine.runners.packed_linear import PackedLinear, can_pack, pack_linears
-from transformers_api.errors import ModelLoadFailed
+from transformers_api.errors import ModelLoadFailed, ModelNotServable
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_a_pickle_is_not_opened(folder):
 def test_an_encoder_decoder_is_refused_by_name(tmp_path):
     config = tf.T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     tf.T5ForConditionalGeneration(config).save_pretrained(tmp_path)
-    with pytest.raises(ModelLoadFailed, match=r"[Ee]ncoder-decoder"):
+    with pytest.raises(ModelNotServable, match=r"[Ee]ncoder-decoder"):
         load(tmp_path)
 
 

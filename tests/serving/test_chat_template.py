@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from tests import tokenizers
-from tests.fakes import fake_model, fake_spec
+from tests.fakes import FakeEngine, fake_model, fake_spec
 from transformers_api.errors import ChatUnavailable, InvalidRequest, ModelNotCapable
 from transformers_api.serving.text import chat_template, template_renderer
 from transformers_api.serving.text.model_template import ModelTemplate
@@ -19,6 +19,21 @@ STRICT = (
     "{% if m['role'] != ['user', 'assistant'][loop.index0 % 2] %}"
     "{{ raise_exception('Roles must alternate') }}{% endif %}"
     "{{ m['content'] }}<|im_end|>{% endfor %}"
+)
+
+
+# As Apertus' and Apriel's: the end of an answer is written where another turn follows.
+ENDED_BY_THE_NEXT = (
+    "{% for m in messages %}{% if not loop.first and messages[loop.index0 - 1]['role'] == "
+    "'assistant' %}<|im_end|>{% endif %}<|im_start|>{{ m['role'] }}: {{ m['content'] }}{% endfor %}"
+)
+ENDED_UNLESS_LAST = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}"
+    "{% if not loop.last %}<|im_end|>{% endif %}\n{% endfor %}"
+)
+ONLY_FROM_USERS = (
+    "{% if messages[-1]['role'] == 'assistant' %}{{ raise_exception('ask something') }}{% endif %}"
+    "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
 )
 
 
@@ -203,12 +218,31 @@ def test_an_unknown_role_in_a_transcript_is_an_invalid_request():
         (tokenizers.CHATML, {tokenizers.IM_END}),
         ("{% for m in messages %}{{ m['content'] }} <|endoftext|>{% endfor %}", {258}),
         ("{% for m in messages %}{{ m['content'] }}\n\n### {% endfor %}", set()),
-        ("{% for m in messages %}<|im_start|>{{ m['content'] }}{% endfor %}", set()),
+        (
+            "{% for m in messages %}<|im_start|>{{ m['content'] }}{% endfor %}",
+            {tokenizers.IM_START},
+        ),
+        (ENDED_BY_THE_NEXT, {tokenizers.IM_END}),
+        (ENDED_UNLESS_LAST, {tokenizers.IM_END}),
+        (ONLY_FROM_USERS, {tokenizers.IM_END}),
+        ("{{ messages[-1]['content'] }}", set()),
         ("{{ raise_exception('never') }}", set()),
         ("{{ nothing.at.all }}", set()),
         (None, set()),
     ],
-    ids=["chatml", "end of text", "no token", "only before", "raises", "breaks", "none"],
+    ids=[
+        "chatml",
+        "end of text",
+        "no token",
+        "only before",
+        "before the next",
+        "unless last",
+        "the last one is a user",
+        "one message",
+        "raises",
+        "breaks",
+        "none",
+    ],
 )
 def test_the_token_that_closes_a_turn_is_found_by_the_template(template, expected):
     tokenizer = tokenizers.byte_level(chat_template=template)
@@ -261,3 +295,46 @@ def test_half_a_surrogate_pair_is_an_invalid_request():
     with pytest.raises(InvalidRequest) as caught:
         chat_template.encode(model_with(), [{"role": "user", "content": "\udc00"}])
     assert caught.value.param == "messages"
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+@pytest.mark.parametrize("read", ["reasoning_content", "reasoning"])
+def test_the_reasoning_of_an_earlier_answer_is_where_the_template_reads_it(name, read):
+    template = (
+        "{% for m in messages %}{% if m." + read + " %}<t>{{ m." + read + " }}</t>{% endif %}"
+        "{{ m.content }}{% endfor %}"
+    )
+    earlier = {"role": "assistant", "content": "4", name: "two and<|im_end|> two"}
+    model = model_with(template)
+    prompt = chat_template.encode(model, [USER, earlier, USER])
+    assert text_of(model, prompt) == "Hi<t>two and<|im_end|> two</t>4Hi"
+    assert tokenizers.IM_END not in prompt.ids
+
+
+@pytest.mark.parametrize(
+    ("template", "messages"),
+    [
+        ("{% for m in messages %}<|u|>{{ m.content }}{% endfor %}", [USER]),
+        ("{{ messages[0].content }}<|u|>", [USER]),
+        # not in every conversation
+        (
+            "{% for m in messages %}{{ m.content }}{% if m.role == 'tool' %}<|u|>{% endif %}"
+            "{% endfor %}",
+            [USER, {"role": "tool", "content": "4"}],
+        ),
+    ],
+)
+def test_a_template_that_writes_tokens_beyond_the_model_is_the_models_fault(template, messages):
+    tokenizer = tokenizers.byte_level(chat_template=template)
+    size = len(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|u|>"]})
+    enough = fake_model(engine=FakeEngine(vocab_size=size + 1), tokenizer=tokenizer)
+    assert size in chat_template.encode(enough, messages).ids
+    model = fake_model(engine=FakeEngine(vocab_size=size), tokenizer=tokenizer)
+    with pytest.raises(ModelNotCapable, match=rf"writes '<\|u\|>', which is token {size}, but"):
+        chat_template.encode(model, messages)
+    assert chat_template.encode_text(model, "Hi") == tokenizer.encode("Hi")
+    transcript = fake_model(
+        fake_spec(chat="transcript"), FakeEngine(vocab_size=size), tokenizer=tokenizer
+    )
+    assert chat_template.encode(transcript, [USER]).ids

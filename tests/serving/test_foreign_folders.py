@@ -146,34 +146,3 @@ def test_unusual_quantization_config_is_no_error_of_ours(tmp_path: Path) -> None
 def test_a_repository_of_another_kind_is_named(names: list[str], reason: str) -> None:
     with pytest.raises(ModelLoadFailed, match=reason):
         _choose(HubSource("a/b"), {name: RemoteFile(1, None) for name in names}, False)
-
-
-TEMPLATE = "{% for m in messages %}<|user|>{{ m.content }}{% endfor %}"
-ADDED = [{"id": 7, "content": "<|user|>"}, {"id": 8, "content": "<|bot|>"}]
-
-
-@pytest.mark.parametrize("place", ["jinja", "tokenizer_config"])
-@pytest.mark.parametrize(
-    ("vocab_size", "template", "is_served"),
-    [(8, TEMPLATE, True), (7, TEMPLATE, False), (8, "<|bot|>", False), (7, "plain", True)],
-)
-def test_a_template_that_writes_tokens_beyond_the_model_is_the_models_fault(
-    tmp_path: Path, place: str, vocab_size: int, template: str, is_served: bool
-) -> None:
-    files = model_files(LLAMA | {"vocab_size": vocab_size})
-    files["tokenizer.json"] = json.dumps({"added_tokens": ADDED}).encode()
-    if place == "jinja":
-        files["chat_template.jinja"] = template.encode()
-    else:
-        files["tokenizer_config.json"] = json.dumps({"chat_template": template}).encode()
-    folder = write_files(tmp_path / "m", files)
-    store = ModelStore(Settings(model_store=tmp_path / "store", hf_home=tmp_path / "hf"))
-    for chat in (None, "template", "transcript", "off"):
-        spec = ModelSpec(name="m", source=PathSource(folder), chat=chat)  # type: ignore[arg-type]
-        if is_served or chat in ("transcript", "off"):
-            store.prepare(spec, lambda share, what: None)
-            continue
-        with pytest.raises(
-            ModelLoadFailed, match=r"template writes '<\|\w+\|>', which is token \d"
-        ):
-            store.prepare(spec, lambda share, what: None)

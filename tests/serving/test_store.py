@@ -12,7 +12,12 @@ import pytest
 from tests.hub_server import COMMIT, HubServer
 from tests.model_folders import LLAMA, model_files, sharded_files, write_files
 from transformers_api.config.settings import Settings
-from transformers_api.errors import InsufficientStorage, ModelLoadFailed, ModelNotFound
+from transformers_api.errors import (
+    InsufficientStorage,
+    ModelLoadFailed,
+    ModelNotFound,
+    ModelNotServable,
+)
 from transformers_api.serving.models.builtin import builtin_models
 from transformers_api.serving.models.spec import HubSource, ModelSpec, PackageSource, PathSource
 from transformers_api.serving.models.store import ModelStore
@@ -208,8 +213,9 @@ def test_listed_models_that_cannot_be_served_are_refused_as_that(
     spec = next(spec for spec in builtin_models() if spec.name == name)
     assert reason in str(store.refusal(spec))
     for refuse in (store.check_source, lambda spec: store.prepare(spec, no_progress)):
-        with pytest.raises(ModelLoadFailed, match=f"{name}.*{reason}"):
+        with pytest.raises(ModelNotServable, match=f"{name}.*{reason}") as caught:
             refuse(spec)
+        assert (caught.value.status, caught.value.code) == (400, "model_not_servable")
     assert hub.requests == []
 
 
@@ -227,7 +233,7 @@ def test_encoder_decoder_is_refused_before_its_weights_are_fetched(
     hub: HubServer, store: ModelStore
 ) -> None:
     hub.repos[REPO] = model_files(config={"model_type": "t5", "is_encoder_decoder": True})
-    with pytest.raises(ModelLoadFailed, match="encoder-decoder"):
+    with pytest.raises(ModelNotServable, match="encoder-decoder"):
         store.prepare(hub_spec(), no_progress)
     assert hub.fetched("model.safetensors") == []
 

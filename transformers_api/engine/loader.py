@@ -24,6 +24,7 @@ from transformers_api.engine.pretrained import (
     load_model,
     pick_device,
 )
+from transformers_api.engine.rope import follow_lengths
 from transformers_api.engine.runners.model_runner import ModelRunner, Runner, VerifiedRunner
 from transformers_api.engine.runners.prompt_logprobs import PromptScoringRunner
 from transformers_api.engine.runners.suppressed_tokens import SuppressingRunner
@@ -101,6 +102,7 @@ def start(
         share_cores(backend, thread)
         if model is None:
             model = make(backend.load_dtype(options.dtype), options.trust_remote_code)
+            follow_lengths(model)
             weights = sum(parameter.numel() for parameter in model.parameters())
         try:  # errors as text: a record that is kept somewhere must not hold the model
             return build_engine(model, backend, options, thread, wrap), backend

@@ -17,7 +17,6 @@ from transformers.utils.logging import disable_progress_bar
 from transformers_api.engine.load_options import SMALL_BYTES, LoadOptions
 from transformers_api.engine.model_config import neutral
 from transformers_api.engine.platform.meta_shapes import ShapesOnly
-from transformers_api.engine.rope import follow_lengths
 from transformers_api.engine.weight_report import check_weights
 from transformers_api.errors import ModelLoadFailed, ModelNotServable
 
@@ -70,7 +69,6 @@ def load_model(folder: Path, device: str, dtype: str, trust_remote_code: bool) -
         raise ModelLoadFailed(f"The model cannot be loaded: {_first_line(error)}") from error
     model, info = loaded
     check_weights(info, folder)
-    follow_lengths(model)
     with differentiable():
         return model.to(device).eval().requires_grad_(False)
 

@@ -19,6 +19,7 @@ from transformers_api.engine.loader import load_engine
 from transformers_api.engine.native.convert_model import packed_bytes
 from transformers_api.engine.runners.model_runner import innermost
 from transformers_api.engine.standby import StandbyModels
+from transformers_api.errors import ModelLoadFailed
 
 ASKED = [ask(prompt, max_tokens=8, **GREEDY, logprobs=0) for prompt in prompts_of(3)]
 
@@ -139,7 +140,7 @@ def test_a_file_whose_weights_have_another_size_is_noticed(load, tmp_path):
     folder = saved("llama", tmp_path)
     bits(load(folder))
     change(folder, lambda w: w | {"model.layers.1.mlp.down_proj.weight": torch.zeros(32, 63)})
-    with pytest.raises(loader.ModelLoadFailed):
+    with pytest.raises(ModelLoadFailed):
         load(folder)
     assert load.anew == 2
 

@@ -272,6 +272,8 @@ def message_texts(messages: Iterable[Mapping[str, Any]]) -> list[str]:
     for message in messages:
         content = message.get("content", "")
         texts += [content] if isinstance(content, str) else [part["text"] for part in content]
+        thoughts = (message.get(name) for name in ("reasoning_content", "reasoning", "thinking"))
+        texts += filter(None, thoughts)
         calls = [call["function"] for call in message.get("tool_calls", ())]
         texts += [text for call in calls for text in (call["name"], call["arguments"])]
     return texts

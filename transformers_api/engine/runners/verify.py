@@ -163,8 +163,9 @@ def agrees(
     except Exception:
         log.info("%s: %s cannot run it", type(model).__name__, type(runner).__name__, exc_info=True)
         return False
-    exact = model.dtype == torch.float32 and getattr(runner.cache, "dtype", torch.float32)
-    tolerance = QUANTIZED.get(quantization, _tolerance(exact))
+    rounded = getattr(runner.cache, "dtype", None) or model.dtype  # a cache may have its own
+    coarser = rounded if model.dtype == torch.float32 else model.dtype
+    tolerance = QUANTIZED.get(quantization, _tolerance(coarser))
     return all(
         bool((a - b).norm() <= tolerance * b.norm())
         for a, b in zip(computed, expected, strict=True)
