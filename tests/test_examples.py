@@ -137,7 +137,7 @@ def test_client_usage_uses_every_route_and_switches(url):
     assert "What do you like to do?" in shown
     assert "tinygpt: Hello world" in shown
     assert "In memory now: tinygpt" in shown
-    assert "Refused (503): " in shown
+    assert "Refused (400): " in shown
 
 
 @pytest.mark.parametrize("program", EXAMPLES)

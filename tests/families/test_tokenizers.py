@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from tests.fakes import fake_model
 from tests.families.originals import FIXTURES, ORIGINALS
 from transformers_api.checkpoints import tokenizers
-from transformers_api.errors import InvalidRequest, ModelLoadFailed
+from transformers_api.errors import ModelLoadFailed
 from transformers_api.serving.models.spec import ModelSpec, PathSource
 from transformers_api.serving.text.chat_template import encode
 from transformers_api.serving.text.detokenizer import detokenizer as make_detokenizer
@@ -165,8 +165,8 @@ def test_niels_v1_reads_a_chat_as_lines(saved):
     assert found.stop_token_ids == frozenset()
     waiting = [*turns, {"role": "assistant", "content": ""}]
     assert prompt(tokenizer, waiting).ids == found.ids
-    with pytest.raises(InvalidRequest, match="Unknown role tool"):
-        prompt(tokenizer, [{"role": "tool", "content": "x"}])
+    told = prompt(tokenizer, [{"role": "tool", "content": "x"}])  # there is no such role
+    assert bytes(told.ids) == b"user: <tool_response>\nx\n</tool_response>\nassistant: "
 
 
 @pytest.mark.parametrize("case", GOLDEN["encode"], ids=lambda case: repr(case["text"]))

@@ -26,6 +26,7 @@ NOT_TOO_MUCH = [
     ("top_k", 10**9),
     ("seed", -1),
     ("seed", 10**9),
+    ("max_tokens", -1),
 ]  # they mean something
 
 

@@ -257,7 +257,9 @@ def _render(
     mode, listed = chat_mode(model), None
     if tools or any(message["role"] == "tool" or "tool_calls" in message for message in texts):
         style = call_format(model)
-        if style is None:
+        if style is None and not tools and mode == "template" and model.template.shows_calls:
+            pass  # a history that the template writes in its own way
+        elif style is None:
             is_transcript = mode == "transcript"
             texts = tool_prompt.with_tools(
                 texts,

@@ -159,6 +159,23 @@ class ModelTemplate:
         return self._shows(_in_parts(turns, self._traits.in_parts))
 
     @cached_property
+    def shows_calls(self) -> bool:
+        """True where a call of an earlier turn shows, and the result of it."""
+        arguments = {_PROBE: "x"}
+        function = {"name": FUNCTIONS[0], "arguments": arguments}
+        made = {"id": "c12345678", "type": "function", "function": function}
+        turns: list[Mapping[str, Any]] = [
+            _HELLO,
+            {"role": "assistant", "content": "", "tool_calls": [made]},
+            {"role": "tool", "content": _PROBE, "tool_call_id": made["id"]},
+        ]
+        try:
+            text = self._rendered(_in_parts(turns, self._traits.in_parts), _NO_PROMPT)
+        except TemplateFailed:
+            return False
+        return FUNCTIONS[0] in text and _PROBE in text
+
+    @cached_property
     def takes_results(self) -> bool:
         """True where a turn of a tool shows."""
         turns = [_HELLO, {"role": "tool", "content": _PROBE}]
