@@ -42,6 +42,8 @@ def messages_of(system: Any, messages: Sequence[Any]) -> list[Message]:
             _add(turns, turn)
     if aside:
         _add(turns, {"role": "user", "content": aside})
+    if not turns:
+        raise InvalidRequest("'messages' must not be empty", param="messages")
     text = "" if system is None else _text(system, "system")
     return [{"role": "system", "content": text}, *turns] if text else turns
 

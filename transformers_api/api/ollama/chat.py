@@ -59,18 +59,28 @@ def _messages(items: Sequence[Any]) -> list[Json]:
         turn: Json = {"role": item["role"], "content": content}
         if isinstance(item.get("thinking"), str):
             turn["reasoning_content"] = item["thinking"]
-        calls = [
-            _call(call, f"{where}.tool_calls[{i}]")
-            for i, call in enumerate(item.get("tool_calls") or ())
-        ]
+        made = item.get("tool_calls") or []
+        if not isinstance(made, list):
+            name = f"{where}.tool_calls"
+            raise InvalidRequest(f"'{name}' must be a list of calls", param=name)
+        calls = [_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(made)]
         if calls:
             turn["tool_calls"] = calls
             names |= {call["function"]["name"]: call["id"] for call in calls}
         if turn["role"] == "tool":
-            name = item.get("tool_name") or item.get("name") or ""
-            turn["tool_call_id"] = item.get("tool_call_id") or names.get(name, f"call_{place}")
+            name = _text(item, "tool_name", where) or _text(item, "name", where)
+            own_id = _text(item, "tool_call_id", where)
+            turn["tool_call_id"] = own_id or names.get(name, f"call_{place}")
         turns.append(turn)
     return turns
+
+
+def _text(item: Mapping[str, Any], field: str, where: str) -> str:
+    """The text of a field, empty where there is none. Raises InvalidRequest."""
+    text = item.get(field)
+    if not isinstance(text, str | None):
+        raise InvalidRequest(f"'{where}.{field}' must be a string", param=f"{where}.{field}")
+    return text or ""
 
 
 def _call(call: Any, where: str) -> Json:

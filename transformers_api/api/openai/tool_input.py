@@ -73,7 +73,17 @@ def tool_of(function: Json, param: str, parameters: str = "parameters") -> Tool:
             f"'{param}.{parameters}' must be the schema of an object",
             param=f"{param}.{parameters}",
         )
+    _check_arguments(checked, f"{param}.{parameters}")
     return Tool(name=name, description=description or "", parameters=checked)
+
+
+def _check_arguments(schema: Json, param: str) -> None:
+    """Raise InvalidRequest where the names of the arguments cannot be read off ``schema``."""
+    _object(schema.get("properties", {}), f"{param}.properties")
+    required = schema.get("required", [])
+    if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
+        name = f"{param}.required"
+        raise InvalidRequest(f"'{name}' must be a list of strings", param=name)
 
 
 def check_together(tools: Sequence[Tool], param: str) -> None:

@@ -6,6 +6,7 @@ sequence gets (``GrammarConstraint``) is a copy of its own.
 
 from __future__ import annotations
 
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
@@ -147,6 +148,9 @@ class Compiler:
         self._vocabulary = vocabulary
         self._size = size  # ids below this can be sampled
         self.end_ids = sorted(token for token in end_ids if token < size)
+        special = {vocabulary.added[token] for token in vocabulary.special_ids}
+        longest_first = sorted(filter(None, special), key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._grammars: OrderedDict[ConstraintSpec, Grammar] = OrderedDict()
         self._live: WeakSet[Grammar] = WeakSet()  # those, and others that are in use
         self._lock = threading.Lock()  # of the compiled grammars
@@ -192,7 +196,14 @@ class Compiler:
         return (max(self._size, self._tables.vocab_size) + 31) // 32
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text in the middle of an answer."""
+        """The tokens of a text in the middle of an answer; none of them is special."""
+        tokens, start = [], 0
+        while match := self._special.search(text, start):  # cut behind its first character
+            tokens += self._continued(text[start : match.start() + 1])
+            start = match.start() + 1
+        return [*tokens, *self._continued(text[start:])]
+
+    def _continued(self, text: str) -> list[int]:
         whole = self._ids(_MARK + text)
         mark = self._ids(_MARK)
         return whole[len(mark) :] if whole[: len(mark)] == mark else self._ids(text)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import orjson
 
 from transformers_api.errors import ChatUnavailable, InvalidRequest, ModelNotCapable, PromptTooLarge
 from transformers_api.serving.models.spec import ChatMode
@@ -234,8 +235,9 @@ def _thought(message: Mapping[str, Any]) -> dict[str, Any]:
 
 def _arguments(function: Mapping[str, Any]) -> Any:
     try:
-        arguments = json.loads(function["arguments"])
-    except (ValueError, RecursionError):
+        arguments = orjson.loads(function["arguments"])
+        orjson.dumps(arguments)  # it reads what nests deeper than it writes
+    except (ValueError, TypeError):
         return function["arguments"]
     return arguments if isinstance(arguments, dict) else function["arguments"]
 

@@ -19,7 +19,7 @@ from transformers_api.serving.constraints.phases import Phases, Thought
 from transformers_api.serving.constraints.spec import ConstraintSpec
 from transformers_api.serving.text.vocabulary import Vocabulary
 from transformers_api.serving.tools.call_format import SLOT_ID, SLOT_NAME, CallFormat
-from transformers_api.serving.tools.call_grammar import CallGrammar, in_json
+from transformers_api.serving.tools.call_grammar import CallGrammar, between_slashes, in_json
 from transformers_api.serving.tools.call_parser import AnswerParser
 from transformers_api.serving.tools.reasoning_style import ReasoningStyle
 from transformers_api.serving.tools.spec import ToolUse
@@ -152,8 +152,7 @@ def _rule(form: ConstraintSpec) -> str:
     if form.kind == "json_schema":
         return in_json(orjson.loads(form.source))
     if form.kind == "regex":
-        pattern = form.source.replace("/", "\\/")
-        return f"/{pattern}/"
+        return between_slashes(form.source)
     raise InvalidRequest(
         f"'{form.param}' cannot be combined with 'tools': only JSON and regular expressions can",
         param=form.param,

@@ -12,6 +12,8 @@ from transformers_api.serving.tools.call_format import SLOT_ID, SLOT_NAME, CallF
 from transformers_api.serving.tools.spec import MOST_CALLS, Tool
 
 _ID = "ID: /[A-Za-z0-9]{9}/"
+_ESCAPED = re.compile(r"(?s:\\.)|[/\n\r\\]")
+_WRITTEN = {"/": "\\/", "\n": "\\n", "\r": "\\r"}
 _SPACE = "SPACE: /[ \\n\\t]{0,4}/"
 # Of JSON in a call: at most one space between its tokens; keywords that are not known are left out.
 _OPTIONS = {
@@ -119,7 +121,7 @@ class _Tagged:
         self._style = style
         self._place = place
         self._tool = tool
-        self._properties: Mapping[str, Any] = tool.parameters.get("properties") or {}
+        self._properties = _mapping(tool.parameters.get("properties"))
         self._required = frozenset(tool.parameters.get("required") or ())
 
     def rules(self) -> list[str]:
@@ -146,8 +148,8 @@ class _Tagged:
         return [*rules, f"call{place}: {name} ({' | '.join(bodies)})"]
 
     def _argument(self, at: int, key: str) -> list[str]:
-        style, grammar, schema = self._style, self._grammar, self._properties[key]
-        schema = schema if isinstance(schema, Mapping) else {}
+        style, grammar = self._style, self._grammar
+        schema = _mapping(self._properties[key])
         name = f"arg{self._place}_{at}"
         first = grammar._joined(_quoted(key), "")
         if is_text(schema):
@@ -160,21 +162,22 @@ class _Tagged:
     def _text(self, terminal: str, schema: Mapping[str, Any]) -> tuple[str, list[str]]:
         style, literal = self._style, self._grammar._literal
         before, after = map(literal, style.quotes)
-        if isinstance(schema.get("enum"), list) or "const" in schema:
-            values = schema.get("enum") or [schema["const"]]
+        values = schema["enum"] if isinstance(schema.get("enum"), list) else []
+        if values or "const" in schema:
+            values = values or [schema["const"]]
             texts = " | ".join(_quoted(str(value)) for value in values)
             return self._grammar._joined(before, f"({texts})", after), []
         # No value may hold what ends it.
         ends = {
             end for end in (style.quotes[1] or style.sep, style.quotes[1] or style.close) if end
         }
-        low, high = schema.get("minLength", 0), schema.get("maxLength", "")
+        low, high = _size(schema, "minLength", 0), _size(schema, "maxLength", "")
         body = rf"{terminal}: /(?s:.){{{low},{high}}}/"
         for end in sorted(ends):
             body += rf" & ~/(?s:.*){_pattern(end.strip() or end)}(?s:.*)/"
         pattern = schema.get("pattern")
         if isinstance(pattern, str):
-            body += f" & /{_anchored(pattern)}/"
+            body += f" & {between_slashes(_anchored(pattern))}"
         return self._grammar._joined(before, terminal, after), [body]
 
     def _other(self, schema: Mapping[str, Any]) -> str:
@@ -191,16 +194,16 @@ class _Tagged:
         match schema.get("type"):
             case "object":
                 items = [
-                    f"{_quoted(key + ':')} {self._written(value)}"
-                    for key, value in (schema.get("properties") or {}).items()
+                    f"{_quoted(key + ':')} {self._written(_mapping(value))}"
+                    for key, value in _mapping(schema.get("properties")).items()
                 ]
                 return self._grammar._joined('"{"', ' "," '.join(items), '"}"')
             case "array":
-                item = self._written(schema.get("items") or {"type": "string"})
-                most = max(min(schema.get("maxItems", 64), 64), 1)
+                item = self._written(_mapping(schema.get("items")) or {"type": "string"})
+                most = max(min(int(_size(schema, "maxItems", 64)), 64), 1)
                 return f'"[" ({item} ("," {item}){{0,{most - 1}}})? "]"'
             case "string":
-                most = schema.get("maxLength", 4096)
+                most = _size(schema, "maxLength", 4096)
                 return self._grammar._joined(before, rf'/[^\n\r<"]{{0,{most}}}/', after)
         return in_json(schema)
 
@@ -223,9 +226,34 @@ def _pattern(text: str) -> str:
     return "".join(c if c.isascii() and c.isalnum() else f"\\x{{{ord(c):x}}}" for c in text)
 
 
+def _mapping(value: Any) -> Mapping[str, Any]:
+    """A schema, or what is in one; nothing where it is of another type."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def _size(schema: Mapping[str, Any], keyword: str, default: int | str) -> int | str:
+    """The bound that a keyword sets; ``default`` where it sets none."""
+    size = schema.get(keyword)
+    return size if type(size) is int and size >= 0 else default
+
+
 def _anchored(pattern: str) -> str:
     """A schema's pattern, which may match anywhere, as one that matches the whole."""
     before = "" if pattern.startswith("^") else "(?s:.*)"
-    after = "" if pattern.endswith("$") else "(?s:.*)"
-    inside = pattern.removeprefix("^").removesuffix("$").replace("/", "\\/")
+    inside, after = pattern.removeprefix("^"), "(?s:.*)"
+    escapes = len(inside[:-1]) - len(inside[:-1].rstrip("\\"))
+    if inside.endswith("$") and escapes % 2 == 0:
+        inside, after = inside[:-1], ""
     return f"{before}({inside}){after}"
+
+
+def between_slashes(pattern: str) -> str:
+    """A regular expression as a terminal, which neither a slash nor a line break may end."""
+    return f"/{_ESCAPED.sub(_as_terminal, pattern)}/"
+
+
+def _as_terminal(match: re.Match[str]) -> str:
+    character = match[0][-1]
+    if character in _WRITTEN:
+        return _WRITTEN[character]
+    return match[0] if len(match[0]) > 1 else "\\\\"  # alone at the end

@@ -177,8 +177,9 @@ class ThinkingBudget(Integer):
     def __init__(self, **options: Any) -> None:
         super().__init__(-1, MAX_TOKENS, **options)
 
-    def _deserialize(self, value: Any, *args: Any, **kwargs: Any) -> Any:
-        tokens = super()._deserialize(value, *args, **kwargs)
+    def deserialize(self, value: Any, *args: Any, **kwargs: Any) -> Any:
+        """See fields.Field."""
+        tokens = super().deserialize(value, *args, **kwargs)
         return None if tokens == -1 else tokens
 
 
