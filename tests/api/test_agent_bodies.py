@@ -77,6 +77,13 @@ def test_ollama_names_the_field_of_a_turn_that_is_wrong(client, message, field):
     assert f"messages[0].{field or 'name'}" in response.get_json()["error"]
 
 
+@pytest.mark.parametrize("kind", [[[]], {}, 5, "x"])
+def test_an_item_of_a_response_has_a_type_that_there_is(client, kind):
+    response = client.post("/v1/responses", json={"input": [{"type": kind, "content": "Hi"}]})
+    assert response.status_code == 400
+    assert error(response)["param"] == "input[0]"
+
+
 @pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
 def test_a_message_without_any_turn_is_refused(client, path):
     body = {"messages": [{"role": "system", "content": []}]}
@@ -90,8 +97,12 @@ def test_a_message_without_any_turn_is_refused(client, path):
 @pytest.mark.parametrize("model", FORMS)
 @pytest.mark.parametrize(
     ("parameters", "field"),
-    [({"properties": [1]}, "properties"), ({"required": 5}, "required")]
-    + [({"required": [[]]}, "required"), ({"properties": 0}, "properties")],
+    [
+        ({"properties": [1]}, "properties"),
+        ({"properties": 0}, "properties"),
+        ({"required": 5}, "required"),
+        ({"required": [[]]}, "required"),
+    ],
 )
 def test_parameters_whose_names_cannot_be_read_are_refused(client, model, parameters, field):
     body = {"messages": MESSAGES, "tools": [tool(parameters)], "model": model, "max_tokens": 1}

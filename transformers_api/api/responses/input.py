@@ -51,6 +51,8 @@ def messages_of(items: str | Sequence[Any], instructions: str | None = None) -> 
 
 def _add(turns: list[Message], item: Json, kind: Any, where: str, thought: str) -> None:
     """Add the turn of an item; calls join the assistant's turn before them."""
+    if not isinstance(kind, str):
+        raise InvalidRequest(f"'{where}.type' must be a string", param=where)
     if kind == "message":
         turns.append(_message(item, where, thought))
     elif kind in _CALLS:
@@ -64,9 +66,9 @@ def _add(turns: list[Message], item: Json, kind: Any, where: str, thought: str) 
         output = _text(item.get("output"), f"{where}.output")
         call_id = _string(item.get("call_id"), f"{where}.call_id")
         turns.append({"role": "tool", "content": output, "tool_call_id": call_id})
-    elif not isinstance(kind, str) or not kind.endswith(_SKIPPED):
+    elif not kind.endswith(_SKIPPED):
         raise UnsupportedParameter(
-            f"'{where}' is an item of type '{str(kind)[:32]}', which is not supported", param=where
+            f"'{where}' is an item of type '{kind[:32]}', which is not supported", param=where
         )
 
 

@@ -203,8 +203,8 @@ class _Tagged:
                 most = max(min(int(_size(schema, "maxItems", 64)), 64), 1)
                 return f'"[" ({item} ("," {item}){{0,{most - 1}}})? "]"'
             case "string":
-                most = _size(schema, "maxLength", 4096)
-                return self._grammar._joined(before, rf'/[^\n\r<"]{{0,{most}}}/', after)
+                longest = _size(schema, "maxLength", 4096)
+                return self._grammar._joined(before, rf'/[^\n\r<"]{{0,{longest}}}/', after)
         return in_json(schema)
 
 
