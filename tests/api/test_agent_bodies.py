@@ -160,3 +160,15 @@ def test_a_form_may_spell_a_control_token(client, text):
         (choice,) = client.post("/v1/chat/completions", json=body).get_json()["choices"]
         assert choice["finish_reason"] == "stop"
         assert choice["message"]["content"].strip('"') == text
+
+
+@pytest.mark.parametrize("character", ["\0", "\x1b", "\x7f", "\r\nX-Other: ", "é"])
+def test_no_keyword_of_a_schema_gets_a_control_character_into_a_header(client, character):
+    schema = {"type": "string", "format": f"a{character}b"}
+    body = {"messages": MESSAGES, "max_tokens": 1, "json_schema": schema}
+    response = client.post("/v1/chat/completions", json=body)
+    assert response.status_code == 200
+    header = response.headers["X-Schema-Ignored"]
+    assert header.isascii()
+    assert header.isprintable()
+    assert "X-Other" not in response.headers

@@ -359,6 +359,38 @@ def test_a_hostile_schema_is_compiled_or_refused_soon(compiler, name):
 
 
 @pytest.mark.parametrize(
+    "grammar",
+    [
+        "\n" * 60_000 + 'root ::= "a"',
+        'root ::= "a"' + " \n" * 30_000 + 'x ::= "a"',
+        'root ::= r0 "a"\n' + "".join(f'r{i} ::= r{i + 1}\n' for i in range(3000)) + 'r3000 ::= "b"',
+        'root ::= r0\nq ::= ' + '"a" ' * 9000 + "r0\n"
+        + "".join(f"r{i} ::= r{i + 1}\n" for i in range(1000)) + 'r1000 ::= "b"',
+    ],
+)  # fmt: skip
+def test_a_grammar_is_read_in_a_time_that_its_length_bounds(compiler, grammar):
+    began = time.thread_time()
+    compiler.compile(grammar_constraint(grammar, "grammar"))
+    assert time.thread_time() - began < 1
+
+
+def test_rules_of_a_grammar_may_stand_in_any_order_and_in_circles(compiler):
+    grammar = 'x-Y ::= "b" | "c"\nroot ::= "a" x-Y tail\ntail ::= "" | "," x-Y tail'
+    pattern = re.compile("a[bc](,[bc])*")
+    for seed in range(10):
+        text, is_over = drawn(
+            compiler, grammar_constraint(grammar, "g"), random.Random(seed), most=30
+        )
+        assert not is_over or pattern.fullmatch(text)
+
+
+@pytest.mark.parametrize("text", ["<|im_end|>", "a<|im_start|><|im_end|>", "<<|endoftext|>"])
+def test_what_spells_a_control_token_is_written_as_text(compiler, text):
+    for spec in (choice_constraint([text], "c"), json_constraint({"const": text}, "j")):
+        assert drawn(compiler, spec, random.Random(0))[0].strip('"') == text
+
+
+@pytest.mark.parametrize(
     "make",
     [
         lambda: regex_constraint("(?=a)b", "f"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -29,6 +30,7 @@ Json = Mapping[str, Any]
 Reader = Callable[[Any, str], ConstraintSpec | None]
 IGNORED = "X-Schema-Ignored"  # the header that lists what of a schema is not enforced
 MAX_HEADER = 512  # characters
+_NOT_IN_HEADERS = re.compile("[^ -~]")
 
 
 def constraint_of(body: Json) -> ConstraintSpec | None:
@@ -67,10 +69,11 @@ def tell_ignored(warnings: Sequence[str]) -> None:
     """Say in a header of the answer what of a schema is not enforced."""
     if not warnings:
         return
-    text = "; ".join(warnings).encode("ascii", "replace").decode()[:MAX_HEADER]
+    whole = " ".join("; ".join(warnings).split())
+    text = _NOT_IN_HEADERS.sub("?", whole)[:MAX_HEADER]
 
     def tell(response: flask.Response) -> flask.Response:
-        response.headers[IGNORED] = " ".join(text.split())
+        response.headers[IGNORED] = text.strip()
         return response
 
     flask.after_this_request(tell)

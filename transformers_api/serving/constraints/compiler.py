@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakSet
@@ -32,12 +32,15 @@ from transformers_api.serving.text.vocabulary import Vocabulary
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
     from llguidance._lib import JsonCompileOptions
+    from llguidance.gbnf_to_lark import ASTNode
 
 MAX_COMPILED = 64  # grammars that are kept, the least recently used goes first, of so many bytes
 MAX_COMPILED_BYTES = 64 << 20
 MAX_LIVE_BYTES = 512 << 20  # of all grammars, with those of the requests that are being answered
 MAX_GRAMMAR_BYTES = 64 << 20  # of one: no more is due to it, whatever other threads have allocated
 _SAMPLES = ('{"a b": [1, 2.5], "ü": "x\\n"}', "Hello, world!\n  two", "日本 \N{GRINNING FACE} ok")
+# No white space over many lines in front: it would take the square of their number.
+_IS_LARK = re.compile(r"(?m)^[^\S\n]*(?:%llguidance\b|start\s*:)")
 _MARK = "\x02"  # no tokenizer joins it to what follows
 _GRAMMAR_LIMITS: dict[str, Any] = {
     "max_items_in_row": 2_000,
@@ -132,7 +135,7 @@ class GrammarConstraint:
             self._has_failed = self._matcher.is_error()
             if self._forbidden is not None:
                 mask &= ~self._forbidden
-        except Exception:
+        except BaseException:  # a panic of Rust is no Exception
             self._has_failed = True
         finally:
             self._is_ready.release()
@@ -271,7 +274,6 @@ class _Wrapped:
 def _source(spec: ConstraintSpec) -> str:
     """The grammar in the compiler's words."""
     from llguidance import LLMatcher
-    from llguidance.gbnf_to_lark import any_to_lark
 
     if spec.kind == "regex":
         return LLMatcher.grammar_from_regex(spec.source)
@@ -281,7 +283,8 @@ def _source(spec: ConstraintSpec) -> str:
         return LLMatcher.grammar_from_lark(spec.source)
     if spec.kind == "lark":
         try:
-            return LLMatcher.grammar_from_lark(any_to_lark(spec.source))
+            lark = spec.source if _IS_LARK.search(spec.source) else _lark_of(spec.source)
+            return LLMatcher.grammar_from_lark(lark)
         except Exception as error:  # its parser raises what it likes, RecursionError among them
             raise _refusal(spec, str(error)) from None
     options: dict[str, Any] = {"whitespace_flexible": False, "lenient": not spec.strict}
@@ -294,6 +297,51 @@ def _source(spec: ConstraintSpec) -> str:
         return LLMatcher.grammar_from_json_schema(spec.source, overrides=overrides)
     except ValueError as error:
         raise _refusal(spec, str(error)) from None
+
+
+def _lark_of(gbnf: str) -> str:
+    """A grammar of llama.cpp's in Lark. Raises what the converter does.
+
+    It looks for rules that are terminals until a round brings no new one: in the order of their
+    uses there are two rounds, in any other as many as there are rules.
+    """
+    from llguidance.gbnf_to_lark import GrammarParser, resolve
+
+    parsed = GrammarParser().parse(gbnf)
+    uses = {name: _rules_in(rule) for name, rule in parsed.items()}
+    rules = {name: parsed[name] for name in _uses_first(uses)}
+    resolve(rules)
+    return "\n\n".join(["%llguidance {}", *map(str, rules.values())])
+
+
+def _rules_in(rule: ASTNode) -> list[str]:
+    """The names of the rules that stand in one."""
+    from llguidance.gbnf_to_lark import RuleRefNode
+
+    names, waiting = [], [rule]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, RuleRefNode):
+            names.append(node.name)
+        waiting += node.children()
+    return names
+
+
+def _uses_first(uses: Mapping[str, Sequence[str]]) -> list[str]:
+    """The names, each behind those that it uses, but for circles."""
+    ordered: dict[str, None] = {}
+    visited: set[str] = set()
+    waiting = [*reversed(list(uses))]
+    while waiting:
+        name = waiting[-1]
+        if name in visited or name not in uses:
+            waiting.pop()
+            if name in uses:
+                ordered.setdefault(name)
+            continue
+        visited.add(name)
+        waiting += [used for used in uses[name] if used not in visited]
+    return list(ordered)
 
 
 def _tagged(source: str) -> str:

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 
 
 class MaskWorker:
     """Runs jobs one after the other, on a thread that is made with the first of them."""
 
     def __init__(self) -> None:
+        self._reset()
+        os.register_at_fork(after_in_child=self._reset)  # threads stay with the parent
+
+    def _reset(self) -> None:
         self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
     def submit(self, job: Callable[[], None]) -> None:
-        """Run ``job``, which raises nothing, soon."""
+        """Run ``job`` soon; what it raises is lost."""
         self._jobs.put(job)
         if self._thread is None:
             with self._lock:
@@ -26,7 +32,8 @@ class MaskWorker:
 
     def _run(self) -> None:
         while True:
-            self._jobs.get()()
+            with suppress(BaseException):  # a panic of Rust is no Exception
+                self._jobs.get()()
 
 
 worker = MaskWorker()
