@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 
 import httpx2
@@ -340,6 +341,26 @@ def test_the_store_is_bounded_by_bytes_number_and_age_and_knows_owners():
     now[0] = 11
     assert store.get("large", "a") is None
     assert len(store) == 0
+
+
+def test_what_is_stored_takes_the_memory_that_is_counted():
+    lists = [[[]] * 1000 for _ in range(10)]  # three bytes as JSON, more than fifty as a list
+    store = ResponseStore(1 << 20)
+    store.put("a", StoredResponse(body={"x": lists}, items=[{"i": 1}], messages=[], owner="a"))
+    lists.clear()
+    stored_response = store.get("a", "a")
+    assert stored_response is not None
+    assert [len(row) for row in stored_response.body["x"]] == [1000] * 10
+    assert not any(map(gc.is_tracked, gc.get_referents(*store._entries.values())))
+
+
+def test_a_chain_of_responses_has_no_more_turns_than_one_input(client):
+    turns = [{"role": "user", "content": ""}] * 4000
+    fields = {"truncation": "auto", "max_output_tokens": 1}
+    first = whole(ask(client, input=turns, **fields))
+    response = ask(client, input=turns, previous_response_id=first["id"], **fields)
+    assert response.status_code == 400
+    assert error(response)["param"] == "previous_response_id"
 
 
 def test_the_store_of_the_application_has_an_owner_for_each_client(client):

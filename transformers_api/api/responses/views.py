@@ -144,6 +144,10 @@ class _Turn:
         if not source and not before:
             raise InvalidRequest("'input' must not be empty", param="input")
         self.turns = [*before, *response_input.messages_of(source)]
+        if len(self.turns) > MAX_ITEMS:
+            raise InvalidRequest(
+                f"The conversation has more than {MAX_ITEMS} turns", param="previous_response_id"
+            )
         self.items = _with_ids(source)
         instructions = body.get("instructions")
         system = [{"role": "system", "content": instructions}] if instructions else []
