@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import jsonschema
 import pytest
 
 from tests import tokenizers
@@ -172,3 +173,58 @@ def test_no_keyword_of_a_schema_gets_a_control_character_into_a_header(client, c
     assert header.isascii()
     assert header.isprintable()
     assert "X-Other" not in response.headers
+
+
+NODE = {
+    "type": "object",
+    "properties": {
+        "k": {"enum": [1, 2]},
+        "next": {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/n"}]},
+    },
+    "required": ["k", "next"],
+    "additionalProperties": False,
+}
+REFERRING = {
+    "definitions": {
+        "type": "object",
+        "properties": {"v": {"$ref": "#/$defs/n"}, "$ref": {"const": "#"}},
+        "required": ["v", "$ref"],
+        "additionalProperties": False,
+        "$defs": {"n": NODE},
+    },
+    "itself": {
+        "type": "object",
+        "properties": {"x": {"const": 1}, "child": {"anyOf": [{"type": "null"}, {"$ref": "#"}]}},
+        "required": ["x", "child"],
+        "additionalProperties": False,
+    },
+    "a property": {
+        "type": "object",
+        "properties": {"a/b": {"enum": [1, 2]}, "c": {"$ref": "#/properties/a~1b"}},
+        "required": ["a/b", "c"],
+        "additionalProperties": False,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model", FORMS)
+@pytest.mark.parametrize("name", REFERRING)
+def test_parameters_may_refer_to_their_own_definitions(client, model, name):
+    schema = REFERRING[name]
+    body = {"messages": MESSAGES, "tools": [tool(schema)], "tool_choice": "required"}
+    whole = 0
+    for seed in range(4):
+        fields = {"model": model, "seed": seed, "max_tokens": 600, "parallel_tool_calls": False}
+        response = client.post("/v1/chat/completions", json={**body, **fields, "temperature": 1.0})
+        (choice,) = response.get_json()["choices"]
+        if choice["finish_reason"] == "tool_calls":
+            (call,) = choice["message"]["tool_calls"]
+            jsonschema.validate(json.loads(call["function"]["arguments"]), schema)
+            whole += 1
+    assert whole > 0
+
+
+@pytest.mark.parametrize("schema", [True, {}, {"$ref": "#/$defs/none"}, {"$ref": 5}])
+@pytest.mark.parametrize("model", FORMS)
+def test_an_argument_may_have_any_schema(client, model, schema):
+    assert called(client, schema, model=model, max_tokens=30).status_code in (200, 400)

@@ -8,12 +8,16 @@ from typing import Any
 
 import orjson
 
+from transformers_api.errors import InvalidRequest
 from transformers_api.serving.tools.call_format import SLOT_ID, SLOT_NAME, CallFormat
 from transformers_api.serving.tools.spec import MOST_CALLS, Tool
 
+MAX_SOURCE = 2 << 20  # characters of all rules: where arguments refer, each has all schemas
 _ID = "ID: /[A-Za-z0-9]{9}/"
 _ESCAPED = re.compile(r"(?s:\\.)|[/\n\r\\]")
 _WRITTEN = {"/": "\\/", "\n": "\\n", "\r": "\\r"}
+_NAMED = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
+_VALUES = ("const", "enum", "default", "examples")  # no schemas, whatever is in them
 _SPACE = "SPACE: /[ \\n\\t]{0,4}/"
 # Of JSON in a call: at most one space between its tokens; keywords that are not known are left out.
 _OPTIONS = {
@@ -61,6 +65,8 @@ class CallGrammar:
         ]
         for place, tool in enumerate(self._tools):
             rules += self._call(place, tool)
+        if sum(map(len, rules)) > MAX_SOURCE:
+            raise InvalidRequest("The schemas of 'tools' are too large together", param="tools")
         return "\n".join(rules)
 
     def _call(self, place: int, tool: Tool) -> list[str]:
@@ -76,14 +82,16 @@ class CallGrammar:
 
     def _object(self, tool: Tool) -> dict[str, Any]:
         style = self._style
+        place = _pointer("properties", style.arguments_key if style.name_key else tool.name)
+        parameters = moved(tool.parameters, place)
         if not style.name_key:
-            properties: dict[str, Any] = {tool.name: tool.parameters}
+            properties: dict[str, Any] = {tool.name: parameters}
         else:
             # Where the template writes them as text, too: what is in a string cannot be held.
             properties = {
                 style.name_key: {"const": tool.name},
                 **{key: {"const": value} for key, value in style.constants.items()},
-                style.arguments_key: tool.parameters,
+                style.arguments_key: parameters,
             }
             if style.id_key:
                 properties[style.id_key] = {"type": "string", "pattern": "^[a-zA-Z0-9]{9}$"}
@@ -150,6 +158,8 @@ class _Tagged:
     def _argument(self, at: int, key: str) -> list[str]:
         style, grammar = self._style, self._grammar
         schema = _mapping(self._properties[key])
+        if _refers(schema):
+            schema = _apart(self._tool.parameters, key)
         name = f"arg{self._place}_{at}"
         first = grammar._joined(_quoted(key), "")
         if is_text(schema):
@@ -210,12 +220,48 @@ class _Tagged:
 
 def is_text(schema: Mapping[str, Any]) -> bool:
     """True where a value is written as it is, without the quotes of JSON."""
-    return schema.get("type") == "string"
+    return isinstance(schema, Mapping) and schema.get("type") == "string"
 
 
 def in_json(schema: Mapping[str, Any]) -> str:
     """The body of a rule: a value by ``schema``, in JSON."""
     return f"%json {orjson.dumps({**schema, **_OPTIONS}).decode()}"
+
+
+def moved(schema: Any, place: str) -> Any:
+    """``schema`` with its references as they are once it stands at ``place`` of another one."""
+    return _moved(schema, place) if _refers(schema) else schema
+
+
+def _moved(schema: Any, place: str) -> Any:
+    if isinstance(schema, list):
+        return [_moved(item, place) for item in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    changed: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key == "$ref" and isinstance(value, str) and (value == "#" or value.startswith("#/")):
+            changed[key] = f"#{place}{value[1:]}"
+        elif key in _NAMED and isinstance(value, Mapping):
+            changed[key] = {name: _moved(item, place) for name, item in value.items()}
+        else:
+            changed[key] = value if key in _VALUES else _moved(value, place)
+    return changed
+
+
+def _apart(parameters: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """The schema of one argument by itself, with what its references need."""
+    whole = moved(parameters, _pointer("$defs", "all"))
+    return {"$ref": f"#{_pointer('$defs', 'all', 'properties', key)}", "$defs": {"all": whole}}
+
+
+def _refers(schema: Any) -> bool:
+    return b'"$ref":"#' in orjson.dumps(schema)
+
+
+def _pointer(*names: str) -> str:
+    """The place of ``names``, one in the other, as a JSON pointer."""
+    return "".join("/" + name.replace("~", "~0").replace("/", "~1") for name in names)
 
 
 def _quoted(text: str) -> str:
