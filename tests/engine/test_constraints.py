@@ -113,6 +113,27 @@ def test_a_constraint_that_fails_ends_its_own_sequence_only(make_engine, mask, n
     assert isinstance(outputs[1][-1].error, ConstraintFailed)
 
 
+class Broken(Alternating):
+    """Has a fault that nobody has foreseen, in one of its methods."""
+
+    def __init__(self, method: str) -> None:
+        super().__init__()
+        setattr(self, method, self.fail)
+
+    def fail(self, *_: object) -> None:
+        raise ValueError
+
+
+@pytest.mark.parametrize("method", ["take", "allowed"])
+def test_a_fault_of_a_constraint_ends_its_own_sequence_only(make_engine, method):
+    engine = make_engine()
+    request = ask(PROMPT, max_tokens=6, seed=1, ignore_eos=True)
+    expected = complete(engine, request)[0]
+    outputs = read(engine.submit([request, replace(request, constraint=Broken(method))]))
+    assert [output.token_id for output in outputs[0]] == expected
+    assert isinstance(outputs[1][-1].error, ConstraintFailed)
+
+
 def test_a_bias_against_all_that_is_allowed_is_the_requests_own_error(make_engine):
     class Four(Alternating):
         def allowed(self):

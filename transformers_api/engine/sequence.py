@@ -16,11 +16,21 @@ from transformers_api.engine.base import (
     FinishReason,
     SequenceRequest,
     SequenceStats,
+    TokenConstraint,
     TokenOutput,
     TokenScore,
     TokenStream,
 )
-from transformers_api.errors import ApiError, SlowReader
+from transformers_api.errors import ApiError, ConstraintFailed, SlowReader
+
+
+def _takes(constraint: TokenConstraint, token_id: int) -> bool:
+    """Hand a token on; False where that failed, which is nobody else's matter in the batch."""
+    try:
+        constraint.take(token_id)
+    except Exception:
+        return False
+    return True
 
 
 class SampledToken:
@@ -164,8 +174,9 @@ class Sequence:
             self.end(FinishReason.LENGTH)
         else:
             self.tokens.append(sampled.token_id)
-            if self.constraint is not None:
-                self.constraint.take(sampled.token_id)
+            if self.constraint is not None and not _takes(self.constraint, sampled.token_id):
+                self.end(FinishReason.ERROR, ConstraintFailed("The requested format failed"))
+                return
             if self._length > self.window:
                 self.start, self.num_cached = len(self.tokens) - self.window, 0
             elif self.is_long and self._length - 1 == self.original_window:

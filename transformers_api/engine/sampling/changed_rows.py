@@ -13,7 +13,7 @@ from torch import Tensor
 
 from transformers_api.engine.base import Mask
 from transformers_api.engine.sequence import Sequence
-from transformers_api.errors import ApiError
+from transformers_api.errors import ApiError, ConstraintFailed
 
 # Each byte of a mask as what is added to 8 logits: 0 where a bit is set, else -inf.
 _BITS = numpy.unpackbits(numpy.arange(256, dtype=numpy.uint8)[:, None], axis=1, bitorder="little")
@@ -59,6 +59,8 @@ class RowChanges:
                     mask = seq.constraint.allowed()
                 except ApiError as error:
                     errors[row] = error
+                except Exception:
+                    errors[row] = ConstraintFailed("The requested format failed")
                 else:
                     if mask is not None:
                         masks[row] = mask
