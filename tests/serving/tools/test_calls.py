@@ -183,6 +183,38 @@ def test_what_looks_like_a_call_and_is_none_stays_text():
     assert parsed(style, text, 1) == ("", text, [])
 
 
+BROKEN = (
+    '{"name": nan,',
+    '{"name": "f", "name": "g",',
+    '{"name": "\\ud800",',
+    '{"name": \udc00"x"',
+)
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if "json" in name])
+@pytest.mark.parametrize("core", BROKEN)
+def test_calls_that_are_no_json_are_read_as_far_as_they_can_be(name, core):
+    style = FORMATS[name]
+    text = f'{style.lead}{core} "arguments": {{"a": 1}}}}{style.tail}'
+    readings = []
+    for cut in (None, 1):
+        parser, parts = AnswerParser(style, SCHEMAS), []
+        for piece in pieces(text, cut):
+            parts += parser.push(piece)
+        parts += parser.finish()
+        names = [part.name for part in parts if isinstance(part, CallStart)]
+        readings.append((names, "".join(p.text for p in parts if isinstance(p, CallArguments))))
+    assert readings[0] == readings[1]
+    assert len(readings[0][0]) <= 1
+    assert "".join(readings[0][0]).isascii()
+
+
+@pytest.mark.parametrize("text", [']{"name": 5}', 'So: {"name": "f", "parameters": {}}'])
+@pytest.mark.parametrize("cut", [None, 1, 5])
+def test_a_bare_call_behind_other_text_is_text_however_it_is_cut(text, cut):
+    assert parsed(FORMATS["bare json"], text, cut) == ("", text, [])
+
+
 def test_a_call_that_is_cut_off_has_what_came():
     parser = AnswerParser(FORMATS["tagged json"], SCHEMAS)
     parts = parser.push('<tool_call>\n{"name": "get_weather", "arguments": {"city": "Pa')

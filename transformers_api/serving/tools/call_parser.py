@@ -28,6 +28,8 @@ from transformers_api.serving.tools.spec import (
     Reasoning,
 )
 
+_AT_FRONT = r"\A"
+
 
 class AnswerParser:
     """Reads one answer. ``schemas`` are the parameters of the tools, by name.
@@ -74,7 +76,9 @@ class AnswerParser:
         while self._state():
             pass
         for part in self._parts:
-            if not isinstance(part, CallStart):
+            if isinstance(part, CallStart):
+                part.name = MARKS.sub("", part.name)
+            else:
                 part.text = MARKS.sub("", part.text)
         return [part for part in self._parts if isinstance(part, CallStart) or part.text]
 
@@ -121,6 +125,8 @@ class AnswerParser:
     def _content(self) -> bool:
         first: Any = None
         for pattern in self._starts:
+            if self._has_content and pattern.pattern.startswith(_AT_FRONT):
+                continue  # what is behind other text is no call
             match = pattern.search(self._text, partial=not self._is_last)
             if match and (first is None or _order(match) < _order(first)):
                 first = match
@@ -194,7 +200,9 @@ def _starts(style: CallFormat) -> list[Any]:
     """Patterns of where calls begin: the lead (group 1) and the beginning of a core."""
     core = _core_start(style)
     return [
-        regex.compile(f"({literal_pattern(lead)}){core}" if lead.strip() else rf"\A(\s*){core}")
+        regex.compile(
+            f"({literal_pattern(lead)}){core}" if lead.strip() else rf"{_AT_FRONT}(\s*){core}"
+        )
         for lead in style.leads
     ]
 

@@ -157,9 +157,9 @@ class _ObjectReader(CallReader):
         self._first = self._first or text[:1]
         text = self._value + text
         if self._is_arguments:  # as they are, or as JSON in a string
-            self._waiting = orjson.loads(text) if self._first == '"' else text
-        elif self._key == self.style.name_key:
-            self.begin(str(orjson.loads(text)))
+            self._waiting = _string(text) if self._first == '"' else text
+        elif self._key == self.style.name_key and self.name is None:
+            self.begin(_string(text))
         if self.name is not None and self._waiting:
             self.write(self._waiting)
             self._waiting = ""
@@ -317,6 +317,14 @@ def reader(
     """The reader of the ``index``-th call of an answer."""
     kinds = {"json": _ObjectReader, "named": _NamedReader, "tagged": _TaggedReader}
     return kinds[style.core](style, schemas, index, emit)
+
+
+def _string(text: str) -> str:
+    """What a string of JSON says; of a model that nothing holds it may be no JSON at all."""
+    try:
+        return str(orjson.loads(text))
+    except ValueError:
+        return text.strip()
 
 
 def _escaped(text: str) -> str:
