@@ -228,3 +228,12 @@ def test_parameters_may_refer_to_their_own_definitions(client, model, name):
 @pytest.mark.parametrize("model", FORMS)
 def test_an_argument_may_have_any_schema(client, model, schema):
     assert called(client, schema, model=model, max_tokens=30).status_code in (200, 400)
+
+
+@pytest.mark.parametrize("text", ["a\u2028b\x85c\u2029d", "\x0b\x0c\x1c\r\n", "é — “x”"])
+def test_a_line_of_ollama_is_one_line_for_every_reader_of_text(client, text):
+    body = {"messages": MESSAGES, "format": {"const": text}, "options": {"num_predict": 90}}
+    response = client.post("/api/chat", json=body, buffered=True)
+    lines = [json.loads(line) for line in response.get_data(as_text=True).splitlines()]
+    assert json.loads("".join(line["message"]["content"] for line in lines)) == text
+    assert lines[-1]["done"]

@@ -72,8 +72,8 @@ class Dialect:
 
 
 def ndjson_line(payload: Any, _event: str | None = None) -> bytes:
-    """A line of JSON."""
-    return strict_json.dump(payload) + b"\n"
+    """A line of JSON, for whoever reads lines."""
+    return sse.in_one_line(strict_json.dump(payload)) + b"\n"
 
 
 def _openai_error(error: ApiError) -> Json:
