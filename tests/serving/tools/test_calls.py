@@ -282,14 +282,19 @@ def test_free_text_has_no_mask_until_a_call_begins(compiler):
 
 
 def test_a_token_that_holds_the_trigger_and_more_is_a_call_only_where_that_fits():
-    compiler = compiler_of(tokenizers.byte_level(merges=(">\n", ">(")))
-    good, bad = planned(compiler).constrain(), planned(compiler).constrain()
-    for constraint, rest in ((good, ">\n"), (bad, ">(")):
+    compiler = compiler_of(tokenizers.byte_level(merges=(">\n", '>{"', "> {", ">(")))
+
+    def after(rest):
+        constraint = planned(compiler).constrain()
         written(compiler, constraint, "<tool_call")
         (token,) = compiler.encode(rest)
         constraint.take(token)
-    assert ord("{") in bits(good.allowed())
-    assert bad.allowed() is None
+        return constraint.allowed()
+
+    assert ord("{") in bits(after(">\n"))
+    assert bits(after('>{"')) == [ord("n")]  # the parser reads a call there, too
+    assert bits(after("> {")) == [ord('"')]
+    assert after(">(") is None
 
 
 def test_required_calls_begin_at_once_and_name_only_what_may_be_called(compiler):

@@ -41,6 +41,7 @@ class Phases:
     thought: Thought | None = None
     trigger: re.Pattern[bytes] | None = None  # group 1 is what the grammar begins with
     grammar: Grammar | None = None
+    loose: Grammar | None = None  # of what the trigger's last token holds besides: if not the other
     forbidden: Collection[int] = ()
     prefix: Sequence[int] = ()  # tokens of the prompt that the grammar has to begin with
 
@@ -68,7 +69,7 @@ class PhasedConstraint:
             self._step = PhasedConstraint._think
         elif thought is not None and thought.open_id is not None:
             self._step = PhasedConstraint._first
-            self._held = self._started(())
+            self._held = self._started()
         else:
             self._answer()
 
@@ -125,13 +126,13 @@ class PhasedConstraint:
         match = None if trigger is None else trigger.search(self._tail)
         if match is None:
             return
-        grammar = self._phases.grammar
-        assert grammar is not None
         tokens = self._since(match.start(1))
-        if grammar.fits(tokens):
-            self._held, self._step = self._started(tokens), PhasedConstraint._hold
-        else:  # it only looks like a call
-            self._tail, self._tokens = b"", []
+        for grammar in (self._phases.grammar, self._phases.loose):
+            if grammar is not None and grammar.fits(tokens):
+                self._held = grammar.start(tokens, forbidden=self._phases.forbidden)
+                self._step = PhasedConstraint._hold
+                return
+        self._tail, self._tokens = b"", []  # it only looks like a call
 
     def _hold(self, token_id: int) -> None:
         assert self._held is not None
@@ -142,15 +143,14 @@ class PhasedConstraint:
         if self._phases.grammar is None or self._phases.trigger is not None:
             self._held, self._step = None, PhasedConstraint._free
         else:
-            self._held = self._held or self._started(())
+            self._held = self._held or self._started()
             self._step = PhasedConstraint._hold
 
-    def _started(self, tokens: Sequence[int]) -> GrammarConstraint | None:
+    def _started(self) -> GrammarConstraint | None:
         grammar = self._phases.grammar
-        if grammar is None or (self._phases.trigger is not None and not tokens):
+        if grammar is None or self._phases.trigger is not None:
             return None
-        tokens = tokens or self._phases.prefix
-        return grammar.start(tokens, forbidden=self._phases.forbidden)
+        return grammar.start(self._phases.prefix, forbidden=self._phases.forbidden)
 
     def _note(self, token_id: int) -> None:
         self._tokens.append((token_id, len(self._tail)))

@@ -97,7 +97,9 @@ def plan(
     except ConstraintsUnavailable:
         if form is not None or (use is not None and use.mode == "required"):
             raise
-        phases = replace(phases, grammar=None, trigger=None)  # calls are read, and not held
+        phases = replace(
+            phases, grammar=None, loose=None, trigger=None
+        )  # calls are read, and not held
     if prefix and phases.grammar is not None and phases.trigger is None:
         tokens = compiler.encode(prefix)
         if not phases.grammar.fits(tokens):
@@ -143,8 +145,15 @@ def _with_grammar(
     elif use.mode == "auto" and form is not None:
         answer = _rule(form)
     source = rules.source(lead=lead, answer=answer)
-    grammar = compiler.compile(ConstraintSpec(kind="rules", source=source, param=param))
-    return replace(phases, grammar=grammar, trigger=trigger)
+    grammar, loose = compiler.compile(_rules(source, param)), None
+    if trigger is not None and lead != lead.rstrip() and not lead.rstrip().endswith(tuple(special)):
+        source = rules.source(lead=lead, is_loose=True)
+        loose = compiler.compile(_rules(source, param))
+    return replace(phases, grammar=grammar, loose=loose, trigger=trigger)
+
+
+def _rules(source: str, param: str) -> ConstraintSpec:
+    return ConstraintSpec(kind="rules", source=source, param=param)
 
 
 def _rule(form: ConstraintSpec) -> str:

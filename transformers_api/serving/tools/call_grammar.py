@@ -48,13 +48,20 @@ class CallGrammar:
         self._slots = re.compile("|".join(map(re.escape, [SLOT_ID, SLOT_NAME, *texts])))
         self._parallel = parallel
 
-    def source(self, *, lead: str, answer: str | None = None) -> str:
-        """The grammar of calls behind ``lead``, or of either that or ``answer``, a rule body."""
+    def source(self, *, lead: str, answer: str | None = None, is_loose: bool = False) -> str:
+        """The grammar of calls behind ``lead``, or of either that or ``answer``, a rule body.
+
+        ``is_loose``: other white space than the template's may follow the lead. One token may hold
+        the end of a lead and the beginning of a call: it is too late then to ask for a line break.
+        """
         style = self._style
         calls = "call"
         if style.between is not None and self._parallel:
             calls = f"call ({self._literal(style.between)} call){{0,{MOST_CALLS - 1}}}"
-        turn = self._joined(self._literal(lead), calls, self._literal(style.tail))
+        begin = self._literal(lead)
+        if is_loose:
+            begin = self._joined(self._literal(lead.rstrip()), "SPACE")
+        turn = self._joined(begin, calls, self._literal(style.tail))
         names = " | ".join(f"call{place}" for place in range(len(self._tools)))
         rules = [
             f"start: {turn}" if answer is None else f"start: {answer} | turn",
