@@ -320,7 +320,7 @@ def reader(
 
 
 def _string(text: str) -> str:
-    """What a string of JSON says; of a model that nothing holds it may be no JSON at all."""
+    """The text of a JSON string, or as it is: a model that nothing holds may write no JSON."""
     try:
         return str(orjson.loads(text))
     except ValueError:
