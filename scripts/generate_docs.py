@@ -31,11 +31,13 @@ from transformers_api.api.inspect.schemas.inspect import (
     MatrixRequest,
     TokensRequest,
 )
+from transformers_api.api.llamacpp.schema import ApplyTemplateRequest, InfillRequest
 from transformers_api.api.ollama.schema import OllamaOptions
 from transformers_api.api.openai.schemas.chat import ChatRequest, Message
 from transformers_api.api.openai.schemas.completions import CompletionRequest
 from transformers_api.api.openai.schemas.embeddings import EmbeddingRequest
 from transformers_api.api.openai.schemas.models import LoadRequest
+from transformers_api.api.openai.schemas.rerank import RerankRequest, ScoreRequest
 from transformers_api.api.openai.schemas.structured import Structured
 from transformers_api.api.openai.schemas.tokens import DetokenizeRequest, TokenizeRequest
 from transformers_api.api.responses.schema import ResponseRequest
@@ -158,6 +160,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "message fields": fields(Message),
     "trace fields": fields(TraceOptions),
     "lens fields": fields(LensOptions),
+    "rerank fields": fields(RerankRequest),
+    "score fields": fields(ScoreRequest),
+    "infill fields": fields(InfillRequest, Sampling, Structured),
+    "template fields": fields(ApplyTemplateRequest),
     "embedding fields": fields(EmbeddingRequest),
     "load fields": fields(LoadRequest),
     "generate fields": fields(GenerateRequest),
@@ -267,7 +273,7 @@ def _default(field: Any) -> str:
     if field.required:
         return "required"
     default = field.load_default
-    if not isinstance(default, bool | int | float | str):
+    if default == "" or not isinstance(default, bool | int | float | str):
         return ""
     return f"`{str(default).lower()}`"
 

@@ -191,8 +191,9 @@ def test_a_part_that_is_no_text_is_refused_by_name(served, kind):
     assert kind in body["message"]
 
 
-def test_a_suffix_is_refused(served):
-    assert refused(served, "complete", "suffix", suffix="x")["code"] == "unsupported_parameter"
+def test_a_suffix_is_refused_where_nothing_can_be_put_before_it(served):
+    assert refused(served, "chat", "suffix", suffix="x")["code"] == "unsupported_parameter"
+    assert refused(served, "complete", "suffix", suffix="x")["code"] == "model_not_capable"
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,11 @@ from transformers_api.api.http import auth, errors, middleware
 from transformers_api.api.http.services import EXTENSION, Services
 from transformers_api.api.http.strict_json import StrictJSONProvider
 from transformers_api.api.inspect.views import blueprint as inspect
+from transformers_api.api.llamacpp.views import blueprint as llamacpp
 from transformers_api.api.ollama.views import blueprint as ollama
 from transformers_api.api.openai.embeddings import blueprint as embeddings
 from transformers_api.api.openai.models import blueprint as models
+from transformers_api.api.openai.rerank import blueprint as rerank
 from transformers_api.api.openai.tokens import blueprint as tokens
 from transformers_api.api.openai.views import blueprint as openai
 from transformers_api.api.ops import docs
@@ -37,6 +39,7 @@ def register(app: Flask, services: Services) -> None:
     auth.install(app, services)
     errors.install(app)
     api = docs.install(app, needs_key=services.access.keys is not None)
-    openai_routes = (openai, responses, messages, embeddings, models, tokens)
-    for blueprint in (*openai_routes, ollama, generate, chat_stream, inspect, health, monitoring):
+    openai_routes = (openai, responses, messages, embeddings, rerank, models, tokens)
+    others = (chat_stream, inspect, health, monitoring)
+    for blueprint in (*openai_routes, ollama, llamacpp, generate, *others):
         api.register_blueprint(blueprint)

@@ -6,11 +6,14 @@ when the memory suffices, one at a time, and unloaded when it is idle or its mem
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Literal
+
+import numpy
 
 from transformers_api.errors import (
     ContextLengthExceeded,
@@ -90,16 +93,18 @@ def encode(
     inputs: Sequence[str | list[int]],
     limit: int | None = None,
     side: Side = "right",
+    field: str = "input",
 ) -> list[list[int]]:
     """The token ids of every input; ids pass as they are. Raises InvalidRequest with ``param``.
 
     ``limit``: tokens of an input that are read, special ones included; -1: as many as the model
-    reads; None: all, or it is refused. ``side`` is where the others are left out.
+    reads; None: all, or it is refused. ``side`` is where the others are left out. ``field`` is the
+    one that the inputs came in, for messages.
     """
     limit = model.engine.max_model_len if limit == -1 else limit
     rows = []
     for index, item in enumerate(inputs):
-        param = f"input[{index}]" if len(inputs) > 1 else "input"
+        param = f"{field}[{index}]" if len(inputs) > 1 else field
         row = chat_template.encode_text(model, item, True, param) if isinstance(item, str) else item
         if limit is not None and len(row) > limit:
             plain = row
@@ -110,7 +115,7 @@ def encode(
         rows.append(row)
     if (total := sum(map(len, rows))) > MAX_TOKENS:
         raise InvalidRequest(
-            f"'input' has {total} tokens; at most {MAX_TOKENS} are allowed", param="input"
+            f"'{field}' has {total} tokens; at most {MAX_TOKENS} are allowed", param=field
         )
     return rows
 
@@ -173,6 +178,13 @@ def embed(
         for index, vector in zip(indices, made, strict=True):
             vectors[index] = vector
     return vectors
+
+
+def cosine(one: bytes, other: bytes) -> float:
+    """The cosine of the angle between two vectors, little-endian float32; 0 beside one of zeros."""
+    first, second = (numpy.frombuffer(vector, "<f4").astype(float) for vector in (one, other))
+    length = math.sqrt(float(first @ first) * float(second @ second))
+    return max(-1.0, min(1.0, float(first @ second) / length)) if length else 0.0
 
 
 def slices(lengths: Sequence[int], most: int) -> Iterator[list[int]]:

@@ -7,7 +7,7 @@ Each blueprint has one. A new API is a ``Dialect`` here, or in its own folder an
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from marshmallow import Schema
@@ -120,6 +120,7 @@ def _messages_error(error: ApiError) -> Json:
 
 
 OPENAI = Dialect(error_body=_openai_error, error_schema=Error, stream_end=sse.DONE)
+LLAMA_CPP = replace(OPENAI, stream_end=b"")  # llama-server's own routes: `stop: true` is the end
 # The seeds' own routes, and all that no blueprint is named for.
 PLAIN = Dialect(error_body=_detail, error_schema=Detail, stream_end=sse.DONE)
 # /chat/stream and /inspect/*, as niels-gpt has them: ``head must be in [0, 3]``.
@@ -159,6 +160,12 @@ BY_PREFIX = (
     ("/api", OLLAMA),
     ("/tokenize", OPENAI),
     ("/detokenize", OPENAI),
+    ("/tokenizer_info", OPENAI),
+    ("/rerank", OPENAI),
+    ("/score", OPENAI),
+    ("/apply-template", LLAMA_CPP),
+    ("/infill", LLAMA_CPP),
+    ("/props", LLAMA_CPP),
     ("/chat/stream", NIELS),
     ("/inspect", NIELS),
 )

@@ -130,6 +130,8 @@ def ollama_generate(body: dict[str, Any]) -> Any:
 @blueprint.at("/api/embed", methods=["POST"])
 @blueprint.takes(OllamaEmbedRequest, example={"model": "all-minilm-l6-v2", "input": "The sea"})
 @blueprint.gives(OllamaVectors)
+@blueprint.gives(Explained, 400, description="A field is wrong; the text names it")
+@blueprint.gives(Explained, 404, description="No such model")
 @blueprint.gives(Explained, 501, description="`ENABLE_EMBEDDINGS_BACKEND` is off")
 def ollama_embed(body: dict[str, Any]) -> Any:
     """Make a vector of each text."""

@@ -23,8 +23,8 @@ EXAMPLE = {"model": "all-minilm-l6-v2", "input": "The colour of the sea"}
 View = TypeVar("View", bound=Callable[..., Any])
 
 
-def _only_when_enabled(view: View) -> View:
-    """Before the body is looked at: without a backend no body can be right."""
+def only_when_enabled(view: View) -> View:
+    """Refuse before the body is looked at: without a backend no body can be right."""
 
     @wraps(view)
     def guarded(*args: Any, **options: Any) -> Any:
@@ -38,7 +38,7 @@ def _only_when_enabled(view: View) -> View:
 
 
 @blueprint.at("/v1/embeddings", methods=["POST"])
-@_only_when_enabled
+@only_when_enabled
 @blueprint.takes(EmbeddingRequest, example=EXAMPLE)
 @blueprint.gives(Embeddings)
 @blueprint.gives(Error, 400, description="A field is wrong; `param` names it")

@@ -9,13 +9,14 @@ from typing import Any
 from transformers_api.api.http.sampling_schema import DRY_BREAKERS
 from transformers_api.config.settings import Settings
 from transformers_api.engine.base import DryParams, SamplingParams
-from transformers_api.errors import ContextLengthExceeded, InvalidRequest
+from transformers_api.errors import ContextLengthExceeded, InvalidRequest, ModelNotCapable
 from transformers_api.serving.generation import GenerationRequest
 from transformers_api.serving.inspect import trace_plan
 from transformers_api.serving.inspect.trace_plan import TraceRequest
 from transformers_api.serving.swap.loaded_model import LoadedModel
-from transformers_api.serving.text import chat_template
+from transformers_api.serving.text import chat_template, infilling
 from transformers_api.serving.text.dry_breakers import sequence_breakers
+from transformers_api.serving.text.infilling import InfillTokens
 
 _SAMPLING = (
     "temperature",
@@ -51,6 +52,36 @@ def prompt_ids(
             check_ids(model, prompt, "prompt")
         encoded.append(prompt)
     return encoded
+
+
+def infill_ids(
+    model: LoadedModel,
+    prompts: Iterable[str | list[int]],
+    suffix: str,
+    add_special_tokens: bool = True,
+) -> tuple[list[list[int]], frozenset[int]]:
+    """The ids of prompts with ``suffix`` behind the answer, and what ends such answers.
+
+    Raises InvalidRequest, ModelNotCapable.
+    """
+    tokens = infill_tokens(model, "suffix")
+    encoded = []
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            check_ids(model, prompt, "prompt")
+        ids = infilling.encode(tokens, prompt, suffix, add_special_tokens=add_special_tokens)
+        encoded.append(ids)
+    return encoded, tokens.ends
+
+
+def infill_tokens(model: LoadedModel, param: str) -> InfillTokens:
+    """The tokens of ``model`` for a text in the middle. Raises ModelNotCapable with ``param``."""
+    if model.infill is None:
+        raise ModelNotCapable(
+            f"'{param}' needs a model with fill-in-the-middle tokens; '{model.spec.name}' has none",
+            param=param,
+        )
+    return model.infill
 
 
 def check_ids(model: LoadedModel, ids: Iterable[int], param: str) -> None:

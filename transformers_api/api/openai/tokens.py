@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize."""
+"""POST /tokenize and /detokenize, GET /tokenizer_info."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ from transformers_api.api.openai.schemas.tokens import (
     DetokenizeRequest,
     TokenizeAnswer,
     TokenizeRequest,
+    TokenizerInfo,
 )
 from transformers_api.api.openai.views import message_texts, template_options
+from transformers_api.errors import ModelNotLoaded
 from transformers_api.serving.text import chat_template
+from transformers_api.serving.text.model_template import special_tokens
 from transformers_api.serving.text.vocabulary import Vocabulary
 
 blueprint = Blueprint("tokens", __name__, dialect=OPENAI, description="Text to token ids, and back")
@@ -57,3 +60,26 @@ def detokenize(body: dict[str, Any]) -> Any:
         requests.check_ids(model, body["tokens"], "tokens")
         text = chat_template.decode_ids(model, body["tokens"])
         return {"prompt": text, "text": text}
+
+
+@blueprint.at("/tokenizer_info")
+@blueprint.gives(TokenizerInfo)
+@blueprint.gives(Error, 503, description="No model is in memory")
+def tokenizer_info() -> Any:
+    """Describe the tokenizer of the resident model. Loads nothing."""
+    model = services().swapper.resident()
+    if model is None:
+        raise ModelNotLoaded(services().settings.default_model)
+    vocabulary = model.vocabulary
+    return {
+        "tokenizer_class": type(model.tokenizer).__name__,
+        "model": model.spec.name,
+        "chat_template": model.template.source or None,
+        "vocab_size": len(model.tokenizer),
+        "model_max_length": model.engine.max_model_len,
+        **special_tokens(model.tokenizer),
+        "added_tokens_decoder": {
+            str(token_id): {"content": text, "special": token_id in vocabulary.special_ids}
+            for token_id, text in sorted(vocabulary.added.items())
+        },
+    }

@@ -178,7 +178,9 @@ class CompletionTask(Task):
         self.body = body
         self.model_id: str | None = body.get("model")
         self.is_streamed: bool = body["stream"]
+        self.suffix: str | None = body.get("suffix") or None
         self.texts = [prompt for prompt in body["prompt"] if isinstance(prompt, str)]
+        self.texts.append(self.suffix or "")
         self.form = constraint_of(body)
         if self.form is not None and body.get("max_tokens") == 0:
             raise InvalidRequest("A format needs 'max_tokens' above 0", param="max_tokens")
@@ -189,12 +191,8 @@ class CompletionTask(Task):
         """See Task."""
         body = self.body
         fields = {**COMPLETION_DEFAULTS, **requests.registered_options(model), **body}
-        prompts = [
-            requests.truncated(
-                body, ids, model, fields["max_tokens"], explicit="max_tokens" in body
-            )
-            for ids in requests.prompt_ids(model, body["prompt"], body["add_special_tokens"])
-        ]
+        goes_on = fields.get("ignore_eos", False)
+        prompts, ends = self.encoded(model, fields["max_tokens"])
         # All prompts share one limit; a default is cut to what the longest of them leaves.
         max_tokens = min(
             requests.fit(
@@ -202,7 +200,7 @@ class CompletionTask(Task):
                 len(ids),
                 model.engine.max_model_len,
                 explicit="max_tokens" in body,
-                param="prompt",
+                param=self.field,
             )
             for ids in prompts
         )
@@ -214,6 +212,7 @@ class CompletionTask(Task):
             model,
             fields,
             max_tokens,
+            stop_token_ids=frozenset() if goes_on else ends,
             logprobs=logprobs,
             prompt_logprobs=scored,
         )
@@ -226,9 +225,22 @@ class CompletionTask(Task):
             shows_stop=body["include_stop_str_in_output"],
             quiet_s=settings.keepalive_s if body["stream"] else None,
         )
-        goes_on = fields.get("ignore_eos", False)
         request = constrained(request, model, self.form, ignore_eos=goes_on)
         return requests.with_trace(request, model, body, settings) if "trace" in body else request
+
+    def encoded(
+        self, model: LoadedModel, max_tokens: int
+    ) -> tuple[list[list[int]], frozenset[int]]:
+        """The prompts as the model reads them, and the tokens that end answers to them."""
+        body, specials = self.body, self.body["add_special_tokens"]
+        if self.suffix is not None:
+            return requests.infill_ids(model, body["prompt"], self.suffix, specials)
+        prompts = requests.prompt_ids(model, body["prompt"], specials)
+        explicit = "max_tokens" in body
+        cut = [
+            requests.truncated(body, ids, model, max_tokens, explicit=explicit) for ids in prompts
+        ]
+        return cut, frozenset()
 
     def formatter(self, model: LoadedModel, request: GenerationRequest) -> Formatter:
         """See Task."""

@@ -1,4 +1,4 @@
-"""GET /health, /healthz, /readyz and /: the server lives, can serve, and says what it is."""
+"""GET /health, /healthz, /readyz, /version and /: the server lives, serves, and what it is."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers_api.api.http.auth import scope
 from transformers_api.api.http.body import Blueprint
 from transformers_api.api.http.dialects import PLAIN
 from transformers_api.api.http.services import services
-from transformers_api.api.ops.schemas.health import Health, Probe, Ready, Start
+from transformers_api.api.ops.schemas.health import Health, Probe, Ready, Start, Version
 
 blueprint = Blueprint(
     "health", __name__, dialect=PLAIN, description="Whether the server lives and can serve"
@@ -89,6 +89,13 @@ def readyz() -> Response:
     answer = jsonify({"status": "ready" if ready else "not ready", "reason": reason})
     answer.status_code = 200 if ready else 503
     return answer
+
+
+@blueprint.at("/version")
+@blueprint.gives(Version)
+def version() -> Any:
+    """Give the version of this server."""
+    return {"version": __version__}
 
 
 @blueprint.at("/")

@@ -11,6 +11,7 @@ from transformers_api.engine.base import Engine
 from transformers_api.inspection.base import Inspector
 from transformers_api.serving.constraints.compiler import Compiler
 from transformers_api.serving.models.spec import ModelFiles, ModelSpec
+from transformers_api.serving.text.infilling import InfillTokens, infill_tokens
 from transformers_api.serving.text.model_template import ModelTemplate
 from transformers_api.serving.text.vocabulary import Vocabulary
 
@@ -72,6 +73,11 @@ class LoadedModel:
     def end_of_turn(self) -> frozenset[int]:
         """See ModelTemplate."""
         return self.template.end_of_turn
+
+    @cached_property
+    def infill(self) -> InfillTokens | None:
+        """The tokens for a text in the middle; None where the model has none."""
+        return infill_tokens(self.tokenizer, self.engine.vocab_size)
 
     @cached_property
     def compiler(self) -> Compiler:

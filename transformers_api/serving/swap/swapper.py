@@ -27,7 +27,7 @@ from transformers_api.errors import (
 )
 from transformers_api.serving.limits.cancellation import Cancellation
 from transformers_api.serving.models.spec import ModelSpec
-from transformers_api.serving.swap.loaded_model import Loader
+from transformers_api.serving.swap.loaded_model import LoadedModel, Loader
 from transformers_api.serving.swap.policy import Step, SwapPolicy, SwapRules
 from transformers_api.serving.swap.residency import (
     Lease,
@@ -197,6 +197,12 @@ class Swapper:
         """The resident model, the next one, the queues. Advisory: never branch a mutation on it."""
         with self._condition:
             return self._policy.status(dict(self._errors.messages))
+
+    def resident(self) -> LoadedModel | None:
+        """The model in memory without a lease, to look at what it is. Loads nothing."""
+        with self._condition:
+            residency = self._policy.resident
+            return None if residency is None else residency.model
 
     def refuse(self, error: ApiError | None = None) -> None:
         """From now on raise ``error`` for new leases and loads; those who hold or wait go on."""

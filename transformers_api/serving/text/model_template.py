@@ -147,7 +147,7 @@ class ModelTemplate:
                 "tools": None,
                 "documents": None,
                 "messages": messages,
-                **_special_tokens(self._tokenizer),
+                **special_tokens(self._tokenizer),
                 **variables,
             },
         )
@@ -258,7 +258,8 @@ _HELLO = {"role": "user", "content": "hello"}
 _NEXT = {"role": "user", "content": "qznextqz"}
 
 
-def _special_tokens(tokenizer: Any) -> dict[str, Any]:
+def special_tokens(tokenizer: Any) -> dict[str, Any]:
+    """The texts of a tokenizer's special tokens, by the names that templates have for them."""
     return {
         name: list(map(str, token)) if isinstance(token, list) else str(token)
         for name, token in tokenizer.special_tokens_map.items()

@@ -14,6 +14,7 @@ from transformers_api.api.http.fields import (
     Boolean,
     Integer,
     Object,
+    Text,
     check_ids,
 )
 from transformers_api.api.http.sampling_schema import (
@@ -93,6 +94,9 @@ class CompletionRequest(Sampling, Structured):
     add_special_tokens = Boolean(
         load_default=True, **about("Begin a text as the model's texts begin.")
     )
+    suffix = Text(
+        **about("The text after the answer, for models with [fill-in-the-middle](#infill) tokens.")
+    )
     echo = Boolean(load_default=False, **about("Begin the answer with the prompt."))
     logprobs = Integer(
         0, MAX_LOGPROBS, **about("Log probabilities of the tokens and of so many likely others.")
@@ -111,8 +115,17 @@ class CompletionRequest(Sampling, Structured):
             raise ValidationError("must not be smaller than 'n'", "best_of")
         if best_of > data["n"] and data["stream"]:
             raise ValidationError("must equal 'n' in a stream", "best_of")
+        if data.get("suffix"):
+            check_suffix(data)
         if "stream_options" in data:
             check_stream_options(data)
+
+
+def check_suffix(data: Mapping[str, Any]) -> None:
+    """A prompt with a text behind it is neither cut nor repeated."""
+    for name in ("truncate_prompt_tokens", "echo"):
+        if data.get(name):
+            raise ValidationError("must not be sent with 'suffix'", name)
 
 
 def check_stream_options(data: Mapping[str, Any]) -> None:

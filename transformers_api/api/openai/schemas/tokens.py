@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize."""
+"""POST /tokenize and /detokenize, GET /tokenizer_info."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from marshmallow import ValidationError, validates_schema
 from transformers_api.api.http.fields import (
     MAX_TOKEN_ID,
     MOST_IDS,
+    AnyObject,
     Boolean,
     Integer,
     Many,
@@ -65,3 +66,14 @@ class DetokenizeAnswer(Schema):
 
     prompt = Text()
     text = Text()
+
+
+class TokenizerInfo(Schema):
+    """The tokenizer of a model; special tokens stand beside, such as `eos_token`."""
+
+    tokenizer_class = Text(required=True)
+    model = Text()
+    chat_template = Text(allow_none=True)
+    vocab_size = Integer(0, MAX_TOKEN_ID)
+    model_max_length = Integer(1, 1 << 24)
+    added_tokens_decoder = AnyObject(**about("`content` and `special` of added tokens, by id."))

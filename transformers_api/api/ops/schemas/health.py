@@ -51,3 +51,9 @@ class Start(Schema):
     documentation = Text()
     health = Text()
     endpoints = AnyObject()
+
+
+class Version(Schema):
+    """The version of this server."""
+
+    version = Text(required=True)
