@@ -84,7 +84,55 @@ TEMPLATES = {
         "{{ v if v is string else v | tojson }}</parameter>\n{% endfor %}</invoke>\n"
         "{% endfor %}</calls>{% endif %}"
     ),
+    "sorted keys": _made(
+        _SAID + "{% if m.tool_calls %}" + _EACH + "<call {{ f.name }}>"
+        "{% for k, v in f.arguments | dictsort %}<arg {{ k }}>{{ v if v is string else v | tojson }}</arg>"
+        "{% endfor %}</call>{% endfor %}{% endif %}"
+    ),
+    "counted json": _made(
+        "{% if m.tool_calls %}<|actions|>[" + _EACH
+        + '{"call_no": "{{ loop.index0 }}", "tool": "{{ f.name }}", "parameters": {{ f.arguments | tojson }}}'
+        "{% if not loop.last %},{% endif %}\n{% endfor %}]<|actions_end|>{% else %}" + _SAID + "{% endif %}"
+    ),
+    "named behind content": _made(
+        "{% if m.content %}>>>all\n{{ m.content }}{% endif %}{% if m.tool_calls %}" + _EACH
+        + ">>>{{ f.name }}\n{{ f.arguments | tojson }}{% endfor %}{% endif %}",
+        ">>>",
+    ),
+    "keys and values on lines": _made(
+        "<think>{{ m.reasoning_content }}</think>\n" + _SAID + "{% if m.tool_calls %}" + _EACH
+        + "\n<tool_call>{{ f.name }}\n"
+        "{% for k, v in f.arguments | items %}<arg_key>{{ k }}</arg_key>\n"
+        "<arg_value>{{ v if v is string else v | tojson }}</arg_value>\n{% endfor %}</tool_call>"
+        "{% endfor %}{% endif %}"
+    ),
+    "invoked": _made(
+        _SAID + "{% if m.tool_calls %}\n<x:tool_call>\n" + _EACH + '<invoke name="{{ f.name }}">\n'
+        '{% for k, v in f.arguments | items %}<parameter name="{{ k }}">'
+        "{{ v if v is string else v | tojson }}</parameter>\n{% endfor %}</invoke>\n"
+        "{% endfor %}</x:tool_call>{% endif %}"
+    ),
+    "behind instructions": _made(
+        "{{ m.content }}{% if m.tool_calls %}\nAction:\n[" + _EACH
+        + '{"tool_name": "{{ f.name }}", "parameters": {{ f.arguments | tojson(indent=4) }}}'
+        "{% if not loop.last %},\n{% endif %}{% endfor %}]{% endif %}"
+    ).replace(
+        "{% if add_generation_prompt %}", "{% if add_generation_prompt %}<|im_start|>system\nAct.<|im_end|>\n"
+    ),
+    "channels": _made(
+        "{% if m.tool_calls %}{% set f = m.tool_calls[0].function %}"
+        "{% if m.content %}<|channel|>analysis<|message|>{{ m.content }}<|end|><|start|>assistant{% endif %}"
+        " to=functions.{{ f.name }}<|channel|>commentary json<|message|>{{ f.arguments | tojson }}<|call|>"
+        "{% else %}{% if m.thinking %}<|channel|>analysis<|message|>{{ m.thinking }}<|end|><|start|>assistant"
+        "{% endif %}<|channel|>final<|message|>{{ m.content }}{% endif %}"
+    ).replace("<|im_start|>assistant\n", "<|start|>assistant"),
 }  # fmt: skip
+# Of what this writes, no reader can tell where a value ends, or which kind it is.
+AMBIGUOUS = _made(
+    "{% if m.tool_calls %}[" + _EACH + "{{ f.name }}({% for k, v in f.arguments | items %}"
+    "{{ k }}=\"{{ v }}\"{% if not loop.last %}, {% endif %}{% endfor %})"
+    "{% if not loop.last %}, {% endif %}{% endfor %}]{% else %}" + _SAID + "{% endif %}"
+)  # fmt: skip
 THINKING = {
     "field": TEMPLATES["thinking and tagged json"],
     "cut": _made("{{ m.content.split('</think>')[-1] }}", "<think>\n"),

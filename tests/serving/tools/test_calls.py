@@ -71,7 +71,7 @@ def compiler():
 
 def grammar_of(compiler, style, *, most=True, lead=None):
     rules = CallGrammar(style, TOOLS, {}, parallel=most)
-    source = rules.source(lead=style.lead if lead is None else lead)
+    source = rules.source(leads=[style.lead if lead is None else lead])
     return compiler.compile(ConstraintSpec(kind="rules", source=source, param="tools"))
 
 
@@ -114,6 +114,38 @@ def pieces(text, cut):
         size = len(text) if cut is None else rng.randint(1, 9) if cut == "random" else cut
         yield text[at : at + size]
         at += size
+
+
+NOTES = (
+    {"type": "string"},
+    {"type": "string", "minLength": 3, "maxLength": 40},
+    {"type": "string", "pattern": "^A </b"},
+    {"type": "string", "pattern": "go"},
+)
+
+
+@pytest.mark.parametrize("schema", NOTES, ids=str)
+@ALL
+def test_texts_in_calls_end_where_the_model_ends_them(compiler, name, schema):
+    style = FORMATS[name]
+    if style.core != "tagged":
+        return
+    properties = {"note": schema, "more": schema}
+    tool = Tool(name="log", parameters={"properties": properties, "required": ["note", "more"]})
+    source = CallGrammar(style, [tool], {}).source(leads=[style.lead])
+    grammar = compiler.compile(ConstraintSpec(kind="rules", source=source, param="tools"))
+    note, (before, after) = "A </b <par >go", style.quotes
+    text = f"{style.lead}log{style.open}note{style.kv}{before}{note}{after}{style.sep}"
+    text += f"more{style.kv}{before}{note}{after}{style.close}{style.tail}"
+    constraint = grammar.start()
+    for token in compiler.encode(text):
+        assert token in bits(constraint.allowed()), text
+        constraint.take(token)
+    assert constraint.is_complete or set(bits(constraint.allowed())) & set(compiler.end_ids)
+    schemas = {"log": tool.parameters}
+    parser = AnswerParser(style, schemas)
+    _, _, calls = read(parser.push(text) + parser.finish())
+    assert calls == [("log", {"note": note, "more": note})]
 
 
 @ALL

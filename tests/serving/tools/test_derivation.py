@@ -9,19 +9,26 @@ import jsonschema
 import pytest
 
 from tests import tokenizers
-from tests.serving.test_constraints import compiler_of
-from tests.serving.tools.templates import TEMPLATES, THINKING
+from tests.serving.test_constraints import bits, compiler_of
+from tests.serving.tools.templates import AMBIGUOUS, TEMPLATES, THINKING
 from tests.serving.tools.test_calls import SCHEMAS, TOOLS, drawn, grammar_of, parsed
+from transformers_api.serving.text import model_template
 from transformers_api.serving.text.model_template import ModelTemplate
+from transformers_api.serving.tools.answer_plan import plan
+from transformers_api.serving.tools.spec import ToolUse
+from transformers_api.serving.tools.template_probe import after_thought
 
 TURNS = [
     [("get_weather", {"city": 'São "old" town', "unit": "c", "days": 3})],
     [("get_weather", {"city": "Köln & <x>", "unit": "f", "days": 12, "hourly": True})],
+    [("get_weather", {"city": "12", "unit": "f", "days": -1, "hourly": False})],
     [("ping-host.v2", {"opts": {"tags": ["a", "b c"]}})],
+    [("now", {})],
     [
         ("get_weather", {"city": "Paris", "unit": "c", "days": 1}),
         ("get_weather", {"city": "Rome", "unit": "f", "days": 2}),
     ],
+    [("now", {}), ("ping-host.v2", {"opts": {"tags": []}}), ("now", {})],
 ]
 
 
@@ -36,32 +43,70 @@ def template(request):
     return template
 
 
-def test_what_the_template_writes_is_read_back(template):
+def written(template, turn, content) -> str | None:
+    """The text that a model would have to write for the calls of ``turn``."""
     style = template.call_format
-    reasoning = template.reasoning
-    for turn in TURNS:
-        if len(turn) > 1 and style.between is None:
-            continue
-        calls = [
-            {
-                "id": "abcdefghi",
-                "type": "function",
-                "function": {
-                    "name": name,
-                    "arguments": json.dumps(arguments) if style.takes_text else arguments,
-                },
+    calls = [
+        {
+            "id": "abcdefghi",
+            "type": "function",
+            "function": {
+                "name": name,
+                "arguments": json.dumps(arguments, ensure_ascii=False)
+                if style.takes_text
+                else arguments,
+            },
+        }
+        for name, arguments in turn
+    ]
+    message = {"role": "assistant", "content": content, "tool_calls": calls}
+    return template._probe.answer(message)
+
+
+def turns(style):
+    return [turn for turn in TURNS if len(turn) == 1 or style.between is not None]
+
+
+def test_what_the_template_writes_is_read_back(template):
+    style, reasoning = template.call_format, template.reasoning
+    marks = None if reasoning is None else (reasoning.open, reasoning.close)
+    for turn in turns(style):
+        for content in (None if style.content_is_null else "", "Let me look."):
+            text = written(template, turn, content)
+            is_open = marks is not None and not text.lstrip().startswith(marks[0])
+            options = {
+                "thought": marks,
+                "is_thinking": is_open and marks[1] in text,
+                "openings": template.answer_openings,
             }
-            for name, arguments in turn
-        ]
-        content = None if style.content_is_null else ""
-        message = {"role": "assistant", "content": content, "tool_calls": calls}
-        probe = template._probe
-        text = probe.answer(message)
-        marks = None if reasoning is None else (reasoning.open, reasoning.close)
-        for cut in (1, 5, None):
-            _, said, read = parsed(style, text, cut, thought=marks)
-            assert read == turn
-            assert not said.strip()
+            shown = content if content and content in text else ""
+            for cut in (1, 5, None):
+                thought, said, read = parsed(style, text, cut, **options)
+                assert read == turn
+                assert (said.strip() or thought.strip()) == shown
+
+
+def test_the_calls_of_a_template_are_held_where_they_are_free(template):
+    compiler = compiler_of(tokenizers.byte_level(merges=('{"', '":', "</", ">\n")))
+    style, reasoning = template.call_format, template.reasoning
+    use = ToolUse(tools=TOOLS, mode="auto")
+    answer = plan(compiler, compiler._vocabulary, style=style, use=use)
+    for turn in turns(style):
+        if turn[0][1].get("days") == -1:  # not by its schema
+            continue
+        for content in (None if style.content_is_null else "", "Let me look."):
+            text = written(template, turn, content)
+            if reasoning is not None:
+                text = after_thought(text, reasoning.close, text.find(turn[0][0]))
+            constraint = answer.constrain()
+            for token in compiler.encode(text.partition("<|im_end|>")[0]):
+                mask = constraint.allowed()
+                assert mask is None or token in bits(mask), text
+                constraint.take(token)
+            assert constraint.allowed() is not None, text
+            assert constraint.is_complete or set(compiler.end_ids).intersection(
+                bits(constraint.allowed())
+            )
 
 
 def test_calls_drawn_under_the_derived_grammar_are_valid(template):
@@ -106,3 +151,50 @@ def test_the_tools_of_a_request_stand_in_the_prompt(template):
         kwargs={},
     )
     assert "ping-host.v2" in text
+
+
+def test_a_format_that_does_not_read_back_is_none():
+    assert template_of(AMBIGUOUS).call_format is None
+
+
+HEADERS = (
+    " to=functions.now<|channel|>commentary json<|message|>{}",
+    "<|channel|>commentary to=functions.now <|constrain|>json<|message|>{}",
+    "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>commentary "
+    "to=functions.now <|constrain|>json<|message|>{}",
+)
+
+
+@pytest.mark.parametrize("text", HEADERS)
+def test_the_words_of_a_channel_may_come_in_either_order(text):
+    template = template_of(TEMPLATES["channels"])
+    style, reasoning = template.call_format, template.reasoning
+    marks = (reasoning.open, reasoning.close)
+    for cut in (1, 5, None):
+        thought, said, calls = parsed(style, text, cut, thought=marks)
+        assert (thought, said, calls) == ("hm" if "hm" in text else "", "", [("now", {})])
+    compiler = compiler_of(tokenizers.byte_level())
+    use = ToolUse(tools=TOOLS, mode="auto")
+    constraint = plan(compiler, compiler._vocabulary, style=style, use=use).constrain()
+    for token in compiler.encode(text):
+        assert constraint.allowed() is None or token in bits(constraint.allowed())
+        constraint.take(token)
+    assert constraint.allowed() is not None
+
+
+def test_headers_before_an_answer_are_no_content():
+    template = template_of(TEMPLATES["channels"])
+    marks = (template.reasoning.open, template.reasoning.close)
+    options = {"thought": marks, "openings": template.answer_openings}
+    thought = "<|channel|>analysis<|message|>hm<|end|><|start|>assistant"
+    for before, reasoning in (("", ""), (thought, "hm")):
+        text = before + "<|channel|>final<|message|>Hello <|start"
+        for cut in (1, 5, None):
+            assert parsed(None, text, cut, **options) == (reasoning, "Hello <|start", [])
+    assert parsed(None, "<|channel|>fin", 1, **options)[1] == "<|channel|>fin"
+
+
+def test_a_slow_template_is_asked_no_longer(monkeypatch):
+    monkeypatch.setattr(model_template, "_PROBED_S", 0.0)
+    template = template_of(TEMPLATES["xml"])
+    assert (template.call_format, template.reasoning) == (None, None)

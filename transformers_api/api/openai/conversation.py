@@ -91,8 +91,9 @@ class Conversation:
         Raises InvalidRequest, ConstraintsUnavailable.
         """
         reasoning = None
+        openings: Sequence[str] = ()
         if chat_template.chat_mode(model) == "template":
-            reasoning = model.template.reasoning
+            reasoning, openings = model.template.reasoning, model.template.answer_openings
         if self.use is None and self.form is None and reasoning is None:
             return None
         style = None
@@ -108,6 +109,7 @@ class Conversation:
             use=self.use,
             form=self.form,
             reasoning=reasoning,
+            openings=openings,
             prompt=prompt.text,
             budget=budget,
             ignore_eos=ignore_eos,

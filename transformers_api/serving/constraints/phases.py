@@ -39,7 +39,7 @@ class Phases:
     """
 
     thought: Thought | None = None
-    trigger: re.Pattern[bytes] | None = None  # group 1 is what the grammar begins with
+    trigger: re.Pattern[bytes] | None = None  # its group is what the grammar begins with
     grammar: Grammar | None = None
     loose: Grammar | None = None  # of what the trigger's last token holds besides: if not the other
     forbidden: Collection[int] = ()
@@ -126,7 +126,7 @@ class PhasedConstraint:
         match = None if trigger is None else trigger.search(self._tail)
         if match is None:
             return
-        tokens = self._since(match.start(1))
+        tokens = self._since(match.start(match.lastindex or 0))
         for grammar in (self._phases.grammar, self._phases.loose):
             if grammar is not None and grammar.fits(tokens):
                 self._held = grammar.start(tokens, forbidden=self._phases.forbidden)

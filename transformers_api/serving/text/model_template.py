@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,13 +14,18 @@ from transformers_api.serving.text.control_tokens import BREAK, ControlTokens
 from transformers_api.serving.text.template_renderer import TemplateFailed, renderer
 from transformers_api.serving.tools.call_format import CallFormat
 from transformers_api.serving.tools.derivation import derive
-from transformers_api.serving.tools.reasoning_style import ReasoningStyle, derive_reasoning
+from transformers_api.serving.tools.reasoning_style import (
+    ReasoningStyle,
+    answer_openings,
+    derive_reasoning,
+)
 from transformers_api.serving.tools.template_probe import FUNCTIONS, HELLO, TOOLS, TemplateProbe
 
 _PROBE = "qzprobeqz"
 _TAG = "qzcontinueqz "  # transformers' way: where the space is cut off, so is the message's
 _WORD = re.compile(r"[^\W_]+")
 _LIST = re.compile("[\"']type[\"']: ")  # a list of parts that is written as such
+_PROBED_S = 5.0  # of rendering, to find out what a template writes; an ordinary one takes 0.05
 _LOOKED_AT = 4096  # characters of a message, for a word that must be in the prompt
 
 
@@ -195,19 +201,32 @@ class ModelTemplate:
             return None
         return derive(self._probe, self.reasoning.close if self.reasoning else "")
 
-    @property
+    @cached_property
+    def answer_openings(self) -> tuple[str, ...]:
+        """The headers that a model writes before what it says; mostly none."""
+        return answer_openings(self._probe, self.reasoning) if self.source else ()
+
+    @cached_property
     def _probe(self) -> TemplateProbe:
+        left_s = _PROBED_S
+
         def render(
             messages: Sequence[Mapping[str, Any]],
             tools: Sequence[Any] | None,
             add_generation_prompt: bool,
             variables: Mapping[str, Any],
         ) -> str | None:
+            nonlocal left_s
+            if left_s <= 0:
+                return None
             prompt = {"add_generation_prompt": add_generation_prompt, "tools": tools}
+            began = time.monotonic()
             try:
                 return self._rendered(messages, {**prompt, **variables})
             except TemplateFailed:
                 return None
+            finally:
+                left_s -= time.monotonic() - began
 
         return TemplateProbe(render)
 

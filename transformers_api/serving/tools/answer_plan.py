@@ -18,7 +18,12 @@ from transformers_api.serving.constraints.compiler import Compiler
 from transformers_api.serving.constraints.phases import Phases, Thought
 from transformers_api.serving.constraints.spec import ConstraintSpec
 from transformers_api.serving.text.vocabulary import Vocabulary
-from transformers_api.serving.tools.call_format import SLOT_ID, SLOT_NAME, CallFormat
+from transformers_api.serving.tools.call_format import (
+    SLOT_COUNT,
+    SLOT_ID,
+    SLOT_NAME,
+    CallFormat,
+)
 from transformers_api.serving.tools.call_grammar import CallGrammar, between_slashes, in_json
 from transformers_api.serving.tools.call_parser import AnswerParser
 from transformers_api.serving.tools.reasoning_style import ReasoningStyle
@@ -38,7 +43,8 @@ _LITERALS = (
     "close",
     "empty",
 )
-_SLOT = re.compile(f"{SLOT_ID}|{SLOT_NAME}")
+_LISTS = ("quotes", "other_leads", "other_mids")
+_SLOT = re.compile(f"{SLOT_ID}|{SLOT_NAME}|{SLOT_COUNT}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +55,7 @@ class AnswerPlan:
     schemas: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     thought: tuple[str, str] | None = None
     is_thinking: bool = False  # the prompt has opened the thought
+    openings: Sequence[str] = ()  # headers before what is said
     marks: Mapping[int, str] = field(default_factory=dict)  # of special tokens, by id
     constrain: Callable[[], TokenConstraint] | None = None
     warnings: Sequence[str] = ()  # what of a schema is not enforced
@@ -61,7 +68,11 @@ class AnswerPlan:
     def parser(self) -> AnswerParser:
         """A parser of one answer."""
         return AnswerParser(
-            self.style, self.schemas, thought=self.thought, is_thinking=self.is_thinking
+            self.style,
+            self.schemas,
+            thought=self.thought,
+            is_thinking=self.is_thinking,
+            openings=self.openings,
         )
 
 
@@ -73,6 +84,7 @@ def plan(
     use: ToolUse | None,
     form: ConstraintSpec | None = None,
     reasoning: ReasoningStyle | None = None,
+    openings: Sequence[str] = (),
     prompt: str = "",
     budget: int | None = None,
     ignore_eos: bool = False,
@@ -81,8 +93,8 @@ def plan(
 ) -> AnswerPlan:
     """The plan of an answer to ``prompt``, whose end shows whether the model thinks already.
 
-    ``style``: None where no calls are read. ``budget``: tokens of thinking, None: as many as it
-    likes. Raises InvalidRequest, ConstraintsUnavailable.
+    ``style``: None where no calls are read. ``openings``: headers before what is said. ``budget``:
+    tokens of thinking, None: as many as it likes. Raises InvalidRequest, ConstraintsUnavailable.
     """
     special = {vocabulary.added[i]: i for i in vocabulary.special_ids if vocabulary.added[i]}
     is_thinking = reasoning is not None and _opens(prompt, reasoning)
@@ -109,7 +121,8 @@ def plan(
             )
         phases = replace(phases, prefix=tokens)
     marks = {
-        token: chr(_MARK + place) for place, token in enumerate(_used(style, reasoning, special))
+        token: chr(_MARK + place)
+        for place, token in enumerate(_used(style, reasoning, openings, special))
     }
     mark_texts = {text: marks[token] for text, token in special.items() if token in marks}
     needs = phases.grammar is not None or (budget is not None and reasoning is not None)
@@ -120,6 +133,7 @@ def plan(
         if reasoning is None
         else (_with_marks(reasoning.open, mark_texts), _with_marks(reasoning.close, mark_texts)),
         is_thinking=is_thinking,
+        openings=[_with_marks(text, mark_texts) for text in openings],
         marks=marks,
         constrain=(lambda: phases.start(compiler, vocabulary)) if needs else None,
         warnings=phases.grammar.warnings if form is not None and phases.grammar is not None else (),
@@ -138,16 +152,18 @@ def _with_grammar(
     if use is None or style is None:
         return phases if form is None else replace(phases, grammar=compiler.compile(form))
     rules = CallGrammar(style, use.callable, special, parallel=use.parallel)
-    lead = style.lead.lstrip()
+    leads = [style.lead.lstrip(), *(text.lstrip() for text in style.other_leads)]
     trigger, answer = None, None
     if use.mode == "auto" and form is None:
         trigger = _trigger(style, use)
+        leads = [text.lstrip() for text in style.leads]
     elif use.mode == "auto" and form is not None:
         answer = _rule(form)
-    source = rules.source(lead=lead, answer=answer)
+    source = rules.source(leads=leads, answer=answer)
     grammar, loose = compiler.compile(_rules(source, param)), None
-    if trigger is not None and lead != lead.rstrip() and not lead.rstrip().endswith(tuple(special)):
-        source = rules.source(lead=lead, is_loose=True)
+    spaced = [text for text in leads if text != text.rstrip()]
+    if trigger is not None and any(not t.rstrip().endswith(tuple(special)) for t in spaced):
+        source = rules.source(leads=leads, is_loose=True)
         loose = compiler.compile(_rules(source, param))
     return replace(phases, grammar=grammar, loose=loose, trigger=trigger)
 
@@ -169,20 +185,26 @@ def _rule(form: ConstraintSpec) -> str:
 
 
 def _trigger(style: CallFormat, use: ToolUse) -> re.Pattern[bytes]:
-    """The beginning of a call in free text: its lead; without one, a core at the very start."""
-    lead = _SLOT.split(style.lead.strip())[0].rstrip()
-    if lead:
-        return re.compile(b"(" + re.escape(lead.encode()) + b")")
+    """The beginning of a call in free text: a lead; without one, a core at the very start."""
+    starts = [_SLOT.split(lead.strip())[0].rstrip() for lead in style.leads]
+    bodies = [re.escape(start) for start in dict.fromkeys(starts) if start]
+    patterns = [f"({'|'.join(bodies)})"] if bodies else []
+    if not all(starts):
+        patterns.append(rf"\A\s*({_core_start(style, use)})")
+    return re.compile("|".join(patterns).encode())
+
+
+def _core_start(style: CallFormat, use: ToolUse) -> str:
     names = "|".join(re.escape(tool.name) for tool in use.callable)
     match style.core:
         case "json":
-            key = re.escape(style.name_key) if style.name_key else f"(?:{names})"
-            start = rf'\{{\s*"{key}"'
+            first = (style.keys or (style.name_key,))[0]
+            key = re.escape(first) if style.name_key else f"(?:{names})"
+            return rf'\{{\s*"{key}"'
         case "named":
-            start = f"(?:{names}){re.escape(_SLOT.split(style.mid)[0])}"
+            return f"(?:{names}){re.escape(_SLOT.split(style.mid)[0])}"
         case "tagged":
-            start = f"(?:{names}){re.escape(style.open)}"
-    return re.compile(rf"\A\s*({start})".encode())
+            return f"(?:{names}){re.escape(style.open)}"
 
 
 def _thought(
@@ -214,18 +236,26 @@ def _opens(prompt: str, reasoning: ReasoningStyle) -> bool:
 
 
 def _used(
-    style: CallFormat | None, reasoning: ReasoningStyle | None, special: Mapping[str, int]
+    style: CallFormat | None,
+    reasoning: ReasoningStyle | None,
+    openings: Sequence[str],
+    special: Mapping[str, int],
 ) -> Sequence[int]:
     """The special tokens that stand in the literals."""
-    texts = [] if reasoning is None else [reasoning.open, reasoning.close]
+    texts = list(openings)
+    texts += [] if reasoning is None else [reasoning.open, reasoning.close]
     texts += [] if style is None else _literals(style).values()
     return sorted(token for text, token in special.items() if any(text in t for t in texts))
 
 
 def _literals(style: CallFormat) -> dict[str, str]:
     literals = {name: getattr(style, name) for name in _LITERALS}
+    lists = {name: getattr(style, name) for name in _LISTS}
     return {name: text for name, text in literals.items() if text} | {
-        f"quotes{place}": quote for place, quote in enumerate(style.quotes) if quote
+        f"{name}{place}": text
+        for name, texts in lists.items()
+        for place, text in enumerate(texts)
+        if text
     }
 
 
@@ -236,7 +266,9 @@ def _marked(style: CallFormat, marks: Mapping[str, str]) -> CallFormat:
     changed: dict[str, Any] = {
         name: _with_marks(text, marks) for name, text in _literals(style).items()
     }
-    changed["quotes"] = tuple(changed.pop(f"quotes{place}", "") for place in (0, 1))
+    for name in _LISTS:
+        places = range(len(getattr(style, name)))
+        changed[name] = tuple(changed.pop(f"{name}{place}", "") for place in places)
     return replace(style, **changed)
 
 

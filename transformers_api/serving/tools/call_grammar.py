@@ -9,11 +9,18 @@ from typing import Any
 import orjson
 
 from transformers_api.errors import InvalidRequest
-from transformers_api.serving.tools.call_format import SLOT_ID, SLOT_NAME, CallFormat
+from transformers_api.serving.tools.call_format import (
+    SLOT_COUNT,
+    SLOT_ID,
+    SLOT_NAME,
+    CallFormat,
+)
 from transformers_api.serving.tools.spec import MOST_CALLS, Tool
+from transformers_api.serving.tools.template_probe import common
 
 MAX_SOURCE = 2 << 20  # characters of all rules: where arguments refer, each has all schemas
 _ID = "ID: /[A-Za-z0-9]{9}/"
+_COUNT = "COUNT: /[0-9]{1,3}/"
 _ESCAPED = re.compile(r"(?s:\\.)|[/\n\r\\]")
 _WRITTEN = {"/": "\\/", "\n": "\\n", "\r": "\\r"}
 _NAMED = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
@@ -25,6 +32,13 @@ _OPTIONS = {
         "whitespace_flexible": False,
         "item_separator": ", ?",
         "key_separator": ": ?",
+        "lenient": True,
+    }
+}
+_INDENTED = {
+    "x-guidance": {
+        "whitespace_flexible": True,
+        "whitespace_pattern": r"[ \n]{0,40}",
         "lenient": True,
     }
 }
@@ -45,11 +59,13 @@ class CallGrammar:
         self._tools = tools
         self._special = special
         texts = sorted(special, key=len, reverse=True)
-        self._slots = re.compile("|".join(map(re.escape, [SLOT_ID, SLOT_NAME, *texts])))
+        self._slots = re.compile("|".join(map(re.escape, [SLOT_ID, SLOT_NAME, SLOT_COUNT, *texts])))
         self._parallel = parallel
 
-    def source(self, *, lead: str, answer: str | None = None, is_loose: bool = False) -> str:
-        """The grammar of calls behind ``lead``, or of either that or ``answer``, a rule body.
+    def source(
+        self, *, leads: Sequence[str], answer: str | None = None, is_loose: bool = False
+    ) -> str:
+        """The grammar of calls behind one of ``leads``, or of that or ``answer``, a rule body.
 
         ``is_loose``: other white space than the template's may follow the lead. One token may hold
         the end of a lead and the beginning of a call: it is too late then to ask for a line break.
@@ -58,9 +74,9 @@ class CallGrammar:
         calls = "call"
         if style.between is not None and self._parallel:
             calls = f"call ({self._literal(style.between)} call){{0,{MOST_CALLS - 1}}}"
-        begin = self._literal(lead)
+        begin = self._either(leads)
         if is_loose:
-            begin = self._joined(self._literal(lead.rstrip()), "SPACE")
+            begin = self._joined(self._either([lead.rstrip() for lead in leads]), "SPACE")
         turn = self._joined(begin, calls, self._literal(style.tail))
         names = " | ".join(f"call{place}" for place in range(len(self._tools)))
         rules = [
@@ -68,6 +84,7 @@ class CallGrammar:
             *([] if answer is None else [f"turn: {turn}"]),
             f"call: {names}",
             _ID,
+            _COUNT,
             _SPACE,
         ]
         for place, tool in enumerate(self._tools):
@@ -79,13 +96,16 @@ class CallGrammar:
     def _call(self, place: int, tool: Tool) -> list[str]:
         style = self._style
         if style.core == "json":
-            return [f"call{place}: {in_json(self._object(tool))}"]
+            return [f"call{place}: {self._json(self._object(tool))}"]
         name = _quoted(tool.name)
         if style.core == "named":
-            mid = self._literal(style.mid, tool.name)
-            body = self._joined(name, mid, in_json(tool.parameters))
+            mid = self._either((style.mid, *style.other_mids), tool.name)
+            body = self._joined(name, mid, self._json(tool.parameters))
             return [f"call{place}: {body}"]
         return _Tagged(self, style, place, tool).rules()
+
+    def _json(self, schema: Mapping[str, Any]) -> str:
+        return in_json(schema, _INDENTED if self._style.is_indented else _OPTIONS)
 
     def _object(self, tool: Tool) -> dict[str, Any]:
         style = self._style
@@ -102,6 +122,14 @@ class CallGrammar:
             }
             if style.id_key:
                 properties[style.id_key] = {"type": "string", "pattern": "^[a-zA-Z0-9]{9}$"}
+            if style.counter_key:
+                is_number = isinstance(style.counter_start, int)
+                properties[style.counter_key] = (
+                    {"type": "integer", "minimum": 0, "maximum": 999}
+                    if is_number
+                    else {"type": "string", "pattern": "^[0-9]{1,3}$"}
+                )
+            properties = {key: properties[key] for key in style.keys or properties}
         return {
             "type": "object",
             "properties": properties,
@@ -117,11 +145,19 @@ class CallGrammar:
             at = match.end()
             if match[0] == SLOT_ID:
                 parts.append("ID")
+            elif match[0] == SLOT_COUNT:
+                parts.append("COUNT")
             elif match[0] == SLOT_NAME:
                 parts.append(_quoted(name))
             else:
                 parts.append(f"<[{self._special[match[0]]}]>")
         return self._joined(*parts, _quoted(text[at:]))
+
+    def _either(self, texts: Sequence[str], name: str = "") -> str:
+        bodies = [self._literal(text, name) or '""' for text in dict.fromkeys(texts)]
+        if len(bodies) > 1:
+            return f"({' | '.join(bodies)})"
+        return "" if bodies == ['""'] else bodies[0]
 
     @staticmethod
     def _joined(*parts: str) -> str:
@@ -136,8 +172,22 @@ class _Tagged:
         self._style = style
         self._place = place
         self._tool = tool
-        self._properties = _mapping(tool.parameters.get("properties"))
+        self._properties = self._ordered(_mapping(tool.parameters.get("properties")))
         self._required = frozenset(tool.parameters.get("required") or ())
+        # The text that ends any bare value, and any text.
+        shared = common(style.sep, style.close)
+        self._end = "" if style.quotes[1] else self._plain(style.sep[:shared])
+        self._text_end = self._plain(style.quotes[1]) if style.quotes[1] else self._end
+
+    def _ordered(self, properties: Mapping[str, Any]) -> Mapping[str, Any]:
+        if not self._style.sorts_keys:
+            return properties
+        return dict(sorted(properties.items(), key=lambda item: item[0].lower()))
+
+    def _plain(self, text: str) -> str:
+        """The beginning of a literal that is text, before any special token."""
+        first = self._grammar._slots.search(text)
+        return text if first is None else text[: first.start()]
 
     def rules(self) -> list[str]:
         style, place, literal = self._style, self._place, self._grammar._literal
@@ -146,14 +196,16 @@ class _Tagged:
         for at, key in enumerate(keys):
             rules += self._argument(at, key)
         for at, key in enumerate(keys):
-            here = joined(literal(style.sep), f"arg{place}_{at}", f"rest{place}_{at + 1}")
+            sep = style.sep.removeprefix(self._end)
+            here = joined(literal(sep), f"arg{place}_{at}", f"rest{place}_{at + 1}")
             skip = "" if key in self._required else f" | rest{place}_{at + 1}"
             rules.append(f"rest{place}_{at}: {here}{skip}")
         rules.append(f'rest{place}_{len(keys)}: ""')
         bodies, may_be_empty = [], True
         for at, key in enumerate(keys):
             rest = f"arg{place}_{at} rest{place}_{at + 1}"
-            bodies.append(joined(literal(style.open), rest, literal(style.close)))
+            close = style.close.removeprefix(self._end)
+            bodies.append(joined(literal(style.open), rest, literal(close)))
             if key in self._required:
                 may_be_empty = False
                 break
@@ -173,7 +225,8 @@ class _Tagged:
             value, extra = self._text(f"STR{self._place}_{at}", schema)
             kv = style.kv
         else:
-            value, extra, kv = self._other(schema), [], style.kv_json or style.kv
+            value = grammar._joined(self._other(schema), grammar._literal(self._end))
+            extra, kv = [], style.kv_json or style.kv
         return [f"{name}: {grammar._joined(first, grammar._literal(kv), value)}", *extra]
 
     def _text(self, terminal: str, schema: Mapping[str, Any]) -> tuple[str, list[str]]:
@@ -183,25 +236,32 @@ class _Tagged:
         if values or "const" in schema:
             values = values or [schema["const"]]
             texts = " | ".join(_quoted(str(value)) for value in values)
-            return self._grammar._joined(before, f"({texts})", after), []
-        # No value may hold what ends it.
-        ends = {
-            end for end in (style.quotes[1] or style.sep, style.quotes[1] or style.close) if end
-        }
+            return self._grammar._joined(before, f"({texts})", after, literal(self._end)), []
         low, high = _size(schema, "minLength", 0), _size(schema, "maxLength", "")
-        body = rf"{terminal}: /(?s:.){{{low},{high}}}/"
-        for end in sorted(ends):
-            body += rf" & ~/(?s:.*){_pattern(end.strip() or end)}(?s:.*)/"
+        # A terminal takes what it can: with the end in it, and no other before that, it ends there.
+        end = _pattern(self._text_end)
+        body = f"{terminal}: /{self._character()}{{{low},{high}}}{end}/"
+        if inner := _pattern(self._text_end.strip() or self._text_end):
+            body += rf" & ~/(?s:.*){inner}(?s:.*){inner}(?s:.*)/"
         pattern = schema.get("pattern")
         if isinstance(pattern, str):
-            body += f" & {between_slashes(_anchored(pattern))}"
+            body += f" & {between_slashes(_anchored(pattern) + end)}"
+        after = literal(style.quotes[1].removeprefix(self._text_end))
         return self._grammar._joined(before, terminal, after), [body]
+
+    def _character(self) -> str:
+        """A pattern for a character of a text: none with which an end begins, where they differ."""
+        if self._text_end or self._style.quotes[1]:
+            return "(?s:.)"
+        first = {end[0] for end in (self._style.sep, self._style.close) if self._plain(end)}
+        return f"[^{''.join(map(_pattern, sorted(first)))}]" if first else "(?s:.)"
 
     def _other(self, schema: Mapping[str, Any]) -> str:
         style = self._style
         if schema.get("type") == "boolean" and style.true != "true":
             return f"({_quoted(style.true)} | {_quoted(style.false)})"
-        if style.quotes[0] and schema.get("type") in ("object", "array"):
+        is_nested = schema.get("type") in ("object", "array")
+        if style.quotes[0] and is_nested and not style.nests_json:
             return self._written(schema)
         return in_json(schema)
 
@@ -212,7 +272,7 @@ class _Tagged:
             case "object":
                 items = [
                     f"{_quoted(key + ':')} {self._written(_mapping(value))}"
-                    for key, value in _mapping(schema.get("properties")).items()
+                    for key, value in self._ordered(_mapping(schema.get("properties"))).items()
                 ]
                 return self._grammar._joined('"{"', ' "," '.join(items), '"}"')
             case "array":
@@ -221,7 +281,9 @@ class _Tagged:
                 return f'"[" ({item} ("," {item}){{0,{most - 1}}})? "]"'
             case "string":
                 longest = _size(schema, "maxLength", 4096)
-                return self._grammar._joined(before, rf'/[^\n\r<"]{{0,{longest}}}/', after)
+                first = self._plain(self._style.quotes[1])[:1]
+                character = f"[^{_pattern(first)}]" if first else "(?s:.)"
+                return self._grammar._joined(before, f"/{character}{{0,{longest}}}/", after)
         return in_json(schema)
 
 
@@ -230,9 +292,9 @@ def is_text(schema: Mapping[str, Any]) -> bool:
     return isinstance(schema, Mapping) and schema.get("type") == "string"
 
 
-def in_json(schema: Mapping[str, Any]) -> str:
+def in_json(schema: Mapping[str, Any], options: Mapping[str, Any] = _OPTIONS) -> str:
     """The body of a rule: a value by ``schema``, in JSON."""
-    return f"%json {orjson.dumps({**schema, **_OPTIONS}).decode()}"
+    return f"%json {orjson.dumps({**schema, **options}).decode()}"
 
 
 def moved(schema: Any, place: str) -> Any:

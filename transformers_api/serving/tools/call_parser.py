@@ -7,7 +7,7 @@ cut.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import regex
@@ -19,6 +19,7 @@ from transformers_api.serving.tools.call_readers import (
     NOTHING,
     CallReader,
     literal_pattern,
+    mids_pattern,
     reader,
 )
 from transformers_api.serving.tools.spec import (
@@ -35,7 +36,7 @@ class AnswerParser:
     """Reads one answer. ``schemas`` are the parameters of the tools, by name.
 
     ``style`` None: there are no calls. ``thought`` are the marks around reasoning, None where there
-    is none; ``is_thinking``: the prompt has opened it.
+    is none; ``is_thinking``: the prompt has opened it. ``openings``: headers before what is said.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class AnswerParser:
         *,
         thought: tuple[str, str] | None = None,
         is_thinking: bool = False,
+        openings: Sequence[str] = (),
     ) -> None:
         self._style = style
         self._schemas = schemas
@@ -57,8 +59,9 @@ class AnswerParser:
         self._has_content = False
         self._trims = False  # white space before content
         self.calls = 0
+        self._openings = openings
         if thought is None:
-            self._state = self._content
+            self._state = self._opening
         elif is_thinking:
             self._state = self._reasoning
         self._starts = [] if style is None else _starts(style)
@@ -102,6 +105,16 @@ class AnswerParser:
             return True
         if mark and mark.startswith(text) and not self._is_last:
             return False
+        self._state = self._opening
+        return True
+
+    def _opening(self) -> bool:
+        text = self._text.lstrip()
+        if any(opening.startswith(text) for opening in self._openings) and not self._is_last:
+            return False
+        opening = next(filter(text.startswith, self._openings), "")
+        if opening:
+            self._text, self._trims = text[len(opening) :], True
         self._state = self._content
         return True
 
@@ -111,7 +124,7 @@ class AnswerParser:
         before, mark, after = self._text.partition(close)
         if mark:
             self._think(before)
-            self._text, self._state, self._trims = after, self._content, True
+            self._text, self._state, self._trims = after, self._opening, True
             return True
         size = len(before) - (0 if self._is_last else _overlap(before, close))
         self._think(before[:size])
@@ -173,7 +186,8 @@ class AnswerParser:
         if self._style.between is not None:
             pattern = literal_pattern(self._style.between)
             match = regex.match(pattern, self._text, partial=not self._is_last)
-            if match and match.partial:
+            # White space at its end may still come.
+            if match and (match.partial or (match.end() == len(self._text) and not self._is_last)):
                 return False
             if match:
                 self._text, self._state = self._text[match.end() :], self._call
@@ -210,12 +224,18 @@ def _starts(style: CallFormat) -> list[Any]:
 def _core_start(style: CallFormat) -> str:
     match style.core:
         case "json":
-            keys = [style.name_key, style.arguments_key, style.id_key, *style.constants]
+            keys = [
+                style.name_key,
+                style.arguments_key,
+                style.id_key,
+                style.counter_key,
+                *style.constants,
+            ]
             listed = "|".join(map(regex.escape, filter(None, keys)))
-            return rf'\{{\s*"{NAME if not style.name_key else f"(?:{listed})"}"\s*:'
+            return rf'\s*\{{\s*"{NAME if not style.name_key else f"(?:{listed})"}"\s*:'
         case "named":
-            return rf"{NAME}{literal_pattern(style.mid)}\{{"
+            return rf"{NAME}{mids_pattern(style)}\{{"
     ends = [part.strip() for part in (style.close, style.between or "", style.tail)]
     after = "|".join(literal_pattern(part) for part in ends if part) or NOTHING
-    empty = literal_pattern(style.empty) or NOTHING
+    empty = literal_pattern(style.empty) if style.empty.strip() else NOTHING
     return rf"{NAME}(?:{literal_pattern(style.open)}|{empty}|\s*(?:{after}))"

@@ -11,14 +11,19 @@ from typing import Any
 import orjson
 import regex
 
-from transformers_api.serving.tools.call_format import SLOT_ID, SLOT_NAME, CallFormat
+from transformers_api.serving.tools.call_format import (
+    SLOT_COUNT,
+    SLOT_ID,
+    SLOT_NAME,
+    CallFormat,
+)
 from transformers_api.serving.tools.call_grammar import is_text
 from transformers_api.serving.tools.spec import CallArguments, CallStart, Part
 
 NAME = r"([A-Za-z0-9_.\-]{1,64}?)"
 NOTHING = "(?!)"
 MARKS = regex.compile("[\udc00-\udfff]")  # special tokens outside of the format
-_PARTS = regex.compile(rf"(\s+|{SLOT_ID}|{SLOT_NAME})")
+_PARTS = regex.compile(rf"(\s+|{SLOT_ID}|{SLOT_NAME}|{SLOT_COUNT})")
 
 
 def literal_pattern(text: str) -> str:
@@ -29,11 +34,18 @@ def literal_pattern(text: str) -> str:
             pattern += r"[A-Za-z0-9_\-.:]*?"
         elif part == SLOT_NAME:
             pattern += r"[A-Za-z0-9_.\-]+?"
+        elif part == SLOT_COUNT:
+            pattern += r"\d+"
         elif part.isspace():
             pattern += r"\s*"
         else:
             pattern += regex.sub(r"\d+", r"\\d+", regex.escape(part))
     return pattern
+
+
+def mids_pattern(style: CallFormat) -> str:
+    """A pattern for what may stand between a name and its arguments."""
+    return f"(?:{'|'.join(map(literal_pattern, (style.mid, *style.other_mids)))})"
 
 
 class CallReader:
@@ -170,7 +182,7 @@ class _NamedReader(CallReader):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._head = regex.compile(rf"{NAME}{literal_pattern(self.style.mid)}(?=\{{)")
+        self._head = regex.compile(rf"{NAME}{mids_pattern(self.style)}(?=\{{)")
         self._scan = _JsonValue()
 
     def take(self, text: str, *, is_last: bool) -> str:
@@ -203,8 +215,10 @@ class _TaggedReader(CallReader):
         tail = literal_pattern(style.tail.strip()) or NOTHING
         close = literal_pattern(style.close.strip()) or NOTHING
         self._nothing = regex.compile(f"{stop}|{tail}")
-        empty = regex.compile(rf"{NAME}{literal_pattern(style.empty)}") if style.empty else None
-        bare = regex.compile(rf"{NAME}(?=\s*(?:{close}|{stop}|{tail}))")
+        # White space alone ends no name: that is a bare one.
+        is_marked = bool(style.empty.strip())
+        empty = regex.compile(rf"{NAME}{literal_pattern(style.empty)}") if is_marked else None
+        bare = regex.compile(rf"{NAME}\s*(?={close}|{stop}|{tail})")
         # The longer one first: one of them may begin like the other.
         heads = (empty, self._open) if len(style.empty) > len(style.open) else (self._open, empty)
         self._heads = [*filter(None, heads), bare]
@@ -237,10 +251,16 @@ class _TaggedReader(CallReader):
                 break
         else:
             return False
+        is_empty = pattern is not self._open
+        if not is_empty and self.style.empty == self.style.open:
+            rest = self._text[match.end() :]
+            end = self._nothing.match(rest, partial=not self._is_last)
+            if (end and end.partial) or (not rest and not self._is_last):
+                return False
+            is_empty = end is not None
         self.begin(match[1])
         self._text = self._text[match.end() :]
-        same = pattern is self._open and self.style.empty == self.style.open
-        if pattern is not self._open or (same and self._nothing.match(self._text)):
+        if is_empty:
             self.write("{}")
             self.is_over = True
             return False

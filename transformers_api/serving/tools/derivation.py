@@ -12,17 +12,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from transformers_api.serving.tools.call_format import SLOT_ID, SLOT_NAME, CallFormat
-from transformers_api.serving.tools.call_parser import AnswerParser
-from transformers_api.serving.tools.spec import CallArguments, CallStart, Part
+from transformers_api.serving.tools.call_format import (
+    SLOT_COUNT,
+    SLOT_ID,
+    SLOT_NAME,
+    CallFormat,
+)
+from transformers_api.serving.tools.round_trip import reads_back
 from transformers_api.serving.tools.template_probe import (
     ANSWER,
     FUNCTIONS,
     IDS,
     KEYS,
-    TOOLS,
     VALUES,
     TemplateProbe,
+    after_thought,
     before_tag,
     call,
     common,
@@ -34,6 +38,8 @@ _A, _B = KEYS
 _VA, _VB = VALUES
 _ONE = {_A: _VA, _B: _VB}
 _OTHER = {_A: _VB, _B: _VA}
+_CHANNEL = re.compile(r"(<\|channel\|>\w+) (\w+)(<\|message\|>)")
+_HEADER = re.compile(r"(<\|start\|>\w+)")
 _MARKS = ("lead", "lead_after_content", "between", "tail", "mid", "open", "close")
 
 
@@ -66,7 +72,7 @@ def derive(probe: TemplateProbe, thought_ends: str = "") -> CallFormat | None:
     if variant is None:
         return None
     style = _Derivation(probe, variant, thought_ends).style()
-    return style if style is not None and _reads_back(probe, style, thought_ends) else None
+    return style if style is not None and reads_back(probe, style, thought_ends) else None
 
 
 def _variant(probe: TemplateProbe) -> _Variant | None:
@@ -74,7 +80,7 @@ def _variant(probe: TemplateProbe) -> _Variant | None:
     best: tuple[float, _Variant] | None = None
     for as_text in (False, True):
         for content in ("", None):
-            text = _written(probe, [(_F, _ONE)], as_text, content)
+            text = probe.calls([(_F, _ONE)], as_text, content)
             cores = None if text is None or _F not in text else _cores(text, [(_F, _ONE)])
             if not text or not cores:
                 continue
@@ -83,19 +89,10 @@ def _variant(probe: TemplateProbe) -> _Variant | None:
             if is_python and kind == "tagged":
                 continue
             score = (3.0 if kind != "tagged" else 2.0) - 1.5 * as_text - 2.0 * is_python
+            score -= len(text) / 1e6  # null as content may be written as a word, or an empty turn
             if best is None or score > best[0]:
                 best = score, _Variant(as_text, content, text, cores[0])
     return None if best is None else best[1]
-
-
-def _written(
-    probe: TemplateProbe,
-    calls: Sequence[tuple[str, Mapping[str, Any]]],
-    as_text: bool,
-    content: str | None,
-) -> str | None:
-    made = [call(name, args, i, as_text=as_text) for i, (name, args) in enumerate(calls)]
-    return probe.answer({"role": "assistant", "content": content, "tool_calls": made})
 
 
 class _Derivation:
@@ -123,13 +120,15 @@ class _Derivation:
         slotted: dict[str, Any] = {
             name: _slotted(value) for name in _MARKS if (value := getattr(style, name))
         }
-        return replace(
+        style = replace(
             style,
             takes_text=variant.as_text,
             content_is_null=variant.content is None,
             has_short_ids=not self._takes_long_ids(),
+            is_indented=core.kind != "tagged" and "\n" in text[core.start : core.end],
             **slotted,
         )
+        return _with_channels(style)
 
     def _takes_long_ids(self) -> bool:
         made = call(_F, _ONE, as_text=self._variant.as_text)
@@ -150,11 +149,16 @@ class _Derivation:
 
     def _with_second_call(self, style: CallFormat) -> CallFormat:
         calls = [(_F, _ONE), (_G, _OTHER)]
-        two = _written(self._probe, calls, self._variant.as_text, self._variant.content)
+        two = self._probe.calls(calls, self._variant.as_text, self._variant.content)
         cores = _cores(two, calls) if two is not None and _G in two else None
         if two is None or not cores:
             return style
         first, second = cores
+        if first.kind == "json":
+            style = _with_counter(style, first.value, second.value)
+        if first.kind == "named":
+            mid = two[second.start + len(_G) : second.value[0]]
+            style = replace(style, mid=_counted(style.mid, mid))
         more = self._rest if first.kind == "tagged" else 0
         tail = without_end(two[second.end + more :], self._end)
         return replace(
@@ -165,7 +169,7 @@ class _Derivation:
         )
 
     def _with_content(self, style: CallFormat) -> CallFormat:
-        text = _written(self._probe, [(_F, _ONE)], self._variant.as_text, ANSWER)
+        text = self._probe.calls([(_F, _ONE)], self._variant.as_text, ANSWER)
         if text is None or not 0 <= text.find(ANSWER) < text.find(_F):
             return style
         cores = _cores(text, [(_F, _ONE)])
@@ -176,8 +180,7 @@ class _Derivation:
         )
 
     def _without_thought(self, lead: str) -> str:
-        mark = self._thought_ends
-        return lead.rpartition(mark)[2] if mark and mark in lead else lead
+        return after_thought(lead, self._thought_ends, len(lead))
 
     def _tagged(self) -> CallFormat | None:
         text = self._variant.text
@@ -192,6 +195,8 @@ class _Derivation:
             sep=text[va + len(_VA) : b],
         )
         style = self._with_values(style)
+        turned = self._values({_B: _VB, _A: _VA}) or ""
+        style = replace(style, sorts_keys=0 <= turned.find(_A) < turned.find(_B))
         after = text[vb + len(_VB) :].removeprefix(style.quotes[1])
         close = after[: before_tag(after, common(style.sep, after))]
         empty = ""
@@ -201,12 +206,14 @@ class _Derivation:
             shared = common(after[::-1], rest[::-1])
             longer = after[: before_tag(after, len(after) - shared)]
             close = longer if len(longer) > len(close) else close
+            behind = after[len(close) :]
+            shared = len(behind) if rest.endswith(behind) else shared
             empty = rest[: len(rest) - shared]
         return replace(style, close=close, empty=empty)
 
     def _values(self, arguments: Mapping[str, Any]) -> str | None:
         variant = self._variant
-        return _written(self._probe, [(_F, arguments)], variant.as_text, variant.content)
+        return self._probe.calls([(_F, arguments)], variant.as_text, variant.content)
 
     def _with_values(self, style: CallFormat) -> CallFormat:
         """The literals before values that are no strings, and the constants."""
@@ -219,7 +226,9 @@ class _Derivation:
         if number and (before, after) != (style.kv, style.sep):
             if style.kv.startswith(before) and style.sep.endswith(after):
                 quotes = style.kv[len(before) :], style.sep[: len(style.sep) - len(after)]
-                style = replace(style, quotes=quotes, kv=before, sep=after)
+                nested = self._between_keys({_F: _VA}) or ""
+                nests = f'"{_F}"' in nested and f'"{_VA}"' in nested
+                style = replace(style, quotes=quotes, kv=before, sep=after, nests_json=nests)
             elif style.sep == after:
                 style = replace(style, kv_json=before)
         start, end = style.kv_json or style.kv, style.sep
@@ -293,7 +302,7 @@ def _keys(value: Mapping[str, Any]) -> CallFormat | None:
     constants: dict[str, Any] = {}
     for key, item in value.items():
         if key == _F:
-            return CallFormat(core="json", arguments_key="")
+            return CallFormat(core="json")
         if item == _F:
             style = replace(style, name_key=key)
         elif isinstance(item, dict) and _A in item:
@@ -306,45 +315,54 @@ def _keys(value: Mapping[str, Any]) -> CallFormat | None:
             constants[key] = item
     if not style.name_key or not style.arguments_key:
         return None
-    return replace(style, constants=constants)
+    return replace(style, constants=constants, keys=tuple(value))
+
+
+def _with_counter(
+    style: CallFormat, first: Mapping[str, Any], second: Mapping[str, Any]
+) -> CallFormat:
+    """``style`` with the key that counts the calls of a turn, where there is one."""
+    for key, value in style.constants.items():
+        other = second.get(key)
+        if isinstance(value, str | int) and other != value and str(other).isdecimal():
+            constants = {name: item for name, item in style.constants.items() if name != key}
+            return replace(style, constants=constants, counter_key=key, counter_start=value)
+    return style
+
+
+def _counted(first: str, second: str) -> str:
+    """``first`` with slots for the numbers that are others in ``second``."""
+    parts, others = re.split(r"(\d+)", first), re.split(r"(\d+)", second)
+    if parts[::2] != others[::2]:
+        return first
+    pairs = zip(parts, others, strict=True)
+    return "".join(one if one == other else SLOT_COUNT for one, other in pairs)
+
+
+def _with_channels(style: CallFormat) -> CallFormat:
+    """``style`` with the words of a header in the other order, too: of channels and recipients.
+
+    The one form that models write in another order than templates: the recipient in the channel.
+    """
+    match = _CHANNEL.fullmatch(style.mid)
+    if style.core != "named" or match is None or style.between is not None:
+        return style
+    channel, kind, message = match.groups()
+    headed = channel + style.lead
+    leads = [headed]
+    header = _HEADER.search(style.lead_after_content or "")
+    if header is not None:  # behind a thought, whose end is no part of it
+        leads += [header[1] + style.lead, header[1] + headed]
+    if style.lead_after_content:
+        leads.append(style.lead_after_content.removesuffix(style.lead) + headed)
+    mids = (
+        f" {kind}{message}",
+        f" <|constrain|>{kind}{message}",
+        f"{channel} <|constrain|>{kind}{message}",
+    )
+    return replace(style, other_leads=tuple(leads), other_mids=mids)
 
 
 def _slotted(text: str) -> str:
     text = re.sub("|".join(IDS), SLOT_ID, text)
     return re.sub("|".join(FUNCTIONS), SLOT_NAME, text)
-
-
-def _reads_back(probe: TemplateProbe, style: CallFormat, thought_ends: str) -> bool:
-    """True where the format reads what the template writes of other calls."""
-    schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in TOOLS}
-    several: list[list[tuple[str, Mapping[str, Any]]]] = [
-        [(_F, {_A: 'Köln & "Bonn" <x>', _B: "two words"})],
-        [(_G, {_B: "b", _A: "a"})],
-    ]
-    if style.between is not None:
-        several.append([(_F, _ONE), (_G, _OTHER)])
-    content = None if style.content_is_null else ""
-    for calls in several:
-        text = _written(probe, calls, style.takes_text, content)
-        if text is None:
-            return False
-        if thought_ends and thought_ends in text:
-            text = text.rpartition(thought_ends)[2]
-        parser = AnswerParser(style, schemas)
-        try:
-            read = _calls(parser.push(text) + parser.finish())
-        except ValueError:
-            return False
-        if read != [(name, dict(arguments)) for name, arguments in calls]:
-            return False
-    return True
-
-
-def _calls(parts: Sequence[Part]) -> list[tuple[str, Any]]:
-    """The calls among the parts of an answer. Raises ValueError for broken arguments."""
-    names = [part.name for part in parts if isinstance(part, CallStart)]
-    written = [""] * len(names)
-    for part in parts:
-        if isinstance(part, CallArguments):
-            written[part.index] += part.text
-    return [(name, json.loads(text)) for name, text in zip(names, written, strict=True)]

@@ -42,6 +42,7 @@ class ReasoningStyle:
 
     open: str  # empty: only its end is marked
     close: str
+    answer: str = ""  # what the template writes between ``close`` and the answer
     has_switch: bool = False  # ``enable_thinking`` changes the prompt
 
 
@@ -49,18 +50,34 @@ def derive_reasoning(probe: TemplateProbe, source: str) -> ReasoningStyle | None
     """The marks that the template ``source`` shows or looks for; None where it knows of none."""
     thinks = probe.prompt(None, enable_thinking=True, thinking=True)
     answers = probe.prompt(None, enable_thinking=False, thinking=False)
-    marks = (
+    marks: tuple[str, ...] | None = (
         _from_fields(probe, thinks)
         or _from_history(probe, source)
         or _from_switch(thinks, answers)
         or _from_prompt(thinks)
+        or _from_answer(probe)
     )
     if marks is None:
         return None
-    return ReasoningStyle(open=marks[0], close=marks[1], has_switch=thinks != answers)
+    answer = marks[2] if len(marks) > 2 else ""
+    return ReasoningStyle(
+        open=marks[0], close=marks[1], answer=answer, has_switch=thinks != answers
+    )
 
 
-def _from_fields(probe: TemplateProbe, prompt: str) -> tuple[str, str] | None:
+def answer_openings(probe: TemplateProbe, reasoning: ReasoningStyle | None) -> tuple[str, ...]:
+    """The headers that a model writes before what it says, the longest first."""
+    text = probe.answer({"role": "assistant", "content": ANSWER}) or ""
+    before, answer, _ = text.partition(ANSWER)
+    openings = {before} if answer else set()
+    if reasoning is not None:
+        openings = {text.rpartition(reasoning.close)[2] for text in openings}
+        openings.add(reasoning.answer)
+    openings = {text.lstrip() for text in openings} - {""}
+    return tuple(sorted(openings, key=len, reverse=True))
+
+
+def _from_fields(probe: TemplateProbe, prompt: str) -> tuple[str, str, str] | None:
     """The template shows what an earlier turn has thought."""
     for message, tools, mark in _thoughtful():
         for variables in ({}, _ON):
@@ -75,7 +92,8 @@ def _from_fields(probe: TemplateProbe, prompt: str) -> tuple[str, str] | None:
             lead = before[before_tag(before, header) :].strip()
             if not close:
                 continue
-            return lead or _opening(prompt[:header], close), close
+            answer = between.partition(close)[2].strip() if mark == ANSWER else ""
+            return lead or _opening(prompt[:header], close), close, answer
     return None
 
 
@@ -121,6 +139,15 @@ def _from_switch(thinks: str, answers: str) -> tuple[str, str] | None:
     """Without thinking the prompt holds an empty thought."""
     match = _EMPTY.search(answers) if thinks != answers else None
     return None if match is None else (match[1], match[2])
+
+
+def _from_answer(probe: TemplateProbe) -> tuple[str, str] | None:
+    """The template writes an empty thought before what an earlier turn has said."""
+    text = probe.answer({"role": "assistant", "content": ANSWER}) or ""
+    match = _EMPTY.search(text.partition(ANSWER)[0])
+    if match is None or match[1] != match[2].replace("/", "", 1):
+        return None
+    return match[1], match[2]
 
 
 def _from_prompt(thinks: str) -> tuple[str, str] | None:

@@ -15,7 +15,7 @@ USER, ANSWER, THOUGHT = "zquserqz", "zqsaidqz", "zqwhyqz"
 FUNCTIONS = ("zqfnaqz", "zqfnbqz")
 KEYS = ("zqpaqz", "zqpbqz")
 VALUES = ("zqvaqz", "zqvbqz")
-IDS = ("zqida1qzz", "zqidb2qzz")  # nine letters and digits: some templates insist
+IDS = ("zqida1qzz", "zqidb2qzz", "zqidc3qzz")  # nine letters and digits: some templates insist
 NOTHING: Mapping[str, Any] = {}
 
 
@@ -56,6 +56,16 @@ class TemplateProbe:
         text = self.turn(message)
         return None if text is None else after_prompt(text, self.prompt())
 
+    def calls(
+        self,
+        calls: Sequence[tuple[str, Mapping[str, Any]]],
+        as_text: bool,
+        content: str | None,
+    ) -> str | None:
+        """The text that a model would have to write for ``calls``, beside ``content``."""
+        made = [call(name, args, i, as_text=as_text) for i, (name, args) in enumerate(calls)]
+        return self.answer({"role": "assistant", "content": content, "tool_calls": made})
+
     @property
     def end_of_turn(self) -> str:
         """The text that closes an assistant's turn."""
@@ -88,8 +98,16 @@ def before_tag(text: str, cut: int) -> int:
 
 
 def after_prompt(text: str, prompt: str) -> str:
-    """``text`` without the prompt that it begins with."""
-    return text[before_tag(text, common(text, prompt)) :]
+    """``text`` without the prompt that it begins with, or with whose last tags it goes on."""
+    cut = common(text, prompt)
+    rest = text[before_tag(text, cut) :]
+    if cut == len(prompt):
+        return rest
+    # A prompt may hold more than turns do: instructions before the header of the answer.
+    sizes = range(min(len(rest), len(prompt)), 0, -1)
+    size = next((size for size in sizes if prompt.endswith(rest[:size])), 0)
+    parts = (rest[:size].rstrip(), prompt[: len(prompt) - size])  # a tag in it, or one before it
+    return rest[size:] if size and any(part.endswith((">", "]")) for part in parts) else rest
 
 
 def without_end(text: str, end: str) -> str:
@@ -98,3 +116,9 @@ def without_end(text: str, end: str) -> str:
     if before_tag(text, cut) < cut:
         cut = min(at for mark in ">]" if (at := text.find(mark, cut)) >= 0) + 1
     return text[:cut] if text[:cut].strip() else ""
+
+
+def after_thought(text: str, mark: str, stop: int) -> str:
+    """``text`` behind the last ``mark``, the end of a thought, before ``stop``."""
+    at = text.rfind(mark, 0, stop) if mark else -1
+    return text if at < 0 else text[at + len(mark) :]
