@@ -109,17 +109,9 @@ def plan(
     except ConstraintsUnavailable:
         if form is not None or (use is not None and use.mode == "required"):
             raise
-        phases = replace(
-            phases, grammar=None, loose=None, trigger=None
-        )  # calls are read, and not held
-    if prefix and phases.grammar is not None and phases.trigger is None:
-        tokens = compiler.encode(prefix)
-        if not phases.grammar.fits(tokens):
-            raise InvalidRequest(
-                "The message that is to be continued does not fit the format of the answer",
-                param="messages",
-            )
-        phases = replace(phases, prefix=tokens)
+        # calls are read, and not held
+        phases = replace(phases, grammar=None, loose=None, trigger=None)
+    phases = _continued(phases, compiler, prefix)
     marks = {
         token: chr(_MARK + place)
         for place, token in enumerate(_used(style, reasoning, openings, special))
@@ -138,6 +130,19 @@ def plan(
         constrain=(lambda: phases.start(compiler, vocabulary)) if needs else None,
         warnings=phases.grammar.warnings if form is not None and phases.grammar is not None else (),
     )
+
+
+def _continued(phases: Phases, compiler: Compiler, prefix: str) -> Phases:
+    """``phases`` whose grammar has ``prefix`` behind it, which stands in the prompt."""
+    if not prefix or phases.grammar is None or phases.trigger is not None:
+        return phases
+    tokens = compiler.encode(prefix)
+    if not phases.grammar.fits(tokens):
+        raise InvalidRequest(
+            "The message that is to be continued does not fit the format of the answer",
+            param="messages",
+        )
+    return replace(phases, prefix=tokens)
 
 
 def _with_grammar(
