@@ -43,7 +43,7 @@ def _said(step: re.Match[str]) -> str:
     if step["text"] is not None:
         return step["text"]
     call = {"name": step["name"], "arguments": json.loads(step["arguments"])}
-    return f"\n<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>"
+    return f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>"
 
 
 class ScriptedRun(Run):
