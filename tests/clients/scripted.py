@@ -22,9 +22,9 @@ from transformers_api.config.settings import Settings
 from transformers_api.engine.base import FinishReason, SequenceRequest, TokenOutput
 
 STEP = re.compile(r"(?:CALL (?P<name>[\w.-]+) (?P<arguments>\{.*\}))|(?:SAY (?P<text>.*))")
-START = b"\x02"  # no client writes it
+START = b"\x02"  # of a turn; no client writes it
 TURN = re.compile(r"\x02(\w+)\n([^\x02]*)")
-SOONEST = [EOS, *b"}]\"',:tfn0123456789", *range(ord("a"), ord("z") + 1), *range(258)]
+SOONEST = [EOS, *b'"}],:tfn0123456789', *range(ord("a"), ord("z") + 1), *range(258)]
 END = "All done."
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -38,3 +40,14 @@ def test_python(program: Path, request: pytest.FixtureRequest, tmp_path: Path) -
     options = ("-c", os.devnull, "--confcutdir", str(PROGRAMS), "-p", "no:cacheprovider")
     environment = request.getfixturevalue("environment")
     run(environment, tmp_path, str(python), "-m", "pytest", "-q", *options, str(program))
+
+
+@pytest.mark.parametrize("program", sorted(PROGRAMS.glob("*.mjs")), ids=lambda path: path.stem)
+def test_node(program: Path, request: pytest.FixtureRequest) -> None:
+    text = program.read_text()
+    packages = re.findall(r"^// needs: (.*)$", text, re.MULTILINE)[0].split()
+    modules = CLIENTS / "node_modules"
+    if not shutil.which("node") or not all((modules / name).is_dir() for name in packages):
+        pytest.skip(f"{program.stem} is not installed: `make clients`")
+    environment = request.getfixturevalue("environment")
+    run(environment, CLIENTS, "node", "--input-type=module", "-e", text)

@@ -32,7 +32,9 @@ def get_weather(city: str) -> str:
 
 
 def test_an_agent_calls_a_tool():
-    agent = Agent(chat_generator=generator("SCRIPTED_URL"), tools=[create_tool_from_function(get_weather)])
+    agent = Agent(
+        chat_generator=generator("SCRIPTED_URL"), tools=[create_tool_from_function(get_weather)]
+    )
     text = 'CALL get_weather {"city": "Nice"}\nSAY Sun.'
     turns = agent.run(messages=[ChatMessage.from_user(text)])["messages"]
     assert [turn.role.value for turn in turns][-3:] == ["assistant", "tool", "assistant"]
