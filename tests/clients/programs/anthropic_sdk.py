@@ -55,7 +55,11 @@ def test_a_stream(client):
 @pytest.mark.parametrize("choice", [{"type": "any"}, {"type": "tool", "name": "get_weather"}])
 def test_a_call_is_streamed(client, choice):
     with client.messages.stream(
-        model=MODEL, max_tokens=99, messages=HELLO, tools=[TOOL], tool_choice=choice
+        model=MODEL,
+        max_tokens=99,
+        messages=HELLO,
+        tools=[TOOL],
+        tool_choice=choice | {"disable_parallel_tool_use": True},
     ) as stream:
         kinds = {event.type for event in stream}
         final = stream.get_final_message()
