@@ -36,7 +36,7 @@ def ask(environment: dict[str, str], tmp_path: Path):
         done = subprocess.run(
             [str(program), *command[1:]],
             cwd=tmp_path / "work",
-            env=os.environ | {"HOME": str(tmp_path)} | variables,
+            env=os.environ | {"HOME": str(tmp_path), "PWD": str(tmp_path / "work")} | variables,
             input=text,
             capture_output=True,
             text=True,
