@@ -22,7 +22,7 @@ TESTS := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup tools run test test-all faults image-test soak lint format docs check bench bench-peers lock audit sbom clean
+.PHONY: help setup tools run test test-all faults image-test soak lint format docs check bench bench-peers clients lock audit sbom clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -81,6 +81,9 @@ bench: $(RUN) $(KERNELS) ## measure beside the peers that are installed, in minu
 	@$(BIN)/python -m benchmarks.serve --short $(BENCH)
 
 bench-peers: $(foreach peer,$(PEERS),$(PEER)/$(peer)/run.stamp) ## install what `make bench` measures beside us, under build/peers
+
+clients: $(DEV) ## install the programs of others that slow tests run, under build/clients
+	@UV=$(BIN)/uv scripts/install_clients.sh build/clients
 
 lock: $(DEV) ## write the hashes of all packages anew, after a change of requirements*.txt
 	@UV=$(BIN)/uv scripts/lock.sh

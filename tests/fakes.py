@@ -60,6 +60,8 @@ class FakeEngine:
     Where a plan for a trace is given, each token carries one.
     """
 
+    run_type: type[Run]
+
     def __init__(
         self,
         reply: Reply = default_reply,
@@ -106,7 +108,7 @@ class FakeEngine:
             self._check(request)
         self.submitted.append(list(requests))
         self.observed.append(dict(observe))
-        run = _Run(self, requests, observe)
+        run = self.run_type(self, requests, observe)
         with self._lock:
             self._running += len(requests)
         if self.gate is None:
@@ -152,7 +154,7 @@ class FakeEngine:
             raise ContextLengthExceeded(f"{total} tokens do not fit {self.max_model_len}")
 
 
-class _Run:
+class Run:
     """One submit: its stream, its scripts and who of it was aborted."""
 
     def __init__(
@@ -243,6 +245,9 @@ class _Run:
             return cycle(script)
         end = min(self.engine.eos_token_ids) if self.engine.eos_token_ids else EOS
         return chain(script, cycle([end]))
+
+
+FakeEngine.run_type = Run
 
 
 def score(token_id: int, top: int | None) -> TokenScore | None:

@@ -17,7 +17,7 @@ from transformers_api.config.settings import Settings
 SERVE = """
 from transformers_api.server.serve import serve
 from transformers_api.config.settings import Settings
-serve(Settings.from_env(), app="tests.served_app:{app}")
+serve(Settings.from_env(), app="{app}")
 """
 
 
@@ -34,7 +34,9 @@ def create_silent_app(settings: Settings) -> Flask:
 
 
 @contextmanager
-def serving(folder: object, app: str = "create_app", **environ: str) -> Iterator[Server]:
+def serving(
+    folder: object, app: str = "tests.served_app:create_app", **environ: str
+) -> Iterator[Server]:
     """A server with these settings, once it listens."""
     settings = {"PORT": "0", "HOST": "127.0.0.1", "MODEL_STORE": f"{folder}/store"} | environ
     command = [sys.executable, "-c", SERVE.format(app=app)]

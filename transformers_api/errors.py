@@ -85,6 +85,12 @@ class UnsupportedParameter(InvalidRequest):
     code = "unsupported_parameter"
 
 
+class ThreadUnsupported(UnsupportedParameter):
+    """A conversation that the server was to hold; Anthropic's clients then send the whole of it."""
+
+    code = "thread_unsupported_request"
+
+
 class ContextLengthExceeded(InvalidRequest):
     """Prompt and completion together do not fit the model's context."""
 

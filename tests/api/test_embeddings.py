@@ -372,3 +372,11 @@ def test_an_encoder_that_does_not_fit_is_refused(client, whole, monkeypatch):
     assert caught.value.body["code"] == "insufficient_memory"
     monkeypatch.undo()
     embedded(client, ["Hi"])
+
+
+@pytest.mark.parametrize("text", ["Hi", "é", "two words"])
+def test_ollamas_older_route_has_the_vector_of_its_newer_one(embedding, text):
+    newer = embedding.client.post("/api/embed", json={"model": "vectors", "input": text})
+    older = embedding.client.post("/api/embeddings", json={"model": "vectors", "prompt": text})
+    assert older.status_code == 200, older.json
+    assert older.json == {"embedding": newer.json["embeddings"][0]}

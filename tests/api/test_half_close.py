@@ -43,7 +43,7 @@ def test_a_client_that_closes_its_half_after_the_request_is_answered(server, str
 
 @pytest.fixture(scope="module")
 def silent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(tmp_path_factory.mktemp("silent"), "create_silent_app") as one:
+    with serving(tmp_path_factory.mktemp("silent"), "tests.served_app:create_silent_app") as one:
         yield one
 
 

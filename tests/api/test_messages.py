@@ -291,3 +291,19 @@ def test_anthropics_sdk_creates_and_streams(app):
         assert sdk.messages.count_tokens(model="plain", messages=HELLO).input_tokens > 0
         with pytest.raises(anthropic.BadRequestError):
             sdk.messages.create(model="plain", messages=[], max_tokens=1)
+
+
+@pytest.mark.parametrize(
+    "thread", [{"type": "create"}, {"type": "continue", "previous_message_id": "msg_1"}, {}]
+)
+@pytest.mark.parametrize("route", ["/v1/messages", "/v1/messages/count_tokens"])
+def test_a_thread_is_refused_so_that_clients_send_all(client, route, thread):
+    body = {"messages": HELLO, "max_tokens": 9, "thread": thread}
+    response = client.post(route, json=body)
+    assert "'thread'" in refused(response, 400, "invalid_request_error")
+    details = response.json["error"]["details"]
+    assert details == {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+
+
+def test_no_thread_is_no_reason(client):
+    assert whole(ask(client, thread=None, output_config=FORM))["stop_reason"] == "end_turn"

@@ -139,6 +139,7 @@ def test_what_is_not_offered_says_so(client):
         assert action in response.json["error"]
     assert client.delete("/api/delete", json={"model": "x"}).status_code == 501
     assert post(client, "embed", model="x", input="y").status_code == 501
+    assert post(client, "embeddings", model="x", prompt="y").status_code == 501
 
 
 BAD = [

@@ -28,6 +28,7 @@ class PromptFields(Schema):
     tool_choice = AnyObject(**about("`auto`, `any`, `tool` with a `name`, or `none`."))
     thinking = AnyObject(**about("`enabled` with `budget_tokens`, `adaptive`, or `disabled`."))
     output_config = AnyObject(**about("`effort`, and `format` with a JSON schema."))
+    thread = AnyObject(**about("Refused by name: no conversation is held here."))
 
 
 class MessageRequest(PromptFields):

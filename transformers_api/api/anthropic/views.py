@@ -20,7 +20,7 @@ from transformers_api.api.http.request_context import Formatter, RequestContext,
 from transformers_api.api.http.services import services
 from transformers_api.api.openai.conversation import Conversation, Thinking, check_results
 from transformers_api.api.openai.conversation_task import ConversationTask
-from transformers_api.errors import InvalidRequest
+from transformers_api.errors import InvalidRequest, ThreadUnsupported
 from transformers_api.serving.generation import GenerationRequest
 from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.tools.answer_plan import AnswerPlan
@@ -94,6 +94,10 @@ def count_message_tokens(body: dict[str, Any]) -> Any:
 
 def conversation_of(body: Mapping[str, Any]) -> Conversation:
     """The conversation of a body. Raises InvalidRequest."""
+    if body.get("thread") is not None:
+        raise ThreadUnsupported(
+            "'thread' is not supported: send the whole conversation", param="thread"
+        )
     messages = message_input.messages_of(body.get("system"), body["messages"])
     check_results(messages)
     effort = (body.get("output_config") or {}).get("effort")

@@ -22,7 +22,7 @@ from transformers_api.api.http.error_schemas import (
     MessagesError,
     Refused,
 )
-from transformers_api.errors import ApiError, InvalidRequest
+from transformers_api.errors import ApiError, InvalidRequest, ThreadUnsupported
 
 Json = dict[str, Any]
 OTHER_ERRORS = (
@@ -115,7 +115,9 @@ _MESSAGES_TYPES = {
 
 def _messages_error(error: ApiError) -> Json:
     other = "api_error" if error.status >= 500 else "invalid_request_error"
-    body = {"type": _MESSAGES_TYPES.get(error.status, other), "message": error.message}
+    body: Json = {"type": _MESSAGES_TYPES.get(error.status, other), "message": error.message}
+    if isinstance(error, ThreadUnsupported):
+        body["details"] = {"error_code": error.code, "unsupported": [error.param]}
     return {"type": "error", "error": body, "request_id": logs.request_id.get()}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from transformers_api.api.http.fields import Object, Schema, Text
+from transformers_api.api.http.fields import AnyObject, Object, Schema, Text
 from transformers_api.api.http.sampling_schema import about
 
 
@@ -43,6 +43,7 @@ class MessagesErrorBody(Schema):
 
     type = Text(required=True)
     message = Text(required=True)
+    details = AnyObject(**about("`error_code` and `unsupported`, of a refused `thread`."))
 
 
 class MessagesError(Schema):

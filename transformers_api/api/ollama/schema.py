@@ -119,3 +119,16 @@ class OllamaVectors(Schema):
 
     model = Text()
     embeddings = Many(Many(Number(-1e9, 1e9), longest=_MANY), longest=_MANY)
+
+
+class OllamaPromptRequest(Schema):
+    """One text for a vector."""
+
+    model = Text(shortest=1, longest=256, required=True)
+    prompt = Text(required=True, shortest=1)
+
+
+class OllamaVector(Schema):
+    """The vector of the text."""
+
+    embedding = Many(Number(-1e9, 1e9), longest=_MANY)

@@ -27,7 +27,9 @@ from transformers_api.api.ollama.schema import (
     OllamaEmbedRequest,
     OllamaGenerateRequest,
     OllamaNameRequest,
+    OllamaPromptRequest,
     OllamaTags,
+    OllamaVector,
     OllamaVectors,
     OllamaVersion,
 )
@@ -135,21 +137,41 @@ def ollama_generate(body: dict[str, Any]) -> Any:
 @blueprint.gives(Explained, 501, description="`ENABLE_EMBEDDINGS_BACKEND` is off")
 def ollama_embed(body: dict[str, Any]) -> Any:
     """Make a vector of each text."""
+    vectors, tokens = _vectors(body["model"], body["input"], "input", body.get("dimensions"))
+    return {"model": body["model"], "embeddings": vectors, "prompt_eval_count": tokens}
+
+
+@blueprint.at("/api/embeddings", methods=["POST"])
+@blueprint.takes(OllamaPromptRequest, example={"model": "all-minilm-l6-v2", "prompt": "The sea"})
+@blueprint.gives(OllamaVector)
+@blueprint.gives(Explained, 400, description="A field is wrong; the text names it")
+@blueprint.gives(Explained, 404, description="No such model")
+@blueprint.gives(Explained, 501, description="`ENABLE_EMBEDDINGS_BACKEND` is off")
+def ollama_embeddings(body: dict[str, Any]) -> Any:
+    """Make a vector of one text: the older form of `/api/embed`."""
+    vectors, _tokens = _vectors(body["model"], [body["prompt"]], "prompt")
+    return {"embedding": vectors[0]}
+
+
+def _vectors(
+    name: str, texts: list[Any], param: str, dimensions: int | None = None
+) -> tuple[list[list[float]], int]:
+    """The vectors of texts, and how many tokens they had."""
     models = services().embeddings
     if models is None:
         raise EmbeddingsUnavailable("Set ENABLE_EMBEDDINGS_BACKEND=1 to enable embeddings")
-    check_prompt_bytes(body["input"], services().settings, "input")
+    check_prompt_bytes(texts, services().settings, param)
     with RequestContext(services()) as context:
         context.take_place()
-        model = context.hold(models.lease(_named(body["model"]), context.cancellation))
+        model = context.hold(models.lease(_named(name), context.cancellation))
         record = request_log.current()
         record.model = model.spec.name
-        rows = embeddings.encode(model, body["input"])
+        rows = embeddings.encode(model, texts)
         services().limits.reserve(sum(map(len, rows)))
-        vectors = embeddings.embed(model, rows, body.get("dimensions"), context.cancellation)
+        vectors = embeddings.embed(model, rows, dimensions, context.cancellation)
+    record.prompt_tokens = sum(map(len, rows))
     numbers = [list(struct.unpack(f"<{len(vector) // 4}f", vector)) for vector in vectors]
-    tokens = record.prompt_tokens = sum(map(len, rows))
-    return {"model": body["model"], "embeddings": numbers, "prompt_eval_count": tokens}
+    return numbers, record.prompt_tokens
 
 
 @blueprint.at("/api/<any(pull, push, create, copy):action>", methods=["POST"])
