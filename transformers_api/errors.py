@@ -21,12 +21,10 @@
     │   ├── ModelNotFound            404  ``model`` is not in the registry
     │   └── UnknownCompletion        404  ``completion_id`` is not remembered
     ├── MethodNotAllowed             405
-    ├── RequestTimeout               408  the client took too long to send its request
-    ├── SlowReader                   408  the client does not read its answer
-    ├── UriTooLong                   414
-    ├── HeadersTooLarge              431
-    ├── ChatUnavailable              501  the registry marks the model as completion-only
+    ├── RequestTimeout, SlowReader   408  the client took too long to send, or to read
+    ├── UriTooLong, HeadersTooLarge  414, 431
     ├── NotOffered                   501  another server's route, which nothing here does
+    │   ├── ChatUnavailable          501  the registry marks the model as completion-only
     │   ├── ConstraintsUnavailable   501  the model's tokens cannot be held to a format
     │   └── EmbeddingsUnavailable    501  ENABLE_EMBEDDINGS_BACKEND is off
     ├── Overloaded                   429  the queue is full
@@ -42,8 +40,8 @@
     │   ├── ModelUnloaded            503  the model was taken away before the answer was complete
     │   └── ServerShuttingDown       503
     ├── InsufficientStorage          507  no room on the disk for the model
-    ├── InspectionTimeout            504  took longer than INSPECT_TIMEOUT_S
     ├── DeadlineExceeded             504  took longer than REQUEST_TIMEOUT_S
+    │   └── InspectionTimeout        504  took longer than INSPECT_TIMEOUT_S
     ├── ClientGone                   499  nobody reads this any more
     └── EngineFailed                 500  our fault; the log has the trace
         └── EngineDead               503  the engine thread has ended; restart the process
@@ -252,20 +250,18 @@ class HeadersTooLarge(ApiError):
     code = "headers_too_large"
 
 
-class ChatUnavailable(ApiError):
-    """The registry marks the model as completion-only (``chat: off``)."""
-
-    status = 501
-    type = "not_implemented_error"
-    code = "chat_completions_not_available"
-
-
 class NotOffered(ApiError):
     """A route of another server's API that this one does not offer."""
 
     status = 501
     type = "not_implemented_error"
     code = "not_offered"
+
+
+class ChatUnavailable(NotOffered):
+    """The registry marks the model as completion-only (``chat: off``)."""
+
+    code = "chat_completions_not_available"
 
 
 class ConstraintsUnavailable(NotOffered):
@@ -369,20 +365,18 @@ class InsufficientStorage(ApiError):
     code = "insufficient_storage"
 
 
-class InspectionTimeout(ApiError):
-    """An inspection took longer than it may."""
-
-    status = 504
-    type = "server_error"
-    code = "inspect_timeout"
-
-
 class DeadlineExceeded(ApiError):
     """The answer was not complete after REQUEST_TIMEOUT_S."""
 
     status = 504
     type = "server_error"
     code = "deadline_exceeded"
+
+
+class InspectionTimeout(DeadlineExceeded):
+    """An inspection took longer than it may."""
+
+    code = "inspect_timeout"
 
 
 class ClientGone(ApiError):

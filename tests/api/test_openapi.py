@@ -22,6 +22,7 @@ OTHERWISE = {
     "POST /api/{action}": 404,
     "DELETE /api/delete": 501,
     "POST /api/embed": 501,
+    "POST /api/embeddings": 501,
     "GET /v1/responses/{response_id}": 404,
     "DELETE /v1/responses/{response_id}": 404,
     "GET /v1/responses/{response_id}/input_items": 404,
