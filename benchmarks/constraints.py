@@ -150,7 +150,7 @@ def main() -> None:
         "free, tokens/s",
         "constrained, tokens/s",
         "ratio",
-        "µs of processor a token",
+        "µs of processor a token more",
     )
     lines = table(heads, speeds(bench, options.rounds))
     tail = neighbour(bench, options.rounds)
