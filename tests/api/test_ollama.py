@@ -10,6 +10,7 @@ import pytest
 from tests import tokenizers
 from tests.api.test_tools import MERGES, SCHEMA
 from tests.api.tiny_app import running
+from tests.fakes import FakeEngine, say
 from tests.serving.tools.templates import TEMPLATES, THINKING
 
 WEATHER = {"type": "function", "function": {"name": "get_weather", "parameters": SCHEMA}}
@@ -80,15 +81,21 @@ def test_json_is_an_object(client):
             assert isinstance(json.loads(body["message"]["content"]), dict)
 
 
-def test_a_call_is_one_object_with_valid_arguments(client):
-    asked = [{"role": "user", "content": "x <tool_call>"}]
-    for seed in range(40):
-        options = OPTIONS | {"seed": seed, "temperature": 2}
-        body = whole(
-            post(client, "chat", messages=asked, tools=[WEATHER], stream=False, options=options)
-        )
-        for call in body["message"].get("tool_calls", ()):
-            jsonschema.validate(call["function"]["arguments"], SCHEMA)
+CALLED = (
+    '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome", "days": 2}}\n</tool_call>'
+)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_is_one_object(serve, stream):
+    app = serve(FakeEngine(say("Let me see. " + CALLED)))
+    response = post(app.client, "chat", messages=HELLO, tools=[WEATHER], stream=stream)
+    messages = [line["message"] for line in (lines(response) if stream else [whole(response)])]
+    calls = [call for message in messages for call in message.get("tool_calls", ())]
+    arguments = {"city": "Rome", "days": 2}
+    assert calls == [{"function": {"name": "get_weather", "arguments": arguments}}]
+    jsonschema.validate(arguments, SCHEMA)
+    assert "".join(message["content"] for message in messages) == "Let me see."
 
 
 def test_calls_and_results_of_a_history_reach_the_prompt(client):

@@ -296,7 +296,8 @@ def test_a_wrong_field_is_a_400_that_names_it(client, fields, param):
 
 def test_only_what_runs_in_the_background_can_be_cancelled(client):
     response_id = whole(ask(client, text=FORM))["id"]
-    error(client.post(f"/v1/responses/{response_id}/cancel"), 400)
+    refused = error(client.post(f"/v1/responses/{response_id}/cancel"), 400)
+    assert "background" in refused["message"]
 
 
 def test_openais_sdk_creates_parses_and_streams(client):

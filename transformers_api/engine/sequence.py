@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -23,12 +24,15 @@ from transformers_api.engine.base import (
 )
 from transformers_api.errors import ApiError, ConstraintFailed, SlowReader
 
+log = logging.getLogger(__name__)
+
 
 def _takes(constraint: TokenConstraint, token_id: int) -> bool:
     """Hand a token on; False where that failed, which is nobody else's matter in the batch."""
     try:
         constraint.take(token_id)
     except Exception:
+        log.exception("A constraint failed")
         return False
     return True
 

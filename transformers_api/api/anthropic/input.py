@@ -7,6 +7,7 @@ from typing import Any
 
 import orjson
 
+from transformers_api.api.http.checked import checked_object, checked_text
 from transformers_api.api.openai.structured import constraint_of
 from transformers_api.api.openai.tool_input import check_together, chosen, tool_of
 from transformers_api.errors import InvalidRequest, UnsupportedParameter
@@ -29,7 +30,7 @@ def messages_of(system: Any, messages: Sequence[Any]) -> list[Message]:
     aside = ""  # a system turn in the middle
     for place, item in enumerate(messages):
         where = f"messages[{place}]"
-        role = _object(item, where).get("role")
+        role = checked_object(item, where).get("role")
         if role not in ROLES:
             listed = ", ".join(ROLES)
             raise InvalidRequest(f"'{where}.role' must be one of {listed}", param=f"{where}.role")
@@ -58,15 +59,15 @@ def _turns(role: str, content: Any, where: str) -> list[Message]:
     results: list[Message] = []
     for place, block in enumerate(content):
         name = f"{where}[{place}]"
-        match _object(block, name).get("type"):
+        match checked_object(block, name).get("type"):
             case "text":
-                turn["content"] += _string(block.get("text"), f"{name}.text")
+                turn["content"] += checked_text(block.get("text"), f"{name}.text")
             case "tool_use" if role == "assistant":
                 turn.setdefault("tool_calls", []).append(_call(block, name))
             case "tool_result" if role == "user":
                 results.append(_result(block, name))
             case "thinking" if role == "assistant":
-                turn["reasoning_content"] = _string(block.get("thinking"), f"{name}.thinking")
+                turn["reasoning_content"] = checked_text(block.get("thinking"), f"{name}.thinking")
             case "redacted_thinking":
                 pass
             case kind:
@@ -80,12 +81,12 @@ def _turns(role: str, content: Any, where: str) -> list[Message]:
 
 
 def _call(block: Json, where: str) -> Json:
-    arguments = _object(block.get("input"), f"{where}.input")
+    arguments = checked_object(block.get("input"), f"{where}.input")
     return {
-        "id": _string(block.get("id"), f"{where}.id"),
+        "id": checked_text(block.get("id"), f"{where}.id"),
         "type": "function",
         "function": {
-            "name": _string(block.get("name"), f"{where}.name"),
+            "name": checked_text(block.get("name"), f"{where}.name"),
             "arguments": orjson.dumps(arguments).decode(),
         },
     }
@@ -96,7 +97,7 @@ def _result(block: Json, where: str) -> Message:
     text = _text(content, f"{where}.content") if content else ""
     if block.get("is_error") is True:
         text = f"Error: {text}"
-    call_id = _string(block.get("tool_use_id"), f"{where}.tool_use_id")
+    call_id = checked_text(block.get("tool_use_id"), f"{where}.tool_use_id")
     return {"role": "tool", "content": text, "tool_call_id": call_id}
 
 
@@ -116,11 +117,11 @@ def tools_of(body: Json) -> ToolUse | None:
     tools = tuple(
         tool_of(item, f"tools[{place}]", "input_schema")
         for place, item in enumerate(body.get("tools") or ())
-        if _object(item, f"tools[{place}]").get("type") in _FREE
+        if checked_object(item, f"tools[{place}]").get("type") in _FREE
     )
     check_together(tools, "tools")
     choice = body.get("tool_choice") or {"type": "auto"}
-    kind = _object(choice, "tool_choice").get("type")
+    kind = checked_object(choice, "tool_choice").get("type")
     if kind not in ("auto", "any", "tool", "none"):
         raise InvalidRequest(
             "'tool_choice.type' must be one of auto, any, tool, none", param="tool_choice.type"
@@ -136,7 +137,7 @@ def form_of(body: Json) -> ConstraintSpec | None:
     if form is None:
         return None
     param = "output_config.format"
-    if _object(form, param).get("type") != "json_schema":
+    if checked_object(form, param).get("type") != "json_schema":
         raise InvalidRequest(f"'{param}.type' must be json_schema", param=f"{param}.type")
     try:
         return constraint_of({"json_schema": form.get("schema")})
@@ -160,26 +161,14 @@ def _text(value: Any, where: str) -> str:
     texts = []
     for place, block in enumerate(value):
         name = f"{where}[{place}]"
-        if _object(block, name).get("type") != "text":
+        if checked_object(block, name).get("type") != "text":
             kind = str(block.get("type"))[:32]
             raise UnsupportedParameter(
                 f"'{name}' is a block of type '{kind}'; only text is supported", param=name
             )
-        texts.append(_string(block.get("text"), f"{name}.text"))
+        texts.append(checked_text(block.get("text"), f"{name}.text"))
     return "\n".join(texts)
 
 
 def _joined(one: str, two: str) -> str:
     return "\n\n".join(filter(None, (one, two)))
-
-
-def _object(value: Any, where: str) -> Json:
-    if not isinstance(value, Mapping):
-        raise InvalidRequest(f"'{where}' must be an object", param=where)
-    return value
-
-
-def _string(value: Any, where: str) -> str:
-    if not isinstance(value, str):
-        raise InvalidRequest(f"'{where}' must be a string", param=where)
-    return value

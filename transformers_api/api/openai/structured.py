@@ -10,6 +10,7 @@ from typing import Any
 import flask
 import orjson
 
+from transformers_api.api.http.checked import checked_object, checked_text
 from transformers_api.errors import InvalidRequest
 from transformers_api.serving.constraints.json_schema import (
     ANY_OBJECT,
@@ -80,7 +81,7 @@ def tell_ignored(warnings: Sequence[str]) -> None:
 
 
 def _response_format(value: Any, param: str) -> ConstraintSpec | None:
-    fields, kind = _object(value, param), value.get("type")
+    fields, kind = checked_object(value, param), value.get("type")
     match kind:
         case "text":
             return None
@@ -107,7 +108,7 @@ def _named_schema(fields: Json, param: str) -> ConstraintSpec:
     if "json_schema" not in fields and "schema" in fields:
         return json_constraint(fields["schema"], f"{param}.schema")
     param = f"{param}.json_schema"
-    named = _object(fields.get("json_schema"), param)
+    named = checked_object(fields.get("json_schema"), param)
     name = named.get("name", "")
     if not isinstance(name, str) or not _is_name(name):
         raise InvalidRequest(
@@ -129,7 +130,7 @@ def _is_name(name: str) -> bool:
 
 def _structured_outputs(value: Any, param: str) -> ConstraintSpec | None:
     """vLLM's: exactly one of six, and options for JSON."""
-    fields = _object(value, param)
+    fields = checked_object(value, param)
     names = [name for name in _STRUCTURED if fields.get(name) not in (None, False)]
     if len(names) != 1:
         listed = ", ".join(_STRUCTURED)
@@ -148,7 +149,7 @@ def _structured_outputs(value: Any, param: str) -> ConstraintSpec | None:
     return json_constraint(
         orjson.loads(spec.source),
         spec.param,
-        whitespace=_text(whitespace, f"{param}.whitespace_pattern"),
+        whitespace=checked_text(whitespace, f"{param}.whitespace_pattern"),
     )
 
 
@@ -169,11 +170,11 @@ def _json_object(value: Any, param: str) -> ConstraintSpec:
 
 
 def _regex(value: Any, param: str) -> ConstraintSpec:
-    return regex_constraint(_text(value, param), param)
+    return regex_constraint(checked_text(value, param), param)
 
 
 def _grammar(value: Any, param: str) -> ConstraintSpec | None:
-    return grammar_constraint(_text(value, param), param) if value != "" else None
+    return grammar_constraint(checked_text(value, param), param) if value != "" else None
 
 
 def _choice(value: Any, param: str) -> ConstraintSpec:
@@ -188,7 +189,7 @@ def _tags(value: Any, param: str) -> ConstraintSpec:
             value = orjson.loads(value)
         except orjson.JSONDecodeError:
             raise InvalidRequest(f"'{param}' is no JSON", param=param) from None
-    fields = _object(value, param)
+    fields = checked_object(value, param)
     structures, triggers = fields.get("structures"), fields.get("triggers")
     if not isinstance(structures, list) or not all(isinstance(s, Mapping) for s in structures):
         name = f"{param}.structures"
@@ -197,18 +198,6 @@ def _tags(value: Any, param: str) -> ConstraintSpec:
         name = f"{param}.triggers"
         raise InvalidRequest(f"'{name}' must be a list of strings", param=name)
     return tags_constraint(structures, triggers, param)
-
-
-def _object(value: Any, param: str) -> Json:
-    if not isinstance(value, Mapping):
-        raise InvalidRequest(f"'{param}' must be an object", param=param)
-    return value
-
-
-def _text(value: Any, param: str) -> str:
-    if not isinstance(value, str):
-        raise InvalidRequest(f"'{param}' must be a string", param=param)
-    return value
 
 
 _STRUCTURED: Mapping[str, Reader] = {

@@ -8,6 +8,7 @@ from typing import Any
 
 import orjson
 
+from transformers_api.api.http.checked import checked_object
 from transformers_api.errors import InvalidRequest, UnsupportedParameter
 from transformers_api.serving.constraints.json_schema import json_constraint
 from transformers_api.serving.tools.spec import NO_PARAMETERS, Tool, ToolUse
@@ -36,14 +37,14 @@ def tools_of(items: Sequence[Any], param: str, *, wrapped: bool = True) -> tuple
     for place, item in enumerate(items):
         where = f"{param}[{place}]"
         if wrapped:
-            kind = _object(item, where).get("type", "function")
+            kind = checked_object(item, where).get("type", "function")
             if kind != "function":
                 raise UnsupportedParameter(
                     f"'{where}' is a tool of type '{str(kind)[:32]}'; only 'function' is supported",
                     param=where,
                 )
             item, where = item.get("function"), f"{where}.function"
-        tools.append(tool_of(_object(item, where), where))
+        tools.append(tool_of(checked_object(item, where), where))
     check_together(tools, param)
     return tuple(tools)
 
@@ -79,7 +80,7 @@ def tool_of(function: Json, param: str, parameters: str = "parameters") -> Tool:
 
 def _check_arguments(schema: Json, param: str) -> None:
     """Raise InvalidRequest where the names of the arguments cannot be read off ``schema``."""
-    _object(schema.get("properties", {}), f"{param}.properties")
+    checked_object(schema.get("properties", {}), f"{param}.properties")
     required = schema.get("required", [])
     if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
         name = f"{param}.required"
@@ -107,7 +108,7 @@ def chosen(tools: tuple[Tool, ...], choice: Any, param: str, *, parallel: bool) 
         return ToolUse(tools=tools, parallel=parallel)
     if choice in ("required", "any"):
         return ToolUse(tools=tools, mode="required", parallel=parallel)
-    fields = _object(choice, param)
+    fields = checked_object(choice, param)
     if fields.get("type") == "allowed_tools":
         return _allowed(tools, fields.get("allowed_tools", fields), param, parallel=parallel)
     name = _name(fields)
@@ -117,14 +118,14 @@ def chosen(tools: tuple[Tool, ...], choice: Any, param: str, *, parallel: bool) 
 
 
 def _allowed(tools: tuple[Tool, ...], fields: Any, param: str, *, parallel: bool) -> ToolUse:
-    fields = _object(fields, param)
+    fields = checked_object(fields, param)
     mode, listed = fields.get("mode", "auto"), fields.get("tools")
     if mode not in ("auto", "required") or not isinstance(listed, list) or not listed:
         raise InvalidRequest(
             f"'{param}.allowed_tools' must have 'mode' (auto, required) and 'tools', a list",
             param=param,
         )
-    names = frozenset(_name(_object(item, param)) for item in listed)
+    names = frozenset(_name(checked_object(item, param)) for item in listed)
     if unknown := names - {tool.name for tool in tools}:
         raise InvalidRequest(
             f"'{param}' names '{min(map(str, unknown))}', which is no tool of 'tools'", param=param
@@ -136,9 +137,3 @@ def _name(fields: Json) -> str:
     inner = fields.get("function", fields)
     name = inner.get("name") if isinstance(inner, Mapping) else None
     return name if isinstance(name, str) else ""
-
-
-def _object(value: Any, param: str) -> Json:
-    if not isinstance(value, Mapping):
-        raise InvalidRequest(f"'{param}' must be an object", param=param)
-    return value

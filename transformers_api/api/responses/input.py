@@ -7,6 +7,7 @@ from typing import Any
 
 import orjson
 
+from transformers_api.api.http.checked import checked_object, checked_text
 from transformers_api.api.openai.structured import constraint_of
 from transformers_api.api.openai.tool_input import check_together, chosen, tool_of
 from transformers_api.api.responses.format import unsealed
@@ -39,7 +40,7 @@ def messages_of(items: str | Sequence[Any], instructions: str | None = None) -> 
         thought = ""
         for place, item in enumerate(items):
             where = f"input[{place}]"
-            kind = _object(item, where).get("type", "message")
+            kind = checked_object(item, where).get("type", "message")
             if kind == "reasoning":
                 thought = _thought(item, where)
                 continue
@@ -64,7 +65,7 @@ def _add(turns: list[Message], item: Json, kind: Any, where: str, thought: str) 
             turns.append(turn | ({"reasoning_content": thought} if thought else {}))
     elif kind in _RESULTS:
         output = _text(item.get("output"), f"{where}.output")
-        call_id = _string(item.get("call_id"), f"{where}.call_id")
+        call_id = checked_text(item.get("call_id"), f"{where}.call_id")
         turns.append({"role": "tool", "content": output, "tool_call_id": call_id})
     elif not kind.endswith(_SKIPPED):
         raise UnsupportedParameter(
@@ -84,12 +85,12 @@ def _message(item: Json, where: str, thought: str) -> Message:
 
 
 def _call(item: Json, field: str, where: str) -> Json:
-    name = _string(item.get("name"), f"{where}.name")
-    written = _string(item.get(field), f"{where}.{field}")
+    name = checked_text(item.get("name"), f"{where}.name")
+    written = checked_text(item.get(field), f"{where}.{field}")
     if field == "input":
         written = orjson.dumps({"input": written}).decode()
     return {
-        "id": _string(item.get("call_id"), f"{where}.call_id"),
+        "id": checked_text(item.get("call_id"), f"{where}.call_id"),
         "type": "function",
         "function": {"name": name, "arguments": written},
     }
@@ -104,11 +105,11 @@ def _text(value: Any, where: str) -> str:
     texts = []
     for place, part in enumerate(value):
         name = f"{where}[{place}]"
-        kind = _object(part, name).get("type")
+        kind = checked_object(part, name).get("type")
         if kind == "refusal":
-            texts.append(_string(part.get("refusal"), f"{name}.refusal"))
+            texts.append(checked_text(part.get("refusal"), f"{name}.refusal"))
         elif kind in _TEXT_PARTS:
-            texts.append(_string(part.get("text"), f"{name}.text"))
+            texts.append(checked_text(part.get("text"), f"{name}.text"))
         else:
             raise UnsupportedParameter(
                 f"'{name}' is a part of type '{str(kind)[:32]}'; only text is supported", param=name
@@ -144,7 +145,7 @@ def tools_of(body: Json) -> tuple[ToolUse | None, frozenset[str]]:
     free: set[str] = set()
     for place, item in enumerate(body.get("tools") or ()):
         where = f"tools[{place}]"
-        kind = _object(item, where).get("type")
+        kind = checked_object(item, where).get("type")
         if kind == "function":
             tools.append(tool_of(item, where))
         elif kind == "custom":
@@ -163,7 +164,7 @@ def form_of(body: Json) -> ConstraintSpec | None:
     if form is None:
         return None
     param = "text.format"
-    fields = _object(form, param)
+    fields = checked_object(form, param)
     if fields.get("type") == "json_schema":  # flat here
         named = {key: fields[key] for key in ("name", "schema", "strict") if key in fields}
         fields = {"type": "json_schema", "json_schema": named}
@@ -174,15 +175,3 @@ def form_of(body: Json) -> ConstraintSpec | None:
         inner = inner.replace("response_format", param)
         message = error.message.replace(error.param or "\0", inner)
         raise InvalidRequest(message, param=inner) from None
-
-
-def _object(value: Any, where: str) -> Json:
-    if not isinstance(value, Mapping):
-        raise InvalidRequest(f"'{where}' must be an object", param=where)
-    return value
-
-
-def _string(value: Any, where: str) -> str:
-    if not isinstance(value, str):
-        raise InvalidRequest(f"'{where}' must be a string", param=where)
-    return value

@@ -5,6 +5,7 @@ Only those rows are copied: a neighbour's parameters cost a plain row nothing.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 
 import numpy
@@ -15,6 +16,7 @@ from transformers_api.engine.base import Mask
 from transformers_api.engine.sequence import Sequence
 from transformers_api.errors import ApiError, ConstraintFailed
 
+log = logging.getLogger(__name__)
 # Each byte of a mask as what is added to 8 logits: 0 where a bit is set, else -inf.
 _BITS = numpy.unpackbits(numpy.arange(256, dtype=numpy.uint8)[:, None], axis=1, bitorder="little")
 _PENALTIES = torch.from_numpy(numpy.where(_BITS, 0, -numpy.inf).astype(numpy.float32))  # (256, 8)
@@ -60,6 +62,7 @@ class RowChanges:
                 except ApiError as error:
                     errors[row] = error
                 except Exception:
+                    log.exception("A constraint failed", extra={"request_id": seq.request_id})
                     errors[row] = ConstraintFailed("The requested format failed")
                 else:
                     if mask is not None:
