@@ -260,7 +260,7 @@ class Settings:
         None,
         to.integer(0, 1_000_000),
         "Requests per minute and client, 0 for no limit. Default: 10 on /chat/stream and "
-        "/inspect/*, no limit elsewhere.",
+        "/inspect/*, but for clients on this machine where HOST is loopback; else no limit.",
     )
     rate_limit_burst: int = _setting(
         3, to.integer(1, 1_000_000), "How many of these a client may send at once."
