@@ -166,7 +166,7 @@ def test_who_sits_at_this_machine_looks_inside_without_a_limit(serve, address, s
     [
         ({}, True),
         ({"host": "::1"}, True),
-        ({"host": "0.0.0.0"}, False),  # noqa: S104
+        ({"host": "0.0.0.0"}, False),
         ({"trusted_proxies": 1}, False),
         ({"rate_limit_per_min": 10}, False),  # somebody wants it
     ],

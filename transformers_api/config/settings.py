@@ -231,7 +231,7 @@ class Settings:
         "over heads.",
     )
     trace_max_requests: int = _setting(
-        2, to.integer(1, 1024), "Requests that are traced at once; more are refused with 429."
+        2, to.integer(1, 1024), "Requests traced at once; of one layer each four times as many."
     )
     inspect_max_tokens: int = _setting(
         2048, to.integer(1, 1 << 24), "Tokens that /inspect/* reads."
@@ -246,7 +246,7 @@ class Settings:
         30.0, to.number(0.01, 3600), "Seconds that one inspection may take."
     )
     inspect_queue: int = _setting(
-        4, to.integer(0, 1024), "Inspections that may wait for the one that runs."
+        64, to.integer(0, 1024), "Inspections that may wait, and requests for a trace; else 429."
     )
     attribution_max_tokens: int = _setting(
         512, to.integer(1, 1 << 24), "Tokens that /inspect/attribution reads."
