@@ -32,7 +32,7 @@ def post(served, route, stream=False, **fields):
 
 # -- how many at once
 
-MUCH = {"resid_norms": True}  # a whole place; one layer or none takes a quarter
+MUCH = {"resid_norms": True}  # a whole place; one layer or none takes an eighth
 
 
 def test_one_too_many_is_told_to_come_again(serve):
@@ -98,16 +98,16 @@ def test_an_error_gives_the_place_back(serve, stream):
 @pytest.mark.parametrize(
     ("trace", "at_once"),
     [
-        ({}, 4),
-        ({"layers": [1], "attn": "u8"}, 4),
-        ({"layers": [1], "attn": "topk"}, 4),
+        ({}, 8),
+        ({"layers": [1], "attn": "u8"}, 8),
+        ({"layers": [1], "attn": "topk"}, 8),
         ({"layers": [0, 1], "attn": "u8"}, 1),
         ({"layers": [1], "attn": "json"}, 1),
         ({"lens": {"layers": "all"}}, 1),
         (MUCH, 1),
     ],
 )
-def test_small_traces_take_a_quarter_of_a_place(serve, trace, at_once):
+def test_small_traces_take_an_eighth_of_a_place(serve, trace, at_once):
     engine = FakeEngine(say("ab"), gate=threading.Event())
     served = serve(engine, trace_max_requests=1, inspect_queue=0)
     running = [served.chat(stream=True, trace=trace) for _ in range(at_once)]

@@ -56,7 +56,7 @@ def test_a_place_is_given_back_once_however_often():
 
 def test_places_are_given_in_the_order_of_the_line_and_a_large_one_is_not_passed_by():
     slots, order = TraceSlots(), []
-    running = [slots.take(1, LIGHT) for _ in range(4)]
+    running = [slots.take(1, LIGHT) for _ in range(8)]
 
     def ask(name, cost):
         end = slots.take(1, cost, waiting=8)
@@ -70,10 +70,10 @@ def test_places_are_given_in_the_order_of_the_line_and_a_large_one_is_not_passed
         ):
             asked.append(pool.submit(ask, name, cost))
             wait_for(lambda place=place: len(slots) == place + 1)
-        for end in running[:3]:
+        for end in running[:7]:
             end()
         assert order == []  # there is room for the small ones
-        running[3]()
+        running[7]()
         for each in asked:
             each.result(20)
     assert order[0] == "large"

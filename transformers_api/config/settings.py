@@ -231,7 +231,7 @@ class Settings:
         "over heads.",
     )
     trace_max_requests: int = _setting(
-        2, to.integer(1, 1024), "Requests traced at once; of one layer each four times as many."
+        2, to.integer(1, 1024), "Requests traced at once; of one layer each eight times as many."
     )
     inspect_max_tokens: int = _setting(
         2048, to.integer(1, 1 << 24), "Tokens that /inspect/* reads."

@@ -107,7 +107,7 @@ def plan(
 
 
 def cost(trace: TraceRequest, plan: TracePlan, choices: int) -> int:
-    """The quarters of a place that a trace takes: one where it is small, else all four.
+    """The eighths of a place that a trace takes: one where it is small, else all.
 
     Small is what a page shows of every answer: probabilities, candidates and one layer.
     """

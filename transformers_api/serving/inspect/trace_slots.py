@@ -11,7 +11,7 @@ from transformers_api.errors import TraceBusy
 from transformers_api.serving.limits.admission import Throughput
 from transformers_api.serving.limits.cancellation import Cancellation
 
-WHOLE, LIGHT = 4, 1  # quarters of a place; see trace_plan.cost
+WHOLE, LIGHT = 8, 1  # eighths of a place; see trace_plan.cost
 
 
 class TraceSlots:
@@ -20,7 +20,7 @@ class TraceSlots:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._condition = threading.Condition()
         self._line: deque[object] = deque()  # first come, first served
-        self._taken = 0  # quarters
+        self._taken = 0  # eighths
         self._running = 0
         self._throughput = Throughput(clock)
 
@@ -36,7 +36,7 @@ class TraceSlots:
         waiting: int = 0,
         cancellation: Cancellation | None = None,
     ) -> Callable[[], None]:
-        """Take ``cost`` quarters of one of ``most`` places, as soon as they are free.
+        """Take ``cost`` eighths of one of ``most`` places, as soon as they are free.
 
         What comes back gives them back, once however often called. Raises TraceBusy where
         ``waiting`` others wait already, and the reason of ``cancellation``.
