@@ -24,6 +24,9 @@ OPEN = {
     "/redoc",
     "/openapi.json",
     "/docs/assets/<path:filename>",
+    "/",
+    "/ui",
+    "/ui/<version>/<path:name>",
 }
 ADMIN = {
     ("POST", "/v1/models"),

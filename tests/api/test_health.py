@@ -63,7 +63,7 @@ def test_readyz_says_why_not(serve):
 
 
 def test_the_root_says_what_this_is(served):
-    body = served.client.get("/", headers={"Accept": "text/html"}).get_json()
+    body = served.client.get("/").get_json()
     assert body["version"] == __version__
     assert (body["documentation"], body["health"], body["status"]) == ("/docs", "/health", "ok")
     assert {"name", "message"} <= set(body)
