@@ -1,1 +1,1 @@
-"""The page: files of a browser's, and who is given them. No build step; see ``static/js/app.js``."""
+"""The page: a browser's files, without a build step; ``static/js/app.js`` wires them."""

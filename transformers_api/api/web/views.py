@@ -61,4 +61,5 @@ def _sent(asset: Asset, caching: str) -> Response:
     if is_gzipped:
         response.headers["Content-Encoding"] = "gzip"
     response.set_etag(f"{asset.etag}-gzip" if is_gzipped else asset.etag)
-    return response.make_conditional(request)
+    response.make_conditional(request)
+    return response
