@@ -1,1 +1,1 @@
-"""The page: a browser's files, without a build step; ``static/js/app.js`` wires them."""
+"""The page: a browser's files, without a build step. Start in ``views.py``."""
