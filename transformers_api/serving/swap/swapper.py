@@ -354,7 +354,7 @@ class Swapper:
                 return
         assert target.files is not None
         log.info("Loading %s", target.spec.name)
-        target.report(0.0, "loading")
+        target.begin_load()
         try:
             model = self._loader.load(target.spec, target.files)
         except Exception as error:
