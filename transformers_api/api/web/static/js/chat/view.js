@@ -1,0 +1,2 @@
+// The view Chat.
+export function mount() {}

@@ -1,0 +1,2 @@
+// The view Inside.
+export function mount() {}
