@@ -32,3 +32,18 @@ export function unpack(envelope) {
   }
   return { shape: envelope.shape, values };
 }
+
+/** Weights (heads × keys) as u8, a scale for each head, in base64. */
+export function pack(weights, heads, keys) {
+  const bytes = new Uint8Array(heads * keys);
+  const scale = [];
+  for (let head = 0; head < heads; head += 1) {
+    const row = weights.subarray(head * keys, (head + 1) * keys);
+    const most = row.reduce((max, value) => Math.max(max, value), 0) || 1;
+    scale.push(most);
+    row.forEach((value, key) => { bytes[head * keys + key] = Math.round((255 * value) / most); });
+  }
+  let text = "";
+  for (const byte of bytes) text += String.fromCharCode(byte);
+  return { dtype: "uint8", shape: [heads, keys], order: "C", encoding: "base64", data: btoa(text), scale };
+}

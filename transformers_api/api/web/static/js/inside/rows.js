@@ -1,5 +1,6 @@
 // What a token read: one row of attention for each head, `layer:position` by node. The row of the token
 // at position p has a weight for each of the p tokens before it; weight j belongs to token j.
+import { state } from "../core/state.js";
 import { unpack } from "./envelope.js";
 import { inspect } from "./queue.js";
 import { idsUpTo, tokenAt } from "./tokens.js";
@@ -82,4 +83,27 @@ export function heaviest({ values, start }, many, least) {
   const places = [];
   for (let key = 0; key < values.length; key += 1) if (values[key] > least) places.push({ position: start + key, weight: values[key] });
   return places.sort((a, b) => b.weight - a.weight).slice(0, many);
+}
+
+const CELLS = 200_000; // of one question
+
+/** Have the rows of every written token at hand, for one layer; `onProgress(done, all)`. */
+export async function gatherRows(node, layer, start, onProgress) {
+  const end = start + node.tokens.length;
+  const missing = (position) => position > 0 && !rowAt(node, layer, position);
+  let from = start;
+  while (from < end && !missing(from)) from += 1;
+  while (from < end) {
+    onProgress(from - start, end - start);
+    const to = Math.min(end, from + Math.max(1, Math.floor(CELLS / (end * (state.anatomy?.heads ?? 64)))));
+    const body = { model: node.model, token_ids: idsUpTo(node, to - 1), trace_layer: layer, head: "all", rows: [from - 1, to - 1], format: "u8" };
+    const { shape: [heads, rows, keys], values } = unpack((await inspect("gather", "full_attn", body)).attn);
+    for (let row = 0; row < rows; row += 1) {
+      const length = from + row;
+      const weights = new Float32Array(heads * length);
+      for (let head = 0; head < heads; head += 1) weights.set(values.subarray((head * rows + row) * keys, (head * rows + row) * keys + length), head * length);
+      rowsOf(node).set(`${layer}:${length}`, { layer, start: 0, heads, keys: length, weights, state: "exact", sink: null });
+    }
+    from = to;
+  }
 }
