@@ -21,7 +21,13 @@ from transformers_api.api.http.request_record import RequestRecord
 from transformers_api.api.http.services import EXTENSION, Services
 from transformers_api.api.http.stream_writer import StreamBody
 from transformers_api.config.settings import Settings
-from transformers_api.errors import ApiError, InvalidRequest, Overloaded, PayloadTooLarge
+from transformers_api.errors import (
+    ApiError,
+    InvalidRequest,
+    Overloaded,
+    PayloadTooLarge,
+    TraceBusy,
+)
 from transformers_api.serving import generation as serving_generation
 from transformers_api.serving.generation import Generation, GenerationRequest
 from transformers_api.serving.limits.cancellation import Cancellation
@@ -98,7 +104,7 @@ def answer(task: Task) -> Any:
         if not request.params.max_tokens and request.params.prompt_logprobs is None:
             return context.stream(task.formatter(model, request), None)
         generation = context.start(model, request, is_streamed=task.is_streamed)
-        formatter = task.formatter(model, request)
+        formatter = task.formatter(model, generation.request)
         if task.is_streamed:
             return context.stream(formatter, generation)
         whole = formatter.whole(generation)
@@ -183,15 +189,18 @@ class RequestContext:
     def start(
         self, model: LoadedModel, request: GenerationRequest, *, is_streamed: bool
     ) -> Generation:
-        """Begin to generate.
+        """Begin to generate, once there is a place for its trace.
 
-        Raises TraceBusy for a trace that would be one too many, RateLimited and TooManyTokens.
+        Raises TraceBusy where too many wait for one already, RateLimited and TooManyTokens. Where
+        a trace is not required, the request of what comes back may have none.
         """
         services, exits = self.services, self._exits
         ends: list[Callable[[], None]] = []
         if request.trace is not None:
-            ends.append(services.traces.take(services.settings.trace_max_requests))
-            exits.callback(ends[-1])
+            request, end = self._placed(request)
+            if end is not None:
+                ends.append(end)
+                exits.callback(end)
         reservation = None
         if services.access.tokens is not None:
             reservation = services.limits.reserve(request.most_tokens)
@@ -209,6 +218,24 @@ class RequestContext:
         if ends:  # before the client can have read the end and asks again
             generation.on_end = lambda: [end() for end in ends]
         return generation
+
+    def _placed(
+        self, request: GenerationRequest
+    ) -> tuple[GenerationRequest, Callable[[], None] | None]:
+        """Return the request, and what gives its place among those that are traced back."""
+        settings = self.services.settings
+        try:
+            end = self.services.traces.take(
+                settings.trace_max_requests,
+                request.trace_cost,
+                waiting=settings.inspect_queue if request.trace_required else 0,
+                cancellation=self.cancellation,
+            )
+        except TraceBusy as error:
+            if request.trace_required:
+                raise
+            return request.untraced(error), None
+        return request, end
 
     def remember(self, formatter: Formatter, generation: Generation | None) -> None:
         """Keep the tokens of a complete answer, for whoever asks for them by its id."""

@@ -19,7 +19,7 @@ from transformers_api.errors import ApiError
 from transformers_api.serving.embeddings import EmbeddingModels
 from transformers_api.serving.inspect.queue import Inspections
 from transformers_api.serving.inspect.recent_completions import Completions
-from transformers_api.serving.inspect.trace_plan import TraceSlots
+from transformers_api.serving.inspect.trace_slots import TraceSlots
 from transformers_api.serving.limits.access import Access
 from transformers_api.serving.limits.admission import Admission
 from transformers_api.serving.models.registry import ModelRegistry
