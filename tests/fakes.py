@@ -325,7 +325,10 @@ class FakeLoader:
         self._stage("check_memory", spec)
         return self.fits_beside
 
-    def load(self, spec: ModelSpec, files: ModelFiles) -> LoadedModel:
+    def load(
+        self, spec: ModelSpec, files: ModelFiles, progress: Callable[[float, str], None]
+    ) -> LoadedModel:
+        progress(0.5, "reading the weights")
         self._stage("load", spec)
         model = self.build(spec)
         self.loaded.append(model)

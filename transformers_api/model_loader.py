@@ -13,6 +13,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -21,10 +22,12 @@ from transformers_api import __version__
 from transformers_api.config.settings import GIB, Settings, load_in_one_thread
 from transformers_api.engine.load_deadline import LoadDeadline
 from transformers_api.engine.load_options import DTYPE_BYTES, LoadOptions
+from transformers_api.engine.load_progress import LoadProgress
 from transformers_api.engine.standby import StandbyModels
 from transformers_api.engine.thread import EngineThread
 from transformers_api.errors import InsufficientMemory, ModelLoadFailed, ModelNotCapable
 from transformers_api.serving.models.encoder_files import read_encoder
+from transformers_api.serving.models.hub import Progress
 from transformers_api.serving.models.spec import ModelFiles, ModelSpec, Pooling
 from transformers_api.serving.models.store import ModelStore
 from transformers_api.serving.swap.loaded_model import Embedder, LoadedModel
@@ -40,6 +43,10 @@ SPARE = 1.2  # of what is needed, to load beside a resident model
 QUANTIZED_BYTES = {"int8": 1.07, "int4": 0.8}  # int4: 5/8, and the output layer's like int8
 
 log = logging.getLogger(__name__)
+
+
+def _unheard(_share: float, _text: str) -> None:
+    """Nobody asks how far it is."""
 
 
 class _Tokenizer(NamedTuple):
@@ -102,18 +109,22 @@ class ModelLoader:
         _require(spec, device, need, free + freed_bytes)
         return need * SPARE <= free
 
-    def load(self, spec: ModelSpec, files: ModelFiles) -> LoadedModel:
+    def load(
+        self, spec: ModelSpec, files: ModelFiles, progress: Progress = _unheard
+    ) -> LoadedModel:
         """See Loader."""
         with self.deadline.running():
-            return self._load(spec, files)
+            return self._load(spec, files, progress)
 
-    def _load(self, spec: ModelSpec, files: ModelFiles) -> LoadedModel:
+    def _load(self, spec: ModelSpec, files: ModelFiles, progress: Progress) -> LoadedModel:
         started = time.monotonic()
         self.thread.call(_register_families).result()
         tokenizer = self._tokenizer(spec, files)
         options = self._options(spec, files, tokenizer)
         is_outdated = self.thread.call(lambda: self._outdating(options)).result()
-        engine, inspector = self.thread.call(lambda: self._in_time(files, options)).result()
+        counted = LoadProgress(files.parameters, progress)
+        work = partial(self._in_time, files, options, counted)
+        engine, inspector = self.thread.call(work).result()
         facts = _facts(engine.describe())
         loaded = LoadedModel(
             spec=spec,
@@ -157,9 +168,11 @@ class ModelLoader:
         when_compiled(options, self.thread.num_threads, on_compiled)
         return compiled.is_set
 
-    def _in_time(self, files: ModelFiles, options: LoadOptions) -> tuple[Engine, Inspector | None]:
+    def _in_time(
+        self, files: ModelFiles, options: LoadOptions, progress: LoadProgress
+    ) -> tuple[Engine, Inspector | None]:
         self.deadline.check()
-        with self.deadline.between_tensors():
+        with self.deadline.between_tensors(), progress.counting():
             return self._load_engine(files, options)
 
     def _load_engine(

@@ -60,7 +60,7 @@ def test_what_is_loading_and_who_waits_for_it(tmp_path):
     asking.join(10)
     assert said["state"] == "loading"
     assert said["loading"]["model"] == "two"
-    assert 0 <= said["loading"]["progress"] <= 1
+    assert (said["loading"]["progress"], said["loading"]["doing"]) == (0.5, "reading the weights")
     assert said["loading"]["stage"] == "loading"
     assert said["loading"]["last_load_s"] is None
     assert 0 <= time.time() - said["loading"]["since"] < 60

@@ -113,6 +113,8 @@ class Loader(Protocol):
         """
         ...
 
-    def load(self, spec: ModelSpec, files: ModelFiles) -> LoadedModel:
-        """Load into memory. Raises ModelLoadFailed."""
+    def load(
+        self, spec: ModelSpec, files: ModelFiles, progress: Callable[[float, str], None]
+    ) -> LoadedModel:
+        """Load into memory. ``progress`` as for ``prepare``. Raises ModelLoadFailed."""
         ...

@@ -356,7 +356,7 @@ class Swapper:
         log.info("Loading %s", target.spec.name)
         target.begin_load()
         try:
-            model = self._loader.load(target.spec, target.files)
+            model = self._loader.load(target.spec, target.files, target.report)
         except Exception as error:
             self._fail(target, error, loading=True)
             gc.collect()  # the frames of the error held what was loaded so far

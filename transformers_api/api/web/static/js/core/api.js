@@ -26,11 +26,12 @@ export const key = {
   },
 };
 
-async function call(path, { method = null, body, signal, panel } = {}) {
+async function call(path, { method = null, body, signal, panel, accept } = {}) {
   const verb = method ?? (body === undefined ? "GET" : "POST");
   if (panel) remember(panel, { method: verb, path, body });
   const headers = {};
   if (key.get()) headers.authorization = `Bearer ${key.get()}`;
+  if (accept) headers.accept = accept;
   // Also without a body: other origins cannot send that type without being asked first.
   if (verb !== "GET") headers["content-type"] = "application/json";
   const text = body === undefined ? undefined : JSON.stringify(body);
@@ -59,7 +60,7 @@ export async function json(path, options = {}) {
   }
 }
 
-/** The body that `path` answers, as text or a Blob ("text", "blob"). */
+/** The body that `path` answers, as text or a Blob ("text", "blob"); `accept` chooses a form. */
 export async function raw(path, kind, options = {}) {
   const answer = await call(path, options);
   return answer[kind]();
