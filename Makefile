@@ -29,7 +29,7 @@ help: ## list the targets
 
 setup: $(DEV) $(KERNELS) ## make .venv with everything, tools included
 
-tools: ## install what some tests need besides (nginx, redis; Debian, as root)
+tools: ## install what some tests need besides (nginx, redis, chromium; Debian, as root)
 	@scripts/install_test_tools.sh
 
 run: $(RUN) $(KERNELS) ## serve on http://127.0.0.1:5000; every setting comes from the environment

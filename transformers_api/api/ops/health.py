@@ -15,6 +15,7 @@ from transformers_api.api.http.body import Blueprint
 from transformers_api.api.http.dialects import PLAIN
 from transformers_api.api.http.services import services
 from transformers_api.api.ops.schemas.health import Health, Probe, Ready, Start, Version
+from transformers_api.api.web import views as web
 from transformers_api.memory import process_bytes
 
 blueprint = Blueprint(
@@ -90,9 +91,16 @@ def version() -> Any:
 
 
 @blueprint.at("/")
+@scope("open")
 @blueprint.gives(Start)
 def index() -> Any:
-    """Say what this is, and where to go on."""
+    """Say what this is, and where to go on; browsers get the page."""
+    answer = web.page() if web.prefers_page() else jsonify(_start())
+    answer.vary.add("Accept")
+    return answer
+
+
+def _start() -> dict[str, Any]:
     return {
         "name": "Transformers API",
         "message": "Transformers API: Hugging Face language models over the OpenAI API",
@@ -101,6 +109,7 @@ def index() -> Any:
         "documentation": "/docs",
         "health": "/health",
         "endpoints": {
+            "page": "/ui",
             "docs": "/docs",
             "redoc": "/redoc",
             "openapi": "/openapi.json",

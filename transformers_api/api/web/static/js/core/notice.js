@@ -1,0 +1,51 @@
+// What the page says beside its views: to a screen reader, in a box at the top, in a tip at the pointer.
+import { byId, button, h } from "./dom.js";
+
+let waiting = null;
+let last = 0;
+
+/** Say `text` in the one status line, at most twice a second; the newest wins. */
+export function announce(text) {
+  const said = byId("said");
+  const show = () => {
+    waiting = null;
+    last = performance.now();
+    if (said.textContent !== text) said.textContent = text;
+  };
+  clearTimeout(waiting);
+  const left = 500 - (performance.now() - last);
+  if (left <= 0) show();
+  else waiting = setTimeout(show, left);
+}
+
+/** Show a box over the view until it is dismissed, or for `seconds`. Returns a function that removes it. */
+export function notice(text, { kind = "error", actions = [], seconds = 0 } = {}) {
+  const remove = () => box.remove();
+  const box = h("div", { class: "alert", role: "alert", data: { kind } },
+    h("span", { text, dir: "auto" }),
+    ...actions.map(([label, run]) => button(label, () => { remove(); run(); }, { cls: "btn small" })),
+    button("Dismiss", remove, { cls: "icon", glyph: "x" }));
+  byId("alerts").replaceChildren(box);
+  if (seconds) setTimeout(remove, 1000 * seconds);
+  return remove;
+}
+
+/** Show a tip beside `element` while the mouse is over it; `text` may be a function of the event. */
+export function tip(element, text) {
+  const box = byId("tip");
+  element.addEventListener("pointerenter", (event) => {
+    if (event.pointerType !== "mouse") return;
+    const words = typeof text === "function" ? text(event) : text;
+    if (!words) return;
+    box.textContent = words;
+    box.hidden = false;
+    const target = element.getBoundingClientRect();
+    const left = target.left + target.width / 2 - box.offsetWidth / 2;
+    const above = target.top - box.offsetHeight - 8;
+    box.style.left = `${Math.max(8, Math.min(innerWidth - box.offsetWidth - 8, left))}px`;
+    box.style.top = `${above < 4 ? target.bottom + 8 : above}px`;
+  });
+  const hide = () => { box.hidden = true; };
+  element.addEventListener("pointerleave", hide);
+  element.addEventListener("pointerdown", hide);
+}

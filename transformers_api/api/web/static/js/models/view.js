@@ -1,0 +1,2 @@
+// The view Models.
+export function mount() {}
