@@ -29,7 +29,8 @@ function rows(status) {
 export function serverCard() {
   const list = facts();
   const spark = h("div", { class: "spark", role: "img" });
-  const caption = h("p", { class: "sparkcap" }, h("span", { text: words.tokensPerSecond }), h("span", { text: words.lastMinutes }));
+  const caption = h("p", { class: "sparkcap legend" },
+    h("span", {}, h("i", { class: "w" }), words.tokensPerSecond), h("span", {}, h("i", { class: "k" }), words.beingWritten), h("span", { class: "when", text: words.lastMinutes }));
   const element = h("section", { class: "card", "aria-label": words.server },
     h("header", { class: "cap" }, h("h2", { text: words.server }), requestButton("status")),
     list.element, caption, spark);

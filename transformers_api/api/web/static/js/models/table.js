@@ -12,22 +12,23 @@ import { tryEmbeddings } from "./embeddings_card.js";
 const isHere = (model) => model.local ?? model.owned_by === "local";
 const embeds = (model) => model.capabilities?.includes("embedding") && !writes(model);
 
-/** "memory", "loading", "failed", "never", "disk" or "hub". */
+/** "memory", "loading", "failed", "never", "disk", "hub", or "away" of what else has to be fetched. */
 function place(model) {
   const { status } = state;
   if (status?.loading?.model === model.id) return "loading";
   if (model.loaded || status?.resident?.model === model.id || status?.encoder === model.id) return "memory";
   if (model.servable === false && !model.capabilities?.length) return "never";
   if (status?.failed?.[model.id]) return "failed";
-  return isHere(model) ? "disk" : "hub";
+  if (isHere(model)) return "disk";
+  return model.owned_by === "huggingface" ? "hub" : "away";
 }
 
 const PLACES = {
   memory: ["ready", words.inMemory], loading: ["busy", words.isLoading], failed: ["off", words.hasFailedShort],
-  never: ["wait", words.never], disk: ["wait", words.onDisk], hub: ["wait", words.onTheHub],
+  never: ["wait", words.never], disk: ["wait", words.onDisk], hub: ["wait", words.onTheHub], away: ["wait", words.notHere],
 };
 const FEW = 12; // rows that are shown at once, however many are elsewhere
-const ORDER = ["memory", "loading", "failed", "disk", "hub", "never"];
+const ORDER = ["memory", "loading", "failed", "disk", "away", "hub", "never"];
 
 function actions(model, where) {
   const { id } = model;
@@ -48,7 +49,7 @@ function row(model) {
   const [dot, text] = PLACES[where];
   const standing = () => h("span", { class: "st" }, h("span", { class: "dot", data: { state: dot } }), text);
   const reason = { failed: state.status?.failed?.[model.id], never: model.reason }[where];
-  const abilities = (model.capabilities ?? []).map((name) => words.abilities[name]).filter(Boolean).join(" · ");
+  const abilities = [model.parameters && words.parameters(model.parameters), ...(model.capabilities ?? []).map((name) => words.abilities[name])].filter(Boolean).join(" · ");
   const context = model.max_model_len ?? model.context_length;
   return h("tr", { data: { place: where } },
     h("td", {}, h("span", { class: "m" },
@@ -57,7 +58,7 @@ function row(model) {
       abilities ? h("span", { class: "able", text: abilities }) : null,
       reason ? h("span", { class: "why", text: reason, dir: "auto" }) : null,
       h("span", { class: "narrow" }, standing()))),
-    h("td", { class: "hide num", text: model.size_bytes ? bytes(model.size_bytes) : model.parameters ?? words.unknown }),
+    h("td", { class: "hide num", text: model.size_bytes ? bytes(model.size_bytes) : words.unknown }),
     h("td", { class: "hide num", text: context ? words.tokens(context) : words.unknown }),
     h("td", { class: "hide" }, standing()),
     h("td", { class: "act" }, h("span", { class: "acts2" }, ...actions(model, where))));
@@ -69,7 +70,7 @@ export function modelTable() {
   let showsAll = false;
   const body = h("tbody");
   const none = h("p", { class: "hint none", text: words.nothingFound, hidden: true });
-  const more = h("button", { type: "button", class: "btn more", hidden: true, onclick: () => { showsAll = true; show(); body.querySelector("[data-place=hub] button")?.focus(); } });
+  const more = h("button", { type: "button", class: "btn more", hidden: true, onclick: () => { showsAll = true; show(); body.querySelector("[data-place=away] button, [data-place=hub] button")?.focus(); } });
   const find = h("input", {
     type: "search", "aria-label": words.search, placeholder: words.search, autocomplete: "off",
     oninput: () => { filter = find.value.trim().toLowerCase(); show(); },
@@ -91,9 +92,9 @@ export function modelTable() {
     const listed = state.models.filter(matches).map((model) => [ORDER.indexOf(place(model)), model]);
     listed.sort(([one], [other]) => one - other);
     const isLong = listed.length > FEW && !showsAll && !filter;
-    const rows = isLong ? listed.filter(([at]) => at < ORDER.indexOf("hub")) : listed;
+    const rows = isLong ? listed.filter(([at]) => at < ORDER.indexOf("away")) : listed;
     more.hidden = !isLong;
-    more.textContent = words.showHub(listed.length - rows.length);
+    more.textContent = words.showMore(listed.length - rows.length);
     const shape = JSON.stringify([mayChange(), rows, state.status?.failed]);
     if (body.dataset.shape === shape) return;
     body.dataset.shape = shape;
