@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from transformers_api.config.settings import Settings
-from transformers_api.kernels.build import NativeUnavailable, build, check_processor, find
+from transformers_api.kernels.build import build, find
+from transformers_api.kernels.variants import NativeUnavailable, choose
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -32,7 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):
         return
     with contextlib.suppress(NativeUnavailable):
-        check_processor()
+        choose()
         build(NATIVE_CACHE)
 
 
@@ -68,7 +69,7 @@ def native_default(request: pytest.FixtureRequest) -> Path | None:
     if request.config.option.torch:
         return None
     try:
-        check_processor()
+        choose()
     except NativeUnavailable:
         return None
     return NATIVE_CACHE if find(NATIVE_CACHE) else None

@@ -170,7 +170,9 @@ def test_what_is_resident_is_shown_while_it_streams_and_scraping_disturbs_nothin
     assert during["vllm:num_requests_running{model_name=one}"] == 1
     assert during["transformers_api_model_leases{model_name=one}"] == 1
     assert during["transformers_api_requests_active"] == 1
-    info = "device=cpu,dtype=float32,kernels=torch,mode=batching,model_name=one,quantization=none"
+    info = (
+        "device=cpu,dtype=float32,isa=,kernels=torch,mode=batching,model_name=one,quantization=none"
+    )
     assert during[f"transformers_api_model_info{{{info}}}"] == 1
     after = scrape(app.test_client())
     assert after["vllm:num_requests_running{model_name=one}"] == 0

@@ -92,7 +92,7 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
     )
     api.register(app, services)
     if metrics is not None:
-        compiled = compilations(settings.native_cache, settings.torch_threads)
+        compiled = compilations(settings.native_cache, settings.torch_threads, settings.native_isa)
         metrics.watch(swapper.status, readiness, admission.__len__, compiled)
     _begin(settings, thread, swapper)
     return app

@@ -17,8 +17,10 @@ from tests.servers import ROOT
 from transformers_api.check import report
 from transformers_api.engine.platform.cpu import usable_cores
 from transformers_api.kernels import build as building
-from transformers_api.kernels.build import NativeUnavailable, build, find
+from transformers_api.kernels import variants
+from transformers_api.kernels.build import build, find
 from transformers_api.kernels.provider import KernelProvider
+from transformers_api.kernels.variants import VARIANTS, NativeUnavailable
 
 
 def script(path: Path, text: str) -> str:
@@ -86,17 +88,17 @@ def test_without_a_compiler_there_is_a_line_in_the_log_and_no_library(
     tmp_path, monkeypatch, caplog
 ):
     monkeypatch.setattr(building.shutil, "which", lambda name: None)
-    monkeypatch.setattr(building, "check_processor", lambda: None)
+    monkeypatch.setattr(variants, "cpu_flags", lambda: set(VARIANTS[-1].features))
     assert KernelProvider(tmp_path, 2).library() is None
     assert "there is no compiler (g++, clang++)" in caplog.text
 
 
 def test_without_the_instructions_nothing_is_compiled(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(building, "_cpu_flags", lambda: {"avx512f"})
+    monkeypatch.setattr(variants, "cpu_flags", lambda: {"avx512f", "avx2"})
     monkeypatch.setattr(building.platform, "system", lambda: "Linux")
     monkeypatch.setattr(building.platform, "machine", lambda: "x86_64")
     assert KernelProvider(tmp_path / "cache", 2).library() is None
-    assert "the processor has no avx512bw" in caplog.text
+    assert "the processor has no fma, f16c" in caplog.text
     assert not (tmp_path / "cache").exists()
 
 
