@@ -43,6 +43,12 @@ LAYERS = {
     "logs": layer(never=HTTP | MODELS | {"torch"}),
     "heap": layer(never=HTTP | MODELS | {"torch"}),
     "metric_names": layer(never=HTTP | MODELS | {"torch"}),
+    "tallies": layer(
+        "engine.base",
+        "metric_names",
+        "serving.constraints.listener",
+        never=HTTP | MODELS | {"torch"},
+    ),
     "kernels": layer("kernels", "errors", "logs", never=HTTP),
     "families": layer("families", never=HTTP),
     "checkpoints.headers": layer("checkpoints.headers", "errors", never=HTTP | MODELS | {"torch"}),

@@ -55,6 +55,7 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
             make_room=lambda lacking: embeddings is not None and embeddings.give_back(lacking),
             listen=metrics.engine if metrics else lambda _model: None,
             wake=lambda: swapper.wake(),
+            constraint_listener=metrics.constraints if metrics else None,
         )
         encoder_loader = EncoderLoader(settings, store, thread)
     loads = [each.deadline for each in (loader, encoder_loader) if isinstance(each, ModelLoader)]
@@ -92,10 +93,20 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
     )
     api.register(app, services)
     if metrics is not None:
-        compiled = compilations(settings.native_cache, settings.torch_threads)
-        metrics.watch(swapper.status, readiness, admission.__len__, compiled)
+        _watch(metrics, services)
     _begin(settings, thread, swapper)
     return app
+
+
+def _watch(metrics: Metrics, services: Services) -> None:
+    settings = services.settings
+    metrics.watch(
+        services.swapper.status,
+        services.ready,
+        services.admission.__len__,
+        compilations(settings.native_cache, settings.torch_threads),
+        services.responses.usage,
+    )
 
 
 def _begin(settings: Settings, thread: EngineThread | None, swapper: Swapper) -> None:

@@ -81,6 +81,12 @@ class ResponseStore:
             self._remove(response_id)
             return True
 
+    def usage(self) -> tuple[int, int]:
+        """The answers that are kept, and their bytes."""
+        with self._lock:
+            self._forget()
+            return len(self._entries), self._bytes
+
     def __len__(self) -> int:
         return len(self._entries)
 

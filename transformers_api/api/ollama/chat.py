@@ -134,6 +134,7 @@ class OllamaFormatter(Formatter):
         self._is_chat = is_chat
         self._load_s = load_s
         self._reader = AnswerReader(plan)
+        self.parts = self._reader.counts
         self._call: Call | None = None
         self._reason = "stop"
         self._began = time.monotonic()

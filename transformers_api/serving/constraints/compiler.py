@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
@@ -20,11 +21,15 @@ import orjson
 from transformers_api.engine.base import Mask
 from transformers_api.errors import (
     ConstraintFailed,
+    ConstraintRefused,
     ConstraintsUnavailable,
-    InvalidRequest,
     Overloaded,
 )
 from transformers_api.heap import used_bytes
+from transformers_api.serving.constraints.listener import (
+    ConstraintListener,
+    SilentConstraintListener,
+)
 from transformers_api.serving.constraints.mask_worker import worker
 from transformers_api.serving.constraints.spec import ConstraintSpec
 from transformers_api.serving.text.vocabulary import Vocabulary
@@ -56,8 +61,16 @@ _GRAMMAR_LIMITS: dict[str, Any] = {
 class Grammar:
     """A compiled constraint: makes one ``GrammarConstraint`` after the other."""
 
-    def __init__(self, matcher: LLMatcher, first: bytes, param: str, size: int) -> None:
+    def __init__(
+        self,
+        matcher: LLMatcher,
+        first: bytes,
+        param: str,
+        size: int,
+        listener: ConstraintListener,
+    ) -> None:
         self.size = size  # bytes
+        self.listener = listener
         self._matcher = matcher
         self._first = first  # the mask of the first token
         self._param = param  # the field that it came in
@@ -73,8 +86,8 @@ class Grammar:
     ) -> GrammarConstraint:
         """A constraint behind ``tokens``, which fit; ``forbidden`` tokens never come."""
         mask = numpy.frombuffer(self._first, numpy.uint32).copy()
-        constraint = GrammarConstraint(self._matcher.deep_copy(), mask, self._param, forbidden)
-        constraint.grammar = self
+        matcher = self._matcher.deep_copy()
+        constraint = GrammarConstraint(self, matcher, mask, self._param, forbidden)
         for token in tokens:
             constraint.take(token)
         return constraint
@@ -84,9 +97,14 @@ class GrammarConstraint:
     """Meets ``engine.base.TokenConstraint``. The mask is worked out while the model reads."""
 
     def __init__(
-        self, matcher: LLMatcher, mask: Mask, param: str, forbidden: Collection[int] = ()
+        self,
+        grammar: Grammar,
+        matcher: LLMatcher,
+        mask: Mask,
+        param: str,
+        forbidden: Collection[int] = (),
     ) -> None:
-        self.grammar: Grammar | None = None  # whose memory it shares
+        self.grammar = grammar  # whose memory it shares
         self._matcher = matcher
         self._mask = mask
         self._param = param
@@ -99,7 +117,9 @@ class GrammarConstraint:
 
     def allowed(self) -> Mask:
         """See TokenConstraint."""
+        began = time.perf_counter()
         with self._is_ready:
+            self.grammar.listener.on_wait(time.perf_counter() - began)
             if self._has_failed:
                 raise ConstraintFailed(
                     "What may follow by the requested format is too complex to work out",
@@ -145,8 +165,14 @@ class Compiler:
     """Compiles constraints for one tokenizer. From any thread."""
 
     def __init__(
-        self, tokenizer: Any, vocabulary: Vocabulary, size: int, end_ids: Collection[int]
+        self,
+        tokenizer: Any,
+        vocabulary: Vocabulary,
+        size: int,
+        end_ids: Collection[int],
+        listener: ConstraintListener | None = None,
     ) -> None:
+        self._listener = listener or SilentConstraintListener()
         self._tokenizer = tokenizer
         self._vocabulary = vocabulary
         self._size = size  # ids below this can be sampled
@@ -162,8 +188,8 @@ class Compiler:
     def compile(self, spec: ConstraintSpec) -> Grammar:
         """The grammar of ``spec``.
 
-        Raises InvalidRequest, ConstraintsUnavailable, and Overloaded where those of other requests
-        take all the memory that grammars may have.
+        Raises ConstraintRefused, ConstraintsUnavailable, and Overloaded where those of other
+        requests take all the memory that grammars may have.
         """
         with self._lock:
             grammar = self._grammars.get(spec)
@@ -172,7 +198,11 @@ class Compiler:
                 return grammar
         with self._compiling:
             self._make_room()
-            grammar = self._compiled(spec)
+            tables, began = self._tables, time.perf_counter()
+            try:
+                grammar = self._compiled(spec, tables)
+            finally:
+                self._listener.on_compile(time.perf_counter() - began)
             self._live.add(grammar)
         with self._lock:
             self._grammars[spec] = grammar
@@ -211,10 +241,9 @@ class Compiler:
         mark = self._ids(_MARK)
         return whole[len(mark) :] if whole[: len(mark)] == mark else self._ids(text)
 
-    def _compiled(self, spec: ConstraintSpec) -> Grammar:
+    def _compiled(self, spec: ConstraintSpec, tables: LLTokenizer) -> Grammar:
         from llguidance import LLMatcher, LLParserLimits
 
-        tables = self._tables
         before = used_bytes()
         limits = LLParserLimits(**_GRAMMAR_LIMITS)
         matcher = LLMatcher(tables, _source(spec), log_level=0, limits=limits)
@@ -224,9 +253,9 @@ class Compiler:
         fresh = matcher.deep_copy()
         fresh.unsafe_compute_mask_ptr(first.ctypes.data, first.nbytes)
         if fresh.is_error() or not first.any():
-            raise InvalidRequest(f"'{spec.param}' allows no answer", param=spec.param)
+            raise ConstraintRefused(f"'{spec.param}' allows no answer", param=spec.param)
         size = min(max(used_bytes() - before, 0), MAX_GRAMMAR_BYTES)
-        return Grammar(matcher, first.tobytes(), spec.param, size)
+        return Grammar(matcher, first.tobytes(), spec.param, size, self._listener)
 
     @cached_property
     def _tables(self) -> LLTokenizer:
@@ -355,10 +384,10 @@ def _tagged(source: str) -> str:
     return StructTag.to_grammar(tags, assume_special=False)
 
 
-def _refusal(spec: ConstraintSpec, message: str) -> InvalidRequest:
+def _refusal(spec: ConstraintSpec, message: str) -> ConstraintRefused:
     lines = filter(None, map(str.strip, message.splitlines()))
     reason = " ".join(lines)[:300] or "it is not understood"
-    return InvalidRequest(f"'{spec.param}' cannot be enforced: {reason}", param=spec.param)
+    return ConstraintRefused(f"'{spec.param}' cannot be enforced: {reason}", param=spec.param)
 
 
 def _bits(ids: Collection[int], words: int) -> Mask:
