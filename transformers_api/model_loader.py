@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from transformers_api import __version__
-from transformers_api.config.settings import GIB, Settings, load_in_one_thread
+from transformers_api.config.environment import load_in_one_thread
+from transformers_api.config.settings import GIB, Settings
 from transformers_api.engine.load_deadline import LoadDeadline
 from transformers_api.engine.load_options import DTYPE_BYTES, LoadOptions
 from transformers_api.engine.standby import StandbyModels

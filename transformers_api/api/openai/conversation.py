@@ -52,7 +52,7 @@ class Conversation:
     def template_options(self, model: LoadedModel) -> dict[str, Any]:
         """The options that make the prompt of ``model``."""
         variables = dict(self.variables or {})
-        reasoning = model.template.reasoning
+        reasoning = chat_template.reasoning_style(model)
         enabled = self.thinking.enabled
         if enabled is not None and reasoning is not None and reasoning.has_switch:
             variables.setdefault("enable_thinking", enabled)
@@ -62,7 +62,15 @@ class Conversation:
             "continue_final_message": self.continue_final_message,
             "chat_template_kwargs": variables,
             "tools": () if self.use is None else self.use.tools,
+            "hint": self._hint if model.spec.schema_hint else "",
         }
+
+    @property
+    def _hint(self) -> str:
+        """The words that tell a model of the schema of its answer."""
+        if self.form is None or self.form.kind != "json_schema":
+            return ""
+        return f"Answer in JSON that fits this JSON schema:\n{self.form.source}"
 
     def encode(self, model: LoadedModel) -> ChatPrompt:
         """The prompt. Raises what ``chat_template.encode`` does."""
@@ -90,10 +98,10 @@ class Conversation:
 
         Raises InvalidRequest, ConstraintsUnavailable.
         """
-        reasoning = None
+        reasoning = chat_template.reasoning_style(model)
         openings: Sequence[str] = ()
         if chat_template.chat_mode(model) == "template":
-            reasoning, openings = model.template.reasoning, model.template.answer_openings
+            openings = model.template.answer_openings
         if self.use is None and self.form is None and reasoning is None:
             return None
         style = None

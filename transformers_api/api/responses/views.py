@@ -201,20 +201,21 @@ class _Turn:
     ) -> Formatter:
         body = self.body
         include = body.get("include", ())
+        owner, store = flask.g.client, services().responses
+        is_kept = body["store"] and store.keeps_any
         head = Head(
             id=new_id("resp"),
             created_at=int(time.time()),
             model=body.get("model") or model.spec.name,
             prompt=request.prompts[0],
-            echoed=_echoed(body, request),
+            echoed=_echoed(body, request, is_kept=is_kept),
             free_tools=self.free_tools,
             with_sealed=SEALED in include,
             with_logprobs=LOGPROBS in include,
         )
-        owner, store = flask.g.client, services().responses
 
         def keep(answered: Json, turn: Sequence[Json]) -> None:
-            if body["store"]:
+            if is_kept:
                 messages = [*self.turns, *turn]
                 response = StoredResponse(
                     body=answered, items=self.items, messages=messages, owner=owner
@@ -253,7 +254,7 @@ def _check_metadata(metadata: Mapping[str, Any]) -> None:
         )
 
 
-def _echoed(body: Mapping[str, Any], request: GenerationRequest) -> Json:
+def _echoed(body: Mapping[str, Any], request: GenerationRequest, *, is_kept: bool) -> Json:
     """The fields of a request that stand in its answer."""
     text = body.get("text") or {}
     return {
@@ -267,7 +268,7 @@ def _echoed(body: Mapping[str, Any], request: GenerationRequest) -> Json:
         "reasoning": {"effort": None, "summary": None, **(body.get("reasoning") or {})},
         "safety_identifier": body.get("safety_identifier"),
         "service_tier": "default",
-        "store": body["store"],
+        "store": is_kept,
         "temperature": body.get("temperature", DEFAULTS["temperature"]),
         "text": {"format": {"type": "text"}, **text},
         "tool_choice": body.get("tool_choice", "auto"),
