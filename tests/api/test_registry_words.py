@@ -61,6 +61,12 @@ def test_marks_of_an_entry_part_thoughts_from_answers(client):
     assert "reasoning_content" not in choice["message"]
 
 
+def test_the_places_of_messages_in_a_traced_prompt_know_the_hint(client):
+    body = {"model": "hinted", "messages": MESSAGES, "response_format": FORM, "max_tokens": 1}
+    answer = client.post("/v1/chat/completions", json={**body, "trace": {"topk": 1}})
+    assert answer.status_code == 200, answer.json
+
+
 def test_a_hint_tells_the_schema_and_only_a_schema(client):
     for fields, model, is_there in (
         ({"response_format": FORM}, "hinted", True),
