@@ -267,6 +267,8 @@ def test_an_error_in_the_middle_is_an_event_and_a_failed_response(client, monkey
     assert events[-1]["response"]["error"]["code"] == "engine_failed"
 
 
+RESULT = {"type": "function_call_output", "call_id": "a", "output": "x"}
+MADE = {"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}"}
 BAD = [
     ({"input": 5}, "input"),
     ({"input": []}, "input"),
@@ -275,6 +277,9 @@ BAD = [
     ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0]"),
     ({"input": [{"type": "function_call", "name": "f"}]}, "input[0].arguments"),
     ({"input": [{"type": "nonsense"}]}, "input[0]"),
+    ({"input": [RESULT]}, "input[0].call_id"),
+    ({"input": [RESULT, MADE]}, "input[0].call_id"),
+    ({"input": [MADE, RESULT | {"call_id": "b"}]}, "input[1].call_id"),
     ({"tools": [{"type": "function"}]}, "tools[0].name"),
     ({"tool_choice": {"type": "function", "name": "nope"}}, "tool_choice"),
     ({"text": {"format": {"type": "json_schema", "schema": {}}}}, "text.format.name"),

@@ -169,11 +169,29 @@ def planned(
     )
 
 
+class CallIds:
+    """The ids of the calls of a conversation so far; results have to be of one of them."""
+
+    def __init__(self) -> None:
+        self._ids: set[str] = set()
+        self._has_unnamed = False  # a call without an id: any result may be of it
+
+    def add(self, turn: Message) -> None:
+        """Note the calls of a turn."""
+        calls = turn.get("tool_calls") or ()
+        self._ids |= {call["id"] for call in calls if "id" in call}
+        self._has_unnamed |= any("id" not in call for call in calls)
+
+    def check(self, call_id: str, field: str) -> None:
+        """Raise InvalidRequest, which names ``field``, for a result of no call before it."""
+        if call_id not in self._ids and not self._has_unnamed:
+            raise InvalidRequest(f"'{field}' is of no call before it", param=field)
+
+
 def check_results(messages: Sequence[Message]) -> None:
     """Raise InvalidRequest for a result of a call that nobody has made."""
-    ids: set[str] = set()
+    calls = CallIds()
     for place, message in enumerate(messages):
-        ids |= {call["id"] for call in message.get("tool_calls") or () if "id" in call}
-        if message["role"] == "tool" and ids and message.get("tool_call_id") not in ids:
-            name = f"messages[{place}].tool_call_id"
-            raise InvalidRequest(f"'{name}' is of no call before it", param=name)
+        calls.add(message)
+        if message["role"] == "tool":
+            calls.check(message["tool_call_id"], f"messages[{place}].tool_call_id")

@@ -13,7 +13,7 @@ from transformers_api.api.http.error_schemas import Error
 from transformers_api.api.http.request_context import Formatter, RequestContext, answer
 from transformers_api.api.http.sampling_schema import MAX_TOKENS
 from transformers_api.api.http.services import services
-from transformers_api.api.openai.conversation import Conversation, Thinking, check_results
+from transformers_api.api.openai.conversation import Conversation, Thinking
 from transformers_api.api.openai.conversation_task import DEFAULTS, ConversationTask
 from transformers_api.api.responses import input as response_input
 from transformers_api.api.responses.format import RESPONSES, Head, ResponseFormatter, new_id
@@ -143,7 +143,7 @@ class _Turn:
         before = self._before()
         if not source and not before:
             raise InvalidRequest("'input' must not be empty", param="input")
-        self.turns = [*before, *response_input.messages_of(source)]
+        self.turns = [*before, *response_input.messages_of(source, before)]
         if len(self.turns) > MAX_ITEMS:
             raise InvalidRequest(
                 f"The conversation has more than {MAX_ITEMS} turns", param="previous_response_id"
@@ -152,7 +152,6 @@ class _Turn:
         instructions = body.get("instructions")
         system = [{"role": "system", "content": instructions}] if instructions else []
         messages = [*system, *self.turns]
-        check_results(messages)
         use, self.free_tools = response_input.tools_of(body)
         reasoning = body.get("reasoning") or {}
         effort = reasoning.get("effort")
