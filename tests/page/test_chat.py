@@ -458,6 +458,7 @@ def test_the_reader_is_followed_to_the_end_only_while_they_are_there(scripted, o
     page.get_by_role("button", name="Send").click()
     expect(model_turn(page)).to_contain_text("line")
     assert scroll.evaluate(gap) < 90  # who sends wants to see the answer
+    scroll.hover()
     page.mouse.wheel(0, -1500)
     expect(page.get_by_role("button", name="To the newest")).to_be_visible()
     top = scroll.evaluate("(s) => s.scrollTop")
