@@ -34,6 +34,7 @@ def spans(
     continue_final_message: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     tools: Sequence[Tool] = (),
+    hint: str = "",
 ) -> list[Span]:
     """The place of each message in ``ids``, which ``encode`` made of ``messages``.
 
@@ -47,6 +48,7 @@ def spans(
         "continue_final_message": continue_final_message,
         "chat_template_kwargs": chat_template_kwargs,
         "tools": tools,
+        "hint": hint,
     }
     try:
         text = chat_template.render(model, messages, **options).encode()
