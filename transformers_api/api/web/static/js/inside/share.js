@@ -15,7 +15,7 @@ export async function sharePage(node, onProgress) {
   const { rows, introduction } = rowsOf(node);
   const date = new Intl.DateTimeFormat(undefined, { dateStyle: "long" }).format(new Date());
   const data = { ...header, tokens, rows: rows.map(({ role, runs }) => ({ role: inside.role(role), runs })), introduction, note: inside.sharedBy(node.model ?? "", date), words: {
-    readFrom: inside.readFrom, surprising: inside.surprising, candidates: inside.nearly, read: inside.read, head: inside.head, heads: inside.headNames, headName: inside.head.toLowerCase(),
+    readFrom: inside.colours.read, surprising: inside.surprising, candidates: inside.nearly, read: inside.read, head: inside.head, heads: inside.headNames, headName: inside.head.toLowerCase(),
     hideFirst: inside.hideFirst, honest: inside.notAReason, proof: header.verified ? inside.proof : "", template: inside.templateTokens(0).replace(/^0 /, ""), model: inside.roles.assistant,
     probability: inside.probability, surprisal: `${inside.surprisal} (${inside.nats})`, choosing: `${inside.choosing} (${inside.words})`, layer: inside.layer, token: inside.token(0, "").split(" ")[0],
   } };
