@@ -61,6 +61,7 @@ PACKAGES = [
         "MIT",
         {"dist/uPlot.esm.js": "uPlot.esm.js", "dist/uPlot.min.css": "uPlot.min.css"},
     ),
+    Package("temml", "0.13.5", "MIT", {"dist/temml.min.js": "temml.js"}),
     Package("eventsource-parser", "3.1.1", "MIT", {"dist/index.js": "eventsource-parser.js"}),
     Package("idb", "8.0.4", "ISC", {"build/index.js": "idb.js"}),
     Package("@fontsource-variable/inter", "5.3.0", "OFL-1.1", {f"files/{INTER}": f"fonts/{INTER}"}),

@@ -93,9 +93,7 @@ QUERIES = _counter(
 HITS = _counter(
     f"{_VLLM}prefix_cache_hits", "Those of them that were there and not read again.", *_MODEL
 )
-DRAFTS = _counter(
-    f"{_VLLM}spec_decode_num_drafts", "Passes that read ahead (PROMPT_LOOKUP_TOKENS).", *_MODEL
-)
+DRAFTS = _counter(f"{_VLLM}spec_decode_num_drafts", "Passes that read tokens ahead.", *_MODEL)
 DRAFTED = _counter(f"{_VLLM}spec_decode_num_draft_tokens", "Tokens that they read ahead.", *_MODEL)
 ACCEPTED = _counter(
     f"{_VLLM}spec_decode_num_accepted_tokens", "Those of them that did come next.", *_MODEL

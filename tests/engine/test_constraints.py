@@ -48,6 +48,17 @@ class Alternating:
         return len(self.taken) >= self.count
 
 
+class Forced(Alternating):
+    """Allows one token after the other."""
+
+    def __init__(self, tokens: Sequence[int], draft: Sequence[int]) -> None:
+        super().__init__(draft=draft)
+        self.tokens = tokens
+
+    def allowed(self) -> Mask | None:
+        return mask_of([self.tokens[len(self.taken)]])
+
+
 class Failing(Alternating):
     """Knows nothing after two tokens."""
 
@@ -154,6 +165,18 @@ def test_drafts_of_a_constraint_change_no_token(make_engine, right):
     (drafted,) = complete(engine, replace(request, constraint=Alternating(draft=draft)))
     assert drafted == expected
     assert not right or engine.stats().steps - before <= 5
+
+
+def test_where_a_constraint_leaves_one_token_those_are_read_at_once(make_engine, native_cache):
+    forced = [4, 5, 6, 7, 8, 9, 10, 11, 12, 13]
+    answers, steps = [], []
+    for draft in ([], forced):
+        engine = make_engine(native=native_cache)
+        request = ask(PROMPT, max_tokens=10, seed=2, ignore_eos=True)
+        answers += complete(engine, replace(request, constraint=Forced(forced, draft)))
+        steps.append(engine.stats().steps)
+    assert answers == [forced, forced]
+    assert steps[1] <= steps[0] - 8
 
 
 def test_scores_are_those_of_the_unconstrained_model(make_engine):

@@ -213,13 +213,23 @@ def test_copies_do_not_know_each_other(compiler):
     assert bits(two.allowed()) == [ord("d")]
 
 
-def test_what_can_only_follow_is_proposed(compiler):
-    grammar = compiler.compile(regex_constraint("x(hello)world", "regex"))
+def test_what_can_only_follow_is_cut_as_the_tokenizer_cuts_it_and_proposed(compiler):
+    grammar = compiler.compile(regex_constraint(r'([a-c]\{"name":[0-9]|d"name")+', "regex"))
     constraint = grammar.start()
-    constraint.take(ord("x"))
+    constraint.take(ord("b"))
     draft = constraint.draft(3)
-    assert 0 < len(draft) <= 3
-    assert "helloworld".startswith(text_of(compiler, draft))
+    assert draft == compiler.encode('{"name":')[:3]
+    for token in draft:
+        assert bits(constraint.allowed()) == [token]
+        constraint.take(token)
+    assert bits(constraint.allowed()) == [*range(ord("0"), ord("9") + 1)]
+    assert list(constraint.draft(3)) == []
+
+
+def test_a_text_that_was_cut_otherwise_before_goes_on(compiler):
+    grammar = compiler.compile(regex_constraint('b"name":[0-9]', "regex"))
+    constraint = grammar.start([ord(letter) for letter in 'b"na'])
+    assert text_of(compiler, constraint.draft(8)).startswith("me")
 
 
 def test_a_compiled_grammar_is_kept_and_only_so_many(compiler):

@@ -66,6 +66,7 @@ class EngineLimits:
     busy_chunk: int | None = None  # the same for one prompt while others decode; None: as many
     costly_context: int | None = None  # see Scheduler
     prompt_lookup_tokens: int = 0  # read ahead in a lone sequence that repeats itself
+    forced_tokens: int = 0  # read ahead in a lone sequence where its constraint allows no others
     original_window: int | None = None  # tokens beyond which a sequence takes other rope factors
 
 
@@ -98,7 +99,7 @@ class BatchingEngine:
             limits.busy_chunk,
             limits.costly_context,
         )
-        self.lookup = PromptLookup(limits.prompt_lookup_tokens)
+        self.lookup = PromptLookup(limits.prompt_lookup_tokens, limits.forced_tokens)
         self.thread = thread
         self._places = threading.Semaphore(limits.num_slots + limits.max_waiting)
         self.on_closed: Callable[[], None] | None = None  # when nothing runs any more

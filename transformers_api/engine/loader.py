@@ -37,6 +37,7 @@ from transformers_api.heap import trim_memory
 log = logging.getLogger(__name__)
 BUSY_CHUNK = 32  # on a CPU, where more tokens in one pass take as long apiece
 COSTLY_CONTEXT = 6  # times the model's width: attention takes as long as all else there
+FORCED_TOKENS = 8  # a step that reads these takes little longer than one token's
 OWN_THREADS = min(torch.get_num_threads(), usable_cores())  # torch knows of no quota
 
 
@@ -190,6 +191,7 @@ def _limits(
         busy_chunk=BUSY_CHUNK if on_cpu else None,
         costly_context=(COSTLY_CONTEXT * width or None) if on_cpu and batches else None,
         prompt_lookup_tokens=options.prompt_lookup_tokens if backend.is_batch_invariant else 0,
+        forced_tokens=FORCED_TOKENS if backend.is_batch_invariant else 0,
     )
 
 

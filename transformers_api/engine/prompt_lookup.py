@@ -1,4 +1,4 @@
-"""Drafts from what a sequence has said before; several tokens are checked in one pass.
+"""Drafts of what a sequence repeats or has to say; several tokens are checked in one pass.
 
 Prompt lookup decoding (Saxena 2023, github.com/apoorvumang/prompt-lookup-decoding). The answer is
 the same whatever is proposed: a token that was read ahead counts only where it is the one that is
@@ -19,11 +19,13 @@ class PromptLookup:
     """Adds a draft to the decode steps of a sequence that is alone: many share a step already.
 
     A draft has up to ``most`` tokens: twice as many as the last time if all of those were right,
-    else about as many as were right, so that text without repetitions takes hardly longer.
+    else about as many as were right, so that text without repetitions takes hardly longer. What a
+    constraint says has to come is nearly always right: up to ``forced`` of those.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, forced: int = 0) -> None:
         self.most = most
+        self.forced = max(forced, most)
         self._seq: Sequence | None = None
         self._follow: dict[tuple[int, ...], int] = {}  # where the last one of each ending ends
         self._read = 0  # tokens whose endings are in ``_follow``
@@ -32,16 +34,20 @@ class PromptLookup:
 
     def extend(self, batch: Batch) -> None:
         """Let the batch read ahead, if it may and something is likely to come next."""
-        if not self.most or len(batch.sequences) > 1 or batch.width > 1:
+        if not self.forced or len(batch.sequences) > 1 or batch.width > 1:
             return
         (seq,) = batch.sequences
         if seq.observe or seq.is_prefilling:
             return
         room = min(seq.start + seq.room, seq.max_len) - len(seq.tokens) - 1
-        self._look(seq)
-        forced = seq.constraint.draft(min(self.most, room)) if seq.constraint is not None else ()
-        repeated = () if forced else self._proposal(seq.tokens, min(self._count, room))
-        batch.draft = self._proposed = [*forced, *repeated]
+        if self.most:
+            self._look(seq)
+        forced = seq.constraint.draft(min(self.forced, room)) if seq.constraint is not None else ()
+        if forced:
+            self._proposed, batch.draft = [], list(forced)
+        elif self.most:
+            proposal = self._proposal(seq.tokens, min(self._count, room))
+            self._proposed = batch.draft = proposal
         batch.width += len(batch.draft)
 
     def _look(self, seq: Sequence) -> None:

@@ -1,7 +1,7 @@
-"""From a constraint's words to token ids: the only importer of llguidance.
+"""From a constraint's words to token ids, by llguidance.
 
 ``Compiler`` belongs to one tokenizer. Its tables and its compiled grammars are shared; what a
-sequence gets (``GrammarConstraint``) is a copy of its own.
+sequence gets (``grammar.GrammarConstraint``) is a copy of its own.
 """
 
 from __future__ import annotations
@@ -10,27 +10,25 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakSet
 
 import numpy
 import orjson
 
-from transformers_api.engine.base import Mask
 from transformers_api.errors import (
-    ConstraintFailed,
     ConstraintsUnavailable,
     InvalidRequest,
     Overloaded,
 )
 from transformers_api.heap import used_bytes
-from transformers_api.serving.constraints.mask_worker import worker
+from transformers_api.serving.constraints.grammar import Grammar
 from transformers_api.serving.constraints.spec import ConstraintSpec
 from transformers_api.serving.text.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLTokenizer
+    from llguidance import LLTokenizer
     from llguidance._lib import JsonCompileOptions
     from llguidance.gbnf_to_lark import ASTNode
 
@@ -38,9 +36,14 @@ MAX_COMPILED = 64  # grammars that are kept, the least recently used goes first,
 MAX_COMPILED_BYTES = 64 << 20
 MAX_LIVE_BYTES = 512 << 20  # of all grammars, with those of the requests that are being answered
 MAX_GRAMMAR_BYTES = 64 << 20  # of one: no more is due to it, whatever other threads have allocated
+_MEMO = 1024  # texts whose tokens are kept, of so many characters at most
+_MEMO_CHARS = 64
 _SAMPLES = ('{"a b": [1, 2.5], "ü": "x\\n"}', "Hello, world!\n  two", "日本 \N{GRINNING FACE} ok")
 # No white space over many lines in front: it would take the square of their number.
 _IS_LARK = re.compile(r"(?m)^[^\S\n]*(?:%llguidance\b|start\s*:)")
+# Characters of a string in JSON, so many: what stands for all tokens of them at once where a string
+# may have as many more. The library's own (10, 30, any) walk over more tokens in short strings.
+_SLICES = [rf'[^"\\\x00-\x1F\x7F]{count}' for count in ("{1,8}", "{1,16}", "{1,30}", "+")]
 _MARK = "\x02"  # no tokenizer joins it to what follows
 _GRAMMAR_LIMITS: dict[str, Any] = {
     "max_items_in_row": 2_000,
@@ -51,94 +54,6 @@ _GRAMMAR_LIMITS: dict[str, Any] = {
     "max_grammar_size": 500_000,
     "verbose_errors": False,  # they would show the client's schema in the log
 }
-
-
-class Grammar:
-    """A compiled constraint: makes one ``GrammarConstraint`` after the other."""
-
-    def __init__(self, matcher: LLMatcher, first: bytes, param: str, size: int) -> None:
-        self.size = size  # bytes
-        self._matcher = matcher
-        self._first = first  # the mask of the first token
-        self._param = param  # the field that it came in
-        self.warnings = matcher.get_grammar_warnings()  # what is not enforced
-
-    def fits(self, tokens: Sequence[int]) -> bool:
-        """True where an answer may begin with ``tokens``, and something may follow."""
-        matcher = self._matcher.deep_copy()
-        return matcher.consume_tokens(list(tokens)) and not matcher.is_stopped()
-
-    def start(
-        self, tokens: Sequence[int] = (), *, forbidden: Collection[int] = ()
-    ) -> GrammarConstraint:
-        """A constraint behind ``tokens``, which fit; ``forbidden`` tokens never come."""
-        mask = numpy.frombuffer(self._first, numpy.uint32).copy()
-        constraint = GrammarConstraint(self._matcher.deep_copy(), mask, self._param, forbidden)
-        constraint.grammar = self
-        for token in tokens:
-            constraint.take(token)
-        return constraint
-
-
-class GrammarConstraint:
-    """Meets ``engine.base.TokenConstraint``. The mask is worked out while the model reads."""
-
-    def __init__(
-        self, matcher: LLMatcher, mask: Mask, param: str, forbidden: Collection[int] = ()
-    ) -> None:
-        self.grammar: Grammar | None = None  # whose memory it shares
-        self._matcher = matcher
-        self._mask = mask
-        self._param = param
-        self._forbidden = _bits(forbidden, len(mask)) if forbidden else None
-        self._is_ready = threading.Lock()  # held while the mask is worked out
-        self._has_failed = False
-        self._stopped = False
-        if self._forbidden is not None:
-            mask &= ~self._forbidden
-
-    def allowed(self) -> Mask:
-        """See TokenConstraint."""
-        with self._is_ready:
-            if self._has_failed:
-                raise ConstraintFailed(
-                    "What may follow by the requested format is too complex to work out",
-                    param=self._param,
-                )
-            return self._mask
-
-    def take(self, token_id: int) -> None:
-        """See TokenConstraint."""
-        with self._is_ready:
-            self._has_failed = not self._matcher.consume_token(token_id)
-            self._stopped = self._matcher.is_stopped()
-        if not self._has_failed and not self._stopped:
-            self._is_ready.acquire()
-            worker.submit(self._fill)
-
-    def draft(self, most: int) -> Sequence[int]:
-        """See TokenConstraint."""
-        with self._is_ready:
-            if self._has_failed or self._stopped or most <= 0:
-                return ()
-            return self._matcher.compute_ff_tokens()[:most]
-
-    @property
-    def is_complete(self) -> bool:
-        """See TokenConstraint."""
-        return self._stopped and not self._has_failed
-
-    def _fill(self) -> None:
-        try:
-            mask = self._mask
-            self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-            self._has_failed = self._matcher.is_error()
-            if self._forbidden is not None:
-                mask &= ~self._forbidden
-        except BaseException:  # a panic of Rust is no Exception
-            self._has_failed = True
-        finally:
-            self._is_ready.release()
 
 
 class Compiler:
@@ -241,7 +156,7 @@ class Compiler:
                     "be held to a format"
                 )
         wrapped = _Wrapped(self, self._vocabulary, self._size, self.end_ids)
-        return LLTokenizer(cast("Any", wrapped), eos_token=wrapped.end_ids)
+        return LLTokenizer(cast("Any", wrapped), eos_token=wrapped.end_ids, slices=_SLICES)
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
@@ -258,6 +173,7 @@ class _Wrapped:
         self, compiler: Compiler, vocabulary: Vocabulary, size: int, end_ids: list[int]
     ) -> None:
         self._encode = compiler.encode
+        self._encode_again = lru_cache(_MEMO)(compiler.encode)  # names of fields come often
         self.tokens = [vocabulary.token_bytes(token) for token in range(size)]
         if not end_ids:  # a model that never ends needs one all the same: an id that it lacks
             end_ids = [size]
@@ -268,7 +184,9 @@ class _Wrapped:
         self.special_token_ids = sorted(token for token in special if token < len(self.tokens))
 
     def __call__(self, text: str | bytes) -> list[int]:
-        return self._encode(text if isinstance(text, str) else text.decode(errors="ignore"))
+        if isinstance(text, bytes):
+            text = text.decode(errors="ignore")
+        return self._encode(text) if len(text) > _MEMO_CHARS else list(self._encode_again(text))
 
 
 def _source(spec: ConstraintSpec) -> str:
@@ -359,9 +277,3 @@ def _refusal(spec: ConstraintSpec, message: str) -> InvalidRequest:
     lines = filter(None, map(str.strip, message.splitlines()))
     reason = " ".join(lines)[:300] or "it is not understood"
     return InvalidRequest(f"'{spec.param}' cannot be enforced: {reason}", param=spec.param)
-
-
-def _bits(ids: Collection[int], words: int) -> Mask:
-    bits = numpy.zeros(words * 32, numpy.uint8)
-    bits[[token for token in ids if token < len(bits)]] = 1
-    return numpy.packbits(bits, bitorder="little").view(numpy.uint32)

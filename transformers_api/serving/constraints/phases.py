@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy
 
 from transformers_api.engine.base import Mask
-from transformers_api.serving.constraints.compiler import Compiler, Grammar, GrammarConstraint
+from transformers_api.serving.constraints.compiler import Compiler
+from transformers_api.serving.constraints.grammar import Grammar, GrammarConstraint
 from transformers_api.serving.text.vocabulary import Vocabulary
 
 _LONGEST_TAIL = 256  # bytes that are looked at for the end of a phase

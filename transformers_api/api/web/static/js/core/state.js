@@ -20,8 +20,9 @@ listeners of each key whose value is another one; after changing something insid
   status     null | the answer of GET /status (or what /health tells, where the key may not ask)
   reach      "wait" | "yes" | "no": if the server answers
   needsKey   true after a 401, until a key is entered
-  writing    null | {node, chat, stop()}: the answer that is being written
+  writing    null | {node, chat, stop(), clock}: the answer that is being written
   compared   null | id of the parent whose versions stand side by side
+  draft      null | a text that is to be put into the message box
   settings   {system, temperature, top_p, max_tokens, seed, form, tools, …}: texts as typed, "" is unset
 
 chat  {id, title, made, changed, leaf, nodes: {id: node}, v: 1}
@@ -30,10 +31,13 @@ node  {id, parent, at, role: "user"|"assistant"|"tool", text, model?, prompt?: {
        calls?: [{id, name, arguments}], call?: {id, name} (of a tool's answer), blind?}
        While it is written also `live`: "wait" | "write" (not stored).
 token {id, text, position, surprisal, entropy, rank, prob, topk: [{id, text, p}], forced?}
+       surprisal, entropy, rank and prob are null, and topk is [], of a token that was written without a
+       trace (node.blind has the API's reason): POST /inspect/tokens fills them in, then touch("chat").
        and, in the tab's memory only, `attn`: the trace's own row [{layer, key_start, …}].
 A path from `leaf` to the root is what is sent and shown; versions are nodes with one parent and one role.
 
-Who may do what: `chat/run.js` alone starts and ends answers; `subscribe` of it (onFrame) draws them.
+Who may do what: `chat/run.js` alone starts and ends answers; `onFrame(callback)` of it is called at most
+once a frame with the node that grew. A fork that is kept becomes a node by `keepVersion` there.
 A view is a module with `mount(root, context)`; it listens to `view` and works only while it is open.
 Requests go through core/api.js with `panel: "name"`, and a button opens `showRequest("name")`
 (shell/request_dialog.js). Words stand in words/*.js. */
@@ -42,7 +46,7 @@ import { path as pathOf } from "./tree.js";
 export const state = {
   view: "chat", chats: [], chat: null, path: [], selection: null, isPinned: false, layer: null, head: "mean",
   hideFirst: true, model: null, models: [], anatomy: null, status: null, reach: "wait", needsKey: false,
-  writing: null, compared: null, settings: {},
+  writing: null, compared: null, draft: null, settings: {},
 };
 
 const listeners = new Map();

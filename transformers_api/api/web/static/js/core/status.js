@@ -22,8 +22,8 @@ async function ask() {
     try {
       return await json("/status", { panel: "status" });
     } catch (failure) {
-      if (failure.status !== 403 && failure.status !== 401) throw failure;
-      mayAskStatus = failure.status !== 403; // a key without the scope: /health is open to all
+      if (![401, 403, 404].includes(failure.status)) throw failure;
+      mayAskStatus = failure.status === 401; // a key without the scope, or a proxy: /health is open to all
     }
   }
   return ofHealth(await json("/health", { panel: "status" }));
