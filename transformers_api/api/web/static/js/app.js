@@ -4,12 +4,10 @@ import { importFile, menuEntries } from "./chat/transfer.js";
 import * as chatView from "./chat/view.js";
 import { byId } from "./core/dom.js";
 import { notice } from "./core/notice.js";
-import { on, set, state } from "./core/state.js";
+import { on, set, state, touch } from "./core/state.js";
 import * as status from "./core/status.js";
 import { allChats, choice, isLasting, keep, tidy } from "./core/store.js";
 import { newChat } from "./core/tree.js";
-import * as insideView from "./inside/view.js";
-import * as modelsView from "./models/view.js";
 import * as dialog from "./shell/dialog.js";
 import * as keyDialog from "./shell/key_dialog.js";
 import * as keys from "./shell/keys.js";
@@ -21,6 +19,10 @@ import * as side from "./shell/side.js";
 import * as theme from "./shell/theme.js";
 import * as views from "./shell/views.js";
 import { common } from "./words/common.js";
+
+// Loaded when they are first opened, or when the browser has nothing else to do.
+const LATER = { inside: () => import("./inside/view.js"), models: () => import("./models/view.js") };
+const mounted = new Map();
 
 function freshChat() {
   startChat();
@@ -61,6 +63,15 @@ function startFrame() {
   on("chat", (chat) => { document.title = chat.title || common.pageTitle; });
 }
 
+function mountLater(view, context) {
+  if (!LATER[view] || mounted.has(view)) return;
+  const mounting = LATER[view]().then(({ mount }) => {
+    mount(byId(`view-${view}`), context);
+    if (state.view === view) touch("view");
+  });
+  mounted.set(view, mounting.catch(() => notice(common.otherVersion, { actions: [[common.reload, () => location.reload()]] })));
+}
+
 async function start() {
   startFrame();
   const chats = await allChats();
@@ -68,8 +79,7 @@ async function start() {
   set({ chats, chat, settings: choice("settings", {}) });
   const context = { show: views.show, showRequest, openChat, newChat: freshChat, importFile };
   chatView.mount(byId("view-chat"), context);
-  insideView.mount(byId("view-inside"), context);
-  modelsView.mount(byId("view-models"), context);
+  on("view", (view) => mountLater(view, context));
   views.start();
   keys.start({ show: views.show, newChat: freshChat, closeSide: side.closeSide });
   if (!matchMedia("(pointer: coarse)").matches && state.view === "chat") byId("message").focus();
@@ -77,6 +87,7 @@ async function start() {
   if (!(await isLasting())) notice(common.memoryOnly, { kind: "info" });
   tidy(chat.id);
   await status.start();
+  (globalThis.requestIdleCallback ?? setTimeout)(() => Object.keys(LATER).forEach((view) => mountLater(view, context)));
 }
 
 start();
