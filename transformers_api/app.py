@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -86,14 +87,14 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
         limits=RateLimits(access, settings.redis_url),
         metrics=metrics,
         ready=readiness,
+        text_of=loader.text,
         devices=loader.devices,
         drain=partial(readiness.drain, swappers, admission),
         fault=readiness.fault,
     )
     api.register(app, services)
     if metrics is not None:
-        compiled = compilations(settings.native_cache, settings.torch_threads)
-        metrics.watch(swapper.status, readiness, admission.__len__, compiled)
+        metrics.watch(swapper.status, readiness, admission.__len__, _compiled(settings))
     _begin(settings, thread, swapper)
     return app
 
@@ -112,6 +113,10 @@ def _metrics(settings: Settings, registry: ModelRegistry) -> Metrics | None:
     from transformers_api.metrics import Metrics
 
     return Metrics([spec.name for spec in registry.list()])
+
+
+def _compiled(settings: Settings) -> Mapping[str, int]:
+    return compilations(settings.native_cache, settings.torch_threads)
 
 
 def _listeners(metrics: Metrics | None, *others: SwapperListener) -> SwapperListener:

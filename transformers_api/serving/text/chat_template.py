@@ -10,8 +10,8 @@ import orjson
 
 from transformers_api.errors import ChatUnavailable, InvalidRequest, ModelNotCapable, PromptTooLarge
 from transformers_api.serving.models.spec import ChatMode
-from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.text import model_template
+from transformers_api.serving.text.model_text import ModelText
 from transformers_api.serving.text.tokenization import token_ids
 from transformers_api.serving.tools import call_history, tool_prompt
 from transformers_api.serving.tools.call_format import CallFormat
@@ -60,7 +60,7 @@ class ChatPrompt:
 
 
 def encode(
-    model: LoadedModel,
+    model: ModelText,
     messages: Sequence[Mapping[str, Any]],
     *,
     add_generation_prompt: bool | None = None,
@@ -110,7 +110,7 @@ def encode(
 
 
 def render(
-    model: LoadedModel,
+    model: ModelText,
     messages: Sequence[Mapping[str, Any]],
     *,
     add_generation_prompt: bool,
@@ -125,7 +125,7 @@ def render(
     )
 
 
-def call_format(model: LoadedModel) -> CallFormat | None:
+def call_format(model: ModelText) -> CallFormat | None:
     """The format in which the template of ``model`` writes calls; None where it shows none."""
     return model.template.call_format if chat_mode(model) == "template" else None
 
@@ -143,7 +143,7 @@ def unavailable() -> ChatUnavailable:
     )
 
 
-def chat_mode(model: LoadedModel) -> ChatMode:
+def chat_mode(model: ModelText) -> ChatMode:
     """The registry's word; without one, a template where the tokenizer has one."""
     has_template = bool(getattr(model.tokenizer, "chat_template", None))
     mode: ChatMode = model.spec.chat or ("template" if has_template else "transcript")
@@ -154,7 +154,7 @@ def chat_mode(model: LoadedModel) -> ChatMode:
     return mode
 
 
-def _unusable(model: LoadedModel, fault: str) -> ModelNotCapable:
+def _unusable(model: ModelText, fault: str) -> ModelNotCapable:
     return ModelNotCapable(
         f"Model '{model.spec.name}' has a chat template that cannot be used: {fault}",
         param="model",
@@ -180,13 +180,13 @@ def _written_stops(tokenizer: Any) -> tuple[str, ...]:
 
 
 def encode_text(
-    model: LoadedModel, text: str, add_special_tokens: bool = True, param: str = "prompt"
+    model: ModelText, text: str, add_special_tokens: bool = True, param: str = "prompt"
 ) -> list[int]:
     """The ids of a plain text. Raises InvalidRequest(``param``) for text that is not Unicode."""
     return _tokenize(model.tokenizer, text, add_special_tokens, param)
 
 
-def decode_ids(model: LoadedModel, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+def decode_ids(model: ModelText, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
     """The text of ``ids``, each of which must be in the vocabulary."""
     text = model.tokenizer.decode(
         list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
@@ -243,7 +243,7 @@ def _arguments(function: Mapping[str, Any]) -> Any:
 
 
 def _render(
-    model: LoadedModel,
+    model: ModelText,
     messages: Sequence[Mapping[str, Any]],
     add_generation_prompt: bool,
     continue_final_message: bool,
