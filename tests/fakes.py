@@ -28,6 +28,7 @@ from transformers_api.engine.base import (
 from transformers_api.errors import ApiError, ContextLengthExceeded, EngineDead
 from transformers_api.serving.models.spec import ModelFiles, ModelSpec, PathSource
 from transformers_api.serving.swap.loaded_model import LoadedModel
+from transformers_api.serving.text.model_text import ModelText, TokenizerOnly
 
 Reply = Callable[[Sequence[int], SamplingParams, int], Iterable[int]]
 EOS = tokenizers.END_OF_TEXT
@@ -299,7 +300,7 @@ class FakeLoader:
     Keys may also be (stage, model name). ``calls`` records (stage, model name) in order.
     """
 
-    STAGES = ("prepare", "check_memory", "load")
+    STAGES = ("prepare", "check_memory", "load", "text")
 
     def __init__(self, build: Callable[[ModelSpec], LoadedModel] | None = None) -> None:
         self.build = build or (lambda spec: fake_model(spec))
@@ -313,6 +314,12 @@ class FakeLoader:
 
     def devices(self) -> tuple[str, ...]:
         return ("cpu",)
+
+    def text(self, spec: ModelSpec) -> ModelText:
+        self._stage("text", spec)
+        tokenizer = fake_tokenizer()
+        size = len(tokenizer)
+        return TokenizerOnly(spec=spec, tokenizer=tokenizer, vocab_size=size, max_model_len=2048)
 
     def prepare(self, spec: ModelSpec, progress: Callable[[float, str], None]) -> ModelFiles:
         progress(0.0, "preparing")

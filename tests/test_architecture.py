@@ -78,7 +78,16 @@ LAYERS = {
     "server.http_parser": layer("errors", never=HTTP | MODELS | {"torch"}),
 }
 # These wire the layers together, and nobody imports them but one another.
-WIRING = {"__main__", "app", "check", "cli", "metrics", "model_loader", "server"}
+WIRING = {
+    "__main__",
+    "app",
+    "check",
+    "cli",
+    "metrics",
+    "model_loader",
+    "server",
+    "tokenizer_loader",
+}
 # One module of a layer that otherwise leaves a library alone.
 EXCEPTIONS = {"checkpoints.headers.gguf_file": {"gguf"}, "serving.models.hub": {"huggingface_hub"}}
 

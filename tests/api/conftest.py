@@ -163,6 +163,7 @@ def serve(tmp_path: Path, watcher: DisconnectWatcher) -> Iterator[Serve]:
             watcher=watcher,
             ready=ready,
             fault=lambda: None,
+            text_of=loader.text,
             devices=lambda: devices,
             drain=lambda grace_s: None,
         )

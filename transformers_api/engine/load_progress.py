@@ -1,4 +1,4 @@
-"""How far a load is: weights that were read and packed, counted while a model is put together."""
+"""Progress of a load: weights read and packed, counted while a model is put together."""
 
 from __future__ import annotations
 

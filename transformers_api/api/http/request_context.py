@@ -31,9 +31,11 @@ from transformers_api.errors import (
 from transformers_api.serving import generation as serving_generation
 from transformers_api.serving.generation import Generation, GenerationRequest
 from transformers_api.serving.limits.cancellation import Cancellation
+from transformers_api.serving.models.spec import ModelSpec
 from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.text import chat_template
 from transformers_api.serving.text.choice_text import TextDelta
+from transformers_api.serving.text.model_text import ModelText
 
 T = TypeVar("T")
 
@@ -168,12 +170,8 @@ class RequestContext:
         with a place among those served, what ``Swapper.lease`` does.
         """
         services, record = self.services, self._record
-        name = model_id or services.settings.default_model
-        spec = services.registry.resolve(name)
-        if is_chat and spec.chat == "off":  # before it is loaded for nothing
-            raise chat_template.unavailable()
-        self.take_place()
-        record.model, began = spec.name, time.monotonic()
+        name, spec = self._admitted(model_id, is_chat)
+        began = time.monotonic()
         try:
             lease = services.swapper.lease(
                 spec, model_id=name, client=self.client, cancellation=self.cancellation
@@ -183,6 +181,29 @@ class RequestContext:
         self._exits.callback(lease.release)
         self._model = lease.model
         return self._model
+
+    def text(self, model_id: str | None, *, is_chat: bool = False) -> ModelText:
+        """The tokenizer and the template of a model, whose weights are not loaded for it.
+
+        Raises ModelNotFound, ChatUnavailable as ``lease``; then ModelLoadFailed for its files.
+        """
+        services = self.services
+        _, spec = self._admitted(model_id, is_chat)
+        resident = services.swapper.resident()
+        if resident is not None and resident.spec.name == spec.name:
+            return resident
+        return services.text_of(spec)
+
+    def _admitted(self, model_id: str | None, is_chat: bool) -> tuple[str, ModelSpec]:
+        """(the id, its entry) of a model that may be asked so, with a place for this request."""
+        services = self.services
+        name = model_id or services.settings.default_model
+        spec = services.registry.resolve(name)
+        if is_chat and spec.chat == "off":  # before it is loaded for nothing
+            raise chat_template.unavailable()
+        self.take_place()
+        self._record.model = spec.name
+        return name, spec
 
     def hold(self, resource: AbstractContextManager[T]) -> T:
         """Enter ``resource``, and leave it with all else."""

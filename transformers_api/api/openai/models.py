@@ -152,7 +152,7 @@ def _described(spec: ModelSpec, status: SwapperStatus) -> dict[str, Any]:
 
 
 def _abilities(spec: ModelSpec) -> dict[str, Any]:
-    """What it can do, where it is and its size, by small files alone."""
+    """Its capabilities, place and size, by small files alone."""
     store, settings = services().store, services().settings
     path = store.path(spec)
     facts = FileFacts() if path is None else read_facts(path)

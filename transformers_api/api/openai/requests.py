@@ -22,6 +22,7 @@ from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.text import chat_template, infilling
 from transformers_api.serving.text.dry_breakers import sequence_breakers
 from transformers_api.serving.text.infilling import InfillTokens
+from transformers_api.serving.text.model_text import ModelText
 
 _SAMPLING = (
     "temperature",
@@ -89,9 +90,9 @@ def infill_tokens(model: LoadedModel, param: str) -> InfillTokens:
     return model.infill
 
 
-def check_ids(model: LoadedModel, ids: Iterable[int], param: str) -> None:
+def check_ids(model: ModelText, ids: Iterable[int], param: str) -> None:
     """Raise InvalidRequest for an id that the model does not have."""
-    most = model.engine.vocab_size
+    most = model.vocab_size
     wrong = max(ids, default=0)
     if wrong >= most:
         raise InvalidRequest(

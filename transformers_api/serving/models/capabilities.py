@@ -105,8 +105,8 @@ def _of_gguf(path: Path, size: int) -> FileFacts:
     except _UNREADABLE:
         return FileFacts(size)
     tokens = metadata.get("tokenizer.ggml.tokens")
-    known = frozenset(tokens) if isinstance(tokens, list) else frozenset()
-    has_infill = any(known.issuperset(names) for names in NAMES)
+    vocabulary = frozenset(tokens) if isinstance(tokens, list) else frozenset()
+    has_infill = any(vocabulary.issuperset(names) for names in NAMES)
     return FileFacts(size, _joined(metadata.get("tokenizer.chat_template")), has_infill)
 
 

@@ -93,7 +93,7 @@ class ModelStore:
         return Description() if path is None else describe(path)
 
     def path(self, spec: ModelSpec) -> Path | None:
-        """Where a model lies: as ``locate``, or files yet to be converted; None: to be fetched."""
+        """The folder of ``locate``, or files that are yet to be converted; None: to be fetched."""
         if (folder := self.locate(spec)) is not None:
             return folder
         try:

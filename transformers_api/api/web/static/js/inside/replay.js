@@ -71,7 +71,7 @@ export class Replay {
     const name = this.timer ? inside.pause : inside.replay;
     if (this.toggle.getAttribute("aria-label") !== name) {
       this.toggle.setAttribute("aria-label", name);
-      this.toggle.replaceChildren(icon(this.timer ? "columns" : "go"));
+      this.toggle.replaceChildren(icon(this.timer ? "pause" : "go"));
     }
     if (!this.isOn) return;
     this.slider.value = String(this.step);

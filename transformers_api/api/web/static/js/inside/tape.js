@@ -74,13 +74,13 @@ export class Tape {
     const opener = h("button", { type: "button", "aria-expanded": "false", text: inside.templateTokens(end - start) });
     const element = h("span", { class: "tpl" }, opener, share);
     const open = (isOpen) => {
-      if (isOpen && !inner.childElementCount) addChips(inner, this.make(start, end));
+      if (isOpen && !inner.childElementCount) inner.append(...this.make(start, end));
       inner.hidden = !isOpen;
       opener.setAttribute("aria-expanded", String(isOpen));
       this.onFold?.();
     };
     opener.addEventListener("click", () => open(inner.hidden));
-    box.append(h("span", { class: "foldbox" }, element), inner);
+    box.append(h("span", { class: "block" }, element, inner)); // what it introduces goes on in this block
     this.folds.push({ start, end, element, share, open });
   }
 
