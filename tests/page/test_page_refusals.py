@@ -10,7 +10,7 @@ import httpx
 import pytest
 from playwright.sync_api import Page, Route, expect
 
-from tests.page.test_chat import model_turn
+from tests.page.test_chat import model_turn, stored
 from tests.page.test_shell import box, send
 
 CHATS = "**/v1/chat/completions"
@@ -249,7 +249,7 @@ def test_what_it_waits_for_is_true_and_has_seconds_when_it_takes_long(scripted, 
         )
 
     held: list[Route] = []
-    page.route(CHATS, held.append)
+    page.route(CHATS, lambda route: held.append(route))
     page.route("**/status", status)
     shown.update(WAITING[0][0])
     ask(page, "hello")
@@ -273,6 +273,8 @@ def test_an_answer_that_a_reload_cut_off_says_so(scripted, open_page):
     page = open_page(scripted)
     ask(page, "pausing abc|def")
     expect(model_turn(page)).to_contain_text("abc")
+    while stored(page)[-1]["text"] != "abc":  # which is soon
+        page.wait_for_timeout(50)
     page.reload()
     expect(model_turn(page)).to_contain_text("abc")
     expect(page.get_by_text("It was not finished.")).to_be_visible()

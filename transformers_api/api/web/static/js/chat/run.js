@@ -111,6 +111,7 @@ export async function say(text, parent = state.chat.leaf) {
   chat.title ||= titleOf(text);
   const node = addNode(chat, parent, { role: "user", text });
   listChat(chat);
+  keep(chat); // what was asked outlives whatever becomes of the answer
   await answer(chat, node.id);
 }
 
