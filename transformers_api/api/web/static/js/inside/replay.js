@@ -68,6 +68,7 @@ export class Replay {
   show() {
     this.opener.hidden = this.isOn;
     this.bar.hidden = !this.isOn;
+    this.element.parentElement?.toggleAttribute("data-replay", this.isOn);
     const name = this.timer ? inside.pause : inside.replay;
     if (this.toggle.getAttribute("aria-label") !== name) {
       this.toggle.setAttribute("aria-label", name);

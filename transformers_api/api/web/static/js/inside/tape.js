@@ -84,11 +84,12 @@ export class Tape {
     this.folds.push({ start, end, element, share, open });
   }
 
-  /** Add the tokens that have come since. */
-  append(isFresh = false) {
+  /** Add the tokens that have come since. They fade in where they come one by one; many fades at once
+   *  are as many layers. */
+  append() {
     const end = lastPosition(this.node) + 1;
-    if (end > this.drawn) addChips(this.answer, this.make(this.drawn, end, isFresh));
     const came = end - this.drawn;
+    if (came > 0) addChips(this.answer, this.make(this.drawn, end, came === 1 && Boolean(this.node.live)));
     this.drawn = Math.max(end, this.drawn);
     return came;
   }

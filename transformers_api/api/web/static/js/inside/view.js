@@ -173,6 +173,7 @@ function render(isNew = false) {
   stage.comparer.hidden = others.length === 0 || Boolean(stage.compared) || Boolean(node.live);
   stage.replay.setCount(node.live || stage.compared ? 0 : node.tokens.length);
   stage.colour.disabled = Boolean(node.live || node.isSaved || stage.compared) || state.anatomy?.lens?.available === false;
+  root.toggleAttribute("data-live", Boolean(node.live));
   note(node);
   if (node.live) schedule();
   else draw();
@@ -206,7 +207,7 @@ function drawFrame(now) {
 
 /** The newest tokens, and the panel as often as it may. */
 function writeLive(now, isFollowing) {
-  const came = stage.tapes[0].append(true);
+  const came = stage.tapes[0].append();
   const target = selected();
   const { node, position } = target;
   if (came && position >= 0) stage.press(node, position);
