@@ -30,20 +30,20 @@ export function listChat(chat) {
 
 export async function renameChat(chat, title) {
   chat.title = title.trim() || chat.title;
-  touch("chats", "chat");
   await keep(chat);
+  touch("chats", "chat");
 }
 
 export async function removeChat(chat) {
   const at = state.chats.indexOf(chat);
-  set({ chats: state.chats.filter((other) => other !== chat) });
-  if (state.chat === chat) startChat();
+  if (state.chat === chat) startChat(); // which ends what is being written
   await forget(chat.id);
+  set({ chats: state.chats.filter((other) => other !== chat) });
   const back = async () => {
+    await keep(chat);
     const chats = [...state.chats];
     chats.splice(at, 0, chat);
     set({ chats });
-    await keep(chat);
   };
   notice(common.deleted(chat.title), { kind: "info", actions: [[common.undo, back]], seconds: UNDO_S });
 }

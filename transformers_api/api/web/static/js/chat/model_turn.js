@@ -58,11 +58,13 @@ export class ModelTurn {
       h("div", { class: "who" }, h("b", { text: node.model ?? "", dir: "auto" }), node.branched ? h("span", { class: "pill", text: words.branch }) : null),
       this.waiting, this.thoughts, this.prose, this.calls, node.error ? failure(node, again) : null, this.ribbon, endLine(node),
       node.blind && !node.live && !hasSurprisal(node) ? h("p", { class: "hint", text: words.blind(node.blind) }) : null,
-      node.live ? null : this.actions());
+      node.live ? null : this.actions(Boolean(node.error) && !node.text));
   }
 
-  actions() {
+  /** The line below; of an answer that failed before its first word only the versions. */
+  actions(isNothing) {
     const { node } = this;
+    if (isNothing) return h("div", { class: "under" }, versionGroup(node));
     const copying = button(words.copy, () => copy(node.text, copying, words.copied), { cls: "icon", glyph: "copy" });
     return h("div", { class: "under" }, versionGroup(node),
       node.tokens?.length ? h("div", { class: "acts always" }, h("button", { type: "button", class: "look", onclick: () => look(node, 0) }, icon("eye"), h("span", { text: words.lookInside }))) : null,

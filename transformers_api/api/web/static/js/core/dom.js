@@ -40,6 +40,7 @@ const PATHS = {
   left: "M12 5l-5 5 5 5",
   live: "M10 7a3 3 0 1 1 0 6 3 3 0 0 1 0-6zM4 4a8 8 0 0 0 0 12M16 4a8 8 0 0 1 0 12",
   more: "M4 10h.01M10 10h.01M16 10h.01",
+  pause: "M7 5v10M13 5v10",
   pen: "M4 16l1-4 8-8 3 3-8 8zM11 6l3 3",
   plus: "M10 4v12M4 10h12",
   right: "M8 5l5 5-5 5",

@@ -34,7 +34,6 @@ export function candidates(onBranch) {
     write(row.name, visible(candidate.text));
     write(row.share, percent(candidate.p));
     write(row.mark, isChosen ? inside.chosen : "");
-    row.tick.toggleAttribute("hidden", !isChosen);
     row.go.hidden = isChosen || !shown.mayBranch;
     if (!row.go.hidden) row.go.setAttribute("aria-label", inside.branchWith(spoken(candidate.text)));
   }

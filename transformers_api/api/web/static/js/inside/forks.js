@@ -7,6 +7,7 @@ import { set, state, touch } from "../core/state.js";
 import { keep } from "../core/store.js";
 import { addNode, newId } from "../core/tree.js";
 import { inside } from "../words/inside.js";
+import { complete, mayComplete } from "./blind.js";
 import { takeCompletion } from "./chunks.js";
 import { currentLayer, hasAttention, isResident, whyNoAttention } from "./model.js";
 import { idsUpTo, promptLength } from "./tokens.js";
@@ -56,6 +57,8 @@ export async function branch(source, position, candidate) {
   changed();
   try {
     await write(fork, controller.signal);
+    node.live = null;
+    if (mayComplete(node)) await complete(node);
     announce(inside.branchDone(spoken(candidate.text)));
   } catch (failure) {
     if (failure.name === "AbortError") node.finish = "stopped";

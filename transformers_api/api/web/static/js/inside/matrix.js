@@ -98,9 +98,17 @@ export function matrix(onPick) {
       context.textAlign = "center";
       context.fillText(String(Math.floor(cols[0] + ((cols[1] - cols[0]) * (tick + 0.5)) / 5)), at, EDGE / 2);
     }
+    const lines = (x, y) => { // the cross, faint over all of its row and column
+      context.globalAlpha = 0.5;
+      context.fillStyle = colour("--arc");
+      context.fillRect(EDGE, y, inner, 1);
+      context.fillRect(x, EDGE, 1, inner);
+      context.globalAlpha = 1;
+    };
     const cell = { x: inner / (cols[1] - cols[0]), y: inner / (rows[1] - rows[0]) };
+    lines(EDGE + (cross.column - cols[0] + 0.5) * cell.x, EDGE + (cross.row - rows[0] + 0.5) * cell.y);
     context.strokeStyle = colour("--arc");
-    context.lineWidth = 1.5;
+    context.lineWidth = 2;
     context.strokeRect(EDGE + (cross.column - cols[0]) * cell.x, EDGE + (cross.row - rows[0]) * cell.y, Math.max(3, cell.x), Math.max(3, cell.y));
     if (drag?.end) context.strokeRect(Math.min(drag.x, drag.end.x), Math.min(drag.y, drag.end.y), Math.abs(drag.end.x - drag.x), Math.abs(drag.end.y - drag.y));
     write(part, inside.shownPart(rows, cols));

@@ -68,10 +68,11 @@ export class Replay {
   show() {
     this.opener.hidden = this.isOn;
     this.bar.hidden = !this.isOn;
+    this.element.parentElement?.toggleAttribute("data-replay", this.isOn);
     const name = this.timer ? inside.pause : inside.replay;
     if (this.toggle.getAttribute("aria-label") !== name) {
       this.toggle.setAttribute("aria-label", name);
-      this.toggle.replaceChildren(icon(this.timer ? "columns" : "go"));
+      this.toggle.replaceChildren(icon(this.timer ? "pause" : "go"));
     }
     if (!this.isOn) return;
     this.slider.value = String(this.step);

@@ -12,12 +12,12 @@ function rowsOf(node) {
   return kept.get(node);
 }
 
-/** A row {layer, start, heads, keys, weights, state, sink} of a trace's own entry. */
+/** A row {layer, start, heads, keys, weights, state, sink, isRough} of a trace's own entry. */
 function fromTrace(entry) {
   const { shape, values } = entry.weights
     ? { shape: [entry.weights.length, entry.weights[0]?.length ?? 0], values: Float32Array.from(entry.weights.flat()) }
     : unpack(entry);
-  return { layer: entry.layer, start: entry.key_start ?? 0, heads: shape[0], keys: shape[1], weights: values, state: entry.state, sink: entry.sink ?? null };
+  return { layer: entry.layer, start: entry.key_start ?? 0, heads: shape[0], keys: shape[1], weights: values, state: entry.state, sink: entry.sink ?? null, isRough: entry.dtype === "uint8" };
 }
 
 /** The row that is at hand, or null. */
@@ -50,7 +50,7 @@ export async function askRow(node, layer, position) {
 
 // The query is the token before. The key at its own place is the last that it reads.
 export const rowQuestion = (node, layer, position) => ({
-  model: node.model, token_ids: idsUpTo(node, position), trace_layer: layer, head: "all", rows: [position - 1, position], format: "u8",
+  model: node.model, token_ids: idsUpTo(node, position), trace_layer: layer, head: "all", rows: [position - 1, position], format: "f16",
 });
 
 /** {values, first}: the weights by key of one head, or of all, `first` that of the first token.

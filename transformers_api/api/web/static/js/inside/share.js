@@ -14,10 +14,11 @@ export async function sharePage(node, onProgress) {
   const { header, tokens } = await collect(node, onProgress);
   const { rows, introduction } = rowsOf(node);
   const date = new Intl.DateTimeFormat(undefined, { dateStyle: "long" }).format(new Date());
-  const data = { ...header, tokens, rows: rows.map(({ role, runs }) => ({ role: inside.role(role), runs })), introduction, note: inside.sharedBy(node.model ?? "", date), words: {
-    readFrom: inside.readFrom, surprising: inside.surprising, candidates: inside.nearly, read: inside.read, head: inside.head, heads: inside.headNames, headName: inside.head.toLowerCase(),
-    hideFirst: inside.hideFirst, honest: inside.notAReason, proof: header.verified ? inside.proof : "", template: inside.templateTokens(0).replace(/^0 /, ""), model: inside.roles.assistant,
-    probability: inside.probability, surprisal: `${inside.surprisal} (${inside.nats})`, choosing: `${inside.choosing} (${inside.words})`, layer: inside.layer, token: inside.token(0, "").split(" ")[0],
-  } };
-  save(`${inside.fileName(node.model ?? "page")}.html`, template.replace("{}/*DATA*/", () => safe(data)), "text/html");
+  const words = {
+    readFrom: inside.colours.read, surprising: inside.surprising, candidates: inside.nearly, read: inside.read, layer: inside.layer, head: inside.head,
+    mean: inside.headNames.mean, max: inside.headNames.max, hideFirst: inside.hideFirst, honest: inside.notAReason, proof: header.verified ? inside.proof : "",
+    model: inside.roles.assistant, probability: inside.probability, surprisal: `${inside.surprisal} (${inside.nats})`, choosing: `${inside.choosing} (${inside.words})`,
+  };
+  const data = { ...header, tokens, rows: rows.map(({ role, runs }) => ({ role: inside.role(role), runs })), introduction, note: inside.sharedBy(node.model ?? "", date), words };
+  save(`${inside.fileName(node.model ?? "page")}.html`, template.replace("%DATA%", () => safe(data)), "text/html");
 }

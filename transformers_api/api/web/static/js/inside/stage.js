@@ -27,9 +27,8 @@ export class Stage {
     this.comparer = button(inside.compare, actions.onCompare, { cls: "ghost", glyph: "columns", shows: true });
     this.files = button(inside.tools, null, { cls: "ghost", glyph: "download", shows: true, id: "inside-files", "aria-haspopup": "menu", "aria-expanded": "false" });
     menu(this.files, actions.fileEntries);
-    this.legend = h("span", { class: "key" }, h("span", { text: inside.readFrom }), swatches());
-    this.decided = h("span", { class: "key", hidden: true }, h("span", { text: inside.decided }), h("span", { text: inside.decidedEarly }), swatches(), h("span", { text: inside.decidedLate }));
-    const head = h("div", { class: "tape-head" }, this.legend, this.decided, h("span", { class: "key" }, h("span", { text: inside.surprising }), lines()), this.colour,
+    this.legend = h("span", { class: "key" }, this.colour, swatches());
+    const head = h("div", { class: "tape-head" }, this.legend, h("span", { class: "key" }, h("span", { text: inside.surprising }), lines()),
       h("span", { class: "tools" }, this.replay.element, this.comparer, this.files));
     this.note = h("p", { class: "hint note-line", dir: "auto" });
     this.noteAction = button("", () => this.noteAct?.(), { cls: "btn small" });

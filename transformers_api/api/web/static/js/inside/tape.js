@@ -74,21 +74,22 @@ export class Tape {
     const opener = h("button", { type: "button", "aria-expanded": "false", text: inside.templateTokens(end - start) });
     const element = h("span", { class: "tpl" }, opener, share);
     const open = (isOpen) => {
-      if (isOpen && !inner.childElementCount) addChips(inner, this.make(start, end));
+      if (isOpen && !inner.childElementCount) inner.append(...this.make(start, end));
       inner.hidden = !isOpen;
       opener.setAttribute("aria-expanded", String(isOpen));
       this.onFold?.();
     };
     opener.addEventListener("click", () => open(inner.hidden));
-    box.append(h("span", { class: "foldbox" }, element), inner);
+    box.append(h("span", { class: "block" }, element, inner)); // what it introduces goes on in this block
     this.folds.push({ start, end, element, share, open });
   }
 
-  /** Add the tokens that have come since. */
-  append(isFresh = false) {
+  /** Add the tokens that have come since. They fade in where they come one by one; many fades at once
+   *  are as many layers. */
+  append() {
     const end = lastPosition(this.node) + 1;
-    if (end > this.drawn) addChips(this.answer, this.make(this.drawn, end, isFresh));
     const came = end - this.drawn;
+    if (came > 0) addChips(this.answer, this.make(this.drawn, end, came === 1 && Boolean(this.node.live)));
     this.drawn = Math.max(end, this.drawn);
     return came;
   }

@@ -1,26 +1,25 @@
 // The view Inside: one conversation, token by token. It draws at most once per frame, and only while it
 // is open; boxes are read at the start of a frame, before anything is written.
-import { button, chooseFile, h } from "../core/dom.js";
-import { percent, spoken, isSpecial } from "../core/format.js";
-import { announce, notice } from "../core/notice.js";
-import { on, set, state, touch } from "../core/state.js";
-import { requestOf } from "./requests.js";
+import { button, h } from "../core/dom.js";
+import { isSpecial, percent, spoken } from "../core/format.js";
+import { announce } from "../core/notice.js";
+import { on, set, state } from "../core/state.js";
 import { inside } from "../words/inside.js";
 import { attentionOf } from "./attention.js";
 import { complete, isBlind, mayComplete } from "./blind.js";
 import { othersOf } from "./compare.js";
+import { fileEntries, openTrace } from "./files.js";
 import { baseOf, branch, liveForks, onForks, stopForks } from "./forks.js";
 import { heads } from "./heads.js";
 import { start as startKeys } from "./keys.js";
-import { decidedAt, readAll, readingsAt } from "./lens.js";
-import { matrix, saveAttention } from "./matrix.js";
-import { currentLayer, hasAttention } from "./model.js";
+import { readAll } from "./lens.js";
+import { matrix } from "./matrix.js";
+import { currentLayer, isResident, mayAsk } from "./model.js";
 import { panel } from "./panel.js";
-import { savePicture } from "./picture.js";
 import { forget, isGivenUp } from "./queue.js";
+import { requestOf } from "./requests.js";
 import { askRow, weightsOf } from "./rows.js";
-import { parseTrace, saveTrace } from "./saved.js";
-import { sharePage } from "./share.js";
+import { Shading } from "./shading.js";
 import { Stage } from "./stage.js";
 import { tokenPane } from "./token_pane.js";
 import { lastPosition, promptLength, tokenAt } from "./tokens.js";
@@ -33,15 +32,14 @@ const NEAR_END = 90; // px
 let root;
 let context;
 let stage;
+let shading;
 let panes;
 let side;
 let saved = null; // a trace that was opened from a file
 let isSavedOpen = false;
 let colouring = "read";
 let frame = 0;
-let weights = null; // of the selected token
-let arcsDue = false;
-let times = { shade: 0, panel: 0 };
+const last = { shade: 0, panel: 0 }; // when they were drawn
 let question = 0; // the newest question about attention
 
 /** The answer that is looked into. */
@@ -58,19 +56,18 @@ function current() {
 function selected() {
   const node = current();
   const { selection } = state;
-  if (state.isPinned && selection && (baseOf(selection.node) === node || selection.node === stage.compared)) return selection;
+  if (selection && (baseOf(selection.node) === node || selection.node === stage.compared) && tokenAt(selection.node, selection.position)) return selection;
   const written = node.live ? null : node.tokens.findLast(({ text }) => !isSpecial(text));
   return { node, position: written?.position ?? lastPosition(node) };
 }
 
 function pick(node, position, { focus = false, isQuiet = false } = {}) {
-  set({ selection: { node, position }, isPinned: true });
-  touch("selection");
+  set({ isPinned: true, selection: { node, position } });
   const element = stage.chipAt(node, position, { opens: true });
   element?.scrollIntoView({ block: "nearest", inline: "nearest" });
   if (focus) element?.focus({ preventScroll: true });
   const token = tokenAt(node, position);
-  if (token && !isQuiet) announce(inside.tokenFacts(position, spoken(token.text), token.prob === undefined ? "" : percent(token.prob)));
+  if (token && !isQuiet) announce(inside.tokenFacts(position, spoken(token.text), token.prob === undefined || token.prob === null ? "" : percent(token.prob)));
 }
 
 function step(by) {
@@ -78,91 +75,67 @@ function step(by) {
   pick(node, Math.max(0, Math.min(lastPosition(node), position + by)));
 }
 
-const follow = () => { set({ isPinned: false, selection: null }); draw(); };
+/** The attention of a token as it is shown: its weights, or why there are none. */
+function showWeights(target, had) {
+  const weights = had.row ? weightsOf(had.row, state.head, state.hideFirst) : null;
+  panes.token.show(target.node, target.position, { ...had, weights, because: had.reason });
+  if (side.name() !== "why" && colouring === "read") shading.show(weights, target);
+}
 
-/** Ask for what the selected token read, show it, shade the tape. */
-async function showAttention(node, position, isForced = false) {
+/** Show what the selected token read: at once where it is at hand, exactly as soon as it is asked for.
+ *  A trace's own rows are rounded to a byte. `loads`: although its model has to be loaded. */
+async function showAttention(target, loads) {
   const mine = (question += 1);
+  const { node, position } = target;
   const had = attentionOf(node, position);
-  const shows = (more) => {
-    weights = more.row ? weightsOf(more.row, state.head, state.hideFirst) : null;
-    panes.token.show(node, position, { ...more, weights, because: more.reason });
-    if (side.name() !== "why" && colouring === "read") shade();
-  };
-  if (had.ask === undefined && !(had.load && isForced)) {
+  if (had.row || had.reason || (had.load && !loads)) showWeights(target, had);
+  else panes.token.show(node, position, { isAsking: true });
+  const refines = had.row?.isRough && mayAsk(node) && isResident(node) && !stage.replay.isOn;
+  if (had.ask === undefined && !refines && !(had.load && loads)) {
     forget("attention");
-    shows(had);
     return;
   }
-  panes.token.show(node, position, { isAsking: true });
   try {
-    const row = await askRow(node, had.ask ?? currentLayer(), position);
-    if (mine === question) shows({ row });
+    const row = await askRow(node, had.row?.layer ?? had.ask ?? currentLayer(), position);
+    if (mine === question) showWeights(target, { row });
   } catch (failure) {
-    if (mine === question && !isGivenUp(failure)) shows({ reason: failure.message });
+    if (mine === question && !had.row && !isGivenUp(failure)) showWeights(target, { reason: failure.message });
   }
-}
-
-function shade() {
-  const { node } = selected();
-  stage.of(node).shade.show(weights, (place) => stage.chipAt(node, place));
-  for (const other of stage.shades) if (other !== stage.of(node).shade) other.show(null, () => null);
-  arcsDue = true;
-  schedule();
-}
-
-/** Shade by anything else: numbers by position. */
-function shadeBy(scores) {
-  weights = scores ? { values: Float32Array.from(scores, (score) => Math.max(0, score)), start: 0, first: 0 } : null;
-  shade();
-  arcsDue = false;
-}
-
-function showDecided(node) {
-  const last = state.anatomy?.layers ?? 1;
-  const scores = new Float32Array(lastPosition(node) + 1);
-  for (let position = promptLength(node); position < scores.length; position += 1) {
-    const token = tokenAt(node, position);
-    const layer = decidedAt(readingsAt(node, position, token) ?? [], token.id);
-    scores[position] = layer === null ? 1 : ((layer + 1) / last) ** 2; // shown as its square root
-  }
-  shadeBy(scores);
 }
 
 async function colourBy(name) {
   colouring = name;
-  stage.legend.hidden = name !== "read";
-  stage.decided.hidden = name !== "decided";
   const node = current();
-  if (name === "read") return render();
+  if (name === "read") return draw();
   try {
     await readAll(node, (done, all) => stage.say(done < all ? inside.deciding(done, all) : ""));
-    if (colouring === "decided" && current() === node) showDecided(node);
+    if (colouring === name && current() === node) shading.showDecided(node);
   } catch (failure) {
     if (!isGivenUp(failure)) stage.say(failure.message);
   }
   return undefined;
 }
 
-/** The pane that is open. */
-function showPane(isForced = false) {
-  const { node, position } = selected();
+/** Fill the pane that is open. */
+function showPane(loads = false) {
+  const target = selected();
+  const { node, position } = target;
   const name = side.name();
   if (name === "heads") panes.heads.show(node);
   if (name === "matrix") panes.matrix.show(node, position);
   if (name === "why") panes.why.show(node, position);
-  if (name === "token") {
-    showAttention(node, position, isForced);
-    const token = tokenAt(node, position);
-    if (token) panes.token.showLayers(node, position, token);
-  } else if (name !== "why") showAttention(node, position, isForced);
+  showAttention(target, loads);
+  const token = tokenAt(node, position);
+  if (name === "token" && token) panes.token.showLayers(node, position, token);
 }
 
+/** What is to be known about the whole answer. */
 function note(node) {
-  if (isSavedOpen) stage.say(inside.savedTrace(saved.name), inside.closeSaved, () => { isSavedOpen = false; render(); });
-  else if (isBlind(node) && mayComplete(node)) stage.say(inside.blind, inside.look, () => look(node));
-  else if (attentionOf(node, lastPosition(node)).row?.start > 0 && attentionOf(node, lastPosition(node)).row?.state === "truncated") stage.say(inside.truncated);
-  else if (colouring === "read") stage.say("");
+  const row = node.tokens.length ? attentionOf(node, lastPosition(node)).row : null;
+  if (isSavedOpen) stage.say(inside.savedTrace(saved.model || inside.fromFile), inside.closeSaved, () => { isSavedOpen = false; render(); });
+  else if (isBlind(node)) stage.say(inside.blind, inside.look, mayComplete(node) ? () => look(node) : null);
+  else if (row?.start > 0 && row.state === "truncated") stage.say(inside.truncated);
+  else stage.say("");
 }
 
 async function look(node) {
@@ -182,7 +155,7 @@ function showEmpty(node) {
     h("h2", { text: inside.emptyTitle }), h("p", { text: node?.text ? inside.noTokens : inside.emptyMore }), button(inside.openSaved, openSaved, { cls: "btn" })));
 }
 
-/** Build what the open answer needs; `isNew` although it is the same one. */
+/** Build what the answer needs; `isNew` although it is the same one. */
 function render(isNew = false) {
   if (state.view !== "inside") return;
   const node = current();
@@ -198,15 +171,15 @@ function render(isNew = false) {
   if (stage.compared && !others.includes(stage.compared)) stage.compared = null;
   if (isNew || stage.node !== node || stage.tapes[0].isOutdated) stage.show(node, stage.compared, others);
   stage.comparer.hidden = others.length === 0 || Boolean(stage.compared) || Boolean(node.live);
-  stage.replay.setCount(node.live ? 0 : node.tokens.length);
-  stage.colour.hidden = Boolean(node.live || node.isSaved) || state.anatomy?.lens?.available === false;
-  stage.legend.hidden = colouring !== "read" || !hasAttention();
+  stage.replay.setCount(node.live || stage.compared ? 0 : node.tokens.length);
+  stage.colour.disabled = Boolean(node.live || node.isSaved || stage.compared) || state.anatomy?.lens?.available === false;
+  root.toggleAttribute("data-live", Boolean(node.live));
   note(node);
   if (node.live) schedule();
   else draw();
 }
 
-/** What is shown of the selection, now. */
+/** Show the selection as it is now. */
 function draw() {
   if (state.view !== "inside" || !stage.node) return;
   const { node, position } = selected();
@@ -214,7 +187,7 @@ function draw() {
   for (const tape of stage.tapes) tape.append();
   if (position >= 0) stage.press(node, position);
   showPane();
-  if (colouring === "decided" && !node.live) showDecided(baseOf(node));
+  if (colouring === "decided" && !node.live) shading.showDecided(baseOf(node));
 }
 
 const isNearEnd = () => stage.element.scrollHeight - stage.element.scrollTop - stage.element.clientHeight < NEAR_END;
@@ -223,13 +196,10 @@ const isNearEnd = () => stage.element.scrollHeight - stage.element.scrollTop - s
 function drawFrame(now) {
   frame = 0;
   if (state.view !== "inside" || !stage.node) return;
-  const { node, position } = selected();
   const isLive = Boolean(stage.node.live);
-  const { shade: shades } = stage.of(node);
-  const arcs = arcsDue && colouring === "read" ? shades.measure(weights, stage.chipAt(node, position), (place) => stage.chipAt(node, place)) : null;
+  const arcs = shading.measure();
   const isFollowing = isLive && !state.isPinned && isNearEnd();
-  arcsDue = false;
-  if (arcs) shades.draw(arcs);
+  arcs?.();
   if (stage.tapes[0].isOutdated) stage.show(stage.node, null, []);
   stage.forks?.draw();
   if (isLive) writeLive(now, isFollowing);
@@ -237,18 +207,18 @@ function drawFrame(now) {
 
 /** The newest tokens, and the panel as often as it may. */
 function writeLive(now, isFollowing) {
-  const came = stage.tapes[0].append(true);
-  const { node, position } = selected();
+  const came = stage.tapes[0].append();
+  const target = selected();
+  const { node, position } = target;
   if (came && position >= 0) stage.press(node, position);
-  if (now - times.panel > PANEL_MS && (came || now - times.panel > 5 * PANEL_MS)) {
-    times.panel = now;
-    const attention = attentionOf(node, position);
-    const isDue = now - times.shade > SHADE_MS;
-    if (isDue || !attention.row) weights = attention.row ? weightsOf(attention.row, state.head, state.hideFirst) : null;
-    if (side.name() === "token") panes.token.show(node, position, { ...attention, because: attention.reason, weights: attention.row ? weightsOf(attention.row, state.head, state.hideFirst) : null });
-    if (isDue) {
-      times.shade = now;
-      shade();
+  if (came && now - last.panel > PANEL_MS) {
+    last.panel = now;
+    const had = attentionOf(node, position);
+    const weights = had.row ? weightsOf(had.row, state.head, state.hideFirst) : null;
+    if (side.name() === "token") panes.token.show(node, position, { ...had, because: had.reason, weights });
+    if (now - last.shade > SHADE_MS) {
+      last.shade = now;
+      shading.show(weights, target);
     }
   }
   if (isFollowing && came) stage.element.scrollTop = 1e9;
@@ -260,55 +230,26 @@ function schedule() {
 }
 
 async function openSaved() {
-  const text = await chooseFile(".jsonl,application/jsonl,application/json");
-  if (text === null) return;
-  try {
-    saved = parseTrace(text);
-  } catch {
-    notice(inside.notATrace);
-    return;
-  }
-  saved.name = saved.model || inside.savedTrace.name;
+  const trace = await openTrace();
+  if (!trace) return;
+  saved = trace;
   isSavedOpen = true;
-  set({ selection: null, isPinned: false, layer: saved.layer ?? state.layer });
+  colouring = stage.colour.value = "read";
+  set({ selection: null, isPinned: false, layer: trace.layer ?? state.layer });
   context.show("inside");
   render(true);
 }
 
-const gather = (done, all) => stage.say(inside.gathering(done, all));
-
-/** Do something with the whole answer, and say what fails. */
-async function withAnswer(act) {
-  try {
-    await act(current());
-  } catch (failure) {
-    if (!isGivenUp(failure)) notice(failure.message);
-  }
-  note(current());
-}
-
-function fileEntries() {
-  const node = current();
-  const canAsk = !node.live && !node.isSaved && hasAttention();
-  return [
-    ...(node.live ? [] : [[inside.menu.page, () => withAnswer((answer) => sharePage(answer, gather))], [inside.menu.trace, () => withAnswer((answer) => saveTrace(answer, gather))]]),
-    ...(canAsk ? [[inside.menu.npz, () => withAnswer(saveAttention)]] : []),
-    [inside.menu.png, () => savePicture(stage.tapes[0], node.model ?? "trace")],
-    null,
-    [inside.menu.open, openSaved],
-  ];
-}
-
 function replayTo(count) {
   const node = current();
-  const { tape } = stage.of(node);
   const position = count === null ? null : promptLength(node) + count - 1;
-  tape.hideAfter(position);
+  stage.of(node).tape.hideAfter(position);
   if (position !== null) pick(node, position, { isQuiet: true });
 }
 
 function compareWith(other) {
   stage.compared = other;
+  colouring = stage.colour.value = "read";
   render(true);
 }
 
@@ -319,30 +260,42 @@ function makePanes() {
   };
   return {
     token: tokenPane({
-      onStep: step, onLive: follow, onPoint: point, onPick: (position) => pick(selected().node, position),
-      onBranch: (candidate) => branch(selected().node, selected().position, candidate),
+      onStep: step, onLive: () => { set({ isPinned: false, selection: null }); schedule(); }, onPoint: point,
+      onPick: (position) => pick(selected().node, position), onBranch: (candidate) => branch(selected().node, selected().position, candidate),
       onExpected: () => look(baseOf(selected().node)), onLoad: () => showPane(true), again: () => showPane(),
       showRequest: () => requestOf(selected(), context.showRequest),
     }),
     heads: heads(() => side.open("token")),
     matrix: matrix((position) => pick(selected().node, position)),
-    why: why((scores) => (scores ? shadeBy(scores) : shade())),
+    why: why((scores) => (scores ? shading.showScores(scores, selected()) : shading.show(null, selected()))),
   };
 }
 
 export function mount(element, shared) {
   root = element;
   context = shared;
-  panes = makePanes();
   stage = new Stage({
     onPick: pick, onStep: replayTo, onColour: colourBy, onCompare: () => compareWith(othersOf(current(), saved).at(-1)),
-    onChoose: compareWith, onEndCompare: () => compareWith(null), fileEntries,
+    onChoose: compareWith, onEndCompare: () => compareWith(null),
+    fileEntries: () => fileEntries(current(), stage.tapes[0], { say: (text) => stage.say(text), done: () => note(current()), open: openSaved }),
   });
+  shading = new Shading(stage, schedule);
+  panes = makePanes();
   side = panel(panes, () => { if (stage.node) draw(); });
-  for (const key of ["view", "path", "anatomy", "writing"]) on(key, () => render());
-  for (const key of ["selection", "layer", "head", "hideFirst"]) on(key, () => (current() === stage.node ? draw() : render()));
   on("chat", () => { isSavedOpen = false; });
-  onForks(() => { schedule(); if (stage.node && !liveForks(stage.node).length) render(); });
-  addEventListener("resize", () => { if (state.view === "inside") shade(); });
-  startKeys({ selected, pick, stop: () => (stage.node && liveForks(stage.node).length ? (stopForks(stage.node), true) : false) });
+  for (const key of ["view", "path", "anatomy", "writing"]) on(key, () => render());
+  for (const key of ["selection", "layer", "head", "hideFirst"]) on(key, () => (state.view === "inside" && stage.node && current() === stage.node ? draw() : render()));
+  onForks(() => {
+    schedule();
+    if (stage.node && !liveForks(stage.node).length) render();
+  });
+  addEventListener("resize", () => { if (state.view === "inside" && stage.node) shading.again(); });
+  startKeys({
+    selected, pick,
+    stop: () => {
+      const isWriting = Boolean(stage.node) && liveForks(stage.node).length > 0;
+      if (isWriting) stopForks(stage.node);
+      return isWriting;
+    },
+  });
 }

@@ -31,6 +31,7 @@ export const chat = {
     ["Tell me a story", "Watch the surprisal rise and fall", "Tell me a story about a lighthouse keeper."],
     ["Name three things to see in Paris", "Then force another first word", "Name three things to see in Paris, as a numbered list."],
   ],
+  startersHint: "These four are asked at temperature 0, so that the answer is the same each time.",
   // While it waits: true sentences, from /status
   waiting({ status, reach, model, seconds }) {
     const late = seconds >= 10 ? ` (${seconds} s)` : "";

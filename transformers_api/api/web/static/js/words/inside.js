@@ -16,15 +16,11 @@ export const inside = {
   roles: { template: "Template", system: "System", user: "You", assistant: "Model", tool: "Tool", developer: "System", prompt: "Prompt" },
   role: (name) => inside.roles[name] ?? name.slice(0, 1).toUpperCase() + name.slice(1),
   templateTokens: (n) => `${n} template token${s(n)}`,
-  readFrom: "Read from",
   surprising: "Surprising",
-  decided: "Decided at layer",
-  decidedEarly: "early",
-  decidedLate: "late",
   colour: "Colour",
-  colours: { read: "what it read", decided: "when it was decided" },
+  colours: { read: "Read from", decided: "Decided late" },
   deciding: (done, all) => `Reading every layer: ${done} of ${all} tokens`,
-  tools: "Save and share",
+  tools: "Save",
   blind: "Written without a trace: others were being looked into. Look inside works now that it is finished.",
   look: "Look inside",
   truncated: "The model has seen only the end of this text: what is dim was out of its window.",
@@ -34,7 +30,7 @@ export const inside = {
   askAnyway: (model) => `Load ${model} and look`,
 
   // Replay
-  replay: "Play the answer again",
+  replay: "Replay",
   pause: "Pause",
   stepName: "Step",
   stepOf: (step, all) => `${step} of ${all}`,
@@ -175,7 +171,7 @@ export const inside = {
   whyGiven: "Select a token of the answer first.",
 
   // Compare
-  compare: "Compare two runs",
+  compare: "Compare",
   comparing: "Two runs",
   endCompare: "End the comparison",
   run: (name) => `Run ${name}`,
