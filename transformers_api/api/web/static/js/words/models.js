@@ -71,12 +71,11 @@ export const models = {
   tokensPerSecond: "Tokens a second",
   atOnce: "At once, at most",
   mayWait: "May wait, at most",
-  prompt: "Longest prompt",
   perMinute: "Requests a minute",
   noLimit: "no limit",
   insidePerMinute: "To look inside, a minute",
   unknown: "–",
-  lastMinutes: "last 3 minutes",
+  lastMinutes: "3 min",
   sparkName: (rate, running) => `Tokens a second in the last minutes: now ${rate}, ${running} being written`,
   rate: (value) => (value === null ? "–" : value < 10 ? value.toFixed(1) : number.format(Math.round(value))),
   // Table
