@@ -485,7 +485,7 @@ def test_text_from_right_to_left_stands_right_and_numbers_stay_whole(
 def test_a_starter_asks_for_the_likeliest_answer_unless_a_temperature_is_set(scripted, open_page):
     page = open_page(scripted)
     with page.expect_request("**/v1/chat/completions") as sent:
-        page.get_by_role("button", name="Tell me a story").click()
+        page.get_by_role("tabpanel").get_by_role("button", name="Tell me a story").click()
     assert body_of(sent.value)["temperature"] == 0
     expect(page.get_by_role("button", name="Send", exact=True)).to_be_visible()
     page.get_by_role("button", name=re.compile("^Settings")).click()
@@ -493,5 +493,5 @@ def test_a_starter_asks_for_the_likeliest_answer_unless_a_temperature_is_set(scr
     page.get_by_role("button", name="Done").click()
     page.keyboard.press("Alt+n")
     with page.expect_request("**/v1/chat/completions") as sent:
-        page.get_by_role("button", name="Tell me a story").click()
+        page.get_by_role("tabpanel").get_by_role("button", name="Tell me a story").click()
     assert body_of(sent.value)["temperature"] == 1.5
