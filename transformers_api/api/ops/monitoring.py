@@ -123,6 +123,7 @@ def _limits(settings: Settings) -> dict[str, Any]:
         "max_body_bytes": max(MAX_BODY_BYTES, 2 * settings.prompt_bytes),
         "request_timeout_s": settings.request_timeout_s,
         "rate_limit_per_min": settings.rate_limit_per_min,
+        "inspections_per_min": services().limits.inspections_per_min,
         "rate_limit_burst": settings.rate_limit_burst,
         "rate_limit_tokens_per_min": settings.rate_limit_tokens_per_min,
     }

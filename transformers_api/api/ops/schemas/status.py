@@ -87,6 +87,9 @@ class Limits(Schema):
     max_body_bytes = fields.Integer()
     request_timeout_s = fields.Float(allow_none=True)
     rate_limit_per_min = fields.Integer(allow_none=True)
+    inspections_per_min = fields.Integer(
+        allow_none=True, metadata={"description": "Of who asks, on /chat/stream and /inspect/*."}
+    )
     rate_limit_burst = fields.Integer()
     rate_limit_tokens_per_min = fields.Integer(allow_none=True)
 
