@@ -485,7 +485,7 @@ def test_text_from_right_to_left_stands_right_and_numbers_stay_whole(
 def test_a_starter_asks_for_the_likeliest_answer_unless_a_temperature_is_set(scripted, open_page):
     page = open_page(scripted)
     with page.expect_request("**/v1/chat/completions") as sent:
-        page.get_by_role("button", name="Tell me a story").click()
+        page.get_by_role("tabpanel").get_by_role("button", name="Tell me a story").click()
     assert body_of(sent.value)["temperature"] == 0
     expect(page.get_by_role("button", name="Send", exact=True)).to_be_visible()
     page.get_by_role("button", name=re.compile("^Settings")).click()
@@ -493,5 +493,48 @@ def test_a_starter_asks_for_the_likeliest_answer_unless_a_temperature_is_set(scr
     page.get_by_role("button", name="Done").click()
     page.keyboard.press("Alt+n")
     with page.expect_request("**/v1/chat/completions") as sent:
-        page.get_by_role("button", name="Tell me a story").click()
+        page.get_by_role("tabpanel").get_by_role("button", name="Tell me a story").click()
     assert body_of(sent.value)["temperature"] == 1.5
+
+
+def test_a_new_chat_from_an_answer_leaves_the_old_one_as_it_was(scripted, open_page):
+    page = open_page(scripted)
+    send(page, "one")
+    send(page, "two")
+    page.get_by_role("button", name="New chat from here").first.click()
+    expect(page.get_by_role("article")).to_have_count(2)
+    send(page, "three")
+    entries = side(page).get_by_role("button", name="one", exact=True)
+    expect(entries).to_have_count(2)
+    entries.nth(1).click()
+    expect(page.get_by_role("article")).to_have_text(
+        [re.compile("one"), re.compile("one"), re.compile("two"), re.compile("two")]
+    )
+
+
+def test_print_has_the_whole_conversation_and_nothing_else(scripted, open_page):
+    page = open_page(scripted, scheme="dark")
+    for i in range(12):
+        send(page, f"**bold {i}**\n\n" + "\n\n".join("line" for _ in range(12)))
+    page.reload()
+    expect(model_turn(page).locator("strong")).to_have_text("bold 11")
+    assert page.locator(".prose strong").count() < 12  # the first ones are far above
+    page.emulate_media(media="print", color_scheme="dark")
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    expect(page.locator(".prose strong")).to_have_count(12)
+    for name in ("navigation", "form", "tablist"):
+        expect(page.get_by_role(name)).to_have_count(0)
+    expect(page.locator("body")).to_have_css("color", "rgb(28, 27, 24)")
+    assert page.locator("canvas").first.is_visible()
+
+
+def test_a_text_file_that_is_dropped_is_put_into_the_box(scripted, open_page):
+    page = open_page(scripted)
+    for content, shown in (("from a file", "from a file"), ("\u0000\u0001", "from a file")):
+        data = page.evaluate_handle(
+            "(text) => { const all = new DataTransfer(); all.items.add(new File([text], 'a.txt')); return all; }",
+            content,
+        )
+        box(page).dispatch_event("drop", {"dataTransfer": data})
+        expect(box(page)).to_have_value(shown)
+    expect(page.get_by_role("alert")).to_contain_text("a.txt is no text file.")

@@ -5,6 +5,7 @@ import { set, state } from "../core/state.js";
 import { show } from "../shell/views.js";
 import { chat as words } from "../words/chat.js";
 import { callCards } from "./calls.js";
+import { splitChat } from "./chats.js";
 import { failure } from "./failure.js";
 import { Markdown } from "./markdown.js";
 import { drawRibbon, tokenAt } from "./ribbon.js";
@@ -70,6 +71,7 @@ export class ModelTurn {
       node.tokens?.length ? h("div", { class: "acts always" }, h("button", { type: "button", class: "look", onclick: () => look(node, 0) }, icon("eye"), h("span", { text: words.lookInside }))) : null,
       statistics(node),
       h("div", { class: "acts end" }, node.text ? copying : null,
+        button(words.fromHere, () => splitChat(node), { cls: "icon", glyph: "fork", disabled: Boolean(state.writing) }),
         button(words.regenerate, () => again(node), { cls: "icon", glyph: "again", disabled: Boolean(state.writing) })));
   }
 

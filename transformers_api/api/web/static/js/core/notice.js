@@ -1,4 +1,5 @@
 // What the page says beside its views: to a screen reader, in a box at the top, in a tip at the pointer.
+import { common } from "../words/common.js";
 import { byId, button, h } from "./dom.js";
 
 let waiting = null;
@@ -24,7 +25,7 @@ export function notice(text, { kind = "error", actions = [], seconds = 0 } = {})
   const box = h("div", { class: "alert", role: "alert", data: { kind } },
     h("span", { text, dir: "auto" }),
     ...actions.map(([label, run]) => button(label, () => { remove(); run(); }, { cls: "btn small" })),
-    button("Dismiss", remove, { cls: "icon", glyph: "x" }));
+    button(common.dismiss, remove, { cls: "icon", glyph: "x" }));
   byId("alerts").replaceChildren(box);
   if (seconds) setTimeout(remove, 1000 * seconds);
   return remove;

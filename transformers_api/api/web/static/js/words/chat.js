@@ -78,7 +78,6 @@ export const chat = {
   keepThis: "Keep this one",
   kept: "Kept",
   fullWidth: "Full width",
-  sideBySide: "Side by side",
   editMessage: "Edit message",
   cancel: "Cancel",
   sendVersion: "Send as a new version",
@@ -90,7 +89,6 @@ export const chat = {
   task: "task",
   // Calls
   call: (name) => `Call of ${name}`,
-  asksFor: (name) => `The model asks for ${name}`,
   resultLabel: (name) => `Result of ${name}`,
   resultHint: "Answer in its place: what you write goes back to the model.",
   sendResults: (count) => (count === 1 ? "Send the result" : "Send the results"),
