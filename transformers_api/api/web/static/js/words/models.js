@@ -52,6 +52,8 @@ export const models = {
   },
   doing: (text) => (text ? text[0].toUpperCase() + text.slice(1) : ""),
   percent: (share) => `${Math.round(100 * share)} %`,
+  cancelName: (id) => `Cancel loading ${id}`,
+  cancelled: (id) => `The load of ${id} is cancelled`,
   wait: "Messages that you send now wait for it.",
   waitTurn: (id) => `${id} finishes its answers first.`,
   seconds: (seconds) => `${Math.max(0, Math.round(seconds))} s`,
