@@ -99,7 +99,7 @@ async function showAttention(target, loads) {
     const row = await askRow(node, had.row?.layer ?? had.ask ?? currentLayer(), position);
     if (mine === question) showWeights(target, { row });
   } catch (failure) {
-    if (mine === question && !had.row && !isGivenUp(failure)) showWeights(target, { reason: failure.message });
+    if (mine === question && !had.row && !isGivenUp(failure)) showWeights(target, { reason: failure.message, hasFailed: true });
   }
 }
 
