@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from transformers_api.cli import main
-from transformers_api.metrics import EngineTally
+from transformers_api.tallies import EngineTally
 
 STAMP = struct.Struct("=dq")  # time.perf_counter(), tokens that are not the first of an answer
 SIZE = 1 << 22

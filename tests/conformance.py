@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from typing import Any
 
 import schemathesis
@@ -28,8 +29,19 @@ _NAMES = ("model", "model_name", "model_id")
 
 def operations(app: Flask) -> list[Any]:
     """Every route of the document with its method."""
-    document = schemathesis.openapi.from_wsgi("/openapi.json", app)
+    document = schemathesis.openapi.from_wsgi("/openapi.json", _closing(app))
     return [found.ok() for found in document.get_all_operations()]
+
+
+def _closing(app: Flask) -> Callable[..., Iterable[bytes]]:
+    """``app``, whose answers are read and closed: a stream that is not keeps its model leased."""
+
+    def call(environ: Any, start_response: Any) -> Iterable[bytes]:
+        answer: Any = app(environ, start_response)
+        with closing(answer):
+            return [b"".join(answer)]
+
+    return call
 
 
 def ordinary(operation: Any, model: str) -> Any:

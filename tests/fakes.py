@@ -310,6 +310,7 @@ class FakeLoader:
         self.calls: list[tuple[str, str]] = []
         self.freed_bytes: list[int] = []  # what check_memory was told, in order
         self.fits_beside = False
+        self.progress: list[tuple[float, str]] = []  # what a load says of how far it is
         self.loaded: list[LoadedModel] = []
 
     def devices(self) -> tuple[str, ...]:
@@ -335,7 +336,8 @@ class FakeLoader:
     def load(
         self, spec: ModelSpec, files: ModelFiles, progress: Callable[[float, str], None]
     ) -> LoadedModel:
-        progress(0.5, "reading the weights")
+        for share, text in self.progress:
+            progress(share, text)
         self._stage("load", spec)
         model = self.build(spec)
         self.loaded.append(model)

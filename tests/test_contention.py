@@ -10,7 +10,7 @@ import time
 import pytest
 
 from benchmarks import contention, load, servers, stamped
-from transformers_api.metrics import EngineTally
+from transformers_api.tallies import EngineTally
 
 
 def told(*events: str) -> list[bytes]:

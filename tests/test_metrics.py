@@ -18,11 +18,19 @@ from tests.metrics_app import make_app, post, scrape, wait_for
 from transformers_api.api.http.request_record import RequestRecord
 from transformers_api.config.settings import Settings
 from transformers_api.engine.native.installation import compilations
-from transformers_api.errors import EngineFailed, ModelLoadFailed, NotFound, Overloaded
+from transformers_api.errors import (
+    ConstraintFailed,
+    ConstraintsUnavailable,
+    EngineFailed,
+    ModelLoadFailed,
+    NotFound,
+    Overloaded,
+)
 from transformers_api.kernels.build import NativeUnavailable, build
 from transformers_api.metric_names import described
-from transformers_api.metrics import OTHER, Metrics, Tally
+from transformers_api.metrics import OTHER, Metrics
 from transformers_api.serving.limits import api_keys
+from transformers_api.tallies import Tally
 
 DASHBOARD = Path(__file__).parent.parent / "deploy" / "grafana" / "dashboard.json"
 # What the dashboards that vLLM ships ask for.
@@ -128,6 +136,21 @@ def test_errors_are_counted_by_code_also_in_the_middle_of_a_stream(tmp_path, eng
     assert shown["transformers_api_client_disconnects_total"] == 0
 
 
+@pytest.mark.parametrize(
+    ("engine", "reason"),
+    [
+        (FakeEngine(error=ConstraintFailed("no"), error_after=3), "failed"),
+        (FakeEngine(refusal=ConstraintsUnavailable("no")), "unavailable"),
+    ],
+)
+def test_answers_that_fail_by_their_form_are_counted_by_reason(tmp_path, engine, reason):
+    client = make_app(tmp_path, {"one": engine})[0].test_client()
+    name = f"transformers_api_constraint_failures_total{{reason={reason}}}"
+    assert scrape(client)[name] == 0
+    post(client, stream=True)
+    assert scrape(client)[name] == 1
+
+
 def test_a_client_that_leaves_is_a_disconnect_and_one_that_reads_to_the_end_is_none(tmp_path):
     gate = threading.Semaphore(100)
     app, _ = make_app(tmp_path, {"one": FakeEngine(say("x" * 1000), gate=gate)})
@@ -170,7 +193,9 @@ def test_what_is_resident_is_shown_while_it_streams_and_scraping_disturbs_nothin
     assert during["vllm:num_requests_running{model_name=one}"] == 1
     assert during["transformers_api_model_leases{model_name=one}"] == 1
     assert during["transformers_api_requests_active"] == 1
-    info = "device=cpu,dtype=float32,kernels=torch,mode=batching,model_name=one,quantization=none"
+    info = (
+        "device=cpu,dtype=float32,isa=,kernels=torch,mode=batching,model_name=one,quantization=none"
+    )
     assert during[f"transformers_api_model_info{{{info}}}"] == 1
     after = scrape(app.test_client())
     assert after["vllm:num_requests_running{model_name=one}"] == 0
@@ -194,7 +219,7 @@ def test_runs_of_the_compiler_are_counted_by_their_result(tmp_path):
         compiler.write_text(f"#!/bin/sh\nexit {status}\n")
         compiler.chmod(0o755)
     app, _ = make_app(tmp_path, native_cache=tmp_path / "cache")
-    outcomes = compilations(tmp_path / "cache", Settings().torch_threads)
+    outcomes = compilations(tmp_path / "cache", Settings().torch_threads, "auto")
     before = scrape(app.test_client())
     build(tmp_path / "cache", compiler=str(made), outcomes=outcomes)
     build(tmp_path / "cache", compiler=str(made), outcomes=outcomes)  # it is there already

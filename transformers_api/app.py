@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -28,6 +27,7 @@ from transformers_api.serving.limits.access import Access
 from transformers_api.serving.limits.admission import Admission
 from transformers_api.serving.models.registry import ModelRegistry
 from transformers_api.serving.models.store import ModelStore
+from transformers_api.serving.response_store import ResponseStore
 from transformers_api.serving.swap.loaded_model import Loader
 from transformers_api.serving.swap.policy import SwapRules
 from transformers_api.serving.swap.residency import Listeners, SwapperListener
@@ -50,12 +50,11 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
     if loader is None:
         thread = EngineThread(settings.torch_threads, lazy_torch=settings.lazy_torch)
         loader = ModelLoader(  # which calls back when it loads: swappers are there by then
-            settings,
-            store,
-            thread,
+            *(settings, store, thread),
             make_room=lambda lacking: embeddings is not None and embeddings.give_back(lacking),
             listen=metrics.engine if metrics else lambda _model: None,
             wake=lambda: swapper.wake(),
+            constraint_listener=metrics.constraints if metrics else None,
         )
         encoder_loader = EncoderLoader(settings, store, thread)
     loads = [each.deadline for each in (loader, encoder_loader) if isinstance(each, ModelLoader)]
@@ -74,7 +73,6 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
         encoders = _encoders(settings, registry, encoder_loader, _listeners(metrics))
         embeddings = EmbeddingModels(registry, swapper, encoders, max(settings.max_queue, 1))
         swappers.append(encoders)
-    app = Flask(__name__, static_folder=None)
     services = Services(
         settings=settings,
         registry=registry,
@@ -82,6 +80,7 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
         swapper=swapper,
         admission=admission,
         embeddings=embeddings,
+        responses=_responses(settings),
         inspections=Inspections(settings.inspect_queue, settings.inspect_timeout_s),
         access=access,
         limits=RateLimits(access, settings.redis_url),
@@ -92,11 +91,27 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
         drain=partial(readiness.drain, swappers, admission),
         fault=readiness.fault,
     )
+    app = Flask(__name__, static_folder=None)
     api.register(app, services)
     if metrics is not None:
-        metrics.watch(swapper.status, readiness, admission.__len__, _compiled(settings))
+        _watch(metrics, services)
     _begin(settings, thread, swapper)
     return app
+
+
+def _responses(settings: Settings) -> ResponseStore:
+    return ResponseStore(settings.responses_store_mb << 20, settings.responses_store_ttl_s)
+
+
+def _watch(metrics: Metrics, services: Services) -> None:
+    settings = services.settings
+    metrics.watch(
+        services.swapper.status,
+        services.ready,
+        services.admission.__len__,
+        compilations(settings.native_cache, settings.torch_threads, settings.native_isa),
+        services.responses.usage,
+    )
 
 
 def _begin(settings: Settings, thread: EngineThread | None, swapper: Swapper) -> None:
@@ -113,10 +128,6 @@ def _metrics(settings: Settings, registry: ModelRegistry) -> Metrics | None:
     from transformers_api.metrics import Metrics
 
     return Metrics([spec.name for spec in registry.list()])
-
-
-def _compiled(settings: Settings) -> Mapping[str, int]:
-    return compilations(settings.native_cache, settings.torch_threads)
 
 
 def _listeners(metrics: Metrics | None, *others: SwapperListener) -> SwapperListener:

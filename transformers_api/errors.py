@@ -6,7 +6,7 @@
     ├── InvalidRequest               400  a field is wrong; ``param`` names it
     │   ├── UnsupportedParameter     400  known, not supported, and it would change the answer
     │   ├── ContextLengthExceeded    400  prompt + completion do not fit the model's window
-    │   ├── ConstraintFailed         400  no token can follow that the requested format allows
+    │   ├── ConstraintRefused, -Failed 400  the requested format cannot be enforced, or not any more
     │   ├── PreviousResponseNotFound 400  ``previous_response_id`` is not stored, or not any more
     │   ├── TooManyTokens            400  more at once than a client may have in a minute
     │   └── ModelNotCapable          400  the resident model cannot do this
@@ -15,8 +15,7 @@
     ├── InsufficientPermissions      403  the key may not do this
     │   └── InspectionDisabled       403  INSPECT_ENABLED is off
     ├── PayloadTooLarge              413
-    │   ├── PromptTooLarge           413  more text or tokens than this route reads
-    │   └── ResponseTooLarge         413  more numbers than this route sends
+    │   └── PromptTooLarge, ResponseTooLarge 413  more than this route reads, or sends
     ├── NotFound                     404  no such route or object
     │   ├── ModelNotFound            404  ``model`` is not in the registry
     │   └── UnknownCompletion        404  ``completion_id`` is not remembered
@@ -93,6 +92,10 @@ class ContextLengthExceeded(InvalidRequest):
     """Prompt and completion together do not fit the model's context."""
 
     code = "context_length_exceeded"
+
+
+class ConstraintRefused(InvalidRequest):
+    """The requested format cannot be enforced, is too large, or allows no answer."""
 
 
 class ConstraintFailed(InvalidRequest):
@@ -306,7 +309,6 @@ class Unavailable(ApiError):
     """Cannot be served now."""
 
     status = 503
-    type = "server_error"
     code = "unavailable"
 
 
@@ -361,7 +363,6 @@ class InsufficientStorage(ApiError):
     """No room on the disk for the model's files."""
 
     status = 507
-    type = "server_error"
     code = "insufficient_storage"
 
 
@@ -369,7 +370,6 @@ class DeadlineExceeded(ApiError):
     """The answer was not complete after REQUEST_TIMEOUT_S."""
 
     status = 504
-    type = "server_error"
     code = "deadline_exceeded"
 
 

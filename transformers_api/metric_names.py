@@ -22,6 +22,7 @@ _LONG = (
     *(480, 960, 1920, 7680),
 )
 _TOKENS = tuple(m * 10**e for e in range(6) for m in (1, 2, 5))
+_SHORT = (*(m / 10**e for e in (6, 5, 4, 3, 2, 1) for m in (1, 2.5, 5)), 1, 2.5)
 _STEP = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
@@ -112,8 +113,8 @@ KV = _gauge(
 )
 INFO = _gauge(
     f"{_OURS}model_info",
-    "1 for the resident model; kernels: native or torch.",
-    *(*_MODEL, "device", "dtype", "quantization", "kernels", "mode"),
+    "1 for the resident model; kernels: native or torch; isa: what native ones are compiled for.",
+    *(*_MODEL, "device", "dtype", "quantization", "kernels", "isa", "mode"),
 )
 COMPILED = _counter(
     f"{_OURS}kernel_compilations", "Runs of the compiler for native kernels, by result.", "result"
@@ -166,6 +167,34 @@ HTTP_TIME = _histogram(
 REFUSED = _counter(
     f"{_OURS}refusals", "Requests that ended with an error, by its code, also in streams.", "code"
 )
+# Of what answers are held to, and of what they are made.
+COMPILE = _histogram(
+    f"{_OURS}constraint_compile_seconds",
+    "Compiling the grammar of a form or of tools that is new, the first mask included.",
+    _SHORT,
+)
+MASK_WAIT = _histogram(
+    f"{_OURS}constraint_wait_seconds",
+    "Waiting of the engine for the mask of one token, which another thread works out.",
+    _SHORT,
+)
+CONSTRAINT_FAILURES = _counter(
+    f"{_OURS}constraint_failures",
+    "Requests that ended because of the form they asked for: refused (it cannot be enforced), "
+    "unavailable (not with this model's tokens), failed (while the answer was written).",
+    "reason",
+)
+CALLS = _counter(
+    f"{_OURS}tool_calls",
+    "Calls in answers, by the choice of the request (auto, required) and their format: derived "
+    "from the template, or our own.",
+    *(*_MODEL, "choice", "format"),
+)
+REASONING = _counter(
+    f"{_OURS}reasoning_tokens", "Tokens that models wrote before their answers.", *_MODEL
+)
+STORED = _gauge(f"{_OURS}responses_stored", "Answers of `/v1/responses` that are kept.")
+STORED_BYTES = _gauge(f"{_OURS}responses_stored_bytes", "Bytes of them.")
 GONE = _counter(f"{_OURS}client_disconnects", "Clients that left before their answer was complete.")
 TRACES = _counter(f"{_OURS}traces", "Answers with a trace.")
 INSPECTIONS = _counter(f"{_OURS}inspections", "Questions of `/inspect/*` that were answered.")

@@ -3,14 +3,13 @@
 Labels come from closed sets: registered models, rules of URLs, codes of errors. What a client sends
 is never one.
 
-The engine thread counts in plain numbers that only it writes (``EngineTally``); they become metrics
+The engine thread counts in plain numbers that only it writes (``tallies.py``); they become metrics
 when somebody asks. Everything else is rare enough for prometheus_client's own counters.
 """
 
 from __future__ import annotations
 
 import threading
-from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -34,10 +33,15 @@ from prometheus_client.registry import Collector
 
 from transformers_api import __version__, errors
 from transformers_api import metric_names as names
-from transformers_api.engine.base import EngineListener, FinishReason, SequenceStats
-from transformers_api.errors import ApiError
+from transformers_api.errors import (
+    ApiError,
+    ConstraintFailed,
+    ConstraintRefused,
+    ConstraintsUnavailable,
+)
 from transformers_api.metric_names import Named
 from transformers_api.serving.swap.residency import SwapperListener, SwapperStatus
+from transformers_api.tallies import ConstraintTally, EngineTally, Tally
 
 if TYPE_CHECKING:
     from transformers_api.api.http.request_record import RequestRecord
@@ -46,87 +50,6 @@ disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series fo
 
 OTHER = "other"  # stands for whatever is not in a closed set
 METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
-
-
-class Tally:
-    """A histogram in plain numbers, written by one thread."""
-
-    __slots__ = ("_bounds", "counts", "total")
-
-    def __init__(self, bounds: Sequence[float]) -> None:
-        self._bounds = bounds
-        self.counts = [0] * (len(bounds) + 1)
-        self.total = 0.0
-
-    def add(self, value: float) -> None:
-        """Count a value."""
-        self.counts[bisect_left(self._bounds, value)] += 1
-        self.total += value
-
-
-class EngineTally(EngineListener):
-    """The engine thread's counts for one model, whichever engine runs it."""
-
-    def __init__(self) -> None:
-        histograms = (
-            names.FIRST,
-            names.GAP,
-            names.TOTAL,
-            names.QUEUE,
-            names.PREFILL,
-            names.DECODE,
-            names.INFERENCE,
-            names.PROMPT,
-            names.WRITTEN,
-            names.STEP,
-        )
-        self.tallies = {named: Tally(named.buckets) for named in histograms}
-        self.counts = dict.fromkeys(
-            (
-                *(names.PROMPT_TOKENS, names.WRITTEN_TOKENS, names.QUERIES, names.HITS),
-                *(names.DRAFTS, names.DRAFTED, names.ACCEPTED),
-            ),
-            0,
-        )
-        self.ends = dict.fromkeys(FinishReason, 0)
-        self._step, self._gap = self.tallies[names.STEP], self.tallies[names.GAP]
-
-    def on_step(self, read_tokens: int, gaps: Sequence[float]) -> None:
-        """See EngineListener."""
-        if read_tokens:
-            self._step.add(read_tokens)
-        self.counts[names.WRITTEN_TOKENS] += len(gaps)
-        for gap in gaps:
-            self._gap.add(gap)
-
-    def on_prompt(self, tokens: int, cached_tokens: int, first_token_s: float | None) -> None:
-        """See EngineListener."""
-        self.counts[names.PROMPT_TOKENS] += tokens
-        self.counts[names.QUERIES] += tokens
-        self.counts[names.HITS] += cached_tokens
-        if first_token_s is not None:
-            self.counts[names.WRITTEN_TOKENS] += 1
-            self.tallies[names.FIRST].add(first_token_s)
-
-    def on_draft(self, proposed: int, accepted: int) -> None:
-        """See EngineListener."""
-        self.counts[names.DRAFTS] += proposed > 0
-        self.counts[names.DRAFTED] += proposed
-        self.counts[names.ACCEPTED] += accepted
-
-    def on_finish(self, stats: SequenceStats) -> None:
-        """See EngineListener."""
-        self.ends[stats.finish_reason] += 1
-        for named, value in (
-            (names.TOTAL, stats.total_s),
-            (names.QUEUE, stats.queued_s),
-            (names.PREFILL, stats.prefill_s),
-            (names.DECODE, stats.decode_s),
-            (names.INFERENCE, stats.prefill_s + stats.decode_s),
-            (names.PROMPT, stats.prompt_tokens),
-            (names.WRITTEN, stats.generated_tokens),
-        ):
-            self.tallies[named].add(value)
 
 
 class Metrics:
@@ -153,11 +76,16 @@ class Metrics:
             make(names.EVICTED),
             make(names.LOAD_FAILED),
         )
+        self._calls, self._reasoning = make(names.CALLS), make(names.REASONING)
+        self._constraint_failures = make(names.CONSTRAINT_FAILURES)
+        self.constraints = ConstraintTally(self._make_histogram(names.COMPILE).observe)
         self.load = self._make_histogram(names.LOAD)
         self._wait = self._make_histogram(names.MODEL_WAIT)
         self._http_time = self._make_histogram(names.HTTP_TIME)
         for code in self._codes:  # so that the first one of a kind is seen to grow
             self._refused.labels(code)
+        for reason in _CONSTRAINT_FAILURES.values():
+            self._constraint_failures.labels(reason)
 
     def page(self) -> tuple[bytes, str]:
         """See api.services.MetricsPage."""
@@ -169,12 +97,15 @@ class Metrics:
         ready: Callable[[], tuple[bool, str]],
         active: Callable[[], int],
         compilations: Mapping[str, int],
+        stored: Callable[[], tuple[int, int]],
     ) -> None:
         """Show what these say when somebody asks, and what the engines count. Once.
 
-        ``compilations``: runs of the kernels' compiler, by their result.
+        ``compilations``: runs of the kernels' compiler, by their result. ``stored``: answers that
+        are kept, and their bytes.
         """
         self.registry.register(_Engines(self._engines))
+        self.registry.register(_Answers(self.constraints.waits, stored))
         self.registry.register(_Residents(status, ready, active, self.model, compilations))
 
     def engine(self, model: str) -> EngineTally:
@@ -197,6 +128,7 @@ class Metrics:
         self._http_time.labels(record.route, method).observe(record.seconds)
         if record.model is not None and record.model_wait_s is not None:
             self._wait.labels(self.model(record.model)).observe(record.model_wait_s)
+        self._count_parts(record)
         if record.client_gone:
             self._gone.inc()
         elif record.error is not None:
@@ -209,6 +141,16 @@ class Metrics:
     def on_refusal(self, error: ApiError) -> None:
         """See api.services.MetricsPage."""
         self._refused.labels(self.code(error)).inc()
+        reason = _CONSTRAINT_FAILURES.get(type(error))
+        if reason is not None:
+            self._constraint_failures.labels(reason).inc()
+
+    def _count_parts(self, record: RequestRecord) -> None:
+        parts, model = record.parts, self.model(record.model or "")
+        if parts.calls:
+            self._calls.labels(model, parts.choice, parts.format).inc(parts.calls)
+        if parts.reasoning_tokens:
+            self._reasoning.labels(model).inc(parts.reasoning_tokens)
 
     def _make_counter(self, named: Named) -> Counter:
         return Counter(named.name, named.help, named.labels, registry=self.registry)
@@ -255,10 +197,7 @@ class _Engines(Collector):
         for named in fresh.tallies:
             histogram = HistogramMetricFamily(named.name, named.help, labels=named.labels)
             for model, engine in engines.items():
-                tally = engine.tallies[named]
-                counts = [*accumulate(list(tally.counts))]
-                bounds = [*(str(float(bound)) for bound in named.buckets), "+Inf"]
-                histogram.add_metric([model], [*zip(bounds, counts, strict=True)], tally.total)
+                histogram.add_metric([model], *_cumulated(named, engine.tallies[named]))
             yield histogram
         for named in fresh.counts:
             counter = CounterMetricFamily(named.name, named.help, labels=named.labels)
@@ -272,6 +211,22 @@ class _Engines(Collector):
             for reason, count in engine.ends.items():
                 ends.add_metric([model, reason.value], count)
         yield ends
+
+
+class _Answers(Collector):
+    """The waits for masks, and the answers that are kept."""
+
+    def __init__(self, waits: Tally, stored: Callable[[], tuple[int, int]]) -> None:
+        self._waits = waits
+        self._stored = stored
+
+    def collect(self) -> Iterator[Metric]:
+        waited = HistogramMetricFamily(names.MASK_WAIT.name, names.MASK_WAIT.help)
+        waited.add_metric([], *_cumulated(names.MASK_WAIT, self._waits))
+        yield waited
+        count, size = self._stored()
+        yield _gauge(names.STORED, [((), count)])
+        yield _gauge(names.STORED_BYTES, [((), size)])
 
 
 class _Residents(Collector):
@@ -329,6 +284,7 @@ class _Residents(Collector):
             yield _gauge(named, [((model,), value) for model in models])
         kind = (
             *(str(status.device), str(status.dtype), status.quantization, str(status.kernels)),
+            status.isa,
             engine.mode,
         )
         yield _gauge(names.INFO, [((model, *kind), 1) for model in models])
@@ -341,6 +297,17 @@ def _gauge(named: Named, samples: Sequence[tuple[tuple[str, ...], float]]) -> Me
     return gauge
 
 
+def _cumulated(named: Named, tally: Tally) -> tuple[list[tuple[str, float]], float]:
+    """The buckets of a histogram, and the sum of its values."""
+    bounds = [*(str(float(bound)) for bound in named.buckets), "+Inf"]
+    return [*zip(bounds, accumulate(list(tally.counts)), strict=True)], tally.total
+
+
+_CONSTRAINT_FAILURES: Mapping[type[ApiError], str] = {
+    ConstraintRefused: "refused",
+    ConstraintsUnavailable: "unavailable",
+    ConstraintFailed: "failed",
+}
 _WRONG = "invalid_request"  # of errors without a code of their own
 
 

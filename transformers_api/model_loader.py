@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from transformers_api import __version__
-from transformers_api.config.settings import GIB, Settings, load_in_one_thread
+from transformers_api.config.environment import load_in_one_thread
+from transformers_api.config.settings import GIB, Settings
 from transformers_api.engine.load_deadline import LoadDeadline
 from transformers_api.engine.load_options import DTYPE_BYTES, LoadOptions
 from transformers_api.engine.load_progress import LoadProgress
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from transformers_api.engine.backend import Backend
     from transformers_api.engine.base import Engine, EngineFacts, EngineListener
     from transformers_api.inspection.base import Inspector
+    from transformers_api.serving.constraints.listener import ConstraintListener
 
 RESERVE = 1.15  # of the weights: activations, the KV cache of a few short sequences
 TEXTS = 2  # tokenizers of models that are not in memory
@@ -55,8 +57,9 @@ class ModelLoader:
     """Prepares in the caller's thread, loads on the engine's.
 
     ``make_room`` is asked for bytes that lack for a model, and returns True if it freed them.
-    ``listen`` gives the listener to the steps of the model with that name. ``wake`` is called when
-    a loaded model has become outdated.
+    ``listen`` gives the listener to the steps of the model with that name, ``constraint_listener``
+    hears of constraints on answers of all. ``wake`` is called when a loaded model has become
+    outdated.
     """
 
     def __init__(
@@ -68,11 +71,13 @@ class ModelLoader:
         make_room: Callable[[int], bool] = lambda _lacking_bytes: False,
         listen: Callable[[str], EngineListener | None] = lambda _model: None,
         wake: Callable[[], object] = lambda: None,
+        constraint_listener: ConstraintListener | None = None,
     ) -> None:
         self.settings = settings
         self.store = store
         self.thread = thread
         self._make_room, self._listen, self._wake = make_room, listen, wake
+        self._constraint_listener = constraint_listener
         self.deadline = LoadDeadline(settings.model_wait_s)
         self._standby = StandbyModels(settings.sleeping_models)
         self._tokenizers: OrderedDict[Hashable, LoadedTokenizer] = OrderedDict()
@@ -149,6 +154,7 @@ class ModelLoader:
             embedder=self._embedder(spec, files, engine),
             inspector=inspector,
             is_outdated=is_outdated,
+            constraint_listener=self._constraint_listener,
             **facts,
         )
         if spec.chat != "off" and (fault := loaded.template.fault) is not None:
@@ -245,6 +251,7 @@ class ModelLoader:
             dtype=settings.dtype if spec.dtype == "auto" else spec.dtype,
             device=settings.default_device if spec.device == "auto" else spec.device,
             native=settings.native_cache if settings.native_kernels else None,
+            native_isa=settings.native_isa,
             quantization=spec.quantization or settings.quantization,
         )
 
@@ -344,6 +351,7 @@ def _facts(facts: EngineFacts) -> dict[str, Any]:
         "dtype": facts.dtype,
         "quantization": facts.quantization,
         "kernels": facts.kernels,
+        "isa": facts.isa,
         "bytes": facts.bytes,
     }
 

@@ -26,6 +26,7 @@ from transformers_api.serving.limits.admission import Admission
 from transformers_api.serving.models.registry import ModelRegistry
 from transformers_api.serving.models.spec import ModelSpec
 from transformers_api.serving.models.store import ModelStore
+from transformers_api.serving.response_store import ResponseStore
 from transformers_api.serving.swap.policy import SwapRules
 from transformers_api.serving.swap.swapper import Swapper
 
@@ -157,6 +158,7 @@ def serve(tmp_path: Path, watcher: DisconnectWatcher) -> Iterator[Serve]:
             store=store,
             swapper=swapper,
             admission=Admission(chosen.max_inflight, chosen.max_queue, chosen.request_timeout_s),
+            responses=ResponseStore(chosen.responses_store_mb << 20, chosen.responses_store_ttl_s),
             inspections=Inspections(chosen.inspect_queue, chosen.inspect_timeout_s),
             watcher=watcher,
             ready=ready,

@@ -159,6 +159,8 @@ def test_who_sits_at_this_machine_looks_inside_without_a_limit(serve, address, s
         for _ in range(2)
     ]
     assert [answer.status_code for answer in answers] == [200, status]
+    limits = served.client.get("/status", headers=sent, environ_overrides=overrides).get_json()
+    assert limits["limits"]["inspections_per_min"] == (None if status == 200 else 1)
 
 
 @pytest.mark.parametrize(

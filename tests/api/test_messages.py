@@ -188,6 +188,11 @@ def test_a_stop_sequence_is_named(client):
     assert whole(ask(client, max_tokens=2))["stop_reason"] == "max_tokens"
 
 
+RESULT = {"type": "tool_result", "tool_use_id": "a", "content": "x"}
+MADE = {
+    "role": "assistant",
+    "content": [{"type": "tool_use", "id": "a", "name": "f", "input": {}}],
+}
 BAD = [
     ({"max_tokens": None}, "max_tokens"),
     ({"max_tokens": 0}, "max_tokens"),
@@ -196,6 +201,10 @@ BAD = [
     ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
     ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content[0]"),
     ({"messages": [{"role": "user", "content": [{"type": "tool_use"}]}]}, "messages[0].content[0]"),
+    ({"messages": [{"role": "user", "content": [RESULT]}]}, "messages[0].content[0].tool_use_id"),
+    ({"messages": [{"role": "user", "content": [RESULT]}, MADE]}, "messages[0].content[0].tool_use_id"),
+    ({"messages": [*HELLO, MADE, {"role": "user", "content": [RESULT | {"tool_use_id": "b"}]}]},
+     "messages[2].content[0].tool_use_id"),
     ({"system": 5}, "system"),
     ({"tools": [{"name": "a b"}]}, "tools[0].name"),
     ({"tools": [{"name": "a", "input_schema": []}]}, "tools[0].input_schema"),

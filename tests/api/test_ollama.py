@@ -153,6 +153,8 @@ BAD = [
     ("chat", {"messages": [{"role": "robot"}]}, "messages[0].role"),
     ("chat", {"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
     ("chat", {"messages": [{"role": "user", "content": "x", "images": ["a"]}]}, "Images"),
+    ("chat", {"messages": [*HELLO, {"role": "tool", "content": "x", "tool_call_id": "a"}]},
+     "messages[1].tool_call_id"),
     ("chat", {"messages": HELLO, "format": 5}, "format"),
     ("chat", {"messages": HELLO, "think": "deep"}, "think"),
     ("chat", {"messages": HELLO, "tools": [{"type": "function"}]}, "tools[0].function"),
@@ -161,7 +163,7 @@ BAD = [
     ("generate", {"prompt": 5}, "prompt"),
     ("generate", {"prompt": "x", "images": ["a"]}, "images"),
     ("show", {}, "model"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("route", "fields", "name"), BAD)

@@ -185,11 +185,16 @@ def test_roles_and_parts_reach_the_template(served):
             {"role": "developer", "content": "D"},
             {"role": "user", "content": [{"type": "text", "text": "U"}]},
             {"role": "assistant", "content": None},
+            {
+                "role": "assistant",
+                "tool_calls": [{"id": "call_1", "function": {"name": "f", "arguments": "{}"}}],
+            },
             {"role": "tool", "content": "T", "tool_call_id": "call_1"},
         ]
     )
     text = shown(served.engine.submitted[0][0].prompt_ids)
-    turns = [("system", "D"), ("user", "U"), ("assistant", ""), ("tool", "T")]
+    call = '<tool_call>\n{"name":"f","arguments":{}}\n</tool_call>'
+    turns = [("system", "D"), ("user", "U"), ("assistant", ""), ("assistant", call), ("tool", "T")]
     expected = "".join(f"<|im_start|>{role}\n{said}<|im_end|>\n" for role, said in turns)
     assert text == expected + "<|im_start|>assistant\n"
 

@@ -119,6 +119,16 @@ def test_a_model_that_opens_its_thought_itself_may_think_or_answer(client):
     assert message["reasoning_content"]
 
 
+@pytest.mark.parametrize("model", ["opened", "switched"])
+def test_an_answer_that_owes_a_form_does_not_end_in_its_thought(client, model):
+    end = {"257": 4}  # the end of an answer, more likely than the mark of a thought's end
+    for seed in range(6):
+        fields = {"model": model, "seed": seed, "logit_bias": end, "max_tokens": 80}
+        choice = first(chat(client, response_format=FORM, **fields))
+        content = choice["message"]["content"]
+        assert choice["finish_reason"] == "length" or json.loads(content) == {"a": 1}
+
+
 def test_required_calls_come_after_the_thought(client):
     tool = {"type": "function", "function": {"name": "now"}}
     fields = {"model": "switched", "tools": [tool], "tool_choice": "required", "max_tokens": 900}

@@ -267,6 +267,8 @@ def test_an_error_in_the_middle_is_an_event_and_a_failed_response(client, monkey
     assert events[-1]["response"]["error"]["code"] == "engine_failed"
 
 
+RESULT = {"type": "function_call_output", "call_id": "a", "output": "x"}
+MADE = {"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}"}
 BAD = [
     ({"input": 5}, "input"),
     ({"input": []}, "input"),
@@ -275,6 +277,9 @@ BAD = [
     ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0]"),
     ({"input": [{"type": "function_call", "name": "f"}]}, "input[0].arguments"),
     ({"input": [{"type": "nonsense"}]}, "input[0]"),
+    ({"input": [RESULT]}, "input[0].call_id"),
+    ({"input": [RESULT, MADE]}, "input[0].call_id"),
+    ({"input": [MADE, RESULT | {"call_id": "b"}]}, "input[1].call_id"),
     ({"tools": [{"type": "function"}]}, "tools[0].name"),
     ({"tool_choice": {"type": "function", "name": "nope"}}, "tool_choice"),
     ({"text": {"format": {"type": "json_schema", "schema": {}}}}, "text.format.name"),
@@ -344,9 +349,17 @@ def test_the_store_is_bounded_by_bytes_number_and_age_and_knows_owners():
     assert len(store) == 0
 
 
+def test_nothing_is_stored_where_the_setting_says_so(serve):
+    for mib, is_kept in ((0, False), (1, True)):
+        served = serve(responses_store_mb=mib)
+        answer = served.client.post("/v1/responses", json={"input": "Hi"}).json
+        again = served.client.get(f"/v1/responses/{answer['id']}")
+        assert (answer["store"], again.status_code) == (is_kept, 200 if is_kept else 404)
+
+
 def test_what_is_stored_takes_the_memory_that_is_counted():
     lists = [[[]] * 1000 for _ in range(10)]  # three bytes as JSON, more than fifty as a list
-    store = ResponseStore(1 << 20)
+    store = ResponseStore(1 << 20, 60)
     store.put("a", StoredResponse(body={"x": lists}, items=[{"i": 1}], messages=[], owner="a"))
     lists.clear()
     stored_response = store.get("a", "a")

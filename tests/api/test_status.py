@@ -51,6 +51,7 @@ def test_what_is_loading_and_who_waits_for_it(tmp_path):
     app, loader = make_app(tmp_path)
     post(app.test_client(), model="one")
     loader.hold["load", "two"] = threading.Event()
+    loader.progress = [(0.5, "reading the weights")]
     asking = threading.Thread(target=lambda: post(app.test_client(), model="two"))
     asking.start()
     assert loader.entered["load"].acquire(timeout=10)

@@ -188,6 +188,32 @@ def test_a_format_and_tools_go_together(client):
     assert seen == {"call", "content"}
 
 
+def test_a_history_in_the_older_words_is_that_of_calls_and_results(client):
+    function = {"name": "now", "arguments": "{}"}
+    older = [
+        *MESSAGES,
+        {"role": "assistant", "content": None, "function_call": function},
+        {"role": "function", "name": "now", "content": "noon"},
+    ]
+    newer = [
+        *MESSAGES,
+        {"role": "assistant", "tool_calls": [{"id": "a", "function": function}]},
+        {"role": "tool", "tool_call_id": "a", "content": "noon"},
+    ]
+    for model in ("plain", "xml"):
+        fields = {"model": model, "max_tokens": 1, "return_token_ids": True}
+        prompts = [
+            chat(client, messages=messages, **fields).json["choices"][0]["prompt_token_ids"]
+            for messages in (older, newer)
+        ]
+        assert prompts[0] == prompts[1]
+    unknown = error(chat(client, messages=[*MESSAGES, older[-1]]), 400)
+    assert unknown["param"] == "messages[1].tool_call_id"
+    assert error(chat(client, messages=[{"role": "function", "content": "x"}]), 400)["param"] == (
+        "messages[0].name"
+    )
+
+
 def test_the_older_functions_are_answered_in_their_own_words(client):
     body = {
         "messages": MESSAGES,
@@ -254,6 +280,16 @@ BAD = [
             ]
         },
         "messages[1].tool_call_id",
+    ),
+    ({"messages": [*MESSAGES, {"role": "tool", "content": "x", "tool_call_id": "b"}]}, "messages[1].tool_call_id"),
+    (
+        {
+            "messages": [
+                {"role": "tool", "content": "x", "tool_call_id": "a"},
+                {"role": "assistant", "tool_calls": [{"id": "a", "function": {"name": "now", "arguments": "{}"}}]},
+            ]
+        },
+        "messages[0].tool_call_id",
     ),
 ]  # fmt: skip
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,19 @@ def save(folder: Path, tokenizer: Any, **config: Any) -> None:
 
 
 @contextmanager
-def running(folder: Path, tokenizers: dict[str, Any]) -> Iterator[Flask]:
-    """The application with a model for each of ``tokenizers``; the first is the default."""
+def running(
+    folder: Path, tokenizers: dict[str, Any], entries: Mapping[str, Mapping[str, Any]] = {}
+) -> Iterator[Flask]:
+    """The application with a model for each of ``tokenizers``; the first is the default.
+
+    ``entries``: more fields of their registry entries, by name.
+    """
     for name, tokenizer in tokenizers.items():
         save(folder / name, tokenizer)
-    entries = [{"name": name, "path": str(folder / name)} for name in tokenizers]
-    (folder / "models.json").write_text(json.dumps(entries))
+    registered = [
+        {"name": name, "path": str(folder / name), **entries.get(name, {})} for name in tokenizers
+    ]
+    (folder / "models.json").write_text(json.dumps(registered))
     app = create_app(
         Settings(
             model_registry_path=folder / "models.json",

@@ -28,7 +28,7 @@ def shown(metrics, engine):
     if not metrics.__dict__.get("watched"):
         metrics.watched = True
         status = lambda: SwapperStatus(state="ready", model="tiny", engine=engine.stats())  # noqa: E731
-        metrics.watch(status, lambda: (True, ""), lambda: 0, {})
+        metrics.watch(status, lambda: (True, ""), lambda: 0, {}, lambda: (0, 0))
     text = metrics.page()[0].decode()
     return {
         sample.name + sample.labels.get("finished_reason", ""): sample.value

@@ -78,6 +78,7 @@ def save_models(folder: Path) -> list[dict[str, Any]]:
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
         entries.append({"name": name, "path": str(folder / name)})
+    entries[0]["embedding"] = {"pooling": "mean"}
     return entries
 
 
@@ -96,6 +97,7 @@ def environment(folder: Path, entries: list[dict[str, Any]]) -> dict[str, str]:
         "TORCH_THREADS": "1",
         "SWAP_AFTER_S": "0.2",
         "RATE_LIMIT_PER_MIN": "0",
+        "ENABLE_EMBEDDINGS_BACKEND": "true",
     }
 
 

@@ -24,7 +24,7 @@ def send(page: Page, text: str) -> None:
     box(page).fill(text)
     box(page).press("Enter")
     expect(page.get_by_role("article", name="Model")).to_have_count(before + 1)
-    expect(page.get_by_role("button", name="Send")).to_be_visible()
+    expect(page.get_by_role("button", name="Send", exact=True)).to_be_visible()
 
 
 def side(page: Page) -> Any:

@@ -198,6 +198,9 @@ def test_every_field_reaches_the_spec(tmp_path: Path) -> None:
         "metadata": {"notes": "fine"},
         "aliases": ["y"],
         "trust_remote_code": True,
+        "tools": "prompt",
+        "reasoning": ["<think>", "</think>"],
+        "schema_hint": True,
     }
     assert registry_of(tmp_path, [entry]).resolve("y") == ModelSpec(
         name="x",
@@ -212,6 +215,9 @@ def test_every_field_reaches_the_spec(tmp_path: Path) -> None:
         metadata={"notes": "fine"},
         aliases=("y",),
         trust_remote_code=True,
+        tools="prompt",
+        reasoning=("<think>", "</think>"),
+        schema_hint=True,
     )
 
 
@@ -273,6 +279,18 @@ def test_yaml_is_read_and_its_bare_off_means_chat_off(tmp_path: Path) -> None:
         pytest.param({"name": "x", "path": "p", "chat": "on"}, "one of template", id="chat"),
         pytest.param({"name": "x", "path": "p", "is_instruct": "yes"}, "true or false", id="bool"),
         pytest.param({"name": "x", "path": "p", "metadata": []}, "an object", id="metadata"),
+        pytest.param({"name": "x", "path": "p", "tools": "off"}, "one of template", id="tools"),
+        *(
+            pytest.param({"name": "x", "path": "p", "reasoning": marks}, "two texts", id=name)
+            for name, marks in {
+                "marks": "<think>",
+                "one-mark": ["<think>"],
+                "no-close": ["<think>", ""],
+                "long-mark": ["", "x" * 101],
+                "mark-type": ["", 5],
+            }.items()
+        ),
+        pytest.param({"name": "x", "path": "p", "schema_hint": 1}, "true or false", id="hint"),
         pytest.param({"name": "x", "path": "p", "aliases": "y"}, "a list of ids", id="aliases"),
         pytest.param({"name": "x", "path": "p", "aliases": [""]}, "a list of ids", id="alias"),
         pytest.param(

@@ -96,9 +96,15 @@ class Settings:
     native_kernels: bool = _setting(
         True,
         to.boolean,
-        "Run models on CPU kernels of our own where the processor has AVX-512 with bfloat16 and "
+        "Run models on CPU kernels of our own where the processor has AVX2 or AVX-512 and "
         "there is a C++ compiler: weights in bfloat16, several times as fast, and no bit of an "
         "answer depends on who shares the batch. Elsewhere torch runs them.",
+    )
+    native_isa: str = _setting(
+        "auto",
+        to.choice("auto", "avx2", "avx2_vnni", "avx512", "avx512_bf16", "none"),
+        "The instruction set of the kernels. auto: the best that the processor has; another one "
+        "gives other bits. none: without kernels, as NATIVE_KERNELS=false.",
     )
     quantization: str = _setting(
         "none",
@@ -215,6 +221,15 @@ class Settings:
     graceful_s: int = _setting(
         30, to.integer(1, 3600), "Seconds that running answers get after SIGTERM."
     )
+    responses_store_mb: int = _setting(
+        64,
+        to.integer(0, 1 << 20),
+        "MiB of answers of /v1/responses that are kept, so that later requests go on from them; "
+        "0: none are.",
+    )
+    responses_store_ttl_s: float = _setting(
+        3600.0, to.number(1, 1e9), "Seconds that such an answer is kept after its last use."
+    )
     enable_embeddings_backend: bool = _setting(
         False, to.boolean, "Serve /v1/embeddings; else it answers 501."
     )
@@ -318,6 +333,8 @@ class Settings:
                 if text := environ.get(name, "").strip():
                     values[option.name] = _parse(option, name, text)
                     break
+        if values.get("native_isa") == "none":
+            values["native_kernels"] = False
         made = cls(**values)
         if made.quantization != "none" and not made.native_kernels:
             raise SettingError(
@@ -368,28 +385,6 @@ class Settings:
     def threads(self) -> int:
         """Threads of the HTTP server: one per request that runs or waits, and some for the rest."""
         return self.max_inflight + self.max_queue + 32
-
-
-def has_activated_sockets() -> bool:
-    """True where systemd has handed this process its listening sockets."""
-    is_ours = os.environ.get("LISTEN_PID") == str(os.getpid())
-    return is_ours and os.environ.get("LISTEN_FDS", "0") != "0"
-
-
-def helper_environment() -> dict[str, str]:
-    """The part of the environment that a helper process needs, without secrets."""
-    names = ("LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", "TZ")
-    return {name: os.environ[name] for name in names if name in os.environ}
-
-
-def load_in_one_thread() -> None:
-    """Tell transformers, which would read the weights of a model with a pool of threads."""
-    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
-
-
-def take_notify_socket() -> str | None:
-    """The address of systemd's notification socket, taken out of the environment."""
-    return os.environ.pop("NOTIFY_SOCKET", None)
 
 
 def _parse(option: Field[Any], name: str, text: str) -> Any:

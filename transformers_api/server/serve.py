@@ -26,11 +26,10 @@ from gunicorn.arbiter import Arbiter  # type: ignore[import-untyped]
 from gunicorn.config import Config  # type: ignore[import-untyped]
 from gunicorn.errors import HaltServer  # type: ignore[import-untyped]
 
+from transformers_api.config.environment import has_activated_sockets, take_notify_socket
 from transformers_api.config.settings import (
     SettingError,
     Settings,
-    has_activated_sockets,
-    take_notify_socket,
 )
 from transformers_api.server import http_parser, lock, standard_streams
 from transformers_api.server.logger import logger_class

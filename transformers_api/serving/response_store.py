@@ -12,8 +12,6 @@ from typing import Any
 import orjson
 
 MOST_RESPONSES = 1024
-RESPONSE_BYTES = 64 << 20
-MOST_AGE_S = 3600.0  # since it was used last
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,10 +33,11 @@ class ResponseStore:
     def __init__(
         self,
         most_bytes: int,
+        most_age_s: float,
         most: int = MOST_RESPONSES,
-        most_age_s: float = MOST_AGE_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.keeps_any = most_bytes > 0
         self._most_bytes = most_bytes
         self._most = most
         self._most_age_s = most_age_s
@@ -80,6 +79,12 @@ class ResponseStore:
                 return False
             self._remove(response_id)
             return True
+
+    def usage(self) -> tuple[int, int]:
+        """The answers that are kept, and their bytes."""
+        with self._lock:
+            self._forget()
+            return len(self._entries), self._bytes
 
     def __len__(self) -> int:
         return len(self._entries)

@@ -53,6 +53,7 @@ class MessageFormatter(Formatter):
         self.prompts = [head.prompt]
         self._head = head
         self._reader = AnswerReader(plan)
+        self.parts = self._reader.counts
         self._blocks = 0  # that have begun
         self._open: str | None = None  # the type of the one that is open
         self._last: TextDelta | None = None

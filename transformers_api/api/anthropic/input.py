@@ -8,6 +8,7 @@ from typing import Any
 import orjson
 
 from transformers_api.api.http.checked import checked_object, checked_text
+from transformers_api.api.openai.conversation import CallIds
 from transformers_api.api.openai.structured import constraint_of
 from transformers_api.api.openai.tool_input import check_together, chosen, tool_of
 from transformers_api.errors import InvalidRequest, UnsupportedParameter
@@ -27,6 +28,7 @@ def messages_of(system: Any, messages: Sequence[Any]) -> list[Message]:
     what the user says next.
     """
     turns: list[Message] = []
+    calls = CallIds()
     aside = ""  # a system turn in the middle
     for place, item in enumerate(messages):
         where = f"messages[{place}]"
@@ -37,7 +39,8 @@ def messages_of(system: Any, messages: Sequence[Any]) -> list[Message]:
         if role == "system":
             aside = _joined(aside, _text(item.get("content"), f"{where}.content"))
             continue
-        for turn in _turns(role, item.get("content"), f"{where}.content"):
+        for turn in _turns(role, item.get("content"), f"{where}.content", calls):
+            calls.add(turn)
             if turn["role"] == "user" and aside:
                 turn["content"], aside = _joined(aside, turn["content"]), ""
             _add(turns, turn)
@@ -49,7 +52,7 @@ def messages_of(system: Any, messages: Sequence[Any]) -> list[Message]:
     return [{"role": "system", "content": text}, *turns] if text else turns
 
 
-def _turns(role: str, content: Any, where: str) -> list[Message]:
+def _turns(role: str, content: Any, where: str, calls: CallIds) -> list[Message]:
     """The turns of one message: results of tools, and what is said."""
     if isinstance(content, str):
         return [{"role": role, "content": content}]
@@ -65,7 +68,7 @@ def _turns(role: str, content: Any, where: str) -> list[Message]:
             case "tool_use" if role == "assistant":
                 turn.setdefault("tool_calls", []).append(_call(block, name))
             case "tool_result" if role == "user":
-                results.append(_result(block, name))
+                results.append(_result(block, name, calls))
             case "thinking" if role == "assistant":
                 turn["reasoning_content"] = checked_text(block.get("thinking"), f"{name}.thinking")
             case "redacted_thinking":
@@ -92,12 +95,13 @@ def _call(block: Json, where: str) -> Json:
     }
 
 
-def _result(block: Json, where: str) -> Message:
+def _result(block: Json, where: str, calls: CallIds) -> Message:
     content = block.get("content", "")
     text = _text(content, f"{where}.content") if content else ""
     if block.get("is_error") is True:
         text = f"Error: {text}"
     call_id = checked_text(block.get("tool_use_id"), f"{where}.tool_use_id")
+    calls.check(call_id, f"{where}.tool_use_id")
     return {"role": "tool", "content": text, "tool_call_id": call_id}
 
 

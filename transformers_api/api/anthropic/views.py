@@ -18,7 +18,7 @@ from transformers_api.api.http.dialects import MESSAGES
 from transformers_api.api.http.error_schemas import MessagesError
 from transformers_api.api.http.request_context import Formatter, RequestContext, answer
 from transformers_api.api.http.services import services
-from transformers_api.api.openai.conversation import Conversation, Thinking, check_results
+from transformers_api.api.openai.conversation import Conversation, Thinking
 from transformers_api.api.openai.conversation_task import ConversationTask
 from transformers_api.errors import InvalidRequest, ThreadUnsupported
 from transformers_api.serving.generation import GenerationRequest
@@ -99,7 +99,6 @@ def conversation_of(body: Mapping[str, Any]) -> Conversation:
             "'thread' is not supported: send the whole conversation", param="thread"
         )
     messages = message_input.messages_of(body.get("system"), body["messages"])
-    check_results(messages)
     effort = (body.get("output_config") or {}).get("effort")
     goes_on = messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1]
     return Conversation(

@@ -58,6 +58,12 @@ class RateLimits:
         if not (self._access.spares_local and _is_local()):
             self._take_request()
 
+    @property
+    def inspections_per_min(self) -> int | None:
+        """The limit of this client's inspections; None: there is none."""
+        rate, is_spared = self._access.requests, self._access.spares_local and _is_local()
+        return None if rate is None or is_spared else rate.per_min
+
     def reserve(self, tokens: int) -> Reservation | None:
         """Take ``tokens`` of this client; None where there is no limit.
 

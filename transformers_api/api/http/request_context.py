@@ -17,7 +17,7 @@ import flask
 from transformers_api.api.http import errors
 from transformers_api.api.http.dialects import Dialect
 from transformers_api.api.http.disconnect import Watch
-from transformers_api.api.http.request_record import RequestRecord
+from transformers_api.api.http.request_record import AnswerParts, RequestRecord
 from transformers_api.api.http.services import EXTENSION, Services
 from transformers_api.api.http.stream_writer import StreamBody
 from transformers_api.config.settings import Settings
@@ -47,6 +47,7 @@ class Formatter(ABC):
     completion_id: str | None = None  # None: nobody can ask for its tokens afterwards
     prompts: Sequence[Sequence[int]]  # ids
     generation: Generation | None = None  # of a stream, while it goes out
+    parts: AnswerParts | None = None  # None: it is all text
 
     @abstractmethod
     def whole(self, generation: Generation) -> Any:
@@ -107,6 +108,7 @@ def answer(task: Task) -> Any:
             return context.stream(task.formatter(model, request), None)
         generation = context.start(model, request, is_streamed=task.is_streamed)
         formatter = task.formatter(model, generation.request)
+        context.note_parts(formatter)
         if task.is_streamed:
             return context.stream(formatter, generation)
         whole = formatter.whole(generation)
@@ -257,6 +259,11 @@ class RequestContext:
                 raise
             return request.untraced(error), None
         return request, end
+
+    def note_parts(self, formatter: Formatter) -> None:
+        """Let the record have the counts of ``formatter``, which fill as the answer comes."""
+        if formatter.parts is not None:
+            self._record.parts = formatter.parts
 
     def remember(self, formatter: Formatter, generation: Generation | None) -> None:
         """Keep the tokens of a complete answer, for whoever asks for them by its id."""

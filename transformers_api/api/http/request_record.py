@@ -18,6 +18,16 @@ MAX_PATH = 200  # characters
 MAX_TEXT = 10_000  # characters of a prompt or an answer, with LOG_PROMPTS
 
 
+@dataclass(slots=True)
+class AnswerParts:
+    """The parts of an answer, counted; ``choice`` and ``format`` are of its calls."""
+
+    choice: str = "auto"  # or "required"
+    format: str = "derived"  # from the template, or "own"
+    calls: int = 0
+    reasoning_tokens: int = 0
+
+
 @dataclass(kw_only=True)
 class RequestRecord:
     """The facts of one request. On the request's thread, but for ``client_gone``."""
@@ -38,6 +48,7 @@ class RequestRecord:
     client_gone: bool = False
     is_streamed: bool = False
     is_traced: bool = False
+    parts: AnswerParts = field(default_factory=AnswerParts)
     client: str | None = None  # the name of its key, or its network
     texts: dict[str, str] = field(default_factory=dict)  # with LOG_PROMPTS
 
@@ -80,6 +91,8 @@ class RequestRecord:
             "completion_tokens": self.completion_tokens,
             "ttft_ms": _ms(self.first_token_s),
             "finish_reason": self.finish_reason,
+            "tool_calls": self.parts.calls or None,
+            "reasoning_tokens": self.parts.reasoning_tokens or None,
             "error": self.error and code_of(self.error),
             "stream": self.is_streamed or None,
             "client_gone": self.client_gone or None,

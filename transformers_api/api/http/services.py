@@ -25,7 +25,7 @@ from transformers_api.serving.limits.admission import Admission
 from transformers_api.serving.models.registry import ModelRegistry
 from transformers_api.serving.models.spec import ModelSpec
 from transformers_api.serving.models.store import ModelStore
-from transformers_api.serving.response_store import RESPONSE_BYTES, ResponseStore
+from transformers_api.serving.response_store import ResponseStore
 from transformers_api.serving.swap.swapper import Swapper
 from transformers_api.serving.text.model_text import ModelText
 
@@ -68,9 +68,9 @@ class Services:
     text_of: Callable[[ModelSpec], ModelText]  # a model's tokenizer, without its weights
     devices: Callable[[], Collection[str]]  # of this machine: "cpu", "cuda", "cuda:0", …
     drain: Callable[[float], None]  # let answers finish for so many seconds
+    responses: ResponseStore  # of /v1/responses
     embeddings: EmbeddingModels | None = None  # None: ENABLE_EMBEDDINGS_BACKEND is off
     metrics: MetricsPage | None = None  # None: METRICS_ENABLED is off
-    responses: ResponseStore = field(default_factory=lambda: ResponseStore(RESPONSE_BYTES))
     completions: Completions = field(default_factory=Completions)  # tokens of recent answers
     traces: TraceSlots = field(default_factory=TraceSlots)  # requests that are being traced
     watcher: DisconnectWatcher = field(default_factory=DisconnectWatcher)

@@ -12,7 +12,7 @@ import orjson
 from transformers_api.api.http.dialects import OLLAMA
 from transformers_api.api.http.request_context import Formatter
 from transformers_api.api.openai.answer_parts import AnswerReader, Call
-from transformers_api.api.openai.conversation import Conversation, Thinking
+from transformers_api.api.openai.conversation import CallIds, Conversation, Thinking
 from transformers_api.api.openai.structured import constraint_of
 from transformers_api.api.openai.tool_input import chosen, tools_of
 from transformers_api.errors import InvalidRequest, UnsupportedParameter
@@ -46,6 +46,7 @@ def conversation_of(body: Mapping[str, Any], messages: Sequence[Any]) -> Convers
 def _messages(items: Sequence[Any]) -> list[Json]:
     turns: list[Json] = []
     names: dict[str, str] = {}  # of calls without an answer yet, by function
+    ids = CallIds()  # that clients have given; most give none
     for place, item in enumerate(items):
         where = f"messages[{place}]"
         if not isinstance(item, Mapping) or item.get("role") not in ROLES:
@@ -67,9 +68,14 @@ def _messages(items: Sequence[Any]) -> list[Json]:
         if calls:
             turn["tool_calls"] = calls
             names |= {call["function"]["name"]: call["id"] for call in calls}
+            ids.add(
+                {"tool_calls": [call if isinstance(call.get("id"), str) else {} for call in made]}
+            )
         if turn["role"] == "tool":
             name = _text(item, "tool_name", where) or _text(item, "name", where)
             own_id = _text(item, "tool_call_id", where)
+            if own_id:
+                ids.check(own_id, f"{where}.tool_call_id")
             turn["tool_call_id"] = own_id or names.get(name, f"call_{place}")
         turns.append(turn)
     return turns
@@ -134,6 +140,7 @@ class OllamaFormatter(Formatter):
         self._is_chat = is_chat
         self._load_s = load_s
         self._reader = AnswerReader(plan)
+        self.parts = self._reader.counts
         self._call: Call | None = None
         self._reason = "stop"
         self._began = time.monotonic()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from dataclasses import dataclass, field
 
+from transformers_api.api.http.request_record import AnswerParts
 from transformers_api.serving.generation import Choice, Generation, collect
 from transformers_api.serving.text.choice_text import TextDelta
 from transformers_api.serving.tools.answer_plan import AnswerPlan
@@ -61,7 +62,12 @@ class AnswerReader:
     def __init__(self, plan: AnswerPlan) -> None:
         self._plan = plan
         self._parsers: dict[int, AnswerParser] = {}  # by choice
-        self.reasoning_tokens = 0
+        self.counts = AnswerParts(plan.choice, plan.format)
+
+    @property
+    def reasoning_tokens(self) -> int:
+        """Tokens of thoughts so far."""
+        return self.counts.reasoning_tokens
 
     def parser(self, index: int) -> AnswerParser:
         """The parser of a choice."""
@@ -73,21 +79,26 @@ class AnswerReader:
         """The parts that a piece makes complete; at the end of a choice all that are left."""
         parser = self.parser(delta.index)
         if parser.is_thinking:
-            self.reasoning_tokens += len(delta.token_ids)
+            self.counts.reasoning_tokens += len(delta.token_ids)
+        calls = parser.calls
         parts = parser.push(delta.text)
-        return parts + parser.finish() if delta.finish_reason is not None else parts
+        if delta.finish_reason is not None:
+            parts += parser.finish()
+        self.counts.calls += parser.calls - calls
+        return parts
 
     def whole(self, generation: Generation) -> list[WholeAnswer]:
         """All choices, read to their ends."""
         answers = []
-        for choice in collect(generation, self._count):
+        for choice in collect(generation, self._count_thought):
             answer, parser = WholeAnswer(choice), self._plan.parser()
             for part in parser.push(choice.text) + parser.finish():
                 answer.add(part)
             answers.append(answer)
+        self.counts.calls = sum(len(answer.calls) for answer in answers)
         return answers
 
-    def _count(self, delta: TextDelta) -> None:
+    def _count_thought(self, delta: TextDelta) -> None:
         """Hear of each piece while a whole answer is collected."""
         if self._plan.thought is not None:
             self.parts(delta)

@@ -53,7 +53,7 @@ class Conversation:
     def template_options(self, model: ModelText) -> dict[str, Any]:
         """The options that make the prompt of ``model``."""
         variables = dict(self.variables or {})
-        reasoning = model.template.reasoning
+        reasoning = chat_template.reasoning_style(model)
         enabled = self.thinking.enabled
         if enabled is not None and reasoning is not None and reasoning.has_switch:
             variables.setdefault("enable_thinking", enabled)
@@ -63,7 +63,15 @@ class Conversation:
             "continue_final_message": self.continue_final_message,
             "chat_template_kwargs": variables,
             "tools": () if self.use is None else self.use.tools,
+            "hint": self._hint if model.spec.schema_hint else "",
         }
+
+    @property
+    def _hint(self) -> str:
+        """The words that tell a model of the schema of its answer."""
+        if self.form is None or self.form.kind != "json_schema":
+            return ""
+        return f"Answer in JSON that fits this JSON schema:\n{self.form.source}"
 
     def encode(self, model: ModelText) -> ChatPrompt:
         """The prompt. Raises what ``chat_template.encode`` does."""
@@ -91,10 +99,10 @@ class Conversation:
 
         Raises InvalidRequest, ConstraintsUnavailable.
         """
-        reasoning = None
+        reasoning = chat_template.reasoning_style(model)
         openings: Sequence[str] = ()
         if chat_template.chat_mode(model) == "template":
-            reasoning, openings = model.template.reasoning, model.template.answer_openings
+            openings = model.template.answer_openings
         if self.use is None and self.form is None and reasoning is None:
             return None
         style = None
@@ -162,11 +170,29 @@ def planned(
     )
 
 
+class CallIds:
+    """The ids of the calls of a conversation so far; results have to be of one of them."""
+
+    def __init__(self) -> None:
+        self._ids: set[str] = set()
+        self._has_unnamed = False  # a call without an id: any result may be of it
+
+    def add(self, turn: Message) -> None:
+        """Note the calls of a turn."""
+        calls = turn.get("tool_calls") or ()
+        self._ids |= {call["id"] for call in calls if "id" in call}
+        self._has_unnamed |= any("id" not in call for call in calls)
+
+    def check(self, call_id: str, field: str) -> None:
+        """Raise InvalidRequest, which names ``field``, for a result of no call before it."""
+        if call_id not in self._ids and not self._has_unnamed:
+            raise InvalidRequest(f"'{field}' is of no call before it", param=field)
+
+
 def check_results(messages: Sequence[Message]) -> None:
     """Raise InvalidRequest for a result of a call that nobody has made."""
-    ids: set[str] = set()
+    calls = CallIds()
     for place, message in enumerate(messages):
-        ids |= {call["id"] for call in message.get("tool_calls") or () if "id" in call}
-        if message["role"] == "tool" and ids and message.get("tool_call_id") not in ids:
-            name = f"messages[{place}].tool_call_id"
-            raise InvalidRequest(f"'{name}' is of no call before it", param=name)
+        calls.add(message)
+        if message["role"] == "tool":
+            calls.check(message["tool_call_id"], f"messages[{place}].tool_call_id")

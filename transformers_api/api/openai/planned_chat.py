@@ -36,6 +36,7 @@ class PlannedChatFormatter(Formatter):
         self.prompts = head.prompts
         self._head = head
         self._reader = AnswerReader(plan)
+        self.parts = self._reader.counts
         self._is_legacy = is_legacy
         self._with_reasoning = with_reasoning
 

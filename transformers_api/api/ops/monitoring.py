@@ -81,6 +81,7 @@ def _resident(swapper: SwapperStatus) -> dict[str, Any]:
         "dtype": swapper.dtype,
         "quantization": swapper.quantization,
         "kernels": swapper.kernels,
+        "isa": swapper.isa,
         "device": swapper.device,
         "max_model_len": swapper.max_model_len,
         "mode": engine.mode,
@@ -122,6 +123,7 @@ def _limits(settings: Settings) -> dict[str, Any]:
         "max_body_bytes": max(MAX_BODY_BYTES, 2 * settings.prompt_bytes),
         "request_timeout_s": settings.request_timeout_s,
         "rate_limit_per_min": settings.rate_limit_per_min,
+        "inspections_per_min": services().limits.inspections_per_min,
         "rate_limit_burst": settings.rate_limit_burst,
         "rate_limit_tokens_per_min": settings.rate_limit_tokens_per_min,
     }

@@ -121,6 +121,7 @@ class ResponseFormatter(Formatter):
         self.prompts = [head.prompt]
         self._head = head
         self._reader = AnswerReader(plan)
+        self.parts = self._reader.counts
         self._keep = keep
         self._number = -1  # of the last event
         self._items: list[_Item] = []

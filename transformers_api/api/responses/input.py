@@ -8,6 +8,7 @@ from typing import Any
 import orjson
 
 from transformers_api.api.http.checked import checked_object, checked_text
+from transformers_api.api.openai.conversation import CallIds
 from transformers_api.api.openai.structured import constraint_of
 from transformers_api.api.openai.tool_input import check_together, chosen, tool_of
 from transformers_api.api.responses.format import unsealed
@@ -31,9 +32,12 @@ FREE_TEXT: Json = {
 }
 
 
-def messages_of(items: str | Sequence[Any], instructions: str | None = None) -> list[Message]:
-    """The conversation of ``items``, behind the ``instructions``. Raises InvalidRequest."""
+def messages_of(items: str | Sequence[Any], before: Sequence[Json] = ()) -> list[Message]:
+    """The turns of ``items``, which go on from those ``before``. Raises InvalidRequest."""
     turns: list[Message] = []
+    calls = CallIds()
+    for turn in before:
+        calls.add(turn)
     if isinstance(items, str):
         turns.append({"role": "user", "content": items})
     else:
@@ -44,13 +48,14 @@ def messages_of(items: str | Sequence[Any], instructions: str | None = None) -> 
             if kind == "reasoning":
                 thought = _thought(item, where)
                 continue
-            _add(turns, item, kind, where, thought)
+            _add(turns, item, kind, where, thought, calls)
             thought = ""
-    system = [{"role": "system", "content": instructions}] if instructions else []
-    return [*system, *turns]
+    return turns
 
 
-def _add(turns: list[Message], item: Json, kind: Any, where: str, thought: str) -> None:
+def _add(
+    turns: list[Message], item: Json, kind: Any, where: str, thought: str, calls: CallIds
+) -> None:
     """Add the turn of an item; calls join the assistant's turn before them."""
     if not isinstance(kind, str):
         raise InvalidRequest(f"'{where}.type' must be a string", param=where)
@@ -58,6 +63,7 @@ def _add(turns: list[Message], item: Json, kind: Any, where: str, thought: str) 
         turns.append(_message(item, where, thought))
     elif kind in _CALLS:
         call = _call(item, _CALLS[kind], where)
+        calls.add({"tool_calls": [call]})
         if turns and turns[-1]["role"] == "assistant":
             turns[-1].setdefault("tool_calls", []).append(call)
         else:
@@ -66,6 +72,7 @@ def _add(turns: list[Message], item: Json, kind: Any, where: str, thought: str) 
     elif kind in _RESULTS:
         output = _text(item.get("output"), f"{where}.output")
         call_id = checked_text(item.get("call_id"), f"{where}.call_id")
+        calls.check(call_id, f"{where}.call_id")
         turns.append({"role": "tool", "content": output, "tool_call_id": call_id})
     elif not kind.endswith(_SKIPPED):
         raise UnsupportedParameter(

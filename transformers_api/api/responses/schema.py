@@ -63,7 +63,7 @@ class ResponseRequest(InputFields):
         longest=32,
         **about("`message.output_text.logprobs`, `reasoning.encrypted_content`; no others."),
     )
-    store = Boolean(load_default=True, **about("Keep the answer for an hour since its last use."))
+    store = Boolean(load_default=True, **about("Keep the answer, see RESPONSES_STORE_TTL_S."))
     metadata = AnyObject(**about("Up to 16 pairs of texts, given back."))
     user = Text(longest=512, **about("Given back."))
     safety_identifier = Text(longest=512, **about("Given back."))

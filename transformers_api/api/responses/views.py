@@ -13,7 +13,7 @@ from transformers_api.api.http.error_schemas import Error
 from transformers_api.api.http.request_context import Formatter, RequestContext, answer
 from transformers_api.api.http.sampling_schema import MAX_TOKENS
 from transformers_api.api.http.services import services
-from transformers_api.api.openai.conversation import Conversation, Thinking, check_results
+from transformers_api.api.openai.conversation import Conversation, Thinking
 from transformers_api.api.openai.conversation_task import DEFAULTS, ConversationTask
 from transformers_api.api.responses import input as response_input
 from transformers_api.api.responses.format import RESPONSES, Head, ResponseFormatter, new_id
@@ -143,7 +143,7 @@ class _Turn:
         before = self._before()
         if not source and not before:
             raise InvalidRequest("'input' must not be empty", param="input")
-        self.turns = [*before, *response_input.messages_of(source)]
+        self.turns = [*before, *response_input.messages_of(source, before)]
         if len(self.turns) > MAX_ITEMS:
             raise InvalidRequest(
                 f"The conversation has more than {MAX_ITEMS} turns", param="previous_response_id"
@@ -152,7 +152,6 @@ class _Turn:
         instructions = body.get("instructions")
         system = [{"role": "system", "content": instructions}] if instructions else []
         messages = [*system, *self.turns]
-        check_results(messages)
         use, self.free_tools = response_input.tools_of(body)
         reasoning = body.get("reasoning") or {}
         effort = reasoning.get("effort")
@@ -201,20 +200,21 @@ class _Turn:
     ) -> Formatter:
         body = self.body
         include = body.get("include", ())
+        owner, store = flask.g.client, services().responses
+        is_kept = body["store"] and store.keeps_any
         head = Head(
             id=new_id("resp"),
             created_at=int(time.time()),
             model=body.get("model") or model.spec.name,
             prompt=request.prompts[0],
-            echoed=_echoed(body, request),
+            echoed=_echoed(body, request, is_kept=is_kept),
             free_tools=self.free_tools,
             with_sealed=SEALED in include,
             with_logprobs=LOGPROBS in include,
         )
-        owner, store = flask.g.client, services().responses
 
         def keep(answered: Json, turn: Sequence[Json]) -> None:
-            if body["store"]:
+            if is_kept:
                 messages = [*self.turns, *turn]
                 response = StoredResponse(
                     body=answered, items=self.items, messages=messages, owner=owner
@@ -253,7 +253,7 @@ def _check_metadata(metadata: Mapping[str, Any]) -> None:
         )
 
 
-def _echoed(body: Mapping[str, Any], request: GenerationRequest) -> Json:
+def _echoed(body: Mapping[str, Any], request: GenerationRequest, *, is_kept: bool) -> Json:
     """The fields of a request that stand in its answer."""
     text = body.get("text") or {}
     return {
@@ -267,7 +267,7 @@ def _echoed(body: Mapping[str, Any], request: GenerationRequest) -> Json:
         "reasoning": {"effort": None, "summary": None, **(body.get("reasoning") or {})},
         "safety_identifier": body.get("safety_identifier"),
         "service_tier": "default",
-        "store": body["store"],
+        "store": is_kept,
         "temperature": body.get("temperature", DEFAULTS["temperature"]),
         "text": {"format": {"type": "text"}, **text},
         "tool_choice": body.get("tool_choice", "auto"),

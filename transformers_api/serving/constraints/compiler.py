@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property, lru_cache
@@ -18,12 +19,16 @@ import numpy
 import orjson
 
 from transformers_api.errors import (
+    ConstraintRefused,
     ConstraintsUnavailable,
-    InvalidRequest,
     Overloaded,
 )
 from transformers_api.heap import used_bytes
 from transformers_api.serving.constraints.grammar import Grammar
+from transformers_api.serving.constraints.listener import (
+    ConstraintListener,
+    SilentConstraintListener,
+)
 from transformers_api.serving.constraints.spec import ConstraintSpec
 from transformers_api.serving.text.vocabulary import Vocabulary
 
@@ -60,8 +65,14 @@ class Compiler:
     """Compiles constraints for one tokenizer. From any thread."""
 
     def __init__(
-        self, tokenizer: Any, vocabulary: Vocabulary, size: int, end_ids: Collection[int]
+        self,
+        tokenizer: Any,
+        vocabulary: Vocabulary,
+        size: int,
+        end_ids: Collection[int],
+        listener: ConstraintListener | None = None,
     ) -> None:
+        self._listener = listener or SilentConstraintListener()
         self._tokenizer = tokenizer
         self._vocabulary = vocabulary
         self._size = size  # ids below this can be sampled
@@ -77,8 +88,8 @@ class Compiler:
     def compile(self, spec: ConstraintSpec) -> Grammar:
         """The grammar of ``spec``.
 
-        Raises InvalidRequest, ConstraintsUnavailable, and Overloaded where those of other requests
-        take all the memory that grammars may have.
+        Raises ConstraintRefused, ConstraintsUnavailable, and Overloaded where those of other
+        requests take all the memory that grammars may have.
         """
         with self._lock:
             grammar = self._grammars.get(spec)
@@ -87,7 +98,11 @@ class Compiler:
                 return grammar
         with self._compiling:
             self._make_room()
-            grammar = self._compiled(spec)
+            tables, began = self._tables, time.perf_counter()
+            try:
+                grammar = self._compiled(spec, tables)
+            finally:
+                self._listener.on_compile(time.perf_counter() - began)
             self._live.add(grammar)
         with self._lock:
             self._grammars[spec] = grammar
@@ -126,10 +141,9 @@ class Compiler:
         mark = self._ids(_MARK)
         return whole[len(mark) :] if whole[: len(mark)] == mark else self._ids(text)
 
-    def _compiled(self, spec: ConstraintSpec) -> Grammar:
+    def _compiled(self, spec: ConstraintSpec, tables: LLTokenizer) -> Grammar:
         from llguidance import LLMatcher, LLParserLimits
 
-        tables = self._tables
         before = used_bytes()
         limits = LLParserLimits(**_GRAMMAR_LIMITS)
         matcher = LLMatcher(tables, _source(spec), log_level=0, limits=limits)
@@ -139,9 +153,9 @@ class Compiler:
         fresh = matcher.deep_copy()
         fresh.unsafe_compute_mask_ptr(first.ctypes.data, first.nbytes)
         if fresh.is_error() or not first.any():
-            raise InvalidRequest(f"'{spec.param}' allows no answer", param=spec.param)
+            raise ConstraintRefused(f"'{spec.param}' allows no answer", param=spec.param)
         size = min(max(used_bytes() - before, 0), MAX_GRAMMAR_BYTES)
-        return Grammar(matcher, first.tobytes(), spec.param, size)
+        return Grammar(matcher, first.tobytes(), spec.param, size, self._listener)
 
     @cached_property
     def _tables(self) -> LLTokenizer:
@@ -273,7 +287,7 @@ def _tagged(source: str) -> str:
     return StructTag.to_grammar(tags, assume_special=False)
 
 
-def _refusal(spec: ConstraintSpec, message: str) -> InvalidRequest:
+def _refusal(spec: ConstraintSpec, message: str) -> ConstraintRefused:
     lines = filter(None, map(str.strip, message.splitlines()))
     reason = " ".join(lines)[:300] or "it is not understood"
-    return InvalidRequest(f"'{spec.param}' cannot be enforced: {reason}", param=spec.param)
+    return ConstraintRefused(f"'{spec.param}' cannot be enforced: {reason}", param=spec.param)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ import numpy
 
 from transformers_api.engine.base import Mask
 from transformers_api.errors import ConstraintFailed
+from transformers_api.serving.constraints.listener import ConstraintListener
 from transformers_api.serving.constraints.mask_worker import worker
 
 if TYPE_CHECKING:
@@ -19,8 +21,16 @@ if TYPE_CHECKING:
 class Grammar:
     """A compiled constraint: makes one ``GrammarConstraint`` after the other."""
 
-    def __init__(self, matcher: LLMatcher, first: bytes, param: str, size: int) -> None:
+    def __init__(
+        self,
+        matcher: LLMatcher,
+        first: bytes,
+        param: str,
+        size: int,
+        listener: ConstraintListener,
+    ) -> None:
         self.size = size  # bytes
+        self.listener = listener
         self._matcher = matcher
         self._first = first  # the mask of the first token
         self._forced = tuple(matcher.deep_copy().compute_ff_tokens())
@@ -38,9 +48,8 @@ class Grammar:
         """A constraint behind ``tokens``, which fit; ``forbidden`` tokens never come."""
         mask = numpy.frombuffer(self._first, numpy.uint32).copy()
         constraint = GrammarConstraint(
-            self._matcher.deep_copy(), mask, self._forced, self._param, forbidden
+            self, self._matcher.deep_copy(), mask, self._forced, self._param, forbidden
         )
-        constraint.grammar = self
         for token in tokens:
             constraint.take(token)
         return constraint
@@ -56,13 +65,14 @@ class GrammarConstraint:
 
     def __init__(
         self,
+        grammar: Grammar,
         matcher: LLMatcher,
         mask: Mask,
         forced: Sequence[int],
         param: str,
         forbidden: Collection[int] = (),
     ) -> None:
-        self.grammar: Grammar | None = None  # whose memory it shares
+        self.grammar = grammar  # whose memory it shares
         self._matcher = matcher
         self._mask = mask
         self._forced: list[int] = []  # what has to come, the next token last
@@ -78,7 +88,9 @@ class GrammarConstraint:
 
     def allowed(self) -> Mask:
         """See TokenConstraint."""
+        began = time.perf_counter()
         with self._is_ready:
+            self.grammar.listener.on_wait(time.perf_counter() - began)
             if self._has_failed:
                 raise ConstraintFailed(
                     "What may follow by the requested format is too complex to work out",

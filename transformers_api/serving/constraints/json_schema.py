@@ -8,7 +8,7 @@ from typing import Any
 
 import orjson
 
-from transformers_api.errors import InvalidRequest
+from transformers_api.errors import ConstraintRefused, InvalidRequest
 from transformers_api.serving.constraints.spec import ConstraintSpec
 
 MAX_BYTES = 128 << 10  # of one schema
@@ -97,5 +97,5 @@ def _count(value: Any) -> int:
     return len(value) if isinstance(value, list | Mapping) else 0
 
 
-def _too_large(param: str, excess: str) -> InvalidRequest:
-    return InvalidRequest(f"'{param}' has {excess}", param=param)
+def _too_large(param: str, excess: str) -> ConstraintRefused:
+    return ConstraintRefused(f"'{param}' has {excess}", param=param)

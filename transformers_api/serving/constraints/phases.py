@@ -63,6 +63,9 @@ class PhasedConstraint:
         self._tokens: list[tuple[int, int]] = []  # (token, bytes of the tail before it)
         self._thought_tokens = 0
         self._closing = 0  # ids of the mark that have been forced
+        # Where a form is due after the thought, the answer does not end in it.
+        has_form = phases.grammar is not None and phases.trigger is None
+        self._endless = _all_but(compiler.end_ids, compiler.mask_words) if has_form else None
         # A function of the class: a bound one would know this object, which knows it.
         self._step: Callable[[PhasedConstraint, int], None]
         thought = phases.thought
@@ -77,7 +80,7 @@ class PhasedConstraint:
     def allowed(self) -> Mask | None:
         """See TokenConstraint."""
         if self._step is PhasedConstraint._think:
-            return self._forced_close()
+            return self._one(self._next_of_close) if self._is_closing else self._endless
         if self._held is None:
             return None
         mask = self._held.allowed()
@@ -178,16 +181,23 @@ class PhasedConstraint:
         is_spent = self._thought_tokens >= thought.budget
         return self._closing > 0 or (is_spent and _is_whole(self._tail))
 
-    def _forced_close(self) -> Mask | None:
-        """The next token of the mark where it has to come."""
+    @property
+    def _next_of_close(self) -> int:
         thought = self._phases.thought
         assert thought is not None
-        return self._one(thought.close_ids[self._closing]) if self._is_closing else None
+        return thought.close_ids[self._closing]
 
     def _one(self, token_id: int) -> Mask:
         mask = numpy.zeros(self._compiler.mask_words, numpy.uint32)
         mask[token_id // 32] = numpy.uint32(1 << (token_id % 32))
         return mask
+
+
+def _all_but(ids: Collection[int], words: int) -> Mask:
+    mask = numpy.full(words, 0xFFFFFFFF, numpy.uint32)
+    for token in ids:
+        mask[token // 32] &= numpy.uint32(~(1 << (token % 32)) & 0xFFFFFFFF)
+    return mask
 
 
 def _is_whole(text: bytes) -> bool:

@@ -37,6 +37,7 @@ _CHAT = ("template", "transcript", "off")
 MAX_BYTES = 1 << 20
 MAX_DIGITS = 40
 MAX_NODES, MAX_NESTING = 20_000, 32  # of a YAML file; JSON's parser has limits of its own
+MAX_MARK = 100  # characters
 _POOLINGS = ("mean", "last", "cls")
 _SOURCES = ("hf_repo", "path", "package")
 
@@ -156,6 +157,8 @@ def _spec(entry: Entry, where: str, base: Path) -> ModelSpec:
         for key, value in fields.items()
         if key not in (*_SOURCES, "revision", "file", "aliases")
     }
+    if "reasoning" in passed:
+        passed["reasoning"] = tuple(passed["reasoning"])
     if isinstance(passed.get("embedding"), dict):
         pooling = passed["embedding"]
         passed["embedding"] = Pooling(pooling["pooling"], pooling.get("normalize", True))
@@ -315,6 +318,13 @@ def _is_embedding(value: Any) -> str | None:
     return None if value == "encoder" else expected
 
 
+def _are_marks(value: Any) -> str | None:
+    fits = isinstance(value, list) and len(value) == 2 and all(isinstance(m, str) for m in value)
+    if fits and value[1] and max(map(len, value)) <= MAX_MARK and all(map(_is_text, value)):
+        return None
+    return f"a list of two texts of at most {MAX_MARK} characters, the second not empty"
+
+
 _GENERATION: dict[str, Check] = {
     "temperature": _number(0, 2),
     "top_p": _number(0, 1),
@@ -343,6 +353,9 @@ _FIELDS: dict[str, Check] = {
     "device": _matches(_DEVICE, "auto, cpu, cuda, cuda:N or mps"),
     "max_context_tokens": _whole(8, 1 << 24),
     "chat": _one_of(_CHAT),
+    "tools": _one_of(("template", "prompt")),
+    "reasoning": _are_marks,
+    "schema_hint": _is_bool,
     "embedding": _is_embedding,
     "token_encoding": _matches(_ENCODING, "an encoding of tiktoken, such as cl100k_base"),
     "generation": _is_generation,

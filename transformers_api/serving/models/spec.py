@@ -60,6 +60,9 @@ class ModelSpec:
     device: str = "auto"
     max_context_tokens: int | None = None
     chat: ChatMode | None = None  # None: template where the tokenizer has one, else transcript
+    tools: Literal["template", "prompt"] = "template"  # "prompt": calls in our own form
+    reasoning: tuple[str, str] | None = None  # marks of a thought that the template does not show
+    schema_hint: bool = False  # the schema of a form stands in the prompt, too
     generation: Mapping[str, Any] = field(
         default_factory=dict
     )  # default sampling, by OpenAI's field names

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from transformers_api.engine.base import Engine
 from transformers_api.inspection.base import Inspector
 from transformers_api.serving.constraints.compiler import Compiler
+from transformers_api.serving.constraints.listener import ConstraintListener
 from transformers_api.serving.models.spec import ModelFiles, ModelSpec
 from transformers_api.serving.text.infilling import InfillTokens, infill_tokens
 from transformers_api.serving.text.model_template import ModelTemplate
@@ -55,6 +56,7 @@ class LoadedModel:
     dtype: str
     quantization: str = "none"  # "int8" or "int4"; dtype is then that of what is not quantised
     kernels: str = "torch"  # or "native"
+    isa: str = ""  # the instruction set of native kernels
     bytes: int  # memory of the weights
     load_s: float
     fingerprint: str  # OpenAI's system_fingerprint: changes with weights, width, device, version
@@ -63,6 +65,7 @@ class LoadedModel:
     embedder: Embedder | None = None  # where the registry entry says that it embeds
     inspector: Inspector | None = None  # None: INSPECT_ENABLED is off
     is_outdated: Callable[[], bool] = bool  # whether loading it anew would make it faster
+    constraint_listener: ConstraintListener | None = None
     extras: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -94,7 +97,10 @@ class LoadedModel:
     def compiler(self) -> Compiler:
         """Of constraints, for the tokens of this model."""
         ends = self.engine.eos_token_ids | self.end_of_turn
-        return Compiler(self.tokenizer, self.vocabulary, self.engine.vocab_size, ends)
+        return Compiler(
+            *(self.tokenizer, self.vocabulary, self.engine.vocab_size, ends),
+            listener=self.constraint_listener,
+        )
 
     @cached_property
     def vocabulary(self) -> Vocabulary:

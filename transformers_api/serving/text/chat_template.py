@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from transformers_api.serving.text.model_text import ModelText
 from transformers_api.serving.text.tokenization import token_ids
 from transformers_api.serving.tools import call_history, tool_prompt
 from transformers_api.serving.tools.call_format import CallFormat
+from transformers_api.serving.tools.reasoning_style import ReasoningStyle
 from transformers_api.serving.tools.spec import Tool
 
 _TAGS = {
@@ -67,11 +69,13 @@ def encode(
     continue_final_message: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     tools: Sequence[Tool] = (),
+    hint: str = "",
     max_bytes: int | None = None,
 ) -> ChatPrompt:
     """The prompt for ``messages``, by the model's template or as a transcript.
 
-    ``tools`` are shown by the template, or in a form of our own where it shows none.
+    ``tools`` are shown by the template, or in a form of our own where it shows none. ``hint``: what
+    the system is to say besides.
 
     ``add_generation_prompt`` None: unless the final message is continued. ``max_bytes``: of the
     prompt as the model reads it, before it becomes ids. Raises ChatUnavailable where the registry
@@ -95,7 +99,8 @@ def encode(
             param="continue_final_message",
         )
     kwargs = chat_template_kwargs or {}
-    text = _render(model, messages, add_generation_prompt, continue_final_message, kwargs, tools)
+    turns = add_generation_prompt, continue_final_message
+    text = _render(model, messages, *turns, kwargs, tools, hint)
     plain = model_template.plain(text)
     if max_bytes is not None:
         check_bytes(plain, max_bytes)
@@ -117,17 +122,31 @@ def render(
     continue_final_message: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     tools: Sequence[Tool] = (),
+    hint: str = "",
 ) -> str:
     """The text that ``encode`` makes ids of. Raises InvalidRequest."""
     kwargs = chat_template_kwargs or {}
     return model_template.plain(
-        _render(model, messages, add_generation_prompt, continue_final_message, kwargs, tools)
+        _render(model, messages, add_generation_prompt, continue_final_message, kwargs, tools, hint)
     )
 
 
 def call_format(model: ModelText) -> CallFormat | None:
     """The format in which the template of ``model`` writes calls; None where it shows none."""
-    return model.template.call_format if chat_mode(model) == "template" else None
+    if chat_mode(model) != "template" or model.spec.tools == "prompt":
+        return None
+    return model.template.call_format
+
+
+def reasoning_style(model: ModelText) -> ReasoningStyle | None:
+    """The marks of thoughts by the registry, else by the template; None where there are none."""
+    derived = model.template.reasoning if chat_mode(model) == "template" else None
+    if model.spec.reasoning is not None:
+        opening, close = model.spec.reasoning
+        return ReasoningStyle(
+            open=opening, close=close, has_switch=bool(derived and derived.has_switch)
+        )
+    return derived
 
 
 def check_bytes(text: str, most: int) -> None:
@@ -249,6 +268,7 @@ def _render(
     continue_final_message: bool,
     kwargs: Mapping[str, Any],
     tools: Sequence[Tool],
+    hint: str,
 ) -> str:
     """The prompt, with a break in each control token that somebody typed."""
     _check_variables(kwargs)
@@ -256,32 +276,65 @@ def _render(
         {**message, "content": content_text(message), **_tool_calls(message), **_thought(message)}
         for message in messages
     ]
-    mode, listed = chat_mode(model), None
+    mode = chat_mode(model)
+    if hint:
+        texts = tool_prompt.with_system(texts, hint, takes_system=_takes_system(model))
+    chat = _Conversation(texts)
     if tools or any(message["role"] == "tool" or "tool_calls" in message for message in texts):
-        style = call_format(model)
-        if style is None and not tools and mode == "template" and model.template.shows_calls:
-            pass  # a history that the template writes in its own way
-        elif style is None:
-            is_transcript = mode == "transcript"
-            texts = tool_prompt.with_tools(
-                texts,
-                tools,
-                takes_system=is_transcript or model.template.takes_system,
-                takes_results=is_transcript or model.template.takes_results,
-            )
-        else:
-            texts = call_history.in_style(texts, style)
-            listed = [tool.as_json for tool in tools]
+        chat = _with_tools(model, texts, tools)
     if mode == "transcript":
-        broken = [model.template.control.broken(message) for message in texts]
+        broken = [model.template.control.broken(message) for message in chat.messages]
         return transcript(broken, add_generation_prompt, continue_final_message)
-    return model.template.render(
-        texts,
+    text = model.template.render(
+        chat.messages,
         add_generation_prompt=add_generation_prompt,
         continue_final_message=continue_final_message,
-        tools=listed,
+        tools=chat.tools,
         kwargs=kwargs,
     )
+    return text.replace(chat.place, chat.example) if chat.place else text
+
+
+@dataclass(frozen=True, slots=True)
+class _Conversation:
+    """A conversation as a template takes it; ``example`` goes to ``place`` in its text."""
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]] | None = None  # that the template shows
+    place: str = ""
+    example: str = ""
+
+
+def _with_tools(
+    model: ModelText,
+    texts: Sequence[Mapping[str, Any]],
+    tools: Sequence[Tool],
+) -> _Conversation:
+    """``texts`` with tools, calls and results in the way that the model reads them."""
+    style, template = call_format(model), model.template
+    is_transcript = chat_mode(model) == "transcript"
+    if style is not None and (template.shows_tools or not tools):
+        return _Conversation(call_history.in_style(texts, style), [tool.as_json for tool in tools])
+    if style is not None:  # shown by us: what is in our example are control tokens, in texts not
+        place = f"zq{secrets.token_hex(8)}"
+        text = tool_prompt.introduction(tools, place)
+        turns = call_history.in_style(texts, style)
+        turns = tool_prompt.with_system(turns, text, takes_system=_takes_system(model))
+        return _Conversation(turns, place=place, example=template.call_example)
+    if not tools and not is_transcript and template.shows_calls:
+        return _Conversation(texts)  # a history that the template writes in its own way
+    return _Conversation(
+        tool_prompt.with_tools(
+            texts,
+            tools,
+            takes_system=_takes_system(model),
+            takes_results=is_transcript or template.takes_results,
+        )
+    )
+
+
+def _takes_system(model: ModelText) -> bool:
+    return chat_mode(model) == "transcript" or model.template.takes_system
 
 
 def _tokenize(tokenizer: Any, text: str, add_special_tokens: bool, param: str) -> list[int]:

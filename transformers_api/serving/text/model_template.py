@@ -13,13 +13,19 @@ from transformers_api.errors import InvalidRequest
 from transformers_api.serving.text.control_tokens import BREAK, ControlTokens
 from transformers_api.serving.text.template_renderer import TemplateFailed, renderer
 from transformers_api.serving.tools.call_format import CallFormat
-from transformers_api.serving.tools.derivation import derive
+from transformers_api.serving.tools.derivation import derive, example
 from transformers_api.serving.tools.reasoning_style import (
     ReasoningStyle,
     answer_openings,
     derive_reasoning,
 )
-from transformers_api.serving.tools.template_probe import FUNCTIONS, HELLO, TOOLS, TemplateProbe
+from transformers_api.serving.tools.template_probe import (
+    FUNCTIONS,
+    HELLO,
+    TOOLS,
+    TemplateProbe,
+    after_thought,
+)
 
 _PROBE = "qzprobeqz"
 _TAG = "qzcontinueqz "  # transformers' way: where the space is cut off, so is the message's
@@ -194,12 +200,24 @@ class ModelTemplate:
 
     @cached_property
     def call_format(self) -> CallFormat | None:
-        """The format of calls; None where the template shows none, or not what tools there are."""
-        if not self.source or FUNCTIONS[0] not in (
-            self._probe.render([HELLO], TOOLS, True, {}) or ""
-        ):
+        """The format of calls; None where the template shows none, or none that reads back."""
+        if not self.source or not (self.shows_tools or self.shows_calls):
             return None
         return derive(self._probe, self.reasoning.close if self.reasoning else "")
+
+    @cached_property
+    def shows_tools(self) -> bool:
+        """True where the prompt says what tools there are."""
+        return FUNCTIONS[0] in (self._probe.render([HELLO], TOOLS, True, {}) or "")
+
+    @cached_property
+    def call_example(self) -> str:
+        """A call as the model is to write it; only where there is a ``call_format``."""
+        style = self.call_format
+        if style is None:
+            return ""
+        text = example(self._probe, style)
+        return after_thought(text, self.reasoning.close, len(text)) if self.reasoning else text
 
     @cached_property
     def answer_openings(self) -> tuple[str, ...]:

@@ -35,6 +35,7 @@ def spans(
     continue_final_message: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     tools: Sequence[Tool] = (),
+    hint: str = "",
 ) -> list[Span]:
     """The place of each message in ``ids``, which ``encode`` made of ``messages``.
 
@@ -50,6 +51,7 @@ def spans(
         "continue_final_message": continue_final_message,
         "chat_template_kwargs": chat_template_kwargs,
         "tools": tools,
+        "hint": hint,
     }
     try:
         text = chat_template.render(model, messages, **options).encode()

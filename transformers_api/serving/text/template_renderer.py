@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import orjson
 
-from transformers_api.config.settings import helper_environment
+from transformers_api.config.environment import helper_environment
 from transformers_api.errors import EngineFailed, InvalidRequest
 from transformers_api.serving.text import template_process
 from transformers_api.serving.text.bounded_template import is_bounded

@@ -19,6 +19,7 @@ from transformers_api.serving.constraints.phases import Phases, Thought
 from transformers_api.serving.constraints.spec import ConstraintSpec
 from transformers_api.serving.text.vocabulary import Vocabulary
 from transformers_api.serving.tools.call_format import (
+    OWN_FORMAT,
     SLOT_COUNT,
     SLOT_ID,
     SLOT_NAME,
@@ -59,6 +60,8 @@ class AnswerPlan:
     marks: Mapping[int, str] = field(default_factory=dict)  # of special tokens, by id
     constrain: Callable[[], TokenConstraint] | None = None
     warnings: Sequence[str] = ()  # what of a schema is not enforced
+    choice: str = "auto"  # of calls: or "required"
+    format: str = "derived"  # of calls, from the template: or "own"
 
     @property
     def has_parts(self) -> bool:
@@ -129,6 +132,8 @@ def plan(
         marks=marks,
         constrain=(lambda: phases.start(compiler, vocabulary)) if needs else None,
         warnings=phases.grammar.warnings if form is not None and phases.grammar is not None else (),
+        choice="auto" if use is None else use.mode,
+        format="own" if style is OWN_FORMAT else "derived",
     )
 
 

@@ -75,6 +75,13 @@ def derive(probe: TemplateProbe, thought_ends: str = "") -> CallFormat | None:
     return style if style is not None and reads_back(probe, style, thought_ends) else None
 
 
+def example(probe: TemplateProbe, style: CallFormat) -> str:
+    """A call as the template writes it, with names that explain themselves."""
+    content = None if style.content_is_null else ""
+    text = probe.calls([("function_name", {"argument": "value"})], style.takes_text, content) or ""
+    return without_end(text, probe.end_of_turn).replace(IDS[0], "000000000").strip()
+
+
 def _variant(probe: TemplateProbe) -> _Variant | None:
     """The way that the template takes calls best."""
     best: tuple[float, _Variant] | None = None

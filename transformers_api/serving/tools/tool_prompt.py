@@ -13,19 +13,21 @@ from transformers_api.serving.tools.spec import Tool
 Message = Mapping[str, Any]
 _INTRODUCTION = (
     "You can call functions. These are the functions, one JSON object per line:\n{tools}\n"
-    "To call a function, write exactly this, with its name and its arguments:\n"
-    "<tool_call>\n"
-    '{{"name": "function_name", "arguments": {{"argument": "value"}}}}\n'
-    "</tool_call>\n"
+    "To call a function, write exactly this, with its name and its arguments:\n{example}\n"
     "The result comes in the next message. Call a function only where it helps; otherwise answer "
     "in plain text."
 )
 
 
-def introduction(tools: Sequence[Tool]) -> str:
-    """The text that tells a model of ``tools``."""
+_EXAMPLE = (
+    '<tool_call>\n{"name": "function_name", "arguments": {"argument": "value"}}\n</tool_call>'
+)
+
+
+def introduction(tools: Sequence[Tool], example: str = _EXAMPLE) -> str:
+    """The text that tells a model of ``tools``, and how to call them: as ``example`` does."""
     lines = (orjson.dumps(tool.as_json["function"]).decode() for tool in tools)
-    return _INTRODUCTION.format(tools="\n".join(lines))
+    return _INTRODUCTION.format(tools="\n".join(lines), example=example)
 
 
 def with_tools(
@@ -37,13 +39,18 @@ def with_tools(
 ) -> list[dict[str, Any]]:
     """``messages`` with the introduction in front, and with calls and results as text.
 
-    ``content`` of messages are texts. Where the template has no system turns, the introduction
-    stands before what the first user says; where it ``takes_results``, these stay turns of a tool.
+    ``content`` of messages are texts. Where the template ``takes_results``, these stay turns of a
+    tool.
     """
     turns = as_text(messages, takes_results=takes_results)
-    if not tools:
-        return turns
-    text = introduction(tools)
+    return with_system(turns, introduction(tools), takes_system=takes_system) if tools else turns
+
+
+def with_system(
+    messages: Sequence[Message], text: str, *, takes_system: bool
+) -> list[dict[str, Any]]:
+    """``messages`` with ``text`` behind what the system says, or before what the user does."""
+    turns = [dict(message) for message in messages]
     first = turns[0]["role"] if turns else None
     if first in ("system", "developer"):
         turns[0] = {**turns[0], "content": _joined(turns[0]["content"], text)}

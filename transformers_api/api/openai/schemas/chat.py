@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from marshmallow import ValidationError, fields, validates_schema
+from marshmallow import ValidationError, fields, post_load, validates_schema
 
 from transformers_api.api.http.field_table import CHAT, of_route
 from transformers_api.api.http.fields import (
@@ -31,7 +31,7 @@ from transformers_api.api.openai.schemas.completions import check_stream_options
 from transformers_api.api.openai.schemas.structured import Structured, Whatever
 from transformers_api.api.trace.schema import TraceOptions
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 MAX_MESSAGES = 1024
 MAX_PARTS = 256
 MAX_TOOL_CALLS = 128
@@ -144,6 +144,18 @@ class Message(Schema):
             raise ValidationError("is only allowed in assistant messages", "tool_calls")
         if data["role"] == "tool" and "tool_call_id" not in data:
             raise ValidationError("is required in tool messages", "tool_call_id")
+        if data["role"] == "function" and "name" not in data:
+            raise ValidationError("is required in function messages", "name")
+
+    @post_load
+    def modernise(self, data: dict[str, Any], **_: Any) -> dict[str, Any]:
+        """The older fields in the words of tools: a result is of the call of its function."""
+        if data["role"] == "function":
+            data |= {"role": "tool", "tool_call_id": f"call_{data.pop('name')}"}
+        if function := data.pop("function_call", None):
+            call = {"id": f"call_{function['name']}", "type": "function", "function": function}
+            data.setdefault("tool_calls", [call])
+        return data
 
 
 class TemplateFields(Schema):

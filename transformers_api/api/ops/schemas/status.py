@@ -25,6 +25,7 @@ class Resident(Schema):
     dtype = fields.String()
     quantization = fields.String(metadata={"description": "none, int8 or int4."})
     kernels = fields.String(metadata={"description": "native or torch: whose run it."})
+    isa = fields.String(metadata={"description": "The instruction set of native kernels, or ''."})
     device = fields.String()
     max_model_len = fields.Integer()
     mode = fields.String(metadata={"description": "batching, or sequential: one at a time."})
@@ -86,6 +87,9 @@ class Limits(Schema):
     max_body_bytes = fields.Integer()
     request_timeout_s = fields.Float(allow_none=True)
     rate_limit_per_min = fields.Integer(allow_none=True)
+    inspections_per_min = fields.Integer(
+        allow_none=True, metadata={"description": "Of who asks, on /chat/stream and /inspect/*."}
+    )
     rate_limit_burst = fields.Integer()
     rate_limit_tokens_per_min = fields.Integer(allow_none=True)
 

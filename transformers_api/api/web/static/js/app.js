@@ -20,7 +20,7 @@ import * as theme from "./shell/theme.js";
 import * as views from "./shell/views.js";
 import { common } from "./words/common.js";
 
-// Loaded when they are first opened, or when the browser has nothing else to do.
+// Loaded when they are first opened, or soon will be: the first answer is written, or the pointer comes near.
 const LATER = { inside: () => import("./inside/view.js"), models: () => import("./models/view.js") };
 const mounted = new Map();
 
@@ -80,6 +80,8 @@ async function start() {
   const context = { show: views.show, showRequest, openChat, newChat: freshChat, importFile };
   chatView.mount(byId("view-chat"), context);
   on("view", (view) => mountLater(view, context));
+  on("writing", () => mountLater("inside", context));
+  byId("views").addEventListener("pointerover", () => Object.keys(LATER).forEach((view) => mountLater(view, context)), { once: true });
   views.start();
   keys.start({ show: views.show, newChat: freshChat, closeSide: side.closeSide });
   if (!matchMedia("(pointer: coarse)").matches && state.view === "chat") byId("message").focus();
@@ -87,7 +89,6 @@ async function start() {
   if (!(await isLasting())) notice(common.memoryOnly, { kind: "info" });
   tidy(chat.id);
   await status.start();
-  (globalThis.requestIdleCallback ?? setTimeout)(() => Object.keys(LATER).forEach((view) => mountLater(view, context)));
 }
 
 start();

@@ -2,7 +2,7 @@
 import { notice } from "../core/notice.js";
 import { set, state, touch } from "../core/state.js";
 import { forget, keep, keepChoice } from "../core/store.js";
-import { newChat } from "../core/tree.js";
+import { newChat, path } from "../core/tree.js";
 import { common } from "../words/common.js";
 
 const UNDO_S = 8;
@@ -26,6 +26,17 @@ export function listChat(chat) {
   chat.changed = Date.now();
   keepChoice("chat", chat.id);
   set({ chats: [chat, ...state.chats.filter((other) => other !== chat)] });
+}
+
+/** A chat of its own with the messages up to `node`. */
+export function splitChat(node) {
+  const chat = newChat();
+  chat.title = state.chat.title;
+  for (const message of path(state.chat, node.id)) chat.nodes[message.id] = structuredClone(message);
+  chat.leaf = node.id;
+  show(chat);
+  listChat(chat);
+  return keep(chat);
 }
 
 export async function renameChat(chat, title) {

@@ -53,7 +53,7 @@ function send(event) {
 
 function onKey(event) {
   const isPhone = matchMedia("(pointer: coarse) and (max-width: 620px)").matches;
-  if (event.key !== "Enter" || event.shiftKey || event.isComposing || isPhone) return;
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229 || isPhone) return;
   event.preventDefault();
   byId("composer").requestSubmit();
 }

@@ -51,13 +51,13 @@ function sentences() {
     : [words.isReady(status.resident.model), words.aboutReady];
 }
 
-const starter = ([title, more, question]) => h("button", { class: "start", type: "button", onclick: () => say(question) },
+const starter = ([title, more, question]) => h("button", { class: "start", type: "button", onclick: () => say(question, null, { isCalm: true }) },
   h("b", { text: title }), h("span", { text: more }));
 
 export function startHello() {
   const heading = h("h1", { dir: "auto" });
   const about = h("p");
-  byId("hello").append(specimen(), heading, about, h("div", { class: "starts" }, ...words.starters.map(starter)));
+  byId("hello").append(specimen(), heading, about, h("div", { class: "starts" }, ...words.starters.map(starter)), h("p", { class: "hint", text: words.startersHint }));
   const draw = () => {
     const [title, more] = sentences();
     if (heading.textContent !== title) heading.textContent = title;

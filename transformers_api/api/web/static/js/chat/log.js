@@ -103,6 +103,7 @@ export function startLog() {
   on("view", (view) => { if (view === "chat") draw(); });
   onFrame(grow);
   onPaint(redrawRibbons);
+  addEventListener("beforeprint", () => { for (const { turn } of drawn.values()) turn?.drawWhole(); });
   let width = 0;
   new ResizeObserver(([{ contentRect }]) => {
     if (contentRect.width !== width) redrawRibbons();

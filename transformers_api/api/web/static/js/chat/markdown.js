@@ -1,4 +1,4 @@
-// A model's Markdown: marked splits it into blocks, DOMPurify has the last word, only the last block is drawn again.
+// A model's Markdown: marked splits it into blocks, DOMPurify has the last word, only the last blocks are drawn again.
 import { marked } from "../../vendor/marked.esm.js";
 import DOMPurify from "../../vendor/purify.es.js";
 import { h } from "../core/dom.js";
@@ -6,6 +6,7 @@ import { chat as words } from "../words/chat.js";
 import { codeBlock, growCode } from "./code.js";
 import { mathsOf, mathsRules } from "./maths.js";
 
+const OPEN_BLOCKS = 2; // at the end, which what comes may still change
 const FIRST_HEADING = 3; // the page's own are above
 const RULES = {
   ALLOWED_TAGS: [
@@ -88,11 +89,19 @@ export class Markdown {
     tokens.forEach((token, i) => this.place(from + i, token, !live || i < tokens.length - 1));
     for (const gone of this.blocks.splice(from + tokens.length)) gone.element.remove();
     this.text = text;
-    const last = tokens.length ? text.lastIndexOf(tokens.at(-1).raw) : -1;
-    if (last >= start) {
-      this.settled = last;
-      this.first = from + tokens.length - 1;
+    this.settle(text, tokens, from, start);
+  }
+
+  /** The last two blocks may become one: "2" after a list is a paragraph, "2. b" is the list's. */
+  settle(text, tokens, from, start) {
+    if (tokens.length <= OPEN_BLOCKS) return;
+    let end = text.length;
+    for (const token of tokens.slice(-OPEN_BLOCKS).reverse()) {
+      end = text.lastIndexOf(token.raw, end - token.raw.length);
+      if (end < start) return; // marked reads it with other white space than it was written
     }
+    this.settled = end;
+    this.first = from + tokens.length - OPEN_BLOCKS;
   }
 
   place(index, token, isWhole) {

@@ -5,6 +5,7 @@ import { set, state } from "../core/state.js";
 import { show } from "../shell/views.js";
 import { chat as words } from "../words/chat.js";
 import { callCards } from "./calls.js";
+import { splitChat } from "./chats.js";
 import { failure } from "./failure.js";
 import { Markdown } from "./markdown.js";
 import { drawRibbon, tokenAt } from "./ribbon.js";
@@ -58,16 +59,19 @@ export class ModelTurn {
       h("div", { class: "who" }, h("b", { text: node.model ?? "", dir: "auto" }), node.branched ? h("span", { class: "pill", text: words.branch }) : null),
       this.waiting, this.thoughts, this.prose, this.calls, node.error ? failure(node, again) : null, this.ribbon, endLine(node),
       node.blind && !node.live && !hasSurprisal(node) ? h("p", { class: "hint", text: words.blind(node.blind) }) : null,
-      node.live ? null : this.actions());
+      node.live ? null : this.actions(Boolean(node.error) && !node.text));
   }
 
-  actions() {
+  /** The line below; of an answer that failed before its first word only the versions. */
+  actions(isNothing) {
     const { node } = this;
+    if (isNothing) return h("div", { class: "under" }, versionGroup(node));
     const copying = button(words.copy, () => copy(node.text, copying, words.copied), { cls: "icon", glyph: "copy" });
     return h("div", { class: "under" }, versionGroup(node),
       node.tokens?.length ? h("div", { class: "acts always" }, h("button", { type: "button", class: "look", onclick: () => look(node, 0) }, icon("eye"), h("span", { text: words.lookInside }))) : null,
       statistics(node),
       h("div", { class: "acts end" }, node.text ? copying : null,
+        button(words.fromHere, () => splitChat(node), { cls: "icon", glyph: "fork", disabled: Boolean(state.writing) }),
         button(words.regenerate, () => again(node), { cls: "icon", glyph: "again", disabled: Boolean(state.writing) })));
   }
 

@@ -28,12 +28,14 @@ function trace() {
 }
 
 /** The body of the request for an answer below `leaf`; throws Error where a setting is no JSON. */
-export function bodyOf(chat, leaf, { continues = false } = {}) {
+export function bodyOf(chat, leaf, { continues = false, isCalm = false } = {}) {
   const nodes = path(chat, leaf).filter((node) => node.role !== "assistant" || node.text || node.calls?.length || node.id === leaf);
   const messages = nodes.map(message);
   if (state.settings.system?.trim()) messages.unshift({ role: "system", content: state.settings.system });
+  const fields = fieldsOf(state.settings);
+  if (isCalm) fields.temperature ??= 0;
   return {
-    model: state.model ?? undefined, messages, ...fieldsOf(state.settings), trace: trace(), return_token_ids: true,
+    model: state.model ?? undefined, messages, ...fields, trace: trace(), return_token_ids: true,
     ...(continues ? { continue_final_message: true } : {}),
   };
 }

@@ -62,7 +62,7 @@ function mayWrite() {
   return !state.writing && !isLater;
 }
 
-async function write(chat, node, leaf, continues) {
+async function write(chat, node, leaf, { continues = false, isCalm = false } = {}) {
   const control = new AbortController();
   const clock = { begun: performance.now(), took: node.took, usage: continues ? node.usage : null };
   const onEvent = (chunk) => {
@@ -85,7 +85,7 @@ async function write(chat, node, leaf, continues) {
   announce(words.saidWaiting);
   refresh();
   try {
-    await stream(PATH, bodyOf(chat, leaf, { continues }), { signal: control.signal, panel: "answer", onEvent });
+    await stream(PATH, bodyOf(chat, leaf, { continues, isCalm }), { signal: control.signal, panel: "answer", onEvent });
   } catch (error) {
     noteFailure(node, error);
   }
@@ -100,18 +100,19 @@ async function write(chat, node, leaf, continues) {
 }
 
 /** Ask for an answer below `parent`. */
-async function answer(chat, parent) {
-  await write(chat, addNode(chat, parent, { role: "assistant", text: "", tokens: [], model: state.model }), parent, false);
+async function answer(chat, parent, options) {
+  await write(chat, addNode(chat, parent, { role: "assistant", text: "", tokens: [], model: state.model }), parent, options);
 }
 
-/** Send a message below `parent`, and ask for the answer. */
-export async function say(text, parent = state.chat.leaf) {
+/** Send a message below `parent`, and ask for the answer; `isCalm`: the likeliest one. */
+export async function say(text, parent = state.chat.leaf, { isCalm = false } = {}) {
   const { chat } = state;
   if (!text.trim() || !mayWrite()) return;
   chat.title ||= titleOf(text);
   const node = addNode(chat, parent, { role: "user", text });
   listChat(chat);
-  await answer(chat, node.id);
+  keep(chat); // what was asked outlives whatever becomes of the answer
+  await answer(chat, node.id, { isCalm });
 }
 
 /** Write another version of an answer; one that failed before its first word makes room for it. */
@@ -130,7 +131,7 @@ export async function resume(node) {
   if (!mayWrite()) return;
   delete node.finish;
   delete node.error;
-  await write(chat, node, node.id, true);
+  await write(chat, node, node.id, { continues: true });
 }
 
 /** Give the results of an answer's calls, {call id: text}, and ask for the next answer. */

@@ -2,7 +2,7 @@
 import { brokenOff, refusal, unreachable } from "./errors.js";
 import { remember } from "./request.js";
 import { events } from "./sse.js";
-import { set, state } from "./state.js";
+import { set } from "./state.js";
 
 const KEY = "transformers-api.key";
 
@@ -80,4 +80,3 @@ export async function stream(path, body, { signal, panel, onEvent }) {
 /** The path of a model's route; a model's id may have a slash. */
 export const modelPath = (id, action = "") => `/models/${encodeURIComponent(id)}${action && `/${action}`}`;
 
-export const hasKey = () => Boolean(key.get()) && !state.needsKey;

@@ -49,7 +49,7 @@ async function anatomy(resident) {
     set({ anatomy: null });
     return;
   }
-  const answer = await json(`/inspect/model?model=${encodeURIComponent(resident)}`, { panel: "anatomy" }).catch(() => null);
+  const answer = await json(`/inspect/model?load=false&model=${encodeURIComponent(resident)}`, { panel: "anatomy" }).catch(() => null);
   if (state.status?.resident?.model === resident) set({ anatomy: answer });
 }
 

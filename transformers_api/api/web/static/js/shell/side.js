@@ -18,25 +18,28 @@ function renaming(chat) {
   const field = h("input", { class: "rename", "aria-label": common.chatTitle, maxlength: "120", dir: "auto" });
   field.value = chat.title;
   let isOver = false;
-  const end = (keeps) => {
+  isRenaming = true;
+  const end = async (keeps, hadFocus) => {
     if (isOver) return;
     isOver = true;
-    if (keeps) renameChat(chat, field.value);
+    isRenaming = false;
+    if (keeps) await renameChat(chat, field.value);
     draw();
-    openers.get(chat.id)?.focus();
+    if (hadFocus) openers.get(chat.id)?.focus();
   };
   field.addEventListener("keydown", (event) => {
     if (event.isComposing || !["Enter", "Escape"].includes(event.key)) return;
     event.preventDefault();
     event.stopPropagation();
-    end(event.key === "Enter");
+    end(event.key === "Enter", true);
   });
-  field.addEventListener("blur", () => end(true));
+  field.addEventListener("blur", () => end(true, false));
   openers.get(chat.id).closest("li").replaceChildren(field);
   field.select();
 }
 
 const openers = new Map();
+let isRenaming = false; // the list waits until that is over
 
 function entry(chat) {
   const isOpen = chat === state.chat;
@@ -48,12 +51,13 @@ function entry(chat) {
     onkeydown: (event) => { if (event.key === "F2") renaming(chat); },
   });
   openers.set(chat.id, opener);
-  return h("li", { class: "chat", data: isOpen ? { open: "" } : {} }, opener,
+  return h("li", { class: "chat", data: { chat: chat.id, ...(isOpen ? { open: "" } : {}) } }, opener,
     button(common.renameChat(title), () => renaming(chat), { cls: "act", glyph: "pen" }),
     button(common.deleteChat(title), () => removeChat(chat), { cls: "act bad", glyph: "trash" }));
 }
 
 function draw() {
+  if (isRenaming) return;
   const words = byId("find").value.trim();
   const chats = state.chats.filter((chat) => !words || hasWords(chat, words));
   openers.clear();
@@ -64,9 +68,14 @@ function draw() {
     rows.push(entry(chat));
   }
   if (!chats.length && words) rows.push(h("li", { class: "when", text: common.noChatHas }));
-  const scrolled = byId("chats").scrollTop;
-  byId("chats").replaceChildren(...rows);
-  byId("chats").scrollTop = scrolled;
+  const list = byId("chats");
+  const { scrollTop } = list;
+  const focused = list.contains(document.activeElement) ? document.activeElement : null;
+  const row = focused?.closest("[data-chat]");
+  const place = row ? [...row.children].indexOf(focused) : -1;
+  list.replaceChildren(...rows);
+  list.scrollTop = scrollTop;
+  if (place >= 0) list.querySelector(`[data-chat="${CSS.escape(row.dataset.chat)}"]`)?.children[place]?.focus();
 }
 
 function openSide() {

@@ -31,6 +31,7 @@ export const chat = {
     ["Tell me a story", "Watch the surprisal rise and fall", "Tell me a story about a lighthouse keeper."],
     ["Name three things to see in Paris", "Then force another first word", "Name three things to see in Paris, as a numbered list."],
   ],
+  startersHint: "These four are asked at temperature 0, so that the answer is the same each time.",
   // While it waits: true sentences, from /status
   waiting({ status, reach, model, seconds }) {
     const late = seconds >= 10 ? ` (${seconds} s)` : "";
@@ -77,7 +78,6 @@ export const chat = {
   keepThis: "Keep this one",
   kept: "Kept",
   fullWidth: "Full width",
-  sideBySide: "Side by side",
   editMessage: "Edit message",
   cancel: "Cancel",
   sendVersion: "Send as a new version",
@@ -89,7 +89,6 @@ export const chat = {
   task: "task",
   // Calls
   call: (name) => `Call of ${name}`,
-  asksFor: (name) => `The model asks for ${name}`,
   resultLabel: (name) => `Result of ${name}`,
   resultHint: "Answer in its place: what you write goes back to the model.",
   sendResults: (count) => (count === 1 ? "Send the result" : "Send the results"),

@@ -9,7 +9,6 @@ export const common = {
   // The side
   newChat: "New chat",
   noChatHas: "No chat has this",
-  openChats: "Chats",
   deleteChat: (title) => `Delete ${title}`,
   renameChat: (title) => `Rename ${title}`,
   chatTitle: "Title of the chat",
@@ -20,7 +19,6 @@ export const common = {
   thisWeek: "This week",
   earlier: "Earlier",
   memoryOnly: "This browser keeps nothing here: chats are gone when the tab closes.",
-  draft: "draft",
   // The server line
   connecting: "Connecting",
   noConnection: "No connection",
@@ -70,6 +68,7 @@ export const common = {
   // Dialogs
   keyTitle: "API key",
   keyMore: "This server wants a key. It stays in this tab, unless you choose otherwise.",
+  keyWrong: "The server does not take the key that was entered.",
   keyRemember: "Remember it in this browser",
   useKey: "Use key",
   keysTitle: "Keyboard shortcuts",

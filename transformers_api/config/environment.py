@@ -1,0 +1,27 @@
+"""The part of the environment that is no setting: what others hand over, or are to be told."""
+
+from __future__ import annotations
+
+import os
+
+
+def has_activated_sockets() -> bool:
+    """True where systemd has handed this process its listening sockets."""
+    is_ours = os.environ.get("LISTEN_PID") == str(os.getpid())
+    return is_ours and os.environ.get("LISTEN_FDS", "0") != "0"
+
+
+def helper_environment() -> dict[str, str]:
+    """The part of the environment that a helper process needs, without secrets."""
+    names = ("LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", "TZ")
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
+def load_in_one_thread() -> None:
+    """Tell transformers, which would read the weights of a model with a pool of threads."""
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
+
+
+def take_notify_socket() -> str | None:
+    """The address of systemd's notification socket, taken out of the environment."""
+    return os.environ.pop("NOTIFY_SOCKET", None)
