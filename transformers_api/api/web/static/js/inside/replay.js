@@ -12,7 +12,7 @@ export class Replay {
     this.timer = null;
     this.step = null; // null: the whole answer stands there
     this.count = 0;
-    this.opener = button(inside.replay, () => this.begin(), { cls: "ghost", glyph: "go", shows: true });
+    this.opener = button(inside.replay, () => this.begin(), { cls: "ghost", glyph: "go", shows: true, "aria-label": inside.replay, title: inside.replay });
     this.toggle = h("button", { type: "button", class: "icon", onclick: () => (this.timer ? this.pause() : this.play()) });
     this.slider = h("input", { type: "range", min: "1", "aria-label": inside.stepName, oninput: () => this.jump(Number(this.slider.value)) });
     this.text = h("output");

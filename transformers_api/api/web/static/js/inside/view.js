@@ -28,6 +28,7 @@ import { why } from "./why.js";
 const SHADE_MS = 200; // while it writes: shade and arcs at most five times a second
 const PANEL_MS = 100; // and the panel ten times
 const NEAR_END = 90; // px
+const SLOW = ["heads", "matrix", "why"];
 
 let root;
 let context;
@@ -121,6 +122,7 @@ function showPane(loads = false) {
   const target = selected();
   const { node, position } = target;
   const name = side.name();
+  for (const other of SLOW) if (other !== name) forget(other); // nobody waits for it any more
   if (name === "heads") panes.heads.show(node);
   if (name === "matrix") panes.matrix.show(node, position);
   if (name === "why") panes.why.show(node, position);
