@@ -292,12 +292,5 @@ export function mount(element, shared) {
     if (stage.node && !liveForks(stage.node).length) render();
   });
   addEventListener("resize", () => { if (state.view === "inside" && stage.node) shading.again(); });
-  startKeys({
-    selected, pick,
-    stop: () => {
-      const isWriting = Boolean(stage.node) && liveForks(stage.node).length > 0;
-      if (isWriting) stopForks(stage.node);
-      return isWriting;
-    },
-  });
+  startKeys({ selected, pick, stop: () => stage.node !== null && stopForks(stage.node) });
 }
