@@ -300,13 +300,13 @@ class FakeLoader:
     Keys may also be (stage, model name). ``calls`` records (stage, model name) in order.
     """
 
-    STAGES = ("prepare", "check_memory", "load", "text")
+    STAGES = ("prepare", "check_memory", "load")  # of a load; "text" is one of its own
 
     def __init__(self, build: Callable[[ModelSpec], LoadedModel] | None = None) -> None:
         self.build = build or (lambda spec: fake_model(spec))
         self.fail: dict[str | tuple[str, str], Exception] = {}
         self.hold: dict[str | tuple[str, str], threading.Event] = {}
-        self.entered = {stage: threading.Semaphore(0) for stage in self.STAGES}
+        self.entered = {stage: threading.Semaphore(0) for stage in (*self.STAGES, "text")}
         self.calls: list[tuple[str, str]] = []
         self.freed_bytes: list[int] = []  # what check_memory was told, in order
         self.fits_beside = False

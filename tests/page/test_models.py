@@ -164,6 +164,30 @@ def test_a_load_shows_how_far_it_is_or_that_nobody_knows(scripted, open_page):
     assert handle.evaluate("(bar) => bar.isConnected")  # the same card all the time
 
 
+def test_a_load_that_waits_or_downloads_can_be_cancelled(scripted, open_page):
+    page = open_page(scripted, None)
+    loading = {**LOADING, "stage": "preparing", "doing": "downloading"}
+    with_status(page, lambda said: said.update(loading=dict(loading) if loading else None))
+    cancelled: list[str] = []
+
+    def cancel(route: Route) -> None:
+        cancelled.append(route.request.method)
+        loading.clear()
+        route.fulfill(json={"message": "Model 'other' unloaded successfully"})
+
+    page.route("**/models/other/unload", cancel)
+    page.goto("/ui#models")
+    expect(region(page, "Loading")).to_contain_text("Downloading34 %")
+    button = page.get_by_role("button", name="Cancel loading other")
+    loading["stage"] = "loading"
+    expect(button).to_be_hidden()
+    loading["stage"] = "waiting"
+    button.click()
+    expect(region(page, "In memory")).to_contain_text("scripted")
+    expect(page.get_by_role("status")).to_have_text("The load of other is cancelled")
+    assert cancelled == ["DELETE"]
+
+
 def test_what_failed_is_red_says_why_and_can_be_tried_again(scripted, open_page):
     page = open_page(scripted, None)
     reason = "<b>broken</b> weights"

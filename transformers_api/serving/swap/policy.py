@@ -18,6 +18,7 @@ from transformers_api.serving.swap.residency import (
     SwapperStatus,
     SwapRequest,
     Waiter,
+    cancelled,
     renewed,
 )
 from transformers_api.serving.swap.swap_time import SwapTime
@@ -72,6 +73,22 @@ class SwapPolicy:
             waiter.target.waiters.remove(waiter)
             waiter.refuse(error)
             self.drop_if_unwanted(waiter.target)
+
+    def cancel_loads(self, name: str) -> bool:
+        """Take back the requests to load a model that is not read yet; True where there were any.
+
+        Those who wait for an answer of it stay. Where nobody does, its download ends.
+        """
+        coming = [target for target in self.targets.values() if target.spec.name == name]
+        waiters = [waiter for target in coming for waiter in target.waiters]
+        loads = [w for w in waiters if not (w.wants_lease or w.target.is_loading)]
+        for waiter in loads:
+            self.withdraw(waiter, cancelled(name))
+        for target in coming:
+            if target.is_preparing and not target.waiters:
+                target.is_cancelled = True
+                del self.targets[target.key]  # whoever comes now begins anew
+        return bool(loads)
 
     def serve_waiters(self, now: float) -> None:
         """Answer everybody whom the resident model serves."""

@@ -17,7 +17,12 @@ from types import TracebackType
 from typing import Literal, Protocol
 
 from transformers_api.engine.base import EngineStats
-from transformers_api.errors import ApiError, ModelLoadFailed
+from transformers_api.errors import (
+    ApiError,
+    ModelLoadFailed,
+    ModelUnloaded,
+    ServerShuttingDown,
+)
 from transformers_api.serving.models.spec import ModelFiles, ModelSpec
 from transformers_api.serving.swap.history import SwapEvent
 from transformers_api.serving.swap.loaded_model import LoadedModel
@@ -265,6 +270,7 @@ class SwapRequest:
         self.progress: tuple[float, str] = (0.0, "")
         self.made_at = time.time()
         self.is_loading = False
+        self.is_cancelled = False  # while it is prepared: somebody wanted it, and does no more
 
     @property
     def key(self) -> tuple[str, str | None]:
@@ -287,7 +293,12 @@ class SwapRequest:
         return {waiter.client for waiter in self.waiters}
 
     def report(self, share: float, text: str) -> None:
-        """Note how far the preparation is; called by the loader, from any thread."""
+        """Note how far the preparation is; called by the loader, from any thread.
+
+        Raises ModelUnloaded, which ends a download, where nobody wants the model any more.
+        """
+        if self.is_cancelled:
+            raise cancelled(self.spec.name)
         self.progress = (share, text)
 
     def begin_load(self) -> None:
@@ -330,6 +341,16 @@ class RecentErrors:
         """It has loaded."""
         self.messages.pop(name, None)
         self._refused.pop(name, None)
+
+
+def cancelled(name: str) -> ModelUnloaded:
+    """The error for a load that was taken back."""
+    return ModelUnloaded(f"The load of model '{name}' was cancelled", param="model")
+
+
+def shutting_down() -> ServerShuttingDown:
+    """The error for those who wait when the server ends."""
+    return ServerShuttingDown("The server is shutting down", retry_after=5)
 
 
 def renewed(

@@ -33,6 +33,10 @@ async function unloadNow(id) {
   if (isEncoder) await refreshModels();
 }
 
+/** Take back a load that has not begun to read the model; its download ends. */
+export const cancelLoad = (id) =>
+  changed(json(modelPath(id, "unload"), { method: "DELETE", panel: "load" }), words.cancelled(id));
+
 /** Unload, and ask before that while answers are being written. */
 export function unload(id) {
   const count = state.status?.resident?.model === id ? held() : 0;

@@ -4,8 +4,9 @@ import { bytes } from "../core/format.js";
 import { announce } from "../core/notice.js";
 import { state } from "../core/state.js";
 import { requestButton } from "../shell/request_dialog.js";
+import { common } from "../words/common.js";
 import { models as words } from "../words/models.js";
-import { mayChange, unload } from "./actions.js";
+import { cancelLoad, mayChange, unload } from "./actions.js";
 import { facts, gauge, progress, write } from "./facts.js";
 
 let shown = { kind: null, show: () => {} };
@@ -97,8 +98,9 @@ function loadingCard(id) {
   const bar = progress(words.loadingName(id));
   const hint = h("p", { class: "hint" });
   const list = facts();
+  const act = button(common.cancel, () => { act.disabled = true; cancelLoad(id); }, { cls: "btn small", "aria-label": words.cancelName(id) });
   const element = card(words.loading,
-    h("div", { class: "now" }, h("p", { class: "nm", text: id, dir: "auto" })),
+    h("div", { class: "now" }, h("p", { class: "nm", text: id, dir: "auto" }), act),
     h("div", { class: "gauge" }, h("div", { class: "lab" }, stage, share), bar.element), hint, list.element);
   element.classList.add("loading");
   const show = (status) => {
@@ -106,6 +108,7 @@ function loadingCard(id) {
     write(stage, name === "waiting" ? words.stages.waiting : words.doing(doing) || words.stages[name] || words.loading);
     write(share, name !== "waiting" && done > 0 ? words.percent(done) : "");
     bar.show(name === "waiting" ? 0 : done);
+    act.hidden = !mayChange() || !["preparing", "waiting"].includes(name);
     write(hint, name === "waiting" && status.resident ? words.waitTurn(status.resident.model) : words.wait);
     list.show([
       [words.since, since ? words.seconds(Date.now() / 1000 - since) : words.unknown],

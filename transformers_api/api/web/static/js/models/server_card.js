@@ -1,6 +1,6 @@
 // The second card: the server, its machine, its limits and its last minutes.
 import { h } from "../core/dom.js";
-import { bytes, duration } from "../core/format.js";
+import { duration } from "../core/format.js";
 import { requestButton } from "../shell/request_dialog.js";
 import { models as words } from "../words/models.js";
 import { facts } from "./facts.js";
@@ -19,7 +19,6 @@ function rows(status) {
     resident?.generated_tokens !== undefined && [words.tokensPerSecond, words.rate(newestRate())],
     limits && [words.atOnce, words.tokens(limits.max_inflight)],
     limits && [words.mayWait, words.tokens(limits.max_queue)],
-    limits && [words.prompt, bytes(limits.max_prompt_bytes)],
     limits && [words.perMinute, limits.rate_limit_per_min || words.noLimit],
     limits && [words.insidePerMinute, limits.inspections_per_min ?? words.noLimit],
   ].filter(Boolean);
