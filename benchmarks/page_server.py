@@ -167,6 +167,7 @@ def paced(tokens_per_s: float) -> Iterator[str]:
     """The address of such a server."""
     Handler.pace_s = 1 / tokens_per_s
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.handle_error = lambda *_: None  # a browser that leaves
     Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"

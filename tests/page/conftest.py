@@ -189,6 +189,8 @@ def open_page(browser: Browser) -> Iterator[Opener]:
         page = context.new_page()
         if path is not None:
             page.goto(path)
+            if path.startswith("/ui"):
+                page.locator("html[data-ready]").wait_for()
         return page
 
     yield open_

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import nullcontext
 from typing import Any
 
 import httpx
@@ -12,11 +13,12 @@ from playwright.sync_api import Locator, Page, expect
 SETTINGS = {"temperature": "0", "max_tokens": "12"}
 
 
-def begin(page: Page, path: str = "/ui", **settings: str) -> Page:
-    """Open the page with these settings, as a user has chosen them before."""
-    stored = json.dumps(json.dumps(SETTINGS | settings))
-    page.add_init_script(f"localStorage.setItem('transformers-api.settings', {stored})")
-    page.goto(path)
+def begin(page: Page, model: str = "tiny-llama", **settings: str) -> Page:
+    """Open the page with this model and these settings, as a user has chosen them before."""
+    chosen = {"model": model, "settings": SETTINGS | settings}
+    script = "for (const [name, value] of Object.entries(CHOSEN)) localStorage.setItem(`transformers-api.${name}`, JSON.stringify(value));"
+    page.add_init_script(script.replace("CHOSEN", json.dumps(chosen)))
+    page.goto("/ui")
     return page
 
 
@@ -24,10 +26,14 @@ def ask(page: Page, text: str, *, waits: bool = True) -> None:
     """Send a message, and wait for the whole answer."""
     message = page.get_by_role("textbox", name="Message")
     message.fill(text)
-    message.press("Enter")
+    with (
+        page.expect_request_finished(lambda request: request.url.endswith("/chat/completions"))
+        if waits
+        else nullcontext()
+    ):
+        page.get_by_role("button", name="Send", exact=True).click()
     if waits:
         expect(page.get_by_role("button", name="Stop", exact=True)).to_be_hidden()
-        expect(page.get_by_role("button", name="Send", exact=True)).to_be_visible()
 
 
 def look_inside(page: Page) -> Locator:

@@ -31,6 +31,7 @@ def openai(message: str, code: str | None) -> dict[str, Any]:
 
 
 def ask(page: Page, text: str) -> None:
+    page.locator("html[data-ready]").wait_for()
     box(page).fill(text)
     box(page).press("Enter")
 
@@ -296,3 +297,15 @@ def test_another_model_is_announced_loaded_and_answers(scripted, open_page):
     page.get_by_role("button", name="Load now").click()
     page.get_by_role("button", name="New chat", exact=True).click()
     expect(page.get_by_role("heading", name="scripted is ready.")).to_be_visible()
+
+
+def test_a_view_that_could_not_be_fetched_is_fetched_when_the_server_is_back(scripted, open_page):
+    page = open_page(scripted, refusals=True)
+    expect(page.get_by_role("heading", name="scripted is ready.")).to_be_visible()
+    page.route("**/js/inside/**", lambda route: route.abort())
+    page.get_by_role("tab", name="Inside").click()
+    expect(page.get_by_role("alert")).to_contain_text("This view could not be fetched")
+    page.unroute("**/js/inside/**")
+    page.get_by_role("tab", name="Chat").click()
+    page.get_by_role("tab", name="Inside").click()
+    expect(page.get_by_role("heading", name="Nothing to look into yet")).to_be_visible()

@@ -20,6 +20,7 @@ def box(page: Page) -> Any:
 
 def send(page: Page, text: str) -> None:
     """Say something and wait for the whole answer."""
+    page.locator("html[data-ready]").wait_for()
     before = page.get_by_role("article", name="Model").count()
     box(page).fill(text)
     box(page).press("Enter")

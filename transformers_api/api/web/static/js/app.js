@@ -69,7 +69,10 @@ function mountLater(view, context) {
     mount(byId(`view-${view}`), context);
     if (state.view === view) touch("view");
   });
-  mounted.set(view, mounting.catch(() => notice(common.otherVersion, { actions: [[common.reload, () => location.reload()]] })));
+  mounted.set(view, mounting.catch(() => {
+    mounted.delete(view);
+    if (state.view === view) notice(common.viewMissing, { actions: [[common.reload, () => location.reload()]] });
+  }));
 }
 
 async function start() {

@@ -96,7 +96,7 @@ export function startComposer() {
   byId("composer").addEventListener("submit", send);
   byId("stop").addEventListener("click", () => { state.writing?.stop(); box.focus(); });
   byId("settings").addEventListener("click", openSettings);
-  let open = null;
+  let open = state.chat;
   on("chat", (chat) => {
     if (open !== chat) fill(drafts.get(draftKey()) ?? "");
     open = chat;
@@ -111,6 +111,6 @@ export function startComposer() {
   on("writing", showWriting);
   on("settings", (settings) => { byId("settings-sum").textContent = summary(settings); });
   onFrame(count);
-  fill(drafts.get(draftKey()) ?? "");
+  fill(box.value || (drafts.get(draftKey()) ?? "")); // somebody may have begun before this was here
   byId("settings-sum").textContent = summary(state.settings);
 }

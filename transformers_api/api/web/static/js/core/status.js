@@ -5,6 +5,7 @@ import { set, state } from "./state.js";
 const CALM_MS = 4000;
 const BUSY_MS = 1000;
 const HIDDEN_MS = 15_000;
+const PATIENCE_MS = 10_000; // with one call: polling never hangs on a connection that is dead
 const RETRIES_MS = [1000, 2000, 4000, 8000, 15_000];
 let timer = null;
 let failures = 0;
@@ -17,16 +18,18 @@ function ofHealth(health) {
   return { ready: health.model_ready, state: resident ? "ready" : "empty", resident, loading: null, queued: {}, failed: {}, isPartial: true };
 }
 
+const patient = (panel) => ({ panel, signal: AbortSignal.timeout(PATIENCE_MS) });
+
 async function ask() {
   if (mayAskStatus) {
     try {
-      return await json("/status", { panel: "status" });
+      return await json("/status", patient("status"));
     } catch (failure) {
       if (![401, 403, 404].includes(failure.status)) throw failure;
       mayAskStatus = failure.status === 401; // a key without the scope, or a proxy: /health is open to all
     }
   }
-  return ofHealth(await json("/health", { panel: "status" }));
+  return ofHealth(await json("/health", patient("status")));
 }
 
 function pause() {
@@ -38,7 +41,7 @@ function pause() {
 }
 
 async function models() {
-  const [list, described] = await Promise.all([json("/v1/models", { panel: "models" }), json("/models").catch(() => [])]);
+  const [list, described] = await Promise.all([json("/v1/models", patient("models")), json("/models", patient(null)).catch(() => [])]);
   const more = new Map((Array.isArray(described) ? described : described.models ?? []).map((model) => [model.name, model]));
   const merged = list.data.map((model) => ({ description: more.get(model.id)?.description, parameters: more.get(model.id)?.parameters, ...model }));
   set({ models: merged });
@@ -49,7 +52,7 @@ async function anatomy(resident) {
     set({ anatomy: null });
     return;
   }
-  const answer = await json(`/inspect/model?load=false&model=${encodeURIComponent(resident)}`, { panel: "anatomy" }).catch(() => null);
+  const answer = await json(`/inspect/model?load=false&model=${encodeURIComponent(resident)}`, patient("anatomy")).catch(() => null);
   if (state.status?.resident?.model === resident) set({ anatomy: answer });
 }
 

@@ -97,8 +97,11 @@ export function removeFork(fork) {
   changed();
 }
 
+/** Stop all that are being written; true where there were any. */
 export function stopForks(node) {
-  for (const fork of liveForks(node)) fork.stop();
+  const forks = liveForks(node);
+  for (const fork of forks) fork.stop();
+  return forks.length > 0;
 }
 
 /** The text that all tokens spell: a character may be of several tokens. */

@@ -8,7 +8,7 @@ import { requestButton } from "../shell/request_dialog.js";
 import { inside } from "../words/inside.js";
 import { bytesOf } from "./envelope.js";
 import { section, write } from "./lists.js";
-import { currentLayer, isResident, mayAsk } from "./model.js";
+import { currentLayer, hasAttention, isResident, mayAsk, whyNoAttention } from "./model.js";
 import { cividis, pen, picture, pixels } from "./palette.js";
 import { inspect, isGivenUp } from "./queue.js";
 import { idsUpTo, lastPosition } from "./tokens.js";
@@ -169,6 +169,7 @@ export function heads(onUse) {
     if (!isKept) {
       if (node.live) return fail(inside.lensLater);
       if (!mayAsk(node) || !isResident(node)) return fail(inside.rowGone);
+      if (!hasAttention()) return fail(inside.noAttention(whyNoAttention(0) || inside.noReason));
       fail(inside.readingHeads);
       try {
         kept.set(node, { count, answer: await inspect("heads", "heads", { model: node.model, token_ids: idsUpTo(node, count), thumb: THUMB }) });

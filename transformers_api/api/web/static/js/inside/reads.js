@@ -78,7 +78,7 @@ export function reads({ onPoint, onPick, onLoad }) {
   }
 
   /** Fill it: `weights` where they are there, else why not. */
-  function show(node, position, { row = null, weights = null, because = "", load = "", isAsking = false }) {
+  function show(node, position, { row = null, weights = null, because = "", load = "", isAsking = false, hasFailed = false }) {
     element.hidden = position === 0;
     if (element.hidden) return;
     showControls(node, row);
@@ -91,8 +91,8 @@ export function reads({ onPoint, onPick, onLoad }) {
     write(sink, left >= 0.005 ? inside.unread(`${(100 * left).toFixed(1)} %`) : "");
     write(reason, load ? inside.otherModel(load, state.status?.resident?.model) : because);
     if (weights && !places.length) write(reason, inside.nothingHeavy);
-    loader.hidden = !load;
-    if (load) write(loader.firstChild, inside.askAnyway(load));
+    loader.hidden = !load && !hasFailed;
+    if (!loader.hidden) write(loader.firstChild, load ? inside.askAnyway(load) : inside.askAgain);
     honest.hidden = !weights;
   }
 

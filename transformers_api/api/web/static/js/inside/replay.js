@@ -12,9 +12,9 @@ export class Replay {
     this.timer = null;
     this.step = null; // null: the whole answer stands there
     this.count = 0;
-    this.opener = button(inside.replay, () => this.begin(), { cls: "ghost", glyph: "go", shows: true });
+    this.opener = button(inside.replay, () => this.begin(), { cls: "ghost", glyph: "go", shows: true, "aria-label": inside.replay, title: inside.replay });
     this.toggle = h("button", { type: "button", class: "icon", onclick: () => (this.timer ? this.pause() : this.play()) });
-    this.slider = h("input", { type: "range", min: "1", "aria-label": inside.stepName, oninput: () => { this.pause(); this.go(Number(this.slider.value)); } });
+    this.slider = h("input", { type: "range", min: "1", "aria-label": inside.stepName, oninput: () => this.jump(Number(this.slider.value)) });
     this.text = h("output");
     this.bar = h("div", { class: "replay" }, this.toggle, this.slider, this.text, button(inside.endReplay, () => this.end(), { cls: "icon", glyph: "x" }));
     this.element = h("div", { class: "replaybox" }, this.opener, this.bar);
@@ -49,6 +49,11 @@ export class Replay {
     clearInterval(this.timer);
     this.timer = null;
     this.show();
+  }
+
+  jump(step) {
+    this.pause();
+    this.go(step);
   }
 
   go(step) {

@@ -26,10 +26,7 @@ export function rowAt(node, layer, position) {
   const key = `${layer}:${position}`;
   if (rows.has(key)) return rows.get(key);
   const entry = tokenAt(node, position)?.attn?.find((row) => row.layer === layer);
-  if (!entry) return null;
-  const row = fromTrace(entry);
-  rows.set(key, row);
-  return row;
+  return entry ? fromTrace(entry) : null; // unpacked each time: a long answer has thousands
 }
 
 /** The layers whose rows the trace of the token brought. */

@@ -24,8 +24,8 @@ export class Stage {
     this.colour = h("select", { class: "sel", "aria-label": inside.colour }, ...Object.entries(inside.colours).map(([value, text]) => h("option", { value, text })));
     this.colour.addEventListener("change", () => actions.onColour(this.colour.value));
     this.replay = new Replay((step) => actions.onStep(step));
-    this.comparer = button(inside.compare, actions.onCompare, { cls: "ghost", glyph: "columns", shows: true });
-    this.files = button(inside.tools, null, { cls: "ghost", glyph: "download", shows: true, id: "inside-files", "aria-haspopup": "menu", "aria-expanded": "false" });
+    this.comparer = button(inside.compare, actions.onCompare, { cls: "ghost", glyph: "columns", shows: true, "aria-label": inside.compare, title: inside.compare });
+    this.files = button(inside.tools, null, { cls: "ghost", glyph: "download", shows: true, id: "inside-files", "aria-label": inside.tools, title: inside.tools, "aria-haspopup": "menu", "aria-expanded": "false" });
     menu(this.files, actions.fileEntries);
     this.legend = h("span", { class: "key" }, this.colour, swatches());
     const head = h("div", { class: "tape-head" }, this.legend, h("span", { class: "key" }, h("span", { text: inside.surprising }), lines()),

@@ -21,9 +21,18 @@ export class Tape {
     this.drawn = promptLength(node);
     this.build();
     this.element.addEventListener("click", (event) => this.picked(event));
+    this.element.addEventListener("pointerover", (event) => this.pointed(event.target.closest(".tok")));
     this.element.addEventListener("keydown", (event) => {
       if ((event.key === "Enter" || event.key === " ") && this.picked(event)) event.preventDefault();
     });
+  }
+
+  /** Say of a token that is pointed at where it stands; only then, as there are thousands. */
+  pointed(element) {
+    if (!element || element.title || element.closest(".forks")) return;
+    const position = Number(element.dataset.p);
+    const { id, surprisal } = tokenAt(this.node, position);
+    element.title = inside.pointed(position, id, surprisal);
   }
 
   picked(event) {

@@ -28,6 +28,7 @@ import { why } from "./why.js";
 const SHADE_MS = 200; // while it writes: shade and arcs at most five times a second
 const PANEL_MS = 100; // and the panel ten times
 const NEAR_END = 90; // px
+const SLOW = ["heads", "matrix", "why"];
 
 let root;
 let context;
@@ -99,7 +100,7 @@ async function showAttention(target, loads) {
     const row = await askRow(node, had.row?.layer ?? had.ask ?? currentLayer(), position);
     if (mine === question) showWeights(target, { row });
   } catch (failure) {
-    if (mine === question && !had.row && !isGivenUp(failure)) showWeights(target, { reason: failure.message });
+    if (mine === question && !had.row && !isGivenUp(failure)) showWeights(target, { reason: failure.message, hasFailed: true });
   }
 }
 
@@ -121,6 +122,7 @@ function showPane(loads = false) {
   const target = selected();
   const { node, position } = target;
   const name = side.name();
+  for (const other of SLOW) if (other !== name) forget(other); // nobody waits for it any more
   if (name === "heads") panes.heads.show(node);
   if (name === "matrix") panes.matrix.show(node, position);
   if (name === "why") panes.why.show(node, position);
@@ -290,12 +292,5 @@ export function mount(element, shared) {
     if (stage.node && !liveForks(stage.node).length) render();
   });
   addEventListener("resize", () => { if (state.view === "inside" && stage.node) shading.again(); });
-  startKeys({
-    selected, pick,
-    stop: () => {
-      const isWriting = Boolean(stage.node) && liveForks(stage.node).length > 0;
-      if (isWriting) stopForks(stage.node);
-      return isWriting;
-    },
-  });
+  startKeys({ selected, pick, stop: () => stage.node !== null && stopForks(stage.node) });
 }

@@ -64,7 +64,7 @@ export function why(onScores) {
       kept.get(asked.node).set(`${asked.position}:${chosen}`, answer);
       if (current === asked && method.value === chosen) fill(answer);
     } catch (failure) {
-      if (current === asked && !isGivenUp(failure)) write(message, failure.message);
+      if (current === asked) write(message, isGivenUp(failure) ? "" : failure.message);
     } finally {
       asker.disabled = false;
     }

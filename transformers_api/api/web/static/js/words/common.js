@@ -56,7 +56,7 @@ export const common = {
   nothingToExport: "There is nothing to export yet.",
   imported: (count) => (count === 1 ? "The chat is imported." : `${count} chats are imported.`),
   laterVersion: "This chat was written by a later version of this page. It can be read, not changed.",
-  otherVersion: "The server has another version of this page now.",
+  viewMissing: "This view could not be fetched: the server does not answer, or has another version of the page now.",
   reload: "Reload",
   dismiss: "Dismiss",
   close: "Close",

@@ -12,6 +12,7 @@ export const inside = {
   // The tape
   tokens: "Tokens",
   token: (position, text) => `Token ${position}: ${text}`,
+  pointed: (position, id, surprisal) => `place ${position}, id ${id}${typeof surprisal === "number" ? `, ${surprisal.toFixed(2)} nats` : ""}`,
   tokenFacts: (position, text, probability) => `Token ${position}: ${text}${probability ? `, probability ${probability}` : ""}`,
   roles: { template: "Template", system: "System", user: "You", assistant: "Model", tool: "Tool", developer: "System", prompt: "Prompt" },
   role: (name) => inside.roles[name] ?? name.slice(0, 1).toUpperCase() + name.slice(1),
