@@ -196,12 +196,13 @@ def main() -> None:
     parser.add_argument("--kinds", default="float32,bfloat16,int8,int4")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=usable_cores())
+    parser.add_argument("--isa", default="auto", help="the instruction set: NATIVE_ISA")
     parser.add_argument("--busy", action="store_true", help="with another process on one core")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.set_grad_enabled(False)
     with tempfile.TemporaryDirectory() as cache, contextlib.ExitStack() as stack:
-        library = KernelProvider(Path(cache), options.threads).library(wait=True)
+        library = KernelProvider(Path(cache), options.threads, options.isa).library(wait=True)
         if library is None:
             sys.exit("The native kernels cannot be built here.")
         if options.busy:

@@ -181,12 +181,13 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="a model in the transformers format")
     parser.add_argument("--kinds", default="bfloat16,int8,int4,int4 reordered,int8 reordered")
     parser.add_argument("--texts", type=Path, nargs="*", default=sorted(TEXTS.glob("*.txt")))
+    parser.add_argument("--isa", default="auto", help="the instruction set: NATIVE_ISA")
     parser.add_argument("--write", type=Path, help="a page to write into")
     options = parser.parse_args()
     folder = options.folder or default_model_folder()
     torch.set_grad_enabled(False)
     with tempfile.TemporaryDirectory() as cache:
-        library = KernelProvider(Path(cache), usable_cores()).library(wait=True)
+        library = KernelProvider(Path(cache), usable_cores(), options.isa).library(wait=True)
         if library is None:
             sys.exit("The native kernels cannot be built here.")
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)

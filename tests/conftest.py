@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from transformers_api.config.settings import Settings
-from transformers_api.kernels.build import NativeUnavailable, build, check_processor, find
+from transformers_api.kernels.build import build, find
+from transformers_api.kernels.variants import VARIANTS, NativeUnavailable, choose, cpu_flags
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -32,7 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):
         return
     with contextlib.suppress(NativeUnavailable):
-        check_processor()
+        choose()
         build(NATIVE_CACHE)
 
 
@@ -63,12 +64,21 @@ def native_cache() -> Path:
 
 
 @pytest.fixture(scope="session")
+def isas(native_cache: Path) -> list[str]:
+    """The instruction sets that this processor has, with their kernels compiled; the best first."""
+    own = [variant for variant in VARIANTS if not variant.missing(cpu_flags())]
+    for variant in own:
+        build(native_cache, variant=variant)
+    return [variant.name for variant in own]
+
+
+@pytest.fixture(scope="session")
 def native_default(request: pytest.FixtureRequest) -> Path | None:
     """What engines use unless a test says otherwise."""
     if request.config.option.torch:
         return None
     try:
-        check_processor()
+        choose()
     except NativeUnavailable:
         return None
     return NATIVE_CACHE if find(NATIVE_CACHE) else None

@@ -16,7 +16,7 @@ import pytest
 from tests.model_folders import model_files, write_files
 from transformers_api.cli import main, resident_models
 from transformers_api.config.settings import Settings
-from transformers_api.kernels import build
+from transformers_api.kernels import build, variants
 
 ROOT = Path(__file__).parents[1]
 
@@ -198,7 +198,7 @@ def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
     monkeypatch.setenv("NATIVE_CACHE", str(tmp_path / "native"))
-    monkeypatch.setattr(build, "_cpu_flags", lambda: set(build.FEATURES))
+    monkeypatch.setattr(variants, "cpu_flags", lambda: set(variants.VARIANTS[0].features))
     monkeypatch.setattr(build, "COMPILERS", ("g++",))
     return program
 
@@ -214,7 +214,7 @@ def test_kernels_compiles_once_and_says_where(
     compiler.unlink()
     assert main(["kernels"]) == 0
     assert main(["check"]) == 0
-    assert f"Native kernels: ready in {made}" in capsys.readouterr().out
+    assert f"Native kernels: avx512_bf16, ready in {made}" in capsys.readouterr().out
 
 
 def test_a_compiler_that_fails_is_an_error_of_kernels(
@@ -231,15 +231,15 @@ def test_where_kernels_are_of_no_use_nothing_is_compiled_unless_it_is_for_elsewh
     tmp_path: Path,
     compiler: Path,
 ) -> None:
-    monkeypatch.setattr(build, "_cpu_flags", set)
+    monkeypatch.setattr(variants, "cpu_flags", set)
     assert main(["kernels"]) == 0
-    assert "the processor has no avx512f" in capsys.readouterr().out
+    assert "the processor has no avx2" in capsys.readouterr().out
     monkeypatch.setenv("NATIVE_KERNELS", "false")
     assert main(["kernels", "--any-cpu"]) == 0
     assert not (tmp_path / "native").exists()
     monkeypatch.setenv("NATIVE_KERNELS", "true")
     assert main(["kernels", "--any-cpu"]) == 0
-    assert len(list((tmp_path / "native").iterdir())) == 1
+    assert len(list((tmp_path / "native").iterdir())) == len(variants.VARIANTS)
 
 
 @pytest.mark.parametrize("port", ["65536", "-1", "http"])

@@ -191,7 +191,7 @@ def test_all_stages_stand_on_one_base_that_can_be_named_by_its_digest():
 def test_the_image_finds_the_kernels_that_were_compiled_for_it_and_has_no_compiler(tmp_path):
     """The command of the stage, by a compiler that says with what it was called."""
     said = tmp_path / "said"
-    write_script(tmp_path / "bin" / "g++", f'echo "$@" >{said}\nfor made; do :; done\n: >"$made"')
+    write_script(tmp_path / "bin" / "g++", f'echo "$@" >>{said}\nfor made; do :; done\n: >"$made"')
     command = those("RUN", KERNELS)[-1].replace("/kernels", str(tmp_path / "kernels"))
     path = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(

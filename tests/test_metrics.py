@@ -193,7 +193,9 @@ def test_what_is_resident_is_shown_while_it_streams_and_scraping_disturbs_nothin
     assert during["vllm:num_requests_running{model_name=one}"] == 1
     assert during["transformers_api_model_leases{model_name=one}"] == 1
     assert during["transformers_api_requests_active"] == 1
-    info = "device=cpu,dtype=float32,kernels=torch,mode=batching,model_name=one,quantization=none"
+    info = (
+        "device=cpu,dtype=float32,isa=,kernels=torch,mode=batching,model_name=one,quantization=none"
+    )
     assert during[f"transformers_api_model_info{{{info}}}"] == 1
     after = scrape(app.test_client())
     assert after["vllm:num_requests_running{model_name=one}"] == 0
@@ -217,7 +219,7 @@ def test_runs_of_the_compiler_are_counted_by_their_result(tmp_path):
         compiler.write_text(f"#!/bin/sh\nexit {status}\n")
         compiler.chmod(0o755)
     app, _ = make_app(tmp_path, native_cache=tmp_path / "cache")
-    outcomes = compilations(tmp_path / "cache", Settings().torch_threads)
+    outcomes = compilations(tmp_path / "cache", Settings().torch_threads, "auto")
     before = scrape(app.test_client())
     build(tmp_path / "cache", compiler=str(made), outcomes=outcomes)
     build(tmp_path / "cache", compiler=str(made), outcomes=outcomes)  # it is there already

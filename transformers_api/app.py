@@ -108,7 +108,7 @@ def _watch(metrics: Metrics, services: Services) -> None:
         services.swapper.status,
         services.ready,
         services.admission.__len__,
-        compilations(settings.native_cache, settings.torch_threads),
+        compilations(settings.native_cache, settings.torch_threads, settings.native_isa),
         services.responses.usage,
     )
 

@@ -156,16 +156,17 @@ def _kernels(settings: Settings) -> Finding:
     subject = "Native kernels"
     if not settings.native_kernels:
         return Finding(subject, "off")
-    if reason := installation.unusable():
+    isa = settings.native_isa
+    if reason := installation.unusable(isa):
         return Finding(subject, f"none, {reason}")
     cache, when = settings.native_cache, "when a model is first loaded"
     if cache.is_dir() and (reason := installation.untrusted(cache)):
         mend = f"let nobody but this user or root write to {cache}, or change NATIVE_CACHE"
         return Finding(subject, reason, mend, prevents=False)
-    if library := installation.find(cache):
+    if library := installation.find(cache, isa):
         reason = installation.refusal(library)
         if reason is None:
-            return Finding(subject, f"ready in {library}")
+            return Finding(subject, f"{installation.instruction_set(isa)}, ready in {library}")
         when = f"anew {when}: {reason}"
     if reason := installation.missing_compiler():
         mend = "install g++; without it inference is slower"

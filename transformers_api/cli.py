@@ -227,15 +227,17 @@ def _kernels(options: argparse.Namespace) -> int:
     if not settings.native_kernels:
         sys.stdout.write("NATIVE_KERNELS is off\n")
         return 0
-    if reason := installation.unusable(on_any_cpu=options.any_cpu):
+    isa = settings.native_isa
+    if reason := installation.unusable(isa, on_any_cpu=options.any_cpu):
         sys.stdout.write(f"No native kernels here: {reason}\n")
         return 0
     try:
-        library = installation.install(settings.native_cache)
+        libraries = installation.install(settings.native_cache, isa, for_any_cpu=options.any_cpu)
     except installation.NativeUnavailable as error:
         sys.stderr.write(f"No native kernels, so inference is slower: {error}\n")
         return 1
-    sys.stdout.write(f"The native kernels are ready in {library}\n")
+    for library in libraries:
+        sys.stdout.write(f"The native kernels are ready in {library}\n")
     return 0
 
 

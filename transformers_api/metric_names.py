@@ -113,8 +113,8 @@ KV = _gauge(
 )
 INFO = _gauge(
     f"{_OURS}model_info",
-    "1 for the resident model; kernels: native or torch.",
-    *(*_MODEL, "device", "dtype", "quantization", "kernels", "mode"),
+    "1 for the resident model; kernels: native or torch; isa: what native ones are compiled for.",
+    *(*_MODEL, "device", "dtype", "quantization", "kernels", "isa", "mode"),
 )
 COMPILED = _counter(
     f"{_OURS}kernel_compilations", "Runs of the compiler for native kernels, by result.", "result"

@@ -284,6 +284,7 @@ class _Residents(Collector):
             yield _gauge(named, [((model,), value) for model in models])
         kind = (
             *(str(status.device), str(status.dtype), status.quantization, str(status.kernels)),
+            status.isa,
             engine.mode,
         )
         yield _gauge(names.INFO, [((model, *kind), 1) for model in models])

@@ -225,6 +225,7 @@ class ModelLoader:
             dtype=settings.dtype if spec.dtype == "auto" else spec.dtype,
             device=settings.default_device if spec.device == "auto" else spec.device,
             native=settings.native_cache if settings.native_kernels else None,
+            native_isa=settings.native_isa,
             quantization=spec.quantization or settings.quantization,
         )
 
@@ -349,6 +350,7 @@ def _facts(facts: EngineFacts) -> dict[str, Any]:
         "dtype": facts.dtype,
         "quantization": facts.quantization,
         "kernels": facts.kernels,
+        "isa": facts.isa,
         "bytes": facts.bytes,
     }
 

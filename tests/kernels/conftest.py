@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 
 from transformers_api.kernels.abi import Library
-from transformers_api.kernels.build import content_name, find
+from transformers_api.kernels.build import build, content_name, find
+from transformers_api.kernels.variants import VARIANTS, Variant, cpu_flags
+
+# The kernels for AVX2 with VNNI, by instructions that machines with AVX-512 have too: more machines
+# can test them.
+AVX2_VNNI_BY_AVX512 = Variant(
+    "avx2_vnni_by_avx512",
+    ("avx2", "fma", "f16c", "avx512vl", "avx512_vnni"),
+    ("ISA_AVX2", "HAS_VNNI256"),
+)
 
 
 @pytest.fixture(scope="session")
@@ -18,9 +27,19 @@ def library_file(native_cache: Path) -> Path:
     return found
 
 
+OWN = [v for v in (*VARIANTS, AVX2_VNNI_BY_AVX512) if not v.missing(cpu_flags())]
+
+
+@pytest.fixture(params=OWN or VARIANTS[-1:], ids=lambda variant: variant.name)
+def variant(request: pytest.FixtureRequest) -> Variant:
+    """Each instruction set that this processor has."""
+    variant: Variant = request.param
+    return variant
+
+
 @pytest.fixture
-def library(library_file: Path) -> Library:
-    return Library(library_file, threads=2)
+def library(variant: Variant, native_cache: Path) -> Library:
+    return Library(build(native_cache, variant=variant), threads=2, isa=variant.name)
 
 
 @pytest.fixture(scope="session")

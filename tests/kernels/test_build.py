@@ -9,16 +9,20 @@ import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from tests.servers import ROOT
 from transformers_api.check import report
+from transformers_api.config.settings import Settings
 from transformers_api.engine.platform.cpu import usable_cores
 from transformers_api.kernels import build as building
-from transformers_api.kernels.build import NativeUnavailable, build, find
+from transformers_api.kernels import variants
+from transformers_api.kernels.build import build, find
 from transformers_api.kernels.provider import KernelProvider
+from transformers_api.kernels.variants import VARIANTS, NativeUnavailable
 
 
 def script(path: Path, text: str) -> str:
@@ -86,17 +90,17 @@ def test_without_a_compiler_there_is_a_line_in_the_log_and_no_library(
     tmp_path, monkeypatch, caplog
 ):
     monkeypatch.setattr(building.shutil, "which", lambda name: None)
-    monkeypatch.setattr(building, "check_processor", lambda: None)
+    monkeypatch.setattr(variants, "cpu_flags", lambda: set(VARIANTS[-1].features))
     assert KernelProvider(tmp_path, 2).library() is None
     assert "there is no compiler (g++, clang++)" in caplog.text
 
 
 def test_without_the_instructions_nothing_is_compiled(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(building, "_cpu_flags", lambda: {"avx512f"})
+    monkeypatch.setattr(variants, "cpu_flags", lambda: {"avx512f", "avx2"})
     monkeypatch.setattr(building.platform, "system", lambda: "Linux")
     monkeypatch.setattr(building.platform, "machine", lambda: "x86_64")
     assert KernelProvider(tmp_path / "cache", 2).library() is None
-    assert "the processor has no avx512bw" in caplog.text
+    assert "the processor has no fma, f16c" in caplog.text
     assert not (tmp_path / "cache").exists()
 
 
@@ -416,3 +420,18 @@ def tree(root: Path, files: dict[str, str]) -> Path:
 def test_threads_are_as_many_as_can_really_run(tmp_path, monkeypatch, files, cores):
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2, 3})
     assert usable_cores(tree(tmp_path, files)) == cores
+
+
+def test_each_instruction_set_can_be_forced_by_its_name():
+    (option,) = (field for field in fields(Settings) if field.name == "native_isa")
+    for name in ("auto", "none", *(variant.name for variant in VARIANTS)):
+        assert option.metadata["parse"](name) == name
+    assert not Settings.from_env({"NATIVE_ISA": "none"}).native_kernels
+
+
+def test_the_best_that_a_processor_has_is_taken_and_one_that_it_lacks_is_refused(monkeypatch):
+    monkeypatch.setattr(variants, "cpu_flags", lambda: {"avx2", "fma", "f16c", "avx_vnni"})
+    assert variants.choose().name == "avx2_vnni"
+    assert variants.choose("avx2").name == "avx2"
+    with pytest.raises(NativeUnavailable, match="no avx512f"):
+        variants.choose("avx512")

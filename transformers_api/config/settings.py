@@ -96,9 +96,15 @@ class Settings:
     native_kernels: bool = _setting(
         True,
         to.boolean,
-        "Run models on CPU kernels of our own where the processor has AVX-512 with bfloat16 and "
+        "Run models on CPU kernels of our own where the processor has AVX2 or AVX-512 and "
         "there is a C++ compiler: weights in bfloat16, several times as fast, and no bit of an "
         "answer depends on who shares the batch. Elsewhere torch runs them.",
+    )
+    native_isa: str = _setting(
+        "auto",
+        to.choice("auto", "avx2", "avx2_vnni", "avx512", "avx512_bf16", "none"),
+        "The instruction set of the kernels. auto: the best that the processor has; another one "
+        "gives other bits. none: without kernels, as NATIVE_KERNELS=false.",
     )
     quantization: str = _setting(
         "none",
@@ -327,6 +333,8 @@ class Settings:
                 if text := environ.get(name, "").strip():
                     values[option.name] = _parse(option, name, text)
                     break
+        if values.get("native_isa") == "none":
+            values["native_kernels"] = False
         made = cls(**values)
         if made.quantization != "none" and not made.native_kernels:
             raise SettingError(

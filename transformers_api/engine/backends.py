@@ -26,7 +26,7 @@ def choose_backends(options: LoadOptions, device: str, threads: int | None) -> l
     elif options.native is None:
         reason = "it needs NATIVE_KERNELS=true"
     else:
-        kernels = provider(options.native, threads)
+        kernels = provider(options.native, threads, options.native_isa)
         library = kernels.library(wait=quantizes)  # torch cannot do it meanwhile
         reason = kernels.why_not
         if library is not None:
@@ -50,6 +50,6 @@ def not_quantized(options: LoadOptions, reason: str) -> ModelLoadFailed:
 def when_compiled(options: LoadOptions, threads: int | None, callback: Callable[[], None]) -> None:
     """Call back once, from any thread, when kernels that a load would lack now are compiled."""
     if options.native is not None and pick_device(options.device) == "cpu":
-        kernels = provider(options.native, threads)
+        kernels = provider(options.native, threads, options.native_isa)
         if kernels.library() is None:
             kernels.when_compiled(callback)

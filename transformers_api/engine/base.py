@@ -241,6 +241,7 @@ class EngineFacts:
     dtype: str  # of the KV cache, and of the weights unless they are quantised
     quantization: str = "none"  # or int8, int4
     kernels: str = "torch"  # or native
+    isa: str = ""  # the instruction set of native kernels
     bytes: int  # of the weights, as they lie in memory
     mode: str = "batching"  # or "sequential": one at a time; or "encoder"
 

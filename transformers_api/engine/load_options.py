@@ -31,6 +31,7 @@ class LoadOptions:
     prompt_lookup_tokens: int = 0  # used where bits do not depend on how many tokens are read
     kv_cache_bytes: int | None = None  # None: a quarter of what is free after loading
     native: Path | None = None  # cache of the compiled kernels; None: without them
+    native_isa: str = "auto"  # the instruction set that they are compiled for
     plans: Path | None = None  # cache of execution plans; None: none
     quantization: str = "none"  # or int8, int4: only with the kernels, else the load fails
     # Hears of every step.

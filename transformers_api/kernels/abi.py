@@ -212,8 +212,9 @@ class Library:
     not safe, OSError where it cannot be opened.
     """
 
-    def __init__(self, path: Path, threads: int) -> None:
+    def __init__(self, path: Path, threads: int, isa: str = "") -> None:
         check_trusted(path)
+        self.isa = isa  # the instruction set that it is compiled for
         with_gil = ctypes.PyDLL(str(path))
         check_abi(with_gil)
         self.with_gil = _declare(with_gil)  # keeps the interpreter's lock

@@ -1,7 +1,6 @@
-"""Compiles the sources into a cache, once: sources, flags and C library name the result.
+"""Compiles the sources into a cache, once for each instruction set that is asked for.
 
-The flags name the instructions and not the machine that compiles, so that a library can be made
-where an image is built and be used elsewhere; whether a processor has them is asked at run time.
+Sources, flags and C library name the result.
 
 A library is code that a server runs, so one is opened only if nobody but this user or root can have
 written it, and if it is what was compiled: its name ends with the digest of its bytes.
@@ -22,31 +21,33 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from transformers_api.kernels.variants import (
+    NativeUnavailable,
+    Variant,
+    check_platform,
+    choose,
+)
+
 log = logging.getLogger(__name__)
 SOURCES = Path(__file__).with_name("src")
 MAIN_SOURCE = SOURCES / "kernels.cpp"  # which includes the others
 COMPILERS = ("g++", "clang++")
-FEATURES = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16", "fma")
-FLAGS = (
-    *("-std=c++17", "-O3", "-shared", "-fPIC", "-pthread", "-ffp-contract=off"),
-    *(f"-m{feature.replace('_', '')}" for feature in FEATURES),
-)
+FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-pthread", "-ffp-contract=off")
 TIMEOUT_S = 1800  # it has a low priority, and a server may be busy
 WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 DIGITS = 32  # hexadecimal, of the digest in a name
-
-
-class NativeUnavailable(Exception):
-    """The reason why this machine does without the kernels; never more than a matter of speed."""
 
 
 class LibraryRefused(NativeUnavailable):
     """A compiled library that must not be used. Another may be compiled in its place."""
 
 
-def find(cache: Path) -> Path | None:
-    """The compiled library that an earlier ``build`` left in ``cache``; it may be refused yet."""
-    paths = sorted(cache.glob(f"kernels-{_source_digest()}-*.so"))
+def find(cache: Path, variant: Variant | None = None) -> Path | None:
+    """The compiled library that an earlier ``build`` left in ``cache``; it may be refused yet.
+
+    ``variant`` None: the best that this processor can run.
+    """
+    paths = sorted(cache.glob(f"{_prefix(variant or choose())}-*.so"))
     return next((path for path in paths if _refusal(path) is None), paths[0] if paths else None)
 
 
@@ -55,21 +56,24 @@ def build(
     compiler: str | None = None,
     replace: bool = False,
     outcomes: dict[str, int] | None = None,
+    variant: Variant | None = None,
 ) -> Path:
     """The compiled library in ``cache``, from an earlier run or compiled now (half a minute).
 
-    Callers that arrive meanwhile, also in other processes, wait for the same result. ``compiler``:
+    Callers that arrive meanwhile, also in other processes, wait for the same result. ``variant``
+    None: the best that this processor can run. ``compiler``:
     another one than the first on the path. ``replace``: compile even if a library is there.
     ``outcomes``: counts the runs of the compiler that "succeeded" and "failed". Whether this
     processor can run the library is another question. Raises NativeUnavailable.
     """
     check_platform()
-    if not replace and (library := _reusable(cache)):
+    variant = variant or choose()
+    if not replace and (library := _reusable(cache, variant)):
         return library
     compiler = compiler or find_compiler()
     with _locked(cache):
-        library = None if replace else _reusable(cache)
-        return library or _compile(compiler, cache, {} if outcomes is None else outcomes)
+        library = None if replace else _reusable(cache, variant)
+        return library or _compile(compiler, cache, variant, {} if outcomes is None else outcomes)
 
 
 def check_trusted(path: Path) -> None:
@@ -83,9 +87,10 @@ def check_trusted(path: Path) -> None:
         raise LibraryRefused(f"{path} {reason}")
 
 
-def content_name(library: bytes) -> str:
+def content_name(library: bytes, variant: Variant | None = None) -> str:
     """The file's name: a hash of all that it depends on but the compiler, and its own digest."""
-    return f"kernels-{_source_digest()}-{hashlib.sha256(library).hexdigest()[:DIGITS]}.so"
+    digest = hashlib.sha256(library).hexdigest()[:DIGITS]
+    return f"{_prefix(variant or choose())}-{digest}.so"
 
 
 def _refusal(path: Path) -> str | None:
@@ -118,8 +123,8 @@ def _distrust(path: Path) -> str | None:
     return None
 
 
-def _reusable(cache: Path) -> Path | None:
-    path = find(cache)
+def _reusable(cache: Path, variant: Variant) -> Path | None:
+    path = find(cache, variant)
     if path is None:
         return None
     try:
@@ -127,24 +132,6 @@ def _reusable(cache: Path) -> Path | None:
     except LibraryRefused:
         return None
     return path
-
-
-def check_processor() -> None:
-    """Raise NativeUnavailable for a CPU that lacks an instruction the kernels use."""
-    check_platform()
-    if missing := [name for name in FEATURES if name not in _cpu_flags()]:
-        raise NativeUnavailable(f"the processor has no {', '.join(missing)}")
-
-
-def check_platform() -> None:
-    """Raise NativeUnavailable where the kernels can be of no use."""
-    if platform.system() != "Linux" or platform.machine() != "x86_64":
-        raise NativeUnavailable("the kernels are written for Linux on x86-64")
-
-
-def _cpu_flags() -> set[str]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return set(next((line for line in lines if line.startswith("flags")), "").split())
 
 
 def find_compiler() -> str:
@@ -155,10 +142,12 @@ def find_compiler() -> str:
     return path
 
 
-def _source_digest() -> str:
+def _prefix(variant: Variant) -> str:
+    """The beginning of a library's name."""
     sources = [f"{path.name}\n{path.read_text()}" for path in sorted(SOURCES.iterdir())]
-    parts = [*sources, " ".join(FLAGS), platform.libc_ver()[1]]
-    return hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]
+    parts = [*sources, " ".join([*FLAGS, *variant.flags]), platform.libc_ver()[1]]
+    digest = hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]
+    return f"kernels-{variant.name}-{digest}"
 
 
 @contextmanager
@@ -182,20 +171,21 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _compile(compiler: str, folder: Path, outcomes: dict[str, int]) -> Path:
+def _compile(compiler: str, folder: Path, variant: Variant, outcomes: dict[str, int]) -> Path:
     """The library, on the disk under its name; those that were made of the same before are gone."""
     start = time.monotonic()
-    part = folder / f"kernels-{_source_digest()}.part"
+    prefix = _prefix(variant)
+    part = folder / f"{prefix}.part"
     outcome = "failed"
     try:
         part.touch()
-        _run(compiler, [*FLAGS, str(MAIN_SOURCE), "-o", str(part)])
+        _run(compiler, [*FLAGS, *variant.flags, str(MAIN_SOURCE), "-o", str(part)])
         part.chmod(0o755)  # whatever the umask: it may be another user who runs the server
-        target = folder / content_name(part.read_bytes())
+        target = folder / content_name(part.read_bytes(), variant)
         _sync(part)  # else a crash may leave the name, and half of the bytes
         part.replace(target)
         _sync(folder)
-        for other in set(folder.glob(f"kernels-{_source_digest()}-*.so")) - {target}:
+        for other in set(folder.glob(f"{prefix}-*.so")) - {target}:
             other.unlink()
         outcome = "succeeded"
     finally:

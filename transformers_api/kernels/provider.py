@@ -9,14 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from transformers_api.kernels.build import (
-    LibraryRefused,
-    NativeUnavailable,
-    build,
-    check_processor,
-    find,
-    find_compiler,
-)
+from transformers_api.kernels.build import LibraryRefused, build, find, find_compiler
+from transformers_api.kernels.variants import NativeUnavailable, Variant, choose
 
 if TYPE_CHECKING:
     from transformers_api.kernels.abi import Library
@@ -27,15 +21,17 @@ log = logging.getLogger(__name__)
 class KernelProvider:
     """The kernels in ``cache``; where none can be used, the compiler is started once.
 
+    ``isa``: the instruction set that they are compiled for, "auto" for the best of this processor.
     ``library`` is for one thread, the others are for any. ``why_not``: the reason while there is no
     library. ``outcomes``: runs of the compiler that "succeeded" and "failed".
     """
 
-    def __init__(self, cache: Path, threads: int) -> None:
+    def __init__(self, cache: Path, threads: int, isa: str = "auto") -> None:
         self.why_not = "the native kernels are being compiled"
         self.outcomes = {"succeeded": 0, "failed": 0}
         self._cache = cache
         self._threads = threads
+        self._isa = isa
         self._library: Library | None = None
         self._has_failed = False
         self._compiler: threading.Thread | None = None
@@ -70,33 +66,33 @@ class KernelProvider:
         return True
 
     def _advance(self) -> None:
-        check_processor()
-        path = find(self._cache)
+        variant = choose(self._isa)
+        path = find(self._cache, variant)
         if self._compiler is not None:
             if self._is_compiled and path:
-                self._open(path)
+                self._open(path, variant)
             return
         try:
             if path:
-                self._open(path)
+                self._open(path, variant)
                 return
         except LibraryRefused as refusal:
             log.warning("The compiled library %s is not used: %s", path, refusal)
         find_compiler()
         log.info("Compiling native kernels; until they are there inference is slower")
         self._compiler = threading.Thread(
-            target=self._compile, args=(path is not None,), name="compiler", daemon=True
+            target=self._compile, args=(variant, path is not None), name="compiler", daemon=True
         )
         self._compiler.start()
 
-    def _open(self, path: Path) -> None:
+    def _open(self, path: Path, variant: Variant) -> None:
         from transformers_api.kernels.abi import Library  # torch, which few callers need
 
-        self._library = Library(path, self._threads)
+        self._library = Library(path, self._threads, variant.name)
 
-    def _compile(self, replace: bool) -> None:
+    def _compile(self, variant: Variant, replace: bool) -> None:
         try:
-            build(self._cache, replace=replace, outcomes=self.outcomes)
+            build(self._cache, replace=replace, outcomes=self.outcomes, variant=variant)
         except NativeUnavailable as error:
             self._give_up(error)
             return
@@ -113,6 +109,6 @@ class KernelProvider:
 
 
 @functools.cache
-def kernel_provider(cache: Path, threads: int) -> KernelProvider:
+def kernel_provider(cache: Path, threads: int, isa: str = "auto") -> KernelProvider:
     """The provider of this process."""
-    return KernelProvider(cache, threads)
+    return KernelProvider(cache, threads, isa)

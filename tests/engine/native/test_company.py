@@ -62,10 +62,12 @@ def alone(engine, requests):
 
 @pytest.mark.parametrize("seed", [0, *slow(*range(1, ROUNDS))])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
-def test_every_bit_is_that_of_a_sequence_alone(make_engine, native_cache, name, seed):
+def test_every_bit_is_that_of_a_sequence_alone(make_engine, native_cache, isas, name, seed):
     rng = random.Random(seed)
     requests = requests_of(rng)
-    options = {"native": native_cache, "dtype": rng.choice(["float32", "bfloat16"])}
+    isa = rng.choice(isas)
+    dtype = rng.choice(["float32", "bfloat16"])
+    options = {"native": native_cache, "native_isa": isa, "dtype": dtype}
     wanted = alone(make_engine(name, num_slots=1, prefill_chunk=1000, **options), requests)
     engine = make_engine(
         name,

@@ -73,6 +73,7 @@ def _resident(swapper: SwapperStatus) -> dict[str, Any]:
         "dtype": swapper.dtype,
         "quantization": swapper.quantization,
         "kernels": swapper.kernels,
+        "isa": swapper.isa,
         "device": swapper.device,
         "max_model_len": swapper.max_model_len,
         "mode": engine.mode,

@@ -93,6 +93,7 @@ class NativeBackend:
             dtype=kind.numbers,
             quantization=kind.quantization,
             kernels="native",
+            isa=self.library.isa,
             bytes=own + packed_bytes(model),
         )
 

@@ -7,34 +7,42 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from transformers_api.engine.platform.cpu import usable_cores
-from transformers_api.kernels import build
-from transformers_api.kernels.build import NativeUnavailable
+from transformers_api.kernels import build, variants
 from transformers_api.kernels.provider import KernelProvider, kernel_provider
+from transformers_api.kernels.variants import NativeUnavailable
 
 __all__ = ["NativeUnavailable"]
 
 
 @functools.cache
-def provider(cache: Path, threads: int | None) -> KernelProvider:
-    """Return the provider of the kernels in ``cache``; None: as many threads as there are cores."""
-    return kernel_provider(cache, threads or usable_cores())
+def provider(cache: Path, threads: int | None, isa: str) -> KernelProvider:
+    """Return the provider of the kernels in ``cache``; None: as many threads as there are cores.
+
+    ``isa`` here and below: the instruction set, "auto" for the best that this processor has.
+    """
+    return kernel_provider(cache, threads or usable_cores(), isa)
 
 
-def unusable(*, on_any_cpu: bool = False) -> str | None:
+def unusable(isa: str, *, on_any_cpu: bool = False) -> str | None:
     """Return the reason why this machine cannot run the kernels; None if it can.
 
     ``on_any_cpu``: whatever its processor, as where an image is built.
     """
     try:
-        (build.check_platform if on_any_cpu else build.check_processor)()
+        variants.check_platform() if on_any_cpu else variants.choose(isa)
     except NativeUnavailable as error:
         return str(error)
     return None
 
 
-def find(cache: Path) -> Path | None:
-    """Return the library that was compiled into ``cache``."""
-    return build.find(cache)
+def instruction_set(isa: str) -> str:
+    """Return the instruction set that this machine runs. Raises NativeUnavailable."""
+    return variants.choose(isa).name
+
+
+def find(cache: Path, isa: str) -> Path | None:
+    """Return the library that was compiled into ``cache``. Raises NativeUnavailable."""
+    return build.find(cache, variants.choose(isa))
 
 
 def missing_compiler() -> str | None:
@@ -46,9 +54,13 @@ def missing_compiler() -> str | None:
     return None
 
 
-def install(cache: Path) -> Path:
-    """Compile the kernels into ``cache``, if they are not there. Raises NativeUnavailable."""
-    return build.build(cache)
+def install(cache: Path, isa: str, *, for_any_cpu: bool = False) -> list[Path]:
+    """Compile the kernels into ``cache``, if they are not there. Raises NativeUnavailable.
+
+    ``for_any_cpu``: for each instruction set, whatever this processor has.
+    """
+    chosen = variants.VARIANTS if for_any_cpu else [variants.choose(isa)]
+    return [build.build(cache, variant=variant) for variant in chosen]
 
 
 def untrusted(cache: Path) -> str | None:
@@ -69,6 +81,6 @@ def refusal(library: Path) -> str | None:
     return None
 
 
-def compilations(cache: Path, threads: int | None) -> Mapping[str, int]:
+def compilations(cache: Path, threads: int | None, isa: str) -> Mapping[str, int]:
     """The runs of the compiler by this process so far, by outcome: succeeded, failed."""
-    return provider(cache, threads).outcomes
+    return provider(cache, threads, isa).outcomes

@@ -78,9 +78,6 @@ void tile(const Gemm& gemm, int64_t p, int64_t m, int64_t index, int64_t tiles) 
   }
 }
 
-// The accumulators of TILE_ROWS rows (two kinds with I8) just fit into 32 registers. A few rows more
-// are worth some spilling, if that saves going through the panel twice.
-constexpr int TILE_ROWS = 6, MAX_TILE_ROWS = 8;
 using Tile = void (*)(const Gemm&, int64_t, int64_t, int64_t, int64_t);
 template <size_t... I>
 constexpr std::array<Tile, sizeof...(I)> make_tiles(std::index_sequence<I...>) {

@@ -55,6 +55,7 @@ class LoadedModel:
     dtype: str
     quantization: str = "none"  # "int8" or "int4"; dtype is then that of what is not quantised
     kernels: str = "torch"  # or "native"
+    isa: str = ""  # the instruction set of native kernels
     bytes: int  # memory of the weights
     load_s: float
     fingerprint: str  # OpenAI's system_fingerprint: changes with weights, width, device, version

@@ -132,6 +132,7 @@ class SwapPolicy:
             dtype=model.dtype,
             quantization=model.quantization,
             kernels=model.kernels,
+            isa=model.isa,
             bytes=model.bytes,
             load_s=model.load_s,
             since=residency.since,

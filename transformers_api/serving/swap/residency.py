@@ -92,6 +92,7 @@ class SwapperStatus:
     dtype: str | None = None
     quantization: str = "none"
     kernels: str | None = None
+    isa: str = ""
     bytes: int = 0
     load_s: float = 0.0
     since: float = 0.0  # when it became resident, by the swapper's clock

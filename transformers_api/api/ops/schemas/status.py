@@ -25,6 +25,7 @@ class Resident(Schema):
     dtype = fields.String()
     quantization = fields.String(metadata={"description": "none, int8 or int4."})
     kernels = fields.String(metadata={"description": "native or torch: whose run it."})
+    isa = fields.String(metadata={"description": "The instruction set of native kernels, or ''."})
     device = fields.String()
     max_model_len = fields.Integer()
     mode = fields.String(metadata={"description": "batching, or sequential: one at a time."})
