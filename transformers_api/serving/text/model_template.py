@@ -233,7 +233,7 @@ class ModelTemplate:
     @cached_property
     def _probe(self) -> TemplateProbe:
         left_s = _PROBED_S
-        texts: dict[bytes, str | None] = {}  # half of what is asked is asked again
+        texts: dict[bytes, str | None] = {}  # half of what is key is key again
 
         def render(
             messages: Sequence[Mapping[str, Any]],
@@ -243,18 +243,18 @@ class ModelTemplate:
         ) -> str | None:
             nonlocal left_s
             prompt = {"add_generation_prompt": add_generation_prompt, "tools": tools, **variables}
-            asked = orjson.dumps([messages, prompt])
-            if asked in texts:
-                return texts[asked]
+            key = orjson.dumps([messages, prompt])
+            if key in texts:
+                return texts[key]
             if left_s <= 0:
                 return None
             began = time.monotonic()
             try:
-                texts[asked] = self._rendered(messages, prompt)
+                texts[key] = self._rendered(messages, prompt)
             except TemplateFailed:
-                texts[asked] = None
+                texts[key] = None
             left_s -= time.monotonic() - began
-            return texts[asked]
+            return texts[key]
 
         return TemplateProbe(render)
 
