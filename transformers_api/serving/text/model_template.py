@@ -233,7 +233,7 @@ class ModelTemplate:
     @cached_property
     def _probe(self) -> TemplateProbe:
         left_s = _PROBED_S
-        texts: dict[bytes, str | None] = {}  # half of what is key is key again
+        texts: dict[bytes, str | None] = {}  # half of the questions come twice
 
         def render(
             messages: Sequence[Mapping[str, Any]],
