@@ -189,6 +189,20 @@ def test_a_format_and_tools_go_together(client):
     assert seen == {"call", "content"}
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("most", [1, 2, 5])
+@pytest.mark.parametrize("form", ["plain", "xml", "named"])
+def test_a_call_that_is_cut_before_its_name_is_no_content(client, form, most, stream):
+    fields = {"model": form, "tool_choice": "required", "max_tokens": most, "stream": stream}
+    response = chat(client, **fields)
+    if stream:
+        assert events(response).text() == ""
+        return
+    (choice,) = response.json["choices"]
+    assert choice["finish_reason"] == "length"
+    assert not choice["message"]["content"]
+
+
 TAG = {"begin": "<f=x>", "schema": {"const": {"a": 1}}, "end": "</f>"}
 
 

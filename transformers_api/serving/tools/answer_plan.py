@@ -77,6 +77,7 @@ class AnswerPlan:
             thought=self.thought,
             is_thinking=self.is_thinking,
             openings=self.openings,
+            must_call=self.choice == "required",
         )
 
 

@@ -37,6 +37,7 @@ class AnswerParser:
 
     ``style`` None: there are no calls. ``thought`` are the marks around reasoning, None where there
     is none; ``is_thinking``: the prompt has opened it. ``openings``: headers before what is said.
+    ``must_call``: what is no call is the beginning of one.
     """
 
     def __init__(
@@ -47,8 +48,10 @@ class AnswerParser:
         thought: tuple[str, str] | None = None,
         is_thinking: bool = False,
         openings: Sequence[str] = (),
+        must_call: bool = False,
     ) -> None:
         self._style = style
+        self._must_call = must_call
         self.schemas = schemas
         self._thought = thought
         self._text = ""
@@ -160,6 +163,8 @@ class AnswerParser:
         return True
 
     def _say(self, text: str) -> None:
+        if self._must_call:
+            return
         text = self._held + text
         if self._trims and not self._has_content:
             text = text.lstrip()
