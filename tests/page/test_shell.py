@@ -7,29 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import expect
 
+from tests.page.chatting import box, send, side
 from tests.page.conftest import violations
 
 MODIFIED = {"bypass_csp": True}  # so that axe may be put into the page
-
-
-def box(page: Page) -> Any:
-    return page.get_by_role("textbox", name="Message", exact=True)
-
-
-def send(page: Page, text: str) -> None:
-    """Say something and wait for the whole answer."""
-    page.locator("html[data-ready]").wait_for()
-    before = page.get_by_role("article", name="Model").count()
-    box(page).fill(text)
-    box(page).press("Enter")
-    expect(page.get_by_role("article", name="Model")).to_have_count(before + 1)
-    expect(page.get_by_role("button", name="Send", exact=True)).to_be_visible()
-
-
-def side(page: Page) -> Any:
-    return page.get_by_role("navigation", name="Conversations")
 
 
 def test_views_are_tabs_that_the_address_names_and_the_keyboard_reaches(scripted, open_page):

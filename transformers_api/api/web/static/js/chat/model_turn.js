@@ -26,7 +26,8 @@ function look(node, index) {
 
 function endLine(node) {
   if (node.live || node.error) return null;
-  if (node.finish === "length") return h("p", { class: "cut" }, h("span", { text: words.cut }), button(words.goOn, () => resume(node), { cls: "link" }));
+  if (node.finish === "length") return h("p", { class: "cut" }, h("span", { text: words.cut }),
+    node.calls?.length ? null : button(words.goOn, () => resume(node), { cls: "link" }));
   if (node.finish === "stopped") return h("p", { class: "cut", text: words.stopped });
   return node.finish ? null : h("p", { class: "cut", text: words.unfinished });
 }

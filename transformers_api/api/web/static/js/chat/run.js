@@ -37,7 +37,7 @@ function ended(node, clock) {
   node.took = Math.round(node.took);
   if (node.reasoning && node.thought === undefined) node.thought = Math.round((clock.answer ?? now) - first);
   if (clock.usage && node.usage) {
-    node.usage = { ...node.usage, prompt_tokens: clock.usage.prompt_tokens, completion_tokens: clock.usage.completion_tokens + node.usage.completion_tokens };
+    node.usage = { ...clock.usage, completion_tokens: clock.usage.completion_tokens + node.usage.completion_tokens };
   }
   delete node.live;
 }
