@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 from playwright.sync_api import expect
@@ -86,6 +87,11 @@ def test_the_settings_are_in_the_request_and_nothing_else_is(scripted, open_page
         send(page, "plain")
     body = body_of(sent.value)
     trace = body.pop("trace")
+    page.reload()
+    page.get_by_role("button", name="Show the request").click()
+    shown = page.get_by_role("dialog").get_by_role("tabpanel").inner_text()
+    assert json.loads(shown.split("-d '")[1].removesuffix("'")) == body_of(sent.value)
+    page.get_by_role("button", name="Close").click()
     assert trace.items() >= {"topk": 10, "specials": True, "required": False, "attn": "u8"}.items()
     assert body == {
         "model": "scripted",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 from pathlib import Path
 from typing import Any
@@ -109,6 +111,11 @@ def test_a_reload_keeps_chat_draft_theme_model_and_settings(scripted, open_page)
 
 def test_the_menu_is_a_menu_and_shows_the_request_in_three_languages(scripted, open_page):
     page = open_page(scripted)
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_text("More", exact=True).click()
+    page.get_by_role("spinbutton", name="Repetition penalty").fill("1.1")
+    page.get_by_role("spinbutton", name="Min p").fill("0.1")
+    page.get_by_role("button", name="Done").click()
     send(page, 'it\'s "quoted"')
     more = page.get_by_role("button", name="More", exact=True)
     more.press("Enter")
@@ -127,7 +134,10 @@ def test_the_menu_is_a_menu_and_shows_the_request_in_three_languages(scripted, o
     expect(code).to_contain_text("it'\\''s \\\"quoted\\\"")
     dialog.get_by_role("tab", name="curl").press("ArrowRight")
     expect(code).to_contain_text("client.chat.completions.create(")
-    assert compile(code.inner_text(), "shown", "exec")
+    written = io.StringIO()
+    with contextlib.redirect_stdout(written):
+        exec(code.inner_text(), {})
+    assert written.getvalue() == 'it\'s "quoted"'
     dialog.get_by_role("tab", name="Python").press("ArrowRight")
     expect(code).to_contain_text("await fetch(")
     dialog.get_by_role("button", name="Close").click()
