@@ -19,7 +19,8 @@ function message(node) {
 export function tracedLayer() {
   const { anatomy, layer } = state;
   if (!anatomy?.layers || !anatomy.attention?.while_writing) return null;
-  return Math.min(layer ?? anatomy.suggested_layer ?? Math.round(0.75 * anatomy.layers), anatomy.layers - 1);
+  const chosen = Math.min(layer ?? anatomy.suggested_layer ?? Math.round(0.75 * anatomy.layers), anatomy.layers - 1);
+  return anatomy.attention.per_layer?.[chosen]?.available === false ? null : chosen;
 }
 
 function trace() {
