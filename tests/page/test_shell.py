@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,9 @@ def test_chats_are_found_renamed_deleted_and_brought_back(scripted, open_page):
     page.reload()
     expect(entries).to_have_count(6)  # two chats: open, rename, delete
     side(page).get_by_role("button", name="Delete Fruit").click()
+    expect(entries).to_have_count(3)
     page.reload()
+    expect(hostile).to_be_visible()
     expect(entries).to_have_count(3)
 
 
@@ -288,3 +291,40 @@ def test_one_heading_of_the_first_level_and_a_status_that_speaks(scripted, open_
     expect(page.get_by_role("heading", level=6)).to_have_text("deep")
     expect(page.get_by_role("status")).to_have_text(re.compile(r"Answer complete, \d+ tokens"))
     expect(page.get_by_role("log", name="Conversation")).to_have_attribute("aria-live", "off")
+
+
+def test_many_chats_are_listed_without_their_tokens_and_lose_none(scripted, open_page):
+    page = open_page(scripted)
+    send(page, "the first of many")
+    page.evaluate(
+        """() => new Promise((done) => {
+          const open = indexedDB.open('transformers-api');
+          open.onsuccess = () => {
+            const store = open.result.transaction('chats', 'readwrite').objectStore('chats');
+            store.getAll().onsuccess = ({target: {result: [chat]}}) => {
+              for (let i = 0; i < 60; i += 1) store.put({...chat, id: `copy-${i}`, title: `Copy ${i}`, changed: i});
+            };
+            store.transaction.oncomplete = done;
+          };
+        })"""
+    )
+    page.reload()
+    entry = side(page).get_by_role("button", name="Copy 7", exact=True)
+    expect(entry).to_be_visible()
+    side(page).get_by_role("button", name="Rename Copy 7").click()
+    page.get_by_role("textbox", name="Title of the chat").fill("Seven")
+    page.keyboard.press("Enter")
+    side(page).get_by_role("button", name="Delete Copy 8").click()
+    page.get_by_role("button", name="Undo").click()
+    for name in ("Seven", "Copy 8"):
+        side(page).get_by_role("button", name=name, exact=True).click()
+        expect(side(page).locator("[aria-current=true]")).to_have_text(name)
+        expect(
+            page.get_by_role("button", name=re.compile("^Surprisal of 18 tokens"))
+        ).to_be_visible()
+    page.get_by_role("button", name="More", exact=True).click()
+    with page.expect_download() as caught:
+        page.get_by_role("menuitem", name="Export all chats").click()
+    chats = json.loads(Path(caught.value.path()).read_text())["chats"]
+    assert len(chats) == 61
+    assert all(any("tokens" in node for node in chat["nodes"].values()) for chat in chats)

@@ -5,7 +5,7 @@ listeners of each key whose value is another one; after changing something insid
 `touch("key")`. `on("key", listener)` calls `listener(value)` and returns a function that ends it.
 
   view       "chat" | "inside" | "models": the tab that is open
-  chats      [chat], newest first, whole as in IndexedDB
+  chats      [chat], newest first; without tokens (`isLight`) until they are opened
   chat       the open chat (below); never null. `touch("chat")` after its nodes or leaf changed
   path       [node], from the first message to `chat.leaf`: derived from `chat`, never set
   selection  null | {node, position}: the token that is asked about; `position` counts all tokens that
