@@ -24,7 +24,7 @@ from packaging.requirements import Requirement
 from tests.servers import ROOT, started
 from tests.test_end_to_end import save_tiny
 from transformers_api.kernels.build import find
-from transformers_api.kernels.variants import VARIANTS
+from transformers_api.kernels.variants import of_machine
 
 PACKAGE = ROOT / "transformers_api"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -35,7 +35,7 @@ PYTHONS = ["3.11", "3.12", "3.13"]
 def compilers(tmp_path_factory, native_cache, isas) -> Path:
     """A compiler that has it all compiled already; nothing for processors unlike this one."""
     folder = tmp_path_factory.mktemp("compilers")
-    made = {variant.name: find(native_cache, variant) for variant in VARIANTS}
+    made = {variant.name: find(native_cache, variant) for variant in of_machine()}
     lines = [f'*/kernels-{name}-*) cp {made[name] or "/dev/null"} "$made" ;;' for name in made]
     compiler = folder / "g++"
     text = "\n".join(["for made; do :; done", 'case "$made" in', *lines, "esac"])
@@ -88,7 +88,7 @@ def test_every_file_of_the_package_is_in_the_wheel(wheel):
         packed = {name for name in files.namelist() if ".dist-info/" not in name}
     libraries = {name for name in packed if name.endswith(".so")}
     names = {Path(name).name.split("-")[1] for name in libraries}
-    assert names == {variant.name for variant in VARIANTS}
+    assert names == {variant.name for variant in of_machine()}
     here = {
         str(path.relative_to(ROOT))
         for path in PACKAGE.rglob("*")

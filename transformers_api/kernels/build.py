@@ -25,11 +25,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from transformers_api.kernels.variants import (
-    VARIANTS,
     NativeUnavailable,
     Variant,
     check_platform,
     choose,
+    of_machine,
 )
 
 log = logging.getLogger(__name__)
@@ -37,8 +37,7 @@ SOURCES = Path(__file__).with_name("src")
 MAIN_SOURCE = SOURCES / "kernels.cpp"  # which includes the others
 PACKAGED = Path(__file__).with_name("lib")  # libraries that came in a wheel, made by setup.py
 COMPILERS = ("g++", "clang++")  # or the package ziglang
-ZIG_TARGET = "x86_64-linux-gnu.2.28"  # with the oldest C library that torch's wheels have too
-ZIG_PLATFORM = "manylinux_2_28_x86_64"
+ZIG_LIBC = "2.28"  # the oldest that torch's wheels run with too
 FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-pthread", "-ffp-contract=off")
 TIMEOUT_S = 1800  # it has a low priority, and a server may be busy
 WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
@@ -90,12 +89,13 @@ def build_for_package(folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     compiler = find_compiler(portable=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(lambda v: _compile(compiler, folder, v, {}, libc=""), VARIANTS))
+        return list(pool.map(lambda v: _compile(compiler, folder, v, {}, libc=""), of_machine()))
 
 
 def wheel_platform(compiler: Sequence[str]) -> str:
     """The platform of a wheel with what ``compiler`` makes, in a wheel's words."""
-    return ZIG_PLATFORM if "ziglang" in compiler else "linux_x86_64"
+    tag = f"manylinux_{ZIG_LIBC.replace('.', '_')}" if "ziglang" in compiler else "linux"
+    return f"{tag}_{platform.machine()}"
 
 
 def _packaged(variant: Variant) -> Path | None:
@@ -173,7 +173,8 @@ def find_compiler(*, portable: bool = False) -> list[str]:
 
     ``portable``: rather one whose libraries run with an older C library than this machine's.
     """
-    zig = [sys.executable, "-m", "ziglang", "c++", "-target", ZIG_TARGET, "-s"]
+    target = f"{platform.machine()}-linux-gnu.{ZIG_LIBC}"
+    zig = [sys.executable, "-m", "ziglang", "c++", "-target", target, "-s"]
     if portable and find_spec("ziglang"):
         return zig
     if path := next((path for name in COMPILERS if (path := shutil.which(name))), None):
