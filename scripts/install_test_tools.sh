@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The programs that some tests use beside Python, from Debian: nginx, redis, systemd-analyze,
-# openssl, shellcheck; with the argument `image` what builds and runs the image (`make image-test`).
+# openssl, shellcheck, a Chromium without a window; with the argument `image` what builds and runs the image (`make image-test`).
 # Needs root or sudo, and starts no service. Does nothing where all are there.
 set -euo pipefail
 
@@ -10,6 +10,7 @@ declare -A packages=(
     [systemd-analyze]=systemd
     [shellcheck]=shellcheck
     [openssl]=openssl
+    [chromium-headless-shell]=chromium-headless-shell
 )
 if [[ ${1:-} == image ]]; then
     packages=(

@@ -70,7 +70,7 @@ def count_input_tokens(body: dict[str, Any]) -> Any:
     """Count the tokens of an input, without an answer."""
     turn = _Turn(body)
     with RequestContext(services()) as context:
-        model = context.lease(body.get("model"), is_chat=True)
+        model = context.text(body.get("model"), is_chat=True)
         count = len(turn.conversation.encode(model).ids)
     return {"object": "response.input_tokens", "input_tokens": count}
 
