@@ -24,14 +24,14 @@ TESTS := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup tools run test test-all faults image-test soak lint format docs check bench bench-peers clients wheel lock audit sbom clean
+.PHONY: help setup tools run test test-all faults image-test arm-test soak lint format screenshots docs check bench bench-peers clients wheel lock audit sbom clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 setup: $(DEV) $(KERNELS) ## make .venv with everything, tools included
 
-tools: ## install what some tests need besides (nginx, redis; Debian, as root)
+tools: ## install what some tests need besides (nginx, redis, chromium; Debian, as root)
 	@scripts/install_test_tools.sh
 
 run: $(RUN) $(KERNELS) ## serve on http://127.0.0.1:5000; every setting comes from the environment
@@ -61,6 +61,10 @@ image-test: $(DEV) ## build the image and run it alone and by Compose (as root; 
 	@scripts/install_test_tools.sh image
 	@$(BIN)/python -m pytest tests/deploy/test_image.py
 
+arm-test: $(DEV) ## test the kernels for ARM, on x86 and emulated (as root; on Debian installs qemu-user)
+	@scripts/install_test_tools.sh arm
+	@$(TESTS) tests/kernels -k "neon"
+
 soak: $(DEV) ## ten minutes of 32 streams, some of which leave or send nonsense (SOAK="--minutes 60")
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak $(SOAK)
 
@@ -72,6 +76,9 @@ lint: $(DEV) ## ruff and mypy
 format: $(DEV) ## let ruff mend what it can
 	@$(BIN)/python -m ruff check --fix .
 	@$(BIN)/python -m ruff format .
+
+screenshots: $(DEV) $(KERNELS) ## take the README's picture of the page from a running server (needs chromium)
+	@$(BIN)/python -m scripts.screenshots
 
 docs: $(DEV) ## write the generated tables of docs/ and deploy/env.example anew
 	@$(BIN)/python -m scripts.generate_docs

@@ -28,6 +28,7 @@ from transformers_api.engine.base import (
 from transformers_api.errors import ApiError, ContextLengthExceeded, EngineDead
 from transformers_api.serving.models.spec import ModelFiles, ModelSpec, PathSource
 from transformers_api.serving.swap.loaded_model import LoadedModel
+from transformers_api.serving.text.model_text import ModelText, TokenizerOnly
 
 Reply = Callable[[Sequence[int], SamplingParams, int], Iterable[int]]
 EOS = tokenizers.END_OF_TEXT
@@ -299,20 +300,27 @@ class FakeLoader:
     Keys may also be (stage, model name). ``calls`` records (stage, model name) in order.
     """
 
-    STAGES = ("prepare", "check_memory", "load")
+    STAGES = ("prepare", "check_memory", "load")  # of a load; "text" is one of its own
 
     def __init__(self, build: Callable[[ModelSpec], LoadedModel] | None = None) -> None:
         self.build = build or (lambda spec: fake_model(spec))
         self.fail: dict[str | tuple[str, str], Exception] = {}
         self.hold: dict[str | tuple[str, str], threading.Event] = {}
-        self.entered = {stage: threading.Semaphore(0) for stage in self.STAGES}
+        self.entered = {stage: threading.Semaphore(0) for stage in (*self.STAGES, "text")}
         self.calls: list[tuple[str, str]] = []
         self.freed_bytes: list[int] = []  # what check_memory was told, in order
         self.fits_beside = False
+        self.progress: list[tuple[float, str]] = []  # what a load says of how far it is
         self.loaded: list[LoadedModel] = []
 
     def devices(self) -> tuple[str, ...]:
         return ("cpu",)
+
+    def text(self, spec: ModelSpec) -> ModelText:
+        self._stage("text", spec)
+        tokenizer = fake_tokenizer()
+        size = len(tokenizer)
+        return TokenizerOnly(spec=spec, tokenizer=tokenizer, vocab_size=size, max_model_len=2048)
 
     def prepare(self, spec: ModelSpec, progress: Callable[[float, str], None]) -> ModelFiles:
         progress(0.0, "preparing")
@@ -325,7 +333,11 @@ class FakeLoader:
         self._stage("check_memory", spec)
         return self.fits_beside
 
-    def load(self, spec: ModelSpec, files: ModelFiles) -> LoadedModel:
+    def load(
+        self, spec: ModelSpec, files: ModelFiles, progress: Callable[[float, str], None]
+    ) -> LoadedModel:
+        for share, text in self.progress:
+            progress(share, text)
         self._stage("load", spec)
         model = self.build(spec)
         self.loaded.append(model)

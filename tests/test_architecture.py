@@ -33,7 +33,7 @@ def layer(*ours: str, never: set[str] | None = None) -> Layer:
     return Layer(frozenset(ours), frozenset(never or ()))
 
 
-LEAVES = ("errors", "logs", "config", "heap")
+LEAVES = ("errors", "logs", "config", "heap", "memory")
 # The longest name that fits a module holds. `engine.base` and `inspection.base` are data and
 # protocols: all may know them.
 LAYERS = {
@@ -42,6 +42,7 @@ LAYERS = {
     "config": layer("config", never=HTTP | MODELS | {"torch"}),
     "logs": layer(never=HTTP | MODELS | {"torch"}),
     "heap": layer(never=HTTP | MODELS | {"torch"}),
+    "memory": layer(never=HTTP | MODELS | {"torch"}),
     "metric_names": layer(never=HTTP | MODELS | {"torch"}),
     "tallies": layer(
         "engine.base",
@@ -54,7 +55,7 @@ LAYERS = {
     "checkpoints.headers": layer("checkpoints.headers", "errors", never=HTTP | MODELS | {"torch"}),
     "checkpoints": layer("checkpoints", "families", "engine.platform", *LEAVES, never=HTTP),
     "engine.base": layer("errors", never=HTTP | MODELS | {"torch"}),
-    "engine": layer("engine", "families", "errors", "logs", "heap", never=HTTP),
+    "engine": layer("engine", "families", "errors", "logs", "heap", "memory", never=HTTP),
     "engine.native": layer("engine", "kernels", "families", "errors", "logs", never=HTTP),
     "inspection.base": layer("errors", never=HTTP | MODELS | {"torch"}),
     "inspection": layer("inspection", "engine", "errors", "logs", never=HTTP),
@@ -77,7 +78,16 @@ LAYERS = {
     "server.http_parser": layer("errors", never=HTTP | MODELS | {"torch"}),
 }
 # These wire the layers together, and nobody imports them but one another.
-WIRING = {"__main__", "app", "check", "cli", "metrics", "model_loader", "server"}
+WIRING = {
+    "__main__",
+    "app",
+    "check",
+    "cli",
+    "metrics",
+    "model_loader",
+    "server",
+    "tokenizer_loader",
+}
 # One module of a layer that otherwise leaves a library alone.
 EXCEPTIONS = {"checkpoints.headers.gguf_file": {"gguf"}, "serving.models.hub": {"huggingface_hub"}}
 
@@ -211,10 +221,10 @@ def test_sources_of_kernels_stay_short(path):
 
 
 def test_instructions_of_a_processor_are_named_in_headers_of_their_own():
-    intrinsic = re.compile(r"\b_mm\d*_|\b__m(\d|mask)|immintrin")
+    intrinsic = re.compile(r"\b_mm\d*_|\b__m(\d|mask)|immintrin|\bv\w+q_[fsu]\d")
     sources = [*PACKAGE.rglob("*.cpp"), *PACKAGE.rglob("*.h")]
     assert {path.name for path in sources if intrinsic.search(path.read_text())} == {
-        f"{what}_{isa}.h" for what in ("simd", "dots") for isa in ("avx2", "avx512")
+        f"{what}_{isa}.h" for what in ("simd", "dots") for isa in ("avx2", "avx512", "neon")
     }
 
 

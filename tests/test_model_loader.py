@@ -72,6 +72,49 @@ def test_a_folder_becomes_a_resident_model(loader, spec):
     model.engine.close()
 
 
+def reported(loader, spec):
+    """What a load says of how far it is."""
+    reports = []
+    loader.load(
+        spec, prepared(loader, spec), lambda share, text: reports.append((share, text))
+    ).engine.close()
+    return reports
+
+
+def test_how_far_a_load_is_moves_on_with_every_weight_and_every_packed_layer(native_loader, spec):
+    reports = reported(native_loader, spec)
+    shares = [share for share, _ in reports]
+    assert shares == sorted(shares)
+    assert (shares[0] > 0, shares[-1] >= 0.7) == (True, True)
+    assert len(set(shares)) > 20
+    assert list(dict.fromkeys(text for _, text in reports)) == [
+        "reading the weights",
+        "checking the weights",
+        "packing the weights",
+    ]
+
+
+def test_where_nothing_is_packed_the_weights_that_were_read_count(loader, spec):
+    reports = reported(loader, spec)
+    assert len({share for share, _ in reports}) > 20
+    assert {text for _, text in reports} == {"reading the weights", "checking the weights"}
+
+
+def test_the_words_of_a_model_are_had_without_its_weights(loader, spec, tmp_path):
+    words = loader.text(spec)
+    assert (words.vocab_size, words.max_model_len) == (97, 128)
+    assert words.template.source == ""
+    assert loader.text(spec) is words
+    assert loader.thread.engines == []
+    file = tmp_path / "tiny" / "tokenizer_config.json"
+    file.write_bytes(file.read_bytes())
+    assert loader.text(spec) is not words  # its files have changed
+    model = loader.load(spec, prepared(loader, spec))
+    assert (model.vocab_size, model.max_model_len) == (words.vocab_size, words.max_model_len)
+    assert model.tokenizer.encode("Hello") == words.tokenizer.encode("Hello")
+    model.engine.close()
+
+
 def test_words_that_were_tokenized_once_take_no_memory(loader, spec):
     model = loader.load(spec, prepared(loader, spec))
     model.engine.close()

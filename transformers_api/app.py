@@ -86,6 +86,7 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
         limits=RateLimits(access, settings.redis_url),
         metrics=metrics,
         ready=readiness,
+        text_of=loader.text,
         devices=loader.devices,
         drain=partial(readiness.drain, swappers, admission),
         fault=readiness.fault,

@@ -294,7 +294,7 @@ class RateLimited(Overloaded):
 
 
 class TraceBusy(Overloaded):
-    """As many requests are being traced as may be at once."""
+    """As many requests wait to be traced as may."""
 
     code = "trace_busy"
 

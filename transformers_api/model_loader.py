@@ -13,8 +13,8 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from transformers_api import __version__
@@ -22,14 +22,18 @@ from transformers_api.config.environment import load_in_one_thread
 from transformers_api.config.settings import GIB, Settings
 from transformers_api.engine.load_deadline import LoadDeadline
 from transformers_api.engine.load_options import DTYPE_BYTES, LoadOptions
+from transformers_api.engine.load_progress import LoadProgress
 from transformers_api.engine.standby import StandbyModels
 from transformers_api.engine.thread import EngineThread
-from transformers_api.errors import InsufficientMemory, ModelLoadFailed, ModelNotCapable
+from transformers_api.errors import InsufficientMemory, ModelNotCapable
 from transformers_api.serving.models.encoder_files import read_encoder
+from transformers_api.serving.models.hub import Progress
 from transformers_api.serving.models.spec import ModelFiles, ModelSpec, Pooling
 from transformers_api.serving.models.store import ModelStore
 from transformers_api.serving.swap.loaded_model import Embedder, LoadedModel
+from transformers_api.serving.text.model_text import ModelText
 from transformers_api.serving.text.token_counts import token_counter
+from transformers_api.tokenizer_loader import LoadedTokenizer, read_text, read_tokenizer
 
 if TYPE_CHECKING:
     from transformers_api.engine.backend import Backend
@@ -38,15 +42,15 @@ if TYPE_CHECKING:
     from transformers_api.serving.constraints.listener import ConstraintListener
 
 RESERVE = 1.15  # of the weights: activations, the KV cache of a few short sequences
+TEXTS = 2  # tokenizers of models that are not in memory
 SPARE = 1.2  # of what is needed, to load beside a resident model
 QUANTIZED_BYTES = {"int8": 1.07, "int4": 0.8}  # int4: 5/8, and the output layer's like int8
 
 log = logging.getLogger(__name__)
 
 
-class _Tokenizer(NamedTuple):
-    tokenizer: Any
-    size: int  # largest id + 1
+def _unheard(_share: float, _text: str) -> None:
+    """Nobody asks how far it is."""
 
 
 class ModelLoader:
@@ -76,7 +80,9 @@ class ModelLoader:
         self._constraint_listener = constraint_listener
         self.deadline = LoadDeadline(settings.model_wait_s)
         self._standby = StandbyModels(settings.sleeping_models)
-        self._tokenizers: OrderedDict[Hashable, _Tokenizer] = OrderedDict()
+        self._tokenizers: OrderedDict[Hashable, LoadedTokenizer] = OrderedDict()
+        self._texts: OrderedDict[Hashable, ModelText] = OrderedDict()  # of models not in memory
+        self._text_lock, self._fetch_lock = threading.Lock(), threading.Lock()
         self._examinations: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # see Attachment
         load_in_one_thread()
         self._devices = thread.call(_devices)  # also the first import of torch
@@ -96,6 +102,23 @@ class ModelLoader:
             token_counter(spec.token_encoding)
         return self.store.prepare(spec, progress)
 
+    def text(self, spec: ModelSpec) -> ModelText:
+        """See Loader. Those that were asked for last stay here."""
+        if self.store.is_cached(spec):
+            files = self.prepare(spec, _unheard)
+        else:  # of several who ask for one at once, one fetches it
+            with self._fetch_lock:
+                files = self.prepare(spec, _unheard)
+        key = (spec.name, files.folder, files.stamp)
+        with self._text_lock:
+            if (text := self._texts.pop(key, None)) is None:
+                self.thread.call(_register_families).result()
+                text = read_text(spec, files, self.settings.max_context_tokens)
+            self._texts[key] = text
+            if len(self._texts) > TEXTS:
+                self._texts.popitem(last=False)
+        return text
+
     def check_memory(self, spec: ModelSpec, files: ModelFiles, freed_bytes: int) -> bool:
         """See Loader."""
         device = self.thread.call(lambda: self._pick_device(spec)).result()
@@ -107,18 +130,22 @@ class ModelLoader:
         _require(spec, device, need, free + freed_bytes)
         return need * SPARE <= free
 
-    def load(self, spec: ModelSpec, files: ModelFiles) -> LoadedModel:
+    def load(
+        self, spec: ModelSpec, files: ModelFiles, progress: Progress = _unheard
+    ) -> LoadedModel:
         """See Loader."""
         with self.deadline.running():
-            return self._load(spec, files)
+            return self._load(spec, files, progress)
 
-    def _load(self, spec: ModelSpec, files: ModelFiles) -> LoadedModel:
+    def _load(self, spec: ModelSpec, files: ModelFiles, progress: Progress) -> LoadedModel:
         started = time.monotonic()
         self.thread.call(_register_families).result()
         tokenizer = self._tokenizer(spec, files)
         options = self._options(spec, files, tokenizer)
         is_outdated = self.thread.call(lambda: self._outdating(options)).result()
-        engine, inspector = self.thread.call(lambda: self._in_time(files, options)).result()
+        counted = LoadProgress(files.parameters, progress)
+        work = partial(self._in_time, files, options, counted)
+        engine, inspector = self.thread.call(work).result()
         facts = _facts(engine.describe())
         loaded = LoadedModel(
             spec=spec,
@@ -138,12 +165,11 @@ class ModelLoader:
             log.warning("The chat template of %s cannot be used: %s", spec.name, fault)
         return loaded
 
-    def _tokenizer(self, spec: ModelSpec, files: ModelFiles) -> _Tokenizer:
+    def _tokenizer(self, spec: ModelSpec, files: ModelFiles) -> LoadedTokenizer:
         """The tokenizer of these files; those of standby models and of the resident stay here."""
         key, tokenizers = (files.folder, files.stamp, spec.trust_remote_code), self._tokenizers
         if (tokenizer := tokenizers.pop(key, None)) is None:
-            loaded = _load_tokenizer(files.folder, spec.trust_remote_code)
-            tokenizer = _Tokenizer(loaded, max(loaded.get_vocab().values(), default=0) + 1)
+            tokenizer = read_tokenizer(spec, files)
         tokenizers[key] = tokenizer
         standby = self.settings.sleeping_models
         while len(tokenizers) > (standby + 1 if standby else 0):
@@ -163,9 +189,11 @@ class ModelLoader:
         when_compiled(options, self.thread.num_threads, on_compiled)
         return compiled.is_set
 
-    def _in_time(self, files: ModelFiles, options: LoadOptions) -> tuple[Engine, Inspector | None]:
+    def _in_time(
+        self, files: ModelFiles, options: LoadOptions, progress: LoadProgress
+    ) -> tuple[Engine, Inspector | None]:
         self.deadline.check()
-        with self.deadline.between_tensors():
+        with self.deadline.between_tensors(), progress.counting():
             return self._load_engine(files, options)
 
     def _load_engine(
@@ -194,7 +222,9 @@ class ModelLoader:
         size = self.settings.prefill_chunk
         return PooledEmbedder(engine, reduction, size, reads_in_chunks=reads_in_chunks)
 
-    def _options(self, spec: ModelSpec, files: ModelFiles, tokenizer: _Tokenizer) -> LoadOptions:
+    def _options(
+        self, spec: ModelSpec, files: ModelFiles, tokenizer: LoadedTokenizer
+    ) -> LoadOptions:
         settings = self.settings
         eos = tokenizer.tokenizer.eos_token_id
         return replace(
@@ -266,7 +296,9 @@ class EncoderLoader(ModelLoader):
         read_encoder(files.folder)  # a file that we cannot use: before anything is loaded
         return files
 
-    def _options(self, spec: ModelSpec, files: ModelFiles, tokenizer: _Tokenizer) -> LoadOptions:
+    def _options(
+        self, spec: ModelSpec, files: ModelFiles, tokenizer: LoadedTokenizer
+    ) -> LoadOptions:
         limits = (
             spec.max_context_tokens,
             read_encoder(files.folder).max_tokens,
@@ -294,33 +326,6 @@ def _require(spec: ModelSpec, device: str, need: int, free: int) -> None:
             f"Model '{spec.name}' needs {need / GIB:.1f} GiB of memory on {device}, "
             f"{free / GIB:.1f} GiB can be had"
         )
-
-
-def _load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=trust_remote_code, local_files_only=True
-        )
-    except Exception as error:
-        raise ModelLoadFailed(f"The tokenizer cannot be loaded: {error}") from error
-    _forget_words(tokenizer)
-    return tokenizer
-
-
-def _forget_words(tokenizer: Any) -> None:
-    """Keep no words that were tokenized once.
-
-    The BPE of tokenizers 0.23 remembers 10,000 words for each thread, of models that are gone too:
-    with a thread per request gigabytes in the end. Without, a prompt takes twice as long, which is
-    a millisecond for 2,000 characters.
-    """
-    from tokenizers.models import BPE
-
-    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
-    if isinstance(model, BPE) and hasattr(model, "_resize_cache"):  # no public name says it
-        model._resize_cache(0)
 
 
 def _register_families() -> None:

@@ -149,7 +149,7 @@ def serve(tmp_path: Path, watcher: DisconnectWatcher) -> Iterator[Serve]:
         access = Access.from_settings(chosen)
         if not chosen.rate_limit_per_min:
             access = replace(access, requests=None)
-        access = replace(access, **rates)
+        access = replace(access, **{"spares_local": False, **rates})
         services = Services(
             settings=chosen,
             access=access,
@@ -163,6 +163,7 @@ def serve(tmp_path: Path, watcher: DisconnectWatcher) -> Iterator[Serve]:
             watcher=watcher,
             ready=ready,
             fault=lambda: None,
+            text_of=loader.text,
             devices=lambda: devices,
             drain=lambda grace_s: None,
         )

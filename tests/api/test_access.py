@@ -24,6 +24,9 @@ OPEN = {
     "/redoc",
     "/openapi.json",
     "/docs/assets/<path:filename>",
+    "/",
+    "/ui",
+    "/ui/<version>/<path:name>",
 }
 ADMIN = {
     ("POST", "/v1/models"),
@@ -93,7 +96,7 @@ def test_the_document_says_which_routes_need_no_key(tmp_path, path, keys):
         for method, operation in operations.items()
         if method in ("get", "post") and operation.get("security") == []
     }
-    assert without == {"/health", "/healthz", "/readyz"}
+    assert without == {"/", "/health", "/healthz", "/readyz"}
     assert document["security"] == [{"ApiKey": []}]
 
 

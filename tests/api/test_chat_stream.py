@@ -225,7 +225,11 @@ def test_it_is_sent_as_the_original_sent_it(serve):
 
 
 def test_a_client_that_leaves_gives_everything_back(serve):
-    served = serve(FakeEngine(say("Ja" * 50), gate=threading.Semaphore(2)), trace_max_requests=1)
+    served = serve(
+        FakeEngine(say("Ja" * 50), gate=threading.Semaphore(2)),
+        trace_max_requests=1,
+        inspect_queue=0,
+    )
     response = ask(served)
     next(response.iter_encoded())
     response.close()
@@ -473,7 +477,7 @@ def test_a_trace_that_is_too_large_is_refused_before_the_first_byte(serve):
 
 def test_no_more_requests_are_traced_at_once_than_allowed(serve):
     gate = threading.Event()
-    served = serve(FakeEngine(say("J"), gate=gate), trace_max_requests=1)
+    served = serve(FakeEngine(say("J"), gate=gate), trace_max_requests=1, inspect_queue=0)
     first = ask(served)
     response = ask(served)
     assert refused(response, 429)["code"] == "trace_busy"

@@ -31,7 +31,7 @@ from tests.fake_inspection import (
 from tests.fakes import FakeEngine, fake_model, fake_spec, say
 from transformers_api.api.http.services import EXTENSION
 from transformers_api.errors import ModelLoadFailed
-from transformers_api.inspection.base import AttentionMode, AttentionWindow, Routing
+from transformers_api.inspection.base import AttentionMode, AttentionWindow, HeadGrid, Routing
 from transformers_api.serving.inspect.queue import Inspections
 from transformers_api.serving.limits.token_bucket import Rate
 
@@ -779,6 +779,73 @@ def test_without_a_name_it_tells_of_the_model_in_memory_and_switches_nothing(ser
     assert served.client.get("/inspect/model").get_json()["id"] == "owner/second"
     assert served.client.get("/inspect/model?model=fake").get_json()["id"] == "fake"
     assert served.client.get("/inspect/model?model=nobody").status_code == 404
+
+
+def test_without_loading_a_model_that_is_not_in_memory_says_so_and_no_more(served):
+    client = served.client
+    for query in ("load=false", "load=0", "model=fake&load=false", "model=two&load=False"):
+        found = client.get(f"/inspect/model?{query}").get_json()
+        assert set(found) == {"id", "loaded", "limits", "formats"}
+        assert found["loaded"] is False
+    assert found["id"] == "owner/second"
+    assert served.loader.calls == []
+    served.complete("Hi", model="owner/second")
+    for query in ("load=false", "model=two&load=false", "model=two", "load=true"):
+        found = client.get(f"/inspect/model?{query}").get_json()
+        assert (found["id"], found["loaded"], found["layers"]) == ("owner/second", True, 2)
+    assert client.get("/inspect/model?model=fake&load=false").get_json()["loaded"] is False
+    assert served.loader.count("load") == 1
+    assert client.get("/inspect/model?model=nobody&load=false").status_code == 404
+    wrong = client.get("/inspect/model?load=maybe")
+    assert (wrong.status_code, wrong.get_json()) == (422, {"detail": "load must be true or false"})
+
+
+class Reading(FakeInspector):
+    """Its layers read so much of "France" and of the first token; notes what was asked."""
+
+    def __init__(self, *read, **anatomy):
+        layers = tuple(fake_layer(i, available=w is not None) for i, w in enumerate(read))
+        super().__init__(fake_anatomy(layers=len(read), attention=layers, **anatomy))
+        self.read = read
+
+    def heads(self, ids, thumb):
+        self.asked.append(("heads", list(ids)))
+        n, place = len(ids), bytes(i if i < 256 else 0 for i in ids).rfind(b"France")
+        thumbs = numpy.full((len(self.read), HEADS, n, n), numpy.nan, numpy.float32)
+        for layer, weights in enumerate(self.read):
+            if weights is not None:
+                thumbs[layer] = 0
+                thumbs[layer, :, -1, place + 2], thumbs[layer, :, -1, 0] = weights
+        numbers = numpy.zeros((len(self.read), HEADS), numpy.float32)
+        names = ("entropy", "distance", "first", "previous", "itself")
+        grid = HeadGrid(**dict.fromkeys(names, numbers), sink=None, thumbs=thumbs)
+        return sliced(lambda: grid)
+
+
+@pytest.mark.parametrize(
+    ("read", "layer"),
+    [
+        ([(0.1, 0), (0.4, 0), (0.2, 0)], 1),
+        ([(0.3, 0.1), (0.25, 0.7), (0.01, 0.99)], 1),  # of what does not rest, 83 %
+        ([None, (0.1, 0), None, (0.2, 0)], 3),
+        ([(0.0, 1.0), (0.0, 0.5)], 0),
+        ([None, None], None),
+    ],
+)
+def test_the_layer_that_is_suggested_reads_the_word_in_question(looking, read, layer):
+    inspector = Reading(*read)
+    served = looking(inspector)
+    for _ in range(3):
+        assert served.client.get("/inspect/model").get_json()["suggested_layer"] == layer
+    assert len(inspector.asked) == (layer is not None)  # once for a loaded model
+
+
+def test_a_model_that_cannot_read_the_question_is_suggested_a_later_layer(serve):
+    inspector = Reading(*[(0.5, 0)] * 8)
+    served = serve(FakeEngine(max_model_len=12))
+    served.loader.build = lambda spec: fake_model(spec, served.engine, inspector=inspector)
+    assert served.client.get("/inspect/model").get_json()["suggested_layer"] == 6
+    assert inspector.asked == []
 
 
 # The page

@@ -103,6 +103,15 @@ def test_the_model_is_verified_and_everything_is_available(client):
     assert (found["layers"], found["heads"], found["kv_heads"]) == (LAYERS, HEADS, 2)
 
 
+def test_the_layer_that_is_suggested_is_the_one_that_reads_most(client, eager):
+    text = "The capital of France is"  # the tokenizer has no template
+    found = client.get("/inspect/model").get_json()["suggested_layer"]
+    rows = [layer[0, :, -1].mean(0).numpy() for layer in run(eager, [*text.encode()]).attentions]
+    word = slice(text.index("France"), text.index("France") + 6)
+    scores = [row[word].sum() ** 2 / (1 - row[0]) for row in rows]
+    assert found == numpy.argmax(scores)
+
+
 def test_the_attention_of_what_was_written_is_that_of_eager(client, eager, completion):
     name, ids = completion
     reference = run(eager, ids).attentions

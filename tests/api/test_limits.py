@@ -12,6 +12,7 @@ from tests.api.conftest import events
 from tests.api.live import live
 from tests.fakes import FakeEngine, say
 from transformers_api.api.http.rate_limit_headers import duration
+from transformers_api.config.settings import Settings
 from transformers_api.errors import EngineFailed, Overloaded
 from transformers_api.serving.limits import api_keys
 from transformers_api.serving.limits.access import Access
@@ -133,6 +134,47 @@ def test_looking_inside_takes_from_the_same_bucket_and_once(serve):
     inside = served.client.post("/inspect/tokens", json={"prompt": "Hi"})
     assert (inside.status_code, headers(inside, "requests")[1]) == (200, "2")
     assert headers(served.chat(), "requests")[1] == "1"
+
+
+LOCAL, PROXIED = "127.0.0.1", {"X-Forwarded-For": "203.0.113.1"}
+
+
+@pytest.mark.parametrize(
+    ("address", "sent", "status"),
+    [
+        (LOCAL, {}, 200),
+        ("::1", {}, 200),
+        ("::ffff:127.0.0.2", {}, 200),
+        (LOCAL, PROXIED, 429),
+        (LOCAL, {"Forwarded": "for=203.0.113.1"}, 429),
+        ("192.0.2.1", {}, 429),
+        ("", {}, 429),  # a socket in the file system: of a proxy
+    ],
+)
+def test_who_sits_at_this_machine_looks_inside_without_a_limit(serve, address, sent, status):
+    served = serve(rates={"requests": Rate(1, 1), "spares_local": True})
+    overrides = {"REMOTE_ADDR": address}
+    answers = [
+        served.client.post("/inspect/tokens", json=LOOK, headers=sent, environ_overrides=overrides)
+        for _ in range(2)
+    ]
+    assert [answer.status_code for answer in answers] == [200, status]
+    limits = served.client.get("/status", headers=sent, environ_overrides=overrides).get_json()
+    assert limits["limits"]["inspections_per_min"] == (None if status == 200 else 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_spared"),
+    [
+        ({}, True),
+        ({"host": "::1"}, True),
+        ({"host": "0.0.0.0"}, False),
+        ({"trusted_proxies": 1}, False),
+        ({"rate_limit_per_min": 10}, False),  # somebody wants it
+    ],
+)
+def test_only_a_loopback_host_without_proxies_spares_anybody(settings, is_spared):
+    assert Access.from_settings(Settings(**settings)).spares_local is is_spared
 
 
 def chat_from(served, address, *, key=None, forwarded=None):

@@ -7,8 +7,9 @@ from openai.types import Model, ModelDeleted
 
 from tests.api.test_bodies import error
 from tests.fakes import fake_spec
+from tests.model_folders import LLAMA, model_files, write_files
 from transformers_api.serving.models.hub import HubUnreachable
-from transformers_api.serving.models.spec import HubSource
+from transformers_api.serving.models.spec import HubSource, PathSource
 
 
 def listed(served):
@@ -47,6 +48,32 @@ def test_cached_repositories_are_listed_once(serve, monkeypatch):
     assert list(models) == ["fake", "known", "owner/cached"]
     assert models["owner/cached"]["owned_by"] == "huggingface"
     assert models["fake"]["owned_by"] == "local"
+
+
+def test_a_list_says_what_can_be_done_where_it_lies_and_how_large_it_is(serve, tmp_path):
+    folder = write_files(tmp_path / "here", model_files(LLAMA | {"max_position_embeddings": 99}))
+    specs = (
+        fake_spec("here", source=PathSource(folder)),
+        fake_spec("away", source=HubSource("owner/away"), max_context_tokens=7),
+        fake_spec("vectors", source=HubSource("owner/vectors"), embedding="encoder"),
+        fake_spec("never", source=HubSource("owner/t5"), refusal="an encoder-decoder"),
+    )
+    served = serve(specs=specs)
+    models = listed(served)
+    weights = (folder / "model.safetensors").stat().st_size
+    told = {
+        name: [entry[k] for k in ("local", "size_bytes", "context_length", "capabilities")]
+        for name, entry in models.items()
+    }
+    writes = ["chat", "completion", "trace"]
+    assert told["here"] == [True, weights, 99, writes]
+    assert told["away"] == [False, None, 7, writes]
+    assert told["vectors"] == [False, None, None, []]  # embeddings are off
+    assert told["never"][3] == []
+    assert served.client.get("/v1/models/here").get_json()["size_bytes"] == weights
+    assert served.loader.calls == []
+    on = listed(serve(specs=specs, enable_embeddings_backend=True))
+    assert on["vectors"]["capabilities"] == ["embedding", "rerank"]
 
 
 @pytest.mark.parametrize("url", ["owner/second", "owner%2Fsecond", "two"])

@@ -3,6 +3,7 @@
 import pytest
 
 from tests.api.test_bodies import error
+from transformers_api.errors import ModelLoadFailed
 
 USER = {"role": "user", "content": "Hi"}
 
@@ -35,9 +36,40 @@ def test_ids_become_text_again(served):
 
 def test_another_model_can_be_named(served):
     assert served.client.post("/tokenize", json={"text": "a", "model": "two"}).status_code == 200
-    assert served.swapper.status().model == "owner/second"
+    assert served.loader.calls == [("text", "owner/second")]
     unknown = {"tokens": [1], "model": "none"}
     assert error(served.client.post("/detokenize", json=unknown), 404)["param"] == "model"
+
+
+COUNTS = [
+    ("/v1/messages/count_tokens", {"messages": [USER]}),
+    ("/v1/responses/input_tokens", {"input": "Hi"}),
+    ("/tokenize", {"messages": [USER]}),
+    ("/tokenize", {"prompt": "Hi"}),
+    ("/detokenize", {"tokens": [72]}),
+    ("/apply-template", {"messages": [USER]}),
+]
+
+
+@pytest.mark.parametrize(("url", "body"), COUNTS)
+def test_nothing_is_loaded_and_nobody_evicted_for_a_count(served, url, body):
+    alone = served.client.post(url, json=body | {"model": "two"})
+    assert alone.status_code == 200
+    assert served.loader.calls == [("text", "owner/second")]
+    served.chat()
+    assert served.client.post(url, json=body | {"model": "two"}).get_json() == alone.get_json()
+    assert served.swapper.status().model == "fake"
+    assert served.loader.count("load") == 1
+    served.client.post(url, json=body)  # the one in memory has its own
+    assert served.loader.count("text", "fake") == 0
+
+
+@pytest.mark.parametrize(("url", "body"), COUNTS)
+def test_a_count_of_a_model_without_files_says_so(served, url, body):
+    served.loader.fail["text"] = ModelLoadFailed("no files")
+    response = served.client.post(url, json=body)
+    assert response.status_code in (503, 529)
+    assert len(served.services.admission) == 0
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 import base64
 import bisect
 import json
-import threading
 from contextlib import suppress
 
 import httpx2
@@ -14,11 +13,11 @@ import pytest
 from tests.api.conftest import events
 from tests.api.test_streams import Client
 from tests.fake_inspection import HEADS, FakeInspector, fake_anatomy, weights
-from tests.fakes import FakeEngine, fake_model, say
+from tests.fakes import fake_model, say
 from transformers_api.api.http.disconnect import DisconnectWatcher
 from transformers_api.api.trace.schema import TraceOptions
 from transformers_api.config.settings import Settings
-from transformers_api.errors import EngineFailed, InvalidRequest
+from transformers_api.errors import InvalidRequest
 from transformers_api.serving.inspect import trace_plan
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
@@ -450,62 +449,3 @@ def test_a_model_without_attention_is_told_by_its_code(served):
     error = served.chat(trace={"layers": "all"}).get_json()["error"]
     assert error["code"] == "attention_unavailable"
     assert error["message"] == "model type mamba has no attention weights"
-
-
-# -- how many at once
-
-
-def test_one_too_many_is_told_to_come_again(serve):
-    gate = threading.Event()
-    served = serve(FakeEngine(say("ab"), gate=gate), trace_max_requests=2)
-    running = [served.chat(stream=True, trace={}) for _ in range(2)]
-    refused = served.chat(trace={})
-    assert (refused.status_code, refused.headers["Retry-After"]) == (429, "1")
-    assert refused.get_json()["error"]["code"] == "trace_busy"
-    gate.set()
-    assert served.chat().status_code == 200
-    for response in running:
-        assert events(response).text() == "ab"
-    assert served.chat(trace={}).status_code == 200
-
-
-def test_the_place_is_free_when_the_last_token_has_been_read(serve):
-    """Before the connection is closed: who asks one thing after the other is never too early."""
-    served = serve(FakeEngine(say("ab")), trace_max_requests=1)
-    response = served.chat(stream=True, trace={})
-    chunks = iter(response.response)
-    while next(chunks) != b"data: [DONE]\n\n":
-        pass
-    assert served.chat(trace={}).status_code == 200
-    response.close()
-    assert served.chat(trace={}).status_code == 200
-
-
-def test_a_client_that_leaves_gives_its_place_back(serve, client):
-    served = serve(FakeEngine(say("ab"), gate=threading.Event()), trace_max_requests=1)
-    response = served.chat(stream=True, trace={})
-    assert served.chat(trace={}).status_code == 429
-    client.leave[0]()
-    assert not events(response).done
-    served.engine.gate.set()
-    assert served.chat(trace={}).status_code == 200
-
-
-def test_a_stream_that_nobody_reads_gives_its_place_back(serve):
-    served = serve(FakeEngine(say("ab"), gate=threading.Event()), trace_max_requests=1)
-    served.chat(stream=True, trace={}).close()
-    served.engine.gate.set()
-    assert served.chat(trace={}).status_code == 200
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_an_error_gives_the_place_back(serve, stream):
-    engine = FakeEngine(say("abc"), error=EngineFailed("The step failed"), error_after=1)
-    served = serve(engine, trace_max_requests=1)
-    response = served.chat(stream=stream, trace={})
-    if stream:
-        assert [p["error"]["code"] for p in events(response).payloads if "error" in p]
-    else:
-        assert response.status_code == 500
-    engine.error = None
-    assert served.chat(trace={}).status_code == 200

@@ -33,6 +33,13 @@ if not Path("/usr/include/simde/arm/neon.h").exists():
     del STAND_INS[-1]
 
 
+@pytest.fixture(scope="session")
+def library_file(native_cache: Path) -> Path:
+    found = find(native_cache)
+    assert found is not None
+    return found
+
+
 OWN = [v for v in (*of_machine(), *STAND_INS) if not v.missing(cpu_flags())]
 
 

@@ -65,6 +65,44 @@ def with_template(template):
     return fake_model(tokenizer=tokenizer)
 
 
+ADDS_SYSTEM = (
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are kind.<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+)
+
+
+def test_the_system_turn_that_a_template_adds_has_a_span_of_its_own():
+    model, talk = with_template(ADDS_SYSTEM), [{"role": "user", "content": "Hi"}]
+    assert found(model, talk) == [("system", "You are kind."), ("user", "Hi")]
+    ids = chat_template.encode(model, talk).ids
+    assert [span.section for span in spans(model, talk, ids)] == ["template", "content"]
+
+
+def test_a_system_turn_of_ones_own_is_content_and_nothing_is_added():
+    model = with_template(ADDS_SYSTEM)
+    talk = [{"role": "system", "content": "Be rude."}, {"role": "user", "content": "Hi"}]
+    assert found(model, talk) == said(talk)
+    ids = chat_template.encode(model, talk).ids
+    assert {span.section for span in spans(model, talk, ids)} == {"content"}
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}",
+        "{% for m in messages %}{{ m.content }}{% endfor %}",
+        "Talk:{% for m in messages %}\n{{ m.role }}: {{ m.content }}{% endfor %}",
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+        "Say {{ m.content }}{% endfor %}",
+        "{% for m in messages %}{% if m.role != 'system' %}({{ m.content }}){% endif %}{% endfor %}",
+    ],
+    ids=["marks", "bare", "a heading", "refuses a system turn", "drops a system turn"],
+)
+def test_what_only_marks_turns_is_no_system_turn(template):
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    assert found(with_template(template), talk) == said(talk)
+
+
 def test_white_space_that_a_template_cuts_off_is_in_no_span():
     model = with_template("{% for m in messages %}[{{ m.content | trim }}]{% endfor %}")
     talk = [{"role": "user", "content": " Hi "}, {"role": "user", "content": "Ho\n"}]

@@ -913,7 +913,7 @@ class CountingLoader:
     def check_memory(self, spec: ModelSpec, files: ModelFiles, freed_bytes: int) -> bool:
         return self.fits_beside
 
-    def load(self, spec: ModelSpec, files: ModelFiles) -> Any:
+    def load(self, spec: ModelSpec, files: ModelFiles, progress: Any) -> Any:
         with self.lock:
             self.loading += 1
             assert self.loading == 1, "two loads at once"

@@ -1,7 +1,5 @@
 """What may be traced: ranges, capabilities and sizes, before anything is generated."""
 
-import threading
-
 import pytest
 
 from tests.fake_inspection import FakeInspector, fake_anatomy, fake_layer
@@ -12,11 +10,10 @@ from transformers_api.errors import (
     InspectionDisabled,
     InvalidRequest,
     ModelNotCapable,
-    TraceBusy,
 )
 from transformers_api.inspection.base import AttentionMode, Routing, TracePlan
 from transformers_api.serving.inspect import trace_plan
-from transformers_api.serving.inspect.trace_plan import LensRequest, TraceRequest, TraceSlots
+from transformers_api.serving.inspect.trace_plan import LensRequest, TraceRequest
 
 MOE = Routing(layers=(0, 1), experts=8, experts_per_token=2)
 HYBRID = tuple(
@@ -282,49 +279,3 @@ def test_what_can_be_streamed_may_be_too_large_for_one_answer():
     assert "too large for an answer in one piece" in text
     assert '(max 67108864 bytes); use "stream": true or fewer tokens' in text
     planned(**{**asked, "max_tokens": 100}, whole=True)
-
-
-# -- how many at once
-
-
-def test_as_many_as_may_be_traced_and_no_more():
-    slots = TraceSlots()
-    first, _ = slots.take(2), slots.take(2)
-    with pytest.raises(TraceBusy) as caught:
-        slots.take(2)
-    assert caught.value.retry_after == 1
-    first()
-    slots.take(2)
-
-
-def test_who_comes_too_many_hears_how_long_traces_have_been_taking():
-    now = [0.0]
-    slots = TraceSlots(lambda: now[0])
-    for _ in range(3):
-        end = slots.take(1)
-        now[0] += 5.0
-        end()
-    slots.take(1)
-    now[0] += 1.0
-    with pytest.raises(TraceBusy) as caught:
-        slots.take(1)
-    assert caught.value.retry_after == 6  # three in 16 seconds
-
-
-def test_a_place_is_given_back_once_however_often():
-    slots = TraceSlots()
-    first, _ = slots.take(2), slots.take(2)
-    barrier = threading.Barrier(8)
-
-    def end():
-        barrier.wait()
-        first()
-
-    threads = [threading.Thread(target=end) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    slots.take(2)
-    with pytest.raises(TraceBusy):
-        slots.take(2)

@@ -25,6 +25,7 @@ from transformers_api.api.ops.monitoring import blueprint as monitoring
 from transformers_api.api.responses.views import blueprint as responses
 from transformers_api.api.seeds.chat_stream import blueprint as chat_stream
 from transformers_api.api.seeds.generate import blueprint as generate
+from transformers_api.api.web.views import blueprint as page
 
 __all__ = ["Services", "register"]
 
@@ -43,3 +44,4 @@ def register(app: Flask, services: Services) -> None:
     others = (chat_stream, inspect, health, monitoring)
     for blueprint in (*openai_routes, ollama, llamacpp, generate, *others):
         api.register_blueprint(blueprint)
+    app.register_blueprint(page)

@@ -96,7 +96,7 @@ class Settings:
     native_kernels: bool = _setting(
         True,
         to.boolean,
-        "Run models on CPU kernels of our own where the processor has AVX2 or AVX-512 and "
+        "Run models on CPU kernels of our own where the processor has AVX2, AVX-512 or NEON and "
         "there is a C++ compiler: weights in bfloat16, several times as fast, and no bit of an "
         "answer depends on who shares the batch. Elsewhere torch runs them.",
     )
@@ -246,7 +246,7 @@ class Settings:
         "over heads.",
     )
     trace_max_requests: int = _setting(
-        2, to.integer(1, 1024), "Requests that are traced at once; more are refused with 429."
+        2, to.integer(1, 1024), "Requests traced at once; of one layer each eight times as many."
     )
     inspect_max_tokens: int = _setting(
         2048, to.integer(1, 1 << 24), "Tokens that /inspect/* reads."
@@ -261,7 +261,7 @@ class Settings:
         30.0, to.number(0.01, 3600), "Seconds that one inspection may take."
     )
     inspect_queue: int = _setting(
-        4, to.integer(0, 1024), "Inspections that may wait for the one that runs."
+        64, to.integer(0, 1024), "Inspections that may wait, and requests for a trace; else 429."
     )
     attribution_max_tokens: int = _setting(
         512, to.integer(1, 1 << 24), "Tokens that /inspect/attribution reads."
@@ -275,7 +275,7 @@ class Settings:
         None,
         to.integer(0, 1_000_000),
         "Requests per minute and client, 0 for no limit. Default: 10 on /chat/stream and "
-        "/inspect/*, no limit elsewhere.",
+        "/inspect/*, but for clients on this machine where HOST is loopback; else no limit.",
     )
     rate_limit_burst: int = _setting(
         3, to.integer(1, 1_000_000), "How many of these a client may send at once."

@@ -23,6 +23,7 @@ from transformers_api.errors import (
     SlowReader,
 )
 from transformers_api.inspection.base import StepTrace, TracePlan
+from transformers_api.serving.inspect.trace_slots import WHOLE
 from transformers_api.serving.limits.cancellation import Cancellation
 from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.text.choice_text import ChoiceText, TextDelta, TokenDetail
@@ -50,8 +51,15 @@ class GenerationRequest:
     marks: Mapping[int, str] = field(default_factory=dict)  # of special tokens, shown in the text
     trace: TracePlan | None = None  # a piece for every token then, with what was noted of it
     trace_stops: bool = False  # also of the token that ends an answer
+    trace_cost: int = WHOLE  # see trace_plan.cost
+    trace_required: bool = True  # False: without a place for it the answer goes on untraced
+    trace_refusal: ApiError | None = None  # why a trace that was asked for is not noted
     shows_stop: bool = False  # the text that ends an answer is part of it
     strips_blank: bool = False  # leave out the white space with which an answer begins
+
+    def untraced(self, reason: ApiError) -> GenerationRequest:
+        """The same without the trace that was asked for, because of ``reason``."""
+        return replace(self, trace=None, trace_stops=False, trace_refusal=reason)
 
     @property
     def per_prompt(self) -> int:

@@ -88,7 +88,7 @@ def count_message_tokens(body: dict[str, Any]) -> Any:
     """Count the tokens of a conversation, without an answer."""
     conversation = conversation_of(body)
     with RequestContext(services()) as context:
-        model = context.lease(body.get("model"), is_chat=True)
+        model = context.text(body.get("model"), is_chat=True)
         return {"input_tokens": len(conversation.encode(model).ids)}
 
 

@@ -6,15 +6,17 @@ import math
 from collections.abc import Callable
 from typing import cast
 
-from flask import Flask, g
+from flask import Flask, g, request
 from flask_limiter import Limiter, RequestLimit
 
 from transformers_api.api.http import rate_limit_headers
 from transformers_api.errors import RateLimited, TooManyTokens
 from transformers_api.serving.limits import token_bucket
-from transformers_api.serving.limits.access import Access
+from transformers_api.serving.limits.access import Access, is_loopback
 from transformers_api.serving.limits.redis_buckets import storage_of
 from transformers_api.serving.limits.token_bucket import Rate, TokenBucketRateLimiter
+
+_PASSED_ON = ("Forwarded", "X-Forwarded-For", "X-Real-Ip", "Via")  # what proxies write
 
 
 class RateLimits:
@@ -53,7 +55,14 @@ class RateLimits:
 
     def take_inspection(self) -> None:
         """Take one request of this client, out of the same bucket. Raises RateLimited."""
-        self._take_request()
+        if not (self._access.spares_local and _is_local()):
+            self._take_request()
+
+    @property
+    def inspections_per_min(self) -> int | None:
+        """The limit of this client's inspections; None: there is none."""
+        rate, is_spared = self._access.requests, self._access.spares_local and _is_local()
+        return None if rate is None or is_spared else rate.per_min
 
     def reserve(self, tokens: int) -> Reservation | None:
         """Take ``tokens`` of this client; None where there is no limit.
@@ -109,6 +118,13 @@ class Reservation:
 def _client() -> str:
     """The key of this request's buckets: flask-limiter would not count an empty one."""
     return g.client or "local"
+
+
+def _is_local() -> bool:
+    """True for a client on this machine itself, and not for one that a proxy has passed on."""
+    headers = request.headers
+    is_passed_on = any(name in headers for name in _PASSED_ON)
+    return is_loopback(request.remote_addr or "") and not is_passed_on
 
 
 def _nothing() -> None:

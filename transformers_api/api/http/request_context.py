@@ -21,13 +21,21 @@ from transformers_api.api.http.request_record import AnswerParts, RequestRecord
 from transformers_api.api.http.services import EXTENSION, Services
 from transformers_api.api.http.stream_writer import StreamBody
 from transformers_api.config.settings import Settings
-from transformers_api.errors import ApiError, InvalidRequest, Overloaded, PayloadTooLarge
+from transformers_api.errors import (
+    ApiError,
+    InvalidRequest,
+    Overloaded,
+    PayloadTooLarge,
+    TraceBusy,
+)
 from transformers_api.serving import generation as serving_generation
 from transformers_api.serving.generation import Generation, GenerationRequest
 from transformers_api.serving.limits.cancellation import Cancellation
+from transformers_api.serving.models.spec import ModelSpec
 from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.text import chat_template
 from transformers_api.serving.text.choice_text import TextDelta
+from transformers_api.serving.text.model_text import ModelText
 
 T = TypeVar("T")
 
@@ -99,7 +107,7 @@ def answer(task: Task) -> Any:
         if not request.params.max_tokens and request.params.prompt_logprobs is None:
             return context.stream(task.formatter(model, request), None)
         generation = context.start(model, request, is_streamed=task.is_streamed)
-        formatter = task.formatter(model, request)
+        formatter = task.formatter(model, generation.request)
         context.note_parts(formatter)
         if task.is_streamed:
             return context.stream(formatter, generation)
@@ -162,12 +170,8 @@ class RequestContext:
         with a place among those served, what ``Swapper.lease`` does.
         """
         services, record = self.services, self._record
-        name = model_id or services.settings.default_model
-        spec = services.registry.resolve(name)
-        if is_chat and spec.chat == "off":  # before it is loaded for nothing
-            raise chat_template.unavailable()
-        self.take_place()
-        record.model, began = spec.name, time.monotonic()
+        name, spec = self._admitted(model_id, is_chat)
+        began = time.monotonic()
         try:
             lease = services.swapper.lease(
                 spec, model_id=name, client=self.client, cancellation=self.cancellation
@@ -178,6 +182,29 @@ class RequestContext:
         self._model = lease.model
         return self._model
 
+    def text(self, model_id: str | None, *, is_chat: bool = False) -> ModelText:
+        """The tokenizer and the template of a model, whose weights are not loaded for it.
+
+        Raises ModelNotFound, ChatUnavailable as ``lease``; then ModelLoadFailed for its files.
+        """
+        services = self.services
+        _, spec = self._admitted(model_id, is_chat)
+        resident = services.swapper.resident()
+        if resident is not None and resident.spec.name == spec.name:
+            return resident
+        return services.text_of(spec)
+
+    def _admitted(self, model_id: str | None, is_chat: bool) -> tuple[str, ModelSpec]:
+        """(the id, its entry) of a model that may be asked so, with a place for this request."""
+        services = self.services
+        name = model_id or services.settings.default_model
+        spec = services.registry.resolve(name)
+        if is_chat and spec.chat == "off":  # before it is loaded for nothing
+            raise chat_template.unavailable()
+        self.take_place()
+        self._record.model = spec.name
+        return name, spec
+
     def hold(self, resource: AbstractContextManager[T]) -> T:
         """Enter ``resource``, and leave it with all else."""
         return self._exits.enter_context(resource)
@@ -185,15 +212,18 @@ class RequestContext:
     def start(
         self, model: LoadedModel, request: GenerationRequest, *, is_streamed: bool
     ) -> Generation:
-        """Begin to generate.
+        """Begin to generate, once there is a place for its trace.
 
-        Raises TraceBusy for a trace that would be one too many, RateLimited and TooManyTokens.
+        Raises TraceBusy where too many wait for one already, RateLimited and TooManyTokens. Where
+        a trace is not required, the request of what comes back may have none.
         """
         services, exits = self.services, self._exits
         ends: list[Callable[[], None]] = []
         if request.trace is not None:
-            ends.append(services.traces.take(services.settings.trace_max_requests))
-            exits.callback(ends[-1])
+            request, end = self._placed(request)
+            if end is not None:
+                ends.append(end)
+                exits.callback(end)
         reservation = None
         if services.access.tokens is not None:
             reservation = services.limits.reserve(request.most_tokens)
@@ -211,6 +241,24 @@ class RequestContext:
         if ends:  # before the client can have read the end and asks again
             generation.on_end = lambda: [end() for end in ends]
         return generation
+
+    def _placed(
+        self, request: GenerationRequest
+    ) -> tuple[GenerationRequest, Callable[[], None] | None]:
+        """Return the request, and what gives its place among those that are traced back."""
+        settings = self.services.settings
+        try:
+            end = self.services.traces.take(
+                settings.trace_max_requests,
+                request.trace_cost,
+                waiting=settings.inspect_queue if request.trace_required else 0,
+                cancellation=self.cancellation,
+            )
+        except TraceBusy as error:
+            if request.trace_required:
+                raise
+            return request.untraced(error), None
+        return request, end
 
     def note_parts(self, formatter: Formatter) -> None:
         """Let the record have the counts of ``formatter``, which fill as the answer comes."""

@@ -19,7 +19,8 @@ from transformers_api.api.http.services import services
 from transformers_api.errors import ApiError
 
 log = logging.getLogger(__name__)
-QUIET = ("/health", "/healthz", "/readyz", "/metrics")  # asked every few seconds
+# Asked every few seconds, or thirty at once.
+QUIET = ("/health", "/healthz", "/readyz", "/metrics", "/ui/<version>/<path:name>")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 

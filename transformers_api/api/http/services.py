@@ -19,13 +19,15 @@ from transformers_api.errors import ApiError
 from transformers_api.serving.embeddings import EmbeddingModels
 from transformers_api.serving.inspect.queue import Inspections
 from transformers_api.serving.inspect.recent_completions import Completions
-from transformers_api.serving.inspect.trace_plan import TraceSlots
+from transformers_api.serving.inspect.trace_slots import TraceSlots
 from transformers_api.serving.limits.access import Access
 from transformers_api.serving.limits.admission import Admission
 from transformers_api.serving.models.registry import ModelRegistry
+from transformers_api.serving.models.spec import ModelSpec
 from transformers_api.serving.models.store import ModelStore
 from transformers_api.serving.response_store import ResponseStore
 from transformers_api.serving.swap.swapper import Swapper
+from transformers_api.serving.text.model_text import ModelText
 
 if TYPE_CHECKING:
     from transformers_api.api.http.request_record import RequestRecord
@@ -63,6 +65,7 @@ class Services:
     limits: RateLimits  # the buckets of these
     ready: Callable[[], tuple[bool, str]]  # (may requests be sent, the reason)
     fault: Callable[[], str | None]  # why the process must be restarted
+    text_of: Callable[[ModelSpec], ModelText]  # a model's tokenizer, without its weights
     devices: Callable[[], Collection[str]]  # of this machine: "cpu", "cuda", "cuda:0", …
     drain: Callable[[float], None]  # let answers finish for so many seconds
     responses: ResponseStore  # of /v1/responses

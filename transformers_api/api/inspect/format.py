@@ -29,6 +29,7 @@ from transformers_api.serving.text.vocabulary import Vocabulary
 Json = dict[str, Any]
 Range = tuple[int, int]
 
+FORMATS = ("json", "f16", "u8", "topk", "npz", "png", "html")
 STATES_NOTE = "before the final norm"
 
 
@@ -250,13 +251,23 @@ def states_meta(layers: Sequence[int], positions: Sequence[int], ids: Sequence[i
     }
 
 
+def not_loaded(model_id: str, limits: Mapping[str, Any]) -> Json:
+    """The answer about a model that is not in memory: what holds for all."""
+    return {"id": model_id, "loaded": False, "limits": dict(limits), "formats": list(FORMATS)}
+
+
 def capabilities(
-    model: LoadedModel, anatomy: Anatomy, gradients: bool, limits: Mapping[str, Any]
+    model: LoadedModel,
+    anatomy: Anatomy,
+    gradients: bool,
+    suggested_layer: int | None,
+    limits: Mapping[str, Any],
 ) -> Json:
     """The capabilities of a model."""
     routing = anatomy.routing
     return {
         "id": model.spec.name,
+        "loaded": True,
         "model_type": anatomy.model_type,
         "layers": anatomy.layers,
         "heads": anatomy.heads,
@@ -279,6 +290,7 @@ def capabilities(
             "final_norm": anatomy.final_norm,
             "exact": anatomy.lens_is_exact,
         },
+        "suggested_layer": suggested_layer,
         "gradients": gradients,
         "router": routing
         and {
@@ -287,7 +299,7 @@ def capabilities(
             "experts_per_token": routing.experts_per_token,
         },
         "limits": dict(limits),
-        "formats": ["json", "f16", "u8", "topk", "npz", "png", "html"],
+        "formats": list(FORMATS),
     }
 
 

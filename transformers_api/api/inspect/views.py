@@ -79,16 +79,39 @@ def _in_any_form(view: View) -> View:
 @blueprint.gives(InspectedModel)
 @blueprint.gives(Failed, 403, description="`INSPECT_ENABLED` is off")
 def inspect_model() -> Any:
-    """Say what can be asked of a model: `?model=`, else the one in memory, else the default."""
+    """Say what can be asked of a model: `?model=`, else the one in memory, else the default.
+
+    With `?load=false` one that is not in memory is not loaded, and `loaded` is false.
+    """
     inspect_auth.check_enabled()
+    swapper, inspections, settings = (
+        services().swapper,
+        services().inspections,
+        services().settings,
+    )
+    limits = _limits(settings)
+    model_id = request.args.get("model") or swapper.status().model
+    if not _may_load():
+        name = services().registry.resolve(model_id or settings.default_model).name
+        resident = swapper.resident()
+        if resident is None or resident.spec.name != name:
+            return inspect_format.not_loaded(name, limits)
     inspect_auth.check_started()
-    swapper, inspections = services().swapper, services().inspections
     with RequestContext(services()) as context:
-        model = context.lease(request.args.get("model") or swapper.status().model)
+        model = context.lease(model_id)
         inspector = subjects.inspector_of(model)
         gradients = inspections.has_gradients(model, inspector, context.cancellation)
-        limits = _limits(services().settings)
-        return inspect_format.capabilities(model, inspector.anatomy, gradients, limits)
+        layer = inspections.suggested_layer(model, inspector, context.cancellation)
+        return inspect_format.capabilities(model, inspector.anatomy, gradients, layer, limits)
+
+
+def _may_load() -> bool:
+    """The word of `?load=`. Raises InvalidRequest."""
+    words = {"true": True, "1": True, "false": False, "0": False}
+    word = request.args.get("load", "true").lower()
+    if word not in words:
+        raise InvalidRequest("load must be true or false", param="load")
+    return words[word]
 
 
 def _limits(settings: Settings) -> dict[str, Any]:

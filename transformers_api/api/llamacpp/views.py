@@ -44,7 +44,7 @@ def apply_template(body: dict[str, Any]) -> Any:
     check_prompt_bytes(message_texts(body["messages"]), services().settings, "messages")
     conversation = conversation_of(body)
     with RequestContext(services()) as context:
-        model = context.lease(body.get("model"), is_chat=True)
+        model = context.text(body.get("model"), is_chat=True)
         return {"prompt": conversation.encode(model).text}
 
 

@@ -18,6 +18,7 @@ from transformers_api.serving.generation import GenerationRequest
 from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.text import chat_template
 from transformers_api.serving.text.chat_template import ChatPrompt
+from transformers_api.serving.text.model_text import ModelText
 from transformers_api.serving.tools import answer_plan
 from transformers_api.serving.tools.answer_plan import AnswerPlan
 from transformers_api.serving.tools.call_format import OWN_FORMAT
@@ -49,7 +50,7 @@ class Conversation:
     tools_param: str = "tools"
     drops_oldest: bool = False  # turns that do not fit the context
 
-    def template_options(self, model: LoadedModel) -> dict[str, Any]:
+    def template_options(self, model: ModelText) -> dict[str, Any]:
         """The options that make the prompt of ``model``."""
         variables = dict(self.variables or {})
         reasoning = chat_template.reasoning_style(model)
@@ -72,11 +73,11 @@ class Conversation:
             return ""
         return f"Answer in JSON that fits this JSON schema:\n{self.form.source}"
 
-    def encode(self, model: LoadedModel) -> ChatPrompt:
+    def encode(self, model: ModelText) -> ChatPrompt:
         """The prompt. Raises what ``chat_template.encode`` does."""
         options = self.template_options(model)
         prompt = chat_template.encode(model, self.messages, **options)
-        most = model.engine.max_model_len
+        most = model.max_model_len
         if not self.drops_oldest or len(prompt.ids) < most:
             return prompt
         groups = list(_groups(self.messages))

@@ -18,7 +18,8 @@ from transformers_api.api.openai.logprobs import (
     prompt_logprobs,
 )
 from transformers_api.api.openai.text_offsets import text_offsets
-from transformers_api.api.trace.format import TraceWriter
+from transformers_api.api.trace.format import TraceWriter, refused_header
+from transformers_api.errors import ApiError
 from transformers_api.serving.generation import Choice, Generation, Usage, collect
 from transformers_api.serving.text.choice_text import TextDelta
 
@@ -42,6 +43,7 @@ class Head:
     with_usage: bool = False  # in a stream
     with_usage_so_far: bool = False  # in every chunk of it
     traces: TraceWriter | None = None
+    trace_refusal: ApiError | None = None  # why there are none, though they were asked for
 
     @property
     def with_more_than_text(self) -> bool:
@@ -85,11 +87,18 @@ class Head:
 
     def traced(self, choice: Choice) -> Json:
         """The field ``trace`` of a whole choice."""
-        if self.traces is None:
+        header, steps = self.trace_header(choice.index), []
+        if header is None:
             return {}
-        steps = [self.traces.step(trace, choice.index) for trace in choice.traces]
-        header = self.traces.header(choice.index // self.n, choice.index)
+        if self.traces is not None:
+            steps = [self.traces.step(trace, choice.index) for trace in choice.traces]
         return {"trace": {"header": header, "steps": steps}}
+
+    def trace_header(self, index: int) -> Any:
+        """The header of the traces of a choice, or why there are none; None: nobody asked."""
+        if self.traces is not None:
+            return self.traces.header(index // self.n, index)
+        return None if self.trace_refusal is None else refused_header(self.trace_refusal, index)
 
     def usage(self, used: Usage) -> Json:
         """The tokens of a request, and what its traces took."""
@@ -151,8 +160,8 @@ class ChatFormatter(Formatter):
         for index in range(head.n):
             ids = head.token_ids(index, (), first=True)
             chunk = self._chunk(index, {"role": "assistant", "content": ""}, **ids)
-            if head.traces is not None:
-                chunk["trace"] = head.traces.header(index // head.n, index)
+            if (header := head.trace_header(index)) is not None:
+                chunk["trace"] = header
             yield self.dialect.frame(chunk)
 
     def frames(self, delta: TextDelta) -> Sequence[bytes]:
@@ -252,8 +261,7 @@ class CompletionFormatter(Formatter):
             **head.token_ids(delta.index, delta.token_ids, first=is_first),
         }
         chunk = head.envelope("text_completion", [choice]) | head.usage_so_far(self.generation)
-        if head.traces is not None:
-            chunk |= _completion_trace(head.traces, head.n, delta, is_first)
+        chunk |= _completion_trace(head, delta, is_first)
         return (self.dialect.frame(chunk),)
 
     def closing(self, generation: Generation | None) -> Iterator[bytes]:
@@ -267,11 +275,12 @@ class CompletionFormatter(Formatter):
         return _TextWriter(self._head, self._texts[index // self._head.n], self._echo)
 
 
-def _completion_trace(traces: TraceWriter, n: int, delta: TextDelta, is_first: bool) -> Json:
+def _completion_trace(head: Head, delta: TextDelta, is_first: bool) -> Json:
     """Nobody speaks first here: the header stands in the first trace of each choice."""
-    header = {"header": traces.header(delta.index // n, delta.index)} if is_first else {}
-    if delta.trace is not None:
-        return {"trace": traces.step(delta.trace, delta.index, **header)}
+    first = head.trace_header(delta.index) if is_first else None
+    header = {} if first is None else {"header": first}
+    if head.traces is not None and delta.trace is not None:
+        return {"trace": head.traces.step(delta.trace, delta.index, **header)}
     return {"trace": header} if header else {}
 
 

@@ -19,6 +19,12 @@ from transformers_api.api.openai.schemas.models import (
     ModelList,
 )
 from transformers_api.errors import InvalidRequest, ModelNotFound, NotFound
+from transformers_api.serving.models.capabilities import (
+    FileFacts,
+    capabilities,
+    context_length,
+    read_facts,
+)
 from transformers_api.serving.models.spec import HubSource, ModelSpec
 from transformers_api.serving.swap.residency import SwapperStatus
 
@@ -136,12 +142,32 @@ def _described(spec: ModelSpec, status: SwapperStatus) -> dict[str, Any]:
         "root": spec.name,
         "parent": None,
     }
+    described |= _abilities(spec)
     if status.model == spec.name and status.max_model_len is not None:
         described["max_model_len"] = status.max_model_len
         described["quantization"] = status.quantization
     if (reason := services().store.refusal(spec)) is not None:
         described |= {"servable": False, "reason": services().private_paths.hide(reason)}
     return described
+
+
+def _abilities(spec: ModelSpec) -> dict[str, Any]:
+    """Its capabilities, place and size, by small files alone."""
+    store, settings = services().store, services().settings
+    path = store.path(spec)
+    facts = FileFacts() if path is None else read_facts(path)
+    return {
+        "capabilities": capabilities(
+            spec,
+            facts,
+            refused=store.refusal(spec) is not None,
+            embeds=settings.enable_embeddings_backend,
+            inspects=settings.inspect_enabled,
+        ),
+        "local": path is not None,
+        "size_bytes": facts.size_bytes,
+        "context_length": context_length(spec, store.describe(spec).config),
+    }
 
 
 def _encoder() -> str | None:

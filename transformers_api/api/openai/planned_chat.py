@@ -64,8 +64,8 @@ class PlannedChatFormatter(Formatter):
         for index in range(head.n):
             ids = head.token_ids(index, (), first=True)
             chunk = self._chunk(index, {"role": "assistant", "content": ""}, **ids)
-            if head.traces is not None:
-                chunk["trace"] = head.traces.header(index // head.n, index)
+            if (header := head.trace_header(index)) is not None:
+                chunk["trace"] = header
             yield self.dialect.frame(chunk)
 
     def frames(self, delta: TextDelta) -> Sequence[bytes]:

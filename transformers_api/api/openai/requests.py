@@ -9,7 +9,12 @@ from typing import Any
 from transformers_api.api.http.sampling_schema import DRY_BREAKERS
 from transformers_api.config.settings import Settings
 from transformers_api.engine.base import DryParams, SamplingParams
-from transformers_api.errors import ContextLengthExceeded, InvalidRequest, ModelNotCapable
+from transformers_api.errors import (
+    ApiError,
+    ContextLengthExceeded,
+    InvalidRequest,
+    ModelNotCapable,
+)
 from transformers_api.serving.generation import GenerationRequest
 from transformers_api.serving.inspect import trace_plan
 from transformers_api.serving.inspect.trace_plan import TraceRequest
@@ -17,6 +22,7 @@ from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.text import chat_template, infilling
 from transformers_api.serving.text.dry_breakers import sequence_breakers
 from transformers_api.serving.text.infilling import InfillTokens
+from transformers_api.serving.text.model_text import ModelText
 
 _SAMPLING = (
     "temperature",
@@ -84,9 +90,9 @@ def infill_tokens(model: LoadedModel, param: str) -> InfillTokens:
     return model.infill
 
 
-def check_ids(model: LoadedModel, ids: Iterable[int], param: str) -> None:
+def check_ids(model: ModelText, ids: Iterable[int], param: str) -> None:
     """Raise InvalidRequest for an id that the model does not have."""
-    most = model.engine.vocab_size
+    most = model.vocab_size
     wrong = max(ids, default=0)
     if wrong >= most:
         raise InvalidRequest(
@@ -230,15 +236,30 @@ def dry(model: LoadedModel, options: Mapping[str, Any]) -> DryParams | None:
 def with_trace(
     request: GenerationRequest, model: LoadedModel, body: Mapping[str, Any], settings: Settings
 ) -> GenerationRequest:
-    """``request`` with the plan that ``trace`` asks for; raises what ``trace_plan.plan`` does."""
+    """``request`` with the plan that ``trace`` asks for.
+
+    Raises what ``trace_plan.plan`` does, unless the answer may go on without a trace.
+    """
     trace: TraceRequest = body["trace"]
-    plan = trace_plan.plan(
-        model,
-        trace,
-        settings,
-        prompt_tokens=max(map(len, request.prompts)),
-        max_tokens=request.params.max_tokens,
-        choices=len(request.prompts) * request.per_prompt,
-        whole=not body["stream"],
+    choices = len(request.prompts) * request.per_prompt
+    try:
+        plan = trace_plan.plan(
+            model,
+            trace,
+            settings,
+            prompt_tokens=max(map(len, request.prompts)),
+            max_tokens=request.params.max_tokens,
+            choices=choices,
+            whole=not body["stream"],
+        )
+    except ApiError as error:
+        if trace.required:
+            raise
+        return request.untraced(error)
+    return replace(
+        request,
+        trace=plan,
+        trace_stops=trace.specials,
+        trace_cost=trace_plan.cost(trace, plan, choices),
+        trace_required=trace.required,
     )
-    return replace(request, trace=plan, trace_stops=trace.specials)

@@ -37,12 +37,12 @@ def tokenize(body: dict[str, Any]) -> Any:
     texts = message_texts(body[name]) if name == "messages" else [body[name]]
     check_prompt_bytes(texts, services().settings, name)
     with RequestContext(services()) as context:
-        model = context.lease(body.get("model"))
+        model = context.text(body.get("model"))
         if name == "messages":
             ids = chat_template.encode(model, body["messages"], **template_options(body)).ids
         else:
             ids = chat_template.encode_text(model, body[name], body["add_special_tokens"], name)
-        answer = {"tokens": ids, "count": len(ids), "max_model_len": model.engine.max_model_len}
+        answer = {"tokens": ids, "count": len(ids), "max_model_len": model.max_model_len}
         if body["return_token_strs"]:
             vocabulary = Vocabulary(model.tokenizer)
             answer["token_strs"] = [vocabulary.token_text(token_id) for token_id in ids]
@@ -56,7 +56,7 @@ def tokenize(body: dict[str, Any]) -> Any:
 def detokenize(body: dict[str, Any]) -> Any:
     """Turn token ids into text."""
     with RequestContext(services()) as context:
-        model = context.lease(body.get("model"))
+        model = context.text(body.get("model"))
         requests.check_ids(model, body["tokens"], "tokens")
         text = chat_template.decode_ids(model, body["tokens"])
         return {"prompt": text, "text": text}

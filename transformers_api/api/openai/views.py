@@ -72,8 +72,7 @@ def chat_completions(body: dict[str, Any]) -> Any:
     With `stream` the answer comes as server-sent events, each a `chat.completion.chunk`, and ends
     with `data: [DONE]`. An error after the first byte is an event with `error`, and no `[DONE]`.
     """
-    if "trace" in body:
-        inspect_auth.check_enabled()
+    _check_trace(body)
     return answer(ChatTask(body))
 
 
@@ -90,9 +89,13 @@ def completions(body: dict[str, Any]) -> Any:
     With `echo`, `logprobs` and `max_tokens` 0 it scores the prompts and generates nothing. With
     `stream` the answer comes as server-sent events and ends with `data: [DONE]`.
     """
-    if "trace" in body:
-        inspect_auth.check_enabled()
+    _check_trace(body)
     return answer(CompletionTask(body))
+
+
+def _check_trace(body: Mapping[str, Any]) -> None:
+    if "trace" in body and body["trace"].required:
+        inspect_auth.check_enabled()
 
 
 class ChatTask(Task):
@@ -152,7 +155,7 @@ class ChatTask(Task):
     def formatter(self, model: LoadedModel, request: GenerationRequest) -> Formatter:
         """See Task."""
         body, places = self.body, []
-        if "trace" in body:
+        if request.trace is not None:
             (prompt,) = request.prompts
             options = self.conversation.template_options(model)
             places = spans(model, body["messages"], prompt, **options)
@@ -316,7 +319,7 @@ def _head(
     places: Sequence[Span] = (),
 ) -> Head:
     traces, stream_options = None, body.get("stream_options", {})
-    if "trace" in body:
+    if "trace" in body and request.trace_refusal is None:
         traces = TraceWriter(model, body["trace"], request.prompts, places)
     return Head(
         id=openai_format.new_id(prefix),
@@ -332,4 +335,5 @@ def _head(
         with_usage=stream_options.get("include_usage", False),
         with_usage_so_far=stream_options.get("continuous_usage_stats", False),
         traces=traces,
+        trace_refusal=request.trace_refusal,
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import time
-from pathlib import Path
 from typing import Any
 
 from flask import Response, jsonify
@@ -16,6 +15,8 @@ from transformers_api.api.http.body import Blueprint
 from transformers_api.api.http.dialects import PLAIN
 from transformers_api.api.http.services import services
 from transformers_api.api.ops.schemas.health import Health, Probe, Ready, Start, Version
+from transformers_api.api.web import views as web
+from transformers_api.memory import process_bytes
 
 blueprint = Blueprint(
     "health", __name__, dialect=PLAIN, description="Whether the server lives and can serve"
@@ -45,7 +46,7 @@ def health() -> Any:
         "cuda_available": "cuda" in services().devices(),
         "device": status.device,
         "cache_dir": None,  # the server's folders are nobody's business
-        "memory": {"process_bytes": _process_bytes(), "model_bytes": status.bytes},
+        "memory": {"process_bytes": process_bytes(), "model_bytes": status.bytes},
         "system": {
             "platform": platform.system(),
             "python": platform.python_version(),
@@ -53,15 +54,6 @@ def health() -> Any:
         },
         "uptime": _uptime(time.monotonic() - services().started_at),
     }
-
-
-def _process_bytes() -> int | None:
-    """Memory of this process that is in RAM; None where the system does not tell."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:  # not Linux
-        return None
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _uptime(seconds: float) -> str:
@@ -99,9 +91,16 @@ def version() -> Any:
 
 
 @blueprint.at("/")
+@scope("open")
 @blueprint.gives(Start)
 def index() -> Any:
-    """Say what this is, and where to go on."""
+    """Say what this is, and where to go on; browsers get the page."""
+    answer = web.page() if web.prefers_page() else jsonify(_start())
+    answer.vary.add("Accept")
+    return answer
+
+
+def _start() -> dict[str, Any]:
     return {
         "name": "Transformers API",
         "message": "Transformers API: Hugging Face language models over the OpenAI API",
@@ -110,6 +109,7 @@ def index() -> Any:
         "documentation": "/docs",
         "health": "/health",
         "endpoints": {
+            "page": "/ui",
             "docs": "/docs",
             "redoc": "/redoc",
             "openapi": "/openapi.json",

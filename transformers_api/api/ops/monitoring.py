@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from typing import Any
 
 from flask import Response
@@ -16,6 +17,7 @@ from transformers_api.api.http.services import services
 from transformers_api.api.ops.schemas.status import Status
 from transformers_api.config.settings import Settings
 from transformers_api.errors import NotFound
+from transformers_api.memory import free_bytes, process_bytes, total_bytes
 from transformers_api.serving.swap.residency import SwapperStatus
 
 blueprint = Blueprint("monitoring", __name__, dialect=PLAIN, description="What the server is doing")
@@ -54,9 +56,15 @@ def status() -> Any:
         "resident": None if swapper.model is None else _resident(swapper),
         "encoder": models.encoder if models else None,
         "loading": None if swapper.loading is None else _loading(swapper),
+        "swaps": [{**asdict(event), "error": _hidden(event.error)} for event in swapper.swaps],
         "queued": dict(swapper.waiting),
         "failed": {name: hide(text) for name, text in swapper.last_errors.items()},
         "requests": len(services().admission),
+        "memory": {
+            "process_bytes": process_bytes(),
+            "machine_bytes": total_bytes(),
+            "free_bytes": free_bytes(),
+        },
         "limits": _limits(services().settings),
     }
 
@@ -80,6 +88,8 @@ def _resident(swapper: SwapperStatus) -> dict[str, Any]:
         "leases": swapper.leases,
         "running": engine.running,
         "waiting": engine.waiting,
+        "prompt_tokens": engine.prompt_tokens,
+        "generated_tokens": engine.generated_tokens,
         "kv_cache": {
             "bytes": engine.kv_bytes,
             "used_bytes": engine.kv_used_bytes,
@@ -94,7 +104,14 @@ def _loading(swapper: SwapperStatus) -> dict[str, Any]:
         "model": swapper.loading,
         "progress": round(swapper.progress, 3),
         "doing": swapper.progress_text,
+        "stage": swapper.stage,
+        "since": round(swapper.loading_since, 3),
+        "last_load_s": swapper.last_load_s,
     }
+
+
+def _hidden(text: str | None) -> str | None:
+    return None if text is None else services().private_paths.hide(text)
 
 
 def _limits(settings: Settings) -> dict[str, Any]:
@@ -106,6 +123,7 @@ def _limits(settings: Settings) -> dict[str, Any]:
         "max_body_bytes": max(MAX_BODY_BYTES, 2 * settings.prompt_bytes),
         "request_timeout_s": settings.request_timeout_s,
         "rate_limit_per_min": settings.rate_limit_per_min,
+        "inspections_per_min": services().limits.inspections_per_min,
         "rate_limit_burst": settings.rate_limit_burst,
         "rate_limit_tokens_per_min": settings.rate_limit_tokens_per_min,
     }

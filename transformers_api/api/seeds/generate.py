@@ -126,7 +126,10 @@ def load_in_background(model_name: str) -> Any:
 @blueprint.gives(Done)
 @blueprint.gives(Detail, 404, description="Not in memory")
 def unload(model_name: str) -> Any:
-    """Take a model out of memory, once its running answers are finished."""
+    """Take a model out of memory, once its running answers are finished.
+
+    A load that has not begun to read it, such as a download, is cancelled.
+    """
     _check_origin()
     with RequestContext(services()) as context:
         context.take_place()

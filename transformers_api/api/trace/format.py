@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from transformers_api.api.http import strict_json
+from transformers_api.errors import ApiError
 from transformers_api.inspection.base import (
     Anatomy,
     Array,
@@ -52,7 +53,7 @@ class TraceWriter:
         """The header of the traces of the answer ``index``."""
         began = time.perf_counter()
         content = header(self._anatomy, self._vocabulary, self._prompts[prompt], self._spans)
-        return self._written({"v": VERSION, "index": index, **content}, began)
+        return self._written({"v": VERSION, "index": index, "noted": True, **content}, began)
 
     def step(self, trace: StepTrace, index: int, **more: Any) -> Any:
         """One token of the answer ``index``, and ``more`` beside it."""
@@ -75,6 +76,17 @@ class TraceWriter:
         self._bytes += len(text)
         self._seconds += time.perf_counter() - began
         return strict_json.ready(text)
+
+
+def refused_header(error: ApiError, index: int) -> Json:
+    """The header of an answer that goes on without the trace that was asked for."""
+    return {
+        "v": VERSION,
+        "index": index,
+        "noted": False,
+        "code": error.code,
+        "reason": error.message,
+    }
 
 
 def header(

@@ -114,6 +114,11 @@ class TraceOptions(Schema):
         load_default=False, **about("Also of the token that ends the answer, which has no text.")
     )
 
+    required = Boolean(
+        load_default=True,
+        **about("false: where it cannot be noted, the answer goes on without it, at once."),
+    )
+
     @post_load
     def make(self, data: dict[str, Any], **_: Any) -> TraceRequest:
         """The options as serving takes them."""
@@ -121,7 +126,12 @@ class TraceOptions(Schema):
 
 
 class StreamTrace(TraceOptions):
-    """The same for /chat/stream, with its own defaults."""
+    """The same for /chat/stream, with its own defaults; there is nothing without a trace there."""
+
+    class Meta(Schema.Meta):
+        """See marshmallow."""
+
+        exclude = ("required",)
 
     attn = Text(
         choices=("f16", "u8", "topk", "json", "json64"),

@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 from transformers_api.engine.base import Engine
 from transformers_api.errors import InspectionBusy, InspectionTimeout
 from transformers_api.inspection.base import Inspector, Job
+from transformers_api.serving.inspect.suggested_layer import suggested_layer
 from transformers_api.serving.limits.admission import Throughput
 from transformers_api.serving.limits.cancellation import Cancellation
 from transformers_api.serving.swap.loaded_model import LoadedModel
@@ -41,6 +42,7 @@ class Inspections:
         self._line: deque[object] = deque()  # the first one runs
         self._throughput = Throughput(clock)
         self._gradients: WeakKeyDictionary[Engine, bool] = WeakKeyDictionary()
+        self._layers: WeakKeyDictionary[Engine, int | None] = WeakKeyDictionary()
 
     def run(self, model: LoadedModel, job: Job[T], cancellation: Cancellation) -> T:
         """The result of ``job``, when its turn has come.
@@ -60,6 +62,16 @@ class Inspections:
             available = self._run(model, inspector.check_gradients(), cancellation)
             self._gradients[model.engine] = available
         return available
+
+    def suggested_layer(
+        self, model: LoadedModel, inspector: Inspector, cancellation: Cancellation
+    ) -> int | None:
+        """See ``suggested_layer``; found out once per loaded model, without a turn."""
+        if model.engine not in self._layers:
+            self._layers[model.engine] = suggested_layer(
+                model, inspector, lambda job: self._run(model, job, cancellation)
+            )
+        return self._layers[model.engine]
 
     @contextmanager
     def _turn(self, cancellation: Cancellation) -> Iterator[None]:

@@ -1,10 +1,8 @@
-"""The trace of an answer's tokens: what may be asked for, its size, how many run at once."""
+"""The trace of an answer's tokens: what may be asked for, its size, what it takes."""
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,10 +12,9 @@ from transformers_api.errors import (
     InspectionDisabled,
     InvalidRequest,
     ModelNotCapable,
-    TraceBusy,
 )
 from transformers_api.inspection.base import Anatomy, LayerAttention, TracePlan
-from transformers_api.serving.limits.admission import Throughput
+from transformers_api.serving.inspect.trace_slots import LIGHT, WHOLE
 from transformers_api.serving.swap.loaded_model import LoadedModel
 
 AttentionFormat = Literal["f16", "u8", "topk", "json", "json64"]
@@ -60,6 +57,7 @@ class TraceRequest:
     resid_norms: bool = False
     router: bool = False
     specials: bool = False  # also of the token that ends the answer
+    required: bool = True  # False: where it cannot be had, the answer goes on without it
     meta: bool = False  # a leading event about prompt and model, where there are named events
     layers_name: str = "trace.layers"  # the field that names the layers, for messages
 
@@ -106,6 +104,16 @@ def plan(
         resid_norms=trace.resid_norms,
         router=trace.router,
     )
+
+
+def cost(trace: TraceRequest, plan: TracePlan, choices: int) -> int:
+    """The eighths of a place that a trace takes: one where it is small, else all.
+
+    Small is what a page shows of every answer: probabilities, candidates and one layer.
+    """
+    has_more = plan.lens_layers or plan.resid_norms or plan.router or len(plan.layers) > 1
+    is_text = bool(plan.layers) and trace.attn in ("json", "json64")
+    return WHOLE if has_more or is_text or choices > 1 else LIGHT
 
 
 def check_layer(anatomy: Anatomy, layer: int, param: str) -> LayerAttention:
@@ -294,46 +302,3 @@ def _shape(layer: LayerAttention, trace: TraceRequest, keys: int) -> tuple[int, 
 
 def _megabytes(size: int) -> str:
     return f"{size / 1e6:.1f} MB" if size >= 50_000 else f"{size} bytes"
-
-
-class TraceSlots:
-    """The number of requests that are traced at once. From any thread."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._lock = threading.Lock()
-        self._taken = 0
-        self._throughput = Throughput(clock)
-
-    def take(self, most: int) -> Callable[[], None]:
-        """Take one of ``most`` places; what comes back gives it back, once however often called.
-
-        Raises TraceBusy.
-        """
-        with self._lock:
-            if self._taken >= most:
-                raise TraceBusy(
-                    f"As many requests are being traced as may be at once ({most})",
-                    retry_after=self._throughput.wait_s(1),
-                )
-            self._throughput.began()
-            self._taken += 1
-        return _Place(self._give_back)
-
-    def _give_back(self) -> None:
-        with self._lock:
-            self._taken -= 1
-            self._throughput.ended(self._taken)
-
-
-class _Place:
-    """Calls ``end`` at its first call and never again."""
-
-    def __init__(self, end: Callable[[], None]) -> None:
-        self._ends = [end]
-
-    def __call__(self) -> None:
-        try:
-            end = self._ends.pop()  # atomic: of two threads one gets it
-        except IndexError:
-            return
-        end()

@@ -22,6 +22,7 @@ class Access:
     keys: ApiKeys | None = None  # None: nobody needs one
     requests: Rate | None = None  # of a client, to /chat/stream and /inspect/*
     limits_all: bool = False  # `requests` holds for everything that is not only read
+    spares_local: bool = False  # whoever sits at this machine may ask without a limit
     tokens: Rate | None = None  # of a client, in prompts and answers
 
     @classmethod
@@ -40,8 +41,25 @@ class Access:
             keys=keys,
             requests=Rate(settings.rate_limit_burst, per_min) if per_min else None,
             limits_all=bool(settings.rate_limit_per_min),
+            spares_local=_is_private(settings),
             tokens=Rate(tokens, tokens) if tokens else None,
         )
+
+
+def _is_private(settings: Settings) -> bool:
+    """True where the default limit has nobody to guard against: behind a proxy it has."""
+    is_default = settings.rate_limit_per_min is None
+    return is_default and settings.listens_on_loopback and not settings.trusted_proxies
+
+
+def is_loopback(address: str) -> bool:
+    """True for an address of this machine itself."""
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    mapped = getattr(parsed, "ipv4_mapped", None)
+    return bool((mapped or parsed).is_loopback)
 
 
 def network(address: str) -> str:

@@ -89,13 +89,17 @@ class ModelStore:
 
     def describe(self, spec: ModelSpec) -> Description:
         """The description by its files' headers, also of files that are yet to be converted."""
-        if (folder := self.locate(spec)) is not None:
-            return describe(folder)
-        try:
-            path = self._local_path(spec)
-        except ModelLoadFailed:
-            path = None
+        path = self.path(spec)
         return Description() if path is None else describe(path)
+
+    def path(self, spec: ModelSpec) -> Path | None:
+        """The folder of ``locate``, or files that are yet to be converted; None: to be fetched."""
+        if (folder := self.locate(spec)) is not None:
+            return folder
+        try:
+            return self._local_path(spec)
+        except ModelLoadFailed:
+            return None
 
     def refusal(self, spec: ModelSpec) -> str | None:
         """The reason why a model can never be served; None where it may be."""

@@ -14,6 +14,7 @@ from transformers_api.serving.constraints.listener import ConstraintListener
 from transformers_api.serving.models.spec import ModelFiles, ModelSpec
 from transformers_api.serving.text.infilling import InfillTokens, infill_tokens
 from transformers_api.serving.text.model_template import ModelTemplate
+from transformers_api.serving.text.model_text import ModelText
 from transformers_api.serving.text.vocabulary import Vocabulary
 
 
@@ -46,7 +47,7 @@ class Embedder(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
-    """A resident model."""
+    """A resident model. Meets ModelText."""
 
     spec: ModelSpec
     engine: Engine
@@ -66,6 +67,16 @@ class LoadedModel:
     is_outdated: Callable[[], bool] = bool  # whether loading it anew would make it faster
     constraint_listener: ConstraintListener | None = None
     extras: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def vocab_size(self) -> int:
+        """Its ids are below."""
+        return self.engine.vocab_size
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of prompt and answer."""
+        return self.engine.max_model_len
 
     @cached_property
     def template(self) -> ModelTemplate:
@@ -104,6 +115,13 @@ class Loader(Protocol):
         """The devices of this machine, such as "cpu", "cuda" and "cuda:0"."""
         ...
 
+    def text(self, spec: ModelSpec) -> ModelText:
+        """The tokenizer of a model, whose files are made complete; no weight is loaded.
+
+        Raises ModelLoadFailed, InsufficientStorage.
+        """
+        ...
+
     def prepare(self, spec: ModelSpec, progress: Callable[[float, str], None]) -> ModelFiles:
         """Make the files complete on the disk (download, convert) and check them, without memory.
 
@@ -119,6 +137,8 @@ class Loader(Protocol):
         """
         ...
 
-    def load(self, spec: ModelSpec, files: ModelFiles) -> LoadedModel:
-        """Load into memory. Raises ModelLoadFailed."""
+    def load(
+        self, spec: ModelSpec, files: ModelFiles, progress: Callable[[float, str], None]
+    ) -> LoadedModel:
+        """Load into memory. ``progress`` as for ``prepare``. Raises ModelLoadFailed."""
         ...

@@ -11,12 +11,14 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from transformers_api.errors import ApiError
+from transformers_api.serving.swap.history import SwapHistory
 from transformers_api.serving.swap.residency import (
     QUIET_S,
     Residency,
     SwapperStatus,
     SwapRequest,
     Waiter,
+    cancelled,
     renewed,
 )
 from transformers_api.serving.swap.swap_time import SwapTime
@@ -47,7 +49,7 @@ class SwapPolicy:
         self.fallback: SwapRequest | None = None  # was evicted, and comes back if nothing else does
         self._let_go = let_go
         self._swap_time = SwapTime()
-        self._load_s: dict[str, float] = {}  # what the last load of each model took
+        self.history = SwapHistory()
 
     # Callers.
 
@@ -71,6 +73,22 @@ class SwapPolicy:
             waiter.target.waiters.remove(waiter)
             waiter.refuse(error)
             self.drop_if_unwanted(waiter.target)
+
+    def cancel_loads(self, name: str) -> bool:
+        """Take back the requests to load a model that is not read yet; True where there were any.
+
+        Those who wait for an answer of it stay. Where nobody does, its download ends.
+        """
+        coming = [target for target in self.targets.values() if target.spec.name == name]
+        waiters = [waiter for target in coming for waiter in target.waiters]
+        loads = [w for w in waiters if not (w.wants_lease or w.target.is_loading)]
+        for waiter in loads:
+            self.withdraw(waiter, cancelled(name))
+        for target in coming:
+            if target.is_preparing and not target.waiters:
+                target.is_cancelled = True
+                del self.targets[target.key]  # whoever comes now begins anew
+        return bool(loads)
 
     def serve_waiters(self, now: float) -> None:
         """Answer everybody whom the resident model serves."""
@@ -116,10 +134,14 @@ class SwapPolicy:
         status = SwapperStatus(
             state="empty" if coming is None else "loading",
             loading=coming.spec.name if coming else None,
+            loading_since=coming.made_at if coming else 0.0,
+            stage=coming.stage if coming else "waiting",
+            last_load_s=self.history.load_s(coming.spec.name) if coming else None,
             progress=coming.progress[0] if coming else 0.0,
             progress_text=coming.progress[1] if coming else "",
             waiting=self._waiting(),
             last_errors=last_errors,
+            swaps=tuple(self.history.events),
         )
         if residency is None or residency.model is None:
             return status
@@ -198,11 +220,13 @@ class SwapPolicy:
 
     def publish(self, residency: Residency, target: SwapRequest) -> None:
         """``target`` was loaded: it is the resident model now."""
+        replaced = self.resident or target.replaced
+        evicted = replaced.spec.name if replaced else None
         if self.resident is not None:
             self.retire(self.resident, residency.since, target)
         self.resident = residency
         self.decided = self.fallback = None
-        self._load_s[target.spec.name] = residency.load_s
+        self.history.loaded(target.spec.name, residency.load_s, evicted)
         for client in target.clients if target.is_charged else ():
             self._swap_time.charge(client, residency.load_s, residency.since)
         self.serve_waiters(residency.since)
@@ -214,9 +238,13 @@ class SwapPolicy:
             self.leaving.remove(residency)
         if residency.successor is not None:
             residency.successor.replaced = residency
+        elif not (self.fallback and self.fallback.spec.name == residency.spec.name):
+            self.history.unloaded(residency.spec.name)
 
     def failed(self, target: SwapRequest, error: ApiError) -> None:
         """``target`` cannot be had: tell who waits for it, and bring back what it replaced."""
+        replaced = target.replaced.spec.name if target.replaced else None
+        self.history.failed(target.spec.name, error.message, replaced)
         if target is self.fallback:
             self.fallback = None
         elif target is self.decided:
@@ -315,7 +343,8 @@ class SwapPolicy:
     def _affordable_at(self, target: SwapRequest) -> float:
         """From when on one of those who wait for it can pay for its load."""
         guess = self.resident.load_s if self.resident else 0.0
-        load_s = self._load_s.get(target.spec.name, guess)
+        load_s = self.history.load_s(target.spec.name)
+        load_s = guess if load_s is None else load_s
         return min(self._swap_time.affordable_at(client, load_s) for client in target.clients)
 
     def _retire_when_due(self, now: float) -> None:

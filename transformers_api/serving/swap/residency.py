@@ -10,14 +10,21 @@ import copy
 import logging
 import math
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal, Protocol
 
 from transformers_api.engine.base import EngineStats
-from transformers_api.errors import ApiError, ModelLoadFailed
+from transformers_api.errors import (
+    ApiError,
+    ModelLoadFailed,
+    ModelUnloaded,
+    ServerShuttingDown,
+)
 from transformers_api.serving.models.spec import ModelFiles, ModelSpec
+from transformers_api.serving.swap.history import SwapEvent
 from transformers_api.serving.swap.loaded_model import LoadedModel
 
 log = logging.getLogger(__name__)
@@ -27,6 +34,8 @@ MOST_CLIENTS = 64  # that are told apart
 STAY_S = 0.5  # a model that others have paid for is kept, at least, or ten times its load time
 
 State = Literal["empty", "loading", "ready", "draining"]
+# Of a model that comes: its files are fetched or converted; it waits for its turn; it is read.
+Stage = Literal["preparing", "waiting", "loading"]
 
 
 class ModelResolver(Protocol):
@@ -100,10 +109,14 @@ class SwapperStatus:
     max_model_len: int | None = None
     leases: int = 0
     loading: str | None = None  # the model that is being prepared or loaded
+    loading_since: float = 0.0  # when it was asked for; seconds since 1970
+    stage: Stage = "waiting"
+    last_load_s: float | None = None  # what its last load took
     progress: float = 0.0  # 0..1
     progress_text: str = ""
     waiting: Mapping[str, int] = field(default_factory=dict)  # callers by model
     last_errors: Mapping[str, str] = field(default_factory=dict)  # by model, until it loads
+    swaps: Sequence[SwapEvent] = ()  # the last ones, the newest at the end
 
 
 class Lease:
@@ -255,11 +268,19 @@ class SwapRequest:
         self.replaced: Residency | None = None  # what was evicted for it
         self.is_charged = False  # those who wait for it keep others waiting
         self.progress: tuple[float, str] = (0.0, "")
+        self.made_at = time.time()
+        self.is_loading = False
+        self.is_cancelled = False  # while it is prepared: somebody wanted it, and does no more
 
     @property
     def key(self) -> tuple[str, str | None]:
         """Callers with the same key share one load."""
         return self.spec.name, self.device
+
+    @property
+    def stage(self) -> Stage:
+        """The part of its way that it is on."""
+        return "loading" if self.is_loading else "preparing" if self.is_preparing else "waiting"
 
     @property
     def head_since(self) -> float:
@@ -272,8 +293,18 @@ class SwapRequest:
         return {waiter.client for waiter in self.waiters}
 
     def report(self, share: float, text: str) -> None:
-        """Note how far the preparation is; called by the loader, from any thread."""
+        """Note how far the preparation is; called by the loader, from any thread.
+
+        Raises ModelUnloaded, which ends a download, where nobody wants the model any more.
+        """
+        if self.is_cancelled:
+            raise cancelled(self.spec.name)
         self.progress = (share, text)
+
+    def begin_load(self) -> None:
+        """Its files are read now."""
+        self.is_loading = True
+        self.report(0.0, "loading")
 
 
 class RecentErrors:
@@ -310,6 +341,16 @@ class RecentErrors:
         """It has loaded."""
         self.messages.pop(name, None)
         self._refused.pop(name, None)
+
+
+def cancelled(name: str) -> ModelUnloaded:
+    """The error for a load that was taken back."""
+    return ModelUnloaded(f"The load of model '{name}' was cancelled", param="model")
+
+
+def shutting_down() -> ServerShuttingDown:
+    """The error for those who wait when the server ends."""
+    return ServerShuttingDown("The server is shutting down", retry_after=5)
 
 
 def renewed(

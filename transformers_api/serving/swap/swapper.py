@@ -22,7 +22,6 @@ from transformers_api.errors import (
     ApiError,
     ModelNotLoaded,
     ModelUnloaded,
-    ServerShuttingDown,
     Unavailable,
 )
 from transformers_api.serving.limits.cancellation import Cancellation
@@ -41,6 +40,7 @@ from transformers_api.serving.swap.residency import (
     Waiter,
     load_error,
     renewed,
+    shutting_down,
 )
 
 log = logging.getLogger(__name__)
@@ -168,6 +168,8 @@ class Swapper:
     ) -> bool:
         """Unload ``model_id``, or whatever is resident; False when it is not resident.
 
+        Requests to load it that have not led to anything yet are taken back.
+
         Waits for its leases as a switch does; ``force`` ends its running sequences at once with
         ModelUnloaded. Goes on in the background with ``wait`` False, and after ``cancellation``.
         Raises ModelNotFound.
@@ -179,7 +181,8 @@ class Swapper:
                 policy.fallback = None
             residency = next(policy.in_memory(name), None)
             if residency is None:
-                return False
+                self._condition.notify_all()
+                return name is not None and policy.cancel_loads(name)
             residency.successor = None  # nothing brings it back
             if residency is policy.resident:
                 policy.retire(residency, self._clock())
@@ -207,14 +210,14 @@ class Swapper:
     def refuse(self, error: ApiError | None = None) -> None:
         """From now on raise ``error`` for new leases and loads; those who hold or wait go on."""
         with self._condition:
-            self._refusal = error or _shutting_down()
+            self._refusal = error or shutting_down()
 
     def close(self, error: ApiError | None = None) -> None:
         """End it all: waiters raise ``error``, running sequences end with it. Idempotent.
 
         Does not wait for a load in progress; what that loads is closed at once.
         """
-        error = error or _shutting_down()
+        error = error or shutting_down()
         with self._condition:
             self._refusal, self._closed = error, True
             in_memory = self._policy.end(error)
@@ -311,7 +314,8 @@ class Swapper:
         try:
             files = self._loader.prepare(target.spec, target.report)
         except Exception as error:
-            self._fail(target, error)
+            if not target.is_cancelled:
+                self._fail(target, error)
             return
         with self._condition:
             target.is_preparing, target.files = False, files
@@ -354,9 +358,9 @@ class Swapper:
                 return
         assert target.files is not None
         log.info("Loading %s", target.spec.name)
-        target.report(0.0, "loading")
+        target.begin_load()
         try:
-            model = self._loader.load(target.spec, target.files)
+            model = self._loader.load(target.spec, target.files, target.report)
         except Exception as error:
             self._fail(target, error, loading=True)
             gc.collect()  # the frames of the error held what was loaded so far
@@ -369,7 +373,7 @@ class Swapper:
                 self._errors.forget(target.spec.name)
             self._tell(self._listener.on_load, target.spec.name, model.load_s)
         if self._closed:
-            residency.close(_shutting_down())
+            residency.close(shutting_down())
 
     def _fail(self, target: SwapRequest, error: Exception, loading: bool = False) -> None:
         name = target.spec.name
@@ -392,7 +396,3 @@ class Swapper:
             event(*facts)
         except Exception:
             log.exception("A listener of the swapper failed")
-
-
-def _shutting_down() -> ServerShuttingDown:
-    return ServerShuttingDown("The server is shutting down", retry_after=5)

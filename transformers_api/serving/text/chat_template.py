@@ -11,8 +11,8 @@ import orjson
 
 from transformers_api.errors import ChatUnavailable, InvalidRequest, ModelNotCapable, PromptTooLarge
 from transformers_api.serving.models.spec import ChatMode
-from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.text import model_template
+from transformers_api.serving.text.model_text import ModelText
 from transformers_api.serving.text.tokenization import token_ids
 from transformers_api.serving.tools import call_history, tool_prompt
 from transformers_api.serving.tools.call_format import CallFormat
@@ -62,7 +62,7 @@ class ChatPrompt:
 
 
 def encode(
-    model: LoadedModel,
+    model: ModelText,
     messages: Sequence[Mapping[str, Any]],
     *,
     add_generation_prompt: bool | None = None,
@@ -115,7 +115,7 @@ def encode(
 
 
 def render(
-    model: LoadedModel,
+    model: ModelText,
     messages: Sequence[Mapping[str, Any]],
     *,
     add_generation_prompt: bool,
@@ -131,14 +131,14 @@ def render(
     )
 
 
-def call_format(model: LoadedModel) -> CallFormat | None:
+def call_format(model: ModelText) -> CallFormat | None:
     """The format in which the template of ``model`` writes calls; None where it shows none."""
     if chat_mode(model) != "template" or model.spec.tools == "prompt":
         return None
     return model.template.call_format
 
 
-def reasoning_style(model: LoadedModel) -> ReasoningStyle | None:
+def reasoning_style(model: ModelText) -> ReasoningStyle | None:
     """The marks of thoughts by the registry, else by the template; None where there are none."""
     derived = model.template.reasoning if chat_mode(model) == "template" else None
     if model.spec.reasoning is not None:
@@ -162,7 +162,7 @@ def unavailable() -> ChatUnavailable:
     )
 
 
-def chat_mode(model: LoadedModel) -> ChatMode:
+def chat_mode(model: ModelText) -> ChatMode:
     """The registry's word; without one, a template where the tokenizer has one."""
     has_template = bool(getattr(model.tokenizer, "chat_template", None))
     mode: ChatMode = model.spec.chat or ("template" if has_template else "transcript")
@@ -173,7 +173,7 @@ def chat_mode(model: LoadedModel) -> ChatMode:
     return mode
 
 
-def _unusable(model: LoadedModel, fault: str) -> ModelNotCapable:
+def _unusable(model: ModelText, fault: str) -> ModelNotCapable:
     return ModelNotCapable(
         f"Model '{model.spec.name}' has a chat template that cannot be used: {fault}",
         param="model",
@@ -199,13 +199,13 @@ def _written_stops(tokenizer: Any) -> tuple[str, ...]:
 
 
 def encode_text(
-    model: LoadedModel, text: str, add_special_tokens: bool = True, param: str = "prompt"
+    model: ModelText, text: str, add_special_tokens: bool = True, param: str = "prompt"
 ) -> list[int]:
     """The ids of a plain text. Raises InvalidRequest(``param``) for text that is not Unicode."""
     return _tokenize(model.tokenizer, text, add_special_tokens, param)
 
 
-def decode_ids(model: LoadedModel, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+def decode_ids(model: ModelText, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
     """The text of ``ids``, each of which must be in the vocabulary."""
     text = model.tokenizer.decode(
         list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
@@ -262,7 +262,7 @@ def _arguments(function: Mapping[str, Any]) -> Any:
 
 
 def _render(
-    model: LoadedModel,
+    model: ModelText,
     messages: Sequence[Mapping[str, Any]],
     add_generation_prompt: bool,
     continue_final_message: bool,
@@ -306,7 +306,7 @@ class _Conversation:
 
 
 def _with_tools(
-    model: LoadedModel,
+    model: ModelText,
     texts: Sequence[Mapping[str, Any]],
     tools: Sequence[Tool],
 ) -> _Conversation:
@@ -333,7 +333,7 @@ def _with_tools(
     )
 
 
-def _takes_system(model: LoadedModel) -> bool:
+def _takes_system(model: ModelText) -> bool:
     return chat_mode(model) == "transcript" or model.template.takes_system
 
 

@@ -13,7 +13,7 @@ from transformers_api.serving.text.control_tokens import BREAK, ControlTokens
 from transformers_api.serving.text.tokenization import token_ids
 
 # Before, after, and where the answer begins, as published models name them.
-_NAMES = (
+NAMES = (
     ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
     ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
     ("<fim-prefix>", "<fim-suffix>", "<fim-middle>"),
@@ -67,7 +67,7 @@ class InfillTokens:
 
 def infill_tokens(tokenizer: Any, vocab_size: int) -> InfillTokens | None:
     """The tokens of ``tokenizer`` that a model with ``vocab_size`` ids has; None: not all."""
-    for names in _NAMES:
+    for names in NAMES:
         ids = [_id(tokenizer, name) for name in names]
         if all(token is not None and token < vocab_size for token in ids):
             return InfillTokens(tokenizer, names)

@@ -1,4 +1,4 @@
-"""The tokens of a prompt that are somebody's message, by role."""
+"""The tokens of a prompt that are somebody's message, or a system turn of the template."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ class Span:
     role: str
     start: int
     end: int
-    section: str = "content"  # what is in no span was written by the template
+    # "template": words of a turn that the template adds. What is in no span marks the turns.
+    section: str = "content"
 
 
 def spans(
@@ -37,6 +38,8 @@ def spans(
     hint: str = "",
 ) -> list[Span]:
     """The place of each message in ``ids``, which ``encode`` made of ``messages``.
+
+    Before them stands the system turn that a template adds where the messages have none.
 
     Empty where that cannot be known: a template that rewrites what was said, a tokenizer whose
     tokens are not the text.
@@ -60,12 +63,40 @@ def spans(
     if places is None or tokens is None:
         return []
     offset, ends = tokens
+    added = _added_system(model, messages, text[: places[0][0]], options)
+    turns = [] if added is None else [("system", added, "template")]
+    turns += [(m["role"], at, "content") for m, at in zip(messages, places, strict=True)]
     result = []
-    for message, (start, stop) in zip(messages, places, strict=True):
+    for role, (start, stop), section in turns:
         first = bisect_right(ends, offset + start)
         last = bisect_left(ends, offset + stop) + 1
-        result.append(Span(message["role"], first, last if stop > start else first))
+        result.append(Span(role, first, last if stop > start else first, section))
     return result
+
+
+def _added_system(
+    model: LoadedModel,
+    messages: Sequence[Mapping[str, Any]],
+    before: bytes,
+    options: Mapping[str, Any],
+) -> tuple[int, int] | None:
+    """[start, stop) of what the template says as the system, in the text ``before`` all messages.
+
+    A system turn of ours shows what stands around one.
+    """
+    if messages[0]["role"] in ("system", "developer"):
+        return None
+    ours = _probe(len(messages))
+    turns = [{"role": "system", "content": ours}, *_probes(messages)]
+    try:
+        frame = chat_template.render(model, turns, **options).encode()
+    except InvalidRequest:  # it takes none
+        return None
+    head, _, rest = frame.partition(ours.encode())
+    between, probe, _ = rest.partition(_probe(0).encode())
+    start, stop = len(head), len(before) - len(between)
+    is_framed = probe and before.startswith(head) and before.endswith(between)
+    return (start, stop) if is_framed and start < stop else None
 
 
 def _probe(place: int) -> str:

@@ -332,6 +332,7 @@ class InspectedModel(Schema):
     """The capabilities of a model."""
 
     id = Text()
+    loaded = Boolean(**about("false: with `?load=false`; then only `limits` and `formats` follow."))
     model_type = Text()
     layers = Integer(0, _MANY)
     heads = Integer(0, _MANY)
@@ -343,6 +344,9 @@ class InspectedModel(Schema):
     dtype = Text()
     attention = AnyObject()
     lens = AnyObject()
+    suggested_layer = Integer(
+        0, _MANY, allow_none=True, **about("Worth a first look; null without attention.")
+    )
     gradients = Boolean()
     router = AnyObject(allow_none=True)
     limits = AnyObject()

@@ -55,6 +55,23 @@ class Model(Schema):
     quantization = Text(
         choices=("none", "int8", "int4"), **about("Width of the weights; once loaded.")
     )
+    capabilities = Many(
+        Text(
+            choices=(
+                *("chat", "completion", "embedding", "rerank", "tools", "reasoning", "trace"),
+                "fill-in-the-middle",
+            )
+        ),
+        longest=8,
+        **about("What can be asked of it here, by its files."),
+    )
+    local = Boolean(**about("false: it has to be fetched first."))
+    size_bytes = Integer(
+        0, 1 << 50, allow_none=True, **about("Of its weights as they are stored; null: unknown.")
+    )
+    context_length = Integer(
+        1, 1 << 40, allow_none=True, **about("Tokens of prompt and answer, by its files.")
+    )
     servable = Boolean(**about("false: it is listed, and can never be served; else absent."))
     reason = Text(**about("Why it can never be served."))
 

@@ -32,6 +32,8 @@ class Resident(Schema):
     leases = fields.Integer(metadata={"description": "Requests that hold it."})
     running = fields.Integer(metadata={"description": "Sequences that have a slot."})
     waiting = fields.Integer(metadata={"description": "Sequences that wait for a slot."})
+    prompt_tokens = fields.Integer(metadata={"description": "Read since it was loaded."})
+    generated_tokens = fields.Integer(metadata={"description": "Written since it was loaded."})
     kv_cache = fields.Nested(KvCache)
 
 
@@ -41,6 +43,38 @@ class Loading(Schema):
     model = fields.String()
     progress = fields.Float(metadata={"description": "0 to 1."})
     doing = fields.String(metadata={"description": "What is being done, in words."})
+    stage = fields.String(
+        metadata={
+            "description": "preparing (files come or are converted), waiting (its turn), loading."
+        }
+    )
+    since = fields.Float(metadata={"description": "When it was asked for; seconds since 1970."})
+    last_load_s = fields.Float(
+        allow_none=True, metadata={"description": "Seconds that its last load took."}
+    )
+
+
+class Swap(Schema):
+    """One change of what is in memory, or an attempt."""
+
+    model = fields.String()
+    outcome = fields.String(metadata={"description": "loaded, failed or unloaded."})
+    at = fields.Float(metadata={"description": "When it was over; seconds since 1970."})
+    load_s = fields.Float(allow_none=True, metadata={"description": "Seconds that loading took."})
+    evicted = fields.String(
+        allow_none=True, metadata={"description": "The model that made way for it."}
+    )
+    error = fields.String(allow_none=True)
+
+
+class Memory(Schema):
+    """Main memory; GPUs have their own."""
+
+    process_bytes = fields.Integer(
+        allow_none=True, metadata={"description": "Of this process, in RAM."}
+    )
+    machine_bytes = fields.Integer(metadata={"description": "Of the machine, or of its cgroup."})
+    free_bytes = fields.Integer(metadata={"description": "That can be had."})
 
 
 class Limits(Schema):
@@ -53,6 +87,9 @@ class Limits(Schema):
     max_body_bytes = fields.Integer()
     request_timeout_s = fields.Float(allow_none=True)
     rate_limit_per_min = fields.Integer(allow_none=True)
+    inspections_per_min = fields.Integer(
+        allow_none=True, metadata={"description": "Of who asks, on /chat/stream and /inspect/*."}
+    )
     rate_limit_burst = fields.Integer()
     rate_limit_tokens_per_min = fields.Integer(allow_none=True)
 
@@ -71,6 +108,9 @@ class Status(Schema):
         allow_none=True, metadata={"description": "The encoder of embeddings beside it."}
     )
     loading = fields.Nested(Loading, allow_none=True)
+    swaps = fields.List(
+        fields.Nested(Swap), metadata={"description": "The last 32, the newest at the end."}
+    )
     queued = fields.Dict(
         keys=fields.String(),
         values=fields.Integer(),
@@ -82,4 +122,5 @@ class Status(Schema):
         metadata={"description": "Why models could not be loaded, until they are."},
     )
     requests = fields.Integer(metadata={"description": "Requests that are being served or wait."})
+    memory = fields.Nested(Memory)
     limits = fields.Nested(Limits)
