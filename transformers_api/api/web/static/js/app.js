@@ -1,12 +1,12 @@
 // The wiring: what the browser kept, the frame's parts, the three views. core/state.js has the contract.
-import { openChat, startChat } from "./chat/chats.js";
+import { listKept, openChat, startChat } from "./chat/chats.js";
 import { importFile, menuEntries } from "./chat/transfer.js";
 import * as chatView from "./chat/view.js";
 import { byId } from "./core/dom.js";
 import { notice } from "./core/notice.js";
 import { on, set, state, touch } from "./core/state.js";
 import * as status from "./core/status.js";
-import { allChats, choice, isLasting, keep, tidy } from "./core/store.js";
+import { chatById, choice, isLasting, keep, tidy } from "./core/store.js";
 import { newChat } from "./core/tree.js";
 import * as dialog from "./shell/dialog.js";
 import * as keyDialog from "./shell/key_dialog.js";
@@ -77,9 +77,9 @@ function mountLater(view, context) {
 
 async function start() {
   startFrame();
-  const chats = await allChats();
-  const chat = chats.find(({ id }) => id === choice("chat", null)) ?? newChat();
-  set({ chats, chat, settings: choice("settings", {}) });
+  const kept = await chatById(choice("chat", null));
+  const chat = kept ?? newChat();
+  set({ chats: kept ? [kept] : [], chat, settings: choice("settings", {}) });
   const context = { show: views.show, showRequest, openChat, newChat: freshChat, importFile };
   chatView.mount(byId("view-chat"), context);
   on("view", (view) => mountLater(view, context));
@@ -89,6 +89,7 @@ async function start() {
   keys.start({ show: views.show, newChat: freshChat, closeSide: side.closeSide });
   if (!matchMedia("(pointer: coarse)").matches && state.view === "chat") byId("message").focus();
   document.documentElement.dataset.ready = "";
+  listKept();
   if (!(await isLasting())) notice(common.memoryOnly, { kind: "info" });
   tidy(chat.id);
   await status.start();
