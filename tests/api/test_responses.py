@@ -360,6 +360,20 @@ def test_the_store_is_bounded_by_bytes_number_and_age_and_knows_owners():
     assert len(store) == 0
 
 
+def test_the_parts_of_a_message_alone_are_what_a_user_says(client):
+    parts = [{"type": "input_text", "text": "Say"}, {"type": "input_text", "text": " hello"}]
+    alone = whole(ask(client, input=parts, max_output_tokens=20))
+    message = [{"role": "user", "content": parts}]
+    assert (
+        alone["output"][0]["content"]
+        == (whole(ask(client, input=message, max_output_tokens=20))["output"][0]["content"])
+    )
+    (item,) = whole(client.get(f"/v1/responses/{alone['id']}/input_items"))["data"]
+    assert (item["type"], item["role"], item["content"]) == ("message", "user", parts)
+    image = [*parts, {"type": "input_image", "image_url": "data:x"}]
+    assert error(ask(client, input=image), 400)["param"] == "input[2]"
+
+
 def test_penalties_are_those_of_a_chat_and_are_echoed(client):
     fields = {"presence_penalty": 1.5, "frequency_penalty": -0.5}
     answer = whole(ask(client, max_output_tokens=30, **fields))

@@ -232,6 +232,8 @@ def _with_ids(source: str | list[Any]) -> list[Json]:
     if isinstance(source, str):
         content = [{"type": "input_text", "text": source}]
         source = [{"type": "message", "role": "user", "content": content}]
+    if response_input.are_parts(source):
+        source = [{"type": "message", "role": "user", "content": source}]
     return [
         {"id": new_id("msg"), "type": "message", **item}
         for item in source
