@@ -61,7 +61,7 @@ export function icon(name, cls = null) {
 /** A button of text, or of an icon with a name for those who do not see it. */
 export function button(label, onclick, { cls = "btn", glyph = null, shows = !glyph, ...more } = {}) {
   const children = [glyph ? icon(glyph) : null, shows ? h("span", { text: label }) : null];
-  return h("button", { type: "button", class: cls, onclick, ...(shows ? {} : { "aria-label": label }), ...more }, ...children);
+  return h("button", { type: "button", class: cls, onclick, ...(shows ? {} : { "aria-label": label, title: label }), ...more }, ...children);
 }
 
 /** Offer `text` as a file. */
