@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from transformers_api.kernels.abi import Library
-from transformers_api.kernels.build import build, content_name
+from transformers_api.kernels.build import build, content_name, find
 from transformers_api.kernels.variants import VARIANTS, Variant, cpu_flags, of_machine
 
 NEON_ON_X86 = Path(__file__).with_name("neon_on_x86")
