@@ -15,5 +15,5 @@ done
 if command -v npm >/dev/null; then
     # shellcheck disable=SC2046
     npm install --silent --prefix "$folder" @openai/codex @anthropic-ai/claude-code @qwen-code/qwen-code \
-        opencode-ai $(sed -n 's#^// needs: ##p' tests/clients/programs/*.mjs)
+        @continuedev/cli opencode-ai $(sed -n 's#^// needs: ##p' tests/clients/programs/*.mjs)
 fi

@@ -82,7 +82,7 @@ class ModelLoader:
         self._standby = StandbyModels(settings.sleeping_models)
         self._tokenizers: OrderedDict[Hashable, LoadedTokenizer] = OrderedDict()
         self._texts: OrderedDict[Hashable, ModelText] = OrderedDict()  # of models not in memory
-        self._text_lock = threading.Lock()
+        self._text_lock, self._fetch_lock = threading.Lock(), threading.Lock()
         self._examinations: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # see Attachment
         load_in_one_thread()
         self._devices = thread.call(_devices)  # also the first import of torch
@@ -104,7 +104,11 @@ class ModelLoader:
 
     def text(self, spec: ModelSpec) -> ModelText:
         """See Loader. Those that were asked for last stay here."""
-        files = self.prepare(spec, _unheard)
+        if self.store.is_cached(spec):
+            files = self.prepare(spec, _unheard)
+        else:  # of several who ask for one at once, one fetches it
+            with self._fetch_lock:
+                files = self.prepare(spec, _unheard)
         key = (spec.name, files.folder, files.stamp)
         with self._text_lock:
             if (text := self._texts.pop(key, None)) is None:

@@ -123,6 +123,21 @@ def test_other_files_stand_before_the_gap():
 # Routes
 
 
+def test_ollamas_suffix_fills_the_same_gap(client):
+    fields = {"prompt": "a = ", "suffix": "\nb", "temperature": 0}
+    expected = whole(client.post("/v1/completions", json={**fields, "max_tokens": 8}))
+    body = {"prompt": "a = ", "suffix": "\nb", "options": {"temperature": 0, "num_predict": 8}}
+    answer = whole(client.post("/api/generate", json={**body, "stream": False}))
+    assert answer["response"] == expected["choices"][0]["text"]
+    assert answer["prompt_eval_count"] == expected["usage"]["prompt_tokens"] == 9
+    with client.post("/api/generate", json=body) as streamed:
+        lines = streamed.get_data(as_text=True).splitlines()
+    assert "".join(json.loads(line)["response"] for line in lines) == answer["response"]
+    refused = client.post("/api/generate", json={**body, "model": "plain"})
+    assert refused.status_code == 400
+    assert "'suffix' needs a model with fill-in-the-middle tokens" in refused.json["error"]
+
+
 def test_a_gap_is_filled_alike_by_infill_and_by_completions(client):
     body = whole(client.post("/infill", json={**GAP, "ignore_eos": True}))
     assert (body["stop"], body["stop_type"], body["model"]) == (True, "limit", "coder")

@@ -25,7 +25,18 @@ HOSTED = [{"type": "web_search"}, {"type": "namespace", "name": "x", "tools": []
 FORM = {"format": {"type": "json_schema", "name": "n", "schema": {"const": {"a": 1}}}}
 KEYS = {"created_at", "error", "id", "incomplete_details", "instructions", "metadata", "model"}
 KEYS |= {"object", "output", "parallel_tool_calls", "status", "temperature", "text", "tool_choice"}
-KEYS |= {"tools", "top_p", "truncation", "usage", "user", "store", "reasoning", "background"}
+KEYS |= {
+    "presence_penalty",
+    "frequency_penalty",
+    "tools",
+    "top_p",
+    "truncation",
+    "usage",
+    "user",
+    "store",
+    "reasoning",
+    "background",
+}
 
 
 @pytest.fixture(scope="module")
@@ -347,6 +358,29 @@ def test_the_store_is_bounded_by_bytes_number_and_age_and_knows_owners():
     now[0] = 11
     assert store.get("large", "a") is None
     assert len(store) == 0
+
+
+def test_the_parts_of_a_message_alone_are_what_a_user_says(client):
+    parts = [{"type": "input_text", "text": "Say"}, {"type": "input_text", "text": " hello"}]
+    alone = whole(ask(client, input=parts, max_output_tokens=20))
+    message = [{"role": "user", "content": parts}]
+    assert (
+        alone["output"][0]["content"]
+        == (whole(ask(client, input=message, max_output_tokens=20))["output"][0]["content"])
+    )
+    (item,) = whole(client.get(f"/v1/responses/{alone['id']}/input_items"))["data"]
+    assert (item["type"], item["role"], item["content"]) == ("message", "user", parts)
+    image = [*parts, {"type": "input_image", "image_url": "data:x"}]
+    assert error(ask(client, input=image), 400)["param"] == "input[2]"
+
+
+def test_penalties_are_those_of_a_chat_and_are_echoed(client):
+    fields = {"presence_penalty": 1.5, "frequency_penalty": -0.5}
+    answer = whole(ask(client, max_output_tokens=30, **fields))
+    assert {name: answer[name] for name in fields} == fields
+    body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 30, **fields}
+    chat = client.post("/v1/chat/completions", json={"seed": 1, "temperature": 1.0, **body}).json
+    assert answer["output"][0]["content"][0]["text"] == chat["choices"][0]["message"]["content"]
 
 
 def test_nothing_is_stored_where_the_setting_says_so(serve):

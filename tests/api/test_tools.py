@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import jsonschema
 import openai
@@ -186,6 +187,61 @@ def test_a_format_and_tools_go_together(client):
             assert json.loads(answer["content"]) == {"a": 1}
             seen.add("content")
     assert seen == {"call", "content"}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("most", [1, 2, 5])
+@pytest.mark.parametrize("form", ["plain", "xml", "named"])
+def test_a_call_that_is_cut_before_its_name_is_no_content(client, form, most, stream):
+    fields = {"model": form, "tool_choice": "required", "max_tokens": most, "stream": stream}
+    response = chat(client, **fields)
+    if stream:
+        assert events(response).text() == ""
+        return
+    (choice,) = response.json["choices"]
+    assert choice["finish_reason"] == "length"
+    assert not choice["message"]["content"]
+
+
+TAG = {"begin": "<f=x>", "schema": {"const": {"a": 1}}, "end": "</f>"}
+
+
+@pytest.mark.parametrize(
+    ("form", "pattern"),
+    [
+        ({"grammar": 'root ::= "y" [0-9]{2}'}, r"y\d\d"),
+        ({"grammar": "start: WORD\nWORD: /y[0-9]{2}/"}, r"y\d\d"),
+        ({"structured_outputs": {"regex": "y[0-9]{2}"}}, r"y\d\d"),
+        ({"structured_outputs": {"choice": ["y", "y</x"]}}, r"y|y</x"),
+        ({"response_format": {"type": "json_object"}}, r"\{.*\}"),
+    ],
+)
+def test_every_form_goes_together_with_tools(client, form, pattern):
+    seen = set()
+    for seed in range(12):
+        answer = message(chat(client, seed=seed, **form))
+        if answer.get("tool_calls"):
+            checked(answer["tool_calls"])
+            seen.add("call")
+        else:
+            assert re.fullmatch(pattern, answer["content"], re.DOTALL), answer["content"]
+            seen.add("content")
+    assert seen == {"call", "content"}
+
+
+def test_tags_go_together_with_tools(client):
+    form = {"type": "structural_tag", "structures": [TAG], "triggers": ["<f"]}
+    for seed in range(4):
+        answer = message(chat(client, seed=seed, max_tokens=60, response_format=form))
+        checked(answer.get("tool_calls") or ())
+
+
+def test_a_form_that_is_wrong_is_named_beside_tools(client):
+    for form, param in (
+        ({"grammar": "start: nothing"}, "grammar"),
+        ({"guided_regex": "(?=a)"}, "guided_regex"),
+    ):
+        assert error(chat(client, **form), 400)["param"] == param
 
 
 def test_a_history_in_the_older_words_is_that_of_calls_and_results(client):

@@ -1,7 +1,8 @@
 """A server with a model that does what its prompt says.
 
-For agents that must come to call a tool by themselves, with whatever is in their prompts. The last turn of a user that has lines ``CALL name {json}`` and ``SAY text`` is its
-script: a step for each turn of the assistant. As any model it is held by the constraint of its
+For agents that must come to call a tool by themselves, with whatever is in their prompts. The last
+turn of a user that has lines ``CALL name {json}`` and ``SAY text`` (or a string of JSON, for several
+lines) is its script: a step for each turn of the assistant. As any model it is held by the constraint of its
 request: it takes the allowed token that ends what is open soonest.
 """
 
@@ -41,7 +42,8 @@ def answer(prompt: str) -> str:
 
 def _said(step: re.Match[str]) -> str:
     if step["text"] is not None:
-        return step["text"]
+        text = step["text"]
+        return json.loads(text) if text.startswith('"') else text
     call = {"name": step["name"], "arguments": json.loads(step["arguments"])}
     return f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>"
 

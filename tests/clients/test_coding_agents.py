@@ -103,12 +103,53 @@ def test_opencode(ask, environment, tmp_path):
     assert (tmp_path / "work" / "made.txt").read_text() == "hi\n"
 
 
-def test_aider(ask, environment):
-    said = ask(
-        *("aider/bin/aider", "--model", f"openai/{environment['MODEL']}", "--no-git"),
-        *("--yes-always", "--no-check-update", "--no-show-model-warnings", "--analytics-disable"),
-        *("--map-tokens", "0", "--no-pretty", "--message", "SAY Hello to you."),
-        OPENAI_API_BASE=environment["SCRIPTED_URL"] + "/v1",
-        OPENAI_API_KEY="none",
+@pytest.fixture
+def aider(ask, environment):
+    """Ask aider for one answer, which it prints."""
+
+    def run(said: str, *options: str) -> str:
+        return ask(
+            *("aider/bin/aider", "--model", f"openai/{environment['MODEL']}", "--no-git"),
+            *("--yes-always", "--no-check-update", "--no-show-model-warnings"),
+            *("--analytics-disable", "--map-tokens", "0", "--no-pretty", *options),
+            *("--message", f"SAY {said}"),
+            OPENAI_API_BASE=environment["SCRIPTED_URL"] + "/v1",
+            OPENAI_API_KEY="none",
+        )
+
+    return run
+
+
+def test_aider(aider):
+    assert "Hello to you." in aider("Hello to you.")
+
+
+@pytest.mark.parametrize(
+    ("edit_format", "said"),
+    [
+        ("whole", "made.txt\n```\nhi\n```"),
+        ("diff", "made.txt\n```\n<<<<<<< SEARCH\n=======\nhi\n>>>>>>> REPLACE\n```"),
+    ],
+)
+def test_aider_edits_a_file(aider, tmp_path, edit_format, said):
+    aider(json.dumps(said), "--edit-format", edit_format, "made.txt")
+    assert (tmp_path / "work" / "made.txt").read_text() == "hi\n"
+
+
+def test_continue(ask, environment, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "name: local\nversion: 0.0.1\nschema: v1\nmodels:\n  - name: local\n    provider: openai\n"
+        f"    model: {environment['MODEL']}\n    apiBase: {environment['SCRIPTED_URL']}/v1\n"
+        "    apiKey: none\n    roles: [chat]\n    capabilities: [tool_use]\n"
     )
-    assert "Hello to you." in said
+    path = str(tmp_path / "work" / "made.txt")
+    text = script("Write", filepath=path, content="hi\n")
+    said = ask(
+        "node_modules/.bin/cn",
+        *("--print", "--config", str(config), "--auto", text),
+        CONTINUE_GLOBAL_DIR=str(tmp_path / "continue"),
+        CONTINUE_TELEMETRY_ENABLED="0",
+    )
+    assert "Written." in said
+    assert (tmp_path / "work" / "made.txt").read_text() == "hi\n"

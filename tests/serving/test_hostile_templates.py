@@ -2,7 +2,10 @@
 
 import json
 import resource
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 from transformers import AddedToken
@@ -335,3 +338,15 @@ def test_json_survives_the_way_to_the_helper():
         model, [USER], add_generation_prompt=True, chat_template_kwargs={"value": value}
     )
     assert json.loads(text.removesuffix("Hi")) == value
+
+
+def test_the_helper_ends_with_its_process():
+    program = (
+        "from transformers_api.serving.text.template_renderer import MOST_HERE, renderer as r\n"
+        "r.render('{{ a }}', {'a': 'x' * MOST_HERE})\n"
+        "print(r._helper.pid)\n"
+    )
+    command = [sys.executable, "-X", "dev", "-W", "always::ResourceWarning", "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    assert done.stderr == ""
+    assert not Path(f"/proc/{done.stdout.strip()}").exists()

@@ -413,6 +413,7 @@ def test_a_marker_that_is_a_special_token_is_that_token_only():
     _, content, ((name, arguments),) = read(parser.push(text) + parser.finish())
     assert not content
     jsonschema.validate(arguments, SCHEMAS[name])
-    parser = answer.parser()
+    free = plan(compiler, compiler._vocabulary, style=style, use=ToolUse(tools=TOOLS))
+    parser = free.parser()
     typed = "<|im_start|>now<|im_end|>{}"
     assert read(parser.push(typed) + parser.finish()) == ("", typed, [])

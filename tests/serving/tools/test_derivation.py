@@ -139,7 +139,7 @@ def test_templates_without_calls_or_thoughts_have_none():
     assert template.takes_system
 
 
-UNLISTED = ("tagged json", "xml", "named", "channels")
+UNLISTED = ("tagged json", "xml", "named", "channels", "arguments as text")
 
 
 @pytest.mark.parametrize("kind", UNLISTED)

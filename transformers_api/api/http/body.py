@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from functools import cache
+from types import MappingProxyType
 from typing import Any, NoReturn, cast
 
 import flask
@@ -149,12 +150,19 @@ class Blueprint(SmorestBlueprint):  # type: ignore[misc]
             self.alt_response(status, schema=schema, success=status < 400, **options),
         )
 
-    def at(self, rule: str, **options: Any) -> Callable[[View], View]:
-        """Register the view for a URL, with its scope in the OpenAPI document."""
+    def at(
+        self, rule: str, also: Mapping[str, str] = MappingProxyType({}), **options: Any
+    ) -> Callable[[View], View]:
+        """Register the view for a URL, with its scope in the OpenAPI document.
+
+        ``also``: other URLs that mean the same, with their names in that document.
+        """
 
         def register(view: View) -> View:
             if scope_of(view) == "open":
                 view = self.doc(security=[])(view)
+            for url, name in also.items():
+                self.route(url, endpoint=name, **options)(self.doc(operationId=name)(view))
             view = self.doc(operationId=view.__name__)(view)
             return cast(View, self.route(rule, **options)(view))
 

@@ -64,7 +64,7 @@ class OllamaGenerateRequest(Shared):
     prompt = Text(load_default="", **about("What the user says; with `raw` the prompt itself."))
     system = Text(**about("A system turn in front."))
     raw = Boolean(load_default=False, **about("Leave the model's template out."))
-    suffix = Unsupported()
+    suffix = Text(**about("What stands behind the answer, for models that fill in a middle."))
     images = Unsupported()
     template = Unsupported()
     context = Unsupported()

@@ -34,7 +34,7 @@ from transformers_api.api.ollama.schema import (
     OllamaVersion,
 )
 from transformers_api.api.openai.conversation import Conversation
-from transformers_api.api.openai.conversation_task import ConversationTask, RawTask
+from transformers_api.api.openai.conversation_task import ConversationTask, InfillTask, RawTask
 from transformers_api.errors import EmbeddingsUnavailable, InvalidRequest, ModelNotFound, NotOffered
 from transformers_api.serving import embeddings
 from transformers_api.serving.generation import GenerationRequest
@@ -198,17 +198,17 @@ def _task(
         label = body.get("model") or model.spec.name
         return OllamaFormatter(label, request.prompts[0], plan, is_chat=is_chat, load_s=0.0)
 
-    kind = RawTask if body.get("raw") else ConversationTask
-    return kind(
-        conversation,
-        make,
-        model_id=name,
-        is_streamed=body["stream"],
-        texts=[turn["content"] for turn in conversation.messages],
-        sampling=sampling,
-        most_tokens=most,
-        field="messages" if is_chat else "prompt",
-    )
+    options: Json = {
+        "model_id": name,
+        "is_streamed": body["stream"],
+        "texts": [turn["content"] for turn in conversation.messages],
+        "sampling": sampling,
+        "most_tokens": most,
+        "field": "messages" if is_chat else "prompt",
+    }
+    if body.get("suffix"):
+        return InfillTask(conversation, make, suffix=body["suffix"], **options)
+    return (RawTask if body.get("raw") else ConversationTask)(conversation, make, **options)
 
 
 def _loaded(body: Mapping[str, Any], *, is_chat: bool) -> Json:

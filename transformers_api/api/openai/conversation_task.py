@@ -94,6 +94,22 @@ class ConversationTask(Task):
         return self._make(model, request, self._plan)
 
 
+class InfillTask(ConversationTask):
+    """The text between a prompt, that of the only message, and a ``suffix``."""
+
+    is_chat = False
+
+    def __init__(self, *args: Any, suffix: str, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._suffix = suffix
+        self.texts = [*self.texts, suffix]
+
+    def _encoded(self, model: LoadedModel) -> ChatPrompt:
+        prompts = [self.conversation.messages[-1]["content"]]
+        (ids,), ends = requests.infill_ids(model, prompts, self._suffix)
+        return ChatPrompt(ids, stop_token_ids=ends)
+
+
 class RawTask(ConversationTask):
     """The same for a prompt that is to be read as it is: the text of the only message."""
 

@@ -33,7 +33,7 @@ SCORE_EXAMPLE = {"model": "all-minilm-l6-v2", "text_1": "A cat", "text_2": ["A k
 OFF = "`ENABLE_EMBEDDINGS_BACKEND` is off"
 
 
-@blueprint.at("/v1/rerank", methods=["POST"])
+@blueprint.at("/v1/rerank", also={"/rerank": "rerank"}, methods=["POST"])
 @only_when_enabled
 @blueprint.takes(RerankRequest, example=RERANK_EXAMPLE)
 @blueprint.gives(RerankAnswer)
@@ -42,46 +42,6 @@ OFF = "`ENABLE_EMBEDDINGS_BACKEND` is off"
 @blueprint.gives(Error, 501, description=OFF)
 def create_rerank(body: Json) -> Any:
     """Sort documents by how near they are to a query."""
-    return _reranked(body)
-
-
-@blueprint.at("/rerank", methods=["POST"])
-@only_when_enabled
-@blueprint.takes(RerankRequest, example=RERANK_EXAMPLE)
-@blueprint.gives(RerankAnswer)
-@blueprint.gives(Error, 400, description="A field is wrong; `param` names it")
-@blueprint.gives(Error, 404, description="No such model")
-@blueprint.gives(Error, 501, description=OFF)
-def rerank(body: Json) -> Any:
-    """Do the same as `/v1/rerank`."""
-    return _reranked(body)
-
-
-@blueprint.at("/v1/score", methods=["POST"])
-@only_when_enabled
-@blueprint.takes(ScoreRequest, example=SCORE_EXAMPLE)
-@blueprint.gives(ScoreAnswer)
-@blueprint.gives(Error, 400, description="A field is wrong; `param` names it")
-@blueprint.gives(Error, 404, description="No such model")
-@blueprint.gives(Error, 501, description=OFF)
-def create_score(body: Json) -> Any:
-    """Say of pairs of texts how near they are."""
-    return _scored(body)
-
-
-@blueprint.at("/score", methods=["POST"])
-@only_when_enabled
-@blueprint.takes(ScoreRequest, example=SCORE_EXAMPLE)
-@blueprint.gives(ScoreAnswer)
-@blueprint.gives(Error, 400, description="A field is wrong; `param` names it")
-@blueprint.gives(Error, 404, description="No such model")
-@blueprint.gives(Error, 501, description=OFF)
-def score(body: Json) -> Any:
-    """Do the same as `/v1/score`."""
-    return _scored(body)
-
-
-def _reranked(body: Json) -> Json:
     texts = {"query": [body["query"]], "documents": body["documents"]}
     vectors, tokens = _vectors(body, texts)
     (query,) = vectors["query"]
@@ -102,7 +62,15 @@ def _reranked(body: Json) -> Json:
     }
 
 
-def _scored(body: Json) -> Json:
+@blueprint.at("/v1/score", also={"/score": "score"}, methods=["POST"])
+@only_when_enabled
+@blueprint.takes(ScoreRequest, example=SCORE_EXAMPLE)
+@blueprint.gives(ScoreAnswer)
+@blueprint.gives(Error, 400, description="A field is wrong; `param` names it")
+@blueprint.gives(Error, 404, description="No such model")
+@blueprint.gives(Error, 501, description=OFF)
+def create_score(body: Json) -> Any:
+    """Say of pairs of texts how near they are."""
     vectors, tokens = _vectors(body, {name: body[name] for name in ("text_1", "text_2")})
     first, second = vectors["text_1"], vectors["text_2"]
     pairs = zip(first * len(second) if len(first) == 1 else first, second, strict=True)

@@ -20,6 +20,7 @@ Json = Mapping[str, Any]
 Message = dict[str, Any]
 ROLES = ("user", "assistant", "system", "developer")
 _TEXT_PARTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
+_USER_PARTS = ("input_text", "input_image", "input_file", "input_audio")
 _CALLS = {"function_call": "arguments", "custom_tool_call": "input"}
 _RESULTS = ("function_call_output", "custom_tool_call_output")
 # Of tools that this server does not run: nothing that a model has to be told.
@@ -40,6 +41,8 @@ def messages_of(items: str | Sequence[Any], before: Sequence[Json] = ()) -> list
         calls.add(turn)
     if isinstance(items, str):
         turns.append({"role": "user", "content": items})
+    elif are_parts(items):
+        turns.append({"role": "user", "content": _text(items, "input")})
     else:
         thought = ""
         for place, item in enumerate(items):
@@ -51,6 +54,12 @@ def messages_of(items: str | Sequence[Any], before: Sequence[Json] = ()) -> list
             _add(turns, item, kind, where, thought, calls)
             thought = ""
     return turns
+
+
+def are_parts(items: Sequence[Any]) -> bool:
+    """True where an input is what a user's message has in it, without the message."""
+    kinds = [item.get("type") if isinstance(item, Mapping) else None for item in items]
+    return bool(kinds) and all(isinstance(kind, str) and kind in _USER_PARTS for kind in kinds)
 
 
 def _add(

@@ -56,6 +56,8 @@ class ResponseRequest(InputFields):
     temperature = Number(0, 2, **about("0 takes the most likely token."))
     top_p = Number(0, 1, **about("Nucleus sampling: the share of probability that is kept."))
     top_k = Integer(-1, (1 << 31) - 1, **about("Keep the k most likely tokens."))
+    presence_penalty = Number(-2, 2, **about("As chat completions have it."))
+    frequency_penalty = Number(-2, 2, **about("As chat completions have it."))
     seed = Integer(-(2**63), 2**63 - 1, **about("The same seed gives the same tokens."))
     top_logprobs = Integer(0, MAX_LOGPROBS, **about("Likely others, where scores are included."))
     include = Many(

@@ -39,7 +39,10 @@ blueprint = Blueprint(
 EXAMPLE = {"input": "Name three colours of the sea.", "max_output_tokens": 40}
 LOGPROBS, SEALED = "message.output_text.logprobs", "reasoning.encrypted_content"
 MAX_METADATA = 16
-_SAMPLING = ("temperature", "top_p", "top_k", "seed")
+_SAMPLING = (
+    *("temperature", "top_p", "top_k", "seed"),
+    *("presence_penalty", "frequency_penalty"),
+)
 
 
 @blueprint.at("/v1/responses", methods=["POST"])
@@ -229,6 +232,8 @@ def _with_ids(source: str | list[Any]) -> list[Json]:
     if isinstance(source, str):
         content = [{"type": "input_text", "text": source}]
         source = [{"type": "message", "role": "user", "content": content}]
+    if response_input.are_parts(source):
+        source = [{"type": "message", "role": "user", "content": source}]
     return [
         {"id": new_id("msg"), "type": "message", **item}
         for item in source
@@ -257,11 +262,13 @@ def _echoed(body: Mapping[str, Any], request: GenerationRequest, *, is_kept: boo
     """The fields of a request that stand in its answer."""
     text = body.get("text") or {}
     return {
+        "frequency_penalty": body.get("frequency_penalty", 0.0),
         "instructions": body.get("instructions"),
         "max_output_tokens": body.get("max_output_tokens"),
         "max_tool_calls": body.get("max_tool_calls"),
         "metadata": body.get("metadata") or {},
         "parallel_tool_calls": body["parallel_tool_calls"],
+        "presence_penalty": body.get("presence_penalty", 0.0),
         "previous_response_id": body.get("previous_response_id"),
         "prompt_cache_key": body.get("prompt_cache_key"),
         "reasoning": {"effort": None, "summary": None, **(body.get("reasoning") or {})},

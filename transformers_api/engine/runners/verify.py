@@ -120,7 +120,9 @@ def looks_ahead(model: Any, vocab_size: int, window: int) -> str:
     (*_, row) = probe(model, vocab_size, window, in_windows=True)
     try:
         whole, part = (_plain_logits(model, [ids], vocab_size)[0, 0] for ids in (row, row[:-2]))
-    except Exception:
+    except Exception:  # of the model's own code
+        name = type(model).__name__
+        log.warning("%s: whether it looks ahead was not found out", name, exc_info=True)
         return ""
     if (whole - part).norm() <= _tolerance(model.dtype) * part.norm():
         return ""

@@ -203,6 +203,28 @@ class _Wrapped:
         return self._encode(text) if len(text) > _MEMO_CHARS else list(self._encode_again(text))
 
 
+def fits(schema: str, value: Any) -> bool:
+    """True where a value of JSON fits ``schema``, as far as that can be enforced.
+
+    The properties of its objects are in the schema's order.
+    """
+    from llguidance import LLMatcher, LLParserLimits
+
+    source = _source(ConstraintSpec(kind="json_schema", source=schema, param="tools"))
+    limits = LLParserLimits(**_GRAMMAR_LIMITS)
+    matcher = LLMatcher(_bytes_as_tokens(), source, log_level=0, limits=limits)
+    if matcher.is_error():
+        return True
+    return matcher.consume_tokens(list(orjson.dumps(value))) and matcher.is_accepting()
+
+
+@lru_cache(maxsize=1)
+def _bytes_as_tokens() -> LLTokenizer:
+    from llguidance import LLTokenizer
+
+    return LLTokenizer("byte")
+
+
 def _source(spec: ConstraintSpec) -> str:
     """The grammar in the compiler's words."""
     from llguidance import LLMatcher
@@ -212,7 +234,7 @@ def _source(spec: ConstraintSpec) -> str:
     if spec.kind == "tags":
         return _tagged(spec.source)
     if spec.kind == "rules":
-        return LLMatcher.grammar_from_lark(spec.source)
+        return spec.source if spec.answer is None else _union(spec.source, spec.answer)
     if spec.kind == "lark":
         try:
             lark = spec.source if _IS_LARK.search(spec.source) else _lark_of(spec.source)
@@ -229,6 +251,18 @@ def _source(spec: ConstraintSpec) -> str:
         return LLMatcher.grammar_from_json_schema(spec.source, overrides=overrides)
     except ValueError as error:
         raise _refusal(spec, str(error)) from None
+
+
+def _union(rules: str, answer: ConstraintSpec) -> str:
+    """The grammar of ``rules``, in which ``@answer`` stands for another one."""
+    source = _source(answer)
+    listed = [{"lark_grammar": source}]
+    if source.startswith("{"):
+        listed = orjson.loads(source)["grammars"]
+    (other,) = listed
+    return orjson.dumps(
+        {"grammars": [{"lark_grammar": rules}, {**other, "name": "answer"}]}
+    ).decode()
 
 
 def _lark_of(gbnf: str) -> str:

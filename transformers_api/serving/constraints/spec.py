@@ -17,4 +17,5 @@ class ConstraintSpec:
     source: str  # a JSON schema as JSON, a regular expression, or a grammar
     param: str
     strict: bool = False  # JSON schema: refuse keywords that cannot be enforced
+    answer: ConstraintSpec | None = None  # rules: for "@answer" in them
     whitespace: str | None = None  # JSON schema: a pattern; "": none; None: at most one space

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import orjson
+
 from transformers_api.errors import InvalidRequest
 from transformers_api.serving.text.control_tokens import BREAK, ControlTokens
 from transformers_api.serving.text.template_renderer import TemplateFailed, renderer
@@ -173,7 +175,9 @@ class ModelTemplate:
     @cached_property
     def shows_calls(self) -> bool:
         """True where a call of an earlier turn shows, and the result of it."""
-        arguments = {_PROBE: "x"}
+        return self._shows_call({_PROBE: "x"})
+
+    def _shows_call(self, arguments: str | dict[str, str]) -> bool:
         function = {"name": FUNCTIONS[0], "arguments": arguments}
         made = {"id": "c12345678", "type": "function", "function": function}
         turns: list[Mapping[str, Any]] = [
@@ -201,7 +205,9 @@ class ModelTemplate:
     @cached_property
     def call_format(self) -> CallFormat | None:
         """The format of calls; None where the template shows none, or none that reads back."""
-        if not self.source or not (self.shows_tools or self.shows_calls):
+        if not self.source:
+            return None
+        if not (self.shows_tools or self.shows_calls or self._shows_call(f'{{"{_PROBE}": "x"}}')):
             return None
         return derive(self._probe, self.reasoning.close if self.reasoning else "")
 
@@ -227,6 +233,7 @@ class ModelTemplate:
     @cached_property
     def _probe(self) -> TemplateProbe:
         left_s = _PROBED_S
+        texts: dict[bytes, str | None] = {}  # half of the questions come twice
 
         def render(
             messages: Sequence[Mapping[str, Any]],
@@ -235,16 +242,19 @@ class ModelTemplate:
             variables: Mapping[str, Any],
         ) -> str | None:
             nonlocal left_s
+            prompt = {"add_generation_prompt": add_generation_prompt, "tools": tools, **variables}
+            key = orjson.dumps([messages, prompt])
+            if key in texts:
+                return texts[key]
             if left_s <= 0:
                 return None
-            prompt = {"add_generation_prompt": add_generation_prompt, "tools": tools}
             began = time.monotonic()
             try:
-                return self._rendered(messages, {**prompt, **variables})
+                texts[key] = self._rendered(messages, prompt)
             except TemplateFailed:
-                return None
-            finally:
-                left_s -= time.monotonic() - began
+                texts[key] = None
+            left_s -= time.monotonic() - began
+            return texts[key]
 
         return TemplateProbe(render)
 

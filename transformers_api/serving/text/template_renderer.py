@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import select
 import signal
@@ -68,7 +69,8 @@ class TemplateRenderer:
     def close(self) -> None:
         """End the helper; another template starts another one."""
         with self._lock:
-            self._end()
+            if self._pid == os.getpid():  # a parent's helper is the parent's
+                self._end()
 
     def _ask(self, request: bytes) -> Any:
         for is_last in (False, True):  # one that was ended from outside is started again
@@ -122,15 +124,17 @@ class TemplateRenderer:
         helper, self._helper = self._helper, None
         if helper is None:
             return None
+        if helper.stdin is not None:
+            with suppress(OSError):
+                helper.stdin.close()  # it ends then, unless it is at work
         with suppress(subprocess.TimeoutExpired):  # its own end says more than ours
             helper.wait(0.2)
         helper.kill()
         status = helper.wait()
-        for pipe in (helper.stdin, helper.stdout):
-            if pipe is not None:
-                with suppress(OSError):
-                    pipe.close()
+        if helper.stdout is not None:
+            helper.stdout.close()
         return status
 
 
 renderer = TemplateRenderer()  # one for the process: templates of one model at a time
+atexit.register(renderer.close)

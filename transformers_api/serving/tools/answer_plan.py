@@ -10,8 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import orjson
-
 from transformers_api.engine.base import TokenConstraint
 from transformers_api.errors import ConstraintsUnavailable, InvalidRequest
 from transformers_api.serving.constraints.compiler import Compiler
@@ -25,8 +23,9 @@ from transformers_api.serving.tools.call_format import (
     SLOT_NAME,
     CallFormat,
 )
-from transformers_api.serving.tools.call_grammar import CallGrammar, between_slashes, in_json
+from transformers_api.serving.tools.call_grammar import CallGrammar
 from transformers_api.serving.tools.call_parser import AnswerParser
+from transformers_api.serving.tools.checked_parser import CheckedParser
 from transformers_api.serving.tools.reasoning_style import ReasoningStyle
 from transformers_api.serving.tools.spec import ToolUse
 
@@ -60,6 +59,7 @@ class AnswerPlan:
     marks: Mapping[int, str] = field(default_factory=dict)  # of special tokens, by id
     constrain: Callable[[], TokenConstraint] | None = None
     warnings: Sequence[str] = ()  # what of a schema is not enforced
+    are_held: bool = True  # calls, by a grammar
     choice: str = "auto"  # of calls: or "required"
     format: str = "derived"  # of calls, from the template: or "own"
 
@@ -70,12 +70,14 @@ class AnswerPlan:
 
     def parser(self) -> AnswerParser:
         """A parser of one answer."""
-        return AnswerParser(
+        make = AnswerParser if self.are_held else CheckedParser
+        return make(
             self.style,
             self.schemas,
             thought=self.thought,
             is_thinking=self.is_thinking,
             openings=self.openings,
+            must_call=self.choice == "required",
         )
 
 
@@ -106,14 +108,15 @@ def plan(
         phases = replace(
             phases, thought=_thought(compiler, reasoning, special, is_thinking, budget)
         )
+    # A form that is any text may be a call, too.
+    are_held = form is None or form.kind == "json_schema"
     schemas = {} if use is None else {tool.name: tool.parameters for tool in use.tools}
     try:
         phases = _with_grammar(phases, compiler, style, use, form, special, param)
     except ConstraintsUnavailable:
         if form is not None or (use is not None and use.mode == "required"):
             raise
-        # calls are read, and not held
-        phases = replace(phases, grammar=None, loose=None, trigger=None)
+        phases, are_held = replace(phases, grammar=None, loose=None, trigger=None), False
     phases = _continued(phases, compiler, prefix)
     marks = {
         token: chr(_MARK + place)
@@ -132,6 +135,7 @@ def plan(
         marks=marks,
         constrain=(lambda: phases.start(compiler, vocabulary)) if needs else None,
         warnings=phases.grammar.warnings if form is not None and phases.grammar is not None else (),
+        are_held=are_held,
         choice="auto" if use is None else use.mode,
         format="own" if style is OWN_FORMAT else "derived",
     )
@@ -168,9 +172,10 @@ def _with_grammar(
         trigger = _trigger(style, use)
         leads = [text.lstrip() for text in style.leads]
     elif use.mode == "auto" and form is not None:
-        answer = _rule(form)
-    source = rules.source(leads=leads, answer=answer)
-    grammar, loose = compiler.compile(_rules(source, param)), None
+        compiler.compile(form)  # what is wrong with it alone is said of it
+        answer = form
+    source = rules.source(leads=leads, answer="@answer" if answer else None)
+    grammar, loose = compiler.compile(_rules(source, param, answer)), None
     spaced = [text for text in leads if text != text.rstrip()]
     if trigger is not None and any(not t.rstrip().endswith(tuple(special)) for t in spaced):
         source = rules.source(leads=leads, is_loose=True)
@@ -178,20 +183,8 @@ def _with_grammar(
     return replace(phases, grammar=grammar, loose=loose, trigger=trigger)
 
 
-def _rules(source: str, param: str) -> ConstraintSpec:
-    return ConstraintSpec(kind="rules", source=source, param=param)
-
-
-def _rule(form: ConstraintSpec) -> str:
-    """The body of a rule for an answer that is no call."""
-    if form.kind == "json_schema":
-        return in_json(orjson.loads(form.source))
-    if form.kind == "regex":
-        return between_slashes(form.source)
-    raise InvalidRequest(
-        f"'{form.param}' cannot be combined with 'tools': only JSON and regular expressions can",
-        param=form.param,
-    )
+def _rules(source: str, param: str, answer: ConstraintSpec | None = None) -> ConstraintSpec:
+    return ConstraintSpec(kind="rules", source=source, param=param, answer=answer)
 
 
 def _trigger(style: CallFormat, use: ToolUse) -> re.Pattern[bytes]:

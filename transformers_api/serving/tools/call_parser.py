@@ -37,6 +37,7 @@ class AnswerParser:
 
     ``style`` None: there are no calls. ``thought`` are the marks around reasoning, None where there
     is none; ``is_thinking``: the prompt has opened it. ``openings``: headers before what is said.
+    ``must_call``: what is no call is the beginning of one.
     """
 
     def __init__(
@@ -47,9 +48,11 @@ class AnswerParser:
         thought: tuple[str, str] | None = None,
         is_thinking: bool = False,
         openings: Sequence[str] = (),
+        must_call: bool = False,
     ) -> None:
         self._style = style
-        self._schemas = schemas
+        self._must_call = must_call
+        self.schemas = schemas
         self._thought = thought
         self._text = ""
         self._parts: list[Part] = []
@@ -59,6 +62,8 @@ class AnswerParser:
         self._has_content = False
         self._trims = False  # white space before content
         self.calls = 0
+        self.call_starts_at = 0  # the place of the first call in the whole text
+        self._pushed = 0  # characters of that
         self._openings = openings
         if thought is None:
             self._state = self._opening
@@ -75,6 +80,7 @@ class AnswerParser:
     def push(self, piece: str) -> list[Part]:
         """The parts that become clear with the next piece."""
         self._text += piece
+        self._pushed += len(piece)
         self._parts = []
         while self._state():
             pass
@@ -151,11 +157,14 @@ class AnswerParser:
         if first.partial:
             self._text = self._text[first.start() :]
             return False
+        self.call_starts_at = self._pushed - len(self._text) + first.start()
         self._text = self._text[first.end(1) :]
         self._state = self._call
         return True
 
     def _say(self, text: str) -> None:
+        if self._must_call:
+            return
         text = self._held + text
         if self._trims and not self._has_content:
             text = text.lstrip()
@@ -167,7 +176,7 @@ class AnswerParser:
 
     def _call(self) -> bool:
         assert self._style is not None
-        self._reader = reader(self._style, self._schemas, self.calls, self._parts.append)
+        self._reader = reader(self._style, self.schemas, self.calls, self._parts.append)
         self.calls += 1
         self._state = self._read
         return True

@@ -122,7 +122,8 @@ function loadingCard(id) {
 
 function emptyCard() {
   const failed = h("p", { class: "failed", role: "alert", dir: "auto", hidden: true });
-  const element = card(words.inMemory, h("p", { class: "nm", text: words.nothing }), h("p", { class: "hint", text: words.nothingMore }), failed);
+  const element = card(words.inMemory,
+    h("div", { class: "now" }, h("div", {}, h("p", { class: "nm", text: words.nothing }), h("p", { class: "hint", text: words.nothingMore }))), failed);
   const show = (status) => {
     const reason = status.failed?.[state.model];
     failed.hidden = !reason;
