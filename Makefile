@@ -14,6 +14,8 @@ PEER := build/peers
 PEERS := transformers llama vllm openvino
 PIP := -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet
+# A compiler whose libraries run on older systems than the one that builds.
+ZIG := ziglang==0.17.1
 PINNED_TORCH = "$$(grep '^torch==' requirements.txt)"
 TORCH_FROM_cpu = $$($(BIN)/python -m scripts.torch_index)
 
@@ -22,7 +24,7 @@ TESTS := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup tools run test test-all faults image-test soak lint format screenshots docs check bench bench-peers clients lock audit sbom clean
+.PHONY: help setup tools run test test-all faults image-test arm-test soak lint format screenshots docs check bench bench-peers clients wheel lock audit sbom clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -59,6 +61,10 @@ image-test: $(DEV) ## build the image and run it alone and by Compose (as root; 
 	@scripts/install_test_tools.sh image
 	@$(BIN)/python -m pytest tests/deploy/test_image.py
 
+arm-test: $(DEV) ## test the kernels for ARM, on x86 and emulated (as root; on Debian installs qemu-user)
+	@scripts/install_test_tools.sh arm
+	@$(TESTS) tests/kernels -k "neon"
+
 soak: $(DEV) ## ten minutes of 32 streams, some of which leave or send nonsense (SOAK="--minutes 60")
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak $(SOAK)
 
@@ -87,6 +93,12 @@ bench-peers: $(foreach peer,$(PEERS),$(PEER)/$(peer)/run.stamp) ## install what 
 
 clients: $(DEV) ## install the programs of others that slow tests run, under build/clients
 	@UV=$(BIN)/uv scripts/install_clients.sh build/clients
+
+wheel: $(DEV) ## build dist/*.whl with the kernels of every instruction set inside
+	@$(BIN)/python $(INSTALL) $(ZIG) setuptools
+	@rm -rf build/lib dist/*.whl
+	@$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	@ls dist/*.whl
 
 lock: $(DEV) ## write the hashes of all packages anew, after a change of requirements*.txt
 	@UV=$(BIN)/uv scripts/lock.sh

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # The programs that some tests use beside Python, from Debian: nginx, redis, systemd-analyze,
-# openssl, shellcheck, a Chromium without a window; with the argument `image` what builds and runs the image (`make image-test`).
+# openssl, shellcheck, a Chromium without a window; with the argument `image` what builds and runs the
+# image (`make image-test`), with `arm` what tests the kernels for ARM: an emulator and a compiler, and
+# NEON's functions for x86.
 # Needs root or sudo, and starts no service. Does nothing where all are there.
 set -euo pipefail
 
@@ -23,10 +25,18 @@ if [[ ${1:-} == image ]]; then
     )
 fi
 
+if [[ ${1:-} == arm ]]; then
+    packages=(
+        [qemu-aarch64]=qemu-user
+        [aarch64-linux-gnu-g++]=g++-aarch64-linux-gnu
+        [/usr/include/simde/arm/neon.h]=libsimde-dev
+    )
+fi
+
 PATH=$PATH:/usr/sbin:/sbin:/usr/lib/podman
 missing=()
 for program in "${!packages[@]}"; do
-    command -v "$program" >/dev/null || missing+=("${packages[$program]}")
+    command -v "$program" >/dev/null || [[ -e $program ]] || missing+=("${packages[$program]}")
 done
 [[ ${#missing[@]} -gt 0 ]] || exit 0
 

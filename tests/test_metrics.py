@@ -221,10 +221,10 @@ def test_runs_of_the_compiler_are_counted_by_their_result(tmp_path):
     app, _ = make_app(tmp_path, native_cache=tmp_path / "cache")
     outcomes = compilations(tmp_path / "cache", Settings().torch_threads, "auto")
     before = scrape(app.test_client())
-    build(tmp_path / "cache", compiler=str(made), outcomes=outcomes)
-    build(tmp_path / "cache", compiler=str(made), outcomes=outcomes)  # it is there already
+    build(tmp_path / "cache", compiler=[str(made)], outcomes=outcomes)
+    build(tmp_path / "cache", compiler=[str(made)], outcomes=outcomes)  # it is there already
     with pytest.raises(NativeUnavailable):
-        build(tmp_path / "another", compiler=str(broken), outcomes=outcomes)
+        build(tmp_path / "another", compiler=[str(broken)], outcomes=outcomes)
     after = scrape(app.test_client())
     grown = {name: after[name] - before[name] for name in after if "kernel_compilations" in name}
     assert grown == {

@@ -23,6 +23,8 @@ from packaging.requirements import Requirement
 
 from tests.servers import ROOT, started
 from tests.test_end_to_end import save_tiny
+from transformers_api.kernels.build import find
+from transformers_api.kernels.variants import of_machine
 
 PACKAGE = ROOT / "transformers_api"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -30,16 +32,32 @@ PYTHONS = ["3.11", "3.12", "3.13"]
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
+def compilers(tmp_path_factory, native_cache, isas) -> Path:
+    """A compiler that has it all compiled already; nothing for processors unlike this one."""
+    folder = tmp_path_factory.mktemp("compilers")
+    made = {variant.name: find(native_cache, variant) for variant in of_machine()}
+    lines = [f'*/kernels-{name}-*) cp {made[name] or "/dev/null"} "$made" ;;' for name in made]
+    compiler = folder / "g++"
+    text = "\n".join(["for made; do :; done", 'case "$made" in', *lines, "esac"])
+    compiler.write_text(f"#!/bin/sh\n{text}\n")
+    compiler.chmod(0o755)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory, compilers) -> Path:
     """The wheel of a copy: in this checkout it would leave a folder build/ behind."""
     source, folder = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in ("pyproject.toml", "setup.cfg", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.cfg", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(PACKAGE, source / PACKAGE.name, ignore=ignored)
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-index", "--no-deps"]
     command = [*pip, "--no-build-isolation", "--wheel-dir", str(folder), str(source)]
-    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    path = f"{compilers}{os.pathsep}{os.environ['PATH']}"
+    subprocess.run(
+        command, check=True, capture_output=True, timeout=60, env=os.environ | {"PATH": path}
+    )
     (path,) = folder.iterdir()
     return path
 
@@ -68,12 +86,15 @@ def scripts(wheel, tmp_path_factory) -> Path:
 def test_every_file_of_the_package_is_in_the_wheel(wheel):
     with zipfile.ZipFile(wheel) as files:
         packed = {name for name in files.namelist() if ".dist-info/" not in name}
+    libraries = {name for name in packed if name.endswith(".so")}
+    names = {Path(name).name.split("-")[1] for name in libraries}
+    assert names == {variant.name for variant in of_machine()}
     here = {
         str(path.relative_to(ROOT))
         for path in PACKAGE.rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    assert packed == here
+    assert packed - libraries == here
     suffixes = {Path(name).suffix for name in packed}
     assert suffixes >= {".py", ".cpp", ".html", ".js", ".css"}
 
@@ -113,15 +134,17 @@ def test_the_command_is_that_of_the_module(scripts, tmp_path):
     assert "serve" in ours
 
 
-def test_the_installed_command_answers_a_chat_from_an_empty_directory(scripts, tmp_path):
+def test_the_installed_command_answers_a_chat_from_an_empty_directory(scripts, isas, tmp_path):
     model = save_tiny(tmp_path / "tiny", "llama")
     registry = tmp_path / "models.json"
     registry.write_text(json.dumps([{"name": "tiny", "path": str(model)}]))
     (tmp_path / "empty").mkdir()
     settings = {"MODEL_REGISTRY_PATH": str(registry), "DEFAULT_MODEL": "tiny", "PORT": "0"}
     settings |= {"MODEL_STORE": str(tmp_path / "store"), "TORCH_THREADS": "1", "HOST": "127.0.0.1"}
+    # Nobody could compile anything: the kernels are those of the wheel.
+    settings |= {"NATIVE_CACHE": str(tmp_path / "native"), "PATH": "/nowhere"}
     # `sh` goes where nothing of this checkout can be imported.
-    command = ["sh", "-c", 'cd "$0" && exec "$1" serve', str(tmp_path / "empty")]
+    command = ["/bin/sh", "-c", 'cd "$0" && exec "$1" serve', str(tmp_path / "empty")]
     with started(*command, str(scripts / "transformers-api"), **settings) as server:
         host, port = server.address()
         server.said("Loaded tiny")
@@ -131,6 +154,10 @@ def test_the_installed_command_answers_a_chat_from_an_empty_directory(scripts, t
         )
         with urllib.request.urlopen(request, timeout=20) as answer:
             usage = json.load(answer)["usage"]
+        with urllib.request.urlopen(f"http://{host}:{port}/status", timeout=20) as answer:
+            resident = json.load(answer)["resident"]
+    assert (resident["kernels"], resident["isa"]) == ("native", isas[0])
+    assert not (tmp_path / "native").exists()
     assert usage["completion_tokens"] == 3
     assert list((tmp_path / "empty").iterdir()) == []
 

@@ -8,16 +8,29 @@ from pathlib import Path
 import pytest
 
 from transformers_api.kernels.abi import Library
-from transformers_api.kernels.build import build, content_name, find
-from transformers_api.kernels.variants import VARIANTS, Variant, cpu_flags
+from transformers_api.kernels.build import build, content_name
+from transformers_api.kernels.variants import VARIANTS, Variant, cpu_flags, of_machine
 
-# The kernels for AVX2 with VNNI, by instructions that machines with AVX-512 have too: more machines
-# can test them.
-AVX2_VNNI_BY_AVX512 = Variant(
-    "avx2_vnni_by_avx512",
-    ("avx2", "fma", "f16c", "avx512vl", "avx512_vnni"),
-    ("ISA_AVX2", "HAS_VNNI256"),
-)
+NEON_ON_X86 = Path(__file__).with_name("neon_on_x86")
+# The kernels for other processors, by instructions that more machines have.
+STAND_INS = [
+    Variant(
+        "avx2_vnni_by_avx512",
+        ("avx2", "fma", "f16c", "avx512vl", "avx512_vnni"),
+        (
+            *("-mavx2", "-mfma", "-mf16c", "-mavx512vl", "-mavx512vnni"),
+            "-DISA_AVX2",
+            "-DHAS_VNNI256",
+        ),
+    ),
+    Variant(
+        "neon_on_x86",
+        ("avx2", "fma", "f16c"),
+        ("-mavx2", "-mfma", "-mf16c", "-Wno-psabi", "-DISA_NEON", "-isystem", str(NEON_ON_X86)),
+    ),
+]
+if not Path("/usr/include/simde/arm/neon.h").exists():
+    del STAND_INS[-1]
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +40,7 @@ def library_file(native_cache: Path) -> Path:
     return found
 
 
-OWN = [v for v in (*VARIANTS, AVX2_VNNI_BY_AVX512) if not v.missing(cpu_flags())]
+OWN = [v for v in (*of_machine(), *STAND_INS) if not v.missing(cpu_flags())]
 
 
 @pytest.fixture(params=OWN or VARIANTS[-1:], ids=lambda variant: variant.name)

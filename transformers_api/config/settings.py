@@ -96,13 +96,13 @@ class Settings:
     native_kernels: bool = _setting(
         True,
         to.boolean,
-        "Run models on CPU kernels of our own where the processor has AVX2 or AVX-512 and "
+        "Run models on CPU kernels of our own where the processor has AVX2, AVX-512 or NEON and "
         "there is a C++ compiler: weights in bfloat16, several times as fast, and no bit of an "
         "answer depends on who shares the batch. Elsewhere torch runs them.",
     )
     native_isa: str = _setting(
         "auto",
-        to.choice("auto", "avx2", "avx2_vnni", "avx512", "avx512_bf16", "none"),
+        to.choice("auto", "avx2", "avx2_vnni", "avx512", "avx512_bf16", "neon", "none"),
         "The instruction set of the kernels. auto: the best that the processor has; another one "
         "gives other bits. none: without kernels, as NATIVE_KERNELS=false.",
     )

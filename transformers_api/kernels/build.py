@@ -16,9 +16,12 @@ import platform
 import shutil
 import stat
 import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 from transformers_api.kernels.variants import (
@@ -26,12 +29,15 @@ from transformers_api.kernels.variants import (
     Variant,
     check_platform,
     choose,
+    of_machine,
 )
 
 log = logging.getLogger(__name__)
 SOURCES = Path(__file__).with_name("src")
 MAIN_SOURCE = SOURCES / "kernels.cpp"  # which includes the others
-COMPILERS = ("g++", "clang++")
+PACKAGED = Path(__file__).with_name("lib")  # libraries that came in a wheel, made by setup.py
+COMPILERS = ("g++", "clang++")  # or the package ziglang
+ZIG_LIBC = "2.28"  # the oldest that torch's wheels run with too
 FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-pthread", "-ffp-contract=off")
 TIMEOUT_S = 1800  # it has a low priority, and a server may be busy
 WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
@@ -43,17 +49,19 @@ class LibraryRefused(NativeUnavailable):
 
 
 def find(cache: Path, variant: Variant | None = None) -> Path | None:
-    """The compiled library that an earlier ``build`` left in ``cache``; it may be refused yet.
+    """The compiled library of the package, or what an earlier ``build`` left in ``cache``.
 
-    ``variant`` None: the best that this processor can run.
+    It may be refused yet. ``variant`` None: the best that this processor can run.
     """
+    if path := _packaged(variant or choose()):
+        return path
     paths = sorted(cache.glob(f"{_prefix(variant or choose())}-*.so"))
     return next((path for path in paths if _refusal(path) is None), paths[0] if paths else None)
 
 
 def build(
     cache: Path,
-    compiler: str | None = None,
+    compiler: Sequence[str] = (),
     replace: bool = False,
     outcomes: dict[str, int] | None = None,
     variant: Variant | None = None,
@@ -61,8 +69,8 @@ def build(
     """The compiled library in ``cache``, from an earlier run or compiled now (half a minute).
 
     Callers that arrive meanwhile, also in other processes, wait for the same result. ``variant``
-    None: the best that this processor can run. ``compiler``:
-    another one than the first on the path. ``replace``: compile even if a library is there.
+    None: the best that this processor can run. ``compiler``: the command of another one than the
+    first on the path. ``replace``: compile even if a library is there.
     ``outcomes``: counts the runs of the compiler that "succeeded" and "failed". Whether this
     processor can run the library is another question. Raises NativeUnavailable.
     """
@@ -76,21 +84,43 @@ def build(
         return library or _compile(compiler, cache, variant, {} if outcomes is None else outcomes)
 
 
+def build_for_package(folder: Path) -> list[Path]:
+    """Compile the libraries of all instruction sets into ``folder``. Raises NativeUnavailable."""
+    folder.mkdir(parents=True, exist_ok=True)
+    compiler = find_compiler(portable=True)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(lambda v: _compile(compiler, folder, v, {}, libc=""), of_machine()))
+
+
+def wheel_platform(compiler: Sequence[str]) -> str:
+    """The platform of a wheel with what ``compiler`` makes, in a wheel's words."""
+    tag = f"manylinux_{ZIG_LIBC.replace('.', '_')}" if "ziglang" in compiler else "linux"
+    return f"{tag}_{platform.machine()}"
+
+
+def _packaged(variant: Variant) -> Path | None:
+    paths = PACKAGED.glob(f"{_prefix(variant, libc='')}-*.so")
+    return next((path for path in paths if _is_whole(path)), None)
+
+
 def check_trusted(path: Path) -> None:
     """Check that nobody but this user or root can have written a library, and that it is whole.
 
+    One that came in the wheel is trusted as far as its modules are, which lie beside it.
     Raises LibraryRefused for the file, which may be a link, of another owner, writable for a group
     or for all, or damaged; NativeUnavailable for its folder.
     """
+    if path.parent == PACKAGED and _is_whole(path):
+        return
     check_folder(path.parent)
     if reason := _refusal(path):
         raise LibraryRefused(f"{path} {reason}")
 
 
-def content_name(library: bytes, variant: Variant | None = None) -> str:
+def content_name(library: bytes, variant: Variant | None = None, libc: str | None = None) -> str:
     """The file's name: a hash of all that it depends on but the compiler, and its own digest."""
     digest = hashlib.sha256(library).hexdigest()[:DIGITS]
-    return f"{_prefix(variant or choose())}-{digest}.so"
+    return f"{_prefix(variant or choose(), libc)}-{digest}.so"
 
 
 def _refusal(path: Path) -> str | None:
@@ -99,9 +129,13 @@ def _refusal(path: Path) -> str | None:
         return "is not a file of this folder"
     if reason := _distrust(path):
         return reason
-    if hashlib.sha256(path.read_bytes()).hexdigest()[:DIGITS] != path.stem.rpartition("-")[2]:
+    if not _is_whole(path):
         return "is not what was compiled: its bytes have another digest than its name says"
     return None
+
+
+def _is_whole(path: Path) -> bool:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:DIGITS] == path.stem.rpartition("-")[2]
 
 
 def check_folder(folder: Path) -> None:
@@ -134,18 +168,27 @@ def _reusable(cache: Path, variant: Variant) -> Path | None:
     return path
 
 
-def find_compiler() -> str:
-    """The compiler of this machine. Raises NativeUnavailable."""
-    path = next((path for name in COMPILERS if (path := shutil.which(name))), None)
-    if path is None:
-        raise NativeUnavailable(f"there is no compiler ({', '.join(COMPILERS)})")
-    return path
+def find_compiler(*, portable: bool = False) -> list[str]:
+    """The command of a compiler of this machine. Raises NativeUnavailable.
+
+    ``portable``: rather one whose libraries run with an older C library than this machine's.
+    """
+    target = f"{platform.machine()}-linux-gnu.{ZIG_LIBC}"
+    zig = [sys.executable, "-m", "ziglang", "c++", "-target", target, "-s"]
+    if portable and find_spec("ziglang"):
+        return zig
+    if path := next((path for name in COMPILERS if (path := shutil.which(name))), None):
+        return [path]
+    if find_spec("ziglang"):
+        return zig
+    raise NativeUnavailable(f"there is no compiler ({', '.join([*COMPILERS, 'ziglang'])})")
 
 
-def _prefix(variant: Variant) -> str:
-    """The beginning of a library's name."""
+def _prefix(variant: Variant, libc: str | None = None) -> str:
+    """The beginning of a library's name; ``libc`` "": of one in a wheel, whose name has that."""
+    libc = platform.libc_ver()[1] if libc is None else libc
     sources = [f"{path.name}\n{path.read_text()}" for path in sorted(SOURCES.iterdir())]
-    parts = [*sources, " ".join([*FLAGS, *variant.flags]), platform.libc_ver()[1]]
+    parts = [*sources, " ".join([*FLAGS, *variant.flags]), libc]
     digest = hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]
     return f"kernels-{variant.name}-{digest}"
 
@@ -171,17 +214,23 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _compile(compiler: str, folder: Path, variant: Variant, outcomes: dict[str, int]) -> Path:
+def _compile(
+    compiler: Sequence[str],
+    folder: Path,
+    variant: Variant,
+    outcomes: dict[str, int],
+    libc: str | None = None,
+) -> Path:
     """The library, on the disk under its name; those that were made of the same before are gone."""
     start = time.monotonic()
-    prefix = _prefix(variant)
+    prefix = _prefix(variant, libc)
     part = folder / f"{prefix}.part"
     outcome = "failed"
     try:
         part.touch()
         _run(compiler, [*FLAGS, *variant.flags, str(MAIN_SOURCE), "-o", str(part)])
         part.chmod(0o755)  # whatever the umask: it may be another user who runs the server
-        target = folder / content_name(part.read_bytes(), variant)
+        target = folder / content_name(part.read_bytes(), variant, libc)
         _sync(part)  # else a crash may leave the name, and half of the bytes
         part.replace(target)
         _sync(folder)
@@ -203,15 +252,16 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _run(compiler: str, arguments: list[str]) -> None:
+def _run(compiler: Sequence[str], arguments: list[str]) -> None:
     low_priority = [nice, "-n", "10"] if (nice := shutil.which("nice")) else []
-    command = [*low_priority, compiler, *arguments]
+    command = [*low_priority, *compiler, *arguments]
+    name = compiler[0] if len(compiler) == 1 else "ziglang"
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise NativeUnavailable(f"{compiler} cannot be run: {error}") from error
+        raise NativeUnavailable(f"{name} cannot be run: {error}") from error
     if done.returncode:
         first = next((line for line in done.stderr.splitlines() if "error" in line), "")
-        raise NativeUnavailable(f"{compiler} failed: {first or f'status {done.returncode}'}")
+        raise NativeUnavailable(f"{name} failed: {first or f'status {done.returncode}'}")

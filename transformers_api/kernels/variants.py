@@ -17,35 +17,46 @@ class NativeUnavailable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One instruction set. ``features`` as Linux names them in /proc/cpuinfo."""
+    """One instruction set. ``features`` as Linux names them in /proc/cpuinfo.
+
+    ``flags``: the compiler's; ``machine``: as ``platform.machine()`` says.
+    """
 
     name: str
     features: tuple[str, ...]
-    defines: tuple[str, ...]
-
-    @property
-    def flags(self) -> tuple[str, ...]:
-        """The compiler's flags for it."""
-        return (
-            *(f"-m{name.replace('_', '')}" for name in self.features),
-            *(f"-D{name}" for name in self.defines),
-        )
+    flags: tuple[str, ...]
+    machine: str = "x86_64"
 
     def missing(self, cpu_flags: set[str]) -> list[str]:
         """The instructions that a processor lacks for it."""
         return [name for name in self.features if name not in cpu_flags]
 
 
+def _x86(name: str, features: tuple[str, ...], *defines: str) -> Variant:
+    instructions = (f"-m{feature.replace('_', '')}" for feature in features)
+    return Variant(name, features, (*instructions, *(f"-D{define}" for define in defines)))
+
+
 _AVX2 = ("avx2", "fma", "f16c")
 _AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "fma", "f16c")
 # The best first.
 VARIANTS = (
-    Variant("avx512_bf16", (*_AVX512, "avx512_bf16"), ("ISA_AVX512",)),
-    Variant("avx512", _AVX512, ("ISA_AVX512",)),
-    Variant("avx2_vnni", (*_AVX2, "avx_vnni"), ("ISA_AVX2", "HAS_VNNI256")),
-    Variant("avx2", _AVX2, ("ISA_AVX2",)),
+    _x86("avx512_bf16", (*_AVX512, "avx512_bf16"), "ISA_AVX512"),
+    _x86("avx512", _AVX512, "ISA_AVX512"),
+    _x86("avx2_vnni", (*_AVX2, "avx_vnni"), "ISA_AVX2", "HAS_VNNI256"),
+    _x86("avx2", _AVX2, "ISA_AVX2"),
+    Variant(
+        "neon",
+        ("asimd", "asimddp"),
+        ("-march=armv8.2-a+dotprod", "-DISA_NEON"),
+        machine="aarch64",
+    ),
 )
-NAMES = tuple(variant.name for variant in VARIANTS)
+
+
+def of_machine(machine: str = "") -> list[Variant]:
+    """The variants for a kind of machine, by default this one, the best first."""
+    return [v for v in VARIANTS if v.machine == (machine or platform.machine())]
 
 
 def choose(isa: str = "auto") -> Variant:
@@ -54,21 +65,22 @@ def choose(isa: str = "auto") -> Variant:
     Raises NativeUnavailable where it has not got the instructions.
     """
     check_platform()
-    own = cpu_flags()
-    for variant in VARIANTS:
+    own, variants = cpu_flags(), of_machine()
+    for variant in variants:
         if isa in ("auto", variant.name) and not variant.missing(own):
             return variant
-    nearest = next((v for v in VARIANTS if v.name == isa), VARIANTS[-1])
+    nearest = next((v for v in VARIANTS if v.name == isa), variants[-1])
     raise NativeUnavailable(f"the processor has no {', '.join(nearest.missing(own))}")
 
 
 def check_platform() -> None:
     """Raise NativeUnavailable where the kernels can be of no use."""
-    if platform.system() != "Linux" or platform.machine() != "x86_64":
-        raise NativeUnavailable("the kernels are written for Linux on x86-64")
+    if platform.system() != "Linux" or not of_machine():
+        raise NativeUnavailable("the kernels are written for Linux on x86-64 and aarch64")
 
 
 def cpu_flags() -> set[str]:
     """The instructions of this processor, as Linux names them."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return set(next((line for line in lines if line.startswith("flags")), "").split())
+    listed = (line for line in lines if line.startswith(("flags", "Features")))
+    return set(next(listed, "").split())

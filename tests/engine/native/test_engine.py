@@ -179,7 +179,7 @@ def test_without_a_compiler_everything_is_served(start, tmp_path, monkeypatch, n
     broken = tmp_path / "g++"
     broken.write_text("#!/bin/sh\necho 'error: no' >&2\nexit 1\n")
     broken.chmod(broken.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setattr(build, "find_compiler", lambda: str(broken))
+    monkeypatch.setattr(build, "find_compiler", lambda: [str(broken)])
     engine = start(tmp_path / "cache")
     assert not isinstance(inner(engine), NativeRunner)
     assert greedy(engine) == wanted

@@ -59,7 +59,7 @@ def install(cache: Path, isa: str, *, for_any_cpu: bool = False) -> list[Path]:
 
     ``for_any_cpu``: for each instruction set, whatever this processor has.
     """
-    chosen = variants.VARIANTS if for_any_cpu else [variants.choose(isa)]
+    chosen = variants.of_machine() if for_any_cpu else [variants.choose(isa)]
     return [build.build(cache, variant=variant) for variant in chosen]
 
 

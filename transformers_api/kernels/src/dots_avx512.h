@@ -28,16 +28,19 @@ struct DotBF16 {
 template <class Dot, Prefetch P, int R>
 inline void accumulate_dense(const uint8_t* w, PrefetchCursor cursor, const int32_t* x,
                              int64_t stride, int64_t n, Accumulators<R>& sums) {
+  f32x16 own[R][2];  // in registers, which not every compiler finds for what it has by reference
+  for (int r = 0; r < R; r++) own[r][0] = sums[r][0], own[r][1] = sums[r][1];
 #pragma GCC unroll 4
   for (int64_t i = 0; i < n; i++, w += 128) {
     const i32x16 w0 = _mm512_load_si512(w), w1 = _mm512_load_si512(w + 64);
     prefetch<P, R>(w, cursor);
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
-      sums[r][0] = Dot::add(sums[r][0], w0, x[r * stride + i]);
-      sums[r][1] = Dot::add(sums[r][1], w1, x[r * stride + i]);
+      own[r][0] = Dot::add(own[r][0], w0, x[r * stride + i]);
+      own[r][1] = Dot::add(own[r][1], w1, x[r * stride + i]);
     }
   }
+  for (int r = 0; r < R; r++) sums[r][0] = own[r][0], sums[r][1] = own[r][1];
 }
 
 template <Prefetch P, int R>

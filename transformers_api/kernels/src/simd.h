@@ -15,6 +15,8 @@
 #include "simd_avx512.h"
 #elif defined(ISA_AVX2)
 #include "simd_avx2.h"
+#elif defined(ISA_NEON)
+#include "simd_neon.h"
 #endif
 
 namespace {

@@ -76,4 +76,6 @@ struct DotFormat;
 #include "dots_avx512.h"
 #elif defined(ISA_AVX2)
 #include "dots_avx2.h"
+#elif defined(ISA_NEON)
+#include "dots_neon.h"
 #endif
