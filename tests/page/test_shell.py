@@ -328,3 +328,20 @@ def test_many_chats_are_listed_without_their_tokens_and_lose_none(scripted, open
     chats = json.loads(Path(caught.value.path()).read_text())["chats"]
     assert len(chats) == 61
     assert all(any("tokens" in node for node in chat["nodes"].values()) for chat in chats)
+
+
+def test_a_second_tab_shows_what_the_first_wrote_and_does_not_overwrite_it(scripted, open_page):
+    first = open_page(scripted)
+    send(first, "one")
+    second = first.context.new_page()
+    second.goto("/ui")
+    expect(second.get_by_role("article")).to_have_count(2)
+    send(first, "two")
+    seen = "document.dispatchEvent(new Event('visibilitychange'))"
+    second.evaluate(seen)
+    expect(second.get_by_role("article")).to_have_count(4)
+    send(second, "three")
+    first.evaluate("dispatchEvent(new Event('pagehide'))")
+    first.close()
+    second.reload()
+    expect(second.get_by_role("article")).to_have_count(6)

@@ -41,6 +41,14 @@ export async function openChat(chat) {
   list([whole]);
 }
 
+/** Show the open chat as another tab has gone on with it. */
+export async function catchUp() {
+  const kept = await chatById(state.chat.id);
+  if (!kept || state.writing || kept.id !== state.chat.id || kept.changed <= state.chat.changed) return;
+  set({ chat: kept, selection: null, isPinned: false, compared: null });
+  list([kept]);
+}
+
 /** Start a chat, which is kept from its first message on. Returns it. */
 export function startChat() {
   show(newChat());

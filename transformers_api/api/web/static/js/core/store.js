@@ -8,7 +8,7 @@ const SAVE_AFTER_MS = 300;
 const BATCH = 25; // chats that are listed together
 const FULL = 0.8; // of the quota: candidates of old chats go first
 const memory = new Map();
-const waiting = new Map(); // chat id → timer
+const waiting = new Map(); // chat id → its timer, and the chat
 let database = null;
 
 /** A choice of the user's, or `fallback`. */
@@ -87,7 +87,7 @@ export async function eachChat(take) {
 
 /** Write a chat now. A chat of a later version of the page is left as it is. */
 export async function keep(chat) {
-  clearTimeout(waiting.get(chat.id));
+  clearTimeout(waiting.get(chat.id)?.timer);
   waiting.delete(chat.id);
   if (chat.v > VERSION) return;
   const db = await open();
@@ -106,11 +106,16 @@ export async function keep(chat) {
 
 /** Write a chat soon; further changes until then are written with it. */
 export function keepSoon(chat) {
-  if (!waiting.has(chat.id)) waiting.set(chat.id, setTimeout(() => keep(chat), SAVE_AFTER_MS));
+  if (!waiting.has(chat.id)) waiting.set(chat.id, { chat, timer: setTimeout(() => keep(chat), SAVE_AFTER_MS) });
+}
+
+/** Write now what would be written soon; nothing else, as another tab may have a newer version of it. */
+export function keepWaiting() {
+  for (const { chat } of waiting.values()) keep(chat);
 }
 
 export async function forget(id) {
-  clearTimeout(waiting.get(id));
+  clearTimeout(waiting.get(id)?.timer);
   waiting.delete(id);
   const db = await open();
   if (db) await db.delete("chats", id);
