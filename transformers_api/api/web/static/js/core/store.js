@@ -5,11 +5,13 @@ import { VERSION } from "./tree.js";
 const DATABASE = "transformers-api";
 const PREFIX = "transformers-api.";
 const SAVE_AFTER_MS = 300;
+const SAVE_SHARE = 50; // a long chat takes longer to write, and is written so much less often while it grows
 const BATCH = 25; // chats that are listed together
 const FULL = 0.8; // of the quota: candidates of old chats go first
 const memory = new Map();
 const waiting = new Map(); // chat id → its timer, and the chat
 let database = null;
+let cost = 0; // ms that the last writing kept the page from drawing
 
 /** A choice of the user's, or `fallback`. */
 export function choice(name, fallback) {
@@ -96,7 +98,10 @@ export async function keep(chat) {
     return;
   }
   try {
-    await db.put("chats", plain(chat));
+    const begun = performance.now();
+    const written = db.put("chats", plain(chat)); // which copies it at once
+    cost = performance.now() - begun;
+    await written;
   } catch (error) {
     if (error.name !== "QuotaExceededError") throw error;
     await makeRoom(db, chat.id);
@@ -106,7 +111,8 @@ export async function keep(chat) {
 
 /** Write a chat soon; further changes until then are written with it. */
 export function keepSoon(chat) {
-  if (!waiting.has(chat.id)) waiting.set(chat.id, { chat, timer: setTimeout(() => keep(chat), SAVE_AFTER_MS) });
+  if (waiting.has(chat.id)) return;
+  waiting.set(chat.id, { chat, timer: setTimeout(() => keep(chat), Math.max(SAVE_AFTER_MS, SAVE_SHARE * cost)) });
 }
 
 /** Write now what would be written soon; nothing else, as another tab may have a newer version of it. */

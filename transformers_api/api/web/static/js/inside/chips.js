@@ -27,7 +27,7 @@ export function chip(token, position, isFresh = false) {
   const box = word(token.text, special);
   const element = h("span", {
     role: "button", tabindex: "-1", "aria-pressed": "false", "aria-label": inside.token(position, spoken(token.text)),
-    class: `tok${special ? " sp" : ""}${isFresh ? " fresh" : ""}`, data: { p: position, s: level(token.surprisal) },
+    class: `tok${special ? " sp" : ""}${isFresh ? " fresh" : ""}`, data: { p: position, s: level(token.surprisal) }, dir: special ? "ltr" : null,
   });
   const space = special || !token.text.trim() ? "" : /^ */.exec(token.text)[0];
   if (space) element.append(space);

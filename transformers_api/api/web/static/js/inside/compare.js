@@ -14,7 +14,7 @@ export function othersOf(node, saved) {
 }
 
 /** How many tokens two answers begin with in common. */
-export function sharedTokens(one, other) {
+function sharedTokens(one, other) {
   let count = 0;
   while (count < Math.min(one.tokens.length, other.tokens.length) && one.tokens[count].id === other.tokens[count].id) count += 1;
   return count;

@@ -20,7 +20,7 @@ export function savePicture(tape, name) {
   const box = (rectangle) => [rectangle.left - base.left, rectangle.top - base.top, rectangle.width, rectangle.height];
   const ink = { text: colour("--ink"), hint: colour("--ink3"), accent: colour("--accent"), soft: colour("--accent-soft"), heat: colour("--heat"), arc: colour("--arc") };
   for (const word of tape.element.querySelectorAll(".tok .t")) drawWord(context, word, box, ink);
-  for (const label of tape.element.querySelectorAll(".seg > .role, .tpl")) drawText(context, label, box(label.getBoundingClientRect()), ink.hint);
+  for (const label of tape.element.querySelectorAll(".seg > .role, .tpl button, .tpl .share")) drawText(context, label, box(label.getBoundingClientRect()), ink.hint);
   context.strokeStyle = ink.arc;
   for (const path of tape.arcs.querySelectorAll("path")) {
     context.lineWidth = Number(path.getAttribute("stroke-width"));
@@ -56,6 +56,7 @@ function drawText(context, element, [left, top, width, height], ink) {
   const style = getComputedStyle(element);
   context.font = `${style.fontWeight} ${style.fontSize} ${style.fontFamily}`;
   context.fillStyle = ink;
+  context.letterSpacing = "0.01px"; // no ligatures: <|im_end|> would become a picture
   context.textBaseline = "middle";
   context.direction = style.direction;
   context.textAlign = "center";

@@ -5,7 +5,7 @@ import { inside } from "../words/inside.js";
 import { pack } from "./envelope.js";
 import { currentLayer, isResident, mayAsk, whyNoAttention } from "./model.js";
 import { gatherRows, rowAt } from "./rows.js";
-import { lastPosition, promptLength } from "./tokens.js";
+import { promptLength } from "./tokens.js";
 
 const FORMAT = "transformers-api.trace/1";
 const MANY = 200_000; // tokens of a file, at most
@@ -79,5 +79,3 @@ export function parseTrace(text) {
     prompt, tokens, verified: header.verified === true ? true : null, finish: header.finish, shape, layer: numberOr(header.layer, null),
   };
 }
-
-export const hasTokens = (node) => lastPosition(node) >= promptLength(node);

@@ -81,7 +81,7 @@ export class Tape {
     const inner = h("span", { class: "folded", hidden: true });
     const share = h("span", { class: "share" });
     const opener = h("button", { type: "button", "aria-expanded": "false", text: inside.templateTokens(end - start) });
-    const element = h("span", { class: "tpl" }, opener, share);
+    const element = h("span", { class: "tpl", dir: "ltr" }, opener, share); // its words do not set the line's direction
     const open = (isOpen) => {
       if (isOpen && !inner.childElementCount) inner.append(...this.make(start, end));
       inner.hidden = !isOpen;

@@ -5,7 +5,7 @@ const asked = new WeakMap(); // node → what /inspect/tokens told of each posit
 export const promptLength = (node) => node.prompt?.token_ids?.length ?? node.tokens?.[0]?.position ?? 0;
 export const lastPosition = (node) => promptLength(node) + (node.tokens?.length ?? 0) - 1;
 export const isGiven = (node, position) => position < promptLength(node);
-export const hasPrompt = (node) => Boolean(node.prompt?.token_ids?.length);
+const hasPrompt = (node) => Boolean(node.prompt?.token_ids?.length);
 
 /** The token at a position: {id, text, position, surprisal?, …}; null where there is none. */
 export function tokenAt(node, position) {
@@ -32,7 +32,7 @@ export function factsOf(answer) {
 }
 
 /** The prompt in runs of one role, "template" for what nobody said: [{role, start, end}]. */
-export function segments(node) {
+function segments(node) {
   const length = hasPrompt(node) ? node.prompt.token_ids.length : 0;
   const roles = new Array(length).fill("template");
   for (const span of node.prompt?.spans ?? []) {

@@ -39,6 +39,8 @@ function draw() {
   if (state.model) select.value = state.model;
 }
 
+let withdraw = () => {}; // what was said of an earlier choice
+
 function loadNow(id) {
   json(modelPath(id, "load"), { method: "POST" }).then(refresh, (failure) => notice(failure.message));
 }
@@ -48,15 +50,17 @@ export function choose(id) {
   set({ model: id });
   keepChoice("model", id);
   byId("model").value = id;
+  withdraw();
   const resident = state.status?.resident?.model;
   if (!state.status || resident === id || state.status.loading?.model === id) return;
   const text = resident ? common.willReplace(id, resident) : common.willLoad(id);
-  notice(text, { kind: "info", actions: [[common.loadNow, () => loadNow(id)]] });
+  withdraw = notice(text, { kind: "info", actions: [[common.loadNow, () => loadNow(id)]] });
 }
 
 export function start() {
   state.model = choice("model", null);
   on("models", draw);
   on("model", draw);
+  on("status", (status) => { if (status?.resident?.model === state.model) withdraw(); });
   byId("model").addEventListener("change", (event) => choose(event.target.value));
 }

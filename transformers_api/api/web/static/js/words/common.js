@@ -18,6 +18,7 @@ export const common = {
   yesterday: "Yesterday",
   thisWeek: "This week",
   earlier: "Earlier",
+  notKept: "This browser has no room for this chat: it is gone when the tab closes. Delete others, or export it.",
   memoryOnly: "This browser keeps nothing here: chats are gone when the tab closes.",
   // The server line
   connecting: "Connecting",

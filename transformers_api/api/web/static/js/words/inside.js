@@ -135,13 +135,11 @@ export const inside = {
     wide: "Looks at everything at once.",
     far: "Fetches something from far back.",
   },
-  useHead: "Look through this head",
 
   // Matrix
   matrix: "The whole matrix",
   matrixHelp: "A row is a token that reads, a column what it reads from. Drag over a part to zoom in; arrows move the cross, plus and minus zoom.",
   matrixLabel: (layer, head, n) => `Attention of layer ${layer}, ${head}: ${n} × ${n} tokens`,
-  readingMatrix: "Reading the matrix.",
   cell: (query, key, share) => `${query} reads ${share} from ${key}`,
   zoomIn: "Zoom in",
   zoomOut: "Zoom out",
@@ -153,7 +151,6 @@ export const inside = {
 
   // Why
   why: "Why this token?",
-  whyMore: "what happens without a token",
   methods: { occlusion: "Take each token away", gradient_x_input: "Gradient times input", gradient_norm: "Length of the gradient", integrated_gradients: "Integrated gradients" },
   method: "Method",
   whyHelp: {
@@ -168,7 +165,6 @@ export const inside = {
   hurt: "made it less likely",
   whyList: "What each token did",
   whyNote: (delta) => `The scores fail to explain ${delta} nats.`,
-  whyUnavailable: "Why can be asked of a written token.",
   whyGiven: "Select a token of the answer first.",
 
   // Compare
@@ -182,7 +178,6 @@ export const inside = {
   differHere: (a, pa, b, pb) => `Then one goes on with “${a}” (${pa}), the other with “${b}” (${pb}).`,
   otherRun: "The other run",
   fromFile: "A saved trace",
-  nothingToCompare: "Regenerate the answer, or keep a branch: then there are two runs to compare.",
 
   // Files
   menu: {
