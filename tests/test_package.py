@@ -148,9 +148,11 @@ def test_the_installed_command_answers_a_chat_from_an_empty_directory(scripts, i
     with started(*command, str(scripts / "transformers-api"), **settings) as server:
         host, port = server.address()
         server.said("Loaded tiny")
+        body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}
+        body |= {"temperature": 0, "ignore_eos": True}
         request = urllib.request.Request(
             f"http://{host}:{port}/v1/chat/completions",
-            json.dumps({"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}).encode(),
+            json.dumps(body).encode(),
         )
         with urllib.request.urlopen(request, timeout=20) as answer:
             usage = json.load(answer)["usage"]
