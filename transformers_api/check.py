@@ -17,8 +17,9 @@ from transformers_api.config.settings import SettingError, Settings
 from transformers_api.engine.native import installation
 from transformers_api.errors import ApiError
 from transformers_api.serving.limits.api_keys import read
+from transformers_api.serving.models.capabilities import FileFacts, capabilities, read_facts
 from transformers_api.serving.models.registry import ModelRegistry
-from transformers_api.serving.models.spec import HubSource
+from transformers_api.serving.models.spec import HubSource, ModelSpec
 from transformers_api.serving.models.store import ModelStore
 
 NEEDED_VERSIONS = {"torch": (2, 13), "transformers": (5, 23)}
@@ -142,7 +143,7 @@ def _model(settings: Settings) -> Finding:
         mend = "set DEFAULT_MODEL to an id that the models command lists, or PRELOAD_MODEL=false"
         return Finding(subject, str(error), mend, prevents=settings.preload_model)
     if folder := store.locate(spec):
-        return Finding(subject, f"ready in {folder}")
+        return Finding(subject, f"ready in {folder}, for {_abilities(settings, store, spec)}")
     try:
         store.check_source(spec)
     except ApiError as error:
@@ -150,6 +151,19 @@ def _model(settings: Settings) -> Finding:
         return Finding(subject, str(error), mend, prevents=settings.preload_model)
     what = "be downloaded" if isinstance(spec.source, HubSource) else "be converted"
     return Finding(subject, f"will {what} when it is first loaded")
+
+
+def _abilities(settings: Settings, store: ModelStore, spec: ModelSpec) -> str:
+    """Its capabilities by its entry and small files; /v1/models/{id} asks its tokenizer, too."""
+    folder = store.locate(spec)
+    names = capabilities(
+        spec,
+        FileFacts() if folder is None else read_facts(folder),
+        refused=store.refusal(spec) is not None,
+        embeds=settings.enable_embeddings_backend,
+        inspects=settings.inspect_enabled,
+    )
+    return ", ".join(names) or "nothing"
 
 
 def _kernels(settings: Settings) -> Finding:

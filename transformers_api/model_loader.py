@@ -26,11 +26,11 @@ from transformers_api.engine.load_progress import LoadProgress
 from transformers_api.engine.standby import StandbyModels
 from transformers_api.engine.thread import EngineThread
 from transformers_api.errors import InsufficientMemory, ModelNotCapable
-from transformers_api.serving.models.encoder_files import read_encoder
+from transformers_api.serving.models.encoder_files import read_encoder, reads_sigmoid
 from transformers_api.serving.models.hub import Progress
 from transformers_api.serving.models.spec import ModelFiles, ModelSpec, Pooling
 from transformers_api.serving.models.store import ModelStore
-from transformers_api.serving.swap.loaded_model import Embedder, LoadedModel
+from transformers_api.serving.swap.loaded_model import Embedder, LoadedModel, PairScorer
 from transformers_api.serving.text.model_text import ModelText
 from transformers_api.serving.text.token_counts import token_counter
 from transformers_api.tokenizer_loader import LoadedTokenizer, read_text, read_tokenizer
@@ -94,9 +94,10 @@ class ModelLoader:
 
     def prepare(self, spec: ModelSpec, progress: Callable[[float, str], None]) -> ModelFiles:
         """See Loader."""
-        if spec.embedding == "encoder":
+        if spec.encoder:
+            made = "embeddings" if spec.encoder == "encoder" else "scores"
             raise ModelNotCapable(
-                f"Model '{spec.name}' makes embeddings, it does not generate text", param="model"
+                f"Model '{spec.name}' makes {made}, it does not generate text", param="model"
             )
         if spec.token_encoding:  # an encoding that cannot be had: before anything is loaded
             token_counter(spec.token_encoding)
@@ -144,7 +145,7 @@ class ModelLoader:
         options = self._options(spec, files, tokenizer)
         is_outdated = self.thread.call(lambda: self._outdating(options)).result()
         counted = LoadProgress(files.parameters, progress)
-        work = partial(self._in_time, files, options, counted)
+        work = partial(self._in_time, spec, files, options, counted)
         engine, inspector = self.thread.call(work).result()
         facts = _facts(engine.describe())
         loaded = LoadedModel(
@@ -156,6 +157,7 @@ class ModelLoader:
             created=files.created,
             count_tokens=token_counter(spec.token_encoding) if spec.token_encoding else None,
             embedder=self._embedder(spec, files, engine),
+            scorer=self._scorer(spec, files, engine),
             inspector=inspector,
             is_outdated=is_outdated,
             constraint_listener=self._constraint_listener,
@@ -190,14 +192,14 @@ class ModelLoader:
         return compiled.is_set
 
     def _in_time(
-        self, files: ModelFiles, options: LoadOptions, progress: LoadProgress
+        self, spec: ModelSpec, files: ModelFiles, options: LoadOptions, progress: LoadProgress
     ) -> tuple[Engine, Inspector | None]:
         self.deadline.check()
         with self.deadline.between_tensors(), progress.counting():
-            return self._load_engine(files, options)
+            return self._load_engine(spec, files, options)
 
     def _load_engine(
-        self, files: ModelFiles, options: LoadOptions
+        self, spec: ModelSpec, files: ModelFiles, options: LoadOptions
     ) -> tuple[Engine, Inspector | None]:
         from transformers_api.engine.loader import load_engine
 
@@ -214,6 +216,9 @@ class ModelLoader:
             return None
         in_chunks = engine.describe().mode == "batching"
         return self._pooled(engine, spec.embedding, reads_in_chunks=in_chunks)
+
+    def _scorer(self, spec: ModelSpec, files: ModelFiles, engine: Engine) -> PairScorer | None:
+        return None
 
     def _pooled(self, engine: Engine, pooling: Pooling, *, reads_in_chunks: bool) -> Embedder:
         from transformers_api.engine.embedding import PooledEmbedder, Reduction
@@ -285,7 +290,7 @@ class ModelLoader:
 
 
 class EncoderLoader(ModelLoader):
-    """The same for the encoders of /v1/embeddings, which torch runs and nobody quantises."""
+    """The same for encoders of both kinds, which torch runs and nobody quantises."""
 
     def _placement(self, spec: ModelSpec) -> LoadOptions:
         return replace(super()._placement(spec), native=None, quantization="none")
@@ -293,15 +298,17 @@ class EncoderLoader(ModelLoader):
     def prepare(self, spec: ModelSpec, progress: Callable[[float, str], None]) -> ModelFiles:
         """See Loader."""
         files = self.store.prepare(spec, progress)
-        read_encoder(files.folder)  # a file that we cannot use: before anything is loaded
+        reader = reads_sigmoid if spec.encoder == "cross_encoder" else read_encoder
+        reader(files.folder)  # a file that we cannot use: before anything is loaded
         return files
 
     def _options(
         self, spec: ModelSpec, files: ModelFiles, tokenizer: LoadedTokenizer
     ) -> LoadOptions:
+        makes_scores = spec.encoder == "cross_encoder"
         limits = (
             spec.max_context_tokens,
-            read_encoder(files.folder).max_tokens,
+            None if makes_scores else read_encoder(files.folder).max_tokens,
             tokenizer.tokenizer.model_max_length,  # enormous where it says nothing
         )
         options = super()._options(spec, files, tokenizer)
@@ -309,13 +316,24 @@ class EncoderLoader(ModelLoader):
         return replace(options, max_context_tokens=longest)
 
     def _load_engine(
-        self, files: ModelFiles, options: LoadOptions
+        self, spec: ModelSpec, files: ModelFiles, options: LoadOptions
     ) -> tuple[Engine, Inspector | None]:
         from transformers_api.engine.embedding import load_encoder
 
-        return load_encoder(files.folder, options, self.thread), None
+        with_head = spec.encoder == "cross_encoder"
+        return load_encoder(files.folder, options, self.thread, with_head=with_head), None
 
-    def _embedder(self, spec: ModelSpec, files: ModelFiles, engine: Engine) -> Embedder:
+    def _scorer(self, spec: ModelSpec, files: ModelFiles, engine: Engine) -> PairScorer | None:
+        if spec.encoder != "cross_encoder":
+            return None
+        from transformers_api.engine.cross_encoder import CrossEncoder
+
+        slice_tokens = self.settings.prefill_chunk
+        return CrossEncoder(engine, slice_tokens, sigmoid=reads_sigmoid(files.folder))
+
+    def _embedder(self, spec: ModelSpec, files: ModelFiles, engine: Engine) -> Embedder | None:
+        if spec.encoder == "cross_encoder":
+            return None
         pooling = read_encoder(files.folder).pooling
         return self._pooled(engine, pooling, reads_in_chunks=False)
 

@@ -185,7 +185,8 @@ def test_a_stop_sequence_is_named(client):
         "stop_reason": "stop_sequence",
         "stop_sequence": '"a"',
     }
-    assert whole(ask(client, max_tokens=2))["stop_reason"] == "max_tokens"
+    short = whole(ask(client, output_config=FORM, max_tokens=2))  # which is too few for the form
+    assert short["stop_reason"] == "max_tokens"
 
 
 RESULT = {"type": "tool_result", "tool_use_id": "a", "content": "x"}

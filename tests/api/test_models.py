@@ -8,6 +8,7 @@ from openai.types import Model, ModelDeleted
 from tests.api.test_bodies import error
 from tests.fakes import fake_spec
 from tests.model_folders import LLAMA, model_files, write_files
+from transformers_api.errors import ModelLoadFailed
 from transformers_api.serving.models.hub import HubUnreachable
 from transformers_api.serving.models.spec import HubSource, PathSource
 
@@ -70,10 +71,33 @@ def test_a_list_says_what_can_be_done_where_it_lies_and_how_large_it_is(serve, t
     assert told["away"] == [False, None, 7, writes]
     assert told["vectors"] == [False, None, None, []]  # embeddings are off
     assert told["never"][3] == []
-    assert served.client.get("/v1/models/here").get_json()["size_bytes"] == weights
     assert served.loader.calls == []
+    assert served.client.get("/v1/models/here").get_json()["size_bytes"] == weights
+    for name in ("away", "vectors", "never"):  # nothing is fetched for it
+        assert "tools" not in served.client.get(f"/v1/models/{name}").get_json()
+    assert served.loader.calls == [("text", "here")]
     on = listed(serve(specs=specs, enable_embeddings_backend=True))
     assert on["vectors"]["capabilities"] == ["embedding", "rerank"]
+
+
+def test_without_its_tokenizer_a_model_is_described_all_the_same(serve, tmp_path):
+    folder = write_files(tmp_path / "here", model_files())
+    served = serve(specs=(fake_spec("here", source=PathSource(folder)), fake_spec("other")))
+    served.loader.fail["text"] = ModelLoadFailed("no tokenizer")
+    described = served.client.get("/v1/models/here").get_json()
+    assert described["capabilities"] == ["chat", "completion", "trace"]
+    assert not {"tools", "reasoning", "structured_outputs"} & set(described)
+
+
+def test_a_model_is_described_while_another_is_loaded(serve, tmp_path):
+    folder = write_files(tmp_path / "here", model_files())
+    served = serve(specs=(fake_spec("here", source=PathSource(folder)), fake_spec("other")))
+    served.loader.hold["load"] = threading.Event()
+    served.services.swapper.load("other", wait=False)
+    assert served.loader.entered["load"].acquire(timeout=10)
+    assert "tools" not in served.client.get("/v1/models/here").get_json()
+    served.loader.hold["load"].set()
+    assert ("text", "here") not in served.loader.calls
 
 
 @pytest.mark.parametrize("url", ["owner/second", "owner%2Fsecond", "two"])

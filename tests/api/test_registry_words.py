@@ -77,3 +77,48 @@ def test_a_hint_tells_the_schema_and_only_a_schema(client):
     ):
         _, prompt = chat(client, model, max_tokens=1, **fields)
         assert (json.dumps(SCHEMA, separators=(",", ":")) in prompt) is is_there
+
+
+@pytest.mark.parametrize(
+    ("model", "tools", "reasoning"),
+    [
+        ("xml", "derived", False),
+        ("prompted", "prompt", False),
+        ("plain", "prompt", False),
+        ("marked", "prompt", True),
+        ("hinted", "prompt", False),
+    ],
+)
+def test_a_model_tells_how_it_answers_without_being_loaded(client, model, tools, reasoning):
+    answer = client.get(f"/v1/models/{model}").json
+    keys = ("tools", "reasoning", "structured_outputs")
+    assert [answer[key] for key in keys] == [tools, reasoning, True]
+    assert "format" not in answer
+    listed = {entry["id"]: entry for entry in client.get("/v1/models").json["data"]}[model]
+    assert not set(keys) & set(listed)  # reads no tokenizers
+    assert ("reasoning" in listed["capabilities"]) is reasoning
+    assert ("tools" in listed["capabilities"]) is (tools == "derived")
+
+
+def test_a_model_shows_the_format_of_its_calls_and_thoughts(client):
+    def format_of(model, word="1"):
+        return client.get(f"/v1/models/{model}?format={word}").json["format"]
+
+    derived, own = format_of("xml"), format_of("prompted", "true")
+    assert derived["thoughts"] is own["thoughts"] is None
+    assert derived["calls"] != own["calls"]
+    assert (own["calls"]["core"], own["calls"]["lead"]) == ("json", "<tool_call>\n")
+    assert own == format_of("plain")
+    marks = format_of("marked")["thoughts"]
+    assert (marks["open"], marks["close"]) == ("<r>", "</r>")
+    assert "format" not in client.get("/v1/models/xml?format=0").json
+
+
+def test_a_resident_model_tells_the_same(client):
+    before = client.get("/v1/models/marked?format=1").json
+    chat(client, "marked", max_tokens=1)
+    after = client.get("/v1/models/marked?format=1").json
+    assert after["loaded"]
+    assert {k: after[k] for k in before if k != "loaded"} == {
+        k: before[k] for k in before if k != "loaded"
+    }

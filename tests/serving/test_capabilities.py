@@ -41,6 +41,16 @@ def folder(tmp_path, **files):
         (fake_spec(), {"refused": True}, []),
         (fake_spec(embedding="encoder"), {}, ["embedding", "rerank"]),
         (fake_spec(embedding="encoder"), {"embeds": False}, []),
+        (fake_spec(embedding="cross_encoder"), {}, ["rerank"]),
+        (fake_spec(embedding="cross_encoder"), {"embeds": False}, []),
+        (fake_spec(embedding="cross_encoder"), {"refused": True}, []),
+        (fake_spec(reasoning=("<t>", "</t>")), {}, ["chat", "completion", "reasoning", "trace"]),
+        (
+            fake_spec(reasoning=("", "</t>"), chat="transcript"),
+            {},
+            ["chat", "completion", "reasoning", "trace"],
+        ),
+        (fake_spec(reasoning=("", "</t>"), chat="off"), {}, ["completion", "trace"]),
         (
             fake_spec(embedding=Pooling("mean")),
             {},
@@ -76,6 +86,8 @@ def test_the_template_shows_tools_and_thoughts(tmp_path, template, more):
     facts = read_facts(folder(tmp_path, tokenizer_config__json=config))
     assert [name for name in able(facts=facts) if name not in WRITES] == more
     assert able(fake_spec(chat="transcript"), facts) == WRITES  # it is not used
+    in_our_form = able(fake_spec(tools="prompt"), facts)
+    assert [name for name in in_our_form if name not in WRITES] == [n for n in more if n != "tools"]
 
 
 def test_a_template_may_lie_in_a_file_of_its_own_or_be_one_of_several(tmp_path):

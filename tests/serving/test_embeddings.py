@@ -441,6 +441,7 @@ def test_the_embedded_encoder_is_found_without_importing_its_package(store):
     ("given", "wanted"),
     [
         ("encoder", "encoder"),
+        ("cross_encoder", "cross_encoder"),
         ({"pooling": "mean"}, Pooling("mean", True)),
         ({"pooling": "last", "normalize": False}, Pooling("last", False)),
     ],
@@ -457,5 +458,7 @@ def test_the_registry_says_how_a_model_embeds(tmp_path, given, wanted):
 def test_a_wrong_embedding_entry_is_one_clear_line(tmp_path, given):
     file = tmp_path / "models.json"
     file.write_text(json.dumps([{"name": "m", "path": "p", "embedding": given}]))
-    with pytest.raises(SettingError, match=r"embedding .* is not allowed: expected encoder, or"):
+    with pytest.raises(
+        SettingError, match=r"embedding .* is not allowed: expected encoder, cross_encoder, or"
+    ):
         read_registry_file(file)

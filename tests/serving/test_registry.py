@@ -271,6 +271,11 @@ def test_yaml_is_read_and_its_bare_off_means_chat_off(tmp_path: Path) -> None:
             id="quantized-encoder",
         ),
         pytest.param(
+            {"name": "x", "path": "p", "quantization": "int4", "embedding": "cross_encoder"},
+            "entry 2 (x): quantization is for models that generate",
+            id="quantized-cross-encoder",
+        ),
+        pytest.param(
             {"name": "x", "path": "p", "device": "tpu"}, "expected auto, cpu", id="device"
         ),
         pytest.param(

@@ -19,6 +19,7 @@ T = TypeVar("T")
 # The rule for prompts and answers beyond max_model_len: None refuses and ends them. "slide": the
 # model sees the last max_model_len tokens, read again for each new one. "crop": the prompt's end.
 ContextOverflow = Literal["slide", "crop"] | None
+PairIds = tuple[Sequence[int], Sequence[int]]  # ids of a pair of texts; their types, or none
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 Mask = npt.NDArray[numpy.uint32]  # (W,): bit i % 32 of word i // 32 is set for token i; 32 W >= V
 BACKLOG = 4096  # outputs that a reader may fall behind

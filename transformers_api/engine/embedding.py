@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import AutoModel, DynamicCache
+from transformers import AutoModel, AutoModelForSequenceClassification, DynamicCache
 
 from transformers_api.engine.base import (
     NOTHING,
@@ -125,8 +125,35 @@ class EncoderEngine:
             release_memory()
 
 
-class PooledEmbedder:
-    """Meets ``serving.models.Embedder``: one slice at a time, by turns, from any thread.
+class Visitor:
+    """Passes of a model between the steps of its engine: one at a time, by turns, from any thread.
+
+    ``slice_tokens``: to be read in a pass, padding included.
+    """
+
+    def __init__(self, engine: Engine, slice_tokens: int) -> None:
+        self.slice_tokens = slice_tokens
+        self._engine = engine
+        self._line = Line()  # several slices in the inbox would run without a step between
+        lengths = self.visit(lambda model: switching_lengths(model, sys.maxsize))
+        self._original = min(lengths, default=None)
+
+    def of_one_kind(self, rows: Sequence[Sequence[int]]) -> list[list[int]]:
+        """The numbers of rows that can share a pass: all, unless rope factors differ."""
+        if self._original is None:
+            return [[*range(len(rows))]]
+        is_long = [len(row) > self._original for row in rows]
+        kinds = [[i for i, own in enumerate(is_long) if own == kind] for kind in (False, True)]
+        return [numbers for numbers in kinds if numbers]
+
+    def visit(self, visit: Callable[[Any], T]) -> T:
+        """The result of ``visit``, which gets the model, on the engine thread."""
+        with self._line.turn():
+            return self._engine.call(visit).result()
+
+
+class PooledEmbedder(Visitor):
+    """Meets ``serving.swap.Embedder``.
 
     ``reads_in_chunks``: a causal model can take a long text in pieces; its later tokens do not
     change the earlier ones.
@@ -135,14 +162,10 @@ class PooledEmbedder:
     def __init__(
         self, engine: Engine, reduction: Reduction, slice_tokens: int, *, reads_in_chunks: bool
     ) -> None:
-        self.slice_tokens = slice_tokens
-        self._engine = engine
+        super().__init__(engine, slice_tokens)
         self._reduction = reduction
         self._reads_in_chunks = reads_in_chunks
-        self._line = Line()  # several slices in the inbox would run without a step between
-        lengths = self._visit(lambda model: switching_lengths(model, sys.maxsize))
-        self._original = min(lengths, default=None)
-        self.dimensions = int(self._visit(partial(_pooled, rows=[[0]], mode="last")).shape[1])
+        self.dimensions = int(self.visit(partial(_pooled, rows=[[0]], mode="last")).shape[1])
 
     def embed(
         self,
@@ -150,32 +173,20 @@ class PooledEmbedder:
         dimensions: int | None = None,
         normalize: bool | None = None,
     ) -> list[bytes]:
-        """See serving.models.Embedder."""
+        """See serving.swap.Embedder."""
         mode = self._reduction.mode
         finish = partial(self._reduction.finish, dimensions=dimensions, normalize=normalize)
         if self._reads_in_chunks and len(rows) == 1 and len(rows[0]) > self.slice_tokens:
             reading = _Reading(rows[0])
             while not reading.is_done:
-                self._visit(partial(reading.read, width=self.slice_tokens))
-            return self._visit(lambda _model: finish(reading.pooled(mode)))
+                self.visit(partial(reading.read, width=self.slice_tokens))
+            return self.visit(lambda _model: finish(reading.pooled(mode)))
         vectors: dict[int, bytes] = {}
-        for numbers in self._of_one_kind(rows):
+        for numbers in self.of_one_kind(rows):
             pooled = partial(_pooled, rows=[rows[i] for i in numbers], mode=mode)
-            made = self._visit(lambda model, pooled=pooled: finish(pooled(model)))  # type: ignore[misc]
+            made = self.visit(lambda model, pooled=pooled: finish(pooled(model)))  # type: ignore[misc]
             vectors |= zip(numbers, made, strict=True)
         return [vectors[i] for i in range(len(rows))]
-
-    def _of_one_kind(self, rows: Sequence[Sequence[int]]) -> list[list[int]]:
-        """The numbers of rows that can share a pass: all, unless rope factors differ."""
-        if self._original is None:
-            return [[*range(len(rows))]]
-        is_long = [len(row) > self._original for row in rows]
-        kinds = [[i for i, own in enumerate(is_long) if own == kind] for kind in (False, True)]
-        return [numbers for numbers in kinds if numbers]
-
-    def _visit(self, visit: Callable[[Any], T]) -> T:
-        with self._line.turn():
-            return self._engine.call(visit).result()
 
 
 class Line:
@@ -248,18 +259,21 @@ class _Reading:
         return self.first if mode == "cls" else self.last
 
 
-def load_encoder(folder: Path, options: LoadOptions, thread: EngineThread) -> EncoderEngine:
+def load_encoder(
+    folder: Path, options: LoadOptions, thread: EngineThread, *, with_head: bool = False
+) -> EncoderEngine:
     """An encoder, ready for visits; on the engine thread. Raises ModelLoadFailed.
 
-    Heads that the file has besides are left out, and a pooler that it lacks is not used.
+    Without its head a pooler that the file lacks is not used; ``with_head``: it scores pairs.
     """
+    auto = AutoModelForSequenceClassification if with_head else AutoModel
     device = pick_device(options.device)
     dtype: Any = "auto" if options.dtype == "auto" else getattr(torch, options.dtype)
     if options.dtype == "auto" and device == "cpu":
         dtype = torch.float32
     try:
         with ShapesOnly():
-            loaded: Any = AutoModel.from_pretrained(
+            loaded: Any = auto.from_pretrained(
                 folder,
                 config=read_config(folder, options.trust_remote_code),
                 dtype=dtype,
@@ -273,15 +287,15 @@ def load_encoder(folder: Path, options: LoadOptions, thread: EngineThread) -> En
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise ModelLoadFailed(f"The model cannot be loaded: {reason}") from error
     model, info = loaded
-    _check_weights(info)
+    _check_weights(info, needs_pooler=with_head)
     follow_lengths(model)
     model = model.to(device).eval()
     return EncoderEngine(model, context_window(model, options), thread)
 
 
-def _check_weights(info: dict[str, Any]) -> None:
+def _check_weights(info: dict[str, Any], *, needs_pooler: bool) -> None:
     lacking = {str(key) for key in info.get("missing_keys") or ()}
-    lacking = {key for key in lacking if "pooler" not in key.split(".")}
+    lacking = {key for key in lacking if needs_pooler or "pooler" not in key.split(".")}
     lacking |= {str(key) for key in info.get("mismatched_keys") or ()}
     if lacking:
         raise ModelLoadFailed(
@@ -300,18 +314,23 @@ def _hidden(model: Any, **inputs: Any) -> Tensor:
     return states
 
 
-def _pooled(model: Any, rows: Sequence[Sequence[int]], mode: Mode) -> Tensor:
-    """(B, H) of texts of different lengths; what pads them takes no part."""
+def padded(model: Any, rows: Sequence[Sequence[int]]) -> tuple[dict[str, Tensor], Tensor]:
+    """The inputs of a pass (B, T), and the lengths of the rows (B)."""
     lengths = torch.tensor([len(row) for row in rows])
     width = int(lengths.max())
     pad = max(getattr(model.config, "pad_token_id", None) or 0, 0)
     ids = [[*row, *[pad] * (width - len(row))] for row in rows]
-    mask = (torch.arange(width) < lengths[:, None]).long().to(model.device)  # (B, T)
-    inputs = {"input_ids": torch.tensor(ids, device=model.device), "attention_mask": mask}
+    mask = (torch.arange(width) < lengths[:, None]).long().to(model.device)
+    return {"input_ids": torch.tensor(ids, device=model.device), "attention_mask": mask}, lengths
+
+
+def _pooled(model: Any, rows: Sequence[Sequence[int]], mode: Mode) -> Tensor:
+    """(B, H) of texts of different lengths; what pads them takes no part."""
+    inputs, lengths = padded(model, rows)
     hidden = _hidden(model, **inputs)
     if mode == "cls":
         return hidden[:, 0]
     if mode == "last":
         return hidden[torch.arange(len(rows)), lengths - 1]
-    weights = mask[:, :, None].float()
+    weights = inputs["attention_mask"][:, :, None].float()
     return (hidden * weights).sum(1) / weights.sum(1)

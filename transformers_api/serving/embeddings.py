@@ -1,4 +1,4 @@
-"""The one way texts become vectors: which model, which token ids, in which slices.
+"""The one way texts become vectors or scores: which model, which token ids, in which slices.
 
 An encoder lives beside the resident model, under a swapper of its own: loaded at its first use
 when the memory suffices, one at a time, and unloaded when it is idle or its memory is needed.
@@ -64,10 +64,19 @@ class EmbeddingModels:
 
     @contextmanager
     def lease(
-        self, model_id: str, cancellation: Cancellation, client: str = ""
+        self, model_id: str, cancellation: Cancellation, client: str = "", *, scores: bool = False
     ) -> Iterator[LoadedModel]:
-        """The model, which stays in memory until the end of the block. Raises as Swapper.lease."""
+        """The model, which stays in memory until the end of the block.
+
+        ``scores``: it may be one that makes no vectors. Raises ModelNotCapable, as Swapper.lease.
+        """
         spec = self._registry.resolve(model_id)
+        if spec.encoder == "cross_encoder" and not scores:
+            raise ModelNotCapable(
+                f"Model '{model_id}' is a cross encoder: it scores pairs of texts, for /v1/rerank "
+                "and /v1/score, and makes no embeddings",
+                param="model",
+            )
         if not self._places.acquire(blocking=False):
             raise Overloaded("Too many requests for embeddings are waiting", retry_after=1)
         try:
@@ -111,13 +120,18 @@ def encode(
             if isinstance(item, str):
                 plain = chat_template.encode_text(model, item, False, param)
             row = _cut(row, plain, limit, side)
-        _check(model, row, param)
+        check_row(model, row, param)
         rows.append(row)
-    if (total := sum(map(len, rows))) > MAX_TOKENS:
-        raise InvalidRequest(
-            f"'{field}' has {total} tokens; at most {MAX_TOKENS} are allowed", param=field
-        )
+    check_total(sum(map(len, rows)), field)
     return rows
+
+
+def check_total(tokens: int, field: str) -> None:
+    """Raise InvalidRequest where texts have more tokens together than a request may have."""
+    if tokens > MAX_TOKENS:
+        raise InvalidRequest(
+            f"'{field}' has {tokens} tokens; at most {MAX_TOKENS} are allowed", param=field
+        )
 
 
 def _cut(row: list[int], plain: list[int], limit: int, side: Side) -> list[int]:
@@ -133,7 +147,8 @@ def _cut(row: list[int], plain: list[int], limit: int, side: Side) -> list[int]:
     return [*before, *middle, *after][:limit]
 
 
-def _check(model: LoadedModel, row: Sequence[int], param: str) -> None:
+def check_row(model: LoadedModel, row: Sequence[int], param: str) -> None:
+    """Raise InvalidRequest for ids that the model cannot read."""
     most = model.engine.max_model_len
     if len(row) > most:
         raise ContextLengthExceeded(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
+from flask import request
+
 from transformers_api.api.http.auth import scope
 from transformers_api.api.http.body import Blueprint
 from transformers_api.api.http.dialects import OPENAI
@@ -18,7 +20,7 @@ from transformers_api.api.openai.schemas.models import (
     ModelDetail,
     ModelList,
 )
-from transformers_api.errors import InvalidRequest, ModelNotFound, NotFound
+from transformers_api.errors import ApiError, InvalidRequest, ModelNotFound, NotFound
 from transformers_api.serving.models.capabilities import (
     FileFacts,
     capabilities,
@@ -27,6 +29,8 @@ from transformers_api.serving.models.capabilities import (
 )
 from transformers_api.serving.models.spec import HubSource, ModelSpec
 from transformers_api.serving.swap.residency import SwapperStatus
+from transformers_api.serving.text.answer_facts import answer_facts, style_fields
+from transformers_api.serving.text.model_text import ModelText
 
 blueprint = Blueprint(
     "models",
@@ -58,10 +62,10 @@ def list_models() -> Any:
 @blueprint.gives(ModelDetail)
 @blueprint.gives(Error, 404, description="No such model")
 def retrieve_model(model_id: str) -> Any:
-    """Describe one model."""
+    """Describe one model; `?format=1` adds how it writes calls and thoughts."""
     spec = services().registry.resolve(model_id)
     services().store.check_exists(spec)
-    described = _described(spec, services().swapper.status())
+    described = _described(spec, services().swapper.status()) | _answers(spec)
     return {**described, "id": model_id, "metadata": _metadata(spec)}
 
 
@@ -168,6 +172,40 @@ def _abilities(spec: ModelSpec) -> dict[str, Any]:
         "size_bytes": facts.size_bytes,
         "context_length": context_length(spec, store.describe(spec).config),
     }
+
+
+def _answers(spec: ModelSpec) -> dict[str, Any]:
+    """The facts of its answers by its tokenizer; empty where that is not here, or of no use."""
+    if (text := _text(spec)) is None:
+        return {}
+    try:
+        facts = answer_facts(text)
+    except ApiError:
+        return {}
+    answers: dict[str, Any] = {"structured_outputs": facts.structured_outputs}
+    if facts.tools is None:
+        return answers
+    answers |= {"tools": facts.tools, "reasoning": facts.thoughts is not None}
+    if request.args.get("format") in ("1", "true"):
+        styles = {"calls": facts.calls, "thoughts": facts.thoughts}
+        answers["format"] = {k: style and style_fields(style) for k, style in styles.items()}
+    return answers
+
+
+def _text(spec: ModelSpec) -> ModelText | None:
+    """The tokenizer, with the resident model or from files that are here; None: there is none."""
+    resident = services().swapper.resident()
+    if resident is not None and resident.spec.name == spec.name:
+        return resident
+    store = services().store
+    if spec.encoder or store.locate(spec) is None or store.refusal(spec) is not None:
+        return None
+    if services().swapper.status().loading is not None:  # who reads one waits for that
+        return None
+    try:
+        return services().text_of(spec)
+    except ApiError:
+        return None
 
 
 def _encoder() -> str | None:

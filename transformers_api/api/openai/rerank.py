@@ -20,9 +20,12 @@ from transformers_api.api.openai.schemas.rerank import (
     ScoreAnswer,
     ScoreRequest,
 )
-from transformers_api.serving import embeddings
+from transformers_api.serving import embeddings, pairs
+from transformers_api.serving.limits.cancellation import Cancellation
+from transformers_api.serving.swap.loaded_model import LoadedModel
 
 Json = dict[str, Any]
+Texts = Mapping[str, Sequence[str]]  # by the two fields they came in
 blueprint = Blueprint("rerank", __name__, dialect=OPENAI, description="How near texts are")
 RERANK_EXAMPLE = {
     "model": "all-minilm-l6-v2",
@@ -42,10 +45,7 @@ OFF = "`ENABLE_EMBEDDINGS_BACKEND` is off"
 @blueprint.gives(Error, 501, description=OFF)
 def create_rerank(body: Json) -> Any:
     """Sort documents by how near they are to a query."""
-    texts = {"query": [body["query"]], "documents": body["documents"]}
-    vectors, tokens = _vectors(body, texts)
-    (query,) = vectors["query"]
-    scores = [embeddings.cosine(query, document) for document in vectors["documents"]]
+    scores, facts = _scores(body, {"query": [body["query"]], "documents": body["documents"]})
     nearest = sorted(range(len(scores)), key=lambda index: -scores[index])
     results: list[Json] = [
         {"index": index, "relevance_score": scores[index]} for index in nearest[: body.get("top_n")]
@@ -57,8 +57,7 @@ def create_rerank(body: Json) -> Any:
         "id": new_id("rerank"),
         "model": body["model"],
         "results": results,
-        "scoring": "cosine",
-        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+        **facts,
     }
 
 
@@ -71,46 +70,71 @@ def create_rerank(body: Json) -> Any:
 @blueprint.gives(Error, 501, description=OFF)
 def create_score(body: Json) -> Any:
     """Say of pairs of texts how near they are."""
-    vectors, tokens = _vectors(body, {name: body[name] for name in ("text_1", "text_2")})
-    first, second = vectors["text_1"], vectors["text_2"]
-    pairs = zip(first * len(second) if len(first) == 1 else first, second, strict=True)
+    scores, facts = _scores(body, {name: body[name] for name in ("text_1", "text_2")})
     return {
         "id": new_id("score"),
         "object": "list",
         "created": int(time.time()),
         "model": body["model"],
         "data": [
-            {"index": index, "object": "score", "score": embeddings.cosine(one, other)}
-            for index, (one, other) in enumerate(pairs)
+            {"index": index, "object": "score", "score": score}
+            for index, score in enumerate(scores)
         ],
-        "scoring": "cosine",
-        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+        **facts,
     }
 
 
-def _vectors(
-    body: Mapping[str, Any], texts: Mapping[str, Sequence[str]]
-) -> tuple[dict[str, list[bytes]], int]:
-    """The vectors of texts by the fields they came in, and the tokens of all."""
+def _scores(body: Json, texts: Texts) -> tuple[list[float], Json]:
+    """The scores of the pairs of two fields' texts, and the answer's fields about them."""
     models = services().embeddings
     assert models is not None
     for name, items in texts.items():
         check_prompt_bytes(items, services().settings, name)
     with RequestContext(services()) as context:
         context.take_place()
-        model = context.hold(models.lease(body["model"], context.cancellation, context.client))
+        model = context.hold(
+            models.lease(body["model"], context.cancellation, context.client, scores=True)
+        )
         record = request_log.current()
         record.model = model.spec.name
-        limit = body.get("truncate_prompt_tokens")
-        if limit is None and "max_tokens_per_doc" in body:
-            limit = min(body["max_tokens_per_doc"], model.engine.max_model_len)
-        rows = {
-            name: embeddings.encode(model, items, limit, field=name)
-            for name, items in texts.items()
-        }
-        every = [row for group in rows.values() for row in group]
-        tokens = sum(map(len, every))
-        services().limits.reserve(tokens)  # all of it is used
-        vectors = iter(embeddings.embed(model, every, None, context.cancellation))
+        ways = _of_pairs if model.scorer else _of_vectors
+        scores, tokens = ways(model, body, texts, context.cancellation)
         record.prompt_tokens = tokens
-    return {name: [next(vectors) for _ in group] for name, group in rows.items()}, tokens
+    return scores, {
+        "scoring": "cross_encoder" if model.scorer else "cosine",
+        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+    }
+
+
+def _of_pairs(
+    model: LoadedModel, body: Json, texts: Texts, cancellation: Cancellation
+) -> tuple[list[float], int]:
+    (first, firsts), (second, seconds) = texts.items()
+    rows = pairs.encode(
+        model,
+        firsts,
+        seconds,
+        limit=body.get("truncate_prompt_tokens"),
+        second_limit=body.get("max_tokens_per_doc"),
+        fields=(first, second),
+    )
+    tokens = sum(len(ids) for ids, _ in rows)
+    services().limits.reserve(tokens)  # all of it is used
+    return pairs.score(model, rows, cancellation), tokens
+
+
+def _of_vectors(
+    model: LoadedModel, body: Json, texts: Texts, cancellation: Cancellation
+) -> tuple[list[float], int]:
+    limit = body.get("truncate_prompt_tokens")
+    if limit is None and "max_tokens_per_doc" in body:
+        limit = min(body["max_tokens_per_doc"], model.engine.max_model_len)
+    first, second = (
+        embeddings.encode(model, items, limit, field=name) for name, items in texts.items()
+    )
+    tokens = sum(map(len, [*first, *second]))
+    services().limits.reserve(tokens)
+    vectors = embeddings.embed(model, [*first, *second], None, cancellation)
+    left, right = vectors[: len(first)], vectors[len(first) :]
+    compared = zip(left * len(right) if len(left) == 1 else left, right, strict=True)
+    return [embeddings.cosine(one, other) for one, other in compared], tokens

@@ -125,20 +125,25 @@ def capabilities(
     """Return what can be asked of a model here, in a fixed order.
 
     ``refused``: it writes no text. ``embeds``: /v1/embeddings is served; ``inspects``: traces are.
-    ``tools`` and ``reasoning`` are those that its own template shows.
+    ``tools`` are those that its own template shows, where calls are to be written so; ``reasoning``
+    is by the marks of its entry or those of its template.
     """
-    is_encoder = spec.embedding == "encoder" or (facts.is_encoder and not spec.registered)
+    is_encoder = spec.encoder is not None or (facts.is_encoder and not spec.registered)
     writes = not refused and not is_encoder
     chats = writes and spec.chat != "off"
     by_template = chats and spec.chat in (None, "template")
-    makes_vectors = embeds and (is_encoder or spec.embedding is not None)
+    shows_calls = by_template and spec.tools == "template"
+    thinks = chats and spec.reasoning is not None
+    thinks = thinks or (by_template and _THOUGHT.search(facts.template) is not None)
+    scores = embeds and (is_encoder or spec.embedding is not None)
+    scores = scores and not (spec.encoder == "cross_encoder" and refused)
     can = {
         "chat": chats,
         "completion": writes,
-        "embedding": makes_vectors,
-        "rerank": makes_vectors,
-        "tools": by_template and _TOOLS.search(facts.template) is not None,
-        "reasoning": by_template and _THOUGHT.search(facts.template) is not None,
+        "embedding": scores and spec.encoder != "cross_encoder",
+        "rerank": scores,
+        "tools": shows_calls and _TOOLS.search(facts.template) is not None,
+        "reasoning": thinks,
         "trace": writes and inspects,
         "fill-in-the-middle": writes and facts.has_infill,
     }

@@ -1,4 +1,4 @@
-"""The files of a sentence encoder, in the format of sentence-transformers.
+"""The files of encoders, in the format of sentence-transformers.
 
 ``modules.json`` lists the steps from text to vector: a transformer, a pooling, and, where vectors
 have length one, a normalisation.
@@ -22,6 +22,7 @@ _FLAGS: dict[str, PoolingMode] = {
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_lasttoken": "last",
 }
+_ACTIVATIONS = ("Sigmoid", "Identity")
 _NAMES: dict[str, PoolingMode] = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
 
 
@@ -55,6 +56,26 @@ def read_encoder(folder: Path) -> EncoderFacts:
         Pooling(_mode(folder / steps[1][1] / "config.json"), normalize=len(steps) == len(STEPS)),
         max_tokens=limit if isinstance(limit, int) and limit > 0 else None,
     )
+
+
+def reads_sigmoid(folder: Path) -> bool:
+    """True where a cross encoder's score goes through a sigmoid, which is what an unnamed one does.
+
+    Raises ModelLoadFailed for another function than that or none, and for prompts.
+    """
+    usage = _optional(folder / "config_sentence_transformers.json")
+    config = read_object(folder / "config.json")
+    own = config.get("sentence_transformers")
+    named = (
+        *(usage.get("activation_fn"), own.get("activation_fn") if isinstance(own, dict) else None),
+        config.get("sbert_ce_default_activation_function"),
+    )
+    name = str(next((value for value in named if value), _ACTIVATIONS[0])).rpartition(".")[2]
+    if name not in _ACTIVATIONS:
+        raise ModelLoadFailed(f"{folder}: the activation {name} is not supported")
+    if prompt := usage.get("default_prompt_name"):
+        raise ModelLoadFailed(f"{folder}: default_prompt_name {prompt!r} is not supported")
+    return name == _ACTIVATIONS[0]
 
 
 def _steps(folder: Path) -> list[tuple[str, str]]:

@@ -21,7 +21,7 @@ from transformers_api.serving.models.foreign import (
     refuse_pointer,
 )
 from transformers_api.serving.models.headers import DTYPES, Tensor, read_header, read_object
-from transformers_api.serving.models.spec import ModelFiles
+from transformers_api.serving.models.spec import EncoderKind, ModelFiles
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -46,12 +46,12 @@ def inspect_folder(
     folder: Path,
     trust_remote_code: bool = False,
     knows: Callable[[str], bool] | None = None,
-    encoder: bool = False,
+    encoder: EncoderKind | None = None,
 ) -> ModelFiles:
     """Check a model folder and measure it. Raises ModelLoadFailed, naming the file and the reason.
 
     ``knows`` says whether a ``model_type`` can be built without the folder's own code; by default
-    those that the installed transformers lists. ``encoder``: it is to make embeddings, not text.
+    those that the installed transformers lists. ``encoder``: it is to make vectors or scores.
     """
     if not folder.is_dir():
         raise ModelLoadFailed(f"{folder} is not a folder")
@@ -154,7 +154,7 @@ def check_config(
     folder: Path,
     trust_remote_code: bool = False,
     knows: Callable[[str], bool] | None = None,
-    encoder: bool = False,
+    encoder: EncoderKind | None = None,
 ) -> None:
     """Refuse what cannot be served, from the small files alone; arguments as in inspect_folder."""
     if not (folder / "config.json").is_file() and (kind := kind_of(folder)):
@@ -163,7 +163,7 @@ def check_config(
     model_type = config.get("model_type")
     if reason := _not_generating(folder, config, encoder):
         raise ModelNotServable(f"{folder}: {reason}", param="model")
-    if encoder:
+    if encoder == "encoder":
         _check_is_encoder(folder)
     if trust_remote_code:
         return
@@ -175,7 +175,7 @@ def check_config(
         )
 
 
-def refusal(folder: Path, encoder: bool = False) -> str | None:
+def refusal(folder: Path, encoder: EncoderKind | None = None) -> str | None:
     """The reason why a folder's kind of model can never be served; None where it may be."""
     try:
         return _not_generating(folder, read_object(folder / "config.json"), encoder)
@@ -183,7 +183,9 @@ def refusal(folder: Path, encoder: bool = False) -> str | None:
         return None
 
 
-def _not_generating(folder: Path, config: Mapping[str, Any], encoder: bool) -> str | None:
+def _not_generating(
+    folder: Path, config: Mapping[str, Any], encoder: EncoderKind | None
+) -> str | None:
     architectures = config.get("architectures") or ["?"]
     name = str(architectures[0]) if isinstance(architectures, list) else "?"
     if config.get("is_encoder_decoder"):
@@ -191,6 +193,8 @@ def _not_generating(folder: Path, config: Mapping[str, Any], encoder: bool) -> s
             f"an encoder-decoder model ({config.get('model_type')}) cannot be served, only models "
             "that continue their own text"
         )
+    if encoder == "cross_encoder":
+        return _not_scoring(name, config)
     if encoder:
         return None
     if (folder / MODULES).is_file():
@@ -200,11 +204,23 @@ def _not_generating(folder: Path, config: Mapping[str, Any], encoder: bool) -> s
     return None
 
 
+def _not_scoring(name: str, config: Mapping[str, Any]) -> str | None:
+    """The reason why a model has no score for a pair of texts; None where it has one."""
+    if not name.endswith("ForSequenceClassification"):
+        return f"{name} has no head that scores a pair of texts, so it is no cross encoder"
+    names = config.get("id2label")
+    labels = len(names) if isinstance(names, Mapping) else config.get("num_labels", 2)
+    if labels != 1:
+        return f"{name} has {labels} labels; a cross encoder's head has one, the score of a pair"
+    return None
+
+
 def _check_is_encoder(folder: Path) -> None:
     if not (folder / MODULES).is_file():
         raise ModelLoadFailed(
             f"{folder} has no {MODULES}, so it is no sentence-transformers encoder; the embeddings "
-            "of a causal model need a registry entry that says how to pool them"
+            "of a causal model need a registry entry that says how to pool them, a cross encoder "
+            "one with embedding: cross_encoder"
         )
 
 

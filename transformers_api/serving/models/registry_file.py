@@ -38,6 +38,7 @@ MAX_BYTES = 1 << 20
 MAX_DIGITS = 40
 MAX_NODES, MAX_NESTING = 20_000, 32  # of a YAML file; JSON's parser has limits of its own
 MAX_MARK = 100  # characters
+_ENCODERS = ("encoder", "cross_encoder")
 _POOLINGS = ("mean", "last", "cls")
 _SOURCES = ("hf_repo", "path", "package")
 
@@ -150,7 +151,7 @@ def _spec(entry: Entry, where: str, base: Path) -> ModelSpec:
             )
     if "name" not in fields:
         raise SettingError(f"{where}: name is missing")
-    if fields.get("embedding") == "encoder" and fields.get("quantization", "none") != "none":
+    if fields.get("embedding") in _ENCODERS and fields.get("quantization", "none") != "none":
         raise SettingError(f"{where}: quantization is for models that generate, not for encoders")
     passed = {
         key: value
@@ -311,11 +312,13 @@ _is_name = _matches(_NAME, "letters, digits and ./:@+_- , at most 200, without .
 
 
 def _is_embedding(value: Any) -> str | None:
-    expected = f"encoder, or an object with pooling ({', '.join(_POOLINGS)}) and normalize"
+    expected = (
+        f"{', '.join(_ENCODERS)}, or an object with pooling ({', '.join(_POOLINGS)}) and normalize"
+    )
     if isinstance(value, dict):
         fits = value.get("pooling") in _POOLINGS and set(value) <= {"pooling", "normalize"}
         return None if fits and isinstance(value.get("normalize", True), bool) else expected
-    return None if value == "encoder" else expected
+    return None if value in _ENCODERS else expected
 
 
 def _are_marks(value: Any) -> str | None:

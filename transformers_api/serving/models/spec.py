@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 ChatMode = Literal["template", "transcript", "off"]
 PoolingMode = Literal["cls", "mean", "last"]
+EncoderKind = Literal["encoder", "cross_encoder"]  # makes vectors; scores pairs of texts
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +69,18 @@ class ModelSpec:
     )  # default sampling, by OpenAI's field names
     is_instruct: bool | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    # For /v1/embeddings: a model that does nothing else, with the pooling that its files say; or
-    # how to pool the hidden states of one that generates.
-    embedding: Literal["encoder"] | Pooling | None = None
+    # For /v1/embeddings and /v1/rerank: a model that does nothing else, as its files say; or how to
+    # pool the hidden states of one that generates.
+    embedding: EncoderKind | Pooling | None = None
     token_encoding: str | None = None  # tiktoken's, for usage; None: the model's own tokens
     trust_remote_code: bool = False
     refusal: str | None = None  # why it can never be served, though it is listed
     registered: bool = True  # False: an id of the Hub that no registry entry names
+
+    @property
+    def encoder(self) -> EncoderKind | None:
+        """The kind of a model that writes no text; None: it generates."""
+        return None if isinstance(self.embedding, Pooling) else self.embedding
 
 
 @dataclass(frozen=True, slots=True)

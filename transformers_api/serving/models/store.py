@@ -106,7 +106,7 @@ class ModelStore:
         if spec.refusal is not None:
             return spec.refusal
         folder = self.locate(spec)
-        return preflight.refusal(folder, spec.embedding == "encoder") if folder else None
+        return preflight.refusal(folder, spec.encoder) if folder else None
 
     def check_exists(self, spec: ModelSpec) -> None:
         """Raise ModelNotFound for an id that only the Hub could know, and it does not."""
@@ -171,7 +171,7 @@ class ModelStore:
                 progress,
                 trust_remote_code=spec.trust_remote_code,
                 check=lambda folder: preflight.check_config(
-                    folder, spec.trust_remote_code, self._knows, spec.embedding == "encoder"
+                    folder, spec.trust_remote_code, self._knows, spec.encoder
                 ),
             )
         except (RepositoryMissing, HubUnreachable):
@@ -189,9 +189,7 @@ class ModelStore:
             )
 
     def _inspect(self, spec: ModelSpec, folder: Path) -> ModelFiles:
-        return preflight.inspect_folder(
-            folder, spec.trust_remote_code, self._knows, spec.embedding == "encoder"
-        )
+        return preflight.inspect_folder(folder, spec.trust_remote_code, self._knows, spec.encoder)
 
     def _converted(self, spec: ModelSpec, path: Path) -> Path:
         """The folder of a file's conversion: another file, another folder."""

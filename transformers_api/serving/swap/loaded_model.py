@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
-from transformers_api.engine.base import Engine
+from transformers_api.engine.base import Engine, PairIds
 from transformers_api.inspection.base import Inspector
 from transformers_api.serving.constraints.compiler import Compiler
 from transformers_api.serving.constraints.listener import ConstraintListener
@@ -45,6 +45,19 @@ class Embedder(Protocol):
         ...
 
 
+class PairScorer(Protocol):
+    """Scores pairs of texts. From any thread; the engine thread does the work."""
+
+    @property
+    def slice_tokens(self) -> int:
+        """See Embedder."""
+        ...
+
+    def score(self, pairs: Sequence[PairIds]) -> list[float]:
+        """A score per pair, which are one slice. Raises ModelUnloaded, EngineDead."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
     """A resident model. Meets ModelText."""
@@ -63,6 +76,7 @@ class LoadedModel:
     created: int = 0
     count_tokens: Callable[[str], int] | None = None  # for usage; None: the model's own tokens
     embedder: Embedder | None = None  # where the registry entry says that it embeds
+    scorer: PairScorer | None = None  # of a cross encoder
     inspector: Inspector | None = None  # None: INSPECT_ENABLED is off
     is_outdated: Callable[[], bool] = bool  # whether loading it anew would make it faster
     constraint_listener: ConstraintListener | None = None

@@ -80,6 +80,17 @@ class ModelDetail(Model):
     """A model with what its registry entry says about it."""
 
     metadata = AnyObject()
+    structured_outputs = Boolean(
+        **about("Its answers can be held to a form. Absent, as the next: not here, or no text.")
+    )
+    tools = Text(
+        choices=("derived", "prompt"),
+        **about("Calls in the form of its chat template, or in ours, which the prompt explains."),
+    )
+    reasoning = Boolean(**about("Its thoughts can be told from its answer."))
+    format = AnyObject(
+        **about("With `?format=1`: the fields of its `calls` and `thoughts`, which may be null.")
+    )
 
 
 class ModelList(Schema):

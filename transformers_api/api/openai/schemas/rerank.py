@@ -48,10 +48,17 @@ class _Compared(Schema):
     """A model, and how much of each text it reads."""
 
     model = Text(
-        shortest=1, longest=256, required=True, **about("Id of a model that makes embeddings.")
+        shortest=1,
+        longest=256,
+        required=True,
+        **about("Id of a cross encoder, or of a model that makes embeddings."),
     )
     truncate_prompt_tokens = TokenLimit(
-        1, **about("Read only so many tokens of each text; -1: as many as the model reads.")
+        1,
+        **about(
+            "Read only so many tokens of each text, or of a cross encoder's pair; -1: as many as "
+            "the model reads."
+        ),
     )
     user = Text(longest=512, **about("Accepted and not used."))
 
@@ -83,7 +90,7 @@ class RerankResult(Schema):
     """A document by its place in the request, and its score."""
 
     index = Integer(0, MAX_DOCUMENTS)
-    relevance_score = fields.Float(**about("The cosine, from -1 to 1."))
+    relevance_score = fields.Float(**about("The cosine, from -1 to 1; or a cross encoder's score."))
     document = AnyObject(**about("Its `text`."))
 
 
@@ -93,7 +100,7 @@ class RerankAnswer(Schema):
     id = Text()
     model = Text()
     results = Many(Object(RerankResult), longest=MAX_DOCUMENTS)
-    scoring = Text(choices=("cosine",), **about("How the scores were made."))
+    scoring = Text(choices=("cosine", "cross_encoder"), **about("How the scores were made."))
     usage = Object(EmbeddingUsage)
 
 
@@ -121,8 +128,8 @@ class ScoreAnswer(Schema):
     created = Integer(0, 1 << 40)
     model = Text()
     data = Many(
-        AnyObject(**about("`object`: score, `index`, and `score`: the cosine, from -1 to 1.")),
+        AnyObject(**about("`object`: score, `index`, and `score`: as a `relevance_score`.")),
         longest=MAX_DOCUMENTS,
     )
-    scoring = Text(choices=("cosine",), **about("How the scores were made."))
+    scoring = Text(choices=("cosine", "cross_encoder"), **about("How the scores were made."))
     usage = Object(EmbeddingUsage)
