@@ -337,6 +337,13 @@ def test_axe_finds_nothing_in_any_pane(tiny, open_page, scheme):
     page.get_by_role("button", name=re.compile("^Branch with ")).first.dispatch_event("click")
     expect(page.get_by_role("button", name=re.compile("^Keep the branch "))).to_have_count(1)
     assert violations(page) == []
+    page.get_by_role("combobox", name="Colour").select_option("decided")
+    expect(page.locator(".tok[style]").first).to_be_visible()
+    assert violations(page, ".tape") == []
+    page.get_by_role("button", name=re.compile("^Keep the branch ")).click()
+    page.get_by_role("button", name="Compare", exact=True).click()
+    assert violations(page, ".tape") == []
+    page.get_by_role("button", name="End the comparison").click()
     for name in ("Heads", "Matrix", "Why"):
         page.get_by_role("tab", name=name).click()
         expect(page.get_by_text(re.compile("Reading|Asking"))).to_have_count(0)

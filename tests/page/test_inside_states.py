@@ -9,6 +9,7 @@ import httpx
 import pytest
 from playwright.sync_api import expect
 
+from tests.page.conftest import violations
 from tests.page.inside import ask, begin, choose, completion, inspect, look_inside, rows, token
 
 HOSTILE = "<img src=x onerror=alert(1)></script><script>alert(2)</script>"
@@ -267,6 +268,7 @@ def test_a_saved_trace_opens_without_a_server_and_is_compared(tiny, open_page, d
     alone.get_by_role("button", name=re.compile(rf"^Token {len(prompt) + 4}: ")).click()
     expect(alone.locator("#cands li").first).to_have_text("".join(candidates[0]))
     expect(alone.locator("#reads li")).not_to_have_count(0)
+    assert violations(alone) == []
     alone.keyboard.press("ArrowRight")
     expect(alone.get_by_role("button", pressed=True)).to_have_accessible_name(
         re.compile(f"^Token {len(prompt) + 5}: ")

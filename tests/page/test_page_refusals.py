@@ -10,8 +10,7 @@ import httpx
 import pytest
 from playwright.sync_api import Page, Route, expect
 
-from tests.page.test_chat import model_turn, stored
-from tests.page.test_shell import box, send
+from tests.page.chatting import box, model_turn, send, stored
 
 CHATS = "**/v1/chat/completions"
 

@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import expect
 
+from tests.page.chatting import box, send, side
 from tests.page.conftest import violations
 
 MODIFIED = {"bypass_csp": True}  # so that axe may be put into the page
-
-
-def box(page: Page) -> Any:
-    return page.get_by_role("textbox", name="Message", exact=True)
-
-
-def send(page: Page, text: str) -> None:
-    """Say something and wait for the whole answer."""
-    page.locator("html[data-ready]").wait_for()
-    before = page.get_by_role("article", name="Model").count()
-    box(page).fill(text)
-    box(page).press("Enter")
-    expect(page.get_by_role("article", name="Model")).to_have_count(before + 1)
-    expect(page.get_by_role("button", name="Send", exact=True)).to_be_visible()
-
-
-def side(page: Page) -> Any:
-    return page.get_by_role("navigation", name="Conversations")
 
 
 def test_views_are_tabs_that_the_address_names_and_the_keyboard_reaches(scripted, open_page):
@@ -90,7 +76,9 @@ def test_chats_are_found_renamed_deleted_and_brought_back(scripted, open_page):
     page.reload()
     expect(entries).to_have_count(6)  # two chats: open, rename, delete
     side(page).get_by_role("button", name="Delete Fruit").click()
+    expect(entries).to_have_count(3)
     page.reload()
+    expect(hostile).to_be_visible()
     expect(entries).to_have_count(3)
 
 
@@ -126,6 +114,11 @@ def test_a_reload_keeps_chat_draft_theme_model_and_settings(scripted, open_page)
 
 def test_the_menu_is_a_menu_and_shows_the_request_in_three_languages(scripted, open_page):
     page = open_page(scripted)
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_text("More", exact=True).click()
+    page.get_by_role("spinbutton", name="Repetition penalty").fill("1.1")
+    page.get_by_role("spinbutton", name="Min p").fill("0.1")
+    page.get_by_role("button", name="Done").click()
     send(page, 'it\'s "quoted"')
     more = page.get_by_role("button", name="More", exact=True)
     more.press("Enter")
@@ -144,7 +137,10 @@ def test_the_menu_is_a_menu_and_shows_the_request_in_three_languages(scripted, o
     expect(code).to_contain_text("it'\\''s \\\"quoted\\\"")
     dialog.get_by_role("tab", name="curl").press("ArrowRight")
     expect(code).to_contain_text("client.chat.completions.create(")
-    assert compile(code.inner_text(), "shown", "exec")
+    written = io.StringIO()
+    with contextlib.redirect_stdout(written):
+        exec(code.inner_text(), {})
+    assert written.getvalue() == 'it\'s "quoted"'
     dialog.get_by_role("tab", name="Python").press("ArrowRight")
     expect(code).to_contain_text("await fetch(")
     dialog.get_by_role("button", name="Close").click()
@@ -295,3 +291,57 @@ def test_one_heading_of_the_first_level_and_a_status_that_speaks(scripted, open_
     expect(page.get_by_role("heading", level=6)).to_have_text("deep")
     expect(page.get_by_role("status")).to_have_text(re.compile(r"Answer complete, \d+ tokens"))
     expect(page.get_by_role("log", name="Conversation")).to_have_attribute("aria-live", "off")
+
+
+def test_many_chats_are_listed_without_their_tokens_and_lose_none(scripted, open_page):
+    page = open_page(scripted)
+    send(page, "the first of many")
+    page.evaluate(
+        """() => new Promise((done) => {
+          const open = indexedDB.open('transformers-api');
+          open.onsuccess = () => {
+            const store = open.result.transaction('chats', 'readwrite').objectStore('chats');
+            store.getAll().onsuccess = ({target: {result: [chat]}}) => {
+              for (let i = 0; i < 60; i += 1) store.put({...chat, id: `copy-${i}`, title: `Copy ${i}`, changed: i});
+            };
+            store.transaction.oncomplete = done;
+          };
+        })"""
+    )
+    page.reload()
+    entry = side(page).get_by_role("button", name="Copy 7", exact=True)
+    expect(entry).to_be_visible()
+    side(page).get_by_role("button", name="Rename Copy 7").click()
+    page.get_by_role("textbox", name="Title of the chat").fill("Seven")
+    page.keyboard.press("Enter")
+    side(page).get_by_role("button", name="Delete Copy 8").click()
+    page.get_by_role("button", name="Undo").click()
+    for name in ("Seven", "Copy 8"):
+        side(page).get_by_role("button", name=name, exact=True).click()
+        expect(side(page).locator("[aria-current=true]")).to_have_text(name)
+        expect(
+            page.get_by_role("button", name=re.compile("^Surprisal of 18 tokens"))
+        ).to_be_visible()
+    page.get_by_role("button", name="More", exact=True).click()
+    with page.expect_download() as caught:
+        page.get_by_role("menuitem", name="Export all chats").click()
+    chats = json.loads(Path(caught.value.path()).read_text())["chats"]
+    assert len(chats) == 61
+    assert all(any("tokens" in node for node in chat["nodes"].values()) for chat in chats)
+
+
+def test_a_second_tab_shows_what_the_first_wrote_and_does_not_overwrite_it(scripted, open_page):
+    first = open_page(scripted)
+    send(first, "one")
+    second = first.context.new_page()
+    second.goto("/ui")
+    expect(second.get_by_role("article")).to_have_count(2)
+    send(first, "two")
+    seen = "document.dispatchEvent(new Event('visibilitychange'))"
+    second.evaluate(seen)
+    expect(second.get_by_role("article")).to_have_count(4)
+    send(second, "three")
+    first.evaluate("dispatchEvent(new Event('pagehide'))")
+    first.close()
+    second.reload()
+    expect(second.get_by_role("article")).to_have_count(6)

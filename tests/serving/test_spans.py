@@ -86,6 +86,28 @@ def test_a_system_turn_of_ones_own_is_content_and_nothing_is_added():
     assert {span.section for span in spans(model, talk, ids)} == {"content"}
 
 
+DATED = (
+    "{% set own = messages[0].content if messages[0].role == 'system' else '' %}"
+    "<|im_start|>system\nToday is 1 May.\n\n{{ own }}<|im_end|>\n"
+    "{% for m in messages if m.role != 'system' %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("own", [[], [{"role": "system", "content": "Be rude."}]])
+def test_words_that_a_template_puts_before_a_system_turn_are_its_own(own):
+    model, talk = with_template(DATED), [*own, {"role": "user", "content": "the system"}]
+    assert found(model, talk) == [("system", "Today is 1 May.\n\n"), *said(talk)]
+    ids = chat_template.encode(model, talk).ids
+    sections = [span.section for span in spans(model, talk, ids)]
+    assert sections == ["template"] + ["content"] * len(talk)
+
+
+def test_a_system_turn_alone_has_no_other_to_be_compared_with():
+    talk = [{"role": "system", "content": "Be rude."}]
+    assert found(with_template(DATED), talk) == said(talk)
+
+
 @pytest.mark.parametrize(
     "template",
     [

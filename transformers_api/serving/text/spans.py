@@ -82,21 +82,38 @@ def _added_system(
 ) -> tuple[int, int] | None:
     """[start, stop) of what the template says as the system, in the text ``before`` all messages.
 
-    A system turn of ours shows what stands around one.
+    A system turn of ours shows what stands around one: a turn of the template has the same marks,
+    and words before ours, such as a date, are its own, too.
     """
-    if messages[0]["role"] in ("system", "developer"):
+    has_own = messages[0]["role"] in ("system", "developer")
+    others = messages[1:] if has_own else messages
+    if not others:
         return None
     ours = _probe(len(messages))
-    turns = [{"role": "system", "content": ours}, *_probes(messages)]
+    turns = [{"role": "system", "content": ours}, *_probes(others)]
     try:
         frame = chat_template.render(model, turns, **options).encode()
     except InvalidRequest:  # it takes none
         return None
     head, _, rest = frame.partition(ours.encode())
     between, probe, _ = rest.partition(_probe(0).encode())
-    start, stop = len(head), len(before) - len(between)
-    is_framed = probe and before.startswith(head) and before.endswith(between)
-    return (start, stop) if is_framed and start < stop else None
+    if not (probe and before.startswith(head) and (has_own or before.endswith(between))):
+        return None
+    start = _marks_end(head, between, str(others[0]["role"]).encode())
+    stop = len(head) if has_own else len(before) - len(between)
+    return (start, stop) if before[start:stop].strip() else None
+
+
+def _marks_end(head: bytes, between: bytes, role: bytes) -> int:
+    """The end of the marks with which a system turn begins in ``head``.
+
+    They are those of the next turn, whose are the last in ``between``, with another role.
+    """
+    for start in range(between.rfind(role) + 1):
+        marks = between[start:].replace(role, b"system")
+        if (at := head.rfind(marks)) >= 0:
+            return at + len(marks)
+    return len(head)
 
 
 def _probe(place: int) -> str:

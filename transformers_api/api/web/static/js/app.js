@@ -1,12 +1,12 @@
 // The wiring: what the browser kept, the frame's parts, the three views. core/state.js has the contract.
-import { openChat, startChat } from "./chat/chats.js";
+import { catchUp, listKept, openChat, startChat } from "./chat/chats.js";
 import { importFile, menuEntries } from "./chat/transfer.js";
 import * as chatView from "./chat/view.js";
 import { byId } from "./core/dom.js";
 import { notice } from "./core/notice.js";
 import { on, set, state, touch } from "./core/state.js";
 import * as status from "./core/status.js";
-import { allChats, choice, isLasting, keep, tidy } from "./core/store.js";
+import { chatById, choice, isLasting, keepWaiting, tidy } from "./core/store.js";
 import { newChat } from "./core/tree.js";
 import * as dialog from "./shell/dialog.js";
 import * as keyDialog from "./shell/key_dialog.js";
@@ -44,10 +44,6 @@ function moreEntries() {
   ];
 }
 
-function keepOpenChat() {
-  if (state.chat.leaf && state.chats.includes(state.chat)) keep(state.chat);
-}
-
 function startFrame() {
   dialog.start();
   keyDialog.start();
@@ -58,8 +54,8 @@ function startFrame() {
   menu(byId("more"), moreEntries);
   byId("new").addEventListener("click", freshChat);
   byId("served").addEventListener("click", () => { side.closeSide(); views.show("models"); });
-  addEventListener("pagehide", keepOpenChat);
-  document.addEventListener("visibilitychange", () => { if (document.hidden) keepOpenChat(); });
+  addEventListener("pagehide", keepWaiting);
+  document.addEventListener("visibilitychange", () => (document.hidden ? keepWaiting() : catchUp()));
   on("chat", (chat) => { document.title = chat.title || common.pageTitle; });
 }
 
@@ -77,9 +73,9 @@ function mountLater(view, context) {
 
 async function start() {
   startFrame();
-  const chats = await allChats();
-  const chat = chats.find(({ id }) => id === choice("chat", null)) ?? newChat();
-  set({ chats, chat, settings: choice("settings", {}) });
+  const kept = await chatById(choice("chat", null));
+  const chat = kept ?? newChat();
+  set({ chats: kept ? [kept] : [], chat, settings: choice("settings", {}) });
   const context = { show: views.show, showRequest, openChat, newChat: freshChat, importFile };
   chatView.mount(byId("view-chat"), context);
   on("view", (view) => mountLater(view, context));
@@ -89,6 +85,7 @@ async function start() {
   keys.start({ show: views.show, newChat: freshChat, closeSide: side.closeSide });
   if (!matchMedia("(pointer: coarse)").matches && state.view === "chat") byId("message").focus();
   document.documentElement.dataset.ready = "";
+  listKept();
   if (!(await isLasting())) notice(common.memoryOnly, { kind: "info" });
   tidy(chat.id);
   await status.start();

@@ -1,6 +1,7 @@
 // One chunk of an answer's stream into a message: text, thoughts, calls, tokens with their traces.
 
-function traced(trace, text) {
+/** The token of a trace: its facts are the model's own, before temperature. */
+export function traced(trace, text) {
   const topk = (trace.topk ?? []).map((one) => ({ id: one.token_id, text: one.token, p: Math.exp(one.logprob) }));
   return {
     id: trace.token_id, text: trace.token ?? topk.find((one) => one.id === trace.token_id)?.text ?? text, position: trace.position,
@@ -9,7 +10,8 @@ function traced(trace, text) {
   };
 }
 
-const untraced = (id, text, position) => ({ id, text, position, surprisal: null, entropy: null, rank: null, prob: null, topk: [] });
+/** A token of which only the id is known. */
+export const untraced = (id, text, position) => ({ id, text, position, surprisal: null, entropy: null, rank: null, prob: null, topk: [] });
 
 /** The tokens of an answer that goes on, as the server reads them now. */
 function rejoin(node, prompt) {

@@ -65,6 +65,10 @@ function showWriting(writing) {
   if (!writing) byId("count").textContent = "";
   size();
   if (hadFocus) (writing ? byId("stop") : box).focus();
+  requestAnimationFrame(() => { // what was pressed may have gone with the answer that it belonged to
+    const isNowhere = document.activeElement === document.body && !matchMedia("(pointer: coarse)").matches;
+    if (isNowhere && state.view !== "models") box.focus();
+  });
 }
 
 function count(node) {

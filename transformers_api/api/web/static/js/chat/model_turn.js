@@ -1,7 +1,9 @@
 // What the model wrote: thoughts, Markdown, calls, ribbon, statistics, and what can be done with it.
 import { button, copy, h, icon } from "../core/dom.js";
 import { tip } from "../core/notice.js";
+import { remember } from "../core/request.js";
 import { set, state } from "../core/state.js";
+import { showRequest } from "../shell/request_dialog.js";
 import { show } from "../shell/views.js";
 import { chat as words } from "../words/chat.js";
 import { callCards } from "./calls.js";
@@ -9,7 +11,7 @@ import { splitChat } from "./chats.js";
 import { failure } from "./failure.js";
 import { Markdown } from "./markdown.js";
 import { drawRibbon, tokenAt } from "./ribbon.js";
-import { again, resume } from "./run.js";
+import { again, requestOf, resume } from "./run.js";
 import { statistics } from "./statistics.js";
 import { versionGroup } from "./versions.js";
 import { waitingLine } from "./waiting.js";
@@ -24,9 +26,15 @@ function look(node, index) {
   show("inside", { focus: true });
 }
 
+function showAsked(node) {
+  remember("answer", requestOf(state.chat, node));
+  showRequest("answer");
+}
+
 function endLine(node) {
   if (node.live || node.error) return null;
-  if (node.finish === "length") return h("p", { class: "cut" }, h("span", { text: words.cut }), button(words.goOn, () => resume(node), { cls: "link" }));
+  if (node.finish === "length") return h("p", { class: "cut" }, h("span", { text: words.cut }),
+    node.calls?.length ? null : button(words.goOn, () => resume(node), { cls: "link" }));
   if (node.finish === "stopped") return h("p", { class: "cut", text: words.stopped });
   return node.finish ? null : h("p", { class: "cut", text: words.unfinished });
 }
@@ -72,6 +80,7 @@ export class ModelTurn {
       statistics(node),
       h("div", { class: "acts end" }, node.text ? copying : null,
         button(words.fromHere, () => splitChat(node), { cls: "icon", glyph: "fork", disabled: Boolean(state.writing) }),
+        node.asked ? button(words.showRequest, () => showAsked(node), { cls: "icon", glyph: "braces" }) : null,
         button(words.regenerate, () => again(node), { cls: "icon", glyph: "again", disabled: Boolean(state.writing) })));
   }
 

@@ -19,7 +19,8 @@ function message(node) {
 export function tracedLayer() {
   const { anatomy, layer } = state;
   if (!anatomy?.layers || !anatomy.attention?.while_writing) return null;
-  return Math.min(layer ?? anatomy.suggested_layer ?? Math.round(0.75 * anatomy.layers), anatomy.layers - 1);
+  const chosen = Math.min(layer ?? anatomy.suggested_layer ?? Math.round(0.75 * anatomy.layers), anatomy.layers - 1);
+  return anatomy.attention.per_layer?.[chosen]?.available === false ? null : chosen;
 }
 
 function trace() {
@@ -27,15 +28,19 @@ function trace() {
   return { topk: CANDIDATES, specials: true, required: false, ...(layer === null ? {} : { layers: [layer], attn: "u8" }) };
 }
 
-/** The body of the request for an answer below `leaf`; throws Error where a setting is no JSON. */
-export function bodyOf(chat, leaf, { continues = false, isCalm = false } = {}) {
+function messages(chat, leaf, system) {
   const nodes = path(chat, leaf).filter((node) => node.role !== "assistant" || node.text || node.calls?.length || node.id === leaf);
-  const messages = nodes.map(message);
-  if (state.settings.system?.trim()) messages.unshift({ role: "system", content: state.settings.system });
+  return [...(system?.trim() ? [{ role: "system", content: system }] : []), ...nodes.map(message)];
+}
+
+/** What is asked beside the messages; throws Error where a setting is no JSON. */
+export function askedNow({ isCalm = false } = {}) {
   const fields = fieldsOf(state.settings);
   if (isCalm) fields.temperature ??= 0;
-  return {
-    model: state.model ?? undefined, messages, ...fields, trace: trace(), return_token_ids: true,
-    ...(continues ? { continue_final_message: true } : {}),
-  };
+  return { model: state.model ?? undefined, system: state.settings.system, ...fields, trace: trace(), return_token_ids: true };
+}
+
+/** The body of the request for an answer below `leaf`. */
+export function bodyOf(chat, leaf, { model, system, ...asked }, { continues = false } = {}) {
+  return { model, messages: messages(chat, leaf, system), ...asked, ...(continues ? { continue_final_message: true } : {}) };
 }

@@ -10,7 +10,7 @@ import { chat as words } from "../words/chat.js";
 import { common } from "../words/common.js";
 import { listChat } from "./chats.js";
 import { take } from "./chunks.js";
-import { bodyOf } from "./request_body.js";
+import { askedNow, bodyOf } from "./request_body.js";
 
 const PATH = "/v1/chat/completions";
 const callbacks = new Set();
@@ -37,7 +37,7 @@ function ended(node, clock) {
   node.took = Math.round(node.took);
   if (node.reasoning && node.thought === undefined) node.thought = Math.round((clock.answer ?? now) - first);
   if (clock.usage && node.usage) {
-    node.usage = { ...node.usage, prompt_tokens: clock.usage.prompt_tokens, completion_tokens: clock.usage.completion_tokens + node.usage.completion_tokens };
+    node.usage = { ...clock.usage, completion_tokens: clock.usage.completion_tokens + node.usage.completion_tokens };
   }
   delete node.live;
 }
@@ -85,7 +85,8 @@ async function write(chat, node, leaf, { continues = false, isCalm = false } = {
   announce(words.saidWaiting);
   refresh();
   try {
-    await stream(PATH, bodyOf(chat, leaf, { continues, isCalm }), { signal: control.signal, panel: "answer", onEvent });
+    node.asked = askedNow({ isCalm });
+    await stream(PATH, bodyOf(chat, leaf, node.asked, { continues }), { signal: control.signal, panel: "answer", onEvent });
   } catch (error) {
     noteFailure(node, error);
   }
@@ -98,6 +99,11 @@ async function write(chat, node, leaf, { continues = false, isCalm = false } = {
   await keep(chat);
   refresh();
 }
+
+/** The request that an answer was asked with, also after a reload. */
+export const requestOf = (chat, node) => ({
+  method: "POST", path: PATH, body: { ...bodyOf(chat, node.parent, node.asked), stream: true, stream_options: { include_usage: true } },
+});
 
 /** Ask for an answer below `parent`. */
 async function answer(chat, parent, options) {

@@ -2,7 +2,7 @@
 import { chooseFile, save } from "../core/dom.js";
 import { notice } from "../core/notice.js";
 import { set, state } from "../core/state.js";
-import { keep, plain } from "../core/store.js";
+import { allChats, keep, plain } from "../core/store.js";
 import { newId, titleOf, VERSION } from "../core/tree.js";
 import { chat as words } from "../words/chat.js";
 import { common } from "../words/common.js";
@@ -20,8 +20,9 @@ export function exportChat() {
   save(`${fileName(state.chat.title)}.json`, json({ format: FORMAT, chat: plain(state.chat) }), "application/json");
 }
 
-export function exportAll() {
-  save("chats.json", json({ format: ALL_FORMAT, chats: state.chats.map(plain) }), "application/json");
+export async function exportAll() {
+  if (state.chat.leaf) await keep(state.chat);
+  save("chats.json", json({ format: ALL_FORMAT, chats: (await allChats()).map(plain) }), "application/json");
 }
 
 export function saveMarkdown() {

@@ -35,7 +35,7 @@ const PATHS = {
   download: "M10 3v9M6 9l4 4 4-4M4 16h12",
   expand: "M4 8V4h4M16 8V4h-4M4 12v4h4M16 12v4h-4",
   eye: "M2 10s3-5 8-5 8 5 8 5-3 5-8 5-8-5-8-5zM10 8a2 2 0 1 1 0 4 2 2 0 0 1 0-4z",
-  fork: "M6 3v14M6 10c6 0 8-1 8-6",
+  fork: "M6 6v8M14 7c0 4-8 2-8 6M4.500 4.500a1.500 1.500 0 1 0 3 0 1.500 1.500 0 1 0-3 0M4.500 15.500a1.500 1.500 0 1 0 3 0 1.500 1.500 0 1 0-3 0M12.500 5.500a1.500 1.500 0 1 0 3 0 1.500 1.500 0 1 0-3 0",
   go: "M7 4l7 6-7 6z",
   left: "M12 5l-5 5 5 5",
   live: "M10 7a3 3 0 1 1 0 6 3 3 0 0 1 0-6zM4 4a8 8 0 0 0 0 12M16 4a8 8 0 0 1 0 12",
@@ -61,7 +61,7 @@ export function icon(name, cls = null) {
 /** A button of text, or of an icon with a name for those who do not see it. */
 export function button(label, onclick, { cls = "btn", glyph = null, shows = !glyph, ...more } = {}) {
   const children = [glyph ? icon(glyph) : null, shows ? h("span", { text: label }) : null];
-  return h("button", { type: "button", class: cls, onclick, ...(shows ? {} : { "aria-label": label }), ...more }, ...children);
+  return h("button", { type: "button", class: cls, onclick, ...(shows ? {} : { "aria-label": label, title: label }), ...more }, ...children);
 }
 
 /** Offer `text` as a file. */

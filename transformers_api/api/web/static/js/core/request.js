@@ -36,8 +36,11 @@ export function python(value, indent = "") {
 }
 
 const SDK = { "/v1/chat/completions": "chat.completions", "/v1/completions": "completions", "/v1/embeddings": "embeddings" };
-// What the SDK has no argument for goes into extra_body.
-const EXTRA = new Set(["trace", "return_token_ids", "continue_final_message", "add_generation_prompt", "top_k", "min_p", "chat_template_kwargs"]);
+// All else goes into extra_body.
+const ARGUMENTS = new Set([
+  "model", "messages", "prompt", "input", "temperature", "top_p", "max_tokens", "seed", "stop", "presence_penalty", "frequency_penalty",
+  "response_format", "tools", "reasoning_effort", "stream", "stream_options", "n", "logprobs", "echo", "suffix", "dimensions", "encoding_format",
+]);
 
 export function asPython({ method, path, body }, keyed) {
   const secret = keyed ? 'os.environ["API_KEY"]' : '"none"';
@@ -47,8 +50,8 @@ export function asPython({ method, path, body }, keyed) {
     const sent = body === undefined ? "" : `    json=${python(body, "    ")},\n`;
     return `${imports}import httpx\n\nanswer = httpx.request(\n    ${JSON.stringify(method)},\n    ${JSON.stringify(location.origin + path)},\n${headers}${sent}    timeout=None,\n)\nprint(answer.json())`;
   }
-  const given = Object.entries(body).filter(([name, value]) => value !== undefined && !EXTRA.has(name)).map(([name, value]) => `    ${name}=${python(value, "    ")},\n`);
-  const extra = Object.fromEntries(Object.entries(body).filter(([name, value]) => value !== undefined && EXTRA.has(name)));
+  const given = Object.entries(body).filter(([name, value]) => value !== undefined && ARGUMENTS.has(name)).map(([name, value]) => `    ${name}=${python(value, "    ")},\n`);
+  const extra = Object.fromEntries(Object.entries(body).filter(([name, value]) => value !== undefined && !ARGUMENTS.has(name)));
   if (Object.keys(extra).length) given.push(`    extra_body=${python(extra, "    ")},\n`);
   const chunk = path === "/v1/completions" ? "chunk.choices[0].text" : 'chunk.choices[0].delta.content or ""';
   const reading = body.stream

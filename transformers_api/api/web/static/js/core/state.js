@@ -5,7 +5,7 @@ listeners of each key whose value is another one; after changing something insid
 `touch("key")`. `on("key", listener)` calls `listener(value)` and returns a function that ends it.
 
   view       "chat" | "inside" | "models": the tab that is open
-  chats      [chat], newest first, whole as in IndexedDB
+  chats      [chat], newest first; without tokens (`isLight`) until they are opened
   chat       the open chat (below); never null. `touch("chat")` after its nodes or leaf changed
   path       [node], from the first message to `chat.leaf`: derived from `chat`, never set
   selection  null | {node, position}: the token that is asked about; `position` counts all tokens that
@@ -28,7 +28,7 @@ listeners of each key whose value is another one; after changing something insid
 chat  {id, title, made, changed, leaf, nodes: {id: node}, v: 1}
 node  {id, parent, at, role: "user"|"assistant"|"tool", text, model?, prompt?: {token_ids, tokens, spans},
        tokens?: [token], usage?, finish?, took?, wait?, verified?, branched?, error?, reasoning?, thought?,
-       calls?: [{id, name, arguments}], call?: {id, name} (of a tool's answer), blind?}
+       asked?: {system, …the request's fields}, calls?: [{id, name, arguments}], call?: {id, name} (of a tool's answer), blind?}
        While it is written also `live`: "wait" | "write" (not stored).
 token {id, text, position, surprisal, entropy, rank, prob, topk: [{id, text, p}], forced?}
        surprisal, entropy, rank and prob are null, and topk is [], of a token that was written without a

@@ -5,9 +5,10 @@ import { VERSION } from "./tree.js";
 const DATABASE = "transformers-api";
 const PREFIX = "transformers-api.";
 const SAVE_AFTER_MS = 300;
+const BATCH = 25; // chats that are listed together
 const FULL = 0.8; // of the quota: candidates of old chats go first
 const memory = new Map();
-const waiting = new Map(); // chat id → timer
+const waiting = new Map(); // chat id → its timer, and the chat
 let database = null;
 
 /** A choice of the user's, or `fallback`. */
@@ -47,15 +48,46 @@ export function plain(chat) {
   return { ...chat, nodes: Object.fromEntries(nodes) };
 }
 
+/** All chats, whole: what an export needs. */
 export async function allChats() {
   const db = await open();
   const chats = db ? await db.getAll("chats") : [...memory.values()];
   return chats.sort((a, b) => b.changed - a.changed);
 }
 
+/** One chat, whole; undefined where there is none. */
+export async function chatById(id) {
+  const db = await open();
+  if (id === null) return undefined;
+  return db ? db.get("chats", id) : memory.get(id);
+}
+
+/** A chat for the list and its search: without tokens, which are most of it. */
+function light(chat) {
+  const nodes = Object.values(chat.nodes).map(({ tokens, prompt, ...node }) => [node.id, node]);
+  return { ...chat, nodes: Object.fromEntries(nodes), isLight: true };
+}
+
+/** Call `take` with all chats, light, some at a time: reading them all at once takes seconds where they are many. */
+export async function eachChat(take) {
+  const db = await open();
+  if (!db) return;
+  let chats = [];
+  let cursor = await db.transaction("chats").store.openCursor();
+  while (cursor) {
+    chats.push(light(cursor.value));
+    if (chats.length === BATCH) {
+      take(chats);
+      chats = [];
+    }
+    cursor = await cursor.continue();
+  }
+  take(chats);
+}
+
 /** Write a chat now. A chat of a later version of the page is left as it is. */
 export async function keep(chat) {
-  clearTimeout(waiting.get(chat.id));
+  clearTimeout(waiting.get(chat.id)?.timer);
   waiting.delete(chat.id);
   if (chat.v > VERSION) return;
   const db = await open();
@@ -74,11 +106,16 @@ export async function keep(chat) {
 
 /** Write a chat soon; further changes until then are written with it. */
 export function keepSoon(chat) {
-  if (!waiting.has(chat.id)) waiting.set(chat.id, setTimeout(() => keep(chat), SAVE_AFTER_MS));
+  if (!waiting.has(chat.id)) waiting.set(chat.id, { chat, timer: setTimeout(() => keep(chat), SAVE_AFTER_MS) });
+}
+
+/** Write now what would be written soon; nothing else, as another tab may have a newer version of it. */
+export function keepWaiting() {
+  for (const { chat } of waiting.values()) keep(chat);
 }
 
 export async function forget(id) {
-  clearTimeout(waiting.get(id));
+  clearTimeout(waiting.get(id)?.timer);
   waiting.delete(id);
   const db = await open();
   if (db) await db.delete("chats", id);

@@ -17,14 +17,14 @@ export const mayComplete = (node) => isBlind(node) && mayAsk(node) && isResident
 async function spansOf(node) {
   if (state.chat.nodes[node.id] !== node) return [];
   const { messages } = bodyOf(state.chat, node.parent);
-  const answer = await inspect("spans", "tokens", { model: node.model, messages });
+  const answer = await inspect(`spans ${node.id}`, "tokens", { model: node.model, messages });
   const isSame = answer.token_ids.length === node.prompt.token_ids.length && answer.token_ids.every((id, at) => id === node.prompt.token_ids[at]);
   return isSame ? answer.spans : [];
 }
 
 /** One question about all tokens: how expected the given ones were, and what is missing of the written. */
 export async function complete(node) {
-  const answer = await inspect("expected", "tokens", { model: node.model, token_ids: idsUpTo(node, Infinity), logprobs: true, topk: 10 });
+  const answer = await inspect(`expected ${node.id}`, "tokens", { model: node.model, token_ids: idsUpTo(node, Infinity), logprobs: true, topk: 10 });
   const facts = factsOf(answer);
   noteFacts(node, facts);
   const start = promptLength(node);

@@ -1,25 +1,13 @@
-// A chunk of a stream that is traced becomes the token of an answer.
+// A chunk of /v1/completions, as a branch is written, into a node.
+import { traced, untraced } from "../chat/chunks.js";
 
-/** The token of a trace: its facts are the model's own, before temperature. */
-export function tokenOf(trace, text) {
-  const topk = (trace.topk ?? []).map((candidate) => ({ id: candidate.token_id, text: candidate.token, p: Math.exp(candidate.logprob) }));
-  return {
-    id: trace.token_id, text: topk.find(({ id }) => id === trace.token_id)?.text ?? text, position: trace.position,
-    surprisal: trace.surprisal, entropy: trace.entropy, rank: trace.rank, prob: Math.exp(trace.logprob), topk, attn: trace.attn, lens: trace.lens,
-  };
-}
-
-/** Take a chunk of /v1/completions into a node. */
 export function takeCompletion(node, chunk) {
-  const [choice] = chunk.choices ?? [];
+  const choice = chunk.choices?.[0];
   const { trace } = chunk;
-  if (trace?.header) node.verified = trace.header.verified;
-  node.text += choice?.text ?? "";
-  if (trace?.token_id !== undefined) node.tokens.push(tokenOf(trace, choice?.text ?? ""));
-  else {
-    (choice?.token_ids ?? []).forEach((id, at) => {
-      node.tokens.push({ id, text: at ? "" : choice.text, position: node.tokens.at(-1).position + 1, topk: [] });
-    });
-  }
+  const text = choice?.text ?? "";
+  if (trace?.header?.verified !== undefined) node.verified = trace.header.verified;
+  node.text += text;
+  if (trace?.token_id !== undefined) node.tokens.push(traced(trace, text));
+  else (choice?.token_ids ?? []).forEach((id, at) => node.tokens.push(untraced(id, at ? "" : text, node.tokens.at(-1).position + 1)));
   if (choice?.finish_reason) node.finish = choice.finish_reason;
 }

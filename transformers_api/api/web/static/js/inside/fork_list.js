@@ -76,6 +76,7 @@ export class ForkList {
     const made = [];
     for (; row.drawn < fork.node.tokens.length; row.drawn += 1) {
       const token = fork.node.tokens[row.drawn];
+      if (isSpecial(token.text) && !token.forced) continue; // what ends it has no text
       const element = chip(token, start + row.drawn, row.drawn > fork.index);
       if (token.forced) element.title = inside.forced;
       row.chips.set(start + row.drawn, element);

@@ -1,15 +1,16 @@
 // Branches: another token in the place of one that was written, and what follows it. They go on from
 // exactly the token ids that were read; no text is tokenised again. Each is a request of its own.
+import { tracedLayer } from "../chat/request_body.js";
+import { keepVersion } from "../chat/run.js";
 import { json, stream } from "../core/api.js";
 import { percent, spoken } from "../core/format.js";
 import { announce, notice } from "../core/notice.js";
-import { set, state, touch } from "../core/state.js";
-import { keep } from "../core/store.js";
-import { addNode, newId } from "../core/tree.js";
+import { set, state } from "../core/state.js";
+import { newId } from "../core/tree.js";
 import { inside } from "../words/inside.js";
 import { complete, mayComplete } from "./blind.js";
 import { takeCompletion } from "./chunks.js";
-import { currentLayer, hasAttention, isResident, whyNoAttention } from "./model.js";
+import { isResident } from "./model.js";
 import { idsUpTo, promptLength } from "./tokens.js";
 
 const LEAST = 48; // tokens of a branch, at least
@@ -24,12 +25,10 @@ export const baseOf = (node) => node.fork?.base ?? node;
 export const forksOf = (node) => node.forks ?? [];
 export const liveForks = (node) => forksOf(node).filter(({ node: { live } }) => live);
 
-/** What a trace of a branch, or an answer, shows of every token. */
-export function plan() {
-  const layer = currentLayer();
-  const trace = { topk: 10, specials: true };
-  const isShown = isResident({ model: state.model }) && state.anatomy?.attention?.while_writing && hasAttention() && whyNoAttention(layer) === null;
-  return isShown && layer !== null ? { ...trace, layers: [layer], attn: "u8" } : trace;
+/** What is noted of every token of a branch, if there is room. */
+function traceOf(node) {
+  const layer = isResident(node) ? tracedLayer() : null;
+  return { topk: 10, specials: true, required: false, ...(layer === null ? {} : { layers: [layer], attn: "u8" }) };
 }
 
 function forcedToken(token, candidate) {
@@ -72,22 +71,17 @@ export async function branch(source, position, candidate) {
 }
 
 async function write({ node, base }, signal) {
-  const room = state.anatomy?.context ? state.anatomy.context - idsUpTo(node, Infinity).length : Infinity;
+  const prompt = idsUpTo(node, Infinity);
+  const room = state.anatomy?.context ? state.anatomy.context - prompt.length : Infinity;
   const body = {
-    model: node.model, prompt: idsUpTo(node, Infinity), max_tokens: Math.max(1, Math.min(room, Math.max(LEAST, base.tokens.length))),
-    temperature: Number(state.settings.temperature || 0), return_token_ids: true,
+    model: node.model, prompt, max_tokens: Math.max(1, Math.min(room, Math.max(LEAST, base.tokens.length))),
+    temperature: Number(state.settings.temperature || 0), return_token_ids: true, trace: traceOf(node),
   };
   const onEvent = (chunk) => {
     takeCompletion(node, chunk);
     changed();
   };
-  const ask = (trace) => stream("/v1/completions", { ...body, ...(trace ? { trace } : {}) }, { signal, panel: "branch", onEvent });
-  try {
-    await ask(plan());
-  } catch (failure) {
-    if (!["trace_busy", "inspect_disabled", "attention_unavailable"].includes(failure.code)) throw failure;
-    await ask(null);
-  }
+  await stream("/v1/completions", body, { signal, panel: "branch", onEvent });
 }
 
 export function removeFork(fork) {
@@ -125,11 +119,9 @@ export async function keepFork(fork) {
     return;
   }
   const { tokens, prompt, model, verified, finish } = node;
-  const version = addNode(state.chat, base.parent, { role: "assistant", text: text.trim(), tokens, prompt, model, verified, finish, branched: true });
   base.forks = forksOf(base).filter((other) => other !== fork);
+  const version = keepVersion(base.parent, { text: text.trim(), tokens, prompt, model, verified, finish });
   set({ selection: { node: version, position: tokens[index].position }, isPinned: true });
-  touch("chat");
-  await keep(state.chat);
 }
 
 export const odds = ({ candidate }) => percent(candidate.p);

@@ -11,7 +11,7 @@ import { tokenAt } from "./tokens.js";
 
 const PLACES = 7;
 const LEAST = 0.002;
-const wait = 60; // ms that the slider may rest before the server is asked
+const REST_MS = 60; // that the slider rests before the server is asked
 
 /** The section; `onPoint(position or null)` while a place is pointed at, `onPick(position)`. */
 export function reads({ onPoint, onPick, onLoad }) {
@@ -35,9 +35,13 @@ export function reads({ onPoint, onPick, onLoad }) {
   let timer = null;
 
   layer.addEventListener("input", () => {
-    write(layerText, inside.layerOf(layer.value, layer.max));
+    const chosen = Number(layer.value);
+    write(layerText, inside.layerOf(chosen, layer.max));
     clearTimeout(timer);
-    timer = setTimeout(() => set({ layer: Number(layer.value) }), wait);
+    timer = setTimeout(() => {
+      timer = null;
+      set({ layer: chosen });
+    }, REST_MS);
   });
   head.addEventListener("change", () => set({ head: /^\d/.test(head.value) ? Number(head.value) : head.value }));
   hide.addEventListener("change", () => set({ hideFirst: hide.checked }));
@@ -64,8 +68,7 @@ export function reads({ onPoint, onPick, onLoad }) {
     const shape = shapeOf(node);
     const at = row?.layer ?? currentLayer(node.shape ?? state.anatomy) ?? 0;
     layer.max = String(Math.max(0, shape.last));
-    if (layer.value !== String(at) && document.activeElement !== layer) layer.value = String(at);
-    if (document.activeElement === layer && state.layer !== null && layer.value !== String(state.layer)) layer.value = String(state.layer);
+    if (timer === null && layer.value !== String(at)) layer.value = String(at);
     write(layerText, inside.layerOf(layer.value, layer.max));
     layer.setAttribute("aria-valuetext", inside.layerOf(layer.value, layer.max));
     const heads = row?.heads || shape.heads(at);

@@ -6,7 +6,7 @@ import { models as words } from "../words/models.js";
 function entry(swap) {
   return h("li", { data: { outcome: swap.outcome } },
     h("time", { class: "num", datetime: words.isoAt(swap.at), text: words.at(swap.at) }),
-    h("span", {}, h("bdi", { class: "who", text: swap.model }), " ", h("span", { text: words.outcome[swap.outcome](swap) }),
+    h("span", {}, h("bdi", { class: "swapped", text: swap.model }), " ", h("span", { text: words.outcome[swap.outcome](swap) }),
       swap.error ? h("span", { class: "why", text: swap.error, dir: "auto" }) : null));
 }
 

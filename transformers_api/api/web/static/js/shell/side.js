@@ -42,7 +42,7 @@ const openers = new Map();
 let isRenaming = false; // the list waits until that is over
 
 function entry(chat) {
-  const isOpen = chat === state.chat;
+  const isOpen = chat.id === state.chat.id;
   const title = chat.title || common.newChat;
   const opener = h("button", {
     class: "open", type: "button", dir: "auto", text: title, "aria-current": isOpen ? "true" : null,

@@ -69,6 +69,7 @@ export const chat = {
   copied: "Copied",
   edit: "Edit",
   regenerate: "Regenerate",
+  showRequest: "Show the request",
   fromHere: "New chat from here",
   versions: "Versions",
   previousVersion: "Previous version",

@@ -75,7 +75,7 @@ export const models = {
   mayWait: "May wait, at most",
   perMinute: "Requests a minute",
   noLimit: "no limit",
-  insidePerMinute: "To look inside, a minute",
+  insidePerMinute: "Looks inside a minute",
   unknown: "–",
   lastMinutes: "3 min",
   sparkName: (rate, running) => `Tokens a second in the last minutes: now ${rate}, ${running} being written`,
