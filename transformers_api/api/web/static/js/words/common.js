@@ -18,6 +18,7 @@ export const common = {
   yesterday: "Yesterday",
   thisWeek: "This week",
   earlier: "Earlier",
+  notKept: "The browser has no room left, so this chat is gone when the tab closes. Export it, or delete other chats.",
   memoryOnly: "This browser keeps nothing here: chats are gone when the tab closes.",
   // The server line
   connecting: "Connecting",
