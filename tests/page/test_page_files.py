@@ -40,6 +40,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> FlaskClient:
     ("accept", "kind"),
     [
         (FIREFOX, "text/html"),
+        ("Text/HTML", "text/html"),
         ("text/html", "text/html"),
         ("application/json;q=0.9,text/html", "text/html"),
         ("text/html;q=0.5,application/json;q=0.4", "text/html"),

@@ -25,7 +25,7 @@ blueprint = Blueprint("page", __name__)
 def prefers_page() -> bool:
     """True where ``Accept`` names ``text/html`` itself, with a weight above that of JSON."""
     accept = request.accept_mimetypes
-    named = [weight for value, weight in accept if value == HTML]
+    named = [weight for value, weight in accept if value.lower() == HTML]
     return bool(named) and max(named) > accept[JSON]
 
 

@@ -7,6 +7,8 @@ import { codeBlock, growCode } from "./code.js";
 import { mathsOf, mathsRules } from "./maths.js";
 
 const OPEN_BLOCKS = 2; // at the end, which what comes may still change
+const LONG_MS = 30; // for drawing once, after which it rests
+const REST = 5;
 const FIRST_HEADING = 3; // the page's own are above
 const RULES = {
   ALLOWED_TAGS: [
@@ -59,15 +61,28 @@ function wrapped(fragment) {
   return h("div", { class: "table", tabindex: "0" }, element);
 }
 
+const plain = (text) => h("p", { class: "plain", text });
+
 function drawn(token, isWhole) {
   if (token.type === "code") return codeBlock(token, isWhole);
-  const element = wrapped(DOMPurify.sanitize(marked.parser([token]), RULES));
+  if (token.type === "plain") return plain(token.raw);
+  let element;
+  try {
+    element = wrapped(DOMPurify.sanitize(marked.parser([token]), RULES));
+  } catch { // too deep, as below
+    return plain(token.raw);
+  }
   if (isWhole) mathsOf(element);
   return element;
 }
 
+/** The blocks of a text; one of plain text where lists or quotes are deeper than the stack. */
 function lexed(text) {
-  return marked.lexer(text).filter((token) => token.type !== "space" && token.type !== "def");
+  try {
+    return marked.lexer(text).filter((token) => token.type !== "space" && token.type !== "def");
+  } catch {
+    return [{ type: "plain", raw: text }];
+  }
 }
 
 /** A text that grows, and its blocks as elements in `box`. */
@@ -78,10 +93,13 @@ export class Markdown {
     this.settled = 0; // letters of the text before the block `first`, which will not change
     this.first = 0;
     this.text = "";
+    this.rests = 0; // the time before which what grows is not drawn again
   }
 
-  /** Draw `text`; `live` where more will come. */
+  /** Draw `text`; `live` where more will come, of which some is left to the next time if it takes long. */
   draw(text, { live = false } = {}) {
+    const begun = performance.now();
+    if (live && begun < this.rests) return;
     const grows = live && text.startsWith(this.text) && this.blocks.length > 0;
     if (!grows) this.settled = this.first = 0;
     const { first: from, settled: start } = this;
@@ -90,6 +108,8 @@ export class Markdown {
     for (const gone of this.blocks.splice(from + tokens.length)) gone.element.remove();
     this.text = text;
     this.settle(text, tokens, from, start);
+    const took = performance.now() - begun;
+    this.rests = took > LONG_MS ? begun + took * REST : 0;
   }
 
   /** The last two blocks may become one: "2" after a list is a paragraph, "2. b" is the list's. */

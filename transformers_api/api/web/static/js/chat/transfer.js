@@ -12,6 +12,7 @@ const FORMAT = "transformers-api.chat/1";
 const ALL_FORMAT = "transformers-api.chats/1";
 const ROLES = new Set(["user", "assistant", "tool"]);
 const MOST_NODES = 20_000;
+const MOST_CANDIDATES = 20; // of a token
 
 const json = (value) => JSON.stringify(value, null, 1);
 const fileName = (title) => title.normalize("NFKD").replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-+|-+$/g, "").slice(0, 60) || "chat";
@@ -37,6 +38,7 @@ export function saveMarkdown() {
 const text = (value, most = 4_000_000) => (typeof value === "string" ? value.slice(0, most) : undefined);
 const number = (value) => (Number.isFinite(value) ? value : undefined);
 const ids = (value) => (Array.isArray(value) && value.every(Number.isInteger) ? value : undefined);
+const array = (value) => (Array.isArray(value) ? value : undefined);
 const list = (value, item) => (Array.isArray(value) ? value.map(item).filter(Boolean) : undefined);
 const object = (value) => (value && typeof value === "object" && !Array.isArray(value) ? value : null);
 
@@ -45,9 +47,16 @@ function token(value) {
   const { surprisal, entropy, rank, prob, position } = value;
   return {
     id: value.id, text: value.text, position: number(position), surprisal: number(surprisal), entropy: number(entropy), rank: number(rank), prob: number(prob),
-    topk: list(value.topk, (one) => (object(one) && Number.isInteger(one.id) && typeof one.text === "string" && Number.isFinite(one.p) ? { id: one.id, text: one.text, p: one.p } : null)) ?? [],
+    topk: list(array(value.topk)?.slice(0, MOST_CANDIDATES), (one) => (object(one) && Number.isInteger(one.id) && typeof one.text === "string" && Number.isFinite(one.p) ? { id: one.id, text: one.text, p: one.p } : null)) ?? [],
     ...(value.forced === true ? { forced: true } : {}),
   };
+}
+
+/** The tokens of an answer, at the places behind its prompt. */
+function tokens(value, behind) {
+  const all = list(value, token);
+  const start = behind?.token_ids.length ?? Math.max(0, Math.trunc(all?.[0]?.position ?? 0));
+  return all?.map((one, i) => ({ ...one, position: start + i }));
 }
 
 function prompt(value) {
@@ -68,11 +77,12 @@ const call = (value) => (object(value) ? { id: text(value.id, 200) ?? "", name: 
 function node(value, renamed) {
   if (!object(value) || !ROLES.has(value.role) || typeof value.text !== "string") return null;
   const error = object(value.error);
+  const read = prompt(value.prompt);
   const fields = {
     id: renamed.get(value.id), parent: renamed.get(value.parent) ?? null, at: number(value.at) ?? 0, role: value.role, text: text(value.text), model: text(value.model, 300),
-    prompt: prompt(value.prompt), tokens: list(value.tokens, token), usage: usage(value.usage), finish: text(value.finish, 40), took: number(value.took), wait: number(value.wait),
+    prompt: read, tokens: tokens(value.tokens, read), usage: usage(value.usage), finish: text(value.finish, 40), took: number(value.took), wait: number(value.wait),
     verified: typeof value.verified === "boolean" ? value.verified : undefined, branched: value.branched === true || undefined, reasoning: text(value.reasoning), thought: number(value.thought),
-    calls: list(value.calls, call), call: object(value.call) ? { id: text(value.call.id, 200) ?? "", name: text(value.call.name, 200) ?? "" } : undefined, blind: text(value.blind, 60),
+    calls: list(value.calls, call), call: value.role === "tool" ? { id: text(value.call?.id, 200) ?? "", name: text(value.call?.name, 200) ?? "" } : undefined, blind: text(value.blind, 60),
     error: error ? { status: number(error.status) ?? 0, code: text(error.code, 60) ?? null, message: text(error.message, 4000) ?? "" } : undefined,
   };
   return Object.fromEntries(Object.entries(fields).filter(([, field]) => field !== undefined));

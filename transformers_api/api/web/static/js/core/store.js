@@ -1,6 +1,8 @@
 // What the browser keeps: chats in IndexedDB, choices in localStorage. Nothing is on the server.
 import { openDB } from "../../vendor/idb.js";
-import { VERSION } from "./tree.js";
+import { common } from "../words/common.js";
+import { notice } from "./notice.js";
+import { newId, VERSION } from "./tree.js";
 
 const DATABASE = "transformers-api";
 const PREFIX = "transformers-api.";
@@ -10,8 +12,10 @@ const BATCH = 25; // chats that are listed together
 const FULL = 0.8; // of the quota: candidates of old chats go first
 const memory = new Map();
 const waiting = new Map(); // chat id → its timer, and the chat
+const tab = newId(); // this one, among those that write
 let database = null;
 let cost = 0; // ms that the last writing kept the page from drawing
+let isFull = false; // the last chat could not be kept
 
 /** A choice of the user's, or `fallback`. */
 export function choice(name, fallback) {
@@ -31,7 +35,13 @@ export function keepChoice(name, value) {
 async function open() {
   if (database === null) {
     try {
-      database = await openDB(DATABASE, 1, { upgrade: (db) => db.createObjectStore("chats", { keyPath: "id" }) });
+      database = await openDB(DATABASE, 2, {
+        upgrade(db, version) {
+          if (version < 1) db.createObjectStore("chats", { keyPath: "id" });
+          db.createObjectStore("writers"); // chat id → the tab that wrote it last
+        },
+        blocking: (current, later, event) => event.target.close(), // a newer page waits for it
+      });
     } catch {
       database = false;
     }
@@ -98,15 +108,35 @@ export async function keep(chat) {
     return;
   }
   try {
-    const begun = performance.now();
-    const written = db.put("chats", plain(chat)); // which copies it at once
-    cost = performance.now() - begun;
-    await written;
-  } catch (error) {
-    if (error.name !== "QuotaExceededError") throw error;
-    await makeRoom(db, chat.id);
-    await db.put("chats", plain(chat));
+    await put(db, chat).catch(async (error) => {
+      if (error.name !== "QuotaExceededError") throw error;
+      await makeRoom(db, chat.id);
+      await put(db, chat);
+    });
+    isFull = false;
+  } catch {
+    if (!isFull) notice(common.notKept);
+    isFull = true;
   }
+}
+
+/** Write a chat, with what another tab has added to it meanwhile. */
+async function put(db, chat) {
+  const transaction = db.transaction(["chats", "writers"], "readwrite");
+  const [chats, writers] = [transaction.objectStore("chats"), transaction.objectStore("writers")];
+  const writing = async () => {
+    // All at once: a tab that is closed now goes on with nothing, but what was asked for is done.
+    const [kept, writer] = [chats.get(chat.id), writers.get(chat.id)];
+    const begun = performance.now();
+    const written = [chats.put(plain(chat)), writers.put(tab, chat.id)]; // which copies it at once
+    cost = performance.now() - begun;
+    if ((await writer) !== tab) {
+      for (const node of Object.values((await kept)?.nodes ?? {})) chat.nodes[node.id] ??= node;
+      written.push(chats.put(plain(chat)));
+    }
+    await Promise.all([kept, ...written]);
+  };
+  await Promise.all([writing(), transaction.done]);
 }
 
 /** Write a chat soon; further changes until then are written with it. */
@@ -124,7 +154,7 @@ export async function forget(id) {
   clearTimeout(waiting.get(id)?.timer);
   waiting.delete(id);
   const db = await open();
-  if (db) await db.delete("chats", id);
+  if (db) await Promise.all(["chats", "writers"].map((store) => db.delete(store, id)));
   else memory.delete(id);
 }
 

@@ -35,8 +35,10 @@ export function versions(chat, node) {
 
 /** The newest end below a message. */
 export function leafBelow(chat, id) {
+  const met = new Set(); // an imported file may go in circles
   for (;;) {
-    const children = Object.values(chat.nodes).filter((node) => node.parent === id).sort(byTime);
+    met.add(id);
+    const children = Object.values(chat.nodes).filter((node) => node.parent === id && !met.has(node.id)).sort(byTime);
     if (!children.length) return id;
     id = children.at(-1).id;
   }

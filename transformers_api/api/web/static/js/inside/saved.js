@@ -9,6 +9,7 @@ import { promptLength } from "./tokens.js";
 
 const FORMAT = "transformers-api.trace/1";
 const MANY = 200_000; // tokens of a file, at most
+const MOST_HEADS = 1024; // of a layer
 
 /** What is known of an answer, rows of the current layer included: {header, tokens}. */
 export async function collect(node, onProgress) {
@@ -38,18 +39,19 @@ export async function saveTrace(node, onProgress) {
 const isNumber = (value) => typeof value === "number" && Number.isFinite(value);
 const isText = (value) => typeof value === "string";
 const numberOr = (value, other) => (isNumber(value) ? value : other);
+const countOr = (value, other) => (Number.isInteger(value) && value >= 0 && value <= MANY ? value : other);
 
 const candidateOf = (candidate) => ({ id: numberOr(candidate?.id, -1), text: String(candidate?.text ?? ""), p: Math.max(0, Math.min(1, numberOr(candidate?.p, 0))) });
 
 /** A row as the API writes it, or null: what does not fit its shape is left out. */
 function rowOf(row) {
-  const fits = isNumber(row?.layer) && Array.isArray(row.shape) && row.shape.length === 2 && row.shape.every(Number.isInteger)
-    && ["uint8", "float16"].includes(row.dtype) && isText(row.data);
+  const fits = isNumber(row?.layer) && Array.isArray(row.shape) && row.shape.length === 2 && row.shape.every((length) => countOr(length, 0) > 0)
+    && ["uint8", "float16"].includes(row.dtype) && isText(row.data) && (row.dtype === "float16" || (Array.isArray(row.scale) && row.scale.every(isNumber)));
   if (!fits) return null;
   const bytes = row.shape[0] * row.shape[1] * (row.dtype === "uint8" ? 1 : 2);
   const isWhole = /^[A-Za-z0-9+/]*={0,2}$/.test(row.data) && Math.abs((row.data.length * 3) / 4 - bytes) <= 3;
   const { layer, key_start, state: how, sink, dtype, shape, data, scale } = row;
-  return isWhole ? { layer, key_start: numberOr(key_start, 0), state: how, sink: Array.isArray(sink) ? sink : null, dtype, shape, data, scale } : null;
+  return isWhole ? { layer, key_start: countOr(key_start, 0), state: isText(how) ? how : "", sink: Array.isArray(sink) && sink.every(isNumber) ? sink : null, dtype, shape, data, scale } : null;
 }
 
 function tokenOf(line, position) {
@@ -73,9 +75,11 @@ export function parseTrace(text) {
   if (header?.format !== FORMAT) throw new TypeError("not a trace");
   const prompt = promptOf(header.prompt);
   const tokens = lines.map((line, at) => tokenOf(line, prompt.token_ids.length + at));
-  const shape = isNumber(header.shape?.layers) ? { layers: header.shape.layers, heads: numberOr(header.shape.heads, 0) } : { layers: numberOr(header.layer, 0) + 1, heads: 0 };
+  const layer = countOr(header.layer, null);
+  const heads = Math.min(countOr(header.shape?.heads, 0), MOST_HEADS);
+  const shape = { layers: countOr(header.shape?.layers, 0) || (layer ?? 0) + 1, heads };
   return {
     id: "saved", parent: null, role: "assistant", isSaved: true, text: String(header.text ?? ""), model: header.model === null ? undefined : String(header.model ?? ""),
-    prompt, tokens, verified: header.verified === true ? true : null, finish: header.finish, shape, layer: numberOr(header.layer, null),
+    prompt, tokens, verified: header.verified === true ? true : null, finish: header.finish, shape, layer,
   };
 }

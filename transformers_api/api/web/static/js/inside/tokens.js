@@ -37,7 +37,7 @@ function segments(node) {
   const roles = new Array(length).fill("template");
   for (const span of node.prompt?.spans ?? []) {
     if (span.section === "template") continue; // what the template adds stays what it is
-    for (let at = span.start; at < Math.min(span.end, length); at += 1) roles[at] = span.role;
+    for (let at = Math.max(0, span.start); at < Math.min(span.end, length); at += 1) roles[at] = span.role;
   }
   if (length && !roles.some((role) => role !== "template")) return [{ role: "prompt", start: 0, end: length }];
   const runs = [];

@@ -19,6 +19,7 @@ export const common = {
   thisWeek: "This week",
   earlier: "Earlier",
   notKept: "This browser has no room for this chat: it is gone when the tab closes. Delete others, or export it.",
+  notKept: "The browser has no room left, so this chat is gone when the tab closes. Export it, or delete other chats.",
   memoryOnly: "This browser keeps nothing here: chats are gone when the tab closes.",
   // The server line
   connecting: "Connecting",
