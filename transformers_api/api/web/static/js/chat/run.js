@@ -92,7 +92,7 @@ async function write(chat, node, leaf, { continues = false, isCalm = false } = {
   }
   ended(node, clock);
   chat.changed = Date.now();
-  await keep(chat).catch(() => notice(common.notKept)); // what looks finished outlives a reload
+  await keep(chat); // what looks finished outlives a reload
   set({ writing: null });
   touch("chat", "chats");
   sayEnd(node);

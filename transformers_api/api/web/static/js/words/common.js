@@ -18,7 +18,6 @@ export const common = {
   yesterday: "Yesterday",
   thisWeek: "This week",
   earlier: "Earlier",
-  notKept: "This browser has no room for this chat: it is gone when the tab closes. Delete others, or export it.",
   notKept: "The browser has no room left, so this chat is gone when the tab closes. Export it, or delete other chats.",
   memoryOnly: "This browser keeps nothing here: chats are gone when the tab closes.",
   // The server line
