@@ -4,7 +4,7 @@ import { Failure } from "../core/errors.js";
 import { announce, notice } from "../core/notice.js";
 import { set, state, touch } from "../core/state.js";
 import { refresh } from "../core/status.js";
-import { keep, keepSoon } from "../core/store.js";
+import { keep, keepSoon, removeNode } from "../core/store.js";
 import { addNode, leafBelow, titleOf, VERSION } from "../core/tree.js";
 import { chat as words } from "../words/chat.js";
 import { common } from "../words/common.js";
@@ -126,7 +126,7 @@ export async function again(node) {
   const { chat } = state;
   if (!mayWrite()) return;
   const isNothing = node.error && !node.text && !node.calls?.length;
-  if (isNothing) delete chat.nodes[node.id];
+  if (isNothing) removeNode(chat, node.id);
   listChat(chat);
   await answer(chat, node.parent);
 }

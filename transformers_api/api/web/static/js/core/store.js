@@ -13,6 +13,7 @@ const FULL = 0.8; // of the quota: candidates of old chats go first
 const memory = new Map();
 const waiting = new Map(); // chat id → its timer, and the chat
 const tab = newId(); // this one, among those that write
+const removed = new Set(); // ids of nodes that this tab took away
 let database = null;
 let cost = 0; // ms that the last writing kept the page from drawing
 let isFull = false; // the last chat could not be kept
@@ -131,12 +132,20 @@ async function put(db, chat) {
     const written = [chats.put(plain(chat)), writers.put(tab, chat.id)]; // which copies it at once
     cost = performance.now() - begun;
     if ((await writer) !== tab) {
-      for (const node of Object.values((await kept)?.nodes ?? {})) chat.nodes[node.id] ??= node;
+      for (const node of Object.values((await kept)?.nodes ?? {})) {
+        if (!removed.has(node.id)) chat.nodes[node.id] ??= node;
+      }
       written.push(chats.put(plain(chat)));
     }
     await Promise.all([kept, ...written]);
   };
   await Promise.all([writing(), transaction.done]);
+}
+
+/** Take a node away for good: what another tab kept of it does not bring it back. */
+export function removeNode(chat, id) {
+  delete chat.nodes[id];
+  removed.add(id);
 }
 
 /** Write a chat soon; further changes until then are written with it. */
