@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(120))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
     """Debian's Chromium without a window."""
     path = next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -106,7 +106,7 @@ def address(server: Server) -> str:
     return f"http://{host}:{port}"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def tiny(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a server with real models: ``tiny-llama``, ``tiny-window``, ``tiny-mamba``."""
     folder = tmp_path_factory.mktemp("page")
@@ -118,7 +118,7 @@ def tiny(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         assert "Traceback" not in server.log, server.log
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def scripted(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a server whose models say what they are told: tests/page/scripted_app.py."""
     folder = tmp_path_factory.mktemp("scripted")

@@ -157,5 +157,6 @@ def test_a_model_that_cannot_have_it_is_refused_and_not_served_in_another_way(
 
 def test_without_kernels_the_reason_is_told(load, tmp_path, monkeypatch):
     monkeypatch.setattr(build, "COMPILERS", ("no-such-compiler",))
+    monkeypatch.setattr(build, "find_spec", lambda name: None)
     told = refusal(load, native=tmp_path / "empty", quantization="int8")
-    assert "no native kernels: there is no compiler (no-such-compiler)" in told
+    assert "no native kernels: there is no compiler (no-such-compiler, ziglang)" in told
