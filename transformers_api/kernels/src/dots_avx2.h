@@ -110,7 +110,7 @@ inline void accumulate_int8_parts(const uint8_t* w, PrefetchCursor cursor, const
     if (P == NEXT_PANEL && FIRST == 0) prefetch<P, R>(w, cursor);
     for (int v = 0; v < PARTS; v++) {
       const __m256 scale =
-          widen(_mm_load_si128(reinterpret_cast<const __m128i*>(w) + FIRST + v));
+          _mm256_cvtph_ps(_mm_load_si128(reinterpret_cast<const __m128i*>(w) + FIRST + v));
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) {
         __m256& sum = part_of(sums[r], FIRST + v);

@@ -62,7 +62,7 @@ inline void accumulate_int8(const uint8_t* w, PrefetchCursor cursor, const int32
       }
     }
     if (P == NEXT_PANEL) prefetch<P, R>(w, cursor);
-    const f32x16 scale0 = load_bf16(w), scale1 = load_bf16(w + 32);
+    const f32x16 scale0 = load_half(w), scale1 = load_half(w + 32);
     w += 64;
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {

@@ -86,7 +86,7 @@ inline void accumulate_int8_parts(const uint8_t* w, PrefetchCursor cursor, const
     if (P == NEXT_PANEL && FIRST == 0) prefetch<P, R>(w, cursor);
     for (int v = 0; v < COUNT; v++) {
       const float32x4_t scale =
-          widen(vld1_u16(reinterpret_cast<const uint16_t*>(w) + 4 * (FIRST + v)));
+          half_widened(vld1_u16(reinterpret_cast<const uint16_t*>(w) + 4 * (FIRST + v)));
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) {
         float32x4_t& sum = part_of(sums[r], FIRST + v);

@@ -17,16 +17,17 @@
 namespace {
 
 // Symmetric quantisation to -127..127. The codes are computed with the scale as it is stored, so
-// rounding the scale to bfloat16 costs no accuracy.
+// rounding it costs no accuracy; a tiny one is rounded up, where half precision has few digits.
 void quantize_int8_group(const Weight& w, const float* x, int64_t row, int64_t g, int8_t* codes) {
   float peak = 0;
   for (int i = 0; i < GROUP; i++) peak = std::max(peak, std::fabs(x[i]));
-  uint16_t stored[16];
-  store(stored, 1, broadcast(peak / 127));
-  const float scale = bf16_to_float(stored[0]);
-  int8_scale_at(w, row, g) = stored[0];
+  alignas(32) uint16_t stored[16];
+  store_half(stored, broadcast(peak / 127));
+  const bool falls_short = half_to_float(stored[0]) * 127.5f < peak;
+  int8_scale_at(w, row, g) = stored[0] += falls_short;
+  const float scale = half_to_float(stored[0]);
   for (int i = 0; i < GROUP; i++) {
-    const float value = scale > 1e-30f ? x[i] / scale : 0;
+    const float value = scale > 0 ? x[i] / scale : 0;
     codes[i] = static_cast<int8_t>(std::lrint(std::clamp(value, -127.f, 127.f)) ^ 0x80);
   }
 }
@@ -68,7 +69,7 @@ void unpack_row(const Weight& w, int64_t row, float* out) {
   const int32_t* panel = reinterpret_cast<const int32_t*>(panel_at(w, row));
   for (int64_t i = 0, per_lane = values_per_lane(w); i * per_lane < w.k; i++) {
     const int32_t lane = panel[lane_index(w, row, i)];
-    const float scale = w.type == I8 ? bf16_to_float(int8_scale_at(w, row, i / GROUP_STEPS)) : 0;
+    const float scale = w.type == I8 ? half_to_float(int8_scale_at(w, row, i / GROUP_STEPS)) : 0;
     for (int64_t j = 0; j < std::min(per_lane, w.k - i * per_lane); j++) {
       float& value = out[i * per_lane + j];
       if (w.type == I8) {

@@ -265,9 +265,6 @@ f32x16 load(const uint16_t* p, mask16 mask) {
   return widen(_mm256_load_si256(reinterpret_cast<const __m256i*>(lanes)));
 }
 f32x16 load_aligned(const float* p) { return {_mm256_load_ps(p), _mm256_load_ps(p + 8)}; }
-f32x16 load_bf16(const void* p) {
-  return widen(_mm256_load_si256(static_cast<const __m256i*>(p)));
-}
 f32x16 load_half(const void* p) {
   const auto* halves = static_cast<const __m128i*>(p);
   return {_mm256_cvtph_ps(_mm_load_si128(halves)), _mm256_cvtph_ps(_mm_load_si128(halves + 1))};

@@ -136,9 +136,6 @@ f32x16 load(const uint16_t* p, mask16 mask) {
   return widen(_mm256_maskz_loadu_epi16(mask, p));
 }
 f32x16 load_aligned(const float* p) { return _mm512_load_ps(p); }
-f32x16 load_bf16(const void* p) {
-  return widen(_mm256_load_si256(static_cast<const __m256i*>(p)));
-}
 f32x16 load_half(const void* p) {
   return _mm512_cvtph_ps(_mm256_load_si256(static_cast<const __m256i*>(p)));
 }

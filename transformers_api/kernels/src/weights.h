@@ -6,7 +6,7 @@
 // whole panels and steps is zero.
 //
 // I8 is quantised in groups of GROUP weights along k. Each group is followed by 32 scales in
-// bfloat16, one for each output.
+// half precision, one for each output: Q8_0 of GGUF has the same, so that its numbers stay.
 //
 // I4 has groups too, and one vector per step: the lower four bits of a byte belong to the first 16
 // outputs, the upper four to the others. A group is followed by 32 scales and 32 minima in half
