@@ -156,6 +156,12 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "packed_bytes": (c_int64, [POINTER(Weight)]),
     "pack": (None, [POINTER(Weight), c_void_p, c_int32, c_int64, c_int64]),
     "pack_int4": (None, [POINTER(Weight), c_void_p, c_int32, c_int64, c_int64, c_void_p]),
+    "block_row_bytes": (c_int64, [c_int32, c_int64]),
+    "pack_blocks": (
+        None,
+        [POINTER(Weight), c_void_p, c_int32, c_void_p, c_int64, c_int64, c_void_p],
+    ),
+    "unpack_blocks": (None, [c_void_p, c_int32, c_int64, c_void_p, c_int64, c_void_p]),
     "unpack_rows": (None, [POINTER(Weight), c_void_p, c_int64, c_void_p]),
     "linear": (None, [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int32]),
     "attention": (None, [POINTER(Attention)]),

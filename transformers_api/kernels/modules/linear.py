@@ -12,11 +12,17 @@ from torch import Tensor, nn
 
 from transformers_api.kernels.abi import TYPES, WEIGHT_TYPES, Library, Weight
 from transformers_api.kernels.capture import current
+from transformers_api.kernels.modules.blocks import Blocks
 
 LONG = 64  # rows from which a call releases the interpreter's lock
 BLOCK_BYTES = 32 << 20
 HUGE_PAGE = 2 << 20
 ALIGNMENT = 64
+
+
+QUANTIZED = {WEIGHT_TYPES["int8"], WEIGHT_TYPES["int4"]}
+UNPACKED_BYTES = 16 << 20  # of float32 at once
+Matrix = Tensor | Blocks
 
 
 class WeightMemory:
@@ -50,15 +56,16 @@ class PackedWeight:
     """A weight matrix (out, in) as the kernels read it: ``kind`` float32, bfloat16, int8 or int4.
 
     int8: groups of 32 along ``in`` with a scale each; inputs are quantised in the same groups.
-    int4: scale and minimum of each group, found by search; inputs as for int8; ``error`` is the
-    norm of the quantisation error relative to that of the weights. bfloat16: inputs are rounded to
+    int4: scale and minimum of each group, found by search; inputs as for int8. ``error`` is the
+    norm of the quantisation error relative to that of the weights, of int4 and of blocks, whose
+    codes stay as they are where the kind has room for them. bfloat16: inputs are rounded to
     bfloat16. Sums are float32 everywhere.
     """
 
     error = 0.0
 
     def __init__(
-        self, library: Library, weights: list[Tensor], kind: str, memory: WeightMemory
+        self, library: Library, weights: list[Matrix], kind: str, memory: WeightMemory
     ) -> None:
         self.library = library
         self.out_features, self.in_features = sum(len(w) for w in weights), weights[0].shape[1]
@@ -68,7 +75,7 @@ class PackedWeight:
         self._address = ctypes.addressof(self._weight)
         self.fill(weights, memory)
 
-    def fill(self, weights: list[Tensor], memory: WeightMemory) -> None:
+    def fill(self, weights: list[Matrix], memory: WeightMemory) -> None:
         """Pack ``weights``, one below the other. Raises ValueError if they are of other sizes."""
         shapes = {(sum(len(w) for w in weights), w.shape[1]) for w in weights}
         if shapes != {(self.out_features, self.in_features)}:
@@ -79,17 +86,45 @@ class PackedWeight:
         first = 0
         sums = torch.zeros(self.out_features, 2, dtype=torch.float64)  # squared errors, squares
         for weight in weights:
-            dense = weight.detach()
-            dense = (dense if dense.dtype in TYPES else dense.float()).contiguous()
-            arguments = self._weight, dense.data_ptr(), TYPES[dense.dtype], first, len(dense)
-            if self._is_int4:
-                library.without_gil.pack_int4(*arguments, sums[first:].data_ptr())
+            if isinstance(weight, Tensor):
+                self._pack(weight, first, sums[first:])
+            elif self._weight.type in QUANTIZED:
+                self._pack_blocks(weight, first, sums[first:])
             else:
-                library.without_gil.pack(*arguments)
-            first += len(dense)
-        if self._is_int4 and sums[:, 1].any():
+                self._unpack_blocks(weight, first, sums[first:])
+            first += len(weight)
+        if sums[:, 1].any():
             error = math.sqrt(sums[:, 0].sum() / sums[:, 1].sum())
             self.error = error if math.isfinite(error) else math.inf
+
+    def _pack(self, weight: Tensor, first: int, sums: Tensor) -> None:
+        dense = weight.detach()
+        dense = (dense if dense.dtype in TYPES else dense.float()).contiguous()
+        arguments = self._weight, dense.data_ptr(), TYPES[dense.dtype], first, len(dense)
+        if self._is_int4:
+            self.library.without_gil.pack_int4(*arguments, sums.data_ptr())
+        else:
+            self.library.without_gil.pack(*arguments)
+
+    def _pack_blocks(self, weight: Blocks, first: int, sums: Tensor) -> None:
+        weight.check(self.library)
+        order = None if weight.order is None else weight.order.data_ptr()
+        self.library.without_gil.pack_blocks(
+            self._weight,
+            weight.memory.data_ptr(),
+            weight.number,
+            order,
+            first,
+            len(weight),
+            sums.data_ptr(),
+        )
+
+    def _unpack_blocks(self, weight: Blocks, first: int, sums: Tensor) -> None:
+        weight.check(self.library)
+        at_once = max(UNPACKED_BYTES // (4 * self.in_features), 1)
+        for row in range(0, len(weight), at_once):
+            count = min(at_once, len(weight) - row)
+            self._pack(weight.rows(self.library, row, count), first + row, sums[row:])
 
     @property
     def address(self) -> int:

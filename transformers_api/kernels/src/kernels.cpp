@@ -16,5 +16,6 @@
 #include "graph.cpp"
 #include "inspect.cpp"
 #include "pack.cpp"
+#include "pack_blocks.cpp"
 #include "sample.cpp"
 #include "thread_pool.cpp"

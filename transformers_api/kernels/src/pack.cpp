@@ -9,28 +9,13 @@
 
 #include "abi.h"
 #include "activations.h"
+#include "pack.h"
 #include "quantize_int4.h"
 #include "simd.h"
 #include "thread_pool.h"
 #include "weights.h"
 
 namespace {
-
-// Symmetric quantisation to -127..127. The codes are computed with the scale as it is stored, so
-// rounding it costs no accuracy; a tiny one is rounded up, where half precision has few digits.
-void quantize_int8_group(const Weight& w, const float* x, int64_t row, int64_t g, int8_t* codes) {
-  float peak = 0;
-  for (int i = 0; i < GROUP; i++) peak = std::max(peak, std::fabs(x[i]));
-  alignas(32) uint16_t stored[16];
-  store_half(stored, broadcast(peak / 127));
-  const bool falls_short = half_to_float(stored[0]) * 127.5f < peak;
-  int8_scale_at(w, row, g) = stored[0] += falls_short;
-  const float scale = half_to_float(stored[0]);
-  for (int i = 0; i < GROUP; i++) {
-    const float value = scale > 0 ? x[i] / scale : 0;
-    codes[i] = static_cast<int8_t>(std::lrint(std::clamp(value, -127.f, 127.f)) ^ 0x80);
-  }
-}
 
 // A row of weights as the lanes of its steps.
 template <class T>
@@ -81,15 +66,6 @@ void unpack_row(const Weight& w, int64_t row, float* out) {
       }
     }
   }
-}
-
-// f(begin, end) for the rows of each panel that ``count`` rows from ``row`` on touch. Rows of one
-// panel share cache lines, and with I4 bytes, so one thread packs them.
-template <class F>
-void for_rows_by_panel(int64_t row, int64_t count, const F& f) {
-  pool->run((row + count - 1) / PANEL - row / PANEL + 1, [&](int64_t b, int64_t e) {
-    f(std::max(row, (row / PANEL + b) * PANEL), std::min(row + count, (row / PANEL + e) * PANEL));
-  });
 }
 
 }  // namespace

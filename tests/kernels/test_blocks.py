@@ -1,0 +1,139 @@
+"""Weights in ggml's blocks: what becomes of them, against gguf's own numbers."""
+
+from __future__ import annotations
+
+import gguf
+import numpy
+import pytest
+import torch
+
+from transformers_api.kernels.modules.blocks import KINDS, Blocks
+from transformers_api.kernels.modules.linear import PackedWeight, WeightMemory
+
+# Bytes of a block that are a half-precision number: a scale, or a minimum.
+HALVES = {
+    "Q4_0": (0,),
+    "Q4_1": (0, 2),
+    "Q5_0": (0,),
+    "Q5_1": (0, 2),
+    "Q8_0": (0,),
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    "Q4_K": (0, 2),
+    "Q5_K": (0, 2),
+    "Q6_K": (208,),
+    "IQ4_NL": (0,),
+    "IQ4_XS": (0,),
+    "MXFP4": (),
+}
+EXACT = ["Q4_0", "Q4_1", "Q5_0", "Q8_0", "IQ4_NL", "MXFP4"]
+MOST_LOST = {"Q4_K": 3e-4, "IQ4_XS": 3e-4}  # by rounding scales to half precision; else to int8
+SHAPE = (50, 512)
+
+
+def random_blocks(kind: str, shape: tuple[int, int] = SHAPE, seed: int = 0):
+    """Blocks of random bytes with sane scales, and what gguf makes of them."""
+    number = gguf.GGMLQuantizationType[kind]
+    weights, size = gguf.GGML_QUANT_SIZES[number]
+    draw = numpy.random.default_rng(seed)
+    blocks = draw.integers(0, 256, (shape[0], shape[1] // weights, size), dtype=numpy.uint8)
+    for at in HALVES[kind]:
+        numbers = draw.normal(0, 0.1, blocks.shape[:2]).astype(numpy.float16)
+        blocks[..., at : at + 2] = numbers[..., None].view(numpy.uint8)
+    if kind == "MXFP4":
+        blocks[..., 0] = draw.integers(118, 132, blocks.shape[:2])
+    data = blocks.reshape(shape[0], -1)
+    values = gguf.dequantize(data, number).reshape(shape)
+    return Blocks(torch.from_numpy(data.reshape(-1)), kind, shape), torch.from_numpy(values)
+
+
+def lost(made: torch.Tensor, values: torch.Tensor) -> float:
+    return float((made.double() - values.double()).norm() / values.double().norm())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_are_read_as_gguf_reads_them(library, kind):
+    blocks, values = random_blocks(kind)
+    assert torch.equal(blocks.rows(library, 7, 20), values[7:27])
+
+
+def test_every_kind_has_ggmls_number_and_a_test():
+    numbers = {kind: int(gguf.GGMLQuantizationType[kind]) for kind in KINDS}
+    assert numbers == {kind: number for kind, (number, _) in KINDS.items()}
+    assert KINDS.keys() == HALVES.keys()
+
+
+@pytest.mark.parametrize("kind", EXACT)
+def test_kinds_that_the_layout_has_room_for_keep_their_very_numbers(library, kind):
+    blocks, values = random_blocks(kind)
+    packed = PackedWeight(library, [blocks], blocks.width, WeightMemory())
+    assert torch.equal(packed.dense(), values)
+    assert packed.error == 0
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in EXACT])
+def test_other_kinds_lose_little_and_the_loss_is_measured(library, kind):
+    blocks, values = random_blocks(kind)
+    packed = PackedWeight(library, [blocks], blocks.width, WeightMemory())
+    loss = lost(packed.dense(), values)
+    assert 0 < loss < MOST_LOST.get(kind, 0.01)
+    assert packed.error == pytest.approx(loss, rel=0.01)
+
+
+@pytest.mark.parametrize(("kind", "width"), [("Q4_0", "int8"), ("Q8_0", "int4"), ("Q6_K", "int4")])
+def test_another_width_can_be_asked_for(library, kind, width):
+    blocks, values = random_blocks(kind)
+    packed = PackedWeight(library, [blocks], width, WeightMemory())
+    loss = lost(packed.dense(), values)
+    assert loss < (0.12 if width == "int4" else 0.01)
+    assert packed.error == pytest.approx(loss, rel=0.01, abs=1e-9)
+
+
+@pytest.mark.parametrize("width", ["float32", "bfloat16"])
+def test_blocks_can_be_numbers_again(library, width):
+    blocks, values = random_blocks("Q5_K")
+    packed = PackedWeight(library, [blocks], width, WeightMemory())
+    assert torch.equal(packed.dense(), values.to(getattr(torch, width)).float())
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K", "Q8_0"])
+def test_rows_come_in_the_order_that_is_asked_for(library, kind):
+    blocks, values = random_blocks(kind)
+    order = torch.randperm(SHAPE[0], generator=torch.Generator().manual_seed(3))
+    ordered = Blocks(blocks.memory, kind, SHAPE, order)
+    plain = PackedWeight(library, [blocks], blocks.width, WeightMemory())
+    packed = PackedWeight(library, [ordered], blocks.width, WeightMemory())
+    assert torch.equal(ordered.rows(library, 0, 50), values[order])
+    assert torch.equal(packed.dense(), plain.dense()[order])
+
+
+@pytest.mark.parametrize("kinds", [("Q4_0", "Q4_1", "Q4_K"), ("Q8_0", "Q5_0", "Q6_K")])
+def test_blocks_and_plain_numbers_lie_below_each_other(library, kinds):
+    matrices = [random_blocks(kind, (rows, 256), rows) for kind, rows in zip(kinds, (7, 40, 21))]
+    blocks, values = zip(*matrices)
+    own = torch.randn(5, 256, generator=torch.Generator().manual_seed(1))
+    width = blocks[0].width
+    packed = PackedWeight(library, [*blocks, own], width, WeightMemory())
+    parts = packed.dense().split([7, 40, 21, 5])
+    for part, block in zip(parts, blocks, strict=False):
+        alone = PackedWeight(library, [block], width, WeightMemory())
+        assert torch.equal(part, alone.dense())
+    assert torch.equal(parts[-1], PackedWeight(library, [own], width, WeightMemory()).dense())
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
+def test_products_are_those_of_the_numbers_themselves(library, kind):
+    blocks, values = random_blocks(kind)
+    x = torch.randn(9, SHAPE[1], generator=torch.Generator().manual_seed(2))
+    steps = x.view(9, -1, 32).abs().amax(-1, keepdim=True) / 127
+    rounded = ((x.view(9, -1, 32) / steps).round() * steps).view(9, -1)
+    made = PackedWeight(library, [blocks], blocks.width, WeightMemory()).multiply(x)
+    exact = rounded.double() @ values.double().T
+    assert ((made - exact).norm() / exact.norm()).item() < 1e-5
+
+
+def test_memory_of_another_size_is_refused(library):
+    blocks, _ = random_blocks("Q4_0")
+    short = Blocks(blocks.memory[:-1], "Q4_0", SHAPE)
+    with pytest.raises(ValueError, match="are no Q4_0"):
+        PackedWeight(library, [short], "int4", WeightMemory())

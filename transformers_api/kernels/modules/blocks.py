@@ -1,0 +1,84 @@
+"""Matrices that are quantised already, in the blocks of ggml's types, as a GGUF file has them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from transformers_api.kernels.abi import Library
+
+# ggml's numbers of the types whose blocks the kernels read, and the width that loses least: "int4"
+# where codes of four bits with a scale and a minimum say all, "int8" for all others.
+KINDS = {
+    "Q4_0": (2, "int4"),
+    "Q4_1": (3, "int4"),
+    "Q5_0": (6, "int8"),
+    "Q5_1": (7, "int8"),
+    "Q8_0": (8, "int8"),
+    "Q2_K": (10, "int8"),
+    "Q3_K": (11, "int8"),
+    "Q4_K": (12, "int4"),
+    "Q5_K": (13, "int8"),
+    "Q6_K": (14, "int8"),
+    "IQ4_NL": (20, "int8"),
+    "IQ4_XS": (23, "int8"),
+    "MXFP4": (39, "int8"),
+}
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A matrix (out, in) of quantised weights, in memory that somebody else owns.
+
+    ``memory``: bytes (out * bytes of a row). ``kind``: ggml's name of the type. ``order`` (out):
+    the row of the memory that each row of the matrix is; None: its own.
+    """
+
+    memory: Tensor
+    kind: str
+    shape: tuple[int, int]
+    order: Tensor | None = None
+
+    def __len__(self) -> int:
+        """The rows."""
+        return self.shape[0]
+
+    @property
+    def number(self) -> int:
+        """The number of the type."""
+        return KINDS[self.kind][0]
+
+    @property
+    def width(self) -> str:
+        """The kind of PackedWeight that keeps most of it."""
+        return KINDS[self.kind][1]
+
+    def rows(self, library: Library, first: int, count: int) -> Tensor:
+        """The rows from ``first`` on, as (count, in) float32."""
+        return self.gather(library, torch.arange(first, first + count))
+
+    def gather(self, library: Library, indices: Tensor) -> Tensor:
+        """The rows ``indices`` (…), as (…, in) float32."""
+        rows = indices if self.order is None else self.order[indices]
+        rows = rows.contiguous()
+        out = torch.empty((*indices.shape, self.shape[1]))
+        library.without_gil.unpack_blocks(
+            self.memory.data_ptr(),
+            self.number,
+            self.shape[1],
+            rows.data_ptr(),
+            rows.numel(),
+            out.data_ptr(),
+        )
+        return out
+
+    def check(self, library: Library) -> None:
+        """Raise ValueError where the memory is of another size."""
+        row = library.with_gil.block_row_bytes(self.number, self.shape[1])
+        if not row or row * self.shape[0] != self.memory.numel():
+            raise ValueError(
+                f"{math.prod(self.memory.shape)} bytes are no {self.kind} {self.shape}"
+            )
