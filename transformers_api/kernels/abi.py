@@ -23,10 +23,12 @@ from transformers_api.kernels.build import LibraryRefused, check_trusted
 ABI_VERSION = 1
 OPS = (
     *("copy", "add", "sub", "mul", "div", "neg", "cube", "rsqrt", "sqrt", "exp", "tanh", "silu"),
-    *("sigmoid", "gelu", "gelu_tanh", "relu", "cos", "sin", "mean", "layer_norm", "gather"),
-    *("linear", "attention", "write_cache", "unpack_rows"),
+    *("sigmoid", "gelu", "gelu_tanh", "relu", "cos", "sin", "abs", "log", "floor", "power"),
+    *("maximum", "minimum", "equal", "not_equal", "less", "less_equal", "where", "mean", "sum"),
+    *("largest", "softmax", "layer_norm", "gather", "matmul", "top_k", "take", "put", "linear"),
+    *("experts", "attention", "write_cache", "unpack_rows"),
 )
-TYPE_NUMBERS = {"F32": 0, "BF16": 1, "I8": 2, "I64": 3, "I4": 4}
+TYPE_NUMBERS = {"F32": 0, "BF16": 1, "I8": 2, "I64": 3, "I4": 4, "BOOL": 5}
 # Of activations and the KV cache, of packed weights, of operands.
 TYPES = {torch.float32: TYPE_NUMBERS["F32"], torch.bfloat16: TYPE_NUMBERS["BF16"]}
 WEIGHT_TYPES = {
@@ -35,7 +37,11 @@ WEIGHT_TYPES = {
     "int8": TYPE_NUMBERS["I8"],
     "int4": TYPE_NUMBERS["I4"],
 }
-OPERAND_TYPES = {**TYPES, torch.int64: TYPE_NUMBERS["I64"]}
+OPERAND_TYPES = {
+    **TYPES,
+    torch.int64: TYPE_NUMBERS["I64"],
+    torch.bool: TYPE_NUMBERS["BOOL"],
+}
 
 
 class Weight(ctypes.Structure):
@@ -49,6 +55,12 @@ class Weight(ctypes.Structure):
         ("data", c_void_p),
         ("bias", c_void_p),
     )
+
+
+class Experts(ctypes.Structure):
+    """The matrices of a layer's experts."""
+
+    _fields_ = (("count", c_int64), ("weights", c_void_p))
 
 
 class Attention(ctypes.Structure):
@@ -150,7 +162,7 @@ class TokenStats(ctypes.Structure):
     )
 
 
-STRUCTURES = (Weight, Attention, CacheWrite, Operand, Step, SampleRow, TokenStats)
+STRUCTURES = (Weight, Experts, Attention, CacheWrite, Operand, Step, SampleRow, TokenStats)
 SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "set_threads": (None, [c_int32]),
     "packed_bytes": (c_int64, [POINTER(Weight)]),
@@ -164,6 +176,10 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "unpack_blocks": (None, [c_void_p, c_int32, c_int64, c_void_p, c_int64, c_void_p]),
     "unpack_rows": (None, [POINTER(Weight), c_void_p, c_int64, c_void_p]),
     "linear": (None, [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int32]),
+    "experts": (
+        None,
+        [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int32],
+    ),
     "attention": (None, [POINTER(Attention)]),
     "write_cache": (None, [POINTER(CacheWrite)]),
     "run_steps": (None, [c_void_p, c_int64]),

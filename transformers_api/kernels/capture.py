@@ -3,7 +3,7 @@
 A model of small layers spends more time between its matrix products than in them, in Python and in
 torch's dispatcher. A decode step does the same every time; so the first one of its kind is recorded
 operation by operation, and graph/ turns it into one native call. Nothing here knows a model: one
-with an operation that is not in the tables below is not captured and runs as it is.
+with an operation that is not in the tables of operations.py is not captured and runs as it is.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,26 +19,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-COPY = "aten.copy.default"
-UNARY = {
-    COPY: "copy",
-    "aten.clone.default": "copy",
-    "aten._to_copy.default": "copy",
-    "aten.neg.default": "neg",
-    "aten.rsqrt.default": "rsqrt",
-    "aten.sqrt.default": "sqrt",
-    "aten.exp.default": "exp",
-    "aten.tanh.default": "tanh",
-    "aten.silu.default": "silu",
-    "aten.sigmoid.default": "sigmoid",
-    "aten.relu.default": "relu",
-    "aten.cos.default": "cos",
-    "aten.sin.default": "sin",
-}
-BINARY = {
-    f"aten.{op}.{kind}": op for op in ("add", "sub", "mul", "div") for kind in ("Tensor", "Scalar")
-}
+from transformers_api.kernels.operations import translate
+
 ALLOCATIONS = {"aten.empty.memory_format", "aten.new_empty.default", "aten.empty_like.default"}
+CONSTANTS = {"aten.zeros.default": 0.0, "aten.ones.default": 1.0}
+VIEWS = {"aten._unsafe_view.default"}  # which their schemas do not say
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +102,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.alive: list[Tensor] = []  # so that no storage is reused meanwhile
         self.untranslated: dict[int, str] = {}  # storages written by unsupported operations
         self.failure = ""  # an operation that the native program lacks
+        # Tensors of this pass that nothing has been written into, and the value that fills them.
+        self.fresh: dict[int, tuple[Tensor, float | None]] = {}
         for tensor in inputs:
             self._produces(tensor)
 
@@ -178,7 +165,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             list(self.alive),
         )
         other.sizes, other.untranslated = dict(self.sizes), dict(self.untranslated)
-        other.failure = self.failure
+        other.failure, other.fresh = self.failure, dict(self.fresh)
         return other
 
     def is_dynamic(self, tensor: Tensor) -> bool:
@@ -192,20 +179,39 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.alive.append(tensor)
 
     def _record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        results = _tensors(out)
+        results, kind = _tensors(out), _kind(func)
+        if kind.name in ALLOCATIONS or kind.name in CONSTANTS:
+            self.alive += results
+            value = CONSTANTS.get(kind.name)
+            self.fresh |= {t.untyped_storage().data_ptr(): (t, value) for t in results}
+            return
         if not any(self.is_dynamic(tensor) for tensor in _tensors((args, *kwargs.values()))):
             self.alive += results
+            if kind.is_mutable:
+                self.fresh.pop(args[0].untyped_storage().data_ptr(), None)
             return
-        kind = _kind(func)
-        if kind.name in ALLOCATIONS or kind.is_view:
+        if kind.is_view:
             return
+        if kind.is_mutable:
+            self._begin_writing(args[0])
         name = kind.name.replace("_.", ".") if kind.is_mutable else kind.name
         is_static = kind.is_mutable and not self.is_dynamic(args[0])
-        if is_static or not _translate(self, name, args, kwargs, out):
+        if is_static or not translate(self, name, args, kwargs, out):
             self.alive += results
             self.untranslated |= {t.untyped_storage().data_ptr(): kind.name for t in results}
             if is_static or not results:
                 self.failure = self.failure or kind.name
+
+    def _begin_writing(self, tensor: Tensor) -> None:
+        """Let a tensor that was made in the pass be computed in it from now on."""
+        made = self.fresh.pop(tensor.untyped_storage().data_ptr(), None)
+        if made is None or self.is_dynamic(tensor):
+            return
+        whole, value = made
+        if value is None:
+            self._produces(whole)
+        else:
+            self.add("copy", whole, [torch.full((1,), value)], tuple(whole.shape))
 
 
 def _tensors(values: Any) -> list[Tensor]:
@@ -233,93 +239,5 @@ class _Kind:
 def _kind(func: Any) -> _Kind:
     aliases = [r.alias_info for r in func._schema.returns]
     is_view = any(alias is not None and not alias.is_write for alias in aliases)
-    return _Kind(str(func), func._can_decompose(), func._schema.is_mutable, is_view)
-
-
-def _translate(
-    recorder: Recorder, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
-) -> bool:
-    if name in UNARY:
-        recorder.add(UNARY[name], out, [args[-1 if name == COPY else 0]], tuple(out.shape))
-    elif name in BINARY:
-        _binary(recorder, BINARY[name], args, kwargs.get("alpha", 1), out)
-    elif name in SPECIAL:
-        return SPECIAL[name](recorder, args, kwargs, out)
-    else:
-        return False
-    return True
-
-
-def _binary(recorder: Recorder, op: str, args: tuple[Any, ...], alpha: float, out: Tensor) -> None:
-    operands = [a if isinstance(a, Tensor) else torch.full((1,), float(a)) for a in args[:2]]
-    recorder.add(op, out, operands, tuple(out.shape), float(alpha))
-
-
-def _power(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
-    x, exponent = args
-    if exponent not in (2, 3):
-        return False
-    recorder.add(*(("mul", out, [x, x]) if exponent == 2 else ("cube", out, [x])), tuple(out.shape))
-    return True
-
-
-def _mean(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
-    x, dims = args[0], args[1]
-    if [d % x.dim() for d in dims] != [x.dim() - 1] or not (args[2:] or [False])[0]:
-        return False
-    recorder.add("mean", out, [x], tuple(x.shape))
-    return True
-
-
-def _concatenate(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
-    tensors, dim = args[0], (args[1] if len(args) > 1 else kwargs.get("dim", 0))
-    at = 0
-    for tensor in tensors:
-        if tensor.dim() < out.dim():  # torch joins an empty (0,) to anything
-            continue
-        part = out.narrow(dim, at, tensor.shape[dim])
-        recorder.add("copy", part, [tensor], tuple(part.shape))
-        at += tensor.shape[dim]
-    return True
-
-
-def _outer_product(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
-    a, b = args  # (B, n, 1) and (B, 1, m): how rotary embeddings multiply positions
-    if a.shape[2] != 1:
-        return False
-    recorder.add("mul", out, [a, b], tuple(out.shape))
-    return True
-
-
-def _layer_norm(recorder: Recorder, args: Any, kwargs: Any, out: Any) -> bool:
-    x, shape, weight, bias, epsilon = args
-    if len(shape) != 1 or (weight is None and bias is not None) or not x.is_contiguous():
-        return False
-    inputs = [t for t in (x, weight, bias) if t is not None]
-    recorder.add("layer_norm", out[0], inputs, tuple(x.shape), epsilon)
-    return True
-
-
-def _embedding(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
-    table, numbers = args[:2]
-    if not table.is_contiguous():
-        return False
-    recorder.add("gather", out, [numbers, table], tuple(out.shape), float(len(table)))
-    return True
-
-
-def _gelu(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
-    op = "gelu_tanh" if kwargs.get("approximate", "none") == "tanh" else "gelu"
-    recorder.add(op, out, [args[0]], tuple(out.shape))
-    return True
-
-
-SPECIAL: dict[str, Callable[[Recorder, Any, Any, Any], bool]] = {
-    "aten.pow.Tensor_Scalar": _power,
-    "aten.mean.dim": _mean,
-    "aten.cat.default": _concatenate,
-    "aten.bmm.default": _outer_product,
-    "aten.native_layer_norm.default": _layer_norm,
-    "aten.embedding.default": _embedding,
-    "aten.gelu.default": _gelu,
-}
+    name = str(func)
+    return _Kind(name, func._can_decompose(), func._schema.is_mutable, is_view or name in VIEWS)

@@ -14,12 +14,12 @@ from transformers_api.engine.native.kv_cache import NativeCache
 from transformers_api.engine.native.runner import Kind, NativeRunner
 from transformers_api.kernels.abi import Library
 from transformers_api.kernels.modules.attention import NAME, register
+from transformers_api.kernels.modules.experts import PackedExperts, expert_layers
 from transformers_api.kernels.modules.linear import NativeEmbedding, NativeLinear, PackedWeight
 from transformers_api.kernels.modules.replace import Place, pack_model
 
 log = logging.getLogger(__name__)
 LENGTH_DEPENDENT = {"dynamic", "longrope"}  # rope whose angles depend on how long a sequence is
-EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 CACHE_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Four bits lose about 8 % of weights that were not made of four bits before. A small model shows it
 # (docs/decisions/0008-quantisation.md), so that below INT4_ENOUGH weights the loss is limited.
@@ -41,8 +41,6 @@ def kind_of(model: Any, dtype: str, quantization: str = "none") -> Kind:
     config = model.config.get_text_config(decoder=True)
     if kind is None:
         raise BackendRefused(f"no kernels for {dtype}")
-    if any(getattr(config, name, None) for name in EXPERTS):
-        raise BackendRefused("a mixture of experts")
     if _rope_types(getattr(config, "rope_parameters", None)) & LENGTH_DEPENDENT:
         raise BackendRefused("positions that depend on the length")
     if quantization != "none" and dtype == "auto":
@@ -87,15 +85,16 @@ def packed_bytes(model: Any) -> int:
     return sum(weight.nbytes for weight in packed_weights(model))
 
 
-def packed_weights(model: Any) -> list[PackedWeight]:
+def packed_weights(model: Any) -> list[PackedWeight | PackedExperts]:
     """Each once."""
-    packed = {
+    packed: dict[int, PackedWeight | PackedExperts] = {
         id(weight): weight
         for module in model.modules()
         if isinstance(module, NativeLinear | NativeEmbedding)
         for weight in [module.joined.weight if isinstance(module, NativeLinear) else module.packed]
     }
-    return list(packed.values())
+    experts = (each for m in expert_layers(model) for each in (m.packed_up, m.packed_down))
+    return [*packed.values(), *experts]
 
 
 def largest_loss(model: Any) -> float:

@@ -22,6 +22,7 @@ from transformers_api.kernels.capture import Recorder, current
 from transformers_api.kernels.graph.executor import RecordedPass
 from transformers_api.kernels.graph.hooks import HookReplay, forward_returning
 from transformers_api.kernels.modules.attention import CausalRows, describing
+from transformers_api.kernels.modules.experts import routing_modules
 
 DECODE_ROWS = (2, 3)  # sizes that are recorded; see layout.py
 PROMPT_TOKENS = (5, 7)
@@ -172,7 +173,19 @@ def _shown_layers(model: Any) -> Iterator[None]:
                 if len(stacked) == count:
                     handle = layer.register_forward_hook(_note_layer, with_kwargs=True)
                     stack.callback(handle.remove)
+        for router in routing_modules(model):
+            handle = router.register_forward_hook(_note_router)
+            stack.callback(handle.remove)
         yield
+
+
+def _note_router(module: nn.Module, args: Any, output: Any) -> None:
+    """Note a router's logits, the weights of the experts it chose, and which these are."""
+    if not (isinstance(output, tuple) and all(isinstance(each, Tensor) for each in output)):
+        return
+    tensors = [args[0], *output]
+    if (recorder := current()) and len({t.untyped_storage().data_ptr() for t in tensors}) == 4:
+        recorder.add_module_call(module, tensors, options={"is_tuple": True})
 
 
 def _note_layer(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers_api.engine.native.convert_model import packed_weights
 from transformers_api.engine.native.runner import NativeRunner
 from transformers_api.engine.runners.model_runner import Runner
+from transformers_api.kernels.modules.experts import PackedExperts
 from transformers_api.kernels.modules.linear import (
     NativeEmbedding,
     NativeLinear,
@@ -72,10 +73,12 @@ class NativeStandby:
         except (OSError, SafetensorError):  # a file beside the model's own
             return None
         origins = _origins(model, names)
-        weights = packed_weights(model)
-        if any(id(weight) not in origins for weight in weights):
-            return None
-        return cls(runner, folder, [(weight, origins[id(weight)]) for weight in weights])
+        parts = []
+        for weight in packed_weights(model):
+            if isinstance(weight, PackedExperts) or id(weight) not in origins:
+                return None  # experts are in the files one by one, each under a name of its own
+            parts.append((weight, origins[id(weight)]))
+        return cls(runner, folder, parts)
 
     def sleep(self) -> None:
         """See StandbyModel."""

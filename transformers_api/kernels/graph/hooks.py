@@ -62,8 +62,10 @@ class HookReplay:
     def show(self, call: FinishedCall) -> None:
         """See PassObserver."""
         if call.cached is None:
-            stream, output = call.tensors
-            call_hooks(call.module, stream, (output,) if call.options["is_tuple"] else output)
+            stream, *results = call.tensors
+            call_hooks(
+                call.module, stream, tuple(results) if call.options["is_tuple"] else results[0]
+            )
             return
         key, value = (self.cache[index][self.rows, :, self.positions] for index in call.cached)
         query, output = call.tensors

@@ -17,8 +17,11 @@ Pair = tuple[int, int]
 Strides = tuple[int, ...]
 Dimension = tuple[Pair, tuple[Strides, Strides]]  # sizes, strides of the operands; of two passes
 DIMENSIONS = 4
-ROW_OPS = ("mean", "layer_norm", "gather")  # these need the last dimension whole
-KERNELS = ("linear", "attention", "write_cache", "unpack_rows")
+# These need the last dimension whole.
+REDUCTIONS = ("mean", "sum", "largest")
+ROW_OPS = (*REDUCTIONS, "softmax", "layer_norm", "gather", "matmul", "top_k", "take", "put")
+WHOLE = ("layer_norm", "gather", "matmul")  # with operands that are the same for every line
+KERNELS = ("linear", "experts", "attention", "write_cache", "unpack_rows")
 
 
 class NotRecordable(Exception):
@@ -230,11 +233,19 @@ def _scaled(strides: tuple[Strides, Strides], times: int) -> tuple[Strides, Stri
 def _strides(operation: Operation, index: int) -> Strides:
     """Strides of an operand along the operation's dimensions; 0 where it is broadcast."""
     dimensions = len(operation.sizes)
-    if operation.op in ("layer_norm", "gather") and 0 < index < len(operation.refs) - 1:
+    is_out = index == len(operation.refs) - 1
+    if operation.op in WHOLE and index > 0 and not is_out:
         return (0,) * dimensions  # weights, bias or a table: whole for every line
     tensor = operation.refs[index].tensor
     sizes, strides = tuple(tensor.shape), tensor.stride()
     if operation.op == "gather" and index == 0:
         sizes, strides = (*sizes, 1), (*strides, 0)
     own = tuple(0 if n == 1 else s for n, s in zip(sizes, strides, strict=True))
+    if _is_line(operation.op, index, is_out):
+        own = (*own[:-1], 0)
     return (0,) * (dimensions - len(own)) + own
+
+
+def _is_line(op: str, index: int, is_out: bool) -> bool:
+    """True for an operand whose lines, which lie together, are longer or shorter than the loop."""
+    return (op in ("matmul", "take") and index == 0) or (op in ("top_k", "put") and is_out)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from transformers_api.kernels.abi import Library
+from transformers_api.kernels.modules.experts import pack_experts, router_layers
 from transformers_api.kernels.modules.linear import (
     JoinedWeights,
     NativeEmbedding,
@@ -39,19 +40,23 @@ class Place:
 def pack_model(model: Any, library: Library, kind: str, groups: list[list[Place]]) -> None:
     """Replace Linear, Conv1D and tied Embedding layers, each old weight freed before the next.
 
-    ``kind`` see PackedWeight; with int4 the output layer is int8. ``groups`` see
-    ``layer_groups``. The rest of the model, above all norms, becomes float32, and so do its
-    activations.
+    Experts too. ``kind`` see PackedWeight; with int4 the output layer is int8, and routers stay
+    float32. ``groups`` see ``layer_groups``. The rest of the model, above all norms, becomes
+    float32, and so do its activations.
     """
     memory = WeightMemory()
     tied = _tied_embeddings(model)
     head = model.get_output_embeddings()
+    routing = router_layers(model)
     for group in groups:
         is_output = any(place.layer is head for place in group)
         width = "int8" if kind == "int4" and is_output else kind
+        if any(place.layer in routing for place in group):
+            width = "float32"
         packed = _pack_group(group, library, width, memory, {id(p.layer.weight) for p in tied})
         if len(group) == 1:
             _replace_embeddings(tied, group[0].layer.weight, packed)
+    pack_experts(model, library, kind, memory)
     model.float()
     for parameter in model.parameters():  # else a norm's few bytes keep the whole file mapped
         parameter.data = parameter.data.clone()

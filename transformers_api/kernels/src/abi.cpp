@@ -34,6 +34,9 @@ std::string describe_layout() {
   FIELD(Weight, type), FIELD(Weight, unused), FIELD(Weight, n), FIELD(Weight, k);
   FIELD(Weight, data), FIELD(Weight, bias);
 
+  STRUCTURE(Experts);
+  FIELD(Experts, count), FIELD(Experts, weights);
+
   STRUCTURE(Attention);
   FIELD(Attention, q), FIELD(Attention, k), FIELD(Attention, v), FIELD(Attention, out);
   FIELD(Attention, starts), FIELD(Attention, sinks), FIELD(Attention, rows);
@@ -72,6 +75,7 @@ std::string describe_layout() {
 #define TYPE_NUMBER(constant) layout.field(#constant, constant)
   layout.text += "\ntypes";
   TYPE_NUMBER(F32), TYPE_NUMBER(BF16), TYPE_NUMBER(I8), TYPE_NUMBER(I64), TYPE_NUMBER(I4);
+  TYPE_NUMBER(BOOL);
 #undef TYPE_NUMBER
   return layout.text;
 }

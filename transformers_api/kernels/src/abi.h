@@ -9,15 +9,20 @@
 
 constexpr int32_t ABI_VERSION = 1;
 
-enum Type : int32_t { F32 = 0, BF16 = 1, I8 = 2, I64 = 3, I4 = 4 };
+enum Type : int32_t { F32 = 0, BF16 = 1, I8 = 2, I64 = 3, I4 = 4, BOOL = 5 };
 
-// The operations of a Step, in the order of their numbers: up to RELU..SIN elementwise ones.
+// The operations of a Step, in the order of their numbers: first the elementwise ones, of one or two
+// operands, then WHERE to PUT, which go line by line.
 #define FOR_EACH_OP(X)                                                                            \
   X(COPY, copy) X(ADD, add) X(SUB, sub) X(MUL, mul) X(DIV, div) X(NEG, neg) X(CUBE, cube)         \
   X(RSQRT, rsqrt) X(SQRT, sqrt) X(EXP, exp) X(TANH, tanh) X(SILU, silu) X(SIGMOID, sigmoid)       \
-  X(GELU, gelu) X(GELU_TANH, gelu_tanh) X(RELU, relu) X(COS, cos) X(SIN, sin)                     \
-  X(MEAN, mean) X(LAYER_NORM, layer_norm) X(GATHER, gather) X(LINEAR, linear)                     \
-  X(ATTENTION, attention) X(WRITE_CACHE, write_cache) X(UNPACK_ROWS, unpack_rows)
+  X(GELU, gelu) X(GELU_TANH, gelu_tanh) X(RELU, relu) X(COS, cos) X(SIN, sin) X(ABS, abs)         \
+  X(LOG, log) X(FLOOR, floor) X(POWER, power) X(MAXIMUM, maximum) X(MINIMUM, minimum)             \
+  X(EQUAL, equal) X(NOT_EQUAL, not_equal) X(LESS, less) X(LESS_EQUAL, less_equal)                 \
+  X(WHERE, where) X(MEAN, mean) X(SUM, sum) X(LARGEST, largest) X(SOFTMAX, softmax)               \
+  X(LAYER_NORM, layer_norm) X(GATHER, gather) X(MATMUL, matmul) X(TOP_K, top_k) X(TAKE, take)     \
+  X(PUT, put) X(LINEAR, linear) X(EXPERTS, experts) X(ATTENTION, attention)                       \
+  X(WRITE_CACHE, write_cache) X(UNPACK_ROWS, unpack_rows)
 
 #define OP_CONSTANT(constant, name) constant,
 enum Op : int32_t { FOR_EACH_OP(OP_CONSTANT) };
@@ -32,6 +37,12 @@ struct Weight {
   int64_t n, k;
   uint8_t* data;
   const float* bias;  // n of them, or null
+};
+
+// The matrices of a layer's experts, all of one size and type.
+struct Experts {
+  int64_t count;
+  const Weight* const* weights;
 };
 
 // Causal attention over a KV cache: the query at position p attends to the keys 0..p of its row, or
@@ -70,7 +81,7 @@ struct Step {
   int64_t sizes[4];
   Operand out, inputs[3];
   double scalar;
-  const void* call;  // Weight, Attention or CacheWrite
+  const void* call;  // Weight, Experts, Attention or CacheWrite
   // Steps of the fused group that this one opens; 0: it is run on its own. In a group sizes[0]
   // counts tokens, and what a step computes for a token is read by the others for the same token.
   int64_t fused;
@@ -122,6 +133,10 @@ void unpack_rows(const Weight* w, const int64_t* indices, int64_t count, float* 
 
 // y (rows, n) = x (rows, k) times the transposed weights, plus bias; x and y F32, or both BF16.
 void linear(const Weight* w, const void* x, int64_t rows, int64_t x_stride, void* y, int32_t type);
+// Row i of y (rows, n) from row i / ``share`` of x (…, k), by the expert ``indices[i]``; zeros for an
+// index out of range.
+void experts(const Experts* layer, const void* x, const int64_t* indices, int64_t rows,
+             int64_t share, void* y, int32_t type);
 void attention(const Attention* call);
 void write_cache(const CacheWrite* call);
 // A whole forward pass, or a part of one.

@@ -1,4 +1,4 @@
-// The small operations of a forward pass: elementwise ones, norms, lookups.
+// The small operations of a forward pass: elementwise ones, norms, lookups. line_ops.h has others.
 
 #pragma once
 
@@ -20,13 +20,27 @@ f32x16 map_lanes(f32x16 v) {
   return load_aligned(values);
 }
 
+f32x16 power(f32x16 v, float exponent) {
+  alignas(64) float values[16];
+  store_aligned(values, v);
+  for (float& value : values) value = std::pow(value, exponent);
+  return load_aligned(values);
+}
+
+f32x16 one_where(mask16 mask) { return masked(mask, broadcast(1)); }
+mask16 equal(f32x16 a, f32x16 b) { return less_equal(a, b) & less_equal(b, a); }
+f32x16 negative(f32x16 a) { return sub(broadcast(-0.f), a); }
+f32x16 larger(f32x16 a, f32x16 b) {  // NaN where one of them is
+  return select(less(a, b), b, select(greater_equal(a, b), a, add(a, b)));
+}
+
 inline f32x16 apply(int32_t op, f32x16 a, f32x16 b, float scalar) {
   switch (op) {
     case ADD: return fmadd(b, broadcast(scalar), a);
     case SUB: return fnmadd(b, broadcast(scalar), a);
     case MUL: return mul(a, b);
     case DIV: return div(a, b);
-    case NEG: return sub(broadcast(-0.f), a);
+    case NEG: return negative(a);
     case CUBE: return mul(mul(a, a), a);
     case RSQRT: return div(broadcast(1), sqrt(a));
     case SQRT: return sqrt(a);
@@ -39,6 +53,16 @@ inline f32x16 apply(int32_t op, f32x16 a, f32x16 b, float scalar) {
     case RELU: return max(zero(), a);
     case COS: return map_lanes<std::cos>(a);
     case SIN: return map_lanes<std::sin>(a);
+    case ABS: return abs(a);
+    case LOG: return map_lanes<std::log>(a);
+    case FLOOR: return map_lanes<std::floor>(a);
+    case POWER: return power(a, scalar);
+    case MAXIMUM: return larger(a, b);
+    case MINIMUM: return negative(larger(negative(a), negative(b)));
+    case EQUAL: return one_where(equal(a, b));
+    case NOT_EQUAL: return one_where(~equal(a, b));
+    case LESS: return one_where(less(a, b));
+    case LESS_EQUAL: return one_where(less_equal(a, b));
     default: return a;
   }
 }

@@ -9,6 +9,7 @@
 #include "abi.h"
 #include "elementwise.h"
 #include "kv_write.h"
+#include "line_ops.h"
 #include "thread_pool.h"
 
 namespace {
@@ -35,13 +36,21 @@ template <size_t... I>
 constexpr std::array<TokenKernel, sizeof...(I)> make_elementwise(std::index_sequence<I...>) {
   return {elementwise<I>...};
 }
-constexpr auto ELEMENTWISE = make_elementwise(std::make_index_sequence<MEAN>{});
+constexpr auto ELEMENTWISE = make_elementwise(std::make_index_sequence<WHERE>{});
 
 TokenKernel kernel_of(int32_t op) {
   switch (op) {
+    case WHERE: return for_each_line<where>;
     case MEAN: return for_each_line<mean>;
+    case SUM: return for_each_line<sum>;
+    case LARGEST: return for_each_line<largest>;
+    case SOFTMAX: return for_each_line<softmax>;
     case LAYER_NORM: return for_each_line<layer_norm>;
     case GATHER: return for_each_line<gather>;
+    case MATMUL: return for_each_line<matmul>;
+    case TOP_K: return for_each_line<top_k>;
+    case TAKE: return for_each_line<take>;
+    case PUT: return for_each_line<put>;
     case WRITE_CACHE: return write_cache_tokens;
     default: return ELEMENTWISE[op];
   }
@@ -90,6 +99,10 @@ void run_steps(const Step* steps, int64_t count) {
     } else if (s->op == LINEAR) {
       const Weight* w = static_cast<const Weight*>(s->call);
       linear(w, x.data, s->sizes[0], w->k, s->out.data, s->out.type);
+    } else if (s->op == EXPERTS) {
+      experts(static_cast<const Experts*>(s->call), x.data,
+              reinterpret_cast<const int64_t*>(s->inputs[1].data), s->sizes[0],
+              static_cast<int64_t>(s->scalar), s->out.data, s->out.type);
     } else if (s->op == UNPACK_ROWS) {
       unpack_rows(static_cast<const Weight*>(s->call), reinterpret_cast<int64_t*>(x.data),
                   s->sizes[0], reinterpret_cast<float*>(s->out.data));

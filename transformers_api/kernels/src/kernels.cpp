@@ -13,6 +13,7 @@
 #include "abi.cpp"
 #include "attention.cpp"
 #include "gemm.cpp"
+#include "experts.cpp"
 #include "graph.cpp"
 #include "inspect.cpp"
 #include "pack.cpp"

@@ -10,13 +10,14 @@
 namespace {
 
 char* address_of(const Operand& o, int64_t index) {
-  return o.data + index * (o.type == F32 ? 4 : o.type == BF16 ? 2 : 8);
+  return o.data + index * (o.type == F32 ? 4 : o.type == BF16 ? 2 : o.type == BOOL ? 1 : 8);
 }
 
 float element_at(const Operand& o, int64_t index) {
   const char* p = address_of(o, index);
   if (o.type == F32) return *reinterpret_cast<const float*>(p);
   if (o.type == BF16) return bf16_to_float(*reinterpret_cast<const uint16_t*>(p));
+  if (o.type == BOOL) return *p;
   return static_cast<float>(*reinterpret_cast<const int64_t*>(p));
 }
 
@@ -44,6 +45,7 @@ void store_elements(const Operand& o, int64_t index, int64_t stride, mask16 mask
     char* p = address_of(o, index + i * stride);
     if (o.type == F32) *reinterpret_cast<float*>(p) = values[i];
     if (o.type == BF16) store(reinterpret_cast<uint16_t*>(p), 1, broadcast(values[i]));
+    if (o.type == BOOL) *p = values[i] != 0;
     if (o.type == I64) *reinterpret_cast<int64_t*>(p) = static_cast<int64_t>(values[i]);
   }
 }

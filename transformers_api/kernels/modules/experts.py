@@ -1,0 +1,187 @@
+"""Mixtures of experts over packed weights, for transformers' experts interface."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from transformers_api.kernels.abi import TYPES, Experts, Library
+from transformers_api.kernels.capture import current
+from transformers_api.kernels.modules.linear import LONG, PackedWeight, WeightMemory
+
+NAME = "native"
+
+
+class PackedExperts:
+    """The matrices (out, in) of a layer's experts, each a PackedWeight of the same kind.
+
+    Seen as one matrix where only its size counts: ``out_features`` are those of all experts.
+    """
+
+    def __init__(self, library: Library, weights: list[PackedWeight]) -> None:
+        self.library = library
+        self.weights = weights
+        self.in_features = weights[0].in_features
+        self.width = weights[0].out_features
+        self.out_features = self.width * len(weights)
+        self._pointers = (ctypes.c_void_p * len(weights))(*[w.address for w in weights])
+        self._experts = Experts(count=len(weights), weights=ctypes.addressof(self._pointers))
+
+    @property
+    def address(self) -> int:
+        """The address of its Experts structure, constant during its life."""
+        return ctypes.addressof(self._experts)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed form."""
+        return sum(weight.nbytes for weight in self.weights)
+
+    @property
+    def error(self) -> float:
+        """The largest error of an expert; see PackedWeight."""
+        return max(weight.error for weight in self.weights)
+
+    def multiply(self, x: Tensor, indices: Tensor) -> Tensor:
+        """The products (R, out) of rows with the experts ``indices`` (R,).
+
+        ``x`` (R / n, in), where each row is taken by n of the indices. float32 or bfloat16.
+        """
+        x, indices = x.contiguous(), indices.contiguous()
+        rows, share = len(indices), len(indices) // len(x)
+        y = x.new_empty((rows, self.width))
+        if recorder := current():  # a recording needs no indices
+            sizes = (rows,)
+            recorder.add("experts", y.zero_(), [x, indices], sizes, share, call=self.address)
+            return y
+        call = self.library.with_gil if rows < LONG else self.library.without_gil
+        call.experts(
+            self.address,
+            x.data_ptr(),
+            indices.data_ptr(),
+            rows,
+            share,
+            y.data_ptr(),
+            TYPES[x.dtype],
+        )
+        return y
+
+
+class _Multiply(torch.autograd.Function):
+    """Differentiable with respect to the input; the weights are fixed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, indices: Tensor, packed: PackedExperts) -> Tensor:
+        ctx.packed, ctx.indices, ctx.rows = packed, indices, len(x)
+        return packed.multiply(x, indices)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = gradients
+        packed, indices = ctx.packed, ctx.indices
+        made = gradient.new_zeros((len(indices), packed.in_features), dtype=torch.float32)
+        for expert in indices.unique().tolist():
+            if 0 <= expert < len(packed.weights):
+                rows = indices == expert
+                made[rows] = gradient[rows].float() @ packed.weights[expert].dense()
+        made = made.view(ctx.rows, -1, packed.in_features).sum(1)
+        return made.to(gradient.dtype), None, None
+
+
+def _multiply(packed: PackedExperts, x: Tensor, indices: Tensor) -> Tensor:
+    if x.requires_grad and torch.is_grad_enabled():
+        return cast(Tensor, _Multiply.apply(x, indices, packed))  # type: ignore[no-untyped-call]
+    return packed.multiply(x, indices)
+
+
+def register() -> None:
+    """Make ``native`` an experts implementation of transformers."""
+    ALL_EXPERTS_FUNCTIONS.register(NAME, native_experts)
+
+
+def native_experts(
+    module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """The weighted sum of each row's experts, in the order of its choice: (R, hidden).
+
+    ``top_k_index`` and ``top_k_weights`` (R, k).
+    """
+    rows, count = top_k_index.shape
+    indices = top_k_index.reshape(-1)
+    made = _multiply(module.packed_up, hidden_states, indices)
+    made = module._apply_gate(made) if module.has_gate else module.act_fn(made)
+    made = _multiply(module.packed_down, made, indices)
+    if module.has_post_expert_norm:
+        made = module.post_expert_norm(made)
+    parts = made.view(rows, count, -1) * top_k_weights[..., None].to(made.dtype)
+    total = parts[:, 0]
+    for rank in range(1, count):
+        total = total + parts[:, rank]
+    return total
+
+
+def expert_layers(model: nn.Module) -> Iterator[Any]:
+    """Modules whose ``forward`` transformers hands to an experts implementation."""
+    for module in model.modules():
+        if hasattr(module, "_is_expert_parallel") and hasattr(module, "down_proj"):
+            yield module
+
+
+def router_layers(model: nn.Module) -> set[nn.Module]:
+    """Linear layers that choose among experts: what they say decides which weights are read."""
+    return {
+        layer
+        for parent, experts in _mixtures(model)
+        for layer in parent.modules()
+        if type(layer) is nn.Linear and layer.out_features == experts.num_experts
+    }
+
+
+def routing_modules(model: nn.Module) -> list[nn.Module]:
+    """Modules beside experts, one of which is their router."""
+    return [
+        m for parent, experts in _mixtures(model) for m in parent.children() if m is not experts
+    ]
+
+
+def _mixtures(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
+    """Modules that contain experts, and the experts."""
+    for parent in model.modules():
+        for child in parent.children():
+            if hasattr(child, "_is_expert_parallel"):
+                yield parent, child
+
+
+def pack_experts(model: Any, library: Library, kind: str, memory: WeightMemory) -> None:
+    """Pack the experts of all layers, each layer's old weights freed before the next."""
+    layers = list(expert_layers(model))
+    if not layers:
+        return
+    register()
+    model.set_experts_implementation(NAME)
+    for layer in layers:
+        up = "gate_up_proj" if layer.has_gate else "up_proj"
+        layer.packed_up = _pack(layer, up, library, kind, memory)
+        layer.packed_down = _pack(layer, "down_proj", library, kind, memory)
+
+
+def _pack(
+    layer: Any, name: str, library: Library, kind: str, memory: WeightMemory
+) -> PackedExperts:
+    parameter = getattr(layer, name).detach()
+    matrices = parameter.transpose(1, 2) if layer.is_transposed else parameter
+    biases = getattr(layer, f"{name}_bias").detach() if layer.has_bias else None
+    weights = []
+    for i, matrix in enumerate(matrices):
+        weight = PackedWeight(library, [matrix], kind, memory)
+        if biases is not None:
+            weight.set_bias(biases[i])
+        weights.append(weight)
+    delattr(layer, name)  # a parameter
+    setattr(layer, name, torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"))
+    return PackedExperts(library, weights)
