@@ -72,6 +72,7 @@ FUNCTIONS = {
     "rows of a table": looked_up,
     "linear with a bias": lambda x: F.linear(x, MATRIX, BIAS),
     "stack": lambda x: torch.stack([x, -x], -1).flatten(1),
+    "an empty part": lambda x: torch.cat([x[:, :WIDTH] * 2, x[:, WIDTH:] * 2], -1),
     "clamp": lambda x: x.clamp(-1, 2) + x.clamp(max=0.5) + x.clamp(min=-0.5),
     "clamp in place": lambda x: (x * 2).clamp_(-1, 3),
     "maximum": lambda x: torch.maximum(x, -x) - torch.minimum(x, x * 0.5),
@@ -81,6 +82,12 @@ FUNCTIONS = {
     "largest": lambda x: x / x.abs().amax(-1, keepdim=True),
     "softmax of a middle dimension": lambda x: x.view(-1, 4, 6).softmax(1).flatten(1),
     "log and floor": lambda x: (x.abs() + 1).log() + torch.floor(x / 3),
+    "expm1 and log1p": lambda x: torch.expm1(x / 4) + torch.log1p(x.abs()),
+    "softplus": lambda x: F.softplus(x * 8),
+    "norm": lambda x: (
+        x / torch.linalg.vector_norm(x, dim=-1, keepdim=True) + x.norm(dim=1)[:, None]
+    ),
+    "the largest and its place": lambda x: x.max(-1)[0][:, None] + x.max(-1, keepdim=True)[1] * x,
     "reversed": lambda x: 1 - x + torch.rsub(x, 2.0) + 1 / (x.abs() + 2),
     "layer norm of a part": lambda x: F.layer_norm(x[:, 4:16], (12,)),
 }

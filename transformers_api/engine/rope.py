@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+LENGTH_DEPENDENT = {"dynamic", "longrope"}
 _length: contextvars.ContextVar[int | None] = contextvars.ContextVar("length", default=None)
 
 
@@ -57,6 +58,51 @@ def switching_lengths(model: nn.Module, window: int) -> set[int]:
     """Lengths below ``window`` at which factors change, in any part of the model."""
     lengths = {n for module in model.modules() for n in original_lengths(module)}
     return {n for n in lengths if n < window}
+
+
+@contextmanager
+def fixed_factors(model: nn.Module, is_long: bool) -> Iterator[None]:
+    """While it lasts, rotary embeddings have the factors of short or of long sequences.
+
+    They do not look at positions meanwhile, which a recorded pass could not.
+    """
+    changed: list[tuple[Any, Any, dict[str, Tensor]]] = []
+    modules: list[Any] = list(model.modules())
+    try:
+        for module in modules:
+            types: Any = getattr(module, "rope_type", None)
+            own = set(types.values()) if isinstance(types, dict) else {types}
+            if not own & LENGTH_DEPENDENT:
+                continue
+            _set_factors(module, is_long)
+            names = [name for name in module._buffers if name.endswith("inv_freq")]
+            buffers = {name: getattr(module, name) for name in names}
+            changed.append((module, types, buffers))
+            for name, factors in buffers.items():
+                setattr(module, name, factors.clone())
+            is_dict = isinstance(types, dict)
+            module.rope_type = dict.fromkeys(types, "default") if is_dict else "default"
+        yield
+    finally:
+        for module, types, buffers in changed:
+            module.rope_type = types
+            for name, factors in buffers.items():
+                setattr(module, name, factors)
+
+
+def _set_factors(module: Any, is_long: bool) -> None:
+    """Let a rotary embedding compute the factors that it would for a sequence of this kind."""
+    lengths = original_lengths(module)
+    if not lengths:
+        return  # dynamic scaling begins beyond what is served
+    kinds = (
+        [{"layer_type": each} for each in module.rope_type]
+        if isinstance(module.rope_type, dict)
+        else [{}]
+    )
+    with sequence_length(max(lengths) + is_long):
+        for kind in kinds:
+            module(torch.zeros(1), position_ids=torch.zeros(1, 1, dtype=torch.int64), **kind)
 
 
 def reads_again(model: Any, original: int) -> bool:

@@ -23,7 +23,21 @@ from transformers_api.kernels.build import LibraryRefused, check_trusted
 ABI_VERSION = 1
 OPS = (
     *("copy", "add", "sub", "mul", "div", "neg", "cube", "rsqrt", "sqrt", "exp", "tanh", "silu"),
-    *("sigmoid", "gelu", "gelu_tanh", "relu", "cos", "sin", "abs", "log", "floor", "power"),
+    *(
+        "sigmoid",
+        "gelu",
+        "gelu_tanh",
+        "relu",
+        "cos",
+        "sin",
+        "abs",
+        "log",
+        "floor",
+        "expm1",
+        "log1p",
+        "softplus",
+        "power",
+    ),
     *("maximum", "minimum", "equal", "not_equal", "less", "less_equal", "where", "mean", "sum"),
     *("largest", "softmax", "layer_norm", "gather", "matmul", "top_k", "take", "put", "linear"),
     *("experts", "attention", "write_cache", "unpack_rows"),

@@ -145,7 +145,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         call: Any = None,
         fields: tuple[str, ...] = (),
     ) -> None:
-        """Append an operation; see Operation."""
+        """Append an operation; see Operation. None where there is nothing to compute."""
+        if 0 in sizes:  # torch gives a tensor without elements no address
+            if out is not None:
+                self._produces(out)
+            return
         refs = [self.ref(tensor) for tensor in inputs]
         if out is not None:
             self._produces(out)
@@ -195,12 +199,23 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if kind.is_mutable:
             self._begin_writing(args[0])
         name = kind.name.replace("_.", ".") if kind.is_mutable else kind.name
+        if reason := self._untranslated((args, *kwargs.values())):  # which nobody may ever read
+            self.alive += results
+            self.untranslated |= {t.untyped_storage().data_ptr(): reason for t in results}
+            if not results:
+                self.failure = self.failure or reason
+            return
         is_static = kind.is_mutable and not self.is_dynamic(args[0])
         if is_static or not translate(self, name, args, kwargs, out):
             self.alive += results
             self.untranslated |= {t.untyped_storage().data_ptr(): kind.name for t in results}
             if is_static or not results:
                 self.failure = self.failure or kind.name
+
+    def _untranslated(self, values: Any) -> str:
+        """The operation that the native program lacks for one of these operands; else ""."""
+        storages = (tensor.untyped_storage().data_ptr() for tensor in _tensors(values))
+        return next((self.untranslated[s] for s in storages if s in self.untranslated), "")
 
     def _begin_writing(self, tensor: Tensor) -> None:
         """Let a tensor that was made in the pass be computed in it from now on."""

@@ -29,6 +29,8 @@ UNARY = {
     "aten.abs.default": "abs",
     "aten.log.default": "log",
     "aten.floor.default": "floor",
+    "aten.expm1.default": "expm1",
+    "aten.log1p.default": "log1p",
 }
 BINARY = {
     f"aten.{op}.{kind}": op for op in ("add", "sub", "mul", "div") for kind in ("Tensor", "Scalar")
@@ -145,6 +147,13 @@ def _clamp(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
     return x is out
 
 
+def _softplus(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
+    if args[1:] not in ((), (1,), (1, 20)):
+        return False
+    recorder.add("softplus", out, [args[0]], tuple(out.shape))
+    return True
+
+
 def _where(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
     recorder.add("where", out, [_operand(a) for a in args], tuple(out.shape))
     return True
@@ -180,6 +189,24 @@ def _reduction(op: str) -> Callable[[Recorder, Any, Any, Any], bool]:
         return True
 
     return reduction
+
+
+def _norm(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
+    x, order, dims, keeps = (*args, *(2, None, False)[len(args) - 1 :])
+    if order != 2 or kwargs.get("dtype"):
+        return False
+    squares = torch.empty_like(x)
+    recorder.add("mul", squares, [x, x], tuple(x.shape))
+    if not _reduction("sum")(recorder, (squares, dims, keeps), {}, out):
+        return False
+    recorder.add("sqrt", out, [out], tuple(out.shape))
+    return True
+
+
+def _largest(recorder: Recorder, args: Any, kwargs: Any, out: Any) -> bool:
+    x, dim, keeps = (*args, False)[:3]
+    values, indices = (each if keeps else each.unsqueeze(dim) for each in out)
+    return _top_k(recorder, (x, 1, dim), {}, (values, indices))
 
 
 def _softmax(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
@@ -309,12 +336,15 @@ SPECIAL: dict[str, Callable[[Recorder, Any, Any, Any], bool]] = {
     "aten.rsub.Tensor": _reverse_sub,
     "aten.clamp.default": _clamp,
     "aten.clamp.Tensor": _clamp,
+    "aten.softplus.default": _softplus,
     "aten.where.self": _where,
     "aten.masked_fill.Scalar": _masked_fill,
     "aten.masked_fill.Tensor": _masked_fill,
     "aten.mean.dim": _reduction("mean"),
     "aten.sum.dim_IntList": _reduction("sum"),
     "aten.amax.default": _reduction("largest"),
+    "aten.linalg_vector_norm.default": _norm,
+    "aten.max.dim": _largest,
     "aten._softmax.default": _softmax,
     "aten.topk.default": _top_k,
     "aten.gather.default": _take,

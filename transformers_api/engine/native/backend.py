@@ -24,6 +24,7 @@ from transformers_api.engine.native.sampler import NativeSampler
 from transformers_api.engine.native.standby import NativeStandby
 from transformers_api.engine.native.verified import verified_runner
 from transformers_api.engine.pretrained import attention_layers, differentiable
+from transformers_api.engine.rope import reads_again, switching_lengths
 from transformers_api.engine.runners.model_runner import Runner, VerifiedRunner, innermost
 from transformers_api.engine.sampling.sampler import Sampler, TokenSampler
 from transformers_api.engine.standby import StandbyModel
@@ -68,13 +69,17 @@ class NativeBackend:
         """See Backend. Raises PlanOutdated where a plan on the disk does not fit the model."""
         options = self.options
         kind = kind_of(model, options.dtype, options.quantization)
+        lengths = switching_lengths(model, window)
+        if len(lengths) > 1 or not all(reads_again(model, n) for n in lengths):
+            raise BackendRefused("positions that depend on the length")
         size, file = (attention_layers(model), options.num_slots, window), None
         # Code of a model's own may change where nobody looks.
         if options.plans and options.stamp and not options.trust_remote_code:
             file = PlanFile.of(options.plans, options.stamp, options.dtype, kind, size)
         try:
             with differentiable():
-                return verified_runner(model, self.library, kind, size, vocab_size, file)
+                original = min(lengths, default=None)
+                return verified_runner(model, self.library, kind, size, vocab_size, file, original)
         except PlanOutdated as error:
             error.instead = NativeBackend(self.library, replace(options, plans=None))
             raise

@@ -11,6 +11,7 @@ import torch
 from transformers_api.engine.backend import BackendRefused, PlanOutdated
 from transformers_api.engine.load_options import SMALL_BYTES
 from transformers_api.engine.native.kv_cache import NativeCache
+from transformers_api.engine.native.latent import latent_layers
 from transformers_api.engine.native.runner import Kind, NativeRunner
 from transformers_api.kernels.abi import Library
 from transformers_api.kernels.modules.attention import NAME, register
@@ -19,7 +20,6 @@ from transformers_api.kernels.modules.linear import NativeEmbedding, NativeLinea
 from transformers_api.kernels.modules.replace import Place, pack_model
 
 log = logging.getLogger(__name__)
-LENGTH_DEPENDENT = {"dynamic", "longrope"}  # rope whose angles depend on how long a sequence is
 CACHE_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Four bits lose about 8 % of weights that were not made of four bits before. A small model shows it
 # (docs/decisions/0008-quantisation.md), so that below INT4_ENOUGH weights the loss is limited.
@@ -38,11 +38,8 @@ def kind_of(model: Any, dtype: str, quantization: str = "none") -> Kind:
     """Return the format for a model as it was loaded. Raises BackendRefused."""
     stored_bytes = sum(parameter.nbytes for parameter in model.parameters())
     kind = weight_kind(dtype, str(model.dtype).removeprefix("torch."), stored_bytes)
-    config = model.config.get_text_config(decoder=True)
     if kind is None:
         raise BackendRefused(f"no kernels for {dtype}")
-    if _rope_types(getattr(config, "rope_parameters", None)) & LENGTH_DEPENDENT:
-        raise BackendRefused("positions that depend on the length")
     if quantization != "none" and dtype == "auto":
         kind = "bfloat16"  # also of a small checkpoint: what is rounded is not exact anyway
     return Kind(kind, quantization)
@@ -56,18 +53,20 @@ def native_runner(
     cache_size: tuple[int, int, int],
     vocab_size: int,
     teach: Callable[[NativeRunner], None],
+    original_window: int | None = None,
 ) -> NativeRunner:
     """A runner for the model, whose weights are packed by this. Raises BackendRefused.
 
     ``groups``: see ``layer_groups``. ``cache_size``: layers, rows, tokens of a row. ``teach``: how
-    the runner comes to know the passes, as by ``NativeRunner.learn``.
+    the runner comes to know the passes, as by ``NativeRunner.learn``. ``original_window``: see
+    ``ModelRunner``.
     """
     register()
     try:
         model.set_attn_implementation(NAME)
         pack_model(model, library, kind.weights, groups)
-        cache = NativeCache(library, *cache_size, CACHE_TYPES[kind.numbers])
-        runner = NativeRunner(model, cache, vocab_size, kind)
+        cache = NativeCache(library, *cache_size, CACHE_TYPES[kind.numbers], latent_layers(model))
+        runner = NativeRunner(model, cache, vocab_size, kind, original_window)
         teach(runner)
     except PlanOutdated:
         raise
@@ -75,8 +74,8 @@ def native_runner(
         log.info("%s cannot be packed", type(model).__name__, exc_info=True)
         raise BackendRefused(f"packing failed: {error}") from error
     if not runner.is_recorded:
-        passes = (runner.decode, runner.prompt, runner.scored)
-        raise BackendRefused(next(each.failure for each in passes if each.failure))
+        failures = (each.failure for each in runner.passes.values() if each.failure)
+        raise BackendRefused(next(failures))
     return runner
 
 
@@ -112,10 +111,3 @@ def check_loss(model: Any) -> None:
             f"{INT4_ENOUGH / 1e9:g} billion of them {100 * INT4_MOST_LOST:g} % is the most; "
             "int8 changes far less"
         )
-
-
-def _rope_types(parameters: Any) -> set[str]:
-    if not isinstance(parameters, dict):
-        return set()
-    own = {str(parameters.get("rope_type", "default"))}
-    return own.union(*(_rope_types(each) for each in parameters.values()))

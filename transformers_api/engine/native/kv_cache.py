@@ -13,21 +13,36 @@ from transformers_api.kernels.modules.attention import write_cache
 
 
 class NativeLayer(SlotLayer):  # type: ignore[no-untyped-call]
-    """K and V of one layer, of the cache's dtype whatever the model computes in."""
+    """K and V of one layer, of the cache's dtype whatever the model computes in.
+
+    Rows of both are as wide as the wider of them, for the attention kernel; the rest stays zero.
+    """
 
     cache: NativeCache
+    is_latent = False  # expanded keys and values are written later than the model says
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """See SlotLayer."""
+        """See SlotLayer. Of latent attention nothing is written: see latent.py."""
+        if self.is_latent:
+            return key_states, value_states
+        return self.write(key_states, value_states)
+
+    def write(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Write K, V (B, H, T, D) from each row's start on; views of all so far."""
+        states = key_states, value_states
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+            size = max(each.shape[3] for each in states)
+            self.lazy_initialization(*(s.new_empty(0, s.shape[1], 0, size) for s in states))
         cache = self.cache
-        for rows, states in zip(self.rows, (key_states, value_states), strict=True):
-            write_cache(cache.library, states, rows[cache.window], cache.starts)
-        keys, values = self.rows
-        return keys[cache.window, :, : cache.context], values[cache.window, :, : cache.context]
+        for rows, new in zip(self.rows, states, strict=True):
+            write_cache(cache.library, new, rows[cache.window], cache.starts)
+        keys, values = (
+            rows[cache.window, :, : cache.context, : new.shape[3]]
+            for rows, new in zip(self.rows, states, strict=True)
+        )
+        return keys, values
 
 
 class NativeCache(SlotCache):
@@ -37,13 +52,22 @@ class NativeCache(SlotCache):
     dtype: torch.dtype
 
     def __init__(
-        self, library: Library, num_layers: int, max_rows: int, max_length: int, dtype: torch.dtype
+        self,
+        library: Library,
+        num_layers: int,
+        max_rows: int,
+        max_length: int,
+        dtype: torch.dtype,
+        latent: frozenset[int] = frozenset(),
     ) -> None:
         self.library = library
         self.dtype = dtype
         self.starts = torch.zeros(0, dtype=torch.int64)
         self._most = max_rows, max_length
         super().__init__(num_layers, max_rows, max_length, NativeLayer)
+        self.latent = latent  # indices of layers
+        for index in latent:
+            self.slots[index].is_latent = True
 
     def bind(self, first: int, positions: Tensor, context: int) -> None:
         """See SlotCache."""
@@ -53,13 +77,13 @@ class NativeCache(SlotCache):
 
     def scratch(self, rows: int, length: int) -> NativeCache:
         """An empty one of the same kind."""
-        made = NativeCache(self.library, len(self.slots), rows, length, self.dtype)
+        made = NativeCache(self.library, len(self.slots), rows, length, self.dtype, self.latent)
         made.reserve(rows, length)
         return made
 
     def anew(self) -> NativeCache:
         """One as this was at first: without tokens, and without a budget."""
-        made = NativeCache(self.library, len(self.slots), *self._most, self.dtype)
+        made = NativeCache(self.library, len(self.slots), *self._most, self.dtype, self.latent)
         made.shaped_like(self)
         return made
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import logging
 import os
@@ -32,7 +33,7 @@ from torch import Tensor
 
 from transformers_api.engine.backend import PlanOutdated
 from transformers_api.engine.native.convert_model import packed_weights
-from transformers_api.engine.native.runner import NativeRunner
+from transformers_api.engine.native.runner import LONG, NativeRunner
 from transformers_api.kernels.graph.planner import Affine, HookPoint, Plan, Words
 from transformers_api.kernels.modules.replace import Place, places_of
 
@@ -174,8 +175,12 @@ class StoredPlans:
 def logits_digest(runner: NativeRunner) -> str:
     """A digest of logits, from passes of every kind, of tokens that exist everywhere."""
     digest = hashlib.sha256()
-    for kind, ids, start in (("prompt", [1, 2], 0), ("decode", [3], 2), ("scored", [1, 2, 3], 0)):
-        digest.update(runner.compute(kind, [ids], [start]).numpy().tobytes())
+    passes = {"prompt": ([1, 2], 0), "decode": ([3], 2), "scored": ([1, 2, 3], 0)}
+    for length, kind in itertools.product(("", LONG), passes):
+        if length + kind not in runner.passes:
+            continue
+        ids, start = passes[kind]
+        digest.update(runner.compute(length + kind, [ids], [start]).numpy().tobytes())
     runner.cache.clear()
     return digest.hexdigest()
 

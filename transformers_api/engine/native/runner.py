@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from transformers_api.engine.batch import Batch
 from transformers_api.engine.kv_cache import MIN_LENGTH
 from transformers_api.engine.native.kv_cache import NativeCache
+from transformers_api.engine.native.latent import expanding_into
+from transformers_api.engine.rope import fixed_factors
 from transformers_api.engine.runners.model_runner import ModelRunner
 from transformers_api.kernels.capture import Recorder, current
 from transformers_api.kernels.graph.executor import RecordedPass
@@ -26,6 +28,8 @@ from transformers_api.kernels.modules.experts import routing_modules
 
 DECODE_ROWS = (2, 3)  # sizes that are recorded; see layout.py
 PROMPT_TOKENS = (5, 7)
+KINDS = ("decode", "prompt", "scored")
+LONG = "long "  # before the kind of a pass of sequences beyond the model's original window
 
 
 class Kind(NamedTuple):
@@ -45,22 +49,34 @@ class NativeRunner(ModelRunner):
 
     cache: NativeCache
 
-    def __init__(self, model: Any, cache: NativeCache, vocab_size: int, kind: Kind) -> None:
+    def __init__(
+        self,
+        model: Any,
+        cache: NativeCache,
+        vocab_size: int,
+        kind: Kind,
+        original_window: int | None = None,
+    ) -> None:
         super().__init__(model, cache, vocab_size)
         self.kind = kind
-        self.decode, self.prompt, self.scored = (RecordedPass(cache.library) for _ in range(3))
+        self.original_window = original_window
+        names = [*KINDS, *(LONG + name for name in KINDS if original_window is not None)]
+        self.passes = {name: RecordedPass(cache.library) for name in names}  # by the kind of pass
         self.is_recorded = False
 
     def learn(self) -> None:
         """Record passes on a cache of their own; the model goes on as it is where that fails."""
         cache = self.cache.scratch(max(DECODE_ROWS), MIN_LENGTH)
-        self._compute(_inputs(torch.zeros(1, 2, dtype=torch.int64), [0]), cache, 1)
+        with fixed_factors(self.model, False):
+            self._compute(_inputs(torch.zeros(1, 2, dtype=torch.int64), [0]), cache, 1)
         self.cache.shaped_like(cache)
-        with _shown_layers(self.model):
-            for size in DECODE_ROWS:
-                self._learn(self.decode, size, cache, _inputs(_some_ids(size, 1), [3] * size), 1)
-            for size in PROMPT_TOKENS:
-                self._learn_prompt(size, cache)
+        for length in ("", LONG)[: len(self.passes) // len(KINDS)]:
+            with _shown_layers(self.model), fixed_factors(self.model, bool(length)):
+                for size in DECODE_ROWS:
+                    inputs = _inputs(_some_ids(size, 1), [3] * size)
+                    self._learn(f"{length}decode", size, cache, inputs, 1)
+                for size in PROMPT_TOKENS:
+                    self._learn_prompt(length, size, cache)
         self.is_recorded = all(each.is_ready for each in self.passes.values())
 
     def forward(self, batch: Batch, keep: int = 1) -> Tensor:
@@ -69,11 +85,13 @@ class NativeRunner(ModelRunner):
         ids = torch.tensor(batch.ids)
         first, tensors, inputs = batch.first_slot, self.cache.tensors, _inputs(ids, starts)
         if keep > 1:
-            recorded, size = self.scored, batch.width
+            kind, size = "scored", batch.width
         elif batch.width > 1:
-            recorded, size = self.prompt, batch.width
+            kind, size = "prompt", batch.width
         else:
-            recorded, size = self.decode, len(starts)
+            kind, size = "decode", len(starts)
+        is_long = self.original_window is not None and batch.sequences[0].is_long
+        recorded = self.passes[f"{LONG}{kind}" if is_long else kind]
         watch = None
         if batch.reaches_end and any(seq.observe for seq in batch.sequences):
             context = max(starts) + batch.width
@@ -81,14 +99,9 @@ class NativeRunner(ModelRunner):
         logits = recorded.run(size, inputs, tensors, first, watch)
         return logits[:, -keep:, : self.vocab_size]
 
-    @property
-    def passes(self) -> dict[str, RecordedPass]:
-        """By the kind of pass."""
-        return {"decode": self.decode, "prompt": self.prompt, "scored": self.scored}
-
     def compute(self, kind: str, ids: list[list[int]], starts: list[int]) -> Tensor:
         """Logits of a pass of this kind, which last until the next one."""
-        size = len(ids) if kind == "decode" else len(ids[0])
+        size = len(ids) if kind.endswith("decode") else len(ids[0])
         inputs = _inputs(torch.tensor(ids), starts)
         return self.passes[kind].run(size, inputs, self.cache.tensors, 0)
 
@@ -106,7 +119,7 @@ class NativeRunner(ModelRunner):
 
     def _learn(
         self,
-        which: RecordedPass,
+        kind: str,
         size: int,
         cache: NativeCache,
         inputs: list[Tensor],
@@ -114,9 +127,9 @@ class NativeRunner(ModelRunner):
         prefix: Recorder | None = None,
     ) -> None:
         forward = partial(self._compute, inputs, cache, keep)
-        which.record(size, inputs, cache.tensors, forward, prefix)
+        self.passes[kind].record(size, inputs, cache.tensors, forward, prefix)
 
-    def _learn_prompt(self, size: int, cache: NativeCache) -> None:
+    def _learn_prompt(self, length: str, size: int, cache: NativeCache) -> None:
         """Record two passes; a scored one differs after the layers only, so these run once."""
         inputs, base, branches = _inputs(_some_ids(1, size), [0]), self.model.base_model, []
 
@@ -126,15 +139,15 @@ class NativeRunner(ModelRunner):
 
         handle = base.register_forward_hook(branch)
         try:
-            self._learn(self.prompt, size, cache, inputs, 1)
+            self._learn(f"{length}prompt", size, cache, inputs, 1)
         finally:
             handle.remove()
         if base is self.model or len(branches) != 1:
-            self._learn(self.scored, size, cache, inputs, 0)
+            self._learn(f"{length}scored", size, cache, inputs, 0)
             return
         prefix, output = branches[0]
         with forward_returning(base, output):
-            self._learn(self.scored, size, cache, inputs, 0, prefix)
+            self._learn(f"{length}scored", size, cache, inputs, 0, prefix)
 
     def _compute(self, inputs: list[Tensor], cache: NativeCache, keep: int) -> Tensor:
         ids, positions, starts = inputs
@@ -144,7 +157,8 @@ class NativeRunner(ModelRunner):
         built = self.masks.build(positions, context)
         masks = built if isinstance(built, dict) else {"": built}
         rows = {kind: CausalRows(cache.library, starts, self.masks.windows[kind]) for kind in masks}
-        with describing([(mask, rows[kind]) for kind, mask in masks.items()]):
+        described = describing([(mask, rows[kind]) for kind, mask in masks.items()])
+        with described, expanding_into(cache):
             logits: Tensor = self.model(
                 input_ids=ids,
                 position_ids=positions,

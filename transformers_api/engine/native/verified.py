@@ -10,6 +10,7 @@ from transformers_api.engine.backend import BackendRefused, PlanOutdated
 from transformers_api.engine.native.convert_model import check_loss, native_runner
 from transformers_api.engine.native.plan_cache import PlanFile
 from transformers_api.engine.native.runner import Kind, NativeRunner
+from transformers_api.engine.rope import sequence_length
 from transformers_api.engine.runners.verify import agrees, own_logits, probe, windows_agree
 from transformers_api.kernels.abi import Library
 from transformers_api.kernels.modules.replace import layer_groups
@@ -22,16 +23,20 @@ def verified_runner(
     size: tuple[int, int, int],
     vocab_size: int,
     file: PlanFile | None,
+    original_window: int | None = None,
 ) -> NativeRunner:
     """Return a runner for a loaded model, whose weights are packed by this.
 
     ``size``: see ``native_runner``. ``file``: where the plans of an earlier load are, or where
-    those of this one are to be stored. Raises BackendRefused, PlanOutdated.
+    those of this one are to be stored. ``original_window``: see ``ModelRunner``. Raises
+    BackendRefused, PlanOutdated.
     """
     if file is not None and (plans := file.read()) is not None:
         try:
             groups = plans.groups(model)
-            return native_runner(model, library, kind, groups, size, vocab_size, plans.teach)
+            return native_runner(
+                model, library, kind, groups, size, vocab_size, plans.teach, original_window
+            )
         except PlanOutdated:
             file.remove()
             raise
@@ -43,8 +48,11 @@ def verified_runner(
     groups = layer_groups(
         model, lambda: expected.extend(own_logits(model, vocab_size, rows, at_once=True))
     )
+    if original_window is not None:  # the last one is read as a long sequence
+        with sequence_length(original_window + 1):
+            expected[-1:] = own_logits(model, vocab_size, rows[-1:])
     learn = NativeRunner.learn
-    runner = native_runner(model, library, kind, groups, size, vocab_size, learn)
+    runner = native_runner(model, library, kind, groups, size, vocab_size, learn, original_window)
     check_loss(model)
     if not agrees(runner, model, vocab_size, window, expected, kind.quantization):
         raise BackendRefused("it says something else with them")

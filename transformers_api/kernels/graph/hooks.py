@@ -69,6 +69,7 @@ class HookReplay:
             return
         key, value = (self.cache[index][self.rows, :, self.positions] for index in call.cached)
         query, output = call.tensors
+        key, value = key[..., : query.shape[3]], value[..., : output.shape[3]]
         mask = CausalRows(self.library, self.starts, call.options["window"])
         replay_attention(call.module, (query, key, value, output), mask, call.options["options"])
 

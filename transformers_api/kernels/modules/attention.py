@@ -96,13 +96,28 @@ def native_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
-    batch, heads, width, size = query.shape
+    return _attend(module, query, key, value, rows, scaling, kwargs), None
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: CausalRows,
+    scaling: float | None,
+    options: dict[str, Any],
+) -> Tensor:
+    """Attention by the kernel; see native_attention."""
+    batch, heads, width, own_size = query.shape
+    size = max(own_size, value.shape[3])
+    wide = _widened(query, size)
     out = query.new_empty((batch, width, heads, size))
-    sinks = kwargs.get("s_aux")
+    sinks = options.get("s_aux")
     if sinks is not None:
         sinks = sinks.detach().float().contiguous()
     call = Attention(
-        query.data_ptr(),
+        wide.data_ptr(),
         key.data_ptr(),
         value.data_ptr(),
         out.data_ptr(),
@@ -113,25 +128,35 @@ def native_attention(
         heads,
         key.shape[1],
         size,
-        query.stride()[:3],
+        wide.stride()[:3],
         key.stride()[:3],
         value.stride()[:3],
         rows.window,
-        size**-0.5 if scaling is None else scaling,
-        kwargs.get("softcap") or 0.0,
+        own_size**-0.5 if scaling is None else scaling,
+        options.get("softcap") or 0.0,
         TYPES[query.dtype],
         TYPES[key.dtype],
     )
     library = rows.library
     (library.with_gil if batch * width < 64 else library.without_gil).attention(call)
+    result = out[..., : value.shape[3]]
     if recorder := current():
         fields = ("q", "starts", *(("sinks",) if sinks is not None else ()), "k", "v", "out")
-        inputs = [query, rows.starts, *([sinks] if sinks is not None else []), key, value]
+        inputs = [wide, rows.starts, *([sinks] if sinks is not None else []), key, value]
         recorder.add("attention", out, inputs, (1,), call=call, fields=fields)
-        options = {"scaling": scaling, **{k: v for k, v in kwargs.items() if k in OPTIONS}}
-        details = {"window": rows.window, "options": options}
-        recorder.add_module_call(module, [query, out], key=key, value=value, options=details)
-    return out, None
+        shown = {"scaling": scaling, **{k: v for k, v in options.items() if k in OPTIONS}}
+        details = {"window": rows.window, "options": shown}
+        recorder.add_module_call(module, [query, result], key=key, value=value, options=details)
+    return result
+
+
+def _widened(query: Tensor, size: int) -> Tensor:
+    """The queries (…, D) with zeros behind them where values are wider than keys."""
+    if query.shape[3] == size:
+        return query
+    wide = query.new_zeros((*query.shape[:3], size))
+    wide[..., : query.shape[3]] = query
+    return wide
 
 
 def replay_attention(
@@ -182,11 +207,13 @@ def _eager_attention(
 
 
 def _is_supported(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """True for views of rows that are wide enough for keys and for values."""
     return (
         query.dtype in TYPES
         and key.dtype in TYPES
         and key.dtype == value.dtype
-        and query.shape[3] == key.shape[3] == value.shape[3] <= MAX_SIZE
+        and query.shape[3] == key.shape[3]
+        and max(key.shape[3], value.shape[3]) <= min(MAX_SIZE, key.stride(2), value.stride(2))
         and query.stride(3) == key.stride(3) == value.stride(3) == 1
         and not (query.requires_grad and torch.is_grad_enabled())
     )

@@ -17,7 +17,7 @@ enum Type : int32_t { F32 = 0, BF16 = 1, I8 = 2, I64 = 3, I4 = 4, BOOL = 5 };
   X(COPY, copy) X(ADD, add) X(SUB, sub) X(MUL, mul) X(DIV, div) X(NEG, neg) X(CUBE, cube)         \
   X(RSQRT, rsqrt) X(SQRT, sqrt) X(EXP, exp) X(TANH, tanh) X(SILU, silu) X(SIGMOID, sigmoid)       \
   X(GELU, gelu) X(GELU_TANH, gelu_tanh) X(RELU, relu) X(COS, cos) X(SIN, sin) X(ABS, abs)         \
-  X(LOG, log) X(FLOOR, floor) X(POWER, power) X(MAXIMUM, maximum) X(MINIMUM, minimum)             \
+  X(LOG, log) X(FLOOR, floor) X(EXPM1, expm1) X(LOG1P, log1p) X(SOFTPLUS, softplus) X(POWER, power) X(MAXIMUM, maximum) X(MINIMUM, minimum)             \
   X(EQUAL, equal) X(NOT_EQUAL, not_equal) X(LESS, less) X(LESS_EQUAL, less_equal)                 \
   X(WHERE, where) X(MEAN, mean) X(SUM, sum) X(LARGEST, largest) X(SOFTMAX, softmax)               \
   X(LAYER_NORM, layer_norm) X(GATHER, gather) X(MATMUL, matmul) X(TOP_K, top_k) X(TAKE, take)     \

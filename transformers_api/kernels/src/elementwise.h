@@ -27,6 +27,8 @@ f32x16 power(f32x16 v, float exponent) {
   return load_aligned(values);
 }
 
+float softplus(float x) { return x > 20 ? x : std::log1p(std::exp(x)); }
+
 f32x16 one_where(mask16 mask) { return masked(mask, broadcast(1)); }
 mask16 equal(f32x16 a, f32x16 b) { return less_equal(a, b) & less_equal(b, a); }
 f32x16 negative(f32x16 a) { return sub(broadcast(-0.f), a); }
@@ -56,6 +58,9 @@ inline f32x16 apply(int32_t op, f32x16 a, f32x16 b, float scalar) {
     case ABS: return abs(a);
     case LOG: return map_lanes<std::log>(a);
     case FLOOR: return map_lanes<std::floor>(a);
+    case EXPM1: return map_lanes<std::expm1>(a);
+    case LOG1P: return map_lanes<std::log1p>(a);
+    case SOFTPLUS: return map_lanes<softplus>(a);
     case POWER: return power(a, scalar);
     case MAXIMUM: return larger(a, b);
     case MINIMUM: return negative(larger(negative(a), negative(b)));
