@@ -62,6 +62,12 @@ def looked_up(x):
     return TABLE[indices].flatten(1) + torch.index_select(TABLE, 0, indices[:, 0]).flatten(1)[:, :1]
 
 
+def turned_as_complex(x):
+    angles = torch.polar(torch.ones_like(x[:, :6]), x[:, :6]) * 1.5
+    pairs = torch.view_as_complex(x.view(-1, 2, 6, 2))
+    return torch.view_as_real(pairs * angles[:, None]).flatten(1)
+
+
 FUNCTIONS = {
     "mixtral's routing": mixtral_routing,
     "deepseek's routing": deepseek_routing,
@@ -73,6 +79,8 @@ FUNCTIONS = {
     "linear with a bias": lambda x: F.linear(x, MATRIX, BIAS),
     "stack": lambda x: torch.stack([x, -x], -1).flatten(1),
     "an empty part": lambda x: torch.cat([x[:, :WIDTH] * 2, x[:, WIDTH:] * 2], -1),
+    "small products": lambda x: (x.view(-1, 6, 4) @ x.view(-1, 4, 6)).flatten(1),
+    "complex numbers": turned_as_complex,
     "clamp": lambda x: x.clamp(-1, 2) + x.clamp(max=0.5) + x.clamp(min=-0.5),
     "clamp in place": lambda x: (x * 2).clamp_(-1, 3),
     "maximum": lambda x: torch.maximum(x, -x) - torch.minimum(x, x * 0.5),

@@ -122,7 +122,7 @@ def _positions(table: Any) -> int | None:
 
 def attention_layers(model: Any) -> int:
     """Layers of the slot cache; 0 for a model whose state is more than K and V per token."""
-    if model._is_stateful or not model._supports_attention_backend:
+    if model._is_stateful or not model._supports_default_dynamic_cache():
         return 0
     config = model.config.get_text_config(decoder=True)
     if not set(getattr(config, "layer_types", None) or ()) <= ATTENTION_KINDS:

@@ -76,6 +76,7 @@ FILLED = {  # tensors of one value, and where it stands among the arguments
     "aten.zero.default": 0.0,
 }
 LARGEST_MATRIX = 1 << 22  # elements of a matrix that is no layer's, such as a router's
+LARGEST_INNER = 16  # terms of a sum that is no layer's
 POWERS = {0.5: "sqrt", -0.5: "rsqrt", 3: "cube"}
 
 
@@ -88,6 +89,8 @@ def translate(
     elif name in BINARY:
         if name in LOGICAL and not _are_bool(args):
             return False
+        if out.is_complex():
+            return name == "aten.mul.Tensor" and _complex_product(recorder, args, out)
         _binary(recorder, BINARY[name], args, kwargs.get("alpha", 1), out)
     elif name in SWAPPED:
         _binary(recorder, SWAPPED[name], args[::-1], 1, out)
@@ -192,7 +195,8 @@ def _reduction(op: str) -> Callable[[Recorder, Any, Any, Any], bool]:
 
 
 def _norm(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
-    x, order, dims, keeps = (*args, *(2, None, False)[len(args) - 1 :])
+    filled: tuple[Any, ...] = (*args, *(2, None, False)[len(args) - 1 :])
+    x, order, dims, keeps = filled
     if order != 2 or kwargs.get("dtype"):
         return False
     squares = torch.empty_like(x)
@@ -280,11 +284,49 @@ def _stack(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
     return True
 
 
-def _outer_product(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
-    a, b = args  # (B, n, 1) and (B, 1, m): how rotary embeddings multiply positions
-    if a.shape[2] != 1:
+def _batch_product(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
+    """(B, n, k) times (B, k, m) for a small k; 1 where rotary embeddings multiply positions."""
+    a, b = args
+    if a.shape[2] == 1:
+        recorder.add("mul", out, [a, b], tuple(out.shape))
+        return True
+    if a.shape[2] > LARGEST_INNER:
         return False
-    recorder.add("mul", out, [a, b], tuple(out.shape))
+    products = torch.empty((*out.shape, a.shape[2]))
+    factors = [a[:, :, None], b.transpose(1, 2)[:, None]]
+    recorder.add("mul", products, factors, tuple(products.shape))
+    recorder.add("sum", out[..., None], [products], tuple(products.shape))
+    return True
+
+
+def _polar(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
+    """Complex numbers from their sizes and angles."""
+    size, angle = args
+    for part, op in enumerate(("cos", "sin")):
+        made = torch.view_as_real(out)[..., part]
+        recorder.add(op, made, [angle], tuple(made.shape))
+        recorder.add("mul", made, [made, size], tuple(made.shape))
+    return True
+
+
+def _complex_product(recorder: Recorder, args: Any, out: Tensor) -> bool:
+    """A product of complex numbers, or of complex and real ones."""
+    x, y = args
+    made = torch.view_as_real(out)
+    if not (isinstance(x, Tensor) and x.is_complex()):
+        x, y = y, x
+    a = torch.view_as_real(x)
+    if not (isinstance(y, Tensor) and y.is_complex()):
+        factor = y[..., None] if isinstance(y, Tensor) and y.dim() else _operand(y)
+        recorder.add("mul", made, [a, factor], tuple(made.shape))
+        return True
+    b = torch.view_as_real(y)
+    sizes = tuple(made.shape[:-1])
+    for part, (first, second, op) in enumerate((((0, 0), (1, 1), "sub"), ((0, 1), (1, 0), "add"))):
+        products = [torch.empty(sizes) for _ in range(2)]
+        for product, (i, j) in zip(products, (first, second), strict=True):
+            recorder.add("mul", product, [a[..., i], b[..., j]], sizes)
+        recorder.add(op, made[..., part], products, sizes, 1.0)
     return True
 
 
@@ -354,7 +396,8 @@ SPECIAL: dict[str, Callable[[Recorder, Any, Any, Any], bool]] = {
     "aten.addmm.default": _matmul,
     "aten.cat.default": _concatenate,
     "aten.stack.default": _stack,
-    "aten.bmm.default": _outer_product,
+    "aten.bmm.default": _batch_product,
+    "aten.polar.default": _polar,
     "aten.native_layer_norm.default": _layer_norm,
     "aten.embedding.default": _embedding,
     "aten.index.Tensor": _index,

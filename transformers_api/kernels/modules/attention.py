@@ -19,7 +19,7 @@ from transformers_api.kernels.abi import TYPES, Attention, CacheWrite, Library
 from transformers_api.kernels.capture import current
 
 NAME = "native"
-MAX_SIZE = 256  # src/attention_block.h
+MAX_SIZE = 512  # src/attention_block.h
 OPTIONS = (
     "softcap",
     "s_aux",
@@ -144,8 +144,8 @@ def _attend(
         fields = ("q", "starts", *(("sinks",) if sinks is not None else ()), "k", "v", "out")
         inputs = [wide, rows.starts, *([sinks] if sinks is not None else []), key, value]
         recorder.add("attention", out, inputs, (1,), call=call, fields=fields)
-        shown = {"scaling": scaling, **{k: v for k, v in options.items() if k in OPTIONS}}
-        details = {"window": rows.window, "options": shown}
+        replayed = {"scaling": scaling, **{k: v for k, v in options.items() if k in OPTIONS}}
+        details = {"window": rows.window, "options": replayed}
         recorder.add_module_call(module, [query, result], key=key, value=value, options=details)
     return result
 

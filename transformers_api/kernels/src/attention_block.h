@@ -20,7 +20,7 @@
 
 namespace {
 
-constexpr int64_t BLOCK = 64, MAX_HEAD_SIZE = 256;
+constexpr int64_t BLOCK = 64, MAX_HEAD_SIZE = 512;
 constexpr int64_t ITEM_QUERIES = 48;  // queries, times heads, that go through a row's keys together
 constexpr int64_t PAD = 16;           // keeps neighbouring rows out of the same cache sets
 
