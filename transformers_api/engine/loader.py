@@ -18,6 +18,7 @@ from transformers_api.engine.load_options import DTYPE_BYTES, LoadOptions
 from transformers_api.engine.platform.cpu import usable_cores
 from transformers_api.engine.platform.imports import without_collection
 from transformers_api.engine.platform.memory import available_bytes, release_memory
+from transformers_api.engine.positions import follow_positions
 from transformers_api.engine.pretrained import (
     context_window,
     eos_token_ids,
@@ -104,6 +105,7 @@ def start(
         if model is None:
             model = make(backend.load_dtype(options.dtype), options.trust_remote_code)
             follow_lengths(model)
+            follow_positions(model)
             weights = sum(parameter.numel() for parameter in model.parameters())
         try:  # errors as text: a record that is kept somewhere must not hold the model
             return build_engine(model, backend, options, thread, wrap), backend

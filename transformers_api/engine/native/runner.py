@@ -18,6 +18,7 @@ from transformers_api.engine.batch import Batch
 from transformers_api.engine.kv_cache import MIN_LENGTH
 from transformers_api.engine.native.kv_cache import NativeCache
 from transformers_api.engine.native.latent import expanding_into
+from transformers_api.engine.positions import at_positions
 from transformers_api.engine.rope import fixed_factors
 from transformers_api.engine.runners.model_runner import ModelRunner
 from transformers_api.kernels.capture import Recorder, current
@@ -158,7 +159,7 @@ class NativeRunner(ModelRunner):
         masks = built if isinstance(built, dict) else {"": built}
         rows = {kind: CausalRows(cache.library, starts, self.masks.windows[kind]) for kind in masks}
         described = describing([(mask, rows[kind]) for kind, mask in masks.items()])
-        with described, expanding_into(cache):
+        with described, expanding_into(cache), at_positions(positions):
             logits: Tensor = self.model(
                 input_ids=ids,
                 position_ids=positions,

@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 from transformers_api.engine.batch import Batch
 from transformers_api.engine.kv_cache import SlotCache
+from transformers_api.engine.positions import at_positions
 from transformers_api.engine.rope import sequence_length
 from transformers_api.engine.scheduler import SlotStore
 from transformers_api.engine.sequence import Sequence
@@ -61,7 +62,7 @@ class ModelRunner:
         positions = torch.tensor(starts)[:, None] + torch.arange(batch.width)  # (B, T)
         positions = positions.to(self.device)
         self.cache.bind(batch.first_slot, positions, context)
-        with sequence_length(self._length(batch)):
+        with sequence_length(self._length(batch)), at_positions(positions):
             output = self.model(
                 input_ids=torch.tensor(batch.ids, device=self.device),
                 position_ids=positions,
