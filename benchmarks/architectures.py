@@ -2,7 +2,8 @@
 
     python -m benchmarks.architectures
     python -m benchmarks.architectures phi3 "phi3, longrope" moshi
-    python -m benchmarks.architectures --write docs/checkpoints.md
+    python -m benchmarks.architectures --write docs/models.md
+    python -m benchmarks.architectures --speed --write docs/models.md
 
 A tiny model of random weights of each: greedy tokens and their log probabilities, alone, with three
 others, in a second turn on a cached prefix, and those of the prompt's own tokens. A model that is
@@ -324,11 +325,14 @@ def main() -> int:
     )
     parser.add_argument("names", nargs="*", help="model types; default: all")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--speed", action="store_true", help="tokens/s at a 100M shape instead")
     parser.add_argument("--write", type=Path, help="a page to write into")
     options = parser.parse_args()
     if options.worker:
         work(options.names)
         return 0
+    if options.speed:
+        return _speed(options.names, options.write)
     began, outcomes = time.monotonic(), []
     for outcome in sweep(options.names or [*MODEL_TYPES, *VARIANTS]):
         outcomes.append(outcome)
@@ -340,6 +344,17 @@ def main() -> int:
     if options.write:
         write_block(options.write, "architectures", text)
     return int(any(outcome.faults for outcome in outcomes))
+
+
+def _speed(names: list[str], page: Path | None) -> int:
+    from benchmarks.architecture_speed import NAMES, rows, speed_table
+    from transformers_api.config.settings import Settings
+
+    text = speed_table(list(rows(names or list(NAMES), Settings.from_env().native_cache)))
+    print(text)
+    if page:
+        write_block(page, "speed", text)
+    return 0
 
 
 def summary(outcomes: list[Outcome]) -> str:

@@ -112,6 +112,26 @@ _SIZES: dict[str, int] = {
     **dict.fromkeys(("state_size", "mamba_d_state", "ssm_state_size", "mamba_d_ssm"), 8),
     **dict.fromkeys(("mamba_n_heads", "mamba_chunk_size", "chunk_size"), 8),
 }
+LARGE: dict[str, int] = {  # sizes of about a hundred million weights
+    "vocab_size": 16384,
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "moe_intermediate_size": 512,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "num_hidden_layers": 8,
+    "max_position_embeddings": 1024,
+    "sliding_window": 512,
+    "num_experts": 8,
+    "num_local_experts": 8,
+    "n_routed_experts": 8,
+    "kv_lora_rank": 128,
+    "q_lora_rank": 192,
+    "qk_rope_head_dim": 32,
+    "qk_nope_head_dim": 64,
+    "v_head_dim": 64,
+}
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks")
 _ENDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "forced_eos_token_id": None}
 _LATENT = {"num_key_value_heads": 4, "head_dim": 8}  # compressed keys and values
@@ -239,6 +259,21 @@ def tiny_config(name: str) -> Any:
     """A small configuration of a model type or of one of VARIANTS."""
     model_type, changes = VARIANTS.get(name, (name, {}))
     return CONFIG_MAPPING[model_type](**_fields(CONFIG_MAPPING[model_type], changes))
+
+
+def shape_100m(name: str) -> Any:
+    """A configuration of about a hundred million weights, where its type has the usual sizes."""
+    model_type, changes = VARIANTS.get(name, (name, {}))
+    kind = CONFIG_MAPPING[model_type]
+    fields = _fields(kind, changes)
+    layers = LARGE["num_hidden_layers"]
+    if "layer_types" in fields:
+        fields["layer_types"] = (fields["layer_types"] * layers)[:layers]
+    sizes = {name: size for name, size in LARGE.items() if name in fields}
+    if "kv_lora_rank" in sizes:  # each head has keys of its own, and head_dim is the rope's
+        sizes |= {"num_key_value_heads": LARGE["num_attention_heads"]}
+        sizes |= {"head_dim": LARGE["qk_rope_head_dim"]} if "head_dim" in sizes else {}
+    return kind(**(fields | sizes))
 
 
 def random_weights(model: Any) -> Any:
