@@ -18,7 +18,7 @@ from transformers_api.kernels.modules.attention import (
     register,
     write_cache,
 )
-from transformers_api.kernels.modules.replace import layer_groups, pack_model
+from transformers_api.kernels.modules.replace import Widths, layer_groups, pack_model
 
 PROMPT = [5, 9, 33, 71, 8, 2, 90, 17, 44, 3, 61]
 UNRECORDED = {"mixtral", "gpt-oss-sinks"}  # which experts run depends on the numbers
@@ -47,7 +47,7 @@ class Setup:
         ids = torch.tensor([PROMPT[:2]])
         with torch.no_grad():
             groups = layer_groups(self.model, lambda: self.model(input_ids=ids, use_cache=False))
-        pack_model(self.model, library, kind, groups)
+        pack_model(self.model, library, Widths(kind), groups)
         layers = self.model.config.get_text_config(decoder=True).num_hidden_layers
         self.cache = SlotCache(layers, 4, 128)
         self.cache.library = library

@@ -17,10 +17,12 @@ from transformers_api.engine.base import EngineFacts
 from transformers_api.engine.standby import StandbyModel
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from transformers_api.engine.runners.model_runner import Runner, VerifiedRunner
     from transformers_api.engine.sampling.sampler import TokenSampler
+    from transformers_api.engine.stored_weights import StoredWeights
 
 
 class BackendRefused(Exception):
@@ -57,6 +59,10 @@ class Backend(Protocol):
 
     def load_dtype(self, dtype: str) -> str:
         """Return the dtype to load with where ``dtype`` is requested; "stored": the file's."""
+        ...
+
+    def fill(self, model: Any, stored: StoredWeights, dtype: torch.dtype) -> None:
+        """Give a model its weights, whose parameters are all empty."""
         ...
 
     def weight_dtype(self, dtype: str, stored: str, stored_bytes: int) -> str:

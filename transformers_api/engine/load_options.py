@@ -33,7 +33,9 @@ class LoadOptions:
     native: Path | None = None  # cache of the compiled kernels; None: without them
     native_isa: str = "auto"  # the instruction set that they are compiled for
     plans: Path | None = None  # cache of execution plans; None: none
-    quantization: str = "none"  # or int8, int4: only with the kernels, else the load fails
+    # int8, int4: only with the kernels, else the load fails. auto: "gguf", as the file has them,
+    # for a GGUF file with quantised weights, else "none".
+    quantization: str = "none"
     # Hears of every step.
     listener: EngineListener | None = field(default=None, compare=False)
     # Raises InsufficientMemory where so many bytes of weights do not fit.

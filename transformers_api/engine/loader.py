@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from transformers_api.engine.backend import Backend, BackendRefused, PlanOutdated
-from transformers_api.engine.backends import choose_backends, not_quantized
+from transformers_api.engine.backends import ALWAYS_NATIVE, choose_backends, not_quantized
 from transformers_api.engine.llm_engine import BatchingEngine, EngineLimits
 from transformers_api.engine.load_options import DTYPE_BYTES, LoadOptions
 from transformers_api.engine.platform.cpu import usable_cores
@@ -20,6 +20,7 @@ from transformers_api.engine.platform.imports import without_collection
 from transformers_api.engine.platform.memory import available_bytes, release_memory
 from transformers_api.engine.pretrained import (
     context_window,
+    differentiable,
     eos_token_ids,
     load_model,
     pick_device,
@@ -30,6 +31,8 @@ from transformers_api.engine.runners.prompt_logprobs import PromptScoringRunner
 from transformers_api.engine.runners.suppressed_tokens import SuppressingRunner
 from transformers_api.engine.runners.thread_sharing import SharingRunner
 from transformers_api.engine.sampling.sampler import TokenSampler
+from transformers_api.engine.stored_model import load_stored
+from transformers_api.engine.stored_weights import StoredWeights
 from transformers_api.engine.thread import EngineThread
 from transformers_api.errors import ModelNotServable
 from transformers_api.heap import trim_memory
@@ -65,7 +68,10 @@ def load_engine(
     that the kernels refuse is loaded again without them, if it fits so, unless it was to be
     quantised. Raises ModelLoadFailed, InsufficientMemory.
     """
-    device = pick_device(options.device)
+    device, stored = pick_device(options.device), StoredWeights.of(folder)
+    if options.quantization == "auto":
+        is_quantized = stored is not None and stored.is_quantized
+        options = replace(options, quantization="gguf" if is_quantized else "none")
     backends = choose_backends(options, device, thread.num_threads)
     backend, key = backends[0], (folder, options, backends[0].title)
     share_cores(backend, thread)
@@ -74,7 +80,7 @@ def load_engine(
         engine = build_engine(runner.model, backend, options, thread, wrap, runner)
     else:
         with without_collection():  # nearly all that is made now stays
-            make = partial(load_model, folder, device)
+            make = partial(make_model, folder, stored, device, options)
             engine, backend = start(make, folder.name, backends, options, thread, wrap)
         standby = backend.standby(engine.runner, folder)
     if standby:
@@ -84,8 +90,20 @@ def load_engine(
     return engine
 
 
+def make_model(
+    folder: Path, stored: StoredWeights | None, device: str, options: LoadOptions, backend: Backend
+) -> Any:
+    """The model of a folder, as a backend wants it. Raises ModelLoadFailed."""
+    dtype = backend.load_dtype(options.dtype)
+    if stored is None:
+        return load_model(folder, device, dtype, options.trust_remote_code)
+    model = load_stored(folder, stored, stored.serving_dtype(dtype, device), backend.fill)
+    with differentiable():
+        return model.to(device)
+
+
 def start(
-    make: Callable[[str, bool], Any],
+    make: Callable[[Backend], Any],
     name: str,
     backends: Sequence[Backend],
     options: LoadOptions,
@@ -94,17 +112,19 @@ def start(
 ) -> tuple[BatchingEngine, Backend]:
     """Return an engine on the first backend that can run a model, and that backend.
 
-    ``make(dtype, trust_remote_code)`` gives the model, again for each backend that changes it; its
-    ``name`` is for the log. Raises ModelLoadFailed, InsufficientMemory.
+    ``make(backend)`` gives the model, again for each backend that changes it; its ``name`` is for
+    the log. Raises ModelLoadFailed, InsufficientMemory.
     """
     candidates, reason, weights, model = list(backends), "", 0, None
     while candidates:
         backend = candidates.pop(0)
         share_cores(backend, thread)
         if model is None:
-            model = make(backend.load_dtype(options.dtype), options.trust_remote_code)
+            model = make(backend)
             follow_lengths(model)
-            weights = sum(parameter.numel() for parameter in model.parameters())
+            stored: StoredWeights | None = getattr(model, "stored_weights", None)
+            counts = stored.types.values() if stored else (p.numel() for p in model.parameters())
+            weights = sum(counts)
         try:  # errors as text: a record that is kept somewhere must not hold the model
             return build_engine(model, backend, options, thread, wrap), backend
         except PlanOutdated as error:
@@ -120,7 +140,7 @@ def start(
             release_memory()
         if candidates and needs_room and options.check_room is not None:
             options.check_room(weights * DTYPE_BYTES.get(options.dtype, 4))
-    if options.quantization != "none":
+    if options.quantization in ALWAYS_NATIVE:
         raise not_quantized(options, reason)
     raise ModelNotServable(reason, param="model")
 

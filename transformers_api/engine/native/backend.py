@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from transformers_api.engine.backend import (
@@ -22,11 +23,13 @@ from transformers_api.engine.native.plan_cache import PlanFile
 from transformers_api.engine.native.runner import NativeRunner
 from transformers_api.engine.native.sampler import NativeSampler
 from transformers_api.engine.native.standby import NativeStandby
+from transformers_api.engine.native.streaming import fill_streamed
 from transformers_api.engine.native.verified import verified_runner
 from transformers_api.engine.pretrained import attention_layers, differentiable
 from transformers_api.engine.runners.model_runner import Runner, VerifiedRunner, innermost
 from transformers_api.engine.sampling.sampler import Sampler, TokenSampler
 from transformers_api.engine.standby import StandbyModel
+from transformers_api.engine.stored_weights import StoredWeights
 from transformers_api.kernels import stats
 from transformers_api.kernels.abi import Library
 from transformers_api.kernels.graph.hooks import observing
@@ -49,6 +52,10 @@ class NativeBackend:
     def load_dtype(self, dtype: str) -> str:
         """See Backend. The kernels keep their promise for weights of any dtype."""
         return "stored" if dtype == "auto" else dtype
+
+    def fill(self, model: Any, stored: StoredWeights, dtype: torch.dtype) -> None:
+        """See Backend. Large weights stay in the file until they are packed."""
+        fill_streamed(self.library, model, stored, dtype)
 
     def weight_dtype(self, dtype: str, stored: str, stored_bytes: int) -> str:
         """See Backend."""

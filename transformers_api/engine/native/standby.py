@@ -66,13 +66,15 @@ class NativeStandby:
         rest = [*model.parameters(), *model.buffers()]
         if sum(tensor.nbytes for tensor in rest) > LARGEST_REST:
             return None
+        weights = packed_weights(model)
+        if all(weight.sources for weight in weights):
+            return cls(runner, folder, [(weight, []) for weight in weights])
         try:
             with ExitStack() as stack:
                 names = set(_stored(folder, stack))
         except (OSError, SafetensorError):  # a file beside the model's own
             return None
         origins = _origins(model, names)
-        weights = packed_weights(model)
         if any(id(weight) not in origins for weight in weights):
             return None
         return cls(runner, folder, [(weight, origins[id(weight)]) for weight in weights])
@@ -98,6 +100,11 @@ class NativeStandby:
         with ExitStack() as stack:
             stored = _stored(self._folder, stack)
             for weight, origins in self._origins:
+                if weight.sources:
+                    weight.fill([source.matrix() for source in weight.sources], memory)
+                    for source in weight.sources:
+                        source.release()
+                    continue
                 weight.fill([o.of(stored[o.name].get_tensor(o.name)) for o in origins], memory)
 
 

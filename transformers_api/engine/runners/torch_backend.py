@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from transformers_api.engine.backend import (
@@ -36,6 +37,7 @@ from transformers_api.engine.runners.verify import (
 )
 from transformers_api.engine.sampling.sampler import Sampler, TokenSampler
 from transformers_api.engine.standby import StandbyModel
+from transformers_api.engine.stored_weights import StoredWeights
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +58,10 @@ class TorchBackend:
     def load_dtype(self, dtype: str) -> str:
         """See Backend."""
         return dtype
+
+    def fill(self, model: Any, stored: StoredWeights, dtype: torch.dtype) -> None:
+        """See Backend."""
+        stored.fill(model, dtype)
 
     def weight_dtype(self, dtype: str, stored: str, stored_bytes: int) -> str:
         """See Backend."""

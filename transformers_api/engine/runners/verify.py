@@ -17,7 +17,7 @@ from transformers_api.engine.sequence import Sequence
 log = logging.getLogger(__name__)
 # The relative error that rounded weights may make, so far from what wrong ones would (1 and more)
 # that no right ones are taken for them; how well they are rounded is asked elsewhere.
-QUANTIZED = {"int8": 0.2, "int4": 0.6}
+QUANTIZED = {"int8": 0.2, "gguf": 0.2, "int4": 0.6}
 SHARED = 3  # tokens that the sequences of the probe begin with
 NARROW = 4  # tokens of a window that a short pass reaches
 MOST_PROBED = 64  # tokens of a window that the probe itself goes beyond
