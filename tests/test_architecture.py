@@ -91,7 +91,7 @@ WIRING = {
 # One module of a layer that otherwise leaves a library alone.
 EXCEPTIONS = {"checkpoints.headers.gguf_file": {"gguf"}, "serving.models.hub": {"huggingface_hub"}}
 
-LOADING = {"engine/pretrained.py", "checkpoints/convert.py", "engine/embedding.py"}
+LOADING = {"engine/pretrained.py", "checkpoints/gguf_weights.py", "engine/embedding.py"}
 
 
 @functools.cache

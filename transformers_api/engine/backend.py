@@ -7,7 +7,7 @@ machine, the fastest first; the loader takes the first that can. A backend keeps
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +67,13 @@ class Backend(Protocol):
 
     def weight_dtype(self, dtype: str, stored: str, stored_bytes: int) -> str:
         """Return the dtype that weights of a file have in memory."""
+        ...
+
+    def file_bytes(self, types: Mapping[str, int], dtype: str) -> int:
+        """Return the bytes that weights of a GGUF file take: their number by ggml's type.
+
+        ``dtype``: of those that become numbers.
+        """
         ...
 
     def refusal(self, model: Any) -> str | None:

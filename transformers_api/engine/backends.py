@@ -23,7 +23,8 @@ def choose_backends(options: LoadOptions, device: str, threads: int | None) -> l
     """
     backend = TorchBackend(device, options)
     quantizes = options.quantization in ALWAYS_NATIVE
-    waits = options.quantization != "none"  # blocks of a file as numbers take several times as much
+    # Blocks of a file take several times as much memory as numbers.
+    waits = quantizes or options.quantization == "gguf"
     if device != "cpu":
         reason = "it is for CPUs"
     elif options.native is None:

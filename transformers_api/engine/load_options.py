@@ -33,8 +33,8 @@ class LoadOptions:
     native: Path | None = None  # cache of the compiled kernels; None: without them
     native_isa: str = "auto"  # the instruction set that they are compiled for
     plans: Path | None = None  # cache of execution plans; None: none
-    # int8, int4: only with the kernels, else the load fails. auto: "gguf", as the file has them,
-    # for a GGUF file with quantised weights, else "none".
+    # int8, int4: only with the kernels, else the load fails. gguf: as a GGUF file has them; where
+    # there is none, or none that is quantised: none. auto: gguf, but none for small models.
     quantization: str = "none"
     # Hears of every step.
     listener: EngineListener | None = field(default=None, compare=False)

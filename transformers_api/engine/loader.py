@@ -40,6 +40,9 @@ from transformers_api.heap import trim_memory
 log = logging.getLogger(__name__)
 BUSY_CHUNK = 32  # on a CPU, where more tokens in one pass take as long apiece
 COSTLY_CONTEXT = 6  # times the model's width: attention takes as long as all else there
+# Weights of a GGUF file up to which "auto" makes plain numbers of them: so small a model notices
+# the rounding of its inputs, and takes little memory anyway.
+AS_NUMBERS = 300_000_000
 FORCED_TOKENS = 8  # a step that reads these takes little longer than one token's
 OWN_THREADS = min(torch.get_num_threads(), usable_cores())  # torch knows of no quota
 
@@ -69,9 +72,7 @@ def load_engine(
     quantised. Raises ModelLoadFailed, InsufficientMemory.
     """
     device, stored = pick_device(options.device), StoredWeights.of(folder)
-    if options.quantization == "auto":
-        is_quantized = stored is not None and stored.is_quantized
-        options = replace(options, quantization="gguf" if is_quantized else "none")
+    options = replace(options, quantization=_quantization(options, stored))
     backends = choose_backends(options, device, thread.num_threads)
     backend, key = backends[0], (folder, options, backends[0].title)
     share_cores(backend, thread)
@@ -88,6 +89,16 @@ def load_engine(
     thread.engines.append(engine)
     trim_memory()  # of what loading and packing needed in between
     return engine
+
+
+def _quantization(options: LoadOptions, stored: StoredWeights | None) -> str:
+    """The quantisation of a load: "auto" and "gguf" become one or the other, or "none"."""
+    if options.quantization not in ("auto", "gguf"):
+        return options.quantization
+    if stored is None or not stored.is_quantized:
+        return "none"
+    is_small = sum(stored.types.values()) < AS_NUMBERS
+    return "none" if options.quantization == "auto" and is_small else "gguf"
 
 
 def make_model(

@@ -90,7 +90,7 @@ def load(engine_thread):
     engines = []
 
     def load(folder, **options):
-        options = {"num_slots": 4, "quantization": "auto"} | options
+        options = {"num_slots": 4, "quantization": "gguf"} | options
         engine = engine_thread.call(
             lambda: load_engine(folder, LoadOptions(**options), engine_thread)
         ).result()
@@ -185,6 +185,15 @@ def test_a_file_of_plain_numbers_is_no_quantised_one(load, tmp_path, native_cach
         stored(LLAMA, tmp_path / dtype, (dtype,))
         facts = load(tmp_path / dtype, native=native_cache).describe()
         assert (facts.quantization, facts.dtype) == ("none", served)
+
+
+def test_a_small_model_gets_plain_numbers_unless_it_is_asked_for_as_it_is(
+    load, tmp_path, native_cache
+):
+    stored(LLAMA, tmp_path, ("Q4_0",))
+    for quantization, served in (("auto", "none"), ("gguf", "gguf")):
+        engine = load(tmp_path, native=native_cache, quantization=quantization)
+        assert engine.describe().quantization == served
 
 
 def test_a_model_in_blocks_sleeps_and_wakes_with_the_same_bits(load, tmp_path, native_cache):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -17,13 +17,13 @@ from transformers_api.engine.backend import (
     TokenStats,
 )
 from transformers_api.engine.base import EngineFacts
-from transformers_api.engine.load_options import LoadOptions
+from transformers_api.engine.load_options import DTYPE_BYTES, LoadOptions
 from transformers_api.engine.native.convert_model import kind_of, packed_bytes, weight_kind
 from transformers_api.engine.native.plan_cache import PlanFile
 from transformers_api.engine.native.runner import NativeRunner
 from transformers_api.engine.native.sampler import NativeSampler
 from transformers_api.engine.native.standby import NativeStandby
-from transformers_api.engine.native.streaming import fill_streamed
+from transformers_api.engine.native.streaming import fill_streamed, packed_size
 from transformers_api.engine.native.verified import verified_runner
 from transformers_api.engine.pretrained import attention_layers, differentiable
 from transformers_api.engine.runners.model_runner import Runner, VerifiedRunner, innermost
@@ -60,6 +60,10 @@ class NativeBackend:
     def weight_dtype(self, dtype: str, stored: str, stored_bytes: int) -> str:
         """See Backend."""
         return weight_kind(dtype, stored, stored_bytes) or dtype
+
+    def file_bytes(self, types: Mapping[str, int], dtype: str) -> int:
+        """See Backend."""
+        return packed_size(types, DTYPE_BYTES.get(dtype, 4))
 
     def refusal(self, model: Any) -> str | None:
         """See Backend."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,12 +10,14 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from transformers_api.engine.stored_weights import StoredMatrix, StoredWeights
+from transformers_api.engine.stored_weights import FLOATS, StoredMatrix, StoredWeights
 from transformers_api.kernels.abi import Library
 from transformers_api.kernels.modules.blocks import KINDS, Blocks
 from transformers_api.kernels.modules.linear import Matrix
 from transformers_api.kernels.modules.replace import is_embedding
 from transformers_api.kernels.modules.streamed import StreamedEmbedding, StreamedLinear
+
+BYTES = {"int8": 34 / 32, "int4": 20 / 32}  # of a packed weight
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,13 @@ def fill_streamed(library: Library, model: Any, stored: StoredWeights, dtype: to
             if source is not None and _is_streamable(child):
                 setattr(module, leaf, _streamed(child, source, dtype))
     stored.fill(model, dtype)
+
+
+def packed_size(types: Mapping[str, int], float_bytes: int) -> int:
+    """The bytes that so many weights of ggml's types take once they are packed."""
+    sizes = {kind: BYTES[width] for kind, (_, width) in KINDS.items()}
+    plain = dict.fromkeys(FLOATS, float_bytes)
+    return int(sum(n * (plain | sizes).get(kind, BYTES["int8"]) for kind, n in types.items()))
 
 
 def by_kernels(library: Library, stored: StoredWeights) -> Any:

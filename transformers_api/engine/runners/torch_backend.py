@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from transformers_api.engine.backend import (
 )
 from transformers_api.engine.base import EngineFacts
 from transformers_api.engine.kv_cache import SlotCache
-from transformers_api.engine.load_options import LoadOptions
+from transformers_api.engine.load_options import DTYPE_BYTES, LoadOptions
 from transformers_api.engine.pretrained import attention_layers, differentiable, gpu_dtype
 from transformers_api.engine.rope import reads_again, switching_lengths
 from transformers_api.engine.runners.cuda_graphs import GraphRunner, PaddedCache
@@ -70,6 +70,10 @@ class TorchBackend:
         if self.device.startswith("cuda"):
             return gpu_dtype(stored, stored_bytes)
         return "float32" if self.device == "cpu" else stored
+
+    def file_bytes(self, types: Mapping[str, int], dtype: str) -> int:
+        """See Backend."""
+        return sum(types.values()) * DTYPE_BYTES.get(dtype, 4)
 
     def refusal(self, model: Any) -> str | None:
         """See Backend."""
