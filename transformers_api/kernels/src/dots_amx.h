@@ -50,16 +50,31 @@ inline void add_bf16_products(const uint8_t* w, const TileRows& rows, int64_t la
   }
 }
 
-// ``n`` steps; the lanes of rows are zero from there to the next multiple of sixteen. ``sums``: 32 of
-// each row of the first block, then of the second.
-template <Prefetch P, int BLOCKS>
+// The sums of the blocks' rows with the 32 outputs of a panel, ``stride`` floats from row to row.
+struct TileSums {
+  float* blocks[2];
+  int64_t stride;
+};
+
+// ``n`` steps; the lanes of rows are zero from there to the next multiple of sixteen. ``ADDS``: to what
+// the sums are.
+template <Prefetch P, int BLOCKS, bool ADDS = false>
 void multiply_bf16(const uint8_t* w, PrefetchCursor cursor, const TileRows& rows, int64_t n,
-                   float* sums) {
+                   const TileSums& sums) {
+  finish_stores(w);
   _tile_zero(0);
   _tile_zero(1);
   if constexpr (BLOCKS == 2) {
     _tile_zero(2);
     _tile_zero(3);
+  }
+  if constexpr (ADDS) {
+    _tile_loadd(0, sums.blocks[0], sums.stride * 4);
+    _tile_loadd(1, sums.blocks[0] + 16, sums.stride * 4);
+  }
+  if constexpr (ADDS && BLOCKS == 2) {
+    _tile_loadd(2, sums.blocks[1], sums.stride * 4);
+    _tile_loadd(3, sums.blocks[1] + 16, sums.stride * 4);
   }
   int64_t lane = 0;
   for (; lane + TILE_LANES <= n; lane += TILE_LANES, w += TILE_LANES * 128) {
@@ -72,12 +87,11 @@ void multiply_bf16(const uint8_t* w, PrefetchCursor cursor, const TileRows& rows
     finish_stores(last);
     add_bf16_products<BLOCKS>(last, rows, lane);
   }
-  _tile_stored(0, sums, PANEL * 4);
-  _tile_stored(1, sums + 16, PANEL * 4);
+  _tile_stored(0, sums.blocks[0], sums.stride * 4);
+  _tile_stored(1, sums.blocks[0] + 16, sums.stride * 4);
   if constexpr (BLOCKS == 2) {
-    sums += rows.height * PANEL;
-    _tile_stored(2, sums, PANEL * 4);
-    _tile_stored(3, sums + 16, PANEL * 4);
+    _tile_stored(2, sums.blocks[1], sums.stride * 4);
+    _tile_stored(3, sums.blocks[1] + 16, sums.stride * 4);
   }
 }
 
@@ -145,6 +159,7 @@ struct Int4Tiles {
 template <class Codes, Prefetch P, int BLOCKS>
 void multiply_codes(const uint8_t* w, PrefetchCursor cursor, const TileRows& rows,
                     const typename Codes::Group* const (&groups)[2], int64_t n, float* sums) {
+  finish_stores(w);
   alignas(64) uint8_t codes[GROUP_STEPS * 128];
   alignas(64) int32_t dots[2][TILE_HEIGHT * PANEL];
   auto load_tiles = [&](int64_t turn) {

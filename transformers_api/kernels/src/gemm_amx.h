@@ -60,10 +60,10 @@ void tile_pass(const Gemm& gemm, int64_t p, const RowBlocks& blocks, int64_t ind
                                        reinterpret_cast<const Int4Group*>(groups[1])};
       multiply_codes<Int4Tiles, P, BLOCKS>(panel, cursor, rows, own, n, sums);
     } else {
-      multiply_bf16<P, BLOCKS>(panel, cursor, rows, n, sums);
+      multiply_bf16<P, BLOCKS>(panel, cursor, rows, n,
+                               {{sums, sums + blocks.height * PANEL}, PANEL});
     }
   };
-  finish_stores(gemm.x);
   if (passes == 1) {
     multiply(std::integral_constant<Prefetch, SAME_PANEL>());
   } else {
