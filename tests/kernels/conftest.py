@@ -3,7 +3,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -50,11 +50,21 @@ if not Path("/usr/include/simde/arm/neon.h").exists():
     del STAND_INS[-1]
 
 
-def driven(compiler: str, variant: Variant, folder: Path, *emulator: str) -> bytes:
-    """The bytes of all that the kernels give for numbers of their own, by a program of its own."""
+def driven(
+    compiler: Sequence[str],
+    variant: Variant,
+    folder: Path,
+    emulator: Sequence[str] = (),
+    sources: Sequence[Path] = (),
+) -> bytes:
+    """The bytes of all that the kernels give for numbers of its own, by a program of its own.
+
+    ``sources``: more of its sources.
+    """
     program = folder / variant.name
     flags = [flag for flag in (*FLAGS, *variant.flags) if flag != "-shared"]
-    command = [compiler, *flags, "-static", "-I", str(SOURCES), str(DRIVER), "-o", str(program)]
+    files = [str(path) for path in (DRIVER, *sources)]
+    command = [*compiler, *flags, "-static", "-I", str(SOURCES), *files, "-o", str(program)]
     subprocess.run(command, check=True, timeout=600)
     done = subprocess.run(
         [*emulator, str(program)], check=True, stdout=subprocess.PIPE, timeout=300

@@ -21,7 +21,7 @@ MISSING = [tool for tool in TOOLS if shutil.which(tool) is None]
 def test_an_emulated_arm_gives_the_bits_of_its_stand_in(tmp_path):
     (stand_in,) = (variant for variant in STAND_INS if variant.name == "neon_on_x86")
     (neon,) = (variant for variant in VARIANTS if variant.name == "neon")
-    ours = driven("g++", stand_in, tmp_path)
-    theirs = driven(CROSS, neon, tmp_path, "qemu-aarch64")
+    ours = driven(["g++"], stand_in, tmp_path)
+    theirs = driven([CROSS], neon, tmp_path, ["qemu-aarch64"])
     assert len(ours) > 50_000
     assert hashlib.sha256(theirs).hexdigest() == hashlib.sha256(ours).hexdigest()
