@@ -114,8 +114,9 @@ def test_a_query_is_the_same_to_the_bit_for_any_chunking_and_company(library, ca
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_number_of_threads_changes_no_bit(library, case):
-    made = Case(**CASES[case])
+@pytest.mark.parametrize("kv_dtype", TOLERANCE)
+def test_the_number_of_threads_changes_no_bit(library, case, kv_dtype):
+    made = Case(kv_dtype=kv_dtype, **CASES[case])
     results = []
     for threads in (1, 2, 3, 5):
         library.set_threads(threads)
@@ -123,8 +124,10 @@ def test_the_number_of_threads_changes_no_bit(library, case):
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-def test_keys_that_a_query_does_not_see_may_be_anything(library):
-    made = Case(window=20, width=3)
+@pytest.mark.parametrize("kv_dtype", TOLERANCE)
+@pytest.mark.parametrize("width", [1, 3, 40])
+def test_keys_that_a_query_does_not_see_may_be_anything(library, kv_dtype, width):
+    made = Case(kv_dtype=kv_dtype, window=20, width=width)
     wanted = made.given(library)
     hidden = ~made.visible().any(2)[:, 0]  # (rows, length)
     for row in range(len(hidden)):
@@ -133,10 +136,13 @@ def test_keys_that_a_query_does_not_see_may_be_anything(library):
     assert torch.equal(made.given(library), wanted)
 
 
-def test_a_nan_reaches_the_queries_that_see_it_and_no_others(library):
-    made = Case(width=4, rows=1)
+@pytest.mark.parametrize("kv_dtype", TOLERANCE)
+@pytest.mark.parametrize("width", [4, 40])
+@pytest.mark.parametrize("part", ["key", "value"])
+def test_a_nan_reaches_the_queries_that_see_it_and_no_others(library, kv_dtype, width, part):
+    made = Case(kv_dtype=kv_dtype, width=width, rows=1)
     wanted = made.given(library)
-    made.key[0, :, made.starts[0] + 2] = float("nan")
+    getattr(made, part)[0, :, made.starts[0] + 2] = float("nan")
     given = made.given(library)
     assert torch.equal(given[:, :2], wanted[:, :2])
     assert given[:, 2:].isnan().all()

@@ -141,6 +141,7 @@ void attention(const Attention* call) {
     for (int64_t i = b; i < e; i++)
       attend_type(a, item_at(i), item_at(std::min(i + 1, a.rows * per_row - 1)), *workspace);
   });
+  release_tiles();
 }
 
 }  // extern "C"

@@ -67,6 +67,9 @@ void attends(int32_t type) {
 }  // namespace
 
 int main() {
+#ifdef ISA_AMX
+  syscall(SYS_arch_prctl, 0x1023, 18);  // asks for the tile unit, as kernels/variants.py does
+#endif
   set_threads(2);
   for (int32_t type : {F32, BF16, I8, I4})
     for (int64_t n : {64, 50})
