@@ -17,6 +17,8 @@ WORTH_READING = 16  # tokens of a prompt: a pass of fewer takes nearly as long
 SCORED = 2  # times as long as others take tokens whose logits are all looked at
 DELAY = 0.4  # of a decode step, by which prompts may make it longer
 LEAST_DELAY = 2.0  # of the pass of one token, which reads the weights: prompts have to get on
+MANY = 1.5  # times as many decode as there are prompts: they wait for one of these at a time
+SAVED_SHARE, MOST_SAVED = 0.04, 2.5  # of a decode step, for a short prompt now and then
 
 
 class PassTimes:
@@ -87,6 +89,7 @@ class PassBudget:
         self.mixes = mixes
         self.costly_context = costly_context
         self.times = PassTimes()
+        self._saved = 0.0  # seconds that a step may take longer than most
 
     def load_of(self, batch: Batch) -> float:
         """The load of a pass, before its sequences have advanced."""
@@ -108,19 +111,48 @@ class PassBudget:
             share /= SCORED
         return max(round(self.prefill_chunk * share), min(WORTH_READING, self.prefill_chunk))
 
-    def room(self, decoding: list[Sequence], sequences: int) -> float:
-        """The load of prompts that a step may have besides those who decode, of ``sequences``.
+    @property
+    def together(self) -> float:
+        """The load of prompts that one pass reads: a first piece, and others up to this."""
+        return self.times.load(LEAST_DELAY * self.times.seconds(1))
 
-        The step may take a share longer than one in which all of them decode, and more where more
-        wait than are made to wait. Without a decode step only what takes hardly longer than a token
-        is read besides the first prompt.
+    def room(self, decoding: list[Sequence], sequences: int) -> float:
+        """The load of prompts that may be read before the next token of those who decode.
+
+        ``sequences`` are there in all. A step may take a share longer than one in which all of them
+        decode, so that tokens come evenly while more and more do; sometimes it may take longer, see
+        ``charge``. It may take twice the time of a token longer in any case; for each prompt, where
+        not many are made to wait for these.
         """
-        delay = LEAST_DELAY * self.times.seconds(1)
-        if not decoding:
-            return self.times.load(delay)
-        load = sum(self.cost(seq, 1) for seq in decoding)
-        factor = sequences / len(decoding)
-        delay = max(delay, DELAY * max(factor - 1, 1) * self.times.seconds(load * factor))
+        step, limit = self._limit(decoding, sequences)
+        limit += self._saved
         if not self.mixes:
-            return self.times.load(delay)
-        return self.times.load(self.times.seconds(load) + delay) - load
+            return min(self.times.load(limit - step), self.prefill_chunk)
+        load = self._step_load(decoding)
+        return min(self.times.load(limit) - load, self.prefill_chunk)
+
+    def charge(self, decoding: list[Sequence], sequences: int, prompts: float) -> None:
+        """Note that prompts of this load were read for a step of those who decode.
+
+        A step that takes longer than it mostly may uses up what others have saved, each a small
+        part of its time: so a short prompt is read at once if there was none for a while.
+        """
+        step, limit = self._limit(decoding, sequences)
+        if self.mixes:
+            spent = self.times.seconds(self._step_load(decoding) + prompts)
+        else:
+            spent = step + self.times.seconds(prompts)
+        saved = self._saved - max(spent - limit, 0)
+        self._saved = max(min(saved + SAVED_SHARE * step, MOST_SAVED * step), 0)
+
+    def _limit(self, decoding: list[Sequence], sequences: int) -> tuple[float, float]:
+        """Seconds of a step of those who decode, and of one with prompts."""
+        load, count = self._step_load(decoding), len(decoding)
+        least, prompts = LEAST_DELAY * self.times.seconds(1), sequences - count
+        if MANY * prompts >= count:
+            least *= prompts
+        step, in_the_end = (self.times.seconds(n) for n in (load, load * sequences / count))
+        return step, max(step + least, (1 + DELAY) * in_the_end)
+
+    def _step_load(self, decoding: list[Sequence]) -> float:
+        return sum(self.cost(seq, 1) for seq in decoding)

@@ -8,6 +8,7 @@ of them, or like a running one, starts from a copy.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -135,39 +136,48 @@ class Scheduler:
         """
         self._drop_cancelled()
         decoding = self.running[: self.num_decoding]
-        pieces = self._pieces(decoding)
-        if pieces and (not self.mixes or pieces[0][0].is_scoring):
-            self._prefilled += sum(self.budget.cost(seq, width) for seq, width in pieces)
-            decoding = []
-        else:
-            self._prefilled = 0.0
+        count = min(len(self.waiting) + len(self.running), self.num_slots)
+        left = self.budget.room(decoding, count) - self._prefilled if decoding else math.inf
+        pieces = self._pieces(left)
+        load = sum(self.budget.cost(seq, width) for seq, width in pieces)
+        self._prefilled += load
+        if not decoding or (pieces and not self._is_mixed(pieces, left - load)):
+            return Batch(*map(list, zip(*pieces, strict=True))) if pieces else None
+        self.budget.charge(decoding, count, self._prefilled)
+        self._prefilled = 0.0
         sequences = [*decoding, *(seq for seq, _ in pieces)]
-        widths = [1] * len(decoding) + [width for _, width in pieces]
-        return Batch(sequences, widths) if sequences else None
+        return Batch(sequences, [1] * len(decoding) + [width for _, width in pieces])
 
-    def _pieces(self, decoding: list[Sequence]) -> list[tuple[Sequence, int]]:
-        """Prompts and how many tokens of each are read now."""
+    def _is_mixed(self, pieces: list[tuple[Sequence, int]], left: float) -> bool:
+        """True where those who decode take part in the pass that reads these prompts.
+
+        Not while there is room for another prompt: its first token does not wait for that one.
+        """
+        if not self.mixes or pieces[0][0].is_scoring:
+            return False
+        others = self.waiting or len(self.running) - self.num_decoding > len(pieces)
+        return left < WORTH_READING or not others
+
+    def _pieces(self, left: float) -> list[tuple[Sequence, int]]:
+        """Prompts and how many tokens of each are read now, of a load up to ``left``."""
         pieces: list[tuple[Sequence, int]] = []
         if not self.waiting and len(self.running) == self.num_decoding:
             return pieces
-        sequences = min(len(self.waiting) + len(self.running), self.num_slots)
-        left = self.budget.room(decoding, sequences) - self._prefilled
-        if decoding and self._prefilled and left <= 0:
-            return pieces
-        while piece := self._next_piece(pieces, left, is_busy=bool(decoding)):
+        together = self.budget.together if self.mixes else 0.0
+        while piece := self._next_piece(pieces, min(left, together) if pieces else left):
             pieces.append(piece)
-            left -= self.budget.cost(*piece)
+            cost = self.budget.cost(*piece)
+            left, together = left - cost, together - cost
             if not self.mixes or piece[0].is_scoring:
                 break
         return pieces
 
     def _next_piece(
-        self, pieces: list[tuple[Sequence, int]], left: float, *, is_busy: bool
+        self, pieces: list[tuple[Sequence, int]], left: float
     ) -> tuple[Sequence, int] | None:
-        """A piece of the prompt whose turn it is; None where none may be read besides ``pieces``.
-
-        The first one where nobody decodes may be as long as a piece can be.
-        """
+        """A piece of the prompt whose turn it is; None where no more may be read in this pass."""
+        if left <= 0 and (pieces or self._prefilled):
+            return None
         chunk = self.prefill_chunk - sum(width for _, width in pieces)
         taken = [seq for seq, _ in pieces]
         turn = self._next_turn(min(self.prefill_chunk, SHORT), taken) if chunk > 0 else None
@@ -179,9 +189,7 @@ class Scheduler:
             return None
         most = min(chunk, seq.num_pending, self.budget.piece(seq))
         least = min(WORTH_READING, most)
-        width = most
-        if pieces or is_busy:
-            width = int(min(most, max(left, 0) / self.budget.cost(seq, 1)))
+        width = int(min(most, max(left, 0) / self.budget.cost(seq, 1)))
         if width < least:
             if pieces or self._prefilled:
                 return None
