@@ -1,4 +1,4 @@
-"""How much of the prompts a pass reads: by the time that passes take, learned while they run.
+"""The share of a pass that prompts get: by the time that passes take, learned while they run.
 
 The load of a pass is its tokens, each by what it costs beside the first one of a sequence: one far
 into a sequence looks at all that comes before it. Pure Python.

@@ -16,7 +16,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from transformers_api.kernels.abi import TYPES, Attention, CacheWrite, Library
-from transformers_api.kernels.capture import current
+from transformers_api.kernels.capture import Recorder, current
 
 NAME = "native"
 MAX_SIZE = 256  # src/attention_block.h
@@ -129,16 +129,25 @@ def native_attention(
     library = rows.library
     (library.with_gil if batch * width < 64 else library.without_gil).attention(call)
     if recorder := current():
-        optional = {"cache_rows": rows.cache_rows, "sinks": sinks}
-        operands = {"q": query, "starts": rows.starts}
-        operands |= {name: each for name, each in optional.items() if each is not None}
-        operands |= {"k": key, "v": value}
-        fields = (*operands, "out")
-        recorder.add("attention", out, [*operands.values()], (1,), call=call, fields=fields)
+        _record_attention(recorder, call, rows, {"q": query, "k": key, "v": value}, out, sinks)
         options = {"scaling": scaling, **{k: v for k, v in kwargs.items() if k in OPTIONS}}
         details = {"window": rows.window, "options": options}
         recorder.add_module_call(module, [query, out], key=key, value=value, options=details)
     return out, None
+
+
+def _record_attention(
+    recorder: Recorder,
+    call: Attention,
+    rows: CausalRows,
+    operands: dict[str, Tensor],
+    out: Tensor,
+    sinks: Tensor | None,
+) -> None:
+    others = {"starts": rows.starts, "cache_rows": rows.cache_rows, "sinks": sinks}
+    operands = operands | {name: each for name, each in others.items() if each is not None}
+    fields = (*operands, "out")
+    recorder.add("attention", out, [*operands.values()], (1,), call=call, fields=fields)
 
 
 def replay_attention(
