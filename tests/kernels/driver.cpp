@@ -56,8 +56,9 @@ void attends(int32_t type) {
     for (T& value : *each) store(&value, type, 0, 1, broadcast(number()));
   std::vector<float> out(q.size());
   const int64_t starts[ROWS] = {140, 3};
-  Attention call{q.data(), k.data(), v.data(), out.data(), starts, nullptr, ROWS, QUERIES, HEADS,
-                 KV_HEADS, SIZE, {HEADS * QUERIES * SIZE, QUERIES * SIZE, SIZE},
+  Attention call{q.data(), k.data(), v.data(), out.data(), starts, nullptr, nullptr,
+                 ROWS, QUERIES, HEADS, KV_HEADS, SIZE,
+                 {HEADS * QUERIES * SIZE, QUERIES * SIZE, SIZE},
                  {KV_HEADS * LENGTH * SIZE, LENGTH * SIZE, SIZE},
                  {KV_HEADS * LENGTH * SIZE, LENGTH * SIZE, SIZE}, 0, .2f, 30.f, F32, type};
   attention(&call);

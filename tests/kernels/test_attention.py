@@ -115,6 +115,32 @@ def test_a_query_is_the_same_to_the_bit_for_any_chunking_and_company(library, ca
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("kv_dtype", TOLERANCE)
+def test_tokens_of_several_sequences_that_share_a_call_get_the_bits_of_their_own(
+    library, case, kv_dtype
+):
+    """Pieces of any widths, in any order, from anywhere in the cache."""
+    made = Case(kv_dtype=kv_dtype, **CASES[case])
+    separate = made.given(library)
+    rows, width = separate.shape[:2]
+    chosen = [
+        (row, query)
+        for row in reversed(range(rows))
+        for query in range(width * row // (2 * rows), width)
+    ]
+    query = torch.stack([made.query[row, :, query] for row, query in chosen])[:, :, None]
+    starts = torch.stack([made.starts[row] + query for row, query in chosen])
+    mask = torch.ones(1, dtype=torch.bool)
+    causal = CausalRows(library, starts, made.window, torch.tensor([row for row, _ in chosen]))
+    with describing([(mask, causal)]):
+        together, _ = native_attention(
+            torch.nn.Module(), query, made.key, made.value, mask, made.scale, **made.options
+        )
+    for place, (row, position) in enumerate(chosen):
+        assert torch.equal(together[place, 0], separate[row, position])
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("kv_dtype", TOLERANCE)
 def test_the_number_of_threads_changes_no_bit(library, case, kv_dtype):
     made = Case(kv_dtype=kv_dtype, **CASES[case])
     results = []
@@ -188,6 +214,15 @@ def test_new_keys_go_to_the_positions_of_their_rows(library, dtype):
     wanted = torch.zeros_like(cache)
     for row, start in enumerate(starts.tolist()):
         wanted[row + 1, :, start : start + 7] = states[row].to(dtype)
+    assert torch.equal(cache, wanted)
+
+
+def test_new_keys_of_several_sequences_go_to_their_rows(library):
+    cache, states = torch.zeros(4, 2, 50, 20), torch.randn(5, 2, 1, 20)
+    starts, rows = torch.tensor([7, 8, 9, 0, 49]), torch.tensor([2, 2, 2, 0, 3])
+    write_cache(library, states, cache, starts, rows)
+    wanted = torch.zeros_like(cache)
+    wanted[rows, :, starts] = states[:, :, 0]
     assert torch.equal(cache, wanted)
 
 

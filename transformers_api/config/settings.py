@@ -138,8 +138,8 @@ class Settings:
     prefill_chunk: int = _setting(
         256,
         to.integer(1, 65536),
-        "Most prompt tokens per step; on a CPU fewer while answers "
-        "are written: 32 for each waiting prompt, or three for each answer.",
+        "Most prompt tokens per step; while answers are written only so many that their tokens "
+        "come evenly.",
     )
     prompt_lookup_tokens: int = _setting(
         0,

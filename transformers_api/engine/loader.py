@@ -38,7 +38,6 @@ from transformers_api.errors import ModelNotServable
 from transformers_api.heap import trim_memory
 
 log = logging.getLogger(__name__)
-BUSY_CHUNK = 32  # on a CPU, where more tokens in one pass take as long apiece
 COSTLY_CONTEXT = 6  # times the model's width: attention takes as long as all else there
 # Weights of a GGUF file up to which "auto" makes plain numbers of them: so small a model notices
 # the rounding of its inputs, and takes little memory anyway.
@@ -186,6 +185,7 @@ def build_engine(
     limits = replace(
         _limits(model, backend, options, facts.mode, vocab_size, window),
         original_window=runner.original_window,
+        mixes=runner.mixes,
     )
     outer: Runner = runner
     suppressed = getattr(model.generation_config, "suppress_tokens", None) or ()
@@ -219,7 +219,6 @@ def _limits(
         context_overflow=getattr(model.config, "context_overflow", None),
         prompt_window=getattr(model.config, "prompt_window", None),
         torch_noise=getattr(model.config, "sampling_noise", None) == "torch",
-        busy_chunk=BUSY_CHUNK if on_cpu else None,
         costly_context=(COSTLY_CONTEXT * width or None) if on_cpu and batches else None,
         prompt_lookup_tokens=options.prompt_lookup_tokens if backend.is_batch_invariant else 0,
         forced_tokens=FORCED_TOKENS if backend.is_batch_invariant else 0,

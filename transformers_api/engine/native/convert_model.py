@@ -78,9 +78,8 @@ def native_runner(
     except Exception as error:
         log.info("%s cannot be packed", type(model).__name__, exc_info=True)
         raise BackendRefused(f"packing failed: {error}") from error
-    if not runner.is_recorded:
-        passes = (runner.decode, runner.prompt, runner.scored)
-        raise BackendRefused(next(each.failure for each in passes if each.failure))
+    if failure := runner.layers.failure:
+        raise BackendRefused(failure)
     return runner
 
 

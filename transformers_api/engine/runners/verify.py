@@ -199,14 +199,14 @@ def _run(runner: VerifiedRunner, rows: list[list[int]]) -> list[Tensor]:
             runner.cache.copy(0, slot, SHARED)
             seq.num_cached = widths.pop(0)
         for width in widths:
-            runner.forward(Batch([seq], width))
+            runner.forward(Batch([seq], [width]))
             seq.num_cached += width
         sequences.append(seq)
     steps = []
     for step in (-2, -1):
         for seq, row in zip(sequences, rows, strict=True):
             seq.tokens.append(row[step])
-        parts = Batch(sequences, 1).parts
+        parts = Batch(sequences, [1] * len(sequences)).parts
         steps.append(torch.cat([runner.forward(part)[:, -1].clone() for part in parts]))
         for seq in sequences:
             seq.num_cached += 1

@@ -28,22 +28,31 @@ def observing(layers: Collection[int] | None) -> Iterator[None]:
 
 
 class HookReplay:
-    """A PassObserver of sequences at the positions ``starts`` (B,) that end before ``length``.
+    """A PassObserver that shows the last tokens of sequences, whose K and V are neighbours.
 
-    ``first``: the row of the ``cache`` that belongs to the first sequence. Attention is shown of
-    the layers that are observed (see ``observing``), other modules where they have hooks.
+    ``tokens``: a token of the pass for each of the rows ``first``.. of the ``cache``; None: those
+    of the pass, in order. ``starts`` (N,): the position of every token of the pass; all come before
+    ``length``. Attention is shown of the layers that are observed (see ``observing``), other
+    modules where they have hooks.
 
     Between two parts of a pass the weights have driven everything else from the caches, and a call
     of torch takes fifty microseconds: few are made.
     """
 
     def __init__(
-        self, library: Library, starts: Tensor, length: int, cache: list[Tensor], first: int
+        self,
+        library: Library,
+        starts: Tensor,
+        length: int,
+        cache: list[Tensor],
+        first: int,
+        tokens: Tensor | None = None,
     ) -> None:
         self.library = library
-        self.starts = starts
         self.cache = cache
-        self.rows = slice(first, first + len(starts))
+        self.tokens = tokens
+        self.starts = starts if tokens is None else starts[tokens]
+        self.rows = slice(first, first + len(self.starts))
         self.positions = slice(length)
 
     def choose(self, points: Sequence[HookPoint]) -> list[HookPoint]:
@@ -61,14 +70,15 @@ class HookReplay:
 
     def show(self, call: FinishedCall) -> None:
         """See PassObserver."""
+        x, output = call.tensors
+        if self.tokens is not None:
+            x, output = x[self.tokens], output[self.tokens]
         if call.cached is None:
-            stream, output = call.tensors
-            call_hooks(call.module, stream, (output,) if call.options["is_tuple"] else output)
+            call_hooks(call.module, x, (output,) if call.options["is_tuple"] else output)
             return
         key, value = (self.cache[index][self.rows, :, self.positions] for index in call.cached)
-        query, output = call.tensors
         mask = CausalRows(self.library, self.starts, call.options["window"])
-        replay_attention(call.module, (query, key, value, output), mask, call.options["options"])
+        replay_attention(call.module, (x, key, value, output), mask, call.options["options"])
 
 
 def call_hooks(module: nn.Module, stream: Tensor, result: Any) -> None:

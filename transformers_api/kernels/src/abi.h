@@ -40,6 +40,7 @@ struct Attention {
   const void *q, *k, *v;  // (rows, heads, queries, size), (rows, kv_heads, length, size) twice
   void* out;              // (rows, queries, heads, size), contiguous, of q's type
   const int64_t* starts;  // position of the first query of each row
+  const int64_t* cache_rows;  // the row of k and v that each row attends to; null: its own
   const float* sinks;     // per head: a score that takes part in softmax without a value; or null
   int64_t rows, queries, heads, kv_heads, size;
   int64_t q_strides[3], k_strides[3], v_strides[3];  // row, head, position; in elements
@@ -53,6 +54,7 @@ struct CacheWrite {
   const void* source;  // (rows, heads, queries, size)
   void* target;        // (rows, heads, length, size), from each row's start on
   const int64_t* starts;
+  const int64_t* cache_rows;  // the row of target that each row is written into; null: its own
   int64_t rows, heads, queries, size;
   int64_t source_strides[3], target_strides[3];
   int32_t source_type, target_type;
