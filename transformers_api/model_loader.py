@@ -159,7 +159,7 @@ class ModelLoader:
             embedder=self._embedder(spec, files, engine),
             scorer=self._scorer(spec, files, engine),
             inspector=inspector,
-            is_outdated=is_outdated,
+            is_outdated=is_outdated if facts["kernels"] == "torch" else lambda: False,
             constraint_listener=self._constraint_listener,
             **facts,
         )

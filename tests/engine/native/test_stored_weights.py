@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import gguf
@@ -244,3 +246,41 @@ def test_weights_of_another_shape_are_refused(load, tmp_path, native_cache):
     for options in ({}, {"native": native_cache}):
         with pytest.raises(ModelLoadFailed):
             load(tmp_path, **options)
+
+
+PEAK = """
+import resource, sys
+from pathlib import Path
+import torch
+from transformers_api.engine.load_options import LoadOptions
+from transformers_api.engine.loader import load_engine
+from transformers_api.engine.thread import EngineThread
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+folder, native = map(Path, sys.argv[1:])
+thread = EngineThread()
+thread.call(lambda: torch.ones(512, 512) @ torch.ones(512, 512)).result()
+before = peak()
+options = LoadOptions(native=native, quantization="gguf", kv_cache_bytes=1 << 20, num_slots=1)
+engine = thread.call(lambda: load_engine(folder, options, thread)).result()
+print(engine.describe().bytes, peak() - before)
+engine.close()
+thread.stop()
+"""
+
+
+def test_a_load_takes_little_more_memory_than_the_packed_weights(tmp_path, native_cache):
+    wide = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 12}
+    stored(tf.LlamaConfig(**SIZES | wide), tmp_path, ("Q4_0",))  # 176 million weights
+    child = subprocess.run(
+        [sys.executable, "-c", PEAK, str(tmp_path), str(native_cache)],
+        capture_output=True,
+        text=True,
+        timeout=50,
+    )
+    assert child.returncode == 0, child.stderr
+    packed, taken = map(int, child.stdout.split())
+    assert packed > 100 << 20
+    assert taken < 1.1 * packed + (150 << 20)  # 700 MB of numbers would be too much
