@@ -40,14 +40,17 @@ STAND_INS = [
             "-DHAS_VNNI256",
         ),
     ),
-    Variant(
-        "neon_on_x86",
-        ("avx2", "fma", "f16c"),
-        ("-mavx2", "-mfma", "-mf16c", "-Wno-psabi", "-DISA_NEON", *headers(NEON_ON_X86)),
-    ),
 ]
-if not Path("/usr/include/simde/arm/neon.h").exists():
-    del STAND_INS[-1]
+# -O1: what takes time is to compile them
+SIMDE_FLAGS = (
+    *("-O1", "-mavx2", "-mfma", "-mf16c", "-Wno-psabi", "-DISA_NEON"),
+    *headers(NEON_ON_X86),
+)
+if Path("/usr/include/simde/arm/neon.h").exists():
+    STAND_INS += [
+        Variant("neon_on_x86", ("avx2", "fma", "f16c"), SIMDE_FLAGS),
+        Variant("neon_bf16_on_x86", ("avx2", "fma", "f16c"), (*SIMDE_FLAGS, "-DHAS_BF16_I8MM")),
+    ]
 
 
 def driven(

@@ -102,7 +102,10 @@ class Settings:
     )
     native_isa: str = _setting(
         "auto",
-        to.choice("auto", "amx", "avx2", "avx2_vnni", "avx512", "avx512_bf16", "neon", "none"),
+        to.choice(
+            *("auto", "amx", "avx2", "avx2_vnni", "avx512", "avx512_bf16", "neon", "neon_bf16"),
+            "none",
+        ),
         "The instruction set of the kernels. auto: the best that the processor has; another one "
         "gives other bits. none: without kernels, as NATIVE_KERNELS=false.",
     )

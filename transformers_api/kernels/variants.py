@@ -65,6 +65,12 @@ VARIANTS = (
     _x86("avx2_vnni", (*_AVX2, "avx_vnni"), "ISA_AVX2", "HAS_VNNI256"),
     _x86("avx2", _AVX2, "ISA_AVX2"),
     Variant(
+        "neon_bf16",
+        ("asimd", "asimddp", "i8mm", "bf16"),
+        ("-march=armv8.2-a+dotprod+i8mm+bf16", "-DISA_NEON", "-DHAS_BF16_I8MM"),
+        machine="aarch64",
+    ),
+    Variant(
         "neon",
         ("asimd", "asimddp"),
         ("-march=armv8.2-a+dotprod", "-DISA_NEON"),
