@@ -123,6 +123,10 @@ class PassObserver(Protocol):
         """Observe a call."""
         ...
 
+    def finish(self) -> None:
+        """The pass has ended; what it wrote into the cache is there."""
+        ...
+
 
 class Program:
     """A plan with memory. Addresses and sizes are computed when the size or the cache changes."""
@@ -161,6 +165,8 @@ class Program:
                 done = point.at
                 observer.show(self._finished_call(point))
         self._run_steps(done, len(self._steps) // self.plan.width)
+        if observer:
+            observer.finish()
         return self._result
 
     def release_memory(self) -> None:

@@ -35,8 +35,9 @@ class HookReplay:
     ``length``. Attention is shown of the layers that are observed (see ``observing``), other
     modules where they have hooks.
 
-    Between two parts of a pass the weights have driven everything else from the caches, and a call
-    of torch takes fifty microseconds: few are made.
+    Between two parts of a pass the kernels' threads wait, and soon go to sleep. The weights have
+    driven everything else from the caches, and a call of torch takes fifty microseconds: few are
+    made.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class HookReplay:
         self.starts = starts if tokens is None else starts[tokens]
         self.rows = slice(first, first + len(self.starts))
         self.positions = slice(length)
+        self._attended: list[tuple[FinishedCall, Tensor, Tensor]] = []
 
     def choose(self, points: Sequence[HookPoint]) -> list[HookPoint]:
         """See PassObserver."""
@@ -69,16 +71,23 @@ class HookReplay:
         ]
 
     def show(self, call: FinishedCall) -> None:
-        """See PassObserver."""
+        """See PassObserver. Attention is shown in the end: its keys are in the cache then."""
         x, output = call.tensors
         if self.tokens is not None:
             x, output = x[self.tokens], output[self.tokens]
         if call.cached is None:
             call_hooks(call.module, x, (output,) if call.options["is_tuple"] else output)
-            return
-        key, value = (self.cache[index][self.rows, :, self.positions] for index in call.cached)
-        mask = CausalRows(self.library, self.starts, call.options["window"])
-        replay_attention(call.module, (x, key, value, output), mask, call.options["options"])
+        else:
+            self._attended.append((call, x.clone(), output.clone()))
+
+    def finish(self) -> None:
+        """See PassObserver."""
+        for call, query, output in self._attended:
+            assert call.cached is not None
+            key, value = (self.cache[index][self.rows, :, self.positions] for index in call.cached)
+            mask = CausalRows(self.library, self.starts, call.options["window"])
+            tensors = query, key, value, output
+            replay_attention(call.module, tensors, mask, call.options["options"])
 
 
 def call_hooks(module: nn.Module, stream: Tensor, result: Any) -> None:
