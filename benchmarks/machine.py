@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,10 +81,20 @@ def busy_core() -> Iterator[None]:
 
 
 def default_model_folder() -> Path:
-    """The embedded model, converted on first use."""
+    """The embedded model as safetensors, which peers read too, made on first use."""
     settings = Settings.from_env()
     spec = next(spec for spec in builtin_models() if spec.name == DEFAULT_MODEL)
-    return ModelStore(settings).prepare(spec, lambda _share, _what: None).folder
+    table = ModelStore(settings).prepare(spec, lambda _share, _what: None).folder
+    folder = settings.model_store / "benchmarks" / table.name
+    if not (folder / "model.safetensors").is_file():
+        from transformers_api.engine.stored_model import write_numbers
+
+        with tempfile.TemporaryDirectory(dir=settings.model_store) as scratch:
+            partial = shutil.copytree(table, Path(scratch) / table.name)
+            write_numbers(partial)
+            folder.parent.mkdir(exist_ok=True)
+            partial.rename(folder)
+    return folder
 
 
 def build_gpt2(folder: Path) -> Path:

@@ -107,7 +107,7 @@ def logits_of(runner: NativeRunner, ids: list[int]) -> Tensor:
     sequence = Sequence(request, stream, 0, eos_token_ids=frozenset(), max_model_len=1 << 30)
     sequence.slot = 0
     runner.cache.reserve(1, len(ids))
-    return runner.forward(Batch([sequence], len(ids)), len(ids))[0]
+    return runner.forward(Batch([sequence], [len(ids)]), len(ids))[0]
 
 
 def plain_logits(model: Any, ids: list[int]) -> Tensor:

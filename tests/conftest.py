@@ -12,7 +12,7 @@ import pytest
 
 from transformers_api.config.settings import Settings
 from transformers_api.kernels.build import build, find
-from transformers_api.kernels.variants import NativeUnavailable, choose, cpu_flags, of_machine
+from transformers_api.kernels.variants import NativeUnavailable, choose, usable
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -66,7 +66,7 @@ def native_cache() -> Path:
 @pytest.fixture(scope="session")
 def isas(native_cache: Path) -> list[str]:
     """The instruction sets that this processor has, with their kernels compiled; the best first."""
-    own = [variant for variant in of_machine() if not variant.missing(cpu_flags())]
+    own = usable()
     for variant in own:
         build(native_cache, variant=variant)
     return [variant.name for variant in own]

@@ -91,7 +91,7 @@ WIRING = {
 # One module of a layer that otherwise leaves a library alone.
 EXCEPTIONS = {"checkpoints.headers.gguf_file": {"gguf"}, "serving.models.hub": {"huggingface_hub"}}
 
-LOADING = {"engine/pretrained.py", "checkpoints/convert.py", "engine/embedding.py"}
+LOADING = {"engine/pretrained.py", "checkpoints/gguf_weights.py", "engine/embedding.py"}
 
 
 @functools.cache
@@ -221,10 +221,10 @@ def test_sources_of_kernels_stay_short(path):
 
 
 def test_instructions_of_a_processor_are_named_in_headers_of_their_own():
-    intrinsic = re.compile(r"\b_mm\d*_|\b__m(\d|mask)|immintrin|\bv\w+q_[fsu]\d")
+    intrinsic = re.compile(r"\b_mm\d*_|\b__m(\d|mask)|\b_tile_|immintrin|\bv\w+q_[fsu]\d")
     sources = [*PACKAGE.rglob("*.cpp"), *PACKAGE.rglob("*.h")]
     assert {path.name for path in sources if intrinsic.search(path.read_text())} == {
-        f"{what}_{isa}.h" for what in ("simd", "dots") for isa in ("avx2", "avx512", "neon")
+        f"{what}_{isa}.h" for what in ("simd", "dots") for isa in ("amx", "avx2", "avx512", "neon")
     }
 
 

@@ -198,7 +198,9 @@ def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
     monkeypatch.setenv("NATIVE_CACHE", str(tmp_path / "native"))
-    monkeypatch.setattr(variants, "cpu_flags", lambda: set(variants.VARIANTS[0].features))
+    features = {name for variant in variants.VARIANTS[:4] for name in variant.features}
+    monkeypatch.setattr(variants, "cpu_flags", lambda: features)
+    monkeypatch.setattr(variants, "ask_for_tile_unit", lambda: None)
     monkeypatch.setattr(build, "COMPILERS", ("g++",))
     return program
 
@@ -214,7 +216,28 @@ def test_kernels_compiles_once_and_says_where(
     compiler.unlink()
     assert main(["kernels"]) == 0
     assert main(["check"]) == 0
-    assert f"Native kernels: avx512_bf16, ready in {made}" in capsys.readouterr().out
+    assert f"Native kernels: amx, ready in {made}" in capsys.readouterr().out
+
+
+def test_check_says_why_the_best_instructions_are_not_used(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    compiler: Path,
+) -> None:
+    monkeypatch.setattr(variants, "ask_for_tile_unit", lambda: "Operation not permitted")
+    refused = "the system refuses the processor's tile unit: Operation not permitted"
+    assert main(["kernels"]) == 0
+    (made,) = (tmp_path / "native").iterdir()
+    capsys.readouterr()
+    assert main(["check"]) == 0
+    assert f"Native kernels: avx512_bf16 ({refused}), ready in {made}" in capsys.readouterr().out
+    monkeypatch.setenv("NATIVE_ISA", "avx2")
+    assert main(["check"]) == 0
+    assert "tile unit" not in capsys.readouterr().out
+    monkeypatch.setenv("NATIVE_ISA", "amx")
+    assert main(["check"]) == 0
+    assert f"Native kernels: none, {refused}" in capsys.readouterr().out
 
 
 def test_a_compiler_that_fails_is_an_error_of_kernels(

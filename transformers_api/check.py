@@ -180,7 +180,10 @@ def _kernels(settings: Settings) -> Finding:
     if library := installation.find(cache, isa):
         reason = installation.refusal(library)
         if reason is None:
-            return Finding(subject, f"{installation.instruction_set(isa)}, ready in {library}")
+            name = installation.instruction_set(isa)
+            if isa == "auto" and (better := installation.withheld()):
+                name += f" ({better})"
+            return Finding(subject, f"{name}, ready in {library}")
         when = f"anew {when}: {reason}"
     if reason := installation.missing_compiler():
         mend = "install g++; without it inference is slower"

@@ -203,7 +203,7 @@ def _pull(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    from transformers_api.checkpoints.convert import convert
+    from transformers_api.checkpoints.convert import TABLE, convert
 
     source, folder = options.source, options.folder
     if not source.exists():
@@ -213,6 +213,10 @@ def _convert(options: argparse.Namespace) -> int:
     try:
         with _progress_bar() as progress:
             convert(source, folder, progress, options.family, options.config)
+        if (folder / TABLE).is_file():  # of a GGUF file, whose weights are not copied to be served
+            from transformers_api.engine.stored_model import write_numbers
+
+            write_numbers(folder)
     except OSError as error:
         raise ModelLoadFailed(f"{folder} could not be made: {error}") from error
     sys.stdout.write(f"{source.name} is ready in {folder}\n")

@@ -159,7 +159,7 @@ class ModelLoader:
             embedder=self._embedder(spec, files, engine),
             scorer=self._scorer(spec, files, engine),
             inspector=inspector,
-            is_outdated=is_outdated,
+            is_outdated=is_outdated if facts["kernels"] == "torch" else lambda: False,
             constraint_listener=self._constraint_listener,
             **facts,
         )
@@ -278,6 +278,8 @@ class ModelLoader:
         if quantized := QUANTIZED_BYTES.get(options.quantization):
             return int(files.parameters * quantized)
         backend = self.thread.call(lambda: self._backend(options)).result()
+        if files.stored_dtype == "gguf" and options.quantization != "none":
+            return backend.file_bytes(files.file_types, options.dtype)
         stored_bytes = files.parameters * DTYPE_BYTES.get(stored, 4)
         dtype = backend.weight_dtype(options.dtype, stored, stored_bytes)
         return files.parameters * DTYPE_BYTES.get(dtype, 4)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.engine.models import tiny_model
+from transformers_api.engine.backend import Backend
 from transformers_api.engine.backends import choose_backends
 from transformers_api.engine.llm_engine import BatchingEngine
 from transformers_api.engine.load_options import LoadOptions
@@ -35,7 +36,7 @@ def built(
     """
     device = "cpu" if options.device == "auto" else options.device
 
-    def make(dtype: str, trust_remote_code: bool) -> Any:
+    def make(backend: Backend) -> Any:
         with differentiable():
             return copy.deepcopy(model).to(device)
 

@@ -50,7 +50,7 @@ def tensors_of(runner):
 def token_bytes(tensor, batch):
     """What the batch's new tokens take in a tensor of the cache."""
     size = tensor.shape[1] * tensor.shape[3] * tensor.element_size()
-    return len(batch.sequences) * batch.width * size
+    return batch.tokens * size
 
 
 def watched(runner, each_step):
@@ -111,8 +111,9 @@ def test_a_step_changes_nothing_in_the_cache_but_its_own_tokens(make_engine, nat
         starts = [seq.num_cached for seq in batch.sequences]
         result = forward()
         for old, new in zip(before, tensors_of(runner), strict=True):
-            for row, start in enumerate(starts, batch.first_slot):
-                old[row, :, start : start + batch.width] = new[row, :, start : start + batch.width]
+            for seq, start, width in zip(batch.sequences, starts, batch.widths, strict=True):
+                tokens = seq.slot, slice(None), slice(start, start + width)
+                old[tokens] = new[tokens]
             changed.append(not torch.equal(old, new))
         return result
 

@@ -124,17 +124,17 @@ def test_a_watched_step_is_the_same_padded_step_run_uncaptured():
         stream = TokenStream(1, lambda _: None)
         seq = Sequence(ask(prompt), stream, 0, eos_token_ids=frozenset(), max_model_len=128)
         seq.slot = slot
-        runner.forward(Batch([seq], len(prompt) - 1))
+        runner.forward(Batch([seq], [len(prompt) - 1]))
         seq.num_cached = len(prompt) - 1
         sequences.append(seq)
-    captured = runner.forward(Batch(sequences, 1)).clone()
+    captured = runner.forward(Batch(sequences, [1] * len(sequences))).clone()
     repeated = graphs.repeated
     sequences[1].observe = {"trace": None}
-    watched = runner.forward(Batch(sequences, 1)).clone()
+    watched = runner.forward(Batch(sequences, [1] * len(sequences))).clone()
     assert graphs.repeated == repeated > 0
     assert torch.equal(watched, captured)
     sequences[1].observe = {}
-    assert torch.equal(runner.forward(Batch(sequences, 1)), captured)
+    assert torch.equal(runner.forward(Batch(sequences, [1] * len(sequences))), captured)
 
 
 def test_a_watched_stream_has_the_tokens_of_one_that_is_not_and_its_scores(graph_engine):

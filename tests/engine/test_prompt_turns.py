@@ -15,7 +15,7 @@ PIECE = 100  # tokens of a prompt in one step
 
 
 def scheduler_of(slots: int) -> Scheduler:
-    return Scheduler(Rows(slots, 4096, 1 << 20), slots, PIECE, 16)
+    return Scheduler(Rows(slots, 4096, 1 << 20), slots, PIECE)
 
 
 def long_prompt(client: str, token: int, tokens: int = 3000) -> Sequence:
@@ -28,7 +28,7 @@ def pieces(scheduler: Scheduler, count: int) -> list[tuple[Sequence, int]]:
     while len(read) < count and (batch := scheduler.schedule()) is not None:
         (seq,) = batch.sequences
         read.append((seq, batch.width))
-        seq.advance(batch.width, SampledToken(1) if batch.reaches_end else None)
+        seq.advance(batch.width, SampledToken(1) if batch.ending else None)
         if seq.is_finished:
             scheduler.finish(seq)
         else:
@@ -146,7 +146,7 @@ def test_prompts_that_begin_alike_share_what_they_begin_with():
 
 
 def test_pieces_of_scored_prompts_are_half_as_long():
-    scheduler = Scheduler(Rows(4, 4096, 1 << 20), 4, PIECE, 16, costly_context=1 << 20)
+    scheduler = Scheduler(Rows(4, 4096, 1 << 20), 4, PIECE, costly_context=1 << 20)
     scored = sequence([1] * 200, 1, 4096)
     scored.params = replace(scored.params, prompt_logprobs=0)
     scheduler.add(scored)
@@ -155,7 +155,7 @@ def test_pieces_of_scored_prompts_are_half_as_long():
 
 def test_pieces_are_shorter_where_more_comes_before_them():
     """So that all take about as long: attention looks at all of it."""
-    scheduler = Scheduler(Rows(4, 4096, 1 << 20), 4, PIECE, 16, costly_context=500)
+    scheduler = Scheduler(Rows(4, 4096, 1 << 20), 4, PIECE, costly_context=500)
     scheduler.add(long_prompt("a", 1))
     widths = [width for _, width in pieces(scheduler, 200)]
     assert sum(widths) == 3000

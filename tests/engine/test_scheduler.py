@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,9 +20,10 @@ class Rows:
     reuses_prefixes = True
     bytes = budget_bytes = 0
 
-    def __init__(self, rows: int, length: int, budget: int) -> None:
+    def __init__(self, rows: int, length: int, budget: int, mixes: bool = False) -> None:
         self.data = [[None] * length for _ in range(rows)]
         self.budget = budget  # tokens
+        self.mixes = mixes  # reads a batch of any sequences and widths
         self.length = 1
 
     def reserve(self, rows: int, length: int, kept: dict[int, int]) -> tuple[int, int] | None:
@@ -50,10 +52,13 @@ class Rows:
         self.data[row] = [None] * len(self.data[row])
 
     def forward(self, batch) -> None:
-        for offset, seq in enumerate(batch.sequences):
-            assert seq.slot == batch.first_slot + offset, "a batch is a contiguous range of rows"
-            end = seq.num_cached + batch.width
-            self.data[seq.slot][seq.num_cached : end] = seq.upcoming(batch.width)
+        if not self.mixes:
+            slots = [seq.slot for seq in batch.sequences]
+            assert slots == list(range(slots[0], slots[0] + len(slots))), "neighbours"
+            assert len(set(batch.widths)) == 1
+        for seq, width in zip(batch.sequences, batch.widths, strict=True):
+            end = seq.num_cached + width
+            self.data[seq.slot][seq.num_cached : end] = seq.upcoming(width)
             seen = seq.tokens[seq.start : seq.start + end]
             assert self.data[seq.slot][:end] == seen, "the row holds what the sequence sees"
 
@@ -93,13 +98,15 @@ arrivals = st.lists(
     arrivals,
     st.integers(1, 4),
     st.integers(1, 9),
-    st.sampled_from([None, 1, 3]),
+    st.booleans(),
     st.sampled_from([64, 100, 256]),
 )
-def test_every_row_holds_its_sequence_whatever_comes_and_goes(requests, slots, chunk, busy, budget):
+def test_every_row_holds_its_sequence_whatever_comes_and_goes(
+    requests, slots, chunk, mixes, budget
+):
     """Prompts that begin alike, sequences that slide, clients that leave, too little memory."""
-    cache = Rows(slots, 64, budget)
-    scheduler = Scheduler(cache, slots, chunk, busy)
+    cache = Rows(slots, 64, budget, mixes)
+    scheduler = Scheduler(cache, slots, chunk, mixes=mixes)
     due = [
         (step, sequence(p, n, window or 64, window is not None), leave)
         for p, n, step, leave, window in requests
@@ -117,9 +124,9 @@ def test_every_row_holds_its_sequence_whatever_comes_and_goes(requests, slots, c
         if batch is None:
             continue
         cache.forward(batch)
-        ends = batch.reaches_end
-        for seq in batch.sequences:
-            seq.advance(batch.width, SampledToken(sum(seq.tokens) % 3) if ends else None)
+        scheduler.budget.times.observe(scheduler.budget.load_of(batch), 1 + batch.tokens)
+        for seq, width, ends in zip(batch.sequences, batch.widths, batch.ends, strict=True):
+            seq.advance(width, SampledToken(sum(seq.tokens) % 3) if ends else None)
         for seq in reversed(batch.sequences):
             if seq.is_finished:
                 scheduler.finish(seq)
@@ -148,72 +155,139 @@ def test_first_come_first_served_even_when_a_later_one_would_fit():
     while not running.is_finished:
         batch = scheduler.schedule()
         assert batch.sequences == [running]
-        running.advance(batch.width, SampledToken(1))
+        running.advance(*batch.widths, SampledToken(1))
         scheduler.settle(running)
     scheduler.finish(running)
     assert scheduler.schedule().sequences == [big]
 
 
+def timed(slots, seconds, **options):
+    """A scheduler whose passes of n tokens take ``seconds(n)``."""
+    options = {"prefill_chunk": 100} | options
+    scheduler = Scheduler(Rows(slots, 512, 1 << 20), slots, **options)
+    for tokens in (1, 2, 4, 8, 16, 32, 64, 128, 256):
+        scheduler.budget.times.observe(tokens, seconds(tokens))
+    return scheduler
+
+
+def weights_or_tokens(tokens):
+    """A pass takes 10 to read the weights, and 1 a token where that is more."""
+    return max(10, tokens)
+
+
 def steps(scheduler, count):
-    """(sequences, width) of the next steps, which are done."""
+    """(sequences, widths) of the next steps, which are done."""
     done = []
     for _ in range(count):
         batch = scheduler.schedule()
-        done.append((batch.sequences, batch.width))
-        ends = batch.reaches_end
-        for seq in batch.sequences:
-            seq.advance(batch.width, SampledToken(1) if ends else None)
+        done.append((batch.sequences, batch.widths))
+        for seq, width, ends in zip(batch.sequences, batch.widths, batch.ends, strict=True):
+            seq.advance(width, SampledToken(1) if ends else None)
         for seq in reversed(batch.sequences):
             scheduler.settle(seq)
     return done
 
 
-def test_a_prompt_is_read_in_smaller_pieces_while_others_decode():
-    scheduler = Scheduler(Rows(8, 512, 1 << 20), 8, prefill_chunk=100, busy_chunk=16)
+def decoding_of(scheduler, count):
+    """So many sequences that have been read and decode."""
+    sequences = [sequence([token], 300, 512) for token in range(count)]
+    for seq in sequences:
+        scheduler.add(seq)
+    while any(seq.num_output < 2 for seq in sequences):
+        steps(scheduler, 1)
+    return sequences
+
+
+def test_a_piece_of_a_prompt_takes_twice_the_time_of_a_token_between_two_steps():
+    scheduler = timed(8, weights_or_tokens)
     one, two = sequence([1] * 150, 90, 512), sequence([2] * 150, 90, 512)
     scheduler.add(one)
-    assert [width for _, width in steps(scheduler, 3)] == [100, 50, 1]
+    assert [widths for _, widths in steps(scheduler, 3)] == [[100], [50], [1]]
     scheduler.add(two)
-    assert steps(scheduler, 4) == [([two], 16), ([one], 1)] * 2
+    assert steps(scheduler, 4) == [([two], [20]), ([one], [1])] * 2
 
 
-def test_the_more_decode_the_more_of_a_prompt_is_read_between_two_steps():
-    """So that its share of the time stays what it is."""
-    scheduler = Scheduler(Rows(9, 512, 1 << 20), 9, prefill_chunk=100, busy_chunk=4)
-    for _ in range(8):
-        scheduler.add(sequence([1], 90))
-    steps(scheduler, 12)
-    late = sequence([2] * 150, 9, 512)
-    scheduler.add(late)
-    assert ([late], 24) in steps(scheduler, 2)
+def test_a_mixed_pass_reads_what_fits_into_the_time():
+    scheduler = timed(8, weights_or_tokens, mixes=True)
+    one, two = sequence([1] * 150, 90, 512), sequence([2] * 150, 90, 512)
+    scheduler.add(one)
+    assert [widths for _, widths in steps(scheduler, 3)] == [[100], [50], [1]]
+    scheduler.add(two)
+    assert steps(scheduler, 2) == [([one, two], [1, 29])] * 2, "10 for a step and 20 for a prompt"
 
 
-def test_the_more_prompts_wait_the_more_is_read_between_two_steps():
-    scheduler = Scheduler(Rows(5, 512, 1 << 20), 5, prefill_chunk=100, busy_chunk=16)
-    scheduler.add(sequence([1], 90))
-    steps(scheduler, 2)
-    for token in range(2, 12):  # four of them can have a slot
-        scheduler.add(sequence([token] * 150, 90, 512))
-    assert [width for _, width in steps(scheduler, 3)] == [64, 1, 64]
-    scheduler.waiting.clear()
-    assert [width for _, width in steps(scheduler, 3)] == [1, 16, 1]
+@pytest.mark.parametrize("decoding", [40, 60, 90])
+def test_a_mixed_pass_takes_half_as_long_again_as_a_step_of_many(decoding):
+    scheduler = timed(100, weights_or_tokens, mixes=True)
+    decoding_of(scheduler, decoding)
+    scheduler.add(sequence([200] * 500, 9, 512))
+    lengths = [sum(widths) for _, widths in steps(scheduler, 8)]
+    assert all(1.3 * decoding < length < 1.6 * decoding for length in lengths[2:])
+
+
+def test_a_short_prompt_is_read_at_once_if_there_was_none_for_a_while():
+    scheduler = timed(64, weights_or_tokens, mixes=True)
+    decoding_of(scheduler, 40)
+    steps(scheduler, 80)
+    read = []
+    for token in range(8):
+        scheduler.add(sequence([100 + token] * 60, 90, 512))
+        ((_, widths),) = steps(scheduler, 1)
+        read.append(sum(widths) - len(widths) + 1)
+    assert read[0] == 60
+    assert max(read[3:]) < 30, "those who decode wait seldom"
+
+
+@pytest.mark.parametrize(
+    ("decoding", "waiting", "most"), [(1, 1, 29), (1, 2, 49), (1, 4, 89), (8, 4, 22), (8, 6, 100)]
+)
+def test_few_who_decode_wait_for_many_prompts(decoding, waiting, most):
+    scheduler = timed(16, weights_or_tokens, mixes=True)
+    decoders = decoding_of(scheduler, decoding)
+    for token in range(waiting):
+        scheduler.add(sequence([100 + token] * 150, 90, 512))
+    ((sequences, widths),) = steps(scheduler, 1)
+    assert set(sequences[:-1]) == set(decoders)
+    assert most - 1 <= widths[-1] <= most + decoding, "a few that were saved"
+
+
+def test_short_prompts_share_a_pass_that_takes_as_long_for_one():
+    scheduler = timed(8, weights_or_tokens, mixes=True)
+    prompts = [sequence([token] * 8, 90, 512) for token in range(4)]
+    for seq in prompts:
+        scheduler.add(seq)
+    assert steps(scheduler, 1) == [(prompts[:2], [8, 8])]
+
+
+def test_a_prompt_whose_scores_are_asked_for_has_its_passes_to_itself():
+    scheduler = timed(8, weights_or_tokens, mixes=True)
+    (one,) = decoding_of(scheduler, 1)
+    scored, plain = sequence([2] * 40, 9, 512), sequence([3] * 12, 9, 512)
+    scored.params = replace(scored.params, prompt_logprobs=0)
+    scheduler.add(scored)
+    scheduler.add(plain)
+    done = steps(scheduler, 12)
+    assert all(sequences == [scored] for sequences, _ in done if scored in sequences[:1])
+    assert {len(sequences) for sequences, _ in done if scored in sequences and one in sequences}
+    assert not scored.is_prefilling
+    assert not plain.is_prefilling
 
 
 def test_a_short_prompt_does_not_wait_for_a_long_one():
-    scheduler = Scheduler(Rows(4, 512, 1 << 20), 4, prefill_chunk=100, busy_chunk=16)
+    scheduler = timed(4, weights_or_tokens)
     long, short, other = (sequence([n] * k, 90, 512) for n, k in ((1, 400), (2, 10), (3, 10)))
     scheduler.add(long)
     steps(scheduler, 1)
     scheduler.add(short)
     scheduler.add(other)
-    read = [seqs[0] for seqs, width in steps(scheduler, 8) if width > 1]
+    read = [seqs[0] for seqs, widths in steps(scheduler, 8) if widths != [1] * len(widths)]
     assert read.index(short) < 2
     assert read.count(long) > 1, "nor does the long one for many short ones"
 
 
-def test_what_one_prompt_leaves_of_its_turn_is_the_next_ones():
-    scheduler = Scheduler(Rows(4, 512, 1 << 20), 4, prefill_chunk=100, busy_chunk=32)
-    one, two, three = (sequence([n] * 38, 90, 512) for n in (1, 2, 3))
-    for seq in (one, two, three):
-        scheduler.add(seq)
-    assert [width for _, width in steps(scheduler, 7)] == [38, 26, 1, 12, 20, 1, 18]
+def test_before_a_pass_was_timed_prompts_are_read_nevertheless():
+    scheduler = Scheduler(Rows(4, 512, 1 << 20), 4, 100, mixes=True)
+    scheduler.add(sequence([1] * 30, 90, 512))
+    steps(scheduler, 2)
+    scheduler.add(sequence([2] * 30, 90, 512))
+    assert [widths for _, widths in steps(scheduler, 1)] == [[1, 30]]

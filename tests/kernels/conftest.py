@@ -1,19 +1,36 @@
 from __future__ import annotations
 
+import hashlib
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from transformers_api.kernels.abi import Library
-from transformers_api.kernels.build import build, content_name, find
-from transformers_api.kernels.variants import VARIANTS, Variant, cpu_flags, of_machine
+from transformers_api.kernels.build import FLAGS, SOURCES, build, content_name, find
+from transformers_api.kernels.variants import VARIANTS, Variant, cpu_flags, usable
 
 NEON_ON_X86 = Path(__file__).with_name("neon_on_x86")
+AMX_BY_LOOPS = Path(__file__).with_name("amx_by_loops")
+DRIVER = Path(__file__).with_name("driver.cpp")
+AMX = next(variant for variant in VARIANTS if variant.name == "amx")
+
+
+def headers(folder: Path) -> tuple[str, ...]:
+    """The compiler's flags for what stands before its own headers; they change as that does."""
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.glob("*.h"))))
+    return "-isystem", str(folder), f"-DHEADERS=0x{digest.hexdigest()[:8]}"
+
+
 # The kernels for other processors, by instructions that more machines have.
 STAND_INS = [
+    Variant(
+        "amx_by_loops",
+        tuple(feature for feature in AMX.features if not feature.startswith("amx")),
+        (*(flag for flag in AMX.flags if not flag.startswith("-mamx")), *headers(AMX_BY_LOOPS)),
+    ),
     Variant(
         "avx2_vnni_by_avx512",
         ("avx2", "fma", "f16c", "avx512vl", "avx512_vnni"),
@@ -23,14 +40,39 @@ STAND_INS = [
             "-DHAS_VNNI256",
         ),
     ),
-    Variant(
-        "neon_on_x86",
-        ("avx2", "fma", "f16c"),
-        ("-mavx2", "-mfma", "-mf16c", "-Wno-psabi", "-DISA_NEON", "-isystem", str(NEON_ON_X86)),
-    ),
 ]
-if not Path("/usr/include/simde/arm/neon.h").exists():
-    del STAND_INS[-1]
+# -O1: what takes time is to compile them
+SIMDE_FLAGS = (
+    *("-O1", "-mavx2", "-mfma", "-mf16c", "-Wno-psabi", "-DISA_NEON"),
+    *headers(NEON_ON_X86),
+)
+if Path("/usr/include/simde/arm/neon.h").exists():
+    STAND_INS += [
+        Variant("neon_on_x86", ("avx2", "fma", "f16c"), SIMDE_FLAGS),
+        Variant("neon_bf16_on_x86", ("avx2", "fma", "f16c"), (*SIMDE_FLAGS, "-DHAS_BF16_I8MM")),
+    ]
+
+
+def driven(
+    compiler: Sequence[str],
+    variant: Variant,
+    folder: Path,
+    emulator: Sequence[str] = (),
+    sources: Sequence[Path] = (),
+) -> bytes:
+    """The bytes of all that the kernels give for numbers of its own, by a program of its own.
+
+    ``sources``: more of its sources.
+    """
+    program = folder / variant.name
+    flags = [flag for flag in (*FLAGS, *variant.flags) if flag != "-shared"]
+    files = [str(path) for path in (DRIVER, *sources)]
+    command = [*compiler, *flags, "-static", "-I", str(SOURCES), *files, "-o", str(program)]
+    subprocess.run(command, check=True, timeout=600)
+    done = subprocess.run(
+        [*emulator, str(program)], check=True, stdout=subprocess.PIPE, timeout=300
+    )
+    return done.stdout
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +82,7 @@ def library_file(native_cache: Path) -> Path:
     return found
 
 
-OWN = [v for v in (*of_machine(), *STAND_INS) if not v.missing(cpu_flags())]
+OWN = [*usable(), *(variant for variant in STAND_INS if not variant.missing(cpu_flags()))]
 
 
 @pytest.fixture(params=OWN or VARIANTS[-1:], ids=lambda variant: variant.name)

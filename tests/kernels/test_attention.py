@@ -114,8 +114,35 @@ def test_a_query_is_the_same_to_the_bit_for_any_chunking_and_company(library, ca
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_number_of_threads_changes_no_bit(library, case):
-    made = Case(**CASES[case])
+@pytest.mark.parametrize("kv_dtype", TOLERANCE)
+def test_tokens_of_several_sequences_that_share_a_call_get_the_bits_of_their_own(
+    library, case, kv_dtype
+):
+    """Pieces of any widths, in any order, from anywhere in the cache."""
+    made = Case(kv_dtype=kv_dtype, **CASES[case])
+    separate = made.given(library)
+    rows, width = separate.shape[:2]
+    chosen = [
+        (row, query)
+        for row in reversed(range(rows))
+        for query in range(width * row // (2 * rows), width)
+    ]
+    query = torch.stack([made.query[row, :, query] for row, query in chosen])[:, :, None]
+    starts = torch.stack([made.starts[row] + query for row, query in chosen])
+    mask = torch.ones(1, dtype=torch.bool)
+    causal = CausalRows(library, starts, made.window, torch.tensor([row for row, _ in chosen]))
+    with describing([(mask, causal)]):
+        together, _ = native_attention(
+            torch.nn.Module(), query, made.key, made.value, mask, made.scale, **made.options
+        )
+    for place, (row, position) in enumerate(chosen):
+        assert torch.equal(together[place, 0], separate[row, position])
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("kv_dtype", TOLERANCE)
+def test_the_number_of_threads_changes_no_bit(library, case, kv_dtype):
+    made = Case(kv_dtype=kv_dtype, **CASES[case])
     results = []
     for threads in (1, 2, 3, 5):
         library.set_threads(threads)
@@ -123,8 +150,10 @@ def test_the_number_of_threads_changes_no_bit(library, case):
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-def test_keys_that_a_query_does_not_see_may_be_anything(library):
-    made = Case(window=20, width=3)
+@pytest.mark.parametrize("kv_dtype", TOLERANCE)
+@pytest.mark.parametrize("width", [1, 3, 40])
+def test_keys_that_a_query_does_not_see_may_be_anything(library, kv_dtype, width):
+    made = Case(kv_dtype=kv_dtype, window=20, width=width)
     wanted = made.given(library)
     hidden = ~made.visible().any(2)[:, 0]  # (rows, length)
     for row in range(len(hidden)):
@@ -133,10 +162,13 @@ def test_keys_that_a_query_does_not_see_may_be_anything(library):
     assert torch.equal(made.given(library), wanted)
 
 
-def test_a_nan_reaches_the_queries_that_see_it_and_no_others(library):
-    made = Case(width=4, rows=1)
+@pytest.mark.parametrize("kv_dtype", TOLERANCE)
+@pytest.mark.parametrize("width", [4, 40])
+@pytest.mark.parametrize("part", ["key", "value"])
+def test_a_nan_reaches_the_queries_that_see_it_and_no_others(library, kv_dtype, width, part):
+    made = Case(kv_dtype=kv_dtype, width=width, rows=1)
     wanted = made.given(library)
-    made.key[0, :, made.starts[0] + 2] = float("nan")
+    getattr(made, part)[0, :, made.starts[0] + 2] = float("nan")
     given = made.given(library)
     assert torch.equal(given[:, :2], wanted[:, :2])
     assert given[:, 2:].isnan().all()
@@ -182,6 +214,15 @@ def test_new_keys_go_to_the_positions_of_their_rows(library, dtype):
     wanted = torch.zeros_like(cache)
     for row, start in enumerate(starts.tolist()):
         wanted[row + 1, :, start : start + 7] = states[row].to(dtype)
+    assert torch.equal(cache, wanted)
+
+
+def test_new_keys_of_several_sequences_go_to_their_rows(library):
+    cache, states = torch.zeros(4, 2, 50, 20), torch.randn(5, 2, 1, 20)
+    starts, rows = torch.tensor([7, 8, 9, 0, 49]), torch.tensor([2, 2, 2, 0, 3])
+    write_cache(library, states, cache, starts, rows)
+    wanted = torch.zeros_like(cache)
+    wanted[rows, :, starts] = states[:, :, 0]
     assert torch.equal(cache, wanted)
 
 

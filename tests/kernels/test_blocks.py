@@ -109,12 +109,12 @@ def test_rows_come_in_the_order_that_is_asked_for(library, kind):
 
 @pytest.mark.parametrize("kinds", [("Q4_0", "Q4_1", "Q4_K"), ("Q8_0", "Q5_0", "Q6_K")])
 def test_blocks_and_plain_numbers_lie_below_each_other(library, kinds):
-    matrices = [random_blocks(kind, (rows, 256), rows) for kind, rows in zip(kinds, (7, 40, 21))]
-    blocks, values = zip(*matrices)
+    rows = (7, 40, 21)
+    blocks = [random_blocks(kind, (n, 256), n)[0] for kind, n in zip(kinds, rows, strict=True)]
     own = torch.randn(5, 256, generator=torch.Generator().manual_seed(1))
     width = blocks[0].width
     packed = PackedWeight(library, [*blocks, own], width, WeightMemory())
-    parts = packed.dense().split([7, 40, 21, 5])
+    parts = packed.dense().split([*rows, 5])
     for part, block in zip(parts, blocks, strict=False):
         alone = PackedWeight(library, [block], width, WeightMemory())
         assert torch.equal(part, alone.dense())

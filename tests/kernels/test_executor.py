@@ -18,7 +18,7 @@ from transformers_api.kernels.modules.attention import (
     register,
     write_cache,
 )
-from transformers_api.kernels.modules.replace import layer_groups, pack_model
+from transformers_api.kernels.modules.replace import Widths, layer_groups, pack_model
 
 PROMPT = [5, 9, 33, 71, 8, 2, 90, 17, 44, 3, 61]
 IDS = [torch.tensor([[7], [50], [23], [9]]), torch.tensor([[81], [4], [66], [1]])]
@@ -31,8 +31,8 @@ class NativeLayer(SlotLayer):
             self.lazy_initialization(key_states, value_states)
         cache = self.cache
         for rows, states in zip(self.rows, (key_states, value_states), strict=True):
-            write_cache(cache.library, states, rows[cache.window], cache.starts)
-        return tuple(rows[cache.window, :, : cache.context] for rows in self.rows)
+            write_cache(cache.library, states, rows, cache.starts, cache.cache_rows)
+        return tuple(rows[:, :, : cache.context] for rows in self.rows)
 
 
 class Setup:
@@ -46,7 +46,7 @@ class Setup:
         ids = torch.tensor([PROMPT[:2]])
         with torch.no_grad():
             groups = layer_groups(self.model, lambda: self.model(input_ids=ids, use_cache=False))
-        pack_model(self.model, library, kind, groups)
+        pack_model(self.model, library, Widths(kind), groups)
         layers = self.model.config.get_text_config(decoder=True).num_hidden_layers
         self.cache = SlotCache(layers, 4, 128)
         self.cache.library = library
@@ -63,13 +63,14 @@ class Setup:
             self.plain([PROMPT[:length]], [0], row)
 
     @torch.no_grad()
-    def forward(self, ids, positions, starts, first, seen):
-        self.cache.bind(first, positions, seen)
-        self.cache.starts = starts
+    def forward(self, ids, positions, starts, cache_rows):
+        seen = self.cache.length
+        self.cache.bind(0, positions, seen)
+        self.cache.starts, self.cache.cache_rows = starts, cache_rows
         mask = torch.ones(len(ids), 1, ids.shape[1], seen, dtype=torch.bool)
         masks = {kind: mask.clone() for kind in self.windows}
         rows = [
-            (masks[kind], CausalRows(self.library, starts, window))
+            (masks[kind], CausalRows(self.library, starts, window, cache_rows))
             for kind, window in self.windows.items()
         ]
         with describing(rows):
@@ -82,21 +83,20 @@ class Setup:
                 logits_to_keep=1,
             ).logits
 
-    def inputs(self, ids, starts):
+    def inputs(self, ids, starts, first):
         ids, starts = torch.as_tensor(ids).clone(), torch.as_tensor(starts).clone()
-        return [ids, starts[:, None] + torch.arange(ids.shape[1]), starts]
+        rows = torch.arange(first, first + len(ids))
+        return [ids, starts[:, None] + torch.arange(ids.shape[1]), starts, rows]
 
     def plain(self, ids, starts, first=0):
-        inputs = self.inputs(ids, starts)
-        return self.forward(*inputs, first, int(inputs[1].max()) + 1)
+        return self.forward(*self.inputs(ids, starts, first))
 
     def tensors(self):
         return [rows for layer in self.cache.slots for rows in layer.rows]
 
-    def learn(self, which, size, ids, starts, first=0):
-        inputs = self.inputs(ids, starts)
-        seen = int(inputs[1].max()) + 1
-        which.record(size, inputs, self.tensors(), lambda: self.forward(*inputs, first, seen))
+    def learn(self, which, size, ids, starts):
+        inputs = self.inputs(ids, starts, 0)
+        which.record(size, inputs, self.tensors(), lambda: self.forward(*inputs))
 
     def learn_all(self):
         for rows in (2, 3):
@@ -106,12 +106,22 @@ class Setup:
         self.fill()  # what was learned wrote what nobody computed
 
     def step(self, ids, rows, count=0):
-        inputs = self.inputs(ids[:rows], self.lengths[:rows] + count)
-        return self.decode.run(rows, inputs, self.tensors(), 0).clone()
+        inputs = self.inputs(ids[:rows], self.lengths[:rows] + count, 0)
+        return self.decode.run(rows, inputs, self.tensors()).clone()
 
     def read(self, ids, start, first):
-        inputs = self.inputs([ids], [start])
-        return self.prefill.run(len(ids), inputs, self.tensors(), first).clone()
+        inputs = self.inputs([ids], [start], first)
+        return self.prefill.run(len(ids), inputs, self.tensors()).clone()
+
+    def mixed(self, pieces):
+        """Logits of the last tokens of (ids, start, row) that are read in one pass."""
+        ids = torch.tensor([token for ids, _, _ in pieces for token in ids])[:, None]
+        starts = [start + place for ids, start, _ in pieces for place in range(len(ids))]
+        rows = torch.tensor([row for ids, _, row in pieces for _ in ids])
+        starts = torch.tensor(starts)
+        inputs = [ids, starts[:, None].clone(), starts, rows]
+        logits = self.decode.run(len(ids), inputs, self.tensors()).clone()
+        return logits[torch.tensor([len(ids) for ids, _, _ in pieces]).cumsum(0) - 1]
 
 
 @pytest.mark.parametrize("name", sorted(BATCHED))
@@ -162,6 +172,23 @@ def test_a_row_is_the_same_to_the_bit_alone_and_in_company(library, name, kind):
     assert torch.equal(others[2][:3], others[1])
     by_itself = setup.read([7], 8, 0)
     assert torch.equal(by_itself, alone), "a decode step is a prompt of one token"
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral-window-8"])
+def test_pieces_of_prompts_and_decode_steps_in_one_pass_have_the_bits_of_their_own(
+    library, name, kind
+):
+    setup = Setup(library, name, kind)
+    setup.learn_all()
+    ids = (PROMPT * 5)[:50]
+    whole = [setup.read(ids[:n], 0, 0) for n in (40, 24, 1)]
+    setup.fill()
+    step = setup.read([7], 11, 3)
+    setup.fill()
+    setup.mixed([(ids[:13], 0, 1), (ids[:7], 0, 0)])
+    given = setup.mixed([([7], 11, 3), (ids[7:24], 7, 0), (ids[:1], 0, 2), (ids[13:40], 13, 1)])
+    assert torch.equal(given, torch.cat([step, whole[1], whole[2], whole[0]]))
 
 
 def test_a_cache_that_grew_needs_no_new_recording(library):

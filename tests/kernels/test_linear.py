@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from transformers_api.kernels.abi import TYPES, WEIGHT_TYPES, Library, Weight
+from transformers_api.kernels.build import build
 from transformers_api.kernels.modules.linear import (
     JoinedWeights,
     PackedWeight,
@@ -138,6 +140,29 @@ def test_a_row_that_is_not_there_is_nan_and_reads_no_foreign_memory(library):
     found = packed(library, random(70, 130), "int8").rows(torch.tensor([70, -1, 69, 1 << 40]))
     assert found[[0, 1, 3]].isnan().all()
     assert found[2].isfinite().all()
+
+
+def packed_by_its_functions(library: Library, kind: str, dense: torch.Tensor) -> torch.Tensor:
+    weight = Weight(WEIGHT_TYPES[kind], 0, *dense.shape)
+    memory = torch.zeros(library.with_gil.packed_bytes(weight), dtype=torch.uint8)
+    weight.data = memory.data_ptr()
+    arguments = [weight, dense.data_ptr(), TYPES[dense.dtype], 0, len(dense)]
+    if kind == "int4":
+        sums = torch.zeros(len(dense), 2, dtype=torch.float64)
+        library.with_gil.pack_int4(*arguments, sums.data_ptr())
+    else:
+        library.with_gil.pack(*arguments)
+    return memory
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_instruction_set_packs_the_same_bytes(library, native_cache, kind, dtype):
+    best = Library(build(native_cache), threads=2)
+    for shape in [(50, 77), (64, 96), (1, 1)]:
+        dense = random(*shape).to(dtype)
+        memories = [packed_by_its_functions(each, kind, dense) for each in (library, best)]
+        assert torch.equal(*memories)
 
 
 def test_int8_takes_little_more_than_a_byte_per_weight(library):

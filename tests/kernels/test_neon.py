@@ -4,39 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 
-from tests.kernels.conftest import NEON_ON_X86, STAND_INS
-from transformers_api.kernels.build import FLAGS, SOURCES
-from transformers_api.kernels.variants import VARIANTS, Variant
+from tests.kernels.conftest import STAND_INS, driven
+from transformers_api.kernels.variants import VARIANTS
 
 CROSS = "aarch64-linux-gnu-g++"
 TOOLS = (CROSS, "qemu-aarch64", "g++")
 MISSING = [tool for tool in TOOLS if shutil.which(tool) is None]
 
 
-def results(compiler: str, variant: Variant, folder: Path, *emulator: str) -> bytes:
-    program = folder / variant.name
-    flags = [flag for flag in (*FLAGS, *variant.flags) if flag != "-shared"]
-    source = ["-I", str(SOURCES), str(NEON_ON_X86 / "driver.cpp")]
-    command = [compiler, *flags, "-static", *source, "-o", str(program)]
-    subprocess.run(command, check=True, timeout=600)
-    done = subprocess.run(
-        [*emulator, str(program)], check=True, stdout=subprocess.PIPE, timeout=300
-    )
-    return done.stdout
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}")
-def test_an_emulated_arm_gives_the_bits_of_its_stand_in(tmp_path):
-    (stand_in,) = (variant for variant in STAND_INS if variant.name == "neon_on_x86")
-    (neon,) = (variant for variant in VARIANTS if variant.name == "neon")
-    ours = results("g++", stand_in, tmp_path)
-    theirs = results(CROSS, neon, tmp_path, "qemu-aarch64")
+@pytest.mark.parametrize("name", ["neon", "neon_bf16"])
+def test_an_emulated_arm_gives_the_bits_of_its_stand_in(tmp_path, name):
+    (stand_in,) = (variant for variant in STAND_INS if variant.name == f"{name}_on_x86")
+    (neon,) = (variant for variant in VARIANTS if variant.name == name)
+    ours = driven(["g++"], stand_in, tmp_path)
+    theirs = driven([CROSS], neon, tmp_path, ["qemu-aarch64", "-cpu", "max"])
     assert len(ours) > 50_000
     assert hashlib.sha256(theirs).hexdigest() == hashlib.sha256(ours).hexdigest()

@@ -9,7 +9,7 @@ import torch
 
 from tests.engine.models import BATCHED, tiny_model
 from transformers_api.kernels.modules.linear import NativeEmbedding, NativeLinear
-from transformers_api.kernels.modules.replace import layer_groups, pack_model
+from transformers_api.kernels.modules.replace import Widths, layer_groups, pack_model
 
 IDS = torch.tensor([[5, 9, 33, 71, 8, 2, 90]])
 
@@ -19,7 +19,7 @@ def pair(library, name, kind="float32"):
     native = copy.deepcopy(plain)
     with torch.no_grad():
         groups = layer_groups(native, lambda: native(input_ids=IDS[:, :2], use_cache=False))
-    pack_model(native, library, kind, groups)
+    pack_model(native, library, Widths(kind), groups)
     return plain, native
 
 

@@ -4,6 +4,8 @@
 
     python -m transformers_api.checkpoints.convert SOURCE FOLDER
 
+Of a GGUF file all but the weights: they stay in the file, and ``weights.json`` says where.
+
 Always a process of its own: a running engine keeps its threads, and the memory that unpacking
 takes goes back when the process ends. Standard output carries lines ``progress 0.35 what`` and
 ``warning what``.
@@ -18,7 +20,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import functools
 import hashlib
 import json
 import os
@@ -34,7 +35,8 @@ from transformers_api.engine.platform.lazy_torch import import_torch
 from transformers_api.errors import ApiError, InsufficientStorage, ModelLoadFailed
 
 MANIFEST = "conversion.json"
-VERSION = 2  # one more whenever the result for some source is another; serving's store has it too
+TABLE = "weights.json"  # of a GGUF file: where its weights are
+VERSION = 3  # one more whenever the result for some source is another; serving's store has it too
 RESERVE_BYTES = 1 << 30  # left free on the disk for everybody else
 NO_ROOM_EXIT = 28  # ENOSPC's number
 
@@ -105,11 +107,24 @@ def is_intact(folder: Path) -> bool:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         files = manifest["files"]
-        return manifest.get("version") == VERSION and all(
-            _sha256(folder / name) == digest for name, digest in files.items()
+        return (
+            manifest.get("version") == VERSION
+            and all(_sha256(folder / name) == digest for name, digest in files.items())
+            and all(map(_is_unchanged, _weight_files(folder)))
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
+
+
+def _weight_files(folder: Path) -> list[dict[str, Any]]:
+    """The files that a folder's weights lie in, where these are others."""
+    table = folder / TABLE
+    return json.loads(table.read_bytes())["files"] if table.is_file() else []
+
+
+def _is_unchanged(file: Mapping[str, Any]) -> bool:
+    stat = os.stat(file["path"])
+    return (stat.st_size, stat.st_mtime_ns) == (file["bytes"], file["mtime_ns"])
 
 
 @contextmanager
@@ -146,48 +161,50 @@ def _write_checkpoint(
 
     report(0.2, "reading the checkpoint")
     checkpoint = read_checkpoint(source, family, config_file)
-    _check_room(folder, checkpoint.parameters, None)
+    _check_room(folder, checkpoint.parameters)
     report(0.6, "writing")
     checkpoint.save(folder)
 
 
 def _write_gguf(source: Path, folder: Path, report: Report, warn: Warn) -> None:
+    """Write all but the weights, and a table of where they are: they stay where they lie."""
     report(0.0, "starting")
     from transformers_api.checkpoints import gguf_tokenizer
-    from transformers_api.checkpoints.headers.gguf_file import read_gguf_header
+    from transformers_api.checkpoints.gguf_config import IN_CONFIG, read_config
+    from transformers_api.checkpoints.gguf_weights import weight_table
+    from transformers_api.checkpoints.headers.gguf_file import read_gguf_files
 
-    header = read_gguf_header(source)
+    model = read_gguf_files(source)
+    metadata = model.metadata
     try:
-        warning = gguf_tokenizer.check(header.metadata)
+        warning = gguf_tokenizer.check(metadata)
+        if warning:
+            warn(f"{source.name}: {warning}")
+        report(0.1, "reading the configuration")
+        config, fields = read_config(metadata, model.tensors, _floats(model, IN_CONFIG))
+        table = weight_table(model.files, metadata["general.architecture"], config, fields)
     except ModelLoadFailed as error:
         raise ModelLoadFailed(f"{source.name}: {error.message}") from None
-    if warning:
-        warn(f"{source.name}: {warning}")
-    import gguf
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    half = {"F16": torch.float16, "BF16": torch.bfloat16}
-    types = {gguf.GGMLQuantizationType(tensor.kind).name for tensor in header.tensors}
-    dtype = next((half[name] for name in half if types <= {name, "F32"} and name in types), None)
-    _check_room(folder, sum(tensor.elements for tensor in header.tensors), dtype)
-
-    # A folder with nothing else in it: files beside the source must not leak into the result.
-    with _alone(source, folder) as origin:
-        options: dict[str, Any] = {"gguf_file": source.name, "local_files_only": True}
-        report(0.1, "reading the vocabulary")
-        tokenizer = gguf_tokenizer.build(header.metadata) or _tokenizer(origin, options)
-        _share_reader(_open(source), report)
-        options |= {"dtype": dtype or torch.float32, "output_loading_info": True}
-        loaded: Any = AutoModelForCausalLM.from_pretrained(origin, **options)
-    model, info = loaded
-    wrong = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
-    if wrong:
-        raise ModelLoadFailed(f"{source.name}: the weights do not fit the architecture: {wrong}")
+    report(0.4, "reading the vocabulary")
+    with _alone(model.files[0][0], folder) as origin:
+        options = {"gguf_file": model.files[0][0].name, "local_files_only": True}
+        tokenizer = gguf_tokenizer.build(metadata) or _tokenizer(origin, options)
     report(0.8, "writing")
-    _as_plain_checkpoint(model, header.metadata)
-    model.save_pretrained(folder)
+    _save_config(config, table, metadata, folder)
     tokenizer.save_pretrained(folder)
+    (folder / TABLE).write_text(json.dumps(table))
+
+
+def _floats(model: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    """The numbers of small tensors in float32, by name."""
+    import numpy
+
+    return {
+        tensor.name: numpy.fromfile(path, numpy.float32, tensor.elements, offset=tensor.offset)
+        for path, tensors in model.files
+        for tensor in tensors
+        if tensor.name in names and tensor.bytes == 4 * tensor.elements
+    }
 
 
 def _tokenizer(origin: Path, options: Mapping[str, Any]) -> Any:
@@ -196,21 +213,20 @@ def _tokenizer(origin: Path, options: Mapping[str, Any]) -> Any:
     return AutoTokenizer.from_pretrained(origin, **options)
 
 
-def _as_plain_checkpoint(model: Any, metadata: Mapping[str, Any]) -> None:
-    """Make transformers save the unpacked weights as if they had never been quantised."""
+def _save_config(
+    config: Any, table: Mapping[str, Any], metadata: Mapping[str, Any], folder: Path
+) -> None:
     import transformers
 
     new_generation_config: Any = transformers.GenerationConfig
-    model.hf_quantizer = None
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    ends = _end_tokens(metadata) or model.config.eos_token_id
-    model.config.eos_token_id = ends
-    model.generation_config = new_generation_config(
-        bos_token_id=model.config.bos_token_id,
-        eos_token_id=ends,
-        pad_token_id=model.config.pad_token_id,
-    )
+    config.architectures = [table["class"]]
+    config.eos_token_id = _end_tokens(metadata) or config.eos_token_id
+    config.save_pretrained(folder)
+    new_generation_config(
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=config.pad_token_id,
+    ).save_pretrained(folder)
 
 
 def _end_tokens(metadata: Mapping[str, Any]) -> int | list[int] | None:
@@ -220,48 +236,8 @@ def _end_tokens(metadata: Mapping[str, Any]) -> int | list[int] | None:
     return ids[0] if len(ids) == 1 else ids or None
 
 
-def _open(source: Path) -> Any:
-    """Open ``source`` with gguf's reader; its memory map as a plain array is four times as fast."""
-    import gguf
-    import numpy
-
-    class Reader(gguf.GGUFReader):
-        @property
-        def data(self) -> Any:
-            return self._plain
-
-        @data.setter
-        def data(self, mapped: Any) -> None:
-            self._plain = mapped.view(numpy.ndarray)
-
-    try:
-        return Reader(source)
-    except (ValueError, IndexError, KeyError, OverflowError) as error:
-        raise ModelLoadFailed(f"{source.name} is not a sound GGUF file: {error}") from error
-
-
-def _share_reader(reader: Any, report: Report) -> None:
-    """Let transformers use one reader and one map of names, and report what it unpacks.
-
-    Patching is safe here because this process does nothing else.
-    """
-    import gguf
-
-    unpack, count = gguf.dequantize, len(reader.tensors)
-    done = iter(range(1, count + 1))
-
-    def unpack_and_report(data: Any, kind: Any) -> Any:
-        report(0.2 + 0.6 * next(done, count) / count, "converting weights")
-        return unpack(data, kind)
-
-    patched: Any = gguf
-    patched.GGUFReader = lambda path: reader
-    patched.dequantize = unpack_and_report
-    patched.get_tensor_name_map = functools.cache(gguf.get_tensor_name_map)
-
-
-def _check_room(folder: Path, parameters: int, dtype: Any) -> None:
-    needed = int(parameters) * (dtype.itemsize if dtype else 4) + RESERVE_BYTES
+def _check_room(folder: Path, parameters: int) -> None:
+    needed = int(parameters) * 4 + RESERVE_BYTES
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise InsufficientStorage(

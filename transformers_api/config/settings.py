@@ -102,16 +102,21 @@ class Settings:
     )
     native_isa: str = _setting(
         "auto",
-        to.choice("auto", "avx2", "avx2_vnni", "avx512", "avx512_bf16", "neon", "none"),
+        to.choice(
+            *("auto", "amx", "avx2", "avx2_vnni", "avx512", "avx512_bf16", "neon", "neon_bf16"),
+            "none",
+        ),
         "The instruction set of the kernels. auto: the best that the processor has; another one "
         "gives other bits. none: without kernels, as NATIVE_KERNELS=false.",
     )
     quantization: str = _setting(
-        "none",
-        to.choice("none", "int8", "int4"),
-        "Width of the weights on the native kernels: int8 (8.5 bits), or int4 (5 bits; the output "
-        "layer stays int8), which small models may only have where it changes their weights "
-        "by less than 2 %. Needs NATIVE_KERNELS; a model that cannot have it is not loaded.",
+        "auto",
+        to.choice("auto", "gguf", "none", "int8", "int4"),
+        "Width of the weights on the native kernels. gguf: as a GGUF file has them, else none. "
+        "auto: the same, but none for GGUF files of less than 300 million weights. int8: 8.5 "
+        "bits; int4: 5 bits (the output layer stays int8), which small models may only have where "
+        "it changes their weights by less than 2 %. Both need NATIVE_KERNELS; a model that cannot "
+        "have them is not loaded. none: plain numbers.",
     )
     native_cache: Path = _setting(
         _cache("transformers-api", "native"),
@@ -136,8 +141,8 @@ class Settings:
     prefill_chunk: int = _setting(
         256,
         to.integer(1, 65536),
-        "Most prompt tokens per step; on a CPU fewer while answers "
-        "are written: 32 for each waiting prompt, or three for each answer.",
+        "Most prompt tokens per step; while answers are written only so many that their tokens "
+        "come evenly.",
     )
     prompt_lookup_tokens: int = _setting(
         0,
@@ -336,7 +341,7 @@ class Settings:
         if values.get("native_isa") == "none":
             values["native_kernels"] = False
         made = cls(**values)
-        if made.quantization != "none" and not made.native_kernels:
+        if made.quantization in ("int8", "int4") and not made.native_kernels:
             raise SettingError(
                 f"QUANTIZATION={made.quantization} is not allowed: it needs NATIVE_KERNELS=true"
             )

@@ -7,7 +7,7 @@ machine, the fastest first; the loader takes the first that can. A backend keeps
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +17,12 @@ from transformers_api.engine.base import EngineFacts
 from transformers_api.engine.standby import StandbyModel
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from transformers_api.engine.runners.model_runner import Runner, VerifiedRunner
     from transformers_api.engine.sampling.sampler import TokenSampler
+    from transformers_api.engine.stored_weights import StoredWeights
 
 
 class BackendRefused(Exception):
@@ -59,8 +61,19 @@ class Backend(Protocol):
         """Return the dtype to load with where ``dtype`` is requested; "stored": the file's."""
         ...
 
+    def fill(self, model: Any, stored: StoredWeights, dtype: torch.dtype) -> None:
+        """Give a model its weights, whose parameters are all empty."""
+        ...
+
     def weight_dtype(self, dtype: str, stored: str, stored_bytes: int) -> str:
         """Return the dtype that weights of a file have in memory."""
+        ...
+
+    def file_bytes(self, types: Mapping[str, int], dtype: str) -> int:
+        """Return the bytes that weights of a GGUF file take: their number by ggml's type.
+
+        ``dtype``: of those that become numbers.
+        """
         ...
 
     def refusal(self, model: Any) -> str | None:

@@ -12,22 +12,26 @@ from transformers_api.engine.pretrained import pick_device
 from transformers_api.engine.runners.torch_backend import CudaGraphsBackend, TorchBackend
 from transformers_api.errors import ModelLoadFailed
 
+ALWAYS_NATIVE = {"int8", "int4"}  # quantised by the kernels alone
+
 
 def choose_backends(options: LoadOptions, device: str, threads: int | None) -> list[Backend]:
     """Return the backends that may run a model on ``device``.
 
-    ``threads``: of the kernels; None: as many as there are cores. Weights are quantised by the
-    kernels alone, which are waited for then. Raises ModelLoadFailed where they cannot be had.
+    ``threads``: of the kernels; None: as many as there are cores. Where weights
+    are quantised the kernels are waited for. Raises ModelLoadFailed where they cannot be had.
     """
     backend = TorchBackend(device, options)
-    quantizes = options.quantization != "none"
+    quantizes = options.quantization in ALWAYS_NATIVE
+    # Blocks of a file take several times as much memory as numbers.
+    waits = quantizes or options.quantization == "gguf"
     if device != "cpu":
         reason = "it is for CPUs"
     elif options.native is None:
         reason = "it needs NATIVE_KERNELS=true"
     else:
         kernels = provider(options.native, threads, options.native_isa)
-        library = kernels.library(wait=quantizes)  # torch cannot do it meanwhile
+        library = kernels.library(wait=waits)
         reason = kernels.why_not
         if library is not None:
             native = NativeBackend(library, options)

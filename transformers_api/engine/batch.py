@@ -10,34 +10,60 @@ from transformers_api.engine.sequence import Sequence
 
 @dataclass(slots=True)
 class Batch:
-    """Sequences in slot order, and how many new tokens of each the forward reads.
+    """Sequences, and how many new tokens of each the forward reads.
 
-    A sequence alone may have a ``draft`` among them: tokens that perhaps come next, the last to be
-    read.
+    Runners that cannot mix get neighbouring slots in order, with equal ``widths``. A sequence alone
+    may have a ``draft`` among its tokens: some that perhaps come next, the last to be read.
     """
 
     sequences: list[Sequence]
-    width: int
+    widths: list[int]
     draft: list[int] = field(default_factory=list)
 
     @property
     def first_slot(self) -> int:
-        """Slot of the first sequence; the others follow without a gap."""
-        return self.sequences[0].slot
+        """The first of the slots."""
+        return min(seq.slot for seq in self.sequences)
 
     @property
-    def reaches_end(self) -> bool:
-        """True where the forward reads the last token of its sequences, so that one is sampled."""
-        return self.stride == self.sequences[0].num_pending
+    def num_slots(self) -> int:
+        """Slots from the first to the last of its sequences."""
+        return max(seq.slot for seq in self.sequences) + 1 - self.first_slot
 
     @property
-    def stride(self) -> int:
+    def width(self) -> int:
+        """Tokens of each sequence, where these are equal."""
+        return self.widths[0]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all sequences."""
+        return sum(self.widths)
+
+    @property
+    def strides(self) -> list[int]:
         """Tokens of each sequence, which a draft is not part of."""
-        return self.width - len(self.draft)
+        return [width - len(self.draft) for width in self.widths]
+
+    @property
+    def ends(self) -> list[bool]:
+        """For each sequence True where its last token is read, so that one is sampled."""
+        pairs = zip(self.sequences, self.strides, strict=True)
+        return [stride == seq.num_pending for seq, stride in pairs]
+
+    @property
+    def ending(self) -> list[Sequence]:
+        """The sequences whose last token is read."""
+        return [seq for seq, ends in zip(self.sequences, self.ends, strict=True) if ends]
+
+    @property
+    def is_observed(self) -> bool:
+        """True where somebody observes the step of a sequence that a token is sampled for."""
+        return any(seq.observe for seq in self.ending)
 
     @property
     def keep(self) -> int:
-        """Tokens of each sequence whose logits are wanted."""
+        """Tokens of each sequence whose logits are needed."""
         return 1 + len(self.draft)
 
     @property
@@ -45,10 +71,11 @@ class Batch:
         """Batches of neighbours that take the same rope factors; nearly always this one alone."""
         if self.sequences[0].original_window is None:
             return [self]
-        kinds = groupby(self.sequences, key=lambda seq: seq.is_long)
-        return [Batch(list(part), self.width, self.draft) for _, part in kinds]
+        kinds = [list(part) for _, part in groupby(self.sequences, key=lambda seq: seq.is_long)]
+        return [Batch(part, [self.width] * len(part), self.draft) for part in kinds]
 
     @property
     def ids(self) -> list[list[int]]:
         """The token ids that the forward reads."""
-        return [seq.upcoming(self.stride) + self.draft for seq in self.sequences]
+        pairs = zip(self.sequences, self.strides, strict=True)
+        return [seq.upcoming(stride) + self.draft for seq, stride in pairs]

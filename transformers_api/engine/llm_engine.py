@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from itertools import repeat
 from typing import Any, TypeVar
 
 import torch
@@ -58,12 +57,12 @@ class EngineLimits:
     vocab_size: int
     num_slots: int  # sequences decoded together
     max_waiting: int = 128  # sequences that may wait for a slot
-    prefill_chunk: int = 256  # prompt tokens between two decode steps
+    prefill_chunk: int = 256  # prompt tokens in one step, at most
     eos_token_ids: frozenset[int] = frozenset()
     context_overflow: ContextOverflow = None
     prompt_window: int | None = None  # with "crop": tokens of a prompt that are read
     torch_noise: bool = False  # sample as torch.multinomial with a seeded generator does
-    busy_chunk: int | None = None  # the same for one prompt while others decode; None: as many
+    mixes: bool = False  # one pass reads prompts and the tokens of running answers
     costly_context: int | None = None  # see Scheduler
     prompt_lookup_tokens: int = 0  # read ahead in a lone sequence that repeats itself
     forced_tokens: int = 0  # read ahead in a lone sequence where its constraint allows no others
@@ -96,8 +95,8 @@ class BatchingEngine:
             runner.cache,
             limits.num_slots,
             limits.prefill_chunk,
-            limits.busy_chunk,
-            limits.costly_context,
+            mixes=limits.mixes,
+            costly_context=limits.costly_context,
         )
         self.lookup = PromptLookup(limits.prompt_lookup_tokens, limits.forced_tokens)
         self.thread = thread
@@ -125,12 +124,15 @@ class BatchingEngine:
 
     def _step(self, batch: Batch) -> None:
         self.lookup.extend(batch)
+        budget, began = self.scheduler.budget, time.perf_counter()
+        load = budget.load_of(batch)
         for part in batch.parts:
-            logits = self.runner.forward(part, part.keep)  # (B, keep, V)
+            logits = self.runner.forward(part, part.keep)  # (E, keep, V)
             self._steps += 1
             for place in range(part.keep):
                 if not self._take(part, logits[:, place], place):
                     break
+        budget.times.observe(load, time.perf_counter() - began)
         for seq in reversed(batch.sequences):  # only when all have advanced: finishing moves rows
             if seq.is_finished:
                 self.scheduler.finish(seq)
@@ -138,33 +140,32 @@ class BatchingEngine:
                 self.scheduler.settle(seq)
 
     def _take(self, batch: Batch, logits: torch.Tensor, place: int) -> bool:
-        """Sample from ``logits`` (B, V), which are of a place in the draft, or after it.
+        """Sample from ``logits`` (E, V), which are of a place in the draft, or after it.
 
         Return True where that is the draft's token: what was read after it holds then.
         """
-        ends = batch.reaches_end
-        sampled = self.sampler.sample(logits, batch.sequences) if ends else []
+        ending = batch.ending
+        sampled = self.sampler.sample(logits, ending) if ending else []
         confirmed = place < len(batch.draft) and sampled[0].token_id == batch.draft[place]
-        self._tell(batch, place, confirmed)
-        for seq, token in zip(batch.sequences, sampled or repeat(None), strict=ends):
-            seq.advance(batch.stride, token)
+        self._tell(batch, ending, place, confirmed)
+        tokens = iter(sampled)
+        for seq, stride, ends in zip(batch.sequences, batch.strides, batch.ends, strict=True):
+            seq.advance(stride, next(tokens) if ends else None)
         self._generated += len(sampled)
         return confirmed and not batch.sequences[0].is_finished
 
-    def _tell(self, batch: Batch, place: int, confirmed: bool) -> None:
+    def _tell(self, batch: Batch, ending: list[Sequence], place: int, confirmed: bool) -> None:
         """Note the times of a step and tell them; before a sequence can end with it."""
-        now, sequences, gaps = time.monotonic(), batch.sequences, []
-        if batch.reaches_end:
-            first = sequences[0]
-            if first.first_token_at is None:  # a prompt is read alone
-                first.first_token_at = first.token_at = now
-                spent_s = now - first.submitted_at if first.params.max_tokens else None
-                self.listener.on_prompt(first.prompt_len, first.cached_tokens, spent_s)
+        now, gaps = time.monotonic(), []
+        for seq in ending:
+            if seq.first_token_at is None:
+                seq.first_token_at = now
+                spent_s = now - seq.submitted_at if seq.params.max_tokens else None
+                self.listener.on_prompt(seq.prompt_len, seq.cached_tokens, spent_s)
             else:
-                for seq in sequences:
-                    gaps.append(now - seq.token_at)
-                    seq.token_at = now
-        self.listener.on_step(0 if place else batch.width * len(sequences), gaps)
+                gaps.append(now - seq.token_at)
+            seq.token_at = now
+        self.listener.on_step(0 if place else batch.tokens, gaps)
         if batch.draft:
             self.listener.on_draft(0 if place else len(batch.draft), int(confirmed))
 

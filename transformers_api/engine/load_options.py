@@ -33,7 +33,9 @@ class LoadOptions:
     native: Path | None = None  # cache of the compiled kernels; None: without them
     native_isa: str = "auto"  # the instruction set that they are compiled for
     plans: Path | None = None  # cache of execution plans; None: none
-    quantization: str = "none"  # or int8, int4: only with the kernels, else the load fails
+    # int8, int4: only with the kernels, else the load fails. gguf: as a GGUF file has them; where
+    # there is none, or none that is quantised: none. auto: gguf, but none for small models.
+    quantization: str = "none"
     # Hears of every step.
     listener: EngineListener | None = field(default=None, compare=False)
     # Raises InsufficientMemory where so many bytes of weights do not fit.

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from transformers_api.engine.backend import Backend, BackendRefused, PlanOutdated
-from transformers_api.engine.backends import choose_backends, not_quantized
+from transformers_api.engine.backends import ALWAYS_NATIVE, choose_backends, not_quantized
 from transformers_api.engine.llm_engine import BatchingEngine, EngineLimits
 from transformers_api.engine.load_options import DTYPE_BYTES, LoadOptions
 from transformers_api.engine.platform.cpu import usable_cores
@@ -21,6 +21,7 @@ from transformers_api.engine.platform.memory import available_bytes, release_mem
 from transformers_api.engine.positions import follow_positions
 from transformers_api.engine.pretrained import (
     context_window,
+    differentiable,
     eos_token_ids,
     load_model,
     pick_device,
@@ -31,13 +32,17 @@ from transformers_api.engine.runners.prompt_logprobs import PromptScoringRunner
 from transformers_api.engine.runners.suppressed_tokens import SuppressingRunner
 from transformers_api.engine.runners.thread_sharing import SharingRunner
 from transformers_api.engine.sampling.sampler import TokenSampler
+from transformers_api.engine.stored_model import load_stored
+from transformers_api.engine.stored_weights import StoredWeights
 from transformers_api.engine.thread import EngineThread
 from transformers_api.errors import ModelNotServable
 from transformers_api.heap import trim_memory
 
 log = logging.getLogger(__name__)
-BUSY_CHUNK = 32  # on a CPU, where more tokens in one pass take as long apiece
 COSTLY_CONTEXT = 6  # times the model's width: attention takes as long as all else there
+# Weights of a GGUF file up to which "auto" makes plain numbers of them: so small a model notices
+# the rounding of its inputs, and takes little memory anyway.
+AS_NUMBERS = 300_000_000
 FORCED_TOKENS = 8  # a step that reads these takes little longer than one token's
 OWN_THREADS = min(torch.get_num_threads(), usable_cores())  # torch knows of no quota
 
@@ -66,7 +71,8 @@ def load_engine(
     that the kernels refuse is loaded again without them, if it fits so, unless it was to be
     quantised. Raises ModelLoadFailed, InsufficientMemory.
     """
-    device = pick_device(options.device)
+    device, stored = pick_device(options.device), StoredWeights.of(folder)
+    options = replace(options, quantization=_quantization(options, stored))
     backends = choose_backends(options, device, thread.num_threads)
     backend, key = backends[0], (folder, options, backends[0].title)
     share_cores(backend, thread)
@@ -75,7 +81,7 @@ def load_engine(
         engine = build_engine(runner.model, backend, options, thread, wrap, runner)
     else:
         with without_collection():  # nearly all that is made now stays
-            make = partial(load_model, folder, device)
+            make = partial(make_model, folder, stored, device, options)
             engine, backend = start(make, folder.name, backends, options, thread, wrap)
         standby = backend.standby(engine.runner, folder)
     if standby:
@@ -85,8 +91,30 @@ def load_engine(
     return engine
 
 
+def _quantization(options: LoadOptions, stored: StoredWeights | None) -> str:
+    """The quantisation of a load: "auto" and "gguf" become one or the other, or "none"."""
+    if options.quantization not in ("auto", "gguf"):
+        return options.quantization
+    if stored is None or not stored.is_quantized:
+        return "none"
+    is_small = sum(stored.types.values()) < AS_NUMBERS
+    return "none" if options.quantization == "auto" and is_small else "gguf"
+
+
+def make_model(
+    folder: Path, stored: StoredWeights | None, device: str, options: LoadOptions, backend: Backend
+) -> Any:
+    """The model of a folder, as a backend wants it. Raises ModelLoadFailed."""
+    dtype = backend.load_dtype(options.dtype)
+    if stored is None:
+        return load_model(folder, device, dtype, options.trust_remote_code)
+    model = load_stored(folder, stored, stored.serving_dtype(dtype, device), backend.fill)
+    with differentiable():
+        return model.to(device)
+
+
 def start(
-    make: Callable[[str, bool], Any],
+    make: Callable[[Backend], Any],
     name: str,
     backends: Sequence[Backend],
     options: LoadOptions,
@@ -95,18 +123,20 @@ def start(
 ) -> tuple[BatchingEngine, Backend]:
     """Return an engine on the first backend that can run a model, and that backend.
 
-    ``make(dtype, trust_remote_code)`` gives the model, again for each backend that changes it; its
-    ``name`` is for the log. Raises ModelLoadFailed, InsufficientMemory.
+    ``make(backend)`` gives the model, again for each backend that changes it; its ``name`` is for
+    the log. Raises ModelLoadFailed, InsufficientMemory.
     """
     candidates, reason, weights, model = list(backends), "", 0, None
     while candidates:
         backend = candidates.pop(0)
         share_cores(backend, thread)
         if model is None:
-            model = make(backend.load_dtype(options.dtype), options.trust_remote_code)
+            model = make(backend)
             follow_lengths(model)
             follow_positions(model)
-            weights = sum(parameter.numel() for parameter in model.parameters())
+            stored: StoredWeights | None = getattr(model, "stored_weights", None)
+            counts = stored.types.values() if stored else (p.numel() for p in model.parameters())
+            weights = sum(counts)
         try:  # errors as text: a record that is kept somewhere must not hold the model
             return build_engine(model, backend, options, thread, wrap), backend
         except PlanOutdated as error:
@@ -122,7 +152,7 @@ def start(
             release_memory()
         if candidates and needs_room and options.check_room is not None:
             options.check_room(weights * DTYPE_BYTES.get(options.dtype, 4))
-    if options.quantization != "none":
+    if options.quantization in ALWAYS_NATIVE:
         raise not_quantized(options, reason)
     raise ModelNotServable(reason, param="model")
 
@@ -157,6 +187,7 @@ def build_engine(
     limits = replace(
         _limits(model, backend, options, facts.mode, vocab_size, window),
         original_window=runner.original_window,
+        mixes=runner.mixes,
     )
     outer: Runner = runner
     suppressed = getattr(model.generation_config, "suppress_tokens", None) or ()
@@ -190,7 +221,6 @@ def _limits(
         context_overflow=getattr(model.config, "context_overflow", None),
         prompt_window=getattr(model.config, "prompt_window", None),
         torch_noise=getattr(model.config, "sampling_noise", None) == "torch",
-        busy_chunk=BUSY_CHUNK if on_cpu else None,
         costly_context=(COSTLY_CONTEXT * width or None) if on_cpu and batches else None,
         prompt_lookup_tokens=options.prompt_lookup_tokens if backend.is_batch_invariant else 0,
         forced_tokens=FORCED_TOKENS if backend.is_batch_invariant else 0,

@@ -10,8 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, DynamicCache
+from torch import nn
+from torch.nn.modules import module as registration
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationConfig,
+)
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.initialization import no_init_weights
 from transformers.utils.logging import disable_progress_bar
 
 from transformers_api.engine.load_options import SMALL_BYTES, LoadOptions
@@ -73,6 +82,35 @@ def load_model(folder: Path, device: str, dtype: str, trust_remote_code: bool) -
         return model.to(device).eval().requires_grad_(False)
 
 
+def empty_model(folder: Path, dtype: torch.dtype) -> Any:
+    """The model of a folder with all parameters on ``meta``, tied ones the same.
+
+    Its buffers have their numbers.
+    """
+    config = read_config(folder, trust_remote_code=False)
+    with no_init_weights(), _parameters_on_meta():
+        make: Any = AutoModelForCausalLM
+        model = make.from_config(config, dtype=dtype)
+    model.tie_weights()
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return model
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    def to_meta(_module: Any, _name: str, parameter: Any) -> Any:
+        if parameter is None or parameter.is_meta:
+            return None
+        return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+
+    handle = registration.register_module_parameter_registration_hook(to_meta)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def read_config(folder: Path, trust_remote_code: bool) -> Any:
     """The configuration of a folder, without settings that do not matter here."""
     written = json.loads((folder / "config.json").read_bytes())
@@ -125,6 +163,8 @@ def attention_layers(model: Any) -> int:
     if model._is_stateful or not model._supports_default_dynamic_cache():
         return 0
     config = model.config.get_text_config(decoder=True)
+    if not hasattr(config, "num_hidden_layers"):  # as BLT's, whose parts have their own
+        return 0
     if not set(getattr(config, "layer_types", None) or ()) <= ATTENTION_KINDS:
         return 0
     layers = DynamicCache(config=config).layers

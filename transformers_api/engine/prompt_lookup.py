@@ -34,7 +34,7 @@ class PromptLookup:
 
     def extend(self, batch: Batch) -> None:
         """Let the batch read ahead, if it may and something is likely to come next."""
-        if not self.forced or len(batch.sequences) > 1 or batch.width > 1:
+        if not self.forced or batch.tokens > 1:
             return
         (seq,) = batch.sequences
         if seq.observe or seq.is_prefilling:
@@ -48,7 +48,7 @@ class PromptLookup:
         elif self.most:
             proposal = self._proposal(seq.tokens, min(self._count, room))
             self._proposed = batch.draft = proposal
-        batch.width += len(batch.draft)
+        batch.widths = [1 + len(batch.draft)]
 
     def _look(self, seq: Sequence) -> None:
         """Learn what the sequence has said since the last time, and what became of that draft."""

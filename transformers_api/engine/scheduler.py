@@ -1,13 +1,14 @@
 """Which sequences run, in which slots, and what the next forward reads. Pure Python.
 
 Running sequences are kept in slots 0..n-1, those that decode before those that prefill, so that a
-batch is always a contiguous range of cache rows: a view, never a gather. Rows behind them keep
-the K and V of finished sequences until a new one needs the room; a prompt that begins like one of
-them, or like a running one, starts from a copy.
+decode step is always a contiguous range of cache rows: a view, never a gather. Rows behind them
+keep the K and V of finished sequences until a new one needs the room; a prompt that begins like one
+of them, or like a running one, starts from a copy.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -16,13 +17,11 @@ from typing import Protocol
 
 from transformers_api.engine.base import FinishReason
 from transformers_api.engine.batch import Batch
+from transformers_api.engine.pass_budget import WORTH_READING, PassBudget
 from transformers_api.engine.prompt_turns import PromptTurns
 from transformers_api.engine.sequence import Sequence
 
-WORTH_READING = 16  # tokens of a prompt: a pass of fewer takes nearly as long
-SCORED = 2  # times as long as others take tokens whose logits are all looked at
 SHORT = 512  # tokens of a prompt that may go before longer ones, where one pass reads more
-PER_DECODING = 3  # tokens of a prompt, which take as long as two decode steps of one of many
 
 
 class SlotStore(Protocol):
@@ -79,10 +78,10 @@ class _FinishedRow:
 
 
 class Scheduler:
-    """Waiting and running sequences; prefill and decode take turns.
+    """Waiting and running sequences; what the next pass reads of them.
 
-    ``costly_context``: tokens before a token that cost as much as the token itself; None where the
-    length of a pass hardly depends on them.
+    ``mixes``: a pass may read pieces of prompts and the tokens of those who decode; else prefill
+    and decode take turns. ``costly_context``: see PassBudget.
     """
 
     def __init__(
@@ -90,19 +89,20 @@ class Scheduler:
         cache: SlotStore,
         num_slots: int,
         prefill_chunk: int,
-        busy_chunk: int | None = None,
+        *,
+        mixes: bool = False,
         costly_context: int | None = None,
     ) -> None:
         self.cache = cache
         self.num_slots = num_slots
         self.prefill_chunk = prefill_chunk
-        self.busy_chunk = min(busy_chunk or prefill_chunk, prefill_chunk)
-        self.costly_context = costly_context
+        self.mixes = mixes
+        self.budget = PassBudget(prefill_chunk, mixes=mixes, costly_context=costly_context)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self._finished: dict[int, _FinishedRow] = {}
         self.num_decoding = 0  # of running, the first so many
-        self._prefilled = 0  # tokens read in chunks since the last decode step
+        self._prefilled = 0.0  # the load of passes since the last one of those who decode
         self._turns = PromptTurns()
         self._arrivals = 0
         self._admissions = 0
@@ -124,76 +124,97 @@ class Scheduler:
         """Queue a sequence."""
         self._arrive(seq)
         others = self.waiting or len(self.running) > self.num_decoding
-        if others and seq.prompt_len > self.busy_chunk:  # what is cached makes it a short one
+        if others and seq.prompt_len > WORTH_READING:  # what is cached makes it a short one
             seq.num_shared = self._longest_prefix(seq)[1]
         self.waiting.append(seq)
 
     def schedule(self) -> Batch | None:
-        """The next forward: a decode step, or one chunk of a prompt between two decode steps.
+        """The next pass: a token of each of those who decode, pieces of prompts, or both.
 
-        Between two decode steps only so many tokens of prompts are read (``_chunk``), so that a
-        long one never starves those who are decoding, and many short ones do not wait in line.
+        Pieces of prompts make a step of those who decode longer by a share of its own time, or come
+        between two steps for as long, so that a long prompt never starves them.
         """
         self._drop_cancelled()
-        if batch := self._read_prompt():
-            return batch
-        self._prefilled = 0
-        return Batch(self.running[: self.num_decoding], 1) if self.num_decoding else None
+        decoding = self.running[: self.num_decoding]
+        count = min(len(self.waiting) + len(self.running), self.num_slots)
+        left = self.budget.room(decoding, count) - self._prefilled if decoding else math.inf
+        pieces = self._pieces(left)
+        load = sum(self.budget.cost(seq, width) for seq, width in pieces)
+        self._prefilled += load
+        if not decoding or (pieces and not self._is_mixed(pieces, left - load)):
+            return Batch(*map(list, zip(*pieces, strict=True))) if pieces else None
+        self.budget.charge(decoding, count, self._prefilled)
+        self._prefilled = 0.0
+        sequences = [*decoding, *(seq for seq, _ in pieces)]
+        return Batch(sequences, [1] * len(decoding) + [width for _, width in pieces])
 
-    def _read_prompt(self) -> Batch | None:
-        """A piece of the prompt whose turn it is; None where none may be read now."""
-        chunk = self._chunk()
-        left = chunk - self._prefilled if self.num_decoding else chunk
-        turn = self._next_turn(min(chunk, SHORT)) if left > 0 else None
+    def _is_mixed(self, pieces: list[tuple[Sequence, int]], left: float) -> bool:
+        """True where those who decode take part in the pass that reads these prompts.
+
+        Not while there is room for another prompt: its first token does not wait for that one.
+        """
+        if not self.mixes or pieces[0][0].is_scoring:
+            return False
+        others = self.waiting or len(self.running) - self.num_decoding > len(pieces)
+        return left < WORTH_READING or not others
+
+    def _pieces(self, left: float) -> list[tuple[Sequence, int]]:
+        """Prompts and how many tokens of each are read now, of a load up to ``left``."""
+        pieces: list[tuple[Sequence, int]] = []
+        if not self.waiting and len(self.running) == self.num_decoding:
+            return pieces
+        together = self.budget.together if self.mixes else 0.0
+        while piece := self._next_piece(pieces, min(left, together) if pieces else left):
+            pieces.append(piece)
+            cost = self.budget.cost(*piece)
+            left, together = left - cost, together - cost
+            if not self.mixes or piece[0].is_scoring:
+                break
+        return pieces
+
+    def _next_piece(
+        self, pieces: list[tuple[Sequence, int]], left: float
+    ) -> tuple[Sequence, int] | None:
+        """A piece of the prompt whose turn it is; None where no more may be read in this pass."""
+        if left <= 0 and (pieces or self._prefilled):
+            return None
+        chunk = self.prefill_chunk - sum(width for _, width in pieces)
+        taken = [seq for seq, _ in pieces]
+        turn = self._next_turn(min(self.prefill_chunk, SHORT), taken) if chunk > 0 else None
         if turn is None:
             return None
         reading = self.running[self.num_decoding :]
         seq = turn if turn.slot >= 0 else self._reader_of_prefix(turn, reading)
-        if seq is None:
+        if seq is None or seq in taken or (pieces and seq.is_scoring):
             return None
-        width = min(left, seq.num_pending, self._piece(seq))
-        if width < min(WORTH_READING, chunk, seq.num_pending):
-            return None
-        self._prefilled += width
+        most = min(chunk, seq.num_pending, self.budget.piece(seq))
+        least = min(WORTH_READING, most)
+        width = int(min(most, max(left, 0) / self.budget.cost(seq, 1)))
+        if width < least:
+            if pieces or self._prefilled:
+                return None
+            width = least
         self._turns.count(turn, width)
-        return Batch([seq], width)
+        return seq, width
 
-    def _piece(self, seq: Sequence) -> int:
-        """Tokens of a prompt in one pass, which takes about as long wherever in it they are."""
-        if self.costly_context is None:
-            return self.prefill_chunk
-        share = self.costly_context / (self.costly_context + seq.num_cached)
-        if seq.params.prompt_logprobs is not None:
-            share /= SCORED
-        return max(round(self.prefill_chunk * share), min(WORTH_READING, self.prefill_chunk))
+    def _next_turn(self, short: int, taken: list[Sequence]) -> Sequence | None:
+        """The prompt whose turn it is, of those not ``taken``.
 
-    def _chunk(self) -> int:
-        """Prompt tokens between two decode steps: the more, the more prompts there are to read.
-
-        A prompt alone holds nobody up for long; many at once are done soon. And with many who
-        decode a step takes longer anyway.
+        Without a slot: another one is read for it now.
         """
-        if not self.num_decoding:
-            return self.prefill_chunk
-        sequences = min(len(self.waiting) + len(self.running), self.num_slots)
-        prompts = sequences - self.num_decoding
-        tokens = max(self.busy_chunk * prompts, PER_DECODING * self.num_decoding)
-        return min(tokens, self.prefill_chunk)
-
-    def _next_turn(self, short: int) -> Sequence | None:
-        """The prompt whose turn it is. Without a slot: another one is read for it now."""
         reading = self.running[self.num_decoding :]
         free = self.num_slots - len(self.running)
         waiting = list(self.waiting) if free else []
         if reading and free == 1:  # the last slot is for those who do not hold it for long
             waiting = [seq for seq in waiting if seq.unread <= short]
-        prompts = reading + waiting
+        others = [seq for seq in reading if seq not in taken]
+        prompts = others + waiting
         if not prompts:
             return None
         turn = self._turns.pick(prompts, short)
         if turn.slot >= 0 or self._reader_of_prefix(turn, reading) or self._admit(turn):
             return turn
-        return self._turns.first_in_line(reading) if reading else None
+        return self._turns.first_in_line(others) if others else None
 
     def _reader_of_prefix(self, seq: Sequence, reading: list[Sequence]) -> Sequence | None:
         """One that is reading what ``seq`` begins with, and will leave more of it to be copied."""

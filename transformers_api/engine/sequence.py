@@ -139,6 +139,11 @@ class Sequence:
         return self.num_pending > 1 or not self.num_output
 
     @property
+    def is_scoring(self) -> bool:
+        """True where the log probabilities of what is to be read were asked for."""
+        return self.params.prompt_logprobs is not None and not self.num_output
+
+    @property
     def is_long(self) -> bool:
         """True beyond the original window: all of it is read with the long factors."""
         return self.original_window is not None and self._length > self.original_window

@@ -173,7 +173,7 @@ def _read(runner: Runner, ids: Tensor) -> None:
         seq.tokens += tokens
         width = len(seq.tokens) - seq.num_cached
         if width:
-            runner.forward(Batch([seq], width))
+            runner.forward(Batch([seq], [width]))
             seq.num_cached += width
     runner.clear()
 

@@ -44,7 +44,7 @@ LOWEST = -1e4  # a logit; times a probability of 0 it is 0, which -inf is not
 class _Notes:
     """The notes of the forward pass on one sequence; tensors are the notes' own."""
 
-    place: int  # in the batch
+    place: int  # among the sequences of the pass, by slots
     seq: Sequence
     plan: TracePlan
     context: int  # tokens that the model sees, the query being the last
@@ -70,16 +70,16 @@ class TracingRunner:
     def forward(self, batch: Batch, keep: int = 1) -> Tensor:
         """See Runner."""
         traced = [
-            _Notes(place, seq, seq.observe[NAME], seq.num_cached + batch.width)
-            for place, seq in enumerate(batch.sequences)
-            if NAME in seq.observe
+            _Notes(seq.slot - batch.first_slot, seq, seq.observe[NAME], seq.num_cached + width)
+            for seq, width, ends in zip(batch.sequences, batch.widths, batch.ends, strict=True)
+            if ends and NAME in seq.observe
         ]
-        if not traced or not batch.reaches_end:
+        if not traced:
             return self.inner.forward(batch, keep)
         with ExitStack() as watch:
             self._watch_attention(watch, traced)
             self._watch_residuals(watch, traced)
-            self._watch_routers(watch, traced, batch.width)
+            self._watch_routers(watch, traced, batch.num_slots)
             logits = self.inner.forward(batch, keep)
         for notes in traced:
             notes.seq.extras[NAME] = notes
@@ -144,14 +144,14 @@ class TracingRunner:
         if takers:
             watch.enter_context(residuals_of(self.model, parts, sorted(takers), keep))
 
-    def _watch_routers(self, watch: ExitStack, traced: list[_Notes], width: int) -> None:
+    def _watch_routers(self, watch: ExitStack, traced: list[_Notes], slots: int) -> None:
         takers = [notes for notes in traced if notes.plan.router]
         if not takers:
             return
 
         def note(layer: int, logits: Tensor, weights: Tensor, experts: Tensor) -> None:
             for notes in takers:
-                place = (notes.place + 1) * width - 1
+                place = (notes.place + 1) * len(logits) // slots - 1
                 notes.routed.append(_routed(layer, logits[place], weights[place], experts[place]))
 
         watch.enter_context(routers_of(self.model, self.examined.parts, note))

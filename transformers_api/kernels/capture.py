@@ -77,9 +77,9 @@ def current() -> Recorder | None:
 
 
 @contextlib.contextmanager
-def record(inputs: list[Tensor], prefix: Recorder | None = None) -> Iterator[Recorder]:
-    """Record the operations of the block; see Recorder. ``prefix`` recorded those before it."""
-    recorder = prefix or Recorder(inputs)
+def record(inputs: list[Tensor]) -> Iterator[Recorder]:
+    """Record the operations of the block; see Recorder."""
+    recorder = Recorder(inputs)
     token = _current.set(recorder)
     try:
         with recorder:

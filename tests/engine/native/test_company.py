@@ -91,6 +91,31 @@ def test_every_bit_is_that_of_a_sequence_alone(make_engine, native_cache, isas, 
         assert bits(read(stream)[0]) == wanted[requests.index(request)]
 
 
+@pytest.mark.parametrize("quantization", ["none", *slow("int8")])
+@pytest.mark.parametrize("name", ["gpt2", "mistral-window-8", *slow("llama", "gemma3")])
+def test_prompts_and_answers_in_one_pass_have_the_bits_of_a_sequence_alone(
+    make_engine, native_cache, name, quantization
+):
+    options = {"native": native_cache, "quantization": quantization}
+    rng = random.Random(5)
+    prompts = [[rng.randint(3, 96) for _ in range(rng.randint(1, 60))] for _ in range(10)]
+    requests = [
+        ask(p, max_tokens=30, temperature=0.0, ignore_eos=True, logprobs=1) for p in prompts
+    ]
+    wanted = alone(make_engine(name, num_slots=1, **options), requests)
+    engine = make_engine(name, num_slots=6, prefill_chunk=32, **options)
+    forward, mixed = engine.runner.forward, []
+
+    def watch(batch, keep=1):
+        mixed.append(len({seq.is_prefilling for seq in batch.sequences}) > 1)
+        return forward(batch, keep)
+
+    engine.runner.forward = watch
+    streams = [engine.submit([request]) for request in requests]
+    assert [bits(read(stream)[0]) for stream in streams] == wanted
+    assert sum(mixed) >= 3
+
+
 @pytest.mark.parametrize("most", [*slow(1), 10])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral-window-8"])
 def test_reading_ahead_gives_the_same_bits(make_engine, native_cache, name, most):

@@ -36,6 +36,8 @@ MAX_DIMENSIONS, MAX_NESTING = 4, 4
 DEFAULT_ALIGNMENT = 32
 # The fewest bytes of an entry (key, type, value) and of a tensor (name, rank, type, offset).
 LEAST_ENTRY, LEAST_TENSOR = 8 + 4 + 1, 8 + 4 + 4 + 8
+MAX_PARTS = 1000
+_PART = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 # Metadata that the weights bound, after the name of the architecture; a window of text is not.
 _SIZES = ("block_count", "embedding_length", "feed_forward_length", "vocab_size", "expert_count")
@@ -65,14 +67,73 @@ class GgufHeader:
     tensors: tuple[GgufTensor, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class GgufFiles:
+    """A model in one file or in several: what the first says, and the tensors of each."""
+
+    metadata: Mapping[str, Any]
+    files: tuple[tuple[Path, tuple[GgufTensor, ...]], ...]
+
+    @property
+    def tensors(self) -> list[GgufTensor]:
+        """Those of all files."""
+        return [tensor for _, tensors in self.files for tensor in tensors]
+
+
+def read_gguf_files(path: Path) -> GgufFiles:
+    """The headers of a model's files, any of which is ``path``. Raises ModelLoadFailed."""
+    paths = part_paths(path)
+    headers = [_read(each) for each in paths]
+    for number, (each, header) in enumerate(zip(paths, headers, strict=True)):
+        _check_part(each, header, number, len(paths))
+    whole = GgufHeader(headers[0].metadata, tuple(t for each in headers for t in each.tensors))
+    try:
+        _check_sizes(whole)
+    except _Unsound as error:
+        raise ModelLoadFailed(f"{paths[0].name} is not a sound GGUF file: {error}") from None
+    tensors = tuple(header.tensors for header in headers)
+    return GgufFiles(whole.metadata, tuple(zip(paths, tensors, strict=True)))
+
+
+def part_paths(path: Path) -> list[Path]:
+    """The files that a model was split into, of which ``path`` is one. Raises ModelLoadFailed."""
+    if (match := _PART.fullmatch(path.name)) is None:
+        return [path]
+    count = int(match["count"])
+    if not 1 <= count <= MAX_PARTS:
+        raise ModelLoadFailed(f"{path.name} names {count} parts")
+    names = [f"{match['stem']}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
+    paths = [path.with_name(name) for name in names]
+    if missing := [each.name for each in paths if not each.is_file()]:
+        raise ModelLoadFailed(f"{path.name} is one of {count} parts; {missing[0]} is missing")
+    return paths
+
+
+def _check_part(path: Path, header: GgufHeader, number: int, count: int) -> None:
+    declared = header.metadata.get("split.count", 1), header.metadata.get("split.no", 0)
+    if declared[0] != count and not (count == 1 and declared[0] == 0):
+        raise ModelLoadFailed(
+            f"{path.name} is one of {declared[0]} parts (split.count) and should be named "
+            f"{path.stem}-{number + 1:05d}-of-{declared[0]:05d}.gguf beside the others, or joined "
+            "with them by llama-gguf-split --merge"
+        )
+    if declared[1] != number:
+        raise ModelLoadFailed(f"{path.name} says that it is part {declared[1] + 1} (split.no)")
+
+
 def read_gguf_header(path: Path) -> GgufHeader:
+    """The header of a model, all parts of it. Raises ModelLoadFailed."""
+    files = read_gguf_files(path)
+    return GgufHeader(files.metadata, tuple(files.tensors))
+
+
+def _read(path: Path) -> GgufHeader:
     """The header of a sound file. Raises ModelLoadFailed with the field, what it says, what is."""
     if path.stat().st_size < 24:
         raise ModelLoadFailed(f"{path.name} is not a sound GGUF file: it is too short")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         try:
             header = _Reader(data).header()
-            _check_sizes(header)
         except _Unsound as error:
             raise ModelLoadFailed(f"{path.name} is not a sound GGUF file: {error}") from None
     return header
@@ -142,6 +203,24 @@ class _Reader:
         except UnicodeDecodeError:
             raise _Unsound(f"{what} is not UTF-8: {text[:40]!r}") from None
 
+    def _strings(self, count: int, what: str) -> list[str]:
+        """``count`` strings in one pass: a vocabulary has some hundred thousand."""
+        data, position, end = self._data, self._position, len(self._data)
+        length, strings = struct.Struct("<Q").unpack_from, []
+        try:
+            for _ in range(count):
+                start = position + 8
+                position = start + length(data, position)[0]
+                if position > end:
+                    raise _Unsound(f"{what} takes {position - start} bytes, {end - start} follow")
+                strings.append(data[start:position].decode())
+        except UnicodeDecodeError as error:
+            raise _Unsound(f"{what} is not UTF-8: {error.object[:40]!r}") from None
+        except struct.error:
+            raise _Unsound(f"{what} takes 8 bytes, {end - position} follow") from None
+        self._position = position
+        return strings
+
     def _value(self, kind: int, key: str, depth: int = 0) -> Any:
         if kind in SCALARS:
             return self._number(SCALARS[kind], key)
@@ -152,6 +231,8 @@ class _Reader:
         kind, count = self._number("I", key), self._number("Q", key)
         if kind not in SCALARS:
             self._expect(count, 8 if kind == STRING else 12, f"values of {key}")
+            if kind == STRING:
+                return self._strings(count, key)
             return [self._value(kind, key, depth + 1) for _ in range(count)]
         form = SCALARS[kind]
         values = self._take(count * struct.calcsize(f"<{form}"), key)
@@ -205,8 +286,6 @@ def _check_sizes(header: GgufHeader) -> None:
     architecture = header.metadata.get("general.architecture")
     if not isinstance(architecture, str):
         raise _Unsound("general.architecture is missing")
-    if (parts := header.metadata.get("split.count", 1)) != 1:
-        raise _Unsound(f"it is one of {parts} parts; join them with llama-gguf-split --merge")
     blocks = {match[1] for tensor in header.tensors if (match := _BLOCK.match(tensor.name))}
     largest = max((size for tensor in header.tensors for size in tensor.shape), default=0)
     for name in _SIZES:

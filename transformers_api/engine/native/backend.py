@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from transformers_api.engine.backend import (
@@ -16,18 +17,20 @@ from transformers_api.engine.backend import (
     TokenStats,
 )
 from transformers_api.engine.base import EngineFacts
-from transformers_api.engine.load_options import LoadOptions
+from transformers_api.engine.load_options import DTYPE_BYTES, LoadOptions
 from transformers_api.engine.native.convert_model import kind_of, packed_bytes, weight_kind
 from transformers_api.engine.native.plan_cache import PlanFile
 from transformers_api.engine.native.runner import NativeRunner
 from transformers_api.engine.native.sampler import NativeSampler
 from transformers_api.engine.native.standby import NativeStandby
+from transformers_api.engine.native.streaming import fill_streamed, packed_size
 from transformers_api.engine.native.verified import verified_runner
 from transformers_api.engine.pretrained import attention_layers, differentiable
 from transformers_api.engine.rope import reads_again, switching_lengths
 from transformers_api.engine.runners.model_runner import Runner, VerifiedRunner, innermost
 from transformers_api.engine.sampling.sampler import Sampler, TokenSampler
 from transformers_api.engine.standby import StandbyModel
+from transformers_api.engine.stored_weights import StoredWeights
 from transformers_api.kernels import stats
 from transformers_api.kernels.abi import Library
 from transformers_api.kernels.graph.hooks import observing
@@ -51,9 +54,17 @@ class NativeBackend:
         """See Backend. The kernels keep their promise for weights of any dtype."""
         return "stored" if dtype == "auto" else dtype
 
+    def fill(self, model: Any, stored: StoredWeights, dtype: torch.dtype) -> None:
+        """See Backend. Large weights stay in the file until they are packed."""
+        fill_streamed(self.library, model, stored, dtype)
+
     def weight_dtype(self, dtype: str, stored: str, stored_bytes: int) -> str:
         """See Backend."""
         return weight_kind(dtype, stored, stored_bytes) or dtype
+
+    def file_bytes(self, types: Mapping[str, int], dtype: str) -> int:
+        """See Backend."""
+        return packed_size(types, DTYPE_BYTES.get(dtype, 4))
 
     def refusal(self, model: Any) -> str | None:
         """See Backend."""

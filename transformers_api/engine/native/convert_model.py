@@ -13,11 +13,12 @@ from transformers_api.engine.load_options import SMALL_BYTES
 from transformers_api.engine.native.kv_cache import NativeCache
 from transformers_api.engine.native.latent import latent_layers
 from transformers_api.engine.native.runner import Kind, NativeRunner
+from transformers_api.engine.stored_weights import StoredWeights
 from transformers_api.kernels.abi import Library
 from transformers_api.kernels.modules.attention import NAME, register
 from transformers_api.kernels.modules.experts import PackedExperts, expert_layers
 from transformers_api.kernels.modules.linear import NativeEmbedding, NativeLinear, PackedWeight
-from transformers_api.kernels.modules.replace import Place, pack_model
+from transformers_api.kernels.modules.replace import Place, Widths, pack_model
 
 log = logging.getLogger(__name__)
 CACHE_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -36,7 +37,8 @@ def weight_kind(dtype: str, stored: str, stored_bytes: int) -> str | None:
 
 def kind_of(model: Any, dtype: str, quantization: str = "none") -> Kind:
     """Return the format for a model as it was loaded. Raises BackendRefused."""
-    stored_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    stored: StoredWeights | None = getattr(model, "stored_weights", None)
+    stored_bytes = stored.bytes if stored else sum(each.nbytes for each in model.parameters())
     kind = weight_kind(dtype, str(model.dtype).removeprefix("torch."), stored_bytes)
     if kind is None:
         raise BackendRefused(f"no kernels for {dtype}")
@@ -64,7 +66,7 @@ def native_runner(
     register()
     try:
         model.set_attn_implementation(NAME)
-        pack_model(model, library, kind.weights, groups)
+        pack_model(model, library, Widths(kind.numbers, kind.quantization), groups)
         cache = NativeCache(library, *cache_size, CACHE_TYPES[kind.numbers], latent_layers(model))
         runner = NativeRunner(model, cache, vocab_size, kind, original_window)
         teach(runner)
@@ -73,9 +75,8 @@ def native_runner(
     except Exception as error:
         log.info("%s cannot be packed", type(model).__name__, exc_info=True)
         raise BackendRefused(f"packing failed: {error}") from error
-    if not runner.is_recorded:
-        failures = (each.failure for each in runner.passes.values() if each.failure)
-        raise BackendRefused(next(failures))
+    if failure := runner.failure:
+        raise BackendRefused(failure)
     return runner
 
 
@@ -101,8 +102,10 @@ def largest_loss(model: Any) -> float:
     return max((weight.error for weight in packed_weights(model)), default=0.0)
 
 
-def check_loss(model: Any) -> None:
+def check_loss(model: Any, quantization: str) -> None:
     """Raises BackendRefused for a small model that int4 changed too much."""
+    if quantization != "int4":
+        return
     weights = sum(weight.in_features * weight.out_features for weight in packed_weights(model))
     lost = largest_loss(model)
     if weights < INT4_ENOUGH and lost > INT4_MOST_LOST:

@@ -40,6 +40,11 @@ def instruction_set(isa: str) -> str:
     return variants.choose(isa).name
 
 
+def withheld() -> str | None:
+    """Return the reason why "auto" is not the best that the processor has; None where it is."""
+    return variants.withheld()
+
+
 def find(cache: Path, isa: str) -> Path | None:
     """Return the library that was compiled into ``cache``. Raises NativeUnavailable."""
     return build.find(cache, variants.choose(isa))

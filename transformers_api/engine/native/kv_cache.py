@@ -37,7 +37,7 @@ class NativeLayer(SlotLayer):  # type: ignore[no-untyped-call]
             self.lazy_initialization(*(s.new_empty(0, s.shape[1], 0, size) for s in states))
         cache = self.cache
         for rows, new in zip(self.rows, states, strict=True):
-            write_cache(cache.library, new, rows[cache.window], cache.starts)
+            write_cache(cache.library, new, rows[cache.window], cache.starts, cache.cache_rows)
         keys, values = (
             rows[cache.window, :, : cache.context, : new.shape[3]]
             for rows, new in zip(self.rows, states, strict=True)
@@ -46,7 +46,7 @@ class NativeLayer(SlotLayer):  # type: ignore[no-untyped-call]
 
 
 class NativeCache(SlotCache):
-    """A SlotCache of ``dtype``. A forward writes a row from ``starts`` (B,) on."""
+    """A SlotCache of ``dtype``. Token n goes to ``starts[n]`` of the row ``cache_rows[n]``."""
 
     slots: list[NativeLayer]  # type: ignore[assignment]
     dtype: torch.dtype
@@ -62,18 +62,18 @@ class NativeCache(SlotCache):
     ) -> None:
         self.library = library
         self.dtype = dtype
-        self.starts = torch.zeros(0, dtype=torch.int64)
+        self.starts = self.cache_rows = torch.zeros(0, dtype=torch.int64)
         self._most = max_rows, max_length
         super().__init__(num_layers, max_rows, max_length, NativeLayer)
         self.latent = latent  # indices of layers
         for index in latent:
             self.slots[index].is_latent = True
 
-    def bind(self, first: int, positions: Tensor, context: int) -> None:
-        """See SlotCache."""
-        self.window = slice(first, first + len(positions))
+    def bind_rows(self, starts: Tensor, cache_rows: Tensor, context: int) -> None:
+        """Aim the next forward at one token of each of ``cache_rows``, which are the first ones."""
+        self.window = slice(0, len(cache_rows))
         self.context = context
-        self.starts = positions[:, 0].contiguous()
+        self.starts, self.cache_rows = starts, cache_rows
 
     def scratch(self, rows: int, length: int) -> NativeCache:
         """An empty one of the same kind."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
-import itertools
 import json
 import logging
 import os
@@ -33,7 +32,7 @@ from torch import Tensor
 
 from transformers_api.engine.backend import PlanOutdated
 from transformers_api.engine.native.convert_model import packed_weights
-from transformers_api.engine.native.runner import LONG, NativeRunner
+from transformers_api.engine.native.runner import NativeRunner
 from transformers_api.kernels.graph.planner import Affine, HookPoint, Plan, Words
 from transformers_api.kernels.modules.replace import Place, places_of
 
@@ -128,9 +127,8 @@ class StoredPlans:
             for layer in self.facts["likes"]
         ]
         runner.cache.shape(likes)
-        for name, recorded in runner.passes.items():
-            recorded.use_plan(self._plan(name, names))
-        runner.is_recorded = True
+        for name in self.facts["passes"]:
+            runner.passes[name].use_plan(self._plan(name, names))
 
     def _plan(self, name: str, names: _Names) -> Plan:
         facts = self.facts["passes"][name]
@@ -161,6 +159,7 @@ class StoredPlans:
             memory=line("memory"),
             inputs=line("inputs"),
             result=line("result"),
+            result_dtype=getattr(torch, facts["dtype"]),
             step_relocations=words("step_relocations"),
             call_relocations=words("call_relocations"),
             step_call_relocations=words("step_call_relocations"),
@@ -173,14 +172,11 @@ class StoredPlans:
 
 
 def logits_digest(runner: NativeRunner) -> str:
-    """A digest of logits, from passes of every kind, of tokens that exist everywhere."""
+    """A digest of logits, of a prompt and a step after it, of tokens that exist everywhere."""
     digest = hashlib.sha256()
-    passes = {"prompt": ([1, 2], 0), "decode": ([3], 2), "scored": ([1, 2, 3], 0)}
-    for length, kind in itertools.product(("", LONG), passes):
-        if length + kind not in runner.passes:
-            continue
-        ids, start = passes[kind]
-        digest.update(runner.compute(length + kind, [ids], [start]).numpy().tobytes())
+    for is_long in (False, True)[: 1 + (runner.long_layers is not None)]:
+        for ids, start, keep in (([1, 2], 0, 1), ([3], 2, 1), ([1, 2, 3], 0, 3)):
+            digest.update(runner.read(ids, start, keep, is_long).numpy().tobytes())
     runner.cache.clear()
     return digest.hexdigest()
 
@@ -230,6 +226,8 @@ def _arrays_of(runner: NativeRunner, groups: list[list[Place]]) -> Arrays:
         "passes": {},
     }
     for name, recorded in runner.passes.items():
+        if not recorded.is_ready:  # of the head, where the layers' pass has it in it
+            continue
         own = dict(_describe(recorded.plan, names, facts["passes"].setdefault(name, {})))
         arrays |= {f"{name}.{key}": array for key, array in own.items()}
     arrays["facts"] = numpy.frombuffer(json.dumps(facts).encode(), numpy.uint8)
@@ -265,6 +263,7 @@ def _describe(plan: Plan, names: _Names, facts: dict[str, Any]) -> Iterator[tupl
             yield f"own.{index}", torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
     facts |= {
         "size": plan.size,
+        "dtype": _name_of(plan.result_dtype),
         "kept": tensors,
         "constants": plan.constants,
         "cache_words": plan.cache_words,

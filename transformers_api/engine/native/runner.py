@@ -1,7 +1,9 @@
 """A batch in, logits out, with the native kernels: forward passes are recorded once, then run.
 
-Bits depend on the way that a pass is computed. So an engine goes one way with every token: all
-passes are recorded, those that are watched and those whose whole prompt is scored too, or none is.
+A pass reads tokens, each a row of its own with its position and its row of the cache: those of
+prompts and those of running answers alike. What a token is multiplied by does not depend on the
+others, and attention finds the tokens of one sequence together. So one plan runs any mixture, and
+a token's bits are the same in all of them. A second plan makes logits of the tokens that need them.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -21,16 +24,13 @@ from transformers_api.engine.native.latent import expanding_into
 from transformers_api.engine.positions import at_positions
 from transformers_api.engine.rope import fixed_factors
 from transformers_api.engine.runners.model_runner import ModelRunner
-from transformers_api.kernels.capture import Recorder, current
+from transformers_api.kernels.capture import Recorder, current, record
 from transformers_api.kernels.graph.executor import RecordedPass
 from transformers_api.kernels.graph.hooks import HookReplay, forward_returning
 from transformers_api.kernels.modules.attention import CausalRows, describing
 from transformers_api.kernels.modules.experts import routing_modules
 
-DECODE_ROWS = (2, 3)  # sizes that are recorded; see layout.py
-PROMPT_TOKENS = (5, 7)
-KINDS = ("decode", "prompt", "scored")
-LONG = "long "  # before the kind of a pass of sequences beyond the model's original window
+SIZES = (2, 3)  # tokens of the passes that are recorded; see planner.py
 
 
 class Kind(NamedTuple):
@@ -46,9 +46,15 @@ class Kind(NamedTuple):
 
 
 class NativeRunner(ModelRunner):
-    """Runs a packed model. ``learn`` before the first sequence."""
+    """Runs a packed model. ``learn`` before the first sequence.
+
+    ``layers`` makes hidden states of tokens, ``head`` logits of hidden states. Where a model cannot
+    be divided so, ``layers`` makes the logits, and ``head`` is not ready. ``long_layers`` are those
+    of sequences beyond the model's original window, where there is one.
+    """
 
     cache: NativeCache
+    mixes = True
 
     def __init__(
         self,
@@ -61,54 +67,75 @@ class NativeRunner(ModelRunner):
         super().__init__(model, cache, vocab_size)
         self.kind = kind
         self.original_window = original_window
-        names = [*KINDS, *(LONG + name for name in KINDS if original_window is not None)]
-        self.passes = {name: RecordedPass(cache.library) for name in names}  # by the kind of pass
-        self.is_recorded = False
+        has_lengths = original_window is not None
+        self.long_layers = RecordedPass(cache.library) if has_lengths else None
+        self.layers, self.head = RecordedPass(cache.library), RecordedPass(cache.library)
 
     def learn(self) -> None:
-        """Record passes on a cache of their own; the model goes on as it is where that fails."""
-        cache = self.cache.scratch(max(DECODE_ROWS), MIN_LENGTH)
+        """Record passes on a cache of their own; ``failure`` says why that failed."""
+        cache = self.cache.scratch(max(SIZES), MIN_LENGTH)
+        inputs = [_inputs([1] * size, [3] * size, list(range(size))) for size in SIZES]
         with fixed_factors(self.model, False):
-            self._compute(_inputs(torch.zeros(1, 2, dtype=torch.int64), [0]), cache, 1)
+            self._compute(inputs[0], cache)
         self.cache.shaped_like(cache)
-        for length in ("", LONG)[: len(self.passes) // len(KINDS)]:
-            with _shown_layers(self.model), fixed_factors(self.model, bool(length)):
-                for size in DECODE_ROWS:
-                    inputs = _inputs(_some_ids(size, 1), [3] * size)
-                    self._learn(f"{length}decode", size, cache, inputs, 1)
-                for size in PROMPT_TOKENS:
-                    self._learn_prompt(length, size, cache)
-        self.is_recorded = all(each.is_ready for each in self.passes.values())
+        passes = self._watched_passes(inputs, cache, False)
+        long = [] if self.long_layers is None else self._watched_passes(inputs, cache, True)
+        if all(each.hidden is not None for each in [*passes, *long]):
+            for each in passes:
+                self._learn_divided(each, cache)
+            for each in long:
+                self._learn_layers(self.long_layers, each, cache)
+            if all(recorded.is_ready for recorded in self.passes.values()):
+                return
+        library = self.cache.library
+        self.layers, self.head = RecordedPass(library), RecordedPass(library)
+        self.long_layers = self.long_layers and RecordedPass(library)
+        for recorded, watched in ((self.layers, passes), (self.long_layers, long)):
+            for each in watched:
+                assert recorded is not None
+                recorded.add(len(each.logits), each.whole, each.inputs, each.logits, cache.tensors)
 
     def forward(self, batch: Batch, keep: int = 1) -> Tensor:
-        """See Runner. The result lasts until the next one."""
-        starts = [seq.num_cached for seq in batch.sequences]
-        ids = torch.tensor(batch.ids)
-        first, tensors, inputs = batch.first_slot, self.cache.tensors, _inputs(ids, starts)
-        if keep > 1:
-            kind, size = "scored", batch.width
-        elif batch.width > 1:
-            kind, size = "prompt", batch.width
-        else:
-            kind, size = "decode", len(starts)
+        """See Runner."""
+        starts: list[int] = []
+        rows: list[int] = []
+        for seq, width in zip(batch.sequences, batch.widths, strict=True):
+            starts += range(seq.num_cached, seq.num_cached + width)
+            rows += [seq.slot] * width
+        inputs = _inputs([token for ids in batch.ids for token in ids], starts, rows)
+        last = [end - 1 for end in accumulate(batch.widths)]
+        watch = self._replay(batch, inputs, last) if batch.is_observed else None
         is_long = self.original_window is not None and batch.sequences[0].is_long
-        recorded = self.passes[f"{LONG}{kind}" if is_long else kind]
-        watch = None
-        if batch.reaches_end and any(seq.observe for seq in batch.sequences):
-            context = max(starts) + batch.width
-            watch = HookReplay(self.cache.library, inputs[2], context, tensors, first)
-        logits = recorded.run(size, inputs, tensors, first, watch)
-        return logits[:, -keep:, : self.vocab_size]
+        hidden = self._layers(is_long).run(len(starts), inputs, self.cache.tensors, watch)
+        if len(last) == 1:
+            return self._logits(hidden[-keep:]).transpose(0, 1)
+        ends = [at for at, is_last in zip(last, batch.ends, strict=True) if is_last]
+        return self._logits(hidden if len(ends) == len(hidden) else hidden[ends])
 
-    def compute(self, kind: str, ids: list[list[int]], starts: list[int]) -> Tensor:
-        """Logits of a pass of this kind, which last until the next one."""
-        size = len(ids) if kind.endswith("decode") else len(ids[0])
-        inputs = _inputs(torch.tensor(ids), starts)
-        return self.passes[kind].run(size, inputs, self.cache.tensors, 0)
+    @property
+    def passes(self) -> dict[str, RecordedPass]:
+        """By name."""
+        long = {"long layers": self.long_layers} if self.long_layers else {}
+        return {"layers": self.layers, "head": self.head, **long}
+
+    @property
+    def failure(self) -> str:
+        """The reason why the layers' passes cannot be run; "" where they can."""
+        layers = [self.layers, *([self.long_layers] if self.long_layers else [])]
+        return next((each.failure for each in layers if each.failure), "")
+
+    def read(
+        self, ids: Sequence[int], start: int = 0, keep: int = 1, is_long: bool = False
+    ) -> Tensor:
+        """Logits (keep, V) of the last of these tokens, in the cache's first row from ``start``."""
+        positions = list(range(start, start + len(ids)))
+        inputs = _inputs(list(ids), positions, [0] * len(ids))
+        hidden = self._layers(is_long).run(len(ids), inputs, self.cache.tensors)
+        return self._logits(hidden[-keep:])[:, 0].clone()
 
     def logits_of(self, ids: Sequence[int]) -> Tensor:
         """Logits (1, V) of the last token of this prompt; nothing stays in the cache."""
-        logits = self.compute("prompt", [list(ids)], [0])[:, -1].clone()
+        logits = self.read(ids)
         self.cache.clear()
         return logits
 
@@ -118,48 +145,86 @@ class NativeRunner(ModelRunner):
         for recorded in self.passes.values():
             recorded.release_memory()
 
-    def _learn(
-        self,
-        kind: str,
-        size: int,
-        cache: NativeCache,
-        inputs: list[Tensor],
-        keep: int,
-        prefix: Recorder | None = None,
-    ) -> None:
-        forward = partial(self._compute, inputs, cache, keep)
-        self.passes[kind].record(size, inputs, cache.tensors, forward, prefix)
+    def _layers(self, is_long: bool) -> RecordedPass:
+        return self.long_layers if is_long and self.long_layers else self.layers
 
-    def _learn_prompt(self, length: str, size: int, cache: NativeCache) -> None:
-        """Record two passes; a scored one differs after the layers only, so these run once."""
-        inputs, base, branches = _inputs(_some_ids(1, size), [0]), self.model.base_model, []
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """(R, 1, V) of hidden states (R, 1, C), which last until the next ones."""
+        if self.head.is_ready and len(hidden):
+            hidden = self.head.run(len(hidden), [hidden.contiguous()], [])
+        return hidden[..., : self.vocab_size]
 
-        def branch(module: nn.Module, args: Any, output: Any) -> None:
+    def _replay(self, batch: Batch, inputs: list[Tensor], last: list[int]) -> HookReplay:
+        """Show the last token of each sequence, by its slot."""
+        first = batch.first_slot
+        places = [seq.slot - first for seq in batch.sequences]
+        tokens = None
+        if last != list(range(len(last))) or places != last:
+            tokens = torch.zeros(max(places) + 1, dtype=torch.int64)
+            tokens[places] = torch.tensor(last)
+        starts, cache = inputs[1][:, 0], self.cache
+        return HookReplay(
+            cache.library, starts, int(starts.max()) + 1, cache.tensors, first, tokens
+        )
+
+    def _watched_passes(
+        self, inputs: list[list[Tensor]], cache: NativeCache, is_long: bool
+    ) -> list[_WatchedPass]:
+        with _shown_layers(self.model), fixed_factors(self.model, is_long):
+            return [self._watched_pass(each, cache) for each in inputs]
+
+    def _watched_pass(self, inputs: list[Tensor], cache: NativeCache) -> _WatchedPass:
+        """Record a pass, and what of it lies before its logits."""
+        base, divisions = self.model.base_model, []
+
+        def divide(module: nn.Module, args: Any, output: Any) -> None:
             if recorder := current():
-                branches.append((recorder.copy(), output))
+                divisions.append((recorder.copy(), output))
 
-        handle = base.register_forward_hook(branch)
+        handle = base.register_forward_hook(divide)
         try:
-            self._learn(f"{length}prompt", size, cache, inputs, 1)
+            with record(inputs) as recorder:
+                logits = self._compute(inputs, cache)
         finally:
             handle.remove()
-        if base is self.model or len(branches) != 1:
-            self._learn(f"{length}scored", size, cache, inputs, 0)
-            return
-        prefix, output = branches[0]
-        with forward_returning(base, output):
-            self._learn(f"{length}scored", size, cache, inputs, 0, prefix)
+        if base is self.model or len(divisions) != 1 or not isinstance(divisions[0][1][0], Tensor):
+            return _WatchedPass(inputs, recorder, logits)
+        before, output = divisions[0]
+        return _WatchedPass(inputs, recorder, logits, before, output, output[0])
 
-    def _compute(self, inputs: list[Tensor], cache: NativeCache, keep: int) -> Tensor:
-        ids, positions, starts = inputs
-        context = cache.length
-        cache.bind(0, positions, context)
-        cache.starts = starts
+    @staticmethod
+    def _learn_layers(
+        recorded: RecordedPass | None, watched: _WatchedPass, cache: NativeCache
+    ) -> None:
+        assert recorded is not None
+        assert watched.before is not None
+        assert watched.hidden is not None
+        size, hidden = len(watched.hidden), watched.hidden
+        recorded.add(size, watched.before, watched.inputs, hidden, cache.tensors)
+
+    def _learn_divided(self, watched: _WatchedPass, cache: NativeCache) -> None:
+        inputs, output, hidden = watched.inputs, watched.output, watched.hidden
+        self._learn_layers(self.layers, watched, cache)
+        assert hidden is not None
+        fresh = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
+        if isinstance(output, tuple):
+            output = (fresh, *output[1:])
+        else:
+            output[next(iter(output))] = fresh
+        with forward_returning(self.model.base_model, output):
+            self.head.record(len(fresh), [fresh], [], partial(self._compute, inputs, cache))
+
+    def _compute(self, inputs: list[Tensor], cache: NativeCache) -> Tensor:
+        ids, positions, cache_rows = inputs
+        starts, context = positions[:, 0], cache.length
+        cache.bind_rows(starts, cache_rows, context)
         built = self.masks.build(positions, context)
         masks = built if isinstance(built, dict) else {"": built}
-        rows = {kind: CausalRows(cache.library, starts, self.masks.windows[kind]) for kind in masks}
-        described = describing([(mask, rows[kind]) for kind, mask in masks.items()])
-        with described, expanding_into(cache), at_positions(positions):
+        described = [
+            (mask, CausalRows(cache.library, starts, self.masks.windows[kind], cache_rows))
+            for kind, mask in masks.items()
+        ]
+        with describing(described), expanding_into(cache), at_positions(positions):
             logits: Tensor = self.model(
                 input_ids=ids,
                 position_ids=positions,
@@ -167,15 +232,29 @@ class NativeRunner(ModelRunner):
                 past_key_values=cache,
                 use_cache=True,
                 return_dict=True,
-                **({"logits_to_keep": keep} if self._takes_keep else {}),
+                **({"logits_to_keep": 1} if self._takes_keep else {}),
             ).logits
         return logits
 
 
-def _inputs(ids: Tensor, starts: list[int]) -> list[Tensor]:
-    """[ids (B, T), positions (B, T), starts (B,)] of what differs from pass to pass."""
-    first = torch.tensor(starts)
-    return [ids, first[:, None] + torch.arange(ids.shape[1]), first]
+class _WatchedPass(NamedTuple):
+    """A recorded pass, and its part up to the ``output`` of the model without its head."""
+
+    inputs: list[Tensor]
+    whole: Recorder
+    logits: Tensor
+    before: Recorder | None = None
+    output: Any = None
+    hidden: Tensor | None = None
+
+
+def _inputs(ids: list[int], positions: list[int], cache_rows: list[int]) -> list[Tensor]:
+    """[ids (N, 1), positions (N, 1), rows of the cache (N,)] of the tokens of a pass."""
+    return [
+        torch.tensor(ids)[:, None],
+        torch.tensor(positions)[:, None],
+        torch.tensor(cache_rows),
+    ]
 
 
 @contextmanager
@@ -210,7 +289,3 @@ def _note_layer(module: nn.Module, args: Any, kwargs: dict[str, Any], output: An
         recorder.add_module_call(
             module, [stream, made], options={"is_tuple": isinstance(output, tuple)}
         )
-
-
-def _some_ids(rows: int, width: int) -> Tensor:
-    return torch.arange(1, rows * width + 1).reshape(rows, width)

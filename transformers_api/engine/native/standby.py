@@ -67,6 +67,10 @@ class NativeStandby:
         rest = [*model.parameters(), *model.buffers()]
         if sum(tensor.nbytes for tensor in rest) > LARGEST_REST:
             return None
+        weights = packed_weights(model)
+        plain = [weight for weight in weights if isinstance(weight, PackedWeight)]
+        if len(plain) == len(weights) and all(weight.sources for weight in plain):
+            return cls(runner, folder, [(weight, []) for weight in plain])
         try:
             with ExitStack() as stack:
                 names = set(_stored(folder, stack))
@@ -74,7 +78,7 @@ class NativeStandby:
             return None
         origins = _origins(model, names)
         parts = []
-        for weight in packed_weights(model):
+        for weight in weights:
             if isinstance(weight, PackedExperts) or id(weight) not in origins:
                 return None  # experts are in the files one by one, each under a name of its own
             parts.append((weight, origins[id(weight)]))
@@ -101,6 +105,11 @@ class NativeStandby:
         with ExitStack() as stack:
             stored = _stored(self._folder, stack)
             for weight, origins in self._origins:
+                if weight.sources:
+                    weight.fill([source.matrix() for source in weight.sources], memory)
+                    for source in weight.sources:
+                        source.release()
+                    continue
                 weight.fill([o.of(stored[o.name].get_tensor(o.name)) for o in origins], memory)
 
 

@@ -53,7 +53,7 @@ def verified_runner(
             expected[-1:] = own_logits(model, vocab_size, rows[-1:])
     learn = NativeRunner.learn
     runner = native_runner(model, library, kind, groups, size, vocab_size, learn, original_window)
-    check_loss(model)
+    check_loss(model, kind.quantization)
     if not agrees(runner, model, vocab_size, window, expected, kind.quantization):
         raise BackendRefused("it says something else with them")
     if file is not None:

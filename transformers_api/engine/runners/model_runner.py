@@ -26,9 +26,10 @@ class Runner(Protocol):
         ...
 
     def forward(self, batch: Batch, keep: int = 1) -> Tensor:
-        """Read the batch's new tokens; logits (B, keep, V) float32 of the last ``keep``.
+        """Read the batch's new tokens; logits (E, keep, V) float32 of the last ``keep``.
 
-        They last until the next forward.
+        Of the E sequences that end with them, or of all where none does, and only a sequence alone
+        may ask for more than its last one's. They last until the next forward.
         """
         ...
 
@@ -45,6 +46,7 @@ class ModelRunner:
     """
 
     mode = "batching"
+    mixes = False  # reads prompts and the tokens of running answers in one pass
     original_window: int | None = None
 
     def __init__(self, model: Any, cache: SlotCache, vocab_size: int) -> None:
@@ -163,6 +165,7 @@ class SequentialRunner:
     """
 
     mode = "sequential"
+    mixes = False
     original_window: int | None = None  # generate()'s own rule holds
 
     def __init__(self, model: Any, vocab_size: int, recompute: bool = False) -> None:

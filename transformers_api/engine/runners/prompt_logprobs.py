@@ -25,8 +25,7 @@ class PromptScoringRunner:
     def forward(self, batch: Batch, keep: int = 1) -> Tensor:
         """See Runner."""
         seq = batch.sequences[0]
-        is_read_again = bool(seq.num_output)
-        if seq.params.prompt_logprobs is None or not seq.is_prefilling or is_read_again:
+        if not seq.is_scoring:  # one that is has its passes to itself
             return self.inner.forward(batch, keep)
         logits = self.inner.forward(batch, max(keep, batch.width))  # (1, T, V)
         self._score(seq, logits[0, -batch.width :])

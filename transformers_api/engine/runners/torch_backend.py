@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from transformers_api.engine.backend import (
@@ -17,7 +18,7 @@ from transformers_api.engine.backend import (
 )
 from transformers_api.engine.base import EngineFacts
 from transformers_api.engine.kv_cache import SlotCache
-from transformers_api.engine.load_options import LoadOptions
+from transformers_api.engine.load_options import DTYPE_BYTES, LoadOptions
 from transformers_api.engine.pretrained import attention_layers, differentiable, gpu_dtype
 from transformers_api.engine.rope import reads_again, switching_lengths
 from transformers_api.engine.runners.cuda_graphs import GraphRunner, PaddedCache
@@ -36,6 +37,7 @@ from transformers_api.engine.runners.verify import (
 )
 from transformers_api.engine.sampling.sampler import Sampler, TokenSampler
 from transformers_api.engine.standby import StandbyModel
+from transformers_api.engine.stored_weights import StoredWeights
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +59,10 @@ class TorchBackend:
         """See Backend."""
         return dtype
 
+    def fill(self, model: Any, stored: StoredWeights, dtype: torch.dtype) -> None:
+        """See Backend."""
+        stored.fill(model, dtype)
+
     def weight_dtype(self, dtype: str, stored: str, stored_bytes: int) -> str:
         """See Backend."""
         if dtype != "auto":
@@ -64,6 +70,10 @@ class TorchBackend:
         if self.device.startswith("cuda"):
             return gpu_dtype(stored, stored_bytes)
         return "float32" if self.device == "cpu" else stored
+
+    def file_bytes(self, types: Mapping[str, int], dtype: str) -> int:
+        """See Backend."""
+        return sum(types.values()) * DTYPE_BYTES.get(dtype, 4)
 
     def refusal(self, model: Any) -> str | None:
         """See Backend."""

@@ -17,7 +17,7 @@ from transformers_api.engine.sequence import Sequence
 log = logging.getLogger(__name__)
 # The relative error that rounded weights may make, so far from what wrong ones would (1 and more)
 # that no right ones are taken for them; how well they are rounded is asked elsewhere.
-QUANTIZED = {"int8": 0.2, "int4": 0.6}
+QUANTIZED = {"int8": 0.2, "gguf": 0.2, "int4": 0.6}
 SHARED = 3  # tokens that the sequences of the probe begin with
 NARROW = 4  # tokens of a window that a short pass reaches
 MOST_PROBED = 64  # tokens of a window that the probe itself goes beyond
@@ -199,14 +199,14 @@ def _run(runner: VerifiedRunner, rows: list[list[int]]) -> list[Tensor]:
             runner.cache.copy(0, slot, SHARED)
             seq.num_cached = widths.pop(0)
         for width in widths:
-            runner.forward(Batch([seq], width))
+            runner.forward(Batch([seq], [width]))
             seq.num_cached += width
         sequences.append(seq)
     steps = []
     for step in (-2, -1):
         for seq, row in zip(sequences, rows, strict=True):
             seq.tokens.append(row[step])
-        parts = Batch(sequences, 1).parts
+        parts = Batch(sequences, [1] * len(sequences)).parts
         steps.append(torch.cat([runner.forward(part)[:, -1].clone() for part in parts]))
         for seq in sequences:
             seq.num_cached += 1

@@ -22,10 +22,10 @@ PAGE = 4096
 
 
 class RecordedPass:
-    """Forward passes of one kind, as prompts or decode steps, of any ``size``.
+    """Forward passes of one kind, of any ``size``: a number of tokens.
 
     ``record`` two passes of different sizes; from then on ``run`` returns what the model would, and
-    ``failure`` is the reason where that is not possible. The size is a number of rows or of tokens.
+    ``failure`` is the reason where that is not possible.
     """
 
     def __init__(self, library: Library) -> None:
@@ -50,20 +50,25 @@ class RecordedPass:
         self._program = Program(self.library, plan)
 
     def record(
-        self,
-        size: int,
-        inputs: list[Tensor],
-        cache: list[Tensor],
-        forward: Callable[[], Tensor],
-        prefix: Recorder | None = None,
+        self, size: int, inputs: list[Tensor], cache: list[Tensor], forward: Callable[[], Tensor]
     ) -> None:
         """Record how ``forward`` computes its result from ``inputs``, without matrix products.
 
-        ``cache``: the tensors of keys and values, all rows, layer by layer. ``prefix`` has recorded
-        the pass up to the point where ``forward`` continues.
+        ``cache``: the tensors of keys and values, all rows, layer by layer.
         """
-        with record(inputs, prefix) as recorder:
+        with record(inputs) as recorder:
             result = forward()
+        self.add(size, recorder, inputs, result, cache)
+
+    def add(
+        self,
+        size: int,
+        recorder: Recorder,
+        inputs: list[Tensor],
+        result: Tensor,
+        cache: list[Tensor],
+    ) -> None:
+        """Take what ``recorder`` has recorded of a pass; see ``record``."""
         self._recordings.append(Recording(size, recorder, inputs, result))
         if len(self._recordings) == 2 and not self.failure:
             try:
@@ -79,15 +84,14 @@ class RecordedPass:
         size: int,
         inputs: list[Tensor],
         cache: list[Tensor],
-        first: int,
         observer: PassObserver | None = None,
     ) -> Tensor:
-        """The result, valid until the next call. ``first``: the cache's row of the first sequence.
+        """The result, valid until the next call.
 
         ``observer`` is shown the calls that it chose while the pass is paused.
         """
         assert self._program is not None
-        return self._program.run(size, inputs, cache, first, observer)
+        return self._program.run(size, inputs, cache, observer)
 
     def release_memory(self) -> None:
         """Give the memory of the last run back."""
@@ -119,6 +123,10 @@ class PassObserver(Protocol):
         """Observe a call."""
         ...
 
+    def finish(self) -> None:
+        """The pass has ended; what it wrote into the cache is there."""
+        ...
+
 
 class Program:
     """A plan with memory. Addresses and sizes are computed when the size or the cache changes."""
@@ -138,15 +146,14 @@ class Program:
         size: int,
         inputs: list[Tensor],
         cache: list[Tensor],
-        first: int,
         observer: PassObserver | None,
     ) -> Tensor:
         """See RecordedPass."""
         if size != self._size:
             self._resize(size)
-        key = first, [tensor.data_ptr() for tensor in cache], cache[0].stride()
+        key = [tensor.data_ptr() for tensor in cache], [tensor.stride() for tensor in cache[:1]]
         if key != self._bound_cache:
-            self._bind_cache(cache, first)
+            self._bind_cache(cache)
             self._bound_cache = key
         base = self._base
         for offset, tensor in zip(self._inputs, inputs, strict=True):
@@ -158,6 +165,8 @@ class Program:
                 done = point.at
                 observer.show(self._finished_call(point))
         self._run_steps(done, len(self._steps) // self.plan.width)
+        if observer:
+            observer.finish()
         return self._result
 
     def release_memory(self) -> None:
@@ -185,7 +194,7 @@ class Program:
         self._steps[plan.step_call_relocations] += self._calls.ctypes.data
         self._inputs = plan.inputs.at(size)
         self._size, self._bound_cache = size, None
-        self._result = self._tensor(plan.result, torch.float32)
+        self._result = self._tensor(plan.result, plan.result_dtype)
         self._finished = {}
 
     def _finished_call(self, point: HookPoint) -> FinishedCall:
@@ -204,9 +213,9 @@ class Program:
         end = start + (len(self._memory) - start) // 8 * 8
         return self._memory[start:end].view(dtype).as_strided(sizes, strides)
 
-    def _bind_cache(self, cache: list[Tensor], first: int) -> None:
-        """Point the calls to the rows ``first``.. of the cache as it is allocated now."""
+    def _bind_cache(self, cache: list[Tensor]) -> None:
+        """Point the calls to the cache as it is allocated now."""
         for at, strides_at, index in self.plan.cache_words:
             tensor = cache[index]
-            self._calls[at] = tensor.data_ptr() + first * tensor.stride(0) * tensor.element_size()
+            self._calls[at] = tensor.data_ptr()
             self._calls[strides_at : strides_at + 3] = numpy.array(tensor.stride()[:3])

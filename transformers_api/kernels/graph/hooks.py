@@ -28,23 +28,34 @@ def observing(layers: Collection[int] | None) -> Iterator[None]:
 
 
 class HookReplay:
-    """A PassObserver of sequences at the positions ``starts`` (B,) that end before ``length``.
+    """A PassObserver that shows the last tokens of sequences, whose K and V are neighbours.
 
-    ``first``: the row of the ``cache`` that belongs to the first sequence. Attention is shown of
-    the layers that are observed (see ``observing``), other modules where they have hooks.
+    ``tokens``: a token of the pass for each of the rows ``first``.. of the ``cache``; None: those
+    of the pass, in order. ``starts`` (N,): the position of every token of the pass; all come before
+    ``length``. Attention is shown of the layers that are observed (see ``observing``), other
+    modules where they have hooks.
 
-    Between two parts of a pass the weights have driven everything else from the caches, and a call
-    of torch takes fifty microseconds: few are made.
+    Between two parts of a pass the kernels' threads wait, and soon go to sleep. The weights have
+    driven everything else from the caches, and a call of torch takes fifty microseconds: few are
+    made.
     """
 
     def __init__(
-        self, library: Library, starts: Tensor, length: int, cache: list[Tensor], first: int
+        self,
+        library: Library,
+        starts: Tensor,
+        length: int,
+        cache: list[Tensor],
+        first: int,
+        tokens: Tensor | None = None,
     ) -> None:
         self.library = library
-        self.starts = starts
         self.cache = cache
-        self.rows = slice(first, first + len(starts))
+        self.tokens = tokens
+        self.starts = starts if tokens is None else starts[tokens]
+        self.rows = slice(first, first + len(self.starts))
         self.positions = slice(length)
+        self._attended: list[tuple[FinishedCall, Tensor, Tensor]] = []
 
     def choose(self, points: Sequence[HookPoint]) -> list[HookPoint]:
         """See PassObserver."""
@@ -60,18 +71,27 @@ class HookReplay:
         ]
 
     def show(self, call: FinishedCall) -> None:
-        """See PassObserver."""
+        """See PassObserver. Attention is shown in the end: its keys are in the cache then."""
+        tensors = call.tensors
+        if self.tokens is not None:
+            tensors = [each[self.tokens] for each in tensors]
+        x, *others = tensors
+        output = others[0]
         if call.cached is None:
-            stream, *results = call.tensors
-            call_hooks(
-                call.module, stream, tuple(results) if call.options["is_tuple"] else results[0]
-            )
-            return
-        key, value = (self.cache[index][self.rows, :, self.positions] for index in call.cached)
-        query, output = call.tensors
-        key, value = key[..., : query.shape[3]], value[..., : output.shape[3]]
-        mask = CausalRows(self.library, self.starts, call.options["window"])
-        replay_attention(call.module, (query, key, value, output), mask, call.options["options"])
+            results = tuple(others) if call.options["is_tuple"] else output
+            call_hooks(call.module, x, results)
+        else:
+            self._attended.append((call, x.clone(), output.clone()))
+
+    def finish(self) -> None:
+        """See PassObserver."""
+        for call, query, output in self._attended:
+            assert call.cached is not None
+            key, value = (self.cache[index][self.rows, :, self.positions] for index in call.cached)
+            key, value = key[..., : query.shape[3]], value[..., : output.shape[3]]
+            mask = CausalRows(self.library, self.starts, call.options["window"])
+            tensors = query, key, value, output
+            replay_attention(call.module, tensors, mask, call.options["options"])
 
 
 def call_hooks(module: nn.Module, stream: Tensor, result: Any) -> None:

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from transformers_api.kernels.abi import OPERAND_TYPES, OPS, Operand, Step
+from transformers_api.kernels.abi import OPERAND_TYPES, OPS, TYPES, Operand, Step
 from transformers_api.kernels.capture import ModuleCall, Operation, Recorder, Ref
 from transformers_api.kernels.graph.fusion import fuse
 from transformers_api.kernels.graph.tiling import (
@@ -88,6 +88,7 @@ class Plan:
     memory: Affine
     inputs: Affine  # addresses
     result: Affine  # address, sizes, strides
+    result_dtype: torch.dtype
     step_relocations: Words  # relative to the memory
     call_relocations: Words  # relative to the memory
     step_call_relocations: Words  # relative to the calls
@@ -156,7 +157,7 @@ class _Planner:
                     self._set(self.steps, at + Step.fused.offset // WORD, (count, count))
         inputs = [self._offset(r) for r in self._input_refs()]
         result = self._result_ref()
-        if result[0].tensor.dtype != torch.float32 or not result[0].is_dynamic:
+        if result[0].tensor.dtype not in TYPES or not result[0].is_dynamic:
             raise NotRecordable("a result of another kind")
         return Plan(
             size=self.a.size,
@@ -165,6 +166,7 @@ class _Planner:
             memory=self._affine([self.memory[0]], [self.memory[1]]),
             inputs=self._affine([offset[0] for offset in inputs], [offset[1] for offset in inputs]),
             result=self._tensor(result),
+            result_dtype=result[0].tensor.dtype,
             hook_points=[self._hook_point(x, y) for x, y in self.module_calls],
             step_relocations=numpy.array(self.steps.relocations, numpy.int64),
             call_relocations=numpy.array(self.calls.relocations, numpy.int64),

@@ -16,7 +16,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from transformers_api.kernels.abi import TYPES, Attention, CacheWrite, Library
-from transformers_api.kernels.capture import current
+from transformers_api.kernels.capture import Recorder, current
 
 NAME = "native"
 MAX_SIZE = 512  # src/attention_block.h
@@ -34,11 +34,14 @@ class CausalRows:
     """A causal mask in short: query t of row b attends to the keys up to ``starts[b] + t``.
 
     To the last ``window`` of them only, if it is not 0. ``starts`` (B,) int64, contiguous.
+    ``cache_rows``, of the same kind: the row of the cache that each row belongs to, where the keys
+    are those of all rows. Tokens of one sequence may be rows of their own, one after the other.
     """
 
     library: Library
     starts: Tensor
     window: int
+    cache_rows: Tensor | None = None
 
 
 _described: contextvars.ContextVar[Sequence[tuple[Tensor, CausalRows]]] = contextvars.ContextVar(
@@ -122,6 +125,7 @@ def _attend(
         value.data_ptr(),
         out.data_ptr(),
         rows.starts.data_ptr(),
+        None if rows.cache_rows is None else rows.cache_rows.data_ptr(),
         sinks.data_ptr() if sinks is not None else None,
         batch,
         width,
@@ -141,9 +145,7 @@ def _attend(
     (library.with_gil if batch * width < 64 else library.without_gil).attention(call)
     result = out[..., : value.shape[3]]
     if recorder := current():
-        fields = ("q", "starts", *(("sinks",) if sinks is not None else ()), "k", "v", "out")
-        inputs = [wide, rows.starts, *([sinks] if sinks is not None else []), key, value]
-        recorder.add("attention", out, inputs, (1,), call=call, fields=fields)
+        _record_attention(recorder, call, rows, {"q": wide, "k": key, "v": value}, out, sinks)
         replayed = {"scaling": scaling, **{k: v for k, v in options.items() if k in OPTIONS}}
         details = {"window": rows.window, "options": replayed}
         recorder.add_module_call(module, [query, result], key=key, value=value, options=details)
@@ -157,6 +159,20 @@ def _widened(query: Tensor, size: int) -> Tensor:
     wide = query.new_zeros((*query.shape[:3], size))
     wide[..., : query.shape[3]] = query
     return wide
+
+
+def _record_attention(
+    recorder: Recorder,
+    call: Attention,
+    rows: CausalRows,
+    operands: dict[str, Tensor],
+    out: Tensor,
+    sinks: Tensor | None,
+) -> None:
+    others = {"starts": rows.starts, "cache_rows": rows.cache_rows, "sinks": sinks}
+    operands = operands | {name: each for name, each in others.items() if each is not None}
+    fields = (*operands, "out")
+    recorder.add("attention", out, [*operands.values()], (1,), call=call, fields=fields)
 
 
 def replay_attention(
@@ -219,8 +235,17 @@ def _is_supported(query: Tensor, key: Tensor, value: Tensor) -> bool:
     )
 
 
-def write_cache(library: Library, states: Tensor, rows: Tensor, starts: Tensor) -> None:
-    """Write ``states`` (B, G, T, D) into ``rows`` (B, G, length, D) from each row's start on."""
+def write_cache(
+    library: Library,
+    states: Tensor,
+    rows: Tensor,
+    starts: Tensor,
+    cache_rows: Tensor | None = None,
+) -> None:
+    """Write ``states`` (B, G, T, D) into ``rows`` (R, G, length, D) from each row's start on.
+
+    Row b of ``states`` goes to the row ``cache_rows[b]``, by default b.
+    """
     batch, heads, width, size = states.shape
     if states.stride(3) != 1:
         states = states.contiguous()
@@ -228,6 +253,7 @@ def write_cache(library: Library, states: Tensor, rows: Tensor, starts: Tensor) 
         states.data_ptr(),
         rows.data_ptr(),
         starts.data_ptr(),
+        None if cache_rows is None else cache_rows.data_ptr(),
         batch,
         heads,
         width,
@@ -239,6 +265,10 @@ def write_cache(library: Library, states: Tensor, rows: Tensor, starts: Tensor) 
     )
     library.with_gil.write_cache(call)
     if recorder := current():
-        inputs = [states, starts, rows]
-        fields = ("source", "starts", "target")
-        recorder.add("write_cache", None, inputs, (1,), call=call, fields=fields)
+        operands = {"source": states, "starts": starts}
+        if cache_rows is not None:
+            operands["cache_rows"] = cache_rows
+        operands["target"] = rows
+        recorder.add(
+            "write_cache", None, [*operands.values()], (1,), call=call, fields=(*operands,)
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -63,6 +64,7 @@ class PackedWeight:
     """
 
     error = 0.0
+    sources: Sequence[Any] = ()  # what it is made of, where that can be read again
 
     def __init__(
         self, library: Library, weights: list[Matrix], kind: str, memory: WeightMemory
@@ -243,15 +245,24 @@ class NativeLinear(nn.Module):
         return self.joined.part(self.index, x)
 
 
-class NativeEmbedding(nn.Module):
-    """An Embedding that shares its packed weights with the output layer."""
+def scale_of(scale: Any) -> Tensor | None:
+    """The factor of all numbers of an embedding, as a tensor; None: none."""
+    return None if scale is None else torch.as_tensor(scale, dtype=torch.float32)
 
-    def __init__(self, packed: PackedWeight, weight: Tensor) -> None:
+
+class NativeEmbedding(nn.Module):
+    """An Embedding over packed weights, which the output layer may share."""
+
+    scale: Tensor | None
+
+    def __init__(self, packed: PackedWeight, weight: Tensor, scale: Any = None) -> None:
         super().__init__()
         self.num_embeddings, self.embedding_dim = packed.out_features, packed.in_features
         self.packed = packed
         self.weight = weight
+        self.register_buffer("scale", scale_of(scale), persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Map ``ids`` (…) to (…, embedding_dim) float32."""
-        return self.packed.rows(ids)
+        rows = self.packed.rows(ids)
+        return rows if self.scale is None else rows * self.scale

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from transformers_api.kernels.modules.linear import (
     PackedWeight,
     WeightMemory,
 )
+from transformers_api.kernels.modules.streamed import Source, StreamedEmbedding, StreamedLinear
 
 
 @dataclass(frozen=True)
@@ -32,40 +34,99 @@ class Place:
 
     @property
     def weight(self) -> Tensor:
-        """The matrix as (out, in), however the layer stores it."""
+        """The matrix as (out, in), however the layer stores it; of a streamed one the shape."""
         weight: Tensor = self.layer.weight
         return weight.t() if type(self.layer) is Conv1D else weight
 
+    @property
+    def source(self) -> Source | None:
+        """The file's matrix of a streamed layer."""
+        source: Source | None = getattr(self.layer, "source", None)
+        return source
 
-def pack_model(model: Any, library: Library, kind: str, groups: list[list[Place]]) -> None:
-    """Replace Linear, Conv1D and tied Embedding layers, each old weight freed before the next.
+    @property
+    def identity(self) -> int:
+        """The same for all layers with the same matrix."""
+        return id(self.source or self.layer.weight)
 
-    Experts too. ``kind`` see PackedWeight; with int4 the output layer is int8, and routers stay
-    float32. ``groups`` see ``layer_groups``. The rest of the model, above all norms, becomes
-    float32, and so do its activations.
+
+@dataclass(frozen=True)
+class Widths:
+    """The kinds of PackedWeight of a model. ``numbers``: of weights that are not quantised.
+
+    ``quantization``: "none", "int8", "int4" (the output layer is int8 then), or "gguf": as their
+    file has them.
+    """
+
+    numbers: str
+    quantization: str = "none"
+
+    @property
+    def plain(self) -> str:
+        """The kind for matrices that no file holds in blocks."""
+        quantized = self.quantization in ("int8", "int4")
+        return self.quantization if quantized else self.numbers
+
+    def of(self, place: Place, is_output: bool = False) -> str:
+        """The kind for a layer."""
+        if self.quantization == "gguf":
+            source = place.source
+            return (source.width if source else None) or self.numbers
+        if self.quantization == "none":
+            return self.numbers
+        return "int8" if is_output else self.quantization
+
+
+def pack_model(model: Any, library: Library, widths: Widths, groups: list[list[Place]]) -> None:
+    """Replace Linear, Conv1D and Embedding layers, each old weight freed before the next.
+
+    Experts too; routers stay float32. Embeddings: those that are tied to a layer, or streamed.
+    ``groups`` see ``layer_groups``. The rest of the model, above all norms, becomes float32, and so
+    do its activations.
     """
     memory = WeightMemory()
-    tied = _tied_embeddings(model)
+    embeddings = _packed_embeddings(model)
     head = model.get_output_embeddings()
     routing = router_layers(model)
     for group in groups:
-        is_output = any(place.layer is head for place in group)
-        width = "int8" if kind == "int4" and is_output else kind
-        if any(place.layer in routing for place in group):
-            width = "float32"
-        packed = _pack_group(group, library, width, memory, {id(p.layer.weight) for p in tied})
-        if len(group) == 1:
-            _replace_embeddings(tied, group[0].layer.weight, packed)
-    pack_experts(model, library, kind, memory)
+        for part, width in _by_width(group, widths, head):
+            if any(place.layer in routing for place in part):
+                width = "float32"
+            packed = _pack_group(part, library, width, memory)
+            if len(part) == 1:
+                _replace_embeddings(embeddings, part[0].identity, packed)
+    for place in embeddings:  # those of no layer
+        if getattr(place.parent, place.name) is place.layer and place.source is not None:
+            width = widths.of(place, is_output=True)
+            packed = PackedWeight(library, [place.source.matrix()], width, memory)
+            packed.sources = [place.source]
+            place.source.release()
+            _replace_embeddings(embeddings, place.identity, packed)
+    pack_experts(model, library, widths.plain, memory)
     model.float()
     for parameter in model.parameters():  # else a norm's few bytes keep the whole file mapped
         parameter.data = parameter.data.clone()
 
 
+def _by_width(group: list[Place], widths: Widths, head: Any) -> Iterator[tuple[list[Place], str]]:
+    """The parts of a group that follow each other in one width."""
+
+    def width(place: Place) -> str:
+        return widths.of(place, any(each.layer is head for each in group))
+
+    return ((list(part), kind) for kind, part in groupby(group, key=width))
+
+
 def _pack_group(
-    group: list[Place], library: Library, kind: str, memory: WeightMemory, shared: set[int]
+    group: list[Place], library: Library, kind: str, memory: WeightMemory
 ) -> PackedWeight:
-    packed = PackedWeight(library, [place.weight for place in group], kind, memory)
+    sources = [place.source for place in group if place.source is not None]
+    matrices = [s.matrix() if (s := place.source) else place.weight for place in group]
+    packed = PackedWeight(library, matrices, kind, memory)
+    if len(sources) == len(group):
+        packed.sources = sources
+    for source in sources:
+        source.release()
     biases = [getattr(place.layer, "bias", None) for place in group]
     sizes = [len(place.weight) for place in group]
     if any(bias is not None for bias in biases):
@@ -80,10 +141,12 @@ def _pack_group(
     return packed
 
 
-def _replace_embeddings(tied: list[Place], weight: Tensor, packed: PackedWeight) -> None:
-    for place in tied:
-        if place.layer.weight is weight:
-            setattr(place.parent, place.name, NativeEmbedding(packed, _shape_only(weight)))
+def _replace_embeddings(places: list[Place], identity: int, packed: PackedWeight) -> None:
+    for place in places:
+        if place.identity == identity:
+            scale = getattr(place.layer, "scale", None)
+            native = NativeEmbedding(packed, _shape_only(place.layer.weight), scale)
+            setattr(place.parent, place.name, native)
 
 
 def _shape_only(weight: Tensor) -> Tensor:
@@ -102,18 +165,29 @@ def places_of(model: nn.Module) -> dict[str, Place]:
         f"{path}.{name}": Place(module, name, child)
         for path, module in model.named_modules()
         for name, child in module.named_children()
-        if type(child) is NativeLinear
+        if type(child) in (NativeLinear, StreamedLinear)
         or (type(child) in (nn.Linear, Conv1D) and _weight(child).is_floating_point())
     }
 
 
-def _tied_embeddings(model: nn.Module) -> list[Place]:
-    weights = {id(place.layer.weight) for place in places_of(model).values()}
-    return [
+def is_embedding(module: Any) -> bool:
+    """True for a table of rows, which may all be multiplied with ``embed_scale``."""
+    is_plain = type(module) is nn.Embedding or type(module).__name__.endswith("ScaledWordEmbedding")
+    return is_plain and module.max_norm is None
+
+
+def _packed_embeddings(model: nn.Module) -> list[Place]:
+    weights = {place.identity for place in places_of(model).values()}
+    places = [
         Place(module, name, child)
         for module in model.modules()
         for name, child in module.named_children()
-        if type(child) is nn.Embedding and id(child.weight) in weights and child.max_norm is None
+        if type(child) is StreamedEmbedding or type(child) is nn.Embedding
+    ]
+    return [
+        place
+        for place in places
+        if place.source is not None or (place.identity in weights and place.layer.max_norm is None)
     ]
 
 

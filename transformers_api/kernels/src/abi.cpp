@@ -39,15 +39,15 @@ std::string describe_layout() {
 
   STRUCTURE(Attention);
   FIELD(Attention, q), FIELD(Attention, k), FIELD(Attention, v), FIELD(Attention, out);
-  FIELD(Attention, starts), FIELD(Attention, sinks), FIELD(Attention, rows);
-  FIELD(Attention, queries), FIELD(Attention, heads), FIELD(Attention, kv_heads);
+  FIELD(Attention, starts), FIELD(Attention, cache_rows), FIELD(Attention, sinks);
+  FIELD(Attention, rows), FIELD(Attention, queries), FIELD(Attention, heads), FIELD(Attention, kv_heads);
   FIELD(Attention, size), FIELD(Attention, q_strides), FIELD(Attention, k_strides);
   FIELD(Attention, v_strides), FIELD(Attention, window), FIELD(Attention, scale);
   FIELD(Attention, softcap), FIELD(Attention, q_type), FIELD(Attention, kv_type);
 
   STRUCTURE(CacheWrite);
   FIELD(CacheWrite, source), FIELD(CacheWrite, target), FIELD(CacheWrite, starts);
-  FIELD(CacheWrite, rows), FIELD(CacheWrite, heads), FIELD(CacheWrite, queries);
+  FIELD(CacheWrite, cache_rows), FIELD(CacheWrite, rows), FIELD(CacheWrite, heads), FIELD(CacheWrite, queries);
   FIELD(CacheWrite, size), FIELD(CacheWrite, source_strides), FIELD(CacheWrite, target_strides);
   FIELD(CacheWrite, source_type), FIELD(CacheWrite, target_type);
 

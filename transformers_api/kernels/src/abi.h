@@ -51,6 +51,7 @@ struct Attention {
   const void *q, *k, *v;  // (rows, heads, queries, size), (rows, kv_heads, length, size) twice
   void* out;              // (rows, queries, heads, size), contiguous, of q's type
   const int64_t* starts;  // position of the first query of each row
+  const int64_t* cache_rows;  // the row of k and v that each row attends to; null: its own
   const float* sinks;     // per head: a score that takes part in softmax without a value; or null
   int64_t rows, queries, heads, kv_heads, size;
   int64_t q_strides[3], k_strides[3], v_strides[3];  // row, head, position; in elements
@@ -64,6 +65,7 @@ struct CacheWrite {
   const void* source;  // (rows, heads, queries, size)
   void* target;        // (rows, heads, length, size), from each row's start on
   const int64_t* starts;
+  const int64_t* cache_rows;  // the row of target that each row is written into; null: its own
   int64_t rows, heads, queries, size;
   int64_t source_strides[3], target_strides[3];
   int32_t source_type, target_type;
@@ -119,15 +121,15 @@ void pack_int4(const Weight* w, const void* source, int32_t type, int64_t row, i
                double* sums);
 // Bytes of a row of k weights in ggml's blocks of this kind (its number there); 0: unknown, or no
 // whole blocks.
-int64_t block_row_bytes(int32_t kind, int64_t k);
+int64_t block_row_bytes(int32_t number, int64_t k);
 // Pack the rows ``row``.. of I8 or I4 from ``count`` rows of blocks, in the order of ``order`` unless
 // that is null. ``w->data`` must be zeroed. ``sums`` (count, 2): added to as by ``pack_int4``; both
 // stay as they are for a row of a type that loses nothing.
-void pack_blocks(const Weight* w, const void* blocks, int32_t kind, const int64_t* order,
+void pack_blocks(const Weight* w, const void* blocks, int32_t number, const int64_t* order,
                  int64_t row, int64_t count, double* sums);
 // The rows ``rows`` of a matrix of blocks as (count, k) floats.
-void unpack_blocks(const void* blocks, int32_t kind, int64_t k, const int64_t* rows, int64_t count,
-                   float* out);
+void unpack_blocks(const void* blocks, int32_t number, int64_t k, const int64_t* rows,
+                   int64_t count, float* out);
 // The rows ``indices`` as (count, k) floats; NaN for an index out of range.
 void unpack_rows(const Weight* w, const int64_t* indices, int64_t count, float* out);
 

@@ -62,14 +62,14 @@ void to_int4_groups(Int8Group* groups, int64_t count) {
   }
 }
 
-// Row m of the prepared rows.
+// ``lanes`` and ``groups``: those of this row.
 template <class T>
-void prepare_row(const Weight& w, const T* x, int64_t m, int32_t* lanes, Int8Group* groups) {
+void prepare_row(const Weight& w, const T* x, int32_t* lanes, Int8Group* groups) {
   if (is_grouped(w)) {
-    quantize_row(w, x, lanes + m * num_steps(w), groups + m * num_groups(w));
-    if (w.type == I4) to_int4_groups(groups + m * num_groups(w), num_groups(w));
+    quantize_row(w, x, lanes, groups);
+    if (w.type == I4) to_int4_groups(groups, num_groups(w));
   } else {
-    convert_row(w, x, lanes + m * num_steps(w));
+    convert_row(w, x, lanes);
   }
 }
 

@@ -9,6 +9,7 @@
 #include <limits>
 #include <memory>
 #include <mutex>
+#include <vector>
 
 #include "abi.h"
 #include "attention_block.h"
@@ -18,14 +19,57 @@
 
 namespace {
 
-// A few queries of one row, with the heads that share its keys and values (grouped-query attention).
-struct WorkItem {
-  int64_t row, kv_head, head, heads, query, queries;
-
-  int64_t count() const { return heads * queries; }
-  int64_t head_of(int64_t i) const { return head + i % heads; }
-  int64_t query_of(int64_t i) const { return query + i / heads; }
+// Tokens of one row of the cache at consecutive positions; a token is a query of all heads.
+struct Run {
+  int64_t cache_row, token, position, tokens;
 };
+
+// A few queries of a run, with the heads that share its keys and values (grouped-query attention).
+struct WorkItem {
+  int64_t cache_row, kv_head, head, heads, token, position, tokens;
+
+  int64_t count() const { return heads * tokens; }
+  int64_t head_of(int64_t i) const { return head + i % heads; }
+  int64_t token_of(int64_t i) const { return token + i / heads; }
+  int64_t end_of(int64_t i) const { return position + i / heads + 1; }
+};
+
+// The tokens of the call by what they attend to: a prompt may come as queries of a row, or as rows
+// of one query each beside those of other sequences.
+void find_runs(const Attention& a, std::vector<Run>& runs) {
+  runs.clear();
+  for (int64_t row = 0; row < a.rows; row++) {
+    const int64_t cache_row = a.cache_rows ? a.cache_rows[row] : row;
+    if (!runs.empty() && runs.back().cache_row == cache_row &&
+        runs.back().position + runs.back().tokens == a.starts[row])
+      runs.back().tokens += a.queries;
+    else
+      runs.push_back({cache_row, row * a.queries, a.starts[row], a.queries});
+  }
+}
+
+void find_items(const Attention& a, int threads, std::vector<WorkItem>& items) {
+  static std::vector<Run> runs;
+  find_runs(a, runs);
+  const int64_t group = a.heads / a.kv_heads;
+  // the heads of a group stay together, so that their keys are loaded once for all of them, unless
+  // they are all the parallelism there is
+  const bool splits_heads = a.rows * a.kv_heads * a.queries < threads;
+  int64_t heads = splits_heads ? 1 : std::min(ITEM_QUERIES, group);
+  while (group % heads) heads--;
+  const int64_t most = std::max<int64_t>(1, ITEM_QUERIES / heads);
+  items.clear();
+  for (const Run& run : runs) {
+    const int64_t tiles = (run.tokens + most - 1) / most;
+    for (int64_t head = 0; head < a.heads; head += heads)
+      for (int64_t nth = 0; nth < tiles; nth++) {
+        // tiles of late queries see more keys: neighbours are an early and a late one
+        const int64_t first = (nth % 2 ? tiles - 1 - nth / 2 : nth / 2) * most;
+        items.push_back({run.cache_row, head / group, head, heads, run.token + first,
+                         run.position + first, std::min(most, run.tokens - first)});
+      }
+  }
+}
 
 int64_t window_begin(const Attention& a, int64_t end) {
   return a.window ? std::max<int64_t>(0, end - a.window) : 0;
@@ -33,12 +77,12 @@ int64_t window_begin(const Attention& a, int64_t end) {
 
 template <class T>
 const T* keys_of(const Attention& a, const WorkItem& item) {
-  return static_cast<const T*>(a.k) + item.row * a.k_strides[0] + item.kv_head * a.k_strides[1];
+  return static_cast<const T*>(a.k) + item.cache_row * a.k_strides[0] + item.kv_head * a.k_strides[1];
 }
 
 template <class T>
 const T* values_of(const Attention& a, const WorkItem& item) {
-  return static_cast<const T*>(a.v) + item.row * a.v_strides[0] + item.kv_head * a.v_strides[1];
+  return static_cast<const T*>(a.v) + item.cache_row * a.v_strides[0] + item.kv_head * a.v_strides[1];
 }
 
 // Load query i of the item and begin its online softmax.
@@ -46,11 +90,12 @@ template <class T>
 void begin_query(const Attention& a, const WorkItem& item, int64_t i, Workspace& workspace) {
   constexpr int64_t STEP = DotFormat<T>::STEP;
   QueryState& query = workspace.queries[i];
-  query.end = a.starts[item.row] + item.query_of(i) + 1;
+  query.end = item.end_of(i);
   query.begin = window_begin(a, query.end);
   query.max = -std::numeric_limits<float>::max(), query.sum = 0;
-  const int64_t at = item.row * a.q_strides[0] + item.head_of(i) * a.q_strides[1] +
-                     item.query_of(i) * a.q_strides[2];
+  const int64_t token = item.token_of(i);
+  const int64_t at = token / a.queries * a.q_strides[0] + item.head_of(i) * a.q_strides[1] +
+                     token % a.queries * a.q_strides[2];
   for (int64_t j = 0; j < a.size; j += 16 * STEP) {
     const f32x16 low = load(a.q, a.q_type, at + j, first_lanes(a.size - j));
     const f32x16 high = load(a.q, a.q_type, at + j + 16, first_lanes(a.size - j - 16));
@@ -90,7 +135,7 @@ void attend(const Attention& a, const WorkItem& item, const WorkItem& next, Work
   for (int64_t i = 0; i < count; i++) begin_query<T>(a, item, i, workspace);
   const int64_t end = workspace.queries[count - 1].end;
   const int64_t begin = workspace.queries[0].begin / BLOCK * BLOCK;
-  const int64_t next_end = a.starts[next.row] + next.query + 1;
+  const int64_t next_end = next.end_of(0);
   const int64_t next_begin = window_begin(a, next_end) / BLOCK * BLOCK;
   for (int64_t at = begin; at < end; at += BLOCK) {
     const int64_t current = std::clamp<int64_t>(end - at - BLOCK, 0, BLOCK);
@@ -109,7 +154,7 @@ void attend(const Attention& a, const WorkItem& item, const WorkItem& next, Work
   }
   for (int64_t i = 0; i < count; i++)
     write_output<T>(a, workspace, i, item.head_of(i),
-                    (item.row * a.queries + item.query_of(i)) * a.heads + item.head_of(i));
+                    item.token_of(i) * a.heads + item.head_of(i));
 }
 
 }  // namespace
@@ -119,28 +164,16 @@ extern "C" {
 void attention(const Attention* call) {
   std::lock_guard<std::mutex> lock(pool_mutex);
   const Attention& a = *call;
-  const int64_t group = a.heads / a.kv_heads;
-  // the heads of a group stay together, so that their keys are loaded once for all of them, unless
-  // they are all the parallelism there is
-  const bool splits_heads = a.rows * a.kv_heads * a.queries < pool->size();
-  int64_t heads = splits_heads ? 1 : std::min(ITEM_QUERIES, group);
-  while (group % heads) heads--;
-  const int64_t queries = std::max<int64_t>(1, ITEM_QUERIES / heads);
-  const int64_t tiles = (a.queries + queries - 1) / queries;
-  const int64_t per_row = a.heads / heads * tiles;
+  static std::vector<WorkItem> items;
+  find_items(a, pool->size(), items);
+  const int64_t count = items.size();
   const auto attend_type = a.kv_type == F32 ? attend<float> : attend<uint16_t>;
-  auto item_at = [&](int64_t i) {
-    // tiles of late queries see more keys: neighbours are an early and a late one
-    const int64_t nth = i % tiles, tile = nth % 2 ? tiles - 1 - nth / 2 : nth / 2;
-    const int64_t head = i % per_row / tiles * heads, query = tile * queries;
-    return WorkItem{i / per_row, head / group, head, heads, query,
-                    std::min(queries, a.queries - query)};
-  };
-  pool->run(a.rows * per_row, [&](int64_t b, int64_t e) {
+  pool->run(count, [&](int64_t b, int64_t e) {
     static thread_local std::unique_ptr<Workspace> workspace(new Workspace);
     for (int64_t i = b; i < e; i++)
-      attend_type(a, item_at(i), item_at(std::min(i + 1, a.rows * per_row - 1)), *workspace);
+      attend_type(a, items[i], items[std::min(i + 1, count - 1)], *workspace);
   });
+  release_tiles();
 }
 
 }  // extern "C"

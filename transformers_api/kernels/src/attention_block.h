@@ -42,6 +42,9 @@ struct Workspace {
   alignas(64) i32x16 value_panels[MAX_HEAD_SIZE / PANEL][BLOCK][2];
 };
 
+template <class T>
+struct QueryTiles;
+
 // Keys and values to prefetch while a block is computed, so that they are in the cache when their
 // block comes: those BLOCK keys later, of this work item and then of the next; all of them, and as
 // evenly as the current ones are used, since few queries wait for little but memory.
@@ -102,7 +105,8 @@ bool load_values(const Attention& a, const T* values, int64_t begin, int64_t end
     return k >= begin && k < end ? DotFormat<T>::load_lanes(value, a.size - j) : zero_i32();
   };
   const int64_t per_turn = (ahead.count * STEP + end - 1) / end;
-  for (int64_t k = 0, prefetched = 0; k < end; k += STEP, prefetched += per_turn) {
+  const int64_t filled = (end + QueryTiles<T>::KEYS - 1) / QueryTiles<T>::KEYS * QueryTiles<T>::KEYS;
+  for (int64_t k = 0, prefetched = 0; k < filled; k += STEP, prefetched += per_turn) {
     PREFETCH_ROWS(values, prefetched, prefetched + per_turn);
     int64_t j = 0;
     const T* p = values + k * a.v_strides[2];
@@ -202,15 +206,36 @@ constexpr auto SCORE_TILES = make_block_tiles<T, true>(std::make_index_sequence<
 template <class T>
 constexpr auto VALUE_TILES = make_block_tiles<T, false>(std::make_index_sequence<6>{});
 
-// f(rows of a tile, first row) for the rows begin..end.
-template <class F>
-void for_each_tile(int64_t begin, int64_t end, const F& f) {
-  for (int64_t m = begin; m < end;) {
-    const int64_t left = end - m, r = left <= 6 ? left : left < 12 ? (left + 1) / 2 : 6;
-    f(r, m);
-    m += r;
+// Tiles of queries of one item, and their products with a block.
+template <class T>
+struct QueryTiles {
+  static constexpr int64_t KEYS = DotFormat<T>::STEP;  // that are multiplied with their values at once
+
+  // f(queries of a tile, the first) for begin..end of ``count``, and maybe for neighbours of theirs.
+  template <class F>
+  static void for_each(int64_t begin, int64_t end, int64_t, const F& f) {
+    for (int64_t m = begin; m < end;) {
+      const int64_t left = end - m, r = left <= 6 ? left : left < 12 ? (left + 1) / 2 : 6;
+      f(r, m);
+      m += r;
+    }
   }
-}
+  static void score(const Attention& a, Workspace& workspace, int64_t r, int64_t m, int64_t end) {
+    SCORE_TILES<T>[r - 1](a, workspace, m, end);
+  }
+  static void add_values(const Attention& a, Workspace& workspace, int64_t r, int64_t m,
+                         int64_t end) {
+    VALUE_TILES<T>[r - 1](a, workspace, m, end);
+  }
+};
+
+}  // namespace
+
+#ifdef ISA_AMX
+#include "attention_amx.h"
+#endif
+
+namespace {
 
 // All ``count`` queries with the block of keys and values that begins at key ``block``.
 //
@@ -231,16 +256,17 @@ void attend_block(const Attention& a, Workspace& workspace, int64_t count, const
   load_keys(a, keys, begin, end, ahead, workspace);
   const bool same_end = queries[first].end == queries[last - 1].end;
   const bool all_finite = load_values(a, values, begin, end, !same_end, ahead, workspace);
-  for_each_tile(first, last, [&](int64_t r, int64_t m) {
-    SCORE_TILES<T>[r - 1](a, workspace, m, end_of(m + r - 1));
-    for (int64_t i = m; i < m + r; i++) softmax_block<T>(workspace, i, block);
-    if (all_finite) VALUE_TILES<T>[r - 1](a, workspace, m, end_of(m + r - 1));
+  QueryTiles<T>::for_each(first, last, count, [&](int64_t r, int64_t m) {
+    const int64_t tile_end = end_of(std::min(m + r, last) - 1);
+    QueryTiles<T>::score(a, workspace, r, m, tile_end);
+    for (int64_t i = m; i < std::min(m + r, count); i++) softmax_block<T>(workspace, i, block);
+    if (all_finite) QueryTiles<T>::add_values(a, workspace, r, m, tile_end);
   });
   for (int64_t m = first; m < last && !all_finite; m++) {
     if (queries[m].begin >= block + BLOCK) continue;
     const int64_t own_begin = std::max<int64_t>(0, queries[m].begin - block);
     load_values(a, values, own_begin, end_of(m), false, KvPrefetch(), workspace);
-    VALUE_TILES<T>[0](a, workspace, m, end_of(m));
+    QueryTiles<T>::add_values(a, workspace, 1, m, end_of(m));
   }
 }
 

@@ -1,4 +1,5 @@
-// tiles.h for ARM's NEON with the products of four codes of 8 bits. Of the 32 registers of four lanes
+// tiles.h for ARM's NEON with the products of four codes of 8 bits, with or without those of two
+// bfloat16 and those of eight codes for two rows and two outputs at once. Of the 32 registers of four lanes
 // the accumulators of few rows fit with all 32 outputs of a panel; with more rows it is gone through
 // twice, for 16 outputs each.
 
@@ -23,9 +24,58 @@ struct DotF32 {
 };
 struct DotBF16 {
   static float32x4_t add(float32x4_t sum, int32x4_t w, int32x4_t x) {
+#ifdef HAS_BF16_I8MM
+    return vbfdotq_f32(sum, vreinterpretq_bf16_s32(w), vreinterpretq_bf16_s32(x));
+#else
     const int32x4_t upper = vdupq_n_s32(static_cast<int32_t>(0xffff0000));
     sum = DotF32::add(sum, vshlq_n_s32(w, 16), vshlq_n_s32(x, 16));
     return DotF32::add(sum, vandq_s32(w, upper), vandq_s32(x, upper));
+#endif
+  }
+};
+
+// The products of a group's codes for R rows and 4 COUNT outputs: those of two steps at a time, with
+// rows ``stride`` lanes apart.
+template <int R, int COUNT>
+struct GroupDots {
+#ifdef HAS_BF16_I8MM
+  static constexpr int PAIRS = R / 2;  // of rows; each with two outputs in a register
+#else
+  static constexpr int PAIRS = 0;
+#endif
+  int32x4_t pairs[PAIRS + 1][COUNT][2], singles[R][COUNT];
+
+  GroupDots() {
+    for (auto& pair : pairs)
+      for (auto& dots : pair) dots[0] = dots[1] = vdupq_n_s32(0);
+    for (auto& row : singles)
+      for (auto& dots : row) dots = vdupq_n_s32(0);
+  }
+  void add(int v, int8x16_t first, int8x16_t second, const int32_t* x, int64_t stride) {
+#ifdef HAS_BF16_I8MM
+    const int32x4_t a = vreinterpretq_s32_s8(first), b = vreinterpretq_s32_s8(second);
+    const int8x16_t low = vreinterpretq_s8_s32(vzip1q_s32(a, b));
+    const int8x16_t high = vreinterpretq_s8_s32(vzip2q_s32(a, b));
+#pragma GCC unroll 4
+    for (int i = 0; i < PAIRS; i++) {
+      const int32_t* p = x + 2 * i * stride;
+      const int8x16_t rows = vreinterpretq_s8_s32(vcombine_s32(vld1_s32(p), vld1_s32(p + stride)));
+      pairs[i][v][0] = vmmlaq_s32(pairs[i][v][0], rows, low);
+      pairs[i][v][1] = vmmlaq_s32(pairs[i][v][1], rows, high);
+    }
+#endif
+#pragma GCC unroll 8
+    for (int r = 2 * PAIRS; r < R; r++) {
+      const int32x4_t lane = vdupq_n_s32(x[r * stride]), next = vdupq_n_s32(x[r * stride + 1]);
+      singles[r][v] = vdotq_s32(singles[r][v], first, vreinterpretq_s8_s32(lane));
+      singles[r][v] = vdotq_s32(singles[r][v], second, vreinterpretq_s8_s32(next));
+    }
+  }
+  int32x4_t of(int r, int v) const {
+    if (r >= 2 * PAIRS) return singles[r][v];
+    const auto& dots = pairs[r / 2][v];
+    return r % 2 ? vcombine_s32(vget_high_s32(dots[0]), vget_high_s32(dots[1]))
+                 : vcombine_s32(vget_low_s32(dots[0]), vget_low_s32(dots[1]));
   }
 };
 
@@ -67,20 +117,16 @@ inline void accumulate_int8_parts(const uint8_t* w, PrefetchCursor cursor, const
                                   const Int8Group* groups, int64_t n, Accumulators<R>& sums) {
   const int8x16_t sign = vreinterpretq_s8_u8(vdupq_n_u8(0x80));
   for (int64_t g = 0; g < n; g++) {
-    int32x4_t dots[R][COUNT];
-    for (auto& row : dots)
-      for (auto& dot : row) dot = vdupq_n_s32(0);
-#pragma GCC unroll 2
-    for (int i = 0; i < GROUP_STEPS; i++, w += 128) {
+    GroupDots<R, COUNT> dots;
+    for (int i = 0; i < GROUP_STEPS; i += 2, w += 256) {
       if (FIRST == 0) prefetch<P, R>(w, cursor);
+      if (FIRST == 0) prefetch<P, R>(w + 128, cursor);
 #pragma GCC unroll 8
       for (int v = 0; v < COUNT; v++) {
-        const int8x16_t codes = veorq_s8(vreinterpretq_s8_s32(load_part(w, FIRST + v)), sign);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++) {
-          const int32x4_t lane = vdupq_n_s32(x[r * n * GROUP_STEPS + g * GROUP_STEPS + i]);
-          dots[r][v] = vdotq_s32(dots[r][v], codes, vreinterpretq_s8_s32(lane));
-        }
+        auto codes = [&](int64_t at) {
+          return veorq_s8(vreinterpretq_s8_s32(load_part(w + at, FIRST + v)), sign);
+        };
+        dots.add(v, codes(0), codes(128), x + g * GROUP_STEPS + i, n * GROUP_STEPS);
       }
     }
     if (P == NEXT_PANEL && FIRST == 0) prefetch<P, R>(w, cursor);
@@ -91,7 +137,7 @@ inline void accumulate_int8_parts(const uint8_t* w, PrefetchCursor cursor, const
       for (int r = 0; r < R; r++) {
         float32x4_t& sum = part_of(sums[r], FIRST + v);
         const float32x4_t factor = vmulq_f32(vdupq_n_f32(groups[r * n + g].scale), scale);
-        sum = vfmaq_f32(sum, vcvtq_f32_s32(dots[r][v]), factor);
+        sum = vfmaq_f32(sum, vcvtq_f32_s32(dots.of(r, v)), factor);
       }
     }
     w += 64;
@@ -115,23 +161,18 @@ inline void accumulate_int4_parts(const uint8_t* w, PrefetchCursor cursor, const
                                   const Int4Group* groups, int64_t n, Accumulators<R>& sums) {
   const uint8x16_t lower_bits = vdupq_n_u8(15);
   for (int64_t g = 0; g < n; g++) {
-    int32x4_t dots[R][COUNT];
-    for (auto& row : dots)
-      for (auto& dot : row) dot = vdupq_n_s32(0);
-#pragma GCC unroll 2
-    for (int i = 0; i < GROUP_STEPS; i++, w += 64) {
-      if (FIRST == 0 && (P == SAME_PANEL || i % 2)) prefetch<P, R>(w, cursor, false);
+    GroupDots<R, COUNT> dots;
+    for (int i = 0; i < GROUP_STEPS; i += 2, w += 128) {
+      if (FIRST == 0 && P == SAME_PANEL) prefetch<P, R>(w, cursor, false);
+      if (FIRST == 0) prefetch<P, R>(w + 64, cursor, false);
 #pragma GCC unroll 8
       for (int v = 0; v < COUNT; v++) {
         const int part = FIRST + v;
-        const uint8x16_t both = vld1q_u8(w + 16 * (part % 4));
-        const uint8x16_t codes = part < 4 ? vandq_u8(both, lower_bits) : vshrq_n_u8(both, 4);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++) {
-          const int32x4_t lane = vdupq_n_s32(x[r * n * GROUP_STEPS + g * GROUP_STEPS + i]);
-          dots[r][v] =
-              vdotq_s32(dots[r][v], vreinterpretq_s8_u8(codes), vreinterpretq_s8_s32(lane));
-        }
+        auto codes = [&](int64_t at) {
+          const uint8x16_t both = vld1q_u8(w + at + 16 * (part % 4));
+          return vreinterpretq_s8_u8(part < 4 ? vandq_u8(both, lower_bits) : vshrq_n_u8(both, 4));
+        };
+        dots.add(v, codes(0), codes(64), x + g * GROUP_STEPS + i, n * GROUP_STEPS);
       }
     }
     if (FIRST == 0) prefetch<P, R>(w, cursor);
@@ -145,7 +186,7 @@ inline void accumulate_int4_parts(const uint8_t* w, PrefetchCursor cursor, const
         const Int4Group& group = groups[r * n + g];
         sum = vfmaq_f32(sum, vdupq_n_f32(group.sum), minimum);
         const float32x4_t factor = vmulq_f32(vdupq_n_f32(group.scale), scale);
-        sum = vfmaq_f32(sum, vcvtq_f32_s32(dots[r][v]), factor);
+        sum = vfmaq_f32(sum, vcvtq_f32_s32(dots.of(r, v)), factor);
       }
     }
     w += PANEL * 4;

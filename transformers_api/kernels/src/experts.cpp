@@ -41,12 +41,12 @@ Routes sort_rows(const int64_t* indices, int64_t rows, int64_t count) {
   return routes;
 }
 
-void prepare_routed(const Weight& w, const void* x, int32_t type, int64_t from, int64_t m,
+void prepare_routed(const Weight& w, const void* x, int32_t type, int64_t from,
                     int32_t* lanes, Int8Group* groups) {
   if (type == F32) {
-    prepare_row(w, static_cast<const float*>(x) + from * w.k, m, lanes, groups);
+    prepare_row(w, static_cast<const float*>(x) + from * w.k, lanes, groups);
   } else {
-    prepare_row(w, static_cast<const uint16_t*>(x) + from * w.k, m, lanes, groups);
+    prepare_row(w, static_cast<const uint16_t*>(x) + from * w.k, lanes, groups);
   }
 }
 
@@ -71,14 +71,15 @@ void experts(const Experts* layer, const void* x, const int64_t* indices, int64_
   };
   share_out(routes.routed * first.k, [&](int64_t b, int64_t e) {
     for (int64_t m = b; m < e; m++)
-      prepare_routed(first, x, type, routes.order[m] / share, m, lanes, groups);
+      prepare_routed(first, x, type, routes.order[m] / share, lanes + m * num_steps(first),
+                     groups ? groups + m * num_groups(first) : nullptr);
   });
   const int64_t panels = num_panels(first);
   pool->run(routes.active * panels, [&](int64_t b, int64_t e) {
     for (int64_t i = b; i < e; i++) {
       const int64_t expert = routes.chosen[i / panels], begin = routes.begins[expert];
       const Gemm gemm{*layer->weights[expert], lanes + begin * num_steps(first),
-                      groups ? groups + begin * num_groups(first) : nullptr,
+                      num_steps(first), groups ? groups + begin * num_groups(first) : nullptr,
                       results + begin * row_bytes, static_cast<Type>(type)};
       multiply_panel(gemm, i % panels, routes.begins[expert + 1] - begin);
     }

@@ -7,6 +7,10 @@
 
 #include "abi.h"
 #include "activations.h"
+#include "gemm.h"
+#ifdef ISA_AMX
+#include "gemm_amx.h"
+#endif
 #include "scratch.h"
 #include "simd.h"
 #include "thread_pool.h"
@@ -16,14 +20,6 @@
 namespace {
 
 Scratch scratch_rows, scratch_groups;
-
-struct Gemm {
-  const Weight& w;
-  const int32_t* x;         // prepared rows
-  const Int8Group* groups;  // of I8; with I4 each is an Int4Group
-  void* y;
-  Type y_type;
-};
 
 // Prefetches of a tile over all of its steps; each fetches one line of the next panel.
 int64_t prefetches(const Weight& w) {
@@ -66,16 +62,7 @@ void tile(const Gemm& gemm, int64_t p, int64_t m, int64_t index, int64_t tiles) 
     const int64_t stride = (part + prefetches(w) - 1) / prefetches(w);
     accumulate<NEXT_PANEL, R>(gemm, panel, m, {next, stride}, sums);
   }
-  for (int half = 0; half < 2; half++) {
-    const int64_t column = p * PANEL + half * 16;
-    if (column >= w.n) break;
-    const mask16 mask = first_lanes(w.n - column);
-    const f32x16 bias = w.bias ? load(w.bias + column, mask) : zero();
-    for (int r = 0; r < R; r++) {
-      const f32x16 sum = w.bias ? add(sums[r][half], bias) : sums[r][half];
-      store(gemm.y, gemm.y_type, (m + r) * w.n + column, mask, sum);
-    }
-  }
+  write_outputs(gemm, p, m, R, [&](int64_t r, int half) { return sums[r][half]; });
 }
 
 using Tile = void (*)(const Gemm&, int64_t, int64_t, int64_t, int64_t);
@@ -95,33 +82,58 @@ void multiply_panel(const Gemm& gemm, int64_t p, int64_t rows) {
   }
 }
 
+#ifndef ISA_AMX
+constexpr bool uses_tile_unit(const Weight&, int64_t) { return false; }
+int64_t tile_stride(const Weight& w) { return num_steps(w); }
+void shape_tiles(const Gemm&, int64_t) {}
+void multiply_panel_by_tiles(const Gemm&, int64_t, int64_t) {}
+#endif
+
+// All rows with all panels; as abi.h says, but that the calling thread keeps its tiles.
+void multiply(const Weight& w, const void* x, int64_t rows, int64_t x_stride, void* y, Type type) {
+  if (rows == 0) return;
+  std::lock_guard<std::mutex> lock(pool_mutex);
+  const bool by_tiles = uses_tile_unit(w, rows);
+  const int64_t n = num_steps(w), stride = by_tiles ? tile_stride(w) : n;
+  int32_t* lanes = scratch_rows.get<int32_t>(rows * stride);
+  Int8Group* groups = is_grouped(w) ? scratch_groups.get<Int8Group>(rows * num_groups(w)) : nullptr;
+  auto prepare_rows = [&](int64_t b, int64_t e) {
+    for (int64_t m = b; m < e; m++) {
+      int32_t* own = lanes + m * stride;
+      std::fill(own + n, own + stride, 0);
+      if (type == F32) {
+        prepare_row(w, static_cast<const float*>(x) + m * x_stride, own, groups + m * num_groups(w));
+      } else {
+        prepare_row(w, static_cast<const uint16_t*>(x) + m * x_stride, own,
+                    groups + m * num_groups(w));
+      }
+    }
+  };
+  if (rows * w.k < 32768) {
+    prepare_rows(0, rows);
+  } else {
+    pool->run(rows, prepare_rows);
+  }
+  const Gemm gemm{w, lanes, stride, groups, y, type};
+  pool->run(num_panels(w), [&](int64_t b, int64_t e) {
+    if (by_tiles) shape_tiles(gemm, rows);
+    for (int64_t p = b; p < e; p++) {
+      if (by_tiles) {
+        multiply_panel_by_tiles(gemm, p, rows);
+      } else {
+        multiply_panel(gemm, p, rows);
+      }
+    }
+  });
+}
+
 }  // namespace
 
 extern "C" {
 
 void linear(const Weight* w, const void* x, int64_t rows, int64_t x_stride, void* y, int32_t type) {
-  std::lock_guard<std::mutex> lock(pool_mutex);
-  int32_t* lanes = scratch_rows.get<int32_t>(rows * num_steps(*w));
-  Int8Group* groups =
-      is_grouped(*w) ? scratch_groups.get<Int8Group>(rows * num_groups(*w)) : nullptr;
-  auto prepare_rows = [&](int64_t b, int64_t e) {
-    for (int64_t m = b; m < e; m++) {
-      if (type == F32) {
-        prepare_row(*w, static_cast<const float*>(x) + m * x_stride, m, lanes, groups);
-      } else {
-        prepare_row(*w, static_cast<const uint16_t*>(x) + m * x_stride, m, lanes, groups);
-      }
-    }
-  };
-  if (rows * w->k < 32768) {
-    prepare_rows(0, rows);
-  } else {
-    pool->run(rows, prepare_rows);
-  }
-  const Gemm gemm{*w, lanes, groups, y, static_cast<Type>(type)};
-  pool->run(num_panels(*w), [&](int64_t b, int64_t e) {
-    for (int64_t p = b; p < e; p++) multiply_panel(gemm, p, rows);
-  });
+  multiply(*w, x, rows, x_stride, y, static_cast<Type>(type));
+  release_tiles();
 }
 
 }  // extern "C"

@@ -237,9 +237,26 @@ struct MXFP4 : SignedKind {
   }
 };
 
-// The weights of a group of 32, whatever the kind.
+// A kind as data: packing is compiled once for all of them.
+struct BlockKind {
+  int number;
+  int64_t weights, bytes;
+  bool is_signed, fits_four_bits;
+  void (*codes)(const uint8_t* block, int64_t group, BlockCodes& out);  // null: none
+  void (*values)(const uint8_t* block, int64_t group, float* out);
+
+  // The block of a row that has this group, and the group's place in it.
+  const uint8_t* block_of(const uint8_t* row, int64_t group) const {
+    return row + group * GROUP / weights * bytes;
+  }
+  int64_t place_of(int64_t group) const { return group % (weights / GROUP); }
+  void values_at(const uint8_t* row, int64_t group, float* out) const {
+    values(block_of(row, group), place_of(group), out);
+  }
+};
+
 template <class Kind>
-inline void group_values(const uint8_t* block, int64_t group, float* values) {
+void values_of_kind(const uint8_t* block, int64_t group, float* values) {
   if constexpr (Kind::HAS_CODES) {
     BlockCodes codes;
     Kind::codes(block, group, codes);
@@ -249,15 +266,25 @@ inline void group_values(const uint8_t* block, int64_t group, float* values) {
   }
 }
 
-// f(Kind{}) for the kind with this number; false where there is none.
-template <class F, class... Kinds>
-bool with_kind_of(int32_t number, const F& f) {
-  return ((number == Kinds::NUMBER && (f(Kinds{}), true)) || ...);
+template <class Kind>
+constexpr BlockKind block_kind() {
+  BlockKind kind{Kind::NUMBER,          Kind::WEIGHTS, Kind::BYTES,         Kind::IS_SIGNED,
+                 Kind::FITS_FOUR_BITS,  nullptr,       values_of_kind<Kind>};
+  if constexpr (Kind::HAS_CODES) kind.codes = Kind::codes;
+  return kind;
 }
-template <class F>
-bool with_kind(int32_t number, const F& f) {
-  return with_kind_of<F, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL,
-                      IQ4_XS, MXFP4>(number, f);
+
+constexpr BlockKind BLOCK_KINDS[] = {
+    block_kind<Q4_0>(), block_kind<Q4_1>(),   block_kind<Q5_0>(),   block_kind<Q5_1>(),
+    block_kind<Q8_0>(), block_kind<Q2_K>(),   block_kind<Q3_K>(),   block_kind<Q4_K>(),
+    block_kind<Q5_K>(), block_kind<Q6_K>(),   block_kind<IQ4_NL>(), block_kind<IQ4_XS>(),
+    block_kind<MXFP4>()};
+
+// Null for a number that is none of theirs.
+inline const BlockKind* block_kind_of(int32_t number) {
+  for (const BlockKind& kind : BLOCK_KINDS)
+    if (kind.number == number) return &kind;
+  return nullptr;
 }
 
 }  // namespace

@@ -14,6 +14,8 @@
 
 namespace {
 
+void multiply(const Weight&, const void* x, int64_t rows, int64_t x_stride, void* y, Type);  // gemm.cpp
+
 constexpr int64_t MIN_PARALLEL_ELEMENTS = 16384;  // below, a loop is not worth sharing
 constexpr int64_t CACHE_BLOCK_ELEMENTS = 4096;    // of a step, before the next step reads them
 
@@ -98,7 +100,7 @@ void run_steps(const Step* steps, int64_t count) {
       run_fused(s);
     } else if (s->op == LINEAR) {
       const Weight* w = static_cast<const Weight*>(s->call);
-      linear(w, x.data, s->sizes[0], w->k, s->out.data, s->out.type);
+      multiply(*w, x.data, s->sizes[0], w->k, s->out.data, static_cast<Type>(s->out.type));
     } else if (s->op == EXPERTS) {
       experts(static_cast<const Experts*>(s->call), x.data,
               reinterpret_cast<const int64_t*>(s->inputs[1].data), s->sizes[0],
@@ -114,6 +116,7 @@ void run_steps(const Step* steps, int64_t count) {
       kernel_of(s->op)(*s, 0, s->sizes[0]);
     }
   }
+  release_tiles();
 }
 
 }  // extern "C"

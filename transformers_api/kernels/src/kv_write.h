@@ -10,12 +10,13 @@ namespace {
 // Of the rows ``row``..``rows`` the queries ``query``..``queries``.
 void write_positions(const CacheWrite& c, int64_t row, int64_t rows, int64_t query,
                      int64_t queries) {
-  for (; row < rows; row++)
+  for (; row < rows; row++) {
+    const int64_t cache_row = c.cache_rows ? c.cache_rows[row] : row;
     for (int64_t head = 0; head < c.heads; head++)
       for (int64_t t = query; t < queries; t++) {
         const int64_t from =
             row * c.source_strides[0] + head * c.source_strides[1] + t * c.source_strides[2];
-        const int64_t to = row * c.target_strides[0] + head * c.target_strides[1] +
+        const int64_t to = cache_row * c.target_strides[0] + head * c.target_strides[1] +
                            (c.starts[row] + t) * c.target_strides[2];
         for (int64_t j = 0; j < c.size; j += 16) {
           const mask16 mask = first_lanes(c.size - j);
@@ -23,6 +24,7 @@ void write_positions(const CacheWrite& c, int64_t row, int64_t rows, int64_t que
           store(c.target, c.target_type, to + j, mask, v);
         }
       }
+  }
 }
 
 }  // namespace

@@ -20,15 +20,6 @@ namespace {
 
 constexpr int64_t PAIR = 2;  // groups whose lanes are one vector
 
-template <class Kind>
-const uint8_t* block_of(const uint8_t* row, int64_t group) {
-  return row + group * GROUP / Kind::WEIGHTS * Kind::BYTES;
-}
-template <class Kind>
-int64_t group_in_block(int64_t group) {
-  return group % (Kind::WEIGHTS / GROUP);
-}
-
 float stored_half(float x, uint16_t& at) {
   alignas(32) uint16_t halves[16];
   store_half(halves, broadcast(x));
@@ -37,21 +28,18 @@ float stored_half(float x, uint16_t& at) {
 }
 
 // Eight lanes of a row's group of I8, and its scale.
-template <class Kind>
-void int8_group(const Weight& w, const uint8_t* source, int64_t row, int64_t g, uint8_t* codes,
-                double* sums) {
-  const uint8_t* block = block_of<Kind>(source, g);
-  const int64_t inner = group_in_block<Kind>(g);
+void int8_group(const Weight& w, const BlockKind& kind, const uint8_t* source, int64_t row,
+                int64_t g, uint8_t* codes, double* sums) {
   float values[GROUP];
-  if constexpr (Kind::IS_SIGNED) {
+  if (kind.is_signed) {
     BlockCodes own;
-    Kind::codes(block, inner, own);
+    kind.codes(kind.block_of(source, g), kind.place_of(g), own);
     const float scale = stored_half(own.scale, int8_scale_at(w, row, g));
     for (int i = 0; i < GROUP; i++) codes[i] = static_cast<uint8_t>(own.codes[i]) ^ 0x80;
     if (scale == own.scale) return;
     values_of(own, values);
   } else {
-    group_values<Kind>(block, inner, values);
+    kind.values_at(source, g, values);
     quantize_int8_group(w, values, row, g, reinterpret_cast<int8_t*>(codes));
   }
   const float scale = half_to_float(int8_scale_at(w, row, g));
@@ -64,12 +52,11 @@ void int8_group(const Weight& w, const uint8_t* source, int64_t row, int64_t g, 
 }
 
 // The same of I4, for kinds whose codes are four bits.
-template <class Kind>
-void int4_group(const Weight& w, const uint8_t* source, int64_t row, int64_t g, uint8_t* codes,
-                double* sums) {
+void int4_group(const Weight& w, const BlockKind& kind, const uint8_t* source, int64_t row,
+                int64_t g, uint8_t* codes, double* sums) {
   BlockCodes own;
-  Kind::codes(block_of<Kind>(source, g), group_in_block<Kind>(g), own);
-  if (Kind::IS_SIGNED) add_to(own.codes, 8), own.minimum = -8 * own.scale;
+  kind.codes(kind.block_of(source, g), kind.place_of(g), own);
+  if (kind.is_signed) add_to(own.codes, 8), own.minimum = -8 * own.scale;
   const int64_t shift = row % PANEL < 16 ? 0 : 4;
   for (int i = 0; i < GROUP; i++) codes[i] = static_cast<uint8_t>(own.codes[i] << shift);
   auto* params = reinterpret_cast<uint16_t*>(int4_group_at(w, row, g) + INT4_CODE_BYTES);
@@ -112,21 +99,19 @@ void pack_lanes_of_groups(const Weight& w, int64_t row, int64_t count, const F& 
 }
 
 // Where I4 has no room for the codes: the search of quantize_int4.h.
-template <class Kind>
-void search_int4_row(const Weight& w, const uint8_t* source, int64_t row, double* sums) {
+void search_int4_row(const Weight& w, const BlockKind& kind, const uint8_t* source, int64_t row,
+                     double* sums) {
   std::vector<float> values(w.k);
-  for (int64_t g = 0; g < num_groups(w); g++)
-    group_values<Kind>(block_of<Kind>(source, g), group_in_block<Kind>(g), &values[g * GROUP]);
+  for (int64_t g = 0; g < num_groups(w); g++) kind.values_at(source, g, &values[g * GROUP]);
   double own[2] = {};
   for (int64_t g = 0; g < num_groups(w); g += 16) pack_int4_groups(w, values.data(), row, g, own);
   sums[0] += own[0];
 }
 
-template <class Kind>
-void add_squares(const Weight& w, const uint8_t* source, double* sums) {
+void add_squares(const Weight& w, const BlockKind& kind, const uint8_t* source, double* sums) {
   float squares = 0, values[GROUP];
   for (int64_t g = 0; g < num_groups(w); g++) {
-    group_values<Kind>(block_of<Kind>(source, g), group_in_block<Kind>(g), values);
+    kind.values_at(source, g, values);
     float own = 0;
     for (int i = 0; i < GROUP; i++) own += values[i] * values[i];
     squares += own;
@@ -135,70 +120,62 @@ void add_squares(const Weight& w, const uint8_t* source, double* sums) {
 }
 
 // Up to sixteen rows, which are half a panel at most.
-template <class Kind, class Source>
-void pack_some(const Weight& w, int64_t row, int64_t count, const Source& source, double* sums) {
+template <class Source>
+void pack_some(const Weight& w, const BlockKind& kind, int64_t row, int64_t count,
+               const Source& source, double* sums) {
   if (w.type == I8) {
     pack_lanes_of_groups(w, row, count, [&](int64_t r, int64_t g, uint8_t* codes) {
-      int8_group<Kind>(w, source(r), r, g, codes, sums + (r - row) * 2);
+      int8_group(w, kind, source(r), r, g, codes, sums + (r - row) * 2);
     });
-  } else if constexpr (Kind::HAS_CODES && Kind::FITS_FOUR_BITS) {
+  } else if (kind.fits_four_bits) {
     pack_lanes_of_groups(w, row, count, [&](int64_t r, int64_t g, uint8_t* codes) {
-      int4_group<Kind>(w, source(r), r, g, codes, sums + (r - row) * 2);
+      int4_group(w, kind, source(r), r, g, codes, sums + (r - row) * 2);
     });
   } else {
     for (int64_t r = row; r < row + count; r++)
-      search_int4_row<Kind>(w, source(r), r, sums + (r - row) * 2);
+      search_int4_row(w, kind, source(r), r, sums + (r - row) * 2);
   }
-  constexpr bool is_rounded = Kind::WEIGHTS != GROUP;  // its scales need more than half precision
+  const bool is_rounded = kind.weights != GROUP;  // its scales need more than half precision
   for (int64_t r = row; r < row + count; r++)
-    if (is_rounded || sums[(r - row) * 2]) add_squares<Kind>(w, source(r), sums + (r - row) * 2);
+    if (is_rounded || sums[(r - row) * 2]) add_squares(w, kind, source(r), sums + (r - row) * 2);
 }
 
 }  // namespace
 
 extern "C" {
 
-int64_t block_row_bytes(int32_t kind, int64_t k) {
-  int64_t bytes = 0;
-  with_kind(kind, [&](auto of) {
-    using Kind = decltype(of);
-    bytes = k % Kind::WEIGHTS ? 0 : k / Kind::WEIGHTS * Kind::BYTES;
-  });
-  return bytes;
+int64_t block_row_bytes(int32_t number, int64_t k) {
+  const BlockKind* kind = block_kind_of(number);
+  return !kind || k % kind->weights ? 0 : k / kind->weights * kind->bytes;
 }
 
-void pack_blocks(const Weight* w, const void* blocks, int32_t kind, const int64_t* order,
+void pack_blocks(const Weight* w, const void* blocks, int32_t number, const int64_t* order,
                  int64_t row, int64_t count, double* sums) {
   std::lock_guard<std::mutex> lock(pool_mutex);
-  const int64_t stride = block_row_bytes(kind, w->k);
+  const BlockKind& kind = *block_kind_of(number);
+  const int64_t stride = block_row_bytes(number, w->k);
   const auto source = [&](int64_t r) {
     const int64_t index = order ? order[r - row] : r - row;
     return static_cast<const uint8_t*>(blocks) + index * stride;
   };
-  with_kind(kind, [&](auto of) {
-    for_rows_by_panel(row, count, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin, next; r < end; r = next) {
-        next = std::min(end, (r / 16 + 1) * 16);
-        pack_some<decltype(of)>(*w, r, next - r, source, sums + (r - row) * 2);
-      }
-    });
+  for_rows_by_panel(row, count, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin, next; r < end; r = next) {
+      next = std::min(end, (r / 16 + 1) * 16);
+      pack_some(*w, kind, r, next - r, source, sums + (r - row) * 2);
+    }
   });
 }
 
-void unpack_blocks(const void* blocks, int32_t kind, int64_t k, const int64_t* rows, int64_t count,
-                   float* out) {
+void unpack_blocks(const void* blocks, int32_t number, int64_t k, const int64_t* rows,
+                   int64_t count, float* out) {
   std::lock_guard<std::mutex> lock(pool_mutex);
-  const int64_t stride = block_row_bytes(kind, k);
-  with_kind(kind, [&](auto of) {
-    using Kind = decltype(of);
-    pool->run(count, [&](int64_t b, int64_t e) {
-      for (int64_t r = b; r < e; r++) {
-        const uint8_t* source = static_cast<const uint8_t*>(blocks) + rows[r] * stride;
-        for (int64_t g = 0; g < k / GROUP; g++)
-          group_values<Kind>(block_of<Kind>(source, g), group_in_block<Kind>(g),
-                             out + r * k + g * GROUP);
-      }
-    });
+  const BlockKind& kind = *block_kind_of(number);
+  const int64_t stride = block_row_bytes(number, k);
+  pool->run(count, [&](int64_t b, int64_t e) {
+    for (int64_t r = b; r < e; r++) {
+      const uint8_t* source = static_cast<const uint8_t*>(blocks) + rows[r] * stride;
+      for (int64_t g = 0; g < k / GROUP; g++) kind.values_at(source, g, out + r * k + g * GROUP);
+    }
   });
 }
 

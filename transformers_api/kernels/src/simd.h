@@ -13,6 +13,9 @@
 
 #if defined(ISA_AVX512)  // ../variants.py
 #include "simd_avx512.h"
+#ifdef ISA_AMX
+#include "simd_amx.h"
+#endif
 #elif defined(ISA_AVX2)
 #include "simd_avx2.h"
 #elif defined(ISA_NEON)
@@ -20,6 +23,10 @@
 #endif
 
 namespace {
+
+#ifndef ISA_AMX
+void release_tiles() {}  // there is no tile unit
+#endif
 
 constexpr int TO_L1 = 3, TO_L2 = 2;  // locality, for __builtin_prefetch
 

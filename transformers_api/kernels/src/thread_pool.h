@@ -126,6 +126,7 @@ class ThreadPool {
       if (turn % 32) continue;
       const auto spent = Clock::now() - start;
       if (spent > SPIN) {
+        release_tiles();
         sleepers_.fetch_add(1);
         futex_wait(epoch_, last, 0);
         sleepers_.fetch_sub(1);

@@ -72,7 +72,9 @@ struct DotFormat;
 
 }  // namespace
 
-#if defined(ISA_AVX512)
+#if defined(ISA_AMX)
+#include "dots_amx.h"
+#elif defined(ISA_AVX512)
 #include "dots_avx512.h"
 #elif defined(ISA_AVX2)
 #include "dots_avx2.h"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers_api.errors import ModelLoadFailed
 
+PART = re.compile(r"-\d{5}-of-\d{5}(?=\.gguf$)")  # in the name of a part of a model
 LFS_POINTER = b"version https://git-lfs"
 NOT_A_MODEL = "mmproj"  # in the name of a GGUF file beside a model: a projector of images
 # quant_method in config.json -> the package without which transformers cannot read such weights
@@ -53,7 +55,8 @@ def only_gguf(folder: Path) -> Path | None:
     if any(folder.glob("*.safetensors")):
         return None
     names = ggufs(path.name for path in folder.glob("*.gguf"))
-    return folder / names[0] if len(names) == 1 else None
+    models = {PART.sub("", name) for name in names}
+    return folder / names[0] if len(models) == 1 else None
 
 
 def kind_of(folder: Path) -> str | None:

@@ -32,7 +32,7 @@ _PACKAGE = re.compile(r"[A-Za-z0-9][\w.-]{0,199}", re.ASCII)
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?", re.ASCII)
 _ENCODING = re.compile(r"[a-z0-9_]{1,40}", re.ASCII)
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
-_QUANTIZATIONS = ("none", "int8", "int4")
+_QUANTIZATIONS = ("auto", "gguf", "none", "int8", "int4")
 _CHAT = ("template", "transcript", "off")
 MAX_BYTES = 1 << 20
 MAX_DIGITS = 40
@@ -151,7 +151,10 @@ def _spec(entry: Entry, where: str, base: Path) -> ModelSpec:
             )
     if "name" not in fields:
         raise SettingError(f"{where}: name is missing")
-    if fields.get("embedding") in _ENCODERS and fields.get("quantization", "none") != "none":
+    if fields.get("embedding") in _ENCODERS and fields.get("quantization", "auto") not in (
+        "auto",
+        "none",
+    ):
         raise SettingError(f"{where}: quantization is for models that generate, not for encoders")
     passed = {
         key: value

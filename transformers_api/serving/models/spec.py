@@ -87,9 +87,10 @@ class ModelSpec:
 class ModelFiles:
     """A model that lies complete and checked on the disk."""
 
-    folder: Path  # config.json, *.safetensors, tokenizer files
+    folder: Path  # config.json, tokenizer files; *.safetensors, or weights.json of a GGUF file
     weight_bytes: int  # bytes of all tensors as stored
     parameters: int
-    stored_dtype: str  # of most of the weights: "float32", "bfloat16", …
+    stored_dtype: str  # of most of the weights: "float32", "bfloat16", …; "gguf": quantised
     created: int  # seconds since 1970
     stamp: Hashable = None  # another one when any file has changed
+    file_types: Mapping[str, int] = field(default_factory=dict)  # weights by their type, of a GGUF

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
+from transformers_api.checkpoints.headers.gguf_file import part_paths
 from transformers_api.config.settings import Settings
 from transformers_api.errors import (
     InsufficientStorage,
@@ -39,7 +40,7 @@ from transformers_api.serving.models.spec import (
 CONVERTER = "transformers_api.checkpoints.convert"
 CONVERTIBLE = (".gguf", ".pt", ".pth")  # the last two: TinyGPT, niels-gpt, GPT3-dev
 CONVERSION = "conversion.json"  # the converter's record in a folder that it has finished
-CONVERTER_VERSION = 2  # the converter's own; what an earlier one has made is made anew
+CONVERTER_VERSION = 3  # the converter's own; what an earlier one has made is made anew
 NO_ROOM_EXIT = 28  # the converter's exit status when the disk is full
 _PROGRAM_ROOT = Path(__file__).resolve().parents[3]
 
@@ -151,6 +152,8 @@ class ModelStore:
                 if not path.exists():
                     raise ModelLoadFailed(f"{spec.name}: {path} does not exist")
                 path = foreign.only_gguf(path) or path
+                if path.suffix == ".gguf":
+                    path = part_paths(path)[0]
             case PackageSource() as source:
                 located = packages.locate(spec.name, source, self._packages)
                 path = located[1] if located else None
@@ -244,8 +247,10 @@ def _converted_from(path: Path) -> list[Path]:
     """The files that a conversion depends on."""
     if path.is_dir():
         return [*sorted(path.glob("*.safetensors")), path / "config.json"]
+    if path.suffix == ".gguf":
+        return part_paths(path)
     beside = path.with_name("config.json")
-    return [path, beside] if path.suffix != ".gguf" and beside.is_file() else [path]
+    return [path, beside] if beside.is_file() else [path]
 
 
 def _stamp(path: Path) -> str:

@@ -53,7 +53,7 @@ class Model(Schema):
     parent = Text(allow_none=True)
     max_model_len = Integer(1, 1 << 24, **about("Tokens of prompt and answer; once loaded."))
     quantization = Text(
-        choices=("none", "int8", "int4"), **about("Width of the weights; once loaded.")
+        choices=("none", "int8", "int4", "gguf"), **about("Width of the weights; once loaded.")
     )
     capabilities = Many(
         Text(

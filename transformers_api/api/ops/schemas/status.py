@@ -23,7 +23,9 @@ class Resident(Schema):
     load_s = fields.Float(metadata={"description": "Seconds that its loading took."})
     bytes = fields.Integer(metadata={"description": "Of its weights."})
     dtype = fields.String()
-    quantization = fields.String(metadata={"description": "none, int8 or int4."})
+    quantization = fields.String(
+        metadata={"description": "none, int8, int4 or gguf: as its file has them."}
+    )
     kernels = fields.String(metadata={"description": "native or torch: whose run it."})
     isa = fields.String(metadata={"description": "The instruction set of native kernels, or ''."})
     device = fields.String()

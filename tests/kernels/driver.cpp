@@ -56,8 +56,9 @@ void attends(int32_t type) {
     for (T& value : *each) store(&value, type, 0, 1, broadcast(number()));
   std::vector<float> out(q.size());
   const int64_t starts[ROWS] = {140, 3};
-  Attention call{q.data(), k.data(), v.data(), out.data(), starts, nullptr, ROWS, QUERIES, HEADS,
-                 KV_HEADS, SIZE, {HEADS * QUERIES * SIZE, QUERIES * SIZE, SIZE},
+  Attention call{q.data(), k.data(), v.data(), out.data(), starts, nullptr, nullptr,
+                 ROWS, QUERIES, HEADS, KV_HEADS, SIZE,
+                 {HEADS * QUERIES * SIZE, QUERIES * SIZE, SIZE},
                  {KV_HEADS * LENGTH * SIZE, LENGTH * SIZE, SIZE},
                  {KV_HEADS * LENGTH * SIZE, LENGTH * SIZE, SIZE}, 0, .2f, 30.f, F32, type};
   attention(&call);
@@ -67,6 +68,9 @@ void attends(int32_t type) {
 }  // namespace
 
 int main() {
+#ifdef ISA_AMX
+  syscall(SYS_arch_prctl, 0x1023, 18);  // asks for the tile unit, as kernels/variants.py does
+#endif
   set_threads(2);
   for (int32_t type : {F32, BF16, I8, I4})
     for (int64_t n : {64, 50})

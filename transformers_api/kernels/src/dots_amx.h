@@ -1,0 +1,210 @@
+// tiles.h for AMX: products of sixteen or 32 rows with a panel by the tile unit. Beside them those of
+// dots_avx512.h, for float32 and for few rows of codes.
+//
+// A panel is laid out as the unit wants its weights: sixteen steps are sixteen rows of 64 bytes, 128
+// bytes apart, whose lanes hold two bfloat16 or four codes. Products of codes are exact, so that both
+// ways give the same bits. Those of bfloat16 are summed otherwise than by AVX-512: the even and the
+// odd ones of a row of 32 apart, then both added to the sum; so the unit does them for any number of
+// rows.
+
+#pragma once
+
+#include "dots_avx512.h"
+
+namespace {
+
+// Input rows in one or two blocks of ``height``, a lane ``stride`` lanes above that of the next row.
+struct TileRows {
+  const int32_t* x[2];
+  int64_t height, stride;
+};
+
+constexpr int64_t TILE_PREFETCH_DISTANCE = 16384;  // bytes
+constexpr int64_t LINE = 64;
+
+// ``bytes`` of the panel that are used now; or the cursor's stride, which is that of one call here.
+template <Prefetch P>
+inline void prefetch_tiles(const uint8_t* w, int64_t bytes, PrefetchCursor& cursor) {
+  const char* from = P == SAME_PANEL ? reinterpret_cast<const char*>(w) + TILE_PREFETCH_DISTANCE
+                                     : cursor.next;
+  const int64_t count = P == SAME_PANEL ? bytes : cursor.stride;
+  for (int64_t i = 0; P != NO_PREFETCH && i < count; i += LINE)
+    __builtin_prefetch(from + i, 0, TO_L2);
+  cursor.next += cursor.stride;
+}
+
+// ---- bfloat16 --------------------------------------------------------------------------------
+
+// Sixteen steps.
+template <int BLOCKS>
+inline void add_bf16_products(const uint8_t* w, const TileRows& rows, int64_t lane) {
+  _tile_loadd(6, w, 128);
+  _tile_loadd(7, w + 64, 128);
+  _tile_loadd(4, rows.x[0] + lane, rows.stride * 4);
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_dpbf16ps(1, 4, 7);
+  if constexpr (BLOCKS == 2) {
+    _tile_loadd(5, rows.x[1] + lane, rows.stride * 4);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+}
+
+// The sums of the blocks' rows with the 32 outputs of a panel, ``stride`` floats from row to row.
+struct TileSums {
+  float* blocks[2];
+  int64_t stride;
+};
+
+// ``n`` steps; the lanes of rows are zero from there to the next multiple of sixteen. ``ADDS``: to what
+// the sums are.
+template <Prefetch P, int BLOCKS, bool ADDS = false>
+void multiply_bf16(const uint8_t* w, PrefetchCursor cursor, const TileRows& rows, int64_t n,
+                   const TileSums& sums) {
+  finish_stores(w);
+  _tile_zero(0);
+  _tile_zero(1);
+  if constexpr (BLOCKS == 2) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  if constexpr (ADDS) {
+    _tile_loadd(0, sums.blocks[0], sums.stride * 4);
+    _tile_loadd(1, sums.blocks[0] + 16, sums.stride * 4);
+  }
+  if constexpr (ADDS && BLOCKS == 2) {
+    _tile_loadd(2, sums.blocks[1], sums.stride * 4);
+    _tile_loadd(3, sums.blocks[1] + 16, sums.stride * 4);
+  }
+  int64_t lane = 0;
+  for (; lane + TILE_LANES <= n; lane += TILE_LANES, w += TILE_LANES * 128) {
+    prefetch_tiles<P>(w, TILE_LANES * 128, cursor);
+    add_bf16_products<BLOCKS>(w, rows, lane);
+  }
+  if (lane < n) {  // what follows in memory is the next panel, and need not be finite
+    alignas(64) uint8_t last[TILE_LANES * 128] = {};
+    std::memcpy(last, w, (n - lane) * 128);
+    finish_stores(last);
+    add_bf16_products<BLOCKS>(last, rows, lane);
+  }
+  _tile_stored(0, sums.blocks[0], sums.stride * 4);
+  _tile_stored(1, sums.blocks[0] + 16, sums.stride * 4);
+  if constexpr (BLOCKS == 2) {
+    _tile_stored(2, sums.blocks[1], sums.stride * 4);
+    _tile_stored(3, sums.blocks[1] + 16, sums.stride * 4);
+  }
+}
+
+// ---- codes -----------------------------------------------------------------------------------
+
+// What a kind of codes does with a group of weights. ``load``: into the tiles of weights. ``add``: to
+// a row's sums, from its products with the codes, as accumulate_int8 and accumulate_int4 do.
+struct Int8Tiles {
+  using Group = Int8Group;
+  static constexpr int64_t BYTES = INT8_GROUP_BYTES;
+  f32x16 scale0, scale1;
+
+  explicit Int8Tiles(const uint8_t* w)
+      : scale0(load_half(w + PANEL * GROUP)), scale1(load_half(w + PANEL * GROUP + 32)) {}
+
+  static void load(const uint8_t* w, uint8_t*) {
+    _tile_loadd(6, w, 128);
+    _tile_loadd(7, w + 64, 128);
+  }
+  void add(const int32_t* dots, const Group& group, float* sums) const {
+    const f32x16 s = broadcast(group.scale);
+    const i32x16 offset = _mm512_set1_epi32(group.offset);
+    const f32x16 d0 = _mm512_cvtepi32_ps(add_i32(offset, _mm512_load_si512(dots)));
+    const f32x16 d1 = _mm512_cvtepi32_ps(add_i32(offset, _mm512_load_si512(dots + 16)));
+    store_aligned(sums, fmadd(d0, mul(s, scale0), load_aligned(sums)));
+    store_aligned(sums + 16, fmadd(d1, mul(s, scale1), load_aligned(sums + 16)));
+  }
+};
+
+// The upper four bits stay where they are: 16 times too large, as in accumulate_int4.
+struct Int4Tiles {
+  using Group = Int4Group;
+  static constexpr int64_t BYTES = INT4_GROUP_BYTES;
+  f32x16 scale0, scale1, minimum0, minimum1;
+
+  explicit Int4Tiles(const uint8_t* w) {
+    w += INT4_CODE_BYTES;
+    scale0 = load_half(w), scale1 = mul(load_half(w + 32), broadcast(1.f / 16));
+    minimum0 = load_half(w + 64), minimum1 = load_half(w + 96);
+  }
+  static void load(const uint8_t* w, uint8_t* codes) {
+    const i32x16 lower_bits = _mm512_set1_epi8(15);
+    for (int i = 0; i < GROUP_STEPS; i++, codes += 128) {
+      const i32x16 both = _mm512_load_si512(w + i * 64);
+      _mm512_store_si512(codes, _mm512_and_si512(both, lower_bits));
+      _mm512_store_si512(codes + 64, _mm512_andnot_si512(lower_bits, both));
+    }
+    codes -= GROUP_STEPS * 128;
+    finish_stores(codes);
+    Int8Tiles::load(codes, nullptr);
+  }
+  void add(const int32_t* dots, const Group& group, float* sums) const {
+    const f32x16 s = broadcast(group.scale), sum = broadcast(group.sum);
+    const f32x16 d0 = _mm512_cvtepi32_ps(_mm512_load_si512(dots));
+    const f32x16 d1 = _mm512_cvtepi32_ps(_mm512_load_si512(dots + 16));
+    const f32x16 sum0 = fmadd(sum, minimum0, load_aligned(sums));
+    const f32x16 sum1 = fmadd(sum, minimum1, load_aligned(sums + 16));
+    store_aligned(sums, fmadd(d0, mul(s, scale0), sum0));
+    store_aligned(sums + 16, fmadd(d1, mul(s, scale1), sum1));
+  }
+};
+
+// ``n`` groups; ``groups`` of the rows of both blocks. The products of one block with a group are made
+// while those of the block before, or of the group before, are scaled: each has tiles of its own.
+template <class Codes, Prefetch P, int BLOCKS>
+void multiply_codes(const uint8_t* w, PrefetchCursor cursor, const TileRows& rows,
+                    const typename Codes::Group* const (&groups)[2], int64_t n, float* sums) {
+  finish_stores(w);
+  alignas(64) uint8_t codes[GROUP_STEPS * 128];
+  alignas(64) int32_t dots[2][TILE_HEIGHT * PANEL];
+  auto load_tiles = [&](int64_t turn) {
+    if (turn % BLOCKS) return;  // the weights are there
+    prefetch_tiles<P>(w + turn / BLOCKS * Codes::BYTES, Codes::BYTES, cursor);
+    Codes::load(w + turn / BLOCKS * Codes::BYTES, codes);
+  };
+  auto x_at = [&](int64_t turn) { return rows.x[turn % BLOCKS] + turn / BLOCKS * GROUP_STEPS; };
+  auto multiply_even = [&](int64_t turn) {
+    load_tiles(turn);
+    _tile_loadd(4, x_at(turn), rows.stride * 4);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_dpbsud(0, 4, 6);
+    _tile_dpbsud(1, 4, 7);
+    _tile_stored(0, dots[0], PANEL * 4);
+    _tile_stored(1, dots[0] + 16, PANEL * 4);
+  };
+  auto multiply_odd = [&](int64_t turn) {
+    load_tiles(turn);
+    _tile_loadd(5, x_at(turn), rows.stride * 4);
+    _tile_zero(2);
+    _tile_zero(3);
+    _tile_dpbsud(2, 5, 6);
+    _tile_dpbsud(3, 5, 7);
+    _tile_stored(2, dots[1], PANEL * 4);
+    _tile_stored(3, dots[1] + 16, PANEL * 4);
+  };
+  auto scale = [&](int64_t turn) {
+    const int64_t g = turn / BLOCKS, block = turn % BLOCKS;
+    const Codes weights(w + g * Codes::BYTES);
+    float* out = sums + block * rows.height * PANEL;
+    for (int64_t r = 0; r < rows.height; r++)
+      weights.add(dots[turn % 2] + r * PANEL, groups[block][r * n + g], out + r * PANEL);
+  };
+  for (int64_t i = 0; i < BLOCKS * rows.height * PANEL; i += 16) store_aligned(sums + i, zero());
+  const int64_t turns = n * BLOCKS;
+  multiply_even(0);
+  for (int64_t turn = 1; turn < turns; turn += 2) {
+    multiply_odd(turn);
+    scale(turn - 1);
+    if (turn + 1 < turns) multiply_even(turn + 1);
+    scale(turn);
+  }
+  if (turns % 2) scale(turns - 1);
+}
+
+}  // namespace

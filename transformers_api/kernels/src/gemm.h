@@ -1,0 +1,39 @@
+// A call of linear, for each way of multiplying rows with panels.
+
+#pragma once
+
+#include <cstdint>
+
+#include "abi.h"
+#include "simd.h"
+#include "tiles.h"
+#include "weights.h"
+
+namespace {
+
+struct Gemm {
+  const Weight& w;
+  const int32_t* x;         // prepared rows
+  int64_t stride;           // their lanes, from one to the next
+  const Int8Group* groups;  // of I8; with I4 each is an Int4Group
+  void* y;
+  Type y_type;
+};
+
+// The outputs of panel p for the rows from m on; ``sum``(row, half): the products of 16 of them.
+template <class F>
+inline void write_outputs(const Gemm& gemm, int64_t p, int64_t m, int64_t rows, const F& sum) {
+  const Weight& w = gemm.w;
+  for (int half = 0; half < 2; half++) {
+    const int64_t column = p * PANEL + half * 16;
+    if (column >= w.n) break;
+    const mask16 mask = first_lanes(w.n - column);
+    const f32x16 bias = w.bias ? load(w.bias + column, mask) : zero();
+    for (int64_t r = 0; r < rows; r++) {
+      const f32x16 y = w.bias ? add(sum(r, half), bias) : sum(r, half);
+      store(gemm.y, gemm.y_type, (m + r) * w.n + column, mask, y);
+    }
+  }
+}
+
+}  // namespace
