@@ -91,7 +91,12 @@ WIRING = {
 # One module of a layer that otherwise leaves a library alone.
 EXCEPTIONS = {"checkpoints.headers.gguf_file": {"gguf"}, "serving.models.hub": {"huggingface_hub"}}
 
-LOADING = {"engine/pretrained.py", "checkpoints/convert.py", "engine/embedding.py"}
+LOADING = {
+    "engine/pretrained.py",
+    "engine/embedding.py",
+    "checkpoints/convert.py",
+    "checkpoints/parameter_shapes.py",
+}
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from typing import IO, Any
 
 import pytest
 
-from transformers_api.checkpoints.convert import MANIFEST, VERSION, is_intact
+from transformers_api.checkpoints.publish import MANIFEST, VERSION, is_intact
 from transformers_api.config.settings import Settings
 from transformers_api.errors import ModelLoadFailed
 from transformers_api.serving.models.spec import ModelSpec, PathSource

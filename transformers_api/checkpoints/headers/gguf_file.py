@@ -10,11 +10,14 @@ import math
 import mmap
 import re
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from transformers_api.checkpoints.headers.gguf_split import split_parts
 from transformers_api.errors import ModelLoadFailed
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
@@ -50,6 +53,7 @@ class GgufTensor:
     shape: tuple[int, ...]
     offset: int  # from the start of the file
     bytes: int
+    file: int = 0  # of the header's files
 
     @property
     def elements(self) -> int:
@@ -59,23 +63,51 @@ class GgufTensor:
 
 @dataclass(frozen=True, slots=True)
 class GgufHeader:
-    """All that a file says of itself."""
+    """All that a model says of itself, in one file or in several."""
 
     metadata: Mapping[str, Any]
     tensors: tuple[GgufTensor, ...]
+    files: tuple[Path, ...] = ()
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
-    """The header of a sound file. Raises ModelLoadFailed with the field, what it says, what is."""
+    """The header of a sound model, by its file or by one of its parts.
+
+    Raises ModelLoadFailed with the field, what it says, what is; for a missing part with its name.
+    """
+    paths = split_parts(path)
+    parts = [_read_file(part) for part in paths]
+    tensors = tuple(
+        replace(tensor, file=number) if number else tensor
+        for number, part in enumerate(parts)
+        for tensor in part.tensors
+    )
+    header = GgufHeader(parts[0].metadata, tensors, tuple(paths))
+    for number, part in enumerate(parts):
+        with _named(paths[number]):
+            _check_split(part.metadata, number, header)
+    with _named(paths[0]):
+        _check_sizes(header)
+    return header
+
+
+def _read_file(path: Path) -> GgufHeader:
     if path.stat().st_size < 24:
         raise ModelLoadFailed(f"{path.name} is not a sound GGUF file: it is too short")
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        try:
-            header = _Reader(data).header()
-            _check_sizes(header)
-        except _Unsound as error:
-            raise ModelLoadFailed(f"{path.name} is not a sound GGUF file: {error}") from None
-    return header
+    with (
+        path.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        _named(path),
+    ):
+        return _Reader(data).header()
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except _Unsound as error:
+        raise ModelLoadFailed(f"{path.name} is not a sound GGUF file: {error}") from None
 
 
 class _Unsound(Exception):
@@ -150,12 +182,33 @@ class _Reader:
         if kind != ARRAY or depth == MAX_NESTING:
             raise _Unsound(f"{key} has a value of the type {kind}, which cannot be")
         kind, count = self._number("I", key), self._number("Q", key)
+        if kind == STRING:
+            return self._strings(count, key)
         if kind not in SCALARS:
-            self._expect(count, 8 if kind == STRING else 12, f"values of {key}")
+            self._expect(count, 12, f"values of {key}")
             return [self._value(kind, key, depth + 1) for _ in range(count)]
         form = SCALARS[kind]
         values = self._take(count * struct.calcsize(f"<{form}"), key)
         return list(struct.unpack(f"<{count}{form}", values))
+
+    def _strings(self, count: int, key: str) -> list[str]:
+        """An array of strings, which a vocabulary makes long: one pass without calls of ours."""
+        self._expect(count, 8, f"values of {key}")
+        data, position, end = self._data, self._position, len(self._data)
+        size_at, texts = struct.Struct("<Q").unpack_from, list[bytes]()
+        for _ in range(count):
+            if position + 8 > end:
+                raise _Unsound(f"{key} takes 8 bytes, {end - position} follow")
+            start = position + 8
+            position = start + size_at(data, position)[0]
+            if position > end:
+                raise _Unsound(f"{key} takes {position - start} bytes, {end - start} follow")
+            texts.append(data[start:position])
+        self._position = position
+        try:
+            return [text.decode() for text in texts]
+        except UnicodeDecodeError as error:
+            raise _Unsound(f"{key} is not UTF-8: {error.object[:40]!r}") from None
 
     def _tensor(self) -> tuple[str, int, tuple[int, ...], int]:
         name = self._string("a tensor's name")
@@ -200,13 +253,34 @@ def _bytes(name: str, kind: int, shape: tuple[int, ...]) -> int:
     return math.prod(shape) // block * size
 
 
+def _check_split(metadata: Mapping[str, Any], number: int, header: GgufHeader) -> None:
+    """Refuse a part that says of itself that it is another one, or of another model."""
+    count = len(header.files)
+    if (parts := metadata.get("split.count", 1)) != count:
+        raise _Unsound(
+            f"it is one of {parts} parts by split.count, one of {count} by its name, which has to "
+            "end in -00001-of-00003.gguf or the like"
+        )
+    if count == 1:
+        return
+    if (own := metadata.get("split.no")) != number:
+        raise _Unsound(f"split.no is {own}, by its name it is {number}")
+    declared = metadata.get("split.tensors.count", len(header.tensors))
+    if declared != len(header.tensors):
+        raise _Unsound(
+            f"split.tensors.count is {declared}, the parts together have {len(header.tensors)}"
+        )
+
+
 def _check_sizes(header: GgufHeader) -> None:
     """Refuse metadata that promises more than the tensors hold: a model is built by it."""
     architecture = header.metadata.get("general.architecture")
     if not isinstance(architecture, str):
         raise _Unsound("general.architecture is missing")
-    if (parts := header.metadata.get("split.count", 1)) != 1:
-        raise _Unsound(f"it is one of {parts} parts; join them with llama-gguf-split --merge")
+    names = [tensor.name for tensor in header.tensors]
+    if len(set(names)) < len(names):
+        twice = next(name for name, count in Counter(names).items() if count > 1)
+        raise _Unsound(f"tensor {twice} is there twice")
     blocks = {match[1] for tensor in header.tensors if (match := _BLOCK.match(tensor.name))}
     largest = max((size for tensor in header.tensors for size in tensor.shape), default=0)
     for name in _SIZES:

@@ -39,7 +39,7 @@ from transformers_api.serving.models.spec import (
 CONVERTER = "transformers_api.checkpoints.convert"
 CONVERTIBLE = (".gguf", ".pt", ".pth")  # the last two: TinyGPT, niels-gpt, GPT3-dev
 CONVERSION = "conversion.json"  # the converter's record in a folder that it has finished
-CONVERTER_VERSION = 2  # the converter's own; what an earlier one has made is made anew
+CONVERTER_VERSION = 3  # the converter's own; what an earlier one has made is made anew
 NO_ROOM_EXIT = 28  # the converter's exit status when the disk is full
 _PROGRAM_ROOT = Path(__file__).resolve().parents[3]
 
