@@ -28,6 +28,7 @@ from transformers_api.engine.thread import EngineThread
 from transformers_api.errors import InsufficientMemory, ModelNotCapable
 from transformers_api.serving.models.encoder_files import read_encoder, reads_sigmoid
 from transformers_api.serving.models.hub import Progress
+from transformers_api.serving.models.preflight import weight_files
 from transformers_api.serving.models.spec import ModelFiles, ModelSpec, Pooling
 from transformers_api.serving.models.store import ModelStore
 from transformers_api.serving.swap.loaded_model import Embedder, LoadedModel, PairScorer
@@ -379,6 +380,6 @@ def _facts(facts: EngineFacts) -> dict[str, Any]:
 
 
 def _fingerprint(files: ModelFiles, facts: dict[str, Any]) -> str:
-    weights = [(p.name, p.stat().st_size) for p in sorted(files.folder.glob("*.safetensors"))]
+    weights = [(path.name, path.stat().st_size) for path in weight_files(files.folder)]
     content = repr((__version__, weights, files.created, sorted(facts.items())))
     return "fp_" + hashlib.sha256(content.encode()).hexdigest()[:10]

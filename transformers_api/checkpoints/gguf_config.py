@@ -27,8 +27,6 @@ TABLES = {
 }
 TABLE: Any = ggml.GGUF_CONFIG_MAPPING
 MODEL_TYPES = {"gemma3": "gemma3_text", "gemma4": "gemma4_text"}
-# The output layer is the embedding, also where the file has it twice.
-ALWAYS_TIED = frozenset({"falcon", "bloom"})
 # Field of a configuration -> metadata after the architecture, where transformers' tables lack it
 _MORE = {
     "rope_theta": "rope.freq_base",
@@ -116,7 +114,7 @@ def _by_table(
         if f"tokenizer.{key}" in metadata:
             fields[name] = metadata[f"tokenizer.{key}"]
     fields["model_type"] = MODEL_TYPES.get(architecture, table)
-    fields["tie_word_embeddings"] = architecture in ALWAYS_TIED or "output.weight" not in tensors
+    fields["tie_word_embeddings"] = "output.weight" not in tensors
     fields |= _vocabulary(tensors)
     standard = _standard(str(fields["model_type"]))
     for name, key in _MORE.items():
@@ -125,14 +123,23 @@ def _by_table(
             fields.setdefault(name, own[key])
     for name in _PRESENT_OF.get(architecture, ()):
         fields[name] = _PRESENT[name] in tensors
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        fields.setdefault(name, _inside(standard.get(name), fields["vocab_size"]))
     return (
         fields | _heads(architecture, own, standard, fields) | _special(architecture, own, tensors)
     )
 
 
+def _inside(index: Any, vocab_size: int) -> Any:
+    """A token of the class, which may be one of a larger vocabulary."""
+    return index if not isinstance(index, int) or index < vocab_size else None
+
+
 def _standard(model_type: str) -> dict[str, Any]:
-    kind: Any = CONFIG_MAPPING.get(model_type)
-    fields: dict[str, Any] = kind().to_dict() if kind else {}
+    if model_type not in CONFIG_MAPPING:
+        return {}
+    kind: Any = CONFIG_MAPPING[model_type]  # which is imported by this alone
+    fields: dict[str, Any] = kind().to_dict()
     return fields
 
 
@@ -169,9 +176,11 @@ def _heads(
         made["head_dim"] = size
     elif "attention.key_length" in own and architecture == "llama":
         made["head_dim"] = own["attention.key_length"]
-    if "partial_rotary_factor" in (standard.get("rope_parameters") or {}):
+    usual = (standard.get("rope_parameters") or {}).get("partial_rotary_factor")
+    if usual is not None and "rope.dimension_count" in own:
         size = own.get("attention.key_length", fields["hidden_size"] // heads)
-        made["partial_rotary_factor"] = own.get("rope.dimension_count", size) / size
+        share = own["rope.dimension_count"] / size
+        made |= {"partial_rotary_factor": share} if share != usual else {}
     return made
 
 
@@ -181,8 +190,10 @@ def _special(
     """The fields that only one architecture has."""
     match architecture:
         case "gpt2":
-            inner = {"n_inner": own["feed_forward_length"]} if "feed_forward_length" in own else {}
-            return {"n_positions": tensors["position_embd.weight"].shape[0], **inner}
+            usual = 4 * own["embedding_length"]
+            inner = own.get("feed_forward_length", usual)
+            fields = {"n_positions": tensors["position_embd.weight"].shape[0]}
+            return fields if inner == usual else {**fields, "n_inner": inner}
         case "stablelm":
             return {"use_parallel_residual": not any("ffn_norm" in name for name in tensors)}
         case "gemma2" | "gemma3":

@@ -19,6 +19,7 @@ LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
 F32 = 0  # ggml's number of the type
 TOLERANCE = 1e-5  # of a factor: they are stored in single precision
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+USUAL = (8.0, 32.0, 16.0)  # factors of Llama 3.1 and 3.2
 _BETAS = {"beta_fast": "yarn_beta_fast", "beta_slow": "yarn_beta_slow"}
 
 
@@ -99,13 +100,12 @@ def _long_rope(config: Any, header: GgufHeader, scaling: dict[str, Any]) -> dict
 def _by_factors(config: Any, factors: list[float]) -> dict[str, Any]:
     """Llama 3's parameters, where they give these factors; else the factors themselves."""
     theta, size = float(config.rope_parameters["rope_theta"]), 2 * len(factors)
-    llama3 = LLAMA3 | {"rope_type": "llama3", "factor": round(max(factors), 4)}
-    expected = llama3_factors(theta, size, llama3)
-    if all(
-        math.isclose(own, other, rel_tol=TOLERANCE)
-        for own, other in zip(factors, expected, strict=True)
-    ):
-        return llama3
+    for factor in (round(max(factors), 4), *USUAL):  # which no pair of a small head may reach
+        llama3 = LLAMA3 | {"rope_type": "llama3", "factor": factor}
+        expected = llama3_factors(theta, size, llama3)
+        pairs = zip(factors, expected, strict=True)
+        if all(math.isclose(own, other, rel_tol=TOLERANCE) for own, other in pairs):
+            return llama3
     return {
         "rope_type": "longrope",
         "long_factor": factors,

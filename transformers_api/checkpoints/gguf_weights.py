@@ -13,7 +13,6 @@ from typing import Any
 
 import gguf
 
-from transformers_api.checkpoints.gguf_config import ALWAYS_TIED
 from transformers_api.checkpoints.headers.gguf_file import GgufHeader, GgufTensor
 from transformers_api.errors import ModelLoadFailed
 
@@ -45,7 +44,7 @@ def build(header: GgufHeader, config: Any, shapes: Mapping[str, Shape]) -> dict[
             + (f", nor {len(missing) - 1} others" if missing[1:] else "")
         )
     used = {name for names in sources.values() for name in names}
-    if surplus := [name for name in tensors if not (name in used or _ignored(architecture, name))]:
+    if surplus := [name for name in tensors if name not in used and not _IGNORED.fullmatch(name)]:
         raise ModelLoadFailed(
             f"tensor {surplus[0]} has no place in {config.architectures[0]}"
             + (f", nor have {len(surplus) - 1} others" if surplus[1:] else "")
@@ -64,12 +63,6 @@ def file_stamps(header: GgufHeader) -> list[dict[str, Any]]:
         {"path": str(path), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
         for path, stat in stats
     ]
-
-
-def _ignored(architecture: str, name: str) -> bool:
-    return _IGNORED.fullmatch(name) is not None or (
-        name == "output.weight" and architecture in ALWAYS_TIED
-    )
 
 
 def _sources(

@@ -9,11 +9,25 @@ from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from transformers_api.engine.platform.meta_shapes import ShapesOnly
+from transformers_api.errors import ModelLoadFailed
 
 
 def parameter_shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    """Parameters and stored buffers by their names, tied ones once, under the embedding's name."""
+    """Parameters and stored buffers by their names, tied ones once, under the embedding's name.
+
+    Raises ModelLoadFailed.
+    """
     make: Any = AutoModelForCausalLM
+    try:
+        model = _empty(make, config)
+    except Exception as error:  # the configuration is a stranger's
+        raise ModelLoadFailed(f"its metadata makes no model: {error}") from error
+    stored = model.state_dict().keys()
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name: tuple(tensor.shape) for name, tensor in named if name in stored}
+
+
+def _empty(make: Any, config: Any) -> Any:
     with (
         torch.inference_mode(False),
         torch.no_grad(),
@@ -23,6 +37,4 @@ def parameter_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     ):
         model = make.from_config(config)
     model.tie_weights()
-    stored = model.state_dict().keys()
-    named = [*model.named_parameters(), *model.named_buffers()]
-    return {name: tuple(tensor.shape) for name, tensor in named if name in stored}
+    return model

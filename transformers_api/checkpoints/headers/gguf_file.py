@@ -85,8 +85,9 @@ def read_gguf_header(path: Path) -> GgufHeader:
     header = GgufHeader(parts[0].metadata, tensors, tuple(paths))
     for number, part in enumerate(parts):
         with _named(paths[number]):
-            _check_split(part.metadata, number, header)
+            _check_split(part.metadata, number, len(paths))
     with _named(paths[0]):
+        _check_count(header)
         _check_sizes(header)
     return header
 
@@ -253,20 +254,21 @@ def _bytes(name: str, kind: int, shape: tuple[int, ...]) -> int:
     return math.prod(shape) // block * size
 
 
-def _check_split(metadata: Mapping[str, Any], number: int, header: GgufHeader) -> None:
-    """Refuse a part that says of itself that it is another one, or of another model."""
-    count = len(header.files)
+def _check_split(metadata: Mapping[str, Any], number: int, count: int) -> None:
+    """Refuse a part that says of itself that it is another one."""
     if (parts := metadata.get("split.count", 1)) != count:
         raise _Unsound(
             f"it is one of {parts} parts by split.count, one of {count} by its name, which has to "
             "end in -00001-of-00003.gguf or the like"
         )
-    if count == 1:
-        return
-    if (own := metadata.get("split.no")) != number:
+    if count > 1 and (own := metadata.get("split.no")) != number:
         raise _Unsound(f"split.no is {own}, by its name it is {number}")
-    declared = metadata.get("split.tensors.count", len(header.tensors))
-    if declared != len(header.tensors):
+
+
+def _check_count(header: GgufHeader) -> None:
+    """Refuse parts of different models."""
+    declared = header.metadata.get("split.tensors.count", len(header.tensors))
+    if len(header.files) > 1 and declared != len(header.tensors):
         raise _Unsound(
             f"split.tensors.count is {declared}, the parts together have {len(header.tensors)}"
         )

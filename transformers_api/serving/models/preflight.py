@@ -21,6 +21,11 @@ from transformers_api.serving.models.foreign import (
     refuse_pointer,
 )
 from transformers_api.serving.models.headers import DTYPES, Tensor, read_header, read_object
+from transformers_api.serving.models.sidecars import (
+    is_sidecar,
+    read_stored_tensors,
+    stored_files,
+)
 from transformers_api.serving.models.spec import EncoderKind, ModelFiles
 
 WEIGHTS = "model.safetensors"
@@ -58,6 +63,8 @@ def inspect_folder(
     check_config(folder, trust_remote_code, knows, encoder)
     _check_tokenizer(folder)
     paths = weight_files(folder)
+    if is_sidecar(folder):
+        return _sidecar_files(folder, paths)
     headers = {path.name: read_header(path) for path in paths}
     if WEIGHTS not in headers:
         _check_index(folder / INDEX, headers)
@@ -77,6 +84,20 @@ def inspect_folder(
         stored_dtype=DTYPES[by_dtype.most_common(1)[0][0]][1],
         created=int(max(path.stat().st_mtime for path in paths)),
         stamp=_stamp(folder),
+    )
+
+
+def _sidecar_files(folder: Path, paths: list[Path]) -> ModelFiles:
+    """The files of a GGUF model, whose tensors have been held against its config already."""
+    stored = read_stored_tensors(folder)
+    return ModelFiles(
+        folder=folder,
+        weight_bytes=stored.weight_bytes,
+        parameters=stored.parameters,
+        stored_dtype="gguf",
+        created=int(max(path.stat().st_mtime for path in paths)),
+        stamp=_stamp(folder),
+        file_types=stored.types,
     )
 
 
@@ -106,7 +127,12 @@ def is_original(folder: Path) -> bool:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files to load, all present. One file wins over shards, as in transformers."""
+    """The files to load weights from, all present. One wins over shards, as in transformers.
+
+    Safetensors, or the GGUF files that a sidecar is of. Raises ModelLoadFailed.
+    """
+    if is_sidecar(folder):
+        return stored_files(folder)
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
