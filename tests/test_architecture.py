@@ -86,6 +86,7 @@ WIRING = {
     "metrics",
     "model_loader",
     "server",
+    "sidecar_writer",
     "tokenizer_loader",
 }
 # One module of a layer that otherwise leaves a library alone.

@@ -34,6 +34,7 @@ from transformers_api.serving.models.store import ModelStore
 from transformers_api.serving.swap.loaded_model import Embedder, LoadedModel, PairScorer
 from transformers_api.serving.text.model_text import ModelText
 from transformers_api.serving.text.token_counts import token_counter
+from transformers_api.sidecar_writer import sidecar_writer
 from transformers_api.tokenizer_loader import LoadedTokenizer, read_text, read_tokenizer
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ class ModelLoader:
         self._texts: OrderedDict[Hashable, ModelText] = OrderedDict()  # of models not in memory
         self._text_lock, self._fetch_lock = threading.Lock(), threading.Lock()
         self._examinations: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # see Attachment
+        store.write_sidecar = sidecar_writer(thread)
         load_in_one_thread()
         self._devices = thread.call(_devices)  # also the first import of torch
 
