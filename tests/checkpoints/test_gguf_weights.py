@@ -177,10 +177,11 @@ def test_an_architecture_that_cannot_be_read_is_named(architecture: str, tmp_pat
 
 
 def test_a_falcon_whose_heads_lie_otherwise_is_refused(tmp_path: Path) -> None:
-    heads = {"attention.head_count": 4, "attention.head_count_kv": 2}
-    weights = {"token_embd.weight": numpy.zeros((64, 32), numpy.float32)}
-    weights |= {f"blk.{n}.attn_qkv.weight": numpy.zeros((96, 32), numpy.float32) for n in (0, 1)}
-    source = gguf_models.write(tmp_path / "m.gguf", "falcon", weights, heads)
+    weights = gguf_models.tensors("falcon")
+    heads = {"falcon.attention.head_count_kv": 2}
+    source = gguf_models.write(
+        tmp_path / "m.gguf", "falcon", weights, heads, without="attention.head_count_kv"
+    )
     with pytest.raises(ModelLoadFailed, match="falcon with several heads of keys"):
         sidecar(source, tmp_path / "sidecar")
 
