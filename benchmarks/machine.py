@@ -9,7 +9,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 
 from transformers_api.config.settings import Settings
 from transformers_api.serving.models.builtin import builtin_models
+from transformers_api.serving.models.preflight import weight_files
 from transformers_api.serving.models.store import ModelStore
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -84,16 +84,12 @@ def default_model_folder() -> Path:
     """The embedded model as safetensors, which peers read too, made on first use."""
     settings = Settings.from_env()
     spec = next(spec for spec in builtin_models() if spec.name == DEFAULT_MODEL)
-    table = ModelStore(settings).prepare(spec, lambda _share, _what: None).folder
-    folder = settings.model_store / "benchmarks" / table.name
+    folder = settings.model_store.absolute() / "benchmarks" / DEFAULT_MODEL
     if not (folder / "model.safetensors").is_file():
-        from transformers_api.engine.stored_model import write_numbers
-
-        with tempfile.TemporaryDirectory(dir=settings.model_store) as scratch:
-            partial = shutil.copytree(table, Path(scratch) / table.name)
-            write_numbers(partial)
-            folder.parent.mkdir(exist_ok=True)
-            partial.rename(folder)
+        store = ModelStore(settings)
+        (source,) = weight_files(store.prepare(spec, lambda _share, _what: None).folder)
+        command = [sys.executable, "-m", "transformers_api.checkpoints.convert"]
+        subprocess.run([*command, str(source), str(folder)], check=True, capture_output=True)
     return folder
 
 

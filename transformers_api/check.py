@@ -8,7 +8,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -38,10 +38,11 @@ class Finding:
     prevents: bool = True  # whether the server cannot serve before it is mended
 
 
-def report(out: TextIO) -> int:
-    """Write everything; 1 when something prevents serving."""
+def report(out: TextIO, model: str | None = None) -> int:
+    """Write everything, for ``model`` as the default; 1 when something prevents serving."""
     try:
         settings = Settings.from_env()
+        settings = settings if model is None else replace(settings, default_model=model)
     except SettingError as error:
         out.write(f"WRONG  {error}\n")
         return 1

@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     serve = commands.add_parser("serve", help="run the server")
+    _add_model(serve)
     serve.add_argument("--host", help="address to listen on (HOST)")
     serve.add_argument("--port", type=_port, help="port to listen on (PORT)")
     serve.set_defaults(run=_serve)
@@ -54,8 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     models = commands.add_parser("models", help="list the models that may be served")
     models.set_defaults(run=_models)
 
-    pull = commands.add_parser("pull", help="download or convert a model now")
-    pull.add_argument("id", help="a registered id, or owner/name on the Hub")
+    pull = commands.add_parser("pull", help="download or prepare a model now")
+    pull.add_argument("id", help="a registered id, owner/name on the Hub, or a path")
     pull.set_defaults(run=_pull)
 
     convert = commands.add_parser(
@@ -91,8 +92,18 @@ def _parser() -> argparse.ArgumentParser:
         action.add_argument("--file", type=Path, help="the file of keys (API_KEYS_FILE)")
 
     check = commands.add_parser("check", help="show settings and environment, and what is wrong")
+    _add_model(check)
     check.set_defaults(run=_check)
     return parser
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "model",
+        nargs="?",
+        help="the model to serve: a GGUF file, a folder, owner/name on the Hub, or a registered id "
+        "(DEFAULT_MODEL)",
+    )
 
 
 def _port(text: str) -> int:
@@ -102,7 +113,7 @@ def _port(text: str) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    overrides = {"host": options.host, "port": options.port}
+    overrides = {"host": options.host, "port": options.port, "default_model": options.model}
     settings = replace(
         Settings.from_env(),
         **{name: value for name, value in overrides.items() if value is not None},
@@ -192,7 +203,10 @@ def _pull(options: argparse.Namespace) -> int:
 
     settings = Settings.from_env()
     store = ModelStore(settings)
-    spec = ModelRegistry.from_settings(settings, store.has_repo).resolve(options.id)
+    registry = ModelRegistry.from_settings(
+        replace(settings, default_model=options.id), store.has_repo
+    )
+    spec = registry.resolve(options.id)
     with _progress_bar() as progress:
         files = store.prepare(spec, progress)
     sys.stdout.write(
@@ -203,7 +217,7 @@ def _pull(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    from transformers_api.checkpoints.convert import TABLE, convert
+    from transformers_api.checkpoints.convert import convert
 
     source, folder = options.source, options.folder
     if not source.exists():
@@ -213,10 +227,6 @@ def _convert(options: argparse.Namespace) -> int:
     try:
         with _progress_bar() as progress:
             convert(source, folder, progress, options.family, options.config)
-        if (folder / TABLE).is_file():  # of a GGUF file, whose weights are not copied to be served
-            from transformers_api.engine.stored_model import write_numbers
-
-            write_numbers(folder)
     except OSError as error:
         raise ModelLoadFailed(f"{folder} could not be made: {error}") from error
     sys.stdout.write(f"{source.name} is ready in {folder}\n")
@@ -311,4 +321,4 @@ def _in_one_line() -> Iterator[None]:
 def _check(options: argparse.Namespace) -> int:
     from transformers_api.check import report
 
-    return report(sys.stdout)
+    return report(sys.stdout, options.model)

@@ -28,11 +28,13 @@ from transformers_api.engine.thread import EngineThread
 from transformers_api.errors import InsufficientMemory, ModelNotCapable
 from transformers_api.serving.models.encoder_files import read_encoder, reads_sigmoid
 from transformers_api.serving.models.hub import Progress
+from transformers_api.serving.models.preflight import weight_files
 from transformers_api.serving.models.spec import ModelFiles, ModelSpec, Pooling
 from transformers_api.serving.models.store import ModelStore
 from transformers_api.serving.swap.loaded_model import Embedder, LoadedModel, PairScorer
 from transformers_api.serving.text.model_text import ModelText
 from transformers_api.serving.text.token_counts import token_counter
+from transformers_api.sidecar_writer import sidecar_writer
 from transformers_api.tokenizer_loader import LoadedTokenizer, read_text, read_tokenizer
 
 if TYPE_CHECKING:
@@ -84,6 +86,7 @@ class ModelLoader:
         self._texts: OrderedDict[Hashable, ModelText] = OrderedDict()  # of models not in memory
         self._text_lock, self._fetch_lock = threading.Lock(), threading.Lock()
         self._examinations: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # see Attachment
+        store.write_sidecar = sidecar_writer(thread)
         load_in_one_thread()
         self._devices = thread.call(_devices)  # also the first import of torch
 
@@ -381,6 +384,6 @@ def _facts(facts: EngineFacts) -> dict[str, Any]:
 
 
 def _fingerprint(files: ModelFiles, facts: dict[str, Any]) -> str:
-    weights = [(p.name, p.stat().st_size) for p in sorted(files.folder.glob("*.safetensors"))]
+    weights = [(path.name, path.stat().st_size) for path in weight_files(files.folder)]
     content = repr((__version__, weights, files.created, sorted(facts.items())))
     return "fp_" + hashlib.sha256(content.encode()).hexdigest()[:10]

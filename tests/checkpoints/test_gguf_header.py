@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from transformers_api.checkpoints.headers.gguf_file import read_gguf_files, read_gguf_header
+from transformers_api.checkpoints.headers.gguf_file import read_gguf_header
 from transformers_api.errors import ModelLoadFailed
 
 U32, STRING, ARRAY, U8 = 4, 8, 9, 0
@@ -120,52 +120,3 @@ def test_no_cut_of_a_sound_file_passes(tmp_path: Path) -> None:
         path.write_bytes(whole[:length])
         with pytest.raises(ModelLoadFailed, match="not a sound GGUF file"):
             read_gguf_header(path)
-
-
-def part(number: int, count: int) -> bytes:
-    """One of the files that a model was split into."""
-    tensor = (f"blk.{number}.attn_q.weight", *WEIGHT[1:])
-    place = entry("split.no", 2, struct.pack("<H", number))
-    total = entry("split.count", 2, struct.pack("<H", count))
-    return gguf(place, total, tensors=(tensor,))
-
-
-def split(folder: Path, parts: dict[int, bytes], count: int = 3) -> list[Path]:
-    paths = [folder / f"m-{number + 1:05d}-of-{count:05d}.gguf" for number in parts]
-    for path, content in zip(paths, parts.values(), strict=True):
-        path.write_bytes(content)
-    return paths
-
-
-def test_a_model_in_parts_is_read_by_any_of_them(tmp_path: Path) -> None:
-    paths = split(tmp_path, {number: part(number, 3) for number in range(3)})
-    for path in paths:
-        model = read_gguf_files(path)
-        assert [file for file, _ in model.files] == paths
-        assert [tensor.name for tensor in model.tensors] == [
-            f"blk.{number}.attn_q.weight" for number in range(3)
-        ]
-
-
-@pytest.mark.parametrize(
-    ("parts", "reason"),
-    [
-        ({0: part(0, 3), 2: part(2, 3)}, r"m-00002-of-00003\.gguf is missing"),
-        ({0: part(0, 3), 1: part(2, 3), 2: part(2, 3)}, r"m-00002.*says that it is part 3"),
-        ({0: part(0, 2), 1: part(1, 3), 2: part(2, 3)}, r"m-00001.*one of 2 parts"),
-        ({0: part(0, 3), 1: part(1, 3), 2: part(2, 3)[:-1]}, r"m-00003.*cut off"),
-    ],
-    ids=["missing", "order", "count", "cut off"],
-)
-def test_parts_that_do_not_fit_are_named(
-    tmp_path: Path, parts: dict[int, bytes], reason: str
-) -> None:
-    paths = split(tmp_path, parts)
-    with pytest.raises(ModelLoadFailed, match=reason):
-        read_gguf_files(paths[0])
-
-
-def test_a_part_under_another_name_says_what_to_do(tmp_path: Path) -> None:
-    (tmp_path / "alone.gguf").write_bytes(part(0, 3))
-    with pytest.raises(ModelLoadFailed, match=r"one of 3 parts.*--merge"):
-        read_gguf_files(tmp_path / "alone.gguf")

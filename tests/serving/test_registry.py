@@ -435,3 +435,29 @@ def test_aliases_of_a_small_registry_are_read(tmp_path: Path) -> None:
     text = "- &a {name: one, path: p, metadata: &m {k: v}}\n- {<<: *a, name: two, metadata: *m}"
     registry = yaml_registry(tmp_path, text)
     assert registry.resolve("two").metadata == {"k": "v"}
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/models/Tiny Llama-Q4_0.gguf", "Tiny-Llama-Q4_0"),
+        ("m-00001-of-00003.gguf", "m"),
+        ("./x.gguf", "x"),
+    ],
+)
+def test_a_path_as_the_default_model_needs_no_registry_file(path: str, name: str) -> None:
+    registry = ModelRegistry.from_settings(Settings(default_model=path))
+    spec = registry.resolve(path)
+    assert spec is registry.resolve(name)
+    assert spec.source == PathSource(Path(path).absolute())
+    assert name in [each.name for each in registry.list()]
+
+
+def test_a_folder_as_the_default_model_is_one(tmp_path: Path) -> None:
+    registry = ModelRegistry.from_settings(Settings(default_model=str(tmp_path)))
+    assert registry.resolve(str(tmp_path)).source == PathSource(tmp_path)
+
+
+def test_an_id_as_the_default_model_is_no_path() -> None:
+    registry = ModelRegistry.from_settings(Settings(default_model="owner/none"))
+    assert not [spec for spec in registry.list() if isinstance(spec.source, PathSource)]

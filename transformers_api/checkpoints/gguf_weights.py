@@ -1,181 +1,241 @@
-"""The table of a GGUF file's weights: which parameter of the model is which part of the file.
+"""The table of a GGUF model's weights: the parts of each parameter, and how it is made of them.
 
-Names and conversions are those of transformers' own reader
-(``transformers/modeling_gguf_pytorch_utils.py``); no tensor is read here.
+Names are mapped by the ``gguf`` package's own tables, orders of rows by what llama.cpp's converters
+did. Nothing of a tensor is read here.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import gguf
-import torch
-from transformers import AutoModelForCausalLM
-from transformers import modeling_gguf_pytorch_utils as reader
 
-from transformers_api.checkpoints.gguf_config import IN_CONFIG
-from transformers_api.checkpoints.headers.gguf_file import GgufTensor
+from transformers_api.checkpoints.headers.gguf_file import GgufHeader, GgufTensor
 from transformers_api.errors import ModelLoadFailed
 
 VERSION = 1
-EXPERTS = re.compile(r"(?P<name>.*\.ffn_(?P<part>gate|down|up)_exps)\.weight")
-# Architectures whose names in the gguf package are others than in transformers.
-NAMES = {
-    "cohere": "command-r",
-    "gemma3_text": "gemma3",
-    "gemma4_text": "gemma4",
-    "gpt_oss": "gpt-oss",
-    "minimax_m2": "minimax-m2",
-    "qwen2_moe": "qwen2moe",
-    "qwen3_moe": "qwen3moe",
-}
-# Parts of tensors' names -> what brings such a tensor of an architecture into the shape of the
-# model's parameter; "heads" is the number in this field of the configuration.
-OPERATIONS: list[tuple[type, tuple[str, ...], dict[str, Any], str | None]] = [
-    (reader.LlamaTensorProcessor, (".attn_q.",), {"op": "heads"}, "num_attention_heads"),
-    (reader.LlamaTensorProcessor, (".attn_k.",), {"op": "heads"}, "num_key_value_heads"),
-    (reader.BloomTensorProcessor, ("attn_qkv",), {"op": "bloom_qkv"}, "n_head"),
-    (
-        reader.GPT2TensorProcessor,
-        ("attn_qkv.weight", "ffn_down.weight", "ffn_up.weight", "attn_output.weight"),
-        {"op": "transpose"},
-        None,
-    ),
-    (reader.NemotronTensorProcessor, ("norm.weight",), {"op": "add", "value": -1}, None),
-    (reader.Gemma2TensorProcessor, ("norm.weight",), {"op": "add", "value": -1}, None),
-    (reader.MambaTensorProcessor, ("ssm_conv1d.weight",), {"op": "unsqueeze", "dim": 1}, None),
-    (reader.MambaTensorProcessor, ("ssm_a",), {"op": "log_neg"}, None),
-    (reader.Lfm2TensorProcessor, ("shortconv.conv.weight",), {"op": "unsqueeze", "dim": 1}, None),
-    (reader.Qwen2MoeTensorProcessor, ("ffn_gate_inp_shexp",), {"op": "unsqueeze", "dim": 0}, None),
-]
-
-File = tuple[Path, Sequence[GgufTensor]]
+Op = dict[str, Any]
+Shape = tuple[int, ...]
+# No weights of a layer: factors of the rope, which are in the configuration.
+_IGNORED = re.compile(
+    r"rope_freqs\.weight|rope_factors_(long|short)\.weight|blk\.\d+\.attn_rot_embd\..*"
+)
+_EXPERTS = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.gate_up_proj(_bias)?")
+_CORRECTION = re.compile(r"model\.layers\.(\d+)\.mlp\.e_score_correction_bias")
+_NORM_MINUS_ONE = frozenset({"gemma2", "gemma3", "nemotron"})
+_CONV1D = ("attn_qkv.weight", "ffn_down.weight", "ffn_up.weight", "attn_output.weight")
 
 
-def weight_table(
-    files: Sequence[File], architecture: str, config: Any, fields: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The content of ``weights.json`` for the files of a model.
+def build(header: GgufHeader, config: Any, shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """``weights.json``. ``shapes``: of the model's parameters and stored buffers, tied ones once.
 
-    ``fields``: what transformers reads of the configuration. Raises ModelLoadFailed, naming it, for
-    a tensor without a place in the model and for a parameter that no tensor is.
+    Raises ModelLoadFailed for a parameter without a tensor, a tensor without a parameter, and a
+    shape that does not fit.
     """
-    with torch.device("meta"):
-        make: Any = AutoModelForCausalLM
-        model = make.from_config(config)
-    processor = _processor(architecture, fields)
-    names = _parameter_names(model, config, processor)
-    tensors: dict[str, dict[str, Any]] = {}
-    for number, (_, of_file) in enumerate(files):
-        for tensor in of_file:
-            if tensor.name in IN_CONFIG:
-                continue
-            name, order = _place(tensor, names, processor)
-            if name is None:
-                raise ModelLoadFailed(
-                    f"tensor {tensor.name} has no place in {type(model).__name__}, which "
-                    f"general.architecture {architecture!r} stands for"
-                )
-            entry = tensors.setdefault(name, {"parts": {}})
-            entry["parts"][order] = {
-                "file": number,
-                "offset": tensor.offset,
-                "bytes": tensor.bytes,
-                "type": gguf.GGMLQuantizationType(tensor.kind).name,
-                "shape": list(tensor.shape),
-                "ops": list(_operations(tensor, processor, fields)),
-            }
-    _complete(tensors, model, config)
-    stats = [(path, path.stat()) for path, _ in files]
-    described = [
+    architecture = header.metadata["general.architecture"]
+    tensors = {tensor.name: tensor for tensor in header.tensors}
+    sources = _sources(architecture, config, shapes, tensors)
+    if missing := [name for name in shapes if name not in sources]:
+        raise ModelLoadFailed(
+            f"no tensor of the file is {missing[0]} of {config.architectures[0]}"
+            + (f", nor {len(missing) - 1} others" if missing[1:] else "")
+        )
+    used = {name for names in sources.values() for name in names}
+    if surplus := [name for name in tensors if name not in used and not _IGNORED.fullmatch(name)]:
+        raise ModelLoadFailed(
+            f"tensor {surplus[0]} has no place in {config.architectures[0]}"
+            + (f", nor have {len(surplus) - 1} others" if surplus[1:] else "")
+        )
+    table = {
+        name: _parameter(architecture, config, shapes[name], [tensors[source] for source in names])
+        for name, names in sources.items()
+    }
+    return {"version": VERSION, "files": file_stamps(header), "tensors": table}
+
+
+def file_stamps(header: GgufHeader) -> list[dict[str, Any]]:
+    """The files as they are now: path, bytes, mtime_ns."""
+    stats = [(path.resolve(), path.stat()) for path in header.files]
+    return [
         {"path": str(path), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
         for path, stat in stats
     ]
+
+
+def _sources(
+    architecture: str,
+    config: Any,
+    shapes: Mapping[str, Shape],
+    tensors: Mapping[str, GgufTensor],
+) -> dict[str, list[str]]:
+    """Parameter -> names of the tensors that it is made of, one of them or gate and up."""
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    if architecture not in kinds:
+        raise ModelLoadFailed(
+            f"the architecture {architecture!r} (general.architecture) has no names of tensors"
+        )
+    names = gguf.get_tensor_name_map(kinds[architecture], 1)  # all layers have the same names
+    sources: dict[str, list[str]] = {}
+    taken = set[str]()
+    for depth in range(3):  # names of the model inside, where the whole one's are not listed
+        for name in shapes:
+            if name in sources:
+                continue
+            candidates = _special(name) if depth == 0 else []
+            candidates += [[each] for each in _mapped(names, name, depth)]
+            for group in candidates:
+                if all(each in tensors and each not in taken for each in group):
+                    sources[name] = group
+                    taken.update(group)
+                    break
+    return {name: sources[name] for name in shapes if name in sources}
+
+
+def _mapped(names: gguf.TensorNameMap, name: str, depth: int) -> Iterator[str]:
+    """The tensors that may be a parameter's, by its name without its first ``depth`` parts."""
+    parts = name.split(".")
+    layer = next((index for index, part in enumerate(parts) if part.isdigit()), None)
+    if depth and depth >= (len(parts) - 1 if layer is None else layer):
+        return
+    number = "0" if layer is None else parts[layer]
+    if layer is not None:
+        parts[layer] = "0"
+    inner = ".".join(parts[depth:])
+    for mapped in _mapped_in_layer_0(names, inner):
+        yield mapped.replace("blk.0.", f"blk.{number}.", 1)
+
+
+def _mapped_in_layer_0(names: gguf.TensorNameMap, name: str) -> Iterator[str]:
+    stem, _, suffix = name.rpartition(".")
+    if suffix in ("weight", "bias") and (mapped := names.get_name(stem)) is not None:
+        yield f"{mapped}.{suffix}"
+    if (mapped := names.get_name(name)) is not None:
+        yield mapped
+        yield f"{mapped}.weight"  # a stack of experts
+    if name.endswith("_bias") and (mapped := names.get_name(name.removesuffix("_bias"))):
+        yield f"{mapped}.bias"
+
+
+def _special(name: str) -> list[list[str]]:
+    """Groups of tensors for parameters that the tables do not know."""
+    if match := _EXPERTS.fullmatch(name):
+        suffix = "bias" if match[2] else "weight"
+        return [[f"blk.{match[1]}.ffn_{which}_exps.{suffix}" for which in ("gate", "up")]]
+    if match := _CORRECTION.fullmatch(name):
+        return [[f"blk.{match[1]}.exp_probs_b.bias"]]
+    return []
+
+
+def _parameter(
+    architecture: str, config: Any, shape: Shape, tensors: Sequence[GgufTensor]
+) -> dict[str, Any]:
+    ops = [_ops(architecture, config, tensor, shape) for tensor in tensors]
+    join = None
+    if len(tensors) > 1:
+        join = {"dim": 1}
+        if architecture == "gpt-oss":
+            join = {"dim": len(shape) - 1, "interleave": True}
+    made = [_shape_after(tensor, own) for tensor, own in zip(tensors, ops, strict=True)]
+    whole = list(made[0])
+    if join is not None:
+        whole[join["dim"]] = sum(each[join["dim"]] for each in made)
+    if tuple(whole) != shape:
+        raise ModelLoadFailed(
+            f"tensor {tensors[0].name} has the shape {list(tensors[0].shape)}, which makes "
+            f"{whole} and not {list(shape)}"
+        )
+    parts = [_part(tensor, own) for tensor, own in zip(tensors, ops, strict=True)]
+    return {"shape": list(shape), "parts": parts, "join": join}
+
+
+def _part(tensor: GgufTensor, ops: list[Op]) -> dict[str, Any]:
     return {
-        "version": VERSION,
-        "class": type(model).__name__,
-        "files": described,
-        "tensors": tensors,
+        "file": tensor.file,
+        "offset": tensor.offset,
+        "bytes": tensor.bytes,
+        "type": gguf.GGMLQuantizationType(tensor.kind).name,
+        "shape": list(tensor.shape),
+        "ops": ops,
     }
 
 
-def _processor(architecture: str, fields: Mapping[str, Any]) -> Any:
-    kind = reader.TENSOR_PROCESSORS.get(architecture, reader.TensorProcessor)
-    make: Any = kind
-    return make(config=dict(fields))
+def _ops(architecture: str, config: Any, tensor: GgufTensor, shape: Shape) -> list[Op]:
+    """The way back from what llama.cpp's converter of this architecture did to a tensor."""
+    if architecture in _NORM_MINUS_ONE:
+        return [{"op": "add", "value": -1}] if "norm.weight" in tensor.name else []
+    own = _OPS.get(architecture)
+    return own(config, tensor, shape) if own else []
 
 
-def _parameter_names(model: Any, config: Any, processor: Any) -> dict[str, str]:
-    """The name of a parameter by that of a tensor, as transformers maps them.
-
-    A name without its first parts counts too, as files are also made of a model without its head;
-    the fewer are left out, the better.
-    """
-    model_type = NAMES.get(config.model_type, config.model_type)
-    number = next((key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == model_type), None)
-    if number is None:
-        raise ModelLoadFailed(f"the gguf package has no names for the architecture {model_type!r}")
-    of_package = gguf.get_tensor_name_map(number, config.num_hidden_layers)
-    paths = [name.split(".") for name in model.state_dict()]
-    names: dict[str, str] = {}
-    for depth in range(max(map(len, paths))):
-        deeper: dict[str, str] = {}
-        for path in paths:
-            if len(path) <= depth:
-                continue
-            outer = "".join(f"{part}." for part in path[:depth])
-            own = processor.preprocess_name(".".join(path[depth:]))
-            suffix = f".{path[-1]}" if path[-1] in ("weight", "bias") else ""
-            tensor = of_package.get_name(own.removesuffix(suffix))
-            if tensor is None:
-                processor.perform_fallback_tensor_mapping(deeper, suffix, outer, own)
-            else:
-                deeper[tensor + suffix] = outer + own
-        names = deeper | names
-    return names
+def _llama(config: Any, tensor: GgufTensor, shape: Shape) -> list[Op]:
+    heads = {".attn_q.": config.num_attention_heads, ".attn_k.": config.num_key_value_heads}
+    for part, count in heads.items():
+        if part in tensor.name:
+            if count < 1 or tensor.shape[0] % (2 * count):
+                raise ModelLoadFailed(
+                    f"tensor {tensor.name} has {tensor.shape[0]} rows, which are not pairs of "
+                    f"{count} heads"
+                )
+            return [{"op": "heads", "heads": count}]
+    return []
 
 
-def _place(tensor: GgufTensor, names: Mapping[str, str], processor: Any) -> tuple[str | None, int]:
-    """The parameter that a tensor is, or a part of, and which part."""
-    if match := EXPERTS.fullmatch(tensor.name):
-        name = names.get(match["name"], names.get(tensor.name))
-        return name, 1 if match["part"] == "up" else 0
-    if isinstance(processor, reader.GPT2TensorProcessor) and tensor.name == "output.weight":
-        return "lm_head.weight", 0
-    return names.get(tensor.name), 0
-
-
-def _operations(
-    tensor: GgufTensor, processor: Any, fields: Mapping[str, Any]
-) -> Iterator[dict[str, Any]]:
-    """The steps from a tensor to the parameter."""
-    for kind, parts, operation, field in OPERATIONS:
-        if isinstance(processor, kind) and any(part in tensor.name for part in parts):
-            if field is None:
-                yield dict(operation)
-            elif fields.get(field):  # without it transformers leaves them as they are
-                yield {**operation, "heads": fields[field]}
-
-
-def _complete(tensors: dict[str, dict[str, Any]], model: Any, config: Any) -> None:
-    """Put each entry's parts in order, and the shape of its parameter beside them."""
-    state = model.state_dict()
-    tied = set(model.all_tied_weights_keys or ()) if config.tie_word_embeddings else set()
-    for name in tied & tensors.keys():
-        del tensors[name]  # the file has it twice; the model once
-    missing = [name for name in state if name not in tensors and name not in tied]
-    if missing:
+def _bloom(config: Any, tensor: GgufTensor, shape: Shape) -> list[Op]:
+    if "attn_qkv" not in tensor.name:
+        return []
+    if config.n_head < 1 or tensor.shape[0] % (3 * config.n_head):
         raise ModelLoadFailed(
-            f"the file has no tensor for {', '.join(missing[:3])} of {type(model).__name__}"
-            + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+            f"tensor {tensor.name} has {tensor.shape[0]} rows, which are not q, k and v of "
+            f"{config.n_head} heads"
         )
-    for name, entry in tensors.items():
-        parts = entry["parts"]
-        if sorted(parts) not in ([0], [0, 1]) or name not in state:
-            raise ModelLoadFailed(f"{name} of {type(model).__name__} is not whole in the file")
-        entry["shape"] = list(state[name].shape)
-        entry["join"] = {"dim": 1} if len(parts) > 1 else None
-        entry["parts"] = [parts[order] for order in sorted(parts)]
+    return [{"op": "bloom_qkv", "heads": config.n_head}]
+
+
+def _gpt2(config: Any, tensor: GgufTensor, shape: Shape) -> list[Op]:
+    return [{"op": "transpose"}] if tensor.name.endswith(_CONV1D) else []
+
+
+def _mamba(config: Any, tensor: GgufTensor, shape: Shape) -> list[Op]:
+    if "ssm_conv1d.weight" in tensor.name:
+        return [{"op": "unsqueeze", "dim": 1}]
+    return [{"op": "log_neg"}] if "ssm_a" in tensor.name else []
+
+
+def _lfm2(config: Any, tensor: GgufTensor, shape: Shape) -> list[Op]:
+    return [{"op": "unsqueeze", "dim": 1}] if "shortconv.conv.weight" in tensor.name else []
+
+
+def _shared_expert(config: Any, tensor: GgufTensor, shape: Shape) -> list[Op]:
+    is_flat = "ffn_gate_inp_shexp" in tensor.name and len(tensor.shape) == 1
+    return [{"op": "unsqueeze", "dim": 0}] if is_flat else []
+
+
+def _gpt_oss(config: Any, tensor: GgufTensor, shape: Shape) -> list[Op]:
+    """Experts multiply from the left there: (E, in, out)."""
+    return [{"op": "transpose"}] if tensor.name.endswith("_exps.weight") else []
+
+
+_OPS: dict[str, Callable[[Any, GgufTensor, Shape], list[Op]]] = {
+    "llama": _llama,
+    "bloom": _bloom,
+    "gpt2": _gpt2,
+    "mamba": _mamba,
+    "lfm2": _lfm2,
+    "qwen2moe": _shared_expert,
+    "gpt-oss": _gpt_oss,
+}
+
+
+def _shape_after(tensor: GgufTensor, ops: Sequence[Op]) -> Shape:
+    shape = tensor.shape
+    for op in ops:
+        match op["op"]:
+            case "transpose":
+                shape = (*shape[:-2], shape[-1], shape[-2])
+            case "unsqueeze":
+                shape = (*shape[: op["dim"]], 1, *shape[op["dim"] :])
+    assert math.prod(shape) == tensor.elements
+    return shape

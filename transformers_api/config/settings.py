@@ -46,7 +46,7 @@ class Settings:
     host: str = _setting("127.0.0.1", str, "Address to listen on.", aliases=("API_HOST",))
     port: int = _setting(5000, to.integer(0, 65535), "Port to listen on.", aliases=("API_PORT",))
     default_model: str = _setting(
-        "smollm2-135m-instruct", str, "Model of requests that name none, loaded at start."
+        "smollm2-135m-instruct", str, "The id or path of requests that name none, loaded at start."
     )
     preload_model: bool = _setting(True, to.boolean, "Load DEFAULT_MODEL at start.")
     auto_load: bool = _setting(

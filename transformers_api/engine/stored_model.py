@@ -11,7 +11,7 @@ import torch
 
 from transformers_api.engine.platform.meta_shapes import ShapesOnly
 from transformers_api.engine.pretrained import differentiable, empty_model
-from transformers_api.engine.stored_weights import TABLE, StoredWeights
+from transformers_api.engine.stored_weights import StoredWeights
 from transformers_api.errors import ModelLoadFailed
 
 log = logging.getLogger(__name__)
@@ -37,19 +37,3 @@ def load_stored(folder: Path, stored: StoredWeights, dtype: torch.dtype, fill: F
     model.stored_weights = stored
     with differentiable():
         return model.eval().requires_grad_(False)
-
-
-def _fill(model: Any, stored: StoredWeights, dtype: torch.dtype) -> None:
-    stored.fill(model, dtype)
-
-
-def write_numbers(folder: Path) -> None:
-    """Write the weights of a folder into it as safetensors, in place of the table of their file.
-
-    Raises ModelLoadFailed.
-    """
-    stored = StoredWeights(folder)
-    model = load_stored(folder, stored, stored.dtype, _fill)
-    del model.stored_weights
-    model.save_pretrained(folder)
-    (folder / TABLE).unlink()

@@ -187,7 +187,7 @@ class StoredWeights:
         """A parameter in memory of its own, as the model has it."""
         parts, join = self._parts[name], self._tensors[name]["join"]
         tensors = [part.dense(self.dequantize).to(dtype) for part in parts]
-        made = tensors[0].clone() if join is None else torch.cat(tensors, dim=join["dim"])
+        made = tensors[0].clone() if join is None else _joined(join, tensors)
         for part in parts:
             part.release()
         if made.shape != self._shape(name):
@@ -251,12 +251,18 @@ def _row_order(op: Mapping[str, Any], rows: int) -> Tensor | None:
     return None
 
 
+def _joined(join: Mapping[str, Any], tensors: Sequence[Tensor]) -> Tensor:
+    if join.get("interleave"):  # the first of each, the second of each
+        return torch.stack(list(tensors), dim=join["dim"] + 1).flatten(join["dim"])
+    return torch.cat(list(tensors), dim=join["dim"])
+
+
 def _applied(op: Mapping[str, Any], tensor: Tensor) -> Tensor:
     if (order := _row_order(op, tensor.shape[0])) is not None:
         return tensor[order]
     match op["op"]:
         case "transpose":
-            return tensor.t()
+            return tensor.transpose(-2, -1)
         case "add":
             return tensor + float(op["value"])
         case "unsqueeze":

@@ -10,11 +10,14 @@ import math
 import mmap
 import re
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from transformers_api.checkpoints.headers.gguf_split import split_parts
 from transformers_api.errors import ModelLoadFailed
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
@@ -36,8 +39,6 @@ MAX_DIMENSIONS, MAX_NESTING = 4, 4
 DEFAULT_ALIGNMENT = 32
 # The fewest bytes of an entry (key, type, value) and of a tensor (name, rank, type, offset).
 LEAST_ENTRY, LEAST_TENSOR = 8 + 4 + 1, 8 + 4 + 4 + 8
-MAX_PARTS = 1000
-_PART = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 # Metadata that the weights bound, after the name of the architecture; a window of text is not.
 _SIZES = ("block_count", "embedding_length", "feed_forward_length", "vocab_size", "expert_count")
@@ -52,6 +53,7 @@ class GgufTensor:
     shape: tuple[int, ...]
     offset: int  # from the start of the file
     bytes: int
+    file: int = 0  # of the header's files
 
     @property
     def elements(self) -> int:
@@ -61,82 +63,52 @@ class GgufTensor:
 
 @dataclass(frozen=True, slots=True)
 class GgufHeader:
-    """All that a file says of itself."""
+    """All that a model says of itself, in one file or in several."""
 
     metadata: Mapping[str, Any]
     tensors: tuple[GgufTensor, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class GgufFiles:
-    """A model in one file or in several: what the first says, and the tensors of each."""
-
-    metadata: Mapping[str, Any]
-    files: tuple[tuple[Path, tuple[GgufTensor, ...]], ...]
-
-    @property
-    def tensors(self) -> list[GgufTensor]:
-        """Those of all files."""
-        return [tensor for _, tensors in self.files for tensor in tensors]
-
-
-def read_gguf_files(path: Path) -> GgufFiles:
-    """The headers of a model's files, any of which is ``path``. Raises ModelLoadFailed."""
-    paths = part_paths(path)
-    headers = [_read(each) for each in paths]
-    for number, (each, header) in enumerate(zip(paths, headers, strict=True)):
-        _check_part(each, header, number, len(paths))
-    whole = GgufHeader(headers[0].metadata, tuple(t for each in headers for t in each.tensors))
-    try:
-        _check_sizes(whole)
-    except _Unsound as error:
-        raise ModelLoadFailed(f"{paths[0].name} is not a sound GGUF file: {error}") from None
-    tensors = tuple(header.tensors for header in headers)
-    return GgufFiles(whole.metadata, tuple(zip(paths, tensors, strict=True)))
-
-
-def part_paths(path: Path) -> list[Path]:
-    """The files that a model was split into, of which ``path`` is one. Raises ModelLoadFailed."""
-    if (match := _PART.fullmatch(path.name)) is None:
-        return [path]
-    count = int(match["count"])
-    if not 1 <= count <= MAX_PARTS:
-        raise ModelLoadFailed(f"{path.name} names {count} parts")
-    names = [f"{match['stem']}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
-    paths = [path.with_name(name) for name in names]
-    if missing := [each.name for each in paths if not each.is_file()]:
-        raise ModelLoadFailed(f"{path.name} is one of {count} parts; {missing[0]} is missing")
-    return paths
-
-
-def _check_part(path: Path, header: GgufHeader, number: int, count: int) -> None:
-    declared = header.metadata.get("split.count", 1), header.metadata.get("split.no", 0)
-    if declared[0] != count and not (count == 1 and declared[0] == 0):
-        raise ModelLoadFailed(
-            f"{path.name} is one of {declared[0]} parts (split.count) and should be named "
-            f"{path.stem}-{number + 1:05d}-of-{declared[0]:05d}.gguf beside the others, or joined "
-            "with them by llama-gguf-split --merge"
-        )
-    if declared[1] != number:
-        raise ModelLoadFailed(f"{path.name} says that it is part {declared[1] + 1} (split.no)")
+    files: tuple[Path, ...] = ()
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
-    """The header of a model, all parts of it. Raises ModelLoadFailed."""
-    files = read_gguf_files(path)
-    return GgufHeader(files.metadata, tuple(files.tensors))
+    """The header of a sound model, by its file or by one of its parts.
+
+    Raises ModelLoadFailed with the field, what it says, what is; for a missing part with its name.
+    """
+    paths = split_parts(path)
+    parts = [_read_file(part) for part in paths]
+    tensors = tuple(
+        replace(tensor, file=number) if number else tensor
+        for number, part in enumerate(parts)
+        for tensor in part.tensors
+    )
+    header = GgufHeader(parts[0].metadata, tensors, tuple(paths))
+    for number, part in enumerate(parts):
+        with _named(paths[number]):
+            _check_split(part.metadata, number, len(paths))
+    with _named(paths[0]):
+        _check_count(header)
+        _check_sizes(header)
+    return header
 
 
-def _read(path: Path) -> GgufHeader:
-    """The header of a sound file. Raises ModelLoadFailed with the field, what it says, what is."""
+def _read_file(path: Path) -> GgufHeader:
     if path.stat().st_size < 24:
         raise ModelLoadFailed(f"{path.name} is not a sound GGUF file: it is too short")
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        try:
-            header = _Reader(data).header()
-        except _Unsound as error:
-            raise ModelLoadFailed(f"{path.name} is not a sound GGUF file: {error}") from None
-    return header
+    with (
+        path.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        _named(path),
+    ):
+        return _Reader(data).header()
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except _Unsound as error:
+        raise ModelLoadFailed(f"{path.name} is not a sound GGUF file: {error}") from None
 
 
 class _Unsound(Exception):
@@ -203,24 +175,6 @@ class _Reader:
         except UnicodeDecodeError:
             raise _Unsound(f"{what} is not UTF-8: {text[:40]!r}") from None
 
-    def _strings(self, count: int, what: str) -> list[str]:
-        """``count`` strings in one pass: a vocabulary has some hundred thousand."""
-        data, position, end = self._data, self._position, len(self._data)
-        length, strings = struct.Struct("<Q").unpack_from, []
-        try:
-            for _ in range(count):
-                start = position + 8
-                position = start + length(data, position)[0]
-                if position > end:
-                    raise _Unsound(f"{what} takes {position - start} bytes, {end - start} follow")
-                strings.append(data[start:position].decode())
-        except UnicodeDecodeError as error:
-            raise _Unsound(f"{what} is not UTF-8: {error.object[:40]!r}") from None
-        except struct.error:
-            raise _Unsound(f"{what} takes 8 bytes, {end - position} follow") from None
-        self._position = position
-        return strings
-
     def _value(self, kind: int, key: str, depth: int = 0) -> Any:
         if kind in SCALARS:
             return self._number(SCALARS[kind], key)
@@ -229,14 +183,33 @@ class _Reader:
         if kind != ARRAY or depth == MAX_NESTING:
             raise _Unsound(f"{key} has a value of the type {kind}, which cannot be")
         kind, count = self._number("I", key), self._number("Q", key)
+        if kind == STRING:
+            return self._strings(count, key)
         if kind not in SCALARS:
-            self._expect(count, 8 if kind == STRING else 12, f"values of {key}")
-            if kind == STRING:
-                return self._strings(count, key)
+            self._expect(count, 12, f"values of {key}")
             return [self._value(kind, key, depth + 1) for _ in range(count)]
         form = SCALARS[kind]
         values = self._take(count * struct.calcsize(f"<{form}"), key)
         return list(struct.unpack(f"<{count}{form}", values))
+
+    def _strings(self, count: int, key: str) -> list[str]:
+        """An array of strings, which a vocabulary makes long: one pass without calls of ours."""
+        self._expect(count, 8, f"values of {key}")
+        data, position, end = self._data, self._position, len(self._data)
+        size_at, texts = struct.Struct("<Q").unpack_from, list[bytes]()
+        for _ in range(count):
+            if position + 8 > end:
+                raise _Unsound(f"{key} takes 8 bytes, {end - position} follow")
+            start = position + 8
+            position = start + size_at(data, position)[0]
+            if position > end:
+                raise _Unsound(f"{key} takes {position - start} bytes, {end - start} follow")
+            texts.append(data[start:position])
+        self._position = position
+        try:
+            return [text.decode() for text in texts]
+        except UnicodeDecodeError as error:
+            raise _Unsound(f"{key} is not UTF-8: {error.object[:40]!r}") from None
 
     def _tensor(self) -> tuple[str, int, tuple[int, ...], int]:
         name = self._string("a tensor's name")
@@ -281,11 +254,35 @@ def _bytes(name: str, kind: int, shape: tuple[int, ...]) -> int:
     return math.prod(shape) // block * size
 
 
+def _check_split(metadata: Mapping[str, Any], number: int, count: int) -> None:
+    """Refuse a part that says of itself that it is another one."""
+    if (parts := metadata.get("split.count", 1)) != count:
+        raise _Unsound(
+            f"it is one of {parts} parts by split.count, one of {count} by its name, which has to "
+            "end in -00001-of-00003.gguf or the like"
+        )
+    if count > 1 and (own := metadata.get("split.no")) != number:
+        raise _Unsound(f"split.no is {own}, by its name it is {number}")
+
+
+def _check_count(header: GgufHeader) -> None:
+    """Refuse parts of different models."""
+    declared = header.metadata.get("split.tensors.count", len(header.tensors))
+    if len(header.files) > 1 and declared != len(header.tensors):
+        raise _Unsound(
+            f"split.tensors.count is {declared}, the parts together have {len(header.tensors)}"
+        )
+
+
 def _check_sizes(header: GgufHeader) -> None:
     """Refuse metadata that promises more than the tensors hold: a model is built by it."""
     architecture = header.metadata.get("general.architecture")
     if not isinstance(architecture, str):
         raise _Unsound("general.architecture is missing")
+    names = [tensor.name for tensor in header.tensors]
+    if len(set(names)) < len(names):
+        twice = next(name for name, count in Counter(names).items() if count > 1)
+        raise _Unsound(f"tensor {twice} is there twice")
     blocks = {match[1] for tensor in header.tensors if (match := _BLOCK.match(tensor.name))}
     largest = max((size for tensor in header.tensors for size in tensor.shape), default=0)
     for name in _SIZES:

@@ -14,12 +14,8 @@ from transformers_api.checkpoints.headers.originals import CONFIGS, WRAPPERS, sh
 from transformers_api.checkpoints.headers.pickled_file import Shape, read_pickled
 from transformers_api.errors import ModelLoadFailed
 from transformers_api.serving.models.headers import read_header, read_object
-from transformers_api.serving.models.preflight import (
-    inspect_table,
-    is_original,
-    is_table,
-    weight_files,
-)
+from transformers_api.serving.models.preflight import is_original, weight_files
+from transformers_api.serving.models.sidecars import is_sidecar, read_stored_tensors
 
 # TinyGPT's words -> those of a GGUF file's metadata, after the name of its architecture
 _GGUF = {
@@ -59,8 +55,8 @@ def _describe(path: Path, stamp: tuple[tuple[int, int], ...]) -> Description:
 
 def _folder(folder: Path) -> Description:
     config = read_object(folder / "config.json")
-    if is_table(folder):
-        return Description(config, inspect_table(folder).parameters)
+    if is_sidecar(folder):
+        return Description(config, read_stored_tensors(folder).parameters)
     tensors = [tensor for path in weight_files(folder) for tensor in read_header(path)]
     if not is_original(folder):
         return Description(config, sum(tensor.elements for tensor in tensors))

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers_api.checkpoints.headers.gguf_split import first_parts
 from transformers_api.errors import ModelLoadFailed
 
 PART = re.compile(r"-\d{5}-of-\d{5}(?=\.gguf$)")  # in the name of a part of a model
@@ -46,8 +47,8 @@ _KINDS = (
 
 
 def ggufs(names: Iterable[str]) -> list[str]:
-    """The GGUF files among ``names`` that might be a model."""
-    return sorted(name for name in names if name.endswith(".gguf") and NOT_A_MODEL not in name)
+    """The GGUF files among ``names`` that might be a model; of one in parts the first."""
+    return first_parts(n for n in names if n.endswith(".gguf") and NOT_A_MODEL not in n)
 
 
 def only_gguf(folder: Path) -> Path | None:

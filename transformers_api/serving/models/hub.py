@@ -20,6 +20,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from transformers_api.checkpoints.headers.gguf_split import part_names
 from transformers_api.errors import ApiError, InsufficientStorage, ModelLoadFailed
 from transformers_api.serving.models import foreign, preflight
 from transformers_api.serving.models.spec import HubSource
@@ -77,7 +78,8 @@ class HubCache:
         if snapshot is None:
             return None
         if source.file is not None:
-            return snapshot / source.file if (snapshot / source.file).is_file() else None
+            parts = [snapshot / name for name in part_names(source.file)]
+            return parts[0] if all(part.is_file() for part in parts) else None
         return snapshot if preflight.is_complete(snapshot) else None
 
     def repos(self) -> list[str]:
@@ -114,7 +116,7 @@ class HubCache:
             self._download(source, weights, bar)
             for name in set(weights) - present:
                 _verify(folder / name, files[name], progress)
-        return folder / source.file if source.file else folder
+        return folder / part_names(source.file)[0] if source.file else folder
 
     def check_exists(self, source: HubSource) -> None:
         """Raise RepositoryMissing or HubUnreachable unless the Hub has the repository.
@@ -202,9 +204,10 @@ def _choose(
 ) -> tuple[list[str], list[str]]:
     """(small files, weights) of a repository: its top folder, safetensors only; encoders' steps."""
     if source.file is not None:
-        if source.file not in files:
-            raise ModelLoadFailed(f"{source.repo} has no file {source.file}")
-        return [], [source.file]
+        names = part_names(source.file)
+        if missing := [name for name in names if name not in files]:
+            raise ModelLoadFailed(f"{source.repo} has no file {missing[0]}")
+        return [], names
     patterns = (*SMALL_FILES, "*.py") if trust_remote_code else SMALL_FILES
     small = [
         name

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,12 +21,15 @@ from transformers_api.serving.models.foreign import (
     refuse_pointer,
 )
 from transformers_api.serving.models.headers import DTYPES, Tensor, read_header, read_object
+from transformers_api.serving.models.sidecars import (
+    is_sidecar,
+    read_stored_tensors,
+    stored_files,
+)
 from transformers_api.serving.models.spec import EncoderKind, ModelFiles
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-TABLE = "weights.json"  # of a GGUF file
-FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # types of it that are plain
 MODULES = "modules.json"  # of a sentence-transformers encoder
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 TOKENIZERS = (
@@ -60,9 +62,9 @@ def inspect_folder(
         raise ModelLoadFailed(f"{folder} is not a folder")
     check_config(folder, trust_remote_code, knows, encoder)
     _check_tokenizer(folder)
-    if is_table(folder):
-        return inspect_table(folder)
     paths = weight_files(folder)
+    if is_sidecar(folder):
+        return _sidecar_files(folder, paths)
     headers = {path.name: read_header(path) for path in paths}
     if WEIGHTS not in headers:
         _check_index(folder / INDEX, headers)
@@ -85,40 +87,18 @@ def inspect_folder(
     )
 
 
-def is_table(folder: Path) -> bool:
-    """True for a folder whose weights lie in a GGUF file elsewhere."""
-    return (folder / TABLE).is_file()
-
-
-def inspect_table(folder: Path) -> ModelFiles:
-    """The measures of a folder whose weights lie in a GGUF file. Raises ModelLoadFailed."""
-    table = read_object(folder / TABLE)
-    types: Counter[str] = Counter()
-    for tensor in table["tensors"].values():
-        for part in tensor["parts"]:
-            types[part["type"]] += math.prod(part["shape"])
-    files = weight_files(folder)
+def _sidecar_files(folder: Path, paths: list[Path]) -> ModelFiles:
+    """The files of a GGUF model, whose tensors have been held against its config already."""
+    stored = read_stored_tensors(folder)
     return ModelFiles(
         folder=folder,
-        weight_bytes=sum(part["bytes"] for t in table["tensors"].values() for part in t["parts"]),
-        parameters=sum(types.values()),
-        stored_dtype="gguf" if types.keys() - FLOATS.keys() else FLOATS[types.most_common(1)[0][0]],
-        created=int(max(path.stat().st_mtime for path in files)),
-        stamp=(*_stamp(folder), *((str(path), path.stat().st_mtime_ns) for path in files)),
-        file_types=types,
+        weight_bytes=stored.weight_bytes,
+        parameters=stored.parameters,
+        stored_dtype="gguf",
+        created=int(max(path.stat().st_mtime for path in paths)),
+        stamp=_stamp(folder),
+        file_types=stored.types,
     )
-
-
-def _table_files(folder: Path) -> list[Path]:
-    """The files that a table is of, unchanged."""
-    paths = []
-    for file in read_object(folder / TABLE).get("files", []):
-        path = Path(file["path"])
-        stat = path.stat() if path.is_file() else None
-        if stat is None or (stat.st_size, stat.st_mtime_ns) != (file["bytes"], file["mtime_ns"]):
-            raise ModelLoadFailed(f"{path} is not the file any more that {folder / TABLE} is of")
-        paths.append(path)
-    return paths
 
 
 def _stamp(folder: Path) -> tuple[tuple[str, int, int, int], ...]:
@@ -147,9 +127,12 @@ def is_original(folder: Path) -> bool:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files with the weights, all present. One file wins over shards, as in transformers."""
-    if is_table(folder):
-        return _table_files(folder)
+    """The files to load weights from, all present. One wins over shards, as in transformers.
+
+    Safetensors, or the GGUF files that a sidecar is of. Raises ModelLoadFailed.
+    """
+    if is_sidecar(folder):
+        return stored_files(folder)
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if (folder / INDEX).is_file():

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 
 from transformers_api.config.settings import SettingError, Settings
 from transformers_api.errors import ModelNotFound
 from transformers_api.serving.models.builtin import builtin_models
 from transformers_api.serving.models.registry_file import read_registry_file
-from transformers_api.serving.models.spec import HubSource, ModelSpec
+from transformers_api.serving.models.spec import HubSource, ModelSpec, PathSource
 
+_NO_NAME = re.compile(r"[^A-Za-z0-9._-]+")
+_PART = re.compile(r"-\d{5}-of-\d{5}$")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
 
 def is_hub_id(text: str) -> bool:
     """True where ``text`` has the shape ``owner/name`` and cannot be taken for a path."""
     return _HUB_ID.fullmatch(text) is not None and ".." not in text and "--" not in text
+
+
+def local_model(text: str) -> ModelSpec | None:
+    """The entry for a path to a GGUF file or a model's folder; None for an id."""
+    path = Path(text).expanduser()
+    if path.suffix != ".gguf" and not (os.sep in text and path.is_dir()):
+        return None
+    stem = path.stem if path.suffix == ".gguf" else path.absolute().name
+    name = _NO_NAME.sub("-", _PART.sub("", stem)).strip(".-") or "model"
+    return ModelSpec(name=name, source=PathSource(path.absolute()))
 
 
 class ModelRegistry:
@@ -52,16 +66,23 @@ class ModelRegistry:
     def from_settings(
         cls, settings: Settings, is_cached: Callable[[str], bool] = lambda repo: False
     ) -> ModelRegistry:
-        """Built-in entries, then the file's; of two with one name the later. SettingError."""
+        """Built-in entries, the file's, a path as DEFAULT_MODEL; the later of two with one name.
+
+        Raises SettingError.
+        """
         specs = list(builtin_models()) if settings.include_default_models else []
         if settings.model_registry_path is not None:
             specs += read_registry_file(settings.model_registry_path)
-        return cls(
-            specs,
+        own = local_model(settings.default_model)
+        registry = cls(
+            [*specs, own] if own else specs,
             allow_unregistered=settings.downloads_allowed,
             is_cached=is_cached,
             allow_list=settings.model_allow_list,
         )
+        if own and own.name in registry._by_id:
+            registry._by_id[settings.default_model] = own
+        return registry
 
     def list(self) -> list[ModelSpec]:
         """Every registered entry that may be served."""

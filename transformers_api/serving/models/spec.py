@@ -87,10 +87,11 @@ class ModelSpec:
 class ModelFiles:
     """A model that lies complete and checked on the disk."""
 
-    folder: Path  # config.json, tokenizer files; *.safetensors, or weights.json of a GGUF file
+    folder: Path  # config.json, tokenizer files; *.safetensors, or weights.json for a GGUF model
     weight_bytes: int  # bytes of all tensors as stored
     parameters: int
-    stored_dtype: str  # of most of the weights: "float32", "bfloat16", …; "gguf": quantised
+    stored_dtype: str  # of most of the weights: "float32", "bfloat16", …; "gguf": see file_types
     created: int  # seconds since 1970
     stamp: Hashable = None  # another one when any file has changed
-    file_types: Mapping[str, int] = field(default_factory=dict)  # weights by their type, of a GGUF
+    # weights by ggml's name of the type that they have in a GGUF file: {"Q4_0": …, "F32": …}
+    file_types: Mapping[str, int] = field(default_factory=dict)

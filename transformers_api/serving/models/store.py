@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import re
@@ -9,10 +10,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
-from transformers_api.checkpoints.headers.gguf_file import part_paths
+from transformers_api.checkpoints.headers.gguf_split import split_parts
 from transformers_api.config.settings import Settings
 from transformers_api.errors import (
     InsufficientStorage,
@@ -29,6 +31,7 @@ from transformers_api.serving.models.hub import (
     Progress,
     RepositoryMissing,
 )
+from transformers_api.serving.models.sidecars import CONVERSION, remove_stale
 from transformers_api.serving.models.spec import (
     HubSource,
     ModelFiles,
@@ -38,10 +41,12 @@ from transformers_api.serving.models.spec import (
 )
 
 CONVERTER = "transformers_api.checkpoints.convert"
+SIDECAR_MAKER = "transformers_api.checkpoints.sidecar"
 CONVERTIBLE = (".gguf", ".pt", ".pth")  # the last two: TinyGPT, niels-gpt, GPT3-dev
-CONVERSION = "conversion.json"  # the converter's record in a folder that it has finished
 CONVERTER_VERSION = 3  # the converter's own; what an earlier one has made is made anew
 NO_ROOM_EXIT = 28  # the converter's exit status when the disk is full
+# (GGUF file, folder to make, progress, warning): what SIDECAR_MAKER does, in this process
+WriteSidecar = Callable[[Path, Path, Progress, Callable[[str], None]], None]
 _PROGRAM_ROOT = Path(__file__).resolve().parents[3]
 
 logger = logging.getLogger(__name__)
@@ -51,17 +56,22 @@ class ModelStore:
     """Knows where every model lies. Safe from any thread, and beside other processes.
 
     ``knows_model_type`` says which architectures can be built without a folder's own code; by
-    default those of the installed transformers.
+    default those of the installed transformers. ``write_sidecar`` makes the sidecar of a GGUF file;
+    by default a process of its own does.
     """
 
     def __init__(
-        self, settings: Settings, knows_model_type: Callable[[str], bool] | None = None
+        self,
+        settings: Settings,
+        knows_model_type: Callable[[str], bool] | None = None,
+        write_sidecar: WriteSidecar | None = None,
     ) -> None:
         self._folder = settings.model_store.absolute()
         self._packages = self._folder / "packages"
         self._hub = HubCache(settings.hub_cache.absolute(), settings.hf_token)
         self._may_download = settings.downloads_allowed
         self._knows = knows_model_type
+        self.write_sidecar = write_sidecar
 
     def locate(self, spec: ModelSpec) -> Path | None:
         """The folder of a model that is complete on the disk. No network, nothing is changed."""
@@ -152,8 +162,7 @@ class ModelStore:
                 if not path.exists():
                     raise ModelLoadFailed(f"{spec.name}: {path} does not exist")
                 path = foreign.only_gguf(path) or path
-                if path.suffix == ".gguf":
-                    path = part_paths(path)[0]
+                path = split_parts(path)[0] if path.suffix == ".gguf" else path
             case PackageSource() as source:
                 located = packages.locate(spec.name, source, self._packages)
                 path = located[1] if located else None
@@ -214,14 +223,34 @@ class ModelStore:
     def _prepare_converted(self, spec: ModelSpec, path: Path, progress: Progress) -> ModelFiles:
         folder = self._converted(spec, path)
         if folder.exists() and not _is_current(folder):
-            progress(0.0, "converting again: an earlier version has made the converted files")
+            progress(0.0, "preparing again: an earlier version has made these files")
         elif folder.exists():
             try:
                 return self._inspect(spec, folder)
             except ModelLoadFailed:
-                progress(0.0, "converting again: the converted files are damaged")
-        _run_converter(spec, path, folder, progress)
+                progress(
+                    0.0, "preparing again: these files are damaged, or their source has changed"
+                )
+        if path.suffix != ".gguf":
+            _run(CONVERTER, spec, path, folder, progress)
+        else:
+            self._make_sidecar(spec, path, folder, progress)
         return self._inspect(spec, folder)
+
+    def _make_sidecar(self, spec: ModelSpec, path: Path, folder: Path, progress: Progress) -> None:
+        if self.write_sidecar is None:
+            _run(SIDECAR_MAKER, spec, path, folder, progress)
+        else:
+            try:
+                self.write_sidecar(path, folder, progress, partial(_warn, spec.name))
+            except InsufficientStorage as error:
+                raise InsufficientStorage(_unprepared(spec, path, error.message)) from None
+            except ModelLoadFailed as error:
+                raise ModelLoadFailed(_unprepared(spec, path, error.message)) from None
+            except OSError as error:
+                kind = InsufficientStorage if error.errno == errno.ENOSPC else ModelLoadFailed
+                raise kind(_unprepared(spec, path, str(error))) from error
+        remove_stale(self._folder)
 
 
 def _check_servable(spec: ModelSpec) -> None:
@@ -247,9 +276,9 @@ def _converted_from(path: Path) -> list[Path]:
     """The files that a conversion depends on."""
     if path.is_dir():
         return [*sorted(path.glob("*.safetensors")), path / "config.json"]
-    if path.suffix == ".gguf":
-        return part_paths(path)
     beside = path.with_name("config.json")
+    if path.suffix == ".gguf":
+        return split_parts(path)
     return [path, beside] if beside.is_file() else [path]
 
 
@@ -258,9 +287,9 @@ def _stamp(path: Path) -> str:
     return f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
 
 
-def _run_converter(spec: ModelSpec, source: Path, folder: Path, progress: Progress) -> None:
-    """Convert in a process of its own. Raises ModelLoadFailed, InsufficientStorage."""
-    command = [sys.executable, "-m", CONVERTER, str(source), str(folder)]
+def _run(module: str, spec: ModelSpec, source: Path, folder: Path, progress: Progress) -> None:
+    """Prepare in a process of its own. Raises ModelLoadFailed, InsufficientStorage."""
+    command = [sys.executable, "-m", module, str(source), str(folder)]
     with (
         tempfile.TemporaryFile("w+", errors="replace") as errors,
         subprocess.Popen(
@@ -278,14 +307,23 @@ def _run_converter(spec: ModelSpec, source: Path, folder: Path, progress: Progre
         if status == 0:
             return
         reason = _last_line(errors) or f"it ended with status {status}"
-    message = f"{spec.name}: {source.name} could not be converted: {reason}"
+    message = _unprepared(spec, source, reason)
     raise InsufficientStorage(message) if status == NO_ROOM_EXIT else ModelLoadFailed(message)
+
+
+def _unprepared(spec: ModelSpec, source: Path, reason: str) -> str:
+    what = "read" if source.suffix == ".gguf" else "converted"
+    return f"{spec.name}: {source.name} could not be {what}: {reason}"
+
+
+def _warn(name: str, what: str) -> None:
+    logger.warning("%s: %s", name, what)
 
 
 def _forward(line: str, name: str, progress: Progress) -> None:
     word, _, rest = line.strip().partition(" ")
     if word == "warning":
-        logger.warning("%s: %s", name, rest)
+        _warn(name, rest)
     share, _, what = rest.partition(" ")
     if word == "progress":
         progress(float(share), what)
