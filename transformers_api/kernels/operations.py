@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from transformers_api.kernels.complex_operations import complex_product, operand, polar
+
 if TYPE_CHECKING:
     from transformers_api.kernels.capture import Recorder
 
@@ -90,7 +92,7 @@ def translate(
         if name in LOGICAL and not _are_bool(args):
             return False
         if out.is_complex():
-            return name == "aten.mul.Tensor" and _complex_product(recorder, args, out)
+            return name == "aten.mul.Tensor" and complex_product(recorder, args, out)
         _binary(recorder, BINARY[name], args, kwargs.get("alpha", 1), out)
     elif name in SWAPPED:
         _binary(recorder, SWAPPED[name], args[::-1], 1, out)
@@ -108,12 +110,8 @@ def _are_bool(args: tuple[Any, ...]) -> bool:
     return all(isinstance(a, bool) or a.dtype == torch.bool for a in args[:2])
 
 
-def _operand(value: Any) -> Tensor:
-    return value if isinstance(value, Tensor) else torch.full((1,), float(value))
-
-
 def _binary(recorder: Recorder, op: str, args: tuple[Any, ...], alpha: float, out: Tensor) -> None:
-    recorder.add(op, out, [_operand(a) for a in args[:2]], tuple(out.shape), float(alpha))
+    recorder.add(op, out, [operand(a) for a in args[:2]], tuple(out.shape), float(alpha))
 
 
 def _fill(recorder: Recorder, out: Tensor, value: float) -> None:
@@ -158,7 +156,7 @@ def _softplus(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
 
 
 def _where(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
-    recorder.add("where", out, [_operand(a) for a in args], tuple(out.shape))
+    recorder.add("where", out, [operand(a) for a in args], tuple(out.shape))
     return True
 
 
@@ -247,9 +245,7 @@ def _put(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
         recorder.add("copy", out, [x], tuple(out.shape))
     if isinstance(source, Tensor) and source.dim():
         source = source[tuple(slice(n) for n in indices.shape)]
-    recorder.add(
-        "put", out, [indices, _operand(source)], tuple(indices.shape), float(out.shape[-1])
-    )
+    recorder.add("put", out, [indices, operand(source)], tuple(indices.shape), float(out.shape[-1]))
     return True
 
 
@@ -296,37 +292,6 @@ def _batch_product(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> b
     factors = [a[:, :, None], b.transpose(1, 2)[:, None]]
     recorder.add("mul", products, factors, tuple(products.shape))
     recorder.add("sum", out[..., None], [products], tuple(products.shape))
-    return True
-
-
-def _polar(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
-    """Complex numbers from their sizes and angles."""
-    size, angle = args
-    for part, op in enumerate(("cos", "sin")):
-        made = torch.view_as_real(out)[..., part]
-        recorder.add(op, made, [angle], tuple(made.shape))
-        recorder.add("mul", made, [made, size], tuple(made.shape))
-    return True
-
-
-def _complex_product(recorder: Recorder, args: Any, out: Tensor) -> bool:
-    """A product of complex numbers, or of complex and real ones."""
-    x, y = args
-    made = torch.view_as_real(out)
-    if not (isinstance(x, Tensor) and x.is_complex()):
-        x, y = y, x
-    a = torch.view_as_real(x)
-    if not (isinstance(y, Tensor) and y.is_complex()):
-        factor = y[..., None] if isinstance(y, Tensor) and y.dim() else _operand(y)
-        recorder.add("mul", made, [a, factor], tuple(made.shape))
-        return True
-    b = torch.view_as_real(y)
-    sizes = tuple(made.shape[:-1])
-    for part, (first, second, op) in enumerate((((0, 0), (1, 1), "sub"), ((0, 1), (1, 0), "add"))):
-        products = [torch.empty(sizes) for _ in range(2)]
-        for product, (i, j) in zip(products, (first, second), strict=True):
-            recorder.add("mul", product, [a[..., i], b[..., j]], sizes)
-        recorder.add(op, made[..., part], products, sizes, 1.0)
     return True
 
 
@@ -397,7 +362,7 @@ SPECIAL: dict[str, Callable[[Recorder, Any, Any, Any], bool]] = {
     "aten.cat.default": _concatenate,
     "aten.stack.default": _stack,
     "aten.bmm.default": _batch_product,
-    "aten.polar.default": _polar,
+    "aten.polar.default": polar,
     "aten.native_layer_norm.default": _layer_norm,
     "aten.embedding.default": _embedding,
     "aten.index.Tensor": _index,
