@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.repeats import slow
 from transformers_api.kernels.abi import Library
 from transformers_api.kernels.build import FLAGS, SOURCES, build, content_name, find
 from transformers_api.kernels.variants import VARIANTS, Variant, cpu_flags, usable
@@ -82,10 +83,16 @@ def library_file(native_cache: Path) -> Path:
     return found
 
 
+# Nearly the code of another one: in `make test-all` alone.
+REPEATED = {"avx2_vnni_by_avx512", "neon_bf16_on_x86"}
 OWN = [*usable(), *(variant for variant in STAND_INS if not variant.missing(cpu_flags()))]
+EVERY = [variant for variant in OWN if variant.name not in REPEATED]
 
 
-@pytest.fixture(params=OWN or VARIANTS[-1:], ids=lambda variant: variant.name)
+@pytest.fixture(
+    params=[*(EVERY or VARIANTS[-1:]), *slow(*(each for each in OWN if each not in EVERY))],
+    ids=lambda variant: variant.name,
+)
 def variant(request: pytest.FixtureRequest) -> Variant:
     """Each instruction set that this processor has."""
     variant: Variant = request.param
