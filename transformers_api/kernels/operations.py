@@ -8,6 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from transformers_api.kernels.products import (
+    batch_product,
+    complex_product,
+    matmul,
+    operand,
+    polar,
+)
+
 if TYPE_CHECKING:
     from transformers_api.kernels.capture import Recorder
 
@@ -75,8 +83,6 @@ FILLED = {  # tensors of one value, and where it stands among the arguments
     "aten.fill.Scalar": None,
     "aten.zero.default": 0.0,
 }
-LARGEST_MATRIX = 1 << 22  # elements of a matrix that is no layer's, such as a router's
-LARGEST_INNER = 16  # terms of a sum that is no layer's
 POWERS = {0.5: "sqrt", -0.5: "rsqrt", 3: "cube"}
 
 
@@ -90,7 +96,7 @@ def translate(
         if name in LOGICAL and not _are_bool(args):
             return False
         if out.is_complex():
-            return name == "aten.mul.Tensor" and _complex_product(recorder, args, out)
+            return name == "aten.mul.Tensor" and complex_product(recorder, args, out)
         _binary(recorder, BINARY[name], args, kwargs.get("alpha", 1), out)
     elif name in SWAPPED:
         _binary(recorder, SWAPPED[name], args[::-1], 1, out)
@@ -108,12 +114,8 @@ def _are_bool(args: tuple[Any, ...]) -> bool:
     return all(isinstance(a, bool) or a.dtype == torch.bool for a in args[:2])
 
 
-def _operand(value: Any) -> Tensor:
-    return value if isinstance(value, Tensor) else torch.full((1,), float(value))
-
-
 def _binary(recorder: Recorder, op: str, args: tuple[Any, ...], alpha: float, out: Tensor) -> None:
-    recorder.add(op, out, [_operand(a) for a in args[:2]], tuple(out.shape), float(alpha))
+    recorder.add(op, out, [operand(a) for a in args[:2]], tuple(out.shape), float(alpha))
 
 
 def _fill(recorder: Recorder, out: Tensor, value: float) -> None:
@@ -158,7 +160,7 @@ def _softplus(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
 
 
 def _where(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
-    recorder.add("where", out, [_operand(a) for a in args], tuple(out.shape))
+    recorder.add("where", out, [operand(a) for a in args], tuple(out.shape))
     return True
 
 
@@ -247,21 +249,7 @@ def _put(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
         recorder.add("copy", out, [x], tuple(out.shape))
     if isinstance(source, Tensor) and source.dim():
         source = source[tuple(slice(n) for n in indices.shape)]
-    recorder.add(
-        "put", out, [indices, _operand(source)], tuple(indices.shape), float(out.shape[-1])
-    )
-    return True
-
-
-def _matmul(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
-    """Rows times a matrix that no layer holds, such as that of a router."""
-    *bias, x, matrix = args[:3]
-    if kwargs or len(bias) > 1 or recorder.is_dynamic(matrix) or matrix.numel() > LARGEST_MATRIX:
-        return False
-    if x.dtype != torch.float32 or matrix.dtype != torch.float32 or x.stride(-1) != 1:
-        return False
-    rows = matrix.t() if matrix.t().is_contiguous() else matrix.t().contiguous()
-    recorder.add("matmul", out, [x, rows, *bias], tuple(out.shape), float(rows.shape[1]))
+    recorder.add("put", out, [indices, operand(source)], tuple(indices.shape), float(out.shape[-1]))
     return True
 
 
@@ -281,52 +269,6 @@ def _stack(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
     dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
     for i, tensor in enumerate(args[0]):
         recorder.add("copy", out.select(dim, i), [tensor], tuple(tensor.shape))
-    return True
-
-
-def _batch_product(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
-    """(B, n, k) times (B, k, m) for a small k; 1 where rotary embeddings multiply positions."""
-    a, b = args
-    if a.shape[2] == 1:
-        recorder.add("mul", out, [a, b], tuple(out.shape))
-        return True
-    if a.shape[2] > LARGEST_INNER:
-        return False
-    products = torch.empty((*out.shape, a.shape[2]))
-    factors = [a[:, :, None], b.transpose(1, 2)[:, None]]
-    recorder.add("mul", products, factors, tuple(products.shape))
-    recorder.add("sum", out[..., None], [products], tuple(products.shape))
-    return True
-
-
-def _polar(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
-    """Complex numbers from their sizes and angles."""
-    size, angle = args
-    for part, op in enumerate(("cos", "sin")):
-        made = torch.view_as_real(out)[..., part]
-        recorder.add(op, made, [angle], tuple(made.shape))
-        recorder.add("mul", made, [made, size], tuple(made.shape))
-    return True
-
-
-def _complex_product(recorder: Recorder, args: Any, out: Tensor) -> bool:
-    """A product of complex numbers, or of complex and real ones."""
-    x, y = args
-    made = torch.view_as_real(out)
-    if not (isinstance(x, Tensor) and x.is_complex()):
-        x, y = y, x
-    a = torch.view_as_real(x)
-    if not (isinstance(y, Tensor) and y.is_complex()):
-        factor = y[..., None] if isinstance(y, Tensor) and y.dim() else _operand(y)
-        recorder.add("mul", made, [a, factor], tuple(made.shape))
-        return True
-    b = torch.view_as_real(y)
-    sizes = tuple(made.shape[:-1])
-    for part, (first, second, op) in enumerate((((0, 0), (1, 1), "sub"), ((0, 1), (1, 0), "add"))):
-        products = [torch.empty(sizes) for _ in range(2)]
-        for product, (i, j) in zip(products, (first, second), strict=True):
-            recorder.add("mul", product, [a[..., i], b[..., j]], sizes)
-        recorder.add(op, made[..., part], products, sizes, 1.0)
     return True
 
 
@@ -392,12 +334,12 @@ SPECIAL: dict[str, Callable[[Recorder, Any, Any, Any], bool]] = {
     "aten.gather.default": _take,
     "aten.scatter.src": _put,
     "aten.scatter.value": _put,
-    "aten.mm.default": _matmul,
-    "aten.addmm.default": _matmul,
+    "aten.mm.default": matmul,
+    "aten.addmm.default": matmul,
     "aten.cat.default": _concatenate,
     "aten.stack.default": _stack,
-    "aten.bmm.default": _batch_product,
-    "aten.polar.default": _polar,
+    "aten.bmm.default": batch_product,
+    "aten.polar.default": polar,
     "aten.native_layer_norm.default": _layer_norm,
     "aten.embedding.default": _embedding,
     "aten.index.Tensor": _index,
