@@ -8,13 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from transformers_api.kernels.products import (
-    batch_product,
-    complex_product,
-    matmul,
-    operand,
-    polar,
-)
+from transformers_api.kernels.complex_operations import complex_product, operand, polar
 
 if TYPE_CHECKING:
     from transformers_api.kernels.capture import Recorder
@@ -83,6 +77,8 @@ FILLED = {  # tensors of one value, and where it stands among the arguments
     "aten.fill.Scalar": None,
     "aten.zero.default": 0.0,
 }
+LARGEST_MATRIX = 1 << 22  # elements of a matrix that is no layer's, such as a router's
+LARGEST_INNER = 16  # terms of a sum that is no layer's
 POWERS = {0.5: "sqrt", -0.5: "rsqrt", 3: "cube"}
 
 
@@ -253,6 +249,18 @@ def _put(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
     return True
 
 
+def _matmul(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
+    """Rows times a matrix that no layer holds, such as that of a router."""
+    *bias, x, matrix = args[:3]
+    if kwargs or len(bias) > 1 or recorder.is_dynamic(matrix) or matrix.numel() > LARGEST_MATRIX:
+        return False
+    if x.dtype != torch.float32 or matrix.dtype != torch.float32 or x.stride(-1) != 1:
+        return False
+    rows = matrix.t() if matrix.t().is_contiguous() else matrix.t().contiguous()
+    recorder.add("matmul", out, [x, rows, *bias], tuple(out.shape), float(rows.shape[1]))
+    return True
+
+
 def _concatenate(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
     tensors, dim = args[0], (args[1] if len(args) > 1 else kwargs.get("dim", 0))
     at = 0
@@ -269,6 +277,21 @@ def _stack(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
     dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
     for i, tensor in enumerate(args[0]):
         recorder.add("copy", out.select(dim, i), [tensor], tuple(tensor.shape))
+    return True
+
+
+def _batch_product(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
+    """(B, n, k) times (B, k, m) for a small k; 1 where rotary embeddings multiply positions."""
+    a, b = args
+    if a.shape[2] == 1:
+        recorder.add("mul", out, [a, b], tuple(out.shape))
+        return True
+    if a.shape[2] > LARGEST_INNER:
+        return False
+    products = torch.empty((*out.shape, a.shape[2]))
+    factors = [a[:, :, None], b.transpose(1, 2)[:, None]]
+    recorder.add("mul", products, factors, tuple(products.shape))
+    recorder.add("sum", out[..., None], [products], tuple(products.shape))
     return True
 
 
@@ -334,11 +357,11 @@ SPECIAL: dict[str, Callable[[Recorder, Any, Any, Any], bool]] = {
     "aten.gather.default": _take,
     "aten.scatter.src": _put,
     "aten.scatter.value": _put,
-    "aten.mm.default": matmul,
-    "aten.addmm.default": matmul,
+    "aten.mm.default": _matmul,
+    "aten.addmm.default": _matmul,
     "aten.cat.default": _concatenate,
     "aten.stack.default": _stack,
-    "aten.bmm.default": batch_product,
+    "aten.bmm.default": _batch_product,
     "aten.polar.default": polar,
     "aten.native_layer_norm.default": _layer_norm,
     "aten.embedding.default": _embedding,

@@ -1,4 +1,4 @@
-"""Products that no layer holds the weights of: small matrices, complex numbers."""
+"""Operations with complex numbers, as ropes of some models have them, by those with real ones."""
 
 from __future__ import annotations
 
@@ -10,40 +10,10 @@ from torch import Tensor
 if TYPE_CHECKING:
     from transformers_api.kernels.capture import Recorder
 
-LARGEST_INNER = 16  # terms of a sum that is no layer's
-LARGEST_MATRIX = 1 << 22  # elements of a matrix that is no layer's, such as a router's
-
 
 def operand(value: Any) -> Tensor:
-    """A tensor, or a number as one."""
+    """A number of an operation as a tensor; a tensor as it is."""
     return value if isinstance(value, Tensor) else torch.full((1,), float(value))
-
-
-def matmul(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
-    """Rows times a matrix that no layer holds, such as that of a router."""
-    *bias, x, matrix = args[:3]
-    if kwargs or len(bias) > 1 or recorder.is_dynamic(matrix) or matrix.numel() > LARGEST_MATRIX:
-        return False
-    if x.dtype != torch.float32 or matrix.dtype != torch.float32 or x.stride(-1) != 1:
-        return False
-    rows = matrix.t() if matrix.t().is_contiguous() else matrix.t().contiguous()
-    recorder.add("matmul", out, [x, rows, *bias], tuple(out.shape), float(rows.shape[1]))
-    return True
-
-
-def batch_product(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
-    """(B, n, k) times (B, k, m) for a small k; 1 where rotary embeddings multiply positions."""
-    a, b = args
-    if a.shape[2] == 1:
-        recorder.add("mul", out, [a, b], tuple(out.shape))
-        return True
-    if a.shape[2] > LARGEST_INNER:
-        return False
-    products = torch.empty((*out.shape, a.shape[2]))
-    factors = [a[:, :, None], b.transpose(1, 2)[:, None]]
-    recorder.add("mul", products, factors, tuple(products.shape))
-    recorder.add("sum", out[..., None], [products], tuple(products.shape))
-    return True
 
 
 def polar(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
