@@ -32,12 +32,14 @@ WINDOWS = (
 )
 
 
-def probe(model: Any, vocab_size: int, window: int, *, in_windows: bool) -> list[list[int]]:
-    """Two short sequences that begin alike, always the same.
+def probe(
+    model: Any, vocab_size: int, window: int, *, in_windows: bool, seed: int = 0
+) -> list[list[int]]:
+    """Two short sequences that begin alike, always the same for a ``seed``.
 
     Unless they have to stay ``in_windows``, the longer one goes beyond those that are small.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     small = [w for w in _windows(model).values() if w <= MOST_PROBED]
     longer = 11 if in_windows or not small else max(11, max(small) + 3)
     lengths = [n for n in (5, longer) if n + 2 <= window] or [max(window - 2, 1)]
@@ -73,10 +75,10 @@ def expected_logits(runner: VerifiedRunner, vocab_size: int, window: int) -> lis
     return expected
 
 
-def _rows(runner: VerifiedRunner, vocab_size: int, window: int) -> list[list[int]]:
+def _rows(runner: VerifiedRunner, vocab_size: int, window: int, seed: int = 0) -> list[list[int]]:
     """The probe. One at a time is generate()'s own way, whose cache may forget what lies far."""
     in_windows = not isinstance(runner, ModelRunner)
-    return probe(runner.model, vocab_size, window, in_windows=in_windows)
+    return probe(runner.model, vocab_size, window, in_windows=in_windows, seed=seed)
 
 
 def windows_agree(model: Any) -> bool:
@@ -148,13 +150,14 @@ def agrees(
     window: int,
     expected: list[Tensor] | None = None,
     quantization: str = "none",
+    seed: int = 0,
 ) -> bool:
     """Return True where the runner's logits are the model's own, in company and in chunks.
 
     Two short sequences, against one forward pass of each without any cache. ``expected``: the
-    ``own_logits`` of the model before it was changed.
+    ``own_logits`` of the model before it was changed. ``seed``: see ``probe``.
     """
-    rows = _rows(runner, vocab_size, window)
+    rows = _rows(runner, vocab_size, window, seed)
     together = isinstance(runner, ModelRunner) and runner.cache.max_rows >= len(rows)
     try:
         if expected is None:
