@@ -21,7 +21,7 @@ from transformers_api import __version__
 from transformers_api.config.environment import load_in_one_thread
 from transformers_api.config.settings import GIB, Settings
 from transformers_api.engine.load_deadline import LoadDeadline
-from transformers_api.engine.load_options import DTYPE_BYTES, LoadOptions
+from transformers_api.engine.load_options import AS_NUMBERS, DTYPE_BYTES, LoadOptions
 from transformers_api.engine.load_progress import LoadProgress
 from transformers_api.engine.standby import StandbyModels
 from transformers_api.engine.thread import EngineThread
@@ -281,7 +281,8 @@ class ModelLoader:
         if quantized := QUANTIZED_BYTES.get(options.quantization):
             return int(files.parameters * quantized)
         backend = self.thread.call(lambda: self._backend(options)).result()
-        if files.stored_dtype == "gguf" and options.quantization != "none":
+        as_numbers = options.quantization == "auto" and files.parameters < AS_NUMBERS
+        if files.stored_dtype == "gguf" and options.quantization != "none" and not as_numbers:
             return backend.file_bytes(files.file_types, options.dtype)
         stored_bytes = files.parameters * DTYPE_BYTES.get(stored, 4)
         dtype = backend.weight_dtype(options.dtype, stored, stored_bytes)

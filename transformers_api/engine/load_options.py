@@ -10,6 +10,9 @@ from transformers_api.engine.base import EngineListener
 from transformers_api.engine.standby import StandbyModels
 
 SMALL_BYTES = 64 << 20  # a float32 checkpoint up to here stays exact: it has no weight to speak of
+# Weights of a GGUF file up to which "auto" makes plain numbers of them: so small a model notices
+# the rounding of its inputs, and takes little memory anyway.
+AS_NUMBERS = 300_000_000
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 

@@ -14,7 +14,7 @@ import torch
 from transformers_api.engine.backend import Backend, BackendRefused, PlanOutdated
 from transformers_api.engine.backends import ALWAYS_NATIVE, choose_backends, not_quantized
 from transformers_api.engine.llm_engine import BatchingEngine, EngineLimits
-from transformers_api.engine.load_options import DTYPE_BYTES, LoadOptions
+from transformers_api.engine.load_options import AS_NUMBERS, DTYPE_BYTES, LoadOptions
 from transformers_api.engine.platform.cpu import usable_cores
 from transformers_api.engine.platform.imports import without_collection
 from transformers_api.engine.platform.memory import available_bytes, release_memory
@@ -40,9 +40,6 @@ from transformers_api.heap import trim_memory
 
 log = logging.getLogger(__name__)
 COSTLY_CONTEXT = 6  # times the model's width: attention takes as long as all else there
-# Weights of a GGUF file up to which "auto" makes plain numbers of them: so small a model notices
-# the rounding of its inputs, and takes little memory anyway.
-AS_NUMBERS = 300_000_000
 FORCED_TOKENS = 8  # a step that reads these takes little longer than one token's
 OWN_THREADS = min(torch.get_num_threads(), usable_cores())  # torch knows of no quota
 
