@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import threading
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.engine.models import tiny_model
+from tests.engine.wrappers import save
 from tests.tokenizers import byte_level
 from transformers_api.config.settings import GIB, Settings
 from transformers_api.engine.platform import memory
@@ -17,6 +19,7 @@ from transformers_api.errors import InsufficientMemory, ModelLoadFailed
 from transformers_api.kernels.build import find
 from transformers_api.kernels.modules.linear import NativeLinear
 from transformers_api.model_loader import ModelLoader
+from transformers_api.serving.models.capabilities import read_facts
 from transformers_api.serving.models.spec import ModelFiles, ModelSpec, PathSource
 from transformers_api.serving.models.store import ModelStore
 
@@ -112,6 +115,25 @@ def test_the_words_of_a_model_are_had_without_its_weights(loader, spec, tmp_path
     model = loader.load(spec, prepared(loader, spec))
     assert (model.vocab_size, model.max_model_len) == (words.vocab_size, words.max_model_len)
     assert model.tokenizer.encode("Hello") == words.tokenizer.encode("Hello")
+    model.engine.close()
+
+
+@pytest.mark.parametrize("name", ["chat_template.json", "processor_config.json"])
+def test_the_template_of_a_processor_is_the_models(loader, tmp_path, name):
+    folder = tmp_path / "seeing"
+    whole = save("smolvlm", folder, as_published=True)
+    byte_level(chat_template=None).save_pretrained(folder)
+    template = "{% for m in messages %}{% for p in m['content'] %}{{ p['text'] }}{% endfor %}|"
+    (folder / name).write_text(json.dumps({"chat_template": template + "{% endfor %}"}))
+    spec = ModelSpec(name="seeing", source=PathSource(folder), device="cpu")
+    words = loader.text(spec)
+    turns = [{"role": "user", "content": "AB"}, {"role": "assistant", "content": "C"}]
+    assert words.template.render(turns, add_generation_prompt=False, kwargs={}) == "AB|C|"
+    assert read_facts(folder).template == template + "{% endfor %}"
+    files = prepared(loader, spec)
+    assert 0 < files.parameters < sum(p.numel() for p in whole.parameters())
+    model = loader.load(spec, files)
+    assert model.bytes == files.parameters * 4
     model.engine.close()
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from transformers_api.errors import ModelLoadFailed
 from transformers_api.serving.models.capabilities import context_length
 from transformers_api.serving.models.description import describe
+from transformers_api.serving.models.processors import processor_template
 from transformers_api.serving.models.spec import ModelFiles, ModelSpec
 from transformers_api.serving.text.model_text import TokenizerOnly
 
@@ -48,6 +49,8 @@ def _load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
         )
     except Exception as error:
         raise ModelLoadFailed(f"The tokenizer cannot be loaded: {error}") from error
+    if not getattr(tokenizer, "chat_template", None) and (template := processor_template(folder)):
+        tokenizer.chat_template = template
     _forget_words(tokenizer)
     return tokenizer
 

@@ -23,10 +23,12 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.initialization import no_init_weights
 from transformers.utils.logging import disable_progress_bar
 
+from transformers_api.checkpoints.headers.text_names import renamed
 from transformers_api.engine.load_options import SMALL_BYTES, LoadOptions
 from transformers_api.engine.model_config import neutral
 from transformers_api.engine.platform.meta_shapes import ShapesOnly
-from transformers_api.engine.weight_report import check_weights
+from transformers_api.engine.text_part import causal_model
+from transformers_api.engine.weight_report import check_weights, stored_tensors
 from transformers_api.errors import ModelLoadFailed, ModelNotServable
 
 log = logging.getLogger(__name__)
@@ -60,8 +62,10 @@ def load_model(folder: Path, device: str, dtype: str, trust_remote_code: bool) -
         config = read_config(folder, trust_remote_code)
         if config.is_encoder_decoder:
             raise ModelNotServable("Encoder-decoder models cannot be served", param="model")
-        with differentiable(), ShapesOnly():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+        own_code = trust_remote_code and hasattr(config, "auto_map")
+        make, config = (AutoModelForCausalLM, config) if own_code else causal_model(config)
+        with differentiable(), ShapesOnly(), _without_report():
+            loaded: Any = make.from_pretrained(
                 folder,
                 config=config,
                 dtype=_dtype(dtype, device, config, folder),
@@ -70,6 +74,7 @@ def load_model(folder: Path, device: str, dtype: str, trust_remote_code: bool) -
                 use_safetensors=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # to be told of them, with their shapes
+                key_mapping=_renamed(folder, make, config),
             )
     except ModelLoadFailed:
         raise
@@ -77,7 +82,7 @@ def load_model(folder: Path, device: str, dtype: str, trust_remote_code: bool) -
         log.exception("Loading %s failed", folder.name)
         raise ModelLoadFailed(f"The model cannot be loaded: {_first_line(error)}") from error
     model, info = loaded
-    check_weights(info, folder)
+    check_weights(info, folder, is_part=make is not AutoModelForCausalLM)
     with differentiable():
         return model.to(device).eval().requires_grad_(False)
 
@@ -87,14 +92,35 @@ def empty_model(folder: Path, dtype: torch.dtype) -> Any:
 
     Its buffers have their numbers.
     """
-    config = read_config(folder, trust_remote_code=False)
+    make, config = causal_model(read_config(folder, trust_remote_code=False))
+    new = make.from_config if make is AutoModelForCausalLM else make._from_config
     with no_init_weights(), _parameters_on_meta():
-        make: Any = AutoModelForCausalLM
-        model = make.from_config(config, dtype=dtype)
+        model = new(config, dtype=dtype)
     model.tie_weights()
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return model
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Transformers lists weights that are not used, such as those of towers; we check them."""
+    reports = logging.getLogger("transformers.modeling_utils")
+    level = reports.level
+    reports.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        reports.setLevel(level)
+
+
+def _renamed(folder: Path, make: Any, config: Any) -> dict[str, str] | None:
+    """The names in the file of a language part, and the model's own; None: they are the same."""
+    if make is AutoModelForCausalLM:
+        return None
+    with torch.device("meta"), no_init_weights():
+        own = make._from_config(config).state_dict()
+    return renamed(stored_tensors(folder), own)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from typing import Any
 
 from safetensors import safe_open
 
+from transformers_api.checkpoints.headers.text_names import text_weights
 from transformers_api.errors import ModelLoadFailed
 
 LISTED = 3
@@ -24,15 +25,21 @@ _TABLES = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|rotary_emb\.(cos|sin)_cached
 Stored = Mapping[str, tuple[str, list[int]]]  # tensor name -> (file name, shape)
 
 
-def check_weights(info: Mapping[str, Any], folder: Path) -> None:
-    """Raise ModelLoadFailed unless every weight of the file is in the model, and the reverse."""
-    stored = _stored(folder) if any(info.values()) else {}
+def check_weights(info: Mapping[str, Any], folder: Path, *, is_part: bool = False) -> None:
+    """Raise ModelLoadFailed unless every weight of the file is in the model, and the reverse.
+
+    ``is_part``: the model is the language part of the file; the weights of its towers are not used.
+    """
+    stored = stored_tensors(folder) if any(info.values()) else {}
     if wrong := sorted(info.get("mismatched_keys") or (), key=str):
         raise ModelLoadFailed(f"The weights do not fit the configuration: {_shapes(wrong, stored)}")
     for kind in ("missing_keys", "unexpected_keys"):
         names = sorted(str(name) for name in info.get(kind) or ())
         if kind == "unexpected_keys":
             names = [name for name in names if not is_old_buffer(name, stored)]
+            if is_part:
+                own = text_weights(stored)  # other names are those that they got while loading
+                names = [name for name in names if name in own or name not in stored]
         if names:
             entries = [f"{name}{_place(name, stored)}" for name in names[:LISTED]]
             raise ModelLoadFailed(
@@ -70,7 +77,8 @@ def _more(names: list[Any]) -> str:
     return f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
 
 
-def _stored(folder: Path) -> Stored:
+def stored_tensors(folder: Path) -> Stored:
+    """The tensors of a folder by the headers of its safetensors."""
     stored = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:

@@ -56,7 +56,8 @@ def _messages(items: Sequence[Any]) -> list[Json]:
         if not isinstance(content, str):
             raise InvalidRequest(f"'{where}.content' must be a string", param=f"{where}.content")
         if item.get("images"):
-            raise UnsupportedParameter("Images are not supported", param=f"{where}.images")
+            name = f"{where}.images"
+            raise UnsupportedParameter(f"Images are not supported ('{name}')", param=name)
         turn: Json = {"role": item["role"], "content": content}
         if isinstance(item.get("thinking"), str):
             turn["reasoning_content"] = item["thinking"]

@@ -16,6 +16,7 @@ from transformers_api.checkpoints.headers.gguf_file import read_gguf_header
 from transformers_api.errors import ModelLoadFailed
 from transformers_api.serving.models.headers import read_object
 from transformers_api.serving.models.preflight import MODULES, weight_files
+from transformers_api.serving.models.processors import processor_template
 from transformers_api.serving.models.spec import ModelSpec
 from transformers_api.serving.text.infilling import NAMES
 
@@ -26,6 +27,10 @@ CONTEXT_FIELDS = (
 )
 _TOOLS = re.compile(r"\btools\b")
 _THOUGHT = re.compile(r"enable_thinking|reasoning_content|</?think\w*>|\[/?THINK\]|<\|channel\|>")
+_TEMPLATES = (
+    *("tokenizer_config.json", "chat_template.jinja"),
+    *("chat_template.json", "processor_config.json"),
+)
 _UNREADABLE = (ModelLoadFailed, OSError, ValueError, TypeError, AttributeError, KeyError)
 
 
@@ -42,7 +47,7 @@ class FileFacts:
 def read_facts(path: Path) -> FileFacts:
     """The facts of a folder, or of one file to convert; read again when it has changed."""
     try:
-        names = (path, path / "tokenizer_config.json", path / "chat_template.jinja")
+        names = (path, *(path / name for name in _TEMPLATES))
         stats = [each.stat() for each in names if each.exists()]
         return _read(path, tuple((stat.st_mtime_ns, stat.st_size) for stat in stats))
     except OSError:
@@ -72,6 +77,8 @@ def _template(folder: Path) -> str:
         beside = folder / "chat_template.jinja"
         if beside.is_file():
             return beside.read_text(errors="replace")
+        if template := processor_template(folder):
+            return template
         return _joined(read_object(folder / "tokenizer_config.json").get("chat_template"))
     except _UNREADABLE:
         return ""

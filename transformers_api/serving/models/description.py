@@ -14,7 +14,7 @@ from transformers_api.checkpoints.headers.originals import CONFIGS, WRAPPERS, sh
 from transformers_api.checkpoints.headers.pickled_file import Shape, read_pickled
 from transformers_api.errors import ModelLoadFailed
 from transformers_api.serving.models.headers import read_header, read_object
-from transformers_api.serving.models.preflight import is_original, weight_files
+from transformers_api.serving.models.preflight import is_original, served_tensors, weight_files
 from transformers_api.serving.models.sidecars import is_sidecar, read_stored_tensors
 
 # TinyGPT's words -> those of a GGUF file's metadata, after the name of its architecture
@@ -59,7 +59,8 @@ def _folder(folder: Path) -> Description:
         return Description(config, read_stored_tensors(folder).parameters)
     tensors = [tensor for path in weight_files(folder) for tensor in read_header(path)]
     if not is_original(folder):
-        return Description(config, sum(tensor.elements for tensor in tensors))
+        served = served_tensors(folder, tensors)
+        return Description(config, sum(tensor.elements for tensor in served))
     shape, parameters = shape_of({tensor.name: tensor.shape for tensor in tensors}, config)
     return Description(shape or config, parameters)
 

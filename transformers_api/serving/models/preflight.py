@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers_api.checkpoints.headers.text_names import has_towers, text_weights
 from transformers_api.errors import ModelLoadFailed, ModelNotServable
 from transformers_api.serving.models.config_sizes import check_sizes
 from transformers_api.serving.models.foreign import (
@@ -74,6 +75,7 @@ def inspect_folder(
     config = folder / "config.json"
     check_format(config, read_object(config), (tensor.name for tensor in tensors))
     check_sizes(config, tensors)
+    tensors = served_tensors(folder, tensors, trust_remote_code)
     by_dtype = Counter[str]()
     for tensor in tensors:
         by_dtype[tensor.dtype] += tensor.bytes
@@ -85,6 +87,19 @@ def inspect_folder(
         created=int(max(path.stat().st_mtime for path in paths)),
         stamp=_stamp(folder),
     )
+
+
+def served_tensors(
+    folder: Path, tensors: list[Tensor], trust_remote_code: bool = False
+) -> list[Tensor]:
+    """Those of ``tensors`` that are loaded: of a model with towers the language part's alone."""
+    config = read_object(folder / "config.json")
+    if (folder / MODULES).is_file() or (trust_remote_code and "auto_map" in config):
+        return tensors
+    if not has_towers(config):
+        return tensors
+    names = text_weights(tensor.name for tensor in tensors)
+    return [tensor for tensor in tensors if tensor.name in names]
 
 
 def _sidecar_files(folder: Path, paths: list[Path]) -> ModelFiles:
