@@ -87,6 +87,7 @@ WIRING = {
     "app",
     "check",
     "cli",
+    "encoder_loader",
     "metrics",
     "model_loader",
     "server",

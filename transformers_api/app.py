@@ -13,13 +13,14 @@ from transformers_api import api
 from transformers_api.api.http.rate_limits import RateLimits
 from transformers_api.api.http.services import Services
 from transformers_api.config.settings import SettingError, Settings
+from transformers_api.encoder_loader import EncoderLoader
 from transformers_api.engine.native.installation import compilations
 from transformers_api.engine.platform.imports import without_collection
 from transformers_api.engine.platform.lazy_torch import import_torch
 from transformers_api.engine.thread import EngineThread
 from transformers_api.errors import ModelNotFound
 from transformers_api.logs import adopt, configure_logging
-from transformers_api.model_loader import EncoderLoader, ModelLoader
+from transformers_api.model_loader import ModelLoader
 from transformers_api.server.readiness import Readiness
 from transformers_api.serving.embeddings import EmbeddingModels, EncoderRegistry
 from transformers_api.serving.inspect.queue import Inspections

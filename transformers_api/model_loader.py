@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -26,10 +26,9 @@ from transformers_api.engine.load_progress import LoadProgress
 from transformers_api.engine.standby import StandbyModels
 from transformers_api.engine.thread import EngineThread
 from transformers_api.errors import InsufficientMemory, ModelNotCapable
-from transformers_api.serving.models.encoder_files import read_encoder, reads_sigmoid
 from transformers_api.serving.models.hub import Progress
 from transformers_api.serving.models.preflight import weight_files
-from transformers_api.serving.models.spec import ModelFiles, ModelSpec, Pooling
+from transformers_api.serving.models.spec import ModelFiles, ModelSpec, Pooling, VectorStep
 from transformers_api.serving.models.store import ModelStore
 from transformers_api.serving.swap.loaded_model import Embedder, LoadedModel, PairScorer
 from transformers_api.serving.text.model_text import ModelText
@@ -160,6 +159,7 @@ class ModelLoader:
             created=files.created,
             count_tokens=token_counter(spec.token_encoding) if spec.token_encoding else None,
             embedder=self._embedder(spec, files, engine),
+            **self._text_use(files),
             scorer=self._scorer(spec, files, engine),
             inspector=inspector,
             is_outdated=is_outdated if facts["kernels"] == "torch" else lambda: False,
@@ -223,10 +223,31 @@ class ModelLoader:
     def _scorer(self, spec: ModelSpec, files: ModelFiles, engine: Engine) -> PairScorer | None:
         return None
 
-    def _pooled(self, engine: Engine, pooling: Pooling, *, reads_in_chunks: bool) -> Embedder:
-        from transformers_api.engine.embedding import PooledEmbedder, Reduction
+    def _text_use(self, files: ModelFiles) -> dict[str, Any]:
+        """The fields of LoadedModel that say how its texts become vectors."""
+        return {}
 
-        reduction = Reduction(pooling.mode, pooling.normalize)
+    def _pooled(
+        self,
+        engine: Engine,
+        pooling: Pooling,
+        steps: Sequence[VectorStep] = (),
+        *,
+        reads_in_chunks: bool,
+    ) -> Embedder:
+        from transformers_api.engine.embedding import PooledEmbedder
+        from transformers_api.engine.pooling import Reduction, load_layers
+
+        def layers() -> Any:
+            device = engine.describe().device
+            return load_layers([(step.kind, step.folder, step.config) for step in steps], device)
+
+        reduction = Reduction(
+            pooling.mode,
+            pooling.normalize,
+            self.thread.call(layers).result() if steps else None,
+            pooling.include_prompt,
+        )
         size = self.settings.prefill_chunk
         return PooledEmbedder(engine, reduction, size, reads_in_chunks=reads_in_chunks)
 
@@ -293,55 +314,6 @@ class ModelLoader:
         from transformers_api.engine.pretrained import pick_device
 
         return choose_backends(options, pick_device(options.device), self.thread.num_threads)[0]
-
-
-class EncoderLoader(ModelLoader):
-    """The same for encoders of both kinds, which torch runs and nobody quantises."""
-
-    def _placement(self, spec: ModelSpec) -> LoadOptions:
-        return replace(super()._placement(spec), native=None, quantization="none")
-
-    def prepare(self, spec: ModelSpec, progress: Callable[[float, str], None]) -> ModelFiles:
-        """See Loader."""
-        files = self.store.prepare(spec, progress)
-        reader = reads_sigmoid if spec.encoder == "cross_encoder" else read_encoder
-        reader(files.folder)  # a file that we cannot use: before anything is loaded
-        return files
-
-    def _options(
-        self, spec: ModelSpec, files: ModelFiles, tokenizer: LoadedTokenizer
-    ) -> LoadOptions:
-        makes_scores = spec.encoder == "cross_encoder"
-        limits = (
-            spec.max_context_tokens,
-            None if makes_scores else read_encoder(files.folder).max_tokens,
-            tokenizer.tokenizer.model_max_length,  # enormous where it says nothing
-        )
-        options = super()._options(spec, files, tokenizer)
-        longest = min(limit for limit in limits if limit is not None)
-        return replace(options, max_context_tokens=longest)
-
-    def _load_engine(
-        self, spec: ModelSpec, files: ModelFiles, options: LoadOptions
-    ) -> tuple[Engine, Inspector | None]:
-        from transformers_api.engine.embedding import load_encoder
-
-        with_head = spec.encoder == "cross_encoder"
-        return load_encoder(files.folder, options, self.thread, with_head=with_head), None
-
-    def _scorer(self, spec: ModelSpec, files: ModelFiles, engine: Engine) -> PairScorer | None:
-        if spec.encoder != "cross_encoder":
-            return None
-        from transformers_api.engine.cross_encoder import CrossEncoder
-
-        slice_tokens = self.settings.prefill_chunk
-        return CrossEncoder(engine, slice_tokens, sigmoid=reads_sigmoid(files.folder))
-
-    def _embedder(self, spec: ModelSpec, files: ModelFiles, engine: Engine) -> Embedder | None:
-        if spec.encoder == "cross_encoder":
-            return None
-        pooling = read_encoder(files.folder).pooling
-        return self._pooled(engine, pooling, reads_in_chunks=False)
 
 
 def _require(spec: ModelSpec, device: str, need: int, free: int) -> None:

@@ -55,6 +55,15 @@ def _load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
     return tokenizer
 
 
+def lowercase(tokenizer: Any) -> None:
+    """Make small letters of a text before anything else; once more does no harm."""
+    from tokenizers.normalizers import Lowercase, Sequence
+
+    backend = tokenizer.backend_tokenizer
+    own = backend.normalizer
+    backend.normalizer = Sequence([Lowercase(), *([] if own is None else [own])])
+
+
 def _forget_words(tokenizer: Any) -> None:
     """Keep no words that were tokenized once.
 

@@ -47,11 +47,18 @@ class ThreeNumbers:
 @pytest.fixture
 def embedding(serve):
     """An application with the encoder "vectors" and the writer "fake"."""
+    yield from with_encoder(serve)
+
+
+def with_encoder(serve, **facts):
+    """An application whose encoder "vectors" has ``facts``."""
     served = serve(specs=(fake_spec("vectors", embedding="encoder"),))
     known = served.services
 
     def build(spec):
-        return fake_model(spec, FakeEngine(max_model_len=32), embedder=ThreeNumbers())
+        return fake_model(
+            spec, FakeEngine(max_model_len=32), **{"embedder": ThreeNumbers(), **facts}
+        )
 
     encoders = Swapper(
         EncoderRegistry(known.registry),
@@ -149,7 +156,6 @@ def test_fields_of_other_servers_are_understood(embedding, fields, vector):
         ("use_activation", False),
         ("embd_normalize", -1),
         ("options", {"num_ctx": 5}),
-        ("input_type", "query"),
         ("add_special_tokens", False),
     ],
 )

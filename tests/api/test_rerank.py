@@ -21,7 +21,9 @@ def answered(response):
 
 
 def cosine(one, other):
-    return embeddings.cosine(*(struct.pack("<3f", *vector) for vector in (one, other)))
+    return embeddings.similarity(
+        "cosine", *(struct.pack("<3f", *vector) for vector in (one, other))
+    )
 
 
 @pytest.mark.parametrize("route", ["/v1/rerank", "/rerank"])

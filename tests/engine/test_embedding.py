@@ -17,14 +17,9 @@ from tests.engine.models import BATCHED, tiny_model
 from tests.engine.reading import ask
 from transformers_api.engine import embedding
 from transformers_api.engine.base import SamplingParams, SequenceRequest
-from transformers_api.engine.embedding import (
-    EncoderEngine,
-    Line,
-    PooledEmbedder,
-    Reduction,
-    load_encoder,
-)
+from transformers_api.engine.embedding import EncoderEngine, Line, PooledEmbedder, load_encoder
 from transformers_api.engine.load_options import LoadOptions
+from transformers_api.engine.pooling import Reduction
 from transformers_api.errors import ModelLoadFailed, ModelNotCapable, ModelUnloaded
 
 SIZE = {
@@ -121,6 +116,16 @@ def test_fewer_dimensions_are_the_first_ones_at_length_one(engine_thread):
     assert cut.shape == (4, 5)
     wanted = torch.nn.functional.normalize(whole[:, :5], dim=1)
     torch.testing.assert_close(cut, wanted, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("mode", ["max", "mean_sqrt_len_tokens", "weightedmean", ("cls", "max")])
+def test_pieces_of_a_long_text_pool_as_the_whole_of_it(make_engine, mode):
+    engine, row = make_engine("llama"), list(range(20, 57))
+    whole, pieces = causal(engine, mode, slice_tokens=64), causal(engine, mode, slice_tokens=8)
+    torch.testing.assert_close(
+        numbers(pieces.embed([row])), numbers(whole.embed([row])), atol=1e-5, rtol=0
+    )
+    assert whole.dimensions == (64 if isinstance(mode, tuple) else 32)
 
 
 @pytest.mark.parametrize("name", [*BATCHED, "bloom-alibi", "gpt-1-without-cache"])
@@ -276,5 +281,5 @@ def test_half_precision_is_pooled_in_float32():
         device=torch.device("cpu"),
         base_model=lambda **inputs: SimpleNamespace(last_hidden_state=hidden),
     )
-    pooled = embedding._pooled(model, [[1] * 40, [1] * 40], "mean")
+    pooled = embedding._pooled(model, [[1] * 40, [1] * 40], Reduction("mean", False))
     torch.testing.assert_close(pooled, hidden.float().mean(1))

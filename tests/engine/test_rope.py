@@ -10,7 +10,8 @@ import transformers as tf
 
 from tests.engine.models import IDS, SIZES, generate
 from tests.engine.reading import GREEDY, ask, complete, read
-from transformers_api.engine.embedding import PooledEmbedder, Reduction
+from transformers_api.engine.embedding import PooledEmbedder
+from transformers_api.engine.pooling import Reduction
 from transformers_api.engine.rope import reads_again, switching_lengths
 
 ORIGINAL = 24

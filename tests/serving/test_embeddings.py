@@ -326,6 +326,10 @@ def encoder_folder(path: Path, **given):
         ({"pooling_mode_lasttoken": True}, "last"),
         ({"pooling_mode": "lasttoken"}, "last"),
         ({"pooling_mode": "mean"}, "mean"),
+        ({"pooling_mode": ["mean"]}, "mean"),
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}, ("cls", "mean")),
+        ({"pooling_mode": ["weightedmean", "max"]}, ("weightedmean", "max")),
+        ({"pooling_mode_mean_sqrt_len_tokens": True}, "mean_sqrt_len_tokens"),
     ],
 )
 @pytest.mark.parametrize("normalize", [True, False])
@@ -333,6 +337,28 @@ def test_pooling_and_normalisation_are_read_from_the_files(tmp_path, pooling, mo
     modules = (TRANSFORMER, POOLING, NORMALIZE)[: 2 + normalize]
     folder = encoder_folder(tmp_path / "m", modules=modules, pooling=pooling)
     assert read_encoder(folder) == EncoderFacts(Pooling(mode, normalize), None)
+
+
+DENSE = {"path": "2_Dense", "type": "sentence_transformers.models.Dense"}
+
+
+@pytest.mark.parametrize(
+    ("config", "files", "message"),
+    [
+        ({"activation_function": "my.Own"}, ("model.safetensors",), "the activation Own"),
+        ({"use_residual": True}, ("model.safetensors",), "use_residual"),
+        ({"module_input_name": "token_embeddings"}, ("model.safetensors",), "single tokens"),
+        ({}, ("pytorch_model.bin",), r"only in the pickle format \(pytorch_model\.bin\)"),
+    ],
+)
+def test_a_layer_that_cannot_be_run_is_refused_by_name(tmp_path, config, files, message):
+    folder = encoder_folder(tmp_path / "m", modules=(TRANSFORMER, POOLING, DENSE))
+    (folder / "2_Dense").mkdir()
+    (folder / "2_Dense" / "config.json").write_text(json.dumps(config))
+    for name in files:
+        (folder / "2_Dense" / name).write_bytes(b"")
+    with pytest.raises(ModelLoadFailed, match=message):
+        read_encoder(folder)
 
 
 def test_the_longest_text_is_read_from_the_files(tmp_path):
@@ -345,19 +371,28 @@ def test_the_longest_text_is_read_from_the_files(tmp_path):
     ("given", "message"),
     [
         pytest.param(
-            {"pooling": {"pooling_mode_max_tokens": True}}, "pooling_mode_max_tokens", id="max"
+            {"pooling": {"pooling_mode_sum": True}}, "the pooling pooling_mode_sum", id="pooling"
         ),
         pytest.param(
-            {"pooling": {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}},
-            "only one of",
-            id="two",
+            {"pooling": {"pooling_mode": ["mean", "sum"]}},
+            "the pooling mean, sum",
+            id="pooling two",
         ),
         pytest.param({"pooling": {}}, "the pooling none is not supported", id="none"),
-        pytest.param({"pooling": {"pooling_mode": ["mean"]}}, "only one of", id="list"),
         pytest.param({"modules": [TRANSFORMER]}, "the steps Transformer", id="no-pooling"),
         pytest.param(
+            {"modules": [TRANSFORMER, POOLING, {"path": "2", "type": "x.LSTM"}]},
+            "Transformer, Pooling, LSTM are not supported",
+            id="step",
+        ),
+        pytest.param(
+            {"modules": [{"path": "0_Transformer", "type": "x.Transformer"}, POOLING]},
+            "lies in '0_Transformer'",
+            id="inner folder",
+        ),
+        pytest.param(
             {"modules": [TRANSFORMER, POOLING, {"path": "2", "type": "x.Dense"}]},
-            "Transformer, Pooling, Dense are not supported",
+            r"2 has no model\.safetensors",
             id="dense",
         ),
         pytest.param({"modules": {"a": 1}}, "modules.json cannot be read", id="shape"),
@@ -365,12 +400,19 @@ def test_the_longest_text_is_read_from_the_files(tmp_path):
             {"modules": [{"path": "../../etc", "type": "x.Transformer"}]}, "not a folder", id="path"
         ),
         pytest.param(
-            {"sentence_bert_config": {"do_lower_case": True}}, "do_lower_case True", id="lower"
+            {"config_sentence_transformers": {"default_prompt_name": "query"}},
+            "default_prompt_name 'query' is none of its prompts",
+            id="prompt",
         ),
         pytest.param(
-            {"config_sentence_transformers": {"default_prompt_name": "query"}},
-            "default_prompt_name 'query'",
-            id="prompt",
+            {"config_sentence_transformers": {"prompts": {"query": 5}}},
+            "prompts is no object of texts",
+            id="prompts",
+        ),
+        pytest.param(
+            {"config_sentence_transformers": {"similarity_fn_name": "hamming"}},
+            "the similarity 'hamming'",
+            id="similarity",
         ),
     ],
 )
@@ -412,7 +454,9 @@ def test_a_masked_model_may_be_an_encoder(store, tmp_path):
 def test_an_encoder_of_the_hub_comes_with_its_pooling(store, monkeypatch):
     from huggingface_hub import constants
 
-    hub = HubServer({"someone/encoder": encoder_files() | {"onnx/model.onnx": b"other"}})
+    dense = {"2_Dense/config.json": b"{}", "2_Dense/model.safetensors": b"weights"}
+    own = encoder_files(modules=(TRANSFORMER, POOLING, DENSE)) | dense
+    hub = HubServer({"someone/encoder": own | {"onnx/model.onnx": b"other"}})
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
@@ -421,7 +465,8 @@ def test_an_encoder_of_the_hub_comes_with_its_pooling(store, monkeypatch):
         files = prepared(store, HubSource("someone/encoder"), "encoder")
     finally:
         hub.close()
-    assert read_encoder(files.folder).pooling == Pooling("mean", True)
+    assert read_encoder(files.folder).pooling == Pooling("mean", False)
+    assert (files.folder / "2_Dense" / "model.safetensors").read_bytes() == b"weights"
     assert not (files.folder / "onnx").exists()
 
 
@@ -453,7 +498,7 @@ def test_the_registry_says_how_a_model_embeds(tmp_path, given, wanted):
 
 
 @pytest.mark.parametrize(
-    "given", ["yes", True, {}, {"pooling": "max"}, {"pooling": "mean", "x": 1}, {"normalize": True}]
+    "given", ["yes", True, {}, {"pooling": "sum"}, {"pooling": "mean", "x": 1}, {"normalize": True}]
 )
 def test_a_wrong_embedding_entry_is_one_clear_line(tmp_path, given):
     file = tmp_path / "models.json"

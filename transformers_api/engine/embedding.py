@@ -13,10 +13,9 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,31 +34,14 @@ from transformers_api.engine.load_options import LoadOptions
 from transformers_api.engine.platform.cpu import usable_cores
 from transformers_api.engine.platform.memory import release_memory
 from transformers_api.engine.platform.meta_shapes import ShapesOnly
+from transformers_api.engine.pooling import Pool, Reduction
 from transformers_api.engine.pretrained import context_window, pick_device, read_config
 from transformers_api.engine.rope import follow_lengths, sequence_length, switching_lengths
 from transformers_api.engine.thread import EngineThread
 from transformers_api.errors import ApiError, ModelLoadFailed, ModelNotCapable, ModelUnloaded
 
 T = TypeVar("T")
-Mode = Literal["cls", "mean", "last"]
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Reduction:
-    """The reduction of a text's hidden states to one vector."""
-
-    mode: Mode
-    normalize: bool
-
-    def finish(
-        self, pooled: Tensor, dimensions: int | None, normalize: bool | None = None
-    ) -> list[bytes]:
-        """(B, H) as little-endian float32, cut to the first ``dimensions``."""
-        vectors = pooled[:, :dimensions]
-        if self.normalize if normalize is None else normalize:
-            vectors = torch.nn.functional.normalize(vectors, dim=1)
-        return [row.tobytes() for row in vectors.cpu().numpy().astype("<f4")]
 
 
 class EncoderEngine:
@@ -165,25 +147,28 @@ class PooledEmbedder(Visitor):
         super().__init__(engine, slice_tokens)
         self._reduction = reduction
         self._reads_in_chunks = reads_in_chunks
-        self.dimensions = int(self.visit(partial(_pooled, rows=[[0]], mode="last")).shape[1])
+        self.dimensions = len(self.embed([[0]])[0]) // 4
 
     def embed(
         self,
         rows: Sequence[Sequence[int]],
         dimensions: int | None = None,
         normalize: bool | None = None,
+        prompt_tokens: Sequence[int] = (),
     ) -> list[bytes]:
         """See serving.swap.Embedder."""
-        mode = self._reduction.mode
         finish = partial(self._reduction.finish, dimensions=dimensions, normalize=normalize)
         if self._reads_in_chunks and len(rows) == 1 and len(rows[0]) > self.slice_tokens:
-            reading = _Reading(rows[0])
+            pool = self._reduction.pool(torch.tensor([len(rows[0])]), prompt_tokens)
+            reading = _Reading(rows[0], pool)
             while not reading.is_done:
                 self.visit(partial(reading.read, width=self.slice_tokens))
-            return self.visit(lambda _model: finish(reading.pooled(mode)))
+            return self.visit(lambda _model: finish(pool.vectors()))
         vectors: dict[int, bytes] = {}
         for numbers in self.of_one_kind(rows):
-            pooled = partial(_pooled, rows=[rows[i] for i in numbers], mode=mode)
+            own = [rows[i] for i in numbers]
+            skipped = [prompt_tokens[i] for i in numbers] if prompt_tokens else ()
+            pooled = partial(_pooled, rows=own, reduction=self._reduction, prompt_tokens=skipped)
             made = self.visit(lambda model, pooled=pooled: finish(pooled(model)))  # type: ignore[misc]
             vectors |= zip(numbers, made, strict=True)
         return [vectors[i] for i in range(len(rows))]
@@ -223,11 +208,11 @@ class Line:
 class _Reading:
     """One long text, a chunk per visit."""
 
-    def __init__(self, ids: Sequence[int]) -> None:
+    def __init__(self, ids: Sequence[int], pool: Pool) -> None:
         self.ids = ids
         self.done = 0
         self.cache: Any = None
-        self.first = self.last = self.sum = torch.empty(0)
+        self._pool = pool
 
     @property
     def is_done(self) -> bool:
@@ -246,17 +231,8 @@ class _Reading:
                 past_key_values=self.cache,
                 use_cache=True,
             )
-        total = hidden.sum(1)
-        self.first = self.first if self.done else hidden[:, 0]
-        self.sum = self.sum + total if self.done else total
-        self.last = hidden[:, -1]
+        self._pool.add(hidden)
         self.done = stop
-
-    def pooled(self, mode: Mode) -> Tensor:
-        """(1, H)."""
-        if mode == "mean":
-            return self.sum / len(self.ids)
-        return self.first if mode == "cls" else self.last
 
 
 def load_encoder(
@@ -324,13 +300,14 @@ def padded(model: Any, rows: Sequence[Sequence[int]]) -> tuple[dict[str, Tensor]
     return {"input_ids": torch.tensor(ids, device=model.device), "attention_mask": mask}, lengths
 
 
-def _pooled(model: Any, rows: Sequence[Sequence[int]], mode: Mode) -> Tensor:
+def _pooled(
+    model: Any,
+    rows: Sequence[Sequence[int]],
+    reduction: Reduction,
+    prompt_tokens: Sequence[int] = (),
+) -> Tensor:
     """(B, H) of texts of different lengths; what pads them takes no part."""
     inputs, lengths = padded(model, rows)
-    hidden = _hidden(model, **inputs)
-    if mode == "cls":
-        return hidden[:, 0]
-    if mode == "last":
-        return hidden[torch.arange(len(rows)), lengths - 1]
-    weights = inputs["attention_mask"][:, :, None].float()
-    return (hidden * weights).sum(1) / weights.sum(1)
+    pool = reduction.pool(lengths, prompt_tokens)
+    pool.add(_hidden(model, **inputs))
+    return pool.vectors()

@@ -22,7 +22,7 @@ from transformers_api.errors import (
     Overloaded,
 )
 from transformers_api.serving.limits.cancellation import Cancellation
-from transformers_api.serving.models.spec import ModelSpec, Pooling
+from transformers_api.serving.models.spec import ModelSpec, Pooling, Similarity
 from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.swap.residency import ModelResolver
 from transformers_api.serving.swap.swapper import Swapper
@@ -103,17 +103,19 @@ def encode(
     limit: int | None = None,
     side: Side = "right",
     field: str = "input",
+    prompt: str = "",
 ) -> list[list[int]]:
     """The token ids of every input; ids pass as they are. Raises InvalidRequest with ``param``.
 
     ``limit``: tokens of an input that are read, special ones included; -1: as many as the model
     reads; None: all, or it is refused. ``side`` is where the others are left out. ``field`` is the
-    one that the inputs came in, for messages.
+    one that the inputs came in, for messages. ``prompt`` stands before each text.
     """
     limit = model.engine.max_model_len if limit == -1 else limit
     rows = []
     for index, item in enumerate(inputs):
         param = f"{field}[{index}]" if len(inputs) > 1 else field
+        item = f"{prompt}{item}" if isinstance(item, str) else item
         row = chat_template.encode_text(model, item, True, param) if isinstance(item, str) else item
         if limit is not None and len(row) > limit:
             plain = row
@@ -172,10 +174,12 @@ def embed(
     dimensions: int | None,
     cancellation: Cancellation,
     normalize: bool | None = None,
+    prompt_tokens: Sequence[int] = (),
 ) -> list[bytes]:
     """A vector per row, in their order, as little-endian float32.
 
     ``normalize``: to length one, or not; None: as the model's files or its entry say.
+    ``prompt_tokens``: of each row, that take no part; none: all do.
 
     Raises InvalidRequest for more ``dimensions`` than the model has, ClientGone.
     """
@@ -189,15 +193,28 @@ def embed(
     vectors = [b""] * len(rows)
     for indices in slices([len(row) for row in rows], embedder.slice_tokens):
         cancellation.check()
-        made = embedder.embed([rows[index] for index in indices], dimensions, normalize)
+        skipped = [prompt_tokens[index] for index in indices] if prompt_tokens else []
+        group = [rows[index] for index in indices]
+        options = {"prompt_tokens": skipped} if skipped else {}
+        made = embedder.embed(group, dimensions, normalize, **options)
         for index, vector in zip(indices, made, strict=True):
             vectors[index] = vector
     return vectors
 
 
-def cosine(one: bytes, other: bytes) -> float:
-    """The cosine of the angle between two vectors, little-endian float32; 0 beside one of zeros."""
+def similarity(kind: Similarity, one: bytes, other: bytes) -> float:
+    """The nearness of two vectors, little-endian float32; distances are negative.
+
+    The cosine of the angle is 0 beside a vector of zeros.
+    """
     first, second = (numpy.frombuffer(vector, "<f4").astype(float) for vector in (one, other))
+    match kind:
+        case "dot":
+            return float(first @ second)
+        case "euclidean":
+            return -float(numpy.linalg.norm(first - second))
+        case "manhattan":
+            return -float(numpy.abs(first - second).sum())
     length = math.sqrt(float(first @ first) * float(second @ second))
     return max(-1.0, min(1.0, float(first @ second) / length)) if length else 0.0
 

@@ -39,6 +39,7 @@ from transformers_api.errors import EmbeddingsUnavailable, InvalidRequest, Model
 from transformers_api.serving import embeddings
 from transformers_api.serving.generation import GenerationRequest
 from transformers_api.serving.models.spec import ModelSpec
+from transformers_api.serving.prompts import choose_prompt, count_prompt_tokens
 from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.tools.answer_plan import AnswerPlan
 
@@ -166,9 +167,13 @@ def _vectors(
         model = context.hold(models.lease(_named(name), context.cancellation))
         record = request_log.current()
         record.model = model.spec.name
-        rows = embeddings.encode(model, texts)
+        prompt = choose_prompt(model.prompts)
+        rows = embeddings.encode(model, texts, prompt=prompt)
         services().limits.reserve(sum(map(len, rows)))
-        vectors = embeddings.embed(model, rows, dimensions, context.cancellation)
+        skipped = count_prompt_tokens(model, texts, prompt)
+        vectors = embeddings.embed(
+            model, rows, dimensions, context.cancellation, prompt_tokens=skipped
+        )
     record.prompt_tokens = sum(map(len, rows))
     numbers = [list(struct.unpack(f"<{len(vector) // 4}f", vector)) for vector in vectors]
     return numbers, record.prompt_tokens

@@ -17,6 +17,7 @@ from transformers_api.api.http.services import services
 from transformers_api.api.openai.schemas.embeddings import EmbeddingRequest, Embeddings
 from transformers_api.errors import EmbeddingsUnavailable
 from transformers_api.serving import embeddings
+from transformers_api.serving.prompts import choose_prompt, count_prompt_tokens
 
 blueprint = Blueprint("embeddings", __name__, dialect=OPENAI, description="OpenAI's embeddings")
 EXAMPLE = {"model": "all-minilm-l6-v2", "input": "The colour of the sea"}
@@ -58,10 +59,13 @@ def create_embeddings(body: dict[str, Any]) -> Any:
         record = request_log.current()
         record.model = model.spec.name
         side = body.get("truncation_side", "right")
-        rows = embeddings.encode(model, inputs, body.get("truncate_prompt_tokens"), side)
+        prompt = choose_prompt(model.prompts, body.get("prompt_name"), body.get("input_type"))
+        limit = body.get("truncate_prompt_tokens")
+        rows = embeddings.encode(model, inputs, limit, side, prompt=prompt)
         services().limits.reserve(sum(map(len, rows)))  # all of it is used
         vectors = embeddings.embed(
-            model, rows, body.get("dimensions"), context.cancellation, body.get("normalize")
+            *(model, rows, body.get("dimensions"), context.cancellation, body.get("normalize")),
+            prompt_tokens=count_prompt_tokens(model, inputs, prompt),
         )
     encoded = _base64 if body["encoding_format"] == "base64" else _numbers
     tokens = record.prompt_tokens = sum(map(len, rows))

@@ -22,6 +22,7 @@ from transformers_api.api.openai.schemas.rerank import (
 )
 from transformers_api.serving import embeddings, pairs
 from transformers_api.serving.limits.cancellation import Cancellation
+from transformers_api.serving.prompts import choose_prompt, count_prompt_tokens
 from transformers_api.serving.swap.loaded_model import LoadedModel
 
 Json = dict[str, Any]
@@ -33,6 +34,7 @@ RERANK_EXAMPLE = {
     "documents": ["A cat naps on the sofa.", "The stock market fell."],
 }
 SCORE_EXAMPLE = {"model": "all-minilm-l6-v2", "text_1": "A cat", "text_2": ["A kitten", "A bond"]}
+_SIDES = {"query": "query", "documents": "document"}  # of a search; those of a score are alike
 OFF = "`ENABLE_EMBEDDINGS_BACKEND` is off"
 
 
@@ -101,7 +103,7 @@ def _scores(body: Json, texts: Texts) -> tuple[list[float], Json]:
         scores, tokens = ways(model, body, texts, context.cancellation)
         record.prompt_tokens = tokens
     return scores, {
-        "scoring": "cross_encoder" if model.scorer else "cosine",
+        "scoring": "cross_encoder" if model.scorer else model.similarity,
         "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
     }
 
@@ -129,12 +131,23 @@ def _of_vectors(
     limit = body.get("truncate_prompt_tokens")
     if limit is None and "max_tokens_per_doc" in body:
         limit = min(body["max_tokens_per_doc"], model.engine.max_model_len)
+    prompts = {name: choose_prompt(model.prompts, input_type=_SIDES.get(name)) for name in texts}
     first, second = (
-        embeddings.encode(model, items, limit, field=name) for name, items in texts.items()
+        embeddings.encode(model, items, limit, field=name, prompt=prompts[name])
+        for name, items in texts.items()
     )
     tokens = sum(map(len, [*first, *second]))
     services().limits.reserve(tokens)
-    vectors = embeddings.embed(model, [*first, *second], None, cancellation)
+    skipped = [
+        count
+        for name, items in texts.items()
+        for count in count_prompt_tokens(model, items, prompts[name]) or [0] * len(items)
+    ]
+    vectors = embeddings.embed(
+        *(model, [*first, *second], None, cancellation),
+        prompt_tokens=skipped if any(skipped) else (),
+    )
     left, right = vectors[: len(first)], vectors[len(first) :]
     compared = zip(left * len(right) if len(left) == 1 else left, right, strict=True)
-    return [embeddings.cosine(one, other) for one, other in compared], tokens
+    kind = model.similarity
+    return [embeddings.similarity(kind, one, other) for one, other in compared], tokens

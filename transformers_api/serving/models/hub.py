@@ -28,6 +28,7 @@ from transformers_api.serving.models.spec import HubSource
 RESERVE_BYTES = 1 << 30  # left free on the disk for everybody else
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 ENCODER_STEP = "[0-9]_*/config.json"  # how a sentence encoder pools
+STEP_WEIGHTS = "[0-9]_*/model.safetensors"  # of a layer behind its pooling
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _CHUNK = 1 << 22
 ASK_TIMEOUT_S = 5.0
@@ -215,10 +216,14 @@ def _choose(
         if ("/" not in name and any(fnmatchcase(name, pattern) for pattern in patterns))
         or fnmatchcase(name, ENCODER_STEP)
     ]
+    steps = [name for name in files if fnmatchcase(name, STEP_WEIGHTS)]
+    if preflight.MODULES not in files:
+        steps = []
     if preflight.WEIGHTS in files:
-        return small, [preflight.WEIGHTS]
+        return small, [preflight.WEIGHTS, *steps]
     if preflight.INDEX in files:
-        return small, [name for name in files if fnmatchcase(name, "model-*.safetensors")]
+        shards = [name for name in files if fnmatchcase(name, "model-*.safetensors")]
+        return small, [*shards, *steps]
     if names := foreign.ggufs(files):
         raise ModelLoadFailed(
             f"{source.repo} has no weights in the safetensors format, but GGUF files: name one as "

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -129,7 +130,17 @@ def is_complete(folder: Path) -> bool:
             _check_tokenizer(folder)
     except ModelLoadFailed:
         return False
-    return (folder / "config.json").is_file()
+    return (folder / "config.json").is_file() and _has_steps(folder)
+
+
+def _has_steps(folder: Path) -> bool:
+    """True where an encoder's layers behind its pooling have their weights."""
+    try:
+        listed = json.loads((folder / MODULES).read_bytes())
+        places = [e["path"] for e in listed if str(e["type"]).endswith((".Dense", ".LayerNorm"))]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return True  # no encoder, or one that its reader refuses
+    return all((folder / str(place) / WEIGHTS).is_file() for place in places)
 
 
 def is_original(folder: Path) -> bool:

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
@@ -19,6 +19,7 @@ from transformers_api.serving.models.spec import (
     PackageSource,
     PathSource,
     Pooling,
+    PoolingMode,
     Source,
 )
 
@@ -39,7 +40,7 @@ MAX_DIGITS = 40
 MAX_NODES, MAX_NESTING = 20_000, 32  # of a YAML file; JSON's parser has limits of its own
 MAX_MARK = 100  # characters
 _ENCODERS = ("encoder", "cross_encoder")
-_POOLINGS = ("mean", "last", "cls")
+_POOLINGS = get_args(PoolingMode)
 _SOURCES = ("hf_repo", "path", "package")
 
 

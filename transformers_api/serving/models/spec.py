@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 ChatMode = Literal["template", "transcript", "off"]
-PoolingMode = Literal["cls", "mean", "last"]
+PoolingMode = Literal["cls", "mean", "last", "max", "mean_sqrt_len_tokens", "weightedmean"]
+Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]
+StepKind = Literal["dense", "layer_norm", "normalize"]
 EncoderKind = Literal["encoder", "cross_encoder"]  # makes vectors; scores pairs of texts
 
 
@@ -43,10 +45,31 @@ Source = HubSource | PathSource | PackageSource
 
 @dataclass(frozen=True, slots=True)
 class Pooling:
-    """The pooling of a text's hidden states to one vector: its first, its last, or their mean."""
+    """The pooling of a text's hidden states to one vector; of several modes one after the other.
 
-    mode: PoolingMode
+    ``include_prompt``: the tokens of a prompt before the text take part.
+    """
+
+    mode: PoolingMode | tuple[PoolingMode, ...]
     normalize: bool = True
+    include_prompt: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class VectorStep:
+    """A layer that a pooled vector goes through; its weights lie in ``folder``."""
+
+    kind: StepKind
+    folder: Path
+    config: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """Texts that stand before those that are embedded, by their names, and the usual one's name."""
+
+    texts: Mapping[str, str] = field(default_factory=dict)
+    default: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

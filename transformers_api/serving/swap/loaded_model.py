@@ -11,7 +11,7 @@ from transformers_api.engine.base import Engine, PairIds
 from transformers_api.inspection.base import Inspector
 from transformers_api.serving.constraints.compiler import Compiler
 from transformers_api.serving.constraints.listener import ConstraintListener
-from transformers_api.serving.models.spec import ModelFiles, ModelSpec
+from transformers_api.serving.models.spec import ModelFiles, ModelSpec, Prompts, Similarity
 from transformers_api.serving.text.infilling import InfillTokens, infill_tokens
 from transformers_api.serving.text.model_template import ModelTemplate
 from transformers_api.serving.text.model_text import ModelText
@@ -36,10 +36,12 @@ class Embedder(Protocol):
         rows: Sequence[Sequence[int]],
         dimensions: int | None = None,
         normalize: bool | None = None,
+        prompt_tokens: Sequence[int] = (),
     ) -> list[bytes]:
         """A vector per row of token ids, as little-endian float32: the first ``dimensions`` of it.
 
-        ``normalize``: to length one, or not; None: as the model has it.
+        ``normalize``: to length one, or not; None: as the model has it. ``prompt_tokens``: of each
+        row, for models that leave a prompt out of the pooling.
         The rows are one slice. Raises ModelUnloaded, EngineDead.
         """
         ...
@@ -76,6 +78,9 @@ class LoadedModel:
     created: int = 0
     count_tokens: Callable[[str], int] | None = None  # for usage; None: the model's own tokens
     embedder: Embedder | None = None  # where the registry entry says that it embeds
+    prompts: Prompts = Prompts()  # noqa: RUF009 - it is frozen
+    pools_prompts: bool = True  # the tokens of a prompt are pooled, too
+    similarity: Similarity = "cosine"  # of two vectors, as the model was trained
     scorer: PairScorer | None = None  # of a cross encoder
     inspector: Inspector | None = None  # None: INSPECT_ENABLED is off
     is_outdated: Callable[[], bool] = bool  # whether loading it anew would make it faster

@@ -78,6 +78,17 @@ class EmbeddingRequest(Truncation):
     normalize = Boolean(
         **about("Scale vectors to length one, or do not. Default: as the model's entry says.")
     )
+    prompt_name = Text(
+        shortest=1, longest=256, **about("The model's prompt of that name stands before each text.")
+    )
+    input_type = Text(
+        shortest=1,
+        longest=64,
+        **about(
+            "The side of a search (`query`, `document`, `passage`): the model's prompt for it, if "
+            "it has one. Or another prompt's name."
+        ),
+    )
     user = Text(longest=512, **about("Accepted and not used."))
 
 

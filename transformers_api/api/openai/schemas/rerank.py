@@ -29,6 +29,8 @@ _TEXTS = about(
     oneOf=[_STRING, {"type": "array", "items": _STRING, "maxItems": MAX_DOCUMENTS}],
 )
 
+SCORINGS = ("cosine", "dot", "euclidean", "manhattan", "cross_encoder")
+
 
 class Document(fields.Field[str]):
     """A text, or an object with one under ``text``."""
@@ -100,7 +102,7 @@ class RerankAnswer(Schema):
     id = Text()
     model = Text()
     results = Many(Object(RerankResult), longest=MAX_DOCUMENTS)
-    scoring = Text(choices=("cosine", "cross_encoder"), **about("How the scores were made."))
+    scoring = Text(choices=SCORINGS, **about("How the scores were made."))
     usage = Object(EmbeddingUsage)
 
 
@@ -131,5 +133,5 @@ class ScoreAnswer(Schema):
         AnyObject(**about("`object`: score, `index`, and `score`: as a `relevance_score`.")),
         longest=MAX_DOCUMENTS,
     )
-    scoring = Text(choices=("cosine", "cross_encoder"), **about("How the scores were made."))
+    scoring = Text(choices=SCORINGS, **about("How the scores were made."))
     usage = Object(EmbeddingUsage)
