@@ -99,7 +99,7 @@ EXCEPTIONS = {"checkpoints.headers.gguf_file": {"gguf"}, "serving.models.hub": {
 
 LOADING = {
     "engine/pretrained.py",
-    "engine/embedding.py",
+    "engine/encoder.py",
     "checkpoints/convert.py",
     "checkpoints/parameter_shapes.py",
 }

@@ -33,11 +33,20 @@ def thread():
     thread.stop()
 
 
+@pytest.fixture(scope="module", params=["native", "torch"])
+def kernels(request):
+    if request.param == "native":
+        request.getfixturevalue("native_cache")
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def encoders(thread, tmp_path_factory):
+def encoders(thread, tmp_path_factory, kernels):
     """encoders(name): the folder and the loaded model, made once."""
     root, made = tmp_path_factory.mktemp("encoders"), {}
-    settings = Settings(model_store=root / "store", hf_home=root / "hub", native_kernels=False)
+    settings = Settings(
+        model_store=root / "store", hf_home=root / "hub", native_kernels=kernels == "native"
+    )
     loader = EncoderLoader(settings, ModelStore(settings), thread)
 
     def load(name):
@@ -108,8 +117,9 @@ def pooled(states, first, pooling):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_vectors_are_those_of_sentence_transformers_in_any_company(encoders, name):
+def test_vectors_are_those_of_sentence_transformers_in_any_company(encoders, kernels, name):
     folder, model = encoders(name)
+    assert (model.kernels, model.dtype) == (kernels, "float32")
     expected = reference(folder, name, TEXTS)
     torch.testing.assert_close(ours(model, TEXTS), expected, atol=2e-5, rtol=1e-5)
     alone = torch.cat([ours(model, [text]) for text in TEXTS])
@@ -138,3 +148,36 @@ def test_what_the_files_say_of_use_is_the_models(encoders):
     assert encoders("embeddinggemma")[1].prompts.default == "document"
     assert encoders("minilm")[1].max_model_len == 64
     assert not encoders("instructor")[1].pools_prompts
+
+
+def test_sixteen_bits_of_a_file_stay_sixteen_bits(thread, tmp_path, native_cache):
+    folder = save("qwen3-embedding", tmp_path / "encoder")
+    tf.AutoModel.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    settings = Settings(model_store=tmp_path / "store", hf_home=tmp_path / "hub")
+    loader = EncoderLoader(settings, ModelStore(settings), thread)
+    spec = ModelSpec(name="m", source=PathSource(folder), embedding="encoder")
+    files = loader.prepare(spec, lambda share, what: None)
+    assert loader._weight_bytes(spec, files) == 2 * files.parameters
+    model = loader.load(spec, files)
+    assert (model.kernels, model.dtype) == ("native", "bfloat16")
+    assert model.bytes < 3 * files.parameters  # its tables are small, and stay numbers
+    expected = reference(folder, "qwen3-embedding", TEXTS)
+    cosines = (ours(model, TEXTS) * expected).sum(1)
+    assert cosines.min() > 0.999
+    model.engine.close()
+
+
+def test_a_large_table_of_sixteen_bits_is_packed_as_it_is(
+    thread, tmp_path, native_cache, monkeypatch
+):
+    monkeypatch.setattr("transformers_api.engine.native.encoder.LARGE_TABLE", 1 << 10)
+    folder = save("bge", tmp_path / "encoder")
+    tf.AutoModel.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    settings = Settings(model_store=tmp_path / "store", hf_home=tmp_path / "hub")
+    loader = EncoderLoader(settings, ModelStore(settings), thread)
+    spec = ModelSpec(name="m", source=PathSource(folder), embedding="encoder")
+    model = loader.load(spec, loader.prepare(spec, lambda share, what: None))
+    assert type(model.engine.model.get_input_embeddings()).__name__ == "NativeEmbedding"
+    cosines = (ours(model, TEXTS) * reference(folder, "bge", TEXTS)).sum(1)
+    assert cosines.min() > 0.999
+    model.engine.close()

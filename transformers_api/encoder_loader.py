@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from transformers_api.engine.load_options import LoadOptions
+from transformers_api.engine.load_options import DTYPE_BYTES, LoadOptions
 from transformers_api.model_loader import ModelLoader
 from transformers_api.serving.models.encoder_files import read_encoder, reads_sigmoid
 from transformers_api.serving.models.preflight import MODULES
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 class EncoderLoader(ModelLoader):
-    """The same for encoders of both kinds, which torch runs and nobody quantises."""
+    """The same for encoders of both kinds, which nobody quantises."""
 
     def _placement(self, spec: ModelSpec) -> LoadOptions:
-        return replace(super()._placement(spec), native=None, quantization="none")
+        return replace(super()._placement(spec), quantization="none")
 
     def prepare(self, spec: ModelSpec, progress: Callable[[float, str], None]) -> ModelFiles:
         """See Loader."""
@@ -45,10 +45,24 @@ class EncoderLoader(ModelLoader):
         longest = min(limit for limit in limits if limit is not None)
         return replace(options, max_context_tokens=longest)
 
+    def _weight_bytes(self, spec: ModelSpec, files: ModelFiles) -> int:
+        from transformers_api.engine.native.encoder import encoder_library, encoder_numbers
+
+        options = self._placement(spec)
+        device, threads = self.thread.call(lambda: self._pick_device(spec)).result(), self.thread
+        dtype = options.dtype
+        if self.thread.call(
+            lambda: encoder_library(options, device, threads.num_threads) is not None
+        ).result():
+            dtype = encoder_numbers(options.dtype, files.stored_dtype) or dtype
+        elif dtype == "auto" and device != "cpu":
+            dtype = files.stored_dtype
+        return files.parameters * DTYPE_BYTES.get(dtype, 4)
+
     def _load_engine(
         self, spec: ModelSpec, files: ModelFiles, options: LoadOptions
     ) -> tuple[Engine, Inspector | None]:
-        from transformers_api.engine.embedding import load_encoder
+        from transformers_api.engine.encoder import load_encoder
 
         with_head = spec.encoder == "cross_encoder"
         return load_encoder(files.folder, options, self.thread, with_head=with_head), None

@@ -17,7 +17,8 @@ from tests.engine.models import BATCHED, tiny_model
 from tests.engine.reading import ask
 from transformers_api.engine import embedding
 from transformers_api.engine.base import SamplingParams, SequenceRequest
-from transformers_api.engine.embedding import EncoderEngine, Line, PooledEmbedder, load_encoder
+from transformers_api.engine.embedding import EncoderEngine, Line, PooledEmbedder
+from transformers_api.engine.encoder import load_encoder
 from transformers_api.engine.load_options import LoadOptions
 from transformers_api.engine.pooling import Reduction
 from transformers_api.errors import ModelLoadFailed, ModelNotCapable, ModelUnloaded

@@ -14,12 +14,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import AutoModel, AutoModelForSequenceClassification, DynamicCache
+from transformers import DynamicCache
 
 from transformers_api.engine.base import (
     NOTHING,
@@ -30,27 +29,29 @@ from transformers_api.engine.base import (
     SequenceRequest,
     TokenStream,
 )
-from transformers_api.engine.load_options import LoadOptions
 from transformers_api.engine.platform.cpu import usable_cores
 from transformers_api.engine.platform.memory import release_memory
-from transformers_api.engine.platform.meta_shapes import ShapesOnly
 from transformers_api.engine.pooling import Pool, Reduction
-from transformers_api.engine.pretrained import context_window, pick_device, read_config
-from transformers_api.engine.rope import follow_lengths, sequence_length, switching_lengths
+from transformers_api.engine.rope import sequence_length, switching_lengths
 from transformers_api.engine.thread import EngineThread
-from transformers_api.errors import ApiError, ModelLoadFailed, ModelNotCapable, ModelUnloaded
+from transformers_api.errors import ApiError, ModelNotCapable, ModelUnloaded
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
 class EncoderEngine:
-    """Meets ``base.Engine`` for a model that makes vectors and no text."""
+    """Meets ``base.Engine`` for a model that makes vectors and no text.
+
+    ``threads``: torch's, during its passes; by default as many as the engine thread's.
+    """
 
     eos_token_ids: frozenset[int] = frozenset()
     context_overflow: ContextOverflow = None
 
-    def __init__(self, model: Any, max_model_len: int, thread: EngineThread) -> None:
+    def __init__(
+        self, model: Any, max_model_len: int, thread: EngineThread, threads: int | None = None
+    ) -> None:
         self.model = model
         self.facts = EngineFacts(
             device=str(model.device),
@@ -61,7 +62,7 @@ class EncoderEngine:
         self.max_model_len = max_model_len
         self.vocab_size = int(model.get_input_embeddings().num_embeddings)
         self.thread = thread
-        self._threads = thread.num_threads or usable_cores()
+        self._threads = threads or thread.num_threads or usable_cores()
         self._closed: ApiError | None = None
 
     def submit(
@@ -233,51 +234,6 @@ class _Reading:
             )
         self._pool.add(hidden)
         self.done = stop
-
-
-def load_encoder(
-    folder: Path, options: LoadOptions, thread: EngineThread, *, with_head: bool = False
-) -> EncoderEngine:
-    """An encoder, ready for visits; on the engine thread. Raises ModelLoadFailed.
-
-    Without its head a pooler that the file lacks is not used; ``with_head``: it scores pairs.
-    """
-    auto = AutoModelForSequenceClassification if with_head else AutoModel
-    device = pick_device(options.device)
-    dtype: Any = "auto" if options.dtype == "auto" else getattr(torch, options.dtype)
-    if options.dtype == "auto" and device == "cpu":
-        dtype = torch.float32
-    try:
-        with ShapesOnly():
-            loaded: Any = auto.from_pretrained(
-                folder,
-                config=read_config(folder, options.trust_remote_code),
-                dtype=dtype,
-                trust_remote_code=options.trust_remote_code,
-                local_files_only=True,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-    except Exception as error:
-        log.exception("Loading %s failed", folder.name)
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-        raise ModelLoadFailed(f"The model cannot be loaded: {reason}") from error
-    model, info = loaded
-    _check_weights(info, needs_pooler=with_head)
-    follow_lengths(model)
-    model = model.to(device).eval()
-    return EncoderEngine(model, context_window(model, options), thread)
-
-
-def _check_weights(info: dict[str, Any], *, needs_pooler: bool) -> None:
-    lacking = {str(key) for key in info.get("missing_keys") or ()}
-    lacking = {key for key in lacking if needs_pooler or "pooler" not in key.split(".")}
-    lacking |= {str(key) for key in info.get("mismatched_keys") or ()}
-    if lacking:
-        raise ModelLoadFailed(
-            "The weights do not fit the configuration: missing or of another shape: "
-            f"{', '.join(sorted(lacking)[:3])}"
-        )
 
 
 def _hidden(model: Any, **inputs: Any) -> Tensor:
