@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from transformers_api.engine.load_options import DTYPE_BYTES, LoadOptions
+from transformers_api.engine.load_options import DTYPE_BYTES, LoadOptions, plain_numbers
 from transformers_api.model_loader import ModelLoader
 from transformers_api.serving.models.encoder_files import read_encoder, reads_sigmoid
 from transformers_api.serving.models.preflight import MODULES
@@ -54,7 +54,9 @@ class EncoderLoader(ModelLoader):
         if self.thread.call(
             lambda: encoder_library(options, device, threads.num_threads) is not None
         ).result():
-            dtype = encoder_numbers(options.dtype, files.stored_dtype) or dtype
+            stored = files.stored_dtype
+            stored = plain_numbers(files.file_types) if stored == "gguf" else stored
+            dtype = encoder_numbers(options.dtype, stored) or dtype
         elif dtype == "auto" and device != "cpu":
             dtype = files.stored_dtype
         return files.parameters * DTYPE_BYTES.get(dtype, 4)

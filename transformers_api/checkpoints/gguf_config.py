@@ -12,9 +12,12 @@ from typing import Any
 from transformers import CONFIG_MAPPING
 from transformers.integrations import ggml
 from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS, get_gguf_config
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
 
-from transformers_api.checkpoints import gguf_rope
+from transformers_api.checkpoints import gguf_encoder, gguf_rope
 from transformers_api.checkpoints.headers.gguf_file import GgufHeader, GgufTensor
 from transformers_api.errors import ModelLoadFailed
 
@@ -68,13 +71,16 @@ def build(header: GgufHeader) -> Any:
             f"the architecture {architecture!r} (general.architecture) has its heads in an order "
             "that cannot be read from GGUF; take its safetensors"
         )
+    is_encoder = gguf_encoder.is_encoder(header.metadata)
+    classes = MODEL_MAPPING_NAMES if is_encoder else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     try:
         fields = _fields(header)
         kind = str(fields["model_type"])
-        if kind not in CONFIG_MAPPING or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        if kind not in CONFIG_MAPPING or kind not in classes:
+            does = "makes vectors" if is_encoder else "continues its own text"
             raise ModelLoadFailed(
                 f"the architecture {architecture!r} (general.architecture) has no model here that "
-                "continues its own text"
+                f"{does}"
             )
         config: Any = CONFIG_MAPPING[kind].from_dict(fields)
         gguf_rope.apply(config, header)
@@ -84,7 +90,7 @@ def build(header: GgufHeader) -> Any:
     except Exception as error:  # the entries are a stranger's
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
         raise ModelLoadFailed(f"its metadata makes no configuration: {reason}") from error
-    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]]
+    config.architectures = [str(classes[kind])]
     return config
 
 
@@ -92,6 +98,9 @@ def _fields(header: GgufHeader) -> dict[str, Any]:
     architecture = header.metadata["general.architecture"]
     tensors = {tensor.name: tensor for tensor in header.tensors}
     table = TABLES.get(architecture, architecture)
+    if architecture in gguf_encoder.MODEL_TYPES:
+        own = gguf_encoder.fields(architecture, header.metadata, tensors)
+        return {**own, **_vocabulary(tensors)}
     if architecture in GGUF_CONFIG_ARCHS:
         tokens = header.metadata.get("tokenizer.ggml.tokens")
         counted = {**header.metadata, "tokenizer.ggml.tokens": len(tokens) if tokens else None}

@@ -11,7 +11,7 @@ from typing import Any
 import gguf
 from transformers import AutoTokenizer, GenerationConfig
 
-from transformers_api.checkpoints import gguf_tokenizer
+from transformers_api.checkpoints import gguf_encoder, gguf_tokenizer
 from transformers_api.checkpoints.headers.gguf_file import GgufHeader
 
 _HALF = {"F16": "float16", "BF16": "bfloat16"}
@@ -24,6 +24,8 @@ def write_texts(header: GgufHeader, config: Any, folder: Path) -> None:
     config.save_pretrained(folder)
     generation.save_pretrained(folder)
     read_tokenizer(header, folder).save_pretrained(folder)
+    if gguf_encoder.is_encoder(header.metadata):
+        gguf_encoder.write_modules(header, folder)
 
 
 def stored_dtype(header: GgufHeader) -> str:

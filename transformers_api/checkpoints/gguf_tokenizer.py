@@ -6,10 +6,18 @@ are left to transformers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+)
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.tokenization_utils_base import generate_merges
@@ -49,13 +57,13 @@ def build(metadata: Mapping[str, Any]) -> Any:
     """The tokenizer; None for the kinds that transformers builds. Raises ModelLoadFailed."""
     kind = metadata.get("tokenizer.ggml.model")
     architecture = metadata.get("general.architecture")
-    if kind not in ("gpt2", "llama") or (kind == "llama" and architecture in OTHERS_SENTENCEPIECE):
+    if kind not in _KINDS or (kind == "llama" and architecture in OTHERS_SENTENCEPIECE):
         return None
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
         raise ModelLoadFailed("tokenizer.ggml.tokens is missing")
     try:
-        tokenizer = _byte_level(metadata) if kind == "gpt2" else _sentencepiece(metadata)
+        tokenizer = _KINDS[kind](metadata)
     except ModelLoadFailed:
         raise
     except Exception as error:  # the Rust library raises Exception itself
@@ -127,6 +135,49 @@ def _sentencepiece(metadata: Mapping[str, Any]) -> Tokenizer:
     return tokenizer
 
 
+def _wordpiece(metadata: Mapping[str, Any]) -> Tokenizer:
+    """BERT's pieces: a word's first begins with ``▁`` there, a later one with ``##`` here.
+
+    Letters become small ones without accents, as in llama.cpp whatever the model.
+    """
+    whole = {index for index, _ in _added(metadata)}
+    vocab: dict[str, int] = {}
+    for index, token in enumerate(metadata["tokenizer.ggml.tokens"]):
+        if index not in whole and not _is_special(token):
+            token = token[1:] if token.startswith(SPACE) else f"##{token}"
+        vocab.setdefault(token, index)
+    unknown = _id(metadata, "unknown")
+    names = metadata["tokenizer.ggml.tokens"]
+    tokenizer = Tokenizer(
+        models.WordPiece(vocab, unk_token="[UNK]" if unknown is None else names[unknown])
+    )
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True, strip_accents=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    return tokenizer
+
+
+def _is_special(token: str) -> bool:
+    return token.startswith("[") and token.endswith("]") and len(token) > 2
+
+
+def _unigram(metadata: Mapping[str, Any]) -> Tokenizer:
+    """SentencePiece's unigrams, as XLM-RoBERTa has them."""
+    tokens, scores = metadata["tokenizer.ggml.tokens"], metadata.get("tokenizer.ggml.scores")
+    if not isinstance(scores, list) or len(scores) < len(tokens):
+        raise ModelLoadFailed("tokenizer.ggml.scores is missing or too short")
+    pairs = list(zip(tokens, scores, strict=False))
+    tokenizer = Tokenizer(models.Unigram(pairs, unk_id=_id(metadata, "unknown")))
+    steps: list[normalizers.Normalizer] = []
+    if charsmap := metadata.get("tokenizer.ggml.precompiled_charsmap"):
+        steps.append(normalizers.Precompiled(bytes(byte & 0xFF for byte in charsmap)))
+    steps.append(normalizers.Replace(Regex(" {2,}"), " "))
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme="always")
+    tokenizer.decoder = decoders.Metaspace(SPACE, prepend_scheme="always")
+    return tokenizer
+
+
 def _merges(metadata: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """The pairs, best first. A part may itself begin with a space."""
     merges = metadata.get("tokenizer.ggml.merges")
@@ -152,18 +203,29 @@ def _id(metadata: Mapping[str, Any], name: str) -> int | None:
     return index if isinstance(index, int) and 0 <= index < count else None
 
 
+_KINDS: dict[Any, Callable[[Mapping[str, Any]], Tokenizer]] = {
+    "gpt2": _byte_level,
+    "llama": _sentencepiece,
+    "bert": _wordpiece,
+    "t5": _unigram,
+}
+
+
 def _wrapped(tokenizer: Tokenizer, metadata: Mapping[str, Any]) -> Any:
     new: Any = PreTrainedTokenizerFast
     tokens = metadata["tokenizer.ggml.tokens"]
     ids = {name: _id(metadata, short) for name, short in _SPECIAL.items()}
-    begins = (
-        metadata["tokenizer.ggml.model"] == "llama"
-        or metadata.get("tokenizer.ggml.pre") in pretokenizers.BEGINS_TEXT
-    )
+    kind = metadata["tokenizer.ggml.model"]
+    frames = kind in ("bert", "t5")  # a text between two tokens
+    if frames:
+        for name, short in (("bos_token", "cls"), ("eos_token", "seperator")):  # as it is spelt
+            own = _id(metadata, short)
+            ids[name] = ids[name] if own is None else own
+    begins = kind == "llama" or metadata.get("tokenizer.ggml.pre") in pretokenizers.BEGINS_TEXT
     return new(
         tokenizer_object=tokenizer,
-        add_bos_token=metadata.get("tokenizer.ggml.add_bos_token", begins),
-        add_eos_token=metadata.get("tokenizer.ggml.add_eos_token", False),
+        add_bos_token=metadata.get("tokenizer.ggml.add_bos_token", begins or frames),
+        add_eos_token=metadata.get("tokenizer.ggml.add_eos_token", frames),
         chat_template=metadata.get("tokenizer.chat_template"),
         clean_up_tokenization_spaces=False,
         **{name: None if index is None else tokens[index] for name, index in ids.items()},

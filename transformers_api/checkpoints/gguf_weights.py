@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import gguf
 
+from transformers_api.checkpoints import gguf_encoder
 from transformers_api.checkpoints.headers.gguf_file import GgufHeader, GgufTensor
 from transformers_api.errors import ModelLoadFailed
 
@@ -44,13 +46,15 @@ def build(header: GgufHeader, config: Any, shapes: Mapping[str, Shape]) -> dict[
             + (f", nor {len(missing) - 1} others" if missing[1:] else "")
         )
     used = {name for names in sources.values() for name in names}
+    if gguf_encoder.is_encoder(header.metadata):
+        used.add("output.weight")  # which nobody asks for a token
     if surplus := [name for name in tensors if name not in used and not _IGNORED.fullmatch(name)]:
         raise ModelLoadFailed(
             f"tensor {surplus[0]} has no place in {config.architectures[0]}"
             + (f", nor have {len(surplus) - 1} others" if surplus[1:] else "")
         )
     table = {
-        name: _parameter(architecture, config, shapes[name], [tensors[source] for source in names])
+        name: _parameter(architecture, config, shapes[name], _pieces(name, names, tensors))
         for name, names in sources.items()
     }
     return {"version": VERSION, "files": file_stamps(header), "tensors": table}
@@ -79,7 +83,10 @@ def _sources(
         )
     names = gguf.get_tensor_name_map(kinds[architecture], 1)  # all layers have the same names
     sources: dict[str, list[str]] = {}
-    taken = set[str]()
+    if architecture == "nomic-bert":
+        fused = {name: gguf_encoder.sources(name, tensors) for name in shapes}
+        sources = {name: names for name, names in fused.items() if names}
+    taken = {name for names in sources.values() for name in names}
     for depth in range(3):  # names of the model inside, where the whole one's are not listed
         for name in shapes:
             if name in sources:
@@ -92,6 +99,20 @@ def _sources(
                     taken.update(group)
                     break
     return {name: sources[name] for name in shapes if name in sources}
+
+
+def _pieces(
+    name: str, sources: Sequence[str], tensors: Mapping[str, GgufTensor]
+) -> list[GgufTensor]:
+    """The tensors of a parameter; of a fused one the rows that are the parameter's."""
+    pieces = [tensors[source] for source in sources]
+    third = gguf_encoder.third(name)
+    if third is None or not sources[0].endswith("attn_qkv.weight"):
+        return pieces
+    whole = pieces[0]
+    rows, size = whole.shape[0] // 3, whole.bytes // 3
+    shape, offset = (rows, *whole.shape[1:]), whole.offset + third * size
+    return [replace(whole, shape=shape, offset=offset, bytes=size)]
 
 
 def _mapped(names: gguf.TensorNameMap, name: str, depth: int) -> Iterator[str]:

@@ -97,12 +97,12 @@ def _sweep(store: Path) -> None:
 def _seal(source: Path, folder: Path, report: Report, notes: Mapping[str, Any]) -> None:
     """Add the manifest and force everything to the disk, so that the rename publishes it whole."""
     report(0.9, "checking sums")
-    files = sorted(path for path in folder.iterdir() if path.is_file())
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
     manifest = {
         "version": VERSION,
         "source": source.name,
         "source_bytes": source.stat().st_size,
-        "files": {path.name: _sha256(path) for path in files},
+        "files": {str(path.relative_to(folder)): _sha256(path) for path in files},
         **notes,
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")

@@ -12,7 +12,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 
 from transformers_api.engine.backend import BackendRefused
 from transformers_api.engine.embedding import EncoderEngine
-from transformers_api.engine.load_options import LoadOptions
+from transformers_api.engine.load_options import LoadOptions, plain_numbers
 from transformers_api.engine.native.encoder import (
     encoder_library,
     encoder_numbers,
@@ -21,8 +21,14 @@ from transformers_api.engine.native.encoder import (
 )
 from transformers_api.engine.platform.memory import release_memory
 from transformers_api.engine.platform.meta_shapes import ShapesOnly
-from transformers_api.engine.pretrained import context_window, pick_device, read_config
+from transformers_api.engine.pretrained import (
+    context_window,
+    empty_model,
+    pick_device,
+    read_config,
+)
 from transformers_api.engine.rope import follow_lengths
+from transformers_api.engine.stored_weights import StoredWeights
 from transformers_api.engine.thread import EngineThread
 from transformers_api.errors import ModelLoadFailed
 
@@ -42,6 +48,9 @@ def load_encoder(
     library = encoder_library(options, device, thread.num_threads)
     config = _config(folder, options)
     stored = str(config.dtype).removeprefix("torch.")
+    weights = StoredWeights.of(folder)
+    if weights is not None:
+        stored = plain_numbers(weights.types)
     numbers = encoder_numbers(options.dtype, stored) if library else None
     if library and numbers:
         model = _load(folder, config, getattr(torch, numbers), options, with_head=with_head)
@@ -63,6 +72,9 @@ def load_encoder(
 
 
 def _load(folder: Path, config: Any, dtype: Any, options: LoadOptions, *, with_head: bool) -> Any:
+    weights = StoredWeights.of(folder)
+    if weights is not None:
+        return _load_stored(folder, weights, dtype)
     auto = AutoModelForSequenceClassification if with_head else AutoModel
     try:
         with ShapesOnly():
@@ -81,6 +93,21 @@ def _load(folder: Path, config: Any, dtype: Any, options: LoadOptions, *, with_h
     _check_weights(info, needs_pooler=with_head)
     follow_lengths(model)
     return model.eval()
+
+
+def _load_stored(folder: Path, weights: StoredWeights, dtype: Any) -> Any:
+    """The same from a GGUF file. Raises ModelLoadFailed."""
+    dtype = weights.dtype if dtype == "auto" else dtype
+    try:
+        with ShapesOnly():
+            model = empty_model(folder, dtype, AutoModel)
+        if getattr(model, "pooler", None) is not None:  # of a classifier; GGUF has none
+            model.pooler = None
+        weights.fill(model, dtype)
+    except Exception as error:
+        raise _failure(folder, error) from error
+    follow_lengths(model)
+    return model.eval().requires_grad_(False)
 
 
 def _config(folder: Path, options: LoadOptions) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +14,15 @@ SMALL_BYTES = 64 << 20  # a float32 checkpoint up to here stays exact: it has no
 # the rounding of its inputs, and takes little memory anyway.
 AS_NUMBERS = 300_000_000
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def plain_numbers(types: Mapping[str, int]) -> str:
+    """The format of a GGUF file's weights as plain numbers: of a small one's all are exact.
+
+    ``types``: weights by ggml's name of their type.
+    """
+    is_small = sum(types.values()) < AS_NUMBERS
+    return "float32" if is_small or types.keys() == {"F32"} else "bfloat16"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -87,13 +87,15 @@ def load_model(folder: Path, device: str, dtype: str, trust_remote_code: bool) -
         return model.to(device).eval().requires_grad_(False)
 
 
-def empty_model(folder: Path, dtype: torch.dtype) -> Any:
+def empty_model(folder: Path, dtype: torch.dtype, auto: Any = AutoModelForCausalLM) -> Any:
     """The model of a folder with all parameters on ``meta``, tied ones the same.
 
-    Its buffers have their numbers.
+    Its buffers have their numbers. ``auto`` is the class of transformers that chooses the model's.
     """
-    make, config = causal_model(read_config(folder, trust_remote_code=False))
-    new = make.from_config if make is AutoModelForCausalLM else make._from_config
+    make, config = auto, read_config(folder, trust_remote_code=False)
+    if auto is AutoModelForCausalLM:
+        make, config = causal_model(config)
+    new = make.from_config if make is auto else make._from_config
     with no_init_weights(), _parameters_on_meta():
         model = new(config, dtype=dtype)
     model.tie_weights()
