@@ -192,3 +192,89 @@ def test_sentencepiece_writes_a_space_first_only_where_the_file_says_so(
     assert tokenizer.tokenize(text) == expected
     if "</s>" not in text:
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def gemma(**more: Any) -> dict[str, Any]:
+    words = [
+        "▁",
+        *"abcdefghijklmnopqrstuvwxyz",
+        "\n",
+        "th",
+        "the",
+        "▁the",
+        "▁t",
+        "he",
+        "an",
+        "▁an",
+    ]
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "  ", "   ", "\n\n", "<start>"]
+    tokens += [f"<0x{byte:02X}>" for byte in range(256)] + words
+    return {
+        "general.architecture": "gemma3",
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3] * 5 + [4] * 3 + [3] + [6] * 256 + [1] * len(words),
+        "tokenizer.ggml.scores": [-1000.0] * len(tokens),
+        "tokenizer.ggml.bos_token_id": 2,
+        "tokenizer.ggml.eos_token_id": 1,
+        "tokenizer.ggml.unknown_token_id": 3,
+        "tokenizer.ggml.padding_token_id": 0,
+        "tokenizer.ggml.add_bos_token": True,
+        **more,
+    }
+
+
+BY_SCORES = sentencepiece()
+BY_MERGES = sentencepiece(**{"tokenizer.ggml.merges": ["▁ h", "h i", "▁h i"]})
+VOCABULARIES = {
+    "byte level": byte_level(),
+    "sentencepiece": BY_SCORES,
+    "sentencepiece with merges": BY_MERGES,
+    "gemma": gemma(),
+    "gemma4": gemma(**{"tokenizer.ggml.model": "gemma4", "tokenizer.ggml.merges": ["t h", "th e"]}),
+}
+
+
+@pytest.mark.parametrize("name", VOCABULARIES)
+def test_what_is_written_at_once_is_what_the_library_would_save(tmp_path: Path, name: str) -> None:
+    metadata = VOCABULARIES[name]
+    gguf_tokenizer.build(metadata).save_pretrained(tmp_path / "saved")
+    (tmp_path / "written").mkdir()
+    gguf_tokenizer.write(metadata, tmp_path / "written")
+    saved, written = ({p.name: p for p in (tmp_path / n).iterdir()} for n in ("saved", "written"))
+    assert saved.keys() == written.keys()
+    for file in saved:
+        assert json.loads(saved[file].read_text()) == json.loads(written[file].read_text()), file
+
+
+def test_gemmas_ids_are_those_of_the_reader_in_transformers() -> None:
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import (
+        add_gguf_special_tokens,
+        gemma_tokenizer,
+    )
+
+    metadata = gemma()
+    names = {"tokens": "tokens", "scores": "scores", "token_type": "token_type"}
+    of_file = {name: metadata[f"tokenizer.ggml.{key}"] for key, name in names.items()}
+    reference = add_gguf_special_tokens(gemma_tokenizer(of_file), of_file)
+    tokenizer = gguf_tokenizer.build(metadata)
+    for text in ("the an", "  the   then", "a\n\nb\n", "<start>the é 世", " ", "than<eos> anthem"):
+        expected = reference.encode(text, add_special_tokens=False)
+        assert tokenizer.encode(text, add_special_tokens=False) == expected, text
+        assert tokenizer.decode(expected) == reference.decode(expected)
+    assert tokenizer.encode("a")[0] == 2
+
+
+@pytest.mark.parametrize("merge", ["q z", "h x", "zz e"])
+def test_a_merge_of_no_tokens_is_a_vocabulary_that_cannot_be_read(
+    tmp_path: Path, merge: str
+) -> None:
+    metadata = byte_level(**{"tokenizer.ggml.merges": ["h e", merge]})
+    for make in (gguf_tokenizer.build, lambda m: gguf_tokenizer.write(m, tmp_path)):
+        with pytest.raises(ModelLoadFailed, match="the vocabulary cannot be read"):
+            make(metadata)
+
+
+def test_a_kind_of_tokenizer_that_is_not_known_is_named() -> None:
+    with pytest.raises(ModelLoadFailed, match=r"'rwkv' \(tokenizer\.ggml\.model\)"):
+        gguf_tokenizer.build({"tokenizer.ggml.model": "rwkv", "tokenizer.ggml.tokens": ["a"]})

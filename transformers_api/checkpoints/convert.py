@@ -115,7 +115,7 @@ def _write_gguf(source: Path, folder: Path, report: Report, warn: Warn) -> None:
     dtype = getattr(torch, gguf_texts.stored_dtype(header))
     _check_room(folder, sum(tensor.elements for tensor in header.tensors), dtype)
     report(0.1, "reading the vocabulary")
-    tokenizer = gguf_texts.read_tokenizer(header, folder)
+    tokenizer = gguf_tokenizer.build(header.metadata)
     _share_reader(_open(source), report)
     with gguf_texts.alone(source, folder) as origin:
         loaded: Any = AutoModelForCausalLM.from_pretrained(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 
 from transformers_api.checkpoints import gguf_encoder, gguf_tokenizer
 from transformers_api.checkpoints.headers.gguf_file import GgufHeader
@@ -23,7 +23,7 @@ def write_texts(header: GgufHeader, config: Any, folder: Path) -> None:
     generation = end_answers(config, header.metadata)
     config.save_pretrained(folder)
     generation.save_pretrained(folder)
-    read_tokenizer(header, folder).save_pretrained(folder)
+    gguf_tokenizer.write(header.metadata, folder)
     if gguf_encoder.is_encoder(header.metadata):
         gguf_encoder.write_modules(header, folder)
 
@@ -50,17 +50,6 @@ def _end_tokens(metadata: Mapping[str, Any]) -> int | list[int] | None:
     named = (metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom"))
     ids = list(dict.fromkeys(int(index) for index in named if index is not None))
     return ids[0] if len(ids) == 1 else ids or None
-
-
-def read_tokenizer(header: GgufHeader, folder: Path) -> Any:
-    """The tokenizer; ``folder`` is for a link to the file meanwhile. Raises ModelLoadFailed."""
-    tokenizer = gguf_tokenizer.build(header.metadata)
-    if tokenizer is not None:
-        return tokenizer
-    with alone(header.files[0], folder) as origin:
-        return AutoTokenizer.from_pretrained(
-            origin, gguf_file=header.files[0].name, local_files_only=True
-        )
 
 
 @contextmanager

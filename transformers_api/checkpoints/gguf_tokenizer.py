@@ -1,14 +1,15 @@
 """A GGUF file's tokenizer as ``tokenizer.json``: its ids are those of llama.cpp for every text.
 
-Byte-level vocabularies (``gpt2``) and SentencePiece's (``llama``) are built here; Gemma's and T5's
-are left to transformers.
+Byte-level vocabularies (``gpt2``), SentencePiece's (``llama``), Gemma's, BERT's and XLM-RoBERTa's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
+import orjson
 from tokenizers import (
     AddedToken,
     Regex,
@@ -19,20 +20,24 @@ from tokenizers import (
     pre_tokenizers,
 )
 from transformers import PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import bytes_to_unicode
-from transformers.tokenization_utils_base import generate_merges
 
-from transformers_api.checkpoints import pretokenizers
+from transformers_api.checkpoints import gguf_vocabulary, pretokenizers
+from transformers_api.checkpoints.gguf_vocabulary import (
+    CONTROL,
+    GEMMA,
+    SPACE,
+    Vocabulary,
+    added,
+)
 from transformers_api.errors import ModelLoadFailed
 
-CONTROL, USER_DEFINED = 3, 4  # kinds of tokens that are matched whole in a text
-SPACE = "▁"
-OTHERS_SENTENCEPIECE = frozenset({"gemma", "gemma2", "gemma3"})  # architectures
+FILE = "tokenizer.json"
 _SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 _SENTENCEPIECE_IDS = {"bos": 1, "eos": 2, "unknown": 0}  # where a file names none
+Metadata = Mapping[str, Any]
 
 
-def check(metadata: Mapping[str, Any]) -> str | None:
+def check(metadata: Metadata) -> str | None:
     """Refuse a vocabulary that cannot be split rightly; a warning where that is a guess.
 
     Raises ModelLoadFailed.
@@ -53,78 +58,102 @@ def check(metadata: Mapping[str, Any]) -> str | None:
     return None
 
 
-def build(metadata: Mapping[str, Any]) -> Any:
-    """The tokenizer; None for the kinds that transformers builds. Raises ModelLoadFailed."""
-    kind = metadata.get("tokenizer.ggml.model")
-    architecture = metadata.get("general.architecture")
-    if kind not in _KINDS or (kind == "llama" and architecture in OTHERS_SENTENCEPIECE):
-        return None
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+def build(metadata: Metadata) -> Any:
+    """The tokenizer. Raises ModelLoadFailed."""
+    _check_tokens(metadata)
+    vocabulary = gguf_vocabulary.read(metadata)
+    if vocabulary is not None:
+        vocabulary.check()
+    return _assembled(metadata, vocabulary)
+
+
+def write(metadata: Metadata, folder: Path) -> None:
+    """Write the files of ``build``, faster. Raises ModelLoadFailed.
+
+    A large vocabulary goes from the metadata into ``tokenizer.json`` without becoming a tokenizer,
+    which is made of the few tokens that stand outside of texts.
+    """
+    _check_tokens(metadata)
+    vocabulary = gguf_vocabulary.read(metadata)
+    if vocabulary is None:
+        _assembled(metadata, None).save_pretrained(folder)
+        return
+    vocabulary.check()
+    tokens, vocab = metadata["tokenizer.ggml.tokens"], vocabulary.vocab
+    indices = {index for index, _ in added(metadata)}
+    indices |= {index for name in _SPECIAL.values() if (index := _id(metadata, name)) is not None}
+    few = {tokens[index]: vocab[tokens[index]] for index in indices if tokens[index] in vocab}
+    _assembled(metadata, Vocabulary(few, [])).save_pretrained(folder)
+    file = folder / FILE
+    written = orjson.loads(file.read_bytes())
+    written["model"] |= {"vocab": vocab, "merges": vocabulary.merges}
+    file.write_bytes(orjson.dumps(written))
+
+
+def _check_tokens(metadata: Metadata) -> None:
+    kind, tokens = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.tokens")
+    if kind not in _KINDS:
+        kinds = ", ".join(_KINDS)
+        raise ModelLoadFailed(
+            f"the tokenizer {kind!r} (tokenizer.ggml.model) cannot be read, only {kinds}"
+        )
+    if not isinstance(tokens, list) or not set(map(type, tokens)) <= {str}:
         raise ModelLoadFailed("tokenizer.ggml.tokens is missing")
+
+
+def _assembled(metadata: Metadata, vocabulary: Vocabulary | None) -> Any:
+    tokens = metadata["tokenizer.ggml.tokens"]
     try:
-        tokenizer = _KINDS[kind](metadata)
+        tokenizer = _KINDS[metadata["tokenizer.ggml.model"]](metadata, vocabulary)
     except ModelLoadFailed:
         raise
     except Exception as error:  # the Rust library raises Exception itself
         raise ModelLoadFailed(f"the vocabulary cannot be read: {error}") from None
+    whole = added(metadata)
     for is_special in (True, False):  # both kinds keep the ids of the vocabulary
-        added = [
+        own = [
             AddedToken(tokens[index], special=is_special, normalized=False)
-            for index, number in _added(metadata)
+            for index, number in whole
             if (number == CONTROL) == is_special
+            and (vocabulary is None or tokens[index] in vocabulary.vocab)
         ]
-        tokenizer.add_special_tokens(added) if is_special else tokenizer.add_tokens(added)
+        tokenizer.add_special_tokens(own) if is_special else tokenizer.add_tokens(own)
     return _wrapped(tokenizer, metadata)
 
 
-def _byte_level(metadata: Mapping[str, Any]) -> Tokenizer:
-    spelling = bytes_to_unicode()  # type: ignore[no-untyped-call]
-    alphabet, whole = set(spelling.values()), {index for index, _ in _added(metadata)}
-    vocab: dict[str, int] = {}
-    for index, token in enumerate(metadata["tokenizer.ggml.tokens"]):
-        if index not in whole and not alphabet.issuperset(token):
-            token = "".join(spelling[byte] for byte in token.encode())
-        vocab.setdefault(token, index)
+def _byte_level(metadata: Metadata, vocabulary: Vocabulary | None) -> Tokenizer:
+    assert vocabulary is not None
     name = metadata.get("tokenizer.ggml.pre", "default")
-    tokenizer = Tokenizer(
-        models.BPE(
-            vocab,
-            list(_merges(metadata)),
-            ignore_merges=name in pretokenizers.WHOLE_PIECES,
-        )
-    )
+    whole = name in pretokenizers.WHOLE_PIECES
+    tokenizer = Tokenizer(models.BPE(vocabulary.vocab, vocabulary.merges, ignore_merges=whole))
     tokenizer.pre_tokenizer = pretokenizers.byte_level(name)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
-def _sentencepiece(metadata: Mapping[str, Any]) -> Tokenizer:
+def _sentencepiece(metadata: Metadata, vocabulary: Vocabulary | None) -> Tokenizer:
     """SentencePiece's byte pairs. A space comes first unless the file says otherwise.
 
-    Also before a text that begins with one, and after every control token.
+    Also before a text that begins with one, and after every control token. Gemma's has none.
     """
-    tokens = metadata["tokenizer.ggml.tokens"]
-    vocab: dict[str, int] = {}
-    for index, token in enumerate(tokens):
-        vocab.setdefault(token, index)
-    if "tokenizer.ggml.merges" in metadata:
-        merges = list(_merges(metadata))
-    else:
-        scores = metadata.get("tokenizer.ggml.scores")
-        if not isinstance(scores, list) or len(scores) < len(tokens):
-            raise ModelLoadFailed("tokenizer.ggml.scores is missing or too short")
-        merges = generate_merges(vocab, dict(zip(tokens, scores, strict=False)))
+    assert vocabulary is not None
     unknown = _id(metadata, "unknown")
     tokenizer = Tokenizer(
         models.BPE(
-            vocab,
-            merges,
+            vocabulary.vocab,
+            vocabulary.merges,
             fuse_unk=True,
             byte_fallback=True,
-            unk_token=None if unknown is None else tokens[unknown],
+            unk_token=None if unknown is None else metadata["tokenizer.ggml.tokens"][unknown],
         )
     )
+    if _is_gemma(metadata):
+        tokenizer.normalizer = normalizers.Replace(" ", SPACE)
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+        tokenizer.decoder = decoders.Sequence(
+            [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+        )
+        return tokenizer
     has_prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
     first = [normalizers.Prepend(SPACE)] if has_prefix else []
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -135,12 +164,17 @@ def _sentencepiece(metadata: Mapping[str, Any]) -> Tokenizer:
     return tokenizer
 
 
-def _wordpiece(metadata: Mapping[str, Any]) -> Tokenizer:
+def _is_gemma(metadata: Metadata) -> bool:
+    kind = metadata["tokenizer.ggml.model"]
+    return kind == "gemma4" or (kind == "llama" and metadata.get("general.architecture") in GEMMA)
+
+
+def _wordpiece(metadata: Metadata, _vocabulary: Vocabulary | None) -> Tokenizer:
     """BERT's pieces: a word's first begins with ``▁`` there, a later one with ``##`` here.
 
     Letters become small ones without accents, as in llama.cpp whatever the model.
     """
-    whole = {index for index, _ in _added(metadata)}
+    whole = {index for index, _ in added(metadata)}
     vocab: dict[str, int] = {}
     for index, token in enumerate(metadata["tokenizer.ggml.tokens"]):
         if index not in whole and not _is_special(token):
@@ -161,7 +195,7 @@ def _is_special(token: str) -> bool:
     return token.startswith("[") and token.endswith("]") and len(token) > 2
 
 
-def _unigram(metadata: Mapping[str, Any]) -> Tokenizer:
+def _unigram(metadata: Metadata, _vocabulary: Vocabulary | None) -> Tokenizer:
     """SentencePiece's unigrams, as XLM-RoBERTa has them."""
     tokens, scores = metadata["tokenizer.ggml.tokens"], metadata.get("tokenizer.ggml.scores")
     if not isinstance(scores, list) or len(scores) < len(tokens):
@@ -178,40 +212,23 @@ def _unigram(metadata: Mapping[str, Any]) -> Tokenizer:
     return tokenizer
 
 
-def _merges(metadata: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The pairs, best first. A part may itself begin with a space."""
-    merges = metadata.get("tokenizer.ggml.merges")
-    if not isinstance(merges, list):
-        raise ModelLoadFailed("tokenizer.ggml.merges is missing")
-    for merge in merges:
-        left, _, right = merge[1:].partition(" ")
-        yield merge[:1] + left, right
-
-
-def _added(metadata: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
-    """(id, kind) of the tokens that are matched whole."""
-    kinds = metadata.get("tokenizer.ggml.token_type") or []
-    for index, kind in enumerate(kinds[: len(metadata["tokenizer.ggml.tokens"])]):
-        if kind in (CONTROL, USER_DEFINED):
-            yield index, kind
-
-
-def _id(metadata: Mapping[str, Any], name: str) -> int | None:
+def _id(metadata: Metadata, name: str) -> int | None:
     count = len(metadata["tokenizer.ggml.tokens"])
     default = _SENTENCEPIECE_IDS.get(name) if metadata["tokenizer.ggml.model"] == "llama" else None
     index = metadata.get(f"tokenizer.ggml.{name}_token_id", default)
     return index if isinstance(index, int) and 0 <= index < count else None
 
 
-_KINDS: dict[Any, Callable[[Mapping[str, Any]], Tokenizer]] = {
+_KINDS: dict[Any, Callable[[Metadata, Vocabulary | None], Tokenizer]] = {
     "gpt2": _byte_level,
     "llama": _sentencepiece,
+    "gemma4": _sentencepiece,
     "bert": _wordpiece,
     "t5": _unigram,
 }
 
 
-def _wrapped(tokenizer: Tokenizer, metadata: Mapping[str, Any]) -> Any:
+def _wrapped(tokenizer: Tokenizer, metadata: Metadata) -> Any:
     new: Any = PreTrainedTokenizerFast
     tokens = metadata["tokenizer.ggml.tokens"]
     ids = {name: _id(metadata, short) for name, short in _SPECIAL.items()}
@@ -224,7 +241,8 @@ def _wrapped(tokenizer: Tokenizer, metadata: Mapping[str, Any]) -> Any:
     begins = kind == "llama" or metadata.get("tokenizer.ggml.pre") in pretokenizers.BEGINS_TEXT
     return new(
         tokenizer_object=tokenizer,
-        add_bos_token=metadata.get("tokenizer.ggml.add_bos_token", begins or frames),
+        add_bos_token=metadata.get("tokenizer.ggml.add_bos_token", begins or frames)
+        and kind != "gemma4",  # whose template writes it
         add_eos_token=metadata.get("tokenizer.ggml.add_eos_token", frames),
         chat_template=metadata.get("tokenizer.chat_template"),
         clean_up_tokenization_spaces=False,
