@@ -14,11 +14,14 @@ from typing import Any, TextIO
 
 from transformers_api.config.described import described
 from transformers_api.config.settings import SettingError, Settings
+from transformers_api.engine.load_options import AS_NUMBERS
 from transformers_api.engine.native import installation
 from transformers_api.errors import ApiError
 from transformers_api.serving.limits.api_keys import read
 from transformers_api.serving.models.capabilities import FileFacts, capabilities, read_facts
+from transformers_api.serving.models.kept_weights import kept_weights
 from transformers_api.serving.models.registry import ModelRegistry
+from transformers_api.serving.models.sidecars import is_sidecar, read_stored_tensors
 from transformers_api.serving.models.spec import HubSource, ModelSpec
 from transformers_api.serving.models.store import ModelStore
 
@@ -144,7 +147,9 @@ def _model(settings: Settings) -> Finding:
         mend = "set DEFAULT_MODEL to an id that the models command lists, or PRELOAD_MODEL=false"
         return Finding(subject, str(error), mend, prevents=settings.preload_model)
     if folder := store.locate(spec):
-        return Finding(subject, f"ready in {folder}, for {_abilities(settings, store, spec)}")
+        abilities = _abilities(settings, store, spec)
+        weights = _weights(settings, spec, folder)
+        return Finding(subject, f"ready in {folder}, for {abilities}{weights}")
     try:
         store.check_source(spec)
     except ApiError as error:
@@ -152,6 +157,19 @@ def _model(settings: Settings) -> Finding:
         return Finding(subject, str(error), mend, prevents=settings.preload_model)
     what = "be downloaded" if isinstance(spec.source, HubSource) else "be converted"
     return Finding(subject, f"will {what} when it is first loaded")
+
+
+def _weights(settings: Settings, spec: ModelSpec, folder: Path) -> str:
+    """What will be kept of each type of a GGUF file, with the native kernels; empty without one."""
+    if not is_sidecar(folder):
+        return ""
+    types, asked = read_stored_tensors(folder).types, spec.quantization or settings.quantization
+    is_small = sum(types.values()) < AS_NUMBERS
+    if asked == "none" or (asked == "auto" and is_small):
+        return "; its weights become plain numbers"
+    quantization = "gguf" if asked == "auto" else asked
+    kept = kept_weights(types, quantization, "bfloat16")
+    return "; weights: " + ", ".join(f"{name} {text}" for name, text in kept.items())
 
 
 def _abilities(settings: Settings, store: ModelStore, spec: ModelSpec) -> str:

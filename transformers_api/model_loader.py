@@ -156,6 +156,7 @@ class ModelLoader:
             tokenizer=tokenizer.tokenizer,
             load_s=time.monotonic() - started,
             fingerprint=_fingerprint(files, facts),
+            file_types=files.file_types,
             created=files.created,
             count_tokens=token_counter(spec.token_encoding) if spec.token_encoding else None,
             embedder=self._embedder(spec, files, engine),

@@ -9,6 +9,7 @@ import torch
 
 from transformers_api.kernels.modules.blocks import KINDS, Blocks
 from transformers_api.kernels.modules.linear import PackedWeight, WeightMemory
+from transformers_api.serving.models import kept_weights
 
 # Bytes of a block that are a half-precision number: a scale, or a minimum.
 HALVES = {
@@ -26,7 +27,7 @@ HALVES = {
     "IQ4_XS": (0,),
     "MXFP4": (),
 }
-EXACT = ["Q4_0", "Q4_1", "Q5_0", "Q8_0", "IQ4_NL", "MXFP4"]
+EXACT = sorted(kept_weights.EXACT)
 MOST_LOST = {"Q4_K": 3e-4, "IQ4_XS": 3e-4}  # by rounding scales to half precision; else to int8
 SHAPE = (50, 512)
 
@@ -61,6 +62,8 @@ def test_every_kind_has_ggmls_number_and_a_test():
     numbers = {kind: int(gguf.GGMLQuantizationType[kind]) for kind in KINDS}
     assert numbers == {kind: number for kind, (number, _) in KINDS.items()}
     assert KINDS.keys() == HALVES.keys()
+    assert KINDS.keys() > kept_weights.EXACT | kept_weights.HALF_SCALES
+    assert MOST_LOST.keys() == kept_weights.HALF_SCALES
 
 
 @pytest.mark.parametrize("kind", EXACT)

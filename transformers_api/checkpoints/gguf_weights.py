@@ -15,7 +15,7 @@ from typing import Any
 import gguf
 
 from transformers_api.checkpoints import gguf_encoder
-from transformers_api.checkpoints.headers.gguf_file import GgufHeader, GgufTensor
+from transformers_api.checkpoints.headers.gguf_file import GgufHeader, GgufTensor, file_type
 from transformers_api.errors import ModelLoadFailed
 
 VERSION = 1
@@ -57,7 +57,12 @@ def build(header: GgufHeader, config: Any, shapes: Mapping[str, Shape]) -> dict[
         name: _parameter(architecture, config, shapes[name], _pieces(name, names, tensors))
         for name, names in sources.items()
     }
-    return {"version": VERSION, "files": file_stamps(header), "tensors": table}
+    return {
+        "version": VERSION,
+        "files": file_stamps(header),
+        "file_type": file_type(header),
+        "tensors": table,
+    }
 
 
 def file_stamps(header: GgufHeader) -> list[dict[str, Any]]:

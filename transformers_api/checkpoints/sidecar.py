@@ -58,7 +58,7 @@ def write_sidecar(
     from transformers_api.checkpoints.gguf_weights import file_stamps
 
     report(0.0, "reading the header")
-    header = read_gguf_header(source.resolve())
+    header = read_gguf_header(source.absolute())  # a link's own name says which part it is
     notes = {"weights": file_stamps(header)}
     with _naming(source), publishing(folder, source, report, notes) as partial:
         if partial is not None:

@@ -38,6 +38,7 @@ from transformers_api.api.openai.conversation_task import ConversationTask, Infi
 from transformers_api.errors import EmbeddingsUnavailable, InvalidRequest, ModelNotFound, NotOffered
 from transformers_api.serving import embeddings
 from transformers_api.serving.generation import GenerationRequest
+from transformers_api.serving.models.capabilities import read_facts
 from transformers_api.serving.models.spec import ModelSpec
 from transformers_api.serving.prompts import choose_prompt, count_prompt_tokens
 from transformers_api.serving.swap.loaded_model import LoadedModel
@@ -89,13 +90,16 @@ def ollama_show(body: dict[str, Any]) -> Any:
     spec = services().registry.resolve(_named(name))
     status = services().swapper.status()
     is_resident = status.model == spec.name
-    length = {"general.context_length": status.max_model_len} if is_resident else {}
+    facts: Json = {}
+    if is_resident:
+        weights = {"transformers_api.weights": dict(status.weights)} if status.weights else {}
+        facts = {"general.context_length": status.max_model_len, **weights}
     return {
         "modelfile": "",
         "parameters": "",
         "template": "",
         "details": _details(spec),
-        "model_info": {"general.architecture": "transformers", **length},
+        "model_info": {"general.architecture": "transformers", **facts},
         "capabilities": ["completion", "tools", "thinking"],
         "modified_at": ollama_chat.timestamp(services().created),
     }
@@ -245,11 +249,13 @@ def _listed(spec: ModelSpec, size: int) -> Json:
 
 
 def _details(spec: ModelSpec) -> Json:
+    path = services().store.path(spec)
+    file_type = read_facts(path).file_type if path else ""
     return {
         "parent_model": "",
-        "format": "safetensors",
+        "format": "gguf" if file_type else "safetensors",
         "family": "transformers",
         "families": ["transformers"],
         "parameter_size": "",
-        "quantization_level": spec.quantization or "none",
+        "quantization_level": file_type or spec.quantization or "none",
     }

@@ -80,6 +80,7 @@ def _resident(swapper: SwapperStatus) -> dict[str, Any]:
         "bytes": swapper.bytes,
         "dtype": swapper.dtype,
         "quantization": swapper.quantization,
+        "weights": dict(swapper.weights),
         "kernels": swapper.kernels,
         "isa": swapper.isa,
         "device": swapper.device,

@@ -12,7 +12,7 @@ import re
 import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,23 @@ def read_gguf_header(path: Path) -> GgufHeader:
         _check_count(header)
         _check_sizes(header)
     return header
+
+
+def file_type(header: GgufHeader) -> str:
+    """The name of a file's quantisation, such as Q4_K_M; by most of its weights where none is told.
+
+    "F32" for one without weights.
+    """
+    import gguf
+
+    with suppress(ValueError):
+        named = gguf.LlamaFileType(header.metadata.get("general.file_type", -1)).name
+        if named.startswith(("MOSTLY_", "ALL_")):
+            return named.partition("_")[2]
+    counts = Counter[int]()
+    for tensor in header.tensors:
+        counts[tensor.kind] += tensor.elements
+    return gguf.GGMLQuantizationType(max(counts, key=lambda kind: counts[kind], default=0)).name
 
 
 def _read_file(path: Path) -> GgufHeader:

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers_api.checkpoints.headers.gguf_file import read_gguf_header
+from transformers_api.checkpoints.headers.gguf_file import file_type, read_gguf_header
 from transformers_api.errors import ModelLoadFailed
 from transformers_api.serving.models.headers import read_object
 from transformers_api.serving.models.preflight import MODULES, weight_files
 from transformers_api.serving.models.processors import processor_template
+from transformers_api.serving.models.sidecars import TABLE, is_sidecar, read_stored_tensors
 from transformers_api.serving.models.spec import ModelSpec
 from transformers_api.serving.text.infilling import NAMES
 
@@ -42,6 +43,7 @@ class FileFacts:
     template: str = ""  # for chats
     has_infill: bool = False  # tokens for a text in the middle
     is_encoder: bool = False  # of sentences
+    file_type: str = ""  # of a GGUF file: the name of its quantisation
 
 
 def read_facts(path: Path) -> FileFacts:
@@ -58,10 +60,25 @@ def read_facts(path: Path) -> FileFacts:
 def _read(path: Path, _stamp: tuple[tuple[int, int], ...]) -> FileFacts:
     if path.is_dir():
         return FileFacts(
-            _weight_bytes(path), _template(path), _has_infill(path), (path / MODULES).is_file()
+            _weight_bytes(path),
+            _template(path),
+            _has_infill(path),
+            (path / MODULES).is_file(),
+            _file_type(path),
         )
     size = path.stat().st_size
     return _of_gguf(path, size) if path.suffix == ".gguf" else FileFacts(size)
+
+
+def _file_type(folder: Path) -> str:
+    """The file type of a sidecar; of an earlier version's the type of most weights."""
+    if not is_sidecar(folder):
+        return ""
+    try:
+        named = read_object(folder / TABLE).get("file_type")
+        return named if isinstance(named, str) else next(iter(read_stored_tensors(folder).types))
+    except (*_UNREADABLE, StopIteration):
+        return ""
 
 
 def _weight_bytes(folder: Path) -> int | None:
@@ -108,13 +125,15 @@ def _is_named(token: str, text: bytes) -> bool:
 
 def _of_gguf(path: Path, size: int) -> FileFacts:
     try:
-        metadata = read_gguf_header(path).metadata
+        header = read_gguf_header(path)
+        metadata, kind = header.metadata, file_type(header)
     except _UNREADABLE:
         return FileFacts(size)
     tokens = metadata.get("tokenizer.ggml.tokens")
     vocabulary = frozenset(tokens) if isinstance(tokens, list) else frozenset()
     has_infill = any(vocabulary.issuperset(names) for names in NAMES)
-    return FileFacts(size, _joined(metadata.get("tokenizer.chat_template")), has_infill)
+    template = _joined(metadata.get("tokenizer.chat_template"))
+    return FileFacts(size, template, has_infill, file_type=kind)
 
 
 def context_length(spec: ModelSpec, config: Any) -> int | None:

@@ -69,6 +69,7 @@ class LoadedModel:
     tokenizer: Any  # a transformers PreTrainedTokenizer; used read-only, from many threads
     device: str
     dtype: str
+    file_types: Mapping[str, int] = field(default_factory=dict)  # of a GGUF file: see ModelFiles
     quantization: str = "none"  # "int8" or "int4"; dtype is then that of what is not quantised
     kernels: str = "torch"  # or "native"
     isa: str = ""  # the instruction set of native kernels

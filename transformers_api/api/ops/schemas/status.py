@@ -26,6 +26,11 @@ class Resident(Schema):
     quantization = fields.String(
         metadata={"description": "none, int8, int4 or gguf: as its file has them."}
     )
+    weights = fields.Dict(
+        keys=fields.String(),
+        values=fields.String(),
+        metadata={"description": "Of a GGUF file: what is kept of each of its types."},
+    )
     kernels = fields.String(metadata={"description": "native or torch: whose run it."})
     isa = fields.String(metadata={"description": "The instruction set of native kernels, or ''."})
     device = fields.String()
