@@ -12,8 +12,9 @@ from typing import Any
 from transformers_api.checkpoints.headers.gguf_file import read_gguf_header
 from transformers_api.checkpoints.headers.originals import CONFIGS, WRAPPERS, shape_of
 from transformers_api.checkpoints.headers.pickled_file import Shape, read_pickled
+from transformers_api.checkpoints.headers.safetensors_file import read_header
 from transformers_api.errors import ModelLoadFailed
-from transformers_api.serving.models.headers import read_header, read_object
+from transformers_api.serving.models.headers import read_object
 from transformers_api.serving.models.preflight import is_original, weight_files
 from transformers_api.serving.models.sidecars import is_sidecar, read_stored_tensors
 

@@ -13,7 +13,6 @@ from transformers_api.checkpoints.headers.gguf_split import first_parts
 from transformers_api.errors import ModelLoadFailed
 
 PART = re.compile(r"-\d{5}-of-\d{5}(?=\.gguf$)")  # in the name of a part of a model
-LFS_POINTER = b"version https://git-lfs"
 NOT_A_MODEL = "mmproj"  # in the name of a GGUF file beside a model: a projector of images
 # quant_method in config.json -> the package without which transformers cannot read such weights
 PACKAGES = {
@@ -76,15 +75,6 @@ def _base_of(folder: Path) -> str:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return ""
     return f" for {base}" if isinstance(base, str) and base else ""
-
-
-def refuse_pointer(path: Path, start: bytes) -> None:
-    """Raise ModelLoadFailed where a file that begins with ``start`` stands for another one."""
-    if start.startswith(LFS_POINTER):
-        raise ModelLoadFailed(
-            f"{path} is a Git LFS pointer, not the file itself: run git lfs pull in its folder, or "
-            "download the file"
-        )
 
 
 def check_format(path: Path, config: Mapping[str, Any], tensors: Iterable[str]) -> None:

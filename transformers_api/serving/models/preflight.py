@@ -12,15 +12,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers_api.errors import ModelLoadFailed, ModelNotServable
-from transformers_api.serving.models.config_sizes import check_sizes
-from transformers_api.serving.models.foreign import (
+from transformers_api.checkpoints.headers.safetensors_file import (
+    DTYPES,
     LFS_POINTER,
-    check_format,
-    kind_of,
+    Tensor,
+    read_header,
     refuse_pointer,
 )
-from transformers_api.serving.models.headers import DTYPES, Tensor, read_header, read_object
+from transformers_api.errors import ModelLoadFailed, ModelNotServable
+from transformers_api.serving.models.config_sizes import check_sizes
+from transformers_api.serving.models.foreign import check_format, kind_of
+from transformers_api.serving.models.headers import read_object
 from transformers_api.serving.models.sidecars import (
     is_sidecar,
     read_stored_tensors,
