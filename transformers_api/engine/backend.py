@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from transformers_api.engine.base import EngineFacts
@@ -125,6 +124,6 @@ class Backend(Protocol):
         """
         ...
 
-    def standby(self, runner: Runner, folder: Path) -> StandbyModel | None:
-        """Return what can be kept of a model of ``folder`` once it is unloaded; None: nothing."""
+    def standby(self, runner: Runner) -> StandbyModel | None:
+        """Return what can be kept of a model once it is unloaded; None: nothing."""
         ...
