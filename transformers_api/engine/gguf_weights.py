@@ -112,8 +112,6 @@ class GgufWeights(StoredWeights):
     ``dequantize(bytes, type, (out, in))`` makes float32 of blocks.
     """
 
-    method = "gguf"
-
     def __init__(self, folder: Path) -> None:
         table = json.loads((folder / TABLE).read_bytes())
         self._files = files = [MappedFile(Path(file["path"])) for file in table["files"]]
@@ -123,6 +121,11 @@ class GgufWeights(StoredWeights):
             for name, tensor in self._tensors.items()
         }
         self.dequantize: Dequantize = by_gguf
+
+    @property
+    def method(self) -> str:
+        """See StoredWeights."""
+        return "gguf"
 
     def bind(self, model: Any) -> None:
         """See StoredWeights. The table was made for this model."""

@@ -100,8 +100,8 @@ def _stored(folder: Path, options: LoadOptions) -> StoredWeights | None:
 
 
 def _quantization(options: LoadOptions, stored: StoredWeights | None) -> str:
-    """The quantisation of a load: "auto" and "gguf" become one or the other, or "none"."""
-    if options.quantization not in ("auto", "gguf"):
+    """The quantisation of a load: that of the files for "auto", "gguf" and "stored"."""
+    if options.quantization not in ("auto", "gguf", "stored"):
         return options.quantization
     if stored is None or not stored.is_quantized:
         return "none"

@@ -102,6 +102,8 @@ def empty_model(folder: Path, dtype: torch.dtype) -> Any:
     config = read_config(folder, trust_remote_code=False)
     if config.is_encoder_decoder:
         raise ModelNotServable("Encoder-decoder models cannot be served", param="model")
+    for own in (config, config.get_text_config()):
+        own.__dict__.pop("quantization_config", None)  # the weights are numbers, once they are here
     with no_init_weights(), _parameters_on_meta(), uncounted():
         make: Any = AutoModelForCausalLM
         model = make.from_config(config, dtype=dtype)

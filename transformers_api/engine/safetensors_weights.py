@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,112 +12,45 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.modeling_utils import get_state_dict_dtype
+from transformers.pytorch_utils import Conv1D
 
-from transformers_api.checkpoints.headers.safetensors_file import DTYPES, read_header
-from transformers_api.checkpoints.headers.safetensors_file import Tensor as Entry
+from transformers_api.checkpoints.headers.quantized import (
+    Files,
+    left_out,
+    quantization_of,
+    read_quantized,
+)
+from transformers_api.checkpoints.headers.safetensors_file import read_header
+from transformers_api.engine.file_tensor import FileTensor
 from transformers_api.engine.mapped_file import MappedFile
 from transformers_api.engine.pretrained import causal_config, dtype_of, read_config
-from transformers_api.engine.stored_weights import StoredRows, StoredWeights
+from transformers_api.engine.quantized.tensor import QuantizedFileTensor
+from transformers_api.engine.stored_weights import StoredRows, StoredWeights, elements
 from transformers_api.engine.weight_names import Group, WeightNames, map_names
+from transformers_api.errors import ModelLoadFailed
 
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
-AT_ONCE = 16 << 20  # numbers that are copied before their pages are given back
-
-
-@dataclass(frozen=True)
-class FileTensor:
-    """A tensor of a file."""
-
-    file: MappedFile
-    entry: Entry
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its shape."""
-        return self.entry.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The format of its numbers."""
-        dtype: torch.dtype = getattr(torch, DTYPES[self.entry.dtype][1])
-        return dtype
-
-    def view(self) -> Tensor:
-        """The tensor, in the memory of the file."""
-        first = self.entry.offset
-        memory = self.file.bytes[first : first + self.entry.bytes]
-        if first % self.dtype.itemsize:  # no number may begin there
-            memory = memory.clone()
-        return memory.view(self.dtype).view(self.shape)
-
-    def release(self) -> None:
-        """See MappedFile."""
-        self.file.release(self.entry.offset, self.entry.bytes)
-
-    def copied(self, dtype: torch.dtype) -> Tensor:
-        """The tensor in memory of its own."""
-        numbers = self.view().view(-1)
-        made = torch.empty(numbers.shape, dtype=dtype)
-        for first in range(0, len(numbers), AT_ONCE):
-            made[first : first + AT_ONCE] = numbers[first : first + AT_ONCE]
-            self.release()
-        return made.view(self.shape)
-
-
-@dataclass(frozen=True)
-class PlainRows:
-    """Meets StoredRows: a tensor's numbers, or those of one of the matrices in it."""
-
-    tensor: FileTensor
-    dtype: torch.dtype  # of the model
-    is_transposed: bool = False
-    index: int | None = None
-    kind: str | None = None
-    width: str | None = None
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """See StoredRows."""
-        rows, columns = self.tensor.shape[-2:]
-        return (columns, rows) if self.is_transposed else (rows, columns)
-
-    def _matrix(self) -> Tensor:
-        tensor = self.tensor.view()
-        matrix = tensor if self.index is None else tensor[self.index]
-        return matrix.t() if self.is_transposed else matrix
-
-    def rows(self, first: int, count: int) -> Tensor:
-        """See StoredRows."""
-        return self._matrix()[first : first + count].to(self.dtype)
-
-    def gather(self, indices: Tensor) -> Tensor:
-        """See StoredRows."""
-        return self._matrix()[indices].to(self.dtype)
-
-    def blocks(self, first: int, count: int) -> Tensor:
-        """See StoredRows."""
-        raise NotImplementedError
-
-    def release(self) -> None:
-        """See StoredRows."""
-        entry = self.tensor.entry
-        size = entry.bytes if self.index is None else entry.bytes // entry.shape[0]
-        self.tensor.file.release(entry.offset + (self.index or 0) * size, size)
 
 
 class SafetensorsWeights(StoredWeights):
     """Those of a folder in the transformers format."""
 
-    method = "none"
-
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._files = [MappedFile(path) for path in weight_files(folder)]
-        self._tensors = {
+        tensors = {
             entry.name: FileTensor(file, entry)
             for file in self._files
             for entry in read_header(file.path)
         }
+        self._plain = tensors
+        self._quantized = _quantized(folder, tensors)
+        self._tensors: dict[str, FileTensor | QuantizedFileTensor] = {**tensors, **self._quantized}
+        if self._quantized:
+            parts = {part for each in self._quantized.values() for part in each.spec.parts.values()}
+            for name in [*parts, *filter(left_out, tensors)]:
+                if name not in self._quantized:
+                    self._tensors.pop(name, None)
         self._names: WeightNames | None = None
         self._made: tuple[Group, dict[str, Tensor]] | None = None  # by a conversion, to be taken
 
@@ -127,18 +59,23 @@ class SafetensorsWeights(StoredWeights):
         """See StoredWeights."""
         types: Counter[str] = Counter()
         for tensor in self._tensors.values():
-            types[tensor.entry.dtype] += tensor.entry.elements
+            types[tensor.type] += elements(tensor.shape)
         return types
 
     @property
     def is_quantized(self) -> bool:
         """See StoredWeights."""
-        return False
+        return bool(self._quantized)
+
+    @property
+    def method(self) -> str:
+        """See StoredWeights."""
+        return _method(self._folder) if self._quantized else "none"
 
     @property
     def bytes(self) -> int:
         """See StoredWeights."""
-        return sum(tensor.entry.bytes for tensor in self._tensors.values())
+        return sum(tensor.bytes for tensor in self._tensors.values())
 
     def serving_dtype(self, dtype: str, device: str) -> torch.dtype:
         """See StoredWeights. As transformers has it: the configuration's, else the first one's."""
@@ -147,13 +84,18 @@ class SafetensorsWeights(StoredWeights):
         if made == "auto":
             made = config.dtype
         if made is None:
-            first = [t for t in self._tensors.values() if t.file is self._files[0]]
+            first = [t for t in self._plain.values() if t.file is self._files[0]]
             empty = {t.entry.name: torch.empty(0, dtype=t.dtype, device="meta") for t in first}
             made = get_state_dict_dtype(empty)  # type: ignore[no-untyped-call]
         return made if isinstance(made, torch.dtype) else getattr(torch, made)
 
     def bind(self, model: Any) -> None:
         """See StoredWeights."""
+        if self._quantized and any(type(module) is Conv1D for module in model.modules()):
+            raise ModelLoadFailed(
+                f"{self.method} weights of {type(model).__name__} cannot be read: its layers have "
+                "them the other way round"
+            )
         shapes = {name: torch.Size(tensor.shape) for name, tensor in self._tensors.items()}
         self._names = map_names(model, shapes, model.config.dtype, self._folder, self._are_equal)
 
@@ -162,6 +104,8 @@ class SafetensorsWeights(StoredWeights):
         if one.converter is not None or other.converter is not None:
             return False
         a, b = (self._tensors[group.sources[0][1]] for group in (one, other))
+        if not isinstance(a, FileTensor) or not isinstance(b, FileTensor):
+            return False
         is_same = a.entry.dtype == b.entry.dtype and torch.equal(a.view(), b.view())
         for tensor in (a, b):
             tensor.release()
@@ -201,7 +145,7 @@ class SafetensorsWeights(StoredWeights):
         if group.converter is not None or len(shape) != 2:
             return None
         tensor = self._tensors[group.sources[0][1]]
-        return PlainRows(tensor, self.names.dtypes[name], is_transposed)
+        return tensor.matrix(None, dtype=self.names.dtypes[name], is_transposed=is_transposed)
 
     def experts(self, name: str, *, is_transposed: bool) -> list[list[StoredRows]] | None:
         """See StoredWeights."""
@@ -211,11 +155,16 @@ class SafetensorsWeights(StoredWeights):
             tensor = self._tensors[group.sources[0][1]]
             if len(tensor.shape) != 3:
                 return None
-            return [[PlainRows(tensor, dtype, is_transposed, i)] for i in range(tensor.shape[0])]
+            return [
+                [tensor.matrix(index, dtype=dtype, is_transposed=is_transposed)]
+                for index in range(tensor.shape[0])
+            ]
         stacked = None if is_transposed else group.stacked()
         if stacked is None:
             return None
-        return [[PlainRows(self._tensors[each], dtype) for each in parts] for parts in stacked]
+        return [
+            [self._tensors[each].matrix(None, dtype=dtype) for each in parts] for parts in stacked
+        ]
 
     def close(self) -> None:
         """See StoredWeights."""
@@ -229,3 +178,21 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / ONE]
     index: Mapping[str, Any] = json.loads((folder / INDEX).read_bytes())
     return [folder / name for name in sorted(set(index["weight_map"].values()))]
+
+
+def _method(folder: Path) -> str:
+    quantization = quantization_of(json.loads((folder / "config.json").read_bytes()))
+    return "none" if quantization is None else str(quantization["quant_method"])
+
+
+def _quantized(folder: Path, tensors: Mapping[str, FileTensor]) -> dict[str, QuantizedFileTensor]:
+    """The quantised parameters of a folder by their names. Raises ModelLoadFailed."""
+    quantization = quantization_of(json.loads((folder / "config.json").read_bytes()))
+    if quantization is None:
+        return {}
+    entries = {name: tensor.entry for name, tensor in tensors.items()}
+    files = Files(entries, lambda name: tensors[name].view().numpy().tobytes())
+    return {
+        name: QuantizedFileTensor(spec, {role: tensors[part] for role, part in spec.parts.items()})
+        for name, spec in read_quantized(quantization, files).items()
+    }

@@ -10,6 +10,11 @@ from typing import Any
 
 import torch
 
+from transformers_api.checkpoints.headers.quantized import (
+    BY_TRANSFORMERS,
+    check_method,
+    quantization_of,
+)
 from transformers_api.engine.gguf_weights import TABLE, GgufWeights
 from transformers_api.engine.platform.meta_shapes import ShapesOnly
 from transformers_api.engine.pretrained import differentiable, empty_model
@@ -26,7 +31,12 @@ def stored_weights(folder: Path, trust_remote_code: bool) -> StoredWeights | Non
     """Return the weights of a folder; None where code of the model's own has to read them."""
     if (folder / TABLE).is_file():
         return GgufWeights(folder)
-    if trust_remote_code and "auto_map" in json.loads((folder / "config.json").read_bytes()):
+    config = json.loads((folder / "config.json").read_bytes())
+    if (quantization := quantization_of(config)) is not None:
+        check_method(quantization)
+        if quantization["quant_method"] in BY_TRANSFORMERS:
+            return None
+    if trust_remote_code and "auto_map" in config:
         log.info("%s has code of its own, so it is loaded by transformers, whole", folder.name)
         return None
     return SafetensorsWeights(folder)

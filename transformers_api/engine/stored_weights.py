@@ -63,7 +63,10 @@ class StoredWeights(ABC):
     ``method``: the format of those that are quantised, as ``/status`` tells it.
     """
 
-    method: str
+    @property
+    @abstractmethod
+    def method(self) -> str:
+        """See above."""
 
     @property
     @abstractmethod
