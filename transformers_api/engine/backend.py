@@ -69,7 +69,7 @@ class Backend(Protocol):
         ...
 
     def file_bytes(self, types: Mapping[str, int], dtype: str) -> int:
-        """Return the bytes that weights of a GGUF file take: their number by ggml's type.
+        """Return the bytes that quantised weights of files take: see ModelFiles.file_types.
 
         ``dtype``: of those that become numbers.
         """

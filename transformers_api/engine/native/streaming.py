@@ -180,8 +180,8 @@ def _fill_experts(library: Library, model: Any, stored: StoredWeights) -> None:
 
 
 def packed_size(types: Mapping[str, int], float_bytes: int) -> int:
-    """The bytes that so many weights of ggml's types take once they are packed."""
-    sizes = {kind: BYTES[width] for kind, (_, width) in KINDS.items()}
+    """The bytes that so many weights take once they are packed, by ggml's types or by widths."""
+    sizes = BYTES | {kind: BYTES[width] for kind, (_, width) in KINDS.items()}
     plain = dict.fromkeys(FLOATS, float_bytes)
     return int(sum(n * (plain | sizes).get(kind, BYTES["int8"]) for kind, n in types.items()))
 
