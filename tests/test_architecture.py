@@ -56,8 +56,7 @@ LAYERS = {
     "checkpoints": layer("checkpoints", "families", "engine.platform", *LEAVES, never=HTTP),
     "engine.base": layer("errors", never=HTTP | MODELS | {"torch"}),
     "engine": layer(
-        *("engine", "families", "checkpoints.headers"),
-        *("errors", "logs", "heap", "memory"),
+        *("engine", "families", "checkpoints.headers", "errors", "logs", "heap", "memory"),
         never=HTTP,
     ),
     "engine.native": layer("engine", "kernels", "families", "errors", "logs", never=HTTP),

@@ -15,6 +15,7 @@ from tests.engine.wrappers import FAMILIES, TEXT, save
 from transformers_api.engine.load_options import LoadOptions
 from transformers_api.engine.loader import load_engine
 from transformers_api.engine.pretrained import load_model
+from transformers_api.engine.stored_model import load_stored, stored_weights
 from transformers_api.errors import ModelLoadFailed, ModelNotServable
 from transformers_api.serving.models.preflight import inspect_folder
 
@@ -45,6 +46,18 @@ def test_the_language_part_says_what_the_whole_model_says_of_a_text(family, as_p
     part = load(tmp_path)
     torch.testing.assert_close(logits(part), logits(whole), rtol=0, atol=1e-5)
     assert not [n for n, _ in part.named_parameters() if "vision" in n or "audio" in n]
+
+
+@pytest.mark.parametrize("as_published", [True, False], ids=["first names", "names of today"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_language_part_streams_from_its_files(family, as_published, tmp_path):
+    whole = save(family, tmp_path, as_published=as_published)
+    stored = stored_weights(tmp_path, trust_remote_code=False)
+    part = load_stored(
+        tmp_path, stored, torch.float32, lambda model, weights, dtype: weights.fill(model, dtype)
+    )
+    torch.testing.assert_close(logits(part), logits(whole), rtol=0, atol=1e-5)
+    assert sum(stored.types.values()) == sum(p.numel() for p in part.parameters())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

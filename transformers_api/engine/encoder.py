@@ -12,6 +12,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 
 from transformers_api.engine.backend import BackendRefused
 from transformers_api.engine.embedding import EncoderEngine
+from transformers_api.engine.gguf_weights import TABLE, GgufWeights
 from transformers_api.engine.load_options import LoadOptions, plain_numbers
 from transformers_api.engine.native.encoder import (
     encoder_library,
@@ -28,7 +29,6 @@ from transformers_api.engine.pretrained import (
     read_config,
 )
 from transformers_api.engine.rope import follow_lengths
-from transformers_api.engine.stored_weights import StoredWeights
 from transformers_api.engine.thread import EngineThread
 from transformers_api.errors import ModelLoadFailed
 
@@ -48,7 +48,7 @@ def load_encoder(
     library = encoder_library(options, device, thread.num_threads)
     config = _config(folder, options)
     stored = str(config.dtype).removeprefix("torch.")
-    weights = StoredWeights.of(folder)
+    weights = _gguf_weights(folder)
     if weights is not None:
         stored = plain_numbers(weights.types)
     numbers = encoder_numbers(options.dtype, stored) if library else None
@@ -72,7 +72,7 @@ def load_encoder(
 
 
 def _load(folder: Path, config: Any, dtype: Any, options: LoadOptions, *, with_head: bool) -> Any:
-    weights = StoredWeights.of(folder)
+    weights = _gguf_weights(folder)
     if weights is not None:
         return _load_stored(folder, weights, dtype)
     auto = AutoModelForSequenceClassification if with_head else AutoModel
@@ -95,7 +95,11 @@ def _load(folder: Path, config: Any, dtype: Any, options: LoadOptions, *, with_h
     return model.eval()
 
 
-def _load_stored(folder: Path, weights: StoredWeights, dtype: Any) -> Any:
+def _gguf_weights(folder: Path) -> GgufWeights | None:
+    return GgufWeights(folder) if (folder / TABLE).is_file() else None
+
+
+def _load_stored(folder: Path, weights: GgufWeights, dtype: Any) -> Any:
     """The same from a GGUF file. Raises ModelLoadFailed."""
     dtype = weights.dtype if dtype == "auto" else dtype
     try:

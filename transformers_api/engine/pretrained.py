@@ -25,6 +25,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from transformers_api.checkpoints.headers.text_names import renamed
 from transformers_api.engine.load_options import SMALL_BYTES, LoadOptions
+from transformers_api.engine.load_progress import uncounted
 from transformers_api.engine.model_config import neutral
 from transformers_api.engine.platform.meta_shapes import ShapesOnly
 from transformers_api.engine.text_part import causal_model
@@ -68,7 +69,7 @@ def load_model(folder: Path, device: str, dtype: str, trust_remote_code: bool) -
             loaded: Any = make.from_pretrained(
                 folder,
                 config=config,
-                dtype=_dtype(dtype, device, config, folder),
+                dtype=dtype_of(dtype, device, config, folder),
                 trust_remote_code=trust_remote_code,
                 local_files_only=True,
                 use_safetensors=True,
@@ -94,10 +95,17 @@ def empty_model(folder: Path, dtype: torch.dtype, auto: Any = AutoModelForCausal
     """
     make, config = auto, read_config(folder, trust_remote_code=False)
     if auto is AutoModelForCausalLM:
+        if config.is_encoder_decoder:
+            raise ModelNotServable("Encoder-decoder models cannot be served", param="model")
         make, config = causal_model(config)
+    for own in (config, config.get_text_config()):
+        own.__dict__.pop("quantization_config", None)  # the weights are numbers, once they are here
     new = make.from_config if make is auto else make._from_config
-    with no_init_weights(), _parameters_on_meta():
+    with no_init_weights(), _parameters_on_meta(), uncounted():
         model = new(config, dtype=dtype)
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True
+    model.initialize_weights()  # buffers that are computed, in the precision that they are then
     model.tie_weights()
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
@@ -207,8 +215,10 @@ def gpu_dtype(stored: str, stored_bytes: int) -> str:
     return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
 
 
-def _dtype(dtype: str, device: str, config: Any, folder: Path) -> Any:
-    """Auto: float32 on a CPU, where tokens then do not depend on the batch; else see ``gpu_dtype``.
+def dtype_of(dtype: str, device: str, config: Any, folder: Path) -> Any:
+    """The dtype of a model that is loaded with ``dtype``, as ``from_pretrained`` takes it.
+
+    Auto: float32 on a CPU, where tokens then do not depend on the batch; else see ``gpu_dtype``.
 
     The kernels keep that promise for weights of any dtype: with them it is ``stored``.
     """
