@@ -19,11 +19,11 @@ from transformers_api.engine.native import installation
 from transformers_api.errors import ApiError
 from transformers_api.serving.limits.api_keys import read
 from transformers_api.serving.models.capabilities import FileFacts, capabilities, read_facts
-from transformers_api.serving.models.kept_weights import kept_weights
 from transformers_api.serving.models.registry import ModelRegistry
 from transformers_api.serving.models.sidecars import is_sidecar, read_stored_tensors
 from transformers_api.serving.models.spec import HubSource, ModelSpec
 from transformers_api.serving.models.store import ModelStore
+from transformers_api.serving.models.weight_fidelity import weight_fidelity
 
 NEEDED_VERSIONS = {"torch": (2, 13), "transformers": (5, 23)}
 NEEDED_PYTHON = (3, 11)
@@ -160,16 +160,16 @@ def _model(settings: Settings) -> Finding:
 
 
 def _weights(settings: Settings, spec: ModelSpec, folder: Path) -> str:
-    """What will be kept of each type of a GGUF file, with the native kernels; empty without one."""
+    """The exactness of each type of a GGUF file on the native kernels; empty without one."""
     if not is_sidecar(folder):
         return ""
-    types, asked = read_stored_tensors(folder).types, spec.quantization or settings.quantization
+    types, requested = read_stored_tensors(folder).types, spec.quantization or settings.quantization
     is_small = sum(types.values()) < AS_NUMBERS
-    if asked == "none" or (asked == "auto" and is_small):
+    if requested == "none" or (requested == "auto" and is_small):
         return "; its weights become plain numbers"
-    quantization = "gguf" if asked == "auto" else asked
-    kept = kept_weights(types, quantization, "bfloat16")
-    return "; weights: " + ", ".join(f"{name} {text}" for name, text in kept.items())
+    quantization = "gguf" if requested == "auto" else requested
+    fidelity = weight_fidelity(types, quantization, "bfloat16")
+    return "; weights: " + ", ".join(f"{name} {text}" for name, text in fidelity.items())
 
 
 def _abilities(settings: Settings, store: ModelStore, spec: ModelSpec) -> str:

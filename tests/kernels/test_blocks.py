@@ -9,7 +9,7 @@ import torch
 
 from transformers_api.kernels.modules.blocks import KINDS, Blocks
 from transformers_api.kernels.modules.linear import PackedWeight, WeightMemory
-from transformers_api.serving.models import kept_weights
+from transformers_api.serving.models import weight_fidelity
 
 # Bytes of a block that are a half-precision number: a scale, or a minimum.
 HALVES = {
@@ -27,7 +27,7 @@ HALVES = {
     "IQ4_XS": (0,),
     "MXFP4": (),
 }
-EXACT = sorted(kept_weights.EXACT)
+EXACT = sorted(weight_fidelity.EXACT)
 MOST_LOST = {"Q4_K": 3e-4, "IQ4_XS": 3e-4}  # by rounding scales to half precision; else to int8
 SHAPE = (50, 512)
 
@@ -62,8 +62,8 @@ def test_every_kind_has_ggmls_number_and_a_test():
     numbers = {kind: int(gguf.GGMLQuantizationType[kind]) for kind in KINDS}
     assert numbers == {kind: number for kind, (number, _) in KINDS.items()}
     assert KINDS.keys() == HALVES.keys()
-    assert KINDS.keys() > kept_weights.EXACT | kept_weights.HALF_SCALES
-    assert MOST_LOST.keys() == kept_weights.HALF_SCALES
+    assert KINDS.keys() > weight_fidelity.EXACT | weight_fidelity.HALF_SCALES
+    assert MOST_LOST.keys() == weight_fidelity.HALF_SCALES
 
 
 @pytest.mark.parametrize("kind", EXACT)

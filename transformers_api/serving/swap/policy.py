@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from transformers_api.errors import ApiError
-from transformers_api.serving.models.kept_weights import kept_weights
+from transformers_api.serving.models.weight_fidelity import weight_fidelity
 from transformers_api.serving.swap.history import SwapHistory
 from transformers_api.serving.swap.residency import (
     QUIET_S,
@@ -154,7 +154,7 @@ class SwapPolicy:
             device=model.device,
             dtype=model.dtype,
             quantization=model.quantization,
-            weights=kept_weights(model.file_types, model.quantization, model.dtype),
+            weights=weight_fidelity(model.file_types, model.quantization, model.dtype),
             kernels=model.kernels,
             isa=model.isa,
             bytes=model.bytes,

@@ -100,7 +100,7 @@ class SwapperStatus:
     device: str | None = None
     dtype: str | None = None
     quantization: str = "none"
-    weights: Mapping[str, str] = field(default_factory=dict)  # of a GGUF file: see kept_weights
+    weights: Mapping[str, str] = field(default_factory=dict)  # of a GGUF file: see weight_fidelity
     kernels: str | None = None
     isa: str = ""
     bytes: int = 0

@@ -1,4 +1,4 @@
-"""What becomes of the weights of a GGUF file, by ggml's name of their type."""
+"""The fate of a GGUF file's weights in a loaded model, by ggml's name of their type."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ FLOATS: Mapping[str, str] = {"F32": "float32", "F16": "float16", "BF16": "bfloat
 SCALES, ROUNDED = "exact, scales in half precision", "int8, less than 1 % off"
 
 
-def kept_weights(types: Mapping[str, int], quantization: str, dtype: str) -> dict[str, str]:
-    """Type of a file -> what is kept of it, the most frequent first; empty without a file.
+def weight_fidelity(types: Mapping[str, int], quantization: str, dtype: str) -> dict[str, str]:
+    """Type of a file -> how exact it is, the most frequent first; empty without a file.
 
     ``quantization`` and ``dtype`` are those of the loaded model: "gguf" keeps blocks, "none" makes
     numbers of ``dtype`` of them, and "int8" and "int4" round those again.
     """
     names = sorted(types, key=lambda name: -types[name])
-    return {name: _kept(name, quantization, dtype) for name in names}
+    return {name: _fidelity(name, quantization, dtype) for name in names}
 
 
-def _kept(name: str, quantization: str, dtype: str) -> str:
+def _fidelity(name: str, quantization: str, dtype: str) -> str:
     if quantization in ("int8", "int4"):
         return f"{quantization}, rounded anew"
     if quantization == "gguf" and name not in FLOATS:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from transformers_api.serving.models.kept_weights import kept_weights
+from transformers_api.serving.models.weight_fidelity import weight_fidelity
 
 TYPES = {"Q4_K": 900, "Q6_K": 90, "F32": 10}
 SCALES = "exact, scales in half precision"
@@ -23,6 +23,6 @@ SCALES = "exact, scales in half precision"
     ],
 )  # fmt: skip
 def test_each_type_of_a_file_says_what_is_kept_of_it(types, quantization, dtype, kept):
-    made = kept_weights(types, quantization, dtype)
+    made = weight_fidelity(types, quantization, dtype)
     assert made == kept
     assert list(made) == sorted(types, key=lambda name: -types[name])
