@@ -9,6 +9,7 @@ EXACT = frozenset({"Q4_0", "Q4_1", "Q5_0", "Q8_0", "IQ4_NL", "MXFP4"})
 # Codes as they are, scales of groups in half precision: 0.02 % of the weights' norm.
 HALF_SCALES = frozenset({"Q4_K", "IQ4_XS"})
 FLOATS: Mapping[str, str] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+VECTORS = 50  # one weight of so many is one of a norm or a router, which stay float32
 SCALES, ROUNDED = "exact, scales in half precision", "int8, less than 1 % off"
 
 
@@ -19,7 +20,10 @@ def weight_fidelity(types: Mapping[str, int], quantization: str, dtype: str) -> 
     numbers of ``dtype`` of them, and "int8" and "int4" round those again.
     """
     names = sorted(types, key=lambda name: -types[name])
-    return {name: _fidelity(name, quantization, dtype) for name in names}
+    made = {name: _fidelity(name, quantization, dtype) for name in names}
+    if types.get("F32", 0) * VECTORS < sum(types.values()):
+        made |= {"F32": "exact"} if "F32" in made else {}
+    return made
 
 
 def _fidelity(name: str, quantization: str, dtype: str) -> str:
