@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.engine.models import generate
 from tests.engine.reading import GREEDY, ask, complete
-from tests.engine.wrappers import FAMILIES, TEXT, save
+from tests.engine.wrappers import FAMILIES, MROPE, TEXT, save
 from transformers_api.engine.load_options import LoadOptions
 from transformers_api.engine.loader import load_engine
 from transformers_api.engine.pretrained import load_model
@@ -147,6 +147,29 @@ def test_gemma_3n_needs_no_package_for_images(tmp_path):
     state["model.embed_audio.embedding.weight"] = torch.zeros(8, 8)
     save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
     torch.testing.assert_close(logits(load(tmp_path)), logits(own), rtol=0, atol=1e-5)
+
+
+def test_a_part_in_a_part_is_served_without_those_beside_it(tmp_path):
+    """As of Qwen's Omni models: a thinker, whose text is a part of it, and a talker."""
+    from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import (
+        Qwen2_5OmniThinkerTextModel,
+    )
+
+    text = {**TEXT, "rope_parameters": MROPE}
+    config = tf.Qwen2_5OmniConfig(thinker_config={"text_config": text})
+    torch.manual_seed(0)
+    layers = Qwen2_5OmniThinkerTextModel(config.thinker_config.text_config).float().eval()
+    head = torch.randn(97, 32)
+    config.save_pretrained(tmp_path)
+    state = {f"thinker.model.{name}": tensor for name, tensor in layers.state_dict().items()}
+    state["thinker.lm_head.weight"] = head
+    state["thinker.audio_tower.conv1.weight"] = torch.zeros(4, 4, 3)
+    state["talker.model.embed_tokens.weight"] = torch.zeros(9, 8)
+    state["token2wav.code2wav_dit_model.x.weight"] = torch.zeros(2)
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    with torch.inference_mode():
+        expected = layers(input_ids=torch.tensor([PROMPT])).last_hidden_state @ head.T
+    torch.testing.assert_close(logits(load(tmp_path)), expected, rtol=0, atol=1e-5)
 
 
 def test_a_model_without_a_language_part_of_its_own_is_refused_by_name(tmp_path):

@@ -7,6 +7,7 @@ transformers has only the layers, a head is put on them.
 from __future__ import annotations
 
 import functools
+import importlib
 from typing import Any
 
 from torch import nn
@@ -79,12 +80,37 @@ def _class_for(kind: type, text_kind: type) -> Any:
             made: Any = MODEL_FOR_CAUSAL_LM_MAPPING[each]
             if made.config_class is text_kind:
                 return made
-    return _with_head(text_kind) if text_kind in MODEL_MAPPING else None
+    layers = MODEL_MAPPING[text_kind] if text_kind in MODEL_MAPPING else _unlisted(text_kind)
+    return None if layers is None else _with_head(text_kind, layers)
 
 
-def _with_head(text_kind: Any) -> Any:
+def _unlisted(text_kind: Any) -> Any:
+    """The layers for a section that no Auto class knows, as Qwen's Omni models have one.
+
+    Only those with a rope: sections of older models are of encoders, or of decoders for an image.
+    """
+    if not hasattr(text_kind, "rope_parameters"):
+        return None
+    name = text_kind.__module__.replace(".configuration_", ".modeling_")
+    try:
+        classes = vars(importlib.import_module(name)).values()
+    except ImportError:  # of a package that it needs
+        return None
+    return next(
+        (
+            each
+            for each in classes
+            if isinstance(each, type)
+            and issubclass(each, PreTrainedModel)
+            and each.__name__.endswith("TextModel")
+            and each.config_class is text_kind
+        ),
+        None,
+    )
+
+
+def _with_head(text_kind: Any, layers: Any) -> Any:
     """A class for layers that transformers knows without a head."""
-    layers: Any = MODEL_MAPPING[text_kind]
     base = next(each for each in layers.__mro__[1:] if issubclass(each, PreTrainedModel))
     fields = {
         "layers_class": layers,
