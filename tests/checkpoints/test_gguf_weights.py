@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.checkpoints import gguf_models
 from transformers_api.checkpoints.sidecar import write_sidecar
-from transformers_api.engine.stored_weights import StoredWeights
+from transformers_api.engine.gguf_weights import GgufWeights
 from transformers_api.errors import ModelLoadFailed
 
 OURS_ALONE = {"gpt-oss"}  # transformers reads none that llama.cpp has written
@@ -70,7 +70,7 @@ def test_the_engine_reads_the_same_weights(architecture: str, tmp_path: Path) ->
     folder = sidecar(
         gguf_models.write(tmp_path / "m.gguf", architecture, weights), tmp_path / "sidecar"
     )
-    stored, expected = StoredWeights(folder), gguf_models.state_dict(folder)
+    stored, expected = GgufWeights(folder), gguf_models.state_dict(folder)
     assert list(stored.names) == list(expected)
     for name, weight in expected.items():
         assert torch.equal(stored.dense(name, torch.float32), weight), name
