@@ -88,6 +88,7 @@ class Attention(ctypes.Structure):
         ("starts", c_void_p),
         ("cache_rows", c_void_p),
         ("sinks", c_void_p),
+        ("slopes", c_void_p),
         ("rows", c_int64),
         ("queries", c_int64),
         ("heads", c_int64),

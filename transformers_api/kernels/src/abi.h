@@ -53,6 +53,7 @@ struct Attention {
   const int64_t* starts;  // position of the first query of each row
   const int64_t* cache_rows;  // the row of k and v that each row attends to; null: its own
   const float* sinks;     // per head: a score that takes part in softmax without a value; or null
+  const float* slopes;    // per head: added to a score, times the key's distance behind the query; or null
   int64_t rows, queries, heads, kv_heads, size;
   int64_t q_strides[3], k_strides[3], v_strides[3];  // row, head, position; in elements
   int64_t window;                                    // 0: all

@@ -93,6 +93,7 @@ void begin_query(const Attention& a, const WorkItem& item, int64_t i, Workspace&
   query.end = item.end_of(i);
   query.begin = window_begin(a, query.end);
   query.max = -std::numeric_limits<float>::max(), query.sum = 0;
+  query.slope = a.slopes ? a.slopes[item.head_of(i)] : 0;
   const int64_t token = item.token_of(i);
   const int64_t at = token / a.queries * a.q_strides[0] + item.head_of(i) * a.q_strides[1] +
                      token % a.queries * a.q_strides[2];

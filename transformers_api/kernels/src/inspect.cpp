@@ -33,10 +33,13 @@ float attention_row(const Attention& a, int64_t row, int64_t head, int64_t query
     }
     probs[j] = reduce_add(sum) * a.scale;
   }
+  const float slope = a.slopes ? a.slopes[head] : 0;
   float max_score = a.sinks ? a.sinks[head] : -INFINITY;
   for (int64_t j = begin; j < end; j += 16) {
     const mask16 mask = first_lanes(end - j);
     if (a.softcap) store(probs + j, mask, apply_softcap(load(probs + j, mask), a.softcap));
+    for (int64_t i = j; slope != 0 && i < std::min(j + 16, end); i++)
+      probs[i] += slope * static_cast<float>(i - a.starts[row] - query);
     max_score = std::max(max_score, reduce_max(mask, load(probs + j, mask)));
   }
   const float sink = a.sinks ? first_lane(exp(broadcast(a.sinks[head] - max_score))) : 0;
