@@ -1,20 +1,24 @@
-"""Position embeddings that count from the length of a cache, which differs from row to row here.
+"""Positions that a model counts itself, from the length of a cache, which differs from row to row here.
 
-Decoders of BART's family take no positions. A pass of several sequences tells them.
+Decoders of BART's family take no positions. A pass of several sequences tells them. Those of BLOOM's
+count in a mask of two dimensions, which such a pass does not have.
 """
 
 from __future__ import annotations
 
 import contextvars
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+ALIBI = "build_alibi_tensor"  # a function of a model's own code
 _positions: contextvars.ContextVar[Tensor] = contextvars.ContextVar("positions")
 
 
@@ -34,6 +38,10 @@ def follow_positions(model: nn.Module) -> None:
         is_counter = isinstance(module, nn.Embedding) and type(module) is not nn.Embedding
         if is_counter and "past_key_values_length" in inspect.signature(module.forward).parameters:
             module.forward = partial(_embed, module, module.forward)
+    for code in {sys.modules[type(module).__module__] for module in model.modules()}:
+        builder = getattr(code, ALIBI, None)
+        if callable(builder) and not isinstance(builder, partial):
+            setattr(code, ALIBI, partial(_alibi, builder))
 
 
 def _embed(module: Any, counted: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
@@ -41,3 +49,10 @@ def _embed(module: Any, counted: Callable[..., Tensor], *args: Any, **kwargs: An
     if positions is None:
         return counted(*args, **kwargs)
     return functional.embedding(positions + getattr(module, "offset", 0), module.weight)
+
+
+def _alibi(builder: Callable[..., Tensor], mask: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The bias for a mask (B, S) or (B, 1, T, S): of keys whose positions count from 0."""
+    if mask.dim() == 4:
+        mask = torch.ones(mask.shape[0], mask.shape[3], dtype=torch.int64, device=mask.device)
+    return builder(mask, *args, **kwargs)

@@ -229,6 +229,11 @@ def _top_k(recorder: Recorder, args: Any, kwargs: Any, out: Any) -> bool:
 
 def _take(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
     x, dim, indices = args[:3]
+    column = recorder.repeated.get(indices.untyped_storage().data_ptr())
+    if column is not None and dim % x.dim() == x.dim() - 2 and not recorder.is_dynamic(x):
+        table = x.flatten(end_dim=-3)[0] if x.dim() > 2 else x  # whole rows of it
+        is_one = bool((x == table).all())
+        return is_one and _look_up(recorder, table.contiguous(), column.squeeze(-1), out)
     is_along_line = dim % x.dim() == x.dim() - 1 and x.stride(-1) == 1
     if not is_along_line or x.shape[:-1] != indices.shape[:-1]:
         return False
@@ -310,14 +315,33 @@ def _embedding(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
 
 def _index(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
     table, indices = args
-    if len(indices) != 1 or indices[0].dtype != torch.int64:
+    (dim, *others) = [i for i, each in enumerate(indices) if each is not None]
+    if others or indices[dim].dtype != torch.int64:
         return False
-    return _look_up(recorder, table, indices[0], out)
+    return _select(recorder, (table, dim, indices[dim]), kwargs, out)
 
 
-def _select_rows(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
+def _select(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
     table, dim, indices = args
-    return dim == 0 and _look_up(recorder, table, indices, out)
+    if dim == 0 and recorder.is_dynamic(indices):
+        return _look_up(recorder, table, indices, out)
+    if indices.dim() != 1 or recorder.is_dynamic(indices):
+        return False
+    for i, index in enumerate(indices.tolist()):
+        part, source = out.select(dim, i), table.select(dim, index)
+        recorder.add("copy", part, [source], tuple(part.shape))
+    return True
+
+
+def _repeat(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
+    x, times = args
+    sizes = (1,) * (len(times) - x.dim()) + tuple(x.shape)
+    pairs = [size for pair in zip(times, sizes, strict=True) for size in pair]
+    source = x.reshape([n for size in sizes for n in (1, size)]).expand(pairs)
+    recorder.add("copy", out.view(pairs), [source], tuple(pairs))
+    if all(n == 1 for n in times[:-1]) and sizes[-1] == 1:
+        recorder.repeated[out.untyped_storage().data_ptr()] = x
+    return True
 
 
 def _look_up(recorder: Recorder, table: Tensor, indices: Tensor, out: Tensor) -> bool:
@@ -366,6 +390,7 @@ SPECIAL: dict[str, Callable[[Recorder, Any, Any, Any], bool]] = {
     "aten.native_layer_norm.default": _layer_norm,
     "aten.embedding.default": _embedding,
     "aten.index.Tensor": _index,
-    "aten.index_select.default": _select_rows,
+    "aten.index_select.default": _select,
+    "aten.repeat.default": _repeat,
     "aten.gelu.default": _gelu,
 }

@@ -18,6 +18,7 @@ from transformers_api.kernels.abi import Library
 from transformers_api.kernels.modules.attention import NAME, register
 from transformers_api.kernels.modules.experts import PackedExperts, expert_layers
 from transformers_api.kernels.modules.linear import NativeEmbedding, NativeLinear, PackedWeight
+from transformers_api.kernels.modules.own_attention import computes_own_attention
 from transformers_api.kernels.modules.replace import Place, Widths, pack_model
 
 log = logging.getLogger(__name__)
@@ -65,7 +66,8 @@ def native_runner(
     """
     register()
     try:
-        model.set_attn_implementation(NAME)
+        if not computes_own_attention(model):
+            model.set_attn_implementation(NAME)
         pack_model(model, library, Widths(kind.numbers, kind.quantization), groups)
         cache = NativeCache(library, *cache_size, CACHE_TYPES[kind.numbers], latent_layers(model))
         runner = NativeRunner(model, cache, vocab_size, kind, original_window)

@@ -29,6 +29,7 @@ from transformers_api.kernels.graph.executor import RecordedPass
 from transformers_api.kernels.graph.hooks import HookReplay, forward_returning
 from transformers_api.kernels.modules.attention import CausalRows, describing
 from transformers_api.kernels.modules.experts import routing_modules
+from transformers_api.kernels.modules.own_attention import computes_own_attention, masked
 
 SIZES = (2, 3)  # tokens of the passes that are recorded; see planner.py
 
@@ -74,6 +75,7 @@ class NativeRunner(ModelRunner):
     def learn(self) -> None:
         """Record passes on a cache of their own; ``failure`` says why that failed."""
         cache = self.cache.scratch(max(SIZES), MIN_LENGTH)
+        cache.shows_symbols = computes_own_attention(self.model)
         inputs = [_inputs([1] * size, [3] * size, list(range(size))) for size in SIZES]
         with fixed_factors(self.model, False):
             self._compute(inputs[0], cache)
@@ -218,17 +220,22 @@ class NativeRunner(ModelRunner):
         ids, positions, cache_rows = inputs
         starts, context = positions[:, 0], cache.length
         cache.bind_rows(starts, cache_rows, context)
-        built = self.masks.build(positions, context)
-        masks = built if isinstance(built, dict) else {"": built}
-        described = [
-            (mask, CausalRows(cache.library, starts, self.masks.windows[kind], cache_rows))
-            for kind, mask in masks.items()
-        ]
+        rows = {
+            kind: CausalRows(cache.library, starts, window, cache_rows)
+            for kind, window in self.masks.windows.items()
+        }
+        if cache.shows_symbols:
+            masks: dict[str, Tensor] = {kind: masked(own, context) for kind, own in rows.items()}
+            described = []
+        else:
+            built = self.masks.build(positions, context)
+            masks = built if isinstance(built, dict) else {"": built}
+            described = [(mask, rows[kind]) for kind, mask in masks.items()]
         with describing(described), expanding_into(cache), at_positions(positions):
             logits: Tensor = self.model(
                 input_ids=ids,
                 position_ids=positions,
-                attention_mask=built,
+                attention_mask=masks.get("", masks),
                 past_key_values=cache,
                 use_cache=True,
                 return_dict=True,
