@@ -81,6 +81,7 @@ class SlotCache(Cache):
     """
 
     reuses_prefixes = True
+    in_pieces = True  # a prompt may be read in several passes
     dtype: torch.dtype | None = None  # None: what the model computes in
     spare = 0  # rows behind those of the slots
 

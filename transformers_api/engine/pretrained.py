@@ -19,7 +19,14 @@ from transformers import (
     DynamicCache,
     GenerationConfig,
 )
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    DummyLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionLayer,
+)
 from transformers.initialization import no_init_weights
 from transformers.utils.logging import disable_progress_bar
 
@@ -32,6 +39,14 @@ from transformers_api.errors import ModelLoadFailed, ModelNotServable
 log = logging.getLogger(__name__)
 disable_progress_bar()  # type: ignore[no-untyped-call]  # a server's log is no terminal
 WINDOW_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
+CACHE_LAYERS = {
+    DynamicLayer: "attention",
+    DynamicSlidingWindowLayer: "attention",
+    LinearAttentionLayer: "state",
+    LinearAttentionAndFullAttentionLayer: "both",
+    LinearAttentionAndSlidingWindowAttentionLayer: "both",
+    DummyLayer: "none",
+}
 ATTENTION_KINDS = {"full_attention", "sliding_attention"}
 
 
@@ -170,6 +185,24 @@ def attention_layers(model: Any) -> int:
     layers = DynamicCache(config=config).layers
     plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
     return len(layers) if plain else 0
+
+
+def layer_kinds(model: Any) -> list[tuple[str, int]]:
+    """The layers of a StateCache: "attention", "state", "both" or "none", and the states of each kind.
+
+    Empty for a model that has layers of another kind, or no states.
+    """
+    config = model.config.get_text_config(decoder=True)
+    if not getattr(config, "layer_types", None):
+        return []
+    layers = DynamicCache(config=config).layers
+    kinds = [(CACHE_LAYERS.get(type(layer), ""), _num_states(layer)) for layer in layers]
+    has_states = any(kind in ("state", "both") for kind, _ in kinds)
+    return kinds if has_states and all(kind for kind, _ in kinds) else []
+
+
+def _num_states(layer: Any) -> int:
+    return getattr(layer, "number_of_states", 0)
 
 
 def gpu_dtype(stored: str, stored_bytes: int) -> str:

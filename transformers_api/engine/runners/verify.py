@@ -188,7 +188,7 @@ def _run(runner: VerifiedRunner, rows: list[list[int]]) -> list[Tensor]:
     first one's, unless a rope with two kinds of factors has to show the other kind.
     """
     stream = TokenStream(len(rows), lambda _: None)
-    in_chunks = isinstance(runner, ModelRunner)
+    in_chunks = isinstance(runner, ModelRunner) and runner.cache.in_pieces
     sequences: list[Sequence] = []
     for slot, row in enumerate(rows):
         seq = _sequence(row[:-2], stream, slot)
