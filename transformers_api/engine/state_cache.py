@@ -103,18 +103,22 @@ class StateCache(SlotCache):
 
     reuses_prefixes = False
     in_pieces = False
+    attention_layer: type[SlotLayer] = SlotLayer
+    state_layer: type[StateLayer] = StateLayer
+    mixed_layer: type[MixedLayer] = MixedLayer
 
     def __init__(self, kinds: Sequence[tuple[str, int]], max_rows: int, max_length: int) -> None:
-        super().__init__(0, max_rows, max_length)
+        SlotCache.__init__(self, 0, max_rows, max_length)
+        self.kinds = kinds
         self.states: list[StateLayer] = []
         self.slots = []
         layers: list[Any] = []
         for kind, count in kinds:
             layer: Any = DummyLayer()  # type: ignore[no-untyped-call]
             if kind == "attention":
-                layer = SlotLayer(self)  # type: ignore[no-untyped-call]
+                layer = self.attention_layer(self)  # type: ignore[no-untyped-call]
             elif kind != "none":
-                layer = (StateLayer if kind == "state" else MixedLayer)(self, count)
+                layer = (self.state_layer if kind == "state" else self.mixed_layer)(self, count)
                 self.states.append(layer)
             if isinstance(layer, SlotLayer):
                 self.slots.append(layer)
@@ -153,7 +157,7 @@ class StateCache(SlotCache):
     def swap(self, a: int, b: int, length: int) -> None:
         """Exchange two rows."""
         super().swap(a, b, length)
-        for rows in self._state_rows:
+        for rows in self.state_rows:
             held = rows[a].clone()
             rows[a] = rows[b]
             rows[b] = held
@@ -161,7 +165,7 @@ class StateCache(SlotCache):
     def wipe(self, row: int) -> None:
         """Zero a row."""
         super().wipe(row)
-        for rows in self._state_rows:
+        for rows in self.state_rows:
             rows[row].zero_()
 
     def clear(self) -> None:
@@ -172,7 +176,8 @@ class StateCache(SlotCache):
             layer.conv_rows, layer.recurrent_rows = {}, {}
 
     @property
-    def _state_rows(self) -> list[Tensor]:
+    def state_rows(self) -> list[Tensor]:
+        """The states of all rows, layer by layer."""
         return [rows for layer in self.states for rows in layer.all_rows]
 
     def room_for(self, rows: int) -> int:

@@ -300,6 +300,22 @@ def _batch_product(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> b
     return True
 
 
+def _convolution(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
+    """Each channel's own filter over its line (B, C, n), as before a recurrence."""
+    x, weight, bias, stride, padding, dilation, is_transposed, _, groups = args
+    channels, one, size = weight.shape
+    is_plain = not is_transposed and {*stride, *dilation} == {1} and not any(padding)
+    if x.dim() != 3 or one != 1 or groups != channels or x.shape[1] != channels or not is_plain:
+        return False
+    products = torch.empty((*out.shape, size))
+    factors = [x.unfold(2, size, 1), weight.expand(channels, out.shape[2], size)]
+    recorder.add("mul", products, factors, tuple(products.shape))
+    recorder.add("sum", out[..., None], [products], tuple(products.shape))
+    if bias is not None:
+        _binary(recorder, "add", (out, bias[:, None]), 1, out)
+    return True
+
+
 def _layer_norm(recorder: Recorder, args: Any, kwargs: Any, out: Any) -> bool:
     x, shape, weight, bias, epsilon = args
     if len(shape) != 1 or (weight is None and bias is not None) or x.stride(-1) != 1:
@@ -386,6 +402,7 @@ SPECIAL: dict[str, Callable[[Recorder, Any, Any, Any], bool]] = {
     "aten.cat.default": _concatenate,
     "aten.stack.default": _stack,
     "aten.bmm.default": _batch_product,
+    "aten.convolution.default": _convolution,
     "aten.polar.default": polar,
     "aten.native_layer_norm.default": _layer_norm,
     "aten.embedding.default": _embedding,

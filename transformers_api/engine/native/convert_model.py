@@ -13,6 +13,8 @@ from transformers_api.engine.load_options import SMALL_BYTES
 from transformers_api.engine.native.kv_cache import NativeCache
 from transformers_api.engine.native.latent import latent_layers
 from transformers_api.engine.native.runner import Kind, NativeRunner
+from transformers_api.engine.native.state_cache import NativeStateCache
+from transformers_api.engine.native.state_runner import NativeStateRunner
 from transformers_api.engine.stored_weights import StoredWeights
 from transformers_api.kernels.abi import Library
 from transformers_api.kernels.modules.attention import NAME, register
@@ -53,14 +55,14 @@ def native_runner(
     library: Library,
     kind: Kind,
     groups: list[list[Place]],
-    cache_size: tuple[int, int, int],
+    cache_size: tuple[list[tuple[str, int]] | int, int, int],
     vocab_size: int,
     teach: Callable[[NativeRunner], None],
     original_window: int | None = None,
 ) -> NativeRunner:
     """A runner for the model, whose weights are packed by this. Raises BackendRefused.
 
-    ``groups``: see ``layer_groups``. ``cache_size``: layers, rows, tokens of a row. ``teach``: how
+    ``groups``: see ``layer_groups``. ``cache_size``: layers or their kinds, rows, tokens of a row. ``teach``: how
     the runner comes to know the passes, as by ``NativeRunner.learn``. ``original_window``: see
     ``ModelRunner``.
     """
@@ -69,8 +71,17 @@ def native_runner(
         if not computes_own_attention(model):
             model.set_attn_implementation(NAME)
         pack_model(model, library, Widths(kind.numbers, kind.quantization), groups)
-        cache = NativeCache(library, *cache_size, CACHE_TYPES[kind.numbers], latent_layers(model))
-        runner = NativeRunner(model, cache, vocab_size, kind, original_window)
+        layers, rows, length = cache_size
+        rest = rows, length, CACHE_TYPES[kind.numbers], latent_layers(model)
+        runner = (
+            NativeRunner(
+                model, NativeCache(library, layers, *rest), vocab_size, kind, original_window
+            )
+            if isinstance(layers, int)
+            else NativeStateRunner(
+                model, NativeStateCache(library, layers, *rest), vocab_size, kind
+            )
+        )
         teach(runner)
     except PlanOutdated:
         raise

@@ -76,10 +76,13 @@ class NativeRunner(ModelRunner):
         """Record passes on a cache of their own; ``failure`` says why that failed."""
         cache = self.cache.scratch(max(SIZES), MIN_LENGTH)
         cache.shows_symbols = computes_own_attention(self.model)
-        inputs = [_inputs([1] * size, [3] * size, list(range(size))) for size in SIZES]
+        inputs = [inputs_of([1] * size, [3] * size, list(range(size))) for size in SIZES]
         with fixed_factors(self.model, False):
             self._compute(inputs[0], cache)
         self.cache.shaped_like(cache)
+        self._learn_steps(inputs, cache)
+
+    def _learn_steps(self, inputs: list[list[Tensor]], cache: NativeCache) -> None:
         passes = self._watched_passes(inputs, cache, False)
         long = [] if self.long_layers is None else self._watched_passes(inputs, cache, True)
         if all(each.hidden is not None for each in [*passes, *long]):
@@ -104,7 +107,7 @@ class NativeRunner(ModelRunner):
         for seq, width in zip(batch.sequences, batch.widths, strict=True):
             starts += range(seq.num_cached, seq.num_cached + width)
             rows += [seq.slot] * width
-        inputs = _inputs([token for ids in batch.ids for token in ids], starts, rows)
+        inputs = inputs_of([token for ids in batch.ids for token in ids], starts, rows)
         last = [end - 1 for end in accumulate(batch.widths)]
         watch = self._replay(batch, inputs, last) if batch.is_observed else None
         is_long = self.original_window is not None and batch.sequences[0].is_long
@@ -131,7 +134,7 @@ class NativeRunner(ModelRunner):
     ) -> Tensor:
         """Logits (keep, V) of the last of these tokens, in the cache's first row from ``start``."""
         positions = list(range(start, start + len(ids)))
-        inputs = _inputs(list(ids), positions, [0] * len(ids))
+        inputs = inputs_of(list(ids), positions, [0] * len(ids))
         hidden = self._layers(is_long).run(len(ids), inputs, self.cache.tensors)
         return self._logits(hidden[-keep:])[:, 0].clone()
 
@@ -255,7 +258,7 @@ class _WatchedPass(NamedTuple):
     hidden: Tensor | None = None
 
 
-def _inputs(ids: list[int], positions: list[int], cache_rows: list[int]) -> list[Tensor]:
+def inputs_of(ids: list[int], positions: list[int], cache_rows: list[int]) -> list[Tensor]:
     """[ids (N, 1), positions (N, 1), rows of the cache (N,)] of the tokens of a pass."""
     return [
         torch.tensor(ids)[:, None],

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from transformers_api.engine.native.convert_model import packed_weights
 from transformers_api.engine.native.runner import NativeRunner
+from transformers_api.engine.native.state_runner import NativeStateRunner
 from transformers_api.engine.runners.model_runner import Runner
 from transformers_api.kernels.modules.experts import PackedExperts
 from transformers_api.kernels.modules.linear import (
@@ -61,7 +62,7 @@ class NativeStandby:
     @classmethod
     def of(cls, runner: Runner, folder: Path) -> NativeStandby | None:
         """Return None where much is not packed, or where the files have other names."""
-        if not isinstance(runner, NativeRunner):
+        if not isinstance(runner, NativeRunner) or isinstance(runner, NativeStateRunner):
             return None
         model = runner.model
         rest = [*model.parameters(), *model.buffers()]

@@ -25,7 +25,7 @@ def verified_runner(
     model: Any,
     library: Library,
     kind: Kind,
-    size: tuple[int, int, int],
+    size: tuple[list[tuple[str, int]] | int, int, int],
     vocab_size: int,
     file: PlanFile | None,
     original_window: int | None = None,
@@ -55,14 +55,19 @@ def verified_runner(
     def ask(rows: list[list[int]]) -> None:
         expected.append(own_logits(model, vocab_size, rows, at_once=True))
 
-    groups = layer_groups(model, lambda: ask(questions[0]))
+    groups = layer_groups(
+        model, lambda: ask(questions[0]), only_called=not isinstance(size[0], int)
+    )
     for rows in questions[1:]:
         ask(rows)
     if original_window is not None:  # the last ones are read as long sequences
         with sequence_length(original_window + 1):
             for logits, rows in zip(expected, questions, strict=True):
                 logits[-1:] = own_logits(model, vocab_size, rows[-1:])
-    learn = NativeRunner.learn
+
+    def learn(runner: NativeRunner) -> None:
+        runner.learn()
+
     runner = native_runner(model, library, kind, groups, size, vocab_size, learn, original_window)
     check_loss(model, kind.quantization)
     if not any(

@@ -242,12 +242,12 @@ def write_cache(
     library: Library,
     states: Tensor,
     rows: Tensor,
-    starts: Tensor,
+    starts: Tensor | None,
     cache_rows: Tensor | None = None,
 ) -> None:
     """Write ``states`` (B, G, T, D) into ``rows`` (R, G, length, D) from each row's start on.
 
-    Row b of ``states`` goes to the row ``cache_rows[b]``, by default b.
+    ``starts`` (B,); None: from 0. Row b of ``states`` goes to the row ``cache_rows[b]``, by default b.
     """
     batch, heads, width, size = states.shape
     if states.stride(3) != 1:
@@ -255,7 +255,7 @@ def write_cache(
     call = CacheWrite(
         states.data_ptr(),
         rows.data_ptr(),
-        starts.data_ptr(),
+        None if starts is None else starts.data_ptr(),
         None if cache_rows is None else cache_rows.data_ptr(),
         batch,
         heads,
@@ -268,10 +268,34 @@ def write_cache(
     )
     library.with_gil.write_cache(call)
     if recorder := current():
-        operands = {"source": states, "starts": starts}
-        if cache_rows is not None:
-            operands["cache_rows"] = cache_rows
-        operands["target"] = rows
+        every = {"source": states, "starts": starts, "cache_rows": cache_rows, "target": rows}
+        operands = {name: each for name, each in every.items() if each is not None}
         recorder.add(
             "write_cache", None, [*operands.values()], (1,), call=call, fields=(*operands,)
         )
+
+
+def read_cache(library: Library, rows: Tensor, cache_rows: Tensor) -> Tensor:
+    """A copy (B, …) of these ``cache_rows`` (B,) of ``rows`` (R, …), both contiguous."""
+    made = rows.new_empty((len(cache_rows), *rows.shape[1:]))
+    size = made[0].numel()
+    strides = (size, size, size)
+    call = CacheWrite(
+        rows.data_ptr(),
+        made.data_ptr(),
+        None,
+        cache_rows.data_ptr(),
+        len(made),
+        1,
+        1,
+        size,
+        strides,
+        strides,
+        TYPES[rows.dtype],
+        TYPES[made.dtype],
+    )
+    library.with_gil.read_cache(call)
+    if recorder := current():
+        fields = ("source", "cache_rows", "target")
+        recorder.add("read_cache", made, [rows, cache_rows], (1,), call=call, fields=fields)
+    return made

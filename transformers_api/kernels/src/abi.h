@@ -22,7 +22,7 @@ enum Type : int32_t { F32 = 0, BF16 = 1, I8 = 2, I64 = 3, I4 = 4, BOOL = 5 };
   X(WHERE, where) X(MEAN, mean) X(SUM, sum) X(LARGEST, largest) X(SOFTMAX, softmax)               \
   X(LAYER_NORM, layer_norm) X(GATHER, gather) X(MATMUL, matmul) X(TOP_K, top_k) X(TAKE, take)     \
   X(PUT, put) X(LINEAR, linear) X(EXPERTS, experts) X(ATTENTION, attention)                       \
-  X(WRITE_CACHE, write_cache) X(UNPACK_ROWS, unpack_rows)
+  X(WRITE_CACHE, write_cache) X(READ_CACHE, read_cache) X(UNPACK_ROWS, unpack_rows)
 
 #define OP_CONSTANT(constant, name) constant,
 enum Op : int32_t { FOR_EACH_OP(OP_CONSTANT) };
@@ -61,11 +61,12 @@ struct Attention {
   int32_t q_type, kv_type;
 };
 
-// New keys or values, and the rows of the KV cache that they are written into.
+// New keys or values, and the rows of the KV cache that they are written into. Where rows are read,
+// source and target change places, and each is read from its beginning.
 struct CacheWrite {
   const void* source;  // (rows, heads, queries, size)
   void* target;        // (rows, heads, length, size), from each row's start on
-  const int64_t* starts;
+  const int64_t* starts;      // null: 0
   const int64_t* cache_rows;  // the row of target that each row is written into; null: its own
   int64_t rows, heads, queries, size;
   int64_t source_strides[3], target_strides[3];
@@ -142,6 +143,7 @@ void experts(const Experts* layer, const void* x, const int64_t* indices, int64_
              int64_t share, void* y, int32_t type);
 void attention(const Attention* call);
 void write_cache(const CacheWrite* call);
+void read_cache(const CacheWrite* call);
 // A whole forward pass, or a part of one.
 void run_steps(const Step* steps, int64_t count);
 
