@@ -24,6 +24,7 @@ CASES = {
     "large": {"heads": 2, "kv_heads": 2, "width": 7, "size": 256, "softcap": 5.0, "sinks": True},
     "alibi": {"heads": 6, "kv_heads": 2, "width": 70, "length": 300, "slopes": True},
     "alibi-decode": {"heads": 4, "kv_heads": 4, "size": 32, "window": 90, "slopes": True},
+    "chunks": {"heads": 4, "kv_heads": 2, "width": 90, "size": 32, "window": -48},
     "long": {"rows": 1, "width": 150, "length": 400},
 }
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3}  # of the coarser of both types
@@ -55,6 +56,8 @@ class Case:
         positions = self.starts[:, None] + torch.arange(self.query.shape[2])
         distance = positions[:, None, :, None] - torch.arange(self.key.shape[2])
         visible = distance >= 0
+        if self.window < 0:
+            return visible & (distance <= (positions % -self.window)[:, None, :, None])
         return visible & (distance < self.window) if self.window else visible
 
     def weights(self):

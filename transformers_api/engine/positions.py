@@ -1,7 +1,8 @@
 """Positions that a model counts itself, from the length of a cache, which differs from row to row here.
 
 Decoders of BART's family take no positions. A pass of several sequences tells them. Those of BLOOM's
-count in a mask of two dimensions, which such a pass does not have.
+count in a mask of two dimensions, which such a pass does not have. Llama 4's layers without a rope
+count to scale their queries.
 """
 
 from __future__ import annotations
@@ -38,10 +39,31 @@ def follow_positions(model: nn.Module) -> None:
         is_counter = isinstance(module, nn.Embedding) and type(module) is not nn.Embedding
         if is_counter and "past_key_values_length" in inspect.signature(module.forward).parameters:
             module.forward = partial(_embed, module, module.forward)
+        if getattr(module, "attn_temperature_tuning", False) and not module.use_rope:
+            module.q_proj = _Tempered(module.q_proj, module.floor_scale, module.attn_scale)
+            module.attn_temperature_tuning = False
     for code in {sys.modules[type(module).__module__] for module in model.modules()}:
         builder = getattr(code, ALIBI, None)
         if callable(builder) and not isinstance(builder, partial):
             setattr(code, ALIBI, partial(_alibi, builder))
+
+
+class _Tempered(nn.Module):
+    """Queries that grow with their position, every ``step`` tokens; of a pass without positions, from 0."""
+
+    def __init__(self, projection: nn.Module, step: float, growth: float) -> None:
+        super().__init__()
+        self.projection = projection
+        self.step, self.growth = step, growth
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The scaled queries (B, T, H * D) of hidden states (B, T, C)."""
+        queries: Tensor = self.projection(x)
+        positions = _positions.get(None)
+        if positions is None:
+            positions = torch.arange(x.shape[1], device=x.device)[None]
+        scale = torch.log1p(torch.floor((positions.float() + 1.0) / self.step)) * self.growth + 1.0
+        return (queries * scale[..., None]).to(queries.dtype)
 
 
 def _embed(module: Any, counted: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:

@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.cache_utils import (
     DummyLayer,
+    DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
@@ -47,7 +48,13 @@ CACHE_LAYERS = {
     LinearAttentionAndSlidingWindowAttentionLayer: "both",
     DummyLayer: "none",
 }
-ATTENTION_KINDS = {"full_attention", "sliding_attention"}
+PLAIN_LAYERS = {DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer}
+ATTENTION_KINDS = {
+    "full_attention",
+    "sliding_attention",
+    "chunked_attention",
+    "indexed_attention",
+}
 
 
 def pick_device(device: str) -> str:
@@ -183,8 +190,14 @@ def attention_layers(model: Any) -> int:
     if not set(getattr(config, "layer_types", None) or ()) <= ATTENTION_KINDS:
         return 0
     layers = DynamicCache(config=config).layers
-    plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+    plain = all(type(layer) in PLAIN_LAYERS for layer in layers)
     return len(layers) if plain else 0
+
+
+def indexed_layers(model: Any) -> frozenset[int]:
+    """The layers with an index of what to attend to."""
+    kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()
+    return frozenset(i for i, kind in enumerate(kinds) if kind == "indexed_attention")
 
 
 def layer_kinds(model: Any) -> list[tuple[str, int]]:

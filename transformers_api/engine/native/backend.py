@@ -25,7 +25,12 @@ from transformers_api.engine.native.sampler import NativeSampler
 from transformers_api.engine.native.standby import NativeStandby
 from transformers_api.engine.native.streaming import fill_streamed, packed_size
 from transformers_api.engine.native.verified import verified_runner
-from transformers_api.engine.pretrained import attention_layers, differentiable, layer_kinds
+from transformers_api.engine.pretrained import (
+    attention_layers,
+    differentiable,
+    indexed_layers,
+    layer_kinds,
+)
 from transformers_api.engine.rope import reads_again, switching_lengths
 from transformers_api.engine.runners.model_runner import Runner, VerifiedRunner, innermost
 from transformers_api.engine.sampling.sampler import Sampler, TokenSampler
@@ -70,6 +75,8 @@ class NativeBackend:
         """See Backend."""
         if not (attention_layers(model) or layer_kinds(model)):
             return "it cannot share a batch"
+        if indexed_layers(model):
+            return "it has an index of what to attend to"
         try:
             kind_of(model, self.options.dtype, self.options.quantization)
         except BackendRefused as error:

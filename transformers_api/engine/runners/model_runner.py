@@ -102,22 +102,23 @@ class MaskBuilder:
     """Causal masks (B, 1, T, S) for rows at different positions, windows included.
 
     transformers takes a 4-D mask as it is, so a sliding window has to be in it; a model that mixes
-    kinds of layers takes one mask per kind.
+    kinds of layers takes one mask per kind. ``windows``: tokens of each, see ``CausalRows``.
     """
 
     def __init__(self, model: Any) -> None:
         config = model.config.get_text_config(decoder=True)
         window = getattr(config, "sliding_window", None) or 0
-        windows = {"full_attention": 0, "sliding_attention": window}
+        chunk = getattr(config, "attention_chunk_size", None) or 0
+        windows = {"sliding_attention": window, "chunked_attention": -chunk}
         kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or ()))
         attention = {kind: MASKS.get(kind, kind) for kind in kinds if kind not in WITHOUT_MASK}
         names = list(dict.fromkeys(attention.values()))
         if len(names) > 1:
-            self.windows = {name: windows[name] for name in names}
+            self.windows = {name: windows.get(name, 0) for name in names}
         elif kinds and not names:
             self.windows = {}
         else:
-            self.windows = {"": 0 if names == ["full_attention"] else window}
+            self.windows = {"": windows.get(names[0], 0) if names else window}
         additive = config._attn_implementation == "eager"  # eager adds masks, sdpa selects by them
         self.additive_dtype = model.dtype if additive else None
 
@@ -128,13 +129,18 @@ class MaskBuilder:
         """
         keys = torch.arange(context, device=positions.device)
         distance = positions[:, None, :, None] - keys  # (B, 1, T, S)
-        masks = {kind: self._mask(distance, window) for kind, window in self.windows.items()}
+        starts = positions[:, None, :, None]
+        masks = {
+            kind: self._mask(distance, starts, window) for kind, window in self.windows.items()
+        }
         return masks.get("", masks) if masks else None
 
-    def _mask(self, distance: Tensor, window: int) -> Tensor:
+    def _mask(self, distance: Tensor, positions: Tensor, window: int) -> Tensor:
         visible = distance >= 0
-        if window:
+        if window > 0:
             visible &= distance < window
+        elif window < 0:
+            visible &= distance <= positions % -window
         if self.additive_dtype is None:
             return visible
         hidden = torch.finfo(self.additive_dtype).min
@@ -204,7 +210,9 @@ class SequentialRunner:
         if self.recompute:
             logits = self.model(input_ids=ids, use_cache=False, return_dict=True).logits
         else:
-            logits = self._continue(seq, ids, batch.width, keep)
+            positions = torch.arange(seq.num_cached, len(read), device=ids.device)[None]
+            with at_positions(positions):
+                logits = self._continue(seq, ids, batch.width, keep)
         return _last(logits, keep, self.vocab_size)
 
     def clear(self) -> None:

@@ -23,6 +23,7 @@ from transformers_api.engine.pretrained import (
     attention_layers,
     differentiable,
     gpu_dtype,
+    indexed_layers,
     layer_kinds,
 )
 from transformers_api.engine.rope import reads_again, switching_lengths
@@ -113,7 +114,7 @@ class TorchBackend:
         runner = (
             StateRunner(model, StateCache(kinds, rows, window), vocab_size)
             if kinds
-            else ModelRunner(model, SlotCache(layers, rows, window), vocab_size)
+            else ModelRunner(model, SlotCache(layers, rows, window, indexed=indexed_layers(model)), vocab_size)
         )
         runner.original_window = min(lengths, default=None)
         expected: list[Tensor] = []
@@ -177,7 +178,9 @@ class CudaGraphsBackend(TorchBackend):
         """See Backend."""
         if switching_lengths(model, sys.maxsize):
             return "positions that depend on the length"
-        return None if attention_layers(model) else "it cannot share a batch"
+        if not attention_layers(model):
+            return "it cannot share a batch"
+        return "it has an index of what to attend to" if indexed_layers(model) else None
 
     def verified_runner(self, model: Any, vocab_size: int, window: int) -> VerifiedRunner:
         """See Backend."""

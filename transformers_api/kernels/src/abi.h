@@ -46,7 +46,7 @@ struct Experts {
 };
 
 // Causal attention over a KV cache: the query at position p attends to the keys 0..p of its row, or
-// to the last ``window`` of them.
+// to the last ``window`` of them; below 0 to those of its chunk, each of -``window`` tokens.
 struct Attention {
   const void *q, *k, *v;  // (rows, heads, queries, size), (rows, kv_heads, length, size) twice
   void* out;              // (rows, queries, heads, size), contiguous, of q's type

@@ -71,10 +71,6 @@ void find_items(const Attention& a, int threads, std::vector<WorkItem>& items) {
   }
 }
 
-int64_t window_begin(const Attention& a, int64_t end) {
-  return a.window ? std::max<int64_t>(0, end - a.window) : 0;
-}
-
 template <class T>
 const T* keys_of(const Attention& a, const WorkItem& item) {
   return static_cast<const T*>(a.k) + item.cache_row * a.k_strides[0] + item.kv_head * a.k_strides[1];

@@ -32,6 +32,12 @@ struct QueryState {
   float slope;                 // of a bias that is linear in the distance of a key (ALiBi)
 };
 
+// The first key that the query before ``end`` attends to.
+int64_t window_begin(const Attention& a, int64_t end) {
+  if (a.window < 0) return (end - 1) / -a.window * -a.window;
+  return a.window ? std::max<int64_t>(0, end - a.window) : 0;
+}
+
 // The memory of one thread, for the queries of one work item.
 struct Workspace {
   QueryState queries[ITEM_QUERIES];

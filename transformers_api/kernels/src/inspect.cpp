@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "abi.h"
+#include "attention_block.h"
 #include "simd.h"
 #include "thread_pool.h"
 #include "vector_math.h"
@@ -20,7 +21,7 @@ constexpr int64_t STATS_CHUNK = 64;  // tokens
 float attention_row(const Attention& a, int64_t row, int64_t head, int64_t query, int64_t keys,
                     float* probs) {
   const int64_t end = std::min(a.starts[row] + query + 1, keys);
-  const int64_t begin = a.window ? std::max<int64_t>(0, a.starts[row] + query + 1 - a.window) : 0;
+  const int64_t begin = window_begin(a, a.starts[row] + query + 1);
   const int64_t q = row * a.q_strides[0] + head * a.q_strides[1] + query * a.q_strides[2];
   const int64_t k = row * a.k_strides[0] + head / (a.heads / a.kv_heads) * a.k_strides[1];
   std::fill_n(probs, keys, 0.f);
