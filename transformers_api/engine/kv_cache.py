@@ -72,8 +72,8 @@ class SlotLayer(CacheLayerMixin):
         return self.cache.length
 
 
-class IndexedLayer(SlotLayer):
-    """K and V of a layer with an index of what to attend to, and the index' keys (rows, length, D)."""
+class IndexedLayer(SlotLayer):  # type: ignore[no-untyped-call]
+    """K and V of a layer with an index of what to attend to, and that index' keys."""
 
     def __init__(self, cache: SlotCache) -> None:
         super().__init__(cache)

@@ -1,8 +1,8 @@
-"""Positions that a model counts itself, from the length of a cache, which differs from row to row here.
+"""Positions that a model counts itself from the length of a cache, which rows here have each.
 
-Decoders of BART's family take no positions. A pass of several sequences tells them. Those of BLOOM's
-count in a mask of two dimensions, which such a pass does not have. Llama 4's layers without a rope
-count to scale their queries.
+Decoders of BART's family take no positions. A pass of several sequences tells them. Those of
+BLOOM's count in a mask of two dimensions, which such a pass does not have. Llama 4's layers without
+a rope count to scale their queries.
 """
 
 from __future__ import annotations
@@ -39,17 +39,21 @@ def follow_positions(model: nn.Module) -> None:
         is_counter = isinstance(module, nn.Embedding) and type(module) is not nn.Embedding
         if is_counter and "past_key_values_length" in inspect.signature(module.forward).parameters:
             module.forward = partial(_embed, module, module.forward)
-        if getattr(module, "attn_temperature_tuning", False) and not module.use_rope:
-            module.q_proj = _Tempered(module.q_proj, module.floor_scale, module.attn_scale)
-            module.attn_temperature_tuning = False
+        _temper(module)
     for code in {sys.modules[type(module).__module__] for module in model.modules()}:
         builder = getattr(code, ALIBI, None)
         if callable(builder) and not isinstance(builder, partial):
             setattr(code, ALIBI, partial(_alibi, builder))
 
 
+def _temper(attention: Any) -> None:
+    if getattr(attention, "attn_temperature_tuning", False) and not attention.use_rope:
+        made = _Tempered(attention.q_proj, attention.floor_scale, attention.attn_scale)
+        attention.q_proj, attention.attn_temperature_tuning = made, False
+
+
 class _Tempered(nn.Module):
-    """Queries that grow with their position, every ``step`` tokens; of a pass without positions, from 0."""
+    """Queries that grow every ``step`` tokens; positions count from 0 where a pass has none."""
 
     def __init__(self, projection: nn.Module, step: float, growth: float) -> None:
         super().__init__()

@@ -201,7 +201,7 @@ def indexed_layers(model: Any) -> frozenset[int]:
 
 
 def layer_kinds(model: Any) -> list[tuple[str, int]]:
-    """The layers of a StateCache: "attention", "state", "both" or "none", and the states of each kind.
+    """The layers of a StateCache: "attention", "state", "both" or "none", and states of each kind.
 
     Empty for a model that has layers of another kind, or no states.
     """

@@ -1,9 +1,9 @@
-"""A slot cache for models with recurrent layers: a state of fixed size for each row, in place of K and V.
+"""A slot cache for models with recurrent layers, each row of which has a state of fixed size.
 
 transformers' recurrent layers (Mamba, gated delta rules, short convolutions) keep the end of a
-convolution's input and the state of a recurrence. Here the states of all slots lie in one tensor, and
-a pass sees those of its rows as a view, which it changes in place. A state says all about the tokens
-before it and cannot be cut: prompts are read in one pass, and prefixes are not shared.
+convolution's input and the state of a recurrence. Here the states of all slots lie in one tensor,
+and a pass sees those of its rows as a view, which it changes in place. A state says all about the
+tokens before it and cannot be cut: prompts are read in one pass, and prefixes are not shared.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class StateLayer(LinearAttentionCacheLayerMixin):
     """The states of one layer for all slots: (rows, …) each. ``count``: of each kind."""
 
     def __init__(self, cache: StateCache, count: int = 1) -> None:
-        LinearAttentionCacheLayerMixin.__init__(self, number_of_states=count)  # type: ignore[no-untyped-call]
+        LinearAttentionCacheLayerMixin.__init__(self, number_of_states=count)
         self.cache = cache
         self.conv_rows: States = {}
         self.recurrent_rows: States = {}
@@ -36,7 +36,7 @@ class StateLayer(LinearAttentionCacheLayerMixin):
         return [*self.conv_rows.values(), *self.recurrent_rows.values()]
 
     def aim_states(self, window: slice, *, is_fresh: bool) -> None:
-        """Show the next forward these rows; as if nothing were in them where it begins sequences."""
+        """Show the next forward these rows; nothing where it begins sequences."""
         for index in range(self.number_of_states):
             for rows, shown in self._kinds:
                 shown[index] = rows[index][window] if index in rows and not is_fresh else None
@@ -86,7 +86,7 @@ class StateLayer(LinearAttentionCacheLayerMixin):
         shown[index] = own
 
 
-class MixedLayer(StateLayer, SlotLayer):
+class MixedLayer(StateLayer, SlotLayer):  # type: ignore[override, misc]
     """A layer with both: attention beside a recurrence."""
 
     def __init__(self, cache: StateCache, count: int = 1) -> None:
@@ -116,7 +116,7 @@ class StateCache(SlotCache):
         for kind, count in kinds:
             layer: Any = DummyLayer()  # type: ignore[no-untyped-call]
             if kind == "attention":
-                layer = self.attention_layer(self)  # type: ignore[no-untyped-call]
+                layer = self.attention_layer(self)
             elif kind != "none":
                 layer = (self.state_layer if kind == "state" else self.mixed_layer)(self, count)
                 self.states.append(layer)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from transformers_api.kernels.complex_operations import complex_product, operand, polar
+from transformers_api.kernels.product_operations import batch_product, convolution, matmul
 
 if TYPE_CHECKING:
     from transformers_api.kernels.capture import Recorder
@@ -77,8 +78,6 @@ FILLED = {  # tensors of one value, and where it stands among the arguments
     "aten.fill.Scalar": None,
     "aten.zero.default": 0.0,
 }
-LARGEST_MATRIX = 1 << 22  # elements of a matrix that is no layer's, such as a router's
-LARGEST_INNER = 16  # terms of a sum that is no layer's
 POWERS = {0.5: "sqrt", -0.5: "rsqrt", 3: "cube"}
 
 
@@ -254,18 +253,6 @@ def _put(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
     return True
 
 
-def _matmul(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
-    """Rows times a matrix that no layer holds, such as that of a router."""
-    *bias, x, matrix = args[:3]
-    if kwargs or len(bias) > 1 or recorder.is_dynamic(matrix) or matrix.numel() > LARGEST_MATRIX:
-        return False
-    if x.dtype != torch.float32 or matrix.dtype != torch.float32 or x.stride(-1) != 1:
-        return False
-    rows = matrix.t() if matrix.t().is_contiguous() else matrix.t().contiguous()
-    recorder.add("matmul", out, [x, rows, *bias], tuple(out.shape), float(rows.shape[1]))
-    return True
-
-
 def _concatenate(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
     tensors, dim = args[0], (args[1] if len(args) > 1 else kwargs.get("dim", 0))
     at = 0
@@ -282,37 +269,6 @@ def _stack(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
     dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
     for i, tensor in enumerate(args[0]):
         recorder.add("copy", out.select(dim, i), [tensor], tuple(tensor.shape))
-    return True
-
-
-def _batch_product(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
-    """(B, n, k) times (B, k, m) for a small k; 1 where rotary embeddings multiply positions."""
-    a, b = args
-    if a.shape[2] == 1:
-        recorder.add("mul", out, [a, b], tuple(out.shape))
-        return True
-    if a.shape[2] > LARGEST_INNER:
-        return False
-    products = torch.empty((*out.shape, a.shape[2]))
-    factors = [a[:, :, None], b.transpose(1, 2)[:, None]]
-    recorder.add("mul", products, factors, tuple(products.shape))
-    recorder.add("sum", out[..., None], [products], tuple(products.shape))
-    return True
-
-
-def _convolution(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
-    """Each channel's own filter over its line (B, C, n), as before a recurrence."""
-    x, weight, bias, stride, padding, dilation, is_transposed, _, groups = args
-    channels, one, size = weight.shape
-    is_plain = not is_transposed and {*stride, *dilation} == {1} and not any(padding)
-    if x.dim() != 3 or one != 1 or groups != channels or x.shape[1] != channels or not is_plain:
-        return False
-    products = torch.empty((*out.shape, size))
-    factors = [x.unfold(2, size, 1), weight.expand(channels, out.shape[2], size)]
-    recorder.add("mul", products, factors, tuple(products.shape))
-    recorder.add("sum", out[..., None], [products], tuple(products.shape))
-    if bias is not None:
-        _binary(recorder, "add", (out, bias[:, None]), 1, out)
     return True
 
 
@@ -397,12 +353,12 @@ SPECIAL: dict[str, Callable[[Recorder, Any, Any, Any], bool]] = {
     "aten.gather.default": _take,
     "aten.scatter.src": _put,
     "aten.scatter.value": _put,
-    "aten.mm.default": _matmul,
-    "aten.addmm.default": _matmul,
+    "aten.mm.default": matmul,
+    "aten.addmm.default": matmul,
     "aten.cat.default": _concatenate,
     "aten.stack.default": _stack,
-    "aten.bmm.default": _batch_product,
-    "aten.convolution.default": _convolution,
+    "aten.bmm.default": batch_product,
+    "aten.convolution.default": convolution,
     "aten.polar.default": polar,
     "aten.native_layer_norm.default": _layer_norm,
     "aten.embedding.default": _embedding,

@@ -62,8 +62,9 @@ def native_runner(
 ) -> NativeRunner:
     """A runner for the model, whose weights are packed by this. Raises BackendRefused.
 
-    ``groups``: see ``layer_groups``. ``cache_size``: layers or their kinds, rows, tokens of a row. ``teach``: how
-    the runner comes to know the passes, as by ``NativeRunner.learn``. ``original_window``: see
+    ``groups``: see ``layer_groups``. ``cache_size``: layers, or their kinds where some are
+    recurrent; rows; tokens of a row. ``teach``: how the runner comes to know the passes, as by
+    ``NativeRunner.learn``. ``original_window``: see
     ``ModelRunner``.
     """
     register()

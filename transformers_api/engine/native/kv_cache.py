@@ -69,7 +69,8 @@ class NativeCache(SlotCache):
         super().__init__(num_layers, max_rows, max_length, NativeLayer)
         self.latent = latent  # indices of layers
         for index in latent:
-            self.layers[index].is_latent = True
+            layer: Any = self.layers[index]
+            layer.is_latent = True
 
     def bind_rows(self, starts: Tensor, cache_rows: Tensor, context: int) -> None:
         """Aim the next forward at one token of each of ``cache_rows``, which are the first ones."""

@@ -228,7 +228,7 @@ class NativeRunner(ModelRunner):
             for kind, window in self.masks.windows.items()
         }
         if cache.shows_symbols:
-            masks: dict[str, Tensor] = {kind: masked(own, context) for kind, own in rows.items()}
+            masks: dict[str, Any] = {kind: masked(own, context) for kind, own in rows.items()}
             described = []
         else:
             built = self.masks.build(positions, context)

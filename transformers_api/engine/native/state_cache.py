@@ -7,16 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from transformers_api.engine.native.kv_cache import NativeCache, NativeLayer
-from transformers_api.engine.state_cache import MixedLayer, StateCache, StateLayer, States
+from transformers_api.engine.state_cache import MixedLayer, StateCache, StateLayer
 from transformers_api.kernels.abi import Library
 from transformers_api.kernels.modules.attention import read_cache, write_cache
 
 
 class NativeStateLayer(StateLayer):
-    """A StateLayer whose decode steps copy states of any rows, and write them back when they are new."""
+    """A StateLayer whose decode steps copy states of any rows, and write them back."""
 
     cache: NativeStateCache
 
@@ -61,10 +60,12 @@ class NativeStateLayer(StateLayer):
         return recurrent_states
 
 
-class NativeMixedLayer(NativeStateLayer, MixedLayer, NativeLayer):
+class NativeMixedLayer(  # type: ignore[no-untyped-call, override]
+    NativeStateLayer, MixedLayer, NativeLayer
+):
     """A layer with both, on the kernels."""
 
-    cache: NativeStateCache  # type: ignore[assignment]
+    cache: NativeStateCache
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """See NativeLayer."""
@@ -74,8 +75,9 @@ class NativeMixedLayer(NativeStateLayer, MixedLayer, NativeLayer):
 class NativeStateCache(StateCache, NativeCache):
     """A StateCache whose keys and values are of ``dtype``; states are float32.
 
-    A pass is either the whole prompt of one row or, where ``is_step``, a token of each of some rows.
-    The states of a layer are copied when it asks for them, and written back when the next one does.
+    A pass is either the whole prompt of one row or, where ``is_step``, a token of each of some
+    rows. The states of a layer are copied when it asks for them, and written back when the next one
+    does.
     """
 
     attention_layer = NativeLayer
@@ -97,7 +99,8 @@ class NativeStateCache(StateCache, NativeCache):
         StateCache.__init__(self, kinds, max_rows, max_length)
         self.latent = latent
         for index in latent:
-            self.layers[index].is_latent = True  # type: ignore[union-attr]
+            layer: Any = self.layers[index]
+            layer.is_latent = True
         self.is_step = False
         self._active: NativeStateLayer | None = None
 

@@ -1,9 +1,9 @@
 """Models with recurrent layers on the kernels: prompts by the model's modules, steps recorded.
 
-A prompt is a scan over its tokens, which each family writes in its own way; it runs as the model has
-it, with products and attention by the kernels. A decode step is the same for every token, so that it is
-recorded as that of any other model, with the states of its rows. Where it cannot be, it runs by the
-modules too.
+A prompt is a scan over its tokens, which each family writes in its own way; it runs as the model
+has it, with products and attention by the kernels. A decode step is the same for every token, so
+that it is recorded as that of any other model, with the states of its rows. Where it cannot be, it
+runs by the modules too.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SHORT = [1, 2, 3]  # tokens of a prompt after which steps are recorded
 class NativeStateRunner(NativeRunner):
     """Runs a packed model with recurrent layers."""
 
-    cache: NativeStateCache  # type: ignore[assignment]
+    cache: NativeStateCache
     mixes = False
 
     def __init__(self, model: Any, cache: Any, vocab_size: int, kind: Kind, *_: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import methodcaller
 from typing import Any
 
 from torch import Tensor
@@ -64,10 +65,7 @@ def verified_runner(
         with sequence_length(original_window + 1):
             for logits, rows in zip(expected, questions, strict=True):
                 logits[-1:] = own_logits(model, vocab_size, rows[-1:])
-
-    def learn(runner: NativeRunner) -> None:
-        runner.learn()
-
+    learn = methodcaller("learn")
     runner = native_runner(model, library, kind, groups, size, vocab_size, learn, original_window)
     check_loss(model, kind.quantization)
     if not any(

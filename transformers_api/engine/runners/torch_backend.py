@@ -34,8 +34,8 @@ from transformers_api.engine.runners.model_runner import (
     SequentialRunner,
     VerifiedRunner,
 )
-from transformers_api.engine.runners.state_runner import StateRunner
 from transformers_api.engine.runners.packed_linear import called_linears, pack_linears
+from transformers_api.engine.runners.state_runner import StateRunner
 from transformers_api.engine.runners.verify import (
     agrees,
     expected_logits,
@@ -114,7 +114,9 @@ class TorchBackend:
         runner = (
             StateRunner(model, StateCache(kinds, rows, window), vocab_size)
             if kinds
-            else ModelRunner(model, SlotCache(layers, rows, window, indexed=indexed_layers(model)), vocab_size)
+            else ModelRunner(
+                model, SlotCache(layers, rows, window, indexed=indexed_layers(model)), vocab_size
+            )
         )
         runner.original_window = min(lengths, default=None)
         expected: list[Tensor] = []

@@ -28,8 +28,8 @@ _replayed: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar("repla
 class CausalRows:
     """A causal mask in short: query t of row b attends to the keys up to ``starts[b] + t``.
 
-    To the last ``window`` of them only, if it is above 0; below 0 to those of its own chunk, of which
-    each has so many tokens. ``starts`` (B,) int64, contiguous.
+    To the last ``window`` of them only, if it is above 0; below 0 to those of its own chunk of so
+    many tokens. ``starts`` (B,) int64, contiguous.
     ``cache_rows``, of the same kind: the row of the cache that each row belongs to, where the keys
     are those of all rows. Tokens of one sequence may be rows of their own, one after the other.
     """
@@ -248,7 +248,8 @@ def write_cache(
 ) -> None:
     """Write ``states`` (B, G, T, D) into ``rows`` (R, G, length, D) from each row's start on.
 
-    ``starts`` (B,); None: from 0. Row b of ``states`` goes to the row ``cache_rows[b]``, by default b.
+    ``starts`` (B,); None: from 0. Row b of ``states`` goes to the row ``cache_rows[b]``, by default
+    b.
     """
     batch, heads, width, size = states.shape
     if states.stride(3) != 1:

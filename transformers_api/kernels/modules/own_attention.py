@@ -76,7 +76,11 @@ class Symbol(Tensor):
     def __new__(cls, layout: Tensor, node: Cached | Bias | Scores) -> Symbol:
         """A symbol of this meaning."""
         made: Symbol = torch.Tensor._make_wrapper_subclass(
-            cls, layout.shape, strides=layout.stride(), dtype=layout.dtype, device="cpu"
+            cls,
+            layout.shape,
+            strides=layout.stride(),
+            dtype=layout.dtype,
+            device=torch.device("cpu"),
         )
         made.shadow, made.node = layout, node
         return made
@@ -93,7 +97,7 @@ class Symbol(Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
@@ -309,11 +313,11 @@ def _flat_product(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     return Symbol(made.shadow.flatten(end_dim=1), node)
 
 
-def _states(symbol: Symbol, heads: int) -> Tensor:
+def _states(symbol: Any, heads: int) -> Tensor:
     """The keys or values (B, G, S, D) of a symbol with these axes. Raises NotRecognised."""
     assert isinstance(symbol.node, Cached)
     states, layout = symbol.node.states, symbol.shadow
-    batch, groups, length, size = states.shape
+    groups, length, size = states.shape[1:]
     strides = (groups * length * size, length * size, size, 1)
     if layout.shape != states.shape or groups not in (1, heads):
         raise NotRecognised(f"keys or values as {tuple(layout.shape)}")
@@ -347,7 +351,7 @@ def _whole_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """torch's function, of a query and symbols."""
+    """The function of torch, of a query and symbols."""
     scores = Scores(query, _states(key, query.shape[1]), scale or query.shape[3] ** -0.5)
     scores = _added(scores, attn_mask)
     return _attention(scores, _states(value, query.shape[1]))
