@@ -186,6 +186,8 @@ def build_engine(
         original_window=runner.original_window,
         mixes=runner.mixes,
     )
+    if not runner.cache.in_pieces:  # nothing that was read ahead could be taken back
+        limits = replace(limits, prompt_lookup_tokens=0, forced_tokens=0)
     outer: Runner = runner
     suppressed = getattr(model.generation_config, "suppress_tokens", None) or ()
     if ids := [token for token in suppressed if 0 <= token < vocab_size]:
