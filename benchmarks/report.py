@@ -44,9 +44,10 @@ class Target:
         return ratio <= self.bound if self.is_time else ratio >= self.bound
 
 
-def _of_llama(
-    case: str, figure: str, bounds: Iterable[float], is_time: bool = False
+def _beside_llama(
+    kinds: dict[str, str], case: str, figure: str, bounds: Iterable[float], is_time: bool = False
 ) -> list[Target]:
+    """Targets of pairs, weights of ours to theirs: the same instructions, or the same file."""
     return [
         Target(
             f"{case}, {ours}",
@@ -57,7 +58,36 @@ def _of_llama(
             bound,
             is_time,
         )
-        for (ours, kind), bound in zip(WIDTHS.items(), bounds, strict=True)
+        for (ours, kind), bound in zip(kinds.items(), bounds, strict=True)
+    ]
+
+
+def _of_variants() -> list[Target]:
+    lines = []
+    for isa, one, eight, first in (("avx2", 1.0, 1.5, 0.9), ("avx512", 1.1, 1.8, 0.9)):
+        kinds = {
+            f"{ours} {isa}": f"{kind} {isa}" for ours, kind in WIDTHS.items() if ours != "bf16"
+        }
+        lines += _beside_llama(kinds, "one stream", "single", (one, one))
+        lines += _beside_llama(kinds, "8 streams", "tokens_8", (eight, eight))
+        long = "time to first token, 542 tokens"
+        lines += _beside_llama(kinds, long, "ttft_long", (first, first), True)
+    return lines
+
+
+def _of_files() -> list[Target]:
+    kinds = {kind: kind for kind in ("Q4_0", "Q8_0", "Q4_K_M")}
+    same = (1.0, 1.0, 1.0)
+    return [
+        *_beside_llama(kinds, "one stream", "single", (1.5, 1.2, 1.3)),
+        *_beside_llama(kinds, "8 streams", "tokens_8", (2.5, 2.5, 2.5)),
+        *_beside_llama(
+            kinds, "time to first token, 542 tokens", "ttft_long", [0.75 * x for x in same], True
+        ),
+        *_beside_llama(
+            kinds, "process start to first token", "start_s", [1.2 * x for x in same], True
+        ),
+        *_beside_llama(kinds, "peak memory", "memory_mb", [1.1 * x for x in same], True),
     ]
 
 
@@ -67,14 +97,18 @@ TARGETS = (
     Target("one stream, int8", SERVE, "single", "int8", BOTH, 6),
     Target("16 streams, bf16", f"{SERVE}, its better mode", "tokens_16", "bf16", BOTH, 5),
     Target("16 streams, bf16", f"{SERVE}, its default mode", "tokens_16", "bf16", (SERVE,), 20),
-    *_of_llama("one stream", "single", (1.0, 1.2, 1.1)),
-    *_of_llama("8 streams", "tokens_8", (2, 2, 2)),
-    *_of_llama("32 streams", "tokens_32", (2, 2, 2)),
+    *_beside_llama(WIDTHS, "one stream", "single", (1.0, 1.2, 1.1)),
+    *_beside_llama(WIDTHS, "8 streams", "tokens_8", (2, 2, 2)),
+    *_beside_llama(WIDTHS, "32 streams", "tokens_32", (2, 2, 2)),
     Target("one stream, bf16", VLLM, "single", "bf16", (VLLM,), 2),
     Target("32 streams, bf16", VLLM, "tokens_32", "bf16", (VLLM,), 1.5),
     Target("32 streams, int8", OPENVINO, "tokens_32", "int8", (OPENVINO,), 1),
-    *_of_llama("time to first token, 542 tokens", "ttft_long", (0.75, 0.75, 0.75), is_time=True),
+    *_beside_llama(
+        WIDTHS, "time to first token, 542 tokens", "ttft_long", (0.75, 0.75, 0.75), is_time=True
+    ),
     Target("process start to first token", SERVE, "start_s", "bf16", (SERVE,), 0.5, is_time=True),
+    *_of_variants(),
+    *_of_files(),
 )
 QUOTED = (
     ("one stream, bf16", SERVE),

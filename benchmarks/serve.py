@@ -3,6 +3,8 @@
     python -m benchmarks.serve --short              ours, and the quick peers, in some minutes
     python -m benchmarks.serve                      everything that is installed, three rounds
     python -m benchmarks.serve --only int8,Q8_0     whose name has one of these
+    python -m benchmarks.serve --isa avx2,avx512    with these instructions, llama.cpp too
+    python -m benchmarks.serve --models 3b.Q4_0.gguf --streams 8   the same file, llama.cpp too
     python -m benchmarks.serve --write docs/performance.md README.md
 
 Ours runs in every QUANTIZATION; peers are those of `make bench-peers`. One server runs at a time
@@ -25,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -51,6 +54,10 @@ PACKAGES = {
 
 def contenders(model: str, options: argparse.Namespace) -> Iterator[Contender]:
     """All that can be measured here; says why the others cannot."""
+    if model.endswith(".gguf") or options.isa:
+        for isa in options.isa or [""]:
+            yield from pairs(model, isa, options)
+        return
     folder = model_folder(model, options.scratch)
     plain = servers.ours(folder, options.scratch)
     for kind in KINDS:
@@ -63,6 +70,32 @@ def contenders(model: str, options: argparse.Namespace) -> Iterator[Contender]:
             yield from servers.peers(name, folder, options)
         except Unavailable as reason:
             say(f"{name}: left out, {reason}")
+
+
+def pairs(model: str, isa: str, options: argparse.Namespace) -> Iterator[Contender]:
+    """Ours and llama-server with the instructions of ``isa``: the same weights, or one file."""
+    peer = f"llama-{isa}" if isa else "llama"
+    try:
+        python = servers.environment_python(options.peer_root, peer)
+        if model.endswith(".gguf"):
+            file = Path(model).absolute()
+            kind = file.stem.rpartition(".")[2]
+            files, folder, quantization = {kind: file}, file, {"auto": kind}
+        else:
+            folder = model_folder(model, options.scratch)
+            files = {kind: servers.gguf(folder, kind, options) for kind in ("Q8_0", "Q4_0")}
+            quantization = {kind: kind for kind in ("int8", "int4")}
+    except Unavailable as reason:
+        say(f"{peer}: left out, {reason}")
+        return
+    chosen = {"NATIVE_ISA": isa} if isa else {}
+    plain = servers.ours(folder, options.scratch, **chosen)
+    for kind, name in quantization.items():
+        named = " ".join(filter(None, (servers.OURS, name, isa)))
+        yield replace(servers.quantized(plain, kind), name=named)
+    for kind, file in files.items():
+        named = " ".join(filter(None, (kind, isa)))
+        yield servers.llama_server(python, file, named, max(options.streams))
 
 
 def is_wanted(name: str, only: list[str]) -> bool:
@@ -143,7 +176,10 @@ def in_process(
 
 def turn(contender: Contender, options: argparse.Namespace, seed: int) -> dict[str, Any]:
     """One turn: its figures, or what went wrong."""
-    with tempfile.TemporaryFile() as log:
+    with tempfile.TemporaryFile() as log, tempfile.TemporaryDirectory() as store:
+        if options.fresh:
+            environment = {**contender.environment, "MODEL_STORE": store}
+            contender = replace(contender, environment=environment)
         try:
             one = over_http if contender.is_http else in_process
             return {"figures": one(contender, log, options, seed)}
@@ -171,7 +207,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         for model in options.models:
             wanted = [c for c in contenders(model, options) if is_wanted(c.name, options.only)]
             for contender in wanted:
-                if contender.name.startswith(servers.OURS):
+                if contender.name.startswith(servers.OURS) and not options.fresh:
                     start_once(contender)
             for number in range(first, first + options.rounds):
                 # Every other round begins with the last: nobody always has the warmer machine.
@@ -264,6 +300,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peers", help="of transformers, llama, vllm, openvino; or none", **parts)
     parser.add_argument("--peer-root", type=Path, default=Path("build/peers"))
     parser.add_argument("--only", default=[], help="parts of names", **parts)
+    parser.add_argument("--isa", default=[], help="NATIVE_ISA, as make bench-variants has", **parts)
+    parser.add_argument("--fresh", action="store_true", help="nothing is kept of a model yet")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--short", action="store_true", help="one round, less of everything")
     parser.add_argument("--streams", help="numbers of streams at once", **whole)

@@ -110,10 +110,10 @@ def transformers_serve(
     )
 
 
-def llama_server(python: Path, file: Path, kind: str) -> Contender:
-    """llama.cpp's server with room for 32 sequences."""
+def llama_server(python: Path, file: Path, kind: str, slots: int = SLOTS) -> Contender:
+    """llama.cpp's server with room for ``slots`` sequences."""
     command = [llama_program(python, "llama-server"), "-m", str(file), "--port", "{port}"]
-    room = ["-np", str(SLOTS), "-c", str(SLOTS * CONTEXT)]
+    room = ["-np", str(slots), "-c", str(slots * CONTEXT)]
     return Contender(
         name=f"llama-server {kind}",
         command=[*command, *room, "--host", "127.0.0.1"],

@@ -195,7 +195,7 @@ class FakeInspector:
         grid = HeadGrid(**dict(zip(names, numbers, strict=True)), sink=None, thumbs=thumbs)
         return sliced(lambda: grid)
 
-    def rollout(self, ids: Sequence[int]) -> Job[Array]:
+    def rollout(self, ids: Sequence[int], layers: tuple[int, int], drop_first: bool) -> Job[Array]:
         self.asked.append(("rollout", list(ids)))
         return sliced(lambda: matrix(0, 1, len(ids))[0])
 

@@ -8,7 +8,6 @@ import io
 import json
 import re
 import threading
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -17,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis
 from hypothesis import strategies as st
+from PIL import Image
 
 from tests.api.test_fuzz import anything, places, replaced
 from tests.fake_inspection import (
@@ -185,14 +185,21 @@ def test_a_file_for_numpy(served):
 
 
 def test_a_picture(served):
-    response = ask(served, "full_attn", ATTENTION, Accept="image/png")
-    assert response.content_type == "image/png"
-    raw = response.get_data()
-    assert raw[:8] == b"\x89PNG\r\n\x1a\n"
-    size = int.from_bytes(raw[33:37], "big")
-    lines = zlib.decompress(raw[41 : 41 + size])
-    grey = numpy.frombuffer(lines, "u1").reshape(N, 1 + N)[:, 1:]
-    assert numpy.allclose(grey / 255, numpy.sqrt(matrix(1, HEADS, N)[2]), atol=0.01)
+    def grey(**fields):
+        response = ask(served, "full_attn", ATTENTION | fields, Accept="image/png")
+        assert response.content_type == "image/png"
+        return numpy.asarray(Image.open(io.BytesIO(response.get_data())))
+
+    cells = grey(cell=1, labels=False)
+    assert numpy.allclose(cells / 255, numpy.sqrt(matrix(1, HEADS, N)[2]), atol=0.01)
+    assert grey(cell=3).shape == (3 * N, 3 * N)  # no room for words
+    assert min(grey(labels=False).shape) >= 512
+    assert min(grey().shape) > min(grey(labels=False).shape)
+    pooled = grey(downsample=[2, 2], cell=10)
+    assert pooled.shape == (20, 20)  # a cell is of several tokens: no words
+    for cell in (0, 65):
+        refused = refusal(served, "full_attn", ATTENTION | {"cell": cell})
+        assert refused == (422, {"detail": "cell must be an integer from 1 to 64"})
 
 
 def test_what_is_accepted_decides(served):
@@ -482,8 +489,15 @@ def test_one_window_of_the_whole_rollout_is_limited_by_the_whole(looking):
         ("logit_lens", {"positions": [N]}, f"positions must be in [-{N}, {N - 1}]"),
         ("logit_lens", {"target": 259}, "target must be in [0, 258]"),
         ("logit_lens", {"target": "best"}, 'target must be "sampled" or a token id'),
-        ("attribution", {"steps": 65}, "steps must be in [1, 64]"),
-        ("attribution", {"steps": 0}, "steps must be in [1, 64]"),
+        ("attribution", {"steps": 129}, "steps must be in [1, 128]"),
+        ("attribution", {"steps": 0}, "steps must be in [1, 128]"),
+        ("attribution", {"steps": "some"}, 'steps must be "auto" or an integer'),
+        ("attribution", {"positions": [N]}, f"positions must be in [-{N}, {N - 1}]"),
+        (
+            "rollout",
+            {"layers": [1, 0]},
+            "layers must be [first, last] with 0 <= first <= last <= 1",
+        ),
         ("attribution", {"target_position": -N - 1}, f"target_position must be in [-{N}, {N - 1}]"),
         ("attribution", {"target_token_id": 259}, "target_token_id must be in [0, 258]"),
         ("hidden_states", {"layers": [-2]}, "layers must be in [-1, 1]"),
@@ -538,7 +552,7 @@ def test_one_more_than_may_wait_is_429(looking):
     hold, begun = threading.Event(), threading.Event()
 
     class Slow(FakeInspector):
-        def rollout(self, ids):
+        def rollout(self, ids, layers, drop_first):
             def work():
                 begun.set()
                 assert hold.wait(20)
@@ -707,12 +721,44 @@ def test_attribution_scores_every_token_up_to_the_query(served):
         "value": -0.25,
         "scores": [-1.0, 0.0, 1.0],
         "convergence_delta": None,
+        "steps": None,
+        "largest_change": None,
         "note": None,
     }
     body = {**HELLO, "method": "integrated_gradients", "of": "logit", "target_token_id": 66}
     found = answer(served, "attribution", body)
     assert (found["convergence_delta"], found["unit"], found["value"]) == (0.01, "logits", 7.5)
     assert found["target"]["token"] == "B"
+
+
+def asked_of(looking, **body):
+    questions = []
+
+    class Noting(FakeInspector):
+        def attribute(self, ids, question):
+            questions.append(question)
+            return super().attribute(ids, question)
+
+    answer(looking(Noting()), "attribution", {**HELLO, **body})
+    return questions[0]
+
+
+def test_a_path_begins_at_line_breaks_unless_another_beginning_is_asked_for(looking):
+    question = asked_of(looking, method="integrated_gradients")
+    assert (question.baseline, question.baseline_token_id, question.steps) == ("token", 10, None)
+    question = asked_of(looking, baseline="zero", steps=64)
+    assert (question.baseline, question.steps) == ("zero", 64)
+
+
+def test_words_and_some_positions_can_be_taken_away(looking):
+    body = {"messages": None, "prompt": "The cat, it"}
+    assert asked_of(looking, **body).groups is None
+    assert asked_of(looking, **body, positions=[-1, 0]).groups == ((0,), (10,))
+    words = asked_of(looking, **body, group="word", screen=2)
+    assert words.groups == ((0, 1, 2), (3, 4, 5, 6), (7,), (8, 9, 10))
+    assert words.screen == 2
+    some = asked_of(looking, **body, group="word", positions=[4, 7])
+    assert some.groups == ((3, 4, 5, 6), (7,))
 
 
 def test_the_rollout_is_a_matrix_like_any_other(served):
@@ -724,6 +770,7 @@ def test_the_rollout_is_a_matrix_like_any_other(served):
         N,
         True,
     )
+    assert "leftmost" in found["note"]
     response = ask(served, "rollout", HELLO, Accept="application/x-npz")
     assert numpy.load(io.BytesIO(response.get_data()))["attn"].shape == (N, N)
     assert ask(served, "rollout", HELLO, Accept="text/html").content_type.startswith("text/html")

@@ -177,13 +177,13 @@ def test_a_step_without_wishes_has_the_numbers_of_the_token(served):
         "step": 0,
         "position": 8,
         "token_id": 72,
-        "logprob": -0.51083,
-        "surprisal": 0.51083,
+        "logprob": -0.510826,
+        "surprisal": 0.510826,
         "entropy": 1.25,
         "rank": 0,
         "sampled": {"prob": 1.0, "entropy": 0.0},
         "topk": [
-            {"token_id": 72, "token": "H", "logprob": -0.51083},
+            {"token_id": 72, "token": "H", "logprob": -0.510826},
             {"token_id": 73, "token": "I", "logprob": -1.20397},
             {"token_id": 74, "token": "J", "logprob": -1.89712},
             {"token_id": 75, "token": "K", "logprob": -2.59027},
@@ -354,6 +354,7 @@ def test_scoring_a_prompt_has_no_steps(served):
             '\'trace.heads\' must be a list of integers, or "mean" or "max"',
         ),
         ({"layers": [0], "heads": [4]}, "trace.heads", "trace.heads must be in [0, 3]"),
+        ({"layers": [0], "heads": []}, "trace.heads", "'trace.heads' must not be empty"),
         (
             {"attn": "f32"},
             "trace.attn",
@@ -391,8 +392,23 @@ def test_a_wrong_wish_is_refused_by_its_name_before_the_first_byte(
     assert served.swapper.status().leases == 0
 
 
-def test_unknown_wishes_are_ignored_as_elsewhere(served):
-    assert served.chat(trace={"layers": [], "colour": "blue", "heads": None}).status_code == 200
+@pytest.mark.parametrize(
+    ("trace", "param", "message"),
+    [
+        ({"layer": [0]}, "trace.layer", "'trace.layer' is unknown; did you mean 'layers'?"),
+        ({"lens": {"layers": "all", "top_k": 2}}, "trace.lens.top_k", "did you mean 'topk'?"),
+        ({"colour": "blue"}, "trace.colour", "is unknown; there are: layers, heads, attn, "),
+    ],
+)
+def test_a_field_that_is_not_there_is_refused_with_the_nearest_one(served, trace, param, message):
+    response = served.chat(trace=trace)
+    error = response.get_json()["error"]
+    assert (response.status_code, error["param"]) == (400, param)
+    assert message in error["message"]
+
+
+def test_null_is_no_wish(served):
+    assert served.chat(trace={"layers": [], "heads": None}).status_code == 200
 
 
 @pytest.mark.parametrize("route", ROUTES)

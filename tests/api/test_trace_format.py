@@ -98,7 +98,7 @@ def test_the_event_of_niels_gpt_has_its_names_and_the_models_own_view():
         {"token_id": 170, "token_text": "�", "token_display": "\\xaa", "prob": 0.15},
     ]
     assert event["model"]["prob"] == 0.6
-    assert event["model"]["surprisal"] == -event["model"]["logprob"] == 0.51083
+    assert event["model"]["surprisal"] == -event["model"]["logprob"] == 0.510826
     assert [top["token_id"] for top in event["model"]["topk"]] == [168, 169]
     assert (event["layer"], event["key_start"]) == (1, 0)
     assert [len(head) for head in event["attn"]] == [7] * 4

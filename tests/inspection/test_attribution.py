@@ -17,6 +17,7 @@ from transformers_api.engine.load_options import LoadOptions
 from transformers_api.engine.loader import load_engine
 from transformers_api.engine.runners.packed_linear import PackedLinear, can_pack
 from transformers_api.engine.thread import EngineThread
+from transformers_api.errors import PromptTooLarge
 from transformers_api.inspection.attachment import Attachment
 from transformers_api.inspection.base import AttributionQuestion
 from transformers_api.kernels.modules.linear import NativeLinear
@@ -188,8 +189,98 @@ def test_integrated_gradients_are_the_sum_along_the_line(name, baseline, watch, 
     numpy.testing.assert_allclose(found.scores, scores.numpy(), rtol=1e-3, atol=1e-3 * scale)
     delta = found.value - first.item() - float(scores.sum())
     assert found.convergence_delta == pytest.approx(delta, abs=1e-3 * max(scale, 1))
-    missed = abs(found.convergence_delta) > 0.1 * abs(found.value - first.item())
-    assert found.note == ("did not converge" if missed else None)
+    half = sum(
+        gradient_of(model, start + (step + 0.5) / 2 * line, "logit", found.token_id)
+        for step in range(2)
+    )
+    change = float((scores - (line * half / 2).sum(-1)).abs().max())
+    assert found.steps == 4
+    assert found.largest_change == pytest.approx(change, abs=2e-3 * max(scale, 1))
+    assert "the first token is on the path" in found.note
+    if abs(change - 0.05 * scale) > 1e-3 * scale:
+        assert ("did not converge" in found.note) == (change > 0.05 * scale)
+
+
+def test_a_token_in_place_of_the_others_leaves_the_first_where_it_is(watch, reference):
+    watched = watch("llama")
+    question = {"baseline": "token", "baseline_token_id": 11, "of": "logit", "steps": 6}
+    found = ask(watched, SHORT, method="integrated_gradients", **question)
+    model = reference("llama")
+    embeds = embeds_of(model, SHORT)
+    start = torch.cat([embeds[:1], embeds_of(model, [11] * (len(SHORT) - 1))])
+    line = embeds - start
+    total = sum(
+        gradient_of(model, start + (step + 0.5) / 6 * line, "logit", found.token_id)
+        for step in range(6)
+    )
+    scores = (line * total / 6).sum(-1).numpy()
+    assert numpy.isnan(found.scores[0])
+    numpy.testing.assert_allclose(found.scores[1:], scores[1:], rtol=1e-3, atol=1e-5)
+
+
+def test_steps_are_doubled_until_no_score_moves(watch):
+    watched = watch("llama")
+    asked = {"method": "integrated_gradients", "baseline": "token", "baseline_token_id": 11}
+    found = ask(watched, SHORT, **asked)
+    assert found.steps in (16, 32, 64, 128)
+    assert found.note is None
+    largest = numpy.nanmax(numpy.abs(found.scores))
+    assert found.largest_change <= 0.05 * largest
+    finer = ask(watched, SHORT, **asked, steps=128)
+    assert numpy.nanmax(numpy.abs(found.scores - finer.scores)) <= 0.1 * largest
+
+
+def test_what_has_not_converged_says_by_how_much(watch):
+    found = ask(watch("llama"), SHORT, method="integrated_gradients", steps=1, baseline="token")
+    assert found.largest_change is None
+    assert found.note == "did not converge: with one step nothing is known of it"
+
+
+def test_doubling_ends_in_time_and_says_so(watch):
+    asked = {"method": "integrated_gradients", "baseline": "token", "within_s": 1e-6}
+    found = ask(watch("llama"), SHORT, **asked)
+    assert found.steps == 8
+    assert numpy.isfinite(found.scores[1:]).all()
+    assert found.note == (
+        "did not converge: nothing is known of it after 8 steps, "
+        "and more would take longer than 1e-06 s"
+    )
+
+
+def test_only_the_places_that_are_asked_for_are_taken_away(watch):
+    watched = watch("llama")
+    whole = ask(watched, SHORT).scores
+    some = ask(watched, SHORT, groups=((1,), (4,))).scores
+    assert numpy.isnan(some[[0, 2, 3, 5]]).all()
+    numpy.testing.assert_allclose(some[[1, 4]], whole[[1, 4]], **CLOSE)
+
+
+def test_tokens_of_a_word_are_taken_away_together(watch, reference):
+    watched = watch("llama")
+    found = ask(watched, SHORT, groups=((0,), (1, 2, 3), (4, 5)))
+    model = reference("llama")
+    embeds = embeds_of(model, SHORT)
+    without = embeds.clone()
+    without[1:4] = embeds_of(model, list(range(97))).mean(0)
+    with torch.no_grad():
+        loss = found.value - float(f_of(model, without, token=found.token_id))
+    numpy.testing.assert_allclose(found.scores[1:4], loss, rtol=1e-3, atol=1e-4)
+    assert found.scores[4] == found.scores[5]
+
+
+def test_a_screen_leaves_the_tokens_with_the_largest_gradients(watch):
+    watched = watch("llama")
+    product = numpy.abs(ask(watched, PROMPT, method="gradient_x_input").scores)
+    whole = ask(watched, PROMPT).scores
+    found = ask(watched, PROMPT, screen=5).scores
+    places = numpy.flatnonzero(~numpy.isnan(found))
+    assert set(places) == set(numpy.argsort(-product)[:5])
+    numpy.testing.assert_allclose(found[places], whole[places], rtol=1e-3, atol=2e-5)
+
+
+def test_an_occlusion_that_would_take_too_long_says_what_would_not(watch):
+    with pytest.raises(PromptTooLarge, match=r"ask for up to \d+ positions, or \"screen\": \d+"):
+        ask(watch("llama"), PROMPT, within_s=1e-6)
 
 
 def test_integrated_gradients_add_up_where_the_way_is_short(watch):
@@ -203,7 +294,7 @@ def test_integrated_gradients_add_up_where_the_way_is_short(watch):
         for count in (1, 64)
     }
     assert abs(steps[64].convergence_delta) <= abs(steps[1].convergence_delta)
-    assert steps[64].note is None
+    assert "did not converge" not in steps[64].note
 
 
 def test_a_model_that_stops_gradients_has_none(watch):

@@ -118,14 +118,32 @@ def test_rollout_is_the_product_over_the_layers(watch, name):
     expected = numpy.eye(len(IDS))
     for weights in written_out(name, IDS):
         expected = (0.5 * weights.mean(0) + 0.5 * numpy.eye(len(IDS))) @ expected
-    given = watched.run(watched.inspector.rollout(IDS))
+    layers = (0, watched.inspector.anatomy.layers - 1)
+    given = watched.run(watched.inspector.rollout(IDS, layers, False))
     numpy.testing.assert_allclose(given, expected, atol=CLOSE)
     numpy.testing.assert_allclose(given.sum(-1), 1, atol=1e-4)
 
 
-def test_rollout_needs_attention_in_every_layer(watch):
+def test_rollout_of_some_layers_that_reads_nothing_from_the_first_token(watch):
+    watched = watch("llama")
+    matrices = written_out("llama", IDS)
+    expected = numpy.eye(len(IDS))
+    for weights in matrices[1:]:
+        mean = weights.mean(0).astype(numpy.float64)
+        mean[1:, 0] = 0  # the first token has nothing else to read from
+        mean /= mean.sum(-1, keepdims=True)
+        expected = (0.5 * mean + 0.5 * numpy.eye(len(IDS))) @ expected
+    given = watched.run(watched.inspector.rollout(IDS, (1, len(matrices) - 1), True))
+    numpy.testing.assert_allclose(given, expected, atol=CLOSE)
+    assert (given[1:, 0] == 0).all()
+
+
+def test_rollout_needs_attention_in_each_of_its_layers(watch):
+    inspector = watch("qwen3-next").inspector
     with pytest.raises(AttentionUnavailable, match="1 of 4 have it"):
-        watch("qwen3-next").inspector.rollout(IDS)
+        inspector.rollout(IDS, (0, 3), False)
+    (attending,) = inspector.anatomy.layers_with_attention
+    inspector.rollout(IDS, (attending, attending), False)
 
 
 def test_rollout_of_a_text_that_is_too_long_is_refused():

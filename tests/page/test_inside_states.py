@@ -118,6 +118,18 @@ def test_a_model_without_attention_and_one_with_a_window_say_so(tiny, open_page)
     ask(page, "What")
 
 
+def test_inside_opened_while_the_model_pauses_shows_the_newest_token(scripted, open_page):
+    page = begin(open_page(scripted, None), "scripted", max_tokens="400")
+    ask(page, "pausing The first|, and the second", waits=False)
+    expect(page.get_by_role("article", name="Model")).to_contain_text("The first")
+    page.get_by_role("tab", name="Inside").click()
+    pressed = page.get_by_role("group", name="Tokens").get_by_role("button", pressed=True)
+    expect(pressed).to_have_accessible_name(re.compile(": t$"))
+    expect(page.get_by_role("list", name="Candidates").locator("li")).to_have_count(6)
+    httpx.post(f"{scripted}/go")
+    expect(page.get_by_role("button", name="Stop", exact=True)).to_be_hidden()
+
+
 def test_tokens_come_live_a_click_pins_and_live_resumes(scripted, open_page):
     page = begin(open_page(scripted, None), "scripted", max_tokens="400")
     page.get_by_role("tab", name="Inside").click()

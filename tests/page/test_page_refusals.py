@@ -269,6 +269,29 @@ def test_what_it_waits_for_is_true_and_has_seconds_when_it_takes_long(scripted, 
         route.abort()
 
 
+def test_words_that_came_while_the_page_rested_are_drawn_while_the_model_pauses(
+    scripted, open_page
+):
+    page = open_page(scripted, None)
+    page.add_init_script(  # each drawing takes so long that the page rests for two seconds after it
+        """const parse = DOMParser.prototype.parseFromString;
+        DOMParser.prototype.parseFromString = function (...values) {
+          for (const begun = performance.now(); performance.now() - begun < 400;);
+          return parse.apply(this, values);
+        };"""
+    )
+    page.goto("/ui")
+    ask(page, "pausing a|bc|d")
+    expect(model_turn(page)).to_contain_text("a")
+    httpx.post(f"{scripted}/go")
+    expect(model_turn(page)).to_contain_text("abc")
+    expect(
+        model_turn(page).get_by_role("button", name="Surprisal of 3 tokens: look inside")
+    ).to_be_visible()
+    httpx.post(f"{scripted}/go")
+    expect(model_turn(page)).to_contain_text("abcd")
+
+
 def test_an_answer_that_a_reload_cut_off_says_so(scripted, open_page):
     page = open_page(scripted)
     ask(page, "pausing abc|def")

@@ -6,6 +6,8 @@ Embeddings are replaced by a hook on the embedding module, so that every model t
 from __future__ import annotations
 
 import logging
+import math
+import time
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
@@ -13,11 +15,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from transformers_api.errors import PromptTooLarge
 from transformers_api.inspection.base import Attribution, AttributionQuestion
 from transformers_api.inspection.reading import Way, read
 
 log = logging.getLogger(__name__)
-CONVERGED = 0.1  # of f(x) - f(baseline): what integrated gradients may miss
+CONVERGED = 0.05  # of the largest score: what one may still change when steps are doubled
+FEWEST_STEPS, MOST_STEPS = 8, 128  # of integrated gradients, where nobody says how many
+ONE_STEP = "with one step nothing is known of it"
+FIRST_NOTE = "the first token is on the path, and attention that rests on it makes gradients leap"
 GRADIENT_COST = 4  # a token's share in a gradient, in tokens that are read
 MEAN_ROWS = 8192  # embeddings that are averaged together
 
@@ -95,13 +101,11 @@ def attribute(
     if question.token_id is None:
         function.token_id = int(logits[0].argmax())
     value = float(function.value(logits)[0])
-    delta = note = None
+    path: dict[str, Any] = {}
     if question.method == "occlusion":
-        scores = yield from _occlusion(function, value)
+        scores = yield from _occlusion(function, question, value)
     elif question.method == "integrated_gradients":
-        scores, gap = yield from _integrated(function, question, value)
-        delta = gap - float(scores.sum())
-        note = "did not converge" if abs(delta) > CONVERGED * abs(gap) else None
+        scores, path = yield from _integrated(function, question, value)
     else:
         gradient = function.gradients(function.embeds[None])
         yield
@@ -111,44 +115,154 @@ def attribute(
         token_id=function.token_id,
         logprob=float(logits[0].log_softmax(-1)[function.token_id]),
         value=value,
-        convergence_delta=delta,
-        note=note,
+        **path,
     )
 
 
-def _occlusion(function: _Function, value: float) -> Generator[None, None, Tensor]:
-    """The loss of f (T,) when one token's embedding becomes the mean embedding."""
-    mean = yield from _mean_embedding(function.model)
-    values = []
-    for places in torch.split(torch.arange(function.length), function.rows_per_slice()):
-        embeds = function.embeds.repeat(len(places), 1, 1)
-        embeds[torch.arange(len(places)), places] = mean.to(embeds.dtype)
+def _occlusion(
+    function: _Function, question: AttributionQuestion, value: float
+) -> Generator[None, None, Tensor]:
+    """The loss of f (T,) when the embeddings of a group become the mean embedding; NaN elsewhere.
+
+    Raises PromptTooLarge as soon as the first slice shows that it would take too long.
+    """
+    groups = question.groups or tuple((place,) for place in range(function.length))
+    if 0 < question.screen < len(groups):
+        groups = yield from _screened(function, groups, question.screen)
+    mean = (yield from _mean_embedding(function.model)).to(function.embeds.dtype)
+    scores = torch.full((function.length,), torch.nan)
+    clock = _Estimate(question.within_s, len(groups), function.length)
+    size = function.rows_per_slice()
+    for start in range(0, len(groups), size):
+        some = groups[start : start + size]
+        embeds = function.embeds.repeat(len(some), 1, 1)
+        for row, group in enumerate(some):
+            embeds[row, list(group)] = mean
         logits = yield from function.read(embeds)
-        values.append(function.value(logits))
-    return value - torch.cat(values)
+        for group, loss in zip(some, (value - function.value(logits)).tolist(), strict=True):
+            scores[list(group)] = loss
+        clock.check(start + len(some))
+    return scores
+
+
+def _screened(
+    function: _Function, groups: tuple[tuple[int, ...], ...], most: int
+) -> Generator[None, None, tuple[tuple[int, ...], ...]]:
+    """The groups whose gradient times input is the largest, in their order."""
+    gradient = function.gradients(function.embeds[None])[0].float()
+    yield
+    scores = _reduced(gradient, function.embeds.float(), "gradient_x_input").tolist()
+    sizes = [abs(sum(scores[place] for place in group)) for group in groups]
+    largest = sorted(range(len(groups)), key=lambda i: -sizes[i])[:most]
+    return tuple(groups[i] for i in sorted(largest))
+
+
+class _Estimate:
+    """The time that something takes in all, judged by its beginning: with whoever is beside it."""
+
+    def __init__(self, within_s: float, count: int, tokens: int) -> None:
+        self.within_s = within_s
+        self.count = count
+        self.tokens = tokens
+        self.began = time.monotonic()
+
+    def check(self, done: int) -> None:
+        """Raise PromptTooLarge where the rest would take longer than there is."""
+        spent = time.monotonic() - self.began
+        whole = spent * self.count / done
+        if whole <= self.within_s:
+            return
+        most = max(int(done * self.within_s / spent), 1)
+        raise PromptTooLarge(
+            f"Occlusion of {self.count} places in {self.tokens} tokens would take about "
+            f"{whole:.0f} s here (max {self.within_s:g}); ask for up to {most} positions, or "
+            f'"screen": {min(most, 32)}'
+        )
 
 
 def _integrated(
     function: _Function, question: AttributionQuestion, value: float
-) -> Generator[None, None, tuple[Tensor, float]]:
-    """Scores (T,) along the straight line from the baseline, and f(x) - f(baseline).
+) -> Generator[None, None, tuple[Tensor, dict[str, Any]]]:
+    """Scores (T,) along the straight line from the baseline, and what is to be said of them.
 
     Sundararajan and others 2017, arXiv:1703.01365, equation 3, with the middle of each step.
+    Their sum can be right by accident, so what counts is that no score moves when steps are
+    doubled.
     """
-    dtype, end = function.embeds.dtype, function.embeds.float()
+    end = function.embeds.float()
+    start = yield from _path_begin(function, question)
+    most = question.steps or MOST_STEPS
+    steps = max(most // 2, 1) if question.steps else FEWEST_STEPS
+    began = time.monotonic()
+    scores = yield from _along(function, start, end, steps)
+    change, is_late = math.nan, False
+    while steps < most:
+        spent = time.monotonic() - began  # and about as much more for twice the steps
+        is_late = question.steps is None and 2.5 * spent > question.within_s
+        if is_late:
+            break
+        steps = min(2 * steps, most) if question.steps is None else most
+        before, scores = scores, (yield from _along(function, start, end, steps))
+        change = float((scores - before).abs().max())
+        if change <= CONVERGED * float(scores.abs().max()):
+            break
+    logits = yield from function.read(start[None].to(function.embeds.dtype))
+    largest = float(scores.abs().max())
+    notes = []
+    if not change <= CONVERGED * largest:
+        moved = f"nothing is known of it after {steps} steps" if steps > 1 else ONE_STEP
+        if not math.isnan(change):
+            moved = f"with {steps} steps a score still changes by {change:.3g} of {largest:.3g}"
+        if is_late:
+            moved += f", and more would take longer than {question.within_s:g} s"
+        notes.append(f"did not converge: {moved}")
+    if question.baseline != "token":
+        notes.append(FIRST_NOTE)
+    path = {
+        "convergence_delta": value - float(function.value(logits)[0]) - float(scores.sum()),
+        "steps": steps,
+        "largest_change": None if math.isnan(change) else change,
+        "note": "; ".join(notes) or None,
+    }
+    if question.baseline == "token":
+        scores[0] = torch.nan  # it was never away
+    return scores, path
+
+
+def _path_begin(
+    function: _Function, question: AttributionQuestion
+) -> Generator[None, None, Tensor]:
+    """The embeddings (T, C) float32 that stand for nothing.
+
+    The first token stays where it is, with ``token``: attention rests on it, and without it the
+    model is another one. The others become a token that the model knows: near the mean embedding
+    its norms divide by little, and gradients leap.
+    """
+    end = function.embeds.float()
+    if question.baseline == "token":
+        other = torch.tensor([question.baseline_token_id], device=end.device)
+        embedding: Tensor = function.model.get_input_embeddings()(other).float()
+        start = embedding.expand_as(end).clone()
+        start[0] = end[0]
+        return start
     start = torch.zeros_like(end)
     if question.baseline == "mean":
         start += yield from _mean_embedding(function.model)
-    line = end - start
-    total = torch.zeros_like(end)
-    shares = (torch.arange(question.steps, device=end.device) + 0.5) / question.steps
+    return start
+
+
+def _along(
+    function: _Function, start: Tensor, end: Tensor, steps: int
+) -> Generator[None, None, Tensor]:
+    """(T,): the line from ``start`` to ``end`` times the mean gradient on it."""
+    total, line = torch.zeros_like(end), end - start
+    shares = (torch.arange(steps, device=end.device) + 0.5) / steps
     for some in torch.split(shares, function.rows_per_slice(GRADIENT_COST)):
-        gradients = function.gradients((start + some[:, None, None] * line).to(dtype))
-        total += gradients.float().sum(0)
+        points = (start + some[:, None, None] * line).to(function.embeds.dtype)
+        total += function.gradients(points).float().sum(0)
         yield
-    logits = yield from function.read(start[None].to(dtype))
-    scores = (line * total / question.steps).sum(-1)
-    return scores, value - float(function.value(logits)[0])
+    scores: Tensor = (line * total / steps).sum(-1)
+    return scores
 
 
 def _reduced(gradient: Tensor, embeds: Tensor, method: str) -> Tensor:

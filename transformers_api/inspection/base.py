@@ -7,6 +7,7 @@ H query heads, n tokens, V vocabulary, C width of the residual stream.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -235,20 +236,28 @@ class AttributionQuestion:
     position: int
     token_id: int | None = None  # None: the model's own choice
     method: AttributionMethod = "occlusion"
-    steps: int = 32  # of integrated gradients
-    baseline: Literal["mean", "zero"] = "mean"
+    steps: int | None = None  # of integrated gradients; None: doubled until nothing moves
+    # Where its path begins: the first token as it is and the others as ``baseline_token_id``; or
+    # all of them as the mean embedding, or as zeros.
+    baseline: Literal["token", "mean", "zero"] = "mean"
+    baseline_token_id: int = 0
     of: Literal["logprob", "logit"] = "logprob"
+    groups: tuple[tuple[int, ...], ...] | None = None  # taken away together; None: each token
+    screen: int = 0  # so many groups, those with the largest gradients; 0: all
+    within_s: float = math.inf  # what occlusion may take
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attribution:
-    """One score per token up to the query."""
+    """One score per token up to the query; NaN where nothing was asked."""
 
     scores: Array  # (position + 1,)
     token_id: int
     logprob: float
     value: float  # of what was asked for: the logprob or the logit
     convergence_delta: float | None = None  # f(x) - f(baseline) - sum, of integrated gradients
+    steps: int | None = None  # that were made
+    largest_change: float | None = None  # of a score, from half as many steps to these
     note: str | None = None
 
 
@@ -275,11 +284,12 @@ class Inspector(Protocol):
         """Statistics of every head, and pictures of ``thumb`` x ``thumb`` cells; 0 for none."""
         ...
 
-    def rollout(self, ids: Sequence[int]) -> Job[Array]:
+    def rollout(self, ids: Sequence[int], layers: tuple[int, int], drop_first: bool) -> Job[Array]:
         """(n, n): the product over layers of half the mean attention and half the identity.
 
-        Abnar and Zuidema 2020, arXiv:2005.00928, section 3. Raises AttentionUnavailable unless
-        every layer has attention.
+        ``layers``: the first and the last one. With ``drop_first`` nothing is read from the first
+        token, and the rest of a row is scaled to sum to 1. Abnar and Zuidema 2020,
+        arXiv:2005.00928, section 3. Raises AttentionUnavailable unless each has attention.
         """
         ...
 

@@ -72,11 +72,14 @@ class ModelInspector:
         sizes = self.anatomy.layers, self.anatomy.heads
         return lambda model: matrices.grid(model, self.way, self.source, list(ids), thumb, *sizes)
 
-    def rollout(self, ids: Sequence[int]) -> Job[Array]:
+    def rollout(self, ids: Sequence[int], layers: tuple[int, int], drop_first: bool) -> Job[Array]:
         """See ``base.Inspector``. Raises AttentionUnavailable, PromptTooLarge."""
-        layers = self.anatomy.layers
-        matrices.check_rollout(len(ids), layers, len(self.anatomy.layers_with_attention))
-        return lambda model: matrices.rollout(model, self.way, self.source, list(ids), layers)
+        within = range(layers[0], layers[1] + 1)
+        attending = set(within) & set(self.anatomy.layers_with_attention)
+        matrices.check_rollout(len(ids), len(within), len(attending))
+        return lambda model: matrices.rollout(
+            model, self.way, self.source, list(ids), layers, drop_first
+        )
 
     def read_prompt(self, ids: Sequence[int], topk: int) -> Job[PromptReading]:
         """See ``base.Inspector``."""

@@ -229,26 +229,46 @@ def _thumbs(sums: dict[int, _Sums], layers: int, heads: int, size: int) -> Array
 
 
 def rollout(
-    model: Any, way: Way, source: AttentionSource, ids: list[int], layers: int
+    model: Any,
+    way: Way,
+    source: AttentionSource,
+    ids: list[int],
+    layers: tuple[int, int],
+    drop_first: bool,
 ) -> Generator[None, None, Array]:
     """See ``base.Inspector``."""
-    count = len(ids)
-    products = [torch.zeros(count, count, device=model.device) for _ in range(layers)]
+    count, lowest = len(ids), layers[0]
+    products = [
+        torch.zeros(count, count, device=model.device) for _ in range(layers[1] - lowest + 1)
+    ]
 
     def take(layer: int, weights: Weights, first: int, last: int) -> None:
+        if not lowest <= layer <= layers[1]:
+            return
         shares, _ = weights.rows(0, slice(None))
-        mixed = _columns(shares, last, (0, last)).mean(0) / 2  # (R, last)
+        read_from = _columns(shares, last, (0, last)).mean(0)  # (R, last)
+        if drop_first:
+            read_from = _without_first(read_from)
+        mixed = read_from / 2
         places = torch.arange(last - first, device=mixed.device)
         mixed[places, places + first] += 0.5
-        below = products[layer - 1][:last, :last] if layer else None
-        products[layer][first:last, :last] = mixed if below is None else mixed @ below
+        below = products[layer - lowest - 1][:last, :last] if layer > lowest else None
+        products[layer - lowest][first:last, :last] = mixed if below is None else mixed @ below
 
     yield from read_attention(model, way, source, ids, take)
     return _array(products[-1])
 
 
+def _without_first(shares: Tensor) -> Tensor:
+    """Rows (R, K) as if nothing were read from the first token; those of nothing else stay."""
+    rest = shares[:, 1:].sum(-1, keepdim=True)
+    scaled = shares / rest.clamp_min(1e-9)
+    scaled[:, 0] = 0
+    return torch.where(rest > 1e-9, scaled, shares)
+
+
 def check_rollout(count: int, layers: int, available: int) -> None:
-    """Raise AttentionUnavailable unless every layer attends, PromptTooLarge for a long text."""
+    """Raise AttentionUnavailable unless each layer attends, PromptTooLarge for a long text."""
     if available < layers:
         raise AttentionUnavailable(
             f"rollout needs attention in every layer; {available} of {layers} have it"

@@ -7,6 +7,7 @@ puts behind the name of the field.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from typing import Any
 
 from marshmallow import Schema as BaseSchema
@@ -46,6 +47,23 @@ class Schema(BaseSchema):
         """Null is how several SDKs write that an option was left alone."""
         if isinstance(data, Mapping):
             return {key: value for key, value in data.items() if value is not None}
+        return data
+
+
+class StrictSchema(Schema):
+    """An object of our own, whose unknown names are mistakes: nobody else's clients send it."""
+
+    @pre_load
+    def refuse_unknown(self, data: Any, **_: Any) -> Any:
+        """Name the field that was probably meant, or all there are."""
+        if not isinstance(data, Mapping):
+            return data
+        names = [field.data_key or name for name, field in self.fields.items()]
+        for name in data:
+            if name not in names:
+                near = get_close_matches(name, names, 1)
+                hint = f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(names)}"
+                raise ValidationError({name: [f"is unknown; {hint}"]})
         return data
 
 

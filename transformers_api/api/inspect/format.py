@@ -20,7 +20,7 @@ from transformers_api.inspection.base import (
     LensTable,
     PromptReading,
 )
-from transformers_api.serving.inspect import arrays
+from transformers_api.serving.inspect import arrays, picture
 from transformers_api.serving.inspect.arrays import Reduction
 from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.text.spans import Span
@@ -31,6 +31,7 @@ Range = tuple[int, int]
 
 FORMATS = ("json", "f16", "u8", "topk", "npz", "png", "html")
 STATES_NOTE = "before the final norm"
+ROLLOUT_NOTE = "in a causal model rollout over many layers ends at the leftmost token"
 
 
 def tokens(vocabulary: Vocabulary, ids: Sequence[int]) -> Json:
@@ -80,9 +81,15 @@ class Matrix:
         meta = {**self.fields, **self._rest()}
         return arrays.npz({"attn": self.visible.astype(numpy.float16), "token_ids": ids}, meta)
 
-    def png(self) -> bytes:
-        """A picture of the only head."""
-        return arrays.png(self.weights[0])
+    def png(self, cell: int | None, has_words: bool) -> bytes:
+        """A picture of the only head; without words where cells stand for several tokens."""
+        weights, names = self.weights[0], self.fields["tokens_display"]
+        height, width = weights.shape
+        size = picture.cell_size(height, width, cell)
+        rows, cols = names[slice(*self.rows)], names[slice(*self.cols)]
+        if not has_words or (height, width) != (len(rows), len(cols)):
+            return picture.draw(weights, size)
+        return picture.draw(weights, size, rows, cols)
 
     def html(self, model: str) -> str:
         """A page that shows it, without a server."""
@@ -140,14 +147,14 @@ def token_table(vocabulary: Vocabulary, ids: Sequence[int], spans: Sequence[Span
 def reading(vocabulary: Vocabulary, result: PromptReading) -> Json:
     """The model's expectation of each token; nothing foresees the first one."""
     return {
-        "surprisal": [None, *arrays.rounded(result.surprisal)],
-        "entropy": [None, *arrays.rounded(result.entropy)],
+        "surprisal": [None, *arrays.significant(result.surprisal)],
+        "entropy": [None, *arrays.significant(result.entropy)],
         "rank": [None, *result.rank.tolist()],
         "topk": [
             None,
             *(
                 [
-                    {**_named(vocabulary, token_id), "logprob": round(logprob, arrays.DECIMALS)}
+                    {**_named(vocabulary, token_id), "logprob": arrays.digits(logprob)}
                     for token_id, logprob in zip(ids, logprobs, strict=True)
                 ]
                 for ids, logprobs in zip(
@@ -168,7 +175,7 @@ _WIRE = {"itself": "self"}
 
 def head_table(anatomy: Anatomy, n: int, grid: HeadGrid) -> Json:
     """Every head at a glance; the thumbnails of layers without attention are empty."""
-    numbers = {_WIRE.get(name, name): arrays.rounded(getattr(grid, name)) for name in _GRID}
+    numbers = {_WIRE.get(name, name): arrays.significant(getattr(grid, name)) for name in _GRID}
     sinks = None if grid.sink is None else arrays.rounded(grid.sink)
     answer: Json = {"n": n, "layers": []}
     for layer in anatomy.attention:
@@ -198,8 +205,8 @@ def lens_table(
     table: LensTable,
 ) -> Json:
     """A row of cells for each position, a cell for each layer."""
-    probs, entropy = arrays.rounded(table.top_probs), arrays.rounded(table.entropy)
-    target_probs = arrays.rounded(table.target_prob)
+    probs, entropy = arrays.significant(table.top_probs), arrays.significant(table.entropy)
+    target_probs = arrays.significant(table.target_prob)
     ids, ranks = table.top_ids.tolist(), table.target_rank.tolist()
 
     def cell(row: int, column: int) -> Json:
@@ -230,12 +237,16 @@ def attribution(vocabulary: Vocabulary, question: AttributionQuestion, result: A
         "unit": f"{unit} per unit of embedding" if question.method == "gradient_norm" else unit,
         "target": {
             **_named(vocabulary, result.token_id),
-            "logprob": round(result.logprob, arrays.DECIMALS),
+            "logprob": arrays.digits(result.logprob),
             "position": question.position,
         },
-        "value": round(result.value, arrays.DECIMALS),
-        "scores": arrays.rounded(result.scores),
-        "convergence_delta": None if delta is None else round(delta, arrays.DECIMALS),
+        "value": arrays.digits(result.value),
+        "scores": arrays.significant(result.scores),
+        "convergence_delta": None if delta is None else arrays.digits(delta),
+        "steps": result.steps,
+        "largest_change": None
+        if result.largest_change is None
+        else arrays.digits(result.largest_change),
         "note": result.note,
     }
 

@@ -29,6 +29,7 @@ from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.text import chat_template
 from transformers_api.serving.text.chat_template import ChatPrompt
 from transformers_api.serving.text.spans import Span, spans
+from transformers_api.serving.text.vocabulary import Vocabulary
 
 T = TypeVar("T")
 Format = Literal["json", "f16", "u8", "npz", "png", "html"]
@@ -194,6 +195,63 @@ def layers(requested: Sequence[int] | str, anatomy: Anatomy) -> list[int]:
         if not -1 <= layer < anatomy.layers:
             raise InvalidRequest(f"layers must be in [-1, {anatomy.layers - 1}]", param="layers")
     return list(requested)
+
+
+def layer_range(body: Mapping[str, Any], anatomy: Anatomy) -> tuple[int, int]:
+    """The first and the last layer that are asked for; all where nothing was said."""
+    first, last = body.get("layers", (0, anatomy.layers - 1))
+    if not 0 <= first <= last < anatomy.layers:
+        raise InvalidRequest(
+            f"layers must be [first, last] with 0 <= first <= last <= {anatomy.layers - 1}",
+            param="layers",
+        )
+    return first, last
+
+
+def newline(subject: Subject) -> int:
+    """The token of a line break. Raises InvalidRequest where the vocabulary has none."""
+    ids = subject.model.tokenizer.encode("\n", add_special_tokens=False)
+    if not ids:
+        raise InvalidRequest(
+            'the model has no token for a line break; use baseline "mean" or "zero"',
+            param="baseline",
+        )
+    return int(ids[-1])
+
+
+def groups(
+    body: Mapping[str, Any], subject: Subject, last: int
+) -> tuple[tuple[int, ...], ...] | None:
+    """The tokens up to ``last`` that are taken away together; None for each by itself.
+
+    A word begins with a blank, after one, or where letters end or begin.
+    """
+    if body["positions"] == "all" and body["group"] == "token":
+        return None
+    chosen = positions(body["positions"], last + 1)
+    if body["group"] == "token":
+        return tuple((place,) for place in sorted(set(chosen)))
+    vocabulary = Vocabulary(subject.model.tokenizer)
+    words: list[list[int]] = []
+    before = ""
+    for place, token_id in enumerate(subject.ids[: last + 1]):
+        text = "" if token_id in vocabulary.special_ids else vocabulary.decoded(token_id)
+        if _goes_on(before, text):
+            words[-1].append(place)
+        else:
+            words.append([place])
+        before = text
+    return tuple(tuple(word) for word in words if not set(word).isdisjoint(chosen))
+
+
+def _goes_on(before: str, text: str) -> bool:
+    """True where ``text`` is of the word that ``before`` is of; a blank alone is of the next."""
+    edges = before[-1:], text[:1]
+    if not all(edges) or text[0].isspace():
+        return False
+    return before.isspace() or (
+        not before[-1].isspace() and before[-1].isalnum() == text[0].isalnum()
+    )
 
 
 def positions(requested: Sequence[int] | str, n: int) -> list[int]:

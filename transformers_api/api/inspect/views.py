@@ -34,8 +34,8 @@ from transformers_api.api.inspect.schemas.inspect import (
     InspectedModel,
     Lens,
     LensRequest,
-    MatrixRequest,
     Rollout,
+    RolloutRequest,
     TokensRequest,
     TokenTable,
 )
@@ -56,7 +56,7 @@ blueprint = Blueprint("inspect", __name__, dialect=NIELS, description="Looking i
 
 MOST_LENS_CELLS = 4096
 MOST_JSON_STATES = 65_536
-MOST_STEPS = 64
+MOST_STEPS = 128
 NPZ = "application/x-npz"
 _FILE = {"type": "string", "format": "binary"}
 _BY_TYPE: Mapping[str, Format] = {
@@ -208,7 +208,7 @@ def _sent(subject: Subject, matrix: Matrix, body: Mapping[str, Any], how: Format
     if how == "npz":
         return Response(matrix.npz(), content_type=NPZ)
     if how == "png":
-        return Response(matrix.png(), content_type="image/png")
+        return Response(matrix.png(body.get("cell"), body["labels"]), content_type="image/png")
     if how == "html":
         page = matrix.html(subject.model.spec.name)
         response = Response(page, content_type="text/html; charset=utf-8")
@@ -218,20 +218,23 @@ def _sent(subject: Subject, matrix: Matrix, body: Mapping[str, Any], how: Format
 
 
 @blueprint.at("/inspect/rollout", methods=["POST"])
-@blueprint.takes(MatrixRequest, example=_HELLO)
+@blueprint.takes(RolloutRequest, example=_HELLO)
 @_in_any_form
 @blueprint.gives(Rollout)
 @blueprint.gives(Failed, 413, description="Too much text, too many tokens or too many numbers")
 def rollout(body: dict[str, Any]) -> Any:
-    """Follow attention through all layers to the tokens of the input.
+    """Follow attention through layers to the tokens of the input.
 
-    Of each layer the mean over its heads counts half, and what passes it by the other half. The
-    forms of the answer are those of `/inspect/full_attn`.
+    Of each layer the mean over its heads counts half, and what passes it by the other half. In a
+    causal model all of it ends at the leftmost token, the more layers the surer. The forms of the
+    answer are those of `/inspect/full_attn`.
     """
     with opened(body) as subject:
         anatomy, how = subject.anatomy, _format(body)
         check_any_attention(anatomy, "model")
-        without = [layer.layer for layer in anatomy.attention if not layer.available]
+        first, last = subjects.layer_range(body, anatomy)
+        within = anatomy.attention[first : last + 1]
+        without = [layer.layer for layer in within if not layer.available]
         if without:
             raise AttentionUnavailable(
                 f"rollout needs attention in every layer; layers without attention: {without}",
@@ -239,15 +242,18 @@ def rollout(body: dict[str, Any]) -> Any:
             )
         rows, cols = _windows(subject, body, how)
         subjects.check_read_cells(len(subject.ids) ** 2, subject.settings)
-        result = subject.run(subject.inspector.rollout(subject.ids))
-        last = anatomy.layers - 1
+        job = subject.inspector.rollout(subject.ids, (first, last), body["drop_first"])
+        result = subject.run(job)
         vocabulary = Vocabulary(subject.model.tokenizer)
         matrix = Matrix(
             weights=result[None, slice(*rows), slice(*cols)],
             rows=rows,
             cols=cols,
-            fields={"layers": [0, last], **inspect_format.tokens(vocabulary, subject.ids)},
-            rest=inspect_format.about_all(anatomy, subject.is_truncated),
+            fields={"layers": [first, last], **inspect_format.tokens(vocabulary, subject.ids)},
+            rest={
+                **inspect_format.about_all(anatomy, subject.is_truncated),
+                "note": inspect_format.ROLLOUT_NOTE,
+            },
         )
         return _sent(subject, matrix, body, how)
 
@@ -318,23 +324,31 @@ def attribution(body: dict[str, Any]) -> Any:
     """Say what each token did for the prediction of one.
 
     `occlusion` is how much likelier the target is with the token than with an average one in its
-    place. `integrated_gradients` comes with `convergence_delta`, what it leaves unexplained.
+    place; where it would take too long, it is refused with what would not. `integrated_gradients`
+    comes with `convergence_delta`, what it leaves unexplained, and with what its scores still
+    moved by when its steps were doubled.
     """
     with opened(body) as subject:
         subjects.check_attribution_tokens(subject)
-        if not 1 <= body["steps"] <= MOST_STEPS:
+        steps = None if body["steps"] == "auto" else body["steps"]
+        if steps is not None and not 1 <= steps <= MOST_STEPS:
             raise InvalidRequest(f"steps must be in [1, {MOST_STEPS}]", param="steps")
         token_id = body.get("target_token_id")
         if token_id is not None:
             subjects.token(token_id, subject, "target_token_id")
         place = subjects.position(body["target_position"], len(subject.ids), "target_position")
+        newline = subjects.newline(subject) if body["baseline"] == "newline" else None
         question = AttributionQuestion(
             position=place,
             token_id=token_id,
             method=body["method"],
-            steps=body["steps"],
-            baseline=body["baseline"],
+            steps=steps,
+            baseline=body["baseline"] if newline is None else "token",
+            baseline_token_id=newline or 0,
             of=body["of"],
+            groups=subjects.groups(body, subject, place),
+            screen=body["screen"],
+            within_s=subject.settings.inspect_timeout_s,
         )
         result = subject.run(subject.inspector.attribute(subject.ids, question))
         return inspect_format.attribution(Vocabulary(subject.model.tokenizer), question, result)

@@ -263,7 +263,7 @@ def _pairs(likely: Likely) -> zip[tuple[int, float]]:
 
 
 def _round(value: float) -> float:
-    return round(value, arrays.DECIMALS)
+    return arrays.digits(value)
 
 
 def _log(prob: float) -> float:

@@ -8,7 +8,15 @@ from typing import Any
 
 from marshmallow import ValidationError, fields, post_load
 
-from transformers_api.api.http.fields import NOT_GIVEN, Boolean, Integer, Object, Schema, Text
+from transformers_api.api.http.fields import (
+    NOT_GIVEN,
+    Boolean,
+    Integer,
+    Object,
+    Schema,
+    StrictSchema,
+    Text,
+)
 from transformers_api.api.http.sampling_schema import MAX_LOGPROBS, about
 from transformers_api.serving.inspect.trace_plan import LensRequest, TraceRequest
 
@@ -28,10 +36,11 @@ def _numbers(value: Any, message: str) -> tuple[int, ...]:
 
 
 class _Named(fields.Field[Any]):
-    """A list of numbers, or one of ``words``."""
+    """A list of numbers, at least ``fewest``, or one of ``words``."""
 
-    def __init__(self, *words: str, description: str, **options: Any) -> None:
+    def __init__(self, *words: str, description: str, fewest: int = 0, **options: Any) -> None:
         self.words = words
+        self.fewest = fewest
         text = " or ".join(f'"{word}"' for word in words)
         self.message = f"must be a list of integers, or {text}"
         shape = [_NUMBERS, {"type": "string", "enum": list(words)}]
@@ -43,7 +52,10 @@ class _Named(fields.Field[Any]):
     ) -> Any:
         if isinstance(value, str) and value in self.words:
             return value
-        return _numbers(value, self.message)
+        numbers = _numbers(value, self.message)
+        if len(numbers) < self.fewest:
+            raise ValidationError("must not be empty")
+        return numbers
 
 
 class _LensLayers(fields.Field[Any]):
@@ -62,7 +74,7 @@ class _LensLayers(fields.Field[Any]):
         return _numbers(value, self.EXPECTED)
 
 
-class LensOptions(Schema):
+class LensOptions(StrictSchema):
     """The logit lens: what each layer would have said."""
 
     layers = _LensLayers(
@@ -81,7 +93,7 @@ class LensOptions(Schema):
         return LensRequest(**data)
 
 
-class TraceOptions(Schema):
+class TraceOptions(StrictSchema):
     """The parts to show of every token."""
 
     layers = _Named(
@@ -92,6 +104,7 @@ class TraceOptions(Schema):
     heads = _Named(
         "mean",
         "max",
+        fewest=1,
         description='Heads of these layers, from 0; "mean" or "max" over all. Default: all.',
     )
     attn = Text(

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import struct
-import zlib
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -21,9 +19,8 @@ Numbers = NDArray[Any]
 Json = dict[str, Any]
 Reduction = Literal["max", "mean"]
 
-DECIMALS = 5
-_PNG = b"\x89PNG\r\n\x1a\n"
-_GREY = 0  # PNG's colour type
+DECIMALS = 5  # of shares, whose sum is 1
+DIGITS = 6  # of all other numbers, however small
 
 
 def float16(values: Numbers) -> Json:
@@ -58,6 +55,21 @@ def _envelope(dtype: str, shape: Sequence[int], packed: Numbers) -> Json:
 def rounded(values: Numbers) -> Any:
     """Nested lists of numbers with 5 decimals; null for NaN."""
     return _lists(values.astype(numpy.float64).round(DECIMALS))
+
+
+def significant(values: Numbers) -> Any:
+    """Nested lists of numbers with 6 significant digits; null for NaN."""
+    numbers = values.astype(numpy.float64)
+    size = numpy.abs(numbers)
+    regular = numpy.isfinite(size) & (size > 0)
+    places = DIGITS - 1 - numpy.floor(numpy.log10(numpy.where(regular, size, 1.0)))
+    up, down = 10.0 ** places.clip(0), 10.0 ** (-places).clip(0)  # both exact: repr stays short
+    return _lists(numpy.where(regular, numpy.rint(numbers * up / down) * down / up, numbers))
+
+
+def digits(value: float) -> float:
+    """A number with 6 significant digits."""
+    return float(f"{value:.{DIGITS}g}")
 
 
 def exact(values: Numbers) -> Any:
@@ -107,23 +119,3 @@ def npz(arrays: Mapping[str, Numbers], meta: Mapping[str, Any]) -> bytes:
         file, allow_pickle=False, **arrays, meta=numpy.frombuffer(text, dtype=numpy.uint8)
     )
     return file.getvalue()
-
-
-def png(weights: Numbers) -> bytes:
-    """A grey picture of a matrix (R, C) of weights from 0 to 1, white where they are 1.
-
-    The square root is shown: weights that differ by a factor of 100 differ by one of 10 in light.
-    """
-    clear = numpy.nan_to_num(weights.astype(numpy.float32), nan=0.0)
-    light = numpy.rint(numpy.sqrt(numpy.clip(clear, 0, 1)) * 255).astype(numpy.uint8)
-    height, width = light.shape
-    rows = numpy.zeros((height, 1 + width), numpy.uint8)  # each begins with its filter: none
-    rows[:, 1:] = light
-    head = struct.pack(">IIBBBBB", width, height, 8, _GREY, 0, 0, 0)
-    body = zlib.compress(rows.tobytes(), 6)
-    return _PNG + _chunk(b"IHDR", head) + _chunk(b"IDAT", body) + _chunk(b"IEND", b"")
-
-
-def _chunk(kind: bytes, data: bytes) -> bytes:
-    checksum = zlib.crc32(kind + data)
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)

@@ -24,6 +24,7 @@ from transformers_api.api.http.fields import (
 from transformers_api.api.http.sampling_schema import MAX_TOKENS, about
 from transformers_api.api.openai.schemas.chat import MAX_MESSAGES, Message
 from transformers_api.errors import InvalidRequest
+from transformers_api.serving.inspect.picture import LARGEST_CELL
 
 INPUTS = ("messages", "prompt", "token_ids", "completion_id")
 MOST_THUMB = 64
@@ -145,6 +146,19 @@ class MatrixRequest(Inspected):
         **about("`[rows, columns]`: not more than these; cells that fall together are reduced."),
     )
     reduce = Text(choices=("max", "mean"), load_default="max", **about("How they are reduced."))
+    cell = Integer(
+        1, LARGEST_CELL, **about("Of a picture: pixels of a cell. Default: so that it can be seen.")
+    )
+    labels = Boolean(load_default=True, **about("Of a picture: with the tokens and a scale."))
+
+
+class RolloutRequest(MatrixRequest):
+    """Attention followed through layers."""
+
+    layers = Window(**about("`[first, last]` layer, both taken. Default: all."))
+    drop_first = Boolean(
+        load_default=False, **about("Read nothing from the first token, where attention rests.")
+    )
 
 
 class FullAttentionRequest(MatrixRequest):
@@ -218,9 +232,35 @@ class AttributionRequest(Inspected):
         choices=("occlusion", "gradient_x_input", "gradient_norm", "integrated_gradients"),
         load_default="occlusion",
     )
-    steps = whole(load_default=32, **about("Of integrated gradients, 1 to 64."))
+    steps = Either(
+        whole(),
+        "auto",
+        expected='"auto" or an integer',
+        text=_NUMBER,
+        load_default="auto",
+        **about("Of integrated gradients, 1 to 128; `auto` doubles them until no score moves."),
+    )
     baseline = Text(
-        choices=("mean", "zero"), load_default="mean", **about("Of integrated gradients.")
+        choices=("newline", "mean", "zero"),
+        load_default="newline",
+        **about(
+            "Of integrated gradients: where the path begins. `newline` keeps the first token, "
+            "whose score is null, and has a line break for each other."
+        ),
+    )
+    positions = places(
+        "all", load_default="all", **about("Of occlusion: the tokens that are taken away by turns.")
+    )
+    group = Text(
+        choices=("token", "word"),
+        load_default="token",
+        **about("Of occlusion: what is taken away at once; all tokens of a word get its score."),
+    )
+    screen = Integer(
+        0,
+        _MANY,
+        load_default=0,
+        **about("Of occlusion: only so many, those with the largest gradients; 0: all."),
     )
     of = Text(choices=("logprob", "logit"), load_default="logprob", **about("What is explained."))
 
@@ -273,6 +313,7 @@ class Rollout(Matrix):
     """Attention followed through the layers."""
 
     layers = Many(Integer(0, _MANY), longest=2)
+    note = Text()
 
 
 class TokenTable(Tokens):
@@ -313,8 +354,12 @@ class Attributed(Schema):
     method = Text()
     unit = Text(choices=("nats", "logits"))
     target = AnyObject()
-    scores = Many(Number(-1e9, 1e9), longest=_MANY)
+    scores = Many(Number(-1e9, 1e9, allow_none=True), longest=_MANY)
     convergence_delta = Number(-1e9, 1e9, allow_none=True)
+    steps = Integer(1, _MANY, allow_none=True, **about("Of integrated gradients, that were made."))
+    largest_change = Number(
+        0, 1e9, allow_none=True, **about("Of a score, when the steps were doubled to these.")
+    )
     note = Text(allow_none=True)
 
 

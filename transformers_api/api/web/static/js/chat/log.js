@@ -88,9 +88,10 @@ const title = h("h1", { class: "sr", text: words.conversation });
 
 function grow(node) {
   const turn = drawn.get(node.id)?.turn;
-  if (!turn || state.view !== "chat" || !node.live) return;
-  turn.grow();
+  if (!turn || state.view !== "chat" || !node.live) return false;
+  const isBehind = turn.grow();
   if (follows) scroller().scrollTop = scroller().scrollHeight;
+  return isBehind;
 }
 
 export function startLog() {

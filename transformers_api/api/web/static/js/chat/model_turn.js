@@ -59,6 +59,7 @@ export class ModelTurn {
     this.calls = h("div", { class: "calls" });
     this.waiting = node.live === "wait" ? waitingLine() : null;
     this.ribbonDrawn = 0;
+    this.ribbonShows = 0; // tokens
     this.isDrawn = false;
     tip(this.ribbon, words.ribbonTip);
     this.drawCalls(awaitsResults);
@@ -122,9 +123,10 @@ export class ModelTurn {
   drawRibbon() {
     drawRibbon(this.canvas, this.node.tokens ?? [], { newest: Boolean(this.node.live) });
     this.ribbonDrawn = performance.now();
+    this.ribbonShows = this.node.tokens?.length;
   }
 
-  /** Draw what has come since the last frame. */
+  /** Draw what has come since the last frame; true where some of it is left to the next. */
   grow() {
     const { node } = this;
     this.isDrawn = true;
@@ -139,9 +141,11 @@ export class ModelTurn {
       if (node.text) this.thoughts.firstChild.textContent = words.thought(node.thought);
     }
     this.drawCalls(false);
-    if (performance.now() - this.ribbonDrawn < RIBBON_EVERY_MS) return;
-    this.nameRibbon();
-    this.drawRibbon();
+    if (this.ribbonShows !== node.tokens?.length && performance.now() - this.ribbonDrawn >= RIBBON_EVERY_MS) {
+      this.nameRibbon();
+      this.drawRibbon();
+    }
+    return this.markdown.text !== node.text || this.ribbonShows !== node.tokens?.length;
   }
 }
 

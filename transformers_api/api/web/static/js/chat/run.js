@@ -16,7 +16,8 @@ const PATH = "/v1/chat/completions";
 const callbacks = new Set();
 let frame = 0;
 
-/** Call `callback(node)` at most once a frame while an answer is written; returns a function that stops it. */
+/** Call `callback(node)` at most once a frame while an answer is written, and in the next one where it returns true:
+ *  it has left something for later. Returns a function that stops it. */
 export function onFrame(callback) {
   callbacks.add(callback);
   return () => callbacks.delete(callback);
@@ -25,7 +26,9 @@ export function onFrame(callback) {
 function draw(node) {
   frame ||= requestAnimationFrame(() => {
     frame = 0;
-    for (const callback of callbacks) callback(node);
+    let isBehind = false;
+    for (const callback of callbacks) isBehind = callback(node) === true || isBehind;
+    if (isBehind) draw(node); // although nothing may come for a long time
   });
 }
 

@@ -8,6 +8,7 @@ import { inside } from "../words/inside.js";
 import { attentionOf } from "./attention.js";
 import { complete, isBlind, mayComplete } from "./blind.js";
 import { othersOf } from "./compare.js";
+import { Due } from "./due.js";
 import { fileEntries, openTrace } from "./files.js";
 import { baseOf, branch, liveForks, onForks, stopForks } from "./forks.js";
 import { heads } from "./heads.js";
@@ -25,8 +26,8 @@ import { tokenPane } from "./token_pane.js";
 import { lastPosition, promptLength, tokenAt } from "./tokens.js";
 import { why } from "./why.js";
 
-const SHADE_MS = 200; // while it writes: shade and arcs at most five times a second
-const PANEL_MS = 100; // and the panel ten times
+const shade = new Due(200); // while it writes: shade and arcs at most five times a second
+const pane = new Due(100); // and the panel ten times
 const NEAR_END = 90; // px
 const SLOW = ["heads", "matrix", "why"];
 
@@ -40,7 +41,6 @@ let saved = null; // a trace that was opened from a file
 let isSavedOpen = false;
 let colouring = "read";
 let frame = 0;
-const last = { shade: 0, panel: 0 }; // when they were drawn
 let question = 0; // the newest question about attention
 
 /** The answer that is looked into. */
@@ -212,15 +212,15 @@ function writeLive(now, isFollowing) {
   const came = stage.tapes[0].append();
   const target = selected();
   const { node, position } = target;
-  if (came && position >= 0) stage.press(node, position);
-  if (came && now - last.panel > PANEL_MS) {
-    last.panel = now;
-    const had = attentionOf(node, position);
-    const weights = had.row ? weightsOf(had.row, state.head, state.hideFirst) : null;
-    if (side.name() === "token") panes.token.show(node, position, { ...had, because: had.reason, weights });
-    if (now - last.shade > SHADE_MS) {
-      last.shade = now;
-      shading.show(weights, target);
+  if (position >= 0) {
+    stage.press(node, position);
+    const isPanelDue = pane.comes(target, now);
+    const isShadeDue = shade.comes(target, now);
+    if (isPanelDue || isShadeDue) {
+      const had = attentionOf(node, position);
+      const weights = had.row ? weightsOf(had.row, state.head, state.hideFirst) : null;
+      if (isPanelDue && side.name() === "token") panes.token.show(node, position, { ...had, because: had.reason, weights });
+      if (isShadeDue) shading.show(weights, target);
     }
   }
   if (isFollowing && came) stage.element.scrollTop = 1e9;

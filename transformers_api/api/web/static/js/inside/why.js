@@ -43,7 +43,7 @@ export function why(onScores) {
   }
 
   function fill(answer) {
-    const places = answer.scores.map((score, position) => ({ position, score })).sort((a, b) => Math.abs(b.score) - Math.abs(a.score)).slice(0, ROWS);
+    const places = answer.scores.map((score, position) => ({ position, score })).filter(({ score }) => score !== null).sort((a, b) => Math.abs(b.score) - Math.abs(a.score)).slice(0, ROWS);
     most = Math.abs(places[0]?.score ?? 1) || 1;
     list.show(places);
     write(target, `${visible(answer.target.token)} · ${answer.unit}`);
