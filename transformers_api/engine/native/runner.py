@@ -74,8 +74,10 @@ class NativeRunner(ModelRunner):
 
     def learn(self) -> None:
         """Record passes on a cache of their own; ``failure`` says why that failed."""
-        cache = self.cache.scratch(max(SIZES), MIN_LENGTH)
-        cache.shows_symbols = computes_own_attention(self.model)
+        is_own = computes_own_attention(self.model)
+        # A window of the model's own is recognised where there are more keys than it has.
+        cache = self.cache.scratch(max(SIZES), self.cache.max_length if is_own else MIN_LENGTH)
+        cache.shows_symbols = is_own
         inputs = [inputs_of([1] * size, [3] * size, list(range(size))) for size in SIZES]
         with fixed_factors(self.model, False):
             self._compute(inputs[0], cache)
