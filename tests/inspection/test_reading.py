@@ -251,7 +251,7 @@ def test_others_are_answered_between_the_slices_of_a_job(job, watch):
 def test_a_job_that_fails_leaves_the_engine_as_it_was(name, watch):
     watched = watch(name)
     hooks = watched.engine.call(hooks_on).result()
-    with pytest.raises(IndexError):
+    with pytest.raises((IndexError, RuntimeError)):
         watched.run(watched.inspector.read_prompt([5, 1000], 1))
     assert watched.engine.call(hooks_on).result() == hooks
     assert watched.run(watched.inspector.read_prompt([5, 6], 1)).rank.shape == (1,)

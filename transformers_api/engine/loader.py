@@ -181,6 +181,7 @@ def build_engine(
     if isinstance(runner, ModelRunner):
         window = _bounded(runner, options)
     facts = backend.describe(runner)
+    facts = replace(facts, in_pieces=facts.mode == "batching" and runner.cache.in_pieces)
     limits = replace(
         _limits(model, backend, options, facts.mode, vocab_size, window),
         original_window=runner.original_window,

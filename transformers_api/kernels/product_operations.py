@@ -27,12 +27,12 @@ def matmul(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
 
 
 def batch_product(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
-    """(B, n, k) times (B, k, m) for a small k; 1 where rotary embeddings multiply positions."""
+    """(B, n, k) times (B, k, m) for a small k, or by one row or column, as a state is read."""
     a, b = args
     if a.shape[2] == 1:
         recorder.add("mul", out, [a, b], tuple(out.shape))
         return True
-    if a.shape[2] > LARGEST_INNER:
+    if a.shape[2] > LARGEST_INNER and 1 not in (a.shape[1], b.shape[2]):
         return False
     products = torch.empty((*out.shape, a.shape[2]))
     factors = [a[:, :, None], b.transpose(1, 2)[:, None]]

@@ -29,7 +29,11 @@ from transformers_api.kernels.graph.executor import RecordedPass
 from transformers_api.kernels.graph.hooks import HookReplay, forward_returning
 from transformers_api.kernels.modules.attention import CausalRows, describing
 from transformers_api.kernels.modules.experts import routing_modules
-from transformers_api.kernels.modules.own_attention import computes_own_attention, masked
+from transformers_api.kernels.modules.own_attention import (
+    computes_own_attention,
+    masked,
+)
+from transformers_api.kernels.modules.weight_modules import following
 
 SIZES = (2, 3)  # tokens of the passes that are recorded; see planner.py
 
@@ -177,7 +181,11 @@ class NativeRunner(ModelRunner):
     def _watched_passes(
         self, inputs: list[list[Tensor]], cache: NativeCache, is_long: bool
     ) -> list[_WatchedPass]:
-        with _shown_layers(self.model), fixed_factors(self.model, is_long):
+        showing = ExitStack()
+        showing.enter_context(_shown_layers(self.model))
+        if cache.shows_symbols:
+            showing.enter_context(following(self.model))
+        with showing, fixed_factors(self.model, is_long):
             return [self._watched_pass(each, cache) for each in inputs]
 
     def _watched_pass(self, inputs: list[Tensor], cache: NativeCache) -> _WatchedPass:

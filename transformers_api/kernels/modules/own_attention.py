@@ -19,6 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from transformers_api.kernels.capture import current
 from transformers_api.kernels.modules.attention import CausalRows, attend, is_supported
+from transformers_api.kernels.modules.weight_modules import weight_modules
 
 VIEWS = {
     f"aten.{name}"
@@ -338,6 +339,12 @@ def _attention(node: Scores, values: Tensor) -> Tensor:
         slopes = slopes.expand(node.query.shape[1]) if len(slopes) == 1 else slopes
         slopes = slopes[: node.query.shape[1]]
     made = attend(node.query, node.keys, values, rows, node.scale, {"slopes": slopes})
+    if recorder := current():
+        lines = {} if slopes is None else {str(i): n for i, n in enumerate(slopes.tolist())}
+        options = {"window": rows.window, "scaling": node.scale, "slopes": lines, "is_own": True}
+        for module in weight_modules():
+            tensors, cached = [node.query, made], {"key": node.keys, "value": values}
+            recorder.add_module_call(module, tensors, **cached, options=options)
     return made.transpose(1, 2)
 
 
