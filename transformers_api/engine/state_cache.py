@@ -8,7 +8,7 @@ tokens before it and cannot be cut: prompts are read in one pass, and prefixes a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,6 +68,13 @@ class StateLayer(LinearAttentionCacheLayerMixin):
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the first states bring their shape."""
 
+    def grow(self) -> None:
+        """Make room for all rows that there are now."""
+        for rows, _ in self._kinds:
+            for index, old in rows.items():
+                if (room := self.cache.state_room(old)) > len(old):
+                    rows[index] = torch.cat([old, old.new_zeros(room - len(old), *old.shape[1:])])
+
     @property
     def _kinds(self) -> list[tuple[States, dict[int, Tensor | None]]]:
         return [
@@ -79,8 +86,7 @@ class StateLayer(LinearAttentionCacheLayerMixin):
         self, rows: States, shown: dict[int, Tensor | None], index: int, states: Tensor
     ) -> None:
         if index not in rows:
-            # The system gives what is written.
-            rows[index] = states.new_zeros((self.cache.max_rows, *states.shape[1:]))
+            rows[index] = states.new_zeros((self.cache.state_room(states), *states.shape[1:]))
         own = rows[index][self.cache.window]
         own.copy_(states)
         shown[index] = own
@@ -180,6 +186,15 @@ class StateCache(SlotCache):
         """The states of all rows, layer by layer."""
         return [rows for layer in self.states for rows in layer.all_rows]
 
+    def state_room(self, like: Tensor) -> int:
+        """The rows of states to have memory for: on a CPU all, as the system gives what is written."""
+        return self.max_rows if like.device.type == "cpu" else self.rows
+
     def room_for(self, rows: int) -> int:
         """See SlotCache."""
         return super().room_for(rows) if self._shaped else rows
+
+    def _resize(self, rows: int, length: int, prefixes: Mapping[int, int] | None) -> None:
+        super()._resize(rows, length, prefixes)
+        for layer in self.states:
+            layer.grow()
