@@ -2,11 +2,13 @@
 
 Where there is a compiler, the wheel holds the kernels of every instruction set and is for this
 kind of machine; where there is none, it is for any, and the server compiles them when it can. With
-ziglang (`make wheel`) they need no newer C library than that of Debian 10.
+ziglang (`make wheel`) they need no newer C library than that of Debian 10, and
+`WHEEL_MACHINE=aarch64` makes a wheel for that kind of machine on any other.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -19,9 +21,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from transformers_api.kernels import build as kernels
 from transformers_api.kernels.variants import NativeUnavailable
 
+MACHINE = os.environ.get("WHEEL_MACHINE", "")
 try:
     kernels.check_platform()
-    COMPILER = kernels.find_compiler(portable=True)
+    COMPILER = kernels.find_compiler(portable=True, machine=MACHINE)
 except NativeUnavailable as error:
     COMPILER = None
     sys.stderr.write(f"The wheel will have no kernels: {error}\n")
@@ -34,7 +37,8 @@ class BuildWithKernels(build_py):
         """Compile them into the folder that the wheel is made of."""
         super().run()
         if COMPILER is not None and not self.editable_mode:
-            kernels.build_for_package(Path(self.build_lib, "transformers_api", "kernels", "lib"))
+            folder = Path(self.build_lib, "transformers_api", "kernels", "lib")
+            kernels.build_for_package(folder, MACHINE)
 
 
 class WheelWithKernels(bdist_wheel):
@@ -45,7 +49,7 @@ class WheelWithKernels(bdist_wheel):
         python, abi, machine = super().get_tag()
         if COMPILER is None:
             return python, abi, machine
-        return "py3", "none", kernels.wheel_platform(COMPILER)
+        return "py3", "none", kernels.wheel_platform(COMPILER, MACHINE)
 
 
 class Platform(Distribution):

@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 SOURCES = Path(__file__).with_name("src")
 MAIN_SOURCE = SOURCES / "kernels.cpp"  # which includes the others
 PACKAGED = Path(__file__).with_name("lib")  # libraries that came in a wheel, made by setup.py
+ARM_KIND = "-march="  # of variants for aarch64 alone
 COMPILERS = ("g++", "clang++")  # or the package ziglang
 ZIG_LIBC = "2.28"  # the oldest that torch's wheels run with too
 FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-pthread", "-ffp-contract=off")
@@ -84,18 +85,22 @@ def build(
         return library or _compile(compiler, cache, variant, {} if outcomes is None else outcomes)
 
 
-def build_for_package(folder: Path) -> list[Path]:
-    """Compile the libraries of all instruction sets into ``folder``. Raises NativeUnavailable."""
+def build_for_package(folder: Path, machine: str = "") -> list[Path]:
+    """Compile the libraries of all instruction sets of a machine into ``folder``.
+
+    ``machine``: as ``platform.machine()`` says it there; "": this one. Raises NativeUnavailable.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    compiler = find_compiler(portable=True)
+    compiler = find_compiler(portable=True, machine=machine)
+    variants = of_machine(machine)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(lambda v: _compile(compiler, folder, v, {}, libc=""), of_machine()))
+        return list(pool.map(lambda v: _compile(compiler, folder, v, {}, libc=""), variants))
 
 
-def wheel_platform(compiler: Sequence[str]) -> str:
+def wheel_platform(compiler: Sequence[str], machine: str = "") -> str:
     """The platform of a wheel with what ``compiler`` makes, in a wheel's words."""
     tag = f"manylinux_{ZIG_LIBC.replace('.', '_')}" if "ziglang" in compiler else "linux"
-    return f"{tag}_{platform.machine()}"
+    return f"{tag}_{machine or platform.machine()}"
 
 
 def _packaged(variant: Variant) -> Path | None:
@@ -168,15 +173,18 @@ def _reusable(cache: Path, variant: Variant) -> Path | None:
     return path
 
 
-def find_compiler(*, portable: bool = False) -> list[str]:
-    """The command of a compiler of this machine. Raises NativeUnavailable.
+def find_compiler(*, portable: bool = False, machine: str = "") -> list[str]:
+    """The command of a compiler. Raises NativeUnavailable.
 
     ``portable``: rather one whose libraries run with an older C library than this machine's.
+    ``machine``: another one that they are for, which takes ziglang.
     """
-    target = f"{platform.machine()}-linux-gnu.{ZIG_LIBC}"
+    target = f"{machine or platform.machine()}-linux-gnu.{ZIG_LIBC}"
     zig = [sys.executable, "-m", "ziglang", "c++", "-target", target, "-s"]
-    if portable and find_spec("ziglang"):
+    if (portable or machine) and find_spec("ziglang"):
         return zig
+    if machine not in ("", platform.machine()):
+        raise NativeUnavailable(f"only ziglang compiles for {machine}, and it is not installed")
     if path := next((path for name in COMPILERS if (path := shutil.which(name))), None):
         return [path]
     if find_spec("ziglang"):
@@ -228,7 +236,8 @@ def _compile(
     outcome = "failed"
     try:
         part.touch()
-        _run(compiler, [*FLAGS, *variant.flags, str(MAIN_SOURCE), "-o", str(part)])
+        flags = [*FLAGS, *_flags_for(compiler, variant)]
+        _run(compiler, [*flags, str(MAIN_SOURCE), "-o", str(part)])
         part.chmod(0o755)  # whatever the umask: it may be another user who runs the server
         target = folder / content_name(part.read_bytes(), variant, libc)
         _sync(part)  # else a crash may leave the name, and half of the bytes
@@ -242,6 +251,18 @@ def _compile(
         part.unlink(missing_ok=True)
     log.info("Native kernels compiled in %.1f s: %s", time.monotonic() - start, target)
     return target
+
+
+def _flags_for(compiler: Sequence[str], variant: Variant) -> list[str]:
+    """The variant's flags in the compiler's words: ziglang names processors, not their kinds."""
+    if "ziglang" not in compiler:
+        return list(variant.flags)
+    return [
+        f"-mcpu=generic+{flag.removeprefix(ARM_KIND).replace('armv8.2-a', 'v8_2a')}"
+        if flag.startswith(ARM_KIND)
+        else flag
+        for flag in variant.flags
+    ]
 
 
 def _sync(path: Path) -> None:

@@ -26,10 +26,10 @@ UNKNOWN = "\uffff"  # a character that no font has
 STAND_INS = str.maketrans({"␠": "·", "⏎": "\\n", "␍": "\\r", "⇥": "\\t"})  # which the font has
 
 
-def cell_size(height: int, width: int, asked: int | None = None) -> int:
-    """The side of a cell in px: ``asked``, else so that the picture can be seen; at least 1."""
+def cell_size(height: int, width: int, pixels: int | None = None) -> int:
+    """The side of a cell in px: ``pixels``, else so that the picture can be seen; at least 1."""
     longest = max(height, width, 1)
-    size = asked or min(-(-SEEN_FROM // longest), LARGEST_CELL)
+    size = pixels or min(-(-SEEN_FROM // longest), LARGEST_CELL)
     return max(min(size, MOST // longest), 1)
 
 
