@@ -187,7 +187,7 @@ class StateCache(SlotCache):
         return [rows for layer in self.states for rows in layer.all_rows]
 
     def state_room(self, like: Tensor) -> int:
-        """The rows of states to have memory for: on a CPU all, as the system gives what is written."""
+        """Rows of states to have memory for: on a CPU all, as the system gives what is written."""
         return self.max_rows if like.device.type == "cpu" else self.rows
 
     def room_for(self, rows: int) -> int:
