@@ -38,8 +38,8 @@ class StateLayer(LinearAttentionCacheLayerMixin):
     def aim_states(self, window: slice, *, is_fresh: bool) -> None:
         """Show the next forward these rows; nothing where it begins sequences."""
         for index in range(self.number_of_states):
-            for rows, shown in self._kinds:
-                shown[index] = rows[index][window] if index in rows and not is_fresh else None
+            for rows, current in self._kinds:
+                current[index] = rows[index][window] if index in rows and not is_fresh else None
             self.has_previous_state[index] = not is_fresh
 
     def update_conv_state(
@@ -83,13 +83,13 @@ class StateLayer(LinearAttentionCacheLayerMixin):
         ]
 
     def _write(
-        self, rows: States, shown: dict[int, Tensor | None], index: int, states: Tensor
+        self, rows: States, current: dict[int, Tensor | None], index: int, states: Tensor
     ) -> None:
         if index not in rows:
             rows[index] = states.new_zeros((self.cache.state_room(states), *states.shape[1:]))
         own = rows[index][self.cache.window]
         own.copy_(states)
-        shown[index] = own
+        current[index] = own
 
 
 class MixedLayer(StateLayer, SlotLayer):  # type: ignore[override, misc]
@@ -164,9 +164,9 @@ class StateCache(SlotCache):
         """Exchange two rows."""
         super().swap(a, b, length)
         for rows in self.state_rows:
-            held = rows[a].clone()
+            spare_row = rows[a].clone()
             rows[a] = rows[b]
-            rows[b] = held
+            rows[b] = spare_row
 
     def wipe(self, row: int) -> None:
         """Zero a row."""

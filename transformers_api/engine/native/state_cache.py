@@ -22,21 +22,21 @@ class NativeStateLayer(StateLayer):
     def copy_in(self) -> None:
         """Show the next forward copies of the states of the bound rows."""
         cache = self.cache
-        for rows, shown in self._kinds:
+        for rows, current in self._kinds:
             for index, each in rows.items():
-                shown[index] = read_cache(cache.library, each, cache.cache_rows)
+                current[index] = read_cache(cache.library, each, cache.cache_rows)
         self.has_previous_state = dict.fromkeys(range(self.number_of_states), True)
 
     def write_back(self) -> None:
         """Write what the forward has made of the copies."""
         cache = self.cache
-        for rows, shown in self._kinds:
+        for rows, current in self._kinds:
             for index, each in rows.items():
-                made = shown[index]
+                made = current[index]
                 assert made is not None
                 flat = made.reshape(len(made), 1, 1, -1)
                 write_cache(cache.library, flat, _flat(each), None, cache.cache_rows)
-                shown[index] = None
+                current[index] = None
 
     def update_conv_state(
         self, conv_states: Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **_: Any
@@ -44,10 +44,10 @@ class NativeStateLayer(StateLayer):
         """See StateLayer."""
         if not self.cache.is_step:
             return super().update_conv_state(conv_states, state_idx, conv_kernel_size)
-        shown = self.conv_states[state_idx]
-        assert shown is not None
-        whole = torch.cat([shown, conv_states], dim=-1)
-        self.conv_states[state_idx] = whole[..., -shown.shape[-1] :]
+        current = self.conv_states[state_idx]
+        assert current is not None
+        whole = torch.cat([current, conv_states], dim=-1)
+        self.conv_states[state_idx] = whole[..., -current.shape[-1] :]
         return whole
 
     def update_recurrent_state(

@@ -49,7 +49,7 @@ class Cached:
 
 @dataclass(frozen=True)
 class Bias:
-    """What is added to scores: a mask, a number for each head that is linear in the distance."""
+    """A mask that hides scores, and a number for each head times the distance that is added."""
 
     rows: CausalRows | None = None
     slopes: Tensor | None = None  # (H,)
@@ -163,7 +163,7 @@ def _layout(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 
 def _scored(name: str, scores: Symbol, args: tuple[Any, ...]) -> Scores:
-    """What an elementwise operation, or a softmax, makes of scores."""
+    """The scores that an elementwise operation, or a softmax, makes of others."""
     node = scores.node
     assert isinstance(node, Scores)
     kind = name.split(".")[1]
@@ -204,7 +204,7 @@ def _added(node: Scores, other: Any, value: float = -torch.inf) -> Scores:
 
 
 def _biased(name: str, args: tuple[Any, ...]) -> Bias:
-    """What an elementwise operation makes of a mask or a bias, and perhaps numbers of heads."""
+    """The bias that an elementwise operation makes of a mask or a bias and perhaps numbers."""
     kind = name.split(".")[1]
     bias = Bias()
     for each in args:
