@@ -59,6 +59,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen2",
         {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
     ),
+    "llama4_text, growing queries": (
+        "llama4_text",
+        {"floor_scale": 8, "attn_scale": 0.5, "no_rope_layers": [1, 1, 1, 0]},
+    ),
     "falcon, alibi": ("falcon", {"alibi": True, "multi_query": False, "num_kv_heads": 4}),
     "falcon, groups of heads": (
         "falcon",
