@@ -55,7 +55,10 @@ LAYERS = {
     "checkpoints.headers": layer("checkpoints.headers", "errors", never=HTTP | MODELS | {"torch"}),
     "checkpoints": layer("checkpoints", "families", "engine.platform", *LEAVES, never=HTTP),
     "engine.base": layer("errors", never=HTTP | MODELS | {"torch"}),
-    "engine": layer("engine", "families", "errors", "logs", "heap", "memory", never=HTTP),
+    "engine": layer(
+        *("engine", "families", "checkpoints.headers", "errors", "logs", "heap", "memory"),
+        never=HTTP,
+    ),
     "engine.native": layer("engine", "kernels", "families", "errors", "logs", never=HTTP),
     "inspection.base": layer("errors", never=HTTP | MODELS | {"torch"}),
     "inspection": layer("inspection", "engine", "errors", "logs", never=HTTP),

@@ -297,6 +297,27 @@ def test_with_native_kernels_a_large_model_needs_two_bytes_per_weight(
         )
 
 
+def test_a_quantised_checkpoint_needs_the_memory_of_its_width(native_loader, spec, monkeypatch):
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 1 * GIB)
+    quantized = files(10**9, "gptq")
+    narrow = replace(quantized, file_types={"int4": 8 * 10**8, "F16": 10**8})
+    native_loader.check_memory(spec, narrow, freed_bytes=0)
+    for other, own in (
+        (replace(quantized, file_types={"int8": 10**9}), spec),
+        (narrow, replace(spec, quantization="none")),
+    ):
+        with pytest.raises(InsufficientMemory):
+            native_loader.check_memory(own, other, freed_bytes=0)
+
+
+def test_code_of_a_models_own_needs_the_memory_of_all_its_numbers(native_loader, spec, monkeypatch):
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 2 * GIB)
+    narrow, whole = replace(spec, quantization="int8"), files(10**9)
+    native_loader.check_memory(narrow, whole, freed_bytes=0)
+    with pytest.raises(InsufficientMemory):
+        native_loader.check_memory(narrow, replace(whole, has_own_code=True), freed_bytes=0)
+
+
 def test_narrow_weights_need_less_memory(native_loader, spec, monkeypatch):
     monkeypatch.setattr(memory, "available_bytes", lambda device: 1 * GIB)
     for quantization, parameters in (("int8", 8 * 10**8), ("int4", 10**9)):

@@ -60,7 +60,7 @@ def test_values_come_from_the_environment_by_name_or_by_alias(environ, name, val
         ("CORS_ALLOW_ORIGINS", "good.example", "exact origins"),
         ("CORS_ALLOW_ORIGINS", "null", "exact origins"),
         ("TRUSTED_PROXIES", "10.0.0.0/8", "a whole number from 0 to 16"),
-        ("QUANTIZATION", "int3", "one of auto, gguf, none, int8, int4"),
+        ("QUANTIZATION", "int3", "one of auto, stored, gguf, none, int8, int4"),
         ("RATE_LIMIT_TOKENS_PER_MIN", "0", "a whole number from 1"),
     ],
 )

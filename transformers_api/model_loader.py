@@ -276,13 +276,21 @@ class ModelLoader:
         return pick_device(self._placement(spec).device)
 
     def _weight_bytes(self, spec: ModelSpec, files: ModelFiles) -> int:
-        """Bytes of the weights; a model that the kernels refuse needs more, as its load finds."""
+        """Bytes of the weights, which a load takes little more than: they come tensor by tensor.
+
+        Code of a model's own has them all in memory first. A model that the kernels refuse needs
+        more, as its load finds.
+        """
+        whole = files.parameters * DTYPE_BYTES.get(files.stored_dtype, 4)
+        return max(self._served_bytes(spec, files), whole if files.has_own_code else 0)
+
+    def _served_bytes(self, spec: ModelSpec, files: ModelFiles) -> int:
         options, stored = self._placement(spec), files.stored_dtype
         if quantized := QUANTIZED_BYTES.get(options.quantization):
             return int(files.parameters * quantized)
         backend = self.thread.call(lambda: self._backend(options)).result()
         as_numbers = options.quantization == "auto" and files.parameters < AS_NUMBERS
-        if files.stored_dtype == "gguf" and options.quantization != "none" and not as_numbers:
+        if files.file_types and options.quantization != "none" and not as_numbers:
             return backend.file_bytes(files.file_types, options.dtype)
         stored_bytes = files.parameters * DTYPE_BYTES.get(stored, 4)
         dtype = backend.weight_dtype(options.dtype, stored, stored_bytes)

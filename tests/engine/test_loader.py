@@ -19,6 +19,7 @@ from transformers_api.engine.loader import load_engine
 from transformers_api.engine.pretrained import gpu_dtype, load_model, pick_device
 from transformers_api.engine.runners import model_runner
 from transformers_api.engine.runners.packed_linear import PackedLinear, can_pack, pack_linears
+from transformers_api.engine.stored_model import load_stored, stored_weights
 from transformers_api.errors import ModelLoadFailed, ModelNotServable
 
 
@@ -28,8 +29,25 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.fixture(autouse=True, params=["streamed", "whole"])
+def way(request, monkeypatch):
+    """Models are loaded tensor by tensor, or by transformers: errors are the same."""
+    monkeypatch.setattr("tests.engine.test_loader.WAY", request.param)
+
+
+WAY = "streamed"
+
+
 def load(folder, **options):
-    return load_model(folder, "cpu", options.get("dtype", "auto"), trust_remote_code=False)
+    dtype = options.get("dtype", "auto")
+    if WAY == "whole":
+        return load_model(folder, "cpu", dtype, trust_remote_code=False)
+    try:
+        weights = stored_weights(folder, trust_remote_code=False)
+    except OSError as error:
+        raise ModelLoadFailed(str(error)) from error
+    served = weights.serving_dtype(dtype, "cpu")
+    return load_stored(folder, weights, served, lambda model, own, dtype: own.fill(model, dtype))
 
 
 def edit_weights(folder, change):

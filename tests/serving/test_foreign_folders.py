@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from tests.model_folders import LLAMA, TENSORS, model_files, sharded_files, write_files
+from tests.quantized_models import FORMATS, write_quantized
 from tests.repeats import slow
 from transformers_api.config.settings import Settings
 from transformers_api.errors import ModelLoadFailed
+from transformers_api.serving.models.description import describe
 from transformers_api.serving.models.hub import RemoteFile, _choose
 from transformers_api.serving.models.preflight import inspect_folder
 from transformers_api.serving.models.spec import HubSource, ModelSpec, PathSource
@@ -121,13 +123,57 @@ def test_mlx_quantization_is_refused_and_plain_mlx_is_not(tmp_path: Path) -> Non
     inspect_folder(tmp_path)
 
 
-@pytest.mark.parametrize(("method", "package"), [("gptq", "optimum"), ("bitsandbytes", "bitsand")])
-def test_weights_that_need_a_package_are_refused_before_they_are_loaded(
-    tmp_path: Path, method: str, package: str
+CT = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+INT4 = {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int"}}
+
+
+@pytest.mark.parametrize(
+    ("quantization", "message"),
+    [
+        ({"quant_method": "hqq"}, "quant_method is 'hqq'"),
+        ({"quant_method": "gptq", "bits": 3}, "bits is 3"),
+        ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "checkpoint_format"),
+        ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version is 'gemv'"),
+        ({"quant_method": "awq", "w_bit": 3}, "bits is 3"),
+        ({"quant_method": "fp8", "weight_block_size": [128]}, "weight_block_size"),
+        (CT, "config_groups is None"),
+        (CT | {"config_groups": {"g": INT4}, "format": "nvfp4-pack-quantized"}, "format is 'nvfp4"),
+        (
+            CT | {"config_groups": {"g": INT4 | {"weights": {"num_bits": 3}}}},
+            r"config_groups\.g\.weights\.num_bits is 3",
+        ),
+        (CT | {"config_groups": {"g": INT4}, "transform_config": {"config_groups": {}}}, "transf"),
+        (
+            {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "int4"},
+            "bnb_4bit_quant_type",
+        ),
+    ],
+)
+def test_quantised_weights_that_cannot_be_read_are_refused_by_method_and_field(
+    tmp_path: Path, quantization: dict[str, Any], message: str
 ) -> None:
-    write_files(tmp_path, model_files(LLAMA | {"quantization_config": {"quant_method": method}}))
-    with pytest.raises(ModelLoadFailed, match=f"format {method}, which need the package {package}"):
+    write_files(tmp_path, model_files(LLAMA | {"quantization_config": quantization}))
+    with pytest.raises(ModelLoadFailed, match=rf"config\.json: quantization_config\.{message}"):
         inspect_folder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["gptq", "gptq-act-order", "awq", "w4a16", "w8a8", "fp8", "nf4"])
+def test_quantised_weights_are_counted_as_what_they_stand_for(tmp_path: Path, name: str) -> None:
+    model, layers = write_quantized(FORMATS[name], tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    files = inspect_folder(tmp_path)
+    assert files.parameters == sum(each.numel() for each in model.parameters())
+    assert files.stored_dtype == FORMATS[name].config["quant_method"]
+    packed = sum(model.get_parameter(layer).numel() for layer in layers)
+    assert files.file_types == {FORMATS[name].width: packed, "F16": files.parameters - packed}
+    assert describe(tmp_path).parameters == files.parameters
+
+
+def test_an_encoders_quantised_weights_need_their_package(tmp_path: Path) -> None:
+    config = LLAMA | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    write_files(tmp_path, model_files(config) | {"modules.json": b"[]"})
+    with pytest.raises(ModelLoadFailed, match="format gptq, which need the package optimum"):
+        inspect_folder(tmp_path, encoder="encoder")
 
 
 def test_unusual_quantization_config_is_no_error_of_ours(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from tests.model_folders import (
     sharded_files,
     write_files,
 )
+from transformers_api.checkpoints.headers.safetensors_file import read_header
 from transformers_api.errors import ModelLoadFailed
-from transformers_api.serving.models.headers import read_header
 from transformers_api.serving.models.preflight import inspect_folder, is_complete
 
 GOOD = model_files()["model.safetensors"]

@@ -262,7 +262,7 @@ def test_yaml_is_read_and_its_bare_off_means_chat_off(tmp_path: Path) -> None:
         ),
         pytest.param(
             {"name": "x", "path": "p", "quantization": "int3"},
-            "quantization 'int3' is not allowed: expected one of auto, gguf, none, int8, int4",
+            "quantization 'int3' is not allowed: expected one of auto, stored, gguf, none, int8, int4",
             id="quantization",
         ),
         pytest.param(

@@ -111,12 +111,12 @@ class Settings:
     )
     quantization: str = _setting(
         "auto",
-        to.choice("auto", "gguf", "none", "int8", "int4"),
-        "Width of the weights on the native kernels. gguf: as a GGUF file has them, else none. "
-        "auto: the same, but none for GGUF files of less than 300 million weights. int8: 8.5 "
-        "bits; int4: 5 bits (the output layer stays int8), which small models may only have where "
-        "it changes their weights by less than 2 %. Both need NATIVE_KERNELS; a model that cannot "
-        "have them is not loaded. none: plain numbers.",
+        to.choice("auto", "stored", "gguf", "none", "int8", "int4"),
+        "Width of the weights on the native kernels. stored (or gguf): that nearest to a GGUF file "
+        "or a quantised checkpoint, else none. auto: the same, but none for less than 300 million "
+        "weights. int8: 8.5 bits; int4: 5 bits (the output layer stays int8), which small models "
+        "may only have where it changes their weights by less than 2 %. Both need NATIVE_KERNELS; "
+        "a model that cannot have them is not loaded. none: plain numbers.",
     )
     native_cache: Path = _setting(
         _cache("transformers-api", "native"),

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from transformers_api.engine.base import EngineFacts
@@ -70,7 +69,7 @@ class Backend(Protocol):
         ...
 
     def file_bytes(self, types: Mapping[str, int], dtype: str) -> int:
-        """Return the bytes that weights of a GGUF file take: their number by ggml's type.
+        """Return the bytes that quantised weights of files take: see ModelFiles.file_types.
 
         ``dtype``: of those that become numbers.
         """
@@ -125,6 +124,6 @@ class Backend(Protocol):
         """
         ...
 
-    def standby(self, runner: Runner, folder: Path) -> StandbyModel | None:
-        """Return what can be kept of a model of ``folder`` once it is unloaded; None: nothing."""
+    def standby(self, runner: Runner) -> StandbyModel | None:
+        """Return what can be kept of a model once it is unloaded; None: nothing."""
         ...

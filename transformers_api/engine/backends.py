@@ -23,8 +23,8 @@ def choose_backends(options: LoadOptions, device: str, threads: int | None) -> l
     """
     backend = TorchBackend(device, options)
     quantizes = options.quantization in ALWAYS_NATIVE
-    # Blocks of a file take several times as much memory as numbers.
-    waits = quantizes or options.quantization == "gguf"
+    # As numbers they take several times as much memory.
+    waits = options.quantization not in ("auto", "none")
     if device != "cpu":
         reason = "it is for CPUs"
     elif options.native is None:

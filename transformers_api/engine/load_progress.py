@@ -6,10 +6,28 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from weakref import WeakSet
 
 Report = Callable[[float, str], None]
 READ, PACKED = (0.05, 0.45), (0.45, 0.9)  # shares of a load, from and to
 NEARLY = 0.99  # weights that are tied or not used make counts uncertain
+
+
+_thread = threading.local()
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """In the block, and on this thread, nothing counts: a model is made, without its weights."""
+    _thread.is_uncounted = True
+    try:
+        yield
+    finally:
+        _thread.is_uncounted = False
+
+
+def _counts() -> bool:
+    return not getattr(_thread, "is_uncounted", False)
 
 
 class LoadProgress:
@@ -25,28 +43,37 @@ class LoadProgress:
     def counting(self) -> Iterator[None]:
         """In the block, and on this thread, each weight and each packed layer counts.
 
-        Layers that are put into a model after its weights, with a matrix of which only the shape
-        is left, stand for packed weights.
+        Layers that read their weights from a file count when they are called first. Layers that are
+        put into a model after its weights, with a matrix of which only the shape is left, stand for
+        packed weights.
         """
         from torch.nn.modules import module
 
         own = threading.get_ident()
+        called = WeakSet[Any]()
 
         def on_weight(_module: Any, _name: str, weight: Any) -> None:
-            if weight is not None and not weight.is_meta and threading.get_ident() == own:
+            if weight is not None and not weight.is_meta and is_counted():
                 self.read(weight.numel())
 
         def on_layer(_module: Any, _name: str, layer: Any) -> None:
             weight: Any = getattr(layer, "weight", None)
-            if weight is None or not self._read or threading.get_ident() != own:
-                return
-            if weight.is_meta:
+            if weight is not None and weight.is_meta and self._read and is_counted():
                 self.packed(weight.numel())
+
+        def on_call(layer: Any, _inputs: Any, _output: Any) -> None:
+            if hasattr(layer, "source") and layer not in called and is_counted():
+                called.add(layer)
+                self.read(layer.weight.numel())
+
+        def is_counted() -> bool:
+            return _counts() and threading.get_ident() == own
 
         with ExitStack() as hooks:
             register = module.register_module_parameter_registration_hook
             hooks.callback(register(on_weight).remove)
             hooks.callback(module.register_module_module_registration_hook(on_layer).remove)
+            hooks.callback(module.register_module_forward_hook(on_call).remove)
             yield
 
     def read(self, weights: int) -> None:

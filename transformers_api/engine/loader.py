@@ -32,10 +32,11 @@ from transformers_api.engine.runners.prompt_logprobs import PromptScoringRunner
 from transformers_api.engine.runners.suppressed_tokens import SuppressingRunner
 from transformers_api.engine.runners.thread_sharing import SharingRunner
 from transformers_api.engine.sampling.sampler import TokenSampler
-from transformers_api.engine.stored_model import load_stored
+from transformers_api.engine.stored_model import load_stored, stored_weights
 from transformers_api.engine.stored_weights import StoredWeights
 from transformers_api.engine.thread import EngineThread
-from transformers_api.errors import ModelNotServable
+from transformers_api.engine.weight_names import NotStreamed
+from transformers_api.errors import ModelLoadFailed, ModelNotServable
 from transformers_api.heap import trim_memory
 
 log = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ def load_engine(
     that the kernels refuse is loaded again without them, if it fits so, unless it was to be
     quantised. Raises ModelLoadFailed, InsufficientMemory.
     """
-    device, stored = pick_device(options.device), StoredWeights.of(folder)
+    device, stored = pick_device(options.device), _stored(folder, options)
     options = replace(options, quantization=_quantization(options, stored))
     backends = choose_backends(options, device, thread.num_threads)
     backend, key = backends[0], (folder, options, backends[0].title)
@@ -80,7 +81,9 @@ def load_engine(
         with without_collection():  # nearly all that is made now stays
             make = partial(make_model, folder, stored, device, options)
             engine, backend = start(make, folder.name, backends, options, thread, wrap)
-        standby = backend.standby(engine.runner, folder)
+        if stored is not None:
+            stored.close()
+        standby = backend.standby(engine.runner)
     if standby:
         engine.on_closed = partial(options.standby.keep, key, standby)
     thread.engines.append(engine)
@@ -88,14 +91,22 @@ def load_engine(
     return engine
 
 
+def _stored(folder: Path, options: LoadOptions) -> StoredWeights | None:
+    """The weights of a folder where they lie; None where transformers has to load them."""
+    try:
+        return stored_weights(folder, options.trust_remote_code)
+    except (OSError, KeyError, ValueError) as error:
+        raise ModelLoadFailed(f"The weights of {folder.name} cannot be read: {error}") from error
+
+
 def _quantization(options: LoadOptions, stored: StoredWeights | None) -> str:
-    """The quantisation of a load: "auto" and "gguf" become one or the other, or "none"."""
-    if options.quantization not in ("auto", "gguf"):
+    """The quantisation of a load: that of the files for "auto", "gguf" and "stored"."""
+    if options.quantization not in ("auto", "gguf", "stored"):
         return options.quantization
     if stored is None or not stored.is_quantized:
         return "none"
     is_small = sum(stored.types.values()) < AS_NUMBERS
-    return "none" if options.quantization == "auto" and is_small else "gguf"
+    return "none" if options.quantization == "auto" and is_small else stored.method
 
 
 def make_model(
@@ -103,11 +114,15 @@ def make_model(
 ) -> Any:
     """The model of a folder, as a backend wants it. Raises ModelLoadFailed."""
     dtype = backend.load_dtype(options.dtype)
-    if stored is None:
-        return load_model(folder, device, dtype, options.trust_remote_code)
-    model = load_stored(folder, stored, stored.serving_dtype(dtype, device), backend.fill)
-    with differentiable():
-        return model.to(device)
+    if stored is not None:
+        try:
+            served = stored.serving_dtype(dtype, device)
+            model = load_stored(folder, stored, served, backend.fill)
+            with differentiable():
+                return model.to(device)
+        except NotStreamed as reason:
+            log.info("%s is loaded by transformers, whole: %s", folder.name, reason)
+    return load_model(folder, device, dtype, options.trust_remote_code)
 
 
 def start(

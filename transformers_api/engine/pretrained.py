@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.modules import module as registration
 from transformers import (
     CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     DynamicCache,
@@ -32,6 +33,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils.logging import disable_progress_bar
 
 from transformers_api.engine.load_options import SMALL_BYTES, LoadOptions
+from transformers_api.engine.load_progress import uncounted
 from transformers_api.engine.model_config import neutral
 from transformers_api.engine.platform.meta_shapes import ShapesOnly
 from transformers_api.engine.weight_report import check_weights
@@ -86,7 +88,7 @@ def load_model(folder: Path, device: str, dtype: str, trust_remote_code: bool) -
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
-                dtype=_dtype(dtype, device, config, folder),
+                dtype=dtype_of(dtype, device, config, folder),
                 trust_remote_code=trust_remote_code,
                 local_files_only=True,
                 use_safetensors=True,
@@ -104,15 +106,32 @@ def load_model(folder: Path, device: str, dtype: str, trust_remote_code: bool) -
         return model.to(device).eval().requires_grad_(False)
 
 
+def causal_config(config: Any) -> Any:
+    """The configuration that transformers makes a causal language model of: all, or its text's."""
+    text = config.sub_configs.get("text_config")
+    if text is None or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return config
+    made: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    kinds = made if isinstance(made, tuple) else (made,)
+    return config.get_text_config() if kinds[0].config_class is text else config
+
+
 def empty_model(folder: Path, dtype: torch.dtype) -> Any:
     """The model of a folder with all parameters on ``meta``, tied ones the same.
 
     Its buffers have their numbers.
     """
     config = read_config(folder, trust_remote_code=False)
-    with no_init_weights(), _parameters_on_meta():
+    if config.is_encoder_decoder:
+        raise ModelNotServable("Encoder-decoder models cannot be served", param="model")
+    for own in (config, config.get_text_config()):
+        own.__dict__.pop("quantization_config", None)  # the weights are numbers, once they are here
+    with no_init_weights(), _parameters_on_meta(), uncounted():
         make: Any = AutoModelForCausalLM
         model = make.from_config(config, dtype=dtype)
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True
+    model.initialize_weights()  # buffers that are computed, in the precision that they are then
     model.tie_weights()
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
@@ -225,8 +244,10 @@ def gpu_dtype(stored: str, stored_bytes: int) -> str:
     return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
 
 
-def _dtype(dtype: str, device: str, config: Any, folder: Path) -> Any:
-    """Auto: float32 on a CPU, where tokens then do not depend on the batch; else see ``gpu_dtype``.
+def dtype_of(dtype: str, device: str, config: Any, folder: Path) -> Any:
+    """The dtype of a model that is loaded with ``dtype``, as ``from_pretrained`` takes it.
+
+    Auto: float32 on a CPU, where tokens then do not depend on the batch; else see ``gpu_dtype``.
 
     The kernels keep that promise for weights of any dtype: with them it is ``stored``.
     """

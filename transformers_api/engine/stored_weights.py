@@ -1,203 +1,127 @@
-"""The weights of a GGUF file where they lie: mapped, never copied as a whole.
-
-``weights.json`` of a folder in the store, which ``checkpoints`` writes, says for each parameter of
-the model which parts of which files it is made of, and how.
-"""
+"""The weights of a model where they lie: mapped, never copied as a whole."""
 
 from __future__ import annotations
 
-import functools
-import json
-import mmap
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from transformers_api.errors import ModelLoadFailed
-
-TABLE = "weights.json"
-FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-Dequantize = Callable[[Tensor, str, tuple[int, int]], Tensor]
+PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 
-class MappedFile:
-    """A file in the address space of this process. What is read of it stays until ``release``."""
+class StoredRows(Protocol):
+    """A matrix (out, in) of files, read some rows at a time.
 
-    def __init__(self, path: Path) -> None:
-        with path.open("rb") as file:
-            self._pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        self.bytes = torch.frombuffer(self._pages, dtype=torch.uint8)
-
-    def release(self, offset: int, size: int) -> None:
-        """Give the memory of these bytes back; they are read again when they are needed."""
-        if hasattr(mmap, "MADV_DONTNEED"):
-            start = offset // mmap.PAGESIZE * mmap.PAGESIZE
-            self._pages.madvise(mmap.MADV_DONTNEED, start, offset + size - start)
-
-
-@dataclass(frozen=True)
-class StoredMatrix:
-    """A matrix (out, in) in a file. ``kind``: ggml's name of its type.
-
-    ``order`` (out): the row of the memory that each row of the matrix is; None: its own.
+    ``kind``: ggml's name of the blocks that its numbers can be said in, or None. ``width``: that of
+    packed weights which loses least of them; None: the numbers are no quantised ones.
     """
 
-    memory: Tensor
-    kind: str
-    shape: tuple[int, int]
-    order: Tensor | None
-    release: Callable[[], None]
-
-    def floats(self) -> Tensor | None:
-        """The numbers themselves, where they are not quantised."""
-        if self.kind not in FLOATS:
-            return None
-        rows = self.memory.view(FLOATS[self.kind]).view(self.shape)
-        return rows if self.order is None else rows[self.order]
-
-
-@dataclass(frozen=True)
-class StoredPart:
-    """A tensor of a file, and what has to be done to it."""
-
-    file: MappedFile
-    offset: int
-    bytes: int
-    kind: str
-    shape: tuple[int, ...]
-    ops: tuple[Mapping[str, Any], ...]
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        ...
 
     @property
-    def memory(self) -> Tensor:
-        """Its bytes."""
-        return self.file.bytes[self.offset : self.offset + self.bytes]
-
-    def release(self) -> None:
-        """See MappedFile."""
-        self.file.release(self.offset, self.bytes)
-
-    def dense(self, dequantize: Dequantize) -> Tensor:
-        """The parameter, or its part, in float32 or in the file's own format."""
-        if self.kind in FLOATS:
-            tensor = self.memory.view(FLOATS[self.kind]).view(self.shape)
-        else:
-            rows = self.shape[:-1]
-            flat = functools.reduce(int.__mul__, rows, 1), self.shape[-1]
-            tensor = dequantize(self.memory, self.kind, flat).view(self.shape)
-        for op in self.ops:
-            tensor = _applied(op, tensor)
-        return tensor
-
-    def matrix(self) -> StoredMatrix | None:
-        """The matrix (out, in) that a linear layer multiplies with, where the rows lie whole."""
-        if len(self.shape) != 2:
-            return None
-        order: Tensor | None = None
-        for op in self.ops:
-            if op["op"] == "transpose":  # the parameter is (in, out)
-                continue
-            own = _row_order(op, self.shape[0])
-            if own is None:
-                return None
-            order = own if order is None else order[own]
-        return StoredMatrix(self.memory, self.kind, self.shape, order, self.release)
-
-
-class StoredWeights:
-    """The parameters of a model by their names. Raises ModelLoadFailed for a table it cannot read.
-
-    ``dequantize(bytes, type, (out, in))`` makes float32 of blocks.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        table = json.loads((folder / TABLE).read_bytes())
-        files = [MappedFile(Path(file["path"])) for file in table["files"]]
-        self._tensors: dict[str, Any] = table["tensors"]
-        self._parts = {
-            name: [_part(files, part) for part in tensor["parts"]]
-            for name, tensor in self._tensors.items()
-        }
-        self.dequantize: Dequantize = by_gguf
-
-    @classmethod
-    def of(cls, folder: Path) -> StoredWeights | None:
-        """Those of a folder; None where it has weights of another kind."""
-        return cls(folder) if (folder / TABLE).is_file() else None
-
-    def __contains__(self, name: object) -> bool:
-        """True for the name of a parameter."""
-        return name in self._parts
+    def kind(self) -> str | None:
+        """See above."""
+        ...
 
     @property
-    def names(self) -> Sequence[str]:
-        """The parameters."""
-        return list(self._parts)
-
-    @functools.cached_property
-    def types(self) -> Counter[str]:
-        """Weights by the type that they are stored in."""
-        types: Counter[str] = Counter()
-        for parts in self._parts.values():
-            for part in parts:
-                types[part.kind] += functools.reduce(int.__mul__, part.shape, 1)
-        return types
-
-    @property
-    def is_quantized(self) -> bool:
-        """True where some weights are in blocks."""
-        return any(kind not in FLOATS for kind in self.types)
+    def width(self) -> str | None:
+        """See above."""
+        ...
 
     @property
     def dtype(self) -> torch.dtype:
-        """The format of the numbers: a half one where all of some size have it, else float32."""
-        halves = self.types.keys() - {"F32"}
-        return (
-            FLOATS[halves.pop()] if len(halves) == 1 and halves <= FLOATS.keys() else FLOATS["F32"]
-        )
+        """The format of the numbers."""
+        ...
 
-    def serving_dtype(self, dtype: str, device: str) -> torch.dtype:
-        """The format of a model that is loaded with ``dtype``; "stored": the file's own.
+    def rows(self, first: int, count: int) -> Tensor:
+        """The rows from ``first`` on, (count, in), as numbers."""
+        ...
 
-        "auto": float32 on a CPU, else 16 bits.
-        """
-        if dtype == "stored" or (dtype == "auto" and device != "cpu"):
-            halves = torch.float32 if device == "cpu" else torch.bfloat16
-            return halves if self.dtype == torch.float32 else self.dtype
-        return torch.float32 if dtype == "auto" else getattr(torch, dtype)
+    def gather(self, indices: Tensor) -> Tensor:
+        """The rows ``indices`` (…) as (…, in)."""
+        ...
+
+    def blocks(self, first: int, count: int) -> Tensor:
+        """The bytes of these rows in blocks of ``kind``."""
+        ...
+
+    def release(self) -> None:
+        """Give back the memory of what was read."""
+        ...
+
+
+class StoredWeights(ABC):
+    """The parameters of a model by their names.
+
+    ``method``: the format of those that are quantised, as ``/status`` tells it.
+    """
 
     @property
+    @abstractmethod
+    def method(self) -> str:
+        """See above."""
+
+    @property
+    @abstractmethod
+    def types(self) -> Counter[str]:
+        """Weights by the type that they are stored in."""
+
+    @property
+    @abstractmethod
+    def is_quantized(self) -> bool:
+        """True where some weights are no plain numbers."""
+
+    @property
+    @abstractmethod
     def bytes(self) -> int:
         """Bytes of all parameters in the files."""
-        return sum(part.bytes for parts in self._parts.values() for part in parts)
 
-    def matrix(self, name: str) -> StoredMatrix | None:
-        """The matrix of a linear layer or an embedding; None where it has to be made first."""
-        parts = self._parts[name]
-        matrix = parts[0].matrix() if len(parts) == 1 else None
-        if matrix is not None and sorted(matrix.shape) != sorted(self._tensors[name]["shape"]):
-            raise ModelLoadFailed(f"{name} is {matrix.shape} in the file, not {self._shape(name)}")
-        return matrix
+    @abstractmethod
+    def serving_dtype(self, dtype: str, device: str) -> torch.dtype:
+        """The format of a model that is loaded with ``dtype``; "stored": the file's own."""
 
+    @abstractmethod
+    def bind(self, model: Any) -> None:
+        """Find the parameters of ``model``, which are all empty, in the files.
+
+        Raises ModelLoadFailed for those that are missing, left over, or of another shape.
+        """
+
+    @abstractmethod
+    def __contains__(self, name: object) -> bool:
+        """True for the name of a parameter."""
+
+    @abstractmethod
     def dense(self, name: str, dtype: torch.dtype) -> Tensor:
-        """A parameter in memory of its own, as the model has it."""
-        parts, join = self._parts[name], self._tensors[name]["join"]
-        tensors = [part.dense(self.dequantize).to(dtype) for part in parts]
-        made = tensors[0].clone() if join is None else _joined(join, tensors)
-        for part in parts:
-            part.release()
-        if made.shape != self._shape(name):
-            raise ModelLoadFailed(
-                f"{name} is {tuple(made.shape)} in the file, not {self._shape(name)}"
-            )
-        return made.contiguous()
+        """A parameter in memory of its own, as the model has it.
 
-    def _shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._tensors[name]["shape"])
+        ``dtype``: of a model's numbers, where the parameter has no other one.
+        """
+
+    @abstractmethod
+    def matrix(self, name: str, *, is_transposed: bool = False) -> Any | None:
+        """The matrix (out, in) of a linear layer or an embedding, to be read where it lies.
+
+        ``is_transposed``: the parameter is (in, out). None where it has to be made first.
+        """
+
+    def experts(self, name: str, *, is_transposed: bool) -> list[list[StoredRows]] | None:
+        """The matrices of each expert, one below the other; None where they have to be made first.
+
+        ``is_transposed``: those of the parameter are (in, out).
+        """
+        return None
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the files until they are read again."""
 
     def fill(self, model: Any, dtype: torch.dtype) -> None:
         """Give ``model`` the buffers of the files, and the parameters that are on ``meta`` yet.
@@ -208,8 +132,10 @@ class StoredWeights:
         for path, module in model.named_modules():
             for leaf, tensor in list(module._parameters.items()):
                 name = f"{path}.{leaf}" if path else leaf
-                if tensor is not None and tensor.is_meta and name in self:
-                    made[id(tensor)] = nn.Parameter(self.dense(name, dtype))
+                is_empty = tensor is not None and tensor.is_meta and id(tensor) not in made
+                if is_empty and name in self:
+                    numbers = self.dense(name, dtype)
+                    made[id(tensor)] = nn.Parameter(numbers, numbers.is_floating_point())
         for path, module in model.named_modules():
             for leaf, tensor in list(module._parameters.items()):
                 if id(tensor) in made:
@@ -220,53 +146,6 @@ class StoredWeights:
                     setattr(module, leaf, self.dense(name, dtype))
 
 
-def by_gguf(memory: Tensor, kind: str, shape: tuple[int, int]) -> Tensor:
-    """Float32 of blocks by the ``gguf`` package, which knows every type."""
-    import gguf
-
-    number = gguf.GGMLQuantizationType[kind]
-    values = gguf.dequantize(memory.numpy().reshape(shape[0], -1), number)
-    return torch.from_numpy(values.reshape(shape))
-
-
-def _part(files: Sequence[MappedFile], part: Mapping[str, Any]) -> StoredPart:
-    return StoredPart(
-        files[part["file"]],
-        part["offset"],
-        part["bytes"],
-        part["type"],
-        tuple(part["shape"]),
-        tuple(part["ops"]),
-    )
-
-
-def _row_order(op: Mapping[str, Any], rows: int) -> Tensor | None:
-    """The rows' new order, for operations that do nothing else."""
-    indices = torch.arange(rows)
-    match op["op"]:
-        case "heads":  # pairs that are rotated: beside each other there, half a head apart here
-            return indices.view(op["heads"], -1, 2).transpose(1, 2).reshape(-1)
-        case "bloom_qkv":  # q, k and v of all heads there, of each head here
-            return indices.view(3, op["heads"], -1).transpose(0, 1).reshape(-1)
-    return None
-
-
-def _joined(join: Mapping[str, Any], tensors: Sequence[Tensor]) -> Tensor:
-    if join.get("interleave"):  # the first of each, the second of each
-        return torch.stack(list(tensors), dim=join["dim"] + 1).flatten(join["dim"])
-    return torch.cat(list(tensors), dim=join["dim"])
-
-
-def _applied(op: Mapping[str, Any], tensor: Tensor) -> Tensor:
-    if (order := _row_order(op, tensor.shape[0])) is not None:
-        return tensor[order]
-    match op["op"]:
-        case "transpose":
-            return tensor.transpose(-2, -1)
-        case "add":
-            return tensor + float(op["value"])
-        case "unsqueeze":
-            return tensor.unsqueeze(int(op["dim"]))
-        case "log_neg":
-            return torch.log(-tensor)
-    raise ModelLoadFailed(f"weights.json has an unknown operation: {op['op']!r}")
+def elements(shape: Sequence[int]) -> int:
+    """The numbers in a tensor of this shape."""
+    return torch.Size(shape).numel()

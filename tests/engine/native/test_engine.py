@@ -111,9 +111,9 @@ def test_a_refused_model_is_let_go_and_weighed_before_it_is_loaded_again(
 ):
     model = tiny_model("rwkv")
     model.save_pretrained(tmp_path)
-    honest, loaded, asked = loader.load_model, [], []
+    honest, loaded, asked = loader.make_model, [], []
 
-    def load_model(*args):
+    def make_model(*args):
         made = honest(*args)
         loaded.append(weakref.ref(made))
         return made
@@ -122,7 +122,7 @@ def test_a_refused_model_is_let_go_and_weighed_before_it_is_loaded_again(
         asked.append((size, [each() for each in loaded]))
         raise InsufficientMemory("too large")
 
-    monkeypatch.setattr(loader, "load_model", load_model)
+    monkeypatch.setattr(loader, "make_model", make_model)
     options = LoadOptions(num_slots=2, native=native_cache, check_room=check_room)
     load = engine_thread.call(lambda: load_engine(tmp_path, options, engine_thread))
     with pytest.raises(InsufficientMemory):
@@ -188,7 +188,7 @@ def test_kernels_that_say_something_else_are_not_used(start, monkeypatch, native
     honest = convert_model.pack_model
 
     def wrong(model, *args):
-        model.model.layers[1].mlp.down_proj.weight.data *= 1.1
+        model.model.layers[1].post_attention_layernorm.weight.data *= 1.1
         honest(model, *args)
 
     monkeypatch.setattr(convert_model, "pack_model", wrong)

@@ -14,6 +14,7 @@ from tests.engine.native.test_company import alone, bits
 from tests.engine.reading import ask, read
 from tests.repeats import slow
 from transformers_api.engine.native.state_runner import NativeStateRunner
+from transformers_api.engine.native.streaming import weights_read_by
 
 IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 FAMILIES = [
@@ -105,3 +106,17 @@ def test_states_take_no_more_than_half_of_the_budget(make_engine, native_cache, 
     assert all(len(outputs) >= 4 for outputs in answers)
     assert 1 <= cache.max_rows <= 4
     assert cache.max_rows * cache.state_bytes <= max(1 << 13, cache.state_bytes)
+
+
+def test_layers_whose_weights_a_module_reads_itself_are_told_from_others():
+    from transformers.models.jamba.modeling_jamba import JambaMambaMixer
+    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    class Asks(torch.nn.Module):
+        def forward(self, x):
+            return self.layer(x.to(self.layer.weight.dtype)) + self.other.weight
+
+    assert "dt_proj" in weights_read_by(JambaMambaMixer)
+    assert "in_proj" not in weights_read_by(JambaMambaMixer)
+    assert weights_read_by(LlamaAttention) == frozenset()
+    assert weights_read_by(Asks) == {"other"}

@@ -259,12 +259,17 @@ from transformers_api.engine.thread import EngineThread
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-folder, native = map(Path, sys.argv[1:])
+folder, native, quantization = sys.argv[1:]
 thread = EngineThread()
 thread.call(lambda: torch.ones(512, 512) @ torch.ones(512, 512)).result()
 before = peak()
-options = LoadOptions(native=native, quantization="gguf", kv_cache_bytes=1 << 20, num_slots=1)
-engine = thread.call(lambda: load_engine(folder, options, thread)).result()
+options = LoadOptions(
+    native=None if native == "-" else Path(native),
+    quantization=quantization,
+    kv_cache_bytes=1 << 20,
+    num_slots=1,
+)
+engine = thread.call(lambda: load_engine(Path(folder), options, thread)).result()
 print(engine.describe().bytes, peak() - before)
 engine.close()
 thread.stop()
@@ -275,7 +280,7 @@ def test_a_load_takes_little_more_memory_than_the_packed_weights(tmp_path, nativ
     wide = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 12}
     stored(tf.LlamaConfig(**SIZES | wide), tmp_path, ("Q4_0",))  # 176 million weights
     child = subprocess.run(
-        [sys.executable, "-c", PEAK, str(tmp_path), str(native_cache)],
+        [sys.executable, "-c", PEAK, str(tmp_path), str(native_cache), "gguf"],
         capture_output=True,
         text=True,
         timeout=50,

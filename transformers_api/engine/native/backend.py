@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -151,6 +150,6 @@ class NativeBackend:
             return None
         return stats.attention_probs(mask, query, key, sequence, queries, options)
 
-    def standby(self, runner: Runner, folder: Path) -> StandbyModel | None:
+    def standby(self, runner: Runner) -> StandbyModel | None:
         """See Backend."""
-        return NativeStandby.of(innermost(runner), folder)
+        return NativeStandby.of(innermost(runner))

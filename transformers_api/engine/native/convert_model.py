@@ -42,7 +42,8 @@ def kind_of(model: Any, dtype: str, quantization: str = "none") -> Kind:
     """Return the format for a model as it was loaded. Raises BackendRefused."""
     stored: StoredWeights | None = getattr(model, "stored_weights", None)
     stored_bytes = stored.bytes if stored else sum(each.nbytes for each in model.parameters())
-    kind = weight_kind(dtype, str(model.dtype).removeprefix("torch."), stored_bytes)
+    own = model.config.dtype if stored else model.dtype  # its layers may be in no memory yet
+    kind = weight_kind(dtype, str(own).removeprefix("torch."), stored_bytes)
     if kind is None:
         raise BackendRefused(f"no kernels for {dtype}")
     if quantization != "none" and dtype == "auto":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from operator import methodcaller
 from typing import Any
 
@@ -15,8 +16,10 @@ from transformers_api.engine.rope import sequence_length
 from transformers_api.engine.runners.verify import agrees, own_logits, probe, windows_agree
 from transformers_api.kernels.abi import Library
 from transformers_api.kernels.modules.experts import expert_layers
-from transformers_api.kernels.modules.replace import layer_groups
+from transformers_api.kernels.modules.replace import Place, layer_groups
 
+Size = tuple[list[tuple[str, int]] | int, int, int]
+log = logging.getLogger(__name__)
 # Rounding may let a token choose another expert, and then it says something else for a good reason.
 # Whatever is recorded wrongly is wrong in every probe, so one that agrees is enough.
 ROUTED_PROBES = 8
@@ -26,7 +29,7 @@ def verified_runner(
     model: Any,
     library: Library,
     kind: Kind,
-    size: tuple[list[tuple[str, int]] | int, int, int],
+    size: Size,
     vocab_size: int,
     file: PlanFile | None,
     original_window: int | None = None,
@@ -48,9 +51,30 @@ def verified_runner(
             raise
     if not windows_agree(model):
         raise BackendRefused("its windows are not those of its configuration")
-    window = size[2]
+    try:
+        groups, expected = _ask_model(model, vocab_size, size, original_window)
+    except Exception as error:  # of the model's own code, such as one that looks into its layers
+        log.info("%s cannot be asked", type(model).__name__, exc_info=True)
+        raise BackendRefused(f"it cannot be asked for its own logits: {error}") from error
+    learn = methodcaller("learn")
+    runner = native_runner(model, library, kind, groups, size, vocab_size, learn, original_window)
+    check_loss(model, kind.quantization)
+    if not any(
+        agrees(runner, model, vocab_size, size[2], logits, kind.quantization, seed)
+        for seed, logits in enumerate(expected)
+    ):
+        raise BackendRefused("it says something else with them")
+    if file is not None:
+        file.write(runner, groups)
+    return runner
+
+
+def _ask_model(
+    model: Any, vocab_size: int, size: Size, original_window: int | None
+) -> tuple[list[list[Place]], list[list[Tensor]]]:
+    """The layers in the order of their calls, and the model's own logits for each probe."""
     probes = range(ROUTED_PROBES if any(expert_layers(model)) else 1)
-    questions = [probe(model, vocab_size, window, in_windows=False, seed=seed) for seed in probes]
+    questions = [probe(model, vocab_size, size[2], in_windows=False, seed=seed) for seed in probes]
     expected: list[list[Tensor]] = []
 
     def ask(rows: list[list[int]]) -> None:
@@ -65,14 +89,4 @@ def verified_runner(
         with sequence_length(original_window + 1):
             for logits, rows in zip(expected, questions, strict=True):
                 logits[-1:] = own_logits(model, vocab_size, rows[-1:])
-    learn = methodcaller("learn")
-    runner = native_runner(model, library, kind, groups, size, vocab_size, learn, original_window)
-    check_loss(model, kind.quantization)
-    if not any(
-        agrees(runner, model, vocab_size, window, expected[seed], kind.quantization, seed)
-        for seed in probes
-    ):
-        raise BackendRefused("it says something else with them")
-    if file is not None:
-        file.write(runner, groups)
-    return runner
+    return groups, expected

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -60,9 +61,12 @@ def can_pack(dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
-def called_linears(model: nn.Module, forward: Callable[[], object]) -> set[nn.Module]:
-    """Return the Linear layers that ``forward`` calls: of others only the weights may be used."""
-    called: set[nn.Module] = set()
+def called_linears(model: nn.Module, forward: Callable[[], object]) -> WeakSet[nn.Module]:
+    """Return the Linear layers that ``forward`` calls: of others only the weights may be used.
+
+    It keeps none of them alive, so that each goes when it is replaced.
+    """
+    called = WeakSet[nn.Module]()
     hooks = [
         module.register_forward_pre_hook(lambda module, _: called.add(module))
         for module in model.modules()
@@ -84,7 +88,7 @@ def pack_linears(model: Any, layers: Container[nn.Module] | None = None) -> None
     if model.device.type != "cpu" or not can_pack(model.dtype):
         return
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in [m.weight]}
-    for module in list(model.modules()):
+    for module in [each for each in model.modules() if type(each) is not nn.Linear]:
         for name, child in list(module.named_children()):
             if type(child) is not nn.Linear or (layers is not None and child not in layers):
                 continue

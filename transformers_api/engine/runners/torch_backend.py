@@ -6,7 +6,6 @@ import logging
 import sys
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -166,7 +165,7 @@ class TorchBackend:
         """See Backend."""
         return None
 
-    def standby(self, runner: Runner, folder: Path) -> StandbyModel | None:
+    def standby(self, runner: Runner) -> StandbyModel | None:
         """See Backend."""
         return None
 

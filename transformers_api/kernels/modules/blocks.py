@@ -1,8 +1,9 @@
-"""Matrices that are quantised already, in the blocks of ggml's types, as a GGUF file has them."""
+"""Matrices that lie in files: in the blocks of ggml's types, or read some rows at a time."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -82,3 +83,18 @@ class Blocks:
             raise ValueError(
                 f"{math.prod(self.memory.shape)} bytes are no {self.kind} {self.shape}"
             )
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A matrix (out, in) that is made some rows at a time, and never as a whole.
+
+    ``make(first, count)``: these rows, as numbers (count, in) or as blocks.
+    """
+
+    shape: tuple[int, int]
+    make: Callable[[int, int], Tensor | Blocks]
+
+    def __len__(self) -> int:
+        """The rows."""
+        return self.shape[0]

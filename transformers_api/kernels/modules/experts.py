@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -12,9 +12,11 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from transformers_api.kernels.abi import TYPES, Experts, Library
 from transformers_api.kernels.capture import current
-from transformers_api.kernels.modules.linear import LONG, PackedWeight, WeightMemory
+from transformers_api.kernels.modules.linear import LONG, Matrix, PackedWeight, WeightMemory
+from transformers_api.kernels.modules.streamed import Source, StreamedLinear, streamed_product
 
-NAME = "native"
+NAME, STREAMED = "native", "streamed"
+Sources = Sequence[Sequence[Source]]  # of each expert, one below the other
 
 
 class PackedExperts:
@@ -111,18 +113,52 @@ def native_experts(
 
     ``top_k_index`` and ``top_k_weights`` (R, k).
     """
-    rows, count = top_k_index.shape
     indices = top_k_index.reshape(-1)
-    made = _multiply(module.packed_up, hidden_states, indices)
-    made = module._apply_gate(made) if module.has_gate else module.act_fn(made)
-    made = _multiply(module.packed_down, made, indices)
+    made = _gated(module, _multiply(module.packed_up, hidden_states, indices))
+    return _summed(module, _multiply(module.packed_down, made, indices), top_k_weights)
+
+
+def streamed_experts(
+    module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """The same with experts whose weights stay in their files."""
+    count = top_k_index.shape[1]
+    indices = top_k_index.reshape(-1)
+    inputs = hidden_states.repeat_interleave(count, dim=0)
+    made = inputs.new_zeros(inputs.shape)
+    for expert in set(indices.tolist()):
+        if 0 <= expert < len(module.streamed[_up(module)]):
+            own = indices == expert
+            inner = _gated(module, _streamed_product(module, _up(module), expert, inputs[own]))
+            made[own] = _streamed_product(module, "down_proj", expert, inner)
+    return _summed(module, made, top_k_weights)
+
+
+def _streamed_product(module: Any, name: str, expert: int, x: Tensor) -> Tensor:
+    parts = [streamed_product(source, x) for source in module.streamed[name][expert]]
+    made = torch.cat(parts, dim=-1)
+    return made + getattr(module, f"{name}_bias")[expert] if module.has_bias else made
+
+
+def _gated(module: Any, made: Tensor) -> Tensor:
+    gated: Tensor = module._apply_gate(made) if module.has_gate else module.act_fn(made)
+    return gated
+
+
+def _summed(module: Any, made: Tensor, weights: Tensor) -> Tensor:
+    """The sum (R, hidden) of what experts made (R * k, hidden) with ``weights`` (R, k)."""
+    rows, count = weights.shape
     if module.has_post_expert_norm:
         made = module.post_expert_norm(made)
-    parts = made.view(rows, count, -1) * top_k_weights[..., None].to(made.dtype)
+    parts = made.view(rows, count, -1) * weights[..., None].to(made.dtype)
     total = parts[:, 0]
     for rank in range(1, count):
         total = total + parts[:, rank]
     return total
+
+
+def _up(layer: Any) -> str:
+    return "gate_up_proj" if layer.has_gate else "up_proj"
 
 
 def expert_layers(model: nn.Module) -> Iterator[Any]:
@@ -132,13 +168,13 @@ def expert_layers(model: nn.Module) -> Iterator[Any]:
             yield module
 
 
-def router_layers(model: nn.Module) -> set[nn.Module]:
+def router_layers(model: nn.Module) -> set[Any]:
     """Linear layers that choose among experts: what they say decides which weights are read."""
     return {
         layer
         for parent, experts in _mixtures(model)
         for layer in parent.modules()
-        if type(layer) is nn.Linear and layer.out_features == experts.num_experts
+        if type(layer) in (nn.Linear, StreamedLinear) and layer.out_features == experts.num_experts
     }
 
 
@@ -157,31 +193,85 @@ def _mixtures(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
                 yield parent, child
 
 
-def pack_experts(model: Any, library: Library, kind: str, memory: WeightMemory) -> None:
-    """Pack the experts of all layers, each layer's old weights freed before the next."""
+def stream_experts(
+    model: Any, sources_of: Callable[[str, Any], Sources | None], names: Callable[[Any], str]
+) -> None:
+    """Leave the weights of all experts in their files, where those of every layer may stay there.
+
+    ``sources_of(name, layer)``: the matrices of a parameter; ``names(layer)``: the layer's path.
+    """
+    layers = list(expert_layers(model))
+    streamed: list[dict[str, Sources]] = []
+    for layer in layers:
+        made = {}
+        for name in (_up(layer), "down_proj"):
+            sources = sources_of(f"{names(layer)}.{name}", layer)
+            if sources is None:
+                return
+            made[name] = sources
+        streamed.append(made)
+    if not layers:
+        return
+    ALL_EXPERTS_FUNCTIONS.register(STREAMED, streamed_experts)
+    model.set_experts_implementation(STREAMED)
+    for layer, made in zip(layers, streamed, strict=True):
+        layer.streamed = made
+        for name in made:
+            _leave_shape(layer, name)
+
+
+def _leave_shape(layer: Any, name: str) -> None:
+    """Put a shape into the place of a parameter; as one it would make the model be on ``meta``."""
+    old: Tensor = getattr(layer, name)
+    delattr(layer, name)
+    setattr(layer, name, torch.empty(old.shape, dtype=old.dtype, device="meta"))
+
+
+def pack_experts(
+    model: Any, library: Library, kind_of: Callable[[Sources], str], memory: WeightMemory
+) -> None:
+    """Pack the experts of all layers, each layer's old weights freed before the next.
+
+    ``kind_of``: the kind of PackedWeight for the matrices of files; for none, that of the others.
+    """
     layers = list(expert_layers(model))
     if not layers:
         return
     register()
     model.set_experts_implementation(NAME)
     for layer in layers:
-        up = "gate_up_proj" if layer.has_gate else "up_proj"
-        layer.packed_up = _pack(layer, up, library, kind, memory)
-        layer.packed_down = _pack(layer, "down_proj", library, kind, memory)
+        layer.packed_up = _pack(layer, _up(layer), library, kind_of, memory)
+        layer.packed_down = _pack(layer, "down_proj", library, kind_of, memory)
+        layer.streamed = {}
 
 
 def _pack(
-    layer: Any, name: str, library: Library, kind: str, memory: WeightMemory
+    layer: Any,
+    name: str,
+    library: Library,
+    kind_of: Callable[[Sources], str],
+    memory: WeightMemory,
 ) -> PackedExperts:
-    parameter = getattr(layer, name).detach()
-    matrices = parameter.transpose(1, 2) if layer.is_transposed else parameter
+    sources: Sources = getattr(layer, "streamed", {}).get(name, ())
+    kind = kind_of(sources)
     biases = getattr(layer, f"{name}_bias").detach() if layer.has_bias else None
     weights = []
-    for i, matrix in enumerate(matrices):
-        weight = PackedWeight(library, [matrix], kind, memory)
+    for i, matrices in enumerate(_matrices(layer, name, sources)):
+        weight = PackedWeight(library, matrices, kind, memory)
         if biases is not None:
             weight.set_bias(biases[i])
         weights.append(weight)
-    delattr(layer, name)  # a parameter
-    setattr(layer, name, torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"))
+    _leave_shape(layer, name)
     return PackedExperts(library, weights)
+
+
+def _matrices(layer: Any, name: str, sources: Sources) -> Iterator[list[Matrix]]:
+    """The matrices (out, in) of each expert, one below the other."""
+    if not sources:
+        parameter = getattr(layer, name).detach()
+        for matrix in parameter.transpose(1, 2) if layer.is_transposed else parameter:
+            yield [matrix]
+    for parts in sources:
+        yield [source.matrix() for source in parts]
+        for source in parts:
+            source.release()

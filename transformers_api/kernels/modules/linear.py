@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from transformers_api.kernels.abi import TYPES, WEIGHT_TYPES, Library, Weight
 from transformers_api.kernels.capture import current
-from transformers_api.kernels.modules.blocks import Blocks
+from transformers_api.kernels.modules.blocks import Blocks, Pieces
 
 LONG = 64  # rows from which a call releases the interpreter's lock
 BLOCK_BYTES = 32 << 20
@@ -23,7 +23,8 @@ ALIGNMENT = 64
 
 QUANTIZED = {WEIGHT_TYPES["int8"], WEIGHT_TYPES["int4"]}
 UNPACKED_BYTES = 16 << 20  # of float32 at once
-Matrix = Tensor | Blocks
+PANEL = 32  # rows that lie together in packed weights
+Matrix = Tensor | Blocks | Pieces
 
 
 class WeightMemory:
@@ -88,16 +89,29 @@ class PackedWeight:
         first = 0
         sums = torch.zeros(self.out_features, 2, dtype=torch.float64)  # squared errors, squares
         for weight in weights:
-            if isinstance(weight, Tensor):
-                self._pack(weight, first, sums[first:])
-            elif self._weight.type in QUANTIZED:
-                self._pack_blocks(weight, first, sums[first:])
-            else:
-                self._unpack_blocks(weight, first, sums[first:])
+            for row, piece in self._pieces(weight):
+                self._put(piece, first + row, sums[first + row :])
             first += len(weight)
         if sums[:, 1].any():
             error = math.sqrt(sums[:, 0].sum() / sums[:, 1].sum())
             self.error = error if math.isfinite(error) else math.inf
+
+    def _pieces(self, weight: Matrix) -> Iterator[tuple[int, Tensor | Blocks]]:
+        """The parts of a matrix, each with the number of its first row."""
+        if not isinstance(weight, Pieces):
+            yield 0, weight
+            return
+        at_once = max(UNPACKED_BYTES // (4 * self.in_features) // PANEL, 1) * PANEL
+        for row in range(0, len(weight), at_once):
+            yield row, weight.make(row, min(at_once, len(weight) - row))
+
+    def _put(self, weight: Tensor | Blocks, first: int, sums: Tensor) -> None:
+        if isinstance(weight, Tensor):
+            self._pack(weight, first, sums)
+        elif self._weight.type in QUANTIZED:
+            self._pack_blocks(weight, first, sums)
+        else:
+            self._unpack_blocks(weight, first, sums)
 
     def _pack(self, weight: Tensor, first: int, sums: Tensor) -> None:
         dense = weight.detach()

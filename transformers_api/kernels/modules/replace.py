@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -22,6 +22,8 @@ from transformers_api.kernels.modules.linear import (
     WeightMemory,
 )
 from transformers_api.kernels.modules.streamed import Source, StreamedEmbedding, StreamedLinear
+
+QUANTIZED = ("int8", "int4")  # for whatever the files have
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,8 @@ class Place:
 class Widths:
     """The kinds of PackedWeight of a model. ``numbers``: of weights that are not quantised.
 
-    ``quantization``: "none", "int8", "int4" (the output layer is int8 then), or "gguf": as their
-    file has them.
+    ``quantization``: "none", "int8", "int4" (the output layer is int8 then); any other is the name
+    of a format: as their files have them.
     """
 
     numbers: str
@@ -64,17 +66,23 @@ class Widths:
     @property
     def plain(self) -> str:
         """The kind for matrices that no file holds in blocks."""
-        quantized = self.quantization in ("int8", "int4")
-        return self.quantization if quantized else self.numbers
+        return self.quantization if self.quantization in QUANTIZED else self.numbers
 
     def of(self, place: Place, is_output: bool = False) -> str:
         """The kind for a layer."""
-        if self.quantization == "gguf":
-            source = place.source
-            return (source.width if source else None) or self.numbers
         if self.quantization == "none":
             return self.numbers
-        return "int8" if is_output else self.quantization
+        if self.quantization in QUANTIZED:
+            return "int8" if is_output else self.quantization
+        source = place.source
+        return (source.width if source else None) or self.numbers
+
+    def of_experts(self, experts: Sequence[Sequence[Source]]) -> str:
+        """The kind for the matrices of a layer's experts, which is one."""
+        if self.quantization == "none" or self.quantization in QUANTIZED:
+            return self.plain
+        widths = {source.width for parts in experts for source in parts}
+        return self.numbers if None in widths or not widths else max(w for w in widths if w)
 
 
 def pack_model(model: Any, library: Library, widths: Widths, groups: list[list[Place]]) -> None:
@@ -97,12 +105,12 @@ def pack_model(model: Any, library: Library, widths: Widths, groups: list[list[P
                 _replace_embeddings(embeddings, part[0].identity, packed)
     for place in embeddings:  # those of no layer
         if getattr(place.parent, place.name) is place.layer and place.source is not None:
-            width = widths.of(place, is_output=True)
+            width = place.source.exact or widths.of(place, is_output=True)
             packed = PackedWeight(library, [place.source.matrix()], width, memory)
             packed.sources = [place.source]
             place.source.release()
             _replace_embeddings(embeddings, place.identity, packed)
-    pack_experts(model, library, widths.plain, memory)
+    pack_experts(model, library, widths.of_experts, memory)
     model.float()
     for parameter in model.parameters():  # else a norm's few bytes keep the whole file mapped
         parameter.data = parameter.data.clone()

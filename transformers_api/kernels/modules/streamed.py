@@ -29,11 +29,20 @@ class Source(Protocol):
         """The kind of PackedWeight that keeps most of it; None where its numbers are plain ones."""
         ...
 
+    @property
+    def exact(self) -> str | None:
+        """The kind for a table of words that no layer shares, where its numbers are to stay."""
+        ...
+
     def matrix(self) -> Matrix:
         """The weights for a PackedWeight. Valid until ``release``."""
         ...
 
-    def rows(self, indices: Tensor) -> Tensor:
+    def rows(self, first: int, count: int) -> Tensor:
+        """The rows from ``first`` on, (count, in)."""
+        ...
+
+    def gather(self, indices: Tensor) -> Tensor:
         """The rows ``indices`` (…) as (…, in)."""
         ...
 
@@ -44,6 +53,18 @@ class Source(Protocol):
 
 def _shape(source: Source) -> Tensor:
     return torch.empty(source.shape, device="meta")
+
+
+def streamed_product(source: Source, x: Tensor) -> Tensor:
+    """The product of ``x`` (…, in) with a source's rows: (…, out)."""
+    out, width = source.shape
+    at_once = max(AT_ONCE_BYTES // (4 * width), 1)
+    parts = [
+        linear(x, source.rows(first, min(at_once, out - first)).to(x.dtype))
+        for first in range(0, out, at_once)
+    ]
+    source.release()
+    return torch.cat(parts, dim=-1)
 
 
 class StreamedLinear(nn.Module):
@@ -58,11 +79,7 @@ class StreamedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` (…, in) to (…, out)."""
-        at_once = max(AT_ONCE_BYTES // (4 * self.in_features), 1)
-        rows = torch.split(torch.arange(self.out_features), at_once)
-        parts = [linear(x, self.source.rows(some).to(x.dtype)) for some in rows]
-        self.source.release()
-        product = torch.cat(parts, dim=-1)
+        product = streamed_product(self.source, x)
         return product if self.bias is None else product + self.bias
 
 
@@ -81,5 +98,6 @@ class StreamedEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Map ``ids`` (…) to (…, embedding_dim)."""
-        rows = self.source.rows(ids).to(self.dtype)
+        rows = self.source.gather(ids).to(self.dtype)
+        self.source.release()
         return rows if self.scale is None else rows * self.scale.to(rows.dtype)

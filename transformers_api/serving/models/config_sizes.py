@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers_api.checkpoints.headers.safetensors_file import Tensor
 from transformers_api.errors import ModelLoadFailed
-from transformers_api.serving.models.headers import Tensor, read_object
+from transformers_api.serving.models.headers import read_object
 
 MAX_POSITIONS = 1 << 28  # the weights of rotary models do not say how long a text may be
 MAX_NESTING = 8

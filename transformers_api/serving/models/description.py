@@ -12,9 +12,11 @@ from typing import Any
 from transformers_api.checkpoints.headers.gguf_file import read_gguf_header
 from transformers_api.checkpoints.headers.originals import CONFIGS, WRAPPERS, shape_of
 from transformers_api.checkpoints.headers.pickled_file import Shape, read_pickled
+from transformers_api.checkpoints.headers.safetensors_file import read_header
 from transformers_api.errors import ModelLoadFailed
-from transformers_api.serving.models.headers import read_header, read_object
+from transformers_api.serving.models.headers import read_object
 from transformers_api.serving.models.preflight import is_original, weight_files
+from transformers_api.serving.models.quantized_files import quantized_types
 from transformers_api.serving.models.sidecars import is_sidecar, read_stored_tensors
 
 # TinyGPT's words -> those of a GGUF file's metadata, after the name of its architecture
@@ -57,9 +59,12 @@ def _folder(folder: Path) -> Description:
     config = read_object(folder / "config.json")
     if is_sidecar(folder):
         return Description(config, read_stored_tensors(folder).parameters)
-    tensors = [tensor for path in weight_files(folder) for tensor in read_header(path)]
+    headers = {path: read_header(path) for path in weight_files(folder)}
+    types = quantized_types(config, headers)
+    tensors = [tensor for header in headers.values() for tensor in header]
     if not is_original(folder):
-        return Description(config, sum(tensor.elements for tensor in tensors))
+        whole = sum(tensor.elements for tensor in tensors)
+        return Description(config, sum(types.values()) or whole)
     shape, parameters = shape_of({tensor.name: tensor.shape for tensor in tensors}, config)
     return Description(shape or config, parameters)
 

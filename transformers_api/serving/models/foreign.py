@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from transformers_api.checkpoints.headers.gguf_split import first_parts
+from transformers_api.checkpoints.headers.quantized import check_method, quantization_of
 from transformers_api.errors import ModelLoadFailed
 
 PART = re.compile(r"-\d{5}-of-\d{5}(?=\.gguf$)")  # in the name of a part of a model
-LFS_POINTER = b"version https://git-lfs"
 NOT_A_MODEL = "mmproj"  # in the name of a GGUF file beside a model: a projector of images
 # quant_method in config.json -> the package without which transformers cannot read such weights
 PACKAGES = {
@@ -78,17 +78,8 @@ def _base_of(folder: Path) -> str:
     return f" for {base}" if isinstance(base, str) and base else ""
 
 
-def refuse_pointer(path: Path, start: bytes) -> None:
-    """Raise ModelLoadFailed where a file that begins with ``start`` stands for another one."""
-    if start.startswith(LFS_POINTER):
-        raise ModelLoadFailed(
-            f"{path} is a Git LFS pointer, not the file itself: run git lfs pull in its folder, or "
-            "download the file"
-        )
-
-
 def check_format(path: Path, config: Mapping[str, Any], tensors: Iterable[str]) -> None:
-    """Refuse weights in a quantised format that cannot be read here. Raises ModelLoadFailed."""
+    """Refuse weights in the format of MLX. Raises ModelLoadFailed."""
     packed = next((name for name in tensors if name.endswith(".scales")), None)
     if packed is not None and isinstance(config.get("quantization"), dict):
         bits = config["quantization"].get("bits", "few")
@@ -96,9 +87,23 @@ def check_format(path: Path, config: Mapping[str, Any], tensors: Iterable[str]) 
             f"{path.parent}: weights of {bits} bits in the format of MLX ({packed}), which only "
             "MLX reads; take the model that they were made from"
         )
-    quantization = config.get("quantization_config")
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    package = PACKAGES.get(method) if isinstance(method, str) else None
+
+
+def check_quantization(path: Path, config: Mapping[str, Any], *, by_transformers: bool) -> None:
+    """Refuse weights in a quantised format that cannot be read here. Raises ModelLoadFailed.
+
+    ``by_transformers``: of a model that does not generate, or has code of its own.
+    """
+    quantization = quantization_of(config)
+    if quantization is None:
+        return
+    method = quantization["quant_method"]
+    if not by_transformers:
+        try:
+            return check_method(quantization)
+        except ModelLoadFailed as error:
+            raise ModelLoadFailed(f"{path}: {error.message}") from None
+    package = PACKAGES.get(method)
     if package is not None and importlib.util.find_spec(package) is None:
         raise ModelLoadFailed(
             f"{path}: weights in the format {method}, which need the package {package}; take the "

@@ -1,91 +1,14 @@
-"""JSON objects and the headers of safetensors files, read without believing them.
-
-Nothing that a header says is believed before it is compared with the size of the file.
-"""
+"""JSON objects that belong to models, read without believing them."""
 
 from __future__ import annotations
 
-import json
-import math
-import struct
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers_api.checkpoints.headers.safetensors_file import parse_object
 from transformers_api.errors import ModelLoadFailed
-from transformers_api.serving.models.foreign import LFS_POINTER, refuse_pointer
 
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 MAX_JSON_BYTES = 100_000_000
-
-# name in a safetensors header -> (bits per element, torch's name)
-DTYPES: Mapping[str, tuple[int, str]] = {
-    "F64": (64, "float64"),
-    "F32": (32, "float32"),
-    "F16": (16, "float16"),
-    "BF16": (16, "bfloat16"),
-    "F8_E4M3": (8, "float8_e4m3fn"),
-    "F8_E5M2": (8, "float8_e5m2"),
-    "F8_E8M0": (8, "float8_e8m0fnu"),
-    "F4": (4, "float4_e2m1fn_x2"),
-    "C64": (64, "complex64"),
-    "I64": (64, "int64"),
-    "U64": (64, "uint64"),
-    "I32": (32, "int32"),
-    "U32": (32, "uint32"),
-    "I16": (16, "int16"),
-    "U16": (16, "uint16"),
-    "I8": (8, "int8"),
-    "U8": (8, "uint8"),
-    "BOOL": (8, "bool"),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Tensor:
-    """One entry of a safetensors header, already checked against the file."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    bytes: int
-
-    @property
-    def elements(self) -> int:
-        """The number of weights."""
-        return math.prod(self.shape)
-
-
-def read_header(path: Path) -> list[Tensor]:
-    """The tensors of a safetensors file whose header fits the file to the byte."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        if len(start) < 8:
-            raise ModelLoadFailed(f"{path}: {size} bytes are too few for a safetensors file")
-        refuse_pointer(path, start + file.read(len(LFS_POINTER)))
-        file.seek(len(start))
-        length = struct.unpack("<Q", start)[0]
-        if length > min(MAX_HEADER_BYTES, size - 8):
-            raise ModelLoadFailed(
-                f"{path}: a header of {length} bytes in a file of {size}: truncated, or not "
-                "safetensors"
-            )
-        header = _parse_object(file.read(length), path)
-    header.pop("__metadata__", None)
-    spans = [_span(path, name, entry) for name, entry in header.items()]
-    spans.sort(key=lambda span: span[:2])
-    end = 0
-    for first, last, tensor in spans:
-        if first != end:
-            raise ModelLoadFailed(f"{path}: tensor {tensor.name} starts at {first}, not at {end}")
-        end = last
-    if 8 + length + end != size:
-        raise ModelLoadFailed(
-            f"{path} has {size} bytes, its header describes {8 + length + end}: truncated or padded"
-        )
-    return [tensor for _, _, tensor in spans]
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -93,34 +16,6 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise ModelLoadFailed(f"{path} is larger than any such file should be")
-        return _parse_object(path.read_bytes(), path)
+        return parse_object(path.read_bytes(), path)
     except OSError as error:
         raise ModelLoadFailed(f"{path} cannot be read: {error.strerror}") from error
-
-
-def _parse_object(text: bytes, path: Path) -> dict[str, Any]:
-    refuse_pointer(path, text[: len(LFS_POINTER)])
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ModelLoadFailed(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise ModelLoadFailed(f"{path}: not a JSON object")
-    return value
-
-
-def _span(path: Path, name: str, entry: Any) -> tuple[int, int, Tensor]:
-    """(first byte, byte after the last, tensor) of a header entry whose three facts agree."""
-    try:
-        (first, last), shape, dtype = entry["data_offsets"], entry["shape"], entry["dtype"]
-        numbers = (first, last, *shape)
-        bits = DTYPES[dtype][0]
-    except (TypeError, KeyError, ValueError):
-        raise ModelLoadFailed(f"{path}: tensor {name} is described wrongly: {entry}") from None
-    if not all(type(number) is int and 0 <= number < 1 << 63 for number in numbers):
-        raise ModelLoadFailed(f"{path}: tensor {name} has offsets or a shape that cannot be")
-    if (last - first) * 8 != math.prod(shape) * bits:
-        raise ModelLoadFailed(
-            f"{path}: tensor {name} has {last - first} bytes, but {dtype} {shape} does not"
-        )
-    return first, last, Tensor(name, dtype, tuple(shape), last - first)

@@ -12,15 +12,19 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers_api.errors import ModelLoadFailed, ModelNotServable
-from transformers_api.serving.models.config_sizes import check_sizes
-from transformers_api.serving.models.foreign import (
+from transformers_api.checkpoints.headers.quantized import quantization_of
+from transformers_api.checkpoints.headers.safetensors_file import (
+    DTYPES,
     LFS_POINTER,
-    check_format,
-    kind_of,
+    Tensor,
+    read_header,
     refuse_pointer,
 )
-from transformers_api.serving.models.headers import DTYPES, Tensor, read_header, read_object
+from transformers_api.errors import ModelLoadFailed, ModelNotServable
+from transformers_api.serving.models.config_sizes import check_sizes
+from transformers_api.serving.models.foreign import check_format, check_quantization, kind_of
+from transformers_api.serving.models.headers import read_object
+from transformers_api.serving.models.quantized_files import quantized_types
 from transformers_api.serving.models.sidecars import (
     is_sidecar,
     read_stored_tensors,
@@ -65,25 +69,29 @@ def inspect_folder(
     paths = weight_files(folder)
     if is_sidecar(folder):
         return _sidecar_files(folder, paths)
-    headers = {path.name: read_header(path) for path in paths}
-    if WEIGHTS not in headers:
-        _check_index(folder / INDEX, headers)
+    headers = {path: read_header(path) for path in paths}
+    if paths[0].name != WEIGHTS:
+        _check_index(folder / INDEX, {path.name: header for path, header in headers.items()})
     tensors = [tensor for header in headers.values() for tensor in header]
     if not tensors:
         raise ModelLoadFailed(f"{paths[0]} holds no tensors")
-    config = folder / "config.json"
-    check_format(config, read_object(config), (tensor.name for tensor in tensors))
-    check_sizes(config, tensors)
+    config = read_object(folder / "config.json")
+    check_format(folder / "config.json", config, (tensor.name for tensor in tensors))
+    check_sizes(folder / "config.json", tensors)
+    types = quantized_types(config, headers) if encoder is None else {}
+    method = (quantization_of(config) or {}).get("quant_method", "")
     by_dtype = Counter[str]()
     for tensor in tensors:
         by_dtype[tensor.dtype] += tensor.bytes
     return ModelFiles(
         folder=folder,
         weight_bytes=sum(tensor.bytes for tensor in tensors),
-        parameters=sum(tensor.elements for tensor in tensors),
-        stored_dtype=DTYPES[by_dtype.most_common(1)[0][0]][1],
+        parameters=sum(types.values()) or sum(tensor.elements for tensor in tensors),
+        stored_dtype=method if types else DTYPES[by_dtype.most_common(1)[0][0]][1],
         created=int(max(path.stat().st_mtime for path in paths)),
         stamp=_stamp(folder),
+        file_types=types,
+        has_own_code=trust_remote_code and "auto_map" in config,
     )
 
 
@@ -191,6 +199,9 @@ def check_config(
         raise ModelNotServable(f"{folder}: {reason}", param="model")
     if encoder == "encoder":
         _check_is_encoder(folder)
+    has_own_code = trust_remote_code and "auto_map" in config
+    by_transformers = has_own_code or encoder is not None
+    check_quantization(folder / "config.json", config, by_transformers=by_transformers)
     if trust_remote_code:
         return
     if not isinstance(model_type, str) or not (knows or _transformers_knows)(model_type):

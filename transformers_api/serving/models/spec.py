@@ -90,8 +90,12 @@ class ModelFiles:
     folder: Path  # config.json, tokenizer files; *.safetensors, or weights.json for a GGUF model
     weight_bytes: int  # bytes of all tensors as stored
     parameters: int
-    stored_dtype: str  # of most of the weights: "float32", "bfloat16", …; "gguf": see file_types
+    stored_dtype: (
+        str  # of most of the weights: "float32", "bfloat16", …; or their format: see file_types
+    )
     created: int  # seconds since 1970
     stamp: Hashable = None  # another one when any file has changed
-    # weights by ggml's name of the type that they have in a GGUF file: {"Q4_0": …, "F32": …}
+    # Weights by ggml's name of the type that they have in a GGUF file, {"Q4_0": …, "F32": …}, or by
+    # the width that is near to a quantised checkpoint's, {"int4": …, "BF16": …}; else empty.
     file_types: Mapping[str, int] = field(default_factory=dict)
+    has_own_code: bool = False  # which reads the weights, all of them at once

@@ -6,6 +6,7 @@ from transformers_api.api.http.fields import AnyObject, Boolean, Integer, Many, 
 from transformers_api.api.http.sampling_schema import about
 
 _TIME = 1 << 40
+CHECKPOINTS = ("awq", "bitsandbytes", "compressed-tensors", "fp8", "gptq", "mxfp4")
 
 
 class LoadRequest(Schema):
@@ -53,7 +54,8 @@ class Model(Schema):
     parent = Text(allow_none=True)
     max_model_len = Integer(1, 1 << 24, **about("Tokens of prompt and answer; once loaded."))
     quantization = Text(
-        choices=("none", "int8", "int4", "gguf"), **about("Width of the weights; once loaded.")
+        choices=("none", "int8", "int4", "gguf", *CHECKPOINTS),
+        **about("Width of the weights, or the format that their files have; once loaded."),
     )
     capabilities = Many(
         Text(

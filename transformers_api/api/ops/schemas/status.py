@@ -24,7 +24,7 @@ class Resident(Schema):
     bytes = fields.Integer(metadata={"description": "Of its weights."})
     dtype = fields.String()
     quantization = fields.String(
-        metadata={"description": "none, int8, int4 or gguf: as its file has them."}
+        metadata={"description": "none, int8, int4, or the format that its files have, as gptq."}
     )
     kernels = fields.String(metadata={"description": "native or torch: whose run it."})
     isa = fields.String(metadata={"description": "The instruction set of native kernels, or ''."})

@@ -1,0 +1,65 @@
+"""A quantised matrix of a checkpoint, read some rows at a time."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from transformers_api.checkpoints.headers.quantized import QuantizedTensor
+from transformers_api.engine.file_tensor import FileTensor
+
+GROUP = 32  # weights of a block
+Parts = Mapping[str, FileTensor]
+
+
+class QuantizedRows(ABC):
+    """Meets StoredRows."""
+
+    dtype = torch.float32
+
+    def __init__(self, spec: QuantizedTensor, parts: Parts, index: int | None = None) -> None:
+        self.spec = spec
+        self.parts = parts
+        self.index = index  # of a matrix in a stack of them
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """See StoredRows."""
+        out, width = self.spec.shape[-2:]
+        return out, width
+
+    @property
+    def kind(self) -> str | None:
+        """See StoredRows."""
+        return None
+
+    @property
+    def width(self) -> str | None:
+        """See StoredRows."""
+        return "int8"
+
+    @abstractmethod
+    def rows(self, first: int, count: int) -> Tensor:
+        """See StoredRows."""
+
+    def gather(self, indices: Tensor) -> Tensor:
+        """See StoredRows."""
+        flat = indices.reshape(-1).tolist()
+        rows = {index: self.rows(index, 1) for index in set(flat)}
+        return torch.cat([rows[index] for index in flat]).view(*indices.shape, self.shape[1])
+
+    def blocks(self, first: int, count: int) -> Tensor:
+        """See StoredRows."""
+        raise NotImplementedError
+
+    def release(self) -> None:
+        """See StoredRows."""
+        for part in self.parts.values():
+            part.release()
+
+    def _view(self, name: str) -> Tensor:
+        tensor = self.parts[name].view()
+        return tensor if self.index is None else tensor[self.index]
