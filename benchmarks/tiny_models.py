@@ -59,6 +59,15 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen2",
         {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
     ),
+    "llama4_text, growing queries": (
+        "llama4_text",
+        {"floor_scale": 8, "attn_scale": 0.5, "no_rope_layers": [1, 1, 1, 0]},
+    ),
+    "falcon, alibi": ("falcon", {"alibi": True, "multi_query": False, "num_kv_heads": 4}),
+    "falcon, groups of heads": (
+        "falcon",
+        {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True},
+    ),
     "bert, decoder": ("bert", {"is_decoder": True}),
     "roberta, decoder": ("roberta", {"is_decoder": True}),
 }

@@ -218,7 +218,7 @@ class ModelLoader:
     def _embedder(self, spec: ModelSpec, files: ModelFiles, engine: Engine) -> Embedder | None:
         if not isinstance(spec.embedding, Pooling):
             return None
-        in_chunks = engine.describe().mode == "batching"
+        in_chunks = engine.describe().in_pieces
         return self._pooled(engine, spec.embedding, reads_in_chunks=in_chunks)
 
     def _scorer(self, spec: ModelSpec, files: ModelFiles, engine: Engine) -> PairScorer | None:

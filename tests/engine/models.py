@@ -52,10 +52,16 @@ BATCHED = {
         num_local_experts=4,
     ),
 }
-SEQUENTIAL = {
+TOGETHER = {  # in a batch too, in ways of their own
     "mamba": lambda: tf.MambaConfig(
         vocab_size=97, hidden_size=32, num_hidden_layers=2, state_size=4, **IDS
     ),
+    "conv-hybrid": lambda: tf.Lfm2Config(
+        **{**SIZES, "num_hidden_layers": 2}, **IDS, layer_types=["conv", "full_attention"]
+    ),
+    "bloom-alibi": lambda: tf.BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4),
+}
+SEQUENTIAL = {
     "recurrent-gemma": lambda: tf.RecurrentGemmaConfig(
         vocab_size=97,
         hidden_size=32,
@@ -65,9 +71,6 @@ SEQUENTIAL = {
         lru_width=32,
         attention_window_size=8,
         **IDS,
-    ),
-    "conv-hybrid": lambda: tf.Lfm2Config(
-        **{**SIZES, "num_hidden_layers": 2}, **IDS, layer_types=["conv", "full_attention"]
     ),
     "gpt-neo-local": lambda: tf.GPTNeoConfig(
         vocab_size=97,
@@ -80,16 +83,23 @@ SEQUENTIAL = {
         bos_token_id=1,
         eos_token_id=2,
     ),
-    "bloom-alibi": lambda: tf.BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4),
     "gpt-1-without-cache": lambda: tf.OpenAIGPTConfig(**{**GPT, "n_layer": 2}, eos_token_id=2),
+    "rwkv": lambda: tf.RwkvConfig(
+        vocab_size=97,
+        hidden_size=32,
+        num_hidden_layers=2,
+        attention_hidden_size=32,
+        eos_token_id=2,
+    ),
 }
+ON_KERNELS = {"gpt-neo-local"}  # of these those that the kernels batch
 
 
 @functools.cache
 def tiny_model(name: str) -> Any:
     """One random model per name and process."""
     torch.manual_seed(0)
-    config = (BATCHED | SEQUENTIAL)[name]()
+    config = (BATCHED | TOGETHER | SEQUENTIAL)[name]()
     return tf.AutoModelForCausalLM.from_config(config).eval()
 
 

@@ -79,7 +79,7 @@ PARAMS = pytest.mark.parametrize("params", [*SAMPLING, {"seed": 5, "repetition_p
 
 
 @PARAMS
-@pytest.mark.parametrize("model", ["llama", "mamba"])
+@pytest.mark.parametrize("model", ["llama", "recurrent-gemma"])
 def test_what_is_drawn_is_allowed_and_the_same_alone_and_in_company(make_engine, model, params):
     from tests.engine.models import SEQUENTIAL, tiny_model
 

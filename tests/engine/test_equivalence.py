@@ -6,7 +6,15 @@ import pytest
 import torch
 import transformers as tf
 
-from tests.engine.models import BATCHED, SEQUENTIAL, generate, prompts_of, tiny_model
+from tests.engine.models import (
+    BATCHED,
+    ON_KERNELS,
+    SEQUENTIAL,
+    TOGETHER,
+    generate,
+    prompts_of,
+    tiny_model,
+)
 from tests.engine.reading import GREEDY, ask, complete
 from tests.repeats import slow
 
@@ -20,17 +28,18 @@ def native_default(request):
 LENGTHS = [9, 3, 14, 5, 7, 2, 11]  # so that sequences finish in another order than they came
 
 
-@pytest.mark.parametrize("name", [*BATCHED, *SEQUENTIAL])
-def test_many_at_once_give_what_generate_gives_for_each(make_engine, name):
+@pytest.mark.parametrize("name", [*BATCHED, *TOGETHER, *SEQUENTIAL])
+def test_many_at_once_give_what_generate_gives_for_each(make_engine, native_default, name):
     engine = make_engine(name)
     prompts = prompts_of(len(LENGTHS))
     requests = [ask(p, max_tokens=n, **GREEDY) for p, n in zip(prompts, LENGTHS, strict=True)]
     expected = [generate(tiny_model(name), p, n) for p, n in zip(prompts, LENGTHS, strict=True)]
     assert complete(engine, *requests) == expected
-    assert engine.describe().mode == ("batching" if name in BATCHED else "sequential")
+    batches = name not in SEQUENTIAL or (native_default is not None and name in ON_KERNELS)
+    assert engine.describe().mode == ("batching" if batches else "sequential")
 
 
-@pytest.mark.parametrize("name", BATCHED)
+@pytest.mark.parametrize("name", [*BATCHED, *TOGETHER])
 @pytest.mark.parametrize("chunk", [1, *slow(5, 1000)], ids=lambda chunk: f"chunk-{chunk}")
 def test_one_alone_gives_what_generate_gives_whatever_the_chunk(make_engine, name, chunk):
     engine = make_engine(name, prefill_chunk=chunk)

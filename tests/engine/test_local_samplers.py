@@ -199,7 +199,11 @@ FIELDS = {
         "top_p": 0.95,
     },
 }
-WAYS = {"native": ("gpt2", {}), "torch": ("gpt2", {"native": None}), "alone": ("mamba", {})}
+WAYS = {
+    "native": ("gpt2", {}),
+    "torch": ("gpt2", {"native": None}),
+    "alone": ("recurrent-gemma", {}),
+}
 PROMPT = [11, 12, 13, 11, 12]
 
 

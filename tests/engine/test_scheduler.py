@@ -17,7 +17,7 @@ from transformers_api.engine.sequence import SampledToken, Sequence
 class Rows:
     """A cache whose rows hold token ids, so that a test can see what attention would see."""
 
-    reuses_prefixes = True
+    reuses_prefixes = in_pieces = True
     bytes = budget_bytes = 0
 
     def __init__(self, rows: int, length: int, budget: int, mixes: bool = False) -> None:

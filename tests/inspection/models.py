@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers as tf
 
-from tests.engine.models import BATCHED, GPT, IDS, SEQUENTIAL, SIZES
+from tests.engine.models import BATCHED, GPT, IDS, SEQUENTIAL, SIZES, TOGETHER
 
 MLA = {
     **SIZES,
@@ -73,15 +73,8 @@ MORE = {
     "falcon": lambda: tf.FalconConfig(
         vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, eos_token_id=2
     ),
-    "rwkv": lambda: tf.RwkvConfig(
-        vocab_size=97,
-        hidden_size=32,
-        num_hidden_layers=2,
-        attention_hidden_size=32,
-        eos_token_id=2,
-    ),
 }
-ALL = {**BATCHED, **SEQUENTIAL, **MORE}
+ALL = {**BATCHED, **TOGETHER, **SEQUENTIAL, **MORE}
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import torch
 import transformers as tf
 from torch import nn
 
-from tests.engine.models import BATCHED, IDS, SEQUENTIAL, SIZES, prompts_of
+from tests.engine.models import BATCHED, IDS, SEQUENTIAL, SIZES, TOGETHER, prompts_of
 from tests.inspection.models import tiny
 from tests.repeats import slow
 from transformers_api.engine.load_options import LoadOptions
@@ -24,7 +24,16 @@ from transformers_api.kernels.modules.linear import NativeLinear
 
 PROMPT = prompts_of(4)[3]  # 17 tokens: three slices of 8
 SHORT = PROMPT[:6]
-KINDS = [*BATCHED, *SEQUENTIAL, "granite", "cohere2", "deepseek-mla", "qwen3-next", "qwen3-moe"]
+KINDS = [
+    *BATCHED,
+    *TOGETHER,
+    *SEQUENTIAL,
+    "granite",
+    "cohere2",
+    "deepseek-mla",
+    "qwen3-next",
+    "qwen3-moe",
+]
 CLOSE = {"rtol": 1e-3, "atol": 2e-5}
 
 

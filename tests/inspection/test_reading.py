@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers as tf
 
-from tests.engine.models import BATCHED, SEQUENTIAL, prompts_of
+from tests.engine.models import BATCHED, SEQUENTIAL, TOGETHER, prompts_of
 from tests.engine.reading import GREEDY, ask, read, tokens
 from tests.inspection.models import tiny
 from tests.inspection.test_parts import OURS, hooks_on, model_of
@@ -25,7 +25,7 @@ from transformers_api.inspection.reading import HEAD_ROWS
 from transformers_api.inspection.reading import read as read_ids
 
 PROMPT = prompts_of(5)[4]  # 22 tokens: three slices of 8
-KINDS = [*BATCHED, *SEQUENTIAL, "granite", "cohere2", "deepseek-mla", "qwen3-next", "rwkv"]
+KINDS = [*BATCHED, *TOGETHER, *SEQUENTIAL, "granite", "cohere2", "deepseek-mla", "qwen3-next"]
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}  # slices and packed weights round otherwise
 
 
@@ -251,7 +251,7 @@ def test_others_are_answered_between_the_slices_of_a_job(job, watch):
 def test_a_job_that_fails_leaves_the_engine_as_it_was(name, watch):
     watched = watch(name)
     hooks = watched.engine.call(hooks_on).result()
-    with pytest.raises(IndexError):
+    with pytest.raises((IndexError, RuntimeError)):
         watched.run(watched.inspector.read_prompt([5, 1000], 1))
     assert watched.engine.call(hooks_on).result() == hooks
     assert watched.run(watched.inspector.read_prompt([5, 6], 1)).rank.shape == (1,)

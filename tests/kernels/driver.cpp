@@ -57,10 +57,14 @@ void attends(int32_t type) {
   std::vector<float> out(q.size());
   const int64_t starts[ROWS] = {140, 3};
   Attention call{q.data(), k.data(), v.data(), out.data(), starts, nullptr, nullptr,
-                 ROWS, QUERIES, HEADS, KV_HEADS, SIZE,
+                 nullptr, ROWS, QUERIES, HEADS, KV_HEADS, SIZE,
                  {HEADS * QUERIES * SIZE, QUERIES * SIZE, SIZE},
                  {KV_HEADS * LENGTH * SIZE, LENGTH * SIZE, SIZE},
                  {KV_HEADS * LENGTH * SIZE, LENGTH * SIZE, SIZE}, 0, .2f, 30.f, F32, type};
+  attention(&call);
+  show(out);
+  const float slopes[HEADS] = {.5f, .25f, .125f, .0625f};
+  call.slopes = slopes, call.softcap = 0, call.window = -48;
   attention(&call);
   show(out);
 }

@@ -22,6 +22,9 @@ CASES = {
     "window": {"heads": 8, "kv_heads": 2, "width": 100, "size": 80, "window": 17, "softcap": 30.0},
     "sinks": {"heads": 6, "kv_heads": 1, "width": 40, "size": 128, "window": 64, "sinks": True},
     "large": {"heads": 2, "kv_heads": 2, "width": 7, "size": 256, "softcap": 5.0, "sinks": True},
+    "alibi": {"heads": 6, "kv_heads": 2, "width": 70, "length": 300, "slopes": True},
+    "alibi-decode": {"heads": 4, "kv_heads": 4, "size": 32, "window": 90, "slopes": True},
+    "chunks": {"heads": 4, "kv_heads": 2, "width": 90, "size": 32, "window": -48},
     "long": {"rows": 1, "width": 150, "length": 400},
 }
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3}  # of the coarser of both types
@@ -32,7 +35,7 @@ class Case:
 
     def __init__(
         self, dtype=torch.float32, kv_dtype=torch.float32, *, rows=3, heads=9, kv_heads=3, width=1,
-        size=64, length=200, window=0, softcap=0.0, sinks=False,
+        size=64, length=200, window=0, softcap=0.0, sinks=False, slopes=False,
     ):  # fmt: skip
         seeded = torch.Generator().manual_seed(size)
         shape = (2, rows + 2, kv_heads, length, size)
@@ -44,6 +47,8 @@ class Case:
         self.starts[0] = length - width
         self.window, self.scale, self.group = window, 1 / math.sqrt(size), heads // kv_heads
         self.options = {"softcap": softcap or None, "s_aux": None}
+        if slopes:
+            self.options["slopes"] = 2.0 ** -torch.arange(1.0, heads + 1)
         if sinks:
             self.options["s_aux"] = torch.randn(heads, generator=seeded)
 
@@ -51,6 +56,8 @@ class Case:
         positions = self.starts[:, None] + torch.arange(self.query.shape[2])
         distance = positions[:, None, :, None] - torch.arange(self.key.shape[2])
         visible = distance >= 0
+        if self.window < 0:
+            return visible & (distance <= (positions % -self.window)[:, None, :, None])
         return visible & (distance < self.window) if self.window else visible
 
     def weights(self):
@@ -59,6 +66,10 @@ class Case:
         scores = self.query.double() @ key.transpose(-1, -2) * self.scale
         if cap := self.options["softcap"]:
             scores = cap * torch.tanh(scores / cap)
+        if (slopes := self.options.get("slopes")) is not None:
+            queries = self.starts[:, None] + torch.arange(self.query.shape[2])
+            distance = torch.arange(self.key.shape[2]) - queries[:, None, :, None]
+            scores = scores + slopes.double()[:, None, None] * distance
         scores = scores.masked_fill(~self.visible(), -torch.inf)
         if (sinks := self.options["s_aux"]) is not None:
             column = sinks.double()[None, :, None, None].expand(*scores.shape[:3], 1)

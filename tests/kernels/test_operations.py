@@ -68,7 +68,30 @@ def turned_as_complex(x):
     return torch.view_as_real(pairs * angles[:, None]).flatten(1)
 
 
+def filtered(x):
+    lines = x.view(-1, 4, 6)
+    filters, bias = MATRIX[:4, None, :3], BIAS[:4]
+    whole = F.conv1d(lines, filters, bias, groups=4)
+    return torch.cat([whole, F.conv1d(lines[..., -3:], filters, groups=4)], -1).flatten(1)
+
+
+def rows_of_places(x):
+    places = torch.topk(x, 1, dim=-1)[1]  # (R, 1), each of WIDTH
+    table = MATRIX.t().repeat(len(x), 1, 1)  # (R, WIDTH, 10), as GPT-J has it
+    return torch.gather(table, 1, places.unsqueeze(-1).repeat(1, 1, 10))[:, 0]
+
+
 FUNCTIONS = {
+    "filters of lines": filtered,
+    "rows of a table by places that are repeated": rows_of_places,
+    "repeated": lambda x: x.view(-1, 4, 6).repeat(1, 3, 1).flatten(1) + x.repeat(1, 3),
+    "chosen columns": lambda x: torch.cat(
+        [x[:, [3, 0, 3]], x.view(-1, 4, 6)[:, :, [-2]].flatten(1)], -1
+    ),
+    "a state that is read": lambda x: (x.view(-1, 1, 24) @ x.view(-1, 24, 1))[:, 0] * x,
+    "a state that is read by a matrix of rows": lambda x: (
+        torch.stack([x, -x, x * 2], 1) @ x[:, :, None]
+    ).flatten(1),
     "mixtral's routing": mixtral_routing,
     "deepseek's routing": deepseek_routing,
     "into zeros": into_zeros,

@@ -245,6 +245,7 @@ class EngineFacts:
     isa: str = ""  # the instruction set of native kernels
     bytes: int  # of the weights, as they lie in memory
     mode: str = "batching"  # or "sequential": one at a time; or "encoder"
+    in_pieces: bool = True  # a text may be read in several passes
 
     @property
     def weights(self) -> str:

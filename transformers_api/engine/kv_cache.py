@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import accumulate, chain
 from typing import Any
@@ -72,6 +72,19 @@ class SlotLayer(CacheLayerMixin):
         return self.cache.length
 
 
+class IndexedLayer(SlotLayer):  # type: ignore[no-untyped-call]
+    """K and V of a layer with an index of what to attend to, and that index' keys."""
+
+    def __init__(self, cache: SlotCache) -> None:
+        super().__init__(cache)
+        self.index = SlotLayer(cache)
+
+    def update_indexer(self, states: Tensor) -> Tensor:
+        """Write the index' keys (B, T, D); all so far (B, S, D)."""
+        keys = states[:, None]
+        return self.index.update(keys, keys[..., :1])[0][:, 0]  # a cache has pairs
+
+
 class SlotCache(Cache):
     """Rows of K and V, grown and shrunk within a budget of bytes.
 
@@ -81,6 +94,7 @@ class SlotCache(Cache):
     """
 
     reuses_prefixes = True
+    in_pieces = True  # a prompt may be read in several passes
     dtype: torch.dtype | None = None  # None: what the model computes in
     spare = 0  # rows behind those of the slots
 
@@ -90,6 +104,7 @@ class SlotCache(Cache):
         max_rows: int,
         max_length: int,
         layer: Callable[[Any], SlotLayer] = SlotLayer,
+        indexed: Collection[int] = (),
     ) -> None:
         self.max_rows = max_rows
         self.max_length = max_length
@@ -101,8 +116,9 @@ class SlotCache(Cache):
         self.context = 0
         self.span: slice | None = None
         self.row_index = self.positions = torch.empty(0, dtype=torch.long)
-        self.slots = [layer(self) for _ in range(num_layers)]
-        super().__init__(layers=list(self.slots))
+        layers = [IndexedLayer(self) if i in indexed else layer(self) for i in range(num_layers)]
+        self.slots = layers + [each.index for each in layers if isinstance(each, IndexedLayer)]
+        super().__init__(layers=list(layers))
 
     @property
     def token_bytes(self) -> int:

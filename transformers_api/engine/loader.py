@@ -196,11 +196,14 @@ def build_engine(
     if isinstance(runner, ModelRunner):
         window = _bounded(runner, options)
     facts = backend.describe(runner)
+    facts = replace(facts, in_pieces=facts.mode == "batching" and runner.cache.in_pieces)
     limits = replace(
         _limits(model, backend, options, facts.mode, vocab_size, window),
         original_window=runner.original_window,
         mixes=runner.mixes,
     )
+    if not runner.cache.in_pieces:  # nothing that was read ahead could be taken back
+        limits = replace(limits, prompt_lookup_tokens=0, forced_tokens=0)
     outer: Runner = runner
     suppressed = getattr(model.generation_config, "suppress_tokens", None) or ()
     if ids := [token for token in suppressed if 0 <= token < vocab_size]:

@@ -19,7 +19,15 @@ from transformers import (
     DynamicCache,
     GenerationConfig,
 )
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    DummyLayer,
+    DynamicIndexedLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionLayer,
+)
 from transformers.initialization import no_init_weights
 from transformers.utils.logging import disable_progress_bar
 
@@ -35,7 +43,21 @@ from transformers_api.errors import ModelLoadFailed, ModelNotServable
 log = logging.getLogger(__name__)
 disable_progress_bar()  # type: ignore[no-untyped-call]  # a server's log is no terminal
 WINDOW_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
-ATTENTION_KINDS = {"full_attention", "sliding_attention"}
+CACHE_LAYERS = {
+    DynamicLayer: "attention",
+    DynamicSlidingWindowLayer: "attention",
+    LinearAttentionLayer: "state",
+    LinearAttentionAndFullAttentionLayer: "both",
+    LinearAttentionAndSlidingWindowAttentionLayer: "both",
+    DummyLayer: "none",
+}
+PLAIN_LAYERS = {DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer}
+ATTENTION_KINDS = {
+    "full_attention",
+    "sliding_attention",
+    "chunked_attention",
+    "indexed_attention",
+}
 
 
 def pick_device(device: str) -> str:
@@ -204,8 +226,32 @@ def attention_layers(model: Any) -> int:
     if not set(getattr(config, "layer_types", None) or ()) <= ATTENTION_KINDS:
         return 0
     layers = DynamicCache(config=config).layers
-    plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+    plain = all(type(layer) in PLAIN_LAYERS for layer in layers)
     return len(layers) if plain else 0
+
+
+def indexed_layers(model: Any) -> frozenset[int]:
+    """The layers with an index of what to attend to."""
+    kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()
+    return frozenset(i for i, kind in enumerate(kinds) if kind == "indexed_attention")
+
+
+def layer_kinds(model: Any) -> list[tuple[str, int]]:
+    """The layers of a StateCache: "attention", "state", "both" or "none", and states of each kind.
+
+    Empty for a model that has layers of another kind, or no states.
+    """
+    config = model.config.get_text_config(decoder=True)
+    if not getattr(config, "layer_types", None):
+        return []
+    layers = DynamicCache(config=config).layers
+    kinds = [(CACHE_LAYERS.get(type(layer), ""), _num_states(layer)) for layer in layers]
+    has_states = any(kind in ("state", "both") for kind, _ in kinds)
+    return kinds if has_states and all(kind for kind, _ in kinds) else []
+
+
+def _num_states(layer: Any) -> int:
+    return getattr(layer, "number_of_states", 0)
 
 
 def gpu_dtype(stored: str, stored_bytes: int) -> str:

@@ -28,6 +28,7 @@ class SlotStore(Protocol):
     """The cache rows behind the slots."""
 
     reuses_prefixes: bool
+    in_pieces: bool  # a prompt may be read in several passes
 
     @property
     def token_bytes(self) -> int:
@@ -190,7 +191,9 @@ class Scheduler:
         most = min(chunk, seq.num_pending, self.budget.piece(seq))
         least = min(WORTH_READING, most)
         width = int(min(most, max(left, 0) / self.budget.cost(seq, 1)))
-        if width < least:
+        if not self.cache.in_pieces:
+            width = seq.num_pending
+        elif width < least:
             if pieces or self._prefilled:
                 return None
             width = least

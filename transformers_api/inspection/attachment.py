@@ -55,5 +55,5 @@ class Attachment:
             self.examined.parts,
             self.examined.source,
             slice_tokens=self.slice_tokens,
-            reads_in_chunks=engine.describe().mode == "batching",
+            reads_in_chunks=engine.describe().in_pieces,
         )

@@ -40,7 +40,7 @@ OPS = (
     ),
     *("maximum", "minimum", "equal", "not_equal", "less", "less_equal", "where", "mean", "sum"),
     *("largest", "softmax", "layer_norm", "gather", "matmul", "top_k", "take", "put", "linear"),
-    *("experts", "attention", "write_cache", "unpack_rows"),
+    *("experts", "attention", "write_cache", "read_cache", "unpack_rows"),
 )
 TYPE_NUMBERS = {"F32": 0, "BF16": 1, "I8": 2, "I64": 3, "I4": 4, "BOOL": 5}
 # Of activations and the KV cache, of packed weights, of operands.
@@ -88,6 +88,7 @@ class Attention(ctypes.Structure):
         ("starts", c_void_p),
         ("cache_rows", c_void_p),
         ("sinks", c_void_p),
+        ("slopes", c_void_p),
         ("rows", c_int64),
         ("queries", c_int64),
         ("heads", c_int64),
@@ -198,6 +199,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     ),
     "attention": (None, [POINTER(Attention)]),
     "write_cache": (None, [POINTER(CacheWrite)]),
+    "read_cache": (None, [POINTER(CacheWrite)]),
     "run_steps": (None, [c_void_p, c_int64]),
     "sample": (None, [c_void_p, c_int64, c_void_p]),
     "attention_probs": (None, [c_void_p, *[c_int64] * 4, c_void_p, c_void_p]),

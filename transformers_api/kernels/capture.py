@@ -104,6 +104,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.failure = ""  # an operation that the native program lacks
         # Tensors of this pass that nothing has been written into, and the value that fills them.
         self.fresh: dict[int, tuple[Tensor, float | None]] = {}
+        self.repeated: dict[int, Tensor] = {}  # storages whose lines are one number of these (…, 1)
         for tensor in inputs:
             self._produces(tensor)
 
@@ -123,6 +124,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if _kind(func).decomposes:
             with self:
                 return func.decompose(*args, **kwargs)
+        if types:  # tensors without numbers: what stands for the operation is recorded
+            with self:
+                return types[0].__torch_dispatch__(func, types, args, kwargs)
         out = func(*args, **kwargs)
         self._record(func, args, kwargs, out)
         return out
@@ -170,6 +174,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         )
         other.sizes, other.untranslated = dict(self.sizes), dict(self.untranslated)
         other.failure, other.fresh = self.failure, dict(self.fresh)
+        other.repeated = dict(self.repeated)
         return other
 
     def is_dynamic(self, tensor: Tensor) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from transformers_api.kernels.complex_operations import complex_product, operand, polar
+from transformers_api.kernels.product_operations import batch_product, convolution, matmul
 
 if TYPE_CHECKING:
     from transformers_api.kernels.capture import Recorder
@@ -77,8 +78,6 @@ FILLED = {  # tensors of one value, and where it stands among the arguments
     "aten.fill.Scalar": None,
     "aten.zero.default": 0.0,
 }
-LARGEST_MATRIX = 1 << 22  # elements of a matrix that is no layer's, such as a router's
-LARGEST_INNER = 16  # terms of a sum that is no layer's
 POWERS = {0.5: "sqrt", -0.5: "rsqrt", 3: "cube"}
 
 
@@ -229,6 +228,11 @@ def _top_k(recorder: Recorder, args: Any, kwargs: Any, out: Any) -> bool:
 
 def _take(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
     x, dim, indices = args[:3]
+    column = recorder.repeated.get(indices.untyped_storage().data_ptr())
+    if column is not None and dim % x.dim() == x.dim() - 2 and not recorder.is_dynamic(x):
+        table = x.flatten(end_dim=-3)[0] if x.dim() > 2 else x  # whole rows of it
+        is_one = bool((x == table).all())
+        return is_one and _look_up(recorder, table.contiguous(), column.squeeze(-1), out)
     is_along_line = dim % x.dim() == x.dim() - 1 and x.stride(-1) == 1
     if not is_along_line or x.shape[:-1] != indices.shape[:-1]:
         return False
@@ -246,18 +250,6 @@ def _put(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
     if isinstance(source, Tensor) and source.dim():
         source = source[tuple(slice(n) for n in indices.shape)]
     recorder.add("put", out, [indices, operand(source)], tuple(indices.shape), float(out.shape[-1]))
-    return True
-
-
-def _matmul(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
-    """Rows times a matrix that no layer holds, such as that of a router."""
-    *bias, x, matrix = args[:3]
-    if kwargs or len(bias) > 1 or recorder.is_dynamic(matrix) or matrix.numel() > LARGEST_MATRIX:
-        return False
-    if x.dtype != torch.float32 or matrix.dtype != torch.float32 or x.stride(-1) != 1:
-        return False
-    rows = matrix.t() if matrix.t().is_contiguous() else matrix.t().contiguous()
-    recorder.add("matmul", out, [x, rows, *bias], tuple(out.shape), float(rows.shape[1]))
     return True
 
 
@@ -280,21 +272,6 @@ def _stack(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
     return True
 
 
-def _batch_product(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
-    """(B, n, k) times (B, k, m) for a small k; 1 where rotary embeddings multiply positions."""
-    a, b = args
-    if a.shape[2] == 1:
-        recorder.add("mul", out, [a, b], tuple(out.shape))
-        return True
-    if a.shape[2] > LARGEST_INNER:
-        return False
-    products = torch.empty((*out.shape, a.shape[2]))
-    factors = [a[:, :, None], b.transpose(1, 2)[:, None]]
-    recorder.add("mul", products, factors, tuple(products.shape))
-    recorder.add("sum", out[..., None], [products], tuple(products.shape))
-    return True
-
-
 def _layer_norm(recorder: Recorder, args: Any, kwargs: Any, out: Any) -> bool:
     x, shape, weight, bias, epsilon = args
     if len(shape) != 1 or (weight is None and bias is not None) or x.stride(-1) != 1:
@@ -310,14 +287,33 @@ def _embedding(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
 
 def _index(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
     table, indices = args
-    if len(indices) != 1 or indices[0].dtype != torch.int64:
+    (dim, *others) = [i for i, each in enumerate(indices) if each is not None]
+    if others or indices[dim].dtype != torch.int64:
         return False
-    return _look_up(recorder, table, indices[0], out)
+    return _select(recorder, (table, dim, indices[dim]), kwargs, out)
 
 
-def _select_rows(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
+def _select(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
     table, dim, indices = args
-    return dim == 0 and _look_up(recorder, table, indices, out)
+    if dim == 0 and recorder.is_dynamic(indices):
+        return _look_up(recorder, table, indices, out)
+    if indices.dim() != 1 or recorder.is_dynamic(indices):
+        return False
+    for i, index in enumerate(indices.tolist()):
+        part, source = out.select(dim, i), table.select(dim, index)
+        recorder.add("copy", part, [source], tuple(part.shape))
+    return True
+
+
+def _repeat(recorder: Recorder, args: Any, kwargs: Any, out: Tensor) -> bool:
+    x, times = args
+    sizes = (1,) * (len(times) - x.dim()) + tuple(x.shape)
+    pairs = [size for pair in zip(times, sizes, strict=True) for size in pair]
+    source = x.reshape([n for size in sizes for n in (1, size)]).expand(pairs)
+    recorder.add("copy", out.view(pairs), [source], tuple(pairs))
+    if all(n == 1 for n in times[:-1]) and sizes[-1] == 1:
+        recorder.repeated[out.untyped_storage().data_ptr()] = x
+    return True
 
 
 def _look_up(recorder: Recorder, table: Tensor, indices: Tensor, out: Tensor) -> bool:
@@ -357,15 +353,17 @@ SPECIAL: dict[str, Callable[[Recorder, Any, Any, Any], bool]] = {
     "aten.gather.default": _take,
     "aten.scatter.src": _put,
     "aten.scatter.value": _put,
-    "aten.mm.default": _matmul,
-    "aten.addmm.default": _matmul,
+    "aten.mm.default": matmul,
+    "aten.addmm.default": matmul,
     "aten.cat.default": _concatenate,
     "aten.stack.default": _stack,
-    "aten.bmm.default": _batch_product,
+    "aten.bmm.default": batch_product,
+    "aten.convolution.default": convolution,
     "aten.polar.default": polar,
     "aten.native_layer_norm.default": _layer_norm,
     "aten.embedding.default": _embedding,
     "aten.index.Tensor": _index,
-    "aten.index_select.default": _select_rows,
+    "aten.index_select.default": _select,
+    "aten.repeat.default": _repeat,
     "aten.gelu.default": _gelu,
 }

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from transformers_api.kernels import abi
-from transformers_api.kernels.modules.attention import CausalRows
+from transformers_api.kernels.modules.attention import CausalRows, per_head
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +49,8 @@ def attention_probs(
     ``query`` (B, H, T, D) and ``key`` (B, G, S, D) as native_attention has them, with its options.
     """
     heads, count, keys, size = query.shape[1], len(queries), key.shape[2], query.shape[3]
-    scaling, sinks = options.get("scaling"), options.get("s_aux")
-    if sinks is not None:
-        sinks = sinks.detach().float().contiguous()
+    scaling = options.get("scaling")
+    sinks, slopes = (per_head(options.get(name)) for name in ("s_aux", "slopes"))
     probs = torch.empty(heads, count, keys)
     sink_probs = None if sinks is None else torch.empty(heads, count)
     call = abi.Attention(
@@ -59,6 +58,7 @@ def attention_probs(
         k=key.data_ptr(),
         starts=rows.starts.data_ptr(),
         sinks=sinks.data_ptr() if sinks is not None else None,
+        slopes=slopes.data_ptr() if slopes is not None else None,
         heads=heads,
         kv_heads=key.shape[1],
         size=size,

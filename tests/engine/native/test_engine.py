@@ -101,15 +101,15 @@ def test_a_scored_prompt_leaves_no_other_bits_to_those_who_share_it(make_engine,
     assert bits(engine.submit([scored(prompt, 10)])) == wanted
 
 
-def test_a_recurrent_model_is_refused_and_served_without_kernels(make_engine, native_cache):
-    engine = make_engine("mamba", native=native_cache)
+def test_a_model_with_a_state_of_its_own_kind_is_served_without_kernels(make_engine, native_cache):
+    engine = make_engine("rwkv", native=native_cache)
     assert not isinstance(inner(engine), NativeRunner)
 
 
 def test_a_refused_model_is_let_go_and_weighed_before_it_is_loaded_again(
     engine_thread, native_cache, tmp_path, monkeypatch
 ):
-    model = tiny_model("mamba")
+    model = tiny_model("rwkv")
     model.save_pretrained(tmp_path)
     honest, loaded, asked = loader.make_model, [], []
 

@@ -142,7 +142,7 @@ def test_a_small_model_that_comes_from_four_bits_is_served_with_them(load, nativ
 @pytest.mark.parametrize(
     ("model", "options", "reason"),
     [
-        ("mamba", {}, "it cannot share a batch"),
+        ("rwkv", {}, "it cannot share a batch"),
         ("llama", {"dtype": "float16"}, "no kernels for float16"),
         ("llama", {"native": None}, "it needs NATIVE_KERNELS=true"),
     ],

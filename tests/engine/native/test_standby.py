@@ -179,6 +179,6 @@ def test_a_model_whose_files_have_other_names_wakes_up(load, tmp_path):
 
 
 def test_a_model_without_kernels_does_not_sleep(load, tmp_path):
-    folder = saved("mamba", tmp_path)
+    folder = saved("rwkv", tmp_path)
     assert bits(load(folder)) == bits(load(folder))
     assert load.anew == 4  # each once more without the kernels, which refused it

@@ -24,7 +24,12 @@ from transformers_api.engine.native.sampler import NativeSampler
 from transformers_api.engine.native.standby import NativeStandby
 from transformers_api.engine.native.streaming import fill_streamed, packed_size
 from transformers_api.engine.native.verified import verified_runner
-from transformers_api.engine.pretrained import attention_layers, differentiable
+from transformers_api.engine.pretrained import (
+    attention_layers,
+    differentiable,
+    indexed_layers,
+    layer_kinds,
+)
 from transformers_api.engine.rope import reads_again, switching_lengths
 from transformers_api.engine.runners.model_runner import Runner, VerifiedRunner, innermost
 from transformers_api.engine.sampling.sampler import Sampler, TokenSampler
@@ -67,8 +72,10 @@ class NativeBackend:
 
     def refusal(self, model: Any) -> str | None:
         """See Backend."""
-        if not attention_layers(model):
+        if not (attention_layers(model) or layer_kinds(model)):
             return "it cannot share a batch"
+        if indexed_layers(model):
+            return "it has an index of what to attend to"
         try:
             kind_of(model, self.options.dtype, self.options.quantization)
         except BackendRefused as error:
@@ -82,9 +89,15 @@ class NativeBackend:
         lengths = switching_lengths(model, window)
         if len(lengths) > 1 or not all(reads_again(model, n) for n in lengths):
             raise BackendRefused("positions that depend on the length")
-        size, file = (attention_layers(model), options.num_slots, window), None
+        layers = attention_layers(model) or layer_kinds(model)
+        size, file = (layers, options.num_slots, window), None
         # Code of a model's own may change where nobody looks.
-        if options.plans and options.stamp and not options.trust_remote_code:
+        if (
+            isinstance(layers, int)
+            and options.plans
+            and options.stamp
+            and not options.trust_remote_code
+        ):
             file = PlanFile.of(options.plans, options.stamp, options.dtype, kind, size)
         try:
             with differentiable():

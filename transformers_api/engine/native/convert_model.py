@@ -13,11 +13,14 @@ from transformers_api.engine.load_options import SMALL_BYTES
 from transformers_api.engine.native.kv_cache import NativeCache
 from transformers_api.engine.native.latent import latent_layers
 from transformers_api.engine.native.runner import Kind, NativeRunner
+from transformers_api.engine.native.state_cache import NativeStateCache
+from transformers_api.engine.native.state_runner import NativeStateRunner
 from transformers_api.engine.stored_weights import StoredWeights
 from transformers_api.kernels.abi import Library
 from transformers_api.kernels.modules.attention import NAME, register
 from transformers_api.kernels.modules.experts import PackedExperts, expert_layers
 from transformers_api.kernels.modules.linear import NativeEmbedding, NativeLinear, PackedWeight
+from transformers_api.kernels.modules.own_attention import computes_own_attention
 from transformers_api.kernels.modules.replace import Place, Widths, pack_model
 
 log = logging.getLogger(__name__)
@@ -53,23 +56,34 @@ def native_runner(
     library: Library,
     kind: Kind,
     groups: list[list[Place]],
-    cache_size: tuple[int, int, int],
+    cache_size: tuple[list[tuple[str, int]] | int, int, int],
     vocab_size: int,
     teach: Callable[[NativeRunner], None],
     original_window: int | None = None,
 ) -> NativeRunner:
     """A runner for the model, whose weights are packed by this. Raises BackendRefused.
 
-    ``groups``: see ``layer_groups``. ``cache_size``: layers, rows, tokens of a row. ``teach``: how
-    the runner comes to know the passes, as by ``NativeRunner.learn``. ``original_window``: see
+    ``groups``: see ``layer_groups``. ``cache_size``: layers, or their kinds where some are
+    recurrent; rows; tokens of a row. ``teach``: how the runner comes to know the passes, as by
+    ``NativeRunner.learn``. ``original_window``: see
     ``ModelRunner``.
     """
     register()
     try:
-        model.set_attn_implementation(NAME)
+        if not computes_own_attention(model):
+            model.set_attn_implementation(NAME)
         pack_model(model, library, Widths(kind.numbers, kind.quantization), groups)
-        cache = NativeCache(library, *cache_size, CACHE_TYPES[kind.numbers], latent_layers(model))
-        runner = NativeRunner(model, cache, vocab_size, kind, original_window)
+        layers, rows, length = cache_size
+        rest = rows, length, CACHE_TYPES[kind.numbers], latent_layers(model)
+        runner = (
+            NativeRunner(
+                model, NativeCache(library, layers, *rest), vocab_size, kind, original_window
+            )
+            if isinstance(layers, int)
+            else NativeStateRunner(
+                model, NativeStateCache(library, layers, *rest), vocab_size, kind
+            )
+        )
         teach(runner)
     except PlanOutdated:
         raise

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers_api.engine.kv_cache import SlotCache, SlotLayer
 from transformers_api.kernels.abi import Library
 from transformers_api.kernels.modules.attention import write_cache
+from transformers_api.kernels.modules.own_attention import cached
 
 
 class NativeLayer(SlotLayer):  # type: ignore[no-untyped-call]
@@ -42,7 +43,7 @@ class NativeLayer(SlotLayer):  # type: ignore[no-untyped-call]
             rows[cache.window, :, : cache.context, : new.shape[3]]
             for rows, new in zip(self.rows, states, strict=True)
         )
-        return keys, values
+        return (cached(keys), cached(values)) if cache.shows_symbols else (keys, values)
 
 
 class NativeCache(SlotCache):
@@ -50,6 +51,7 @@ class NativeCache(SlotCache):
 
     slots: list[NativeLayer]  # type: ignore[assignment]
     dtype: torch.dtype
+    shows_symbols = False  # see kernels/modules/own_attention.py
 
     def __init__(
         self,
@@ -67,7 +69,8 @@ class NativeCache(SlotCache):
         super().__init__(num_layers, max_rows, max_length, NativeLayer)
         self.latent = latent  # indices of layers
         for index in latent:
-            self.slots[index].is_latent = True
+            layer: Any = self.layers[index]
+            layer.is_latent = True
 
     def bind_rows(self, starts: Tensor, cache_rows: Tensor, context: int) -> None:
         """Aim the next forward at one token of each of ``cache_rows``, which are the first ones."""

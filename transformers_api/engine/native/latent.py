@@ -42,4 +42,8 @@ def _expand(layer: int, expand: Expand, latent: Tensor, rotated: Tensor) -> tupl
     """Keys and values (B, H, S, D) of all tokens so far; ``latent`` and ``rotated`` of the new."""
     keys, values = expand(latent, rotated)
     cache = _cache.get()
-    return (keys, values) if cache is None else cache.slots[layer].write(keys, values)
+    if cache is None:
+        return keys, values
+    slots: Any = cache.layers[layer]
+    written: tuple[Tensor, Tensor] = slots.write(keys, values)
+    return written

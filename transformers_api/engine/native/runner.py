@@ -29,6 +29,11 @@ from transformers_api.kernels.graph.executor import RecordedPass
 from transformers_api.kernels.graph.hooks import HookReplay, forward_returning
 from transformers_api.kernels.modules.attention import CausalRows, describing
 from transformers_api.kernels.modules.experts import routing_modules
+from transformers_api.kernels.modules.own_attention import (
+    computes_own_attention,
+    masked,
+)
+from transformers_api.kernels.modules.weight_modules import following
 
 SIZES = (2, 3)  # tokens of the passes that are recorded; see planner.py
 
@@ -73,11 +78,17 @@ class NativeRunner(ModelRunner):
 
     def learn(self) -> None:
         """Record passes on a cache of their own; ``failure`` says why that failed."""
-        cache = self.cache.scratch(max(SIZES), MIN_LENGTH)
-        inputs = [_inputs([1] * size, [3] * size, list(range(size))) for size in SIZES]
+        is_own = computes_own_attention(self.model)
+        # A window of the model's own is recognised where there are more keys than it has.
+        cache = self.cache.scratch(max(SIZES), self.cache.max_length if is_own else MIN_LENGTH)
+        cache.shows_symbols = is_own
+        inputs = [inputs_of([1] * size, [3] * size, list(range(size))) for size in SIZES]
         with fixed_factors(self.model, False):
             self._compute(inputs[0], cache)
         self.cache.shaped_like(cache)
+        self._learn_steps(inputs, cache)
+
+    def _learn_steps(self, inputs: list[list[Tensor]], cache: NativeCache) -> None:
         passes = self._watched_passes(inputs, cache, False)
         long = [] if self.long_layers is None else self._watched_passes(inputs, cache, True)
         if all(each.hidden is not None for each in [*passes, *long]):
@@ -102,7 +113,7 @@ class NativeRunner(ModelRunner):
         for seq, width in zip(batch.sequences, batch.widths, strict=True):
             starts += range(seq.num_cached, seq.num_cached + width)
             rows += [seq.slot] * width
-        inputs = _inputs([token for ids in batch.ids for token in ids], starts, rows)
+        inputs = inputs_of([token for ids in batch.ids for token in ids], starts, rows)
         last = [end - 1 for end in accumulate(batch.widths)]
         watch = self._replay(batch, inputs, last) if batch.is_observed else None
         is_long = self.original_window is not None and batch.sequences[0].is_long
@@ -129,7 +140,7 @@ class NativeRunner(ModelRunner):
     ) -> Tensor:
         """Logits (keep, V) of the last of these tokens, in the cache's first row from ``start``."""
         positions = list(range(start, start + len(ids)))
-        inputs = _inputs(list(ids), positions, [0] * len(ids))
+        inputs = inputs_of(list(ids), positions, [0] * len(ids))
         hidden = self._layers(is_long).run(len(ids), inputs, self.cache.tensors)
         return self._logits(hidden[-keep:])[:, 0].clone()
 
@@ -170,7 +181,11 @@ class NativeRunner(ModelRunner):
     def _watched_passes(
         self, inputs: list[list[Tensor]], cache: NativeCache, is_long: bool
     ) -> list[_WatchedPass]:
-        with _shown_layers(self.model), fixed_factors(self.model, is_long):
+        showing = ExitStack()
+        showing.enter_context(_shown_layers(self.model))
+        if cache.shows_symbols:
+            showing.enter_context(following(self.model))
+        with showing, fixed_factors(self.model, is_long):
             return [self._watched_pass(each, cache) for each in inputs]
 
     def _watched_pass(self, inputs: list[Tensor], cache: NativeCache) -> _WatchedPass:
@@ -218,17 +233,22 @@ class NativeRunner(ModelRunner):
         ids, positions, cache_rows = inputs
         starts, context = positions[:, 0], cache.length
         cache.bind_rows(starts, cache_rows, context)
-        built = self.masks.build(positions, context)
-        masks = built if isinstance(built, dict) else {"": built}
-        described = [
-            (mask, CausalRows(cache.library, starts, self.masks.windows[kind], cache_rows))
-            for kind, mask in masks.items()
-        ]
+        rows = {
+            kind: CausalRows(cache.library, starts, window, cache_rows)
+            for kind, window in self.masks.windows.items()
+        }
+        if cache.shows_symbols:
+            masks: dict[str, Any] = {kind: masked(own, context) for kind, own in rows.items()}
+            described = []
+        else:
+            built = self.masks.build(positions, context)
+            masks = built if isinstance(built, dict) else {"": built}
+            described = [(mask, rows[kind]) for kind, mask in masks.items()]
         with describing(described), expanding_into(cache), at_positions(positions):
             logits: Tensor = self.model(
                 input_ids=ids,
                 position_ids=positions,
-                attention_mask=built,
+                attention_mask=masks.get("", masks),
                 past_key_values=cache,
                 use_cache=True,
                 return_dict=True,
@@ -248,7 +268,7 @@ class _WatchedPass(NamedTuple):
     hidden: Tensor | None = None
 
 
-def _inputs(ids: list[int], positions: list[int], cache_rows: list[int]) -> list[Tensor]:
+def inputs_of(ids: list[int], positions: list[int], cache_rows: list[int]) -> list[Tensor]:
     """[ids (N, 1), positions (N, 1), rows of the cache (N,)] of the tokens of a pass."""
     return [
         torch.tensor(ids)[:, None],

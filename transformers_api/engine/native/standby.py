@@ -12,6 +12,7 @@ import torch
 
 from transformers_api.engine.native.convert_model import packed_weights
 from transformers_api.engine.native.runner import NativeRunner
+from transformers_api.engine.native.state_runner import NativeStateRunner
 from transformers_api.engine.runners.model_runner import Runner
 from transformers_api.kernels.modules.linear import PackedWeight, WeightMemory
 
@@ -33,7 +34,7 @@ class NativeStandby:
 
         Experts cannot, and weights that transformers has read.
         """
-        if not isinstance(runner, NativeRunner):
+        if not isinstance(runner, NativeRunner) or isinstance(runner, NativeStateRunner):
             return None
         model = runner.model
         rest = [*model.parameters(), *model.buffers()]

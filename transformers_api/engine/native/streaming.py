@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dis
+import functools
+import inspect
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -152,12 +155,31 @@ def fill_streamed(library: Library, model: Any, stored: StoredWeights, dtype: to
             if matrix is not None:
                 sources[id(weight)] = _source(library, stored, matrix)
     for module in list(model.modules()):
+        kind: Any = type(module)
+        own = weights_read_by(kind)
         for leaf, child in list(module.named_children()):
             source = sources.get(id(getattr(child, "weight", None)))
-            if source is not None and (type(child) in LAYERS or is_embedding(child)):
+            if (
+                source is not None
+                and leaf not in own
+                and (type(child) in LAYERS or is_embedding(child))
+            ):
                 setattr(module, leaf, _streamed(child, source, dtype))
     _fill_experts(library, model, stored)
     stored.fill(model, dtype)
+
+
+@functools.cache
+def weights_read_by(kind: type[nn.Module]) -> frozenset[str]:
+    """The layers whose weights a module's own code reads, beside or instead of calling them."""
+    names: set[str] = set()
+    for function in vars(kind).values():
+        code = getattr(inspect.unwrap(function) if callable(function) else None, "__code__", None)
+        steps = list(dis.get_instructions(code)) if code else []
+        for layer, weight, after in zip(steps, steps[1:], steps[2:], strict=False):
+            if "ATTR" in layer.opname and "ATTR" in weight.opname and weight.argval == "weight":
+                names |= set() if after.argval in ("dtype", "device") else {layer.argval}
+    return frozenset(names)
 
 
 def _source(library: Library, stored: StoredWeights, matrix: StoredMatrix | StoredRows) -> Source:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from operator import methodcaller
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +18,7 @@ from transformers_api.kernels.abi import Library
 from transformers_api.kernels.modules.experts import expert_layers
 from transformers_api.kernels.modules.replace import Place, layer_groups
 
+Size = tuple[list[tuple[str, int]] | int, int, int]
 log = logging.getLogger(__name__)
 # Rounding may let a token choose another expert, and then it says something else for a good reason.
 # Whatever is recorded wrongly is wrong in every probe, so one that agrees is enough.
@@ -27,7 +29,7 @@ def verified_runner(
     model: Any,
     library: Library,
     kind: Kind,
-    size: tuple[int, int, int],
+    size: Size,
     vocab_size: int,
     file: PlanFile | None,
     original_window: int | None = None,
@@ -50,11 +52,11 @@ def verified_runner(
     if not windows_agree(model):
         raise BackendRefused("its windows are not those of its configuration")
     try:
-        groups, expected = _ask_model(model, vocab_size, size[2], original_window)
+        groups, expected = _ask_model(model, vocab_size, size, original_window)
     except Exception as error:  # of the model's own code, such as one that looks into its layers
         log.info("%s cannot be asked", type(model).__name__, exc_info=True)
         raise BackendRefused(f"it cannot be asked for its own logits: {error}") from error
-    learn = NativeRunner.learn
+    learn = methodcaller("learn")
     runner = native_runner(model, library, kind, groups, size, vocab_size, learn, original_window)
     check_loss(model, kind.quantization)
     if not any(
@@ -68,17 +70,19 @@ def verified_runner(
 
 
 def _ask_model(
-    model: Any, vocab_size: int, window: int, original_window: int | None
+    model: Any, vocab_size: int, size: Size, original_window: int | None
 ) -> tuple[list[list[Place]], list[list[Tensor]]]:
     """The layers in the order of their calls, and the model's own logits for each probe."""
     probes = range(ROUTED_PROBES if any(expert_layers(model)) else 1)
-    questions = [probe(model, vocab_size, window, in_windows=False, seed=seed) for seed in probes]
+    questions = [probe(model, vocab_size, size[2], in_windows=False, seed=seed) for seed in probes]
     expected: list[list[Tensor]] = []
 
     def ask(rows: list[list[int]]) -> None:
         expected.append(own_logits(model, vocab_size, rows, at_once=True))
 
-    groups = layer_groups(model, lambda: ask(questions[0]))
+    groups = layer_groups(
+        model, lambda: ask(questions[0]), only_called=not isinstance(size[0], int)
+    )
     for rows in questions[1:]:
         ask(rows)
     if original_window is not None:  # the last ones are read as long sequences

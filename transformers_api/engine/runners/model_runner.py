@@ -48,6 +48,8 @@ class ModelRunner:
     mode = "batching"
     mixes = False  # reads prompts and the tokens of running answers in one pass
     original_window: int | None = None
+    cache_name = "past_key_values"
+    takes_positions = True
 
     def __init__(self, model: Any, cache: SlotCache, vocab_size: int) -> None:
         self.model = model
@@ -63,18 +65,22 @@ class ModelRunner:
         context = max(starts) + batch.width
         positions = torch.tensor(starts)[:, None] + torch.arange(batch.width)  # (B, T)
         positions = positions.to(self.device)
-        self.cache.bind(batch.first_slot, positions, context)
+        self.bind(batch, positions, context)
         with sequence_length(self._length(batch)), at_positions(positions):
             output = self.model(
                 input_ids=torch.tensor(batch.ids, device=self.device),
-                position_ids=positions,
                 attention_mask=self.masks.build(positions, context),
-                past_key_values=self.cache,
                 use_cache=True,
+                **{self.cache_name: self.cache},
+                **({"position_ids": positions} if self.takes_positions else {}),
                 return_dict=True,
                 **({"logits_to_keep": keep} if self._takes_keep else {}),
             )
         return _last(output.logits, keep, self.vocab_size)
+
+    def bind(self, batch: Batch, positions: Tensor, context: int) -> None:
+        """Aim the next forward of the model at the rows of a batch."""
+        self.cache.bind(batch.first_slot, positions, context)
 
     def clear(self) -> None:
         """See Runner."""
@@ -87,36 +93,54 @@ class ModelRunner:
         return self.original_window + batch.sequences[0].is_long
 
 
+# Kinds of layers: those whose attention takes the mask of another kind, and those without any.
+MASKS = {"hybrid": "full_attention", "hybrid_sliding": "sliding_attention"}
+WITHOUT_MASK = {"linear_attention", "conv", "moe", "mlp"}
+
+
 class MaskBuilder:
     """Causal masks (B, 1, T, S) for rows at different positions, windows included.
 
     transformers takes a 4-D mask as it is, so a sliding window has to be in it; a model that mixes
-    kinds of layers takes one mask per kind.
+    kinds of layers takes one mask per kind. ``windows``: tokens of each, see ``CausalRows``.
     """
 
     def __init__(self, model: Any) -> None:
         config = model.config.get_text_config(decoder=True)
-        kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or ()))
         window = getattr(config, "sliding_window", None) or 0
-        if len(kinds) > 1:
-            windows = {"full_attention": 0, "sliding_attention": window}
-            self.windows = {kind: windows[kind] for kind in kinds}
+        chunk = getattr(config, "attention_chunk_size", None) or 0
+        windows = {"sliding_attention": window, "chunked_attention": -chunk}
+        kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or ()))
+        attention = {kind: MASKS.get(kind, kind) for kind in kinds if kind not in WITHOUT_MASK}
+        names = list(dict.fromkeys(attention.values()))
+        if len(names) > 1:
+            self.windows = {name: windows.get(name, 0) for name in names}
+        elif kinds and not names:
+            self.windows = {}
         else:
-            self.windows = {"": 0 if kinds == ["full_attention"] else window}
+            self.windows = {"": windows.get(names[0], 0) if names else window}
         additive = config._attn_implementation == "eager"  # eager adds masks, sdpa selects by them
         self.additive_dtype = model.dtype if additive else None
 
-    def build(self, positions: Tensor, context: int) -> Tensor | dict[str, Tensor]:
-        """The mask for ``positions`` (B, T) over the first ``context`` cached tokens."""
+    def build(self, positions: Tensor, context: int) -> Tensor | dict[str, Tensor] | None:
+        """The mask for ``positions`` (B, T) over the first ``context`` cached tokens.
+
+        None for a model without attention.
+        """
         keys = torch.arange(context, device=positions.device)
         distance = positions[:, None, :, None] - keys  # (B, 1, T, S)
-        masks = {kind: self._mask(distance, window) for kind, window in self.windows.items()}
-        return masks.get("", masks)
+        starts = positions[:, None, :, None]
+        masks = {
+            kind: self._mask(distance, starts, window) for kind, window in self.windows.items()
+        }
+        return masks.get("", masks) if masks else None
 
-    def _mask(self, distance: Tensor, window: int) -> Tensor:
+    def _mask(self, distance: Tensor, positions: Tensor, window: int) -> Tensor:
         visible = distance >= 0
-        if window:
+        if window > 0:
             visible &= distance < window
+        elif window < 0:
+            visible &= distance <= positions % -window
         if self.additive_dtype is None:
             return visible
         hidden = torch.finfo(self.additive_dtype).min
@@ -135,6 +159,7 @@ class OneRow:
     """The slot of a runner that keeps its own state and serves one sequence at a time."""
 
     reuses_prefixes = False
+    in_pieces = True
 
     bytes = 0
     token_bytes = 0
@@ -185,7 +210,9 @@ class SequentialRunner:
         if self.recompute:
             logits = self.model(input_ids=ids, use_cache=False, return_dict=True).logits
         else:
-            logits = self._continue(seq, ids, batch.width, keep)
+            positions = torch.arange(seq.num_cached, len(read), device=ids.device)[None]
+            with at_positions(positions):
+                logits = self._continue(seq, ids, batch.width, keep)
         return _last(logits, keep, self.vocab_size)
 
     def clear(self) -> None:

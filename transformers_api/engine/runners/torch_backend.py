@@ -18,7 +18,13 @@ from transformers_api.engine.backend import (
 from transformers_api.engine.base import EngineFacts
 from transformers_api.engine.kv_cache import SlotCache
 from transformers_api.engine.load_options import DTYPE_BYTES, LoadOptions
-from transformers_api.engine.pretrained import attention_layers, differentiable, gpu_dtype
+from transformers_api.engine.pretrained import (
+    attention_layers,
+    differentiable,
+    gpu_dtype,
+    indexed_layers,
+    layer_kinds,
+)
 from transformers_api.engine.rope import reads_again, switching_lengths
 from transformers_api.engine.runners.cuda_graphs import GraphRunner, PaddedCache
 from transformers_api.engine.runners.model_runner import (
@@ -28,6 +34,7 @@ from transformers_api.engine.runners.model_runner import (
     VerifiedRunner,
 )
 from transformers_api.engine.runners.packed_linear import called_linears, pack_linears
+from transformers_api.engine.runners.state_runner import StateRunner
 from transformers_api.engine.runners.verify import (
     agrees,
     expected_logits,
@@ -36,6 +43,7 @@ from transformers_api.engine.runners.verify import (
 )
 from transformers_api.engine.sampling.sampler import Sampler, TokenSampler
 from transformers_api.engine.standby import StandbyModel
+from transformers_api.engine.state_cache import StateCache
 from transformers_api.engine.stored_weights import StoredWeights
 
 log = logging.getLogger(__name__)
@@ -96,10 +104,19 @@ class TorchBackend:
     def _batched(self, model: Any, vocab_size: int, window: int) -> ModelRunner | None:
         """None for a model whose sequences cannot be read together. Its layers are packed."""
         layers, lengths = attention_layers(model), switching_lengths(model, window)
-        if not layers or len(lengths) > 1 or not all(reads_again(model, n) for n in lengths):
+        kinds = [] if layers else layer_kinds(model)
+        if not (layers or kinds):
             return None
-        cache = SlotCache(layers, self.options.num_slots, window)
-        runner = ModelRunner(model, cache, vocab_size)
+        if len(lengths) > 1 or not all(reads_again(model, n) for n in lengths):
+            return None
+        rows = self.options.num_slots
+        runner = (
+            StateRunner(model, StateCache(kinds, rows, window), vocab_size)
+            if kinds
+            else ModelRunner(
+                model, SlotCache(layers, rows, window, indexed=indexed_layers(model)), vocab_size
+            )
+        )
         runner.original_window = min(lengths, default=None)
         expected: list[Tensor] = []
         try:
@@ -162,7 +179,9 @@ class CudaGraphsBackend(TorchBackend):
         """See Backend."""
         if switching_lengths(model, sys.maxsize):
             return "positions that depend on the length"
-        return None if attention_layers(model) else "it cannot share a batch"
+        if not attention_layers(model):
+            return "it cannot share a batch"
+        return "it has an index of what to attend to" if indexed_layers(model) else None
 
     def verified_runner(self, model: Any, vocab_size: int, window: int) -> VerifiedRunner:
         """See Backend."""

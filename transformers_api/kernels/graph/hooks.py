@@ -7,12 +7,14 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from transformers_api.kernels.abi import Library
 from transformers_api.kernels.graph.executor import FinishedCall
 from transformers_api.kernels.graph.planner import HookPoint
 from transformers_api.kernels.modules.attention import CausalRows, replay_attention
+from transformers_api.kernels.stats import attention_probs
 
 _observed: ContextVar[Collection[int] | None] = ContextVar("observed", default=())
 
@@ -65,7 +67,7 @@ class HookReplay:
             for point in points
             if (
                 layers is None or getattr(point.module, "layer_idx", None) in layers
-                if point.cached
+                if point.cached and not point.options.get("is_own")
                 else point.module._forward_hooks or point.module._forward_pre_hooks
             )
         ]
@@ -90,8 +92,23 @@ class HookReplay:
             key, value = (self.cache[index][self.rows, :, self.positions] for index in call.cached)
             key, value = key[..., : query.shape[3]], value[..., : output.shape[3]]
             mask = CausalRows(self.library, self.starts, call.options["window"])
+            if call.options.get("is_own"):
+                _show_weights(call, query, key, mask)
+                continue
             tensors = query, key, value, output
             replay_attention(call.module, tensors, mask, call.options["options"])
+
+
+def _show_weights(call: FinishedCall, query: Tensor, key: Tensor, mask: CausalRows) -> None:
+    """Call the hooks of a module that computes weights itself, with the weights (B, H, T, S)."""
+    slopes = [*call.options["slopes"].values()]
+    options = {
+        "scaling": call.options["scaling"],
+        "slopes": torch.tensor(slopes) if slopes else None,
+    }
+    queries = range(query.shape[2])
+    rows = [attention_probs(mask, query, key, i, queries, options)[0] for i in range(len(query))]
+    call_hooks(call.module, query, torch.stack(rows))
 
 
 def call_hooks(module: nn.Module, stream: Tensor, result: Any) -> None:

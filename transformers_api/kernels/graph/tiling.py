@@ -21,7 +21,7 @@ DIMENSIONS = 4
 REDUCTIONS = ("mean", "sum", "largest")
 ROW_OPS = (*REDUCTIONS, "softmax", "layer_norm", "gather", "matmul", "top_k", "take", "put")
 WHOLE = ("layer_norm", "gather", "matmul")  # with operands that are the same for every line
-KERNELS = ("linear", "experts", "attention", "write_cache", "unpack_rows")
+KERNELS = ("linear", "experts", "attention", "write_cache", "read_cache", "unpack_rows")
 
 
 class NotRecordable(Exception):

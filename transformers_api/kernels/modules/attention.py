@@ -20,12 +20,7 @@ from transformers_api.kernels.capture import Recorder, current
 
 NAME = "native"
 MAX_SIZE = 512  # src/attention_block.h
-OPTIONS = (
-    "softcap",
-    "s_aux",
-    "is_causal",
-    "sliding_window",
-)  # of the probabilities
+OPTIONS = ("softcap", "s_aux", "slopes", "is_causal", "sliding_window")  # of the probabilities
 _replayed: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar("replayed", default=None)
 
 
@@ -33,7 +28,8 @@ _replayed: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar("repla
 class CausalRows:
     """A causal mask in short: query t of row b attends to the keys up to ``starts[b] + t``.
 
-    To the last ``window`` of them only, if it is not 0. ``starts`` (B,) int64, contiguous.
+    To the last ``window`` of them only, if it is above 0; below 0 to those of its own chunk of so
+    many tokens. ``starts`` (B,) int64, contiguous.
     ``cache_rows``, of the same kind: the row of the cache that each row belongs to, where the keys
     are those of all rows. Tokens of one sequence may be rows of their own, one after the other.
     """
@@ -92,18 +88,22 @@ def native_attention(
     if (output := _replayed.get()) is not None:
         return output, None
     rows = _description(attention_mask)
-    if rows is None or dropout or not _is_supported(query, key, value):
+    if rows is None or dropout or not is_supported(query, key, value):
         key, value = key.to(query.dtype), value.to(query.dtype)
         if kwargs.get("softcap") or kwargs.get("s_aux") is not None:
             return _eager_attention(query, key, value, attention_mask, scaling, **kwargs), None
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
-    return _attend(module, query, key, value, rows, scaling, kwargs), None
+    result = attend(query, key, value, rows, scaling, kwargs)
+    if recorder := current():
+        options = {"scaling": scaling, **{k: v for k, v in kwargs.items() if k in OPTIONS}}
+        details = {"window": rows.window, "options": options}
+        recorder.add_module_call(module, [query, result], key=key, value=value, options=details)
+    return result, None
 
 
-def _attend(
-    module: nn.Module,
+def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -111,14 +111,16 @@ def _attend(
     scaling: float | None,
     options: dict[str, Any],
 ) -> Tensor:
-    """Attention by the kernel; see native_attention."""
+    """Attention by the kernel: (B, T, H, D).
+
+    Besides those of transformers ``options`` may have ``slopes`` (H,): each times a key's distance
+    behind the query is added to its score (ALiBi).
+    """
     batch, heads, width, own_size = query.shape
     size = max(own_size, value.shape[3])
     wide = _widened(query, size)
     out = query.new_empty((batch, width, heads, size))
-    sinks = options.get("s_aux")
-    if sinks is not None:
-        sinks = sinks.detach().float().contiguous()
+    sinks, slopes = (per_head(options.get(name)) for name in ("s_aux", "slopes"))
     call = Attention(
         wide.data_ptr(),
         key.data_ptr(),
@@ -127,6 +129,7 @@ def _attend(
         rows.starts.data_ptr(),
         None if rows.cache_rows is None else rows.cache_rows.data_ptr(),
         sinks.data_ptr() if sinks is not None else None,
+        slopes.data_ptr() if slopes is not None else None,
         batch,
         width,
         heads,
@@ -143,13 +146,15 @@ def _attend(
     )
     library = rows.library
     (library.with_gil if batch * width < 64 else library.without_gil).attention(call)
-    result = out[..., : value.shape[3]]
     if recorder := current():
-        _record_attention(recorder, call, rows, {"q": wide, "k": key, "v": value}, out, sinks)
-        replayed = {"scaling": scaling, **{k: v for k, v in options.items() if k in OPTIONS}}
-        details = {"window": rows.window, "options": replayed}
-        recorder.add_module_call(module, [query, result], key=key, value=value, options=details)
-    return result
+        operands = {"q": wide, "k": key, "v": value, "sinks": sinks, "slopes": slopes}
+        _record_attention(recorder, call, rows, operands, out)
+    return out[..., : value.shape[3]]
+
+
+def per_head(numbers: Tensor | None) -> Tensor | None:
+    """A number for each head as the kernels read them."""
+    return None if numbers is None else numbers.detach().float().contiguous()
 
 
 def _widened(query: Tensor, size: int) -> Tensor:
@@ -165,14 +170,13 @@ def _record_attention(
     recorder: Recorder,
     call: Attention,
     rows: CausalRows,
-    operands: dict[str, Tensor],
+    operands: dict[str, Tensor | None],
     out: Tensor,
-    sinks: Tensor | None,
 ) -> None:
-    others = {"starts": rows.starts, "cache_rows": rows.cache_rows, "sinks": sinks}
-    operands = operands | {name: each for name, each in others.items() if each is not None}
-    fields = (*operands, "out")
-    recorder.add("attention", out, [*operands.values()], (1,), call=call, fields=fields)
+    operands |= {"starts": rows.starts, "cache_rows": rows.cache_rows}
+    present = {name: each for name, each in operands.items() if each is not None}
+    fields = (*present, "out")
+    recorder.add("attention", out, [*present.values()], (1,), call=call, fields=fields)
 
 
 def replay_attention(
@@ -222,7 +226,7 @@ def _eager_attention(
     return (weights @ value).transpose(1, 2).contiguous()
 
 
-def _is_supported(query: Tensor, key: Tensor, value: Tensor) -> bool:
+def is_supported(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """True for views of rows that are wide enough for keys and for values."""
     return (
         query.dtype in TYPES
@@ -239,12 +243,13 @@ def write_cache(
     library: Library,
     states: Tensor,
     rows: Tensor,
-    starts: Tensor,
+    starts: Tensor | None,
     cache_rows: Tensor | None = None,
 ) -> None:
     """Write ``states`` (B, G, T, D) into ``rows`` (R, G, length, D) from each row's start on.
 
-    Row b of ``states`` goes to the row ``cache_rows[b]``, by default b.
+    ``starts`` (B,); None: from 0. Row b of ``states`` goes to the row ``cache_rows[b]``, by default
+    b.
     """
     batch, heads, width, size = states.shape
     if states.stride(3) != 1:
@@ -252,7 +257,7 @@ def write_cache(
     call = CacheWrite(
         states.data_ptr(),
         rows.data_ptr(),
-        starts.data_ptr(),
+        None if starts is None else starts.data_ptr(),
         None if cache_rows is None else cache_rows.data_ptr(),
         batch,
         heads,
@@ -265,10 +270,34 @@ def write_cache(
     )
     library.with_gil.write_cache(call)
     if recorder := current():
-        operands = {"source": states, "starts": starts}
-        if cache_rows is not None:
-            operands["cache_rows"] = cache_rows
-        operands["target"] = rows
+        every = {"source": states, "starts": starts, "cache_rows": cache_rows, "target": rows}
+        operands = {name: each for name, each in every.items() if each is not None}
         recorder.add(
             "write_cache", None, [*operands.values()], (1,), call=call, fields=(*operands,)
         )
+
+
+def read_cache(library: Library, rows: Tensor, cache_rows: Tensor) -> Tensor:
+    """A copy (B, …) of these ``cache_rows`` (B,) of ``rows`` (R, …), both contiguous."""
+    made = rows.new_empty((len(cache_rows), *rows.shape[1:]))
+    size = made[0].numel()
+    strides = (size, size, size)
+    call = CacheWrite(
+        rows.data_ptr(),
+        made.data_ptr(),
+        None,
+        cache_rows.data_ptr(),
+        len(made),
+        1,
+        1,
+        size,
+        strides,
+        strides,
+        TYPES[rows.dtype],
+        TYPES[made.dtype],
+    )
+    library.with_gil.read_cache(call)
+    if recorder := current():
+        fields = ("source", "cache_rows", "target")
+        recorder.add("read_cache", made, [rows, cache_rows], (1,), call=call, fields=fields)
+    return made

@@ -199,10 +199,13 @@ def _packed_embeddings(model: nn.Module) -> list[Place]:
     ]
 
 
-def layer_groups(model: Any, forward: Callable[[], object]) -> list[list[Place]]:
+def layer_groups(
+    model: Any, forward: Callable[[], object], *, only_called: bool = False
+) -> list[list[Place]]:
     """Layers in the order of their calls in ``forward``; consecutive ones with one input joined.
 
-    Layers that the pass does not reach, or reaches twice, stay single.
+    Layers that the pass does not reach, or reaches twice, stay single. With ``only_called`` those
+    that it does not reach are left out: a model may use their weights itself.
     """
     places = {place.layer: place for place in places_of(model).values()}
     calls: list[tuple[Any, Tensor]] = []
@@ -227,4 +230,7 @@ def layer_groups(model: Any, forward: Callable[[], object]) -> list[list[Place]]
         else:
             groups.append([places[layer]])
         last = x
-    return groups + [[place] for layer, place in places.items() if times[layer] != 1]
+    others = [
+        layer for layer in places if times[layer] != 1 and not (only_called and not times[layer])
+    ]
+    return groups + [[places[layer]] for layer in others]

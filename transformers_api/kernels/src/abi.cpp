@@ -40,6 +40,7 @@ std::string describe_layout() {
   STRUCTURE(Attention);
   FIELD(Attention, q), FIELD(Attention, k), FIELD(Attention, v), FIELD(Attention, out);
   FIELD(Attention, starts), FIELD(Attention, cache_rows), FIELD(Attention, sinks);
+  FIELD(Attention, slopes);
   FIELD(Attention, rows), FIELD(Attention, queries), FIELD(Attention, heads), FIELD(Attention, kv_heads);
   FIELD(Attention, size), FIELD(Attention, q_strides), FIELD(Attention, k_strides);
   FIELD(Attention, v_strides), FIELD(Attention, window), FIELD(Attention, scale);

@@ -22,7 +22,7 @@ enum Type : int32_t { F32 = 0, BF16 = 1, I8 = 2, I64 = 3, I4 = 4, BOOL = 5 };
   X(WHERE, where) X(MEAN, mean) X(SUM, sum) X(LARGEST, largest) X(SOFTMAX, softmax)               \
   X(LAYER_NORM, layer_norm) X(GATHER, gather) X(MATMUL, matmul) X(TOP_K, top_k) X(TAKE, take)     \
   X(PUT, put) X(LINEAR, linear) X(EXPERTS, experts) X(ATTENTION, attention)                       \
-  X(WRITE_CACHE, write_cache) X(UNPACK_ROWS, unpack_rows)
+  X(WRITE_CACHE, write_cache) X(READ_CACHE, read_cache) X(UNPACK_ROWS, unpack_rows)
 
 #define OP_CONSTANT(constant, name) constant,
 enum Op : int32_t { FOR_EACH_OP(OP_CONSTANT) };
@@ -46,13 +46,14 @@ struct Experts {
 };
 
 // Causal attention over a KV cache: the query at position p attends to the keys 0..p of its row, or
-// to the last ``window`` of them.
+// to the last ``window`` of them; below 0 to those of its chunk, each of -``window`` tokens.
 struct Attention {
   const void *q, *k, *v;  // (rows, heads, queries, size), (rows, kv_heads, length, size) twice
   void* out;              // (rows, queries, heads, size), contiguous, of q's type
   const int64_t* starts;  // position of the first query of each row
   const int64_t* cache_rows;  // the row of k and v that each row attends to; null: its own
   const float* sinks;     // per head: a score that takes part in softmax without a value; or null
+  const float* slopes;    // per head: added to a score, times the key's distance behind the query; or null
   int64_t rows, queries, heads, kv_heads, size;
   int64_t q_strides[3], k_strides[3], v_strides[3];  // row, head, position; in elements
   int64_t window;                                    // 0: all
@@ -60,11 +61,12 @@ struct Attention {
   int32_t q_type, kv_type;
 };
 
-// New keys or values, and the rows of the KV cache that they are written into.
+// New keys or values, and the rows of the KV cache that they are written into. Where rows are read,
+// source and target change places, and each is read from its beginning.
 struct CacheWrite {
   const void* source;  // (rows, heads, queries, size)
   void* target;        // (rows, heads, length, size), from each row's start on
-  const int64_t* starts;
+  const int64_t* starts;      // null: 0
   const int64_t* cache_rows;  // the row of target that each row is written into; null: its own
   int64_t rows, heads, queries, size;
   int64_t source_strides[3], target_strides[3];
@@ -141,6 +143,7 @@ void experts(const Experts* layer, const void* x, const int64_t* indices, int64_
              int64_t share, void* y, int32_t type);
 void attention(const Attention* call);
 void write_cache(const CacheWrite* call);
+void read_cache(const CacheWrite* call);
 // A whole forward pass, or a part of one.
 void run_steps(const Step* steps, int64_t count);
 

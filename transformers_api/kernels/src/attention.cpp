@@ -71,10 +71,6 @@ void find_items(const Attention& a, int threads, std::vector<WorkItem>& items) {
   }
 }
 
-int64_t window_begin(const Attention& a, int64_t end) {
-  return a.window ? std::max<int64_t>(0, end - a.window) : 0;
-}
-
 template <class T>
 const T* keys_of(const Attention& a, const WorkItem& item) {
   return static_cast<const T*>(a.k) + item.cache_row * a.k_strides[0] + item.kv_head * a.k_strides[1];
@@ -93,6 +89,7 @@ void begin_query(const Attention& a, const WorkItem& item, int64_t i, Workspace&
   query.end = item.end_of(i);
   query.begin = window_begin(a, query.end);
   query.max = -std::numeric_limits<float>::max(), query.sum = 0;
+  query.slope = a.slopes ? a.slopes[item.head_of(i)] : 0;
   const int64_t token = item.token_of(i);
   const int64_t at = token / a.queries * a.q_strides[0] + item.head_of(i) * a.q_strides[1] +
                      token % a.queries * a.q_strides[2];

@@ -29,7 +29,14 @@ struct QueryState {
   int64_t begin, end;          // the keys that it attends to
   float max, sum;              // of the scores so far; of their exponentials, relative to max
   float rescale;               // for what was accumulated before the current block
+  float slope;                 // of a bias that is linear in the distance of a key (ALiBi)
 };
+
+// The first key that the query before ``end`` attends to.
+int64_t window_begin(const Attention& a, int64_t end) {
+  if (a.window < 0) return (end - 1) / -a.window * -a.window;
+  return a.window ? std::max<int64_t>(0, end - a.window) : 0;
+}
 
 // The memory of one thread, for the queries of one work item.
 struct Workspace {
@@ -145,6 +152,11 @@ void score_tile(const Attention& a, Workspace& workspace, int64_t m, int64_t end
   }
 }
 
+// Add ``slope`` times the distance of each key of a block behind the key ``at`` (negative) to its score.
+void add_distances(float* scores, float slope, int64_t at) {
+  for (int64_t i = 0; i < BLOCK; i++) scores[i] += slope * static_cast<float>(i - at);
+}
+
 // From the scores of query m with the block whose first key is ``block`` to their exponentials.
 template <class T>
 void softmax_block(Workspace& workspace, int64_t m, int64_t block) {
@@ -155,6 +167,7 @@ void softmax_block(Workspace& workspace, int64_t m, int64_t block) {
     std::memset(workspace.probs[m], 0, BLOCK / DotFormat<T>::STEP * 4);
     return;
   }
+  if (query.slope != 0) add_distances(workspace.scores[m], query.slope, end - 1);
   f32x16 largest = broadcast(-std::numeric_limits<float>::infinity());
   for (int64_t i = 0; i < BLOCK; i += 16) {
     const mask16 mask = first_lanes(end - i) & ~first_lanes(begin - i);

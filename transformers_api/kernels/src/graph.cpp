@@ -93,6 +93,17 @@ void write_cache(const CacheWrite* call) {
   write_positions(*call, 0, call->rows, 0, call->queries);
 }
 
+void read_cache(const CacheWrite* call) {
+  std::lock_guard<std::mutex> lock(pool_mutex);
+  const int64_t parts = (call->size + CACHE_BLOCK_ELEMENTS - 1) / CACHE_BLOCK_ELEMENTS;
+  pool->run(call->rows * parts, [&](int64_t b, int64_t e) {
+    for (int64_t i = b; i < e; i++) {
+      const int64_t begin = i % parts * CACHE_BLOCK_ELEMENTS;
+      read_row(*call, i / parts, begin, std::min(begin + CACHE_BLOCK_ELEMENTS, call->size));
+    }
+  });
+}
+
 void run_steps(const Step* steps, int64_t count) {
   for (const Step* s = steps; s < steps + count; s += std::max<int64_t>(1, s->fused)) {
     const Operand& x = s->inputs[0];
@@ -112,6 +123,8 @@ void run_steps(const Step* steps, int64_t count) {
       attention(static_cast<const Attention*>(s->call));
     } else if (s->op == WRITE_CACHE) {
       write_cache(static_cast<const CacheWrite*>(s->call));
+    } else if (s->op == READ_CACHE) {
+      read_cache(static_cast<const CacheWrite*>(s->call));
     } else {
       kernel_of(s->op)(*s, 0, s->sizes[0]);
     }

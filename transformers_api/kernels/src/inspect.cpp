@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "abi.h"
+#include "attention_block.h"
 #include "simd.h"
 #include "thread_pool.h"
 #include "vector_math.h"
@@ -20,7 +21,7 @@ constexpr int64_t STATS_CHUNK = 64;  // tokens
 float attention_row(const Attention& a, int64_t row, int64_t head, int64_t query, int64_t keys,
                     float* probs) {
   const int64_t end = std::min(a.starts[row] + query + 1, keys);
-  const int64_t begin = a.window ? std::max<int64_t>(0, a.starts[row] + query + 1 - a.window) : 0;
+  const int64_t begin = window_begin(a, a.starts[row] + query + 1);
   const int64_t q = row * a.q_strides[0] + head * a.q_strides[1] + query * a.q_strides[2];
   const int64_t k = row * a.k_strides[0] + head / (a.heads / a.kv_heads) * a.k_strides[1];
   std::fill_n(probs, keys, 0.f);
@@ -33,10 +34,13 @@ float attention_row(const Attention& a, int64_t row, int64_t head, int64_t query
     }
     probs[j] = reduce_add(sum) * a.scale;
   }
+  const float slope = a.slopes ? a.slopes[head] : 0;
   float max_score = a.sinks ? a.sinks[head] : -INFINITY;
   for (int64_t j = begin; j < end; j += 16) {
     const mask16 mask = first_lanes(end - j);
     if (a.softcap) store(probs + j, mask, apply_softcap(load(probs + j, mask), a.softcap));
+    for (int64_t i = j; slope != 0 && i < std::min(j + 16, end); i++)
+      probs[i] += slope * static_cast<float>(i - a.starts[row] - query);
     max_score = std::max(max_score, reduce_max(mask, load(probs + j, mask)));
   }
   const float sink = a.sinks ? first_lane(exp(broadcast(a.sinks[head] - max_score))) : 0;

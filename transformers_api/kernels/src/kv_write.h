@@ -17,13 +17,23 @@ void write_positions(const CacheWrite& c, int64_t row, int64_t rows, int64_t que
         const int64_t from =
             row * c.source_strides[0] + head * c.source_strides[1] + t * c.source_strides[2];
         const int64_t to = cache_row * c.target_strides[0] + head * c.target_strides[1] +
-                           (c.starts[row] + t) * c.target_strides[2];
+                           ((c.starts ? c.starts[row] : 0) + t) * c.target_strides[2];
         for (int64_t j = 0; j < c.size; j += 16) {
           const mask16 mask = first_lanes(c.size - j);
           const f32x16 v = load(c.source, c.source_type, from + j, mask);
           store(c.target, c.target_type, to + j, mask, v);
         }
       }
+  }
+}
+
+// The elements begin..end of a row of the cache, which are one head and one position.
+void read_row(const CacheWrite& c, int64_t row, int64_t begin, int64_t end) {
+  const int64_t from = (c.cache_rows ? c.cache_rows[row] : row) * c.source_strides[0];
+  for (int64_t j = begin; j < end; j += 16) {
+    const mask16 mask = first_lanes(end - j);
+    const f32x16 v = load(c.source, c.source_type, from + j, mask);
+    store(c.target, c.target_type, row * c.target_strides[0] + j, mask, v);
   }
 }
 
