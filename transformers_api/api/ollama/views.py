@@ -70,9 +70,11 @@ def ollama_ps() -> Any:
     status = services().swapper.status()
     if status.model is None:
         return {"models": []}
-    spec = services().registry.resolve(status.model)
-    resident = _listed(spec, status.bytes) | {"size_vram": 0, "expires_at": None}
-    return {"models": [resident]}
+    sizes = {status.model: status.bytes} | {
+        each.name: each.bytes for each in status.engine.adapters
+    }
+    residents = [_listed(services().registry.resolve(n), size) for n, size in sizes.items()]
+    return {"models": [each | {"size_vram": 0, "expires_at": None} for each in residents]}
 
 
 @blueprint.at("/api/show", methods=["POST"])
@@ -87,7 +89,7 @@ def ollama_show(body: dict[str, Any]) -> Any:
         raise InvalidRequest("'model' is required", param="model")
     spec = services().registry.resolve(_named(name))
     status = services().swapper.status()
-    is_resident = status.model == spec.name
+    is_resident = status.holds(spec.name)
     length = {"general.context_length": status.max_model_len} if is_resident else {}
     return {
         "modelfile": "",
@@ -241,7 +243,7 @@ def _listed(spec: ModelSpec, size: int) -> Json:
 
 def _details(spec: ModelSpec) -> Json:
     return {
-        "parent_model": "",
+        "parent_model": "" if spec.base is None else spec.base.name,
         "format": "safetensors",
         "family": "transformers",
         "families": ["transformers"],
