@@ -14,6 +14,7 @@ from typing import Any
 
 from tests import tokenizers
 from tests.fake_inspection import FakeInspector, fake_step
+from transformers_api.engine.adapter_source import AdapterSource
 from transformers_api.engine.base import (
     NOTHING,
     ContextOverflow,
@@ -27,7 +28,7 @@ from transformers_api.engine.base import (
 )
 from transformers_api.errors import ApiError, ContextLengthExceeded, EngineDead
 from transformers_api.serving.models.spec import ModelFiles, ModelSpec, PathSource
-from transformers_api.serving.swap.loaded_model import LoadedModel
+from transformers_api.serving.swap.loaded_model import AdaptedModel, LoadedModel, PreparedAdapter
 from transformers_api.serving.text.model_text import ModelText, TokenizerOnly
 
 Reply = Callable[[Sequence[int], SamplingParams, int], Iterable[int]]
@@ -306,7 +307,8 @@ class FakeLoader:
         self.build = build or (lambda spec: fake_model(spec))
         self.fail: dict[str | tuple[str, str], Exception] = {}
         self.hold: dict[str | tuple[str, str], threading.Event] = {}
-        self.entered = {stage: threading.Semaphore(0) for stage in (*self.STAGES, "text")}
+        others = ("text", "prepare_adapter", "adapt")
+        self.entered = {stage: threading.Semaphore(0) for stage in (*self.STAGES, *others)}
         self.calls: list[tuple[str, str]] = []
         self.freed_bytes: list[int] = []  # what check_memory was told, in order
         self.fits_beside = False
@@ -327,6 +329,22 @@ class FakeLoader:
         self._stage("prepare", spec)
         progress(1.0, "ready")
         return ModelFiles(Path("nowhere"), 1000, 250, "float32", 1_700_000_000)
+
+    def prepare_adapter(
+        self, spec: ModelSpec, progress: Callable[[float, str], None]
+    ) -> PreparedAdapter:
+        self._stage("prepare_adapter", spec)
+        files = ModelFiles(Path("nowhere"), 1000, 250, "float32", 1_700_000_000)
+        return AdapterSource(spec.name, Path("nowhere"), (), 10), files
+
+    def find_adapter(self, spec: ModelSpec) -> PreparedAdapter | None:
+        return None
+
+    def adapt(
+        self, model: LoadedModel, spec: ModelSpec, source: AdapterSource, **_options: Any
+    ) -> LoadedModel:
+        self._stage("adapt", spec)
+        return AdaptedModel.of(model, spec, FakeEngine())
 
     def check_memory(self, spec: ModelSpec, files: ModelFiles, freed_bytes: int) -> bool:
         self.freed_bytes.append(freed_bytes)

@@ -54,7 +54,8 @@ LAYERS = {
     "families": layer("families", never=HTTP),
     "checkpoints.headers": layer("checkpoints.headers", "errors", never=HTTP | MODELS | {"torch"}),
     "checkpoints": layer("checkpoints", "families", "engine.platform", *LEAVES, never=HTTP),
-    "engine.base": layer("errors", never=HTTP | MODELS | {"torch"}),
+    "engine.base": layer("engine.adapter_source", "errors", never=HTTP | MODELS | {"torch"}),
+    "engine.adapter_source": layer(never=HTTP | MODELS | {"torch"}),
     "engine": layer(
         *("engine", "families", "checkpoints.headers", "errors", "logs", "heap", "memory"),
         never=HTTP,
@@ -65,6 +66,7 @@ LAYERS = {
     "serving": layer(
         "serving",
         "engine.base",
+        "engine.adapter_source",
         "inspection.base",
         "checkpoints.headers",
         *LEAVES,
@@ -88,6 +90,7 @@ WIRING = {
     "cli",
     "encoder_loader",
     "metrics",
+    "adapter_loader",
     "model_loader",
     "server",
     "sidecar_writer",

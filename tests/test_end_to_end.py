@@ -18,6 +18,8 @@ import pytest
 from tests.servers import ROOT, Server, started
 
 DEFAULT = "smollm2-135m-instruct"
+ADAPTER = "smollm2-adapted"
+WIDTHS = {"q_proj": 576, "v_proj": 192}  # outputs of the default model's layers
 PLAN = "Explain in a few sentences "
 TOPICS = ["rain", "bread", "the moon", "glass", "music", "snow", "bees", "tea"] * 2
 
@@ -47,11 +49,30 @@ def save_tiny(folder: Path, kind: str) -> Path:
     return folder
 
 
+def save_adapter(folder: Path) -> Path:
+    """A random adapter of the default model."""
+    import torch
+
+    from tests import lora
+
+    random = torch.Generator().manual_seed(0)
+    sizes = {f"model.layers.{i}.self_attn.{n}": o for i in range(30) for n, o in WIDTHS.items()}
+    parts = {
+        path: (
+            torch.randn(4, 576, generator=random) / 24,
+            torch.randn(width, 4, generator=random) / 4,
+        )
+        for path, width in sizes.items()
+    }
+    return lora.save(folder, parts)
+
+
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("models")
     names = ("tiny-llama", "tiny-gpt2")
     entries = [{"name": n, "path": str(save_tiny(folder / n, n.split("-")[1]))} for n in names]
+    entries.append({"name": ADAPTER, "adapter": str(save_adapter(folder / "a")), "base": DEFAULT})
     (folder / "models.json").write_text(json.dumps(entries))
     return {
         "PORT": "0",
@@ -128,6 +149,19 @@ def test_sixteen_streams_at_once_each_equal_their_solo_run(client):
     with ThreadPoolExecutor(16) as pool:
         together = list(pool.map(lambda topic: streamed(client, topic), TOPICS))
     assert together == [alone[topic] for topic in TOPICS]
+
+
+def test_an_adapter_and_its_base_stream_together_as_each_alone(client, url):
+    models = [DEFAULT, ADAPTER] * 3
+    alone = {name: ask(client, "rain", model=name).choices[0].message.content for name in models}
+    assert alone[ADAPTER] != alone[DEFAULT]
+    swaps = httpx.get(f"{url}/status").json()["swaps"]
+    with ThreadPoolExecutor(6) as pool:
+        together = list(pool.map(lambda name: streamed(client, "rain", model=name), models))
+    assert together == [alone[name] for name in models]
+    seen = httpx.get(f"{url}/status").json()
+    assert seen["swaps"] == swaps
+    assert [each["model"] for each in seen["resident"]["adapters"]] == [ADAPTER]
 
 
 def test_a_seed_gives_the_same_text_streamed_or_not_alone_or_not(client):

@@ -29,6 +29,7 @@ from transformers_api.serving.limits.admission import Admission
 from transformers_api.serving.models.registry import ModelRegistry
 from transformers_api.serving.models.store import ModelStore
 from transformers_api.serving.response_store import ResponseStore
+from transformers_api.serving.swap.adapters import AdapterSwapper
 from transformers_api.serving.swap.loaded_model import Loader
 from transformers_api.serving.swap.policy import SwapRules
 from transformers_api.serving.swap.residency import Listeners, SwapperListener
@@ -61,7 +62,7 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
     loads = [each.deadline for each in (loader, encoder_loader) if isinstance(each, ModelLoader)]
     readiness = Readiness(_preloaded(settings, registry), thread, settings.step_timeout_s, loads)
     admission = Admission(settings.max_inflight, settings.max_queue, settings.request_timeout_s)
-    swapper = Swapper(
+    swapper = AdapterSwapper(
         registry,
         loader,
         _swap_rules(settings, overlap=settings.swap_overlap),
@@ -69,7 +70,7 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
         auto_load=settings.auto_load,
         listener=_listeners(metrics, readiness),
     )
-    swappers = [swapper]
+    swappers: list[Swapper] = [swapper]
     if settings.enable_embeddings_backend and encoder_loader is not None:
         encoders = _encoders(settings, registry, encoder_loader, _listeners(metrics))
         embeddings = EmbeddingModels(registry, swapper, encoders, max(settings.max_queue, 1))

@@ -29,6 +29,7 @@ NEEDED_VERSIONS = {"torch": (2, 13), "transformers": (5, 23)}
 NEEDED_PYTHON = (3, 11)
 LOW_MEMORY_BYTES = 1 << 30
 LOW_DISK_BYTES = 2 << 30
+PREVENTED = "mend that, or set DEFAULT_MODEL or PRELOAD_MODEL=false"
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,14 +148,18 @@ def _model(settings: Settings) -> Finding:
         mend = "set DEFAULT_MODEL to an id that the models command lists, or PRELOAD_MODEL=false"
         return Finding(subject, str(error), mend, prevents=settings.preload_model)
     if folder := store.locate(spec):
+        if spec.adapter is not None:
+            try:
+                store.prepare_adapter(spec, lambda _share, _what: None)
+            except ApiError as error:
+                return Finding(subject, str(error), PREVENTED, prevents=settings.preload_model)
         abilities = _abilities(settings, store, spec)
         weights = _weights(settings, spec, folder)
         return Finding(subject, f"ready in {folder}, for {abilities}{weights}")
     try:
         store.check_source(spec)
     except ApiError as error:
-        mend = "mend that, or set DEFAULT_MODEL or PRELOAD_MODEL=false"
-        return Finding(subject, str(error), mend, prevents=settings.preload_model)
+        return Finding(subject, str(error), PREVENTED, prevents=settings.preload_model)
     what = "be downloaded" if isinstance(spec.source, HubSource) else "be converted"
     return Finding(subject, f"will {what} when it is first loaded")
 

@@ -147,7 +147,9 @@ def _models(options: argparse.Namespace) -> int:
             (
                 spec.name,
                 _source_text(spec),
-                _cached_text(store.locate(spec)),
+                _cached_text(
+                    store.locate(spec) and (store.adapters.locate(spec) or store.locate(spec))
+                ),
                 "-" if resident is None else "yes" if spec.name in resident else "no",
                 spec.chat or "auto",
             )
@@ -170,6 +172,9 @@ def resident_models(host: str, port: int, timeout_s: float = 0.5) -> frozenset[s
 def _source_text(spec: ModelSpec) -> str:
     from transformers_api.serving.models.spec import HubSource, PackageSource
 
+    if spec.adapter is not None:
+        base = spec.resident.name
+        return f"{_source_text(replace(spec, source=spec.adapter, adapter=None))} on {base}"
     match spec.source:
         case HubSource(repo, revision, file):
             at = f"@{revision}" if revision else ""
@@ -208,9 +213,17 @@ def _pull(options: argparse.Namespace) -> int:
     )
     spec = registry.resolve(options.id)
     with _progress_bar() as progress:
-        files = store.prepare(spec, progress)
+        if spec.adapter is not None:
+            adapter, files = store.prepare_adapter(spec, progress)
+        else:
+            adapter, files = None, store.prepare(spec, progress)
+    if adapter is not None:
+        size, layers = _size(adapter.weights.stat().st_size), len(adapter.layers)
+        sys.stdout.write(
+            f"{spec.name} is ready in {adapter.weights.parent} ({size}, {layers} layers), for\n"
+        )
     sys.stdout.write(
-        f"{spec.name} is ready in {files.folder} ({_size(files.weight_bytes)}, "
+        f"{spec.resident.name} is ready in {files.folder} ({_size(files.weight_bytes)}, "
         f"{files.parameters} parameters, {files.stored_dtype})\n"
     )
     return 0

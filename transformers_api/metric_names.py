@@ -120,6 +120,7 @@ COMPILED = _counter(
     f"{_OURS}kernel_compilations", "Runs of the compiler for native kernels, by result.", "result"
 )
 WEIGHTS = _gauge(f"{_OURS}model_bytes", "Bytes of its weights.", *_MODEL)
+ADAPTERS = _gauge(f"{_OURS}adapter_bytes", "Bytes of an adapter in memory.", *_MODEL)
 KV_BYTES = _gauge(
     f"{_OURS}kv_cache_bytes", "Bytes of its KV cache's rows, whether written or not.", *_MODEL
 )

@@ -282,6 +282,8 @@ class _Residents(Collector):
         models = [] if status.model is None else [self._label(status.model)]
         for named, value in values.items():
             yield _gauge(named, [((model,), value) for model in models])
+        adapters = [((self._label(each.name),), each.bytes) for each in engine.adapters]
+        yield _gauge(names.ADAPTERS, adapters)
         kind = (
             *(str(status.device), str(status.dtype), status.quantization, str(status.kernels)),
             status.isa,

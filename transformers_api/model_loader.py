@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from transformers_api import __version__
+from transformers_api.adapter_loader import AdapterLoader
 from transformers_api.config.environment import load_in_one_thread
 from transformers_api.config.settings import GIB, Settings
 from transformers_api.engine.load_deadline import LoadDeadline
@@ -54,7 +55,7 @@ def _unheard(_share: float, _text: str) -> None:
     """Nobody asks how far it is."""
 
 
-class ModelLoader:
+class ModelLoader(AdapterLoader):
     """Prepares in the caller's thread, loads on the engine's.
 
     ``make_room`` is asked for bytes that lack for a model, and returns True if it freed them.
@@ -75,9 +76,9 @@ class ModelLoader:
         constraint_listener: ConstraintListener | None = None,
     ) -> None:
         self.settings = settings
-        self.store = store
+        super().__init__(store, listen)
         self.thread = thread
-        self._make_room, self._listen, self._wake = make_room, listen, wake
+        self._make_room, self._wake = make_room, wake
         self._constraint_listener = constraint_listener
         self.deadline = LoadDeadline(settings.model_wait_s)
         self._standby = StandbyModels(settings.sleeping_models)
@@ -269,6 +270,7 @@ class ModelLoader:
             max_waiting=settings.max_queue,
             prefill_chunk=settings.prefill_chunk,
             prompt_lookup_tokens=settings.prompt_lookup_tokens,
+            adapter_bytes=settings.max_adapters_mb << 20,
             kv_cache_bytes=int(settings.kv_cache_gib * GIB) if settings.kv_cache_gib else None,
             listener=self._listen(spec.name),
             plans=settings.model_store.absolute() / "plans",

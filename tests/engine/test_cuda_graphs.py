@@ -11,8 +11,9 @@ import copy
 import pytest
 import torch
 
+from tests import lora
 from tests.engine.models import BATCHED, generate, prompts_of, tiny_model
-from tests.engine.reading import GREEDY, ask, complete, read
+from tests.engine.reading import GREEDY, ask, complete, read, tokens
 from tests.repeats import slow
 from transformers_api.engine.base import TokenStream
 from transformers_api.engine.batch import Batch
@@ -104,11 +105,11 @@ def test_a_size_is_captured_once_and_again_only_when_the_cache_has_moved(graph_e
     for _ in range(3):
         complete(engine, ask(short, max_tokens=20, **GREEDY))
     assert graphs.captured == 1
-    tokens = complete(engine, ask(long[:300], max_tokens=5, **GREEDY))  # longer rows are needed
+    answers = complete(engine, ask(long[:300], max_tokens=5, **GREEDY))  # longer rows are needed
     assert graphs.captured == 2
     complete(engine, ask(short, max_tokens=20, **GREEDY))
     assert graphs.captured == 3  # the same size, at another place
-    assert tokens == [generate(tiny_model("llama"), long[:300], 5)]
+    assert answers == [generate(tiny_model("llama"), long[:300], 5)]
 
 
 @torch.inference_mode()
@@ -153,6 +154,21 @@ def test_a_watched_stream_has_the_tokens_of_one_that_is_not_and_its_scores(graph
     assert [o.token_id for o in watched] == [o.token_id for o in plain]
     for a, b in zip(watched, plain, strict=True):
         assert a.score.logprob == pytest.approx(b.score.logprob, abs=1e-4)
+
+
+def test_steps_with_an_adapter_are_not_captured_and_change_no_neighbour(graph_engine, tmp_path):
+    engine, graphs = graph_engine()
+    prompts = prompts_of(3)
+    requests = [ask(p, max_tokens=12, **GREEDY) for p in prompts]
+    expected = [generate(tiny_model("llama"), p, 12) for p in prompts]
+    adapted = engine.adapted(lora.source(lora.adapter(tmp_path, tiny_model("llama"))))
+    alone = complete(adapted, requests[0])
+    assert graphs.captured == 0
+    streams = [adapted.submit(requests[:1]), engine.submit(requests)]
+    assert [tokens(stream) for stream in streams] == [alone, expected]
+    assert alone != expected[:1]
+    assert complete(engine, *requests) == expected
+    assert graphs.repeated > 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

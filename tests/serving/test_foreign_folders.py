@@ -89,7 +89,7 @@ def test_index_without_metadata_is_refused_by_name(tmp_path: Path, metadata: Any
     [
         pytest.param(
             {"adapter_config.json": b'{"base_model_name_or_path": "meta/base"}'},
-            "is an adapter for meta/base, no model: merge it",
+            "is an adapter for meta/base, no model: give it a registry entry",
             id="adapter",
         ),
         pytest.param({"adapter_config.json": b"{"}, "is an adapter, no model", id="adapter-broken"),

@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import numpy
 import numpy.typing as npt
 
+from transformers_api.engine.adapter_source import AdapterSource, AdapterStats
 from transformers_api.errors import ApiError
 
 T = TypeVar("T")
@@ -113,6 +114,8 @@ class SequenceRequest:
     params: SamplingParams
     constraint: TokenConstraint | None = None  # of this sequence alone
     client: str = ""  # whoever asks: prompts of all clients are read by turns
+    adapter: Any = None  # of the engine's own making: see ``Engine.adapted``
+    listener: EngineListener | None = None  # None: the engine's
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +235,7 @@ class EngineStats:
     kv_used_bytes: int = 0  # of the budget, reserved for the sequences that run
     kv_budget_bytes: int = 0
     mode: str = "batching"  # or "sequential": one at a time, for models that cannot share a batch
+    adapters: tuple[AdapterStats, ...] = ()  # in memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -334,6 +338,25 @@ class Engine(Protocol):
 
     def call(self, visit: Callable[[Any], T]) -> Future[T]:
         """Run ``visit(model)`` on the engine thread between two steps."""
+        ...
+
+    def adapted(
+        self,
+        source: AdapterSource,
+        *,
+        listener: EngineListener | None = None,
+        timeout: float | None = None,
+        is_cancelled: Callable[[], bool] = bool,
+    ) -> Engine:
+        """The same model with an adapter, which that engine's ``close`` gives back, and no more.
+
+        ``listener`` hears of its sequences. Where memory for adapters is full, others are waited
+        for up to ``timeout`` seconds. Raises ModelLoadFailed, InsufficientMemory, Unavailable.
+        """
+        ...
+
+    def evict_adapter(self, name: str) -> bool:
+        """Take an adapter that nobody uses out of memory; False where there is none such."""
         ...
 
     def describe(self) -> EngineFacts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import Any
 
 from transformers_api.engine.sequence import Sequence
 
@@ -60,6 +61,16 @@ class Batch:
     def is_observed(self) -> bool:
         """True where somebody observes the step of a sequence that a token is sampled for."""
         return any(seq.observe for seq in self.ending)
+
+    @property
+    def adapters(self) -> list[Any]:
+        """The adapter of each sequence; None: it has none."""
+        return [seq.adapter for seq in self.sequences]
+
+    @property
+    def is_adapted(self) -> bool:
+        """True where a sequence has an adapter."""
+        return any(seq.adapter is not None for seq in self.sequences)
 
     @property
     def keep(self) -> int:

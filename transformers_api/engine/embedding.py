@@ -6,6 +6,7 @@ answered, and reads at most ``slice_tokens`` tokens where the model allows it.
 
 from __future__ import annotations
 
+import copy
 import logging
 import sys
 import threading
@@ -20,11 +21,13 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from transformers_api.engine.adapter_source import AdapterSource
 from transformers_api.engine.base import (
     NOTHING,
     ContextOverflow,
     Engine,
     EngineFacts,
+    EngineListener,
     EngineStats,
     SequenceRequest,
     TokenStream,
@@ -70,6 +73,21 @@ class EncoderEngine:
     ) -> TokenStream:
         """Raises ModelNotCapable."""
         raise ModelNotCapable("This model makes embeddings, it does not generate text")
+
+    def adapted(
+        self,
+        source: AdapterSource,
+        *,
+        listener: EngineListener | None = None,
+        timeout: float | None = None,
+        is_cancelled: Callable[[], bool] = bool,
+    ) -> Engine:
+        """Raises ModelNotCapable."""
+        raise ModelNotCapable("A model that makes embeddings takes no adapters")
+
+    def evict_adapter(self, name: str) -> bool:
+        """See base.Engine."""
+        return False
 
     def call(self, visit: Callable[[Any], T]) -> Future[T]:
         """See base.Engine."""
@@ -149,6 +167,12 @@ class PooledEmbedder(Visitor):
         self._reduction = reduction
         self._reads_in_chunks = reads_in_chunks
         self.dimensions = len(self.embed([[0]])[0]) // 4
+
+    def on(self, engine: Engine) -> PooledEmbedder:
+        """See serving.swap.Embedder."""
+        other = copy.copy(self)
+        other._engine = engine
+        return other
 
     def embed(
         self,

@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 import torch
 
 from transformers_api import logs
+from transformers_api.engine.adapter_source import AdapterSource
+from transformers_api.engine.adapters import AdaptedEngine, Adapters
 from transformers_api.engine.base import (
     BACKLOG,
     NOTHING,
@@ -30,7 +32,7 @@ from transformers_api.engine.base import (
 from transformers_api.engine.batch import Batch
 from transformers_api.engine.platform.memory import release_memory
 from transformers_api.engine.prompt_lookup import PromptLookup
-from transformers_api.engine.runners.model_runner import OneRow, Runner
+from transformers_api.engine.runners.model_runner import OneRow, Runner, innermost
 from transformers_api.engine.sampling.logits_processors import processors_for
 from transformers_api.engine.sampling.sampler import Sampler, TokenSampler
 from transformers_api.engine.scheduler import Scheduler
@@ -67,6 +69,7 @@ class EngineLimits:
     prompt_lookup_tokens: int = 0  # read ahead in a lone sequence that repeats itself
     forced_tokens: int = 0  # read ahead in a lone sequence where its constraint allows no others
     original_window: int | None = None  # tokens beyond which a sequence takes other rope factors
+    adapter_bytes: int = 1 << 29  # of adapters in memory
 
 
 class BatchingEngine:
@@ -99,6 +102,7 @@ class BatchingEngine:
             costly_context=limits.costly_context,
         )
         self.lookup = PromptLookup(limits.prompt_lookup_tokens, limits.forced_tokens)
+        self.adapters = Adapters(self, lambda: innermost(self.runner), limits.adapter_bytes)
         self.thread = thread
         self._places = threading.Semaphore(limits.num_slots + limits.max_waiting)
         self.on_closed: Callable[[], None] | None = None  # when nothing runs any more
@@ -156,22 +160,26 @@ class BatchingEngine:
 
     def _tell(self, batch: Batch, ending: list[Sequence], place: int, confirmed: bool) -> None:
         """Note the times of a step and tell them; before a sequence can end with it."""
-        now, gaps = time.monotonic(), []
+        now, gaps = time.monotonic(), dict[EngineListener, list[float]]()
         for seq in ending:
+            listener = seq.listener or self.listener
             if seq.first_token_at is None:
                 seq.first_token_at = now
                 spent_s = now - seq.submitted_at if seq.params.max_tokens else None
-                self.listener.on_prompt(seq.prompt_len, seq.cached_tokens, spent_s)
+                listener.on_prompt(seq.prompt_len, seq.cached_tokens, spent_s)
             else:
-                gaps.append(now - seq.token_at)
+                gaps.setdefault(listener, []).append(now - seq.token_at)
             seq.token_at = now
-        self.listener.on_step(0 if place else batch.tokens, gaps)
+        self.listener.on_step(0 if place else batch.tokens, gaps.pop(self.listener, []))
+        for listener, own in gaps.items():
+            listener.on_step(0, own)
         if batch.draft:
-            self.listener.on_draft(0 if place else len(batch.draft), int(confirmed))
+            listener = batch.sequences[0].listener or self.listener
+            listener.on_draft(0 if place else len(batch.draft), int(confirmed))
 
     def _ended(self, seq: Sequence, reason: FinishReason) -> None:
         self._places.release()
-        self.listener.on_finish(seq.stats(reason))
+        (seq.listener or self.listener).on_finish(seq.stats(reason))
 
     @property
     def has_work(self) -> bool:
@@ -246,6 +254,22 @@ class BatchingEngine:
 
         return self.thread.call(run)
 
+    def adapted(
+        self,
+        source: AdapterSource,
+        *,
+        listener: EngineListener | None = None,
+        timeout: float | None = None,
+        is_cancelled: Callable[[], bool] = bool,
+    ) -> AdaptedEngine:
+        """See base.Engine."""
+        adapter = self.adapters.acquire(source, timeout, is_cancelled)
+        return AdaptedEngine(self, adapter, self.adapters.release, listener)
+
+    def evict_adapter(self, name: str) -> bool:
+        """See base.Engine."""
+        return self.adapters.evict(name)
+
     def describe(self) -> EngineFacts:
         """See base.Engine."""
         return self.facts
@@ -264,6 +288,7 @@ class BatchingEngine:
             kv_used_bytes=scheduler.reserved_bytes,
             kv_budget_bytes=scheduler.cache.budget_bytes,
             mode=self.facts.mode,
+            adapters=self.adapters.stats(),
         )
 
     def close(self, error: ApiError | None = None) -> None:
@@ -280,6 +305,7 @@ class BatchingEngine:
         self.fail(error)
         if self in self.thread.engines:
             self.thread.engines.remove(self)
+        self.adapters.clear()
         del self.model, self.runner, self.sampler
         self.scheduler.cache = OneRow()
         if self.on_closed is not None:

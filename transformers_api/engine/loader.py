@@ -239,6 +239,7 @@ def _limits(
         costly_context=(COSTLY_CONTEXT * width or None) if on_cpu and batches else None,
         prompt_lookup_tokens=options.prompt_lookup_tokens if backend.is_batch_invariant else 0,
         forced_tokens=FORCED_TOKENS if backend.is_batch_invariant else 0,
+        adapter_bytes=options.adapter_bytes,
     )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -75,7 +75,7 @@ class _FinishedRow:
 
     tokens: list[int]
     used: int = 0  # when, in admissions
-    is_long: bool = False  # see Sequence
+    kind: tuple[bool, Hashable] = (False, None)  # see Sequence.cache_kind
 
 
 class Scheduler:
@@ -223,9 +223,9 @@ class Scheduler:
         """One that is reading what ``seq`` begins with, and will leave more of it to be copied."""
         if not self.cache.reuses_prefixes or seq.params.prompt_logprobs is not None:
             return None
-        prompt, cached = shareable(seq), None
+        prompt, cached, kind = shareable(seq), None, seq.cache_kind
         for other in reading:
-            if other.is_long != seq.is_long:
+            if other.cache_kind != kind:
                 continue
             shared = common_prefix(other.tokens[other.start :], prompt)
             if shared >= other.num_cached + WORTH_READING:
@@ -257,7 +257,7 @@ class Scheduler:
         if seq.has_failed:
             self.cache.wipe(last)  # it may hold a NaN, which gets through masks
         elif self.cache.reuses_prefixes and seq.num_cached:
-            self._finished[last] = _FinishedRow(seq.cached, self._admissions, seq.is_long)
+            self._finished[last] = _FinishedRow(seq.cached, self._admissions, seq.cache_kind)
         seq.slot = -1
 
     def clear(self) -> None:
@@ -331,13 +331,13 @@ class Scheduler:
     def _longest_prefix(self, seq: Sequence) -> tuple[int, int]:
         """(slot, tokens) of the row that shares most with the prompt, but for its last token.
 
-        Rows that were read with other rope factors share nothing.
+        Rows that were read with other rope factors, or by another adapter, share nothing.
         """
         if not self.cache.reuses_prefixes or seq.params.prompt_logprobs is not None:
             return -1, 0
-        prompt = shareable(seq)
-        others = {slot for slot, row in self._finished.items() if row.is_long != seq.is_long}
-        others |= {other.slot for other in self.running if other.is_long != seq.is_long}
+        prompt, kind = shareable(seq), seq.cache_kind
+        others = {slot for slot, row in self._finished.items() if row.kind != kind}
+        others |= {other.slot for other in self.running if other.cache_kind != kind}
         rows = {s: tokens for s, tokens in self._cached_rows().items() if s not in others}
         best = max(rows, key=lambda slot: common_prefix(rows[slot], prompt), default=-1)
         return best, common_prefix(rows[best], prompt) if rows else 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from collections.abc import Sequence as SequenceOf
 from typing import Any, Protocol
 
@@ -103,6 +103,8 @@ class Sequence:
         self.processors = processors
         self.slot = -1
         self.client = request.client
+        self.adapter = request.adapter
+        self.listener = request.listener
         self.arrival = 0  # its place among the prompts that are to be read, by when it came
         self.num_cached = 0
         self.num_shared = 0  # while it waits: tokens that it can probably copy when it is read
@@ -147,6 +149,11 @@ class Sequence:
     def is_long(self) -> bool:
         """True beyond the original window: all of it is read with the long factors."""
         return self.original_window is not None and self._length > self.original_window
+
+    @property
+    def cache_kind(self) -> tuple[bool, Hashable]:
+        """Rows that were read by another rope or adapter have other keys and values."""
+        return self.is_long, None if self.adapter is None else self.adapter.key
 
     @property
     def _length(self) -> int:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from transformers_api.engine.backend import Backend, TokenStats
 from transformers_api.engine.batch import Batch
+from transformers_api.engine.runners.adapted_modules import adapted
 from transformers_api.engine.runners.model_runner import Runner
 from transformers_api.engine.sampling.fast_sampler import largest
 from transformers_api.engine.sampling.sampler import TokenSampler, distribution
@@ -214,7 +215,8 @@ class TracingSampler:
         if not layers:
             return ()
         residuals = torch.stack([notes.residuals[layer] for layer in layers])
-        logits = lens_logits(self.model, self.examined.parts, residuals)  # (N, V)
+        with adapted(self.model, [notes.seq.adapter]):
+            logits = lens_logits(self.model, self.examined.parts, residuals)  # (N, V)
         logits = logits[:, : self.examined.anatomy.vocab_size]
         return tuple(
             LensReading(

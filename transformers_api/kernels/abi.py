@@ -40,7 +40,7 @@ OPS = (
     ),
     *("maximum", "minimum", "equal", "not_equal", "less", "less_equal", "where", "mean", "sum"),
     *("largest", "softmax", "layer_norm", "gather", "matmul", "top_k", "take", "put", "linear"),
-    *("experts", "attention", "write_cache", "read_cache", "unpack_rows"),
+    *("experts", "low_rank", "attention", "write_cache", "read_cache", "unpack_rows"),
 )
 TYPE_NUMBERS = {"F32": 0, "BF16": 1, "I8": 2, "I64": 3, "I4": 4, "BOOL": 5}
 # Of activations and the KV cache, of packed weights, of operands.
@@ -75,6 +75,18 @@ class Experts(ctypes.Structure):
     """The matrices of a layer's experts."""
 
     _fields_ = (("count", c_int64), ("weights", c_void_p))
+
+
+class LowRankPart(ctypes.Structure):
+    """The addition of an adapter to some outputs of a layer."""
+
+    _fields_ = (("down", c_void_p), ("up", c_void_p), ("adapter", c_int64), ("column", c_int64))
+
+
+class LowRank(ctypes.Structure):
+    """All that adapters add to the results of one layer."""
+
+    _fields_ = (("count", c_int64), ("parts", c_void_p), ("n", c_int64), ("adapters", c_int64))
 
 
 class Attention(ctypes.Structure):
@@ -179,7 +191,10 @@ class TokenStats(ctypes.Structure):
     )
 
 
-STRUCTURES = (Weight, Experts, Attention, CacheWrite, Operand, Step, SampleRow, TokenStats)
+STRUCTURES = (
+    *(Weight, Experts, LowRankPart, LowRank, Attention, CacheWrite),
+    *(Operand, Step, SampleRow, TokenStats),
+)
 SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "set_threads": (None, [c_int32]),
     "packed_bytes": (c_int64, [POINTER(Weight)]),
@@ -197,6 +212,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         None,
         [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int32],
     ),
+    "low_rank": (None, [c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int32]),
     "attention": (None, [POINTER(Attention)]),
     "write_cache": (None, [POINTER(CacheWrite)]),
     "read_cache": (None, [POINTER(CacheWrite)]),

@@ -6,6 +6,8 @@ import random
 
 import pytest
 
+from tests import lora
+from tests.engine.models import tiny_model
 from tests.engine.reading import ask, read
 from tests.engine.test_listener import shown
 from tests.repeats import slow
@@ -89,6 +91,50 @@ def test_every_bit_is_that_of_a_sequence_alone(make_engine, native_cache, isas, 
             assert bits(read(stream)[0]) == wanted[requests.index(earlier)]
     for request, stream in running:
         assert bits(read(stream)[0]) == wanted[requests.index(request)]
+
+
+@pytest.mark.parametrize("seed", [0, *slow(1, 2)])
+@pytest.mark.parametrize(
+    ("name", "layers"), [("llama", ["q_proj", "down_proj"]), ("gpt2", ["c_attn"])]
+)
+def test_every_bit_is_that_of_a_sequence_alone_whatever_adapters_others_have(
+    make_engine, native_cache, isas, tmp_path, name, layers, seed
+):
+    rng = random.Random(seed)
+    model = tiny_model(name)
+    sources = [
+        lora.source(lora.adapter(tmp_path / str(i), model, layers, seed=i, rank=rng.randint(1, 40)))
+        for i in range(3)
+    ]
+    requests = [(rng.randrange(4), request) for request in requests_of(rng)]
+    options = {
+        "native": native_cache,
+        "native_isa": rng.choice(isas),
+        "dtype": rng.choice(["float32", "bfloat16"]),
+    }
+
+    def engines(**more):
+        engine = make_engine(name, **options, **more)
+        return [engine, *(engine.adapted(source) for source in sources)]
+
+    single = engines(num_slots=1, prefill_chunk=1000)
+    expected = [alone(single[which], [request])[0] for which, request in requests]
+    several = engines(
+        num_slots=rng.randint(2, 6),
+        prefill_chunk=rng.choice([1, 3, 16, 64]),
+        kv_cache_bytes=rng.choice([None, 1 << 18]),
+        prompt_lookup_tokens=rng.choice([0, 4]),
+    )
+    running = []
+    for place in rng.sample(range(len(requests)), len(requests)):
+        which, request = requests[place]
+        running.append((place, several[which].submit([request])))
+        if rng.random() < 0.3:
+            left = several[rng.randrange(4)].submit([request])
+            next(left.read(quiet_s=30))
+            left.abort()
+    for place, stream in running:
+        assert bits(read(stream)[0]) == expected[place]
 
 
 @pytest.mark.parametrize("quantization", ["none", *slow("int8")])

@@ -28,7 +28,12 @@ class PrivatePaths:
         folders = [
             *(settings.model_store, settings.hf_home, settings.hub_cache, settings.native_cache),
             *([registry.parent] if registry else []),
-            *(_folder(spec.source.path) for spec in specs if isinstance(spec.source, PathSource)),
+            *(
+                _folder(source.path)
+                for spec in specs
+                for source in (spec.source, spec.adapter)
+                if isinstance(source, PathSource)
+            ),
             *(PACKAGE, Path(sys.prefix), Path.cwd(), Path.home(), Path(tempfile.gettempdir())),
         ]
         names = {str(form) for path in folders for form in (path.absolute(), path.resolve())}

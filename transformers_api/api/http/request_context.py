@@ -32,7 +32,7 @@ from transformers_api.serving import generation as serving_generation
 from transformers_api.serving.generation import Generation, GenerationRequest
 from transformers_api.serving.limits.cancellation import Cancellation
 from transformers_api.serving.models.spec import ModelSpec
-from transformers_api.serving.swap.loaded_model import LoadedModel
+from transformers_api.serving.swap.loaded_model import LoadedModel, under_entry
 from transformers_api.serving.text import chat_template
 from transformers_api.serving.text.choice_text import TextDelta
 from transformers_api.serving.text.model_text import ModelText
@@ -189,10 +189,8 @@ class RequestContext:
         """
         services = self.services
         _, spec = self._admitted(model_id, is_chat)
-        resident = services.swapper.resident()
-        if resident is not None and resident.spec.name == spec.name:
-            return resident
-        return services.text_of(spec)
+        resident = under_entry(services.swapper.resident(), spec)
+        return services.text_of(spec) if resident is None else resident
 
     def _admitted(self, model_id: str | None, is_chat: bool) -> tuple[str, ModelSpec]:
         """(the id, its entry) of a model that may be asked so, with a place for this request."""

@@ -93,8 +93,7 @@ def inspect_model() -> Any:
     model_id = request.args.get("model") or swapper.status().model
     if not _may_load():
         name = services().registry.resolve(model_id or settings.default_model).name
-        resident = swapper.resident()
-        if resident is None or resident.spec.name != name:
+        if not swapper.status().holds(name):
             return inspect_format.not_loaded(name, limits)
     inspect_auth.check_started()
     with RequestContext(services()) as context:

@@ -72,9 +72,11 @@ def ollama_ps() -> Any:
     status = services().swapper.status()
     if status.model is None:
         return {"models": []}
-    spec = services().registry.resolve(status.model)
-    resident = _listed(spec, status.bytes) | {"size_vram": 0, "expires_at": None}
-    return {"models": [resident]}
+    sizes = {status.model: status.bytes} | {
+        each.name: each.bytes for each in status.engine.adapters
+    }
+    residents = [_listed(services().registry.resolve(n), size) for n, size in sizes.items()]
+    return {"models": [each | {"size_vram": 0, "expires_at": None} for each in residents]}
 
 
 @blueprint.at("/api/show", methods=["POST"])
@@ -89,7 +91,7 @@ def ollama_show(body: dict[str, Any]) -> Any:
         raise InvalidRequest("'model' is required", param="model")
     spec = services().registry.resolve(_named(name))
     status = services().swapper.status()
-    is_resident = status.model == spec.name
+    is_resident = status.holds(spec.name)
     facts: Json = {}
     if is_resident:
         weights = {"transformers_api.weights": dict(status.weights)} if status.weights else {}
@@ -252,7 +254,7 @@ def _details(spec: ModelSpec) -> Json:
     path = services().store.path(spec)
     file_type = read_facts(path).file_type if path else ""
     return {
-        "parent_model": "",
+        "parent_model": "" if spec.base is None else spec.base.name,
         "format": "gguf" if file_type else "safetensors",
         "family": "transformers",
         "families": ["transformers"],

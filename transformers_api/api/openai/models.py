@@ -28,6 +28,7 @@ from transformers_api.serving.models.capabilities import (
     read_facts,
 )
 from transformers_api.serving.models.spec import HubSource, ModelSpec
+from transformers_api.serving.swap.loaded_model import under_entry
 from transformers_api.serving.swap.residency import SwapperStatus
 from transformers_api.serving.text.answer_facts import answer_facts, style_fields
 from transformers_api.serving.text.model_text import ModelText
@@ -99,7 +100,7 @@ def load_model(body: dict[str, Any]) -> Any:
         "created": _created(spec),
         "owned_by": _owner(spec),
         "status": "loaded" if loaded else "already_loaded",
-        "device": (status.device if status.model == spec.name else None) or device,
+        "device": (status.device if status.model == spec.resident.name else None) or device,
     }
 
 
@@ -141,13 +142,13 @@ def _described(spec: ModelSpec, status: SwapperStatus) -> dict[str, Any]:
         "created": created,
         "created_at": datetime.fromtimestamp(created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "owned_by": _owner(spec),
-        "loaded": status.model == spec.name or _encoder() == spec.name,
+        "loaded": status.holds(spec.name) or _encoder() == spec.name,
         "permission": [],
-        "root": spec.name,
-        "parent": None,
+        "root": spec.resident.name,
+        "parent": None if spec.base is None else spec.base.name,
     }
     described |= _abilities(spec)
-    if status.model == spec.name and status.max_model_len is not None:
+    if status.holds(spec.name) and status.max_model_len is not None:
         described["max_model_len"] = status.max_model_len
         described["quantization"] = status.quantization
     if (reason := services().store.refusal(spec)) is not None:
@@ -169,7 +170,7 @@ def _abilities(spec: ModelSpec) -> dict[str, Any]:
             inspects=settings.inspect_enabled,
         ),
         "local": path is not None,
-        "size_bytes": facts.size_bytes,
+        "size_bytes": facts.size_bytes if spec.adapter is None else store.adapters.size(spec),
         "context_length": context_length(spec, store.describe(spec).config),
     }
 
@@ -194,8 +195,8 @@ def _answers(spec: ModelSpec) -> dict[str, Any]:
 
 def _text(spec: ModelSpec) -> ModelText | None:
     """The tokenizer, with the resident model or from files that are here; None: there is none."""
-    resident = services().swapper.resident()
-    if resident is not None and resident.spec.name == spec.name:
+    resident = under_entry(services().swapper.resident(), spec)
+    if resident is not None:
         return resident
     store = services().store
     if spec.encoder or store.locate(spec) is None or store.refusal(spec) is not None:
@@ -221,16 +222,17 @@ def _unload_encoder(model_id: str) -> bool:
 
 def _created(spec: ModelSpec) -> int:
     """The time its files came to this machine; of what is not here, the server's start."""
-    folder = services().store.locate(spec)
+    store = services().store
+    folder = store.adapters.locate(spec) or store.locate(spec)
     return services().created if folder is None else int(folder.stat().st_mtime)
 
 
 def _owner(spec: ModelSpec) -> str:
-    return "huggingface" if isinstance(spec.source, HubSource) else "local"
+    return "huggingface" if isinstance(spec.adapter or spec.source, HubSource) else "local"
 
 
 def _metadata(spec: ModelSpec) -> dict[str, Any]:
-    source = spec.source
+    source = spec.adapter or spec.source
     facts = {
         "huggingface_repo": source.repo if isinstance(source, HubSource) else None,
         "dtype": spec.dtype,

@@ -32,7 +32,8 @@ def health() -> Any:
     `status` is `degraded` while no model is in memory. Never waits for a model.
     """
     status = services().swapper.status()
-    loaded = [] if status.model is None else [status.model]
+    adapters = [adapter.name for adapter in status.engine.adapters]
+    loaded = [] if status.model is None else [status.model, *adapters]
     return {
         "status": "healthy" if loaded else "degraded",
         "ok": True,

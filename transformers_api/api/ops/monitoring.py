@@ -86,6 +86,10 @@ def _resident(swapper: SwapperStatus) -> dict[str, Any]:
         "device": swapper.device,
         "max_model_len": swapper.max_model_len,
         "mode": engine.mode,
+        "adapters": [
+            {"model": each.name, "bytes": each.bytes, "leases": each.users}
+            for each in engine.adapters
+        ],
         "leases": swapper.leases,
         "running": engine.running,
         "waiting": engine.waiting,

@@ -105,7 +105,7 @@ def retrieve_model(model_name: str) -> Any:
     services().store.check_exists(spec)
     status = services().swapper.status()
     error = services().private_paths.hide(status.last_errors.get(spec.name, ""))
-    state = generate_format.model_state(spec.name, status, error or None)
+    state = generate_format.model_state(spec, status, error or None)
     return {**_described(spec, status), **state}
 
 

@@ -138,7 +138,7 @@ def model(spec: ModelSpec, files: Description, refusal: str | None, status: Swap
         "name": spec.name,
         "description": spec.metadata.get("description", ""),
         "parameters": spec.metadata.get("parameter_count") or _rounded(files.parameters),
-        "loaded": status.model == spec.name,
+        "loaded": status.holds(spec.name),
         "config": spec.metadata.get("config") or _shape(files.config),
     }
     return described if refusal is None else {**described, "servable": False, "reason": refusal}
@@ -155,12 +155,12 @@ def _rounded(parameters: int | None) -> str | None:
     return f"{parameters / 1e3:.0f}K" if parameters >= 1000 else str(parameters)
 
 
-def model_state(name: str, status: SwapperStatus, error: str | None) -> Json:
+def model_state(spec: ModelSpec, status: SwapperStatus, error: str | None) -> Json:
     """The progress of a model's loading; ``error``: of the last load that failed."""
-    is_coming = status.loading == name
-    if status.model == name:
+    is_coming = status.loading == spec.resident.name
+    if status.holds(spec.name):
         state = "loaded"
-    elif is_coming or name in status.waiting:
+    elif is_coming or spec.name in status.waiting:
         state = "loading"
     else:
         state = "failed" if error else "not_loaded"

@@ -12,13 +12,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from transformers_api.engine.batch import Batch
 from transformers_api.engine.kv_cache import MIN_LENGTH
+from transformers_api.engine.native.adapters import PassAdapters, repeated
 from transformers_api.engine.native.kv_cache import NativeCache
 from transformers_api.engine.native.latent import expanding_into
 from transformers_api.engine.positions import at_positions
@@ -29,11 +30,16 @@ from transformers_api.kernels.graph.executor import RecordedPass
 from transformers_api.kernels.graph.hooks import HookReplay, forward_returning
 from transformers_api.kernels.modules.attention import CausalRows, describing
 from transformers_api.kernels.modules.experts import routing_modules
+from transformers_api.kernels.modules.linear import WeightMemory
+from transformers_api.kernels.modules.low_rank import LowRankPair
 from transformers_api.kernels.modules.own_attention import (
     computes_own_attention,
     masked,
 )
 from transformers_api.kernels.modules.weight_modules import following
+
+if TYPE_CHECKING:
+    from transformers_api.engine.adapters import LoadedAdapter, MakeProduct
 
 SIZES = (2, 3)  # tokens of the passes that are recorded; see planner.py
 
@@ -75,6 +81,7 @@ class NativeRunner(ModelRunner):
         has_lengths = original_window is not None
         self.long_layers = RecordedPass(cache.library) if has_lengths else None
         self.layers, self.head = RecordedPass(cache.library), RecordedPass(cache.library)
+        self._pass_adapters: PassAdapters | None = None
 
     def learn(self) -> None:
         """Record passes on a cache of their own; ``failure`` says why that failed."""
@@ -117,11 +124,41 @@ class NativeRunner(ModelRunner):
         last = [end - 1 for end in accumulate(batch.widths)]
         watch = self._replay(batch, inputs, last) if batch.is_observed else None
         is_long = self.original_window is not None and batch.sequences[0].is_long
-        hidden = self._layers(is_long).run(len(starts), inputs, self.cache.tensors, watch)
+        adapters = self._adapters_of(batch) if batch.is_adapted else None
+        layers = self._layers(is_long)
+        hidden = layers.run(len(starts), inputs, self.cache.tensors, watch, adapters)
         if len(last) == 1:
-            return self._logits(hidden[-keep:]).transpose(0, 1)
+            own = None if adapters is None else adapters[-keep:]
+            return self._logits(hidden[-keep:], own).transpose(0, 1)
         ends = [at for at, is_last in zip(last, batch.ends, strict=True) if is_last]
-        return self._logits(hidden if len(ends) == len(hidden) else hidden[ends])
+        if len(ends) == len(hidden):
+            return self._logits(hidden, adapters)
+        return self._logits(hidden[ends], None if adapters is None else adapters[ends])
+
+    def adapter_maker(self) -> MakeProduct:
+        """See AdapterRunner."""
+        memory, adapters = WeightMemory(), self.pass_adapters
+
+        def make(path: str, down: Tensor, up: Tensor) -> LowRankPair:
+            adapters.check(path)
+            return LowRankPair(self.cache.library, down, up, self.kind.numbers, memory)
+
+        return make
+
+    def drop_adapter(self, adapter: LoadedAdapter) -> None:
+        """See AdapterRunner."""
+        self.pass_adapters.drop(adapter)
+
+    @property
+    def pass_adapters(self) -> PassAdapters:
+        """The adapters of passes; made with the first one."""
+        if self._pass_adapters is None:
+            self._pass_adapters = PassAdapters(self.model, self.passes.values())
+        return self._pass_adapters
+
+    def _adapters_of(self, batch: Batch) -> Tensor:
+        """The number of each token's adapter."""
+        return repeated(self.pass_adapters.numbers(batch), batch.widths)
 
     @property
     def passes(self) -> dict[str, RecordedPass]:
@@ -153,16 +190,17 @@ class NativeRunner(ModelRunner):
     def release(self) -> None:
         """Let go of all memory but the model's own."""
         self.clear()
+        self._pass_adapters = None
         for recorded in self.passes.values():
             recorded.release_memory()
 
     def _layers(self, is_long: bool) -> RecordedPass:
         return self.long_layers if is_long and self.long_layers else self.layers
 
-    def _logits(self, hidden: Tensor) -> Tensor:
+    def _logits(self, hidden: Tensor, adapters: Tensor | None = None) -> Tensor:
         """(R, 1, V) of hidden states (R, 1, C), which last until the next ones."""
         if self.head.is_ready and len(hidden):
-            hidden = self.head.run(len(hidden), [hidden.contiguous()], [])
+            hidden = self.head.run(len(hidden), [hidden.contiguous()], [], adapters=adapters)
         return hidden[..., : self.vocab_size]
 
     def _replay(self, batch: Batch, inputs: list[Tensor], last: list[int]) -> HookReplay:

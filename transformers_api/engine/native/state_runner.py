@@ -22,6 +22,7 @@ from transformers_api.engine.native.latent import expanding_into
 from transformers_api.engine.native.runner import SIZES, Kind, NativeRunner, inputs_of
 from transformers_api.engine.native.state_cache import NativeStateCache
 from transformers_api.engine.rope import fixed_factors
+from transformers_api.engine.runners.adapted_modules import adapted
 from transformers_api.kernels.modules.attention import CausalRows, describing
 
 log = logging.getLogger(__name__)
@@ -64,14 +65,17 @@ class NativeStateRunner(NativeRunner):
         first = batch.sequences[0]
         if not first.num_cached:
             (ids,) = batch.ids
-            return self._read_prompt(ids, first.slot, keep, self.cache)[..., : self.vocab_size]
+            with adapted(self.model, batch.adapters):
+                logits = self._read_prompt(ids, first.slot, keep, self.cache)
+            return logits[..., : self.vocab_size]
         if self.layers.is_ready:
             return super().forward(batch, keep)
         starts = [seq.num_cached for seq in batch.sequences]
         inputs = inputs_of(
             [token for (token,) in batch.ids], starts, [seq.slot for seq in batch.sequences]
         )
-        return self._compute(inputs, self.cache, max(starts) + 1)[..., : self.vocab_size]
+        with adapted(self.model, batch.adapters):
+            return self._compute(inputs, self.cache, max(starts) + 1)[..., : self.vocab_size]
 
     def read(
         self, ids: Sequence[int], start: int = 0, keep: int = 1, is_long: bool = False

@@ -13,6 +13,7 @@ from transformers_api.engine.batch import Batch
 from transformers_api.engine.kv_cache import SlotCache
 from transformers_api.engine.positions import at_positions
 from transformers_api.engine.rope import sequence_length
+from transformers_api.engine.runners.adapted_modules import AdaptsModules, adapted
 from transformers_api.engine.scheduler import SlotStore
 from transformers_api.engine.sequence import Sequence
 
@@ -38,7 +39,7 @@ class Runner(Protocol):
         ...
 
 
-class ModelRunner:
+class ModelRunner(AdaptsModules):
     """Runs an unmodified transformers model over the slot cache, with explicit positions and masks.
 
     ``vocab_size``: logits of ids that the tokenizer lacks are cut off. ``original_window``: tokens
@@ -66,7 +67,11 @@ class ModelRunner:
         positions = torch.tensor(starts)[:, None] + torch.arange(batch.width)  # (B, T)
         positions = positions.to(self.device)
         self.bind(batch, positions, context)
-        with sequence_length(self._length(batch)), at_positions(positions):
+        with (
+            sequence_length(self._length(batch)),
+            at_positions(positions),
+            adapted(self.model, batch.adapters),
+        ):
             output = self.model(
                 input_ids=torch.tensor(batch.ids, device=self.device),
                 attention_mask=self.masks.build(positions, context),
@@ -181,7 +186,7 @@ class OneRow:
         """The next sequence begins with a state of its own."""
 
 
-class SequentialRunner:
+class SequentialRunner(AdaptsModules):
     """One sequence at a time, as ``generate`` would run it: for models that cannot share a batch.
 
     Recurrent and linear-attention models keep a state of their own kind; others attend without
@@ -207,12 +212,13 @@ class SequentialRunner:
         (seq,) = batch.sequences
         read = seq.cached + seq.upcoming(batch.width)
         ids = torch.tensor([read], device=self.model.device)
-        if self.recompute:
-            logits = self.model(input_ids=ids, use_cache=False, return_dict=True).logits
-        else:
-            positions = torch.arange(seq.num_cached, len(read), device=ids.device)[None]
-            with at_positions(positions):
-                logits = self._continue(seq, ids, batch.width, keep)
+        with adapted(self.model, [seq.adapter]):
+            if self.recompute:
+                logits = self.model(input_ids=ids, use_cache=False, return_dict=True).logits
+            else:
+                positions = torch.arange(seq.num_cached, len(read), device=ids.device)[None]
+                with at_positions(positions):
+                    logits = self._continue(seq, ids, batch.width, keep)
         return _last(logits, keep, self.vocab_size)
 
     def clear(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from transformers_api.kernels.abi import Library
 from transformers_api.kernels.capture import Recorder, record
+from transformers_api.kernels.graph.adapted import adapted_plan
 from transformers_api.kernels.graph.planner import Affine, HookPoint, Plan, Recording, make_plan
 from transformers_api.kernels.graph.tiling import NotRecordable
 
@@ -33,6 +34,7 @@ class RecordedPass:
         self.failure = ""
         self._recordings: list[Recording] = []
         self._program: Program | None = None
+        self._adapted: Program | None = None
 
     @property
     def is_ready(self) -> bool:
@@ -48,6 +50,10 @@ class RecordedPass:
     def use_plan(self, plan: Plan) -> None:
         """Be ready without a recording."""
         self._program = Program(self.library, plan)
+
+    def add_adapters(self, tables: Mapping[int, int]) -> None:
+        """Let ``run`` take adapters; ``tables`` see ``adapted_plan``. Only when it is ready."""
+        self._adapted = Program(self.library, adapted_plan(self.plan, tables))
 
     def record(
         self, size: int, inputs: list[Tensor], cache: list[Tensor], forward: Callable[[], Tensor]
@@ -85,18 +91,22 @@ class RecordedPass:
         inputs: list[Tensor],
         cache: list[Tensor],
         observer: PassObserver | None = None,
+        adapters: Tensor | None = None,
     ) -> Tensor:
         """The result, valid until the next call.
 
-        ``observer`` is shown the calls that it chose while the pass is paused.
+        ``observer`` is shown the calls that it chose while the pass is paused. ``adapters`` (size,)
+        int64: the number of each token's adapter, or -1; None: no token has any.
         """
-        assert self._program is not None
-        return self._program.run(size, inputs, cache, observer)
+        program = self._program if adapters is None else self._adapted
+        assert program is not None
+        return program.run(size, inputs, cache, observer, adapters)
 
     def release_memory(self) -> None:
-        """Give the memory of the last run back."""
+        """Give the memory of the last run back, and the way to take adapters."""
         if self._program is not None:
             self._program.release_memory()
+        self._adapted = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +157,7 @@ class Program:
         inputs: list[Tensor],
         cache: list[Tensor],
         observer: PassObserver | None,
+        adapters: Tensor | None = None,
     ) -> Tensor:
         """See RecordedPass."""
         if size != self._size:
@@ -155,6 +166,8 @@ class Program:
         if key != self._bound_cache:
             self._bind_cache(cache)
             self._bound_cache = key
+        if adapters is not None:
+            self._steps[self.plan.adapter_words] = adapters.data_ptr()
         base = self._base
         for offset, tensor in zip(self._inputs, inputs, strict=True):
             ctypes.memmove(base + int(offset), tensor.data_ptr(), tensor.nbytes)

@@ -98,6 +98,8 @@ class Plan:
     constant_tensors: list[Tensor]
     hook_points: list[HookPoint]
     width: int = STEP_WORDS
+    # Words of the steps for the address of the adapters' numbers; see adapted.py.
+    adapter_words: Words = field(default_factory=lambda: numpy.zeros(0, numpy.int64))
 
 
 def make_plan(a: Recording, b: Recording, cache: list[Tensor]) -> Plan:

@@ -37,6 +37,13 @@ std::string describe_layout() {
   STRUCTURE(Experts);
   FIELD(Experts, count), FIELD(Experts, weights);
 
+  STRUCTURE(LowRankPart);
+  FIELD(LowRankPart, down), FIELD(LowRankPart, up), FIELD(LowRankPart, adapter);
+  FIELD(LowRankPart, column);
+
+  STRUCTURE(LowRank);
+  FIELD(LowRank, count), FIELD(LowRank, parts), FIELD(LowRank, n), FIELD(LowRank, adapters);
+
   STRUCTURE(Attention);
   FIELD(Attention, q), FIELD(Attention, k), FIELD(Attention, v), FIELD(Attention, out);
   FIELD(Attention, starts), FIELD(Attention, cache_rows), FIELD(Attention, sinks);

@@ -21,8 +21,9 @@ enum Type : int32_t { F32 = 0, BF16 = 1, I8 = 2, I64 = 3, I4 = 4, BOOL = 5 };
   X(EQUAL, equal) X(NOT_EQUAL, not_equal) X(LESS, less) X(LESS_EQUAL, less_equal)                 \
   X(WHERE, where) X(MEAN, mean) X(SUM, sum) X(LARGEST, largest) X(SOFTMAX, softmax)               \
   X(LAYER_NORM, layer_norm) X(GATHER, gather) X(MATMUL, matmul) X(TOP_K, top_k) X(TAKE, take)     \
-  X(PUT, put) X(LINEAR, linear) X(EXPERTS, experts) X(ATTENTION, attention)                       \
-  X(WRITE_CACHE, write_cache) X(READ_CACHE, read_cache) X(UNPACK_ROWS, unpack_rows)
+  X(PUT, put) X(LINEAR, linear) X(EXPERTS, experts) X(LOW_RANK, low_rank)                         \
+  X(ATTENTION, attention) X(WRITE_CACHE, write_cache) X(READ_CACHE, read_cache)                   \
+  X(UNPACK_ROWS, unpack_rows)
 
 #define OP_CONSTANT(constant, name) constant,
 enum Op : int32_t { FOR_EACH_OP(OP_CONSTANT) };
@@ -43,6 +44,21 @@ struct Weight {
 struct Experts {
   int64_t count;
   const Weight* const* weights;
+};
+
+// What an adapter adds to some outputs of a layer: ``up`` (m, rank) times ``down`` (rank, k).
+struct LowRankPart {
+  const Weight *down, *up;  // of one type, F32 or BF16, without bias
+  int64_t adapter;          // its number
+  int64_t column;           // the first of its outputs
+};
+
+// All that adapters add to the results of one layer. ``down`` is of one type in all parts.
+struct LowRank {
+  int64_t count;
+  const LowRankPart* parts;
+  int64_t n;         // outputs of the layer
+  int64_t adapters;  // their numbers are below
 };
 
 // Causal attention over a KV cache: the query at position p attends to the keys 0..p of its row, or
@@ -85,7 +101,7 @@ struct Step {
   int64_t sizes[4];
   Operand out, inputs[3];
   double scalar;
-  const void* call;  // Weight, Experts, Attention or CacheWrite
+  const void* call;  // Weight, Experts, LowRank, Attention or CacheWrite
   // Steps of the fused group that this one opens; 0: it is run on its own. In a group sizes[0]
   // counts tokens, and what a step computes for a token is read by the others for the same token.
   int64_t fused;
@@ -141,6 +157,10 @@ void linear(const Weight* w, const void* x, int64_t rows, int64_t x_stride, void
 // index out of range.
 void experts(const Experts* layer, const void* x, const int64_t* indices, int64_t rows,
              int64_t share, void* y, int32_t type);
+// Add to row i of y (rows, n) what the adapter ``adapters[i]`` makes of row i of x (rows, k); nothing
+// for a number out of range. Each part has one adapter, and parts of one share no outputs.
+void low_rank(const LowRank* layer, const void* x, const int64_t* adapters, int64_t rows, void* y,
+              int32_t type);
 void attention(const Attention* call);
 void write_cache(const CacheWrite* call);
 void read_cache(const CacheWrite* call);

@@ -116,6 +116,10 @@ void run_steps(const Step* steps, int64_t count) {
       experts(static_cast<const Experts*>(s->call), x.data,
               reinterpret_cast<const int64_t*>(s->inputs[1].data), s->sizes[0],
               static_cast<int64_t>(s->scalar), s->out.data, s->out.type);
+    } else if (s->op == LOW_RANK) {
+      low_rank(static_cast<const LowRank*>(s->call), x.data,
+               reinterpret_cast<const int64_t*>(s->inputs[1].data), s->sizes[0], s->out.data,
+               s->out.type);
     } else if (s->op == UNPACK_ROWS) {
       unpack_rows(static_cast<const Weight*>(s->call), reinterpret_cast<int64_t*>(x.data),
                   s->sizes[0], reinterpret_cast<float*>(s->out.data));

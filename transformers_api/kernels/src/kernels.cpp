@@ -16,6 +16,7 @@
 #include "experts.cpp"
 #include "graph.cpp"
 #include "inspect.cpp"
+#include "low_rank.cpp"
 #include "pack.cpp"
 #include "pack_blocks.cpp"
 #include "sample.cpp"

@@ -60,10 +60,31 @@ def only_gguf(folder: Path) -> Path | None:
     return folder / names[0] if len(models) == 1 else None
 
 
+def check_is_adapter(folder: Path) -> None:
+    """Raise ModelLoadFailed for what is no LoRA adapter in safetensors."""
+    if folder.suffix == ".gguf":
+        raise ModelLoadFailed(
+            f"{folder}: adapters in GGUF files are not read; take the folder that it was made from"
+        )
+    if not folder.is_dir():
+        raise ModelLoadFailed(f"{folder} is not a folder")
+    if not (folder / "adapter_config.json").is_file():
+        raise ModelLoadFailed(f"{folder} has no adapter_config.json, so it is no adapter")
+    if (folder / "adapter_model.safetensors").is_file():
+        return
+    if (folder / "adapter_model.bin").is_file():
+        raise ModelLoadFailed(
+            f"{folder} has its weights only in the pickle format (adapter_model.bin), which can "
+            "run code when it is read and is refused; save the adapter as safetensors"
+        )
+    raise ModelLoadFailed(f"{folder} has no adapter_model.safetensors")
+
+
 def kind_of(folder: Path) -> str | None:
     """The kind of a folder that holds no model of ours."""
     if (folder / "adapter_config.json").is_file():
-        return f"an adapter{_base_of(folder)}, no model: merge it into that one and save the whole"
+        base = _base_of(folder)
+        return f"an adapter{base}, no model: give it a registry entry with adapter and base"
     if names := ggufs(path.name for path in folder.glob("*.gguf")):
         return f"a folder with {len(names)} GGUF files; name one of them: {', '.join(names[:5])}"
     kinds = (kind for pattern, kind in _KINDS if any(folder.glob(pattern)))

@@ -27,6 +27,7 @@ from transformers_api.serving.models.spec import HubSource
 
 RESERVE_BYTES = 1 << 30  # left free on the disk for everybody else
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")  # of LoRA
 ENCODER_STEP = "[0-9]_*/config.json"  # how a sentence encoder pools
 STEP_WEIGHTS = "[0-9]_*/model.safetensors"  # of a layer behind its pooling
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -83,6 +84,12 @@ class HubCache:
             return parts[0] if all(part.is_file() for part in parts) else None
         return snapshot if preflight.is_complete(snapshot) else None
 
+    def adapter(self, source: HubSource) -> Path | None:
+        """The folder of an adapter, when all of it is here. No network."""
+        snapshot = self.snapshot(source)
+        is_there = snapshot is not None and all((snapshot / n).is_file() for n in ADAPTER)
+        return snapshot if is_there else None
+
     def repos(self) -> list[str]:
         """Every repository whose model is complete here."""
         names = (path.name for path in sorted(self.folder.glob("models--*--*")))
@@ -95,7 +102,8 @@ class HubCache:
         progress: Progress,
         *,
         trust_remote_code: bool = False,
-        check: Callable[[Path], None] = lambda folder: None,
+        is_adapter: bool = False,
+        check: Callable[[Path], object] = lambda folder: None,
     ) -> Path:
         """Download what is missing; the folder, or the GGUF file.
 
@@ -106,7 +114,10 @@ class HubCache:
         with _explained(source, self._token, HubUnreachable):
             files = self._list(source)
         with _explained(source, self._token):
-            small, weights = _choose(source, files, trust_remote_code)
+            if is_adapter:
+                small, weights = _choose_adapter(source, files)
+            else:
+                small, weights = _choose(source, files, trust_remote_code)
             self._check_room(source, {name: files[name] for name in small + weights})
             total = sum(files[name].bytes for name in small + weights)
             bar = _progress_bar(max(total, 1), progress)
@@ -200,6 +211,15 @@ class HubCache:
         )
 
 
+def check_download(source: HubSource, is_allowed: bool) -> None:
+    """Raise ModelLoadFailed where nothing may be fetched."""
+    if not is_allowed:
+        raise ModelLoadFailed(
+            f"{source.repo} is not on this machine and downloads are off; run the pull command "
+            "with ALLOW_DOWNLOAD=true"
+        )
+
+
 def _choose(
     source: HubSource, files: Mapping[str, RemoteFile], trust_remote_code: bool
 ) -> tuple[list[str], list[str]]:
@@ -230,7 +250,9 @@ def _choose(
             f"file in a registry entry, such as {names[0]}"
         )
     if "adapter_config.json" in files:
-        raise ModelLoadFailed(f"{source.repo} is an adapter, no model: merge it into its base")
+        raise ModelLoadFailed(
+            f"{source.repo} is an adapter, no model: give it a registry entry with adapter and base"
+        )
     if any(fnmatchcase(name, pattern) for name in files for pattern in preflight.PICKLES):
         raise ModelLoadFailed(
             f"{source.repo} has its weights only in the pickle format, which can run code when it "
@@ -238,6 +260,19 @@ def _choose(
             "one as refs/pr/N) in a registry entry"
         )
     raise ModelLoadFailed(f"{source.repo} has no weights in the safetensors format")
+
+
+def _choose_adapter(
+    source: HubSource, files: Mapping[str, RemoteFile]
+) -> tuple[list[str], list[str]]:
+    config, weights = ADAPTER
+    if config not in files:
+        raise ModelLoadFailed(f"{source.repo} has no {config}, so it is no adapter")
+    if weights in files:
+        return [config], [weights]
+    pickle = ": its weights in the pickle format can run code when they are read, and are refused"
+    reason = pickle if "adapter_model.bin" in files else ""
+    raise ModelLoadFailed(f"{source.repo} has no {weights}{reason}")
 
 
 def _verify(path: Path, expected: RemoteFile, progress: Progress) -> None:

@@ -11,7 +11,7 @@ from transformers_api.config.settings import SettingError, Settings
 from transformers_api.errors import ModelNotFound
 from transformers_api.serving.models.builtin import builtin_models
 from transformers_api.serving.models.registry_file import read_registry_file
-from transformers_api.serving.models.spec import HubSource, ModelSpec, PathSource
+from transformers_api.serving.models.spec import AdapterEntry, HubSource, ModelSpec, PathSource
 
 _NO_NAME = re.compile(r"[^A-Za-z0-9._-]+")
 _PART = re.compile(r"-\d{5}-of-\d{5}$")
@@ -41,12 +41,12 @@ class ModelRegistry:
 
     def __init__(
         self,
-        specs: Iterable[ModelSpec],
+        specs: Iterable[ModelSpec | AdapterEntry],
         allow_unregistered: bool,
         is_cached: Callable[[str], bool],
         allow_list: Sequence[str] = (),
     ) -> None:
-        by_name = {spec.name: spec for spec in specs}
+        by_name = _with_bases({entry.name: entry for entry in specs})
         by_alias = {alias: spec for spec in by_name.values() for alias in spec.aliases}
         by_id = by_alias | by_name
         _check_aliases(by_name)
@@ -56,6 +56,12 @@ class ModelRegistry:
                 f"called {', '.join(unknown)}"
             )
         allowed = {by_id[name].name for name in allow_list} or set(by_name)
+        for name in allowed if allow_list else ():
+            if (base := by_name[name].resident.name) not in allowed:
+                raise SettingError(
+                    f"MODEL_ALLOW_LIST={','.join(allow_list)} is not allowed: {base}, the base of "
+                    f"{name}, must be in it too"
+                )
         self._specs = [spec for name, spec in by_name.items() if name in allowed]
         self._by_id = {name: spec for name, spec in by_id.items() if spec.name in allowed}
         self._is_restricted = bool(allow_list)
@@ -70,7 +76,8 @@ class ModelRegistry:
 
         Raises SettingError.
         """
-        specs = list(builtin_models()) if settings.include_default_models else []
+        specs: list[ModelSpec | AdapterEntry] = []
+        specs += builtin_models() if settings.include_default_models else ()
         if settings.model_registry_path is not None:
             specs += read_registry_file(settings.model_registry_path)
         own = local_model(settings.default_model)
@@ -102,6 +109,27 @@ class ModelRegistry:
         ):
             return ModelSpec(name=model_id, source=HubSource(model_id), registered=False)
         raise ModelNotFound(model_id)
+
+
+def _with_bases(entries: Mapping[str, ModelSpec | AdapterEntry]) -> dict[str, ModelSpec]:
+    """All entries, adapters with their bases. Raises SettingError for one that has none."""
+    models = {name: e for name, e in entries.items() if isinstance(e, ModelSpec)}
+    by_id = {alias: spec for spec in models.values() for alias in spec.aliases} | models
+    specs: dict[str, ModelSpec] = {}
+    for name, entry in entries.items():
+        if isinstance(entry, ModelSpec):
+            specs[name] = entry
+            continue
+        base = by_id.get(entry.base)
+        if base is None and entry.base not in entries and is_hub_id(entry.base):
+            base = ModelSpec(name=entry.base, source=HubSource(entry.base), registered=False)
+        if base is None or base.encoder:
+            reason = "an entry for a model that generates, or an id of the Hub"
+            raise SettingError(
+                f"Registry entry {name}: base {entry.base!r} is not allowed: expected {reason}"
+            )
+        specs[name] = entry.on(base)
+    return specs
 
 
 def _check_aliases(by_name: Mapping[str, ModelSpec]) -> None:

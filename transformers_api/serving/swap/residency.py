@@ -119,6 +119,10 @@ class SwapperStatus:
     last_errors: Mapping[str, str] = field(default_factory=dict)  # by model, until it loads
     swaps: Sequence[SwapEvent] = ()  # the last ones, the newest at the end
 
+    def holds(self, name: str) -> bool:
+        """True where a model is in memory, or an adapter beside its base."""
+        return name == self.model or any(name == each.name for each in self.engine.adapters)
+
 
 class Lease:
     """The promise that a model stays resident until ``release``. Also a context manager."""
@@ -227,9 +231,12 @@ class Residency:
 
     @property
     def bytes(self) -> int:
-        """The bytes that its eviction gives back: weights and KV cache."""
+        """The bytes that its eviction gives back: weights, adapters and KV cache."""
         model = self.model
-        return 0 if model is None else model.bytes + model.engine.stats().kv_bytes
+        if model is None:
+            return 0
+        stats = model.engine.stats()
+        return model.bytes + stats.kv_bytes + sum(each.bytes for each in stats.adapters)
 
 
 class Waiter:

@@ -14,6 +14,14 @@ class KvCache(Schema):
     usage = fields.Float(metadata={"description": "Reserved share of the budget, 0 to 1."})
 
 
+class Adapter(Schema):
+    """An adapter in memory beside its base."""
+
+    model = fields.String()
+    bytes = fields.Integer(metadata={"description": "Of its numbers."})
+    leases = fields.Integer(metadata={"description": "Requests that hold it."})
+
+
 class Resident(Schema):
     """The model in memory."""
 
@@ -36,6 +44,9 @@ class Resident(Schema):
     device = fields.String()
     max_model_len = fields.Integer()
     mode = fields.String(metadata={"description": "batching, or sequential: one at a time."})
+    adapters = fields.List(
+        fields.Nested(Adapter), metadata={"description": "Beside it, the one used last at the end."}
+    )
     leases = fields.Integer(metadata={"description": "Requests that hold it."})
     running = fields.Integer(metadata={"description": "Sequences that have a slot."})
     waiting = fields.Integer(metadata={"description": "Sequences that wait for a slot."})

@@ -1,0 +1,132 @@
+"""adapter_config.json: what peft's keys mean, and those that are refused by name."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import pytest
+
+from transformers_api.checkpoints.headers.adapter_config import parse_adapter_config
+from transformers_api.errors import ModelLoadFailed
+
+PATH = "model.layers.11.self_attn.q_proj"
+PLAIN = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}
+
+
+def parsed(**keys):
+    return parse_adapter_config(PLAIN | keys, "adapter_config.json")
+
+
+@pytest.mark.parametrize(
+    ("keys", "path", "is_targeted"),
+    [
+        ({}, PATH, True),
+        ({}, "q_proj", True),
+        ({}, "model.layers.11.self_attn.xq_proj", False),
+        ({"target_modules": ["self_attn.q_proj", "v_proj"]}, PATH, True),
+        ({"target_modules": r".*\.layers\.1\d\..*q_proj"}, PATH, True),
+        ({"target_modules": r"layers\.11"}, PATH, False),
+        ({"target_modules": "all-linear"}, PATH, True),
+        ({"target_modules": "all-linear"}, "lm_head", False),
+        ({"target_modules": ["lm_head"]}, "lm_head", True),
+        ({"exclude_modules": ["q_proj"]}, PATH, False),
+        ({"exclude_modules": r".*\.11\..*"}, PATH, False),
+        ({"exclude_modules": r".*\.12\..*"}, PATH, True),
+        ({"layers_to_transform": [3, 11]}, PATH, True),
+        ({"layers_to_transform": 11}, PATH, True),
+        ({"layers_to_transform": 0}, "model.layers.0.self_attn.q_proj", True),
+        ({"layers_to_transform": [3]}, PATH, False),
+        ({"layers_to_transform": []}, PATH, True),
+        ({"layers_to_transform": [11], "layers_pattern": "layers"}, PATH, True),
+        ({"layers_to_transform": [11], "layers_pattern": ["h", "blocks"]}, PATH, False),
+        ({"layers_to_transform": [11]}, "q_proj", False),
+    ],
+)
+def test_the_layers_are_those_that_peft_would_adapt(keys, path, is_targeted):
+    assert parsed(**keys).targets_layer(path) is is_targeted
+
+
+@pytest.mark.parametrize(
+    ("keys", "rank", "scale"),
+    [
+        ({}, 8, 2),
+        ({"lora_alpha": 4.0}, 8, 0.5),
+        ({"use_rslora": True}, 8, 16 / math.sqrt(8)),
+        ({"rank_pattern": {"q_proj": 2}}, 2, 8),
+        ({"rank_pattern": {"v_proj": 2}}, 8, 2),
+        ({"rank_pattern": {r"layers\.1\d\..*": 32, "q_proj": 2}}, 32, 0.5),
+        ({"alpha_pattern": {"self_attn.q_proj": 1}}, 8, 1 / 8),
+        ({"alpha_pattern": {"^model.layers.11.self_attn.q_proj": 24}}, 8, 3),
+        (
+            {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"q_proj": 1}, "use_rslora": True},
+            4,
+            0.5,
+        ),
+    ],
+)
+def test_rank_and_scale_are_those_of_the_layer(keys, rank, scale):
+    config = parsed(**keys)
+    assert config.rank_of(PATH) == rank
+    assert config.scale_of(PATH) == pytest.approx(scale)
+
+
+def test_keys_that_change_nothing_are_left_alone():
+    parsed(lora_dropout=0.3, inference_mode=False, peft_version="0.99", something_new=None)
+    parsed(use_dora=False, modules_to_save=[], target_parameters=None, init_lora_weights="gaussian")
+    parsed(fan_in_fan_out=True, megatron_core="megatron.core", runtime_config={})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("peft_type", "IA3"),
+        ("use_dora", True),
+        ("bias", "all"),
+        ("bias", "lora_only"),
+        ("lora_bias", True),
+        ("modules_to_save", ["lm_head"]),
+        ("target_parameters", ["experts.gate_up_proj"]),
+        ("layer_replication", [[0, 4]]),
+        ("trainable_token_indices", [1, 2]),
+        ("alora_invocation_tokens", [5]),
+        ("use_qalora", True),
+        ("init_lora_weights", "pissa_niter_16"),
+        ("init_lora_weights", "loftq"),
+        ("r", 0),
+        ("r", 1 << 20),
+        ("r", "8"),
+        ("r", True),
+        ("lora_alpha", float("nan")),
+        ("lora_alpha", "much"),
+        ("target_modules", []),
+        ("target_modules", [3]),
+        ("target_modules", {"q": 1}),
+        ("target_modules", "(unclosed"),
+        ("rank_pattern", {"q_proj": 0}),
+        ("rank_pattern", ["q_proj"]),
+        ("alpha_pattern", {"q_proj": None}),
+        ("alpha_pattern", {"(a+)+$": 1}),
+        ("layers_to_transform", ["1"]),
+        ("fan_in_fan_out", "yes"),
+        ("exclude_modules", "x" * 1000),
+    ],
+)
+def test_what_cannot_be_applied_is_refused_by_its_key(key, value):
+    with pytest.raises(ModelLoadFailed, match=rf"^adapter_config\.json: {key}\b"):
+        parsed(**{key: value})
+
+
+def test_a_pattern_with_layers_is_refused():
+    with pytest.raises(ModelLoadFailed, match="layers_to_transform"):
+        parsed(target_modules=r".*q_proj", layers_to_transform=[1])
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"(a|a)+$", r"(.*a){20}", ".*.*.*.*.*b", r"(\w+\s?)*x", "a*" * 9]
+)
+def test_a_pattern_that_may_take_long_is_refused(pattern):
+    began = time.monotonic()
+    with pytest.raises(ModelLoadFailed, match="repetitions"):
+        parsed(target_modules=pattern)
+    assert time.monotonic() - began < 1
