@@ -80,16 +80,16 @@ class IntegerRows(QuantizedRows):
             return own[:, order]
         return own.repeat_interleave(self.spec.facts["group"], dim=1)[:, : self.shape[1]]
 
-    def rows(self, first: int, count: int) -> Tensor:
-        """See StoredRows."""
+    def few_rows(self, first: int, count: int) -> Tensor:
+        """See QuantizedRows."""
         scale, zero = self.levels
         codes = self.codes(first, count).float()
         if zero is not None:
             codes -= self._of_groups(zero, first, count)
         return codes * self._of_groups(scale, first, count)
 
-    def blocks(self, first: int, count: int) -> Tensor:
-        """See StoredRows."""
+    def few_blocks(self, first: int, count: int) -> Tensor:
+        """See QuantizedRows."""
         scale, zero = self.levels
         starts = torch.arange(0, self.shape[1], GROUP) // self.spec.facts["group"]
         own = scale[first : first + count][:, starts]
