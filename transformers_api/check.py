@@ -146,6 +146,9 @@ def _model(settings: Settings) -> Finding:
     except ApiError as error:
         mend = "set DEFAULT_MODEL to an id that the models command lists, or PRELOAD_MODEL=false"
         return Finding(subject, str(error), mend, prevents=settings.preload_model)
+    mend = "mend that, or set DEFAULT_MODEL or PRELOAD_MODEL=false"
+    if reason := store.refusal(spec):
+        return Finding(subject, reason, mend, prevents=settings.preload_model)
     if folder := store.locate(spec):
         abilities = _abilities(settings, store, spec)
         weights = _weights(settings, spec, folder)
@@ -153,7 +156,6 @@ def _model(settings: Settings) -> Finding:
     try:
         store.check_source(spec)
     except ApiError as error:
-        mend = "mend that, or set DEFAULT_MODEL or PRELOAD_MODEL=false"
         return Finding(subject, str(error), mend, prevents=settings.preload_model)
     what = "be downloaded" if isinstance(spec.source, HubSource) else "be converted"
     return Finding(subject, f"will {what} when it is first loaded")

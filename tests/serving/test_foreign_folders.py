@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from transformers_api.config.settings import Settings
 from transformers_api.errors import ModelLoadFailed
 from transformers_api.serving.models.description import describe
 from transformers_api.serving.models.hub import RemoteFile, _choose
-from transformers_api.serving.models.preflight import inspect_folder
+from transformers_api.serving.models.preflight import inspect_folder, refusal
 from transformers_api.serving.models.spec import HubSource, ModelSpec, PathSource
 from transformers_api.serving.models.store import ModelStore
 
@@ -157,6 +158,7 @@ def test_quantised_weights_that_cannot_be_read_are_refused_by_method_and_field(
     write_files(tmp_path, model_files(LLAMA | {"quantization_config": quantization}))
     with pytest.raises(ModelLoadFailed, match=rf"config\.json: quantization_config\.{message}"):
         inspect_folder(tmp_path)
+    assert re.match(rf"quantization_config\.{message}", refusal(tmp_path) or "")
 
 
 @pytest.mark.parametrize("name", ["gptq", "gptq-act-order", "awq", "w4a16", "w8a8", "fp8", "nf4"])
