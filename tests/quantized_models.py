@@ -121,8 +121,10 @@ def awq(weight: Tensor) -> Written:
 
 
 def pack_quantized(
-    bits: int, group: int, *, symmetric: bool = True, shuffled: bool = False
+    bits: int, group: int, *, symmetric: bool = True, shuffled: bool = False, plain: bool = False
 ) -> Callable[[Tensor], Written]:
+    """``plain``: zero points are no words, as in older versions."""
+
     def write(weight: Tensor) -> Written:
         order = torch.arange(weight.shape[1]) // group
         if shuffled:
@@ -136,7 +138,9 @@ def pack_quantized(
             "weight_shape": torch.tensor(weight.shape),
         }
         if not symmetric:
-            tensors["weight_zero_point"] = packed(zeros, bits, 0)
+            middle = 1 << (bits - 1)
+            zero = (zeros - middle).to(torch.int8) if plain else packed(zeros, bits, 0)
+            tensors["weight_zero_point"] = zero
         if shuffled:
             tensors["weight_g_idx"] = order.int()
         return tensors, exact
@@ -263,6 +267,14 @@ FORMATS = {
         "int4",
         HALF,
     ),
+    "w4a16-asym-older": Format(
+        compressed_config(
+            "pack-quantized", INT4_GROUPS | {"symmetric": False}, quantization_status="frozen"
+        ),
+        pack_quantized(4, 32, symmetric=False, plain=True),
+        "int4",
+        HALF,
+    ),
     "w4a16-act-order": Format(
         compressed_config("pack-quantized", INT4_GROUPS | {"actorder": "group"}),
         pack_quantized(4, 32, shuffled=True),
@@ -292,6 +304,9 @@ FORMATS = {
     },
     "fp8": Format(FP8 | {"weight_block_size": [32, 32]}, float8_blocks, "int8", ANEW),
     "fp8-one-scale": Format(FP8, float8_tensor, "int8", ANEW),
+    "fp8-auto": Format(
+        FP8 | {"activation_scheme": "static"}, float_quantized("tensor"), "int8", ANEW
+    ),
     "nf4": Format(BNB_NF4, bnb_4bit("nf4", nested=False), "int8", ANEW),
     "nf4-nested": Format(BNB_NF4, bnb_4bit("nf4", nested=True), "int8", ANEW),
     "bnb-fp4": Format(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.model_folders import model_files, write_files
+from tests.model_folders import LLAMA, model_files, write_files
 from transformers_api.cli import main, resident_models
 from transformers_api.config.settings import Settings
 from transformers_api.kernels import build, variants
@@ -168,6 +168,15 @@ def test_check_says_what_is_wrong_and_how_to_mend_it(
     assert "WRONG" in output
     assert expected in output
     assert "1 of these prevent serving" in output
+
+
+def test_check_names_what_of_a_models_format_cannot_be_read(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config = LLAMA | {"quantization_config": {"quant_method": "hqq"}}
+    write_files(tmp_path, model_files(config))
+    assert main(["check", str(tmp_path)]) == 1
+    assert "quantization_config.quant_method is 'hqq'" in capsys.readouterr().out
 
 
 def test_check_names_the_port_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,8 @@ import numpy
 import pytest
 import torch
 
-from transformers_api.kernels.modules.blocks import KINDS, Blocks
+from transformers_api.kernels.modules import linear
+from transformers_api.kernels.modules.blocks import KINDS, Blocks, Pieces
 from transformers_api.kernels.modules.linear import PackedWeight, WeightMemory
 from transformers_api.serving.models import weight_fidelity
 
@@ -140,3 +141,26 @@ def test_memory_of_another_size_is_refused(library):
     short = Blocks(blocks.memory[:-1], "Q4_0", SHAPE)
     with pytest.raises(ValueError, match="are no Q4_0"):
         PackedWeight(library, [short], "int4", WeightMemory())
+
+
+@pytest.mark.parametrize("width", ["float32", "bfloat16", "int8", "int4"])
+def test_a_matrix_that_comes_in_pieces_is_packed_as_a_whole_one(library, monkeypatch, width):
+    monkeypatch.setattr(linear, "UNPACKED_BYTES", 1)  # a panel at a time
+    torch.manual_seed(0)
+    numbers = torch.randn(90, 96)
+    blocks, _ = random_blocks("Q4_1", (70, 96))
+    row = len(blocks.memory) // 70
+
+    def piece(first, count):
+        return Blocks(blocks.memory[first * row : (first + count) * row], "Q4_1", (count, 96))
+
+    pieces = [
+        Pieces((90, 96), lambda first, count: numbers[first : first + count].half()),
+        Pieces((70, 96), piece),
+    ]
+    whole = [numbers.half(), blocks]
+    made, expected = (
+        PackedWeight(library, matrices, width, WeightMemory()) for matrices in (pieces, whole)
+    )
+    assert torch.equal(made.dense(), expected.dense())
+    assert made.error == expected.error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from transformers_api.config.settings import Settings
 from transformers_api.errors import ModelLoadFailed
 from transformers_api.serving.models.description import describe
 from transformers_api.serving.models.hub import RemoteFile, _choose
-from transformers_api.serving.models.preflight import inspect_folder
+from transformers_api.serving.models.preflight import inspect_folder, refusal
 from transformers_api.serving.models.spec import HubSource, ModelSpec, PathSource
 from transformers_api.serving.models.store import ModelStore
 
@@ -134,7 +135,9 @@ INT4 = {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int"}}
         ({"quant_method": "gptq", "bits": 3}, "bits is 3"),
         ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "checkpoint_format"),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version is 'gemv'"),
+        ({"quant_method": "gptq", "bits": 4, "is_marlin_format": True}, "is_marlin_format is True"),
         ({"quant_method": "awq", "w_bit": 3}, "bits is 3"),
+        ({"quant_method": "awq", "bits": 4, "backend": "llm-awq"}, "backend is 'llm-awq'"),
         ({"quant_method": "fp8", "weight_block_size": [128]}, "weight_block_size"),
         (CT, "config_groups is None"),
         (CT | {"config_groups": {"g": INT4}, "format": "nvfp4-pack-quantized"}, "format is 'nvfp4"),
@@ -155,6 +158,7 @@ def test_quantised_weights_that_cannot_be_read_are_refused_by_method_and_field(
     write_files(tmp_path, model_files(LLAMA | {"quantization_config": quantization}))
     with pytest.raises(ModelLoadFailed, match=rf"config\.json: quantization_config\.{message}"):
         inspect_folder(tmp_path)
+    assert re.match(rf"quantization_config\.{message}", refusal(tmp_path) or "")
 
 
 @pytest.mark.parametrize("name", ["gptq", "gptq-act-order", "awq", "w4a16", "w8a8", "fp8", "nf4"])

@@ -94,7 +94,10 @@ class PlainRows:
         return matrix.t() if self.is_transposed else matrix
 
     def rows(self, first: int, count: int) -> Tensor:
-        """See StoredRows."""
+        """See StoredRows. Rows are read one after the other: those before are given back."""
+        if not self.is_transposed:
+            start, size = self._place()
+            self.tensor.file.release(start, size // self.shape[0] * first)
         return self._matrix()[first : first + count].to(self.dtype)
 
     def gather(self, indices: Tensor) -> Tensor:
@@ -107,6 +110,10 @@ class PlainRows:
 
     def release(self) -> None:
         """See StoredRows."""
+        self.tensor.file.release(*self._place())
+
+    def _place(self) -> tuple[int, int]:
+        """The first byte of the matrix in the file, and its bytes."""
         entry = self.tensor.entry
         size = entry.bytes if self.index is None else entry.bytes // entry.shape[0]
-        self.tensor.file.release(entry.offset + (self.index or 0) * size, size)
+        return entry.offset + (self.index or 0) * size, size

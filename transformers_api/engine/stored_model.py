@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from transformers_api.checkpoints.headers.quantized import (
     BY_TRANSFORMERS,
@@ -52,6 +53,8 @@ def load_stored(folder: Path, stored: StoredWeights, dtype: torch.dtype, fill: F
             model = empty_model(folder, dtype)
             stored.bind(model)
             fill(model, stored, dtype)
+            if next(model.parameters(), None) is None:  # whose device is the model's
+                model.register_parameter("device_of_model", nn.Parameter(torch.zeros(1)))
         if empty := [name for name, tensor in model.named_parameters() if tensor.is_meta]:
             raise ModelLoadFailed(f"The file has no weights for {', '.join(empty[:3])}")
     except (ModelLoadFailed, NotStreamed):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -133,7 +134,23 @@ def map_names(
     made_up = [name for name, _ in model.named_parameters() if name not in names]
     if made_up:
         raise NotStreamed(f"{made_up[0]} is in no file, and transformers makes it up")
+    if _empties_padding(model):
+        raise NotStreamed("transformers empties the row of its padding")
     return WeightNames(names, shapes, dtypes)
+
+
+def _empties_padding(model: Any) -> bool:
+    """True for a model of which transformers changes a row of the words after it has read them."""
+    with suppress(NotImplementedError):
+        padding = getattr(model.get_input_embeddings(), "padding_idx", None)
+        if padding is None:
+            return False
+        words = torch.nn.Embedding(padding + 1, 1, padding)
+        torch.nn.init.ones_(words.weight)
+        words.weight._is_hf_initialized = True  # type: ignore[attr-defined]
+        model._init_weights(words)
+        return not words.weight.all()
+    return False
 
 
 def _grouped(

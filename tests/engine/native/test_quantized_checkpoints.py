@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,10 +12,11 @@ import transformers as tf
 from safetensors.torch import load_file, save_file
 
 from tests.engine.models import prompts_of
-from tests.engine.native.test_stored_weights import first_logprob, load, plain_logprob  # noqa: F401
+from tests.engine.native.test_stored_weights import PEAK, first_logprob, load, plain_logprob  # noqa: F401
 from tests.quantized_models import FORMATS, SIZES, Format, mxfp4, save, write_quantized
 from transformers_api.engine.runners.model_runner import innermost
 from transformers_api.engine.safetensors_weights import SafetensorsWeights
+from transformers_api.engine.standby import StandbyModels
 from transformers_api.engine.stored_model import load_stored
 from transformers_api.errors import ModelLoadFailed
 
@@ -166,6 +169,9 @@ def test_scales_that_half_precision_cannot_say_are_quantised_anew(load, tmp_path
         ("w4a16", "model.layers.0.mlp.up_proj.weight_shape", r"up_proj\.weight_shape is missing"),
         ("nf4", "model.layers.0.mlp.up_proj.weight.absmax", r"up_proj\.weight\.absmax is missing"),
         ("fp8", "model.layers.0.mlp.up_proj.weight", r"weight_scale_inv belongs to no weight"),
+        ("fp8", "model.layers.0.mlp.up_proj.weight_scale_inv", r"up_proj\.weight is F8_E4M3"),
+        ("w8a8", "model.layers.0.mlp.up_proj.weight_scale", r"up_proj\.weight is I8"),
+        ("bnb-int8", "model.layers.0.mlp.up_proj.SCB", r"up_proj\.weight is I8"),
     ],
 )
 def test_a_part_of_a_weight_that_is_missing_is_named(load, tmp_path, name, missing, message):  # noqa: F811
@@ -183,3 +189,35 @@ def test_weights_of_another_shape_than_the_configuration_says_are_refused(load, 
     (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
     with pytest.raises(ModelLoadFailed, match=r"up_proj.weight has the shape \[128, 64\]"):
         load(tmp_path)
+
+
+def test_a_quantised_model_sleeps_and_its_plans_are_used(load, tmp_path, native_cache):  # noqa: F811
+    write_quantized(FORMATS["gptq"], tmp_path / "model")
+    options = {"native": native_cache, "plans": tmp_path / "plans", "stamp": "one"}
+    options |= {"standby": StandbyModels(1), "quantization": "stored"}
+    first = load(tmp_path / "model", **options)
+    before, model = first_logprob(first, PROMPT), innermost(first.runner).model
+    first.close()
+    again = load(tmp_path / "model", **options)
+    assert innermost(again.runner).model is model
+    assert first_logprob(again, PROMPT) == before
+    anew = load(tmp_path / "model", **options | {"standby": StandbyModels(1)})
+    assert innermost(anew.runner).model is not model
+    assert first_logprob(anew, PROMPT) == before
+    assert len(list((tmp_path / "plans").glob("*.plan"))) == 1
+
+
+@pytest.mark.slow  # as the tests of the other forms
+def test_a_load_takes_little_more_memory_than_the_packed_weights(tmp_path, native_cache):
+    wide = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8}
+    write_quantized(FORMATS["gptq"], tmp_path, tf.LlamaConfig(**SIZES | wide))
+    child = subprocess.run(
+        [sys.executable, "-c", PEAK, str(tmp_path), str(native_cache), "stored"],
+        capture_output=True,
+        text=True,
+        timeout=55,
+    )
+    assert child.returncode == 0, child.stderr
+    packed, taken = map(int, child.stdout.split())
+    assert packed > 70 << 20
+    assert taken < 1.1 * packed + (200 << 20)  # numbers would be 450 MB

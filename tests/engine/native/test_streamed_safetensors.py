@@ -14,6 +14,7 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
 
+from benchmarks.tiny_models import random_weights, tiny_config
 from tests.engine.models import prompts_of, tiny_model
 from tests.engine.native.test_engine import bits, scored
 from tests.engine.native.test_stored_weights import PEAK, SIZES
@@ -93,6 +94,21 @@ def test_halves_have_the_bits_of_a_model_that_was_in_memory(
     copy.deepcopy(tiny_model(name)).to(stored).save_pretrained(tmp_path)
     for options in ({}, {"native": native_cache}, {"native": native_cache, "dtype": "float32"}):
         assert answer(load(tmp_path, **options)) == answer(load_whole(tmp_path, **options)), options
+
+
+def test_models_that_are_unlike_others_run_on_the_kernels_too(
+    load, load_whole, native_cache, tmp_path, caplog
+):
+    """Without a parameter that is not packed; with one that looks into its table of words."""
+    for name in ("olmo", "gemma4", "youtu"):
+        torch.manual_seed(0)
+        model = random_weights(tf.AutoModelForCausalLM.from_config(tiny_config(name)))
+        model.save_pretrained(tmp_path / name)
+        with caplog.at_level(logging.INFO):
+            streamed = load(tmp_path / name, native=native_cache)
+        assert streamed.describe().kernels == "native"
+        assert answer(streamed) == answer(load_whole(tmp_path / name, native=native_cache))
+    assert "transformers empties the row of its padding" in caplog.text  # youtu's alone
 
 
 def test_experts_that_the_files_have_one_by_one_become_one_layer(load, native_cache, tmp_path):

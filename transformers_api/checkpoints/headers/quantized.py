@@ -18,6 +18,7 @@ from transformers_api.errors import ModelLoadFailed
 
 Config = Mapping[str, Any]
 FLOAT8 = ("F8_E4M3", "F8_E5M2")
+CODES = (*FLOAT8, "I8", "U8", "I32")
 INT4_BITS = 4
 
 
@@ -92,7 +93,15 @@ def read_quantized(quantization: Config, files: Files) -> dict[str, QuantizedTen
     """The quantised parameters by their names. Raises ModelLoadFailed."""
     check_method(quantization)
     _, read = READERS[quantization["quant_method"]]
-    return {each.name: each for each in read(quantization, files)}
+    quantized = {each.name: each for each in read(quantization, files)}
+    parts = {part for each in quantized.values() for part in each.parts.values()}
+    for name in files.tensors.keys() - parts:
+        dtype = files.tensors[name].dtype
+        if name.endswith("weight") and dtype in CODES:
+            raise ModelLoadFailed(
+                f"tensor {name} is {dtype}, and nothing beside it says what its numbers mean"
+            )
+    return quantized
 
 
 def left_out(name: str) -> bool:
@@ -127,6 +136,7 @@ def _require(config: Config, name: str, allowed: tuple[Any, ...], default: Any =
 def _check_gptq(config: Config) -> None:
     _require(config, "bits", (2, 4, 8))
     _require(config, "checkpoint_format", ("gptq", "gptq_v2"), "gptq")
+    _require(config, "is_marlin_format", (False, None))
 
 
 def _gptq(config: Config, files: Files) -> Quantized:
@@ -150,6 +160,8 @@ def _check_awq(config: Config) -> None:
     _require({"bits": config.get("bits", config.get("w_bit"))}, "bits", (4,))
     version = str(config.get("version", "gemm")).lower()
     _require({"version": version}, "version", ("gemm",))
+    if config.get("backend") == "llm-awq":
+        raise _unreadable(config, "backend", ("autoawq",))
 
 
 def _awq(config: Config, files: Files) -> Quantized:
@@ -180,7 +192,7 @@ def _check_compressed(config: Config) -> None:
         own = config.get(name) or {}
         if own and own.get("format", "other") != "dense":
             raise _unreadable(config, name, ("none",))
-    _require(config, "quantization_status", ("compressed",), "compressed")
+    _require(config, "quantization_status", ("compressed", "frozen"), "compressed")
     if not isinstance(groups, dict) or not all(isinstance(each, dict) for each in groups.values()):
         raise _unreadable(config, "config_groups", ("an object of groups",))
     for name, group in groups.items():
@@ -264,8 +276,9 @@ def _check_fp8(config: Config) -> None:
 
 
 def _fp8(config: Config, files: Files) -> Quantized:
-    for scale in [name for name in files.tensors if name.endswith("_scale_inv")]:
-        weight = scale.removesuffix("_scale_inv")
+    ends = "_scale_inv", ".weight_scale"  # the second as AutoFP8 writes it
+    for scale in [name for name in files.tensors if name.endswith(ends)]:
+        weight = scale.removesuffix("_inv").removesuffix("_scale")
         if weight not in files.tensors or files.tensors[weight].dtype not in FLOAT8:
             raise ModelLoadFailed(f"tensor {scale} belongs to no weight of eight bits")
         parts = {"weight": weight, "weight_scale": scale}

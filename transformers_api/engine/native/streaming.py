@@ -145,12 +145,13 @@ def fill_streamed(library: Library, model: Any, stored: StoredWeights, dtype: to
         stored.dequantize = by_kernels(library, stored)
     sources: dict[int, Source] = {}
     words = getattr(_word_table(model), "weight", None)
+    tables = [m for m in model.modules() if is_embedding(m) and m.weight is words]
     for path, module in list(model.named_modules()):
         weight = getattr(module, "weight", None)
         name = f"{path}.weight"
         if name not in stored or not isinstance(weight, nn.Parameter):
             continue
-        if type(module) in LAYERS or (weight is words and is_embedding(module)):
+        if type(module) in LAYERS or module in tables:
             matrix = stored.matrix(name, is_transposed=type(module) is Conv1D)
             if matrix is not None:
                 sources[id(weight)] = _source(library, stored, matrix)
@@ -162,7 +163,7 @@ def fill_streamed(library: Library, model: Any, stored: StoredWeights, dtype: to
             if (
                 source is not None
                 and leaf not in own
-                and (type(child) in LAYERS or is_embedding(child))
+                and (type(child) in LAYERS or child in tables)
             ):
                 setattr(module, leaf, _streamed(child, source, dtype))
     _fill_experts(library, model, stored)
@@ -221,6 +222,9 @@ def by_kernels(library: Library, stored: GgufWeights) -> Any:
 
 
 def _word_table(model: Any) -> Any:
+    """The embedding of words; None: of a model around a text's, which may look into it."""
+    if model.config.get_text_config(decoder=True) is not model.config:
+        return None
     with suppress(NotImplementedError):
         return model.get_input_embeddings()
     return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -13,14 +15,25 @@ FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 class Float8Rows(QuantizedRows):
     """Numbers of eight bits with a scale for each block."""
 
-    def rows(self, first: int, count: int) -> Tensor:
-        """See StoredRows."""
+    def few_rows(self, first: int, count: int) -> Tensor:
+        """See QuantizedRows."""
         height, width = self.spec.facts["block"]
         scale = self._view("weight_scale").float()
         scale = scale.reshape(-(-self.shape[0] // height), -1)
         own = scale[torch.arange(first, first + count) // height]
         own = own.repeat_interleave(width, dim=1)[:, : self.shape[1]]
-        return self._view("weight")[first : first + count].float() * own
+        return _numbers(self._view("weight")[first : first + count]) * own
+
+
+def _numbers(codes: Tensor) -> Tensor:
+    """float32 of numbers of eight bits, by a table: torch converts them one by one."""
+    places = codes.contiguous().view(torch.uint8).view(-1).int()
+    return torch.index_select(_table(codes.dtype), 0, places).view(codes.shape)
+
+
+@functools.cache
+def _table(dtype: torch.dtype) -> Tensor:
+    return torch.arange(256).to(torch.uint8).view(dtype).float()
 
 
 class Mxfp4Rows(QuantizedRows):
@@ -43,15 +56,15 @@ class Mxfp4Rows(QuantizedRows):
         codes = torch.stack([pairs & 15, pairs >> 4], dim=-1).flatten(-2)
         return codes, self._view("scales")[first : first + count][..., None]
 
-    def rows(self, first: int, count: int) -> Tensor:
-        """See StoredRows."""
+    def few_rows(self, first: int, count: int) -> Tensor:
+        """See QuantizedRows."""
         codes, exponents = self._codes(first, count)
         levels = torch.tensor([*FP4, *(-level for level in FP4)])
         numbers: Tensor = torch.ldexp(levels[codes.long()], exponents.to(torch.int32) - 127)
         return numbers.view(count, -1)
 
-    def blocks(self, first: int, count: int) -> Tensor:
-        """See StoredRows."""
+    def few_blocks(self, first: int, count: int) -> Tensor:
+        """See QuantizedRows."""
         codes, exponents = self._codes(first, count)
         halves = codes[..., : GROUP // 2] | codes[..., GROUP // 2 :] << 4
         return torch.cat([exponents, halves], dim=-1).reshape(-1)
@@ -60,8 +73,8 @@ class Mxfp4Rows(QuantizedRows):
 class FourBitRows(QuantizedRows):
     """bitsandbytes': levels of a table, scaled in blocks of the whole matrix, row by row."""
 
-    def rows(self, first: int, count: int) -> Tensor:
-        """See StoredRows."""
+    def few_rows(self, first: int, count: int) -> Tensor:
+        """See QuantizedRows."""
         facts, width = self.spec.facts, self.shape[1]
         begin, end = first * width, (first + count) * width
         pairs = self._view("weight").reshape(-1).view(torch.uint8)[begin // 2 : -(-end // 2)]

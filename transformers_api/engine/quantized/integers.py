@@ -80,16 +80,16 @@ class IntegerRows(QuantizedRows):
             return own[:, order]
         return own.repeat_interleave(self.spec.facts["group"], dim=1)[:, : self.shape[1]]
 
-    def rows(self, first: int, count: int) -> Tensor:
-        """See StoredRows."""
+    def few_rows(self, first: int, count: int) -> Tensor:
+        """See QuantizedRows."""
         scale, zero = self.levels
         codes = self.codes(first, count).float()
         if zero is not None:
             codes -= self._of_groups(zero, first, count)
         return codes * self._of_groups(scale, first, count)
 
-    def blocks(self, first: int, count: int) -> Tensor:
-        """See StoredRows."""
+    def few_blocks(self, first: int, count: int) -> Tensor:
+        """See QuantizedRows."""
         scale, zero = self.levels
         starts = torch.arange(0, self.shape[1], GROUP) // self.spec.facts["group"]
         own = scale[first : first + count][:, starts]
@@ -171,8 +171,12 @@ class PackedRows(IntegerRows):
         scale = _of_rows(self._view("weight_scale"), self.shape[0])
         if "weight_zero_point" not in self.parts:
             return scale, torch.full_like(scale, self._middle())
-        zeros = _unpacked(self._view("weight_zero_point"), self.spec.bits, 0)
-        return scale, zeros[: self.shape[0]].float().expand_as(scale)
+        stored = self._view("weight_zero_point")
+        if stored.dtype == torch.int32:
+            zeros = _unpacked(stored, self.spec.bits, 0)[: self.shape[0]].float()
+        else:  # as older versions wrote them
+            zeros = _of_rows(stored, self.shape[0]) + self._middle()
+        return scale, zeros.expand_as(scale)
 
     def order(self) -> Tensor | None:
         """See IntegerRows."""

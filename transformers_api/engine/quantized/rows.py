@@ -12,6 +12,7 @@ from transformers_api.checkpoints.headers.quantized import QuantizedTensor
 from transformers_api.engine.file_tensor import FileTensor
 
 GROUP = 32  # weights of a block
+AT_ONCE = 1 << 19  # weights whose numbers on the way stay in a core's cache
 Parts = Mapping[str, FileTensor]
 
 
@@ -42,18 +43,33 @@ class QuantizedRows(ABC):
         return "int8"
 
     @abstractmethod
+    def few_rows(self, first: int, count: int) -> Tensor:
+        """See ``rows``. For a few at a time."""
+
+    def few_blocks(self, first: int, count: int) -> Tensor:
+        """See ``blocks``. For a few at a time."""
+        raise NotImplementedError
+
     def rows(self, first: int, count: int) -> Tensor:
         """See StoredRows."""
+        made = torch.empty(count, self.shape[1])
+        for start, some in self._parts_of(first, count):
+            made[start - first : start - first + some] = self.few_rows(start, some)
+        return made
+
+    def blocks(self, first: int, count: int) -> Tensor:
+        """See StoredRows."""
+        return torch.cat([self.few_blocks(*part) for part in self._parts_of(first, count)])
+
+    def _parts_of(self, first: int, count: int) -> list[tuple[int, int]]:
+        few = max(AT_ONCE // self.shape[1] // 8, 1) * 8  # outputs of a word, in some layouts
+        return [(i, min(few, first + count - i)) for i in range(first, first + count, few)]
 
     def gather(self, indices: Tensor) -> Tensor:
         """See StoredRows."""
         flat = indices.reshape(-1).tolist()
-        rows = {index: self.rows(index, 1) for index in set(flat)}
+        rows = {index: self.few_rows(index, 1) for index in set(flat)}
         return torch.cat([rows[index] for index in flat]).view(*indices.shape, self.shape[1])
-
-    def blocks(self, first: int, count: int) -> Tensor:
-        """See StoredRows."""
-        raise NotImplementedError
 
     def release(self) -> None:
         """See StoredRows."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers_api.checkpoints.headers.quantized import quantization_of
+from transformers_api.checkpoints.headers.quantized import check_method, quantization_of
 from transformers_api.checkpoints.headers.safetensors_file import (
     DTYPES,
     LFS_POINTER,
@@ -243,9 +243,19 @@ def check_config(
 def refusal(folder: Path, encoder: EncoderKind | None = None) -> str | None:
     """The reason why a folder's kind of model can never be served; None where it may be."""
     try:
-        return _not_generating(folder, read_object(folder / "config.json"), encoder)
+        config = read_object(folder / "config.json")
     except ModelLoadFailed:
         return None
+    if reason := _not_generating(folder, config, encoder):
+        return reason
+    quantization = quantization_of(config)
+    if quantization is None or encoder is not None or "auto_map" in config:
+        return None
+    try:
+        check_method(quantization)
+    except ModelLoadFailed as error:
+        return error.message
+    return None
 
 
 def _not_generating(
