@@ -67,6 +67,8 @@ OPTIONS = {
     "bfloat16": ("llama", ["v_proj"], {"dtype": torch.bfloat16}),
     "float16": ("llama", ["v_proj"], {"dtype": torch.float16}),
     "float64": ("llama", ["v_proj"], {"dtype": torch.float64}),
+    "recurrent": ("mamba", ["in_proj", "out_proj"], {}),
+    "partly-recurrent": ("conv-hybrid", ["q_proj", "in_proj", "w1"], {}),
     "one-at-a-time": ("bloom-alibi", ["query_key_value", "dense_h_to_4h"], {}),
 }
 
@@ -377,3 +379,15 @@ def test_a_gpu_serves_adapters_and_base_in_one_batch(make_engine, adapters):
     assert alone[1] == complete(plain.adapted(adapters[0]), request)[0]
     streams = [own.submit([request]) for own in engines]
     assert [tokens(stream)[0] for stream in streams] == alone
+
+
+@pytest.mark.parametrize("name", ["mamba", "conv-hybrid"])
+def test_states_of_recurrent_layers_are_an_adapters_own(make_engine, tmp_path, kernels, name):
+    layers = ["in_proj", "out_proj"]
+    engine = make_engine(name, native=kernels)
+    own = engine.adapted(lora.source(lora.adapter(tmp_path / "a", tiny_model(name), layers)))
+    alone = [greedy(engine), greedy(own)]
+    request = ask(PROMPT, max_tokens=12, **GREEDY)
+    streams = [each.submit([request]) for each in (engine, own, engine)]
+    assert [tokens(stream) for stream in streams] == [alone[0], alone[1], alone[0]]
+    assert alone[0] != alone[1]
