@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -12,6 +13,7 @@ from tests.engine.models import tiny_model
 from tests.engine.reading import GREEDY, ask, complete, read, tokens
 from tests.repeats import slow
 from transformers_api.engine.adapters import SLICE_BYTES
+from transformers_api.engine.runners.adapted_modules import read_by_every_token
 from transformers_api.engine.runners.model_runner import innermost
 from transformers_api.errors import InsufficientMemory, ModelLoadFailed, ModelUnloaded, Unavailable
 
@@ -391,3 +393,25 @@ def test_states_of_recurrent_layers_are_an_adapters_own(make_engine, tmp_path, k
     streams = [each.submit([request]) for each in (engine, own, engine)]
     assert [tokens(stream) for stream in streams] == [alone[0], alone[1], alone[0]]
     assert alone[0] != alone[1]
+
+
+class EverySecond(torch.nn.Module):
+    """A layer that every second token goes through, as some do through an expert."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        made = x.new_zeros(*x.shape[:-1], self.inner.out_features)
+        made[:, ::2] = self.inner(x[:, ::2])
+        return made
+
+
+def test_a_layer_that_some_tokens_pass_by_is_not_adapted():
+    whole = copy.deepcopy(tiny_model("llama"))
+    layer = whole.model.layers[0].mlp
+    layer.down_proj = EverySecond(layer.down_proj)
+    paths = read_by_every_token(whole)
+    assert "model.layers.0.mlp.down_proj.inner" not in paths
+    assert {"model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj", "lm_head"} <= paths

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from transformers_api.engine.adapters import LoadedAdapter, LowRankProduct, MakeProduct
 
 
+PROBE = (1, 2, 3, 1, 2)  # token ids; every vocabulary has them
+
+
 class TorchProduct:
     """Meets LowRankProduct, by torch."""
 
@@ -38,10 +41,37 @@ class AdaptsModules:
         """See AdapterRunner. float32 on a CPU; elsewhere in the model's own dtype."""
         device = self.model.device
         dtype = torch.float32 if device.type == "cpu" else self.model.dtype
-        return lambda _, down, up: TorchProduct(down.to(device, dtype), up.to(device, dtype))
+        whole = read_by_every_token(self.model)
+
+        def make(path: str, down: Tensor, up: Tensor) -> TorchProduct:
+            if path not in whole:
+                raise ValueError(f"{path} of the base is no layer that every token goes through")
+            return TorchProduct(down.to(device, dtype), up.to(device, dtype))
+
+        return make
 
     def drop_adapter(self, adapter: LoadedAdapter) -> None:
         """See AdapterRunner: it holds none."""
+
+
+def read_by_every_token(model: Any) -> set[str]:
+    """Paths of the layers that a pass over some tokens shows each of them; an expert gets a few.
+
+    Rows of any other layer could not be told apart by their sequences.
+    """
+    rows: dict[str, list[int]] = {}
+    with ExitStack() as hooks:
+        for path, module in model.named_modules():
+
+            def note(_module: nn.Module, args: Any, _output: Any, path: str = path) -> None:
+                if args and isinstance(args[0], Tensor) and args[0].dim():
+                    rows.setdefault(path, []).append(args[0].numel() // args[0].shape[-1])
+
+            hooks.callback(module.register_forward_hook(note).remove)
+        ids = torch.tensor([PROBE], device=model.device)
+        with torch.inference_mode():
+            model(input_ids=ids, use_cache=False, return_dict=True)
+    return {path for path, each in rows.items() if set(each) == {len(PROBE)}}
 
 
 def layer_at(model: nn.Module, path: str) -> tuple[str, tuple[int, int]]:
