@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from benchmarks.pages import table
@@ -142,7 +143,8 @@ def report(known: dict[str, Any]) -> str:
 def one_model(known: dict[str, Any], model: str) -> str:
     """Both tables of one model, and who failed."""
     found = medians(known, model)
-    parts = [f"### {SHOWN.get(model, model)}", figures_table(found, known["about"]["streams"])]
+    shown = SHOWN.get(model, Path(model).name)
+    parts = [f"### {shown}", figures_table(found, known["about"]["streams"])]
     if compared := [row for target in TARGETS if (row := target_row(target, found))]:
         heads = ["case, ours", "against", "asked for", "reached", "holds"]
         parts.append(table(heads, compared))

@@ -275,11 +275,16 @@ def show(known: dict[str, Any], options: argparse.Namespace) -> None:
     """Print the report, and write it into the pages that were named."""
     text = report(known)
     print(text, flush=True)
+    block = "variants" if options.isa else "files" if _are_files(options.models) else "serve"
     for page in options.write:
-        if "<!-- serve -->" in page.read_text():
-            write_block(page, "serve", text)
+        if f"<!-- {block} -->" in page.read_text():
+            write_block(page, block, text)
         else:
             write_block(page, "speed", quoted(known))
+
+
+def _are_files(models: list[str]) -> bool:
+    return all(model.endswith(".gguf") for model in models)
 
 
 def say(text: str) -> None:
