@@ -61,6 +61,7 @@ def test_values_come_from_the_environment_by_name_or_by_alias(environ, name, val
         ("CORS_ALLOW_ORIGINS", "null", "exact origins"),
         ("TRUSTED_PROXIES", "10.0.0.0/8", "a whole number from 0 to 16"),
         ("QUANTIZATION", "int3", "one of auto, stored, gguf, none, int8, int4"),
+        ("KV_CACHE_DTYPE", "int4", "one of auto, int8"),
         ("RATE_LIMIT_TOKENS_PER_MIN", "0", "a whole number from 1"),
     ],
 )
@@ -78,6 +79,15 @@ def test_quantization_needs_the_native_kernels():
         Settings.from_env({"QUANTIZATION": "int8", "NATIVE_KERNELS": "false"})
     settings = Settings.from_env({"QUANTIZATION": "int8", "NATIVE_KERNELS": "true"})
     assert settings.quantization == "int8"
+
+
+@pytest.mark.parametrize("without", [{"NATIVE_KERNELS": "false"}, {"NATIVE_ISA": "none"}])
+def test_an_int8_cache_needs_the_native_kernels(without):
+    message = r"^KV_CACHE_DTYPE=int8 is not allowed: it needs NATIVE_KERNELS=true$"
+    with pytest.raises(SettingError, match=message):
+        Settings.from_env({"KV_CACHE_DTYPE": "int8", **without})
+    assert Settings.from_env({"KV_CACHE_DTYPE": "int8"}).kv_cache_dtype == "int8"
+    assert Settings.from_env({"KV_CACHE_DTYPE": "auto", **without}).kv_cache_dtype == "auto"
 
 
 @pytest.mark.parametrize("value", ["localhost:6379", "http://secret@a", "redis://secret@a:port"])

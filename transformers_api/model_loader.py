@@ -289,6 +289,7 @@ class ModelLoader(AdapterLoader):
             native=settings.native_cache if settings.native_kernels else None,
             native_isa=settings.native_isa,
             quantization=spec.quantization or settings.quantization,
+            kv_cache_dtype=settings.kv_cache_dtype,
         )
 
     def _free_bytes(self, device: str) -> int:

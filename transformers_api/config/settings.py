@@ -143,6 +143,13 @@ class Settings:
         to.number(0.001, 65536),
         "GiB for the KV cache. Default: a quarter of the memory that is free after loading.",
     )
+    kv_cache_dtype: str = setting(
+        "auto",
+        to.choice("auto", "int8"),
+        "Numbers of keys and values in the KV cache. auto: those of DTYPE. int8: codes of 8 bits "
+        "with a scale for every 32, a little more than half the bytes of bfloat16. Only with "
+        "NATIVE_KERNELS; the log names a model that keeps its own.",
+    )
     max_adapters_mb: int = setting(
         512,
         to.integer(1, 1 << 20),
@@ -336,6 +343,8 @@ class Settings:
             raise SettingError(
                 f"QUANTIZATION={made.quantization} is not allowed: it needs NATIVE_KERNELS=true"
             )
+        if made.kv_cache_dtype == "int8" and not made.native_kernels:
+            raise SettingError("KV_CACHE_DTYPE=int8 is not allowed: it needs NATIVE_KERNELS=true")
         return made
 
     @property

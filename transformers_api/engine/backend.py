@@ -124,6 +124,10 @@ class Backend(Protocol):
         """
         ...
 
+    def numbers_of(self, states: Tensor) -> Tensor:
+        """Return keys or values (…, S, D) of the cache, as the attention function got them."""
+        ...
+
     def standby(self, runner: Runner) -> StandbyModel | None:
         """Return what can be kept of a model once it is unloaded; None: nothing."""
         ...

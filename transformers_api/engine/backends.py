@@ -24,7 +24,7 @@ def choose_backends(options: LoadOptions, device: str, threads: int | None) -> l
     backend = TorchBackend(device, options)
     quantizes = options.quantization in ALWAYS_NATIVE
     # As numbers they take several times as much memory.
-    waits = options.quantization not in ("auto", "none")
+    waits = options.quantization not in ("auto", "none") or options.kv_cache_dtype != "auto"
     if device != "cpu":
         reason = "it is for CPUs"
     elif options.native is None:

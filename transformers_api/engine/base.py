@@ -234,6 +234,7 @@ class EngineStats:
     kv_bytes: int = 0  # allocated
     kv_used_bytes: int = 0  # of the budget, reserved for the sequences that run
     kv_budget_bytes: int = 0
+    kv_token_bytes: int = 0  # of a token's keys and values in all layers
     mode: str = "batching"  # or "sequential": one at a time, for models that cannot share a batch
     adapters: tuple[AdapterStats, ...] = ()  # in memory
 

@@ -34,7 +34,11 @@ class SlotLayer(CacheLayerMixin):
             self.cache.allocate()
             return
         dtype = self.cache.dtype or key_states.dtype
-        self.likes = tuple(s[:0, :, :0].to(dtype, copy=True) for s in (key_states, value_states))
+        self.begin(tuple(s[:0, :, :0].to(dtype, copy=True) for s in (key_states, value_states)))
+
+    def begin(self, likes: tuple[Tensor, ...]) -> None:
+        """Take memory for K and V like these empty ones."""
+        self.likes = likes
         rows = self.cache.capacity + self.cache.spare
         self.aim(tuple(laid_out(self.likes, rows, self.cache.length)))
 

@@ -287,6 +287,7 @@ class BatchingEngine:
             kv_bytes=scheduler.cache.bytes,
             kv_used_bytes=scheduler.reserved_bytes,
             kv_budget_bytes=scheduler.cache.budget_bytes,
+            kv_token_bytes=scheduler.cache.token_bytes,
             mode=self.facts.mode,
             adapters=self.adapters.stats(),
         )

@@ -43,6 +43,8 @@ class LoadOptions:
     prompt_lookup_tokens: int = 0  # used where bits do not depend on how many tokens are read
     kv_cache_bytes: int | None = None  # None: a quarter of what is free after loading
     adapter_bytes: int = 1 << 29  # of adapters in memory
+    # int8: keys and values on the kernels, which a load waits for; auto: of the model's numbers.
+    kv_cache_dtype: str = "auto"
     native: Path | None = None  # cache of the compiled kernels; None: without them
     native_isa: str = "auto"  # the instruction set that they are compiled for
     plans: Path | None = None  # cache of execution plans; None: none

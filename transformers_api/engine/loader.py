@@ -195,6 +195,11 @@ def build_engine(
         runner = backend.verified_runner(model, vocab_size, window)
     if isinstance(runner, ModelRunner):
         window = _bounded(runner, options)
+    if options.kv_cache_dtype != "auto" and not getattr(runner.cache, "has_codes", False):
+        log.warning(
+            "KV_CACHE_DTYPE=%s is not used: %s keeps its own numbers with %s",
+            *(options.kv_cache_dtype, type(model).__name__, backend.title),
+        )
     facts = backend.describe(runner)
     facts = replace(facts, in_pieces=facts.mode == "batching" and runner.cache.in_pieces)
     limits = replace(

@@ -20,7 +20,7 @@ import torch
 
 from transformers_api.kernels.build import LibraryRefused, check_trusted
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 OPS = (
     *("copy", "add", "sub", "mul", "div", "neg", "cube", "rsqrt", "sqrt", "exp", "tanh", "silu"),
     *(
@@ -43,8 +43,9 @@ OPS = (
     *("experts", "low_rank", "attention", "write_cache", "read_cache", "unpack_rows"),
 )
 TYPE_NUMBERS = {"F32": 0, "BF16": 1, "I8": 2, "I64": 3, "I4": 4, "BOOL": 5}
-# Of activations and the KV cache, of packed weights, of operands.
+# Of activations, the KV cache, packed weights, operands.
 TYPES = {torch.float32: TYPE_NUMBERS["F32"], torch.bfloat16: TYPE_NUMBERS["BF16"]}
+KV_TYPES = {**TYPES, torch.int8: TYPE_NUMBERS["I8"]}
 WEIGHT_TYPES = {
     "float32": TYPE_NUMBERS["F32"],
     "bfloat16": TYPE_NUMBERS["BF16"],

@@ -68,7 +68,7 @@ def attention_probs(
         scale=size**-0.5 if scaling is None else scaling,
         softcap=options.get("softcap") or 0.0,
         q_type=abi.TYPES[query.dtype],
-        kv_type=abi.TYPES[key.dtype],
+        kv_type=abi.KV_TYPES[key.dtype],
     )
     rows.library.with_gil.attention_probs(
         byref(call),

@@ -99,6 +99,7 @@ def _resident(swapper: SwapperStatus) -> dict[str, Any]:
             "bytes": engine.kv_bytes,
             "used_bytes": engine.kv_used_bytes,
             "budget_bytes": engine.kv_budget_bytes,
+            "token_bytes": engine.kv_token_bytes,
             "usage": round(min(usage, 1.0), 4),
         },
     }

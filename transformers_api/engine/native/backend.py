@@ -19,7 +19,7 @@ from transformers_api.engine.base import EngineFacts
 from transformers_api.engine.load_options import DTYPE_BYTES, LoadOptions
 from transformers_api.engine.native.convert_model import kind_of, packed_bytes, weight_kind
 from transformers_api.engine.native.plan_cache import PlanFile
-from transformers_api.engine.native.runner import NativeRunner
+from transformers_api.engine.native.runner import Kind, NativeRunner
 from transformers_api.engine.native.sampler import NativeSampler
 from transformers_api.engine.native.standby import NativeStandby
 from transformers_api.engine.native.streaming import fill_streamed, packed_size
@@ -38,7 +38,7 @@ from transformers_api.engine.stored_weights import StoredWeights
 from transformers_api.kernels import stats
 from transformers_api.kernels.abi import Library
 from transformers_api.kernels.graph.hooks import observing
-from transformers_api.kernels.modules.attention import CausalRows
+from transformers_api.kernels.modules.attention import CausalRows, numbers_of
 
 
 class NativeBackend:
@@ -77,7 +77,7 @@ class NativeBackend:
         if indexed_layers(model):
             return "it has an index of what to attend to"
         try:
-            kind_of(model, self.options.dtype, self.options.quantization)
+            self._kind(model)
         except BackendRefused as error:
             return str(error)
         return None
@@ -85,7 +85,7 @@ class NativeBackend:
     def verified_runner(self, model: Any, vocab_size: int, window: int) -> VerifiedRunner:
         """See Backend. Raises PlanOutdated where a plan on the disk does not fit the model."""
         options = self.options
-        kind = kind_of(model, options.dtype, options.quantization)
+        kind = self._kind(model)
         lengths = switching_lengths(model, window)
         if len(lengths) > 1 or not all(reads_again(model, n) for n in lengths):
             raise BackendRefused("positions that depend on the length")
@@ -106,6 +106,10 @@ class NativeBackend:
         except PlanOutdated as error:
             error.instead = NativeBackend(self.library, replace(options, plans=None))
             raise
+
+    def _kind(self, model: Any) -> Kind:
+        options = self.options
+        return kind_of(model, options.dtype, options.quantization, options.kv_cache_dtype)
 
     def sampler(self) -> TokenSampler:
         """See Backend."""
@@ -149,6 +153,10 @@ class NativeBackend:
         if not isinstance(mask, CausalRows):
             return None
         return stats.attention_probs(mask, query, key, sequence, queries, options)
+
+    def numbers_of(self, states: Tensor) -> Tensor:
+        """See Backend."""
+        return numbers_of(states)
 
     def standby(self, runner: Runner) -> StandbyModel | None:
         """See Backend."""

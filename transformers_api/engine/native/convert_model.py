@@ -38,7 +38,9 @@ def weight_kind(dtype: str, stored: str, stored_bytes: int) -> str | None:
     return dtype if dtype in CACHE_TYPES else None
 
 
-def kind_of(model: Any, dtype: str, quantization: str = "none") -> Kind:
+def kind_of(
+    model: Any, dtype: str, quantization: str = "none", kv_cache_dtype: str = "auto"
+) -> Kind:
     """Return the format for a model as it was loaded. Raises BackendRefused."""
     stored: StoredWeights | None = getattr(model, "stored_weights", None)
     stored_bytes = stored.bytes if stored else sum(each.nbytes for each in model.parameters())
@@ -48,7 +50,7 @@ def kind_of(model: Any, dtype: str, quantization: str = "none") -> Kind:
         raise BackendRefused(f"no kernels for {dtype}")
     if quantization != "none" and dtype == "auto":
         kind = "bfloat16"  # also of a small checkpoint: what is rounded is not exact anyway
-    return Kind(kind, quantization)
+    return Kind(kind, quantization, kv_cache_dtype == "int8")
 
 
 def native_runner(
@@ -70,11 +72,14 @@ def native_runner(
     """
     register()
     try:
-        if not computes_own_attention(model):
+        is_own = computes_own_attention(model)
+        if not is_own:
             model.set_attn_implementation(NAME)
         pack_model(model, library, Widths(kind.numbers, kind.quantization), groups)
         layers, rows, length = cache_size
-        rest = rows, length, CACHE_TYPES[kind.numbers], latent_layers(model)
+        # Prompts of a recurrent model are read by its modules: its own attention takes no codes.
+        holds_codes = kind.has_int8_cache and (isinstance(layers, int) or not is_own)
+        rest = rows, length, CACHE_TYPES[kind.numbers], latent_layers(model), holds_codes
         runner = (
             NativeRunner(
                 model, NativeCache(library, layers, *rest), vocab_size, kind, original_window

@@ -45,10 +45,14 @@ SIZES = (2, 3)  # tokens of the passes that are recorded; see planner.py
 
 
 class Kind(NamedTuple):
-    """A format: ``numbers`` is the dtype of the KV cache, and of weights unless quantised."""
+    """A format: ``numbers`` is the dtype of the KV cache, and of weights unless quantised.
+
+    ``has_int8_cache``: keys and values are int8, where that is possible.
+    """
 
     numbers: str
     quantization: str
+    has_int8_cache: bool = False
 
     @property
     def weights(self) -> str:

@@ -73,7 +73,7 @@ class NativeMixedLayer(  # type: ignore[no-untyped-call, override]
 
 
 class NativeStateCache(StateCache, NativeCache):
-    """A StateCache whose keys and values are of ``dtype``; states are float32.
+    """A StateCache whose keys and values are those of a NativeCache; states are float32.
 
     A pass is either the whole prompt of one row or, where ``is_step``, a token of each of some
     rows. The states of a layer are copied when it asks for them, and written back when the next one
@@ -92,8 +92,9 @@ class NativeStateCache(StateCache, NativeCache):
         max_length: int,
         dtype: torch.dtype,
         latent: frozenset[int] = frozenset(),
+        holds_codes: bool = False,
     ) -> None:
-        self.library, self.dtype = library, dtype
+        self.library, self.dtype, self.holds_codes = library, dtype, holds_codes
         self.starts = self.cache_rows = torch.zeros(0, dtype=torch.int64)
         self._most = max_rows, max_length
         StateCache.__init__(self, kinds, max_rows, max_length)
@@ -141,7 +142,8 @@ class NativeStateCache(StateCache, NativeCache):
 
     def scratch(self, rows: int, length: int) -> NativeStateCache:
         """See NativeCache."""
-        made = NativeStateCache(self.library, self.kinds, rows, length, self.dtype, self.latent)
+        sizes = self.kinds, rows, length
+        made = NativeStateCache(self.library, *sizes, self.dtype, self.latent, self.holds_codes)
         made.reserve(rows, length)
         return made
 

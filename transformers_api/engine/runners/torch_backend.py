@@ -165,6 +165,10 @@ class TorchBackend:
         """See Backend."""
         return None
 
+    def numbers_of(self, states: Tensor) -> Tensor:
+        """See Backend."""
+        return states
+
     def standby(self, runner: Runner) -> StandbyModel | None:
         """See Backend."""
         return None

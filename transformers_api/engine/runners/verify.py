@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 # The relative error that rounded weights may make, so far from what wrong ones would (1 and more)
 # that no right ones are taken for them; how well they are rounded is asked elsewhere.
 QUANTIZED = {"int4": 0.6}
-AS_STORED = 0.2  # also int8
+AS_STORED = 0.2  # also int8, of weights or of keys and values
 RECURRENT = 3  # times that is allowed where states carry rounding on from token to token
 SHARED = 3  # tokens that the sequences of the probe begin with
 NARROW = 4  # tokens of a window that a short pass reaches
@@ -173,7 +173,7 @@ def agrees(
     rounded = getattr(runner.cache, "dtype", None) or model.dtype  # a cache may have its own
     coarser = rounded if model.dtype == torch.float32 else model.dtype
     tolerance = QUANTIZED.get(quantization, AS_STORED)
-    if quantization == "none":
+    if quantization == "none" and not getattr(runner.cache, "holds_codes", False):
         tolerance = _tolerance(coarser)
     if together and not runner.cache.in_pieces:
         tolerance *= RECURRENT

@@ -15,11 +15,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from transformers_api.kernels.abi import TYPES, Attention, CacheWrite, Library
+from transformers_api.kernels.abi import KV_TYPES, TYPES, Attention, CacheWrite, Library
 from transformers_api.kernels.capture import Recorder, current
 
 NAME = "native"
 MAX_SIZE = 512  # src/attention_block.h
+GROUP, GROUP_BYTES = 32, 34  # codes and bytes of keys and values in int8: src/kv_codes.h
 OPTIONS = ("softcap", "s_aux", "slopes", "is_causal", "sliding_window")  # of the probabilities
 _replayed: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar("replayed", default=None)
 
@@ -83,13 +84,14 @@ def native_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of queries (B, H, T, D) over keys and values (B, G, S, D): (B, T, H, D).
 
-    By the kernel where the mask is described and the tensors are supported, else by sdpa.
+    Those of int8 are groups of codes: see ``numbers_of``. By the kernel where the mask is described
+    and the tensors are supported, else by sdpa.
     """
     if (output := _replayed.get()) is not None:
         return output, None
     rows = _description(attention_mask)
     if rows is None or dropout or not is_supported(query, key, value):
-        key, value = key.to(query.dtype), value.to(query.dtype)
+        key, value = numbers_of(key).to(query.dtype), numbers_of(value).to(query.dtype)
         if kwargs.get("softcap") or kwargs.get("s_aux") is not None:
             return _eager_attention(query, key, value, attention_mask, scaling, **kwargs), None
         return sdpa_attention_forward(
@@ -142,7 +144,7 @@ def attend(
         own_size**-0.5 if scaling is None else scaling,
         options.get("softcap") or 0.0,
         TYPES[query.dtype],
-        TYPES[key.dtype],
+        KV_TYPES[key.dtype],
     )
     library = rows.library
     (library.with_gil if batch * width < 64 else library.without_gil).attention(call)
@@ -230,13 +232,33 @@ def is_supported(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """True for views of rows that are wide enough for keys and for values."""
     return (
         query.dtype in TYPES
-        and key.dtype in TYPES
+        and key.dtype in KV_TYPES
         and key.dtype == value.dtype
         and query.shape[3] == key.shape[3]
         and max(key.shape[3], value.shape[3]) <= min(MAX_SIZE, key.stride(2), value.stride(2))
         and query.stride(3) == key.stride(3) == value.stride(3) == 1
         and not (query.requires_grad and torch.is_grad_enabled())
     )
+
+
+def code_bytes(size: int) -> int:
+    """Bytes of ``size`` keys or values of a token and head in int8."""
+    return -(-size // GROUP) * GROUP_BYTES
+
+
+def numbers_of(states: Tensor) -> Tensor:
+    """Keys or values (B, G, S, D) of the cache as numbers.
+
+    Of int8 a view with this shape is the place of groups of codes, which reach beyond D: what
+    attention multiplies is made of them. Others are numbers as they are.
+    """
+    if states.dtype != torch.int8:
+        return states
+    *shape, size = states.shape
+    width = code_bytes(size)
+    groups = states.as_strided((*shape, width), states.stride()).reshape(*shape, -1, GROUP_BYTES)
+    scales = groups[..., :2].contiguous().view(torch.bfloat16).float()
+    return (groups[..., 2:] * scales).bfloat16().flatten(-2)[..., :size]
 
 
 def write_cache(
@@ -249,7 +271,7 @@ def write_cache(
     """Write ``states`` (B, G, T, D) into ``rows`` (R, G, length, D) from each row's start on.
 
     ``starts`` (B,); None: from 0. Row b of ``states`` goes to the row ``cache_rows[b]``, by default
-    b.
+    b. Rows of int8 have ``code_bytes(D)`` in the place of D and become groups of codes.
     """
     batch, heads, width, size = states.shape
     if states.stride(3) != 1:
@@ -266,7 +288,7 @@ def write_cache(
         states.stride()[:3],
         rows.stride()[:3],
         TYPES[states.dtype],
-        TYPES[rows.dtype],
+        KV_TYPES[rows.dtype],
     )
     library.with_gil.write_cache(call)
     if recorder := current():

@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-constexpr int32_t ABI_VERSION = 1;
+constexpr int32_t ABI_VERSION = 2;
 
 enum Type : int32_t { F32 = 0, BF16 = 1, I8 = 2, I64 = 3, I4 = 4, BOOL = 5 };
 
@@ -62,7 +62,8 @@ struct LowRank {
 };
 
 // Causal attention over a KV cache: the query at position p attends to the keys 0..p of its row, or
-// to the last ``window`` of them; below 0 to those of its chunk, each of -``window`` tokens.
+// to the last ``window`` of them; below 0 to those of its chunk, each of -``window`` tokens. Keys and
+// values are F32, BF16, or I8: groups of codes (kv_codes.h), whose strides are in bytes.
 struct Attention {
   const void *q, *k, *v;  // (rows, heads, queries, size), (rows, kv_heads, length, size) twice
   void* out;              // (rows, queries, heads, size), contiguous, of q's type
@@ -78,7 +79,8 @@ struct Attention {
 };
 
 // New keys or values, and the rows of the KV cache that they are written into. Where rows are read,
-// source and target change places, and each is read from its beginning.
+// source and target change places, and each is read from its beginning. A target of I8 gets groups
+// of codes (kv_codes.h), and its strides are in bytes.
 struct CacheWrite {
   const void* source;  // (rows, heads, queries, size)
   void* target;        // (rows, heads, length, size), from each row's start on

@@ -71,14 +71,14 @@ void find_items(const Attention& a, int threads, std::vector<WorkItem>& items) {
   }
 }
 
-template <class T>
-const T* keys_of(const Attention& a, const WorkItem& item) {
-  return static_cast<const T*>(a.k) + item.cache_row * a.k_strides[0] + item.kv_head * a.k_strides[1];
+template <class S>
+const S* keys_of(const Attention& a, const WorkItem& item) {
+  return static_cast<const S*>(a.k) + item.cache_row * a.k_strides[0] + item.kv_head * a.k_strides[1];
 }
 
-template <class T>
-const T* values_of(const Attention& a, const WorkItem& item) {
-  return static_cast<const T*>(a.v) + item.cache_row * a.v_strides[0] + item.kv_head * a.v_strides[1];
+template <class S>
+const S* values_of(const Attention& a, const WorkItem& item) {
+  return static_cast<const S*>(a.v) + item.cache_row * a.v_strides[0] + item.kv_head * a.v_strides[1];
 }
 
 // Load query i of the item and begin its online softmax.
@@ -125,9 +125,11 @@ void write_output(const Attention& a, const Workspace& workspace, int64_t m, int
   }
 }
 
-// All blocks of a work item. ``next``: the item that this thread takes after it.
-template <class T>
+// All blocks of a work item. ``next``: the item that this thread takes after it. S: what keys and
+// values are stored as.
+template <class S>
 void attend(const Attention& a, const WorkItem& item, const WorkItem& next, Workspace& workspace) {
+  using T = typename Stored<S>::Number;
   const int64_t count = item.count();
   for (int64_t i = 0; i < count; i++) begin_query<T>(a, item, i, workspace);
   const int64_t end = workspace.queries[count - 1].end;
@@ -138,16 +140,16 @@ void attend(const Attention& a, const WorkItem& item, const WorkItem& next, Work
     const int64_t current = std::clamp<int64_t>(end - at - BLOCK, 0, BLOCK);
     const int64_t done = at == begin ? 0 : std::max<int64_t>(0, at + BLOCK - end);
     const int64_t due = std::min(at + 2 * BLOCK - end, next_end - next_begin);
-    auto stream = [&](const T* own, const T* others, int64_t stride) {
+    auto stream = [&](const S* own, const S* others, int64_t stride) {
       return KvPrefetch::Stream{reinterpret_cast<const char*>(own + (at + BLOCK) * stride),
                                 reinterpret_cast<const char*>(others + (next_begin + done) * stride),
-                                stride * static_cast<int64_t>(sizeof(T))};
+                                stride * static_cast<int64_t>(sizeof(S))};
     };
-    const KvPrefetch ahead{stream(keys_of<T>(a, item), keys_of<T>(a, next), a.k_strides[2]),
-                           stream(values_of<T>(a, item), values_of<T>(a, next), a.v_strides[2]),
+    const KvPrefetch ahead{stream(keys_of<S>(a, item), keys_of<S>(a, next), a.k_strides[2]),
+                           stream(values_of<S>(a, item), values_of<S>(a, next), a.v_strides[2]),
                            current, current + std::max<int64_t>(0, due - done),
-                           a.size * static_cast<int64_t>(sizeof(T))};
-    attend_block<T>(a, workspace, count, keys_of<T>(a, item), values_of<T>(a, item), at, ahead);
+                           Stored<S>::bytes(a.size)};
+    attend_block<S>(a, workspace, count, keys_of<S>(a, item), values_of<S>(a, item), at, ahead);
   }
   for (int64_t i = 0; i < count; i++)
     write_output<T>(a, workspace, i, item.head_of(i),
@@ -164,7 +166,9 @@ void attention(const Attention* call) {
   static std::vector<WorkItem> items;
   find_items(a, pool->size(), items);
   const int64_t count = items.size();
-  const auto attend_type = a.kv_type == F32 ? attend<float> : attend<uint16_t>;
+  const auto attend_type = a.kv_type == F32  ? attend<float>
+                           : a.kv_type == I8 ? attend<int8_t>
+                                             : attend<uint16_t>;
   pool->run(count, [&](int64_t b, int64_t e) {
     static thread_local std::unique_ptr<Workspace> workspace(new Workspace);
     for (int64_t i = b; i < e; i++)

@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "abi.h"
+#include "kv_codes.h"
 #include "simd.h"
 #include "tiles.h"
 #include "vector_math.h"
@@ -52,6 +53,29 @@ struct Workspace {
 template <class T>
 struct QueryTiles;
 
+// A row of keys or values as the cache has it, and the lanes of Number that are multiplied; those
+// from ``j`` on, a multiple of how many fit. Behind ``size`` may be anything, or it is not read.
+template <class S>
+struct Stored {
+  using Number = S;
+  static int64_t bytes(int64_t size) { return size * static_cast<int64_t>(sizeof(S)); }
+  static i32x16 lanes(const S* row, int64_t j) { return load_i32(row + j); }
+  static i32x16 lanes(const S* row, int64_t j, int64_t size) {
+    return DotFormat<S>::load_lanes(row + j, size - j);
+  }
+};
+template <>
+struct Stored<int8_t> {
+  using Number = uint16_t;
+  static_assert(16 * DotFormat<Number>::STEP == KV_GROUP, "a vector of lanes is a group");
+  static int64_t bytes(int64_t size) { return kv_code_bytes(size); }
+  static i32x16 lanes(const int8_t* row, int64_t j) {
+    const int8_t* group = row + j / KV_GROUP * KV_GROUP_BYTES;
+    return DotFormat<Number>::row(kv_numbers(group, 0), kv_numbers(group, 1));
+  }
+  static i32x16 lanes(const int8_t* row, int64_t j, int64_t) { return lanes(row, j); }
+};
+
 // Keys and values to prefetch while a block is computed, so that they are in the cache when their
 // block comes: those BLOCK keys later, of this work item and then of the next; all of them, and as
 // evenly as the current ones are used, since few queries wait for little but memory.
@@ -73,9 +97,10 @@ struct KvPrefetch {
   }
 
 // The keys begin..end of the block that starts at ``keys``, as panels. No other is read.
-template <class T>
-void load_keys(const Attention& a, const T* keys, int64_t begin, int64_t end,
+template <class S>
+void load_keys(const Attention& a, const S* keys, int64_t begin, int64_t end,
                const KvPrefetch& ahead, Workspace& workspace) {
+  using T = typename Stored<S>::Number;
   constexpr int64_t LANES = 16 * DotFormat<T>::STEP;
   const int64_t from = begin / 16 * 16, to = (end + 31) / 32 * 32;
   const int64_t per_turn = (ahead.count * 16 + to - from - 1) / (to - from);
@@ -85,12 +110,13 @@ void load_keys(const Attention& a, const T* keys, int64_t begin, int64_t end,
       i32x16 v[16];
       if (k >= begin && k + 16 <= end && j + LANES <= a.size) {
 #pragma GCC unroll 16
-        for (int64_t i = 0; i < 16; i++) v[i] = load_i32(keys + (k + i) * a.k_strides[2] + j);
+        for (int64_t i = 0; i < 16; i++)
+          v[i] = Stored<S>::lanes(keys + (k + i) * a.k_strides[2], j);
       } else {
         for (int64_t i = 0; i < 16; i++) {
           const bool is_inside = k + i >= begin && k + i < end;
-          const T* key = keys + (k + i) * a.k_strides[2] + j;
-          v[i] = is_inside ? DotFormat<T>::load_lanes(key, a.size - j) : zero_i32();
+          const S* key = keys + (k + i) * a.k_strides[2];
+          v[i] = is_inside ? Stored<S>::lanes(key, j, a.size) : zero_i32();
         }
       }
       transpose(v);
@@ -102,24 +128,26 @@ void load_keys(const Attention& a, const T* keys, int64_t begin, int64_t end,
 }
 
 // The values begin..end as panels. With ``checks``: true where all of them are finite.
-template <class T>
-bool load_values(const Attention& a, const T* values, int64_t begin, int64_t end, bool checks,
+template <class S>
+bool load_values(const Attention& a, const S* values, int64_t begin, int64_t end, bool checks,
                  const KvPrefetch& ahead, Workspace& workspace) {
+  using T = typename Stored<S>::Number;
   constexpr int64_t STEP = DotFormat<T>::STEP, LANES = 16 * STEP;
   bool all_finite = true;
   auto lanes_at = [&](int64_t k, int64_t j) {
-    const T* value = values + k * a.v_strides[2] + j;
-    return k >= begin && k < end ? DotFormat<T>::load_lanes(value, a.size - j) : zero_i32();
+    const S* value = values + k * a.v_strides[2];
+    return k >= begin && k < end && j < a.size ? Stored<S>::lanes(value, j, a.size) : zero_i32();
   };
   const int64_t per_turn = (ahead.count * STEP + end - 1) / end;
   const int64_t filled = (end + QueryTiles<T>::KEYS - 1) / QueryTiles<T>::KEYS * QueryTiles<T>::KEYS;
   for (int64_t k = 0, prefetched = 0; k < filled; k += STEP, prefetched += per_turn) {
     PREFETCH_ROWS(values, prefetched, prefetched + per_turn);
     int64_t j = 0;
-    const T* p = values + k * a.v_strides[2];
+    const S* p = values + k * a.v_strides[2];
     for (; k >= begin && k + STEP <= end && j + PANEL <= a.size; j += PANEL) {  // nearly always
-      const i32x16 low = load_i32(p + j);
-      const i32x16 high = load_i32(p + j + (STEP == 2 ? a.v_strides[2] : LANES));
+      const i32x16 low = Stored<S>::lanes(p, j);
+      const i32x16 high =
+          STEP == 2 ? Stored<S>::lanes(p + a.v_strides[2], j) : Stored<S>::lanes(p, j + LANES);
       if (checks) all_finite &= DotFormat<T>::all_finite(low) && DotFormat<T>::all_finite(high);
       DotFormat<T>::store_panel(low, high, workspace.value_panels[j / PANEL][k / STEP]);
     }
@@ -254,9 +282,10 @@ namespace {
 //
 // A value that is not finite would reach, times the probability zero, also the queries that do not
 // attend to it. Where there is one, each query accumulates its own values alone.
-template <class T>
-void attend_block(const Attention& a, Workspace& workspace, int64_t count, const T* keys,
-                  const T* values, int64_t block, const KvPrefetch& ahead) {
+template <class S>
+void attend_block(const Attention& a, Workspace& workspace, int64_t count, const S* keys,
+                  const S* values, int64_t block, const KvPrefetch& ahead) {
+  using T = typename Stored<S>::Number;
   const QueryState* queries = workspace.queries;
   int64_t last = count, first = 0;
   while (first < count && queries[first].end <= block) first++;

@@ -9,6 +9,7 @@
 
 #include "abi.h"
 #include "attention_block.h"
+#include "kv_codes.h"
 #include "simd.h"
 #include "thread_pool.h"
 #include "vector_math.h"
@@ -30,7 +31,7 @@ float attention_row(const Attention& a, int64_t row, int64_t head, int64_t query
     for (int64_t i = 0; i < a.size; i += 16) {
       const mask16 mask = first_lanes(a.size - i);
       sum = fmadd(load(a.q, a.q_type, q + i, mask),
-                  load(a.k, a.kv_type, k + j * a.k_strides[2] + i, mask), sum);
+                  load_kv(a.k, a.kv_type, k + j * a.k_strides[2], i, mask), sum);
     }
     probs[j] = reduce_add(sum) * a.scale;
   }

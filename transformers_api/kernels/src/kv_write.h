@@ -3,9 +3,26 @@
 #pragma once
 
 #include "abi.h"
+#include "kv_codes.h"
 #include "simd.h"
 
 namespace {
+
+// One head of one position: ``c.size`` numbers.
+void write_head(const CacheWrite& c, int64_t from, int64_t to) {
+  if (c.target_type == I8) {
+    int8_t* group = static_cast<int8_t*>(c.target) + to;
+    for (int64_t j = 0; j < c.size; j += KV_GROUP, group += KV_GROUP_BYTES)
+      quantize_kv_group(load(c.source, c.source_type, from + j, first_lanes(c.size - j)),
+                        load(c.source, c.source_type, from + j + 16, first_lanes(c.size - j - 16)),
+                        group);
+    return;
+  }
+  for (int64_t j = 0; j < c.size; j += 16) {
+    const mask16 mask = first_lanes(c.size - j);
+    store(c.target, c.target_type, to + j, mask, load(c.source, c.source_type, from + j, mask));
+  }
+}
 
 // Of the rows ``row``..``rows`` the queries ``query``..``queries``.
 void write_positions(const CacheWrite& c, int64_t row, int64_t rows, int64_t query,
@@ -18,11 +35,7 @@ void write_positions(const CacheWrite& c, int64_t row, int64_t rows, int64_t que
             row * c.source_strides[0] + head * c.source_strides[1] + t * c.source_strides[2];
         const int64_t to = cache_row * c.target_strides[0] + head * c.target_strides[1] +
                            ((c.starts ? c.starts[row] : 0) + t) * c.target_strides[2];
-        for (int64_t j = 0; j < c.size; j += 16) {
-          const mask16 mask = first_lanes(c.size - j);
-          const f32x16 v = load(c.source, c.source_type, from + j, mask);
-          store(c.target, c.target_type, to + j, mask, v);
-        }
+        write_head(c, from, to);
       }
   }
 }

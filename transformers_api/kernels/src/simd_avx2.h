@@ -264,6 +264,12 @@ f32x16 load(const uint16_t* p, mask16 mask) {
     if (mask >> i & 1) lanes[i] = p[i];
   return widen(_mm256_load_si256(reinterpret_cast<const __m256i*>(lanes)));
 }
+f32x16 load_i8(const int8_t* p) {
+  const auto* codes = reinterpret_cast<const __m128i*>(p);
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(codes))),
+          _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(
+              _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8))))};
+}
 f32x16 load_aligned(const float* p) { return {_mm256_load_ps(p), _mm256_load_ps(p + 8)}; }
 f32x16 load_half(const void* p) {
   const auto* halves = static_cast<const __m128i*>(p);

@@ -135,6 +135,10 @@ f32x16 load(const float* p, mask16 mask) { return _mm512_maskz_loadu_ps(mask, p)
 f32x16 load(const uint16_t* p, mask16 mask) {
   return widen(_mm256_maskz_loadu_epi16(mask, p));
 }
+f32x16 load_i8(const int8_t* p) {
+  return _mm512_cvtepi32_ps(
+      _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
 f32x16 load_aligned(const float* p) { return _mm512_load_ps(p); }
 f32x16 load_half(const void* p) {
   return _mm512_cvtph_ps(_mm256_load_si256(static_cast<const __m256i*>(p)));

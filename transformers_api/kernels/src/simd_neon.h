@@ -289,6 +289,12 @@ inline f32x16 load(const uint16_t* p, mask16 mask) {
     if (mask >> i & 1) lanes[i] = p[i];
   return load_bf16(lanes);
 }
+inline f32x16 load_i8(const int8_t* p) {
+  const int16x8_t low = vmovl_s8(vld1_s8(p)), high = vmovl_s8(vld1_s8(p + 8));
+  return {{vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(low))),
+           vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))),
+           vcvtq_f32_s32(vmovl_s16(vget_high_s16(high)))}};
+}
 inline f32x16 load_aligned(const float* p) { return load(p); }
 inline f32x16 load_half(const void* p) {
   const auto* numbers = static_cast<const uint16_t*>(p);

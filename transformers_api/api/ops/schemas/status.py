@@ -11,6 +11,9 @@ class KvCache(Schema):
     bytes = fields.Integer(metadata={"description": "Allocated."})
     used_bytes = fields.Integer(metadata={"description": "Reserved for the sequences that run."})
     budget_bytes = fields.Integer(metadata={"description": "May be allocated."})
+    token_bytes = fields.Integer(
+        metadata={"description": "Of a token's keys and values, in all layers: see KV_CACHE_DTYPE."}
+    )
     usage = fields.Float(metadata={"description": "Reserved share of the budget, 0 to 1."})
 
 
