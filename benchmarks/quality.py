@@ -6,8 +6,9 @@
 Mean KL divergence, how often the likeliest token is the same one, and perplexity, over the tokens
 of the texts in benchmarks/texts. ``reordered``: the same model with its channels in another order.
 It computes the same, but the weights that share a scale are others than in the file that it was
-made of; so a model that comes from a four-bit file tells what int4 does to one that does not. The
-exit status is 1 where a kind misses its gate.
+made of; so a model that comes from a four-bit file tells what int4 does to one that does not.
+``cached``: keys and values in int8 (KV_CACHE_DTYPE). The exit status is 1 where a kind misses its
+gate.
 """
 
 from __future__ import annotations
@@ -44,7 +45,12 @@ from transformers_api.kernels.provider import KernelProvider
 
 TEXTS = Path(__file__).parent / "texts"
 MOST_TOKENS = 1024
-GATES = {"int8": (0.01, 0.94), "int4": (0.05, 0.0)}  # mean KL at most, agreement at least
+KINDS = "bfloat16", "bfloat16 cached", "int8", "int4", "int4 reordered", "int8 reordered"
+GATES = {  # mean KL at most, agreement at least
+    "int8": (0.01, 0.94),
+    "int4": (0.05, 0.0),
+    "bfloat16 cached": (0.002, 0.97),
+}
 
 
 @dataclass(frozen=True)
@@ -141,9 +147,9 @@ def measured(
     folder: Path, name: str, library: Library, ids: list[list[int]], wanted: list[Tensor]
 ) -> Found:
     """One kind of weights, packed for it alone."""
-    kind, _, is_reordered = name.partition(" ")
+    kind, _, change = name.partition(" ")
     model = load_model(folder, "cpu", "float32", trust_remote_code=False)
-    if is_reordered:
+    if change == "reordered":
         reorder(model)
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
     numbers, quantization = (kind, "none") if kind == "bfloat16" else ("bfloat16", kind)
@@ -151,7 +157,7 @@ def measured(
     two = torch.zeros(1, 2, dtype=torch.int64)
     groups = layer_groups(model, lambda: model(input_ids=two, use_cache=False))
     size = layers, 1, MOST_TOKENS
-    kept = Kind(numbers, quantization)
+    kept = Kind(numbers, quantization, has_int8_cache=change == "cached")
     runner = native_runner(model, library, kept, groups, size, vocab_size, NativeRunner.learn)
     loss = largest_loss(model) if kind == "int4" else None
     return compare(
@@ -179,7 +185,9 @@ def main() -> int:
     """Measure and print; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--folder", type=Path, help="a model in the transformers format")
-    parser.add_argument("--kinds", default="bfloat16,int8,int4,int4 reordered,int8 reordered")
+    parser.add_argument(
+        "--kinds", default="bfloat16,bfloat16 cached,int8,int4,int4 reordered,int8 reordered"
+    )
     parser.add_argument("--texts", type=Path, nargs="*", default=sorted(TEXTS.glob("*.txt")))
     parser.add_argument("--isa", default="auto", help="the instruction set: NATIVE_ISA")
     parser.add_argument("--write", type=Path, help="a page to write into")
