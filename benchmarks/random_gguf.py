@@ -1,6 +1,6 @@
 """A GGUF file of a Llama's shape with random weights, for speed and memory at real sizes.
 
-    python -m benchmarks.random_gguf 1.1b Q4_0 /tmp/1.1b.gguf
+    python -m benchmarks.random_gguf 1.1b Q4_0 /tmp/1.1b.gguf --context 32768
 
 Types: Q4_0, Q8_0, or Q4_K_M, whose output layer and half of the down projections are Q6_K. The
 vocabulary is that of the built-in model.
@@ -37,12 +37,14 @@ HALVES = {
 Kind = gguf.GGMLQuantizationType
 
 
-def write(shape: str, kind: str, path: Path, vocabulary: dict[str, Any]) -> None:
-    """Write the file."""
+def write(
+    shape: str, kind: str, path: Path, vocabulary: dict[str, Any], context: int = 8192
+) -> None:
+    """Write the file. ``context``: the tokens of a sequence that its metadata allow."""
     layers, width, inner, heads, key_heads = SHAPES[shape]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(layers)
-    writer.add_context_length(8192)
+    writer.add_context_length(context)
     writer.add_embedding_length(width)
     writer.add_feed_forward_length(inner)
     writer.add_head_count(heads)
@@ -131,8 +133,9 @@ def main() -> None:
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("type", choices=("Q4_0", "Q8_0", "Q4_K_M"))
     parser.add_argument("path", type=Path)
+    parser.add_argument("--context", type=int, default=8192, help="tokens of a sequence at most")
     options = parser.parse_args()
-    write(options.shape, options.type, options.path, vocabulary())
+    write(options.shape, options.type, options.path, vocabulary(), options.context)
 
 
 if __name__ == "__main__":
