@@ -57,7 +57,9 @@ void find_items(const Attention& a, int threads, std::vector<WorkItem>& items) {
   const bool splits_heads = a.rows * a.kv_heads * a.queries < threads;
   int64_t heads = splits_heads ? 1 : std::min(ITEM_QUERIES, group);
   while (group % heads) heads--;
-  const int64_t most = std::max<int64_t>(1, ITEM_QUERIES / heads);
+  int64_t most = std::max<int64_t>(1, ITEM_QUERIES / heads);
+  // smaller ones where threads would wait for the last of a few
+  if (a.rows * a.queries * (a.heads / heads) < 4 * threads * most) most = (most + 1) / 2;
   items.clear();
   for (const Run& run : runs) {
     const int64_t tiles = (run.tokens + most - 1) / most;

@@ -22,7 +22,7 @@
 namespace {
 
 constexpr int64_t BLOCK = 64, MAX_HEAD_SIZE = 512;
-constexpr int64_t ITEM_QUERIES = 48;  // queries, times heads, that go through a row's keys together
+constexpr int64_t ITEM_QUERIES = 96;  // queries, times heads, that go through a row's keys together
 constexpr int64_t PAD = 16;           // keeps neighbouring rows out of the same cache sets
 
 // The online softmax of one query.
@@ -185,6 +185,34 @@ void add_distances(float* scores, float slope, int64_t at) {
   for (int64_t i = 0; i < BLOCK; i++) scores[i] += slope * static_cast<float>(i - at);
 }
 
+// Exponentials of the scores of query m with the keys begin..end of a block. IS_WHOLE: with all.
+template <class T, bool IS_WHOLE>
+void exponentiate(Workspace& workspace, int64_t m, int64_t begin, int64_t end) {
+  QueryState& query = workspace.queries[m];
+  auto mask_at = [&](int64_t i) -> mask16 {
+    return IS_WHOLE ? 0xffff : first_lanes(end - i) & ~first_lanes(begin - i);
+  };
+  f32x16 largest = broadcast(-std::numeric_limits<float>::infinity());
+  for (int64_t i = 0; i < BLOCK; i += 16) {
+    largest = max(mask_at(i), largest, load_aligned(workspace.scores[m] + i));
+  }
+  const float new_max = std::max(query.max, reduce_max(largest));
+  if (query.max != new_max) query.rescale = first_lane(exp(broadcast(query.max - new_max)));
+  query.max = new_max;
+  f32x16 sum = zero(), probs[2];
+  for (int64_t i = 0; i < BLOCK; i += 16) {
+    const mask16 mask = mask_at(i);
+    f32x16& prob = probs[i / 16 % DotFormat<T>::STEP];
+    prob = sub(load_aligned(workspace.scores[m] + i), broadcast(new_max));
+    prob = IS_WHOLE ? exp(prob) : mask ? masked(mask, exp(prob)) : zero();
+    sum = add(sum, DotFormat<T>::rounded(prob));
+    if ((i / 16 + 1) % DotFormat<T>::STEP == 0)
+      store_aligned_i32(workspace.probs[m] + (i + 16) / DotFormat<T>::STEP - 16,
+                        DotFormat<T>::row(probs[0], probs[1]));
+  }
+  query.sum = query.sum * query.rescale + reduce_add(sum);
+}
+
 // From the scores of query m with the block whose first key is ``block`` to their exponentials.
 template <class T>
 void softmax_block(Workspace& workspace, int64_t m, int64_t block) {
@@ -196,26 +224,8 @@ void softmax_block(Workspace& workspace, int64_t m, int64_t block) {
     return;
   }
   if (query.slope != 0) add_distances(workspace.scores[m], query.slope, end - 1);
-  f32x16 largest = broadcast(-std::numeric_limits<float>::infinity());
-  for (int64_t i = 0; i < BLOCK; i += 16) {
-    const mask16 mask = first_lanes(end - i) & ~first_lanes(begin - i);
-    largest = max(mask, largest, load_aligned(workspace.scores[m] + i));
-  }
-  const float new_max = std::max(query.max, reduce_max(largest));
-  query.rescale = first_lane(exp(broadcast(query.max - new_max)));
-  query.max = new_max;
-  f32x16 sum = zero(), probs[2];
-  for (int64_t i = 0; i < BLOCK; i += 16) {
-    const mask16 mask = first_lanes(end - i) & ~first_lanes(begin - i);
-    f32x16& prob = probs[i / 16 % DotFormat<T>::STEP];
-    prob = sub(load_aligned(workspace.scores[m] + i), broadcast(new_max));
-    prob = mask ? masked(mask, exp(prob)) : zero();
-    sum = add(sum, DotFormat<T>::rounded(prob));
-    if ((i / 16 + 1) % DotFormat<T>::STEP == 0)
-      store_aligned_i32(workspace.probs[m] + (i + 16) / DotFormat<T>::STEP - 16,
-                        DotFormat<T>::row(probs[0], probs[1]));
-  }
-  query.sum = query.sum * query.rescale + reduce_add(sum);
+  const bool is_whole = begin <= 0 && end >= BLOCK;
+  (is_whole ? exponentiate<T, true> : exponentiate<T, false>)(workspace, m, begin, end);
 }
 
 // output = rescale * output + probs v, of R queries from m on with the first ``end`` keys.
