@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.kernels.test_attention import CASES, Case, error
+from tests.repeats import slow
 from transformers_api.kernels.modules.attention import (
     CausalRows,
     code_bytes,
@@ -17,6 +18,8 @@ from transformers_api.kernels.modules.attention import (
 from transformers_api.kernels.stats import attention_probs
 
 SIZES = [8, 20, 64, 80, 128]
+NAMES = [*CASES][::3]
+EVERY = [*NAMES, *slow(*(name for name in CASES if name not in NAMES))]
 STEP = 0.5 * (1 + 2**-8) / 127 + 2**-8  # of a group's largest number: a code, and its bfloat16
 
 
@@ -74,7 +77,7 @@ def test_codes_of_a_token_are_the_same_in_any_company(library):
     assert torch.equal(rows, alone)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_multiplies_the_numbers_that_codes_mean(library, name, dtype):
     case, meant = coded(library, dtype, **CASES[name])
@@ -83,13 +86,13 @@ def test_attention_multiplies_the_numbers_that_codes_mean(library, name, dtype):
     assert error(given, meant.wanted()) < 4e-3
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", EVERY)
 def test_attention_is_near_that_over_numbers_that_were_never_coded(library, name):
     case, _ = coded(library, **CASES[name])
     assert error(case.given(library), Case(**CASES[name]).wanted()) < 0.02
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", EVERY)
 def test_a_query_is_the_same_to_the_bit_for_any_chunking_and_company(library, name):
     case, _ = coded(library, **CASES[name])
     together = case.given(library)
@@ -103,7 +106,7 @@ def test_a_query_is_the_same_to_the_bit_for_any_chunking_and_company(library, na
             assert torch.equal(torch.cat(pieces, 1)[0], together[row]), chunk
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", EVERY)
 def test_tokens_of_several_sequences_that_share_a_call_get_the_bits_of_their_own(library, name):
     case, _ = coded(library, **CASES[name])
     separate = case.given(library)
@@ -156,7 +159,7 @@ def test_a_nan_reaches_the_queries_that_see_it_and_no_others(library, part):
     assert given[:, 2:].isnan().all()
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", EVERY)
 def test_shares_that_are_shown_are_those_of_the_numbers_that_codes_mean(library, name):
     case, meant = coded(library, **CASES[name])
     rows = CausalRows(library, case.starts, case.window)
