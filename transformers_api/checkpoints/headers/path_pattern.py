@@ -73,7 +73,7 @@ class PathPattern:
         return bool(bits and self._reached(path, bits) >> len(path))
 
     def ends(self, path: str, start: int) -> Iterator[int]:
-        """Where a match that begins at ``start`` may end; the longest first."""
+        """The ends of matches that begin at ``start``; the longest first."""
         reached = self._reached(path, 1 << start)
         return (at for at in range(len(path), start - 1, -1) if reached >> at & 1)
 
