@@ -280,3 +280,17 @@ def test_serve_refuses_a_port_that_cannot_be(capsys: pytest.CaptureFixture[str],
         main(["serve", f"--port={port}"])
     assert caught.value.code == 2
     assert "expected a whole number from 0 to 65535" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["broken.gguf", "no-config", "no-weights"])
+def test_check_tells_a_damaged_model_from_one_to_convert(monkeypatch, tmp_path, capsys, name):
+    model = tmp_path / name
+    if model.suffix:
+        model.write_bytes(b"GGUF" + bytes([255]) * 60)
+    else:
+        model.mkdir()
+    if name == "no-weights":
+        (model / "config.json").write_text('{"model_type": "llama"}')
+    monkeypatch.setenv("MODEL_STORE", str(tmp_path / "store"))
+    assert main(["check", str(model)]) == 1
+    assert "first loaded" not in capsys.readouterr().out

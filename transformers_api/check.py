@@ -159,7 +159,7 @@ def _model(settings: Settings) -> Finding:
         weights = _weights(settings, spec, folder)
         return Finding(subject, f"ready in {folder}, for {abilities}{weights}")
     try:
-        store.check_source(spec)
+        store.check_files(spec)
     except ApiError as error:
         return Finding(subject, str(error), PREVENTED, prevents=settings.preload_model)
     what = "be downloaded" if isinstance(spec.source, HubSource) else "be converted"

@@ -87,6 +87,12 @@ def named(name: str, shape=(2, 8), dtype="F32"):
         (TENSORS | {f"{LAYER}.lora_B.weight": ("F32", [0, 2])}, "expected a matrix of floats"),
         ({}, "holds no tensors"),
         (
+            named("model.layers.0.self_attn.q_proj.lora_A.default.weight"),
+            "lora_A of model.layers.0",
+        ),
+        (named("a." * 300 + "q_proj.lora_A.weight"), "longer than the path of a layer"),
+        (named("a." * 600 + "q_proj.lora_A.weight"), "name has 1237 characters"),
+        (
             {name.replace("q_proj", "v_proj"): entry for name, entry in TENSORS.items()},
             "leave model.layers.0.self_attn.v_proj out",
         ),

@@ -399,6 +399,24 @@ def test_the_longest_text_is_read_from_the_files(tmp_path):
         pytest.param(
             {"modules": [{"path": "../../etc", "type": "x.Transformer"}]}, "not a folder", id="path"
         ),
+        *(
+            pytest.param(
+                {"modules": [TRANSFORMER, POOLING, {"path": path, "type": "x.Dense"}]},
+                "not a folder",
+                id=name,
+            )
+            for name, path in {"zero": "a\0b", "long": "x" * 300, "bytes": "\u20ac" * 90}.items()
+        ),
+        pytest.param(
+            {"config_sentence_transformers": {"default_prompt_name": []}},
+            r"default_prompt_name \[\] is none of its prompts",
+            id="prompt of another type",
+        ),
+        pytest.param(
+            {"config_sentence_transformers": {"similarity_fn_name": ["cosine"]}},
+            r"the similarity \['cosine'\]",
+            id="similarity of another type",
+        ),
         pytest.param(
             {"config_sentence_transformers": {"default_prompt_name": "query"}},
             "default_prompt_name 'query' is none of its prompts",

@@ -139,6 +139,17 @@ INT4 = {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int"}}
         ({"quant_method": "awq", "w_bit": 3}, "bits is 3"),
         ({"quant_method": "awq", "bits": 4, "backend": "llm-awq"}, "backend is 'llm-awq'"),
         ({"quant_method": "fp8", "weight_block_size": [128]}, "weight_block_size"),
+        ({"quant_method": "fp8", "weight_block_size": 0}, "weight_block_size is 0"),
+        ({"quant_method": "fp8", "weight_block_size": "16"}, "weight_block_size is '16'"),
+        (CT | {"config_groups": {}, "sparsity_config": -1}, "sparsity_config is -1"),
+        (CT | {"config_groups": {}, "transform_config": ["x"]}, "transform_config"),
+        (CT | {"config_groups": {"a": {"weights": -1}}}, r"config_groups\.a\.weights is -1"),
+        (CT | {"config_groups": {"a": {"targets": 1}}}, r"config_groups\.a\.targets is 1"),
+        (CT | {"config_groups": {"a": {"targets": ["re:(a"]}}}, r"config_groups\.a\.targets"),
+        (
+            CT | {"config_groups": {"a": {"weights": {"block_structure": [1, "x"]}}}},
+            r"config_groups\.a\.weights\.block_structure",
+        ),
         (CT, "config_groups is None"),
         (CT | {"config_groups": {"g": INT4}, "format": "nvfp4-pack-quantized"}, "format is 'nvfp4"),
         (

@@ -77,6 +77,9 @@ def test_real_files_of_the_safetensors_library_pass(tmp_path: Path) -> None:
         pytest.param(changed_header(dtype="F64"), "tensor b has 6 bytes", id="dtype"),
         pytest.param(changed_header(dtype="Q9"), "described wrongly", id="unknown-dtype"),
         pytest.param(changed_header(shape=[1 << 62, 1 << 62]), "tensor b has", id="huge-shape"),
+        pytest.param(changed_header(shape=[1] * 500_000), "no shape", id="dimensions"),
+        pytest.param(changed_header(shape={"3": 1}), "no shape", id="shape-of-names"),
+        pytest.param(changed_header(dtype="Q" * 9999), "wrongly.{,250}$", id="long-description"),
         pytest.param(changed_header(shape=[-1, -3]), "cannot be", id="negative-shape"),
         pytest.param(changed_header(data_offsets=[128, 1 << 70]), "cannot be", id="huge-offset"),
         pytest.param(changed_header(data_offsets=[128]), "described wrongly", id="one-offset"),
@@ -105,6 +108,8 @@ def test_missing_shard_is_named(tmp_path: Path) -> None:
         pytest.param({"a": "../model.safetensors"}, "not the name", id="traversal"),
         pytest.param({"a": "pytorch_model.bin"}, "not the name", id="pickle"),
         pytest.param({"a": 1}, "not the name", id="number"),
+        pytest.param({"a": "x" * 300 + ".safetensors"}, "not the name", id="long"),
+        pytest.param({"a": "x\0.safetensors"}, "not the name", id="zero"),
         pytest.param({}, "missing or empty", id="empty"),
         pytest.param([], "missing or empty", id="list"),
     ],
@@ -116,6 +121,7 @@ def test_index_that_does_not_fit_is_refused(
     write_files(tmp_path, sharded_files() | {"model.safetensors.index.json": index})
     with pytest.raises(ModelLoadFailed, match=reason):
         inspect_folder(tmp_path)
+    assert is_complete(tmp_path) is (reason == "tensor z is not in")
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from transformers_api.engine.safetensors_weights import SafetensorsWeights
 from transformers_api.engine.standby import StandbyModels
 from transformers_api.engine.stored_model import load_stored
 from transformers_api.errors import ModelLoadFailed
+from transformers_api.serving.models.preflight import inspect_folder
 
 PROMPT = prompts_of(6)[5]
 WIDTHS = {5.0: "int4", 8.5: "int8", 16.0: "numbers"}
@@ -181,6 +183,46 @@ def test_a_part_of_a_weight_that_is_missing_is_named(load, tmp_path, name, missi
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelLoadFailed, match=message):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "shape", "message"),
+    [
+        ("gptq", "qweight", (), "no matrix's"),
+        ("gptq", "qzeros", (8,), "no matrix's"),
+        ("gptq", "scales", (2, 0), "holds nothing"),
+        ("awq", "qweight", (), "no matrix's"),
+        ("awq", "scales", (0, 128), "holds nothing"),
+        ("w4a16", "weight_scale", (128, 0), "holds nothing"),
+        ("w8a8", "weight", (), "no matrix's"),
+        ("fp8-tensor", "weight_scale", (0,), "holds nothing"),
+        ("fp8", "weight", (64,), "no matrix's"),
+        ("fp8", "weight", (0, 64), "holds nothing"),
+    ],
+)
+def test_a_part_of_a_shape_that_cannot_be_is_named_before_a_load(
+    tmp_path, name, part, shape, message
+):
+    write_quantized(FORMATS[name], tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    weights = load_file(tmp_path / "model.safetensors")
+    changed = f"model.layers.0.mlp.up_proj.{part}"
+    weights[changed] = torch.zeros(shape).to(weights[changed].dtype)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelLoadFailed, match=rf"{changed} has the shape .*{message}"):
+        inspect_folder(tmp_path)
+
+
+def test_targets_of_a_scheme_take_no_long_time_to_match(tmp_path):
+    write_quantized(FORMATS["w4a16"], tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    config = json.loads((tmp_path / "config.json").read_text())
+    groups = config["quantization_config"]["config_groups"]
+    groups["group_0"]["targets"] = ["re:(.*a|.*)*X", "re:" + ".?" * 99 + "X", "re:.*mlp", "Linear"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    began = time.monotonic()
+    assert inspect_folder(tmp_path).stored_dtype == "compressed-tensors"
+    assert time.monotonic() - began < 5
 
 
 def test_weights_of_another_shape_than_the_configuration_says_are_refused(load, tmp_path):  # noqa: F811

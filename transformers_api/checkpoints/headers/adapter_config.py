@@ -11,12 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers_api.checkpoints.headers.path_pattern import MAX_PATTERN, PathPattern
 from transformers_api.errors import ModelLoadFailed
 
 MAX_RANK = 1024
-MAX_PATTERNS, MAX_PATTERN = 10_000, 500  # in a list; characters of one
-MAX_REPEATS = 4  # of a pattern: each may cost another factor of a path's length
-ALL_LINEAR = "all-linear"
+MAX_NAMES, MAX_PATTERNS = 10_000, 1000  # in a list; each pattern is held against each layer
+MAX_ALPHA = 1e9
+ALL_LINEAR = frozenset({"all-linear"})
+_LAYER = re.compile(r"\.(\d{1,9})\.")
 HEADS = ("lm_head", "embed_out", "output_layer")  # which "all-linear" leaves out
 # Keys that change what an adapter does in a way that is not applied here.
 REFUSED = {
@@ -36,44 +38,52 @@ REFUSED = {
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # of init_lora_weights
 
 
+Targets = PathPattern | frozenset[str]  # of whole paths, or their ends
+
+
 @dataclass(frozen=True)
 class AdapterConfig:
     """The part of the file that says how to apply an adapter."""
 
     rank: int
     alpha: float
-    targets: str | tuple[str, ...]  # a pattern, or ends of paths
-    excluded: str | tuple[str, ...] = ()
-    layers: tuple[int, ...] | None = None  # None: all
-    layer_patterns: tuple[str, ...] = ()
-    ranks: Mapping[str, int] = field(default_factory=dict)  # by patterns of paths
-    alphas: Mapping[str, float] = field(default_factory=dict)
+    targets: Targets
+    excluded: Targets = frozenset()
+    layers: frozenset[int] | None = None  # None: all
+    layer_patterns: tuple[PathPattern, ...] = ()
+    ranks: Mapping[PathPattern, int] = field(default_factory=dict)
+    alphas: Mapping[PathPattern, float] = field(default_factory=dict)
     is_rank_stabilized: bool = False
 
     def rank_of(self, path: str) -> int:
         """The rank of the layer at ``path``."""
-        return self.ranks.get(_first_match(self.ranks, path), self.rank)
+        return next((own for p, own in self.ranks.items() if p.is_end(path)), self.rank)
 
     def scale_of(self, path: str) -> float:
         """The factor of the layer's product."""
         rank = self.rank_of(path)
-        alpha = self.alphas.get(_first_match(self.alphas, path), self.alpha)
+        alpha = next((own for p, own in self.alphas.items() if p.is_end(path)), self.alpha)
         return alpha / math.sqrt(rank) if self.is_rank_stabilized else alpha / rank
 
     def targets_layer(self, path: str) -> bool:
         """True where the adapter belongs to the layer at ``path``."""
-        if self.excluded and _names(self.excluded, path):
+        if _names(self.excluded, path):
             return False
         if self.targets == ALL_LINEAR:
             return path.rpartition(".")[2] not in HEADS
         if not _names(self.targets, path):
             return False
-        if self.layers is None or isinstance(self.targets, str):
-            return True
-        patterns = self.layer_patterns or (r"[^.]*",)
-        matches = (re.match(rf".*\.{pattern}\.(\d+)\.", path) for pattern in patterns)
-        number = next((int(match[1]) for match in matches if match), None)
-        return number in self.layers
+        return self.layers is None or self._layer_of(path) in self.layers
+
+    def _layer_of(self, path: str) -> int | None:
+        """The number after the last name of a list of layers in ``path``."""
+        dots = [at for at, character in enumerate(path) if character == "."]
+        for pattern in self.layer_patterns:
+            for dot in reversed(dots):
+                for end in pattern.ends(path, dot + 1):
+                    if match := _LAYER.match(path, end):
+                        return int(match[1])
+        return None
 
 
 def parse_adapter_config(config: Mapping[str, Any], where: str) -> AdapterConfig:
@@ -96,7 +106,7 @@ class _Parser:
         targets = self._targets("target_modules")
         if not targets:
             raise self._wrong("target_modules", "a pattern, or a list of names of layers")
-        if layers is not None and isinstance(targets, str):
+        if layers is not None and (isinstance(targets, PathPattern) or targets == ALL_LINEAR):
             raise self._wrong("layers_to_transform", "used with a list of target_modules only")
         return AdapterConfig(
             rank=rank,
@@ -144,69 +154,61 @@ class _Parser:
         return value
 
     def _alpha(self, key: str, value: Any) -> float:
-        if type(value) not in (int, float) or not math.isfinite(value) or abs(value) > 1e9:
-            raise self._wrong(key, "finite numbers")
+        if type(value) not in (int, float) or not abs(value) <= MAX_ALPHA:
+            raise self._wrong(key, f"finite numbers up to {MAX_ALPHA:.0f}")
         return float(value)
 
-    def _targets(self, key: str) -> str | tuple[str, ...]:
+    def _targets(self, key: str) -> Targets:
         value = self.values.get(key, ())
         if isinstance(value, str):
-            return value if value == ALL_LINEAR else self._pattern(key, value)
+            return ALL_LINEAR if value in ALL_LINEAR else self._pattern(key, value)
         if not _is_list(value, str) or not all(len(name) <= MAX_PATTERN for name in value):
             raise self._wrong(key, "a pattern, or a list of names of layers")
-        return tuple(value)
+        return frozenset(value)
 
-    def _layers(self) -> tuple[int, ...] | None:
+    def _layers(self) -> frozenset[int] | None:
         value = self.values.get("layers_to_transform")
         numbers = [value] if type(value) is int else value
         if not numbers and numbers != 0:
             return None
         if not _is_list(numbers, int):
             raise self._wrong("layers_to_transform", "a number, or a list of numbers")
-        return tuple(numbers)
+        return frozenset(numbers)
 
-    def _layer_patterns(self) -> tuple[str, ...]:
-        value = self.values.get("layers_pattern", ())
+    def _layer_patterns(self) -> tuple[PathPattern, ...]:
+        key = "layers_pattern"
+        value = self.values.get(key, ())
         patterns = [value] if isinstance(value, str) else value
-        if not _is_list(patterns, str):
-            raise self._wrong("layers_pattern", "a pattern, or a list of patterns")
-        return tuple(self._pattern("layers_pattern", each) for each in patterns if each)
+        if not _is_list(patterns, str) or len(patterns) > MAX_PATTERNS:
+            raise self._wrong(key, "a pattern, or a list of patterns")
+        return tuple(self._pattern(key, each) for each in patterns if each) or (_ANY_NAME,)
 
-    def _by_path(self, key: str) -> list[tuple[str, Any]]:
+    def _by_path(self, key: str) -> list[tuple[PathPattern, Any]]:
         value = self.values.get(key, {})
         if not isinstance(value, dict) or len(value) > MAX_PATTERNS:
-            raise self._wrong(key, "an object with numbers by patterns of layers")
+            raise self._wrong(key, f"an object with numbers by up to {MAX_PATTERNS} patterns")
         return [(self._pattern(key, pattern), number) for pattern, number in value.items()]
 
-    def _pattern(self, key: str, pattern: str) -> str:
-        """``pattern``, unless to match a path with it may take long."""
-        bare = re.sub(r"\[[^\]]*\]", "c", re.sub(r"\\.", "c", pattern))
-        repeats = re.findall(r"[*+{]", bare)
-        if len(pattern) > MAX_PATTERN or len(repeats) > MAX_REPEATS or re.search(r"\)[*+{]", bare):
-            raise self._wrong(
-                key, f"patterns with at most {MAX_REPEATS} repetitions, and none of a group"
-            )
+    def _pattern(self, key: str, pattern: str) -> PathPattern:
         try:
-            re.compile(pattern)
-        except re.error as error:
-            raise self._wrong(key, f"a regular expression ({error})") from None
-        return pattern
+            return PathPattern(pattern)
+        except ValueError as error:
+            raise self._wrong(key, f"a regular expression that is read here ({error})") from None
 
 
-def _names(targets: str | tuple[str, ...], path: str) -> bool:
+_ANY_NAME = PathPattern(r"[^.]*")
+
+
+def _names(targets: Targets, path: str) -> bool:
     """True where a pattern is all of ``path``, or a name its end."""
-    if isinstance(targets, str):
-        return re.fullmatch(targets, path) is not None
-    return any(path == name or path.endswith(f".{name}") for name in targets)
-
-
-def _first_match(patterns: Mapping[str, Any], path: str) -> str:
-    """The first pattern that is an end of ``path``; "" where none is."""
-    return next((p for p in patterns if re.match(rf"(.*\.)?({p})$", path)), "")
+    if isinstance(targets, PathPattern):
+        return targets.is_whole(path)
+    parts = path.split(".")
+    return any(".".join(parts[at:]) in targets for at in range(len(parts)))
 
 
 def _is_list(value: Any, kind: type) -> bool:
-    is_list = isinstance(value, list | tuple) and len(value) <= MAX_PATTERNS
+    is_list = isinstance(value, list | tuple) and len(value) <= MAX_NAMES
     return is_list and all(type(each) is kind for each in value)
 
 

@@ -6,6 +6,7 @@ by the names and formats of the libraries that write them. No weight is read her
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import struct
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from transformers_api.checkpoints.headers.path_pattern import PathPattern
 from transformers_api.checkpoints.headers.safetensors_file import Tensor
 from transformers_api.errors import ModelLoadFailed
 
@@ -20,6 +22,8 @@ Config = Mapping[str, Any]
 FLOAT8 = ("F8_E4M3", "F8_E5M2")
 CODES = (*FLOAT8, "I8", "U8", "I32")
 INT4_BITS = 4
+_pattern = functools.lru_cache(PathPattern)
+MAX_STATE_BYTES = 1 << 20  # of a JSON text in a tensor
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,10 @@ class Files(NamedTuple):
         """The shape of a tensor that has to be there."""
         if name not in self.tensors:
             raise ModelLoadFailed(f"tensor {name} is missing beside other parts of its weight")
-        return self.tensors[name].shape
+        shape = self.tensors[name].shape
+        if 0 in shape:
+            raise ModelLoadFailed(f"tensor {name} has the shape {list(shape)}, which holds nothing")
+        return shape
 
     def parts(self, stem: str, *names: str, optional: tuple[str, ...] = ()) -> dict[str, str]:
         """Tensors by the ends of their names after ``stem``."""
@@ -144,10 +151,10 @@ def _gptq(config: Config, files: Files) -> Quantized:
     for stem in _stems(files, ".qweight"):
         parts = files.parts(stem, ".qweight", ".qzeros", ".scales", optional=(".g_idx",))
         groups, out = _two(files, parts["scales"])
-        bits = files.shape(parts["qzeros"])[1] * 32 // out  # layers may differ
+        bits = _two(files, parts["qzeros"])[1] * 32 // out  # layers may differ
         if bits not in (2, 4, 8):
             raise ModelLoadFailed(f"tensor {parts['qzeros']} has zero points of {bits} bits")
-        width = files.shape(parts["qweight"])[0] * 32 // bits
+        width = _two(files, parts["qweight"])[0] * 32 // bits
         facts = {
             "zero_offset": int(is_first),
             "group": _group(config.get("group_size"), width, groups),
@@ -168,7 +175,7 @@ def _awq(config: Config, files: Files) -> Quantized:
     for stem in _stems(files, ".qweight"):
         parts = files.parts(stem, ".qweight", ".qzeros", ".scales")
         groups, out = _two(files, parts["scales"])
-        width = files.shape(parts["qweight"])[0]
+        width = _two(files, parts["qweight"])[0]
         size = config.get("group_size", config.get("q_group_size"))
         facts = {"group": _group(size, width, groups)}
         yield QuantizedTensor(f"{stem}.weight", (out, width), "awq", 4, parts, facts)
@@ -190,7 +197,7 @@ def _check_compressed(config: Config) -> None:
     groups: Any = config.get("config_groups")
     for name in ("sparsity_config", "transform_config"):
         own = config.get(name) or {}
-        if own and own.get("format", "other") != "dense":
+        if own and not (isinstance(own, dict) and own.get("format") == "dense"):
             raise _unreadable(config, name, ("none",))
     _require(config, "quantization_status", ("compressed", "frozen"), "compressed")
     if not isinstance(groups, dict) or not all(isinstance(each, dict) for each in groups.values()):
@@ -199,11 +206,25 @@ def _check_compressed(config: Config) -> None:
         for owner in (group, config):
             if owner.get("format") not in (None, "mixed-precision"):
                 _require({"format": owner["format"]}, "format", _FORMATS)
+        _check_targets(group.get("targets"), f"config_groups.{name}.targets")
         weights = group.get("weights") or {}
         at = f"config_groups.{name}.weights"
+        if not isinstance(weights, dict):
+            raise _unreadable({at: weights}, at, ("an object", "null"))
+        _check_block(weights.get("block_structure"), f"{at}.block_structure")
         kinds = {"int": (4, 8), "float": (8,)}
         kind = _require({f"{at}.type": weights.get("type", "int")}, f"{at}.type", tuple(kinds))
         _require({f"{at}.num_bits": weights.get("num_bits", 8)}, f"{at}.num_bits", kinds[kind])
+
+
+def _check_targets(targets: Any, name: str) -> None:
+    if not isinstance(targets, list | None):
+        raise _unreadable({name: targets}, name, ("a list", "null"))
+    for target in map(str, targets or ()):
+        try:
+            _pattern(target.removeprefix("re:") if target.startswith("re:") else "")
+        except ValueError as error:
+            raise _unreadable({name: target}, name, (f"regular expressions ({error})",)) from None
 
 
 def _compressed(config: Config, files: Files) -> Quantized:
@@ -219,7 +240,7 @@ def _compressed(config: Config, files: Files) -> Quantized:
             yield _float8(f"{stem}.weight", weight.shape, parts, files, block)
         elif weight.dtype == "I8":
             groups = _groups_of(files.shape(parts["weight_scale"]))
-            facts = {"group": _group(None, weight.shape[-1], groups)}
+            facts = {"group": _group(None, _two(files, weight.name)[1], groups)}
             yield QuantizedTensor(f"{stem}.weight", weight.shape, "int8", 8, parts, facts)
         else:
             raise ModelLoadFailed(f"tensor {weight.name} has scales, and is {weight.dtype}")
@@ -262,7 +283,7 @@ def _weights_of(config: Config, stem: str) -> Config:
 
 def _is_named(target: str, stem: str) -> bool:
     if target.startswith("re:"):
-        return re.match(target.removeprefix("re:"), stem) is not None
+        return _pattern(target.removeprefix("re:")).is_start(stem)
     return target == stem
 
 
@@ -270,9 +291,13 @@ def _is_named(target: str, stem: str) -> bool:
 
 
 def _check_fp8(config: Config) -> None:
-    block = config.get("weight_block_size")
-    if block is not None and (len(block) != 2 or not all(type(n) is int and n > 0 for n in block)):
-        raise _unreadable(config, "weight_block_size", ("two sizes", "null"))
+    _check_block(config.get("weight_block_size"), "weight_block_size")
+
+
+def _check_block(block: Any, name: str) -> None:
+    is_pair = isinstance(block, list) and len(block) == 2
+    if block is not None and not (is_pair and all(type(n) is int and n > 0 for n in block)):
+        raise _unreadable({name: block}, name, ("two sizes", "null"))
 
 
 def _fp8(config: Config, files: Files) -> Quantized:
@@ -291,6 +316,8 @@ def _float8(
 ) -> QuantizedTensor:
     """``block``: (rows, columns) that share a scale, where scales are not those of rows."""
     scale = files.shape(parts["weight_scale"])
+    if len(shape) < 2:
+        _two(files, parts["weight"])  # says what is wrong
     rows, columns = ((*scale, 1, 1) if len(scale) < 2 else scale[-2:])[:2]
     if len(scale) == 1:
         rows, columns = scale[0], 1
@@ -325,15 +352,20 @@ def _bitsandbytes(config: Config, files: Files) -> Quantized:
         yield QuantizedTensor(f"{stem}.weight", shape, "bnb8", 8, parts, facts)
     for kind in ("nf4", "fp4"):
         for name in _stems(files, f".quant_state.bitsandbytes__{kind}"):
+            state_name = f"{name}.quant_state.bitsandbytes__{kind}"
+            if files.tensors[state_name].bytes > MAX_STATE_BYTES:
+                raise ModelLoadFailed(f"tensor {state_name} is larger than any state should be")
             try:
-                state = json.loads(files.read(f"{name}.quant_state.bitsandbytes__{kind}"))
+                state = json.loads(files.read(state_name))
                 out, width = (int(size) for size in state["shape"])
                 facts = {key: state.get(key) for key in _STATE} | {"blocksize": state["blocksize"]}
-            except (ValueError, KeyError, TypeError) as error:
+                if type(facts["blocksize"]) is not int or facts["blocksize"] < 1:
+                    raise ValueError("blocksize")
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
                 raise ModelLoadFailed(f"tensor {name} has a state that is none: {error}") from None
             optional = (".nested_absmax", ".nested_quant_map")
             parts = files.parts(name, ".absmax", ".quant_map", optional=optional)
-            parts |= {"weight": name, "state": f"{name}.quant_state.bitsandbytes__{kind}"}
+            parts |= {"weight": name, "state": state_name}
             yield QuantizedTensor(name, (out, width), "bnb4", 4, parts, facts)
 
 

@@ -16,6 +16,8 @@ from typing import Any
 from transformers_api.errors import ModelLoadFailed
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+MAX_NAME = 1000  # characters of a tensor's
+MAX_DIMENSIONS = 64  # as torch has them
 LFS_POINTER = b"version https://git-lfs"
 
 # name in a safetensors header -> (bits per element, torch's name)
@@ -114,12 +116,18 @@ def _span(path: Path, name: str, entry: Any, start: int) -> tuple[int, int, Tens
 
     ``start``: the byte of the file that such bytes are counted from.
     """
+    if len(name) > MAX_NAME:
+        raise ModelLoadFailed(f"{path}: a tensor's name has {len(name)} characters: {name[:50]}…")
     try:
         (first, last), shape, dtype = entry["data_offsets"], entry["shape"], entry["dtype"]
         numbers = (first, last, *shape)
         bits = DTYPES[dtype][0]
     except (TypeError, KeyError, ValueError):
-        raise ModelLoadFailed(f"{path}: tensor {name} is described wrongly: {entry}") from None
+        raise ModelLoadFailed(
+            f"{path}: tensor {name} is described wrongly: {str(entry)[:200]}"
+        ) from None
+    if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS:
+        raise ModelLoadFailed(f"{path}: tensor {name} has no shape of up to {MAX_DIMENSIONS} sizes")
     if not all(type(number) is int and 0 <= number < 1 << 63 for number in numbers):
         raise ModelLoadFailed(f"{path}: tensor {name} has offsets or a shape that cannot be")
     if (last - first) * 8 != math.prod(shape) * bits:

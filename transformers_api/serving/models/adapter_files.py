@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from transformers_api.checkpoints.headers.adapter_config import AdapterConfig, parse_adapter_config
+from transformers_api.checkpoints.headers.path_pattern import MAX_PATH
 from transformers_api.checkpoints.headers.safetensors_file import Tensor, read_header
 from transformers_api.engine.adapter_source import AdapterLayer, AdapterSource
 from transformers_api.errors import InsufficientMemory, ModelLoadFailed
@@ -48,6 +49,8 @@ def inspect_adapter(
     tensors = read_header(weights)
     for tensor in tensors:
         path, part = _place(weights, tensor)
+        if part in parts.get(path, ()):
+            raise ModelLoadFailed(f"{weights}: lora_{part} of {path} is there twice")
         parts.setdefault(path, {})[part] = tensor
     if not parts:
         raise ModelLoadFailed(f"{weights} holds no tensors")
@@ -149,6 +152,8 @@ def _foreign(source: AdapterSource, reason: str) -> ModelLoadFailed:
 def _place(file: Path, tensor: Tensor) -> tuple[str, str]:
     """(path of the layer, A or B) of a tensor. Raises ModelLoadFailed for one of another kind."""
     name = tensor.name.removeprefix(PREFIX)
+    if len(name) > MAX_PATH:
+        raise ModelLoadFailed(f"{file}: {name[:50]}… is longer than the path of a layer may be")
     match = _PART.fullmatch(name)
     if match is None or ".lora_" in match[1]:
         reason = next((text for part, text in _REFUSED.items() if part in name), "unknown")

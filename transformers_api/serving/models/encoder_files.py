@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from transformers_api.errors import ModelLoadFailed
-from transformers_api.serving.models.headers import read_object
+from transformers_api.serving.models.headers import is_path, read_object
 from transformers_api.serving.models.preflight import MODULES, PICKLES, WEIGHTS
 from transformers_api.serving.models.spec import (
     Pooling,
@@ -122,7 +122,7 @@ def _steps(folder: Path) -> list[tuple[str, str]]:
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise ModelLoadFailed(f"{path} cannot be read: {error}") from None
     for _, place in steps:
-        if ".." in Path(place).parts or Path(place).is_absolute():
+        if not is_path(place) or ".." in Path(place).parts or Path(place).is_absolute():
             raise ModelLoadFailed(f"{path}: {place!r} is not a folder of the model")
     return steps
 
@@ -131,8 +131,8 @@ def _step(folder: Path, name: str, place: str) -> VectorStep:
     """A step after the pooling, whose files are checked."""
     kind, path = _STEPS[name], folder / place
     config = _optional(path / "config.json")
-    named = {config.get(field) for field in ("module_input_name", "module_output_name")}
-    if not named <= {None, "sentence_embedding"}:
+    named = [config.get(field) for field in ("module_input_name", "module_output_name")]
+    if not all(each in (None, "sentence_embedding") for each in named):
         raise ModelLoadFailed(f"{path}: a step for single tokens is not supported")
     if kind == "normalize":
         return VectorStep(kind, path, config)
@@ -178,7 +178,7 @@ def _prompts(path: Path, usage: dict[str, Any]) -> Prompts:
     if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
         raise ModelLoadFailed(f"{path}: prompts is no object of texts")
     default = usage.get("default_prompt_name")
-    if default is not None and default not in texts:
+    if default is not None and not (isinstance(default, str) and default in texts):
         raise ModelLoadFailed(f"{path}: default_prompt_name {default!r} is none of its prompts")
     return Prompts(texts, default)
 
@@ -186,7 +186,7 @@ def _prompts(path: Path, usage: dict[str, Any]) -> Prompts:
 def _similarity(path: Path, usage: dict[str, Any]) -> Similarity:
     names: dict[str, Similarity] = {name: name for name in get_args(Similarity)}
     name = usage.get("similarity_fn_name") or "cosine"
-    if name not in names:
+    if not isinstance(name, str) or name not in names:
         raise ModelLoadFailed(f"{path}: the similarity {name!r} is none of {', '.join(names)}")
     return names[name]
 

@@ -25,7 +25,7 @@ from transformers_api.checkpoints.headers.text_names import has_towers, text_wei
 from transformers_api.errors import ModelLoadFailed, ModelNotServable
 from transformers_api.serving.models.config_sizes import check_sizes
 from transformers_api.serving.models.foreign import check_format, check_quantization, kind_of
-from transformers_api.serving.models.headers import read_object
+from transformers_api.serving.models.headers import is_path, read_object
 from transformers_api.serving.models.quantized_files import quantized_types
 from transformers_api.serving.models.sidecars import (
     is_sidecar,
@@ -195,7 +195,8 @@ def read_weight_map(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelLoadFailed(f"{index}: weight_map is missing or empty")
     for name in weight_map.values():
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith("safetensors"):
+        is_file = isinstance(name, str) and is_path(name) and Path(name).name == name
+        if not is_file or not name.endswith("safetensors"):
             raise ModelLoadFailed(f"{index}: {name!r} is not the name of a safetensors file")
     return weight_map
 

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TextIO
 
+from transformers_api.checkpoints.headers.gguf_file import read_gguf_header
 from transformers_api.checkpoints.headers.gguf_split import split_parts
 from transformers_api.config.settings import Settings
 from transformers_api.engine.adapter_source import AdapterSource
@@ -170,6 +171,15 @@ class ModelStore:
             files = self._prepare_converted(spec, path, progress)
         progress(1.0, "ready")
         return files
+
+    def check_files(self, spec: ModelSpec) -> None:
+        """Raise ModelLoadFailed for a model on this disk that ``prepare`` would refuse unread."""
+        self.check_source(spec)
+        path = self._local_path(spec)
+        if path is not None and path.suffix == ".gguf":
+            read_gguf_header(path)
+        elif path is not None and _is_standard(path):
+            self._inspect(spec, path)
 
     def _local_path(self, spec: ModelSpec) -> Path | None:
         """The folder or file of a model, None where it has to be fetched first."""
