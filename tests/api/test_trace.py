@@ -397,6 +397,7 @@ def test_a_wrong_wish_is_refused_by_its_name_before_the_first_byte(
     [
         ({"layer": [0]}, "trace.layer", "'trace.layer' is unknown; did you mean 'layers'?"),
         ({"lens": {"layers": "all", "top_k": 2}}, "trace.lens.top_k", "did you mean 'topk'?"),
+        ({"c" * 5000: 1}, f"trace.{'c' * 64}", "is unknown; there are: layers"),
         ({"colour": "blue"}, "trace.colour", "is unknown; there are: layers, heads, attn, "),
     ],
 )

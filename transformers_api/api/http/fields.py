@@ -16,6 +16,7 @@ from marshmallow.constants import EXCLUDE
 
 from transformers_api.api.http.strict_json import MOST_ITEMS
 
+LONGEST_NAME = 64  # of an unknown field, as it is said
 MAX_TOKEN_ID = (1 << 31) - 1
 MOST_IDS = 1 << 18  # of one body
 NOT_GIVEN: dict[str, Any] = {"required": "is required", "null": "must not be null"}
@@ -63,7 +64,7 @@ class StrictSchema(Schema):
             if name not in names:
                 near = get_close_matches(name, names, 1)
                 hint = f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(names)}"
-                raise ValidationError({name: [f"is unknown; {hint}"]})
+                raise ValidationError({name[:LONGEST_NAME]: [f"is unknown; {hint}"]})
         return data
 
 
