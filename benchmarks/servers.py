@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from benchmarks.load import Server
+from benchmarks.machine import DEFAULT_MODEL
 from transformers_api.serving.models.builtin import EMBEDDED
 
 OURS = "transformers-api"
@@ -214,8 +215,7 @@ def _gguf_source(folder: Path) -> Path:
     """A folder's own file, the one that the default model was unpacked from, or the folder."""
     for file in sorted(folder.glob("*.gguf")):
         return file
-    embedded = Path(EMBEDDED.file).stem
-    if folder.name.startswith(embedded):
+    if folder.name == DEFAULT_MODEL:
         package = importlib.metadata.distribution(EMBEDDED.package)
         return Path(str(package.locate_file(EMBEDDED.file)))
     if json.loads((folder / "config.json").read_text()).get("model_type") == "gpt2":
