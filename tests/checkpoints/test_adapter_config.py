@@ -85,9 +85,17 @@ def test_rank_and_scale_are_those_of_the_layer(keys, rank, scale):
 
 
 def test_keys_that_change_nothing_are_left_alone():
-    parsed(lora_dropout=0.3, inference_mode=False, peft_version="0.99", something_new=None)
-    parsed(use_dora=False, modules_to_save=[], target_parameters=None, init_lora_weights="gaussian")
-    parsed(fan_in_fan_out=True, megatron_core="megatron.core", runtime_config={})
+    nothing = (
+        {"lora_dropout": 0.3, "inference_mode": False, "peft_version": "0.99", "new": None},
+        {"use_dora": False, "modules_to_save": [], "target_parameters": None},
+        {"init_lora_weights": "gaussian", "fan_in_fan_out": True},
+        {"megatron_core": "megatron.core", "runtime_config": {}},
+    )
+    plain = parsed()
+    for keys in nothing:
+        config = parsed(**keys)
+        assert config.rank_of(PATH) == plain.rank_of(PATH)
+        assert config.scale_of(PATH) == plain.scale_of(PATH)
 
 
 @pytest.mark.parametrize(
