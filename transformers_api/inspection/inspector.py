@@ -18,8 +18,11 @@ from transformers_api.inspection.base import (
     Heads,
     Job,
     LensTable,
+    LogitParts,
+    LogitPartsQuestion,
     PromptReading,
 )
+from transformers_api.inspection.logit_parts import split
 from transformers_api.inspection.parts import Parts
 from transformers_api.inspection.reading import Way
 from transformers_api.inspection.residuals import read_hidden_states, read_lens, read_prompt
@@ -111,6 +114,10 @@ class ModelInspector:
     def attribute(self, ids: Sequence[int], question: AttributionQuestion) -> Job[Attribution]:
         """See ``base.Inspector``."""
         return lambda model: attribute(model, self.way, list(ids), question)
+
+    def logit_parts(self, ids: Sequence[int], question: LogitPartsQuestion) -> Job[LogitParts]:
+        """See ``base.Inspector``. Raises ModelNotCapable."""
+        return lambda model: split(model, self.way, self.source, self.anatomy, list(ids), question)
 
     def check_gradients(self) -> Job[bool]:
         """See ``base.Inspector``."""
