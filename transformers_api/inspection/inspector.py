@@ -14,6 +14,7 @@ from transformers_api.inspection.base import (
     AttentionWindow,
     Attribution,
     AttributionQuestion,
+    Editable,
     HeadGrid,
     Heads,
     Job,
@@ -21,6 +22,7 @@ from transformers_api.inspection.base import (
     PromptReading,
 )
 from transformers_api.inspection.parts import Parts
+from transformers_api.inspection.places import ActingCheck
 from transformers_api.inspection.reading import Way
 from transformers_api.inspection.residuals import read_hidden_states, read_lens, read_prompt
 
@@ -36,12 +38,14 @@ class ModelInspector:
         anatomy: Anatomy,
         parts: Parts,
         source: AttentionSource,
+        check: ActingCheck,
         *,
         slice_tokens: int,
         reads_in_chunks: bool,
     ) -> None:
         self.anatomy = anatomy
         self.source = source
+        self._check = check
         self.way = Way(
             parts=parts,
             vocab_size=anatomy.vocab_size,
@@ -94,7 +98,7 @@ class ModelInspector:
         target: int | None,
     ) -> Job[LensTable]:
         """See ``base.Inspector``. Raises ModelNotCapable."""
-        self._check(self.anatomy.lens, "does not show a residual stream that its head can read")
+        self._require(self.anatomy.lens, "does not show a residual stream that its head can read")
         return lambda model: read_lens(
             model, self.way, list(ids), list(layers), list(positions), topk, target
         )
@@ -103,7 +107,7 @@ class ModelInspector:
         self, ids: Sequence[int], layers: Sequence[int], positions: Sequence[int]
     ) -> Job[Array]:
         """See ``base.Inspector``. Raises ModelNotCapable."""
-        self._check(bool(self.way.parts.layers), "does not show a residual stream")
+        self._require(bool(self.way.parts.layers), "does not show a residual stream")
         return lambda model: read_hidden_states(
             model, self.way, list(ids), list(layers), list(positions)
         )
@@ -112,10 +116,14 @@ class ModelInspector:
         """See ``base.Inspector``."""
         return lambda model: attribute(model, self.way, list(ids), question)
 
+    def check_places(self) -> Job[Editable]:
+        """See ``base.Inspector``."""
+        return self._check.run
+
     def check_gradients(self) -> Job[bool]:
         """See ``base.Inspector``."""
         return lambda model: check_gradients(model, self.way)
 
-    def _check(self, can: bool, what: str) -> None:
+    def _require(self, can: bool, what: str) -> None:
         if not can:
             raise ModelNotCapable(f"model type {self.anatomy.model_type} {what}")
