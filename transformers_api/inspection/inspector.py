@@ -14,6 +14,7 @@ from transformers_api.inspection.base import (
     AttentionWindow,
     Attribution,
     AttributionQuestion,
+    Editable,
     HeadGrid,
     Heads,
     Job,
@@ -24,6 +25,7 @@ from transformers_api.inspection.base import (
 )
 from transformers_api.inspection.logit_parts import split
 from transformers_api.inspection.parts import Parts
+from transformers_api.inspection.places import ActingCheck
 from transformers_api.inspection.reading import Way
 from transformers_api.inspection.residuals import read_hidden_states, read_lens, read_prompt
 
@@ -39,12 +41,14 @@ class ModelInspector:
         anatomy: Anatomy,
         parts: Parts,
         source: AttentionSource,
+        check: ActingCheck,
         *,
         slice_tokens: int,
         reads_in_chunks: bool,
     ) -> None:
         self.anatomy = anatomy
         self.source = source
+        self._check = check
         self.way = Way(
             parts=parts,
             vocab_size=anatomy.vocab_size,
@@ -97,7 +101,7 @@ class ModelInspector:
         target: int | None,
     ) -> Job[LensTable]:
         """See ``base.Inspector``. Raises ModelNotCapable."""
-        self._check(self.anatomy.lens, "does not show a residual stream that its head can read")
+        self._require(self.anatomy.lens, "does not show a residual stream that its head can read")
         return lambda model: read_lens(
             model, self.way, list(ids), list(layers), list(positions), topk, target
         )
@@ -106,7 +110,7 @@ class ModelInspector:
         self, ids: Sequence[int], layers: Sequence[int], positions: Sequence[int]
     ) -> Job[Array]:
         """See ``base.Inspector``. Raises ModelNotCapable."""
-        self._check(bool(self.way.parts.layers), "does not show a residual stream")
+        self._require(bool(self.way.parts.layers), "does not show a residual stream")
         return lambda model: read_hidden_states(
             model, self.way, list(ids), list(layers), list(positions)
         )
@@ -119,10 +123,14 @@ class ModelInspector:
         """See ``base.Inspector``. Raises ModelNotCapable."""
         return lambda model: split(model, self.way, self.source, self.anatomy, list(ids), question)
 
+    def check_places(self) -> Job[Editable]:
+        """See ``base.Inspector``."""
+        return self._check.run
+
     def check_gradients(self) -> Job[bool]:
         """See ``base.Inspector``."""
         return lambda model: check_gradients(model, self.way)
 
-    def _check(self, can: bool, what: str) -> None:
+    def _require(self, can: bool, what: str) -> None:
         if not can:
             raise ModelNotCapable(f"model type {self.anatomy.model_type} {what}")

@@ -6,7 +6,7 @@ much, the job, the answer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy
@@ -31,7 +31,6 @@ from transformers_api.api.inspect.schemas.inspect import (
     HeadTable,
     HiddenStates,
     HiddenStatesRequest,
-    InspectedModel,
     Lens,
     LensRequest,
     Rollout,
@@ -39,6 +38,7 @@ from transformers_api.api.inspect.schemas.inspect import (
     TokensRequest,
     TokenTable,
 )
+from transformers_api.api.inspect.schemas.model import InspectedModel
 from transformers_api.api.inspect.subjects import Format, Subject, opened
 from transformers_api.config.settings import Settings
 from transformers_api.errors import (
@@ -101,7 +101,13 @@ def inspect_model() -> Any:
         inspector = subjects.inspector_of(model)
         gradients = inspections.has_gradients(model, inspector, context.cancellation)
         layer = inspections.suggested_layer(model, inspector, context.cancellation)
-        return inspect_format.capabilities(model, inspector.anatomy, gradients, layer, limits)
+        editable = inspections.editable(model, inspector, context.cancellation)
+        norms: Sequence[float] = ()
+        if editable.places:
+            norms = inspections.stream_norms(model, inspector, context.cancellation)
+        return inspect_format.capabilities(
+            model, inspector.anatomy, gradients, layer, editable, norms, limits
+        )
 
 
 def _may_load() -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -31,6 +31,7 @@ from transformers_api.engine.pretrained import (
     layer_kinds,
 )
 from transformers_api.engine.rope import reads_again, switching_lengths
+from transformers_api.engine.runners.edited_modules import ModuleEdit, editing
 from transformers_api.engine.runners.model_runner import Runner, VerifiedRunner, innermost
 from transformers_api.engine.sampling.sampler import Sampler, TokenSampler
 from transformers_api.engine.standby import StandbyModel
@@ -139,6 +140,10 @@ class NativeBackend:
     def observing_attention(self, layers: Collection[int] | None) -> AbstractContextManager[None]:
         """See Backend."""
         return observing(layers)
+
+    def editing(self, model: Any, edits: Sequence[ModuleEdit]) -> AbstractContextManager[None]:
+        """See Backend."""
+        return editing(edits)
 
     def attention_probs(
         self,

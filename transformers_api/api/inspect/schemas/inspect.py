@@ -371,28 +371,3 @@ class HiddenStates(Schema):
     stream = Text(choices=("residual",))
     note = Text()
     states = fields.Raw(**about("Lists of numbers: layers x positions x width."))
-
-
-class InspectedModel(Schema):
-    """The capabilities of a model."""
-
-    id = Text()
-    loaded = Boolean(**about("false: with `?load=false`; then only `limits` and `formats` follow."))
-    model_type = Text()
-    layers = Integer(0, _MANY)
-    heads = Integer(0, _MANY)
-    kv_heads = Integer(0, _MANY)
-    head_dim = Integer(0, _MANY)
-    hidden_size = Integer(0, _MANY)
-    vocab = Integer(0, _MANY)
-    context = Integer(0, MAX_TOKENS)
-    dtype = Text()
-    attention = AnyObject()
-    lens = AnyObject()
-    suggested_layer = Integer(
-        0, _MANY, allow_none=True, **about("Worth a first look; null without attention.")
-    )
-    gradients = Boolean()
-    router = AnyObject(allow_none=True)
-    limits = AnyObject()
-    formats = Many(Text(), longest=_MANY)
