@@ -401,13 +401,12 @@ class Inspector(Protocol):
         """The contribution of each token to the prediction of one."""
         ...
 
-<<<<<<< HEAD
     def logit_parts(self, ids: Sequence[int], question: LogitPartsQuestion) -> Job[LogitParts]:
         """What each part of the model adds to a logit."""
-=======
+        ...
+
     def check_places(self) -> Job[Editable]:
         """The parts that can be changed, verified by edits on the path that serves."""
->>>>>>> main
         ...
 
     def check_gradients(self) -> Job[bool]:
