@@ -61,7 +61,8 @@ LAYERS = {
         never=HTTP,
     ),
     "engine.native": layer("engine", "kernels", "families", "errors", "logs", never=HTTP),
-    "inspection.base": layer("errors", never=HTTP | MODELS | {"torch"}),
+    "inspection.base": layer("errors", "inspection.logit_share", never=HTTP | MODELS | {"torch"}),
+    "inspection.logit_share": layer(never=HTTP | MODELS | {"torch"}),
     "inspection": layer("inspection", "engine", "errors", "logs", never=HTTP),
     "serving": layer(
         "serving",
@@ -77,6 +78,7 @@ LAYERS = {
         "serving",
         "engine.base",
         "inspection.base",
+        "inspection.logit_share",
         *LEAVES,
         never=MODELS | {"torch", "gunicorn"},
     ),

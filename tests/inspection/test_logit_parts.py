@@ -9,7 +9,7 @@ from tests.engine.models import BATCHED, SEQUENTIAL, TOGETHER, prompts_of
 from tests.inspection.models import tiny
 from tests.repeats import slow
 from transformers_api.errors import ModelNotCapable
-from transformers_api.inspection.base import LogitPartsQuestion
+from transformers_api.inspection.logit_share import LogitPartsQuestion
 
 PROMPT = prompts_of(4)[3]  # 17 tokens: three slices of 8
 LAST = len(PROMPT) - 1

@@ -116,7 +116,7 @@ def _by_layer(
 
 
 def _width(call: Call | None) -> int:
-    return 0 if call is None or call.given is None else call.given.shape[-1]
+    return 0 if call is None or call.x is None else call.x.shape[-1]
 
 
 # -- writers
@@ -126,10 +126,10 @@ def _writers(
     own: Call, inner: list[Call], before: Sequence[LayerPlaces]
 ) -> tuple[tuple[Writer, ...], float]:
     """The writers of a layer and what they leave unexplained; those like ``before`` first."""
-    assert own.given is not None
-    assert own.made is not None
-    target = (own.made.double() - own.given.double()).flatten()
-    most = FLOAT32 if own.made.dtype == torch.float32 else ROUNDED
+    assert own.x is not None
+    assert own.y is not None
+    target = (own.y.double() - own.x.double()).flatten()
+    most = FLOAT32 if own.y.dtype == torch.float32 else ROUNDED
     candidates = _candidates(own, inner)
     if not candidates or not target.any():
         return (), 0.0
@@ -161,15 +161,15 @@ def _candidates(own: Call, inner: list[Call]) -> list[tuple[str, Tensor]]:
     Of those with the same numbers the outermost, which is called last. A module that is called
     twice is none: a hook could not tell which call it is.
     """
-    assert own.given is not None
+    assert own.x is not None
     times = Counter(call.name for call in inner)
     chosen: list[tuple[str, Tensor]] = []
     for call in reversed(inner):
-        made = call.made
-        if times[call.name] > 1 or made is None or made.numel() != own.given.numel():
+        made = call.y
+        if times[call.name] > 1 or made is None or made.numel() != own.x.numel():
             continue
-        made = made.reshape(own.given.shape)
-        if torch.equal(made, own.given) or any(torch.equal(made, other) for _, other in chosen):
+        made = made.reshape(own.x.shape)
+        if torch.equal(made, own.x) or any(torch.equal(made, other) for _, other in chosen):
             continue
         chosen.append((call.name, made))
     return chosen[::-1]
@@ -214,18 +214,18 @@ def _linear_behind(inner: list[Call], writer: Writer | None) -> tuple[Call | Non
     if writer is None:
         return None, ()
     after: list[str] = []
-    current = [call for call in inner if call.name == writer.name][-1].made
+    current = [call for call in inner if call.name == writer.name][-1].y
     for _ in range(MOST_STEPS):
         assert current is not None
-        same = [call for call in inner if _equal(call.made, current)]
+        same = [call for call in inner if _equal(call.y, current)]
         for call in same:
-            if call.is_leaf and call.given is not None and is_linear(call.module, call.given):
+            if call.is_leaf and call.x is not None and is_linear(call.module, call.x):
                 return call, tuple(reversed(after))
-        leaf = next((c for c in same if c.is_leaf and not _equal(c.given, current)), None)
-        if leaf is None or leaf.given is None:
+        leaf = next((c for c in same if c.is_leaf and not _equal(c.x, current)), None)
+        if leaf is None or leaf.x is None:
             return None, ()
         after.append(leaf.name)
-        current = leaf.given
+        current = leaf.x
     return None, ()
 
 

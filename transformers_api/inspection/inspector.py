@@ -19,11 +19,10 @@ from transformers_api.inspection.base import (
     Heads,
     Job,
     LensTable,
-    LogitParts,
-    LogitPartsQuestion,
     PromptReading,
 )
 from transformers_api.inspection.logit_parts import split
+from transformers_api.inspection.logit_share import LogitParts, LogitPartsQuestion
 from transformers_api.inspection.parts import Parts
 from transformers_api.inspection.places import ActingCheck
 from transformers_api.inspection.reading import Way

@@ -22,65 +22,14 @@ from torch import Tensor, nn
 from transformers_api.engine.places import LayerPlaces, Writer
 from transformers_api.engine.watched_pass import first_of, stream_of
 from transformers_api.errors import AttentionUnavailable, ModelNotCapable
+from transformers_api.inspection.adjoints import NOT_AFFINE, frozen, pulled
 from transformers_api.inspection.attention import Attended, AttentionSource, Weights
-from transformers_api.inspection.base import (
-    Anatomy,
-    AttentionMode,
-    LogitParts,
-    LogitPartsQuestion,
-    LogitShare,
-)
+from transformers_api.inspection.base import Anatomy, AttentionMode
+from transformers_api.inspection.logit_share import LogitParts, LogitPartsQuestion, LogitShare
 from transformers_api.inspection.reading import Way, read, unarmed
 
-FAR = 64.0  # numbers of a vector whose variance hides what a norm adds to it
-NOT_AFFINE = 0.02  # relative: a norm with frozen statistics rounds, and is no further off
 NOT_SUMMED = 0.05  # of the sizes of a head's shares: they are not what the head adds
 FLOAT32, ROUNDED = 1e-5, 5e-3  # relative: logits that are the head's but for a factor
-
-
-@dataclass(frozen=True, slots=True)
-class _Affine:
-    """A map x -> scale * x + constant, after the mean was taken away where it ``centres``."""
-
-    scale: Tensor  # (C,) float64
-    constant: Tensor  # (C,)
-    centres: bool
-
-    def adjoint(self, direction: Tensor) -> Tensor:
-        """The direction (C,) before the map, of one after it."""
-        scaled = self.scale * direction
-        return scaled - scaled.mean() if self.centres else scaled
-
-
-def frozen(norm: nn.Module, x: Tensor) -> _Affine:
-    """A norm with the statistics that it has for ``x`` (C,). Raises ModelNotCapable.
-
-    Its weight is its answer to a vector of large numbers of one size; it centres where a constant
-    added to ``x`` makes no difference.
-    """
-    rows = x.double()
-    signs = torch.ones_like(rows)
-    signs[1::2] = -1
-
-    def answer(row: Tensor) -> Tensor:
-        normed: Tensor = norm(row.to(x.dtype)[None, None])[0, 0]
-        return normed.double()
-
-    zero, own = answer(torch.zeros_like(rows)), answer(rows)
-    weight = (answer(FAR * signs) - zero) * signs
-    moved = answer(rows + 3) - own
-    centres = bool(moved.norm() < 0.05 * own.norm())
-    centred = rows - rows.mean() if centres else rows
-    scaled = weight * centred
-    size = (scaled @ (own - zero)) / (scaled @ scaled).clamp_min(1e-60)
-    off = (size * scaled - (own - zero)).norm() / (own - zero).norm().clamp_min(1e-30)
-    if not off < NOT_AFFINE:
-        raise ModelNotCapable(
-            f"what a {type(norm).__name__} does is not a norm's (off by {float(off):.2g}), so the "
-            "parts of a logit cannot be told apart",
-            param="model",
-        )
-    return _Affine(size * weight, zero, centres)
 
 
 @dataclass(slots=True)
@@ -91,7 +40,7 @@ class _Rows:
     outputs: dict[str, Tensor] = field(default_factory=dict)
 
     @contextmanager
-    def noted(self, model: Any, names: Sequence[str]) -> Generator[None, None, None]:
+    def watched(self, model: Any, names: Sequence[str]) -> Generator[None, None, None]:
         """Note the last token's rows of these modules, while it lasts."""
 
         def hook(name: str) -> Any:
@@ -112,20 +61,6 @@ class _Rows:
                 handle = module.register_forward_hook(hook(name), with_kwargs=True)
                 stack.callback(handle.remove)
             yield
-
-
-def _pulled(module: nn.Module, x: Tensor, direction: Tensor) -> tuple[Tensor, float]:
-    """Of a linear module: the direction (in,) of its input, and what its bias adds along it.
-
-    ``direction`` is one of its output, float64.
-    """
-    with torch.inference_mode(False), torch.enable_grad():
-        own = direction.clone()
-        leaf = x.clone()[None, None].requires_grad_()
-        value = (module(leaf)[0, 0].double() * own).sum()
-        (gradient,) = torch.autograd.grad(value, leaf)
-    zero = module(torch.zeros_like(x)[None, None])[0, 0].double()
-    return gradient[0, 0].double(), float(zero @ direction)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +86,7 @@ def split(
     """See ``base.Inspector.logit_parts``."""
     layers, parts = way.parts.places, way.parts
     _check(layers, parts.head)
-    seen = ids[: question.position + 1]
+    tokens_read = ids[: question.position + 1]
     rows = _Rows()
     names = [*parts.layers, *([parts.final_norm] if parts.final_norm else []), parts.head or ""]
     for place in layers:
@@ -159,7 +94,7 @@ def split(
         names += [name for name in (place.reader, place.down) if name]
         names += [*place.reader_after, *place.down_after]
     logits = yield from _last_logits(
-        model, way, seen, lambda _first, _last: rows.noted(model, names)
+        model, way, tokens_read, lambda _first, _last: rows.watched(model, names)
     )
     reading = _end(model, way, rows, logits, question)
     yield
@@ -173,15 +108,15 @@ def split(
             whole = writer.factor * _along(rows.outputs[writer.name], reading.direction)
             along = writer.factor * reading.direction
             if part == "attn" and question.by in ("head", "source") and heads:
-                pulled, added = _before(model, rows, place.reader, place.reader_after, along)
+                along_input, added = _before(model, rows, place.reader, place.reader_after, along)
                 x = rows.inputs[place.reader or ""].double()
-                values = (x * pulled).reshape(heads, -1).sum(-1)
-                readers[layer] = pulled.reshape(heads, -1)
+                values = (x * along_input).reshape(heads, -1).sum(-1)
+                readers[layer] = along_input.reshape(heads, -1)
                 shares += _split("head", layer, values, whole, added)
                 bias += added
             elif part == "mlp" and question.by == "neuron" and place.down:
-                pulled, added = _before(model, rows, place.down, place.down_after, along)
-                values = rows.inputs[place.down].double() * pulled
+                along_input, added = _before(model, rows, place.down, place.down_after, along)
+                values = rows.inputs[place.down].double() * along_input
                 shares += _split("neuron", layer, values, whole, added)
                 bias += added
             else:
@@ -189,7 +124,7 @@ def split(
         yield
     _check_split(shares, question)
     if question.by == "source":
-        shares = yield from _by_source(model, way, source, seen, readers, shares)
+        shares = yield from _by_source(model, way, source, tokens_read, readers, shares)
     return _result(reading, shares, bias)
 
 
@@ -252,7 +187,7 @@ def _end(
     elif question.against is not None:
         selector[question.against] -= 1
     factor, is_capped = _after_head(after_head, logits)
-    direction, constant = _pulled(head, before_head, factor * selector)
+    direction, constant = pulled(head, before_head, factor * selector)
     normed = rows.outputs[parts.layers[-1]]
     if parts.final_norm:
         norm = frozen(model.get_submodule(parts.final_norm), rows.inputs[parts.final_norm])
@@ -310,8 +245,8 @@ def _before(
         norm = frozen(model.get_submodule(norm_name), rows.inputs[norm_name])
         added += float(norm.constant @ direction)
         direction = norm.adjoint(direction)
-    pulled, own = _pulled(model.get_submodule(name), rows.inputs[name], direction)
-    return pulled, added + own
+    before, own = pulled(model.get_submodule(name), rows.inputs[name], direction)
+    return before, added + own
 
 
 def _split(part: str, layer: int, values: Tensor, whole: float, bias: float) -> list[LogitShare]:

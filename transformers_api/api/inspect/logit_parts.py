@@ -12,7 +12,7 @@ from transformers_api.api.inspect import subjects
 from transformers_api.api.inspect.schemas.logit_parts import LogitPartsRequest, SplitLogit
 from transformers_api.api.inspect.subjects import Subject, opened
 from transformers_api.errors import ModelNotCapable
-from transformers_api.inspection.base import LogitParts, LogitPartsQuestion, LogitShare
+from transformers_api.inspection.logit_share import LogitParts, LogitPartsQuestion, LogitShare
 from transformers_api.serving.inspect import arrays
 from transformers_api.serving.text.vocabulary import Vocabulary
 
@@ -96,14 +96,14 @@ def _against(vocabulary: Vocabulary, question: LogitPartsQuestion) -> Any:
 
 
 def _share(vocabulary: Vocabulary, ids: Sequence[int], share: LogitShare) -> Mapping[str, Any]:
-    told: dict[str, Any] = {"part": share.part, "layer": share.layer}
+    answer: dict[str, Any] = {"part": share.part, "layer": share.layer}
     if share.part in ("head", "source"):
-        told["head"] = share.index
+        answer["head"] = share.index
     if share.part == "neuron":
-        told["neuron"] = share.index
+        answer["neuron"] = share.index
     if share.part == "source":
-        told |= {"position": share.position, "token": vocabulary.decoded(ids[share.position])}
-    return {**told, "value": arrays.digits(share.value)}
+        answer |= {"position": share.position, "token": vocabulary.decoded(ids[share.position])}
+    return {**answer, "value": arrays.digits(share.value)}
 
 
 def _by_token(shares: Sequence[LogitShare], count: int) -> list[float]:
