@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 MOST_WRITERS = 3
 MOST_STEPS = 4  # modules between a linear one and the stream
 FLOAT32, ROUNDED = 2e-5, 2e-2  # what a layer may leave unexplained, relative
+MOST_ROUNDED = 0.2  # where it adds little to a large stream
 NOT_LINEAR = 0.1  # relative; what is quantised is off by less, and a norm by half
 
 
@@ -128,12 +129,17 @@ def _writers(
     """The writers of a layer and what they leave unexplained; those like ``before`` first."""
     assert own.x is not None
     assert own.y is not None
-    target = (own.y.double() - own.x.double()).flatten()
-    most = FLOAT32 if own.y.dtype == torch.float32 else ROUNDED
+    # A stream rounds by its size: where it is large, as at a first token, it says the least.
+    weight = 1 / own.y.double().norm(dim=-1, keepdim=True).clamp_min(1e-30)
+    target = ((own.y.double() - own.x.double()) * weight).flatten()
+    most = FLOAT32
+    if own.y.dtype != torch.float32:  # so many roundings of a stream are of what a layer adds
+        rounded = torch.finfo(own.y.dtype).eps * len(weight.flatten()) ** 0.5 / target.norm()
+        most = max(ROUNDED, min(float(rounded), MOST_ROUNDED))
     candidates = _candidates(own, inner)
     if not candidates or not target.any():
         return (), 0.0
-    columns = torch.stack([made.double().flatten() for _, made in candidates])
+    columns = torch.stack([(made.double() * weight).flatten() for _, made in candidates])
     gram = (columns @ columns.T).cpu().numpy()
     products = (columns @ target).cpu().numpy()
     length = float(target @ target)
