@@ -60,7 +60,9 @@ LAYERS = {
         *("engine", "families", "checkpoints.headers", "errors", "logs", "heap", "memory"),
         never=HTTP,
     ),
-    "engine.native": layer("engine", "kernels", "families", "errors", "logs", never=HTTP),
+    "engine.native": layer(
+        *("engine", "kernels", "families", "errors", "logs", "memory"), never=HTTP
+    ),
     "inspection.base": layer("errors", never=HTTP | MODELS | {"torch"}),
     "inspection": layer("inspection", "engine", "errors", "logs", never=HTTP),
     "serving": layer(

@@ -24,6 +24,7 @@ from transformers_api.config.settings import GIB, Settings
 from transformers_api.engine.load_deadline import LoadDeadline
 from transformers_api.engine.load_options import AS_NUMBERS, DTYPE_BYTES, LoadOptions
 from transformers_api.engine.load_progress import LoadProgress
+from transformers_api.engine.native.packed_store import PackedStore, packed_key
 from transformers_api.engine.standby import StandbyModels
 from transformers_api.engine.thread import EngineThread
 from transformers_api.errors import InsufficientMemory, ModelNotCapable
@@ -40,6 +41,7 @@ from transformers_api.tokenizer_loader import LoadedTokenizer, read_text, read_t
 if TYPE_CHECKING:
     from transformers_api.engine.backend import Backend
     from transformers_api.engine.base import Engine, EngineFacts, EngineListener
+    from transformers_api.engine.native.packed_weights import PackedFile
     from transformers_api.inspection.base import Inspector
     from transformers_api.serving.constraints.listener import ConstraintListener
 
@@ -82,6 +84,7 @@ class ModelLoader(AdapterLoader):
         self._constraint_listener = constraint_listener
         self.deadline = LoadDeadline(settings.model_wait_s)
         self._standby = StandbyModels(settings.sleeping_models)
+        self._packed = PackedStore.of(settings.model_store, settings.packed_store_mb)
         self._tokenizers: OrderedDict[Hashable, LoadedTokenizer] = OrderedDict()
         self._texts: OrderedDict[Hashable, ModelText] = OrderedDict()  # of models not in memory
         self._text_lock, self._fetch_lock = threading.Lock(), threading.Lock()
@@ -104,7 +107,10 @@ class ModelLoader(AdapterLoader):
             )
         if spec.token_encoding:  # an encoding that cannot be had: before anything is loaded
             token_counter(spec.token_encoding)
-        return self.store.prepare(spec, progress)
+        files = self.store.prepare(spec, progress)
+        if not self._devices.done():  # the process starts: cores wait for the imports of torch
+            self._packed.read_ahead(self._packed_key(spec, files))
+        return files
 
     def text(self, spec: ModelSpec) -> ModelText:
         """See Loader. Those that were asked for last stay here."""
@@ -126,6 +132,7 @@ class ModelLoader(AdapterLoader):
     def check_memory(self, spec: ModelSpec, files: ModelFiles, freed_bytes: int) -> bool:
         """See Loader."""
         device = self.thread.call(lambda: self._pick_device(spec)).result()
+        freed_bytes += self._packed.ahead_bytes(self._packed_key(spec, files))
         free = self._free_bytes(device)
         need = int(self._weight_bytes(spec, files) * RESERVE)
         lacking = need - free - freed_bytes
@@ -274,6 +281,7 @@ class ModelLoader(AdapterLoader):
             kv_cache_bytes=int(settings.kv_cache_gib * GIB) if settings.kv_cache_gib else None,
             listener=self._listen(spec.name),
             plans=settings.model_store.absolute() / "plans",
+            packed=self._packed_file(spec, files),
             check_room=lambda size: _require(
                 spec, "cpu", int(size * RESERVE), _available_bytes("cpu")
             ),
@@ -291,6 +299,20 @@ class ModelLoader(AdapterLoader):
             quantization=spec.quantization or settings.quantization,
             kv_cache_dtype=settings.kv_cache_dtype,
         )
+
+    def _packed_key(self, spec: ModelSpec, files: ModelFiles) -> str | None:
+        """The name of the model's packed weights in the store; None where they are not kept."""
+        if spec.encoder or not self.settings.packed_store_mb:
+            return None
+        trusts = spec.trust_remote_code
+        options = replace(self._placement(spec), stamp=files.stamp, trust_remote_code=trusts)
+        return packed_key(options, files.folder)
+
+    def _packed_file(self, spec: ModelSpec, files: ModelFiles) -> PackedFile | None:
+        from transformers_api.engine.native.packed_weights import PackedFile
+
+        key = self._packed_key(spec, files)
+        return PackedFile(self._packed, key, spec.name) if key else None
 
     def _free_bytes(self, device: str) -> int:
         return self.thread.call(lambda: _available_bytes(device)).result()
@@ -311,6 +333,8 @@ class ModelLoader(AdapterLoader):
 
     def _served_bytes(self, spec: ModelSpec, files: ModelFiles) -> int:
         options, stored = self._placement(spec), files.stored_dtype
+        if packed := self._packed.size(self._packed_key(spec, files)):
+            return packed
         if quantized := QUANTIZED_BYTES.get(options.quantization):
             return int(files.parameters * quantized)
         backend = self.thread.call(lambda: self._backend(options)).result()

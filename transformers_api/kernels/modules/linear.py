@@ -27,6 +27,10 @@ PANEL = 32  # rows that lie together in packed weights
 Matrix = Tensor | Blocks | Pieces
 
 
+class OtherWeights(Exception):
+    """Weights that were packed before do not fit their model."""
+
+
 class WeightMemory:
     """An arena for packed weights, allocated in the order in which they are read.
 
@@ -34,8 +38,23 @@ class WeightMemory:
     misses of the translation buffer. A block is freed with the last weight in it.
     """
 
+    is_stored = False  # the weights are in it already
+
     def __init__(self) -> None:
         self._block = torch.empty(0, dtype=torch.uint8)
+        self._count = 0
+
+    def next_number(self) -> int:
+        """The number of a weight that is new, from 0."""
+        self._count += 1
+        return self._count - 1
+
+    def stored(self, number: int, weight: Weight, size: int) -> tuple[Tensor, float] | None:
+        """The bytes of a weight that was packed before, and its error; None: it is to be packed.
+
+        Raises OtherWeights where the weight of that number is another one.
+        """
+        return None
 
     def take(self, size: int) -> Tensor:
         """``size`` zero bytes, aligned to 64."""
@@ -61,7 +80,7 @@ class PackedWeight:
     int4: scale and minimum of each group, found by search; inputs as for int8. ``error`` is the
     norm of the quantisation error relative to that of the weights, of int4 and of blocks, whose
     codes stay as they are where the kind has room for them. bfloat16: inputs are rounded to
-    bfloat16. Sums are float32 everywhere.
+    bfloat16. Sums are float32 everywhere. ``number``: its place in the order of packing.
     """
 
     error = 0.0
@@ -76,15 +95,23 @@ class PackedWeight:
         self._is_int4 = kind == "int4"
         self._bias: Tensor | None = None
         self._address = ctypes.addressof(self._weight)
+        self.number = memory.next_number()
         self.fill(weights, memory)
 
     def fill(self, weights: list[Matrix], memory: WeightMemory) -> None:
-        """Pack ``weights``, one below the other. Raises ValueError if they are of other sizes."""
+        """Pack ``weights``, one below the other, unless ``memory`` has them already.
+
+        Raises ValueError if they are of other sizes, OtherWeights.
+        """
         shapes = {(sum(len(w) for w in weights), w.shape[1]) for w in weights}
         if shapes != {(self.out_features, self.in_features)}:
             raise ValueError(f"weights of {shapes}, not {self.out_features, self.in_features}")
-        library = self.library
-        self._memory = memory.take(library.with_gil.packed_bytes(self._weight))
+        size = self.library.with_gil.packed_bytes(self._weight)
+        if (stored := memory.stored(self.number, self._weight, size)) is not None:
+            self._memory, self.error = stored
+            self._weight.data = self._memory.data_ptr()
+            return
+        self._memory = memory.take(size)
         self._weight.data = self._memory.data_ptr()
         first = 0
         sums = torch.zeros(self.out_features, 2, dtype=torch.float64)  # squared errors, squares
@@ -150,6 +177,16 @@ class PackedWeight:
     def release(self) -> None:
         """Give the memory back; ``fill`` before the next product."""
         self._memory, self._weight.data = torch.empty(0, dtype=torch.uint8), None
+
+    @property
+    def memory(self) -> Tensor:
+        """The packed form, in bytes; none of them after ``release``."""
+        return self._memory
+
+    @property
+    def kind_number(self) -> int:
+        """The number of its kind, as the kernels have it."""
+        return int(self._weight.type)
 
     @property
     def nbytes(self) -> int:

@@ -134,6 +134,8 @@ const char* abi_layout();
 void set_threads(int32_t count);
 
 int64_t packed_bytes(const Weight* w);
+// A sum over these bytes that another value of any 8 of them changes. In the calling thread alone.
+uint64_t checksum(const void* data, int64_t bytes);
 // Pack the rows ``row``.. from a dense (count, k) matrix, F32 or BF16. ``w->data`` must be zeroed.
 void pack(const Weight* w, const void* source, int32_t type, int64_t row, int64_t count);
 // The same for I4. ``sums`` (count, 2): of each row its squared error, and its squares.
