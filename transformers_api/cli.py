@@ -53,13 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--port", type=_port, help="port to listen on (PORT)")
     serve.set_defaults(run=_serve)
 
-    models = commands.add_parser("models", help="list the models that may be served, or make room")
-    models.set_defaults(run=_models)
-    prune = models.add_subparsers(metavar="ACTION").add_parser(
-        "prune", help="remove packed weights; a model's next load makes them anew"
-    )
-    prune.add_argument("--dry-run", action="store_true", help="only list them")
-    prune.set_defaults(run=_prune)
+    _add_models(commands)
 
     pull = commands.add_parser("pull", help="download or prepare a model now")
     pull.add_argument("id", help="a registered id, owner/name on the Hub, or a path")
@@ -101,6 +95,16 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(check)
     check.set_defaults(run=_check)
     return parser
+
+
+def _add_models(commands: Any) -> None:
+    models = commands.add_parser("models", help="list the models that may be served, or make room")
+    models.set_defaults(run=_models)
+    prune = models.add_subparsers(metavar="ACTION").add_parser(
+        "prune", help="remove packed weights; a model's next load makes them anew"
+    )
+    prune.add_argument("--dry-run", action="store_true", help="only list them")
+    prune.set_defaults(run=_prune)
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:
