@@ -22,7 +22,9 @@ ALIGNMENT = 64
 
 
 QUANTIZED = {WEIGHT_TYPES["int8"], WEIGHT_TYPES["int4"]}
-UNPACKED_BYTES = 16 << 20  # of float32 at once
+# Of float32 at once: as much as the heap gives again without asking the system for new pages, which
+# takes longer than to unpack into them.
+UNPACKED_BYTES = 4 << 20
 PANEL = 32  # rows that lie together in packed weights
 Matrix = Tensor | Blocks | Pieces
 
@@ -128,8 +130,7 @@ class PackedWeight:
         if not isinstance(weight, Pieces):
             yield 0, weight
             return
-        at_once = max(UNPACKED_BYTES // (4 * self.in_features) // PANEL, 1) * PANEL
-        for row in range(0, len(weight), at_once):
+        for row in range(0, len(weight), at_once := self._rows_at_once()):
             yield row, weight.make(row, min(at_once, len(weight) - row))
 
     def _put(self, weight: Tensor | Blocks, first: int, sums: Tensor) -> None:
@@ -164,10 +165,13 @@ class PackedWeight:
 
     def _unpack_blocks(self, weight: Blocks, first: int, sums: Tensor) -> None:
         weight.check(self.library)
-        at_once = max(UNPACKED_BYTES // (4 * self.in_features), 1)
-        for row in range(0, len(weight), at_once):
+        for row in range(0, len(weight), at_once := self._rows_at_once()):
             count = min(at_once, len(weight) - row)
             self._pack(weight.rows(self.library, row, count), first + row, sums[row:])
+
+    def _rows_at_once(self) -> int:
+        """Whole panels, which are packed the fastest."""
+        return max(UNPACKED_BYTES // (4 * self.in_features) // PANEL, 1) * PANEL
 
     @property
     def address(self) -> int:

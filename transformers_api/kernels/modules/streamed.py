@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 
 from transformers_api.kernels.modules.linear import Matrix, scale_of
 
-AT_ONCE_BYTES = 32 << 20  # of float32
+AT_ONCE_BYTES = 2 << 20  # of float32: a core has it in its cache, and the heap has it at hand
 
 
 class Source(Protocol):
