@@ -208,6 +208,10 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         [POINTER(Weight), c_void_p, c_int32, c_void_p, c_int64, c_int64, c_void_p],
     ),
     "unpack_blocks": (None, [c_void_p, c_int32, c_int64, c_void_p, c_int64, c_void_p]),
+    "multiply_blocks": (
+        None,
+        [c_void_p, c_int32, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_void_p],
+    ),
     "unpack_rows": (None, [POINTER(Weight), c_void_p, c_int64, c_void_p]),
     "linear": (None, [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int32]),
     "experts": (

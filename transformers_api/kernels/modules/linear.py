@@ -22,9 +22,7 @@ ALIGNMENT = 64
 
 
 QUANTIZED = {WEIGHT_TYPES["int8"], WEIGHT_TYPES["int4"]}
-# Of float32 at once: as much as the heap gives again without asking the system for new pages, which
-# takes longer than to unpack into them.
-UNPACKED_BYTES = 4 << 20
+UNPACKED_BYTES = 4 << 20  # of float32 at once
 PANEL = 32  # rows that lie together in packed weights
 Matrix = Tensor | Blocks | Pieces
 
@@ -44,6 +42,7 @@ class WeightMemory:
 
     def __init__(self) -> None:
         self._block = torch.empty(0, dtype=torch.uint8)
+        self._numbers = torch.empty(0)
         self._count = 0
 
     def next_number(self) -> int:
@@ -57,6 +56,12 @@ class WeightMemory:
         Raises OtherWeights where the weight of that number is another one.
         """
         return None
+
+    def numbers(self, rows: int, columns: int) -> Tensor:
+        """Float32 of this shape, until the next call: new pages take longer than to fill them."""
+        if rows * columns > len(self._numbers):
+            self._numbers = torch.empty(rows * columns)
+        return self._numbers[: rows * columns].view(rows, columns)
 
     def take(self, size: int) -> Tensor:
         """``size`` zero bytes, aligned to 64."""
@@ -119,7 +124,7 @@ class PackedWeight:
         sums = torch.zeros(self.out_features, 2, dtype=torch.float64)  # squared errors, squares
         for weight in weights:
             for row, piece in self._pieces(weight):
-                self._put(piece, first + row, sums[first + row :])
+                self._put(piece, first + row, sums[first + row :], memory)
             first += len(weight)
         if sums[:, 1].any():
             error = math.sqrt(sums[:, 0].sum() / sums[:, 1].sum())
@@ -133,13 +138,13 @@ class PackedWeight:
         for row in range(0, len(weight), at_once := self._rows_at_once()):
             yield row, weight.make(row, min(at_once, len(weight) - row))
 
-    def _put(self, weight: Tensor | Blocks, first: int, sums: Tensor) -> None:
+    def _put(self, weight: Tensor | Blocks, first: int, sums: Tensor, memory: WeightMemory) -> None:
         if isinstance(weight, Tensor):
             self._pack(weight, first, sums)
         elif self._weight.type in QUANTIZED:
             self._pack_blocks(weight, first, sums)
         else:
-            self._unpack_blocks(weight, first, sums)
+            self._unpack_blocks(weight, first, sums, memory)
 
     def _pack(self, weight: Tensor, first: int, sums: Tensor) -> None:
         dense = weight.detach()
@@ -163,11 +168,15 @@ class PackedWeight:
             sums.data_ptr(),
         )
 
-    def _unpack_blocks(self, weight: Blocks, first: int, sums: Tensor) -> None:
+    def _unpack_blocks(
+        self, weight: Blocks, first: int, sums: Tensor, memory: WeightMemory
+    ) -> None:
         weight.check(self.library)
         for row in range(0, len(weight), at_once := self._rows_at_once()):
             count = min(at_once, len(weight) - row)
-            self._pack(weight.rows(self.library, row, count), first + row, sums[row:])
+            numbers = memory.numbers(count, self.in_features)
+            weight.read(self.library, torch.arange(row, row + count), numbers)
+            self._pack(numbers, first + row, sums[row:])
 
     def _rows_at_once(self) -> int:
         """Whole panels, which are packed the fastest."""

@@ -152,6 +152,9 @@ void pack_blocks(const Weight* w, const void* blocks, int32_t number, const int6
 // The rows ``rows`` of a matrix of blocks as (count, k) floats.
 void unpack_blocks(const void* blocks, int32_t number, int64_t k, const int64_t* rows,
                    int64_t count, float* out);
+// y (rows, n) = x (rows, k) times the transposed matrix (n, k) of blocks; ``order`` as above.
+void multiply_blocks(const void* blocks, int32_t number, int64_t k, const int64_t* order, int64_t n,
+                     const float* x, int64_t rows, float* y);
 // The rows ``indices`` as (count, k) floats; NaN for an index out of range.
 void unpack_rows(const Weight* w, const int64_t* indices, int64_t count, float* out);
 
