@@ -93,6 +93,7 @@ WIRING = {
     "encoder_loader",
     "metrics",
     "adapter_loader",
+    "model_facts",
     "model_loader",
     "server",
     "sidecar_writer",

@@ -6,7 +6,6 @@ that a server answers its health checks before they are there.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import threading
 import time
@@ -17,7 +16,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from transformers_api import __version__
 from transformers_api.adapter_loader import AdapterLoader
 from transformers_api.config.environment import load_in_one_thread
 from transformers_api.config.settings import GIB, Settings
@@ -28,8 +26,14 @@ from transformers_api.engine.native.packed_store import PackedStore, packed_key
 from transformers_api.engine.standby import StandbyModels
 from transformers_api.engine.thread import EngineThread
 from transformers_api.errors import InsufficientMemory, ModelNotCapable
+from transformers_api.model_facts import (
+    available_bytes,
+    engine_facts,
+    fingerprint_of,
+    register_families,
+    torch_devices,
+)
 from transformers_api.serving.models.hub import Progress
-from transformers_api.serving.models.preflight import weight_files
 from transformers_api.serving.models.spec import ModelFiles, ModelSpec, Pooling, VectorStep
 from transformers_api.serving.models.store import ModelStore
 from transformers_api.serving.swap.loaded_model import Embedder, LoadedModel, PairScorer
@@ -40,7 +44,7 @@ from transformers_api.tokenizer_loader import LoadedTokenizer, read_text, read_t
 
 if TYPE_CHECKING:
     from transformers_api.engine.backend import Backend
-    from transformers_api.engine.base import Engine, EngineFacts, EngineListener
+    from transformers_api.engine.base import Engine, EngineListener
     from transformers_api.engine.native.packed_weights import PackedFile
     from transformers_api.inspection.base import Inspector
     from transformers_api.serving.constraints.listener import ConstraintListener
@@ -83,7 +87,7 @@ class ModelLoader(AdapterLoader):
         self._make_room, self._wake = make_room, wake
         self._constraint_listener = constraint_listener
         self.deadline = LoadDeadline(settings.model_wait_s)
-        self._standby = StandbyModels(settings.sleeping_models)
+        self._standby = StandbyModels(settings.sleeping_models, settings.sleeping_kv_mb << 20)
         self._packed = PackedStore.of(settings.model_store, settings.packed_store_mb)
         self._tokenizers: OrderedDict[Hashable, LoadedTokenizer] = OrderedDict()
         self._texts: OrderedDict[Hashable, ModelText] = OrderedDict()  # of models not in memory
@@ -91,7 +95,7 @@ class ModelLoader(AdapterLoader):
         self._examinations: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # see Attachment
         store.write_sidecar = sidecar_writer(thread)
         load_in_one_thread()
-        self._devices = thread.call(_devices)  # also the first import of torch
+        self._devices = thread.call(torch_devices)  # also the first import of torch
 
     def devices(self) -> Collection[str]:
         """See Loader. Never waits: only the CPU until torch has been imported."""
@@ -122,7 +126,7 @@ class ModelLoader(AdapterLoader):
         key = (spec.name, files.folder, files.stamp)
         with self._text_lock:
             if (text := self._texts.pop(key, None)) is None:
-                self.thread.call(_register_families).result()
+                self.thread.call(register_families).result()
                 text = read_text(spec, files, self.settings.max_context_tokens)
             self._texts[key] = text
             if len(self._texts) > TEXTS:
@@ -135,6 +139,9 @@ class ModelLoader(AdapterLoader):
         freed_bytes += self._packed.ahead_bytes(self._packed_key(spec, files))
         free = self._free_bytes(device)
         need = int(self._weight_bytes(spec, files) * RESERVE)
+        if need > free + freed_bytes:
+            self.thread.call(self._standby.forget_conversations).result()
+            free = self._free_bytes(device)
         lacking = need - free - freed_bytes
         if lacking > 0 and self._make_room(lacking):
             free = self._free_bytes(device)
@@ -150,20 +157,20 @@ class ModelLoader(AdapterLoader):
 
     def _load(self, spec: ModelSpec, files: ModelFiles, progress: Progress) -> LoadedModel:
         started = time.monotonic()
-        self.thread.call(_register_families).result()
+        self.thread.call(register_families).result()
         tokenizer = self._tokenizer(spec, files)
         options = self._options(spec, files, tokenizer)
         is_outdated = self.thread.call(lambda: self._outdating(options)).result()
         counted = LoadProgress(files.parameters, progress)
         work = partial(self._in_time, spec, files, options, counted)
         engine, inspector = self.thread.call(work).result()
-        facts = _facts(engine.describe())
+        facts = engine_facts(engine.describe())
         loaded = LoadedModel(
             spec=spec,
             engine=engine,
             tokenizer=tokenizer.tokenizer,
             load_s=time.monotonic() - started,
-            fingerprint=_fingerprint(files, facts),
+            fingerprint=fingerprint_of(files, facts),
             file_types=files.file_types if files.stored_dtype == "gguf" else {},
             created=files.created,
             count_tokens=token_counter(spec.token_encoding) if spec.token_encoding else None,
@@ -283,7 +290,7 @@ class ModelLoader(AdapterLoader):
             plans=settings.model_store.absolute() / "plans",
             packed=self._packed_file(spec, files),
             check_room=lambda size: _require(
-                spec, "cpu", int(size * RESERVE), _available_bytes("cpu")
+                spec, "cpu", int(size * RESERVE), available_bytes("cpu")
             ),
             standby=self._standby,
         )
@@ -315,7 +322,7 @@ class ModelLoader(AdapterLoader):
         return PackedFile(self._packed, key, spec.name) if key else None
 
     def _free_bytes(self, device: str) -> int:
-        return self.thread.call(lambda: _available_bytes(device)).result()
+        return self.thread.call(lambda: available_bytes(device)).result()
 
     def _pick_device(self, spec: ModelSpec) -> str:
         from transformers_api.engine.pretrained import pick_device
@@ -358,41 +365,3 @@ def _require(spec: ModelSpec, device: str, need: int, free: int) -> None:
             f"Model '{spec.name}' needs {need / GIB:.1f} GiB of memory on {device}, "
             f"{free / GIB:.1f} GiB can be had"
         )
-
-
-def _register_families() -> None:
-    from transformers_api import families
-
-    families.register()
-
-
-def _devices() -> list[str]:
-    import torch
-
-    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    mps = ["mps"] if torch.backends.mps.is_available() else []
-    return ["cpu", *(["cuda"] if gpus else []), *gpus, *mps]
-
-
-def _available_bytes(device: str) -> int:
-    from transformers_api.engine.platform.memory import available_bytes
-
-    return available_bytes(device)
-
-
-def _facts(facts: EngineFacts) -> dict[str, Any]:
-    """The fields of LoadedModel that are facts of its engine."""
-    return {
-        "device": facts.device,
-        "dtype": facts.dtype,
-        "quantization": facts.quantization,
-        "kernels": facts.kernels,
-        "isa": facts.isa,
-        "bytes": facts.bytes,
-    }
-
-
-def _fingerprint(files: ModelFiles, facts: dict[str, Any]) -> str:
-    weights = [(path.name, path.stat().st_size) for path in weight_files(files.folder)]
-    content = repr((__version__, weights, files.created, sorted(facts.items())))
-    return "fp_" + hashlib.sha256(content.encode()).hexdigest()[:10]

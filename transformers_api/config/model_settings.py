@@ -177,6 +177,13 @@ class ModelSettings:
         "Unloaded models of which everything but the weights is kept, so that they come back in a "
         "fraction of the time. Only with NATIVE_KERNELS.",
     )
+    sleeping_kv_mb: int = setting(
+        256,
+        to.integer(0, 1 << 30),
+        "Mebibytes of keys and values that SLEEPING_MODELS keep of their last conversations, all "
+        "together, so that these go on without being read again. Given back where a model lacks "
+        "memory; 0: none are kept.",
+    )
     drain_s: float = setting(
         300.0,
         to.number(0, 86400),
