@@ -60,7 +60,9 @@ LAYERS = {
         *("engine", "families", "checkpoints.headers", "errors", "logs", "heap", "memory"),
         never=HTTP,
     ),
-    "engine.native": layer("engine", "kernels", "families", "errors", "logs", never=HTTP),
+    "engine.native": layer(
+        *("engine", "kernels", "families", "errors", "logs", "memory"), never=HTTP
+    ),
     "inspection.base": layer("errors", "inspection.logit_share", never=HTTP | MODELS | {"torch"}),
     "inspection.logit_share": layer(never=HTTP | MODELS | {"torch"}),
     "inspection": layer("inspection", "engine", "errors", "logs", never=HTTP),
@@ -93,6 +95,7 @@ WIRING = {
     "encoder_loader",
     "metrics",
     "adapter_loader",
+    "model_facts",
     "model_loader",
     "server",
     "sidecar_writer",
