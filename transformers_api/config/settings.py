@@ -241,14 +241,14 @@ class Settings:
     inspect_enabled: bool = setting(
         True, to.boolean, "Serve traces, /chat/stream and /inspect/*; else they answer 403."
     )
+    intervene_enabled: bool = setting(
+        True, to.boolean, "Serve `intervene`, which changes a model for a request; else 403."
+    )
     trace_max_bytes_per_token: int = setting(
         1 << 18, to.integer(1, 1 << 30), "Bytes that the trace of one token may have, at most."
     )
     trace_max_layers: int = setting(
-        4,
-        to.integer(1, 4096),
-        "Layers whose attention is traced, unless it is sent as the likeliest keys or reduced "
-        "over heads.",
+        4, to.integer(1, 4096), "Layers whose attention is traced, unless as few keys or reduced."
     )
     trace_max_requests: int = setting(
         2, to.integer(1, 1024), "Requests traced at once; of one layer each eight times as many."

@@ -362,6 +362,12 @@ class Inspector(Protocol):
         """The contribution of each token to the prediction of one."""
         ...
 
+    def part_numbers(
+        self, ids: Sequence[int], places: Sequence[tuple[int, Part]]
+    ) -> Job[list[Array]]:
+        """The numbers of parts of layers, of each an array (n, width), as the stream has them."""
+        ...
+
     def check_places(self) -> Job[Editable]:
         """The parts that can be changed, verified by edits on the path that serves."""
         ...

@@ -19,12 +19,18 @@ from transformers_api.inspection.base import (
     Heads,
     Job,
     LensTable,
+    Part,
     PromptReading,
 )
 from transformers_api.inspection.parts import Parts
 from transformers_api.inspection.places import ActingCheck
 from transformers_api.inspection.reading import Way
-from transformers_api.inspection.residuals import read_hidden_states, read_lens, read_prompt
+from transformers_api.inspection.residuals import (
+    read_hidden_states,
+    read_lens,
+    read_parts,
+    read_prompt,
+)
 
 
 class ModelInspector:
@@ -115,6 +121,12 @@ class ModelInspector:
     def attribute(self, ids: Sequence[int], question: AttributionQuestion) -> Job[Attribution]:
         """See ``base.Inspector``."""
         return lambda model: attribute(model, self.way, list(ids), question)
+
+    def part_numbers(
+        self, ids: Sequence[int], places: Sequence[tuple[int, Part]]
+    ) -> Job[list[Array]]:
+        """See ``base.Inspector``."""
+        return lambda model: read_parts(model, self.way, list(ids), list(places))
 
     def check_places(self) -> Job[Editable]:
         """See ``base.Inspector``."""
