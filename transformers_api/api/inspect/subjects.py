@@ -73,7 +73,7 @@ class Subject:
         max_new_tokens = body["max_new_tokens"]
         if not max_new_tokens:
             return self
-        _check_tokens(len(self.ids) + max_new_tokens, self.settings.inspect_max_tokens)
+        check_tokens(len(self.ids) + max_new_tokens, self.settings.inspect_max_tokens)
         if self.model.engine.context_overflow is None:
             requests.fit(
                 max_new_tokens,
@@ -123,7 +123,7 @@ def opened(body: Mapping[str, Any]) -> Iterator[Subject]:
             ids = prompt.ids
         else:
             ids = _requested_ids(model, body, settings)
-        _check_tokens(len(ids), settings.inspect_max_tokens)
+        check_tokens(len(ids), settings.inspect_max_tokens)
         ids, is_truncated = _visible(model, ids)
         yield Subject(
             context=context,
@@ -147,14 +147,20 @@ def _requested_ids(model: LoadedModel, body: Mapping[str, Any], settings: Settin
     if "prompt" not in body:
         requests.check_ids(model, body["token_ids"], "token_ids")
         return list(body["token_ids"])
-    chat_template.check_bytes(body["prompt"], settings.inspected_prompt_bytes)
-    ids = chat_template.encode_text(model, body["prompt"])
+    return text_ids(model, body["prompt"], settings, "prompt")
+
+
+def text_ids(model: LoadedModel, text: str, settings: Settings, param: str) -> list[int]:
+    """The tokens of a text, of which there is one at least."""
+    chat_template.check_bytes(text, settings.inspected_prompt_bytes)
+    ids = chat_template.encode_text(model, text)
     if not ids:
-        raise InvalidRequest("prompt has no tokens", param="prompt")
+        raise InvalidRequest(f"{param} has no tokens", param=param)
     return ids
 
 
-def _check_tokens(count: int, most: int) -> None:
+def check_tokens(count: int, most: int) -> None:
+    """Raise PromptTooLarge for more tokens than are looked at."""
     if count > most:
         raise PromptTooLarge(f"Prompt too large to inspect: {count} tokens (max {most})")
 
@@ -174,7 +180,7 @@ def _visible(model: LoadedModel, ids: list[int]) -> tuple[list[int], bool]:
 
 def check_attribution_tokens(subject: Subject) -> None:
     """Raise PromptTooLarge for more tokens than an attribution reads."""
-    _check_tokens(len(subject.ids), subject.settings.attribution_max_tokens)
+    check_tokens(len(subject.ids), subject.settings.attribution_max_tokens)
 
 
 def window(body: Mapping[str, Any], name: str, n: int) -> tuple[int, int]:
