@@ -344,6 +344,52 @@ def test_it_can_be_switched_off(app, client, monkeypatch):
     assert error["code"] == "intervene_disabled"
 
 
+def inspected(client, route, *edits, status=200, **fields):
+    body = {"prompt": PROMPT, **fields}
+    if edits:
+        body["intervene"] = {"edits": list(edits)}
+    response = client.post(f"/inspect/{route}", json=body)
+    assert response.status_code == status, response.get_data(as_text=True)
+    return response.get_json()
+
+
+def test_inspections_see_the_edited_model(client):
+    options = {"layers": [-1, 0, 1], "positions": [2, 3], "format": "json"}
+    edit = {**ADD, "at": [3]}
+    plain, edited = (inspected(client, "hidden_states", *e, **options) for e in ((), (edit,)))
+    moved = numpy.array(edited["states"]) - numpy.array(plain["states"])
+    numpy.testing.assert_allclose(moved[1, 1], VECTOR, atol=1e-4)
+    assert not moved[:, 0].any()
+    assert not moved[0].any()
+    assert abs(moved[2, 1]).max() > 0.1
+    assert edited["intervene"]["edits"][0]["at"] == [[3, 4]]
+    for route, more in (
+        ("tokens", {"logprobs": True}),
+        ("logit_lens", {}),
+        ("full_attn", {"trace_layer": 1, "head": 0}),
+        ("heads", {}),
+    ):
+        one, other = (inspected(client, route, *e, **more) for e in ((), (edit,)))
+        assert other.pop("intervene")["edits"][0]["elided"] is False
+        assert one != other, route
+
+
+def test_what_an_inspection_reads_is_what_was_written_with_the_same_edits(client):
+    edit = {**ADD, "at": "generated"}
+    answer = completion(client, edit, logprobs=0)
+    scores = answer["choices"][0]["logprobs"]["token_logprobs"]
+    read = inspected(client, "tokens", edit, prompt=None, completion_id=answer["id"], logprobs=True)
+    assert read["intervene"]["edits"][0]["at"] == [[24, None]]
+    numpy.testing.assert_allclose(read["surprisal"][-6:], [-score for score in scores], atol=1e-3)
+
+
+def test_inspections_refuse_in_their_own_words(client):
+    error = inspected(client, "tokens", {**ADD, "layers": [7]}, status=422, logprobs=True)
+    assert error["detail"] == "intervene.edits[0].layers must be in [-1, 1]"
+    error = inspected(client, "rollout", ADD, status=422)
+    assert "not supported" in error["detail"]
+
+
 def test_the_model_says_what_can_be_changed(client):
     told = client.get("/inspect/model").get_json()
     assert [each["layer"] for each in told["places"]] == [-1, 0, 1]

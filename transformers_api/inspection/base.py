@@ -306,7 +306,14 @@ class Attribution:
 
 
 class Inspector(Protocol):
-    """Questions about given tokens. Every method gives a job; whoever has it runs it in slices."""
+    """Questions about given tokens. Methods give jobs; whoever has one runs it in slices."""
+
+    def edited(self, plan: Any) -> Inspector:
+        """The same for a model that reads with the edits of an ``edit_plan.EditPlan``.
+
+        Not of attributions, whose texts are not the one that was planned for.
+        """
+        ...
 
     @property
     def anatomy(self) -> Anatomy:

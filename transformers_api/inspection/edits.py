@@ -8,11 +8,12 @@ edits led to numbers that are not finite. Without an edited sequence neither doe
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import cast
+from typing import Any, Protocol, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from transformers_api.engine.backend import Backend
 from transformers_api.engine.batch import Batch
 from transformers_api.engine.places import LayerPlaces
-from transformers_api.engine.runners.edited_modules import ModuleEdit
+from transformers_api.engine.runners.edited_modules import ModuleEdit, hooked
 from transformers_api.engine.runners.model_runner import Runner, innermost
 from transformers_api.engine.sampling.sampler import TokenSampler
 from transformers_api.engine.scheduler import SlotStore
@@ -111,7 +112,16 @@ def prepared(
     return edits
 
 
-_Change = tuple[PreparedEdit, _Rows, Sequence]
+class Edited(Protocol):
+    """Whose tokens are edited."""
+
+    @property
+    def edits(self) -> object:
+        """An EditPlan."""
+        ...
+
+
+_Change = tuple[PreparedEdit, _Rows, Edited]
 
 
 @dataclass(slots=True)
@@ -121,9 +131,9 @@ class PassEdits:
     total: int  # rows that the batch reads
     is_single: bool  # of one sequence
     by_module: dict[tuple[str, str], list[_Change]] = field(default_factory=dict)
-    failures: dict[Sequence, Edit] = field(default_factory=dict)
+    failures: dict[Edited, Edit] = field(default_factory=dict)
 
-    def add(self, seq: Sequence, edits: SequenceOf[PreparedEdit], rows: _Rows) -> None:
+    def add(self, seq: Edited, edits: SequenceOf[PreparedEdit], rows: _Rows) -> None:
         """The edits that change one of these rows of a sequence."""
         for each in edits:
             if any(_within(span, rows.first, rows.count) for span in each.edit.positions):
@@ -152,7 +162,7 @@ class PassEdits:
             tally.seconds += time.perf_counter() - began
 
 
-def _plan_of(seq: Sequence) -> EditPlan:
+def _plan_of(seq: Edited) -> EditPlan:
     return cast(EditPlan, seq.edits)
 
 
@@ -174,6 +184,29 @@ def _within(span: tuple[int, int | None], first: int, count: int) -> tuple[int, 
     start, stop = max(span[0], first), first + count
     stop = stop if span[1] is None else min(span[1], stop)
     return (start, stop) if start < stop else None
+
+
+class EditedText:
+    """The edits of a text that an inspection reads. Meets ``reading.TextEdits`` and Edited."""
+
+    def __init__(
+        self, plan: EditPlan, places: SequenceOf[LayerPlaces], heads: dict[int, int]
+    ) -> None:
+        self.edits = plan
+        self._prepared = prepared(plan, places, heads)
+
+    @contextmanager
+    def editing(self, model: Any, start: int, stop: int) -> Iterator[None]:
+        """See TextEdits. Raises InterventionFailed."""
+        changes = PassEdits(stop - start, True)
+        changes.add(self, self._prepared, _Rows(0, start, stop - start))
+        with hooked(model, changes.module_edits()):
+            yield
+        for edit in changes.failures.values():
+            raise InterventionFailed(
+                f"the edited stream of layer {edit.layer} became infinite; use a smaller scale",
+                param="intervene",
+            )
 
 
 def _reason(seq: Sequence, where: str = "") -> str:
@@ -222,8 +255,9 @@ class InterveningRunner:
         edits = changes.module_edits()
         with self.backend.editing(self.model, edits) if edits else nullcontext():
             logits = self.inner.forward(batch, keep)
-        for seq, edit in changes.failures.items():
-            self.failures[seq] = _reason(seq, f" of layer {edit.layer}")
+        for seq in batch.sequences:
+            if (edit := changes.failures.get(seq)) is not None:
+                self.failures[seq] = _reason(seq, f" of layer {edit.layer}")
         return logits
 
     def clear(self) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from dataclasses import replace
 
 from transformers_api.errors import AttentionUnavailable, ModelNotCapable
 from transformers_api.inspection import matrices
@@ -22,8 +24,10 @@ from transformers_api.inspection.base import (
     Part,
     PromptReading,
 )
+from transformers_api.inspection.edit_plan import EditPlan
+from transformers_api.inspection.edits import EditedText
 from transformers_api.inspection.parts import Parts
-from transformers_api.inspection.places import ActingCheck
+from transformers_api.inspection.places import ActingCheck, head_dims
 from transformers_api.inspection.reading import Way
 from transformers_api.inspection.residuals import (
     read_hidden_states,
@@ -58,6 +62,13 @@ class ModelInspector:
             slice_tokens=slice_tokens,
             reads_in_chunks=reads_in_chunks,
         )
+
+    def edited(self, plan: EditPlan) -> ModelInspector:
+        """See ``base.Inspector``."""
+        other, places = copy.copy(self), self.way.parts.places
+        text = EditedText(plan, places, head_dims(places, self.anatomy.attention))
+        other.way = replace(self.way, edits=text)
+        return other
 
     def attention(
         self,

@@ -46,6 +46,14 @@ def head_dim(places: LayerPlaces, attention: LayerAttention) -> int:
     return width // heads if heads and width % heads == 0 else 0
 
 
+def head_dims(
+    places: SequenceOf[LayerPlaces], attention: SequenceOf[LayerAttention]
+) -> dict[int, int]:
+    """The same of every layer."""
+    pairs = zip(places, attention, strict=False)
+    return {layer: head_dim(*pair) for layer, pair in enumerate(pairs)}
+
+
 @dataclass(frozen=True, slots=True)
 class Module:
     """A module and the side of it that is a part of a layer; ``factor``: see Writer."""

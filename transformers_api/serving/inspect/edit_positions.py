@@ -52,11 +52,12 @@ class PromptPlaces:
     vocabulary: Vocabulary
     spans: Callable[[], Sequence[Span]]
     window: int | None = None
+    prompt_tokens: int | None = None  # of ``ids``, where an answer follows
 
     @property
     def length(self) -> int:
         """Tokens of the prompt."""
-        return len(self.ids)
+        return len(self.ids) if self.prompt_tokens is None else self.prompt_tokens
 
 
 def resolve(at: At, prompt: PromptPlaces, param: str) -> tuple[Range, ...]:
