@@ -30,6 +30,7 @@ from transformers_api.inspection.base import (
     StepTrace,
     TracePlan,
 )
+from transformers_api.inspection.logit_share import LogitParts, LogitPartsQuestion, LogitShare
 
 LAYERS, HEADS, KV_HEADS, WIDTH = 2, 4, 2, 8
 
@@ -269,6 +270,21 @@ class FakeInspector:
 
     def check_places(self) -> Job[Editable]:
         return sliced(lambda: self.editable, slices=0)
+
+    def logit_parts(self, ids: Sequence[int], question: LogitPartsQuestion) -> Job[LogitParts]:
+        self.asked.append(("logit_parts", list(ids)))
+        shares = LogitShare("embed", -1, 1.0), LogitShare("attn", 0, 0.5), LogitShare("mlp", 0, 2)
+        parts = LogitParts(
+            token_id=97,
+            logit=3.75,
+            model_logit=3.75,
+            is_capped=False,
+            shares=shares,
+            constant=0.25,
+            rounding=0.0,
+            sum=3.75,
+        )
+        return sliced(lambda: parts)
 
     def check_gradients(self) -> Job[bool]:
         return sliced(lambda: self.gradients, slices=0)

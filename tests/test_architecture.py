@@ -61,8 +61,9 @@ LAYERS = {
         never=HTTP,
     ),
     "engine.native": layer("engine", "kernels", "families", "errors", "logs", never=HTTP),
-    "inspection.base": layer("errors", never=HTTP | MODELS | {"torch"}),
+    "inspection.base": layer("errors", "inspection.logit_share", never=HTTP | MODELS | {"torch"}),
     "inspection.edit_plan": layer("inspection.base", "errors", never=HTTP | MODELS | {"torch"}),
+    "inspection.logit_share": layer(never=HTTP | MODELS | {"torch"}),
     "inspection": layer("inspection", "engine", "errors", "logs", never=HTTP),
     "serving": layer(
         "serving",
@@ -80,6 +81,7 @@ LAYERS = {
         "engine.base",
         "inspection.base",
         "inspection.edit_plan",
+        "inspection.logit_share",
         *LEAVES,
         never=MODELS | {"torch", "gunicorn"},
     ),

@@ -276,3 +276,41 @@ def test_pairs_may_be_conversations_and_are_refused_by_name(client):
             refused = client.post(url, json=body)
             assert refused.status_code == 422
             assert param in refused.get_json()["detail"]
+
+
+@pytest.mark.parametrize("by", ["layer", "head", "neuron", "source"])
+def test_a_logit_is_the_sum_of_its_parts(client, eager, by):
+    body = {"prompt": PROMPT, "by": by, "against": "mean", "topk": 7}
+    answer = ask(client, "logit_parts", body)
+    ids = ask(client, "tokens", {"prompt": PROMPT})["token_ids"]
+    logits = run(eager, ids).logits[0, -1]
+    assert answer["target"]["token_id"] == int(logits.argmax())
+    assert answer["target"]["position"] == len(ids) - 1
+    assert answer["logit"] == pytest.approx(float(logits.max() - logits.mean()), abs=1e-4)
+    assert answer["verified_rel"] < 1e-5
+    parts = sum(part["value"] for part in answer["parts"])
+    total = parts + answer["rest"] + answer["constant"] + answer["rounding"]
+    assert total == pytest.approx(answer["logit"], abs=1e-4)
+    assert len(answer["parts"]) == 7
+    assert answer["count"] >= 7
+    if by == "source":
+        assert len(answer["by_token"]) == len(ids)
+        read = [part for part in answer["parts"] if part["part"] == "source"]
+        assert read[0]["token"] in PROMPT
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"position": 99}, "position must be in [-24, 23]"),
+        ({"token": 10**6}, "token must be in [0, "),
+        ({"against": -1}, "against must be in [0, "),
+        ({"against": "median"}, 'must be "mean" or a token id'),
+        ({"by": "expert"}, "by must be one of"),
+        ({"topk": 0}, "topk must be an integer from 1 to 4 096"),
+    ],
+)
+def test_a_logit_that_cannot_be_taken_apart_is_refused_by_name(client, body, message):
+    refused = client.post("/inspect/logit_parts", json={"prompt": PROMPT, **body})
+    assert refused.status_code == 422
+    assert message in refused.get_json()["detail"]

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 MOST_WRITERS = 3
 MOST_STEPS = 4  # modules between a linear one and the stream
 FLOAT32, ROUNDED = 2e-5, 2e-2  # what a layer may leave unexplained, relative
+MOST_ROUNDED = 0.2  # where it adds little to a large stream
 NOT_LINEAR = 0.1  # relative; what is quantised is off by less, and a norm by half
 
 
@@ -48,8 +49,10 @@ class LayerPlaces:
     error: float = 0.0  # of out - in = sum of the writers, relative
     reader: str | None = None  # a linear module: its input are the outputs of the heads
     reader_width: int = 0
+    reader_after: tuple[str, ...] = ()  # norms between it and the stream, in this order
     down: str | None = None  # a linear module: its input are the neurons
     down_width: int = 0
+    down_after: tuple[str, ...] = ()
 
     @property
     def attn(self) -> Writer | None:
@@ -80,14 +83,18 @@ def find_places(calls: Sequence[Call], layers: Sequence[str]) -> tuple[LayerPlac
     for layer in layers:
         writers, error = _writers(own[layer], inner[layer], places)
         place = LayerPlaces(layer=layer, writers=writers, error=error)
-        reader, down = (_linear_behind(inner[layer], each) for each in (place.attn, place.mlp))
+        (reader, reader_after), (down, down_after) = (
+            _linear_behind(inner[layer], each) for each in (place.attn, place.mlp)
+        )
         places.append(
             replace(
                 place,
                 reader=None if reader is None else reader.name,
                 reader_width=_width(reader),
+                reader_after=reader_after,
                 down=None if down is None else down.name,
                 down_width=_width(down),
+                down_after=down_after,
             )
         )
     return tuple(places)
@@ -122,12 +129,17 @@ def _writers(
     """The writers of a layer and what they leave unexplained; those like ``before`` first."""
     assert own.x is not None
     assert own.y is not None
-    target = (own.y.double() - own.x.double()).flatten()
-    most = FLOAT32 if own.y.dtype == torch.float32 else ROUNDED
+    # A stream rounds by its size: where it is large, as at a first token, it says the least.
+    weight = 1 / own.y.double().norm(dim=-1, keepdim=True).clamp_min(1e-30)
+    target = ((own.y.double() - own.x.double()) * weight).flatten()
+    most = FLOAT32
+    if own.y.dtype != torch.float32:  # so many roundings of a stream are of what a layer adds
+        rounded = torch.finfo(own.y.dtype).eps * len(weight.flatten()) ** 0.5 / target.norm()
+        most = max(ROUNDED, min(float(rounded), MOST_ROUNDED))
     candidates = _candidates(own, inner)
     if not candidates or not target.any():
         return (), 0.0
-    columns = torch.stack([made.double().flatten() for _, made in candidates])
+    columns = torch.stack([(made.double() * weight).flatten() for _, made in candidates])
     gram = (columns @ columns.T).cpu().numpy()
     products = (columns @ target).cpu().numpy()
     length = float(target @ target)
@@ -200,22 +212,27 @@ def _plain(factor: float) -> float:
 # -- linear modules
 
 
-def _linear_behind(inner: list[Call], writer: Writer | None) -> Call | None:
-    """The call of the linear module that a writer's output comes from; None where it is no one."""
+def _linear_behind(inner: list[Call], writer: Writer | None) -> tuple[Call | None, tuple[str, ...]]:
+    """The call of the linear module that a writer's output comes from; None where it is no one.
+
+    And the names of the modules that come after it.
+    """
     if writer is None:
-        return None
+        return None, ()
+    after: list[str] = []
     current = [call for call in inner if call.name == writer.name][-1].y
     for _ in range(MOST_STEPS):
         assert current is not None
         same = [call for call in inner if _equal(call.y, current)]
         for call in same:
             if call.is_leaf and call.x is not None and is_linear(call.module, call.x):
-                return call
+                return call, tuple(reversed(after))
         leaf = next((c for c in same if c.is_leaf and not _equal(c.x, current)), None)
         if leaf is None or leaf.x is None:
-            return None
+            return None, ()
+        after.append(leaf.name)
         current = leaf.x
-    return None
+    return None, ()
 
 
 def _equal(made: Tensor | None, other: Tensor) -> bool:

@@ -16,6 +16,8 @@ from typing import Any, Literal, Protocol, TypeVar
 import numpy
 from numpy.typing import NDArray
 
+from transformers_api.inspection.logit_share import LogitParts, LogitPartsQuestion
+
 T = TypeVar("T")
 Array = NDArray[numpy.float32]
 Ids = NDArray[numpy.int64]
@@ -373,6 +375,10 @@ class Inspector(Protocol):
         self, ids: Sequence[int], places: Sequence[tuple[int, Part]]
     ) -> Job[list[Array]]:
         """The numbers of parts of layers, of each an array (n, width), as the stream has them."""
+        ...
+
+    def logit_parts(self, ids: Sequence[int], question: LogitPartsQuestion) -> Job[LogitParts]:
+        """The shares of the parts of the model in a logit."""
         ...
 
     def check_places(self) -> Job[Editable]:

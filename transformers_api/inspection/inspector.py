@@ -26,6 +26,8 @@ from transformers_api.inspection.base import (
 )
 from transformers_api.inspection.edit_plan import EditPlan
 from transformers_api.inspection.edits import EditedText
+from transformers_api.inspection.logit_parts import split
+from transformers_api.inspection.logit_share import LogitParts, LogitPartsQuestion
 from transformers_api.inspection.parts import Parts
 from transformers_api.inspection.places import ActingCheck, head_dims
 from transformers_api.inspection.reading import Way
@@ -138,6 +140,10 @@ class ModelInspector:
     ) -> Job[list[Array]]:
         """See ``base.Inspector``."""
         return lambda model: read_parts(model, self.way, list(ids), list(places))
+
+    def logit_parts(self, ids: Sequence[int], question: LogitPartsQuestion) -> Job[LogitParts]:
+        """See ``base.Inspector``. Raises ModelNotCapable."""
+        return lambda model: split(model, self.way, self.source, self.anatomy, list(ids), question)
 
     def check_places(self) -> Job[Editable]:
         """See ``base.Inspector``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from itertools import chain
 from operator import methodcaller
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers_api.engine.backend import BackendRefused, PlanOutdated
 from transformers_api.engine.native.convert_model import check_loss, native_runner
 from transformers_api.engine.native.plan_cache import PlanFile
 from transformers_api.engine.native.runner import Kind, NativeRunner
+from transformers_api.engine.not_finite import check_logits
 from transformers_api.engine.rope import sequence_length
 from transformers_api.engine.runners.verify import agrees, own_logits, probe, windows_agree
 from transformers_api.kernels.abi import Library
@@ -56,6 +58,7 @@ def verified_runner(
     except Exception as error:  # of the model's own code, such as one that looks into its layers
         log.info("%s cannot be asked", type(model).__name__, exc_info=True)
         raise BackendRefused(f"it cannot be asked for its own logits: {error}") from error
+    check_logits(chain.from_iterable(expected))
     learn = methodcaller("learn")
     runner = native_runner(model, library, kind, groups, size, vocab_size, learn, original_window)
     check_loss(model, kind.quantization)

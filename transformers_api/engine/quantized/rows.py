@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from transformers_api.checkpoints.headers.quantized import QuantizedTensor
+from transformers_api.checkpoints.headers.quantized_parts import QuantizedTensor
 from transformers_api.engine.file_tensor import FileTensor
 
 GROUP = 32  # weights of a block

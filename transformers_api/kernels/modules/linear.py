@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from transformers_api.heap import trim_memory
 from transformers_api.kernels.abi import TYPES, WEIGHT_TYPES, Library, Weight
 from transformers_api.kernels.capture import current
 from transformers_api.kernels.modules.blocks import Blocks, Pieces
@@ -36,11 +37,15 @@ class WeightMemory:
 
     def __init__(self) -> None:
         self._block = torch.empty(0, dtype=torch.uint8)
+        self._has_blocks = False
 
     def take(self, size: int) -> Tensor:
         """``size`` zero bytes, aligned to 64."""
         size = -(-size // ALIGNMENT) * ALIGNMENT
         if size > len(self._block):
+            if self._has_blocks:
+                trim_memory()  # of what unpacking has freed since the last block
+            self._has_blocks = True
             self._block = _pages(max(size, BLOCK_BYTES))
         memory, self._block = self._block[:size], self._block[size:]
         return memory
