@@ -57,6 +57,9 @@ class ServerSettings:
     inspect_enabled: bool = setting(
         True, to.boolean, "Serve traces, /chat/stream and /inspect/*; else they answer 403."
     )
+    intervene_enabled: bool = setting(
+        True, to.boolean, "Serve `intervene`, which changes a model for a request; else 403."
+    )
     trace_max_bytes_per_token: int = setting(
         1 << 18, to.integer(1, 1 << 30), "Bytes that the trace of one token may have, at most."
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from transformers_api.engine.row_kind import RowKind
 
 
 @dataclass(slots=True)
@@ -12,7 +13,7 @@ class FinishedRow:
 
     tokens: list[int]
     used: int = 0  # when, in admissions
-    kind: tuple[bool, Hashable] = (False, None)  # see Sequence.cache_kind
+    kind: RowKind = field(default_factory=RowKind)
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:

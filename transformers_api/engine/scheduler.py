@@ -214,11 +214,10 @@ class Scheduler:
         """One that is reading what ``seq`` begins with, and will leave more of it to be copied."""
         if not self.cache.reuses_prefixes or seq.params.prompt_logprobs is not None:
             return None
-        prompt, cached, kind = shareable(seq), None, seq.cache_kind
+        prompt, cached, kind = shareable(seq), None, seq.row_kind
         for other in reading:
-            if other.cache_kind != kind:
-                continue
-            shared = common_prefix(other.tokens[other.start :], prompt)
+            tokens = common_prefix(other.tokens[other.start :], prompt)
+            shared = kind.shared(other.row_kind, tokens)
             if shared >= other.num_cached + WORTH_READING:
                 cached = self._longest_prefix(seq)[1] if cached is None else cached
                 if shared >= cached + WORTH_READING:
@@ -248,7 +247,7 @@ class Scheduler:
         if seq.has_failed:
             self.cache.wipe(last)  # it may hold a NaN, which gets through masks
         elif self.cache.reuses_prefixes and seq.num_cached:
-            self._finished[last] = FinishedRow(seq.cached, self._admissions, seq.cache_kind)
+            self._finished[last] = FinishedRow(seq.cached, self._admissions, seq.row_kind)
         seq.slot = -1
 
     def clear(self) -> None:
@@ -331,16 +330,19 @@ class Scheduler:
     def _longest_prefix(self, seq: Sequence) -> tuple[int, int]:
         """(slot, tokens) of the row that shares most with the prompt, but for its last token.
 
-        Rows that were read with other rope factors, or by another adapter, share nothing.
+        Rows of another kind share less, or nothing.
         """
         if not self.cache.reuses_prefixes or seq.params.prompt_logprobs is not None:
             return -1, 0
-        prompt, kind = shareable(seq), seq.cache_kind
-        others = {slot for slot, row in self._finished.items() if row.kind != kind}
-        others |= {other.slot for other in self.running if other.cache_kind != kind}
-        rows = {s: tokens for s, tokens in self._cached_rows().items() if s not in others}
-        best = max(rows, key=lambda slot: common_prefix(rows[slot], prompt), default=-1)
-        return best, common_prefix(rows[best], prompt) if rows else 0
+        prompt, kind = shareable(seq), seq.row_kind
+        kinds = {slot: row.kind for slot, row in self._finished.items()}
+        kinds |= {other.slot: other.row_kind for other in self.running}
+        shared = {
+            slot: kind.shared(kinds[slot], common_prefix(tokens, prompt))
+            for slot, tokens in self._cached_rows().items()
+        }
+        best = max(shared, key=lambda slot: shared[slot], default=-1)
+        return best, shared[best] if shared else 0
 
     def _cached_rows(self) -> dict[int, list[int]]:
         """The tokens whose K and V lie in each row."""

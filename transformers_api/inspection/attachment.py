@@ -9,9 +9,10 @@ from transformers_api.engine.backend import Backend
 from transformers_api.engine.llm_engine import BatchingEngine, EngineLimits
 from transformers_api.engine.runners.model_runner import Runner
 from transformers_api.engine.sampling.sampler import TokenSampler
+from transformers_api.inspection.edits import InterveningRunner, InterveningSampler
 from transformers_api.inspection.examination import Examined, examine
 from transformers_api.inspection.inspector import ModelInspector
-from transformers_api.inspection.places import ActingCheck
+from transformers_api.inspection.places import ActingCheck, head_dims
 from transformers_api.inspection.trace import TracingRunner, TracingSampler
 
 # By the model, which may have been on standby: the sizes it was examined with, and the result.
@@ -46,8 +47,13 @@ class Attachment:
             examined = examine(model, **sizes, backend=backend, runner=runner)
             self._examinations[model] = sizes, examined
         self.examined, self._backend = examined, backend
-        tracing = TracingSampler(sampler, model, examined, backend)
-        return TracingRunner(runner, model, examined), tracing
+        tracing = TracingRunner(runner, model, examined)
+        # Outside of it: what is traced is what was edited.
+        places, attention = examined.parts.places, examined.anatomy.attention
+        heads = head_dims(places, attention)
+        runner = InterveningRunner(tracing, model, backend, places, heads)
+        sampler = InterveningSampler(sampler, runner)
+        return runner, TracingSampler(sampler, model, examined, backend)
 
     def inspector(self, engine: BatchingEngine) -> ModelInspector:
         """Return the inspector of a model, which keeps no model alive."""

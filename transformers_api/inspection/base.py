@@ -308,7 +308,14 @@ class Attribution:
 
 
 class Inspector(Protocol):
-    """Questions about given tokens. Every method gives a job; whoever has it runs it in slices."""
+    """Questions about given tokens. Methods give jobs; whoever has one runs it in slices."""
+
+    def edited(self, plan: Any) -> Inspector:
+        """The same for a model that reads with the edits of an ``edit_plan.EditPlan``.
+
+        Not of attributions, whose texts are not the one that was planned for.
+        """
+        ...
 
     @property
     def anatomy(self) -> Anatomy:
@@ -362,6 +369,12 @@ class Inspector(Protocol):
 
     def attribute(self, ids: Sequence[int], question: AttributionQuestion) -> Job[Attribution]:
         """The contribution of each token to the prediction of one."""
+        ...
+
+    def part_numbers(
+        self, ids: Sequence[int], places: Sequence[tuple[int, Part]]
+    ) -> Job[list[Array]]:
+        """The numbers of parts of layers, of each an array (n, width), as the stream has them."""
         ...
 
     def logit_parts(self, ids: Sequence[int], question: LogitPartsQuestion) -> Job[LogitParts]:

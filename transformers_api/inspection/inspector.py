@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from dataclasses import replace
 
 from transformers_api.errors import AttentionUnavailable, ModelNotCapable
 from transformers_api.inspection import matrices
@@ -19,14 +21,22 @@ from transformers_api.inspection.base import (
     Heads,
     Job,
     LensTable,
+    Part,
     PromptReading,
 )
+from transformers_api.inspection.edit_plan import EditPlan
+from transformers_api.inspection.edits import EditedText
 from transformers_api.inspection.logit_parts import split
 from transformers_api.inspection.logit_share import LogitParts, LogitPartsQuestion
 from transformers_api.inspection.parts import Parts
-from transformers_api.inspection.places import ActingCheck
+from transformers_api.inspection.places import ActingCheck, head_dims
 from transformers_api.inspection.reading import Way
-from transformers_api.inspection.residuals import read_hidden_states, read_lens, read_prompt
+from transformers_api.inspection.residuals import (
+    read_hidden_states,
+    read_lens,
+    read_parts,
+    read_prompt,
+)
 
 
 class ModelInspector:
@@ -54,6 +64,13 @@ class ModelInspector:
             slice_tokens=slice_tokens,
             reads_in_chunks=reads_in_chunks,
         )
+
+    def edited(self, plan: EditPlan) -> ModelInspector:
+        """See ``base.Inspector``."""
+        other, places = copy.copy(self), self.way.parts.places
+        text = EditedText(plan, places, head_dims(places, self.anatomy.attention))
+        other.way = replace(self.way, edits=text)
+        return other
 
     def attention(
         self,
@@ -117,6 +134,12 @@ class ModelInspector:
     def attribute(self, ids: Sequence[int], question: AttributionQuestion) -> Job[Attribution]:
         """See ``base.Inspector``."""
         return lambda model: attribute(model, self.way, list(ids), question)
+
+    def part_numbers(
+        self, ids: Sequence[int], places: Sequence[tuple[int, Part]]
+    ) -> Job[list[Array]]:
+        """See ``base.Inspector``."""
+        return lambda model: read_parts(model, self.way, list(ids), list(places))
 
     def logit_parts(self, ids: Sequence[int], question: LogitPartsQuestion) -> Job[LogitParts]:
         """See ``base.Inspector``. Raises ModelNotCapable."""

@@ -40,6 +40,20 @@ Row = tuple[int, tuple[Part, ...]]  # the parts of a layer that are edited in a 
 NOBODY: Row = (0, ())
 
 
+def head_dim(places: LayerPlaces, attention: LayerAttention) -> int:
+    """Numbers of each head's output, one head behind the other; 0 where that is not so."""
+    heads, width = attention.heads, places.reader_width
+    return width // heads if heads and width % heads == 0 else 0
+
+
+def head_dims(
+    places: SequenceOf[LayerPlaces], attention: SequenceOf[LayerAttention]
+) -> dict[int, int]:
+    """The same of every layer."""
+    pairs = zip(places, attention, strict=False)
+    return {layer: head_dim(*pair) for layer, pair in enumerate(pairs)}
+
+
 @dataclass(frozen=True, slots=True)
 class Module:
     """A module and the side of it that is a part of a layer; ``factor``: see Writer."""
@@ -197,13 +211,10 @@ class ActingCheck:
 
     def _parts(self, layer: int) -> tuple[Part, ...]:
         own = [part for part in PARTS if module_of(self.layers, layer, part) is not None]
-        return tuple(part for part in own if part != "head" or self._heads(layer))
+        return tuple(part for part in own if part != "head" or self._head_dim(layer))
 
-    def _heads(self, layer: int) -> int:
-        """Heads whose outputs lie one behind the other; 0 where that is not so."""
-        heads = self.attention[layer].heads if layer < len(self.attention) else 0
-        width = self.layers[layer].reader_width
-        return heads if heads and width and width % heads == 0 else 0
+    def _head_dim(self, layer: int) -> int:
+        return head_dim(self.layers[layer], self.attention[layer])
 
     def _places(self, layer: int, off: dict[Part, float], most: float) -> Places:
         wrong = frozenset(part for part, each in off.items() if not each <= most)
@@ -211,13 +222,13 @@ class ActingCheck:
             log.warning("Layer %d: edits of %s are off by %g", layer, part, off[part])
         if layer == EMBEDDING:
             return Places(layer=layer, off=off, unverified=wrong)
-        own, heads = self.layers[layer], self._heads(layer)
+        own, size = self.layers[layer], self._head_dim(layer)
         return Places(
             layer=layer,
             off=off,
             unverified=wrong,
-            heads=heads,
-            head_dim=own.reader_width // heads if heads else 0,
+            heads=own.reader_width // size if size else 0,
+            head_dim=size,
             neurons=own.down_width,
         )
 
@@ -230,7 +241,7 @@ class ActingCheck:
                 assert module is not None
                 width = self.layers[layer].down_width // 2
                 if part == "head":
-                    width = self.layers[layer].reader_width // self._heads(layer)
+                    width = self._head_dim(layer)
                 change = partial(_change, part, slice(row * tokens, (row + 1) * tokens), width)
                 edits.setdefault((module.name, module.side), []).append(change)
         return [

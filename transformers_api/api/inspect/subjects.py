@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 from transformers_api.api.http import inspect_auth
 from transformers_api.api.http.request_context import RequestContext
 from transformers_api.api.http.services import services
+from transformers_api.api.intervene import format as intervene_format
 from transformers_api.api.openai import requests
 from transformers_api.config.settings import Settings
 from transformers_api.engine.base import SamplingParams
@@ -25,6 +26,9 @@ from transformers_api.errors import (
 )
 from transformers_api.inspection.base import Anatomy, Inspector, Job
 from transformers_api.serving.generation import GenerationRequest, collect
+from transformers_api.serving.inspect.edit_positions import PromptPlaces
+from transformers_api.serving.inspect.intervening import planned
+from transformers_api.serving.inspect.interventions import InterveneRequest, PlannedEdits
 from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.text import chat_template
 from transformers_api.serving.text.chat_template import ChatPrompt
@@ -46,6 +50,8 @@ class Subject:
     messages: Sequence[Mapping[str, Any]] = ()
     prompt: ChatPrompt | None = None  # which they are
     is_truncated: bool = False  # the model sees only the end of what was given
+    intervene: InterveneRequest | None = None
+    edits: PlannedEdits | None = None
 
     @property
     def anatomy(self) -> Anatomy:
@@ -56,6 +62,33 @@ class Subject:
     def settings(self) -> Settings:
         """Those of the server."""
         return self.context.services.settings
+
+    @property
+    def said(self) -> Mapping[str, Any]:
+        """The field ``intervene`` of the answer; {}: nobody asked for edits."""
+        return intervene_format.header([self.edits], 0) if self.edits else {}
+
+    def edited(self, prompt_tokens: int | None) -> Subject:
+        """With the edits that were asked for. Raises what ``intervening.planned`` does."""
+        if self.intervene is None:
+            return self
+        place = PromptPlaces(
+            ids=self.ids,
+            most=len(self.ids),
+            vocabulary=self.model.vocabulary,
+            spans=self.spans,
+            window=self.model.engine.max_model_len if self.is_truncated else None,
+            prompt_tokens=prompt_tokens,
+        )
+        services = self.context.services
+        (edits,) = planned(
+            *(self.model, self.intervene, services.settings),
+            *(services.inspections, self.context.cancellation, [place]),
+        )
+        inspector = self.inspector
+        if edits.plan is not None:
+            inspector = inspector.edited(edits.plan)
+        return replace(self, edits=edits, inspector=inspector)
 
     def spans(self) -> list[Span]:
         """The place of each message; empty where there are none, or the model does not see all."""
@@ -93,7 +126,13 @@ class Subject:
             stop_token_ids=prompt.stop_token_ids,
         )
         own_stops = requests.stop_strings(self.model.spec.generation)
-        request = GenerationRequest([self.ids], params, stop=(*prompt.stop, *own_stops))
+        request = GenerationRequest(
+            [self.ids],
+            params,
+            stop=(*prompt.stop, *own_stops),
+            intervene=self.intervene,
+            spans=self.spans,
+        )
         (choice,) = collect(self.context.start(self.model, request, is_streamed=False))
         ids, is_truncated = _visible(self.model, [*self.ids, *choice.token_ids])
         return replace(self, ids=ids, is_truncated=is_truncated or self.is_truncated)
@@ -124,8 +163,9 @@ def opened(body: Mapping[str, Any]) -> Iterator[Subject]:
         else:
             ids = _requested_ids(model, body, settings)
         check_tokens(len(ids), settings.inspect_max_tokens)
+        prompt_tokens = None if completion is None else len(completion.prompt_ids)
         ids, is_truncated = _visible(model, ids)
-        yield Subject(
+        subject = Subject(
             context=context,
             model=model,
             inspector=inspector,
@@ -133,7 +173,9 @@ def opened(body: Mapping[str, Any]) -> Iterator[Subject]:
             messages=body.get("messages", ()),
             prompt=prompt,
             is_truncated=is_truncated,
+            intervene=body.get("intervene"),
         )
+        yield subject.edited(prompt_tokens)
 
 
 def inspector_of(model: LoadedModel) -> Inspector:
