@@ -50,7 +50,7 @@ LAYERS = {
         "serving.constraints.listener",
         never=HTTP | MODELS | {"torch"},
     ),
-    "kernels": layer("kernels", "errors", "logs", never=HTTP),
+    "kernels": layer("kernels", "errors", "logs", "heap", never=HTTP),
     "families": layer("families", never=HTTP),
     "checkpoints.headers": layer("checkpoints.headers", "errors", never=HTTP | MODELS | {"torch"}),
     "checkpoints": layer("checkpoints", "families", "engine.platform", *LEAVES, never=HTTP),
@@ -60,7 +60,9 @@ LAYERS = {
         *("engine", "families", "checkpoints.headers", "errors", "logs", "heap", "memory"),
         never=HTTP,
     ),
-    "engine.native": layer("engine", "kernels", "families", "errors", "logs", never=HTTP),
+    "engine.native": layer(
+        *("engine", "kernels", "families", "errors", "logs", "memory"), never=HTTP
+    ),
     "inspection.base": layer("errors", "inspection.logit_share", never=HTTP | MODELS | {"torch"}),
     "inspection.edit_plan": layer("inspection.base", "errors", never=HTTP | MODELS | {"torch"}),
     "inspection.logit_share": layer(never=HTTP | MODELS | {"torch"}),
@@ -96,6 +98,7 @@ WIRING = {
     "encoder_loader",
     "metrics",
     "adapter_loader",
+    "model_facts",
     "model_loader",
     "server",
     "sidecar_writer",

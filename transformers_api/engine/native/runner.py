@@ -42,6 +42,7 @@ from transformers_api.kernels.modules.weight_modules import following
 
 if TYPE_CHECKING:
     from transformers_api.engine.adapters import LoadedAdapter, MakeProduct
+    from transformers_api.engine.native.packed_weights import PackedFile
 
 SIZES = (2, 3)  # tokens of the passes that are recorded; see planner.py
 
@@ -88,6 +89,7 @@ class NativeRunner(ModelRunner):
         self.long_layers = RecordedPass(cache.library) if has_lengths else None
         self.layers, self.head = RecordedPass(cache.library), RecordedPass(cache.library)
         self._pass_adapters: PassAdapters | None = None
+        self.packed: PackedFile | None = None  # where its weights are stored
 
     def learn(self) -> None:
         """Record passes on a cache of their own; ``failure`` says why that failed."""
