@@ -50,7 +50,7 @@ LAYERS = {
         "serving.constraints.listener",
         never=HTTP | MODELS | {"torch"},
     ),
-    "kernels": layer("kernels", "errors", "logs", never=HTTP),
+    "kernels": layer("kernels", "errors", "logs", "heap", never=HTTP),
     "families": layer("families", never=HTTP),
     "checkpoints.headers": layer("checkpoints.headers", "errors", never=HTTP | MODELS | {"torch"}),
     "checkpoints": layer("checkpoints", "families", "engine.platform", *LEAVES, never=HTTP),
@@ -97,7 +97,11 @@ WIRING = {
     "tokenizer_loader",
 }
 # One module of a layer that otherwise leaves a library alone.
-EXCEPTIONS = {"checkpoints.headers.gguf_file": {"gguf"}, "serving.models.hub": {"huggingface_hub"}}
+EXCEPTIONS = {
+    "checkpoints.headers.gguf_adapter": {"gguf"},
+    "checkpoints.headers.gguf_file": {"gguf"},
+    "serving.models.hub": {"huggingface_hub"},
+}
 
 LOADING = {
     "engine/pretrained.py",

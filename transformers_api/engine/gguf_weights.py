@@ -99,7 +99,7 @@ class StoredPart:
         for op in self.ops:
             if op["op"] == "transpose":  # the parameter is (in, out)
                 continue
-            own = _row_order(op, self.shape[0])
+            own = row_order(op, self.shape[0])
             if own is None:
                 return None
             order = own if order is None else order[own]
@@ -223,7 +223,7 @@ def _part(files: Sequence[MappedFile], part: Mapping[str, Any]) -> StoredPart:
     )
 
 
-def _row_order(op: Mapping[str, Any], rows: int) -> Tensor | None:
+def row_order(op: Mapping[str, Any], rows: int) -> Tensor | None:
     """The rows' new order, for operations that do nothing else."""
     indices = torch.arange(rows)
     match op["op"]:
@@ -241,7 +241,7 @@ def _joined(join: Mapping[str, Any], tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _applied(op: Mapping[str, Any], tensor: Tensor) -> Tensor:
-    if (order := _row_order(op, tensor.shape[0])) is not None:
+    if (order := row_order(op, tensor.shape[0])) is not None:
         return tensor[order]
     match op["op"]:
         case "transpose":
