@@ -413,3 +413,21 @@ def test_an_adapter_is_applied_to_a_gguf_file_as_to_the_numbers_in_it(start, tmp
     assert len(set(map(tuple, answers.values()))) == 1
     assert "is an adapter, no model" in complete(client, "no-model").get_json()["error"]["message"]
     assert said(client, "gguf", prompt=[3, 9, 27, 5]) != answers["on-gguf"]
+
+
+def test_keys_and_values_of_eight_bits_go_with_adapters_and_traces(start):
+    client = start(kv_cache_dtype="int8", dtype="float32")
+    asked = {"layers": [0, 1], "attn": "json", "lens": {"layers": "every:1", "topk": 1}}
+    answers = {}
+    for name in (*NAMES, *NAMES):
+        plain = said(client, name, max_tokens=20)
+        traced = complete(client, name, max_tokens=20, return_token_ids=True, trace=asked)
+        assert traced.status_code == 200, traced.get_data(as_text=True)
+        choice = traced.get_json()["choices"][0]
+        assert choice["token_ids"] == plain == answers.setdefault(name, plain)
+        rows = [torch.tensor(own["weights"]) for own in choice["trace"]["steps"][0]["attn"]]
+        assert all(torch.allclose(row.sum(-1), torch.ones(()), atol=1e-2) for row in rows)
+    assert len({tuple(tokens) for tokens in answers.values()}) == len(NAMES)
+    with ThreadPoolExecutor(9) as pool:
+        together = pool.map(lambda name: said(client, name, max_tokens=20), NAMES * 3)
+        assert list(together) == [answers[name] for name in NAMES * 3]
