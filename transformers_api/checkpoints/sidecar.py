@@ -21,12 +21,12 @@ from typing import Any
 from transformers_api.checkpoints import convert
 from transformers_api.checkpoints.headers.gguf_adapter import read_model_header
 from transformers_api.checkpoints.headers.gguf_file import GgufHeader
+from transformers_api.checkpoints.headers.weight_table import TABLE
 from transformers_api.checkpoints.publish import Report, publishing
 from transformers_api.config.settings import Settings
 from transformers_api.engine.platform.lazy_torch import import_torch
 from transformers_api.errors import ModelLoadFailed
 
-TABLE = "weights.json"
 Shapes = Callable[[Any], Mapping[str, tuple[int, ...]]]
 
 

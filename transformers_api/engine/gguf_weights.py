@@ -7,7 +7,6 @@ the model which parts of which files it is made of, and how.
 from __future__ import annotations
 
 import functools
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from transformers_api.checkpoints.headers.weight_table import TABLE as TABLE
+from transformers_api.checkpoints.headers.weight_table import read_table
 from transformers_api.engine.mapped_file import MappedFile
 from transformers_api.engine.stored_weights import StoredWeights
 from transformers_api.errors import ModelLoadFailed
 
-TABLE = "weights.json"
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 Dequantize = Callable[[Tensor, str, tuple[int, int]], Tensor]
 
@@ -113,7 +113,7 @@ class GgufWeights(StoredWeights):
     """
 
     def __init__(self, folder: Path) -> None:
-        table = json.loads((folder / TABLE).read_bytes())
+        table = read_table(folder)
         self._files = files = [MappedFile(Path(file["path"])) for file in table["files"]]
         self._tensors: dict[str, Any] = table["tensors"]
         self._parts = {
