@@ -363,8 +363,8 @@ def test_the_encoder_goes_when_a_model_needs_its_memory(client, whole, monkeypat
     embedded(client, ["Hi"])
     assert encoder(whole) == MINILM
     whole.extensions[EXTENSION].swapper.evict()  # so that its memory is not counted on
-    free = iter([0, GIB])  # before and after the encoder has gone
-    monkeypatch.setattr(model_loader, "available_bytes", lambda device: next(free))
+    # before and after the encoder has gone
+    monkeypatch.setattr(model_loader, "available_bytes", lambda _: 0 if encoder(whole) else GIB)
     client.completions.create(model="pooled", prompt="Hi", max_tokens=1)
     assert encoder(whole) is None
     assert resident(whole) == "pooled"
