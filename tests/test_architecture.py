@@ -62,12 +62,14 @@ LAYERS = {
     ),
     "engine.native": layer("engine", "kernels", "families", "errors", "logs", never=HTTP),
     "inspection.base": layer("errors", never=HTTP | MODELS | {"torch"}),
+    "inspection.questions": layer("inspection.base", never=HTTP | MODELS | {"torch"}),
     "inspection": layer("inspection", "engine", "errors", "logs", never=HTTP),
     "serving": layer(
         "serving",
         "engine.base",
         "engine.adapter_source",
         "inspection.base",
+        "inspection.questions",
         "checkpoints.headers",
         *LEAVES,
         never=HTTP | MODELS | {"torch"},
@@ -77,6 +79,7 @@ LAYERS = {
         "serving",
         "engine.base",
         "inspection.base",
+        "inspection.questions",
         *LEAVES,
         never=MODELS | {"torch", "gunicorn"},
     ),
@@ -88,7 +91,10 @@ WIRING = {
     "app",
     "check",
     "cli",
+    "cluster",
     "encoder_loader",
+    "engines",
+    "local_engine",
     "metrics",
     "adapter_loader",
     "model_loader",
@@ -288,7 +294,17 @@ def test_models_are_loaded_in_one_place(module):
 
 
 @pytest.mark.parametrize(
-    "module", ["api", "cli", "app", "config.settings", "serving", "engine.base", "inspection.base"]
+    "module",
+    [
+        "api",
+        "cli",
+        "app",
+        "config.settings",
+        "serving",
+        "engine.base",
+        "inspection.base",
+        "inspection.questions",
+    ],
 )
 def test_importing_a_torch_free_part_leaves_torch_out(module):
     code = (

@@ -91,10 +91,47 @@ def _parser() -> argparse.ArgumentParser:
     for action in actions.choices.values():
         action.add_argument("--file", type=Path, help="the file of keys (API_KEYS_FILE)")
 
+    _add_cluster(commands.add_parser("cluster", help="run engines in several processes, by Ray"))
+
     check = commands.add_parser("check", help="show settings and environment, and what is wrong")
     _add_model(check)
     check.set_defaults(run=_check)
     return parser
+
+
+def _add_cluster(command: argparse.ArgumentParser) -> None:
+    actions = command.add_subparsers(required=True, metavar="ACTION")
+    up = actions.add_parser("up", help="start the head and its replicas, or replace these")
+    up.add_argument("--replicas", type=int, help="of the engine (CLUSTER_REPLICAS)")
+    up.add_argument("--wait", action="store_true", help="until a signal ends it all")
+    up.set_defaults(run=_cluster_up)
+    status = actions.add_parser("status", help="show the replicas and their models")
+    status.set_defaults(run=_cluster_status)
+    down = actions.add_parser("down", help="end the replicas and the head")
+    down.set_defaults(run=_cluster_down)
+
+
+def _cluster_up(options: argparse.Namespace) -> int:
+    from transformers_api.cluster import commands
+    from transformers_api.serving.models.registry import ModelRegistry
+
+    settings = Settings.from_env()
+    if options.replicas is not None and not 1 <= options.replicas <= 4096:
+        raise SettingError(f"--replicas {options.replicas} is not allowed: expected 1 to 4096")
+    ModelRegistry.from_settings(settings)  # a wrong entry is told before anything starts
+    return commands.up(settings, replicas=options.replicas, waits=options.wait)
+
+
+def _cluster_status(_options: argparse.Namespace) -> int:
+    from transformers_api.cluster import commands
+
+    return commands.status(Settings.from_env())
+
+
+def _cluster_down(_options: argparse.Namespace) -> int:
+    from transformers_api.cluster import commands
+
+    return commands.down(Settings.from_env())
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:
@@ -170,7 +207,7 @@ def resident_models(host: str, port: int, timeout_s: float = 0.5) -> frozenset[s
 
 
 def _source_text(spec: ModelSpec) -> str:
-    from transformers_api.serving.models.spec import HubSource, PackageSource
+    from transformers_api.serving.models.spec import HubSource, PackageSource, UpstreamSource
 
     if spec.adapter is not None:
         base = spec.resident.name
@@ -181,6 +218,8 @@ def _source_text(spec: ModelSpec) -> str:
             return f"hub:{repo}{at}" + (f":{file}" if file else "")
         case PackageSource(package, _):
             return f"package:{package}"
+        case UpstreamSource(url, model):
+            return f"upstream:{url} ({model})"
         case other:
             return f"path:{other.path}"
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import Field, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from transformers_api.config import parsers as to
-from transformers_api.config.option import setting
+from transformers_api.config.cluster_settings import ClusterSettings
+from transformers_api.config.option import cache_folder, setting
 
 GIB = 1 << 30
 
@@ -19,15 +20,8 @@ class SettingError(ValueError):
     """A setting has a value that it may not have; the message names setting, value and choices."""
 
 
-def _cache(*names: str) -> Callable[[], Path]:
-    """A folder among the caches of this user."""
-    return lambda: (
-        Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().joinpath(*names)
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(ClusterSettings):
     """Every option of the server. The environment name of a field is its name in upper case."""
 
     host: str = setting("127.0.0.1", str, "Address to listen on.", aliases=("API_HOST",))
@@ -54,12 +48,12 @@ class Settings:
         (), to.names, "Comma-separated ids: only these may be served."
     )
     model_store: Path = setting(
-        _cache("transformers-api", "models"),
+        cache_folder("transformers-api", "models"),
         to.path,
         "Where converted models are kept, and what was found out about models.",
         aliases=("CKPT_DIR",),
     )
-    hf_home: Path = setting(_cache("huggingface"), to.path, "Hugging Face cache folder.")
+    hf_home: Path = setting(cache_folder("huggingface"), to.path, "Hugging Face cache folder.")
     hf_hub_cache: Path | None = setting(
         None,
         to.path,
@@ -106,7 +100,7 @@ class Settings:
         "a model that cannot have them is not loaded. none: plain numbers.",
     )
     native_cache: Path = setting(
-        _cache("transformers-api", "native"),
+        cache_folder("transformers-api", "native"),
         to.path,
         "Where compiled kernels are kept; `python -m transformers_api kernels` compiles them.",
     )

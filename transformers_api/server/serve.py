@@ -173,7 +173,8 @@ def prepare(arbiter: Arbiter, settings: Settings) -> None:
     """Gunicorn's ``on_starting`` hook. Ends the process where it must not start."""
     tame(arbiter)
     try:
-        lock.take(settings)
+        if settings.engine == "local":  # else no model is loaded here
+            lock.take(settings)
     except lock.LockedByOther as error:
         stop(1, str(error))
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -23,7 +23,8 @@ from transformers_api.errors import (
     PromptTooLarge,
     ResponseTooLarge,
 )
-from transformers_api.inspection.base import Anatomy, Inspector, Job
+from transformers_api.inspection.base import Anatomy
+from transformers_api.inspection.questions import Inspected, Question
 from transformers_api.serving.generation import GenerationRequest, collect
 from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.text import chat_template
@@ -41,7 +42,7 @@ class Subject:
 
     context: RequestContext
     model: LoadedModel
-    inspector: Inspector
+    inspector: Inspected
     ids: list[int]
     messages: Sequence[Mapping[str, Any]] = ()
     prompt: ChatPrompt | None = None  # which they are
@@ -63,10 +64,10 @@ class Subject:
             return []
         return spans(self.model, self.messages, self.ids)
 
-    def run(self, job: Job[T]) -> T:
-        """The result of the job, once it is its turn."""
+    def ask(self, question: Question[T]) -> T:
+        """The answer to the question, once it is its turn."""
         inspections = self.context.services.inspections
-        return inspections.run(self.model, job, self.context.cancellation)
+        return inspections.ask(self.model, question, self.context.cancellation)
 
     def continued(self, body: Mapping[str, Any]) -> Subject:
         """With what the model writes next: ``max_new_tokens`` of it, drawn with ``seed``."""
@@ -136,7 +137,7 @@ def opened(body: Mapping[str, Any]) -> Iterator[Subject]:
         )
 
 
-def inspector_of(model: LoadedModel) -> Inspector:
+def inspector_of(model: LoadedModel) -> Inspected:
     """Raises ModelNotCapable for a model that nobody can look into."""
     if model.inspector is None:
         raise ModelNotCapable(f"Model '{model.spec.name}' cannot be inspected", param="model")

@@ -12,12 +12,13 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 from transformers_api.engine.base import Engine
 from transformers_api.errors import InspectionBusy, InspectionTimeout
 from transformers_api.inspection.base import Inspector, Job
+from transformers_api.inspection.questions import Inspected, Question
 from transformers_api.serving.inspect.suggested_layer import suggested_layer
 from transformers_api.serving.limits.admission import Throughput
 from transformers_api.serving.limits.cancellation import Cancellation
@@ -53,23 +54,29 @@ class Inspections:
         with self._turn(cancellation):
             return self._run(model, job, cancellation)
 
+    def ask(self, model: LoadedModel, question: Question[T], cancellation: Cancellation) -> T:
+        """The answer to ``question``, when its turn has come. Raises what ``run`` does."""
+        return self.run(model, question.job(_own(model)), cancellation)
+
     def has_gradients(
-        self, model: LoadedModel, inspector: Inspector, cancellation: Cancellation
+        self, model: LoadedModel, inspector: Inspected, cancellation: Cancellation
     ) -> bool:
         """True where the model has gradients; found out once per loaded model, without a turn."""
         available = self._gradients.get(model.engine)
         if available is None:
-            available = self._run(model, inspector.check_gradients(), cancellation)
+            available = self._run(model, _own(model).check_gradients(), cancellation)
             self._gradients[model.engine] = available
         return available
 
     def suggested_layer(
-        self, model: LoadedModel, inspector: Inspector, cancellation: Cancellation
+        self, model: LoadedModel, inspector: Inspected, cancellation: Cancellation
     ) -> int | None:
         """See ``suggested_layer``; found out once per loaded model, without a turn."""
         if model.engine not in self._layers:
             self._layers[model.engine] = suggested_layer(
-                model, inspector, lambda job: self._run(model, job, cancellation)
+                model,
+                inspector,
+                lambda question: self._run(model, question.job(_own(model)), cancellation),
             )
         return self._layers[model.engine]
 
@@ -115,6 +122,11 @@ class Inspections:
             return run.result
         finally:
             run.close()
+
+
+def _own(model: LoadedModel) -> Inspector:
+    """The inspector of a model in this process."""
+    return cast(Inspector, model.inspector)
 
 
 class _Run(Generic[T]):
