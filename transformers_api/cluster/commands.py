@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers_api.cluster import ray_runtime
 from transformers_api.cluster.head import Head
-from transformers_api.cluster.messages import ReplicaStatus
 from transformers_api.config.settings import Settings
+from transformers_api.serving.swap.replica_status import ReplicaStatus
 
 Row = tuple[str, ...]
 

@@ -17,7 +17,6 @@ from transformers_api.errors import ApiError, EngineFailed
 from transformers_api.inspection.base import Anatomy
 from transformers_api.serving.constraints.plan import ConstraintPlan
 from transformers_api.serving.models.spec import ModelSpec, Prompts, Similarity
-from transformers_api.serving.swap.residency import SwapperStatus
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,21 +90,6 @@ class Outputs:
     failures: Mapping[int, Failure] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReplicaStatus:
-    """A snapshot of one replica."""
-
-    replica: str
-    node: str
-    pid: int
-    swapper: SwapperStatus
-    age_s: float  # of its resident model
-    requests: int
-    ready: bool
-    reason: str
-    process_bytes: int | None
-
-
 def failure_of(error: BaseException) -> Failure:
     """``error`` in words that travel."""
     if not isinstance(error, ApiError):
@@ -134,7 +118,7 @@ def packed(outputs: Sequence[TokenOutput]) -> Outputs:
         for place, output in enumerate(outputs)
         if output.error is not None
     }
-    plain = [output if output.error is None else replace(output, error=None) for output in outputs]
+    plain = [replace(output, error=None, extras=dict(output.extras)) for output in outputs]
     return Outputs(outputs=plain, failures=failures)
 
 

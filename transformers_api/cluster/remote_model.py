@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing
@@ -51,6 +52,7 @@ from transformers_api.serving.text.token_counts import token_counter
 from transformers_api.serving.upstream.loop import result
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 class RemoteEngine:
@@ -195,6 +197,8 @@ class _Answer:
 
     def _fail(self, error: Exception) -> None:
         failure = error if isinstance(error, ApiError) else EngineFailed("A replica failed")
+        if failure is not error:
+            log.error("An answer of a replica cannot be read", exc_info=error)
         if not self._accepted.done():
             self._accepted.set_exception(failure)
             return

@@ -22,7 +22,6 @@ from transformers_api.cluster.messages import (
     Failure,
     ModelFacts,
     Outputs,
-    ReplicaStatus,
     Sequences,
     TextFacts,
     failure_of,
@@ -40,6 +39,7 @@ from transformers_api.serving.limits.cancellation import Cancellation
 from transformers_api.serving.models.registry import ModelRegistry
 from transformers_api.serving.models.store import ModelStore
 from transformers_api.serving.swap.loaded_model import LoadedModel, Loader
+from transformers_api.serving.swap.replica_status import ReplicaStatus
 from transformers_api.serving.swap.residency import Lease
 
 T = TypeVar("T")

@@ -181,6 +181,7 @@ def prepare(arbiter: Arbiter, settings: Settings) -> None:
     limit = MOST_FILES if most == resource.RLIM_INFINITY else min(most, MOST_FILES)
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))  # each connection takes two
     # The worker says when it is ready; gunicorn would before it is.
+    DrainWorker.maps_torch = settings.engine == "local"
     DrainWorker.notifier = Notifier(take_notify_socket())
 
 

@@ -33,6 +33,7 @@ class DrainWorker(GatheringWorker):
     Where the engine has stopped or hangs, it ends by itself, and the arbiter starts another one.
     """
 
+    maps_torch = True  # a model runs in this process
     notifier = Notifier(None)
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -51,7 +52,8 @@ class DrainWorker(GatheringWorker):
         if mallopt:
             mallopt(ARENA_MAX, ARENAS)
             mallopt(MMAP_THRESHOLD, LARGE)
-        map_torch()
+        if self.maps_torch:
+            map_torch()
         super().init_process()
 
     def init_signals(self) -> None:
