@@ -321,17 +321,19 @@ def test_importing_a_torch_free_part_leaves_torch_out(module):
 @pytest.mark.parametrize(
     ("folders", "requirements"),
     [
-        pytest.param(["transformers_api"], ["requirements.txt"], id="run time"),
+        pytest.param(
+            ["transformers_api"], ["requirements.txt", "requirements-ray.txt"], id="run time"
+        ),
         pytest.param(
             ["tests", "examples", "benchmarks", "scripts"],
-            ["requirements.txt", "requirements-dev.txt"],
+            ["requirements.txt", "requirements-dev.txt", "requirements-ray.txt"],
             id="development",
         ),
     ],
 )
 def test_every_import_is_pinned_in_the_requirements(folders, requirements):
     text = "\n".join((ROOT / name).read_text() for name in requirements)
-    pinned = set(re.findall(r"^([\w.-]+)==", text, re.MULTILINE))
+    pinned = set(re.findall(r"^([\w.-]+)(?:\[\w+\])?==", text, re.MULTILINE))
     distributions = importlib.metadata.packages_distributions()
     clients = ROOT / "tests" / "clients"  # programs of others, each in its own environment
     files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
@@ -341,7 +343,7 @@ def test_every_import_is_pinned_in_the_requirements(folders, requirements):
     missing = {
         module
         for module in imported - own - {*sys.stdlib_module_names}
-        if not {canonical(name) for name in distributions.get(module, [])} & pinned
+        if not {canonical(name) for name in distributions.get(module, [module])} & pinned
     }
     assert "torch" in imported
     assert not missing

@@ -102,8 +102,7 @@ class Watch:
         self._leaving = reason
 
     def _run(self) -> None:
-        if self._preloaded is not None:
-            threading.Thread(target=self._preload, name="cluster-preload", daemon=True).start()
+        preload = threading.Thread(target=self._preload, name="cluster-preload", daemon=True)
         while True:
             began = time.monotonic()
             try:
@@ -112,6 +111,8 @@ class Watch:
             except Exception as error:
                 self._note(f"The replicas cannot be looked at: {error}")
                 self._models.replicas = ()
+            if self._models.replicas and preload.ident is None:
+                preload.start()
             time.sleep(max(POLL_S - (time.monotonic() - began), 0.1))
 
     def _note(self, trouble: str) -> None:
@@ -122,6 +123,9 @@ class Watch:
 
     def _preload(self) -> None:
         while self._preloaded is not None:
+            if self._models.status().holds(self._preloaded):  # another front was first
+                self._preloaded = None
+                return
             try:
                 self._models.load(self._preloaded)
                 self._preloaded = None

@@ -51,6 +51,7 @@ class ModelFacts:
     dimensions: int | None  # of its vectors; None: it makes none
     scores: bool
     slice_tokens: int  # of texts that are read at once
+    age_s: float  # since it came into memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

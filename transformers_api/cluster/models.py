@@ -6,10 +6,12 @@ memory then, and each request is a lease of its own where it arrives.
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 
@@ -35,8 +37,11 @@ from transformers_api.serving.swap.residency import (
     shutting_down,
 )
 from transformers_api.serving.text.model_text import ModelText, TokenizerOnly
+from transformers_api.serving.upstream.loop import result
 
 MOST_MODELS = 64  # whose facts are kept; tokenizers are large
+SETTLE_S = 0.4  # until all routers know where a model has come to
+Entry = tuple[ModelFacts, LoadedModel]
 
 
 class ClusterModels:
@@ -55,7 +60,8 @@ class ClusterModels:
         self._wait_s = wait_s
         self._encoder = encoder
         self._lock = threading.Lock()
-        self._facts: OrderedDict[str, tuple[ModelFacts, LoadedModel]] = OrderedDict()
+        self._facts: OrderedDict[str, Entry] = OrderedDict()
+        self._fetching: dict[str, Future[Entry]] = {}
         self._leases: Counter[str] = Counter()
         self._waiting: Counter[str] = Counter()
         self._refusal: ApiError | None = None
@@ -158,7 +164,7 @@ class ClusterModels:
         with self._lock:
             self._facts.pop(spec.name, None)
 
-    def _known_facts(self, spec: ModelSpec) -> tuple[ModelFacts, LoadedModel] | None:
+    def _known_facts(self, spec: ModelSpec) -> Entry | None:
         with self._lock:
             entry = self._facts.get(spec.name)
             if entry is None or entry[1].spec != spec:
@@ -166,22 +172,33 @@ class ClusterModels:
             self._facts.move_to_end(spec.name)
             return entry
 
-    def _fetched(
-        self, caller: Caller, cancellation: Cancellation
-    ) -> tuple[ModelFacts, LoadedModel]:
-        """The facts, from a replica that has loaded the model for it."""
-        spec = caller.spec
-        caller = replace(caller, request_id=logs.request_id.get())
+    def _fetched(self, caller: Caller, cancellation: Cancellation) -> Entry:
+        """The facts, from a replica that has loaded the model for it; once for all who wait."""
+        spec, own = caller.spec, Future[Entry]()
         with self._lock:
             self._waiting[spec.name] += 1
+            fetching = self._fetching.get(spec.name)
+            if fetching is None:
+                caller = replace(caller, request_id=logs.request_id.get())
+                fetching = self._transport.start(self._fetch(caller))
+                self._fetching[spec.name] = fetching
         try:
-            facts: ModelFacts = ask(
-                self._transport, cancellation, "describe", self._place(spec), caller
-            )
+            fetching.add_done_callback(partial(_pass_on, own))
+            return result(own, cancellation)
         finally:
             with self._lock:
                 self._waiting[spec.name] -= 1
-        entry = facts, remote_base(self._transport, spec, facts)
+
+    async def _fetch(self, caller: Caller) -> Entry:
+        spec = caller.spec
+        try:
+            facts: ModelFacts = await self._transport.call("describe", self._place(spec), caller)
+            entry = facts, await asyncio.to_thread(remote_base, self._transport, spec, facts)
+            if facts.age_s < SETTLE_S:
+                await asyncio.sleep(SETTLE_S)
+        finally:
+            with self._lock:
+                self._fetching.pop(spec.name, None)
         with self._lock:
             self._facts[spec.name] = entry
             if len(self._facts) > MOST_MODELS:
@@ -206,6 +223,16 @@ class ClusterModels:
     def _check_open(self) -> None:
         if self._refusal is not None:
             raise renewed(self._refusal)
+
+
+def _pass_on(own: Future[Entry], shared: Future[Entry]) -> None:
+    """Give the outcome of ``shared`` to one of those who wait for it."""
+    if not own.set_running_or_notify_cancel():
+        return
+    if (error := shared.exception()) is not None:
+        own.set_exception(renewed(error) if isinstance(error, ApiError) else error)
+    else:
+        own.set_result(shared.result())
 
 
 def _together(

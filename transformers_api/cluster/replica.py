@@ -90,7 +90,13 @@ class Replica:
 
     async def describe(self, caller: Caller) -> ModelFacts | Failure:
         """The facts of a model, which is in memory then."""
-        return await self._with_model(caller, lambda model, _: facts_of(model))
+
+        def read(model: LoadedModel, _: Cancellation) -> ModelFacts:
+            is_beside = caller.encoder
+            since = 0.0 if is_beside else self._engine.models.status().since
+            return facts_of(model, time.monotonic() - since)
+
+        return await self._with_model(caller, read)
 
     async def text(self, caller: Caller) -> TextFacts | Failure:
         """The tokenizer of a model, whose weights stay where they are."""
@@ -331,7 +337,7 @@ def stamp_of(model: LoadedModel) -> str:
     return repr((model.created, model.vocab_size, model.max_model_len, model.spec.name))
 
 
-def facts_of(model: LoadedModel) -> ModelFacts:
+def facts_of(model: LoadedModel, age_s: float) -> ModelFacts:
     """The facts of a model in memory."""
     engine, embedder, scorer = model.engine, model.embedder, model.scorer
     maker = embedder or scorer
@@ -354,6 +360,7 @@ def facts_of(model: LoadedModel) -> ModelFacts:
         dimensions=None if embedder is None else embedder.dimensions,
         scores=scorer is not None,
         slice_tokens=1 if maker is None else maker.slice_tokens,
+        age_s=age_s,
     )
 
 
