@@ -1,4 +1,4 @@
-"""The way through a front and Ray beside the same model in one process: `python -m benchmarks.cluster`.
+"""The way through a front and Ray beside one process: `python -m benchmarks.cluster`.
 
 Starts a server with ENGINE=local, measures it alone, then a cluster of one replica with a front.
 Both get the same streamed requests, one at a time: the time to the first token, and between two.
@@ -18,6 +18,7 @@ import time
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -81,13 +82,10 @@ def measure(url: str, rounds: int, tokens: int) -> tuple[list[float], list[float
     firsts: list[float] = []
     gaps: list[float] = []
     for number in range(rounds + 3):
-        times = [one for one in stream(url, number, tokens)]
+        times = list(stream(url, number, tokens))
         if number >= 3:  # the first ones warm up
             firsts.append(1000 * (times[1] - times[0]))
-            gaps += [
-                1000 * (later - earlier)
-                for earlier, later in zip(times[1:], times[2:], strict=False)
-            ]
+            gaps += [1000 * (later - earlier) for earlier, later in pairwise(times[1:])]
     return firsts, gaps
 
 

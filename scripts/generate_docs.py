@@ -31,6 +31,8 @@ from transformers_api.api.inspect.schemas.inspect import (
     MatrixRequest,
     TokensRequest,
 )
+from transformers_api.api.inspect.schemas.logit_parts import LogitPartsRequest
+from transformers_api.api.inspect.schemas.vectors import DerivationRequest, VectorBody
 from transformers_api.api.llamacpp.schema import ApplyTemplateRequest, InfillRequest
 from transformers_api.api.ollama.schema import OllamaOptions
 from transformers_api.api.openai.schemas.chat import ChatRequest, Message
@@ -180,6 +182,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "logit_lens fields": fields(LensRequest, Inspected),
     "attribution fields": fields(AttributionRequest, Inspected),
     "hidden_states fields": fields(HiddenStatesRequest, Inspected),
+    "logit_parts fields": fields(LogitPartsRequest, Inspected),
+    "vector fields": fields(VectorBody),
+    "derivation fields": fields(DerivationRequest),
 }
 
 

@@ -200,9 +200,11 @@ def bnb_4bit(kind: str, *, nested: bool) -> Callable[[Tensor], Written]:
         stored = absmax
         if nested:
             inner, offset = torch.linspace(-1, 1, 256), absmax.mean()
-            outer = (absmax - offset).abs().amax().reshape(1)
-            stored = (((absmax - offset) / outer)[:, None] - inner).abs().argmin(1).to(torch.uint8)
-            absmax = inner[stored.long()] * outer + offset
+            outer = torch.stack([each.abs().amax() for each in (absmax - offset).split(256)])
+            own = outer.repeat_interleave(256)[: len(absmax)]
+            share = (absmax - offset) / own
+            stored = (share[:, None] - inner).abs().argmin(1).to(torch.uint8)
+            absmax = inner[stored.long()] * own + offset
             state |= {"nested_blocksize": 256, "nested_offset": offset.item()}
             state["nested_dtype"] = "float32"
             tensors |= {"weight.nested_absmax": outer, "weight.nested_quant_map": inner}

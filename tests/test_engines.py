@@ -44,6 +44,7 @@ GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
 PROMPT = list(b"The colour of the sea")
 YES_OR_NO = ConstraintSpec(kind="regex", source="yes|no", param="regex")
 MESSAGES = [{"role": "user", "content": "Hi"}]
+EDIT = {"do": "ablate", "part": "mlp", "layer": 1, "with": "mean"}
 
 
 @pytest.fixture(scope="module")
@@ -256,6 +257,8 @@ def chat(side, **fields):
         pytest.param({"response_format": {"type": "regex", "value": "a{3}"}}, id="form"),
         pytest.param({"trace": {"topk": 2, "layers": [1]}}, id="trace"),
         pytest.param({"stop": "zzz", "prompt_logprobs": 1}, id="prompt"),
+        pytest.param({"intervene": {"edits": [EDIT]}}, id="edited"),
+        pytest.param({"intervene": {"edits": [{**EDIT, "layer": 9}]}}, id="no layer"),
         pytest.param({"max_tokens": 5000}, id="too long"),
         pytest.param({"response_format": {"type": "regex", "value": "("}}, id="no regex"),
         pytest.param({"model": "nobody's"}, id="unknown"),
@@ -302,11 +305,29 @@ def test_a_client_that_leaves_ends_its_answer_in_the_replica(cluster):
     wait_for(lambda: running(cluster) == 0)
 
 
-def test_inside_is_shown_through_it(cluster):
-    inspected = cluster.client.get("/inspect/model?model=one").json
-    assert inspected["layers"] == 2
+def test_inside_is_shown_through_it(local, cluster):
+    models = [side.client.get("/inspect/model?model=one").json for side in (local, cluster)]
+    assert models[0]["layers"] == 2
+    assert models[0] == models[1]
     body = {"model": "one", "prompt": "abc", "logprobs": True}
     assert len(cluster.client.post("/inspect/tokens", json=body).json["tokens"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("route", "fields"),
+    [
+        ("tokens", {"logprobs": True, "intervene": {"edits": [EDIT]}}),
+        ("hidden_states", {"format": "json", "layers": [0], "positions": [1]}),
+        ("logit_parts", {"by": "layer"}),
+        ("logit_lens", {"topk": 2}),
+        ("attribution", {"method": "gradient_norm"}),
+    ],
+)
+def test_what_is_inside_is_the_same_from_afar(local, cluster, route, fields):
+    body = {"model": "one", "prompt": "abcd", **fields}
+    answers = [side.client.post(f"/inspect/{route}", json=body) for side in (local, cluster)]
+    assert answers[0].status_code == 200, answers[0].text
+    assert plain(answers[0].json) == plain(answers[1].json)
 
 
 def test_a_model_that_is_asked_for_is_loaded_and_made_known(cluster):

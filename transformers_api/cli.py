@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transformers_api.cluster.arguments import add_cluster
 from transformers_api.config.settings import SettingError, Settings
 from transformers_api.errors import ApiError, ModelLoadFailed
 from transformers_api.server import standard_streams
@@ -52,8 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--port", type=_port, help="port to listen on (PORT)")
     serve.set_defaults(run=_serve)
 
-    models = commands.add_parser("models", help="list the models that may be served")
-    models.set_defaults(run=_models)
+    _add_models(commands)
 
     pull = commands.add_parser("pull", help="download or prepare a model now")
     pull.add_argument("id", help="a registered id, owner/name on the Hub, or a path")
@@ -91,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     for action in actions.choices.values():
         action.add_argument("--file", type=Path, help="the file of keys (API_KEYS_FILE)")
 
-    _add_cluster(commands.add_parser("cluster", help="run engines in several processes, by Ray"))
+    add_cluster(commands.add_parser("cluster", help="run engines in several processes, by Ray"))
 
     check = commands.add_parser("check", help="show settings and environment, and what is wrong")
     _add_model(check)
@@ -99,39 +100,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_cluster(command: argparse.ArgumentParser) -> None:
-    actions = command.add_subparsers(required=True, metavar="ACTION")
-    up = actions.add_parser("up", help="start the head and its replicas, or replace these")
-    up.add_argument("--replicas", type=int, help="of the engine (CLUSTER_REPLICAS)")
-    up.add_argument("--wait", action="store_true", help="until a signal ends it all")
-    up.set_defaults(run=_cluster_up)
-    status = actions.add_parser("status", help="show the replicas and their models")
-    status.set_defaults(run=_cluster_status)
-    down = actions.add_parser("down", help="end the replicas and the head")
-    down.set_defaults(run=_cluster_down)
-
-
-def _cluster_up(options: argparse.Namespace) -> int:
-    from transformers_api.cluster import commands
-    from transformers_api.serving.models.registry import ModelRegistry
-
-    settings = Settings.from_env()
-    if options.replicas is not None and not 1 <= options.replicas <= 4096:
-        raise SettingError(f"--replicas {options.replicas} is not allowed: expected 1 to 4096")
-    ModelRegistry.from_settings(settings)  # a wrong entry is told before anything starts
-    return commands.up(settings, replicas=options.replicas, waits=options.wait)
-
-
-def _cluster_status(_options: argparse.Namespace) -> int:
-    from transformers_api.cluster import commands
-
-    return commands.status(Settings.from_env())
-
-
-def _cluster_down(_options: argparse.Namespace) -> int:
-    from transformers_api.cluster import commands
-
-    return commands.down(Settings.from_env())
+def _add_models(commands: Any) -> None:
+    models = commands.add_parser("models", help="list the models that may be served, or make room")
+    models.set_defaults(run=_models)
+    prune = models.add_subparsers(metavar="ACTION").add_parser(
+        "prune", help="remove packed weights; a model's next load makes them anew"
+    )
+    prune.add_argument("--dry-run", action="store_true", help="only list them")
+    prune.set_defaults(run=_prune)
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:
@@ -239,6 +215,26 @@ def _write_table(rows: Sequence[Sequence[str]]) -> None:
     for row in rows:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         sys.stdout.write("  ".join(cells).rstrip() + "\n")
+
+
+def _prune(options: argparse.Namespace) -> int:
+    from transformers_api.engine.native.packed_store import PackedStore
+
+    settings = Settings.from_env()
+    store = PackedStore.of(settings.model_store, settings.packed_store_mb)
+    entries = sorted(store.entries(), key=lambda entry: entry.used_at)
+    rows = [("MODEL", "SIZE", "LAST USED")]
+    for entry in entries:
+        day = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used_at))
+        rows.append((entry.model or "-", _size(entry.bytes), day))
+        if not options.dry_run:
+            entry.path.unlink(missing_ok=True)
+    _write_table(rows)
+    sys.stdout.write(
+        f"{_size(sum(entry.bytes for entry in entries))} "
+        f"{'could be' if options.dry_run else 'were'} freed in {store.folder}\n"
+    )
+    return 0
 
 
 def _pull(options: argparse.Namespace) -> int:

@@ -387,7 +387,7 @@ class ClientGone(ApiError):
 
 
 class EngineFailed(ApiError):
-    """The engine could not finish a step; its log has the trace."""
+    """The engine could not finish a step, or the model gave no finite numbers; see the log."""
 
     code = "engine_failed"
 

@@ -50,6 +50,7 @@ def folder(tmp_path_factory):
     for name in ("one", "two"):
         saved(lora.merged(model, folder / name), folder / f"merged-{name}")
     lora.adapter(folder / "dora", model, use_dora=True)
+    lora.adapter(folder / "huge", model, lora.ALL, lora_alpha=1e9)
     lora.adapter(folder / "nan", model)
     broken = folder / "nan" / "adapter_model.safetensors"
     broken.write_bytes(broken.read_bytes()[:-4] + b"\0\0\xc0\x7f")
@@ -61,6 +62,7 @@ def folder(tmp_path_factory):
         {"name": "one", "adapter": "one", "base": "base", "aliases": ["first"]},
         {"name": "two", "adapter": "two", "base": "base", "generation": {"max_tokens": 3}},
         {"name": "dora", "adapter": "dora", "base": "base"},
+        {"name": "huge", "adapter": "huge", "base": "base"},
         {"name": "nan", "adapter": "nan", "base": "base"},
         {"name": "misfit", "adapter": "one", "base": "other"},
         {"name": "absent", "adapter": "absent", "base": "base"},
@@ -177,6 +179,19 @@ def test_streams_choices_and_chats_go_through_the_adapter(client, expected):
     texts = {name: each["choices"][0]["message"]["content"] for name, each in answers.items()}
     assert texts["one"] == texts["merged-one"] != texts["base"]
     assert answers["one"]["model"] == "one"
+
+
+def test_an_adapter_whose_numbers_are_too_large_answers_with_an_error(client, expected):
+    with ThreadPoolExecutor(6) as pool:
+        answers = pool.map(lambda name: complete(client, name), ["huge", "base"] * 3)
+        bodies = [answer.get_json() for answer in answers]
+    assert {body["error"]["code"] for body in bodies[::2]} == {"engine_failed"}
+    assert len({body["choices"][0]["text"] for body in bodies[1::2]}) == 1
+    with complete(client, "huge", stream=True) as answer:
+        assert "not finite" in answer.get_data(as_text=True)
+    body = {"model": "huge", "input": "The sea"}
+    assert client.post("/v1/embeddings", json=body).get_json()["error"]["code"] == "engine_failed"
+    assert said(client, "base") == expected["base"]
 
 
 def test_an_entry_may_have_its_own_defaults(client):

@@ -169,3 +169,17 @@ def test_a_product_of_two_computed_matrices_is_refused(library):
         result = x @ (x * 2).t()
     recorder.ref(result)
     assert recorder.failure == "aten.mm.default"
+
+
+@pytest.mark.parametrize("norm", [F.layer_norm, F.rms_norm])
+def test_a_norm_makes_no_zeros_of_numbers_whose_squares_are_infinite(library, norm):
+    """torch does; nobody could tell them from a model's own."""
+    recorded, cache = RecordedPass(library), [torch.zeros(1, 1, 1, 1)]
+    for rows in (2, 3):
+        x = numbers(rows)
+        recorded.record(rows, [x], cache, lambda x=x: norm(x, (WIDTH,)))
+    large = numbers(4)
+    large[1] *= 1e20
+    made = recorded.run(4, [large], cache, 0)
+    assert made[1].isnan().all()
+    torch.testing.assert_close(made[[0, 2, 3]], norm(large[[0, 2, 3]], (WIDTH,)))

@@ -133,6 +133,7 @@ INT4 = {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int"}}
     [
         ({"quant_method": "hqq"}, "quant_method is 'hqq'"),
         ({"quant_method": "gptq", "bits": 3}, "bits is 3"),
+        ({"quant_method": "gptq", "bits": 4.0}, "bits is 4.0"),
         ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "checkpoint_format"),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version is 'gemv'"),
         ({"quant_method": "gptq", "bits": 4, "is_marlin_format": True}, "is_marlin_format is True"),
@@ -207,3 +208,14 @@ def test_unusual_quantization_config_is_no_error_of_ours(tmp_path: Path) -> None
 def test_a_repository_of_another_kind_is_named(names: list[str], reason: str) -> None:
     with pytest.raises(ModelLoadFailed, match=reason):
         _choose(HubSource("a/b"), {name: RemoteFile(1, None) for name in names}, False)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "openai-gpt"])
+@pytest.mark.parametrize("name", ["gptq", "bnb-int8"])
+def test_quantised_layers_that_lie_the_other_way_round_are_refused_unread(tmp_path, kind, name):
+    quantization = {"quantization_config": FORMATS[name].config}
+    own = config(**quantization, model_type=kind, architectures=["GPT2LMHeadModel"])
+    write_files(tmp_path, model_files() | {"config.json": own})
+    with pytest.raises(ModelLoadFailed, match=rf"weights of {kind} cannot be read: its layers"):
+        inspect_folder(tmp_path)
+    assert "the other way round" in str(refusal(tmp_path))

@@ -18,11 +18,13 @@ from transformers_api.cluster.models import ClusterModels
 from transformers_api.cluster.transport import RayTransport, Transport, ask
 from transformers_api.config.environment import set_for_transformers
 from transformers_api.errors import ApiError, ServerShuttingDown
-from transformers_api.inspection.questions import Gradients, Inspected, Question
+from transformers_api.inspection.base import Editable
+from transformers_api.inspection.questions import Gradients, Inspected, Places, Question
 from transformers_api.local_engine import EngineSide, Parts
 from transformers_api.server.readiness import LAST_WORDS_S
 from transformers_api.serving.embeddings import EmbeddingModels
 from transformers_api.serving.inspect.queue import Inspections
+from transformers_api.serving.inspect.stream_norms import stream_norms
 from transformers_api.serving.inspect.suggested_layer import suggested_layer
 from transformers_api.serving.limits.cancellation import Cancellation
 from transformers_api.serving.swap.loaded_model import LoadedModel
@@ -66,6 +68,25 @@ class ClusterInspections(Inspections):
             )
 
         return cast("int | None", self._once(model, "layer", find))
+
+    def editable(
+        self, model: LoadedModel, inspector: Inspected, cancellation: Cancellation
+    ) -> Editable:
+        """See Inspections."""
+        places = self._once(model, "places", lambda: self.ask(model, Places(), cancellation))
+        return cast(Editable, places)
+
+    def stream_norms(
+        self, model: LoadedModel, inspector: Inspected, cancellation: Cancellation
+    ) -> tuple[float, ...]:
+        """See Inspections."""
+
+        def find() -> tuple[float, ...]:
+            return stream_norms(
+                model, inspector, lambda question: self.ask(model, question, cancellation)
+            )
+
+        return cast("tuple[float, ...]", self._once(model, "norms", find))
 
     def _once(self, model: LoadedModel, name: str, find: Callable[[], Any]) -> Any:
         key = model.fingerprint, name

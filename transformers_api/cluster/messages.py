@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
-from transformers_api import errors
 from transformers_api.engine.base import (
     ContextOverflow,
     EngineFacts,
@@ -15,6 +14,7 @@ from transformers_api.engine.base import (
 )
 from transformers_api.errors import ApiError, EngineFailed
 from transformers_api.inspection.base import Anatomy
+from transformers_api.inspection.edit_plan import EditPlan, EditTally
 from transformers_api.serving.constraints.plan import ConstraintPlan
 from transformers_api.serving.models.spec import ModelSpec, Prompts, Similarity
 
@@ -89,6 +89,7 @@ class Outputs:
 
     outputs: Sequence[TokenOutput]
     failures: Mapping[int, Failure] = field(default_factory=dict)
+    tallies: Sequence[EditTally] = ()  # of the edits of each sequence so far, where there are any
 
 
 def failure_of(error: BaseException) -> Failure:
@@ -106,13 +107,35 @@ def failure_of(error: BaseException) -> Failure:
 
 def error_of(failure: Failure) -> ApiError:
     """The error again."""
-    kind = getattr(errors, failure.kind, EngineFailed)
+    kind = {each.__name__: each for each in _kinds()}.get(failure.kind, EngineFailed)
     error: ApiError = kind.__new__(kind)  # some make their message themselves
     ApiError.__init__(error, failure.message, param=failure.param, retry_after=failure.retry_after)
     return error
 
 
-def packed(outputs: Sequence[TokenOutput]) -> Outputs:
+def _kinds() -> Iterator[type[ApiError]]:
+    kinds: list[type[ApiError]] = [ApiError]
+    while kinds:
+        kind = kinds.pop()
+        kinds += kind.__subclasses__()
+        yield kind
+
+
+def tallies(requests: Sequence[SequenceRequest]) -> list[EditTally]:
+    """What the edits of each sequence have done so far; empty where none is edited."""
+    plans = [cast("EditPlan | None", request.edits) for request in requests]
+    if not any(plans):
+        return []
+    return [EditTally() if plan is None else plan.tally for plan in plans]
+
+
+def note_tallies(requests: Sequence[SequenceRequest], message: Outputs) -> None:
+    """Give the plans of ``requests`` what was counted elsewhere."""
+    for own, tally in zip(tallies(requests), message.tallies, strict=False):
+        own.tokens, own.seconds = tally.tokens, tally.seconds
+
+
+def packed(outputs: Sequence[TokenOutput], counted: Sequence[EditTally] = ()) -> Outputs:
     """``outputs`` on their way."""
     failures = {
         place: failure_of(output.error)
@@ -120,7 +143,7 @@ def packed(outputs: Sequence[TokenOutput]) -> Outputs:
         if output.error is not None
     }
     plain = [replace(output, error=None, extras=dict(output.extras)) for output in outputs]
-    return Outputs(outputs=plain, failures=failures)
+    return Outputs(outputs=plain, failures=failures, tallies=counted)
 
 
 def unpacked(message: Outputs) -> list[TokenOutput]:

@@ -17,6 +17,7 @@ from transformers_api.cluster.messages import (
     Outputs,
     Sequences,
     error_of,
+    note_tallies,
     unpacked,
 )
 from transformers_api.cluster.transport import Transport, ask
@@ -190,6 +191,7 @@ class _Answer:
     def _take(self, message: Outputs) -> None:
         if not self._accepted.done():
             self._accepted.set_result(None)
+        note_tallies(self._sequences.requests, message)
         for output in unpacked(message):
             if output.finish_reason is not None:
                 self._open.discard(output.index)

@@ -26,6 +26,7 @@ from transformers_api.cluster.messages import (
     TextFacts,
     failure_of,
     packed,
+    tallies,
 )
 from transformers_api.config.settings import Settings
 from transformers_api.engine.base import PairIds, SequenceRequest, TokenOutput, TokenStream
@@ -131,7 +132,7 @@ class Replica:
             stack.callback(stream.abort)
             yield Outputs(outputs=())
             async for outputs in _batches(stream, len(sequences.requests)):
-                yield packed(outputs)
+                yield packed(outputs, tallies(sequences.requests))
 
     async def ask(self, caller: Caller, question: Question[T]) -> T | Failure:
         """The answer to a question about given tokens."""

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from transformers_api.config import parsers as to
-from transformers_api.config.option import cache_folder, setting
+from transformers_api.config.environment import cache_folder
+from transformers_api.config.option import setting
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from pathlib import Path
 
 
 def has_activated_sockets() -> bool:
     """True where systemd has handed this process its listening sockets."""
     is_ours = os.environ.get("LISTEN_PID") == str(os.getpid())
     return is_ours and os.environ.get("LISTEN_FDS", "0") != "0"
+
+
+def cache_folder(*names: str) -> Callable[[], Path]:
+    """A folder among the caches of this user, looked up when it is called."""
+    return lambda: (
+        Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().joinpath(*names)
+    )
 
 
 def helper_environment() -> dict[str, str]:
@@ -30,11 +39,6 @@ def take_notify_socket() -> str | None:
 def secret(name: str) -> str:
     """The secret in this variable, such as an upstream's key; empty where there is none."""
     return os.environ.get(name, "")
-
-
-def cache_home() -> str:
-    """The folder of this user's caches; a tilde stands for the home."""
-    return os.environ.get("XDG_CACHE_HOME") or "~/.cache"
 
 
 def set_for_ray(**variables: str) -> None:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import field
-from pathlib import Path
 from typing import Any
-
-from transformers_api.config.environment import cache_home
 
 
 def setting(
@@ -23,8 +20,3 @@ def setting(
     if callable(default):
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata, repr=not is_secret)
-
-
-def cache_folder(*names: str) -> Callable[[], Path]:
-    """A folder among the caches of this user."""
-    return lambda: Path(cache_home()).expanduser().joinpath(*names)

@@ -10,6 +10,7 @@ import torch
 
 from transformers_api.engine.base import Engine, PairIds
 from transformers_api.engine.embedding import Visitor, padded
+from transformers_api.engine.not_finite import checked
 from transformers_api.errors import ModelLoadFailed
 
 
@@ -48,6 +49,6 @@ def _scores(model: Any, pairs: Sequence[PairIds], *, sigmoid: bool) -> list[floa
         width = inputs["input_ids"].shape[1]
         types = [[*types, *[0] * (width - len(types))] for _, types in pairs]
         inputs["token_type_ids"] = torch.tensor(types, device=model.device)
-    logits = model(**inputs, return_dict=True).logits[:, 0].float()  # (B)
+    logits = checked(model(**inputs, return_dict=True).logits[:, 0].float())  # (B)
     scores: list[float] = (logits.sigmoid() if sigmoid else logits).tolist()
     return scores

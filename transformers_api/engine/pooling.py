@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from transformers_api.engine.not_finite import checked
 from transformers_api.errors import ModelLoadFailed
 
 Mode = Literal["cls", "mean", "last", "max", "mean_sqrt_len_tokens", "weightedmean"]
@@ -42,12 +43,12 @@ class Reduction:
     def finish(
         self, pooled: Tensor, dimensions: int | None, normalize: bool | None = None
     ) -> list[bytes]:
-        """(B, H) as little-endian float32, cut to the first ``dimensions``."""
+        """(B, H) as little-endian float32, cut to the first ``dimensions``. Raises EngineFailed."""
         vectors = pooled if self.layers is None else self.layers(pooled)
         vectors = vectors[:, :dimensions]
         if self.normalize if normalize is None else normalize:
             vectors = nn.functional.normalize(vectors, dim=1)
-        return [row.tobytes() for row in vectors.cpu().numpy().astype("<f4")]
+        return [row.tobytes() for row in checked(vectors).cpu().numpy().astype("<f4")]
 
 
 class Pool:

@@ -14,12 +14,8 @@ from torch import Tensor
 from transformers.modeling_utils import get_state_dict_dtype
 from transformers.pytorch_utils import Conv1D
 
-from transformers_api.checkpoints.headers.quantized import (
-    Files,
-    left_out,
-    quantization_of,
-    read_quantized,
-)
+from transformers_api.checkpoints.headers.quantized import left_out, quantization_of, read_quantized
+from transformers_api.checkpoints.headers.quantized_parts import Files
 from transformers_api.checkpoints.headers.safetensors_file import read_header
 from transformers_api.checkpoints.headers.text_names import has_towers, renamed, text_weights
 from transformers_api.engine.file_tensor import FileTensor

@@ -34,7 +34,7 @@ def stored_weights(folder: Path, trust_remote_code: bool) -> StoredWeights | Non
         return GgufWeights(folder)
     config = json.loads((folder / "config.json").read_bytes())
     if (quantization := quantization_of(config)) is not None:
-        check_method(quantization)
+        check_method(quantization, config.get("model_type"))
         if quantization["quant_method"] in BY_TRANSFORMERS:
             return None
     if trust_remote_code and "auto_map" in config:

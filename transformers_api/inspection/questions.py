@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
-from transformers_api.inspection import base
+from transformers_api.inspection import base, logit_share
 from transformers_api.inspection.base import Array, Heads, Inspector, Job
+from transformers_api.inspection.edit_plan import EditPlan
 
+T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
 
@@ -132,3 +134,48 @@ class Gradients:
     def job(self, inspector: Inspector) -> Job[bool]:
         """See Question."""
         return inspector.check_gradients()
+
+
+@dataclass(frozen=True, slots=True)
+class PartNumbers:
+    """See ``Inspector.part_numbers``."""
+
+    ids: Sequence[int]
+    places: Sequence[tuple[int, base.Part]]
+
+    def job(self, inspector: Inspector) -> Job[list[Array]]:
+        """See Question."""
+        return inspector.part_numbers(self.ids, self.places)
+
+
+@dataclass(frozen=True, slots=True)
+class LogitParts:
+    """See ``Inspector.logit_parts``."""
+
+    ids: Sequence[int]
+    question: logit_share.LogitPartsQuestion
+
+    def job(self, inspector: Inspector) -> Job[logit_share.LogitParts]:
+        """See Question."""
+        return inspector.logit_parts(self.ids, self.question)
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """See ``Inspector.check_places``."""
+
+    def job(self, inspector: Inspector) -> Job[base.Editable]:
+        """See Question."""
+        return inspector.check_places()
+
+
+@dataclass(frozen=True, slots=True)
+class Edited(Generic[T]):
+    """The same question of a model that reads with edits; see ``Inspector.edited``."""
+
+    question: Question[T]
+    plan: EditPlan
+
+    def job(self, inspector: Inspector) -> Job[T]:
+        """See Question."""
+        return self.question.job(inspector.edited(self.plan))

@@ -250,9 +250,11 @@ def test_a_quantised_model_sleeps_and_its_plans_are_used(load, tmp_path, native_
 
 
 @pytest.mark.slow  # as the tests of the other forms
-def test_a_load_takes_little_more_memory_than_the_packed_weights(tmp_path, native_cache):
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("name", ["gptq", "nf4-nested", "bnb-int8"])
+def test_a_load_takes_little_more_memory_than_the_packed_weights(tmp_path, native_cache, name):
     wide = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8}
-    write_quantized(FORMATS["gptq"], tmp_path, tf.LlamaConfig(**SIZES | wide))
+    write_quantized(FORMATS[name], tmp_path, tf.LlamaConfig(**SIZES | wide))
     child = subprocess.run(
         [sys.executable, "-c", PEAK, str(tmp_path), str(native_cache), "stored"],
         capture_output=True,

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 from transformers_api.api.http import inspect_auth
 from transformers_api.api.http.request_context import RequestContext
 from transformers_api.api.http.services import services
+from transformers_api.api.intervene import format as intervene_format
 from transformers_api.api.openai import requests
 from transformers_api.config.settings import Settings
 from transformers_api.engine.base import SamplingParams
@@ -24,8 +25,11 @@ from transformers_api.errors import (
     ResponseTooLarge,
 )
 from transformers_api.inspection.base import Anatomy
-from transformers_api.inspection.questions import Inspected, Question
+from transformers_api.inspection.questions import Edited, Inspected, Question
 from transformers_api.serving.generation import GenerationRequest, collect
+from transformers_api.serving.inspect.edit_positions import PromptPlaces
+from transformers_api.serving.inspect.intervening import planned
+from transformers_api.serving.inspect.interventions import InterveneRequest, PlannedEdits
 from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.text import chat_template
 from transformers_api.serving.text.chat_template import ChatPrompt
@@ -47,6 +51,8 @@ class Subject:
     messages: Sequence[Mapping[str, Any]] = ()
     prompt: ChatPrompt | None = None  # which they are
     is_truncated: bool = False  # the model sees only the end of what was given
+    intervene: InterveneRequest | None = None
+    edits: PlannedEdits | None = None
 
     @property
     def anatomy(self) -> Anatomy:
@@ -58,6 +64,30 @@ class Subject:
         """Those of the server."""
         return self.context.services.settings
 
+    @property
+    def said(self) -> Mapping[str, Any]:
+        """The field ``intervene`` of the answer; {}: nobody asked for edits."""
+        return intervene_format.header([self.edits], 0) if self.edits else {}
+
+    def edited(self, prompt_tokens: int | None) -> Subject:
+        """With the edits that were asked for. Raises what ``intervening.planned`` does."""
+        if self.intervene is None:
+            return self
+        place = PromptPlaces(
+            ids=self.ids,
+            most=len(self.ids),
+            vocabulary=self.model.vocabulary,
+            spans=self.spans,
+            window=self.model.engine.max_model_len if self.is_truncated else None,
+            prompt_tokens=prompt_tokens,
+        )
+        services = self.context.services
+        (edits,) = planned(
+            *(self.model, self.intervene, services.settings),
+            *(services.inspections, self.context.cancellation, [place]),
+        )
+        return replace(self, edits=edits)
+
     def spans(self) -> list[Span]:
         """The place of each message; empty where there are none, or the model does not see all."""
         if not self.messages or self.is_truncated:
@@ -67,6 +97,8 @@ class Subject:
     def ask(self, question: Question[T]) -> T:
         """The answer to the question, once it is its turn."""
         inspections = self.context.services.inspections
+        if self.edits is not None and self.edits.plan is not None:
+            question = Edited(question, self.edits.plan)
         return inspections.ask(self.model, question, self.context.cancellation)
 
     def continued(self, body: Mapping[str, Any]) -> Subject:
@@ -74,7 +106,7 @@ class Subject:
         max_new_tokens = body["max_new_tokens"]
         if not max_new_tokens:
             return self
-        _check_tokens(len(self.ids) + max_new_tokens, self.settings.inspect_max_tokens)
+        check_tokens(len(self.ids) + max_new_tokens, self.settings.inspect_max_tokens)
         if self.model.engine.context_overflow is None:
             requests.fit(
                 max_new_tokens,
@@ -94,7 +126,13 @@ class Subject:
             stop_token_ids=prompt.stop_token_ids,
         )
         own_stops = requests.stop_strings(self.model.spec.generation)
-        request = GenerationRequest([self.ids], params, stop=(*prompt.stop, *own_stops))
+        request = GenerationRequest(
+            [self.ids],
+            params,
+            stop=(*prompt.stop, *own_stops),
+            intervene=self.intervene,
+            spans=self.spans,
+        )
         (choice,) = collect(self.context.start(self.model, request, is_streamed=False))
         ids, is_truncated = _visible(self.model, [*self.ids, *choice.token_ids])
         return replace(self, ids=ids, is_truncated=is_truncated or self.is_truncated)
@@ -124,9 +162,10 @@ def opened(body: Mapping[str, Any]) -> Iterator[Subject]:
             ids = prompt.ids
         else:
             ids = _requested_ids(model, body, settings)
-        _check_tokens(len(ids), settings.inspect_max_tokens)
+        check_tokens(len(ids), settings.inspect_max_tokens)
+        prompt_tokens = None if completion is None else len(completion.prompt_ids)
         ids, is_truncated = _visible(model, ids)
-        yield Subject(
+        subject = Subject(
             context=context,
             model=model,
             inspector=inspector,
@@ -134,7 +173,9 @@ def opened(body: Mapping[str, Any]) -> Iterator[Subject]:
             messages=body.get("messages", ()),
             prompt=prompt,
             is_truncated=is_truncated,
+            intervene=body.get("intervene"),
         )
+        yield subject.edited(prompt_tokens)
 
 
 def inspector_of(model: LoadedModel) -> Inspected:
@@ -148,14 +189,20 @@ def _requested_ids(model: LoadedModel, body: Mapping[str, Any], settings: Settin
     if "prompt" not in body:
         requests.check_ids(model, body["token_ids"], "token_ids")
         return list(body["token_ids"])
-    chat_template.check_bytes(body["prompt"], settings.inspected_prompt_bytes)
-    ids = chat_template.encode_text(model, body["prompt"])
+    return text_ids(model, body["prompt"], settings, "prompt")
+
+
+def text_ids(model: LoadedModel, text: str, settings: Settings, param: str) -> list[int]:
+    """The tokens of a text, of which there is one at least."""
+    chat_template.check_bytes(text, settings.inspected_prompt_bytes)
+    ids = chat_template.encode_text(model, text)
     if not ids:
-        raise InvalidRequest("prompt has no tokens", param="prompt")
+        raise InvalidRequest(f"{param} has no tokens", param=param)
     return ids
 
 
-def _check_tokens(count: int, most: int) -> None:
+def check_tokens(count: int, most: int) -> None:
+    """Raise PromptTooLarge for more tokens than are looked at."""
     if count > most:
         raise PromptTooLarge(f"Prompt too large to inspect: {count} tokens (max {most})")
 
@@ -175,7 +222,7 @@ def _visible(model: LoadedModel, ids: list[int]) -> tuple[list[int], bool]:
 
 def check_attribution_tokens(subject: Subject) -> None:
     """Raise PromptTooLarge for more tokens than an attribution reads."""
-    _check_tokens(len(subject.ids), subject.settings.attribution_max_tokens)
+    check_tokens(len(subject.ids), subject.settings.attribution_max_tokens)
 
 
 def window(body: Mapping[str, Any], name: str, n: int) -> tuple[int, int]:

@@ -6,7 +6,7 @@ much, the job, the answer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy
@@ -31,7 +31,6 @@ from transformers_api.api.inspect.schemas.inspect import (
     HeadTable,
     HiddenStates,
     HiddenStatesRequest,
-    InspectedModel,
     Lens,
     LensRequest,
     Rollout,
@@ -39,6 +38,7 @@ from transformers_api.api.inspect.schemas.inspect import (
     TokensRequest,
     TokenTable,
 )
+from transformers_api.api.inspect.schemas.model import InspectedModel
 from transformers_api.api.inspect.subjects import Format, Subject, opened
 from transformers_api.config.settings import Settings
 from transformers_api.errors import (
@@ -102,7 +102,13 @@ def inspect_model() -> Any:
         inspector = subjects.inspector_of(model)
         gradients = inspections.has_gradients(model, inspector, context.cancellation)
         layer = inspections.suggested_layer(model, inspector, context.cancellation)
-        return inspect_format.capabilities(model, inspector.anatomy, gradients, layer, limits)
+        editable = inspections.editable(model, inspector, context.cancellation)
+        norms: Sequence[float] = ()
+        if editable.places:
+            norms = inspections.stream_norms(model, inspector, context.cancellation)
+        return inspect_format.capabilities(
+            model, inspector.anatomy, gradients, layer, editable, norms, limits
+        )
 
 
 def _may_load() -> bool:
@@ -170,7 +176,10 @@ def full_attn(body: dict[str, Any]) -> Any:
             rows=rows,
             cols=cols,
             fields=inspect_format.full_attention(vocabulary, subject.ids, layer, head),
-            rest=inspect_format.about_layer(subject.anatomy, layer, head, subject.is_truncated),
+            rest={
+                **inspect_format.about_layer(subject.anatomy, layer, head, subject.is_truncated),
+                **subject.said,
+            },
             sink=result.sink,
             has_heads=head == "all",
         )
@@ -268,7 +277,7 @@ def inspect_tokens(body: dict[str, Any]) -> Any:
         if not body["logprobs"]:
             return answer
         result = subject.ask(questions.PromptReading(subject.ids, body["topk"]))
-        return {**answer, **inspect_format.reading(vocabulary, result)}
+        return {**answer, **inspect_format.reading(vocabulary, result), **subject.said}
 
 
 @blueprint.at("/inspect/heads", methods=["POST"])
@@ -282,7 +291,7 @@ def inspect_heads(body: dict[str, Any]) -> Any:
         heads = max(layer.heads for layer in anatomy.attention)
         subjects.check_read_cells(anatomy.layers * heads * thumb**2, subject.settings)
         grid = subject.ask(questions.HeadGrid(subject.ids, thumb))
-        return inspect_format.head_table(anatomy, len(subject.ids), grid)
+        return {**inspect_format.head_table(anatomy, len(subject.ids), grid), **subject.said}
 
 
 @blueprint.at("/inspect/logit_lens", methods=["POST"])
@@ -313,7 +322,9 @@ def logit_lens(body: dict[str, Any]) -> Any:
             )
         question = questions.Lens(subject.ids, layers, places, body["topk"], target)
         vocabulary = Vocabulary(subject.model.tokenizer)
-        return inspect_format.lens_table(vocabulary, anatomy, layers, places, subject.ask(question))
+        answer = subject.ask(question)
+        table = inspect_format.lens_table(vocabulary, anatomy, layers, places, answer)
+        return {**table, **subject.said}
 
 
 @blueprint.at("/inspect/attribution", methods=["POST"])
@@ -374,7 +385,7 @@ def hidden_states(body: dict[str, Any]) -> Any:
             )
         subjects.check_read_cells(count, subject.settings)
         result = subject.ask(questions.HiddenStates(subject.ids, layers, places))
-        meta = inspect_format.states_meta(layers, places, subject.ids)
+        meta = {**inspect_format.states_meta(layers, places, subject.ids), **subject.said}
         if body["format"] == "json":
             return {**meta, "states": arrays.exact(result)}
         ids = numpy.array(subject.ids, numpy.int32)

@@ -58,6 +58,9 @@ def relayed(
     for name in _NEED_TOKENS:
         if name in sent:
             raise upstream_refusal(model.spec, f"'{name}' needs its tokens", param=name)
+    if "intervene" in body:
+        reason = "what it does inside is not changed"
+        raise upstream_refusal(model.spec, reason, param="intervene")
     effort = (body.get("reasoning") or {}).get("effort")
     passed: Json = {} if effort is None else {"reasoning_effort": effort}
     passed |= requests.registered_options(model)

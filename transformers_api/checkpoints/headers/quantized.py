@@ -11,64 +11,21 @@ import json
 import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from transformers_api.checkpoints.headers.path_pattern import PathPattern
-from transformers_api.checkpoints.headers.safetensors_file import Tensor
+from transformers_api.checkpoints.headers.quantized_parts import (
+    FLOAT8,
+    Files,
+    QuantizedTensor,
+    check_parts,
+)
 from transformers_api.errors import ModelLoadFailed
 
 Config = Mapping[str, Any]
-FLOAT8 = ("F8_E4M3", "F8_E5M2")
 CODES = (*FLOAT8, "I8", "U8", "I32")
-INT4_BITS = 4
 _pattern = functools.lru_cache(PathPattern)
 MAX_STATE_BYTES = 1 << 20  # of a JSON text in a tensor
-
-
-@dataclass(frozen=True)
-class QuantizedTensor:
-    """A parameter that tensors of the files make together.
-
-    ``layout``: "gptq", "awq", "packed" (compressed-tensors'), "int8", "float8", "mxfp4", "bnb4".
-    ``parts``: the tensors by what they are. ``facts``: what else their names do not say.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    layout: str
-    bits: int
-    parts: Mapping[str, str]
-    facts: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def width(self) -> str:
-        """The width of packed weights that is near to it, as far as headers tell."""
-        is_narrow = self.layout in ("gptq", "awq", "packed") and self.bits <= INT4_BITS
-        return "int4" if is_narrow and not self.facts.get("is_reordered") else "int8"
-
-
-class Files(NamedTuple):
-    """The tensors of a checkpoint by their names. ``read`` gives the bytes of a small one."""
-
-    tensors: Mapping[str, Tensor]
-    read: Callable[[str], bytes]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor that has to be there."""
-        if name not in self.tensors:
-            raise ModelLoadFailed(f"tensor {name} is missing beside other parts of its weight")
-        shape = self.tensors[name].shape
-        if 0 in shape:
-            raise ModelLoadFailed(f"tensor {name} has the shape {list(shape)}, which holds nothing")
-        return shape
-
-    def parts(self, stem: str, *names: str, optional: tuple[str, ...] = ()) -> dict[str, str]:
-        """Tensors by the ends of their names after ``stem``."""
-        for name in names:
-            self.shape(stem + name)
-        there = [name for name in optional if stem + name in self.tensors]
-        return {name.strip("._"): stem + name for name in (*names, *there)}
 
 
 Quantized = Iterator[QuantizedTensor]
@@ -86,7 +43,7 @@ def quantization_of(config: Config) -> Config | None:
     return None
 
 
-def check_method(quantization: Config) -> None:
+def check_method(quantization: Config, model_type: Any = None) -> None:
     """Refuse a configuration of weights that nobody here reads. Raises ModelLoadFailed."""
     method = quantization["quant_method"]
     if method in BY_TRANSFORMERS:
@@ -94,6 +51,11 @@ def check_method(quantization: Config) -> None:
     if method not in READERS:
         raise _unreadable(quantization, "quant_method", [*READERS, *BY_TRANSFORMERS])
     READERS[method][0](quantization)
+    if model_type in TURNED:
+        raise ModelLoadFailed(
+            f"{method} weights of {model_type} cannot be read: its layers have them the other way "
+            "round; take the model that it was made from, or a GGUF file"
+        )
 
 
 def read_quantized(quantization: Config, files: Files) -> dict[str, QuantizedTensor]:
@@ -101,10 +63,15 @@ def read_quantized(quantization: Config, files: Files) -> dict[str, QuantizedTen
     check_method(quantization)
     _, read = READERS[quantization["quant_method"]]
     quantized = {each.name: each for each in read(quantization, files)}
+    for each in quantized.values():
+        check_parts(each, files)
     parts = {part for each in quantized.values() for part in each.parts.values()}
-    for name in files.tensors.keys() - parts:
+    for name in sorted(files.tensors.keys() - parts):
         dtype = files.tensors[name].dtype
-        if name.endswith("weight") and dtype in CODES:
+        if re.search(_PARTS[quantization["quant_method"]], name):
+            raise ModelLoadFailed(f"tensor {name} is a part of a weight that is not there")
+        is_code = dtype in FLOAT8 or (dtype in CODES and name.endswith("weight"))
+        if is_code and not left_out(name):
             raise ModelLoadFailed(
                 f"tensor {name} is {dtype}, and nothing beside it says what its numbers mean"
             )
@@ -116,6 +83,17 @@ def left_out(name: str) -> bool:
     return re.search(_NO_WEIGHTS, name) is not None
 
 
+_WORDS = re.compile(r"\.(qweight|qzeros|scales|g_idx)$")
+_PARTS = {
+    "gptq": _WORDS,
+    "awq": _WORDS,
+    "compressed-tensors": re.compile(r"\.weight_(packed|scale|zero_point|shape|g_idx)$"),
+    "fp8": re.compile(r"_scale_inv$"),
+    "mxfp4": re.compile(r"_(blocks|scales)$"),
+    "bitsandbytes": re.compile(
+        r"\.(SCB|absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__\w+)$"
+    ),
+}
 _NO_WEIGHTS = re.compile(
     r"\.((input|output|activation)_(scale|zero_point|global_scale)|[qkv]_scale|[qkv]_zero_point"
     r"|weight_format)$"
@@ -132,7 +110,7 @@ def _unreadable(config: Config, name: str, allowed: Any) -> ModelLoadFailed:
 
 def _require(config: Config, name: str, allowed: tuple[Any, ...], default: Any = None) -> Any:
     value = config.get(name, default)
-    if value not in allowed:
+    if value not in allowed or isinstance(value, float):  # 4.0 is no number of bits
         raise _unreadable(config, name, allowed)
     return value
 
@@ -346,7 +324,7 @@ def _check_bitsandbytes(config: Config) -> None:
 
 def _bitsandbytes(config: Config, files: Files) -> Quantized:
     for stem in _stems(files, ".SCB"):
-        parts = files.parts(stem, ".weight", ".SCB")
+        parts = files.parts(stem, ".weight", ".SCB", optional=(".weight_format",))
         shape = _two(files, parts["weight"])
         facts = {"group": shape[1]}
         yield QuantizedTensor(f"{stem}.weight", shape, "bnb8", 8, parts, facts)
@@ -357,14 +335,16 @@ def _bitsandbytes(config: Config, files: Files) -> Quantized:
                 raise ModelLoadFailed(f"tensor {state_name} is larger than any state should be")
             try:
                 state = json.loads(files.read(state_name))
-                out, width = (int(size) for size in state["shape"])
+                out, width = state["shape"]
                 facts = {key: state.get(key) for key in _STATE} | {"blocksize": state["blocksize"]}
-                if type(facts["blocksize"]) is not int or facts["blocksize"] < 1:
-                    raise ValueError("blocksize")
+                sizes = (out, width, facts["blocksize"])
+                if not all(type(size) is int and size > 0 for size in sizes):
+                    raise ValueError("shape and blocksize are no sizes")
             except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
                 raise ModelLoadFailed(f"tensor {name} has a state that is none: {error}") from None
             optional = (".nested_absmax", ".nested_quant_map")
             parts = files.parts(name, ".absmax", ".quant_map", optional=optional)
+            files.shape(name)
             parts |= {"weight": name, "state": state_name}
             yield QuantizedTensor(name, (out, width), "bnb4", 4, parts, facts)
 
@@ -395,4 +375,5 @@ READERS: Mapping[str, tuple[Callable[[Config], None], Callable[[Config, Files], 
     "gptq": (_check_gptq, _gptq),
     "mxfp4": (_anything, _mxfp4),
 }
+TURNED = ("gpt2", "openai-gpt", "imagegpt")  # whose layers are Conv1D
 BY_TRANSFORMERS = ("bitnet",)  # whose layers compute otherwise, and need no package

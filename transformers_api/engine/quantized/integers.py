@@ -7,7 +7,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from transformers_api.checkpoints.headers.quantized import QuantizedTensor
+from transformers_api.checkpoints.headers.quantized_parts import QuantizedTensor
 from transformers_api.engine.file_tensor import FileTensor
 from transformers_api.engine.quantized.rows import GROUP, Parts, QuantizedRows
 

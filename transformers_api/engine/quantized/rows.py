@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from transformers_api.checkpoints.headers.quantized import QuantizedTensor
+from transformers_api.checkpoints.headers.quantized_parts import QuantizedTensor
 from transformers_api.engine.file_tensor import FileTensor
 
 GROUP = 32  # weights of a block
@@ -70,6 +70,10 @@ class QuantizedRows(ABC):
         flat = indices.reshape(-1).tolist()
         rows = {index: self.few_rows(index, 1) for index in set(flat)}
         return torch.cat([rows[index] for index in flat]).view(*indices.shape, self.shape[1])
+
+    def lying(self) -> tuple[Tensor, str] | None:
+        """See StoredRows."""
+        return None
 
     def release(self) -> None:
         """See StoredRows."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transformers_api.checkpoints.headers.quantized import QuantizedTensor
+from transformers_api.checkpoints.headers.quantized_parts import QuantizedTensor
 from transformers_api.engine.file_tensor import AT_ONCE
 from transformers_api.engine.quantized.floats import Float8Rows, FourBitRows, Mxfp4Rows
 from transformers_api.engine.quantized.integers import (

@@ -13,10 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from transformers_api.engine.not_finite import showing_overflow
+
 if TYPE_CHECKING:
     from transformers_api.engine.adapters import LoadedAdapter, LowRankProduct, MakeProduct
 
 
+LARGEST = 1e17  # of what is added; a norm would make zeros of much more: see showing_overflow
 PROBE = (1, 2, 3, 1, 2)  # token ids; every vocabulary has them
 
 
@@ -110,6 +113,7 @@ def adapted(
         yield
         return
     with ExitStack() as hooks:
+        hooks.enter_context(showing_overflow(model))
         rows = _Rows([*adapters, *[None] * padding])
         for path, own in users.items():
             products = [(adapter, adapter.products[path]) for adapter in own]
@@ -156,8 +160,7 @@ class _Adding:
         made = output.reshape(-1, output.shape[-1])
         for adapter, product in self.products:
             index = self.rows.of(adapter, each, x.device)
-            if index is None:
-                made = made + product(x).to(made.dtype)
-            else:
-                made = made.index_add(0, index, product(x[index]).to(made.dtype))
+            added = product(x if index is None else x[index])
+            added = added.masked_fill(added.abs() > LARGEST, torch.nan).to(made.dtype)
+            made = made + added if index is None else made.index_add(0, index, added)
         return made.view(output.shape)

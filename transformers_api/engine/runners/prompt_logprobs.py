@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from transformers_api.engine.batch import Batch
+from transformers_api.engine.not_finite import not_finite
 from transformers_api.engine.runners.model_runner import Runner
 from transformers_api.engine.sampling.sampler import token_scores
 from transformers_api.engine.scheduler import SlotStore
@@ -42,4 +45,7 @@ class PromptScoringRunner:
         first = seq.num_cached + 1
         targets = seq.tokens[first : min(first + len(logits), seq.prompt_len)]
         counts = [seq.params.prompt_logprobs] * len(targets)
-        seq.prompt_scores += token_scores(logits[: len(targets)], targets, counts, ranked=True)
+        scores = token_scores(logits[: len(targets)], targets, counts, ranked=True)
+        if any(score and math.isnan(score.logprob) for score in scores):
+            raise not_finite()
+        seq.prompt_scores += scores

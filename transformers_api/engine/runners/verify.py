@@ -10,9 +10,11 @@ from torch import Tensor
 
 from transformers_api.engine.base import SamplingParams, SequenceRequest, TokenStream
 from transformers_api.engine.batch import Batch
+from transformers_api.engine.not_finite import check_logits
 from transformers_api.engine.rope import sequence_length
 from transformers_api.engine.runners.model_runner import MaskBuilder, ModelRunner, VerifiedRunner
 from transformers_api.engine.sequence import Sequence
+from transformers_api.errors import ModelLoadFailed
 
 log = logging.getLogger(__name__)
 # The relative error that rounded weights may make, so far from what wrong ones would (1 and more)
@@ -119,11 +121,15 @@ def windows_agree(model: Any) -> bool:
 def looks_ahead(model: Any, vocab_size: int, window: int) -> str:
     """Return the reason, for an error, where a model's tokens depend on later ones; else "".
 
-    Those of a model that reads a text in both directions do.
+    Those of a model that reads a text in both directions do. Raises ModelLoadFailed where its
+    logits are not finite.
     """
     (*_, row) = probe(model, vocab_size, window, in_windows=True)
     try:
         whole, part = (_plain_logits(model, [ids], vocab_size)[0, 0] for ids in (row, row[:-2]))
+        check_logits([whole, part])
+    except ModelLoadFailed:
+        raise
     except Exception:  # of the model's own code
         name = type(model).__name__
         log.warning("%s: whether it looks ahead was not found out", name, exc_info=True)

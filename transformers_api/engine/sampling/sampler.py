@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from transformers_api.engine.base import SamplingParams, TokenScore
+from transformers_api.engine.not_finite import not_finite
 from transformers_api.engine.sampling import rng
 from transformers_api.engine.sampling.changed_rows import RowChanges, changed_row
 from transformers_api.engine.sampling.fast_sampler import (
@@ -20,7 +21,7 @@ from transformers_api.engine.sampling.fast_sampler import (
     largest,
 )
 from transformers_api.engine.sequence import SampledToken, Sequence
-from transformers_api.errors import ApiError, ConstraintFailed, EngineFailed
+from transformers_api.errors import ApiError, ConstraintFailed
 
 FIRST_CANDIDATES = 64  # looked at before more; nearly always enough for top_p 0.9
 
@@ -315,5 +316,4 @@ def _failed(seq: Sequence, error: ApiError | None) -> SampledToken:
         error = ConstraintFailed(
             "No token can follow that both the requested format and the other parameters allow"
         )
-    not_finite = EngineFailed("The model produced numbers that are not finite")
-    return SampledToken(0, error=error or not_finite)
+    return SampledToken(0, error=error or not_finite())

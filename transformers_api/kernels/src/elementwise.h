@@ -36,6 +36,9 @@ f32x16 larger(f32x16 a, f32x16 b) {  // NaN where one of them is
   return select(less(a, b), b, select(greater_equal(a, b), a, add(a, b)));
 }
 
+// NaN where squares overflowed: a norm that makes zeros of too large numbers would hide them.
+f32x16 inverse_sqrt(f32x16 a) { return fmadd(a, zero(), div(broadcast(1), sqrt(a))); }
+
 inline f32x16 apply(int32_t op, f32x16 a, f32x16 b, float scalar) {
   switch (op) {
     case ADD: return fmadd(b, broadcast(scalar), a);
@@ -44,7 +47,7 @@ inline f32x16 apply(int32_t op, f32x16 a, f32x16 b, float scalar) {
     case DIV: return div(a, b);
     case NEG: return negative(a);
     case CUBE: return mul(mul(a, a), a);
-    case RSQRT: return div(broadcast(1), sqrt(a));
+    case RSQRT: return inverse_sqrt(a);
     case SQRT: return sqrt(a);
     case EXP: return exp(a);
     case TANH: return tanh(a);
@@ -137,7 +140,7 @@ void layer_norm(const Step& s, int64_t index) {
   const int64_t from = line_offset(s, s.inputs[0], index), to = line_offset(s, s.out, index);
   const float average = sum_line(s, s.inputs[0], from, 0, false) / n;
   const float variance = sum_line(s, s.inputs[0], from, average, true) / n;
-  const f32x16 factor = broadcast(1 / std::sqrt(variance + static_cast<float>(s.scalar)));
+  const f32x16 factor = inverse_sqrt(broadcast(variance + static_cast<float>(s.scalar)));
   for (int64_t i = 0; i < n; i += 16) {
     const mask16 mask = first_lanes(n - i);
     f32x16 v = load_elements(s.inputs[0], from + i, 1, mask);

@@ -121,7 +121,7 @@ def check_quantization(path: Path, config: Mapping[str, Any], *, by_transformers
     method = quantization["quant_method"]
     if not by_transformers:
         try:
-            return check_method(quantization)
+            return check_method(quantization, config.get("model_type"))
         except ModelLoadFailed as error:
             raise ModelLoadFailed(f"{path}: {error.message}") from None
     package = PACKAGES.get(method)

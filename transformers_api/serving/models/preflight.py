@@ -253,7 +253,7 @@ def refusal(folder: Path, encoder: EncoderKind | None = None) -> str | None:
     if quantization is None or encoder is not None or "auto_map" in config:
         return None
     try:
-        check_method(quantization)
+        check_method(quantization, config.get("model_type"))
     except ModelLoadFailed as error:
         return error.message
     return None

@@ -10,11 +10,11 @@ from typing import Any
 
 from transformers_api.checkpoints.headers.quantized import (
     READERS,
-    Files,
     left_out,
     quantization_of,
     read_quantized,
 )
+from transformers_api.checkpoints.headers.quantized_parts import Files
 from transformers_api.checkpoints.headers.safetensors_file import Tensor
 
 

@@ -13,6 +13,7 @@ import { take } from "./chunks.js";
 import { askedNow, bodyOf } from "./request_body.js";
 
 const PATH = "/v1/chat/completions";
+const PATIENCE_MS = 2000; // with the page's own questions about the model, which say what can be noted of an answer
 const callbacks = new Set();
 let frame = 0;
 
@@ -58,6 +59,9 @@ function noteFailure(node, error) {
   else node.error = { status: 0, code: "refused_here", message: error.message };
 }
 
+/** Until `promise` is settled, or for `ms`. */
+const within = (ms, promise) => Promise.race([promise, new Promise((resolve) => { setTimeout(resolve, ms); })]);
+
 /** False while another answer is written, and in a chat of a later version of the page. */
 function mayWrite() {
   const isLater = state.chat.v > VERSION;
@@ -86,8 +90,9 @@ async function write(chat, node, leaf, { continues = false, isCalm = false } = {
   set({ writing: { node, chat, stop: () => control.abort(), clock }, compared: null, selection: null, isPinned: false });
   touch("chat");
   announce(words.saidWaiting);
-  refresh();
+  const asked = refresh();
   try {
+    if (state.anatomy?.id !== state.model) await within(PATIENCE_MS, asked);
     node.asked = askedNow({ isCalm });
     await stream(PATH, bodyOf(chat, leaf, node.asked, { continues }), { signal: control.signal, panel: "answer", onEvent });
   } catch (error) {
