@@ -58,17 +58,22 @@ def test_a_killed_replica_ends_its_own_streams_alone(cluster, front, measured):
     wait_for(lambda: all(s.events for own in streams.values() for s in own))
     victim = next(each for each in front.replicas() if each["model"] == "one")
     os.kill(victim["pid"], signal.SIGKILL)
-    killed = time.monotonic()
+    killed, back_s = time.monotonic(), list[float]()
+
+    def look():
+        wait_for(lambda: sum(each["pid"] != victim["pid"] for each in front.replicas()) == 2)
+        back_s.append(time.monotonic() - killed)
+
+    looking = threading.Thread(target=look, daemon=True)
+    looking.start()
     news = [front.chat(model, tokens=2) for _ in range(10) for model in ("one", "two")]
     assert all(isinstance(answer, dict) for answer in news), news
     answered_s = time.monotonic() - killed
     assert Counter(stream.end() for stream in streams["one"]) == {"replica_failed": 8}
     assert Counter(stream.end() for stream in streams["two"]) == {"done": 8}
-    wait_for(lambda: len(cluster.pids(REPLICA)) == 2)
-    wait_for(lambda: len(front.replicas()) == 2)
-    back_s = time.monotonic() - killed
-    measured(f"20 new requests in {answered_s:.1f} s; the replica is back after {back_s:.1f} s")
-    assert back_s < 30
+    looking.join(60)
+    measured(f"20 new requests in {answered_s:.1f} s; a replica is back in {back_s[0]:.1f} s")
+    assert back_s[0] < 30
 
 
 def test_nobody_notices_that_the_controller_is_killed(cluster, front, measured):
@@ -106,7 +111,7 @@ def test_more_than_all_replicas_take_is_a_429_with_a_time(front):
     streams = []
 
     def ask():
-        answer = front.chat("one", tokens=2000, ignore_eos=True)
+        answer = front.chat("one", tokens=800, ignore_eos=True)
         if not isinstance(answer, dict):
             refusals.append(answer)
 
@@ -181,7 +186,7 @@ def test_nobody_joins_without_the_token(cluster, token, tmp_path):
             env=environment,
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=12,
             check=False,
         )
     except subprocess.TimeoutExpired:

@@ -18,7 +18,7 @@ from transformers_api.config.settings import SettingError, Settings
 from transformers_api.errors import Unavailable
 
 START_S = 90.0
-END_S = 60.0
+END_S = 8.0  # nothing is left to be finished: the replicas have ended
 LONGEST_PATH = 60  # letters: those of a socket in it, which Ray names, are 107 at most
 
 

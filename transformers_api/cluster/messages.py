@@ -122,7 +122,7 @@ def _kinds() -> Iterator[type[ApiError]]:
 
 
 def tallies(requests: Sequence[SequenceRequest]) -> list[EditTally]:
-    """What the edits of each sequence have done so far; empty where none is edited."""
+    """The work of each sequence's edits so far; empty where none is edited."""
     plans = [cast("EditPlan | None", request.edits) for request in requests]
     if not any(plans):
         return []
