@@ -50,7 +50,7 @@ LAYERS = {
         "serving.constraints.listener",
         never=HTTP | MODELS | {"torch"},
     ),
-    "kernels": layer("kernels", "errors", "logs", never=HTTP),
+    "kernels": layer("kernels", "errors", "logs", "heap", never=HTTP),
     "families": layer("families", never=HTTP),
     "checkpoints.headers": layer("checkpoints.headers", "errors", never=HTTP | MODELS | {"torch"}),
     "checkpoints": layer("checkpoints", "families", "engine.platform", *LEAVES, never=HTTP),

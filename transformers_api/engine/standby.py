@@ -28,7 +28,7 @@ class StandbyModel(Protocol):
 
 
 class Conversation(Protocol):
-    """What was computed of a text; see conversations.py."""
+    """A text whose keys and values are kept; see conversations.py."""
 
     @property
     def bytes(self) -> int:
