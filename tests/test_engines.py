@@ -422,7 +422,7 @@ def test_plans_of_constraints_start_again_as_they_were(local):
 
 def test_leaving_refuses_new_requests(settings):
     transport = DirectTransport()
-    models = front.ClusterModels(transport, None, wait_s=1)
+    models = front.ClusterModels(transport, None)
     models.refuse()
     with pytest.raises(Exception, match="shutting down"):
         models.lease(None)

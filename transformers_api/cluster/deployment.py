@@ -65,10 +65,6 @@ class ReplicaDeployment:
         """See Replica."""
         return await self._replica.status()
 
-    async def encoder(self) -> Any:
-        """See Replica."""
-        return await self._replica.encoder()
-
     async def metrics(self) -> Any:
         """See Replica."""
         return await self._replica.metrics()

@@ -98,9 +98,15 @@ class ClusterInspections(Inspections):
 class Watch:
     """Looks at the replicas again and again, and knows whether requests may be sent."""
 
-    def __init__(self, transport: Transport, models: ClusterModels, preloaded: str | None) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        models: ClusterModels,
+        encoders: ClusterModels,
+        preloaded: str | None,
+    ) -> None:
         self._transport = transport
-        self._models = models
+        self._models, self._encoders = models, encoders
         self._preloaded = preloaded
         self._leaving: str | None = None
         self._trouble = ""
@@ -128,7 +134,8 @@ class Watch:
             began = time.monotonic()
             try:
                 answers = self._transport.start(self._transport.broadcast("status")).result()
-                self._models.replicas = sorted(answers, key=lambda each: str(each.replica))
+                answers = sorted(answers, key=lambda each: str(each.replica))
+                self._models.replicas = self._encoders.replicas = answers
             except Exception as error:
                 self._note(f"The replicas cannot be looked at: {error}")
                 self._models.replicas = ()
@@ -162,13 +169,11 @@ def cluster_engine(parts: Parts, transport: Transport | None = None) -> EngineSi
     ray = None
     if transport is None:
         transport = ray = RayTransport(settings, lambda: watch.begin())
-    models = ClusterModels(transport, parts.registry, wait_s=settings.model_wait_s)
-    watch = Watch(transport, models, parts.preloaded)
+    models = ClusterModels(transport, parts.registry)
+    encoders = ClusterModels(transport, parts.registry, encoder=True)
+    watch = Watch(transport, models, encoders, parts.preloaded)
     embeddings = None
     if settings.enable_embeddings_backend:
-        encoders = ClusterModels(
-            transport, parts.registry, wait_s=settings.model_wait_s, encoder=True
-        )
         embeddings = EmbeddingModels(parts.registry, models, encoders, max(settings.max_queue, 1))
 
     if parts.metrics is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,9 @@ from transformers_api.config.settings import SettingError, Settings
 from transformers_api.errors import Unavailable
 
 START_S = 90.0
+LOOK_S = 0.2
+STARTED = "Ray runtime started"  # in the log of `ray start`
+TRIES = 2  # Ray gives its own parts 30 s, which a busy machine may not keep
 END_S = 8.0  # nothing is left to be finished: the replicas have ended
 LONGEST_PATH = 60  # letters: those of a socket in it, which Ray names, are 107 at most
 
@@ -29,6 +31,7 @@ class Head:
         self._settings = settings
         self._folder = settings.cluster_folder.absolute()
         self._pid_file = self._folder / "head.pid"
+        self._log = self._folder / "head.log"
         if len(str(self._folder)) > LONGEST_PATH:
             raise SettingError(
                 f"CLUSTER_FOLDER={self._folder} is not allowed: expected a path of at most "
@@ -51,6 +54,29 @@ class Head:
             return
         self._make_token()
         ray_runtime.prepare(self._settings)
+        for _ in range(TRIES):
+            process = self._spawn()
+            if self._comes_up(process):
+                return
+            if process.poll() is None:
+                raise Unavailable(f"The head did not come up within {START_S:g} s ({self._log})")
+        raise Unavailable(f"The head has ended: {_last_line(self._log)} ({self._log})")
+
+    def stop(self) -> bool:
+        """End it and all that it has started; False where nothing of it runs."""
+        pid = self.pid
+        ours = [] if pid is None else [pid]
+        if not (ours or _belonging(pid, self._folder)):
+            return False
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            for one in (*ours, *_belonging(pid, self._folder)):
+                _send(one, number)
+            if _comes_true(lambda: not _belonging(pid, self._folder) and self.pid is None, END_S):
+                break
+        self._pid_file.unlink(missing_ok=True)
+        return True
+
+    def _spawn(self) -> subprocess.Popen[bytes]:
         host, _, port = self._settings.cluster_address.rpartition(":")
         command = [
             *(sys.executable, "-c", "from ray.scripts.scripts import main; main()"),
@@ -58,7 +84,7 @@ class Head:
             *(f"--port={port}", "--include-dashboard=false", "--disable-usage-stats"),
             *(f"--temp-dir={self._folder / 'ray'}", f"--ray-client-server-port={int(port) + 1}"),
         ]
-        with (self._folder / "head.log").open("ab") as log:
+        with self._log.open("wb") as log:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -69,28 +95,17 @@ class Head:
                 start_new_session=True,
             )
         self._pid_file.write_text(f"{process.pid} {_started(process.pid)}\n")
-        log_file = self._folder / "head.log"
+        return process
 
-        def is_there() -> bool:
-            if process.poll() is not None:
-                raise Unavailable(f"The head has ended: {_last_line(log_file)} ({log_file})")
-            return _answers(self._settings)
-
-        if not _comes_true(is_there, START_S):
-            raise Unavailable(f"The head did not come up within {START_S:g} s ({log_file})")
-
-    def stop(self) -> bool:
-        """End it and all that it has started; False where it does not run."""
-        pid = self.pid
-        if pid is None:
-            return False
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            for one in (pid, *_descendants(pid, self._folder)):
-                _send(one, number)
-            if _comes_true(lambda: not _descendants(pid, self._folder) and self.pid is None, END_S):
-                break
-        self._pid_file.unlink(missing_ok=True)
-        return True
+    def _comes_up(self, process: subprocess.Popen[bytes]) -> bool:
+        """True once all of it runs; who connects before that is ended by Ray."""
+        until = time.monotonic() + START_S
+        while process.poll() is None and time.monotonic() < until:
+            if STARTED in self._log.read_text(errors="replace"):
+                ray_runtime.connect(self._settings)
+                return True
+            time.sleep(LOOK_S)
+        return False
 
     def _make_token(self) -> None:
         """The secret of all connections, in a file that only this user reads."""
@@ -102,22 +117,12 @@ class Head:
                 out.write(secrets.token_hex(32))
 
 
-def _answers(settings: Settings) -> bool:
-    host, _, port = settings.cluster_address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), 1.0).close()
-        ray_runtime.connect(settings)
-    except Exception:  # Ray raises what it likes
-        return False
-    return True
-
-
 def _comes_true(condition: Callable[[], bool], within_s: float) -> bool:
     until = time.monotonic() + within_s
     while not condition():
         if time.monotonic() > until:
             return False
-        time.sleep(0.2)
+        time.sleep(LOOK_S)
     return True
 
 
@@ -130,7 +135,7 @@ def _started(pid: int) -> str | None:
     return None if state == "Z" else rest[18]
 
 
-def _descendants(head: int, folder: Path) -> list[int]:
+def _belonging(head: int | None, folder: Path) -> list[int]:
     """The processes of this head: its session's, and those whose files are in its folder."""
     mark, own = str(folder / "ray").encode(), []
     for entry in Path("/proc").iterdir():

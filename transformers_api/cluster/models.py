@@ -52,12 +52,10 @@ class ClusterModels:
         transport: Transport,
         registry: ModelRegistry,
         *,
-        wait_s: float,
         encoder: bool = False,
     ) -> None:
         self._transport = transport
         self._registry = registry
-        self._wait_s = wait_s
         self._encoder = encoder
         self._lock = threading.Lock()
         self._facts: OrderedDict[str, Entry] = OrderedDict()
@@ -126,6 +124,9 @@ class ClusterModels:
     def status(self) -> SwapperStatus:
         """See Swapper."""
         replicas = self.replicas
+        if self._encoder:
+            name = next((each.encoder for each in replicas if each.encoder), None)
+            return SwapperStatus(state="ready" if name else "empty", model=name)
         with self._lock:
             waiting = Counter({name: count for name, count in self._waiting.items() if count})
             leases = sum(self._leases.values())

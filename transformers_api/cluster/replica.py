@@ -189,8 +189,10 @@ class Replica:
         """See Swapper.evict; of the encoder beside, too."""
         if encoder:
             embeddings = self._engine.embeddings
-            has_it = embeddings is not None and embeddings.encoder == model_id
-            return has_it and embeddings is not None and embeddings.give_back(0)
+            if embeddings is None or embeddings.encoder is None:
+                return False
+            is_asked_for = model_id in (None, embeddings.encoder)
+            return is_asked_for and await asyncio.to_thread(embeddings.give_back, 0)
         try:
             return await asyncio.to_thread(self._engine.models.evict, model_id)
         except Exception as error:
@@ -210,11 +212,8 @@ class Replica:
             ready=ready,
             reason=reason,
             process_bytes=process_bytes(),
+            encoder=self._engine.embeddings.encoder if self._engine.embeddings else None,
         )
-
-    async def encoder(self) -> str | None:
-        """The encoder in memory."""
-        return self._engine.embeddings.encoder if self._engine.embeddings else None
 
     async def metrics(self) -> tuple[str, bytes]:
         """(the replica's name, its metrics in Prometheus' text format)."""

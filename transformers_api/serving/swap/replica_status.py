@@ -22,3 +22,4 @@ class ReplicaStatus:
     ready: bool
     reason: str
     process_bytes: int | None
+    encoder: str | None = None  # beside its model
