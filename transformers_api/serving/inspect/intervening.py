@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 from transformers_api.config.settings import Settings
 from transformers_api.errors import InspectionDisabled, ModelNotCapable
-from transformers_api.inspection.base import Array, Inspector, Part
+from transformers_api.inspection.base import Array, Part
 from transformers_api.inspection.edit_plan import InterventionsDisabled
+from transformers_api.inspection.questions import Inspected, PartNumbers
 from transformers_api.serving.generation import GenerationRequest
 from transformers_api.serving.inspect.edit_positions import PromptPlaces
 from transformers_api.serving.inspect.edit_request import InterveneRequest, check_size
@@ -69,7 +70,7 @@ class Planner:
         def numbers(text: str | None, places: Sequence[tuple[int, Part]]) -> Sequence[Array]:
             ids = chat_template.encode_text(model, TEXT if text is None else text)
             ids = ids[: model.engine.max_model_len]
-            return inspections.run(model, inspector.part_numbers(ids, places), cancellation)
+            return inspections.ask(model, PartNumbers(ids, places), cancellation)
 
         facts = Facts(
             editable=inspections.editable(model, inspector, cancellation),
@@ -86,7 +87,7 @@ class Planner:
         return plan_edits(model, intervene, facts, prompts)
 
 
-def checked(model: LoadedModel, intervene: InterveneRequest, settings: Settings) -> Inspector:
+def checked(model: LoadedModel, intervene: InterveneRequest, settings: Settings) -> Inspected:
     """The inspector of a model that may be changed. Raises as ``planned``."""
     if not settings.intervene_enabled:
         raise InterventionsDisabled()
