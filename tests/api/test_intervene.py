@@ -13,7 +13,7 @@ from tests import tokenizers
 from tests.api.tiny_app import running
 from transformers_api.api.http.services import EXTENSION
 from transformers_api.errors import InvalidRequest
-from transformers_api.serving.inspect.interventions import (
+from transformers_api.serving.inspect.edit_request import (
     EditRequest,
     InterveneRequest,
     check_size,
@@ -29,7 +29,7 @@ ADD = {"do": "add", "vector": VECTOR, "layers": [0]}
 @pytest.fixture(scope="module")
 def app(tmp_path_factory):
     folder = tmp_path_factory.mktemp("edited")
-    with running(folder, {"tiny": tokenizers.byte_level()}) as app:
+    with running(folder, dict.fromkeys(["tiny", "twin"], tokenizers.byte_level())) as app:
         yield app
 
 
@@ -285,7 +285,7 @@ def test_what_is_wrong_is_said_before_the_first_byte(client, param):
 @pytest.mark.parametrize(
     ("edit", "words"),
     [
-        ({**ADD, "vector": "formal"}, "No vector 'formal' in the store; there are: none"),
+        ({**ADD, "vector": "formal"}, "No vector 'formal' in the store; it is empty"),
         ({**ADD, "vector": [*VECTOR[:-1], "x"]}, "must be a name"),
         ({**ADD, "vector": {"data": "AAA", "dtype": "f32", "shape": [1]}}, "base64"),
         ({**ADD, "vector": {"data": "AAAA", "dtype": "f32", "shape": [1]}}, "3 bytes"),
@@ -342,6 +342,26 @@ def test_it_can_be_switched_off(app, client, monkeypatch):
     error = completion(client, ADD, status=403)["error"]
     assert error["message"] == "Interventions are disabled on this server"
     assert error["code"] == "intervene_disabled"
+
+
+def test_a_vector_from_the_store_is_the_same_edit(client):
+    vector = numpy.array([VECTOR, VECTOR[::-1]])
+    body = {"vector": vector.tolist(), "layers": [0, 1], "model": "tiny"}
+    assert client.put("/inspect/vectors/mood", json=body).status_code in (200, 201)
+    sent = completion(client, {"do": "add", "vector": vector.tolist(), "layers": [0, 1]})
+    stored = completion(client, {"do": "add", "vector": "mood", "layers": "all"})
+    assert text(sent) == text(stored)
+    message = refusal(client, {"do": "add", "vector": "mood", "layer": -1})["message"]
+    assert message == "vector 'mood' has no direction for layer -1; it has layers [0, 1]"
+    client.put("/inspect/vectors/short", json={"vector": [1.0, 2.0]})
+    message = refusal(client, {"do": "add", "vector": "short", "layer": 0})["message"]
+    assert message == "vector 'short' has 2 numbers, the model's stream 32"
+    client.put("/inspect/vectors/other", json={"vector": VECTOR, "model": "twin"})
+    edit = {"do": "add", "vector": "other", "layer": 0}
+    assert refusal(client, edit)["message"] == (
+        "vector 'other' was made for model 'twin'; send \"any_model\": true to use it all the same"
+    )
+    assert text(completion(client, {**edit, "any_model": True})) == text(completion(client, ADD))
 
 
 def inspected(client, route, *edits, status=200, **fields):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from transformers_api.errors import InsufficientPermissions, InvalidRequest, NotFound
+from transformers_api.errors import InsufficientPermissions, InvalidRequest
 from transformers_api.inspection.base import Array, Part
 
 Do = Literal["add", "erase", "scale", "set"]
@@ -29,12 +29,6 @@ class InterventionFailed(InvalidRequest):
     """An edit made numbers that are not finite, or too large to go on with."""
 
     code = "intervention_failed"
-
-
-class VectorNotFound(NotFound):
-    """No vector of this name in the store."""
-
-    code = "vector_not_found"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -24,7 +24,8 @@ from transformers_api.errors import (
 )
 from transformers_api.inspection.base import StepTrace, TracePlan
 from transformers_api.inspection.edit_plan import EditPlan
-from transformers_api.serving.inspect.interventions import InterveneRequest, PlannedEdits
+from transformers_api.serving.inspect.edit_request import InterveneRequest
+from transformers_api.serving.inspect.interventions import PlannedEdits
 from transformers_api.serving.inspect.trace_slots import WHOLE
 from transformers_api.serving.limits.cancellation import Cancellation
 from transformers_api.serving.swap.loaded_model import LoadedModel

@@ -9,6 +9,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -31,7 +32,7 @@ from transformers_api.errors import (
 )
 from transformers_api.serving import generation as serving_generation
 from transformers_api.serving.generation import Generation, GenerationRequest
-from transformers_api.serving.inspect.intervening import place_cost, with_edits
+from transformers_api.serving.inspect.intervening import Planner, place_cost
 from transformers_api.serving.limits.cancellation import Cancellation
 from transformers_api.serving.models.spec import ModelSpec
 from transformers_api.serving.swap.loaded_model import LoadedModel, under_entry
@@ -222,21 +223,30 @@ class RequestContext:
         """Enter ``resource``, and leave it with all else."""
         return self._exits.enter_context(resource)
 
+    @property
+    def planner(self) -> Planner:
+        """The planner of this request's edits."""
+        services = self.services
+        return Planner(
+            settings=services.settings,
+            inspections=services.inspections,
+            cancellation=self.cancellation,
+            vector=partial(services.vectors.get, self.client),
+        )
+
     def start(
         self, model: LoadedModel, request: GenerationRequest, *, is_streamed: bool
     ) -> Generation:
         """Begin to generate, once its edits are planned and there is a place for its trace.
 
-        Raises what ``with_edits`` does, TraceBusy where too many wait for one already, RateLimited
-        and TooManyTokens. Where a trace is not required, the request of what comes back may have
-        none.
+        Raises what ``Planner.planned`` does, TraceBusy where too many wait for one already,
+        RateLimited and TooManyTokens. Where a trace is not required, the request of what comes back
+        may have none.
         """
         services, exits = self.services, self._exits
         ends: list[Callable[[], None]] = []
         if request.intervene is not None:
-            request = with_edits(
-                model, request, services.settings, services.inspections, self.cancellation
-            )
+            request = self.planner.with_edits(model, request)
         if request.trace is not None or request.edited_places:
             request, end = self._placed(request)
             if end is not None:

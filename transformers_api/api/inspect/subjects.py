@@ -28,8 +28,8 @@ from transformers_api.inspection.base import Anatomy
 from transformers_api.inspection.questions import Edited, Inspected, Question
 from transformers_api.serving.generation import GenerationRequest, collect
 from transformers_api.serving.inspect.edit_positions import PromptPlaces
-from transformers_api.serving.inspect.intervening import planned
-from transformers_api.serving.inspect.interventions import InterveneRequest, PlannedEdits
+from transformers_api.serving.inspect.edit_request import InterveneRequest
+from transformers_api.serving.inspect.interventions import PlannedEdits
 from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.text import chat_template
 from transformers_api.serving.text.chat_template import ChatPrompt
@@ -65,12 +65,12 @@ class Subject:
         return self.context.services.settings
 
     @property
-    def said(self) -> Mapping[str, Any]:
+    def edit_header(self) -> Mapping[str, Any]:
         """The field ``intervene`` of the answer; {}: nobody asked for edits."""
         return intervene_format.header([self.edits], 0) if self.edits else {}
 
     def edited(self, prompt_tokens: int | None) -> Subject:
-        """With the edits that were asked for. Raises what ``intervening.planned`` does."""
+        """With the edits that were asked for. Raises what ``Planner.planned`` does."""
         if self.intervene is None:
             return self
         place = PromptPlaces(
@@ -81,11 +81,7 @@ class Subject:
             window=self.model.engine.max_model_len if self.is_truncated else None,
             prompt_tokens=prompt_tokens,
         )
-        services = self.context.services
-        (edits,) = planned(
-            *(self.model, self.intervene, services.settings),
-            *(services.inspections, self.context.cancellation, [place]),
-        )
+        (edits,) = self.context.planner.planned(self.model, self.intervene, [place])
         return replace(self, edits=edits)
 
     def spans(self) -> list[Span]:

@@ -178,7 +178,7 @@ def full_attn(body: dict[str, Any]) -> Any:
             fields=inspect_format.full_attention(vocabulary, subject.ids, layer, head),
             rest={
                 **inspect_format.about_layer(subject.anatomy, layer, head, subject.is_truncated),
-                **subject.said,
+                **subject.edit_header,
             },
             sink=result.sink,
             has_heads=head == "all",
@@ -277,7 +277,7 @@ def inspect_tokens(body: dict[str, Any]) -> Any:
         if not body["logprobs"]:
             return answer
         result = subject.ask(questions.PromptReading(subject.ids, body["topk"]))
-        return {**answer, **inspect_format.reading(vocabulary, result), **subject.said}
+        return {**answer, **inspect_format.reading(vocabulary, result), **subject.edit_header}
 
 
 @blueprint.at("/inspect/heads", methods=["POST"])
@@ -291,7 +291,7 @@ def inspect_heads(body: dict[str, Any]) -> Any:
         heads = max(layer.heads for layer in anatomy.attention)
         subjects.check_read_cells(anatomy.layers * heads * thumb**2, subject.settings)
         grid = subject.ask(questions.HeadGrid(subject.ids, thumb))
-        return {**inspect_format.head_table(anatomy, len(subject.ids), grid), **subject.said}
+        return {**inspect_format.head_table(anatomy, len(subject.ids), grid), **subject.edit_header}
 
 
 @blueprint.at("/inspect/logit_lens", methods=["POST"])
@@ -324,7 +324,7 @@ def logit_lens(body: dict[str, Any]) -> Any:
         vocabulary = Vocabulary(subject.model.tokenizer)
         answer = subject.ask(question)
         table = inspect_format.lens_table(vocabulary, anatomy, layers, places, answer)
-        return {**table, **subject.said}
+        return {**table, **subject.edit_header}
 
 
 @blueprint.at("/inspect/attribution", methods=["POST"])
@@ -385,7 +385,7 @@ def hidden_states(body: dict[str, Any]) -> Any:
             )
         subjects.check_read_cells(count, subject.settings)
         result = subject.ask(questions.HiddenStates(subject.ids, layers, places))
-        meta = {**inspect_format.states_meta(layers, places, subject.ids), **subject.said}
+        meta = {**inspect_format.states_meta(layers, places, subject.ids), **subject.edit_header}
         if body["format"] == "json":
             return {**meta, "states": arrays.exact(result)}
         ids = numpy.array(subject.ids, numpy.int32)

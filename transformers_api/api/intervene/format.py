@@ -1,4 +1,4 @@
-"""What an answer says of its interventions: the plan that was carried out, and what it took."""
+"""The interventions of an answer: the plan that was carried out, and the cost of it."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from transformers_api.api.http.fields import (
 from transformers_api.api.http.sampling_schema import about
 from transformers_api.inspection.base import PARTS, Array
 from transformers_api.serving.inspect.edit_positions import At, SpanAt, StepsAt, TextAt
-from transformers_api.serving.inspect.interventions import EditRequest, InterveneRequest
+from transformers_api.serving.inspect.edit_request import EditRequest, InterveneRequest
 
 MOST_NAMED = 1 << 16  # layers, heads, neurons, positions
 _ANY = 2**63
@@ -196,6 +196,9 @@ class EditOptions(StrictSchema):
         error_messages=NOT_GIVEN,
         **about("Numbers, or a name: what is added, erased or set. Several rows: one per layer."),
     )
+    any_model = Boolean(
+        load_default=False, **about("Use a stored vector that was made for another model.")
+    )
     scale = Number(-_HUGE, _HUGE, load_default=1.0, **about("Of add: times the vector."))
     by = Number(-_HUGE, _HUGE, **about("Of scale: times what is there."))
     value = Number(-_HUGE, _HUGE, **about("Of set, and of neurons that are added to: a number."))
@@ -263,8 +266,8 @@ def _check(data: dict[str, Any]) -> None:
     do, part = data["do"], data["part"]
     for name, kinds in _OWN.items():
         if name in data and do not in kinds and data[name] != _DEFAULTS.get(name):
-            shown = "with" if name == "instead" else name
-            raise ValidationError(f"is not for {do}", shown)
+            key = "with" if name == "instead" else name
+            raise ValidationError(f"is not for {do}", key)
     needed = _NEEDS.get(do, ())
     present = [name for name in needed if name in data]
     if needed and len(present) != 1:

@@ -11,7 +11,7 @@ from transformers_api.api.openai.conversation import Conversation, planned
 from transformers_api.config.settings import Settings
 from transformers_api.errors import ContextLengthExceeded
 from transformers_api.serving.generation import GenerationRequest
-from transformers_api.serving.inspect.interventions import InterveneRequest
+from transformers_api.serving.inspect.edit_request import InterveneRequest
 from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.text import chat_template
 from transformers_api.serving.text.chat_template import ChatPrompt

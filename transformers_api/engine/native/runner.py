@@ -235,7 +235,9 @@ class NativeRunner(ModelRunner):
             (self.model.get_submodule(edit.module), edit.side): edit.apply for edit in edits
         }
         return HookReplay(
-            cache.library, starts, int(starts.max()) + 1, cache.tensors, first, tokens, by_module
+            *(cache.library, starts, int(starts.max()) + 1, cache.tensors, first, tokens),
+            edits=by_module,
+            observes=batch.is_observed,
         )
 
     def _watched_passes(

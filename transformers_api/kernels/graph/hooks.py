@@ -37,7 +37,8 @@ class HookReplay:
     of the pass, in order. ``starts`` (N,): the position of every token of the pass; all come before
     ``length``. Attention is shown of the layers that are observed (see ``observing``), other
     modules where they have hooks. ``edits`` write into the rows (N, width) of all tokens, of what a
-    module is given ("in") or makes ("out"), before anybody is shown it.
+    module is given ("in") or makes ("out"), before anybody is shown it; unless it ``observes``
+    nobody is.
 
     Between two parts of a pass the kernels' threads wait, and soon go to sleep. The weights have
     driven everything else from the caches, and a call of torch takes fifty microseconds: few are
@@ -53,8 +54,10 @@ class HookReplay:
         first: int,
         tokens: Tensor | None = None,
         edits: Mapping[tuple[nn.Module, str], Callable[[Tensor], None]] = NO_EDITS,
+        observes: bool = True,
     ) -> None:
         self.library = library
+        self.observes = observes
         self.edits = edits
         self.cache = cache
         self.tokens = tokens
@@ -65,6 +68,8 @@ class HookReplay:
 
     def choose(self, points: Sequence[HookPoint]) -> list[HookPoint]:
         """See PassObserver."""
+        if not self.observes:
+            return [point for point in points if self._edit_of(point) is not None]
         layers = _observed.get()
         return [
             point
@@ -77,7 +82,7 @@ class HookReplay:
         if (edit := self._edit_of(call)) is not None:
             made = call.tensors[-1]
             edit(made.view(-1, made.shape[-1]))
-        if "side" in call.options:
+        if "side" in call.options or not self.observes:
             return
         tensors = call.tensors
         if self.tokens is not None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from transformers_api.config.settings import Settings
 from transformers_api.errors import InspectionDisabled, ModelNotCapable
@@ -12,88 +12,83 @@ from transformers_api.inspection.edit_plan import InterventionsDisabled
 from transformers_api.inspection.questions import Inspected, PartNumbers
 from transformers_api.serving.generation import GenerationRequest
 from transformers_api.serving.inspect.edit_positions import PromptPlaces
+from transformers_api.serving.inspect.edit_request import InterveneRequest, check_size
 from transformers_api.serving.inspect.interventions import (
     LIGHT_PLACES,
     Facts,
-    InterveneRequest,
     PlannedEdits,
-    check_size,
-    no_vector,
     plan_edits,
 )
 from transformers_api.serving.inspect.queue import Inspections
 from transformers_api.serving.inspect.stream_norms import TEXT
 from transformers_api.serving.inspect.trace_slots import LIGHT, WHOLE
+from transformers_api.serving.inspect.vector_store import Vector
 from transformers_api.serving.limits.cancellation import Cancellation
 from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.text import chat_template
 
 
-def with_edits(
-    model: LoadedModel,
-    request: GenerationRequest,
-    settings: Settings,
-    inspections: Inspections,
-    cancellation: Cancellation,
-) -> GenerationRequest:
-    """``request`` with the edits of each prompt.
+@dataclass(frozen=True, kw_only=True)
+class Planner:
+    """Plans edits, with what the server knows. ``vector``: see ``Facts``."""
 
-    Raises InterventionsDisabled, InspectionDisabled, ModelNotCapable, and what ``plan_edits`` does.
-    """
-    intervene = request.intervene
-    assert intervene is not None
-    engine = model.engine
-    window = engine.max_model_len
-    prompts = []
-    for ids in request.prompts:
-        most = len(ids) + request.params.max_tokens
-        may_slide = engine.context_overflow is not None and most > window
-        prompts.append(
-            PromptPlaces(
-                ids=ids,
-                most=most,
-                vocabulary=model.vocabulary,
-                spans=request.spans,
-                window=window if may_slide else None,
+    settings: Settings
+    inspections: Inspections
+    cancellation: Cancellation
+    vector: Callable[[str], Vector]
+
+    def with_edits(self, model: LoadedModel, request: GenerationRequest) -> GenerationRequest:
+        """``request`` with the edits of each prompt; raises as ``planned``."""
+        assert request.intervene is not None
+        engine = model.engine
+        prompts = []
+        for ids in request.prompts:
+            most = len(ids) + request.params.max_tokens
+            may_slide = engine.context_overflow is not None and most > engine.max_model_len
+            prompts.append(
+                PromptPlaces(
+                    ids=ids,
+                    most=most,
+                    vocabulary=model.vocabulary,
+                    spans=request.spans,
+                    window=engine.max_model_len if may_slide else None,
+                )
             )
+        return replace(request, edits=self.planned(model, request.intervene, prompts))
+
+    def planned(
+        self, model: LoadedModel, intervene: InterveneRequest, prompts: Sequence[PromptPlaces]
+    ) -> tuple[PlannedEdits, ...]:
+        """The edits of each prompt.
+
+        Raises InterventionsDisabled, InspectionDisabled, ModelNotCapable, and what ``plan_edits``
+        does.
+        """
+        inspector = checked(model, intervene, self.settings)
+        inspections, cancellation = self.inspections, self.cancellation
+
+        def numbers(text: str | None, places: Sequence[tuple[int, Part]]) -> Sequence[Array]:
+            ids = chat_template.encode_text(model, TEXT if text is None else text)
+            ids = ids[: model.engine.max_model_len]
+            return inspections.ask(model, PartNumbers(ids, places), cancellation)
+
+        facts = Facts(
+            editable=inspections.editable(model, inspector, cancellation),
+            norms=lambda: inspections.stream_norms(model, inspector, cancellation),
+            numbers=numbers,
+            vector=self.vector,
         )
-    edits = planned(model, intervene, settings, inspections, cancellation, prompts)
-    return replace(request, edits=edits)
-
-
-def planned(
-    model: LoadedModel,
-    intervene: InterveneRequest,
-    settings: Settings,
-    inspections: Inspections,
-    cancellation: Cancellation,
-    prompts: Sequence[PromptPlaces],
-) -> tuple[PlannedEdits, ...]:
-    """The edits of each prompt; raises as ``with_edits``."""
-    inspector = checked(model, intervene, settings)
-
-    def numbers(text: str | None, places: Sequence[tuple[int, Part]]) -> Sequence[Array]:
-        ids = chat_template.encode_text(model, TEXT if text is None else text)
-        ids = ids[: model.engine.max_model_len]
-        return inspections.ask(model, PartNumbers(ids, places), cancellation)
-
-    facts = Facts(
-        editable=inspections.editable(model, inspector, cancellation),
-        norms=lambda: inspections.stream_norms(model, inspector, cancellation),
-        numbers=numbers,
-        vector=_vector,
-    )
-    if not facts.editable.places:
-        raise ModelNotCapable(
-            f"model type {inspector.anatomy.model_type} shows no residual stream that could be "
-            "changed",
-            param=intervene.name,
-        )
-    return plan_edits(model, intervene, facts, prompts)
+        if not facts.editable.places:
+            raise ModelNotCapable(
+                f"model type {inspector.anatomy.model_type} shows no residual stream that could "
+                "be changed",
+                param=intervene.name,
+            )
+        return plan_edits(model, intervene, facts, prompts)
 
 
 def checked(model: LoadedModel, intervene: InterveneRequest, settings: Settings) -> Inspected:
-    """The inspector of a model that may be changed. Raises as ``with_edits``."""
+    """The inspector of a model that may be changed. Raises as ``planned``."""
     if not settings.intervene_enabled:
         raise InterventionsDisabled()
     if model.inspector is None:
@@ -111,7 +106,3 @@ def place_cost(request: GenerationRequest) -> int:
     if request.trace is not None:
         return request.trace_cost
     return LIGHT if request.edited_places <= LIGHT_PLACES else WHOLE
-
-
-def _vector(name: str) -> Array:
-    raise no_vector(name)

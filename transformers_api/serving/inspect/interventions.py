@@ -9,19 +9,23 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy
 
 from transformers_api.errors import InvalidRequest, ModelNotCapable
 from transformers_api.inspection.base import Array, Editable, Part
-from transformers_api.inspection.edit_plan import Edit, EditPlan, Range, VectorNotFound
-from transformers_api.serving.inspect.edit_positions import At, PromptPlaces, resolve
+from transformers_api.inspection.edit_plan import Edit, EditPlan, Range
+from transformers_api.serving.inspect.edit_positions import PromptPlaces, resolve
+from transformers_api.serving.inspect.edit_request import (
+    EditRequest,
+    InterveneRequest,
+    check_size,
+)
+from transformers_api.serving.inspect.vector_store import Vector
 from transformers_api.serving.swap.loaded_model import LoadedModel
 
-MOST_EDITS = 32
 MOST_PLACES = 256  # of all edits, in one step
-MOST_INLINE = 4_000_000  # bytes of vectors
 MOST_DIRECTIONS = 16  # that one edit erases
 LIGHT_PLACES = 8  # more count as a whole trace does
 WORDS: Mapping[Part, str] = {
@@ -31,36 +35,6 @@ WORDS: Mapping[Part, str] = {
     "head": "heads",
     "neuron": "neurons",
 }
-Do = Literal["add", "erase", "ablate", "scale", "set"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EditRequest:
-    """The fields of one edit."""
-
-    do: Do
-    part: Part = "resid"
-    layers: tuple[int, ...] | Literal["all"] = "all"
-    at: At = "all"
-    heads: tuple[int, ...] | Literal["all"] | None = None
-    neurons: tuple[int, ...] | Literal["all"] | None = None
-    vector: Array | str | None = None  # (C,) or (L, C), or a name
-    scale: float = 1.0
-    by: float | None = None
-    value: float | None = None
-    units: Literal["raw", "norm"] = "raw"
-    keep_norm: bool = False
-    # Of ablate: numbers that are put there, or the prompt that they are from.
-    instead: Literal["zero", "mean"] = "zero"
-    source: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InterveneRequest:
-    """The fields of ``intervene``; ``name`` is the field's own."""
-
-    edits: tuple[EditRequest, ...]
-    name: str = "intervene"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,27 +54,7 @@ class Facts:
     norms: Callable[[], Sequence[float]]
     # (a prompt; None: the calibration text; places) -> the numbers of each place (n, width).
     numbers: Callable[[str | None, Sequence[tuple[int, Part]]], Sequence[Array]]
-    vector: Callable[[str], Array]
-
-
-def no_vector(name: str, names: Sequence[str] = ()) -> VectorNotFound:
-    """The error of a name that is not in the store."""
-    there = ", ".join(names) or "none"
-    return VectorNotFound(f"No vector '{name}' in the store; there are: {there}")
-
-
-def check_size(request: InterveneRequest) -> None:
-    """Raise InvalidRequest for more than one request may edit."""
-    count = len(request.edits)
-    if count > MOST_EDITS:
-        raise _refusal(f"{request.name} has {count} edits (max {MOST_EDITS})", request.name)
-    vectors = [each.vector for each in request.edits if isinstance(each.vector, numpy.ndarray)]
-    if (size := sum(vector.nbytes for vector in vectors)) > MOST_INLINE:
-        raise _refusal(
-            f"vectors sent inline have {size / 1e6:.1f} MB (max {MOST_INLINE // 10**6} MB); "
-            "put them into /inspect/vectors",
-            request.name,
-        )
+    vector: Callable[[str], Vector]  # of the requester; raises NotFound
 
 
 def plan_edits(
@@ -111,7 +65,7 @@ def plan_edits(
 ) -> tuple[PlannedEdits, ...]:
     """The edits of each prompt's sequences.
 
-    Raises InvalidRequest and ModelNotCapable, with the field; VectorNotFound.
+    Raises InvalidRequest and ModelNotCapable, with the field; NotFound for a vector.
     """
     check_size(request)
     edits = [
@@ -165,7 +119,11 @@ class _Edit:
     units: dict[int, tuple[int, ...]] = field(default_factory=dict)
     vectors: dict[int, Array] = field(default_factory=dict)  # by layer
 
+    stored: Vector | None = None
+
     def __post_init__(self) -> None:
+        if isinstance(self.request.vector, str):
+            self.stored = self._stored(self.request.vector)
         self.layers = self._layers()
         for layer in self.layers:
             self.units[layer] = self._units(layer)
@@ -249,7 +207,8 @@ class _Edit:
             layers = [n for n in range(last + 1) if editable.of(n).can(request.part)]
             if not layers:
                 self._check(0)
-            return layers
+            stored = self.stored
+            return [n for n in layers if stored is None or stored.at(n) is not None]
         first = -1 if request.part == "resid" else 0
         for layer in request.layers:
             if not first <= layer <= last:
@@ -310,9 +269,10 @@ class _Edit:
                 return {}
             number = numpy.array(request.value, numpy.float32)
             return {layer: numpy.full(self._width(layer), number) for layer in self.layers}
+        if self.stored is not None:
+            return {layer: self._scaled(layer, self._row(layer)) for layer in self.layers}
         vector = request.vector
-        if isinstance(vector, str):
-            vector = self.facts.vector(vector)
+        assert isinstance(vector, numpy.ndarray)
         if request.do == "erase" and vector.ndim == 2 and len(self.layers) == 1:
             return {self.layers[0]: self._directions(vector)}
         if vector.ndim == 2 and len(vector) != len(self.layers):
@@ -324,6 +284,28 @@ class _Edit:
         return {
             layer: self._scaled(layer, row) for layer, row in zip(self.layers, rows, strict=True)
         }
+
+    def _stored(self, name: str) -> Vector:
+        vector, model = self.facts.vector(name), self.model.spec.name
+        if vector.model not in (None, model) and not self.request.any_model:
+            raise _refusal(
+                f"vector '{name}' was made for model '{vector.model}'; send \"any_model\": true "
+                "to use it all the same",
+                f"{self.name}.vector",
+            )
+        return vector
+
+    def _row(self, layer: int) -> Array:
+        """The direction of a stored vector for a layer."""
+        assert self.stored is not None
+        row = self.stored.at(layer)
+        if row is None:
+            raise _refusal(
+                f"vector '{self.request.vector}' has no direction for layer {layer}; it has "
+                f"layers {list(self.stored.layers or ())}",
+                f"{self.name}.layers",
+            )
+        return row
 
     def _width(self, layer: int) -> int:
         if self.request.part == "head":

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from marshmallow import fields
 
-from transformers_api.api.http.fields import AnyObject, Integer, Many, Number, Object, Schema, Text
+from transformers_api.api.http.fields import (
+    AnyObject,
+    Integer,
+    Many,
+    Number,
+    Object,
+    Schema,
+    Text,
+    Unsupported,
+)
 from transformers_api.api.http.sampling_schema import about
 from transformers_api.api.inspect.schemas.inspect import Either, Inspected, whole
 
@@ -15,6 +24,7 @@ _MANY = 1 << 20
 class LogitPartsRequest(Inspected):
     """The logit to take apart."""
 
+    intervene = Unsupported()
     position = whole(
         load_default=-1, **about("The place of the query that predicts it; negative from the end.")
     )
