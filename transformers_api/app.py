@@ -71,7 +71,12 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
 
 
 def _responses(settings: Settings) -> ResponseStore:
-    return ResponseStore(settings.responses_store_mb << 20, settings.responses_store_ttl_s)
+    limits = settings.responses_store_mb << 20, settings.responses_store_ttl_s
+    if settings.engine == "local" or settings.redis_url is None:
+        return ResponseStore(*limits)
+    from transformers_api.serving.shared_responses import SharedResponses
+
+    return SharedResponses(settings.redis_url, *limits)
 
 
 def _watch(metrics: Metrics, services: Services) -> None:
