@@ -16,6 +16,7 @@ from transformers_api.serving.inspect.interventions import (
     LIGHT_PLACES,
     Facts,
     PlannedEdits,
+    forced_tokens,
     plan_edits,
 )
 from transformers_api.serving.inspect.queue import Inspections
@@ -53,7 +54,10 @@ class Planner:
                     window=engine.max_model_len if may_slide else None,
                 )
             )
-        return replace(request, edits=self.planned(model, request.intervene, prompts))
+        params = request.params
+        forced = forced_tokens(request.intervene, engine.vocab_size, params.max_tokens)
+        edits = self.planned(model, request.intervene, prompts)
+        return replace(request, edits=edits, params=replace(params, forced=forced))
 
     def planned(
         self, model: LoadedModel, intervene: InterveneRequest, prompts: Sequence[PromptPlaces]
