@@ -105,7 +105,11 @@ WIRING = {
     "tokenizer_loader",
 }
 # One module of a layer that otherwise leaves a library alone.
-EXCEPTIONS = {"checkpoints.headers.gguf_file": {"gguf"}, "serving.models.hub": {"huggingface_hub"}}
+EXCEPTIONS = {
+    "checkpoints.headers.gguf_adapter": {"gguf"},
+    "checkpoints.headers.gguf_file": {"gguf"},
+    "serving.models.hub": {"huggingface_hub"},
+}
 
 LOADING = {
     "engine/pretrained.py",

@@ -6,6 +6,7 @@ import os
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -329,6 +330,18 @@ def test_a_model_whose_packed_weights_are_stored_needs_the_memory_that_they_take
     loader._packed.read_ahead(entry.path.stem)  # it has taken its memory already
     monkeypatch.setattr(memory, "free_bytes", lambda: need - size)
     loader.check_memory(spec, own, 0)
+    monkeypatch.setattr(memory, "free_bytes", lambda: need - size - 1)
+    with pytest.raises(InsufficientMemory):
+        loader.check_memory(spec, own, 0)
+    assert loader._packed.ahead_bytes(entry.path.stem) == 0  # nobody is going to take it
+
+
+def test_a_model_that_lacks_memory_takes_that_of_conversations(loader, spec, monkeypatch):
+    free = [GIB, 9 * GIB]
+    loader._standby.keep("another", SimpleNamespace(sleep=lambda: None), [SimpleNamespace(bytes=1)])
+    monkeypatch.setattr(memory, "available_bytes", lambda device: free.pop(0))
+    loader.check_memory(spec, files(10**9), 0)
+    assert not loader._standby.conversations("another")
 
 
 def test_a_model_whose_file_was_written_again_is_not_served_from_what_was_packed(stored, tmp_path):

@@ -136,15 +136,17 @@ class ModelLoader(AdapterLoader):
     def check_memory(self, spec: ModelSpec, files: ModelFiles, freed_bytes: int) -> bool:
         """See Loader."""
         device = self.thread.call(lambda: self._pick_device(spec)).result()
-        freed_bytes += self._packed.ahead_bytes(self._packed_key(spec, files))
-        free = self._free_bytes(device)
+        ahead = self._packed.ahead_bytes(self._packed_key(spec, files))  # which is its own
+        free = self._free_bytes(device) + ahead
         need = int(self._weight_bytes(spec, files) * RESERVE)
         if need > free + freed_bytes:
             self.thread.call(self._standby.forget_conversations).result()
-            free = self._free_bytes(device)
+            free = self._free_bytes(device) + ahead
         lacking = need - free - freed_bytes
         if lacking > 0 and self._make_room(lacking):
-            free = self._free_bytes(device)
+            free = self._free_bytes(device) + ahead
+        if need > free + freed_bytes:
+            self._packed.forget_ahead()
         _require(spec, device, need, free + freed_bytes)
         return need * SPARE <= free
 
@@ -152,8 +154,11 @@ class ModelLoader(AdapterLoader):
         self, spec: ModelSpec, files: ModelFiles, progress: Progress = _unheard
     ) -> LoadedModel:
         """See Loader."""
-        with self.deadline.running():
-            return self._load(spec, files, progress)
+        try:
+            with self.deadline.running():
+                return self._load(spec, files, progress)
+        finally:
+            self._packed.forget_ahead()  # of a model that has not taken it
 
     def _load(self, spec: ModelSpec, files: ModelFiles, progress: Progress) -> LoadedModel:
         started = time.monotonic()

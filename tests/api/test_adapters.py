@@ -10,12 +10,14 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests import lora, tokenizers
+from tests.engine.test_gguf_adapters import write as write_gguf_adapter
 from transformers_api.api.http.services import EXTENSION
 from transformers_api.app import create_app
 from transformers_api.config.settings import Settings
 
 PROMPT = "The capital of France is"
 NAMES = ("base", "one", "two")
+BASES = ("gguf", "numbers")
 
 
 def tiny(seed=0, **sizes):
@@ -394,14 +396,38 @@ def test_an_adapter_is_applied_to_a_gguf_file_as_to_the_numbers_in_it(start, tmp
     )
     convert(file, tmp_path / "numbers", lambda _share, _what: None)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "numbers")
-    lora.adapter(tmp_path / "own", model, lora.ALL)
+    parts = lora.matrices(model, lora.matching(model, lora.ALL), 4, seed=5)
+    lora.save(tmp_path / "own", parts, lora_alpha=8)
+    write_gguf_adapter(tmp_path / "own.gguf", "llama", model, parts)
     entries = [
+        {"name": "no-model", "path": "own.gguf"},
+        *({"name": f"file-on-{base}", "adapter": "own.gguf", "base": base} for base in BASES),
         {"name": "gguf", "path": "base.gguf"},
         {"name": "numbers", "path": "numbers"},
-        *({"name": f"on-{base}", "adapter": "own", "base": base} for base in ("gguf", "numbers")),
+        *({"name": f"on-{base}", "adapter": "own", "base": base} for base in BASES),
     ]
     (tmp_path / "models.json").write_text(json.dumps(entries))
     client = start(model_registry_path=tmp_path / "models.json", default_model="gguf")
-    answers = {name: said(client, name, prompt=[3, 9, 27, 5]) for name in ("on-gguf", "on-numbers")}
-    assert answers["on-gguf"] == answers["on-numbers"]
+    names = ("on-gguf", "on-numbers", "file-on-gguf", "file-on-numbers")
+    answers = {name: said(client, name, prompt=[3, 9, 27, 5]) for name in names}
+    assert len(set(map(tuple, answers.values()))) == 1
+    assert "is an adapter, no model" in complete(client, "no-model").get_json()["error"]["message"]
     assert said(client, "gguf", prompt=[3, 9, 27, 5]) != answers["on-gguf"]
+
+
+def test_keys_and_values_of_eight_bits_go_with_adapters_and_traces(start):
+    client = start(kv_cache_dtype="int8", dtype="float32")
+    asked = {"layers": [0, 1], "attn": "json", "lens": {"layers": "every:1", "topk": 1}}
+    answers = {}
+    for name in (*NAMES, *NAMES):
+        plain = said(client, name, max_tokens=20)
+        traced = complete(client, name, max_tokens=20, return_token_ids=True, trace=asked)
+        assert traced.status_code == 200, traced.get_data(as_text=True)
+        choice = traced.get_json()["choices"][0]
+        assert choice["token_ids"] == plain == answers.setdefault(name, plain)
+        rows = [torch.tensor(own["weights"]) for own in choice["trace"]["steps"][0]["attn"]]
+        assert all(torch.allclose(row.sum(-1), torch.ones(()), atol=1e-2) for row in rows)
+    assert len({tuple(tokens) for tokens in answers.values()}) == len(NAMES)
+    with ThreadPoolExecutor(9) as pool:
+        together = pool.map(lambda name: said(client, name, max_tokens=20), NAMES * 3)
+        assert list(together) == [answers[name] for name in NAMES * 3]

@@ -127,7 +127,7 @@ def test_a_folder_that_is_no_adapter_says_what_it_is(tmp_path):
     assert "no adapter_model.safetensors" in refused(tmp_path / "a", files)
     assert "pickle" in refused(tmp_path / "b", files | {"adapter_model.bin": b"\x80\x02"})
     assert "no adapter_config.json" in refused(tmp_path / "c", {"x": b""})
-    with pytest.raises(ModelLoadFailed, match="GGUF"):
+    with pytest.raises(ModelLoadFailed, match="is no file"):
         inspect_adapter(tmp_path / "lora.gguf", "mine")
     files = adapter_files()
     files["adapter_model.safetensors"] = files["adapter_model.safetensors"][:-1]

@@ -98,9 +98,9 @@ def _write_checkpoint(
 def _write_gguf(source: Path, folder: Path, report: Report, warn: Warn) -> None:
     report(0.0, "starting")
     from transformers_api.checkpoints import gguf_texts, gguf_tokenizer
-    from transformers_api.checkpoints.headers.gguf_file import read_gguf_header
+    from transformers_api.checkpoints.headers.gguf_adapter import read_model_header
 
-    header = read_gguf_header(source)
+    header = read_model_header(source)
     if len(header.files) > 1:
         raise ModelLoadFailed(f"{source.name}: join its parts with llama-gguf-split --merge")
     try:

@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from transformers_api.checkpoints import convert
-from transformers_api.checkpoints.headers.gguf_file import GgufHeader, read_gguf_header
+from transformers_api.checkpoints.headers.gguf_adapter import read_model_header
+from transformers_api.checkpoints.headers.gguf_file import GgufHeader
+from transformers_api.checkpoints.headers.weight_table import TABLE
 from transformers_api.checkpoints.publish import Report, publishing
 from transformers_api.config.settings import Settings
 from transformers_api.engine.platform.lazy_torch import import_torch
 from transformers_api.errors import ModelLoadFailed
 
-TABLE = "weights.json"
 Shapes = Callable[[Any], Mapping[str, tuple[int, ...]]]
 
 
@@ -58,7 +59,7 @@ def write_sidecar(
     from transformers_api.checkpoints.gguf_weights import file_stamps
 
     report(0.0, "reading the header")
-    header = read_gguf_header(source.absolute())  # a link's own name says which part it is
+    header = read_model_header(source.absolute())  # a link's own name says which part it is
     notes = {"weights": file_stamps(header)}
     with _naming(source), publishing(folder, source, report, notes) as partial:
         if partial is not None:

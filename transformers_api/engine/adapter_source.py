@@ -11,7 +11,7 @@ from pathlib import Path
 class AdapterLayer:
     """The addition to one layer: ``scale`` times ``up`` (out, rank) times ``down``."""
 
-    path: str  # of the layer in the model
+    path: str  # of the layer in the model, or ggml's name of it
     down: str  # name of a tensor (rank, in)
     up: str
     scale: float
@@ -22,10 +22,11 @@ class AdapterSource:
     """An adapter that lies complete and checked on the disk."""
 
     name: str
-    weights: Path  # safetensors
+    weights: Path  # safetensors, or GGUF
     layers: tuple[AdapterLayer, ...]
     bytes: int  # of its numbers as float32
     stamp: Hashable = None  # another one when a file has changed
+    architecture: str | None = None  # of a GGUF file, by ggml's name
 
     @property
     def key(self) -> Hashable:

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
+from transformers_api.engine.adapter_matrices import GgufMatrices, PeftMatrices
 from transformers_api.engine.adapter_source import AdapterLayer, AdapterSource, AdapterStats
 from transformers_api.engine.base import (
     NOTHING,
@@ -229,7 +230,12 @@ class _Reading:
         self._left = list(source.layers)
         self._runner = runner
         self._make: MakeProduct | None = None
-        self._path = source.weights
+        self._source = source
+
+    def _open(self, model: Any) -> GgufMatrices | PeftMatrices:
+        if self._source.architecture is None:
+            return PeftMatrices(self._source.weights)
+        return GgufMatrices(self._source, model)
 
     @property
     def is_done(self) -> bool:
@@ -238,10 +244,10 @@ class _Reading:
     def read(self, model: Any) -> None:
         size, make = 0, self._make or self._runner().adapter_maker()
         self._make = make
-        with safe_open(self._path, "pt") as file, differentiable():
+        with self._open(model) as file, differentiable():
             while self._left and size < SLICE_BYTES:
-                layer = self._left.pop(0)
-                down, up = (file.get_tensor(name).float() for name in (layer.down, layer.up))
+                layer = file.placed(self._left.pop(0))
+                down, up = file.numbers(layer)
                 path = _checked(model, layer, down, up)
                 self.products[path] = make(path, down, up * layer.scale)
                 size += down.nbytes + up.nbytes

@@ -7,7 +7,6 @@ the model which parts of which files it is made of, and how.
 from __future__ import annotations
 
 import functools
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from transformers_api.checkpoints.headers.weight_table import TABLE as TABLE
+from transformers_api.checkpoints.headers.weight_table import read_table
 from transformers_api.engine.mapped_file import MappedFile
 from transformers_api.engine.stored_weights import StoredWeights
 from transformers_api.errors import ModelLoadFailed
 
-TABLE = "weights.json"
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 Dequantize = Callable[[Tensor, str, tuple[int, int]], Tensor]
 
@@ -99,7 +99,7 @@ class StoredPart:
         for op in self.ops:
             if op["op"] == "transpose":  # the parameter is (in, out)
                 continue
-            own = _row_order(op, self.shape[0])
+            own = row_order(op, self.shape[0])
             if own is None:
                 return None
             order = own if order is None else order[own]
@@ -113,7 +113,7 @@ class GgufWeights(StoredWeights):
     """
 
     def __init__(self, folder: Path) -> None:
-        table = json.loads((folder / TABLE).read_bytes())
+        table = read_table(folder)
         self._files = files = [MappedFile(Path(file["path"])) for file in table["files"]]
         self._tensors: dict[str, Any] = table["tensors"]
         self._parts = {
@@ -223,7 +223,7 @@ def _part(files: Sequence[MappedFile], part: Mapping[str, Any]) -> StoredPart:
     )
 
 
-def _row_order(op: Mapping[str, Any], rows: int) -> Tensor | None:
+def row_order(op: Mapping[str, Any], rows: int) -> Tensor | None:
     """The rows' new order, for operations that do nothing else."""
     indices = torch.arange(rows)
     match op["op"]:
@@ -241,7 +241,7 @@ def _joined(join: Mapping[str, Any], tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _applied(op: Mapping[str, Any], tensor: Tensor) -> Tensor:
-    if (order := _row_order(op, tensor.shape[0])) is not None:
+    if (order := row_order(op, tensor.shape[0])) is not None:
         return tensor[order]
     match op["op"]:
         case "transpose":

@@ -86,7 +86,9 @@ def examine(
     if backend is not None:
         facts = backend.describe(innermost(runner))
         numbers, weights = facts.dtype, facts.weights
-    layers = _layers(config, source, figures, getattr(torch, numbers))
+    is_coded = runner is not None and getattr(innermost(runner).cache, "has_codes", False)
+    exact = torch.bfloat16 if is_coded else getattr(torch, numbers)  # in which attention computes
+    layers = _layers(config, source, figures, exact)
     errors = [layer.max_rel_err for layer in layers if layer.max_rel_err is not None]
     figure = next((layer for layer in layers if layer.available), None)
     live = figure is not None and source.mode in (AttentionMode.TAP, AttentionMode.HOOK)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers as tf
 
+from tests import lora
 from tests.engine.models import IDS, SIZES, prompts_of, tiny_model
 from tests.engine.native.test_engine import bits, inner, prompt_scores, scored
 from tests.engine.reading import GREEDY, ask, complete, read
@@ -177,3 +178,27 @@ def test_a_model_that_slept_and_one_with_plans_of_the_disk_give_the_same_bits(
     assert first[1] != own[1]
     assert run("int8", standby) == first  # woken up
     assert run("int8", StandbyModels(1)) == first  # by the plans
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_adapters_keep_codes_of_their_own_in_any_company(make, tmp_path, name):
+    """Prefixes are shared by those who read them alike, windows slide, rows move."""
+    model = wide_model(name)
+    folders = [
+        lora.adapter(tmp_path / f"own-{n}", model, ["k_proj", "v_proj", "up_proj"], seed=n)
+        for n in range(2)
+    ]
+    prompts = prompts_of(5)
+    alone = make(model, num_slots=1, prefill_chunk=1000)
+    wanted = {
+        (who, n): bits(each.submit([scored(prompt, 12)]))
+        for who, each in enumerate([alone, *(alone.adapted(lora.source(f)) for f in folders)])
+        for n, prompt in enumerate(prompts)
+    }
+    assert len({str(wanted[who, 0]) for who in range(3)}) == 3
+    engine = make(model, prefill_chunk=3)
+    each = [engine, *(engine.adapted(lora.source(folder)) for folder in folders)]
+    order = random.Random(1).sample(list(wanted), len(wanted)) * 2
+    streams = [(key, each[key[0]].submit([scored(prompts[key[1]], 12)])) for key in order]
+    for key, stream in streams:
+        assert bits(stream) == wanted[key], key

@@ -117,7 +117,7 @@ class _Parts:
             )
 
     def read(self, role: str) -> bytes:
-        """The bytes of a small part."""
+        """The contents of a small part."""
         return self._files.read(self.spec.parts[role])
 
     def needs_order(self, role: str) -> None:

@@ -84,7 +84,7 @@ def native_runner(
         if not is_own:
             model.set_attn_implementation(NAME)
         widths = Widths(kind.numbers, kind.quantization)
-        pack_model(model, library, widths, groups, memory or WeightMemory())
+        pack_model(model, library, widths, groups, memory)
         layers, rows, length = cache_size
         # Prompts of a recurrent model are read by its modules: its own attention takes no codes.
         holds_codes = kind.has_int8_cache and (isinstance(layers, int) or not is_own)

@@ -53,7 +53,7 @@ def pack_encoder(
         groups = layer_groups(model, lambda: expected.append(states(model).float()))
         if numbers == "bfloat16":
             _pack_tables(model, library)
-        pack_model(model, library, Widths(numbers), groups, WeightMemory())
+        pack_model(model, library, Widths(numbers), groups)
         change = (states(model).float() - expected[0]).norm() / expected[0].norm()
     except Exception as error:  # of the model's own code
         log.info("%s cannot be packed", type(model).__name__, exc_info=True)

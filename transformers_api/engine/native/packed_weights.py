@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -92,7 +93,7 @@ class PackedFile:
         return thread
 
     def _write(self, library: Library, weights: Sequence[weakref.ref[PackedWeight]]) -> None:
-        if hasattr(os, "setpriority"):  # a thread's own, on Linux
+        if sys.platform == "linux":  # where a thread has one of its own
             with suppress(OSError):
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         try:

@@ -90,14 +90,15 @@ def pack_model(
     library: Library,
     widths: Widths,
     groups: list[list[Place]],
-    memory: WeightMemory,
+    memory: WeightMemory | None = None,
 ) -> None:
     """Replace Linear, Conv1D and Embedding layers, each old weight freed before the next.
 
     Experts too; routers stay float32. Embeddings: those that are tied to a layer, or streamed.
-    ``groups`` see ``layer_groups``. The rest of the model, above all norms, becomes float32, and so
-    do its activations.
+    ``groups`` see ``layer_groups``. ``memory``: for the weights, or with them. The rest of the
+    model, above all norms, becomes float32, and so do its activations.
     """
+    memory = memory or WeightMemory()
     embeddings = _packed_embeddings(model)
     head = model.get_output_embeddings()
     routing = router_layers(model)

@@ -9,12 +9,21 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from transformers_api.checkpoints.headers.adapter_config import AdapterConfig, parse_adapter_config
+from transformers_api.checkpoints.headers.adapter_config import (
+    MAX_RANK,
+    AdapterConfig,
+    parse_adapter_config,
+)
+from transformers_api.checkpoints.headers.gguf_adapter import (
+    ggml_names,
+    read_gguf_adapter,
+    read_numbers,
+)
 from transformers_api.checkpoints.headers.path_pattern import MAX_PATH
 from transformers_api.checkpoints.headers.safetensors_file import Tensor, read_header
 from transformers_api.engine.adapter_source import AdapterLayer, AdapterSource
 from transformers_api.errors import InsufficientMemory, ModelLoadFailed
-from transformers_api.serving.models.adapter_numbers import check_finite
+from transformers_api.serving.models.adapter_numbers import check_finite, is_finite
 from transformers_api.serving.models.foreign import check_is_adapter
 from transformers_api.serving.models.headers import read_object
 from transformers_api.serving.models.sidecars import FLOATS
@@ -42,6 +51,8 @@ def inspect_adapter(
     ``name``: of its registry entry. ``most_bytes``: of its numbers as float32. Raises
     ModelLoadFailed, naming the file and the reason, InsufficientMemory.
     """
+    if folder.suffix == ".gguf":
+        return _inspect_gguf(folder, name, most_bytes)
     check_is_adapter(folder)
     weights = folder / WEIGHTS
     config = check_adapter_config(folder)
@@ -59,14 +70,43 @@ def inspect_adapter(
         AdapterLayer(path, own["A"].name, own["B"].name, config.scale_of(path))
         for path, own in parts.items()
     ]
-    size = 4 * sum(tensor.elements for tensor in tensors)
+    size = _checked_size(name, sum(tensor.elements for tensor in tensors), most_bytes)
+    check_finite(weights, tensors)
+    return AdapterSource(name, weights, tuple(layers), size, adapter_stamp(folder)), sizes
+
+
+def _inspect_gguf(
+    file: Path, name: str, most_bytes: int | None
+) -> tuple[AdapterSource, dict[str, tuple[int, int]]]:
+    """See ``inspect_adapter``: of a GGUF file, whose layers have ggml's names."""
+    if not file.is_file():
+        raise ModelLoadFailed(f"{file} is no file")
+    adapter = read_gguf_adapter(file)
+    tensors = [tensor for pair in adapter.layers.values() for tensor in pair]
+    size = _checked_size(name, sum(tensor.elements for tensor in tensors), most_bytes)
+    for tensor in tensors:
+        if min(tensor.shape) > MAX_RANK:
+            raise ModelLoadFailed(f"{file}: {tensor.name} has a rank above {MAX_RANK}")
+        if not is_finite(read_numbers(file, tensor)):
+            raise ModelLoadFailed(f"{file}: {tensor.name} has numbers that are not finite")
+    layers = tuple(
+        AdapterLayer(layer, down.name, up.name, adapter.scale(layer))
+        for layer, (down, up) in adapter.layers.items()
+    )
+    sizes = {layer: (down.shape[1], up.shape[0]) for layer, (down, up) in adapter.layers.items()}
+    stamp, architecture = adapter_stamp(file), adapter.architecture
+    return AdapterSource(name, file, layers, size, stamp, architecture), sizes
+
+
+def _checked_size(name: str, numbers: int, most_bytes: int | None) -> int:
+    """The bytes of an adapter's numbers as float32. Raises InsufficientMemory."""
+    size = 4 * numbers
     if most_bytes is not None and size > most_bytes:
         raise InsufficientMemory(
             f"Adapter '{name}' has {size / MIB:.0f} MiB of numbers, and MAX_ADAPTERS_MB allows "
             f"{most_bytes / MIB:.0f}"
         )
-    check_finite(weights, tensors)
-    return AdapterSource(name, weights, tuple(layers), size, adapter_stamp(folder)), sizes
+    return size
 
 
 def check_adapter_config(folder: Path) -> AdapterConfig:
@@ -78,21 +118,24 @@ def check_adapter_config(folder: Path) -> AdapterConfig:
 
 
 def is_whole_adapter(folder: Path) -> bool:
-    """True where both files are there; a look at names, not at contents."""
+    """True where both files are there, or the one; a look at names, not at contents."""
+    if folder.suffix == ".gguf":
+        return folder.is_file()
     return all((folder / name).is_file() for name in (CONFIG, WEIGHTS))
 
 
 def weight_bytes(folder: Path) -> int | None:
     """The size of the file of numbers; None where it is gone."""
     try:
-        return (folder / WEIGHTS).stat().st_size
+        return (folder if folder.suffix == ".gguf" else folder / WEIGHTS).stat().st_size
     except OSError:
         return None
 
 
 def adapter_stamp(folder: Path) -> tuple[tuple[int, int, int], ...]:
     """Another value when a file of the adapter has changed. Raises OSError."""
-    stats = [(folder / name).stat() for name in (CONFIG, WEIGHTS)]
+    names = (CONFIG, WEIGHTS) if folder.suffix != ".gguf" else ("",)
+    stats = [(folder / name).stat() for name in names]
     return tuple((stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats)
 
 
@@ -105,6 +148,9 @@ def check_base(
     whose like is there must be there, with these sizes. Raises ModelLoadFailed.
     """
     named = {_without_wrapper(name): shape for name, shape in base.items()}
+    if source.architecture is not None:
+        own = ggml_names(source.architecture, named)
+        named = {f"{layer}.weight": named[name] for layer, name in own.items()}
     shapes = {path: _weight(_without_wrapper(path), named) for path in sizes}
     leaves = {path.rpartition(".")[2] for path, shape in shapes.items() if shape is not None}
     if not leaves:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy
 from numpy.typing import NDArray
@@ -38,4 +39,9 @@ def _is_finite(piece: bytes, dtype: str) -> bool:
     if dtype == "BF16":
         bits: NDArray[numpy.uint16] = numpy.frombuffer(piece, numpy.uint16)
         return not ((bits & INFINITE_BF16) == INFINITE_BF16).any()
-    return bool(numpy.isfinite(numpy.frombuffer(piece, FLOATS[dtype])).all())
+    return is_finite(numpy.frombuffer(piece, FLOATS[dtype]))
+
+
+def is_finite(numbers: NDArray[Any]) -> bool:
+    """True where all numbers are."""
+    return bool(numpy.isfinite(numbers).all())

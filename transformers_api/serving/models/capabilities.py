@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from transformers_api.checkpoints.headers.gguf_file import file_type, read_gguf_header
+from transformers_api.checkpoints.headers.weight_table import TABLE
 from transformers_api.errors import ModelLoadFailed
 from transformers_api.serving.models.headers import read_object
 from transformers_api.serving.models.preflight import MODULES, weight_files
 from transformers_api.serving.models.processors import processor_template
-from transformers_api.serving.models.sidecars import TABLE, is_sidecar, read_stored_tensors
+from transformers_api.serving.models.sidecars import is_sidecar, read_stored_tensors
 from transformers_api.serving.models.spec import ModelSpec
 from transformers_api.serving.text.infilling import NAMES
 

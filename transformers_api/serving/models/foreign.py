@@ -62,10 +62,6 @@ def only_gguf(folder: Path) -> Path | None:
 
 def check_is_adapter(folder: Path) -> None:
     """Raise ModelLoadFailed for what is no LoRA adapter in safetensors."""
-    if folder.suffix == ".gguf":
-        raise ModelLoadFailed(
-            f"{folder}: adapters in GGUF files are not read; take the folder that it was made from"
-        )
     if not folder.is_dir():
         raise ModelLoadFailed(f"{folder} is not a folder")
     if not (folder / "adapter_config.json").is_file():

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from transformers_api.checkpoints.headers.safetensors_file import read_header
+from transformers_api.checkpoints.headers.weight_table import TABLE, read_table
 from transformers_api.errors import ModelLoadFailed
 from transformers_api.serving.models.headers import read_object
 
-TABLE = "weights.json"
 CONVERSION = "conversion.json"  # the record in a folder of the store that is finished
 FLOATS = ("F64", "F32", "F16", "BF16")  # as a safetensors header has them
 WEIGHTS = "weights"  # the field of the record that lists the files
@@ -62,16 +62,19 @@ def stored_files(folder: Path) -> list[Path]:
 
 def read_stored_tensors(folder: Path) -> StoredTensors:
     """The tensors of a sidecar. Raises ModelLoadFailed for a table that cannot be read."""
-    table: Any = read_object(folder / TABLE)
     types, size = Counter[str](), 0
-    try:
-        for tensor in table["tensors"].values():
-            for part in tensor["parts"]:
-                types[part["type"]] += math.prod(part["shape"])
-                size += part["bytes"]
-    except (AttributeError, KeyError, TypeError):
-        raise ModelLoadFailed(f"{folder / TABLE} is damaged") from None
+    for tensor in _table(folder)["tensors"].values():
+        for part in tensor["parts"]:
+            types[part["type"]] += math.prod(part["shape"])
+            size += part["bytes"]
     return StoredTensors(size, dict(types.most_common()))
+
+
+def _table(folder: Path) -> dict[str, Any]:
+    try:
+        return read_table(folder)
+    except OSError as error:
+        raise ModelLoadFailed(f"{folder / TABLE} cannot be read: {error.strerror}") from None
 
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -82,7 +85,7 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     if not is_sidecar(folder):
         tensors = (t for path in folder.glob("*.safetensors") for t in read_header(path))
         return {t.name: t.shape if t.dtype in FLOATS else () for t in tensors}
-    table: Any = read_object(folder / TABLE)
+    table = _table(folder)
     return {name: tuple(tensor["shape"]) for name, tensor in table["tensors"].items()}
 
 

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TextIO
 
-from transformers_api.checkpoints.headers.gguf_file import read_gguf_header
+from transformers_api.checkpoints.headers.gguf_adapter import read_model_header
 from transformers_api.checkpoints.headers.gguf_split import split_parts
 from transformers_api.config.settings import Settings
 from transformers_api.engine.adapter_source import AdapterSource
@@ -177,7 +177,7 @@ class ModelStore:
         self.check_source(spec)
         path = self._local_path(spec)
         if path is not None and path.suffix == ".gguf":
-            read_gguf_header(path)
+            read_model_header(path)
         elif path is not None and _is_standard(path):
             self._inspect(spec, path)
 
