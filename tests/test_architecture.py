@@ -63,8 +63,11 @@ LAYERS = {
     "engine.native": layer(
         *("engine", "kernels", "families", "errors", "logs", "memory"), never=HTTP
     ),
-    "inspection.base": layer("errors", "inspection.logit_share", never=HTTP | MODELS | {"torch"}),
+    "inspection.base": layer(
+        "errors", "inspection.logit_share", "inspection.probes", never=HTTP | MODELS | {"torch"}
+    ),
     "inspection.edit_plan": layer("inspection.base", "errors", never=HTTP | MODELS | {"torch"}),
+    "inspection.probes": layer(never=HTTP | MODELS | {"torch"}),
     "inspection.logit_share": layer(never=HTTP | MODELS | {"torch"}),
     "inspection": layer("inspection", "engine", "errors", "logs", never=HTTP),
     "serving": layer(
@@ -73,6 +76,7 @@ LAYERS = {
         "engine.adapter_source",
         "inspection.base",
         "inspection.edit_plan",
+        "inspection.probes",
         "checkpoints.headers",
         *LEAVES,
         never=HTTP | MODELS | {"torch"},

@@ -390,6 +390,23 @@ def test_tokens_can_be_forced_and_the_model_goes_on_from_there(client):
     assert "tokens that are written" in error["detail"]
 
 
+def test_a_trace_measures_the_stream_along_a_vector_as_it_is_edited(client):
+    client.put("/inspect/vectors/way", json={"vector": [VECTOR, VECTOR], "layers": [0, 1]})
+    trace = {"probes": ["way"], "resid_norms": True}
+    plain, edited = (completion(client, *e, trace=trace, max_tokens=1) for e in ((), (ADD,)))
+    readings = [each["choices"][0]["trace"]["steps"][0] for each in (plain, edited)]
+    before, after = (each["probes"][0] for each in readings)
+    assert (before["vector"], before["layers"]) == ("way", [0, 1])
+    length = numpy.linalg.norm(VECTOR)
+    assert after["projection"][0] - before["projection"][0] == pytest.approx(length, rel=1e-3)
+    for own in readings:
+        (probe,) = own["probes"]
+        norms = numpy.array(own["resid_norms"])
+        numpy.testing.assert_allclose(probe["cosine"] * norms, probe["projection"], rtol=1e-3)
+    refused = completion(client, trace={"probes": ["nobody"]}, status=404)
+    assert "No vector 'nobody'" in refused["error"]["message"]
+
+
 def inspected(client, route, *edits, status=200, **fields):
     body = {"prompt": PROMPT, **fields}
     if edits:
