@@ -63,12 +63,15 @@ LAYERS = {
     "engine.native": layer(
         *("engine", "kernels", "families", "errors", "logs", "memory"), never=HTTP
     ),
-    "inspection.base": layer("errors", "inspection.logit_share", never=HTTP | MODELS | {"torch"}),
+    "inspection.base": layer(
+        "errors", "inspection.logit_share", "inspection.probes", never=HTTP | MODELS | {"torch"}
+    ),
     "inspection.edit_plan": layer("inspection.base", "errors", never=HTTP | MODELS | {"torch"}),
     "inspection.questions": layer(
         *("inspection.base", "inspection.edit_plan", "inspection.logit_share"),
         never=HTTP | MODELS | {"torch"},
     ),
+    "inspection.probes": layer(never=HTTP | MODELS | {"torch"}),
     "inspection.logit_share": layer(never=HTTP | MODELS | {"torch"}),
     "inspection": layer("inspection", "engine", "errors", "logs", never=HTTP),
     "serving": layer(
@@ -78,6 +81,7 @@ LAYERS = {
         "inspection.base",
         "inspection.questions",
         "inspection.edit_plan",
+        "inspection.probes",
         "checkpoints.headers",
         *LEAVES,
         never=HTTP | MODELS | {"torch"},

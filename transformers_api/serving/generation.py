@@ -56,6 +56,7 @@ class GenerationRequest:
     constrain: Callable[[], TokenConstraint] | None = None  # makes one for each sequence
     marks: Mapping[int, str] = field(default_factory=dict)  # of special tokens, shown in the text
     trace: TracePlan | None = None  # a piece for every token then, with what was noted of it
+    trace_probes: tuple[str, ...] = ()  # vectors that the trace measures along, by name
     trace_stops: bool = False  # also of the token that ends an answer
     trace_cost: int = WHOLE  # see trace_plan.cost
     trace_required: bool = True  # False: without a place for it the answer goes on untraced

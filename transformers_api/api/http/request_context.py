@@ -247,6 +247,8 @@ class RequestContext:
         ends: list[Callable[[], None]] = []
         if request.intervene is not None:
             request = self.planner.with_edits(model, request)
+        if request.trace is not None and request.trace_probes:
+            request = self.planner.with_probes(model, request)
         if request.trace is not None or request.edited_places:
             request, end = self._placed(request)
             if end is not None:

@@ -28,7 +28,7 @@ from transformers_api.inspection.base import Anatomy
 from transformers_api.inspection.questions import Edited, Inspected, Question
 from transformers_api.serving.generation import GenerationRequest, collect
 from transformers_api.serving.inspect.edit_positions import PromptPlaces
-from transformers_api.serving.inspect.edit_request import InterveneRequest
+from transformers_api.serving.inspect.edit_request import ForceRequest, InterveneRequest
 from transformers_api.serving.inspect.interventions import PlannedEdits
 from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.text import chat_template
@@ -73,6 +73,10 @@ class Subject:
         """With the edits that were asked for. Raises what ``Planner.planned`` does."""
         if self.intervene is None:
             return self
+        if any(isinstance(each, ForceRequest) for each in self.intervene.edits):
+            raise InvalidRequest(
+                "force is of tokens that are written, and these are read", param="intervene"
+            )
         place = PromptPlaces(
             ids=self.ids,
             most=len(self.ids),

@@ -17,10 +17,12 @@ from transformers_api.serving.inspect.interventions import (
     LIGHT_PLACES,
     Facts,
     PlannedEdits,
+    forced_tokens,
     plan_edits,
 )
 from transformers_api.serving.inspect.queue import Inspections
 from transformers_api.serving.inspect.stream_norms import TEXT
+from transformers_api.serving.inspect.trace_plan import probes_of
 from transformers_api.serving.inspect.trace_slots import LIGHT, WHOLE
 from transformers_api.serving.inspect.vector_store import Vector
 from transformers_api.serving.limits.cancellation import Cancellation
@@ -54,7 +56,17 @@ class Planner:
                     window=engine.max_model_len if may_slide else None,
                 )
             )
-        return replace(request, edits=self.planned(model, request.intervene, prompts))
+        params = request.params
+        forced = forced_tokens(request.intervene, engine.vocab_size, params.max_tokens)
+        edits = self.planned(model, request.intervene, prompts)
+        return replace(request, edits=edits, params=replace(params, forced=forced))
+
+    def with_probes(self, model: LoadedModel, request: GenerationRequest) -> GenerationRequest:
+        """``request``, whose trace measures along its vectors. Raises as ``probes_of``."""
+        assert request.trace is not None
+        assert model.inspector is not None
+        probes = probes_of(request.trace_probes, self.vector, model.inspector.anatomy)
+        return replace(request, trace=replace(request.trace, probes=probes))
 
     def planned(
         self, model: LoadedModel, intervene: InterveneRequest, prompts: Sequence[PromptPlaces]
