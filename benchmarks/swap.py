@@ -2,12 +2,14 @@
 
     python -m benchmarks.swap
     python -m benchmarks.swap --peer-python build/peers/transformers/bin/python
+    python -m benchmarks.swap --model 1.1b.Q4_0.gguf --rounds 1
 
 Both models lie ready on the disk. "first swap": A is in memory and has answered, B is asked for the
 first time. "swap": A and B, asked by turns after that; ours evicts one before the other comes, and
 `transformers serve`, which keeps both, is compared by its one load. "start": the process is started
 and asked at once when it is ready. Ours is started twice in a round: with a store in which nothing
-is kept of either model, which gives "new start" and "new swap", and again. Servers take turns,
+is kept of either model, which gives "new start" and "new swap", and again, once its packed weights
+have been written. Servers take turns,
 round by round; medians.
 """
 
@@ -20,6 +22,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,6 +48,10 @@ def twin(folder: Path, scratch: Path) -> Path:
     """The same model under another name."""
     other = scratch / f"{folder.name}-twin"
     other.mkdir(parents=True, exist_ok=True)
+    if folder.is_file():  # a link that can be told from it
+        if not (other / folder.name).exists():
+            (other / folder.name).hardlink_to(folder)
+        return other / folder.name
     for file in folder.iterdir():
         link = other / file.name
         if not link.exists():
@@ -76,22 +83,28 @@ def one_round(contender: Contender, second: str, scratch: Path) -> dict[str, flo
         start, new, _ = one_process(contender, second, changes=0)
         return dict(zip(TIMES, (new, new, new, start, start), strict=True))
     shutil.rmtree(scratch / STORE, ignore_errors=True)
-    new_start, new_swap, _ = one_process(contender, second, changes=0)
+    packed = scratch / STORE / "packed"
+    new_start, new_swap, _ = one_process(contender, second, changes=0, writes=packed)
     start, first_swap, swaps = one_process(contender, second, CHANGES)
     times = new_swap, first_swap, statistics.median(swaps), new_start, start
     return dict(zip(TIMES, times, strict=True))
 
 
 def one_process(
-    contender: Contender, second: str, changes: int
+    contender: Contender, second: str, changes: int, writes: Path | None = None
 ) -> tuple[float, float, list[float]]:
-    """Seconds until the first token: of the start, of B, and of as many ``changes`` after that."""
+    """Seconds until the first token: of the start, of B, and of as many ``changes`` after that.
+
+    ``writes``: the folder that the process writes packed weights into, of both models.
+    """
     with tempfile.TemporaryFile() as log:
         try:
             with servers.running(contender, log) as running:
                 first = asyncio.run(ask(running.server, HELLO, TOKENS)).first
+                wait_for_files(writes, 1)
                 other = replace(running.server, model=second)
                 new = asyncio.run(ask(other, HELLO, TOKENS)).first
+                wait_for_files(writes, 2)
                 turns = [running.server, other] * (changes // 2)
                 swaps = [asyncio.run(ask(each, HELLO, TOKENS)).first for each in turns]
                 return running.ready_s + first, new, swaps
@@ -99,6 +112,13 @@ def one_process(
             log.seek(0)
             sys.stderr.buffer.write(log.read()[-4000:])
             raise
+
+
+def wait_for_files(folder: Path | None, count: int, limit_s: float = 60) -> None:
+    """Return once so many packed models lie in ``folder``, or none do after ``limit_s``."""
+    deadline = time.monotonic() + limit_s
+    while folder and len(list(folder.glob("*.packed"))) < count and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def rows(found: dict[str, list[dict[str, float]]]) -> list[list[str]]:
@@ -135,10 +155,11 @@ def main() -> None:
     servers.end_on_signals()
     scratch = options.scratch.absolute()
     scratch.mkdir(parents=True, exist_ok=True)
-    first = model_folder(options.model, scratch)
+    is_file = options.model.endswith(".gguf")
+    first = Path(options.model).absolute() if is_file else model_folder(options.model, scratch)
     second = model_folder(options.other, scratch) if options.other else twin(first, scratch)
     contenders = [ours(first, second, scratch)]
-    if options.peer_python.is_file():
+    if options.peer_python.is_file() and not is_file:
         contenders.append(peer(options.peer_python.absolute(), first))
     found: dict[str, list[dict[str, float]]] = {each.name: [] for each in contenders}
     for number in range(options.rounds):

@@ -31,6 +31,9 @@ from transformers_api.api.inspect.schemas.inspect import (
     MatrixRequest,
     TokensRequest,
 )
+from transformers_api.api.inspect.schemas.logit_parts import LogitPartsRequest
+from transformers_api.api.inspect.schemas.vectors import DerivationRequest, VectorBody
+from transformers_api.api.intervene.schema import EditOptions
 from transformers_api.api.llamacpp.schema import ApplyTemplateRequest, InfillRequest
 from transformers_api.api.ollama.schema import OllamaOptions
 from transformers_api.api.openai.schemas.chat import ChatRequest, Message
@@ -45,6 +48,7 @@ from transformers_api.api.seeds.schemas.chat_stream import ChatStreamRequest
 from transformers_api.api.seeds.schemas.generate import GenerateRequest, LoadModelRequest
 from transformers_api.api.trace.schema import LensOptions, StreamTrace, TraceOptions
 from transformers_api.config.described import described
+from transformers_api.inspection import edit_plan  # noqa: F401 - which has errors of its own
 from transformers_api.metric_names import described as described_metrics
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -160,6 +164,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "message fields": fields(Message),
     "trace fields": fields(TraceOptions),
     "lens fields": fields(LensOptions),
+    "edit fields": fields(EditOptions),
     "rerank fields": fields(RerankRequest),
     "score fields": fields(ScoreRequest),
     "infill fields": fields(InfillRequest, Sampling, Structured),
@@ -180,6 +185,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "logit_lens fields": fields(LensRequest, Inspected),
     "attribution fields": fields(AttributionRequest, Inspected),
     "hidden_states fields": fields(HiddenStatesRequest, Inspected),
+    "logit_parts fields": fields(LogitPartsRequest, Inspected),
+    "vector fields": fields(VectorBody),
+    "derivation fields": fields(DerivationRequest),
 }
 
 

@@ -50,7 +50,7 @@ def ordinary(operation: Any, model: str) -> Any:
     body = operation.definition.raw.get("requestBody")
     if body is None:
         return operation.Case(path_parameters=path)
-    [(media_type, content)] = body["content"].items()
+    media_type, content = next(iter(body["content"].items()))  # JSON, before other forms
     example = {**content["example"], **({"model": model} if "model" in content["example"] else {})}
     return operation.Case(path_parameters=path, body=example, media_type=media_type)
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy
 
 from transformers_api.inspection.base import (
+    PARTS,
     Anatomy,
     Array,
     AttentionMode,
@@ -16,6 +17,7 @@ from transformers_api.inspection.base import (
     AttentionWindow,
     Attribution,
     AttributionQuestion,
+    Editable,
     HeadGrid,
     Heads,
     Job,
@@ -23,10 +25,12 @@ from transformers_api.inspection.base import (
     LensReading,
     LensTable,
     Likely,
+    Places,
     PromptReading,
     StepTrace,
     TracePlan,
 )
+from transformers_api.inspection.logit_share import LogitParts, LogitPartsQuestion, LogitShare
 
 LAYERS, HEADS, KV_HEADS, WIDTH = 2, 4, 2, 8
 
@@ -41,6 +45,14 @@ def fake_layer(layer: int, **fields: Any) -> LayerAttention:
         "max_rel_err": 1e-7,
     }
     return LayerAttention(layer=layer, **(given | fields))
+
+
+def fake_places(layer: int) -> Places:
+    """All parts of a layer with 16 neurons; of the embedding its stream."""
+    if layer < 0:
+        return Places(layer=layer, off={"resid": 1e-7})
+    off = dict.fromkeys(PARTS, 1e-7)
+    return Places(layer=layer, off=off, heads=HEADS, head_dim=WIDTH // HEADS, neurons=16)
 
 
 def fake_anatomy(**fields: Any) -> Anatomy:
@@ -168,6 +180,8 @@ class FakeInspector:
     def __init__(self, anatomy: Anatomy | None = None, gradients: bool = True) -> None:
         self.anatomy = anatomy or fake_anatomy()
         self.gradients = gradients
+        layers = range(-1, self.anatomy.layers)
+        self.editable = Editable(tuple(fake_places(layer) for layer in layers), True)
         self.asked: list[tuple[str, list[int]]] = []
 
     def attention(
@@ -253,6 +267,24 @@ class FakeInspector:
             convergence_delta=0.01 if question.method == "integrated_gradients" else None,
         )
         return sliced(lambda: answer)
+
+    def check_places(self) -> Job[Editable]:
+        return sliced(lambda: self.editable, slices=0)
+
+    def logit_parts(self, ids: Sequence[int], question: LogitPartsQuestion) -> Job[LogitParts]:
+        self.asked.append(("logit_parts", list(ids)))
+        shares = LogitShare("embed", -1, 1.0), LogitShare("attn", 0, 0.5), LogitShare("mlp", 0, 2)
+        parts = LogitParts(
+            token_id=97,
+            logit=3.75,
+            model_logit=3.75,
+            is_capped=False,
+            shares=shares,
+            constant=0.25,
+            rounding=0.0,
+            sum=3.75,
+        )
+        return sliced(lambda: parts)
 
     def check_gradients(self) -> Job[bool]:
         return sliced(lambda: self.gradients, slices=0)

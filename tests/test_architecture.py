@@ -34,8 +34,8 @@ def layer(*ours: str, never: set[str] | None = None) -> Layer:
 
 
 LEAVES = ("errors", "logs", "config", "heap", "memory")
-# The longest name that fits a module holds. `engine.base` and `inspection.base` are data and
-# protocols: all may know them.
+# The longest name that fits a module holds. `engine.base`, `inspection.base` and its `edit_plan` are
+# data and protocols: all may know them.
 LAYERS = {
     "": layer(),
     "errors": layer(never=HTTP | MODELS | {"torch"}),
@@ -60,14 +60,19 @@ LAYERS = {
         *("engine", "families", "checkpoints.headers", "errors", "logs", "heap", "memory"),
         never=HTTP,
     ),
-    "engine.native": layer("engine", "kernels", "families", "errors", "logs", never=HTTP),
-    "inspection.base": layer("errors", never=HTTP | MODELS | {"torch"}),
+    "engine.native": layer(
+        *("engine", "kernels", "families", "errors", "logs", "memory"), never=HTTP
+    ),
+    "inspection.base": layer("errors", "inspection.logit_share", never=HTTP | MODELS | {"torch"}),
+    "inspection.edit_plan": layer("inspection.base", "errors", never=HTTP | MODELS | {"torch"}),
+    "inspection.logit_share": layer(never=HTTP | MODELS | {"torch"}),
     "inspection": layer("inspection", "engine", "errors", "logs", never=HTTP),
     "serving": layer(
         "serving",
         "engine.base",
         "engine.adapter_source",
         "inspection.base",
+        "inspection.edit_plan",
         "checkpoints.headers",
         *LEAVES,
         never=HTTP | MODELS | {"torch"},
@@ -77,6 +82,8 @@ LAYERS = {
         "serving",
         "engine.base",
         "inspection.base",
+        "inspection.edit_plan",
+        "inspection.logit_share",
         *LEAVES,
         never=MODELS | {"torch", "gunicorn"},
     ),
@@ -91,6 +98,7 @@ WIRING = {
     "encoder_loader",
     "metrics",
     "adapter_loader",
+    "model_facts",
     "model_loader",
     "server",
     "sidecar_writer",

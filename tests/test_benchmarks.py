@@ -347,6 +347,11 @@ def test_a_twin_is_the_same_model_in_another_folder(tmp_path):
     other = swap.twin(folder, tmp_path / "scratch")
     assert other.resolve() != folder
     assert (swap.twin(folder, tmp_path / "scratch") / "config.json").read_text() == "{}"
+    file = tmp_path / "m.gguf"
+    file.write_bytes(b"GGUF")
+    other = swap.twin(file, tmp_path / "scratch")
+    assert other.resolve() != file.resolve()
+    assert swap.twin(file, tmp_path / "scratch").read_bytes() == b"GGUF"
 
 
 def test_unquantised_weights_can_always_be_measured():

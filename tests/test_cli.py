@@ -16,6 +16,7 @@ import pytest
 from tests.model_folders import LLAMA, model_files, write_files
 from transformers_api.cli import main, resident_models
 from transformers_api.config.settings import Settings
+from transformers_api.engine.native.packed_store import PackedStore, StoredWeight
 from transformers_api.kernels import build, variants
 
 ROOT = Path(__file__).parents[1]
@@ -294,3 +295,23 @@ def test_check_tells_a_damaged_model_from_one_to_convert(monkeypatch, tmp_path, 
     monkeypatch.setenv("MODEL_STORE", str(tmp_path / "store"))
     assert main(["check", str(model)]) == 1
     assert "first loaded" not in capsys.readouterr().out
+
+
+def test_prune_lists_packed_weights_and_removes_them(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    store = PackedStore.of(tmp_path / "store", 1)
+    assert store.make_room(1)
+    weight = StoredWeight(0, 2, 3, 0.0, 0, 64, 0)
+    store.write("a" * 32, "mine", [weight], [bytes(64)])
+    store.path("b" * 32).write_bytes(b"damaged")
+    assert main(["models", "prune", "--dry-run"]) == 0
+    listed = capsys.readouterr().out
+    assert re.search(r"^mine +0 MB +\d{4}-\d\d-\d\d \d\d:\d\d$", listed, re.MULTILINE)
+    assert re.search(r"^- ", listed, re.MULTILINE)
+    assert f"0 MB could be freed in {store.folder}" in listed
+    assert len(store.entries()) == 2
+    assert main(["models", "prune"]) == 0
+    assert "were freed" in capsys.readouterr().out
+    assert store.entries() == []
+    assert main(["models", "prune"]) == 0

@@ -6,13 +6,18 @@ import os
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.engine.models import tiny_model
+from tests.engine.reading import read
 from tests.engine.wrappers import save
 from tests.tokenizers import byte_level
 from transformers_api.config.settings import GIB, Settings
+from transformers_api.engine.base import SamplingParams, SequenceRequest
+from transformers_api.engine.native import packed_weights
 from transformers_api.engine.platform import memory
 from transformers_api.engine.thread import EngineThread
 from transformers_api.errors import InsufficientMemory, ModelLoadFailed
@@ -291,6 +296,85 @@ def test_the_devices_are_told_without_waiting(loader):
 
 def test_free_memory_is_a_plausible_number():
     assert 0 < memory.available_bytes("cpu") < 1 << 50
+
+
+@pytest.fixture
+def stored(native_loader, spec, monkeypatch):
+    """(loader, specification) of a model whose packed weights are in the store."""
+    monkeypatch.setattr(packed_weights, "SMALLEST", 0)
+    native_loader.load(spec, prepared(native_loader, spec)).engine.close()
+    join_writers()
+    return native_loader, spec
+
+
+def join_writers():
+    for thread in threading.enumerate():
+        if thread.name == "packed writer":
+            thread.join()
+
+
+def test_a_model_whose_packed_weights_are_stored_needs_the_memory_that_they_take(
+    stored, monkeypatch
+):
+    loader, spec = stored
+    (entry,) = loader._packed.entries()
+    assert entry.model == "tiny"
+    size = loader._packed.size(entry.path.stem)
+    need = int(size * 1.15)
+    own = prepared(loader, spec)
+    assert own.parameters * 2 != size
+    monkeypatch.setattr(memory, "free_bytes", lambda: need - 1)
+    with pytest.raises(InsufficientMemory):
+        loader.check_memory(spec, own, 0)
+    loader.check_memory(spec, own, 1)
+    loader._packed.read_ahead(entry.path.stem)  # it has taken its memory already
+    monkeypatch.setattr(memory, "free_bytes", lambda: need - size)
+    loader.check_memory(spec, own, 0)
+    monkeypatch.setattr(memory, "free_bytes", lambda: need - size - 1)
+    with pytest.raises(InsufficientMemory):
+        loader.check_memory(spec, own, 0)
+    assert loader._packed.ahead_bytes(entry.path.stem) == 0  # nobody is going to take it
+
+
+def test_a_model_that_lacks_memory_takes_that_of_conversations(loader, spec, monkeypatch):
+    free = [GIB, 9 * GIB]
+    loader._standby.keep("another", SimpleNamespace(sleep=lambda: None), [SimpleNamespace(bytes=1)])
+    monkeypatch.setattr(memory, "available_bytes", lambda device: free.pop(0))
+    loader.check_memory(spec, files(10**9), 0)
+    assert not loader._standby.conversations("another")
+
+
+def test_a_model_whose_file_was_written_again_is_not_served_from_what_was_packed(stored, tmp_path):
+    loader, spec = stored
+    path = tmp_path / "tiny" / "model.safetensors"
+    weights = load_file(path)
+    before = loader.load(spec, prepared(loader, spec))
+    probe = SequenceRequest([5, 6], SamplingParams(max_tokens=1, logprobs=0))
+    scores = [read(before.engine.submit([probe]))[0][0].score]
+    before.engine.close()
+    times = path.stat()
+    save_file({k: v * 1.5 for k, v in weights.items()}, path, metadata={"format": "pt"})
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns + 1))  # of the same size
+    after = loader.load(spec, prepared(loader, spec))
+    scores.append(read(after.engine.submit([probe]))[0][0].score)
+    after.engine.close()
+    join_writers()
+    assert scores[0] != scores[1]
+    assert len(loader._packed.entries()) == 2
+
+
+def test_a_process_that_starts_reads_what_was_packed_ahead(stored, tmp_path, native_cache):
+    loader, spec = stored
+    (entry,) = loader._packed.entries()
+    thread, gate = EngineThread(1), threading.Event()
+    thread.call(gate.wait)
+    starting = loader_for(thread, tmp_path, native_kernels=True, native_cache=native_cache)
+    own = prepared(starting, spec)  # while torch is imported
+    assert starting._packed.ahead_bytes(entry.path.stem) > 0
+    gate.set()
+    starting.load(spec, own).engine.close()
+    assert starting._packed.ahead_bytes(entry.path.stem) == 0
+    thread.stop()
 
 
 def test_with_native_kernels_the_facts_are_those_of_the_packed_weights(native_loader, spec):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
@@ -52,8 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--port", type=_port, help="port to listen on (PORT)")
     serve.set_defaults(run=_serve)
 
-    models = commands.add_parser("models", help="list the models that may be served")
-    models.set_defaults(run=_models)
+    _add_models(commands)
 
     pull = commands.add_parser("pull", help="download or prepare a model now")
     pull.add_argument("id", help="a registered id, owner/name on the Hub, or a path")
@@ -95,6 +95,16 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(check)
     check.set_defaults(run=_check)
     return parser
+
+
+def _add_models(commands: Any) -> None:
+    models = commands.add_parser("models", help="list the models that may be served, or make room")
+    models.set_defaults(run=_models)
+    prune = models.add_subparsers(metavar="ACTION").add_parser(
+        "prune", help="remove packed weights; a model's next load makes them anew"
+    )
+    prune.add_argument("--dry-run", action="store_true", help="only list them")
+    prune.set_defaults(run=_prune)
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:
@@ -200,6 +210,26 @@ def _write_table(rows: Sequence[Sequence[str]]) -> None:
     for row in rows:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         sys.stdout.write("  ".join(cells).rstrip() + "\n")
+
+
+def _prune(options: argparse.Namespace) -> int:
+    from transformers_api.engine.native.packed_store import PackedStore
+
+    settings = Settings.from_env()
+    store = PackedStore.of(settings.model_store, settings.packed_store_mb)
+    entries = sorted(store.entries(), key=lambda entry: entry.used_at)
+    rows = [("MODEL", "SIZE", "LAST USED")]
+    for entry in entries:
+        day = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used_at))
+        rows.append((entry.model or "-", _size(entry.bytes), day))
+        if not options.dry_run:
+            entry.path.unlink(missing_ok=True)
+    _write_table(rows)
+    sys.stdout.write(
+        f"{_size(sum(entry.bytes for entry in entries))} "
+        f"{'could be' if options.dry_run else 'were'} freed in {store.folder}\n"
+    )
+    return 0
 
 
 def _pull(options: argparse.Namespace) -> int:

@@ -6,7 +6,6 @@ that a server answers its health checks before they are there.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import threading
 import time
@@ -17,18 +16,24 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from transformers_api import __version__
 from transformers_api.adapter_loader import AdapterLoader
 from transformers_api.config.environment import load_in_one_thread
 from transformers_api.config.settings import GIB, Settings
 from transformers_api.engine.load_deadline import LoadDeadline
 from transformers_api.engine.load_options import AS_NUMBERS, DTYPE_BYTES, LoadOptions
 from transformers_api.engine.load_progress import LoadProgress
+from transformers_api.engine.native.packed_store import PackedStore, packed_key
 from transformers_api.engine.standby import StandbyModels
 from transformers_api.engine.thread import EngineThread
 from transformers_api.errors import InsufficientMemory, ModelNotCapable
+from transformers_api.model_facts import (
+    available_bytes,
+    engine_facts,
+    fingerprint_of,
+    register_families,
+    torch_devices,
+)
 from transformers_api.serving.models.hub import Progress
-from transformers_api.serving.models.preflight import weight_files
 from transformers_api.serving.models.spec import ModelFiles, ModelSpec, Pooling, VectorStep
 from transformers_api.serving.models.store import ModelStore
 from transformers_api.serving.swap.loaded_model import Embedder, LoadedModel, PairScorer
@@ -39,7 +44,8 @@ from transformers_api.tokenizer_loader import LoadedTokenizer, read_text, read_t
 
 if TYPE_CHECKING:
     from transformers_api.engine.backend import Backend
-    from transformers_api.engine.base import Engine, EngineFacts, EngineListener
+    from transformers_api.engine.base import Engine, EngineListener
+    from transformers_api.engine.native.packed_weights import PackedFile
     from transformers_api.inspection.base import Inspector
     from transformers_api.serving.constraints.listener import ConstraintListener
 
@@ -81,14 +87,15 @@ class ModelLoader(AdapterLoader):
         self._make_room, self._wake = make_room, wake
         self._constraint_listener = constraint_listener
         self.deadline = LoadDeadline(settings.model_wait_s)
-        self._standby = StandbyModels(settings.sleeping_models)
+        self._standby = StandbyModels(settings.sleeping_models, settings.sleeping_kv_mb << 20)
+        self._packed = PackedStore.of(settings.model_store, settings.packed_store_mb)
         self._tokenizers: OrderedDict[Hashable, LoadedTokenizer] = OrderedDict()
         self._texts: OrderedDict[Hashable, ModelText] = OrderedDict()  # of models not in memory
         self._text_lock, self._fetch_lock = threading.Lock(), threading.Lock()
         self._examinations: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # see Attachment
         store.write_sidecar = sidecar_writer(thread)
         load_in_one_thread()
-        self._devices = thread.call(_devices)  # also the first import of torch
+        self._devices = thread.call(torch_devices)  # also the first import of torch
 
     def devices(self) -> Collection[str]:
         """See Loader. Never waits: only the CPU until torch has been imported."""
@@ -104,7 +111,10 @@ class ModelLoader(AdapterLoader):
             )
         if spec.token_encoding:  # an encoding that cannot be had: before anything is loaded
             token_counter(spec.token_encoding)
-        return self.store.prepare(spec, progress)
+        files = self.store.prepare(spec, progress)
+        if not self._devices.done():  # the process starts: cores wait for the imports of torch
+            self._packed.read_ahead(self._packed_key(spec, files))
+        return files
 
     def text(self, spec: ModelSpec) -> ModelText:
         """See Loader. Those that were asked for last stay here."""
@@ -116,7 +126,7 @@ class ModelLoader(AdapterLoader):
         key = (spec.name, files.folder, files.stamp)
         with self._text_lock:
             if (text := self._texts.pop(key, None)) is None:
-                self.thread.call(_register_families).result()
+                self.thread.call(register_families).result()
                 text = read_text(spec, files, self.settings.max_context_tokens)
             self._texts[key] = text
             if len(self._texts) > TEXTS:
@@ -126,11 +136,17 @@ class ModelLoader(AdapterLoader):
     def check_memory(self, spec: ModelSpec, files: ModelFiles, freed_bytes: int) -> bool:
         """See Loader."""
         device = self.thread.call(lambda: self._pick_device(spec)).result()
-        free = self._free_bytes(device)
+        ahead = self._packed.ahead_bytes(self._packed_key(spec, files))  # which is its own
+        free = self._free_bytes(device) + ahead
         need = int(self._weight_bytes(spec, files) * RESERVE)
+        if need > free + freed_bytes:
+            self.thread.call(self._standby.forget_conversations).result()
+            free = self._free_bytes(device) + ahead
         lacking = need - free - freed_bytes
         if lacking > 0 and self._make_room(lacking):
-            free = self._free_bytes(device)
+            free = self._free_bytes(device) + ahead
+        if need > free + freed_bytes:
+            self._packed.forget_ahead()
         _require(spec, device, need, free + freed_bytes)
         return need * SPARE <= free
 
@@ -138,25 +154,28 @@ class ModelLoader(AdapterLoader):
         self, spec: ModelSpec, files: ModelFiles, progress: Progress = _unheard
     ) -> LoadedModel:
         """See Loader."""
-        with self.deadline.running():
-            return self._load(spec, files, progress)
+        try:
+            with self.deadline.running():
+                return self._load(spec, files, progress)
+        finally:
+            self._packed.forget_ahead()  # of a model that has not taken it
 
     def _load(self, spec: ModelSpec, files: ModelFiles, progress: Progress) -> LoadedModel:
         started = time.monotonic()
-        self.thread.call(_register_families).result()
+        self.thread.call(register_families).result()
         tokenizer = self._tokenizer(spec, files)
         options = self._options(spec, files, tokenizer)
         is_outdated = self.thread.call(lambda: self._outdating(options)).result()
         counted = LoadProgress(files.parameters, progress)
         work = partial(self._in_time, spec, files, options, counted)
         engine, inspector = self.thread.call(work).result()
-        facts = _facts(engine.describe())
+        facts = engine_facts(engine.describe())
         loaded = LoadedModel(
             spec=spec,
             engine=engine,
             tokenizer=tokenizer.tokenizer,
             load_s=time.monotonic() - started,
-            fingerprint=_fingerprint(files, facts),
+            fingerprint=fingerprint_of(files, facts),
             file_types=files.file_types if files.stored_dtype == "gguf" else {},
             created=files.created,
             count_tokens=token_counter(spec.token_encoding) if spec.token_encoding else None,
@@ -274,8 +293,9 @@ class ModelLoader(AdapterLoader):
             kv_cache_bytes=int(settings.kv_cache_gib * GIB) if settings.kv_cache_gib else None,
             listener=self._listen(spec.name),
             plans=settings.model_store.absolute() / "plans",
+            packed=self._packed_file(spec, files),
             check_room=lambda size: _require(
-                spec, "cpu", int(size * RESERVE), _available_bytes("cpu")
+                spec, "cpu", int(size * RESERVE), available_bytes("cpu")
             ),
             standby=self._standby,
         )
@@ -292,8 +312,22 @@ class ModelLoader(AdapterLoader):
             kv_cache_dtype=settings.kv_cache_dtype,
         )
 
+    def _packed_key(self, spec: ModelSpec, files: ModelFiles) -> str | None:
+        """The name of the model's packed weights in the store; None where they are not kept."""
+        if spec.encoder or not self.settings.packed_store_mb:
+            return None
+        trusts = spec.trust_remote_code
+        options = replace(self._placement(spec), stamp=files.stamp, trust_remote_code=trusts)
+        return packed_key(options, files.folder)
+
+    def _packed_file(self, spec: ModelSpec, files: ModelFiles) -> PackedFile | None:
+        from transformers_api.engine.native.packed_weights import PackedFile
+
+        key = self._packed_key(spec, files)
+        return PackedFile(self._packed, key, spec.name) if key else None
+
     def _free_bytes(self, device: str) -> int:
-        return self.thread.call(lambda: _available_bytes(device)).result()
+        return self.thread.call(lambda: available_bytes(device)).result()
 
     def _pick_device(self, spec: ModelSpec) -> str:
         from transformers_api.engine.pretrained import pick_device
@@ -311,6 +345,8 @@ class ModelLoader(AdapterLoader):
 
     def _served_bytes(self, spec: ModelSpec, files: ModelFiles) -> int:
         options, stored = self._placement(spec), files.stored_dtype
+        if packed := self._packed.size(self._packed_key(spec, files)):
+            return packed
         if quantized := QUANTIZED_BYTES.get(options.quantization):
             return int(files.parameters * quantized)
         backend = self.thread.call(lambda: self._backend(options)).result()
@@ -334,41 +370,3 @@ def _require(spec: ModelSpec, device: str, need: int, free: int) -> None:
             f"Model '{spec.name}' needs {need / GIB:.1f} GiB of memory on {device}, "
             f"{free / GIB:.1f} GiB can be had"
         )
-
-
-def _register_families() -> None:
-    from transformers_api import families
-
-    families.register()
-
-
-def _devices() -> list[str]:
-    import torch
-
-    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    mps = ["mps"] if torch.backends.mps.is_available() else []
-    return ["cpu", *(["cuda"] if gpus else []), *gpus, *mps]
-
-
-def _available_bytes(device: str) -> int:
-    from transformers_api.engine.platform.memory import available_bytes
-
-    return available_bytes(device)
-
-
-def _facts(facts: EngineFacts) -> dict[str, Any]:
-    """The fields of LoadedModel that are facts of its engine."""
-    return {
-        "device": facts.device,
-        "dtype": facts.dtype,
-        "quantization": facts.quantization,
-        "kernels": facts.kernels,
-        "isa": facts.isa,
-        "bytes": facts.bytes,
-    }
-
-
-def _fingerprint(files: ModelFiles, facts: dict[str, Any]) -> str:
-    weights = [(path.name, path.stat().st_size) for path in weight_files(files.folder)]
-    content = repr((__version__, weights, files.created, sorted(facts.items())))
-    return "fp_" + hashlib.sha256(content.encode()).hexdigest()[:10]

@@ -230,3 +230,87 @@ def test_an_answer_goes_on_between_the_slices_of_an_inspection_and_stays_the_sam
 def test_nothing_is_left_behind(app):
     status = app.extensions[EXTENSION].swapper.status()
     assert status.leases == 0
+
+
+PAIRS = [
+    {"positive": "I feel calm.", "negative": "I feel angry!"},
+    {"positive": "A quiet day", "negative": "A furious day"},
+    {"positive": "Softly, softly", "negative": "Now, now, now"},
+]
+
+
+@pytest.mark.parametrize("at", ["last", "mean"])
+def test_a_direction_of_pairs_is_the_mean_difference_of_their_streams(client, eager, at):
+    answer = client.post("/inspect/vectors/calm/derive", json={"pairs": PAIRS, "at": at})
+    assert answer.status_code in (200, 201), answer.get_data(as_text=True)
+    derived = answer.get_json()
+
+    def streams(text):
+        ids = ask(client, "tokens", {"prompt": text})["token_ids"]
+        hidden = torch.stack(run(eager, ids).hidden_states)[1:-1, 0]  # the last one is normed
+        return hidden[:, -1] if at == "last" else hidden.mean(dim=1)
+
+    expected = sum(streams(pair["positive"]) - streams(pair["negative"]) for pair in PAIRS) / 3
+    vector = client.get("/inspect/vectors/calm").get_json()
+    assert numpy.allclose(vector["vector"][: LAYERS - 1], expected, atol=1e-5)
+    assert (vector["layers"], vector["source"], vector["model"]) == ([0, 1, 2], "pairs", "tiny")
+    assert numpy.allclose(derived["scales"], 1)
+    assert derived["best_layers"] == [0, 2]
+    assert all(0 <= value <= 1 for value in vector["separation"])
+
+
+def test_pairs_may_be_conversations_and_are_refused_by_name(client):
+    said = [{"role": "user", "content": "hello"}]
+    pairs = [{"positive": said, "negative": "goodbye"}, {"positive": "a", "negative": "b"}]
+    url = "/inspect/vectors/pair/derive"
+    answer = client.post(url, json={"pairs": pairs, "method": "pca", "layers": [2, 0]}).get_json()
+    assert answer["layers"] == [2, 0]
+    assert numpy.allclose(answer["norms"], 1)
+    refusals = {
+        "pairs": [{"pairs": pairs[:1]}, {"pairs": [{"positive": "a"}, pairs[1]]}],
+        "layers": [{"pairs": pairs, "layers": [3]}],
+        "pairs[1].negative": [{"pairs": [pairs[0], {"positive": "a", "negative": ""}]}],
+    }
+    for param, bodies in refusals.items():
+        for body in bodies:
+            refused = client.post(url, json=body)
+            assert refused.status_code == 422
+            assert param in refused.get_json()["detail"]
+
+
+@pytest.mark.parametrize("by", ["layer", "head", "neuron", "source"])
+def test_a_logit_is_the_sum_of_its_parts(client, eager, by):
+    body = {"prompt": PROMPT, "by": by, "against": "mean", "topk": 7}
+    answer = ask(client, "logit_parts", body)
+    ids = ask(client, "tokens", {"prompt": PROMPT})["token_ids"]
+    logits = run(eager, ids).logits[0, -1]
+    assert answer["target"]["token_id"] == int(logits.argmax())
+    assert answer["target"]["position"] == len(ids) - 1
+    assert answer["logit"] == pytest.approx(float(logits.max() - logits.mean()), abs=1e-4)
+    assert answer["verified_rel"] < 1e-5
+    parts = sum(part["value"] for part in answer["parts"])
+    total = parts + answer["rest"] + answer["constant"] + answer["rounding"]
+    assert total == pytest.approx(answer["logit"], abs=1e-4)
+    assert len(answer["parts"]) == 7
+    assert answer["count"] >= 7
+    if by == "source":
+        assert len(answer["by_token"]) == len(ids)
+        read = [part for part in answer["parts"] if part["part"] == "source"]
+        assert read[0]["token"] in PROMPT
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"position": 99}, "position must be in [-24, 23]"),
+        ({"token": 10**6}, "token must be in [0, "),
+        ({"against": -1}, "against must be in [0, "),
+        ({"against": "median"}, 'must be "mean" or a token id'),
+        ({"by": "expert"}, "by must be one of"),
+        ({"topk": 0}, "topk must be an integer from 1 to 4 096"),
+    ],
+)
+def test_a_logit_that_cannot_be_taken_apart_is_refused_by_name(client, body, message):
+    refused = client.post("/inspect/logit_parts", json={"prompt": PROMPT, **body})
+    assert refused.status_code == 422
+    assert message in refused.get_json()["detail"]

@@ -36,6 +36,8 @@ OTHERWISE = {
     "GET /metrics": 404,
     "POST /load_model": 404,
     "POST /detokenize": 400,
+    "PUT /inspect/vectors/{name}": 201,
+    "POST /inspect/vectors/{name}/derive": 201,
 }
 
 

@@ -21,7 +21,8 @@ from transformers_api.engine.llm_engine import BatchingEngine, EngineLimits
 from transformers_api.engine.load_options import LoadOptions
 from transformers_api.engine.pretrained import differentiable
 from transformers_api.engine.runners.cuda_graphs import GraphRunner, PaddedCache
-from transformers_api.engine.runners.torch_backend import CudaGraphsBackend
+from transformers_api.engine.runners.edited_modules import ModuleEdit
+from transformers_api.engine.runners.torch_backend import CudaGraphsBackend, TorchBackend
 from transformers_api.engine.runners.verify import agrees
 from transformers_api.engine.sequence import Sequence
 
@@ -112,13 +113,10 @@ def test_a_size_is_captured_once_and_again_only_when_the_cache_has_moved(graph_e
     assert answers == [generate(tiny_model("llama"), long[:300], 5)]
 
 
-@torch.inference_mode()
-def test_a_watched_step_is_the_same_padded_step_run_uncaptured():
-    """The same shapes, so the same bits on any processor; three sequences are padded to four."""
-    graphs = Graphs()
-    graphs.runner = runner = GraphRunner(
-        copy.deepcopy(tiny_model("llama")), PaddedCache(3, SLOTS, 128), 97, graphs
-    )
+def padded_steps(graphs, device="cpu"):
+    """A runner and three sequences that have read their prompts: a step is padded to four."""
+    model = copy.deepcopy(tiny_model("llama")).to(device)
+    runner = GraphRunner(model, PaddedCache(3, SLOTS, 128), 97, graphs)
     runner.cache.reserve(SLOTS, 20)
     sequences = []
     for slot, prompt in enumerate(prompts_of(3)):
@@ -128,6 +126,15 @@ def test_a_watched_step_is_the_same_padded_step_run_uncaptured():
         runner.forward(Batch([seq], [len(prompt) - 1]))
         seq.num_cached = len(prompt) - 1
         sequences.append(seq)
+    return runner, sequences
+
+
+@torch.inference_mode()
+def test_a_watched_step_is_the_same_padded_step_run_uncaptured():
+    """The same shapes, so the same bits on any processor; three sequences are padded to four."""
+    graphs = Graphs()
+    graphs.runner, sequences = padded_steps(graphs)
+    runner = graphs.runner
     captured = runner.forward(Batch(sequences, [1] * len(sequences))).clone()
     repeated = graphs.repeated
     sequences[1].observe = {"trace": None}
@@ -136,6 +143,27 @@ def test_a_watched_step_is_the_same_padded_step_run_uncaptured():
     assert torch.equal(watched, captured)
     sequences[1].observe = {}
     assert torch.equal(runner.forward(Batch(sequences, [1] * len(sequences))), captured)
+
+
+def check_edited_step(runner, sequences):
+    """Of a step whose second row is edited: that row alone is another, and only that time."""
+    batch = Batch(sequences, [1] * len(sequences))
+    plain = runner.forward(batch).clone()
+    edit = ModuleEdit("model.layers.1", "out", lambda rows: rows[1].mul_(-2))
+    options = LoadOptions()
+    with TorchBackend(str(runner.model.device), options).editing(runner.model, [edit]):
+        edited = runner.forward(batch).clone()
+    assert torch.equal(edited[[0, 2]], plain[[0, 2]])
+    assert not torch.allclose(edited[1], plain[1])
+    assert torch.equal(runner.forward(batch), plain)
+
+
+@torch.inference_mode()
+def test_an_edited_step_is_run_uncaptured_and_changes_its_own_row_alone():
+    graphs = Graphs()
+    graphs.runner, sequences = padded_steps(graphs)
+    check_edited_step(graphs.runner, sequences)
+    assert graphs.repeated > 0
 
 
 def test_a_watched_stream_has_the_tokens_of_one_that_is_not_and_its_scores(graph_engine):
@@ -178,6 +206,14 @@ def test_a_gpu_repeats_its_steps_as_graphs():
     with torch.inference_mode():
         assert agrees(runner, model, 97, 128)
     assert runner.num_captured == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@torch.inference_mode()
+def test_an_edited_step_on_a_gpu_repeats_no_graph():
+    runner, sequences = padded_steps(None, "cuda")
+    check_edited_step(runner, sequences)
+    assert runner.num_captured > 0
 
 
 @pytest.mark.gpu

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from tests.engine.reading import ask
 from transformers_api.engine.base import TokenStream
-from transformers_api.engine.scheduler import Scheduler, common_prefix
+from transformers_api.engine.cached_rows import common_prefix
+from transformers_api.engine.scheduler import Scheduler
 from transformers_api.engine.sequence import SampledToken, Sequence
 
 

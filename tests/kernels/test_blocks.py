@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from transformers_api.kernels.modules import linear
-from transformers_api.kernels.modules.blocks import KINDS, Blocks, Pieces
+from transformers_api.kernels.modules.blocks import KINDS, PLAIN, Blocks, Pieces
 from transformers_api.kernels.modules.linear import PackedWeight, WeightMemory
 from transformers_api.serving.models import weight_fidelity
 
@@ -164,3 +164,36 @@ def test_a_matrix_that_comes_in_pieces_is_packed_as_a_whole_one(library, monkeyp
     )
     assert torch.equal(made.dense(), expected.dense())
     assert made.error == expected.error
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *PLAIN])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_products_with_blocks_are_those_with_their_values(library, kind, rows):
+    blocks, values = random_blocks(kind) if kind in KINDS else plain_blocks(kind)
+    x = torch.randn(2, rows, SHAPE[1])
+    wanted = x.double() @ values.double().t()
+    assert_near(blocks.multiply(library, x), wanted, 1e-5)
+    order = torch.randperm(SHAPE[0])
+    ordered = Blocks(blocks.memory, kind, SHAPE, order)
+    assert_near(ordered.multiply(library, x), wanted[..., order], 1e-5)
+    halves = x.bfloat16()
+    made = blocks.multiply(library, halves)
+    assert made.dtype == torch.bfloat16
+    assert_near(made, halves.double() @ values.double().t(), 1e-2)
+
+
+def plain_blocks(kind: str):
+    dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind]
+    numbers = torch.randn(SHAPE, dtype=torch.float32).to(dtype)
+    return Blocks(numbers.view(-1).view(torch.uint8), kind, SHAPE), numbers.float()
+
+
+def assert_near(made, wanted, tolerance):
+    assert made.shape == wanted.shape
+    assert lost(made, wanted) < tolerance
+
+
+def test_a_matrix_of_which_blocks_are_no_part_is_not_multiplied_with_them(library):
+    memory = torch.zeros(2 * 33 * 4, dtype=torch.uint8)  # rows of 33 float32
+    with pytest.raises(ValueError, match="no F32"):
+        Blocks(memory, "F32", (2, 33)).multiply(library, torch.zeros(1, 33))

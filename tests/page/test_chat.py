@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 
-from playwright.sync_api import expect
+from playwright.sync_api import Route, expect
 
 from tests.page.chatting import answered_with, body_of, box, model_turn, send, side, stored
 
@@ -79,6 +79,25 @@ def test_regenerate_edit_and_compare_make_versions_and_lose_none(scripted, open_
         ).click()
         expect(page.get_by_role("article")).to_have_count(2)
         page.reload()
+
+
+def test_a_message_sent_before_the_page_has_heard_of_the_model_is_noted_like_any_other(
+    scripted, open_page
+):
+    page = open_page(scripted, None)
+    held: list[Route] = []
+
+    def hold(route: Route) -> None:
+        held.append(route)
+
+    page.route("**/inspect/model?*", hold)
+    with page.expect_request("**/inspect/model?*"):
+        page.goto("/ui")
+    box(page).fill("plain")
+    with page.expect_request("**/v1/chat/completions") as sent:
+        box(page).press("Enter")
+        held[0].continue_()
+    assert body_of(sent.value)["trace"]["attn"] == "u8"
 
 
 def test_the_settings_are_in_the_request_and_nothing_else_is(scripted, open_page):

@@ -22,6 +22,7 @@ from tests.page.inside import (
     token,
     visible,
 )
+from tests.repeats import slow
 
 QUESTION = "What is the capital of France"
 MODEL = "tiny-llama"
@@ -326,7 +327,7 @@ def test_everything_is_reached_by_the_keyboard_alone(page, ids):
     expect(page.get_by_role("list", name="Branches").get_by_role("listitem")).to_have_count(0)
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", [*slow("light"), "dark"])
 def test_axe_finds_nothing_in_any_pane(tiny, open_page, scheme):
     page = begin(open_page(tiny, None, scheme=scheme, bypass_csp=True))
     page.get_by_role("tab", name="Inside").click()

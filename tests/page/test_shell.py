@@ -14,6 +14,7 @@ from playwright.sync_api import expect
 
 from tests.page.chatting import box, send, side
 from tests.page.conftest import violations
+from tests.repeats import slow
 
 MODIFIED = {"bypass_csp": True}  # so that axe may be put into the page
 
@@ -256,7 +257,7 @@ def test_a_phone_has_a_drawer_and_nothing_scrolls_sideways(scripted, open_page, 
     expect(page.get_by_role("button", name="Open conversations")).to_be_focused()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", *slow("dark")])
 def test_axe_finds_nothing_in_the_chat_its_dialogs_and_its_menu(scripted, open_page, scheme):
     page = open_page(scripted, scheme=scheme, **MODIFIED)
     expect(page.get_by_role("heading", name="scripted is ready.")).to_be_visible()

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from pathlib import Path
 
 
 def has_activated_sockets() -> bool:
     """True where systemd has handed this process its listening sockets."""
     is_ours = os.environ.get("LISTEN_PID") == str(os.getpid())
     return is_ours and os.environ.get("LISTEN_FDS", "0") != "0"
+
+
+def cache_folder(*names: str) -> Callable[[], Path]:
+    """A folder among the caches of this user, looked up when it is called."""
+    return lambda: (
+        Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().joinpath(*names)
+    )
 
 
 def helper_environment() -> dict[str, str]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from transformers_api.engine.runners.edited_modules import ModuleEdit
     from transformers_api.engine.runners.model_runner import Runner, VerifiedRunner
     from transformers_api.engine.sampling.sampler import TokenSampler
     from transformers_api.engine.stored_weights import StoredWeights
@@ -106,6 +107,10 @@ class Backend(Protocol):
 
         None: of all. Where ``runs_modules`` all are shown anyway.
         """
+        ...
+
+    def editing(self, model: Any, edits: Sequence[ModuleEdit]) -> AbstractContextManager[None]:
+        """While it lasts, passes are changed by ``edits``, one for each module and side."""
         ...
 
     def attention_probs(

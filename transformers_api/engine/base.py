@@ -106,6 +106,23 @@ class TokenConstraint(Protocol):
         ...
 
 
+class Edits(Protocol):
+    """Changes of a model's numbers while it reads a sequence; whoever wraps the runner makes them.
+
+    ``identity``: the same where the same tokens get the same keys and values.
+    """
+
+    @property
+    def identity(self) -> str:
+        """Never empty."""
+        ...
+
+    @property
+    def unedited(self) -> int:
+        """Tokens from the start whose keys and values are those of a sequence without edits."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class SequenceRequest:
     """One prompt to continue once."""
@@ -116,6 +133,7 @@ class SequenceRequest:
     client: str = ""  # whoever asks: prompts of all clients are read by turns
     adapter: Any = None  # of the engine's own making: see ``Engine.adapted``
     listener: EngineListener | None = None  # None: the engine's
+    edits: Edits | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,6 +63,11 @@ class Batch:
         return any(seq.observe for seq in self.ending)
 
     @property
+    def is_edited(self) -> bool:
+        """True where the reading of a sequence is changed."""
+        return any(seq.edits is not None for seq in self.sequences)
+
+    @property
     def adapters(self) -> list[Any]:
         """The adapter of each sequence; None: it has none."""
         return [seq.adapter for seq in self.sequences]

@@ -12,6 +12,7 @@ from transformers_api.checkpoints.headers.safetensors_file import Tensor as Entr
 from transformers_api.engine.mapped_file import MappedFile
 from transformers_api.engine.stored_weights import StoredRows
 
+PLAIN = ("F32", "F16", "BF16")  # types whose names are ggml's, too
 AT_ONCE = 16 << 20  # numbers that are copied before their pages are given back
 
 
@@ -107,6 +108,12 @@ class PlainRows:
     def blocks(self, first: int, count: int) -> Tensor:
         """See StoredRows."""
         raise NotImplementedError
+
+    def lying(self) -> tuple[Tensor, str] | None:
+        """See StoredRows."""
+        if self.is_transposed or self.dtype != self.tensor.dtype or self.tensor.type not in PLAIN:
+            return None
+        return self._matrix().reshape(-1).view(torch.uint8), self.tensor.type
 
     def release(self) -> None:
         """See StoredRows."""

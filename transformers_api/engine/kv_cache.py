@@ -196,6 +196,16 @@ class SlotCache(Cache):
                 rows[a, :, :length] = rows[b, :, :length]
                 rows[b, :, :length] = held
 
+    def read_row(self, row: int, length: int) -> list[Tensor]:
+        """Copies (H, length, D) of the first tokens of a row, layer by layer."""
+        return [rows[row, :, :length].clone() for layer in self.slots for rows in layer.rows]
+
+    def write_row(self, row: int, states: Sequence[Tensor]) -> None:
+        """Write what ``read_row`` gave."""
+        targets = [rows for layer in self.slots for rows in layer.rows]
+        for rows, state in zip(targets, states, strict=True):
+            rows[row, :, : state.shape[1]] = state
+
     def wipe(self, row: int) -> None:
         """Zero a row: a NaN left in it would reach its next sequence through masked attention."""
         for layer in self.slots:

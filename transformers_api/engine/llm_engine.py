@@ -30,6 +30,7 @@ from transformers_api.engine.base import (
     TokenStream,
 )
 from transformers_api.engine.batch import Batch
+from transformers_api.engine.cached_rows import FinishedRow
 from transformers_api.engine.platform.memory import release_memory
 from transformers_api.engine.prompt_lookup import PromptLookup
 from transformers_api.engine.runners.model_runner import OneRow, Runner, innermost
@@ -105,7 +106,8 @@ class BatchingEngine:
         self.adapters = Adapters(self, lambda: innermost(self.runner), limits.adapter_bytes)
         self.thread = thread
         self._places = threading.Semaphore(limits.num_slots + limits.max_waiting)
-        self.on_closed: Callable[[], None] | None = None  # when nothing runs any more
+        # When nothing runs any more, with the rows of finished sequences by their slots.
+        self.on_closed: Callable[[Mapping[int, FinishedRow]], None] | None = None
         self._closed: ApiError | None = None
         self._steps = 0
         self._generated = 0
@@ -302,7 +304,7 @@ class BatchingEngine:
     def _close(self, error: ApiError) -> None:
         if self._closed:
             return
-        self._closed = error
+        self._closed, finished = error, self.scheduler.finished_rows()
         self.fail(error)
         if self in self.thread.engines:
             self.thread.engines.remove(self)
@@ -310,7 +312,7 @@ class BatchingEngine:
         del self.model, self.runner, self.sampler
         self.scheduler.cache = OneRow()
         if self.on_closed is not None:
-            self.on_closed()
+            self.on_closed(finished)
             self.on_closed = None  # it knows the model
         release_memory()
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from transformers_api.engine.base import EngineListener
 from transformers_api.engine.standby import StandbyModels
+
+if TYPE_CHECKING:
+    from transformers_api.engine.native.packed_weights import PackedFile
 
 SMALL_BYTES = 64 << 20  # a float32 checkpoint up to here stays exact: it has no weight to speak of
 # Weights of a GGUF file up to which "auto" makes plain numbers of them: so small a model notices
@@ -55,5 +59,7 @@ class LoadOptions:
     listener: EngineListener | None = field(default=None, compare=False)
     # Raises InsufficientMemory where so many bytes of weights do not fit.
     check_room: Callable[[int], None] | None = field(default=None, compare=False)
+    # Where the packed weights of this model are stored, or are to be; None: nowhere.
+    packed: PackedFile | None = field(default=None, compare=False)
     # Where unloaded models go.
     standby: StandbyModels = field(default_factory=StandbyModels, compare=False)

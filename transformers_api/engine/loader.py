@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,8 @@ import torch
 
 from transformers_api.engine.backend import Backend, BackendRefused, PlanOutdated
 from transformers_api.engine.backends import ALWAYS_NATIVE, choose_backends, not_quantized
+from transformers_api.engine.cached_rows import FinishedRow
+from transformers_api.engine.conversations import conversations_of, restore_conversations
 from transformers_api.engine.llm_engine import BatchingEngine, EngineLimits
 from transformers_api.engine.load_options import AS_NUMBERS, DTYPE_BYTES, LoadOptions
 from transformers_api.engine.platform.cpu import usable_cores
@@ -32,6 +34,7 @@ from transformers_api.engine.runners.prompt_logprobs import PromptScoringRunner
 from transformers_api.engine.runners.suppressed_tokens import SuppressingRunner
 from transformers_api.engine.runners.thread_sharing import SharingRunner
 from transformers_api.engine.sampling.sampler import TokenSampler
+from transformers_api.engine.standby import StandbyModel, StandbyModels
 from transformers_api.engine.stored_model import load_stored, stored_weights
 from transformers_api.engine.stored_weights import StoredWeights
 from transformers_api.engine.thread import EngineThread
@@ -77,6 +80,8 @@ def load_engine(
     if standby := options.standby.wake(key):
         runner = standby.runner
         engine = build_engine(runner.model, backend, options, thread, wrap, runner)
+        conversations = options.standby.conversations(key)
+        restore_conversations(conversations, engine.scheduler, runner.cache)
     else:
         with without_collection():  # nearly all that is made now stays
             make = partial(make_model, folder, stored, device, options)
@@ -85,10 +90,17 @@ def load_engine(
             stored.close()
         standby = backend.standby(engine.runner)
     if standby:
-        engine.on_closed = partial(options.standby.keep, key, standby)
+        engine.on_closed = partial(_put_to_sleep, options.standby, key, standby)
     thread.engines.append(engine)
     trim_memory()  # of what loading and packing needed in between
     return engine
+
+
+def _put_to_sleep(
+    pool: StandbyModels, key: Hashable, model: StandbyModel, finished: Mapping[int, FinishedRow]
+) -> None:
+    cache = model.runner.cache
+    pool.keep(key, model, conversations_of(finished, cache, pool.conversation_bytes))
 
 
 def _stored(folder: Path, options: LoadOptions) -> StoredWeights | None:

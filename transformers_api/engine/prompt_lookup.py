@@ -37,7 +37,7 @@ class PromptLookup:
         if not self.forced or batch.tokens > 1:
             return
         (seq,) = batch.sequences
-        if seq.observe or seq.is_prefilling:
+        if seq.observe or seq.edits is not None or seq.is_prefilling:
             return
         room = min(seq.start + seq.room, seq.max_len) - len(seq.tokens) - 1
         if self.most:

@@ -11,12 +11,12 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 from transformers_api.engine.base import FinishReason
 from transformers_api.engine.batch import Batch
+from transformers_api.engine.cached_rows import FinishedRow, common_prefix
 from transformers_api.engine.pass_budget import WORTH_READING, PassBudget
 from transformers_api.engine.prompt_turns import PromptTurns
 from transformers_api.engine.sequence import Sequence
@@ -69,15 +69,6 @@ class SlotStore(Protocol):
         ...
 
 
-@dataclass(slots=True)
-class _FinishedRow:
-    """A row whose sequence has finished."""
-
-    tokens: list[int]
-    used: int = 0  # when, in admissions
-    kind: tuple[bool, Hashable] = (False, None)  # see Sequence.cache_kind
-
-
 class Scheduler:
     """Waiting and running sequences; what the next pass reads of them.
 
@@ -101,7 +92,7 @@ class Scheduler:
         self.budget = PassBudget(prefill_chunk, mixes=mixes, costly_context=costly_context)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        self._finished: dict[int, _FinishedRow] = {}
+        self._finished: dict[int, FinishedRow] = {}
         self.num_decoding = 0  # of running, the first so many
         self._prefilled = 0.0  # the load of passes since the last one of those who decode
         self._turns = PromptTurns()
@@ -223,11 +214,10 @@ class Scheduler:
         """One that is reading what ``seq`` begins with, and will leave more of it to be copied."""
         if not self.cache.reuses_prefixes or seq.params.prompt_logprobs is not None:
             return None
-        prompt, cached, kind = shareable(seq), None, seq.cache_kind
+        prompt, cached, kind = shareable(seq), None, seq.row_kind
         for other in reading:
-            if other.cache_kind != kind:
-                continue
-            shared = common_prefix(other.tokens[other.start :], prompt)
+            tokens = common_prefix(other.tokens[other.start :], prompt)
+            shared = kind.shared(other.row_kind, tokens)
             if shared >= other.num_cached + WORTH_READING:
                 cached = self._longest_prefix(seq)[1] if cached is None else cached
                 if shared >= cached + WORTH_READING:
@@ -257,7 +247,7 @@ class Scheduler:
         if seq.has_failed:
             self.cache.wipe(last)  # it may hold a NaN, which gets through masks
         elif self.cache.reuses_prefixes and seq.num_cached:
-            self._finished[last] = _FinishedRow(seq.cached, self._admissions, seq.cache_kind)
+            self._finished[last] = FinishedRow(seq.cached, self._admissions, seq.row_kind)
         seq.slot = -1
 
     def clear(self) -> None:
@@ -266,6 +256,15 @@ class Scheduler:
         self.waiting.clear()
         self.num_decoding = 0
         self.forget()
+
+    def finished_rows(self) -> dict[int, FinishedRow]:
+        """The rows of finished sequences by their slots."""
+        return dict(self._finished)
+
+    def adopt(self, rows: Iterable[FinishedRow]) -> None:
+        """Take over rows that lie in slots 0, 1, …, that which was used last first."""
+        self._finished = dict(enumerate(rows))
+        self._admissions = max((row.used for row in self._finished.values()), default=0)
 
     def forget(self) -> None:
         """Reuse no row that was written before: after a broken step its content is unknown."""
@@ -331,16 +330,19 @@ class Scheduler:
     def _longest_prefix(self, seq: Sequence) -> tuple[int, int]:
         """(slot, tokens) of the row that shares most with the prompt, but for its last token.
 
-        Rows that were read with other rope factors, or by another adapter, share nothing.
+        Rows of another kind share less, or nothing.
         """
         if not self.cache.reuses_prefixes or seq.params.prompt_logprobs is not None:
             return -1, 0
-        prompt, kind = shareable(seq), seq.cache_kind
-        others = {slot for slot, row in self._finished.items() if row.kind != kind}
-        others |= {other.slot for other in self.running if other.cache_kind != kind}
-        rows = {s: tokens for s, tokens in self._cached_rows().items() if s not in others}
-        best = max(rows, key=lambda slot: common_prefix(rows[slot], prompt), default=-1)
-        return best, common_prefix(rows[best], prompt) if rows else 0
+        prompt, kind = shareable(seq), seq.row_kind
+        kinds = {slot: row.kind for slot, row in self._finished.items()}
+        kinds |= {other.slot: other.row_kind for other in self.running}
+        shared = {
+            slot: kind.shared(kinds[slot], common_prefix(tokens, prompt))
+            for slot, tokens in self._cached_rows().items()
+        }
+        best = max(shared, key=lambda slot: shared[slot], default=-1)
+        return best, shared[best] if shared else 0
 
     def _cached_rows(self) -> dict[int, list[int]]:
         """The tokens whose K and V lie in each row."""
@@ -373,19 +375,3 @@ class Scheduler:
 def shareable(seq: Sequence) -> list[int]:
     """The tokens of a prompt that may be copied: all but the last, which is sampled from."""
     return seq.tokens[seq.start : seq.prompt_len - 1]
-
-
-def common_prefix(a: list[int], b: list[int]) -> int:
-    """Return the number of tokens that two lists share from their start. By slices, so in C."""
-    low, high = 0, min(len(a), len(b))
-    if not high or a[0] != b[0]:
-        return 0
-    if a[:high] == b[:high]:
-        return high
-    while low < high:
-        middle = (low + high + 1) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ from transformers_api.engine.base import (
     TokenScore,
     TokenStream,
 )
+from transformers_api.engine.row_kind import RowKind
 from transformers_api.errors import ApiError, ConstraintFailed, SlowReader
 
 log = logging.getLogger(__name__)
@@ -104,6 +105,7 @@ class Sequence:
         self.slot = -1
         self.client = request.client
         self.adapter = request.adapter
+        self.edits = request.edits
         self.listener = request.listener
         self.arrival = 0  # its place among the prompts that are to be read, by when it came
         self.num_cached = 0
@@ -151,9 +153,13 @@ class Sequence:
         return self.original_window is not None and self._length > self.original_window
 
     @property
-    def cache_kind(self) -> tuple[bool, Hashable]:
-        """Rows that were read by another rope or adapter have other keys and values."""
-        return self.is_long, None if self.adapter is None else self.adapter.key
+    def row_kind(self) -> RowKind:
+        """The way in which its tokens are read."""
+        adapter = None if self.adapter is None else self.adapter.key
+        if self.edits is None:
+            return RowKind(self.is_long, adapter)
+        unedited = max(self.edits.unedited - self.start, 0)
+        return RowKind(self.is_long, adapter, f"{self.start} {self.edits.identity}", unedited)
 
     @property
     def _length(self) -> int:

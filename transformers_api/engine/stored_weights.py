@@ -52,6 +52,13 @@ class StoredRows(Protocol):
         """The bytes of these rows in blocks of ``kind``."""
         ...
 
+    def lying(self) -> tuple[Tensor, str] | None:
+        """All of its bytes and ggml's name of their type, where that says the very numbers.
+
+        None where rows have to be made.
+        """
+        ...
+
     def release(self) -> None:
         """Give back the memory of what was read."""
         ...

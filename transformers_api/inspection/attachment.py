@@ -9,8 +9,10 @@ from transformers_api.engine.backend import Backend
 from transformers_api.engine.llm_engine import BatchingEngine, EngineLimits
 from transformers_api.engine.runners.model_runner import Runner
 from transformers_api.engine.sampling.sampler import TokenSampler
+from transformers_api.inspection.edits import InterveningRunner, InterveningSampler
 from transformers_api.inspection.examination import Examined, examine
 from transformers_api.inspection.inspector import ModelInspector
+from transformers_api.inspection.places import ActingCheck, head_dims
 from transformers_api.inspection.trace import TracingRunner, TracingSampler
 
 # By the model, which may have been on standby: the sizes it was examined with, and the result.
@@ -28,6 +30,7 @@ class Attachment:
         self.slice_tokens = slice_tokens
         self._examinations = Examinations() if examinations is None else examinations
         self.examined: Examined | None = None
+        self._backend: Backend | None = None
 
     def wrap(
         self,
@@ -43,17 +46,26 @@ class Attachment:
         if examined is None or before != sizes:
             examined = examine(model, **sizes, backend=backend, runner=runner)
             self._examinations[model] = sizes, examined
-        self.examined = examined
-        tracing = TracingSampler(sampler, model, examined, backend)
-        return TracingRunner(runner, model, examined), tracing
+        self.examined, self._backend = examined, backend
+        tracing = TracingRunner(runner, model, examined)
+        # Outside of it: what is traced is what was edited.
+        places, attention = examined.parts.places, examined.anatomy.attention
+        heads = head_dims(places, attention)
+        runner = InterveningRunner(tracing, model, backend, places, heads)
+        sampler = InterveningSampler(sampler, runner)
+        return runner, TracingSampler(sampler, model, examined, backend)
 
     def inspector(self, engine: BatchingEngine) -> ModelInspector:
         """Return the inspector of a model, which keeps no model alive."""
-        assert self.examined is not None
+        examined, backend = self.examined, self._backend
+        assert examined is not None
+        assert backend is not None
+        check = ActingCheck(engine, backend, examined.parts, examined.anatomy.attention)
         return ModelInspector(
-            self.examined.anatomy,
-            self.examined.parts,
-            self.examined.source,
+            examined.anatomy,
+            examined.parts,
+            examined.source,
+            check,
             slice_tokens=self.slice_tokens,
             reads_in_chunks=engine.describe().in_pieces,
         )

@@ -208,7 +208,7 @@ class Attended:
         worst = 0.0
         for sequence in range(len(self.query)):
             weights, _ = self.rows(sequence, slice(None))
-            values = self._numbers(self.value[sequence])
+            values = self.numbers(self.value[sequence])
             values = values.repeat_interleave(self.heads // len(values), dim=0)
             out = self.output[sequence].float().transpose(0, 1)
             off = (weights @ values - out).abs().amax() / out.abs().amax().clamp_min(1e-30)
@@ -218,14 +218,15 @@ class Attended:
     def _products(self, sequence: int, queries: slice, heads: Sequence[int] | None) -> Tensor:
         """The products (H', R, S), by groups of heads: no key is copied for the heads it serves."""
         query = self.query[sequence, :, queries].float()
-        key = self._numbers(self.key[sequence])
+        key = self.numbers(self.key[sequence])
         group = self.heads // self.kv_heads
         if heads is not None:
             return query[list(heads)] @ key[[head // group for head in heads]].transpose(-1, -2)
         grouped = query.reshape(self.kv_heads, -1, query.shape[-1])
         return (grouped @ key.transpose(-1, -2)).reshape(self.heads, query.shape[1], -1)
 
-    def _numbers(self, states: Tensor) -> Tensor:
+    def numbers(self, states: Tensor) -> Tensor:
+        """Keys or values as float32, however the backend holds them."""
         return (states if self.backend is None else self.backend.numbers_of(states)).float()
 
     def _scale(self) -> float:

@@ -8,13 +8,15 @@ H query heads, n tokens, V vocabulary, C width of the residual stream.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal, Protocol, TypeVar
 
 import numpy
 from numpy.typing import NDArray
+
+from transformers_api.inspection.logit_share import LogitParts, LogitPartsQuestion
 
 T = TypeVar("T")
 Array = NDArray[numpy.float32]
@@ -51,6 +53,50 @@ class LayerAttention:
     available: bool = False
     reason: str | None = None  # why not
     max_rel_err: float | None = None  # |P·V - out| / |out| of the check at load
+
+
+Part = Literal["resid", "attn", "mlp", "head", "neuron"]
+PARTS: tuple[Part, ...] = ("resid", "attn", "mlp", "head", "neuron")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Places:
+    """The parts of one layer that can be changed; layer -1 is the embedding.
+
+    ``off``: what an edit of a part gives beside the same edit of the model's own modules, relative;
+    each part that is there has one. Those of ``unverified`` give something else.
+    """
+
+    layer: int
+    off: Mapping[Part, float] = field(default_factory=dict)
+    unverified: frozenset[Part] = frozenset()
+    heads: int = 0
+    head_dim: int = 0
+    neurons: int = 0
+
+    def can(self, part: Part) -> bool:
+        """True where the part can be changed, which has been verified."""
+        return part in self.off and part not in self.unverified
+
+    @property
+    def verified(self) -> float | None:
+        """The worst of what can be changed; None: nothing can."""
+        return max((off for part, off in self.off.items() if self.can(part)), default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Editable:
+    """The parts of a model that can be changed: those of the embedding, then of each layer.
+
+    ``neighbours_are_equal``: no bit of a sequence depends on the edits of others in its passes.
+    """
+
+    places: tuple[Places, ...] = ()
+    neighbours_are_equal: bool = False
+
+    def of(self, layer: int) -> Places:
+        """Those of one layer; -1 is the embedding."""
+        return self.places[layer + 1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -262,7 +308,14 @@ class Attribution:
 
 
 class Inspector(Protocol):
-    """Questions about given tokens. Every method gives a job; whoever has it runs it in slices."""
+    """Questions about given tokens. Methods give jobs; whoever has one runs it in slices."""
+
+    def edited(self, plan: Any) -> Inspector:
+        """The same for a model that reads with the edits of an ``edit_plan.EditPlan``.
+
+        Not of attributions, whose texts are not the one that was planned for.
+        """
+        ...
 
     @property
     def anatomy(self) -> Anatomy:
@@ -316,6 +369,20 @@ class Inspector(Protocol):
 
     def attribute(self, ids: Sequence[int], question: AttributionQuestion) -> Job[Attribution]:
         """The contribution of each token to the prediction of one."""
+        ...
+
+    def part_numbers(
+        self, ids: Sequence[int], places: Sequence[tuple[int, Part]]
+    ) -> Job[list[Array]]:
+        """The numbers of parts of layers, of each an array (n, width), as the stream has them."""
+        ...
+
+    def logit_parts(self, ids: Sequence[int], question: LogitPartsQuestion) -> Job[LogitParts]:
+        """The shares of the parts of the model in a logit."""
+        ...
+
+    def check_places(self) -> Job[Editable]:
+        """The parts that can be changed, verified by edits on the path that serves."""
         ...
 
     def check_gradients(self) -> Job[bool]:

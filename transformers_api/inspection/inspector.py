@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from dataclasses import replace
 
 from transformers_api.errors import AttentionUnavailable, ModelNotCapable
 from transformers_api.inspection import matrices
@@ -14,15 +16,27 @@ from transformers_api.inspection.base import (
     AttentionWindow,
     Attribution,
     AttributionQuestion,
+    Editable,
     HeadGrid,
     Heads,
     Job,
     LensTable,
+    Part,
     PromptReading,
 )
+from transformers_api.inspection.edit_plan import EditPlan
+from transformers_api.inspection.edits import EditedText
+from transformers_api.inspection.logit_parts import split
+from transformers_api.inspection.logit_share import LogitParts, LogitPartsQuestion
 from transformers_api.inspection.parts import Parts
+from transformers_api.inspection.places import ActingCheck, head_dims
 from transformers_api.inspection.reading import Way
-from transformers_api.inspection.residuals import read_hidden_states, read_lens, read_prompt
+from transformers_api.inspection.residuals import (
+    read_hidden_states,
+    read_lens,
+    read_parts,
+    read_prompt,
+)
 
 
 class ModelInspector:
@@ -36,18 +50,27 @@ class ModelInspector:
         anatomy: Anatomy,
         parts: Parts,
         source: AttentionSource,
+        check: ActingCheck,
         *,
         slice_tokens: int,
         reads_in_chunks: bool,
     ) -> None:
         self.anatomy = anatomy
         self.source = source
+        self._check = check
         self.way = Way(
             parts=parts,
             vocab_size=anatomy.vocab_size,
             slice_tokens=slice_tokens,
             reads_in_chunks=reads_in_chunks,
         )
+
+    def edited(self, plan: EditPlan) -> ModelInspector:
+        """See ``base.Inspector``."""
+        other, places = copy.copy(self), self.way.parts.places
+        text = EditedText(plan, places, head_dims(places, self.anatomy.attention))
+        other.way = replace(self.way, edits=text)
+        return other
 
     def attention(
         self,
@@ -94,7 +117,7 @@ class ModelInspector:
         target: int | None,
     ) -> Job[LensTable]:
         """See ``base.Inspector``. Raises ModelNotCapable."""
-        self._check(self.anatomy.lens, "does not show a residual stream that its head can read")
+        self._require(self.anatomy.lens, "does not show a residual stream that its head can read")
         return lambda model: read_lens(
             model, self.way, list(ids), list(layers), list(positions), topk, target
         )
@@ -103,7 +126,7 @@ class ModelInspector:
         self, ids: Sequence[int], layers: Sequence[int], positions: Sequence[int]
     ) -> Job[Array]:
         """See ``base.Inspector``. Raises ModelNotCapable."""
-        self._check(bool(self.way.parts.layers), "does not show a residual stream")
+        self._require(bool(self.way.parts.layers), "does not show a residual stream")
         return lambda model: read_hidden_states(
             model, self.way, list(ids), list(layers), list(positions)
         )
@@ -112,10 +135,24 @@ class ModelInspector:
         """See ``base.Inspector``."""
         return lambda model: attribute(model, self.way, list(ids), question)
 
+    def part_numbers(
+        self, ids: Sequence[int], places: Sequence[tuple[int, Part]]
+    ) -> Job[list[Array]]:
+        """See ``base.Inspector``."""
+        return lambda model: read_parts(model, self.way, list(ids), list(places))
+
+    def logit_parts(self, ids: Sequence[int], question: LogitPartsQuestion) -> Job[LogitParts]:
+        """See ``base.Inspector``. Raises ModelNotCapable."""
+        return lambda model: split(model, self.way, self.source, self.anatomy, list(ids), question)
+
+    def check_places(self) -> Job[Editable]:
+        """See ``base.Inspector``."""
+        return self._check.run
+
     def check_gradients(self) -> Job[bool]:
         """See ``base.Inspector``."""
         return lambda model: check_gradients(model, self.way)
 
-    def _check(self, can: bool, what: str) -> None:
+    def _require(self, can: bool, what: str) -> None:
         if not can:
             raise ModelNotCapable(f"model type {self.anatomy.model_type} {what}")

@@ -42,7 +42,8 @@ def read_attention(
     start, stop = rows or (0, len(ids))
     tokens = torch.tensor([ids], device=model.device)
     if source.mode is AttentionMode.LEGACY:
-        weights_of = asked_weights(model, tokens)
+        with way.armed(model, unarmed)(0, len(ids)):
+            weights_of = asked_weights(model, tokens)
         for layer in weights_of if only is None else [only]:
             take(layer, ComputedWeights(weights_of[layer], source.has_sinks), 0, len(ids))
         return
@@ -60,7 +61,7 @@ def read_attention(
 
         return source.watched(model, watcher)
 
-    for chunk in read(model, tokens, way.width(), arm):
+    for chunk in read(model, tokens, way.width(), way.armed(model, arm)):
         yield
         if chunk.stop >= stop:
             return

@@ -15,10 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from transformers_api.engine.places import LayerPlaces, find_places
+from transformers_api.engine.watched_pass import (
+    Call,
+    first_of,
+    layer_names,
+    stream_of,
+    watched_pass,
+)
 from transformers_api.inspection.base import Routing
 
 log = logging.getLogger(__name__)
-PROBE = (1, 2, 3)  # token ids; every vocabulary has them
 LENS_TOLERANCE = 1e-3  # relative; a lens further off does not read what the model says
 
 
@@ -33,27 +40,13 @@ class Parts:
     head: str | None = None  # the output embedding
     routers: tuple[tuple[int, str], ...] = ()  # (layer, name) of mixtures of experts
     routing: Routing | None = None
+    places: tuple[LayerPlaces, ...] = ()  # of the layers, in this order
     lens: bool = False  # residuals can be read as logits
     lens_is_exact: bool = False  # those of the last layer are the model's own logits, to the bit
 
     def layer_modules(self, model: Any) -> list[nn.Module]:
         """The decoder layers of ``model``."""
         return [model.get_submodule(name) for name in self.layers]
-
-
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """One call of a module. Holding the tensors keeps their addresses from being used again."""
-
-    name: str
-    module: nn.Module
-    stream: Tensor | None
-    result: Tensor | None
-    output: Any
-
-    @property
-    def is_leaf(self) -> bool:
-        return next(self.module.children(), None) is None
 
 
 def find_parts(model: Any) -> Parts:
@@ -66,8 +59,8 @@ def find_parts(model: Any) -> Parts:
 
 
 def _find(model: Any) -> Parts:
-    calls, logits = _watch(model)
-    layers = _layers(model, calls)
+    calls, logits = watched_pass(model)
+    layers = layer_names(model, calls)
     names = {id(module): name for name, module in model.named_modules()}
     routers = _routers(layers, calls)
     parts = Parts(
@@ -75,6 +68,7 @@ def _find(model: Any) -> Parts:
         head=names.get(id(model.get_output_embeddings())),
         routers=tuple((layer, call.name) for layer, call in routers),
         routing=_routing(routers),
+        places=find_places(calls, layers),
     )
     decoder = _decoder(layers, calls)
     if decoder is None or decoder.result is None:
@@ -88,51 +82,7 @@ def _find(model: Any) -> Parts:
     return _with_lens(model, parts, calls, logits)
 
 
-def _watch(model: Any) -> tuple[list[_Call], Tensor]:
-    """Every call of a module, in the order in which they end, and the logits (T, V)."""
-    calls: list[_Call] = []
-
-    def note(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            calls.append(_Call(name, module, stream_of(args, kwargs), first_of(output), output))
-
-        return hook
-
-    with ExitStack() as stack:
-        for name, module in model.named_modules():
-            if name:
-                handle = module.register_forward_hook(note(name), with_kwargs=True)
-                stack.callback(handle.remove)
-        ids = torch.tensor([PROBE], device=model.device)
-        output = model(input_ids=ids, use_cache=False, return_dict=True)
-    return calls, output.logits[0]
-
-
-def _layers(model: Any, calls: list[_Call]) -> tuple[str, ...]:
-    """The list of as many modules as there are layers, all of which pass (B, T, C) on."""
-    count = model.config.get_text_config(decoder=True).num_hidden_layers
-    order = {call.name: place for place, call in enumerate(calls)}
-    passing = {call.name for call in calls if not call.is_leaf and _passes(call)}
-    by_end: dict[int, tuple[str, ...]] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            children = tuple(f"{name}.{index}" for index in range(count))
-            if passing.issuperset(children):
-                by_end[order[children[-1]]] = children
-    return by_end[max(by_end)] if by_end else ()  # the one that ends next to the head
-
-
-def _passes(call: _Call) -> bool:
-    stream, result = call.stream, call.result
-    return (
-        stream is not None
-        and result is not None
-        and stream.shape == result.shape
-        and stream.shape[:-1] == (1, len(PROBE))
-    )
-
-
-def _producer(calls: list[_Call], stream: Tensor, layers: Sequence[str]) -> str | None:
+def _producer(calls: list[Call], stream: Tensor, layers: Sequence[str]) -> str | None:
     """The leaf that made ``stream``: the first with that memory. None where it is in a layer."""
     for call in calls:
         result = call.result
@@ -142,7 +92,7 @@ def _producer(calls: list[_Call], stream: Tensor, layers: Sequence[str]) -> str 
     return None
 
 
-def _decoder(layers: Sequence[str], calls: list[_Call]) -> _Call | None:
+def _decoder(layers: Sequence[str], calls: list[Call]) -> Call | None:
     """The outermost module around the layers that the model calls."""
     if not layers:
         return None
@@ -152,9 +102,9 @@ def _decoder(layers: Sequence[str], calls: list[_Call]) -> _Call | None:
     return next((called[name] for name in around if name in called), None)
 
 
-def _routers(layers: Sequence[str], calls: list[_Call]) -> list[tuple[int, _Call]]:
+def _routers(layers: Sequence[str], calls: list[Call]) -> list[tuple[int, Call]]:
     """The routers in the layers, one per layer."""
-    routers: dict[int, _Call] = {}
+    routers: dict[int, Call] = {}
     for call in calls:
         for index, layer in enumerate(layers):
             if call.name.startswith(f"{layer}.") and routed_of(call.output) is not None:
@@ -162,7 +112,7 @@ def _routers(layers: Sequence[str], calls: list[_Call]) -> list[tuple[int, _Call
     return sorted(routers.items())
 
 
-def _routing(routers: list[tuple[int, _Call]]) -> Routing | None:
+def _routing(routers: list[tuple[int, Call]]) -> Routing | None:
     if not routers:
         return None
     logits, weights, _ = routers[0][1].output
@@ -170,7 +120,7 @@ def _routing(routers: list[tuple[int, _Call]]) -> Routing | None:
     return Routing(layers=layers, experts=logits.shape[1], experts_per_token=weights.shape[1])
 
 
-def _with_lens(model: Any, parts: Parts, calls: list[_Call], logits: Tensor) -> Parts:
+def _with_lens(model: Any, parts: Parts, calls: list[Call], logits: Tensor) -> Parts:
     """``parts`` with what reading the last residual stream through the head really gives."""
     residual = [call.result for call in calls if call.name == parts.layers[-1]][-1]
     assert residual is not None
@@ -272,20 +222,3 @@ def routed_of(output: Any) -> tuple[Tensor, Tensor, Tensor] | None:
     if not (fits and floating and weights.shape[1] <= logits.shape[1]):
         return None
     return None if experts.is_floating_point() else output
-
-
-def first_of(output: Any) -> Tensor | None:
-    """The tensor that a module passes on: its output, or the first of several."""
-    if isinstance(output, dict):
-        output = tuple(output.values())
-    if isinstance(output, tuple | list) and output:
-        output = output[0]
-    return output if isinstance(output, Tensor) and output.is_floating_point() else None
-
-
-def stream_of(args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor | None:
-    """The first tensor (B, T, C) that a module was given."""
-    for value in [*args, *kwargs.values()]:
-        if isinstance(value, Tensor) and value.dim() == 3 and value.is_floating_point():
-            return value
-    return None

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,10 +25,32 @@ class Way:
     vocab_size: int  # ids that the tokenizer has
     slice_tokens: int
     reads_in_chunks: bool
+    edits: TextEdits | None = None  # of the text that is read
 
     def width(self, rows: int = 1) -> int:
         """Tokens of each of ``rows`` sequences in one slice; 0: all."""
         return max(self.slice_tokens // rows, 1) if self.reads_in_chunks else 0
+
+    def armed(self, model: Any, arm: Arm) -> Arm:
+        """``arm``, after the edits: it observes what they have made."""
+        if self.edits is None:
+            return arm
+        edits = self.edits
+
+        @contextmanager
+        def both(start: int, stop: int) -> Iterator[None]:
+            with edits.editing(model, start, stop), arm(start, stop):
+                yield
+
+        return both
+
+
+class TextEdits(Protocol):
+    """Edits of a text; see ``edits.editing_text``."""
+
+    def editing(self, model: Any, start: int, stop: int) -> AbstractContextManager[None]:
+        """While it lasts, tokens [start, stop) are read with the edits."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +116,8 @@ def each_logits(
     by_lens = way.parts.lens_is_exact
     rows = torch.tensor([ids], device=model.device)
     hooks = arm if by_lens else unarmed
-    for chunk in read(model, rows, way.width(), hooks, whole_logits=not by_lens):
+    armed = way.armed(model, hooks)
+    for chunk in read(model, rows, way.width(), armed, whole_logits=not by_lens):
         yield
         for offset in range(0, chunk.stop - chunk.start, HEAD_ROWS):
             here = slice(offset, offset + HEAD_ROWS)
@@ -122,7 +145,8 @@ def residuals_at(
             lambda layer, each: streams[layer].append(each[0, here]),
         )
 
-    for _ in read(model, torch.tensor([ids], device=model.device), way.width(), arm):
+    tokens = torch.tensor([ids], device=model.device)
+    for _ in read(model, tokens, way.width(), way.armed(model, arm)):
         yield
     order = [chosen.index(position) for position in positions]
     return torch.stack([torch.cat(streams[layer])[order] for layer in layers])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +10,17 @@ import numpy
 import torch
 from torch import Tensor
 
-from transformers_api.inspection.base import Array, Ids, LensTable, PromptReading
+from transformers_api.engine.runners.edited_modules import ModuleEdit, hooked
+from transformers_api.inspection.base import Array, Ids, LensTable, Part, PromptReading
 from transformers_api.inspection.parts import lens_logits
-from transformers_api.inspection.reading import HEAD_ROWS, Way, each_logits, residuals_at
+from transformers_api.inspection.places import module_of
+from transformers_api.inspection.reading import (
+    HEAD_ROWS,
+    Way,
+    each_logits,
+    read,
+    residuals_at,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +126,28 @@ def read_hidden_states(
     """See ``base.Inspector``."""
     streams = yield from residuals_at(model, way, ids, layers, positions)
     return _floats([streams])
+
+
+def read_parts(
+    model: Any, way: Way, ids: list[int], places: list[tuple[int, Part]]
+) -> Generator[None, None, list[Array]]:
+    """See ``base.Inspector``."""
+    pieces: list[list[Tensor]] = [[] for _ in places]
+
+    def taking(at: int) -> Callable[[Tensor], None]:
+        return lambda rows: pieces[at].append(rows.detach().clone())
+
+    modules = [module_of(way.parts.places, layer, part) for layer, part in places]
+    takers = [
+        ModuleEdit(module.name, module.side, taking(at))
+        for at, module in enumerate(modules)
+        if module is not None
+    ]
+    tokens = torch.tensor([ids], device=model.device)
+    for _ in read(model, tokens, way.width(), lambda *_: hooked(model, takers)):
+        yield
+    factors = [1.0 if module is None else module.factor for module in modules]
+    return [_floats(own) * factor for own, factor in zip(pieces, factors, strict=True)]
 
 
 def _floats(parts: list[Tensor]) -> Array:

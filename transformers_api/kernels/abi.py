@@ -11,7 +11,7 @@ release it and to get it back among busy threads takes longer than the call.
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_char_p, c_double, c_float, c_int32, c_int64, c_uint64, c_void_p
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -206,6 +206,7 @@ STRUCTURES = (
 SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "set_threads": (None, [c_int32]),
     "packed_bytes": (c_int64, [POINTER(Weight)]),
+    "checksum": (c_uint64, [c_void_p, c_int64]),
     "pack": (None, [POINTER(Weight), c_void_p, c_int32, c_int64, c_int64]),
     "pack_int4": (None, [POINTER(Weight), c_void_p, c_int32, c_int64, c_int64, c_void_p]),
     "block_row_bytes": (c_int64, [c_int32, c_int64]),
@@ -214,6 +215,10 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         [POINTER(Weight), c_void_p, c_int32, c_void_p, c_int64, c_int64, c_void_p],
     ),
     "unpack_blocks": (None, [c_void_p, c_int32, c_int64, c_void_p, c_int64, c_void_p]),
+    "multiply_blocks": (
+        None,
+        [c_void_p, c_int32, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_void_p],
+    ),
     "unpack_rows": (None, [POINTER(Weight), c_void_p, c_int64, c_void_p]),
     "linear": (None, [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int32]),
     "experts": (

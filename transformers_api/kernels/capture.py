@@ -177,6 +177,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         other.repeated = dict(self.repeated)
         return other
 
+    def is_written(self, tensor: Tensor) -> bool:
+        """True for a tensor that the program itself makes, and its rows lie one after the other."""
+        return tensor.untyped_storage().data_ptr() in self.sizes and tensor.is_contiguous()
+
     def is_dynamic(self, tensor: Tensor) -> bool:
         """True for a tensor that depends on the inputs."""
         storage = tensor.untyped_storage().data_ptr()

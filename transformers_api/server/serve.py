@@ -31,6 +31,7 @@ from transformers_api.config.settings import (
     SettingError,
     Settings,
 )
+from transformers_api.engine.platform.imports import without_collection
 from transformers_api.server import http_parser, lock, standard_streams
 from transformers_api.server.logger import logger_class
 from transformers_api.server.systemd import Notifier
@@ -161,9 +162,9 @@ class _Application(BaseApplication):  # type: ignore[misc]  # gunicorn has no ty
     def load(self) -> Callable[..., Any]:
         module, _, name = self._app.partition(":")
         try:
-            application: Callable[..., Any] = getattr(importlib.import_module(module), name)(
-                self._settings
-            )
+            with without_collection():
+                make = getattr(importlib.import_module(module), name)
+            application: Callable[..., Any] = make(self._settings)
         except SettingError as error:
             stop(Arbiter.APP_LOAD_ERROR, str(error))
         return application

@@ -44,15 +44,18 @@ class DrainWorker(GatheringWorker):
     def init_process(self) -> None:
         """Before the first thread: few heaps, as each keeps what its threads once held.
 
-        What is large is given back when it is freed. And before the application: what it needs
-        most of its start for.
+        What is large is given back when it is freed.
         """
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
         if mallopt:
             mallopt(ARENA_MAX, ARENAS)
             mallopt(MMAP_THRESHOLD, LARGE)
-        map_torch()
         super().init_process()
+
+    def load_wsgi(self) -> None:
+        """Before the application: what it needs most of its start for. Signals are heard by now."""
+        map_torch()
+        super().load_wsgi()
 
     def init_signals(self) -> None:
         """Leave Ctrl-C and hang-ups, which reach the whole process group, to the arbiter."""

@@ -23,10 +23,14 @@ from transformers_api.errors import (
     SlowReader,
 )
 from transformers_api.inspection.base import StepTrace, TracePlan
+from transformers_api.inspection.edit_plan import EditPlan
+from transformers_api.serving.inspect.edit_request import InterveneRequest
+from transformers_api.serving.inspect.interventions import PlannedEdits
 from transformers_api.serving.inspect.trace_slots import WHOLE
 from transformers_api.serving.limits.cancellation import Cancellation
 from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.text.choice_text import ChoiceText, TextDelta, TokenDetail
+from transformers_api.serving.text.spans import Span
 from transformers_api.serving.text.token_counts import CountedTexts
 
 _SEEDS = 2**63
@@ -54,12 +58,20 @@ class GenerationRequest:
     trace_cost: int = WHOLE  # see trace_plan.cost
     trace_required: bool = True  # False: without a place for it the answer goes on untraced
     trace_refusal: ApiError | None = None  # why a trace that was asked for is not noted
+    intervene: InterveneRequest | None = None  # what is changed, as it was asked for
+    spans: Callable[[], Sequence[Span]] = tuple  # of the prompt's messages, for ``intervene``
+    edits: tuple[PlannedEdits, ...] = ()  # of each prompt, once ``intervene`` has been planned
     shows_stop: bool = False  # the text that ends an answer is part of it
     strips_blank: bool = False  # leave out the white space with which an answer begins
 
     def untraced(self, reason: ApiError) -> GenerationRequest:
         """The same without the trace that was asked for, because of ``reason``."""
         return replace(self, trace=None, trace_stops=False, trace_refusal=reason)
+
+    @property
+    def edited_places(self) -> int:
+        """Parts of layers that are changed; 0: nothing is."""
+        return max((each.plan.places for each in self.edits if each.plan), default=0)
 
     @property
     def per_prompt(self) -> int:
@@ -235,7 +247,12 @@ def start(
             params = replace(params, logprobs=0)
     if cancellation.is_cancelled:
         raise cancellation.error
-    places = [(prompt, i) for prompt in request.prompts for i in range(per_prompt)]
+    plans = [each.plan for each in request.edits] or [None] * len(request.prompts)
+    places = [
+        (prompt, i, plan)
+        for prompt, plan in zip(request.prompts, plans, strict=True)
+        for i in range(per_prompt)
+    ]
     sequences = _sequences(request, params, places, client, stream)
     observe = {} if request.trace is None else {"trace": request.trace}
     outputs = model.engine.submit(sequences, observe=observe)
@@ -252,7 +269,7 @@ def start(
                 request.marks,
                 request.strips_blank,
             )
-            for index, (prompt, _) in enumerate(places)
+            for index, (prompt, *_) in enumerate(places)
         ]
         count = model.count_tokens
         counted = count and CountedTexts(model, count, request.prompts, len(choices))
@@ -267,11 +284,11 @@ def start(
 def _sequences(
     request: GenerationRequest,
     params: SamplingParams,
-    places: Sequence[tuple[Sequence[int], int]],
+    places: Sequence[tuple[Sequence[int], int, EditPlan | None]],
     client: str,
     stream: bool,
 ) -> list[SequenceRequest]:
-    """One for each prompt and number among its answers."""
+    """One for each prompt, number among its answers, and plan of edits."""
     others = params  # than the first of each prompt, which scores it for all: see ``collect``
     if params.max_tokens and not stream:
         others = replace(params, prompt_logprobs=None)
@@ -281,8 +298,9 @@ def _sequences(
             params if i == 0 else _with_seed(others, i),
             constraint=None if request.constrain is None else request.constrain(),
             client=client,
+            edits=plan,
         )
-        for prompt, i in places
+        for prompt, i, plan in places
     ]
 
 

@@ -157,7 +157,7 @@ def test_other_files_or_options_have_other_plans(load, tmp_path, other):
 def test_another_program_finds_out_for_itself(load, tmp_path, monkeypatch):
     folder = saved("llama", tmp_path / "model")
     load(folder).close()
-    monkeypatch.setattr(plan_cache, "_program", lambda: "the next version")
+    monkeypatch.setattr(plan_cache, "program", lambda: "the next version")
     load(folder).close()
     assert load.watched == 2
 

@@ -182,3 +182,128 @@ def test_a_model_without_kernels_does_not_sleep(load, tmp_path):
     folder = saved("rwkv", tmp_path)
     assert bits(load(folder)) == bits(load(folder))
     assert load.anew == 4  # each once more without the kernels, which refused it
+
+
+FIRST = ask([5, 6, 7, 8, 9, 10, 11, 12], max_tokens=6, **GREEDY, logprobs=0)
+ROOM = 1 << 20  # bytes of conversations
+
+
+def said(engine, *requests):
+    """(tokens from the cache, tokens and scores) of each request."""
+    outputs = read(engine.submit(list(requests)))
+    return [
+        (outputs[index][0].cached_tokens, [(o.token_id, o.score) for o in outputs[index]])
+        for index in sorted(outputs)
+    ]
+
+
+def going_on(answers, request=FIRST):
+    """The next turn of a conversation: what was asked, what was answered, and more."""
+    answer = [token for token, _ in answers[0][1]]
+    return ask([*request.prompt_ids, *answer, 20, 21], max_tokens=6, **GREEDY, logprobs=0)
+
+
+@pytest.fixture
+def talk(load):
+    """talk(folder, bytes): an engine whose conversations sleep with it, in one pool."""
+    pools = {}
+
+    def talk(folder, most=ROOM, **options):
+        pool = pools.setdefault(most, StandbyModels(2, most))
+        return load(folder, standby=pool, **options)
+
+    talk.pools = pools
+    return talk
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llama", {}),
+        ("gpt2", {"dtype": "bfloat16", "kv_cache_dtype": "int8"}),
+        *slow(("gemma3", {})),
+    ],
+)
+def test_a_conversation_goes_on_after_a_swap_and_is_not_read_again(talk, tmp_path, name, options):
+    folder = saved(name, tmp_path)
+    engine = talk(folder, **options)
+    first = said(engine, FIRST)
+    again = going_on(first)
+    ((stayed, wanted),) = said(engine, again)
+    engine.close()
+    engine = talk(folder, 2 * ROOM, **options)  # another pool
+    assert said(engine, FIRST) == first
+    engine.close()
+    engine = talk(folder, 2 * ROOM, **options)
+    ((cached, answer),) = said(engine, again)
+    engine.close()
+    assert answer == wanted
+    assert cached == stayed == len(FIRST.prompt_ids) + 5  # the last token is never read
+
+
+def test_of_several_conversations_those_that_were_last_fit(talk, tmp_path):
+    folder = saved("llama", tmp_path)
+    others = [ask([30 + i, *range(40, 50)], max_tokens=3, **GREEDY) for i in range(2)]
+    engine = talk(folder)
+    for request in others:
+        said(engine, request)
+    token_bytes = innermost(engine.runner).cache.token_bytes
+    engine.close()
+    most = 13 * token_bytes  # 11 of the prompt, 2 of the answer
+    engine = talk(folder, most)
+    for request in others:
+        said(engine, request)
+    engine.close()
+    engine = talk(folder, most)
+    assert [said(engine, request)[0][0] for request in reversed(others)] == [10, 0]
+    engine.close()
+
+
+@pytest.mark.parametrize("most", [0, 100])
+def test_without_room_no_conversation_is_kept(talk, tmp_path, most):
+    folder = saved("llama", tmp_path)
+    engine = talk(folder, most)
+    first = said(engine, FIRST)
+    engine.close()
+    engine = talk(folder, most)
+    assert said(engine, FIRST) == first  # of which nothing was cached
+    engine.close()
+
+
+def test_conversations_share_their_bound_among_models_and_can_be_given_back(talk, tmp_path):
+    folders = [saved(name, tmp_path / name) for name in ("llama", "qwen3")]
+    sizes = []
+    for folder in folders:
+        engine = talk(folder)
+        said(engine, FIRST)
+        sizes.append(13 * innermost(engine.runner).cache.token_bytes)
+        engine.close()
+    most = max(sizes)  # not both
+    for folder in folders:
+        engine = talk(folder, most)
+        said(engine, FIRST)
+        engine.close()
+    engine = talk(folders[0], most)  # its conversation went for the other's
+    assert said(engine, FIRST)[0][0] == 0
+    engine.close()
+    engine = talk(folders[0], most)  # and took the other's place
+    assert said(engine, FIRST)[0][0] == len(FIRST.prompt_ids) - 1
+    engine.close()
+    talk.pools[most].forget_conversations()
+    engine = talk(folders[0], most)
+    assert said(engine, FIRST)[0][0] == 0
+    engine.close()
+
+
+def test_conversations_come_back_as_far_as_there_is_room_for_them(talk, tmp_path, monkeypatch):
+    folder = saved("llama", tmp_path)
+    requests = [ask([30 + i, *range(40, 60)], max_tokens=3, **GREEDY) for i in range(2)]
+    engine = talk(folder)
+    said(engine, requests[0])
+    said(engine, requests[1])
+    engine.close()
+    monkeypatch.setattr(loader, "available_bytes", lambda device: 0)  # one row
+    engine = talk(folder)
+    assert said(engine, requests[1])[0][0] == 20
+    assert said(engine, requests[0])[0][0] == 0
+    engine.close()

@@ -34,18 +34,24 @@ def read(request: flask.Request, most_items: int = strict_json.MOST_ITEMS) -> di
     """
     if not request.is_json and "Origin" in request.headers:
         raise InvalidRequest("Content-Type must be application/json")
-    raw = request.get_data(cache=True)
-    if encoding := request.headers.get("Content-Encoding", "").strip().lower():
-        raw = encodings.decoded(raw, encoding, request.max_content_length or MAX_BODY_BYTES)
-    if request.content_length is None and len(raw) >= (request.max_content_length or 1 << 62):
-        # A chunked body is cut at the limit without a word.
-        raise PayloadTooLarge(f"The body has more than {request.max_content_length} bytes")
+    raw = read_bytes(request)
     if not raw.strip():
         raise InvalidRequest("The body is empty; it must be a JSON object")
     value = strict_json.parse(raw, most_items)
     if not isinstance(value, dict):
         raise InvalidRequest("The body must be a JSON object")
     return value
+
+
+def read_bytes(request: flask.Request) -> bytes:
+    """The body as it was before it was encoded."""
+    raw = request.get_data(cache=True)
+    if encoding := request.headers.get("Content-Encoding", "").strip().lower():
+        raw = encodings.decoded(raw, encoding, request.max_content_length or MAX_BODY_BYTES)
+    if request.content_length is None and len(raw) >= (request.max_content_length or 1 << 62):
+        # A chunked body is cut at the limit without a word.
+        raise PayloadTooLarge(f"The body has more than {request.max_content_length} bytes")
+    return raw
 
 
 def invalid(messages: Any, quote: str = "'") -> InvalidRequest:
@@ -134,6 +140,10 @@ class Blueprint(SmorestBlueprint):  # type: ignore[misc]
     def takes(self, schema: type[Schema], **options: Any) -> Callable[[View], View]:
         """Load the JSON body with ``schema`` and pass it to the view as a dictionary."""
         return cast(Callable[[View], View], self.arguments(schema, **options))
+
+    def documents(self, **operation: Any) -> Callable[[View], View]:
+        """Document the view with fields of OpenAPI's operation."""
+        return cast(Callable[[View], View], self.doc(**operation))
 
     def gives(
         self,

@@ -105,6 +105,7 @@ TABLE: tuple[Entry, ...] = (
     Entry("dimensions", SUPPORTED, EMBED),
     # -- this server's
     Entry("trace", SUPPORTED),
+    Entry("intervene", SUPPORTED),
     # -- how tokens are chosen, elsewhere
     Entry("top_k", SUPPORTED),
     Entry("min_p", SUPPORTED),

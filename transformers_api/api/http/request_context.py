@@ -9,6 +9,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -30,6 +31,7 @@ from transformers_api.errors import (
 )
 from transformers_api.serving import generation as serving_generation
 from transformers_api.serving.generation import Generation, GenerationRequest
+from transformers_api.serving.inspect.intervening import Planner, place_cost
 from transformers_api.serving.limits.cancellation import Cancellation
 from transformers_api.serving.models.spec import ModelSpec
 from transformers_api.serving.swap.loaded_model import LoadedModel, under_entry
@@ -207,17 +209,31 @@ class RequestContext:
         """Enter ``resource``, and leave it with all else."""
         return self._exits.enter_context(resource)
 
+    @property
+    def planner(self) -> Planner:
+        """The planner of this request's edits."""
+        services = self.services
+        return Planner(
+            settings=services.settings,
+            inspections=services.inspections,
+            cancellation=self.cancellation,
+            vector=partial(services.vectors.get, self.client),
+        )
+
     def start(
         self, model: LoadedModel, request: GenerationRequest, *, is_streamed: bool
     ) -> Generation:
-        """Begin to generate, once there is a place for its trace.
+        """Begin to generate, once its edits are planned and there is a place for its trace.
 
-        Raises TraceBusy where too many wait for one already, RateLimited and TooManyTokens. Where
-        a trace is not required, the request of what comes back may have none.
+        Raises what ``Planner.planned`` does, TraceBusy where too many wait for one already,
+        RateLimited and TooManyTokens. Where a trace is not required, the request of what comes back
+        may have none.
         """
         services, exits = self.services, self._exits
         ends: list[Callable[[], None]] = []
-        if request.trace is not None:
+        if request.intervene is not None:
+            request = self.planner.with_edits(model, request)
+        if request.trace is not None or request.edited_places:
             request, end = self._placed(request)
             if end is not None:
                 ends.append(end)
@@ -243,17 +259,18 @@ class RequestContext:
     def _placed(
         self, request: GenerationRequest
     ) -> tuple[GenerationRequest, Callable[[], None] | None]:
-        """Return the request, and what gives its place among those that are traced back."""
+        """Return the request, and what gives back its place among those traced and edited."""
         settings = self.services.settings
+        is_required = request.trace_required or request.edited_places > 0
         try:
             end = self.services.traces.take(
                 settings.trace_max_requests,
-                request.trace_cost,
-                waiting=settings.inspect_queue if request.trace_required else 0,
+                place_cost(request),
+                waiting=settings.inspect_queue if is_required else 0,
                 cancellation=self.cancellation,
             )
         except TraceBusy as error:
-            if request.trace_required:
+            if is_required:
                 raise
             return request.untraced(error), None
         return request, end

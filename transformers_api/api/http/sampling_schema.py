@@ -106,8 +106,9 @@ class Truncation(TableSchema):
         """Rules between these fields."""
         if "truncation_side" in data and "truncate_prompt_tokens" not in data:
             raise ValidationError("needs 'truncate_prompt_tokens'", "truncation_side")
-        if "truncate_prompt_tokens" in data and "trace" in data:
-            raise ValidationError("must not be sent with 'trace'", "truncate_prompt_tokens")
+        for name in ("trace", "intervene"):
+            if "truncate_prompt_tokens" in data and name in data:
+                raise ValidationError(f"must not be sent with '{name}'", "truncate_prompt_tokens")
 
 
 class Sampling(Truncation):

@@ -20,6 +20,7 @@ from transformers_api.serving.embeddings import EmbeddingModels
 from transformers_api.serving.inspect.queue import Inspections
 from transformers_api.serving.inspect.recent_completions import Completions
 from transformers_api.serving.inspect.trace_slots import TraceSlots
+from transformers_api.serving.inspect.vector_store import VectorStore
 from transformers_api.serving.limits.access import Access
 from transformers_api.serving.limits.admission import Admission
 from transformers_api.serving.models.registry import ModelRegistry
@@ -73,6 +74,7 @@ class Services:
     metrics: MetricsPage | None = None  # None: METRICS_ENABLED is off
     completions: Completions = field(default_factory=Completions)  # tokens of recent answers
     traces: TraceSlots = field(default_factory=TraceSlots)  # requests that are being traced
+    vectors: VectorStore = field(default_factory=VectorStore)  # directions by name
     watcher: DisconnectWatcher = field(default_factory=DisconnectWatcher)
     stream_writer: StreamWriter = field(default_factory=StreamWriter)
     started_at: float = field(default_factory=time.monotonic)  # seconds, time.monotonic()

@@ -15,9 +15,11 @@ from transformers_api.inspection.base import (
     Array,
     Attribution,
     AttributionQuestion,
+    Editable,
     HeadGrid,
     LayerAttention,
     LensTable,
+    Places,
     PromptReading,
 )
 from transformers_api.serving.inspect import arrays, picture
@@ -272,6 +274,8 @@ def capabilities(
     anatomy: Anatomy,
     gradients: bool,
     suggested_layer: int | None,
+    editable: Editable,
+    norms: Sequence[float],
     limits: Mapping[str, Any],
 ) -> Json:
     """The capabilities of a model."""
@@ -301,6 +305,9 @@ def capabilities(
             "final_norm": anatomy.final_norm,
             "exact": anatomy.lens_is_exact,
         },
+        "places": [_places(layer) for layer in editable.places],
+        "neighbours": "bit-equal" if editable.neighbours_are_equal else "as in any company",
+        "resid_norm": [arrays.digits(norm) for norm in norms[1:]],
         "suggested_layer": suggested_layer,
         "gradients": gradients,
         "router": routing
@@ -311,6 +318,19 @@ def capabilities(
         },
         "limits": dict(limits),
         "formats": list(FORMATS),
+    }
+
+
+def _places(places: Places) -> Json:
+    """The parts of a layer that can be changed; numbers say how many, 0 or false none."""
+    return {
+        "layer": places.layer,
+        "resid": places.can("resid"),
+        "attn": places.can("attn"),
+        "mlp": places.can("mlp"),
+        "head": places.heads if places.can("head") else 0,
+        "neuron": places.neurons if places.can("neuron") else 0,
+        "verified": places.verified,
     }
 
 

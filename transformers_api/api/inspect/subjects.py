@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 from transformers_api.api.http import inspect_auth
 from transformers_api.api.http.request_context import RequestContext
 from transformers_api.api.http.services import services
+from transformers_api.api.intervene import format as intervene_format
 from transformers_api.api.openai import requests
 from transformers_api.config.settings import Settings
 from transformers_api.engine.base import SamplingParams
@@ -25,6 +26,9 @@ from transformers_api.errors import (
 )
 from transformers_api.inspection.base import Anatomy, Inspector, Job
 from transformers_api.serving.generation import GenerationRequest, collect
+from transformers_api.serving.inspect.edit_positions import PromptPlaces
+from transformers_api.serving.inspect.edit_request import InterveneRequest
+from transformers_api.serving.inspect.interventions import PlannedEdits
 from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.text import chat_template
 from transformers_api.serving.text.chat_template import ChatPrompt
@@ -46,6 +50,8 @@ class Subject:
     messages: Sequence[Mapping[str, Any]] = ()
     prompt: ChatPrompt | None = None  # which they are
     is_truncated: bool = False  # the model sees only the end of what was given
+    intervene: InterveneRequest | None = None
+    edits: PlannedEdits | None = None
 
     @property
     def anatomy(self) -> Anatomy:
@@ -56,6 +62,29 @@ class Subject:
     def settings(self) -> Settings:
         """Those of the server."""
         return self.context.services.settings
+
+    @property
+    def edit_header(self) -> Mapping[str, Any]:
+        """The field ``intervene`` of the answer; {}: nobody asked for edits."""
+        return intervene_format.header([self.edits], 0) if self.edits else {}
+
+    def edited(self, prompt_tokens: int | None) -> Subject:
+        """With the edits that were asked for. Raises what ``Planner.planned`` does."""
+        if self.intervene is None:
+            return self
+        place = PromptPlaces(
+            ids=self.ids,
+            most=len(self.ids),
+            vocabulary=self.model.vocabulary,
+            spans=self.spans,
+            window=self.model.engine.max_model_len if self.is_truncated else None,
+            prompt_tokens=prompt_tokens,
+        )
+        (edits,) = self.context.planner.planned(self.model, self.intervene, [place])
+        inspector = self.inspector
+        if edits.plan is not None:
+            inspector = inspector.edited(edits.plan)
+        return replace(self, edits=edits, inspector=inspector)
 
     def spans(self) -> list[Span]:
         """The place of each message; empty where there are none, or the model does not see all."""
@@ -73,7 +102,7 @@ class Subject:
         max_new_tokens = body["max_new_tokens"]
         if not max_new_tokens:
             return self
-        _check_tokens(len(self.ids) + max_new_tokens, self.settings.inspect_max_tokens)
+        check_tokens(len(self.ids) + max_new_tokens, self.settings.inspect_max_tokens)
         if self.model.engine.context_overflow is None:
             requests.fit(
                 max_new_tokens,
@@ -93,7 +122,13 @@ class Subject:
             stop_token_ids=prompt.stop_token_ids,
         )
         own_stops = requests.stop_strings(self.model.spec.generation)
-        request = GenerationRequest([self.ids], params, stop=(*prompt.stop, *own_stops))
+        request = GenerationRequest(
+            [self.ids],
+            params,
+            stop=(*prompt.stop, *own_stops),
+            intervene=self.intervene,
+            spans=self.spans,
+        )
         (choice,) = collect(self.context.start(self.model, request, is_streamed=False))
         ids, is_truncated = _visible(self.model, [*self.ids, *choice.token_ids])
         return replace(self, ids=ids, is_truncated=is_truncated or self.is_truncated)
@@ -123,9 +158,10 @@ def opened(body: Mapping[str, Any]) -> Iterator[Subject]:
             ids = prompt.ids
         else:
             ids = _requested_ids(model, body, settings)
-        _check_tokens(len(ids), settings.inspect_max_tokens)
+        check_tokens(len(ids), settings.inspect_max_tokens)
+        prompt_tokens = None if completion is None else len(completion.prompt_ids)
         ids, is_truncated = _visible(model, ids)
-        yield Subject(
+        subject = Subject(
             context=context,
             model=model,
             inspector=inspector,
@@ -133,7 +169,9 @@ def opened(body: Mapping[str, Any]) -> Iterator[Subject]:
             messages=body.get("messages", ()),
             prompt=prompt,
             is_truncated=is_truncated,
+            intervene=body.get("intervene"),
         )
+        yield subject.edited(prompt_tokens)
 
 
 def inspector_of(model: LoadedModel) -> Inspector:
@@ -147,14 +185,20 @@ def _requested_ids(model: LoadedModel, body: Mapping[str, Any], settings: Settin
     if "prompt" not in body:
         requests.check_ids(model, body["token_ids"], "token_ids")
         return list(body["token_ids"])
-    chat_template.check_bytes(body["prompt"], settings.inspected_prompt_bytes)
-    ids = chat_template.encode_text(model, body["prompt"])
+    return text_ids(model, body["prompt"], settings, "prompt")
+
+
+def text_ids(model: LoadedModel, text: str, settings: Settings, param: str) -> list[int]:
+    """The tokens of a text, of which there is one at least."""
+    chat_template.check_bytes(text, settings.inspected_prompt_bytes)
+    ids = chat_template.encode_text(model, text)
     if not ids:
-        raise InvalidRequest("prompt has no tokens", param="prompt")
+        raise InvalidRequest(f"{param} has no tokens", param=param)
     return ids
 
 
-def _check_tokens(count: int, most: int) -> None:
+def check_tokens(count: int, most: int) -> None:
+    """Raise PromptTooLarge for more tokens than are looked at."""
     if count > most:
         raise PromptTooLarge(f"Prompt too large to inspect: {count} tokens (max {most})")
 
@@ -174,7 +218,7 @@ def _visible(model: LoadedModel, ids: list[int]) -> tuple[list[int], bool]:
 
 def check_attribution_tokens(subject: Subject) -> None:
     """Raise PromptTooLarge for more tokens than an attribution reads."""
-    _check_tokens(len(subject.ids), subject.settings.attribution_max_tokens)
+    check_tokens(len(subject.ids), subject.settings.attribution_max_tokens)
 
 
 def window(body: Mapping[str, Any], name: str, n: int) -> tuple[int, int]:

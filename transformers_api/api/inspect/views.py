@@ -6,7 +6,7 @@ much, the job, the answer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy
@@ -31,7 +31,6 @@ from transformers_api.api.inspect.schemas.inspect import (
     HeadTable,
     HiddenStates,
     HiddenStatesRequest,
-    InspectedModel,
     Lens,
     LensRequest,
     Rollout,
@@ -39,6 +38,7 @@ from transformers_api.api.inspect.schemas.inspect import (
     TokensRequest,
     TokenTable,
 )
+from transformers_api.api.inspect.schemas.model import InspectedModel
 from transformers_api.api.inspect.subjects import Format, Subject, opened
 from transformers_api.config.settings import Settings
 from transformers_api.errors import (
@@ -101,7 +101,13 @@ def inspect_model() -> Any:
         inspector = subjects.inspector_of(model)
         gradients = inspections.has_gradients(model, inspector, context.cancellation)
         layer = inspections.suggested_layer(model, inspector, context.cancellation)
-        return inspect_format.capabilities(model, inspector.anatomy, gradients, layer, limits)
+        editable = inspections.editable(model, inspector, context.cancellation)
+        norms: Sequence[float] = ()
+        if editable.places:
+            norms = inspections.stream_norms(model, inspector, context.cancellation)
+        return inspect_format.capabilities(
+            model, inspector.anatomy, gradients, layer, editable, norms, limits
+        )
 
 
 def _may_load() -> bool:
@@ -169,7 +175,10 @@ def full_attn(body: dict[str, Any]) -> Any:
             rows=rows,
             cols=cols,
             fields=inspect_format.full_attention(vocabulary, subject.ids, layer, head),
-            rest=inspect_format.about_layer(subject.anatomy, layer, head, subject.is_truncated),
+            rest={
+                **inspect_format.about_layer(subject.anatomy, layer, head, subject.is_truncated),
+                **subject.edit_header,
+            },
             sink=result.sink,
             has_heads=head == "all",
         )
@@ -268,7 +277,7 @@ def inspect_tokens(body: dict[str, Any]) -> Any:
         if not body["logprobs"]:
             return answer
         result = subject.run(subject.inspector.read_prompt(subject.ids, body["topk"]))
-        return {**answer, **inspect_format.reading(vocabulary, result)}
+        return {**answer, **inspect_format.reading(vocabulary, result), **subject.edit_header}
 
 
 @blueprint.at("/inspect/heads", methods=["POST"])
@@ -282,7 +291,7 @@ def inspect_heads(body: dict[str, Any]) -> Any:
         heads = max(layer.heads for layer in anatomy.attention)
         subjects.check_read_cells(anatomy.layers * heads * thumb**2, subject.settings)
         grid = subject.run(subject.inspector.heads(subject.ids, thumb))
-        return inspect_format.head_table(anatomy, len(subject.ids), grid)
+        return {**inspect_format.head_table(anatomy, len(subject.ids), grid), **subject.edit_header}
 
 
 @blueprint.at("/inspect/logit_lens", methods=["POST"])
@@ -313,7 +322,8 @@ def logit_lens(body: dict[str, Any]) -> Any:
             )
         job = subject.inspector.lens(subject.ids, layers, places, body["topk"], target)
         vocabulary = Vocabulary(subject.model.tokenizer)
-        return inspect_format.lens_table(vocabulary, anatomy, layers, places, subject.run(job))
+        table = inspect_format.lens_table(vocabulary, anatomy, layers, places, subject.run(job))
+        return {**table, **subject.edit_header}
 
 
 @blueprint.at("/inspect/attribution", methods=["POST"])
@@ -374,7 +384,7 @@ def hidden_states(body: dict[str, Any]) -> Any:
             )
         subjects.check_read_cells(count, subject.settings)
         result = subject.run(subject.inspector.hidden_states(subject.ids, layers, places))
-        meta = inspect_format.states_meta(layers, places, subject.ids)
+        meta = {**inspect_format.states_meta(layers, places, subject.ids), **subject.edit_header}
         if body["format"] == "json":
             return {**meta, "states": arrays.exact(result)}
         ids = numpy.array(subject.ids, numpy.int32)

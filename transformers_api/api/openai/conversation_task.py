@@ -11,9 +11,11 @@ from transformers_api.api.openai.conversation import Conversation, planned
 from transformers_api.config.settings import Settings
 from transformers_api.errors import ContextLengthExceeded
 from transformers_api.serving.generation import GenerationRequest
+from transformers_api.serving.inspect.edit_request import InterveneRequest
 from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.text import chat_template
 from transformers_api.serving.text.chat_template import ChatPrompt
+from transformers_api.serving.text.spans import Span, spans
 from transformers_api.serving.tools.answer_plan import AnswerPlan
 
 DEFAULTS: Mapping[str, Any] = {"max_tokens": 512, "temperature": 0.7, "top_p": 0.9}  # chat's
@@ -40,6 +42,7 @@ class ConversationTask(Task):
         most_tokens: int | None = None,
         logprobs: int | None = None,
         field: str = "messages",
+        intervene: InterveneRequest | None = None,
         too_long: str | None = None,  # with {tokens} and {most}; None: OpenAI's words
     ) -> None:
         self.conversation = conversation
@@ -51,6 +54,7 @@ class ConversationTask(Task):
         self._sampling = sampling
         self._most_tokens = most_tokens
         self._logprobs = logprobs
+        self._intervene = intervene
         self._too_long = too_long
         self._plan = AnswerPlan(style=None)
 
@@ -81,6 +85,8 @@ class ConversationTask(Task):
             params,
             stop=requests.stop_strings(fields) + prompt.stop,
             quiet_s=settings.keepalive_s if self.is_streamed else None,
+            intervene=self._intervene,
+            spans=lambda: self._spans(model, prompt.ids),
         )
         plan = self.conversation.plan(model, prompt)
         self._plan = plan or self._plan
@@ -88,6 +94,10 @@ class ConversationTask(Task):
 
     def _encoded(self, model: LoadedModel) -> ChatPrompt:
         return self.conversation.encode(model)
+
+    def _spans(self, model: LoadedModel, ids: Sequence[int]) -> Sequence[Span]:
+        options = self.conversation.template_options(model)
+        return spans(model, self.conversation.messages, ids, **options)
 
     def formatter(self, model: LoadedModel, request: GenerationRequest) -> Formatter:
         """See Task."""

@@ -12,6 +12,7 @@ import orjson
 from transformers_api.api.http import sse
 from transformers_api.api.http.dialects import OPENAI
 from transformers_api.api.http.request_context import Formatter
+from transformers_api.api.intervene import format as intervene_format
 from transformers_api.api.openai.logprobs import (
     chat_logprobs,
     completion_logprobs,
@@ -21,6 +22,7 @@ from transformers_api.api.openai.text_offsets import text_offsets
 from transformers_api.api.trace.format import TraceWriter, refused_header
 from transformers_api.errors import ApiError
 from transformers_api.serving.generation import Choice, Generation, Usage, collect
+from transformers_api.serving.inspect.interventions import PlannedEdits
 from transformers_api.serving.text.choice_text import TextDelta
 
 Json = dict[str, Any]
@@ -44,6 +46,8 @@ class Head:
     with_usage_so_far: bool = False  # in every chunk of it
     traces: TraceWriter | None = None
     trace_refusal: ApiError | None = None  # why there are none, though they were asked for
+    edits: Sequence[PlannedEdits] = ()  # of each prompt
+    per_prompt: int = 1  # sequences
 
     @property
     def with_more_than_text(self) -> bool:
@@ -103,7 +107,11 @@ class Head:
     def usage(self, used: Usage) -> Json:
         """The tokens of a request, and what its traces took."""
         traced = {} if self.traces is None else {"trace": self.traces.usage}
-        return {**usage(used), **traced}
+        return {**usage(used), **traced, **intervene_format.usage(self.edits, self.per_prompt)}
+
+    def intervened(self, index: int) -> Json:
+        """The field ``intervene`` of a choice; {}: nobody asked."""
+        return intervene_format.header(self.edits, index // self.n)
 
 
 def new_id(prefix: str) -> str:
@@ -146,6 +154,7 @@ class ChatFormatter(Formatter):
                 "stop_reason": choice.stop_reason,
                 **head.token_ids(choice.index, choice.token_ids, first=True),
                 **head.traced(choice),
+                **head.intervened(choice.index),
             }
             for choice in answers
         ]
@@ -162,7 +171,7 @@ class ChatFormatter(Formatter):
             chunk = self._chunk(index, {"role": "assistant", "content": ""}, **ids)
             if (header := head.trace_header(index)) is not None:
                 chunk["trace"] = header
-            yield self.dialect.frame(chunk)
+            yield self.dialect.frame(chunk | head.intervened(index))
 
     def frames(self, delta: TextDelta) -> Sequence[bytes]:
         """A chunk with the text, and in the end one with the finish reason."""
@@ -242,6 +251,7 @@ class CompletionFormatter(Formatter):
                 **head.scored_prompt(choice),
                 **head.token_ids(choice.index, choice.token_ids, first=True),
                 **head.traced(choice),
+                **head.intervened(choice.index),
             }
             for choice in collect(generation)
         ]
@@ -262,6 +272,8 @@ class CompletionFormatter(Formatter):
         }
         chunk = head.envelope("text_completion", [choice]) | head.usage_so_far(self.generation)
         chunk |= _completion_trace(head, delta, is_first)
+        if is_first:
+            chunk |= head.intervened(delta.index)
         return (self.dialect.frame(chunk),)
 
     def closing(self, generation: Generation | None) -> Iterator[bytes]:

@@ -52,6 +52,7 @@ class PlannedChatFormatter(Formatter):
                 "stop_reason": answer.choice.stop_reason,
                 **head.token_ids(answer.choice.index, answer.choice.token_ids, first=True),
                 **head.traced(answer.choice),
+                **head.intervened(answer.choice.index),
             }
             for answer in answers
         ]
@@ -66,7 +67,7 @@ class PlannedChatFormatter(Formatter):
             chunk = self._chunk(index, {"role": "assistant", "content": ""}, **ids)
             if (header := head.trace_header(index)) is not None:
                 chunk["trace"] = header
-            yield self.dialect.frame(chunk)
+            yield self.dialect.frame(chunk | head.intervened(index))
 
     def frames(self, delta: TextDelta) -> Sequence[bytes]:
         """A chunk for each part, and in the end one with the finish reason."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from transformers_api.api.http import inspect_auth
@@ -150,15 +151,22 @@ class ChatTask(Task):
         )
         self._plan = self.conversation.plan(model, prompt, ignore_eos=goes_on)
         request = planned(request, self._plan, strips_blank=prompt.strips_blank)
+        if "intervene" in body:
+            request = replace(
+                request, intervene=body["intervene"], spans=lambda: self._spans(model, ids)
+            )
         return requests.with_trace(request, model, body, settings) if "trace" in body else request
+
+    def _spans(self, model: LoadedModel, prompt: Sequence[int]) -> Sequence[Span]:
+        options = self.conversation.template_options(model)
+        return spans(model, self.body["messages"], prompt, **options)
 
     def formatter(self, model: LoadedModel, request: GenerationRequest) -> Formatter:
         """See Task."""
-        body, places = self.body, []
+        body, places = self.body, list[Span]()
         if request.trace is not None:
             (prompt,) = request.prompts
-            options = self.conversation.template_options(model)
-            places = spans(model, body["messages"], prompt, **options)
+            places += self._spans(model, prompt)
         logprobs = body.get("top_logprobs", 0) if body["logprobs"] else None
         head = _head("chatcmpl", model, body, request, logprobs, places)
         if self._plan is None or not self._plan.has_parts:
@@ -227,6 +235,7 @@ class CompletionTask(Task):
             stop=requests.stop_strings(fields),
             shows_stop=body["include_stop_str_in_output"],
             quiet_s=settings.keepalive_s if body["stream"] else None,
+            intervene=body.get("intervene"),
         )
         request = constrained(request, model, self.form, ignore_eos=goes_on)
         return requests.with_trace(request, model, body, settings) if "trace" in body else request
@@ -336,4 +345,6 @@ def _head(
         with_usage_so_far=stream_options.get("continuous_usage_stats", False),
         traces=traces,
         trace_refusal=request.trace_refusal,
+        edits=request.edits,
+        per_prompt=request.per_prompt,
     )

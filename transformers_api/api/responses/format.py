@@ -12,10 +12,12 @@ import orjson
 
 from transformers_api.api.http.dialects import OPENAI, Dialect
 from transformers_api.api.http.request_context import Formatter
+from transformers_api.api.intervene import format as intervene_format
 from transformers_api.api.openai.answer_parts import AnswerReader, new_call_id
 from transformers_api.api.openai.logprobs import chat_logprobs
 from transformers_api.errors import ApiError
 from transformers_api.serving.generation import Generation
+from transformers_api.serving.inspect.interventions import PlannedEdits
 from transformers_api.serving.text.choice_text import TextDelta, TokenDetail
 from transformers_api.serving.tools.answer_plan import AnswerPlan
 from transformers_api.serving.tools.spec import (
@@ -43,6 +45,7 @@ class Head:
     free_tools: frozenset[str] = frozenset()  # that take text instead of JSON
     with_sealed: bool = False  # reasoning items have ``encrypted_content``
     with_logprobs: bool = False
+    edits: Sequence[PlannedEdits] = ()
 
     def body(
         self, status: str, output: Sequence[Json], usage: Json | None, error: ApiError | None = None
@@ -63,6 +66,7 @@ class Head:
             "output": list(output),
             "usage": usage,
             **self.echoed,
+            **intervene_format.header(self.edits, 0),
         }
 
 
@@ -261,6 +265,7 @@ class ResponseFormatter(Formatter):
             "output_tokens": used.completion_tokens,
             "output_tokens_details": {"reasoning_tokens": self._reader.reasoning_tokens},
             "total_tokens": used.prompt_tokens + used.completion_tokens,
+            **intervene_format.usage(self._head.edits, 1),
         }
         output = [item.as_json("completed", self._head) for item in self._items]
         if is_cut and output:

@@ -185,6 +185,7 @@ class _Turn:
             most_tokens=body.get("max_output_tokens", MAX_TOKENS),  # agents name none
             logprobs=body.get("top_logprobs", 0) if scored else None,
             field="input",
+            intervene=body.get("intervene"),
         )
 
     def _before(self) -> Sequence[Mapping[str, Any]]:
@@ -214,6 +215,7 @@ class _Turn:
             free_tools=self.free_tools,
             with_sealed=SEALED in include,
             with_logprobs=LOGPROBS in include,
+            edits=request.edits,
         )
 
         def keep(answered: Json, turn: Sequence[Json]) -> None:

@@ -14,6 +14,7 @@ from transformers_api.api.http.body import Blueprint
 from transformers_api.api.http.dialects import NIELS
 from transformers_api.api.http.error_schemas import Failed
 from transformers_api.api.http.request_context import Formatter, Task, answer
+from transformers_api.api.intervene import format as intervene_format
 from transformers_api.api.openai import format as openai_format
 from transformers_api.api.openai import requests
 from transformers_api.api.seeds.schemas.chat_stream import ChatStreamDone, ChatStreamRequest
@@ -24,6 +25,7 @@ from transformers_api.errors import ContextLengthExceeded
 from transformers_api.inspection.base import StepTrace
 from transformers_api.serving.generation import Generation, GenerationRequest
 from transformers_api.serving.inspect import trace_plan
+from transformers_api.serving.inspect.interventions import PlannedEdits
 from transformers_api.serving.inspect.trace_plan import TraceRequest
 from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.text import chat_template
@@ -114,12 +116,15 @@ class ChatStreamTask(Task):
             quiet_s=settings.keepalive_s,
             trace=plan,
             trace_stops=trace.specials,
+            intervene=body.get("intervene"),
+            spans=lambda: spans(model, body["messages"], prompt.ids),
         )
 
     def formatter(self, model: LoadedModel, request: GenerationRequest) -> Formatter:
         """See Task."""
         (prompt,) = request.prompts
-        return ChatStreamFormatter(model, self.body["messages"], prompt, self.trace)
+        messages, edits = self.body["messages"], request.edits
+        return ChatStreamFormatter(model, messages, prompt, self.trace, edits)
 
 
 class ChatStreamFormatter(Formatter):
@@ -133,12 +138,14 @@ class ChatStreamFormatter(Formatter):
         messages: Sequence[Mapping[str, Any]],
         prompt: Sequence[int],
         trace: TraceRequest,
+        edits: Sequence[PlannedEdits] = (),
     ) -> None:
         self.completion_id = openai_format.new_id("chatcmpl")
         self.prompts = [prompt]
         self._model = model
         self._messages = messages
         self._has_meta = trace.meta
+        self._edits = edits
         assert model.inspector is not None  # else there would be no plan
         self._anatomy = model.inspector.anatomy
         self._vocabulary = Vocabulary(model.tokenizer)
@@ -187,7 +194,8 @@ class ChatStreamFormatter(Formatter):
         (prompt,) = self.prompts
         places = spans(self._model, self._messages, prompt)
         content = header(self._anatomy, self._vocabulary, prompt, places)
-        return {**content, **content["model"], "model": self._model.spec.name}
+        edits = intervene_format.header(self._edits, 0)
+        return {**content, **content["model"], "model": self._model.spec.name, **edits}
 
     def _done(self, generation: Generation | None) -> dict[str, Any]:
         written = generation.choices[0].token_ids if generation else []
@@ -199,7 +207,9 @@ class ChatStreamFormatter(Formatter):
                 "prompt_tokens": len(self.prompts[0]),
                 "completion_tokens": len(written),
                 "trace": self._writer.usage,
+                **intervene_format.usage(self._edits, 1),
             },
+            **intervene_format.header(self._edits, 0),
         }
 
 

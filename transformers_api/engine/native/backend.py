@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -17,7 +17,12 @@ from transformers_api.engine.backend import (
 )
 from transformers_api.engine.base import EngineFacts
 from transformers_api.engine.load_options import DTYPE_BYTES, LoadOptions
-from transformers_api.engine.native.convert_model import kind_of, packed_bytes, weight_kind
+from transformers_api.engine.native.convert_model import (
+    kind_of,
+    packed_bytes,
+    packed_weights,
+    weight_kind,
+)
 from transformers_api.engine.native.plan_cache import PlanFile
 from transformers_api.engine.native.runner import Kind, NativeRunner
 from transformers_api.engine.native.sampler import NativeSampler
@@ -31,6 +36,7 @@ from transformers_api.engine.pretrained import (
     layer_kinds,
 )
 from transformers_api.engine.rope import reads_again, switching_lengths
+from transformers_api.engine.runners.edited_modules import ModuleEdit, editing
 from transformers_api.engine.runners.model_runner import Runner, VerifiedRunner, innermost
 from transformers_api.engine.sampling.sampler import Sampler, TokenSampler
 from transformers_api.engine.standby import StandbyModel
@@ -99,13 +105,24 @@ class NativeBackend:
             and not options.trust_remote_code
         ):
             file = PlanFile.of(options.plans, options.stamp, options.dtype, kind, size)
+        packed = options.packed
+        memory = packed.memory(self.library) if packed else None
         try:
             with differentiable():
                 original = min(lengths, default=None)
-                return verified_runner(model, self.library, kind, size, vocab_size, file, original)
-        except PlanOutdated as error:
-            error.instead = NativeBackend(self.library, replace(options, plans=None))
+                rest = kind, size, vocab_size, file, original, memory
+                runner = verified_runner(model, self.library, *rest)
+        except (BackendRefused, PlanOutdated) as error:
+            if packed and memory and memory.is_stored:  # they may be the reason
+                packed.remove()
+            if isinstance(error, PlanOutdated):
+                anew = replace(options, plans=None, packed=None)
+                error.instead = NativeBackend(self.library, anew)
             raise
+        runner.packed = packed
+        if packed and memory and not memory.is_stored:
+            packed.write_later(self.library, packed_weights(model))
+        return runner
 
     def _kind(self, model: Any) -> Kind:
         options = self.options
@@ -139,6 +156,10 @@ class NativeBackend:
     def observing_attention(self, layers: Collection[int] | None) -> AbstractContextManager[None]:
         """See Backend."""
         return observing(layers)
+
+    def editing(self, model: Any, edits: Sequence[ModuleEdit]) -> AbstractContextManager[None]:
+        """See Backend."""
+        return editing(edits)
 
     def attention_probs(
         self,

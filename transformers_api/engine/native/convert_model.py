@@ -19,7 +19,13 @@ from transformers_api.engine.stored_weights import StoredWeights
 from transformers_api.kernels.abi import Library
 from transformers_api.kernels.modules.attention import NAME, register
 from transformers_api.kernels.modules.experts import PackedExperts, expert_layers
-from transformers_api.kernels.modules.linear import NativeEmbedding, NativeLinear, PackedWeight
+from transformers_api.kernels.modules.linear import (
+    NativeEmbedding,
+    NativeLinear,
+    OtherWeights,
+    PackedWeight,
+    WeightMemory,
+)
 from transformers_api.kernels.modules.own_attention import computes_own_attention
 from transformers_api.kernels.modules.replace import Place, Widths, pack_model
 
@@ -62,20 +68,23 @@ def native_runner(
     vocab_size: int,
     teach: Callable[[NativeRunner], None],
     original_window: int | None = None,
+    memory: WeightMemory | None = None,
 ) -> NativeRunner:
-    """A runner for the model, whose weights are packed by this. Raises BackendRefused.
+    """A runner for the model, whose weights are packed by this.
 
+    Raises BackendRefused, PlanOutdated.
     ``groups``: see ``layer_groups``. ``cache_size``: layers, or their kinds where some are
     recurrent; rows; tokens of a row. ``teach``: how the runner comes to know the passes, as by
-    ``NativeRunner.learn``. ``original_window``: see
-    ``ModelRunner``.
+    ``NativeRunner.learn``. ``original_window``: see ``ModelRunner``. ``memory``: for the weights,
+    or with them.
     """
     register()
     try:
         is_own = computes_own_attention(model)
         if not is_own:
             model.set_attn_implementation(NAME)
-        pack_model(model, library, Widths(kind.numbers, kind.quantization), groups)
+        widths = Widths(kind.numbers, kind.quantization)
+        pack_model(model, library, widths, groups, memory)
         layers, rows, length = cache_size
         # Prompts of a recurrent model are read by its modules: its own attention takes no codes.
         holds_codes = kind.has_int8_cache and (isinstance(layers, int) or not is_own)
@@ -92,6 +101,8 @@ def native_runner(
         teach(runner)
     except PlanOutdated:
         raise
+    except OtherWeights as error:
+        raise PlanOutdated(str(error)) from error
     except Exception as error:
         log.info("%s cannot be packed", type(model).__name__, exc_info=True)
         raise BackendRefused(f"packing failed: {error}") from error

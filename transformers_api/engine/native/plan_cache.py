@@ -10,13 +10,10 @@ file is removed and the passes are recorded again.
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import importlib.metadata
 import json
 import logging
 import os
-import sys
 import tempfile
 from collections.abc import Hashable, Iterator
 from contextlib import suppress
@@ -32,6 +29,7 @@ from torch import Tensor
 
 from transformers_api.engine.backend import PlanOutdated
 from transformers_api.engine.native.convert_model import packed_weights
+from transformers_api.engine.native.program import program
 from transformers_api.engine.native.runner import NativeRunner
 from transformers_api.kernels.graph.planner import Affine, HookPoint, Plan, Words
 from transformers_api.kernels.modules.replace import Place, places_of
@@ -40,7 +38,6 @@ log = logging.getLogger(__name__)
 DIGEST_BYTES = 32
 MOST_FILES = 64
 LARGEST_CONSTANTS = 16 << 20  # bytes, of one model
-LIBRARIES = ("torch", "transformers", "numpy", "safetensors")
 LINES = ("steps", "calls", "memory", "inputs", "result")  # of a Plan
 WORDS = ("step_relocations", "call_relocations", "step_call_relocations", "weights")
 Arrays = dict[str, Any]
@@ -59,7 +56,8 @@ class PlanFile:
     @classmethod
     def of(cls, folder: Path, *key: Hashable) -> PlanFile:
         """``key``: all that the plans depend on, besides this program."""
-        name = hashlib.sha256(repr((_program(), key)).encode()).hexdigest()[:32]
+        processor = torch.backends.cpu.get_cpu_capability()
+        name = hashlib.sha256(repr((program(), processor, key)).encode()).hexdigest()[:32]
         return cls(folder / f"{name}.plan")
 
     def read(self) -> StoredPlans | None:
@@ -194,22 +192,6 @@ class _Names:
         self.storages = {t.untyped_storage().data_ptr(): n for n, t in self.tensors.items()}
         self.weights = packed_weights(model)
         self.weight_numbers = {weight.address: i for i, weight in enumerate(self.weights)}
-
-
-@functools.cache
-def _program() -> str:
-    """A digest of this program, and the versions that it stands on."""
-    package = Path(__file__).parents[2]
-    sources = sorted(
-        path
-        for folder in ("engine", "families", "kernels")
-        for kind in ("*.py", "*.cpp", "*.h")
-        for path in (package / folder).rglob(kind)
-    )
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources))
-    versions = [importlib.metadata.version(name) for name in LIBRARIES]
-    capability = torch.backends.cpu.get_cpu_capability()
-    return repr((digest.hexdigest(), versions, sys.version, capability))
 
 
 def _arrays_of(runner: NativeRunner, groups: list[list[Place]]) -> Arrays:

@@ -8,9 +8,9 @@ a token's bits are the same in all of them. A second plan makes logits of the to
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import cached_property, partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,14 +22,16 @@ from transformers_api.engine.kv_cache import MIN_LENGTH
 from transformers_api.engine.native.adapters import PassAdapters, repeated
 from transformers_api.engine.native.kv_cache import NativeCache
 from transformers_api.engine.native.latent import expanding_into
+from transformers_api.engine.native.shown_modules import shown_layers, shown_places
+from transformers_api.engine.places import LayerPlaces, model_places
 from transformers_api.engine.positions import at_positions
 from transformers_api.engine.rope import fixed_factors
+from transformers_api.engine.runners.edited_modules import Apply, ModuleEdit, current_edits
 from transformers_api.engine.runners.model_runner import ModelRunner
 from transformers_api.kernels.capture import Recorder, current, record
 from transformers_api.kernels.graph.executor import RecordedPass
 from transformers_api.kernels.graph.hooks import HookReplay, forward_returning
 from transformers_api.kernels.modules.attention import CausalRows, describing
-from transformers_api.kernels.modules.experts import routing_modules
 from transformers_api.kernels.modules.linear import WeightMemory
 from transformers_api.kernels.modules.low_rank import LowRankPair
 from transformers_api.kernels.modules.own_attention import (
@@ -40,6 +42,7 @@ from transformers_api.kernels.modules.weight_modules import following
 
 if TYPE_CHECKING:
     from transformers_api.engine.adapters import LoadedAdapter, MakeProduct
+    from transformers_api.engine.native.packed_weights import PackedFile
 
 SIZES = (2, 3)  # tokens of the passes that are recorded; see planner.py
 
@@ -86,6 +89,7 @@ class NativeRunner(ModelRunner):
         self.long_layers = RecordedPass(cache.library) if has_lengths else None
         self.layers, self.head = RecordedPass(cache.library), RecordedPass(cache.library)
         self._pass_adapters: PassAdapters | None = None
+        self.packed: PackedFile | None = None  # where its weights are stored
 
     def learn(self) -> None:
         """Record passes on a cache of their own; ``failure`` says why that failed."""
@@ -98,6 +102,10 @@ class NativeRunner(ModelRunner):
             self._compute(inputs[0], cache)
         self.cache.shaped_like(cache)
         self._learn_steps(inputs, cache)
+
+    @cached_property
+    def _places(self) -> tuple[LayerPlaces, ...]:
+        return model_places(self.model)
 
     def _learn_steps(self, inputs: list[list[Tensor]], cache: NativeCache) -> None:
         passes = self._watched_passes(inputs, cache, False)
@@ -126,7 +134,8 @@ class NativeRunner(ModelRunner):
             rows += [seq.slot] * width
         inputs = inputs_of([token for ids in batch.ids for token in ids], starts, rows)
         last = [end - 1 for end in accumulate(batch.widths)]
-        watch = self._replay(batch, inputs, last) if batch.is_observed else None
+        edits = current_edits()
+        watch = self._replay(batch, inputs, last, edits) if batch.is_observed or edits else None
         is_long = self.original_window is not None and batch.sequences[0].is_long
         adapters = self._adapters_of(batch) if batch.is_adapted else None
         layers = self._layers(is_long)
@@ -208,8 +217,14 @@ class NativeRunner(ModelRunner):
             hidden = self.head.run(len(hidden), [hidden.contiguous()], [], adapters=adapters)
         return hidden[..., : self.vocab_size]
 
-    def _replay(self, batch: Batch, inputs: list[Tensor], last: list[int]) -> HookReplay:
-        """Show the last token of each sequence, by its slot."""
+    def _replay(
+        self,
+        batch: Batch,
+        inputs: list[Tensor],
+        last: list[int],
+        edits: Sequence[ModuleEdit],
+    ) -> HookReplay:
+        """Show the last token of each sequence, by its slot; let ``edits`` write into all."""
         first = batch.first_slot
         places = [seq.slot - first for seq in batch.sequences]
         tokens = None
@@ -217,15 +232,21 @@ class NativeRunner(ModelRunner):
             tokens = torch.zeros(max(places) + 1, dtype=torch.int64)
             tokens[places] = torch.tensor(last)
         starts, cache = inputs[1][:, 0], self.cache
+        by_module: dict[tuple[nn.Module, str], Apply] = {
+            (self.model.get_submodule(edit.module), edit.side): edit.apply for edit in edits
+        }
         return HookReplay(
-            cache.library, starts, int(starts.max()) + 1, cache.tensors, first, tokens
+            *(cache.library, starts, int(starts.max()) + 1, cache.tensors, first, tokens),
+            edits=by_module,
+            observes=batch.is_observed,
         )
 
     def _watched_passes(
         self, inputs: list[list[Tensor]], cache: NativeCache, is_long: bool
     ) -> list[_WatchedPass]:
         showing = ExitStack()
-        showing.enter_context(_shown_layers(self.model))
+        showing.enter_context(shown_layers(self.model))
+        showing.enter_context(shown_places(self.model, self._places))
         if cache.shows_symbols:
             showing.enter_context(following(self.model))
         with showing, fixed_factors(self.model, is_long):
@@ -318,37 +339,3 @@ def inputs_of(ids: list[int], positions: list[int], cache_rows: list[int]) -> li
         torch.tensor(positions)[:, None],
         torch.tensor(cache_rows),
     ]
-
-
-@contextmanager
-def _shown_layers(model: Any) -> Iterator[None]:
-    """While it lasts, recorders note what goes into the model's layers and what comes out."""
-    count = model.config.get_text_config(decoder=True).num_hidden_layers
-    with ExitStack() as stack:
-        for stacked in model.modules():
-            for layer in stacked if isinstance(stacked, nn.ModuleList) else ():
-                if len(stacked) == count:
-                    handle = layer.register_forward_hook(_note_layer, with_kwargs=True)
-                    stack.callback(handle.remove)
-        for router in routing_modules(model):
-            handle = router.register_forward_hook(_note_router)
-            stack.callback(handle.remove)
-        yield
-
-
-def _note_router(module: nn.Module, args: Any, output: Any) -> None:
-    """Note a router's logits, the weights of the experts it chose, and which these are."""
-    if not (isinstance(output, tuple) and all(isinstance(each, Tensor) for each in output)):
-        return
-    tensors = [args[0], *output]
-    if (recorder := current()) and len({t.untyped_storage().data_ptr() for t in tensors}) == 4:
-        recorder.add_module_call(module, tensors, options={"is_tuple": True})
-
-
-def _note_layer(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-    stream = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
-    made = output[0] if isinstance(output, tuple) else output
-    if (recorder := current()) and stream is not None and isinstance(made, Tensor):
-        recorder.add_module_call(
-            module, [stream, made], options={"is_tuple": isinstance(output, tuple)}
-        )

@@ -14,7 +14,7 @@ from transformers_api.engine.native.convert_model import packed_weights
 from transformers_api.engine.native.runner import NativeRunner
 from transformers_api.engine.native.state_runner import NativeStateRunner
 from transformers_api.engine.runners.model_runner import Runner
-from transformers_api.kernels.modules.linear import PackedWeight, WeightMemory
+from transformers_api.kernels.modules.linear import OtherWeights, PackedWeight, WeightMemory
 
 LARGEST_REST = 64 << 20  # bytes of what is not packed, such as norms, that may be kept of a model
 PROBE = (1, 2, 3)  # tokens that exist everywhere
@@ -55,16 +55,19 @@ class NativeStandby:
         """See StandbyModel."""
         try:
             self._fill()
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, OtherWeights) as error:
             return str(error)
         self.runner.cache = self.runner.cache.anew()
         is_same = torch.equal(self.runner.logits_of(PROBE), self._logits)
         return None if is_same else "it says something else"
 
     def _fill(self) -> None:
-        memory = WeightMemory()
+        packed, library = self.runner.packed, self.runner.cache.library
+        memory = packed.memory(library) if packed else WeightMemory()
         for weight in self._weights:
             weight.fill([source.matrix() for source in weight.sources], memory)
             for source in weight.sources:
                 source.release()
         self.runner.model.stored_weights.close()
+        if packed and not memory.is_stored:
+            packed.write_later(library, self._weights)

@@ -23,6 +23,7 @@ from transformers_api.engine.native.runner import SIZES, Kind, NativeRunner, inp
 from transformers_api.engine.native.state_cache import NativeStateCache
 from transformers_api.engine.rope import fixed_factors
 from transformers_api.engine.runners.adapted_modules import adapted
+from transformers_api.engine.runners.edited_modules import current_edits, hooked
 from transformers_api.kernels.modules.attention import CausalRows, describing
 
 log = logging.getLogger(__name__)
@@ -117,7 +118,8 @@ class NativeStateRunner(NativeRunner):
             )
             for kind, mask in masks.items()
         ]
-        with describing(described), expanding_into(cache):
+        hooks = hooked(self.model, current_edits())
+        with describing(described), expanding_into(cache), hooks:
             logits: Tensor = self.model(
                 input_ids=ids,
                 attention_mask=built,

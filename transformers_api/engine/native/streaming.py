@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers_api.engine.gguf_weights import FLOATS, GgufWeights, StoredMatrix
 from transformers_api.engine.stored_weights import StoredRows, StoredWeights
 from transformers_api.kernels.abi import Library
-from transformers_api.kernels.modules.blocks import KINDS, Blocks, Pieces
+from transformers_api.kernels.modules.blocks import KINDS, PLAIN, Blocks, Pieces, number_of
 from transformers_api.kernels.modules.experts import Sources, stream_experts
 from transformers_api.kernels.modules.linear import Matrix
 from transformers_api.kernels.modules.replace import is_embedding
@@ -72,6 +72,11 @@ class GgufSource:
         dense = self.weights.dequantize(stored.memory, stored.kind, stored.shape)
         return dense if stored.order is None else dense[stored.order]
 
+    def product(self, x: Tensor) -> Tensor | None:
+        """See Source."""
+        stored = self.stored
+        return _product(self.library, stored.memory, stored.kind, stored.shape, stored.order, x)
+
     def rows(self, first: int, count: int) -> Tensor:
         """See Source."""
         if (blocks := self._blocks()) is not None:
@@ -123,6 +128,12 @@ class RowSource:
         blocks = self.stored.blocks(first, count)
         return Blocks(blocks, self.stored.kind, (count, self.shape[1]))
 
+    def product(self, x: Tensor) -> Tensor | None:
+        """See Source."""
+        if (lying := self.stored.lying()) is None:
+            return None
+        return _product(self.library, *lying, self.shape, None, x)
+
     def rows(self, first: int, count: int) -> Tensor:
         """See Source."""
         return self.stored.rows(first, count)
@@ -134,6 +145,21 @@ class RowSource:
     def release(self) -> None:
         """See Source."""
         self.stored.release()
+
+
+def _product(
+    library: Library,
+    memory: Tensor,
+    kind: str,
+    shape: tuple[int, int],
+    order: Tensor | None,
+    x: Tensor,
+) -> Tensor | None:
+    """The product of ``x`` with a matrix in a file; None for types that the kernels do not read."""
+    is_read = kind in KINDS or kind in PLAIN
+    if not is_read or not library.with_gil.block_row_bytes(number_of(kind), shape[1]):
+        return None
+    return Blocks(memory, kind, shape, order).multiply(library, x)
 
 
 def fill_streamed(library: Library, model: Any, stored: StoredWeights, dtype: torch.dtype) -> None:

@@ -18,6 +18,7 @@ from transformers_api.engine.rope import sequence_length
 from transformers_api.engine.runners.verify import agrees, own_logits, probe, windows_agree
 from transformers_api.kernels.abi import Library
 from transformers_api.kernels.modules.experts import expert_layers
+from transformers_api.kernels.modules.linear import WeightMemory
 from transformers_api.kernels.modules.replace import Place, layer_groups
 
 Size = tuple[list[tuple[str, int]] | int, int, int]
@@ -35,19 +36,19 @@ def verified_runner(
     vocab_size: int,
     file: PlanFile | None,
     original_window: int | None = None,
+    memory: WeightMemory | None = None,
 ) -> NativeRunner:
     """Return a runner for a loaded model, whose weights are packed by this.
 
     ``size``: see ``native_runner``. ``file``: where the plans of an earlier load are, or where
-    those of this one are to be stored. ``original_window``: see ``ModelRunner``. Raises
-    BackendRefused, PlanOutdated.
+    those of this one are to be stored. ``original_window``: see ``ModelRunner``. ``memory``: see
+    ``native_runner``. Raises BackendRefused, PlanOutdated.
     """
     if file is not None and (plans := file.read()) is not None:
         try:
             groups = plans.groups(model)
-            return native_runner(
-                model, library, kind, groups, size, vocab_size, plans.teach, original_window
-            )
+            how = size, vocab_size, plans.teach, original_window, memory
+            return native_runner(model, library, kind, groups, *how)
         except PlanOutdated:
             file.remove()
             raise
@@ -59,8 +60,8 @@ def verified_runner(
         log.info("%s cannot be asked", type(model).__name__, exc_info=True)
         raise BackendRefused(f"it cannot be asked for its own logits: {error}") from error
     check_logits(chain.from_iterable(expected))
-    learn = methodcaller("learn")
-    runner = native_runner(model, library, kind, groups, size, vocab_size, learn, original_window)
+    rest = size, vocab_size, methodcaller("learn"), original_window, memory
+    runner = native_runner(model, library, kind, groups, *rest)
     check_loss(model, kind.quantization)
     if not any(
         agrees(runner, model, vocab_size, size[2], logits, kind.quantization, seed)

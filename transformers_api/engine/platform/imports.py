@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib
 import importlib.util
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+# Compiled modules that the application imports: whoever needs the linker waits while it is busy.
+COMPILED = (
+    *("_asyncio", "_bisect", "_blake2", "_bz2", "_contextvars", "_csv", "_ctypes", "_datetime"),
+    *("_decimal", "_hashlib", "_heapq", "_json", "_lzma", "_opcode", "_pickle"),
+    *("_posixsubprocess", "_queue", "_random", "_sha512", "_socket", "_ssl", "_struct", "_typing"),
+    *("_uuid", "array", "binascii", "fcntl", "math", "mmap", "resource", "select", "unicodedata"),
+    *("zlib", "markupsafe._speedups", "numpy", "orjson", "regex._regex", "wrapt", "yaml"),
+)
 
 
 def map_torch() -> None:
@@ -18,6 +28,9 @@ def map_torch() -> None:
     ``import torch`` would hold the interpreter's lock meanwhile, this does not. A failure here
     comes again there, with its reason.
     """
+    for name in COMPILED:
+        with suppress(ImportError):  # one that another version has not
+            importlib.import_module(name)
     spec = importlib.util.find_spec("torch")  # imports nothing
     library = Path((spec and spec.origin) or "").parent / "lib" / "libtorch_cpu.so"
     load = getattr(ctypes.CDLL(None), "dlopen", None)

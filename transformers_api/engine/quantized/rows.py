@@ -71,6 +71,10 @@ class QuantizedRows(ABC):
         rows = {index: self.few_rows(index, 1) for index in set(flat)}
         return torch.cat([rows[index] for index in flat]).view(*indices.shape, self.shape[1])
 
+    def lying(self) -> tuple[Tensor, str] | None:
+        """See StoredRows."""
+        return None
+
     def release(self) -> None:
         """See StoredRows."""
         for part in self.parts.values():

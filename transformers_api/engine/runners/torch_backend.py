@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Collection, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from transformers_api.engine.pretrained import (
 )
 from transformers_api.engine.rope import reads_again, switching_lengths
 from transformers_api.engine.runners.cuda_graphs import GraphRunner, PaddedCache
+from transformers_api.engine.runners.edited_modules import ModuleEdit, editing, hooked
 from transformers_api.engine.runners.model_runner import (
     ModelRunner,
     Runner,
@@ -152,6 +153,12 @@ class TorchBackend:
     def observing_attention(self, layers: Collection[int] | None) -> AbstractContextManager[None]:
         """See Backend."""
         return nullcontext()
+
+    @contextmanager
+    def editing(self, model: Any, edits: Sequence[ModuleEdit]) -> Iterator[None]:
+        """See Backend."""
+        with editing(edits), hooked(model, edits):
+            yield
 
     def attention_probs(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -16,6 +16,7 @@ from transformers_api.kernels.graph.planner import HookPoint
 from transformers_api.kernels.modules.attention import CausalRows, replay_attention
 from transformers_api.kernels.stats import attention_probs
 
+NO_EDITS: Mapping[Any, Any] = {}
 _observed: ContextVar[Collection[int] | None] = ContextVar("observed", default=())
 
 
@@ -35,7 +36,9 @@ class HookReplay:
     ``tokens``: a token of the pass for each of the rows ``first``.. of the ``cache``; None: those
     of the pass, in order. ``starts`` (N,): the position of every token of the pass; all come before
     ``length``. Attention is shown of the layers that are observed (see ``observing``), other
-    modules where they have hooks.
+    modules where they have hooks. ``edits`` write into the rows (N, width) of all tokens, of what a
+    module is given ("in") or makes ("out"), before anybody is shown it; unless it ``observes``
+    nobody is.
 
     Between two parts of a pass the kernels' threads wait, and soon go to sleep. The weights have
     driven everything else from the caches, and a call of torch takes fifty microseconds: few are
@@ -50,8 +53,12 @@ class HookReplay:
         cache: list[Tensor],
         first: int,
         tokens: Tensor | None = None,
+        edits: Mapping[tuple[nn.Module, str], Callable[[Tensor], None]] = NO_EDITS,
+        observes: bool = True,
     ) -> None:
         self.library = library
+        self.observes = observes
+        self.edits = edits
         self.cache = cache
         self.tokens = tokens
         self.starts = starts if tokens is None else starts[tokens]
@@ -61,19 +68,22 @@ class HookReplay:
 
     def choose(self, points: Sequence[HookPoint]) -> list[HookPoint]:
         """See PassObserver."""
+        if not self.observes:
+            return [point for point in points if self._edit_of(point) is not None]
         layers = _observed.get()
         return [
             point
             for point in points
-            if (
-                layers is None or getattr(point.module, "layer_idx", None) in layers
-                if point.cached and not point.options.get("is_own")
-                else point.module._forward_hooks or point.module._forward_pre_hooks
-            )
+            if self._edit_of(point) is not None or _is_observed(point, layers)
         ]
 
     def show(self, call: FinishedCall) -> None:
         """See PassObserver. Attention is shown in the end: its keys are in the cache then."""
+        if (edit := self._edit_of(call)) is not None:
+            made = call.tensors[-1]
+            edit(made.view(-1, made.shape[-1]))
+        if "side" in call.options or not self.observes:
+            return
         tensors = call.tensors
         if self.tokens is not None:
             tensors = [each[self.tokens] for each in tensors]
@@ -84,6 +94,11 @@ class HookReplay:
             call_hooks(call.module, x, results)
         else:
             self._attended.append((call, x.clone(), output.clone()))
+
+    def _edit_of(self, point: HookPoint | FinishedCall) -> Callable[[Tensor], None] | None:
+        if not self.edits or point.cached:
+            return None
+        return self.edits.get((point.module, point.options.get("side", "out")))
 
     def finish(self) -> None:
         """See PassObserver."""
@@ -97,6 +112,14 @@ class HookReplay:
                 continue
             tensors = query, key, value, output
             replay_attention(call.module, tensors, mask, call.options["options"])
+
+
+def _is_observed(point: HookPoint, layers: Collection[int] | None) -> bool:
+    """True where somebody looks; ``layers``: those whose attention is observed."""
+    if point.cached and not point.options.get("is_own"):
+        return layers is None or getattr(point.module, "layer_idx", None) in layers
+    has_hooks = point.module._forward_hooks or point.module._forward_pre_hooks
+    return bool(has_hooks) and "side" not in point.options
 
 
 def _show_weights(call: FinishedCall, query: Tensor, key: Tensor, mask: CausalRows) -> None:

@@ -146,7 +146,9 @@ class _Planner:
         self.weights: list[int] = []
         self.constants: list[tuple[int, int, int]] = []
         self.constant_tensors: list[Tensor] = []
-        self.groups: list[StepGroup] = list(step_groups(self.pairs, self.sizes))
+        # Where hooks see a tensor they may change it, and all that comes after is to see that.
+        cuts = {call.at for call in a.recorder.module_calls}
+        self.groups: list[StepGroup] = list(step_groups(self.pairs, self.sizes, cuts))
         self.ends = [group.end for group in self.groups]
         self.offsets, self.memory = self._allocate()
 
@@ -193,13 +195,9 @@ class _Planner:
         cached = [t.untyped_storage().data_ptr() for t in (x.key, x.value) if t is not None]
         if len({pair[0].storage for pair in pairs}) < len(pairs):
             raise NotRecordable("a layer that changes what it is given")
-        end = self.groups[self._group_of(x)].end
-        after = [r for r in self.a.recorder.steps[x.at : end] if r.op != "write_cache"]
-        if {pair[0].storage for pair in pairs} & {r.refs[-1].storage for r in after}:
-            raise NotRecordable("results of a layer that are changed at once")
         return HookPoint(
             x.module,
-            end,
+            x.at,
             [self._tensor(pair) for pair in pairs],
             [tensor.dtype for tensor in x.tensors],
             (self.cache[cached[0]], self.cache[cached[1]]) if cached else None,
@@ -207,7 +205,7 @@ class _Planner:
         )
 
     def _group_of(self, call: ModuleCall) -> int:
-        """The index of the group after which hooks can observe the call."""
+        """The index of the group that ends with the call."""
         return bisect.bisect_left(self.ends, call.at)
 
     def _call_refs(self, x: ModuleCall, y: ModuleCall) -> list[tuple[Ref, Ref]]:

@@ -7,7 +7,7 @@ without a barrier in between and with the numbers in its cache. Sizes and stride
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,8 +50,13 @@ def collapsed_loops(a: Operation, b: Operation) -> LoopNest:
     return _loop_nest(a, _merged(_dimensions(a, b), a.op), 0)
 
 
-def step_groups(pairs: list[tuple[Operation, Operation]], sizes: Pair) -> Iterator[StepGroup]:
-    """All steps in order, fused where possible; ``sizes`` are the tokens of the two passes."""
+def step_groups(
+    pairs: list[tuple[Operation, Operation]], sizes: Pair, cuts: Collection[int] = ()
+) -> Iterator[StepGroup]:
+    """All steps in order, fused where possible; ``sizes`` are the tokens of the two passes.
+
+    No group goes on over one of the ``cuts``, numbers of steps: the pass may stop there.
+    """
     group: _Group | None = None
     cache: dict[Any, LoopNest | None] = {}  # a model's layers are alike
     for i, (a, b) in enumerate(pairs):
@@ -59,6 +64,9 @@ def step_groups(pairs: list[tuple[Operation, Operation]], sizes: Pair) -> Iterat
         if key not in cache:
             cache[key] = _token_loops(a, b, sizes)
         loops = cache[key]
+        if group and i in cuts:
+            yield group.steps
+            group = None
         if group and loops and group.accepts(a, b, loops):
             group.steps.end = i + 1
             continue

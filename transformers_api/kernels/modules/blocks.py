@@ -28,6 +28,12 @@ KINDS = {
     "IQ4_XS": (23, "int8"),
     "MXFP4": (39, "int8"),
 }
+PLAIN = {"F32": 0, "F16": 1, "BF16": 30}  # which can be read as blocks, too
+
+
+def number_of(kind: str) -> int:
+    """Ggml's number of a type."""
+    return PLAIN[kind] if kind in PLAIN else KINDS[kind][0]
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,7 @@ class Blocks:
     @property
     def number(self) -> int:
         """The number of the type."""
-        return KINDS[self.kind][0]
+        return number_of(self.kind)
 
     @property
     def width(self) -> str:
@@ -63,9 +69,14 @@ class Blocks:
 
     def gather(self, library: Library, indices: Tensor) -> Tensor:
         """The rows ``indices`` (…), as (…, in) float32."""
+        out = torch.empty((*indices.shape, self.shape[1]))
+        self.read(library, indices, out)
+        return out
+
+    def read(self, library: Library, indices: Tensor, out: Tensor) -> None:
+        """Write the rows ``indices`` (…) into ``out`` (…, in), which is float32."""
         rows = indices if self.order is None else self.order[indices]
         rows = rows.contiguous()
-        out = torch.empty((*indices.shape, self.shape[1]))
         library.without_gil.unpack_blocks(
             self.memory.data_ptr(),
             self.number,
@@ -74,7 +85,19 @@ class Blocks:
             rows.numel(),
             out.data_ptr(),
         )
-        return out
+
+    def multiply(self, library: Library, x: Tensor) -> Tensor:
+        """The product of ``x`` (…, in) with all rows, in float32: (…, out), as ``x`` is."""
+        self.check(library)
+        inputs = x.reshape(-1, self.shape[1]).float().contiguous()
+        order = None if self.order is None else self.order.contiguous()
+        out = torch.empty((len(inputs), self.shape[0]))
+        library.without_gil.multiply_blocks(
+            *(self.memory.data_ptr(), self.number, self.shape[1]),
+            None if order is None else order.data_ptr(),
+            *(self.shape[0], inputs.data_ptr(), len(inputs), out.data_ptr()),
+        )
+        return out.view(*x.shape[:-1], self.shape[0]).to(x.dtype)
 
     def check(self, library: Library) -> None:
         """Raise ValueError where the memory is of another size."""

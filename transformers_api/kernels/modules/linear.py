@@ -23,9 +23,13 @@ ALIGNMENT = 64
 
 
 QUANTIZED = {WEIGHT_TYPES["int8"], WEIGHT_TYPES["int4"]}
-UNPACKED_BYTES = 16 << 20  # of float32 at once
+UNPACKED_BYTES = 4 << 20  # of float32 at once
 PANEL = 32  # rows that lie together in packed weights
 Matrix = Tensor | Blocks | Pieces
+
+
+class OtherWeights(Exception):
+    """Weights that were packed before do not fit their model."""
 
 
 class WeightMemory:
@@ -35,9 +39,31 @@ class WeightMemory:
     misses of the translation buffer. A block is freed with the last weight in it.
     """
 
+    is_stored = False  # the weights are in it already
+
     def __init__(self) -> None:
         self._block = torch.empty(0, dtype=torch.uint8)
         self._has_blocks = False
+        self._numbers = torch.empty(0)
+        self._count = 0
+
+    def next_number(self) -> int:
+        """The number of a weight that is new, from 0."""
+        self._count += 1
+        return self._count - 1
+
+    def stored(self, number: int, weight: Weight, size: int) -> tuple[Tensor, float] | None:
+        """The bytes of a weight that was packed before, and its error; None: it is to be packed.
+
+        Raises OtherWeights where the weight of that number is another one.
+        """
+        return None
+
+    def numbers(self, rows: int, columns: int) -> Tensor:
+        """Float32 of this shape, until the next call: new pages take longer than to fill them."""
+        if rows * columns > len(self._numbers):
+            self._numbers = torch.empty(rows * columns)
+        return self._numbers[: rows * columns].view(rows, columns)
 
     def take(self, size: int) -> Tensor:
         """``size`` zero bytes, aligned to 64."""
@@ -66,7 +92,7 @@ class PackedWeight:
     int4: scale and minimum of each group, found by search; inputs as for int8. ``error`` is the
     norm of the quantisation error relative to that of the weights, of int4 and of blocks, whose
     codes stay as they are where the kind has room for them. bfloat16: inputs are rounded to
-    bfloat16. Sums are float32 everywhere.
+    bfloat16. Sums are float32 everywhere. ``number``: its place in the order of packing.
     """
 
     error = 0.0
@@ -81,21 +107,29 @@ class PackedWeight:
         self._is_int4 = kind == "int4"
         self._bias: Tensor | None = None
         self._address = ctypes.addressof(self._weight)
+        self.number = memory.next_number()
         self.fill(weights, memory)
 
     def fill(self, weights: list[Matrix], memory: WeightMemory) -> None:
-        """Pack ``weights``, one below the other. Raises ValueError if they are of other sizes."""
+        """Pack ``weights``, one below the other, unless ``memory`` has them already.
+
+        Raises ValueError if they are of other sizes, OtherWeights.
+        """
         shapes = {(sum(len(w) for w in weights), w.shape[1]) for w in weights}
         if shapes != {(self.out_features, self.in_features)}:
             raise ValueError(f"weights of {shapes}, not {self.out_features, self.in_features}")
-        library = self.library
-        self._memory = memory.take(library.with_gil.packed_bytes(self._weight))
+        size = self.library.with_gil.packed_bytes(self._weight)
+        if (stored := memory.stored(self.number, self._weight, size)) is not None:
+            self._memory, self.error = stored
+            self._weight.data = self._memory.data_ptr()
+            return
+        self._memory = memory.take(size)
         self._weight.data = self._memory.data_ptr()
         first = 0
         sums = torch.zeros(self.out_features, 2, dtype=torch.float64)  # squared errors, squares
         for weight in weights:
             for row, piece in self._pieces(weight):
-                self._put(piece, first + row, sums[first + row :])
+                self._put(piece, first + row, sums[first + row :], memory)
             first += len(weight)
         if sums[:, 1].any():
             error = math.sqrt(sums[:, 0].sum() / sums[:, 1].sum())
@@ -106,17 +140,16 @@ class PackedWeight:
         if not isinstance(weight, Pieces):
             yield 0, weight
             return
-        at_once = max(UNPACKED_BYTES // (4 * self.in_features) // PANEL, 1) * PANEL
-        for row in range(0, len(weight), at_once):
+        for row in range(0, len(weight), at_once := self._rows_at_once()):
             yield row, weight.make(row, min(at_once, len(weight) - row))
 
-    def _put(self, weight: Tensor | Blocks, first: int, sums: Tensor) -> None:
+    def _put(self, weight: Tensor | Blocks, first: int, sums: Tensor, memory: WeightMemory) -> None:
         if isinstance(weight, Tensor):
             self._pack(weight, first, sums)
         elif self._weight.type in QUANTIZED:
             self._pack_blocks(weight, first, sums)
         else:
-            self._unpack_blocks(weight, first, sums)
+            self._unpack_blocks(weight, first, sums, memory)
 
     def _pack(self, weight: Tensor, first: int, sums: Tensor) -> None:
         dense = weight.detach()
@@ -140,12 +173,19 @@ class PackedWeight:
             sums.data_ptr(),
         )
 
-    def _unpack_blocks(self, weight: Blocks, first: int, sums: Tensor) -> None:
+    def _unpack_blocks(
+        self, weight: Blocks, first: int, sums: Tensor, memory: WeightMemory
+    ) -> None:
         weight.check(self.library)
-        at_once = max(UNPACKED_BYTES // (4 * self.in_features), 1)
-        for row in range(0, len(weight), at_once):
+        for row in range(0, len(weight), at_once := self._rows_at_once()):
             count = min(at_once, len(weight) - row)
-            self._pack(weight.rows(self.library, row, count), first + row, sums[row:])
+            numbers = memory.numbers(count, self.in_features)
+            weight.read(self.library, torch.arange(row, row + count), numbers)
+            self._pack(numbers, first + row, sums[row:])
+
+    def _rows_at_once(self) -> int:
+        """Whole panels, which are packed the fastest."""
+        return max(UNPACKED_BYTES // (4 * self.in_features) // PANEL, 1) * PANEL
 
     @property
     def address(self) -> int:
@@ -155,6 +195,16 @@ class PackedWeight:
     def release(self) -> None:
         """Give the memory back; ``fill`` before the next product."""
         self._memory, self._weight.data = torch.empty(0, dtype=torch.uint8), None
+
+    @property
+    def memory(self) -> Tensor:
+        """The packed form, in bytes; none of them after ``release``."""
+        return self._memory
+
+    @property
+    def kind_number(self) -> int:
+        """The number of its kind, as the kernels have it."""
+        return int(self._weight.type)
 
     @property
     def nbytes(self) -> int:

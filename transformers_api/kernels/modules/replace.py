@@ -85,14 +85,20 @@ class Widths:
         return self.numbers if None in widths or not widths else max(w for w in widths if w)
 
 
-def pack_model(model: Any, library: Library, widths: Widths, groups: list[list[Place]]) -> None:
+def pack_model(
+    model: Any,
+    library: Library,
+    widths: Widths,
+    groups: list[list[Place]],
+    memory: WeightMemory | None = None,
+) -> None:
     """Replace Linear, Conv1D and Embedding layers, each old weight freed before the next.
 
     Experts too; routers stay float32. Embeddings: those that are tied to a layer, or streamed.
-    ``groups`` see ``layer_groups``. The rest of the model, above all norms, becomes float32, and so
-    do its activations.
+    ``groups`` see ``layer_groups``. ``memory``: for the weights, or with them. The rest of the
+    model, above all norms, becomes float32, and so do its activations.
     """
-    memory = WeightMemory()
+    memory = memory or WeightMemory()
     embeddings = _packed_embeddings(model)
     head = model.get_output_embeddings()
     routing = router_layers(model)

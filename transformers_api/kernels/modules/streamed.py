@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 
 from transformers_api.kernels.modules.linear import Matrix, scale_of
 
-AT_ONCE_BYTES = 32 << 20  # of float32
+AT_ONCE_BYTES = 2 << 20  # of float32: a core has it in its cache, and the heap has it at hand
 
 
 class Source(Protocol):
@@ -38,6 +38,10 @@ class Source(Protocol):
         """The weights for a PackedWeight. Valid until ``release``."""
         ...
 
+    def product(self, x: Tensor) -> Tensor | None:
+        """The product of ``x`` (…, in) with all rows where they lie; None where they are made."""
+        ...
+
     def rows(self, first: int, count: int) -> Tensor:
         """The rows from ``first`` on, (count, in)."""
         ...
@@ -57,6 +61,10 @@ def _shape(source: Source) -> Tensor:
 
 def streamed_product(source: Source, x: Tensor) -> Tensor:
     """The product of ``x`` (…, in) with a source's rows: (…, out)."""
+    has_gradient = x.requires_grad and torch.is_grad_enabled()
+    if not has_gradient and (product := source.product(x)) is not None:
+        source.release()
+        return product
     out, width = source.shape
     at_once = max(AT_ONCE_BYTES // (4 * width), 1)
     parts = [

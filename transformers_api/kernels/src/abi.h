@@ -135,6 +135,8 @@ const char* abi_layout();
 void set_threads(int32_t count);
 
 int64_t packed_bytes(const Weight* w);
+// A sum over these bytes that another value of any 8 of them changes. In the calling thread alone.
+uint64_t checksum(const void* data, int64_t bytes);
 // Pack the rows ``row``.. from a dense (count, k) matrix, F32 or BF16. ``w->data`` must be zeroed.
 void pack(const Weight* w, const void* source, int32_t type, int64_t row, int64_t count);
 // The same for I4. ``sums`` (count, 2): of each row its squared error, and its squares.
@@ -151,6 +153,9 @@ void pack_blocks(const Weight* w, const void* blocks, int32_t number, const int6
 // The rows ``rows`` of a matrix of blocks as (count, k) floats.
 void unpack_blocks(const void* blocks, int32_t number, int64_t k, const int64_t* rows,
                    int64_t count, float* out);
+// y (rows, n) = x (rows, k) times the transposed matrix (n, k) of blocks; ``order`` as above.
+void multiply_blocks(const void* blocks, int32_t number, int64_t k, const int64_t* order, int64_t n,
+                     const float* x, int64_t rows, float* y);
 // The rows ``indices`` as (count, k) floats; NaN for an index out of range.
 void unpack_rows(const Weight* w, const int64_t* indices, int64_t count, float* out);
 

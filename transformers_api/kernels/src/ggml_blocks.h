@@ -1,6 +1,6 @@
 // The blocks of ggml's quantised types, as they lie in a GGUF file, 32 weights at a time.
 //
-// Each kind of block has ``values``: the weights themselves. Where they are codes times a scale,
+// Plain numbers count as blocks of 32. Each kind of block has ``values``: the weights themselves. Where they are codes times a scale,
 // plus a minimum, the kind has ``codes`` too. Layouts and arithmetic: ggml-common.h, ggml-quants.c
 // and gguf-py/gguf/quants.py of llama.cpp.
 
@@ -64,6 +64,31 @@ struct UnsignedKind {
 };
 struct ValuesKind {  // two scales in a group of 32
   static constexpr bool HAS_CODES = false, IS_SIGNED = false, FITS_FOUR_BITS = false;
+};
+
+struct PlainF32 : ValuesKind {
+  static constexpr int NUMBER = 0;
+  static constexpr int64_t WEIGHTS = 32, BYTES = 128;
+  static void values(const uint8_t* block, int64_t, float* out) { std::memcpy(out, block, BYTES); }
+};
+
+struct PlainF16 : ValuesKind {
+  static constexpr int NUMBER = 1;
+  static constexpr int64_t WEIGHTS = 32, BYTES = 64;
+  static void values(const uint8_t* block, int64_t, float* out) {
+    alignas(32) uint16_t halves[GROUP];
+    std::memcpy(halves, block, BYTES);
+    store(out, load_half(halves)), store(out + 16, load_half(halves + 16));
+  }
+};
+
+struct PlainBF16 : ValuesKind {
+  static constexpr int NUMBER = 30;
+  static constexpr int64_t WEIGHTS = 32, BYTES = 64;
+  static void values(const uint8_t* block, int64_t, float* out) {
+    const auto* numbers = reinterpret_cast<const uint16_t*>(block);
+    store(out, load(numbers, 0xffff)), store(out + 16, load(numbers + 16, 0xffff));
+  }
 };
 
 struct Q4_0 : SignedKind {
@@ -275,6 +300,7 @@ constexpr BlockKind block_kind() {
 }
 
 constexpr BlockKind BLOCK_KINDS[] = {
+    block_kind<PlainF32>(), block_kind<PlainF16>(), block_kind<PlainBF16>(),
     block_kind<Q4_0>(), block_kind<Q4_1>(),   block_kind<Q5_0>(),   block_kind<Q5_1>(),
     block_kind<Q8_0>(), block_kind<Q2_K>(),   block_kind<Q3_K>(),   block_kind<Q4_K>(),
     block_kind<Q5_K>(), block_kind<Q6_K>(),   block_kind<IQ4_NL>(), block_kind<IQ4_XS>(),

@@ -17,6 +17,7 @@
 #include "graph.cpp"
 #include "inspect.cpp"
 #include "low_rank.cpp"
+#include "multiply_blocks.cpp"
 #include "pack.cpp"
 #include "pack_blocks.cpp"
 #include "sample.cpp"

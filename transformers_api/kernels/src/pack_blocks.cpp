@@ -20,80 +20,120 @@ namespace {
 
 constexpr int64_t PAIR = 2;  // groups whose lanes are one vector
 
-float stored_half(float x, uint16_t& at) {
+// Groups ``g`` of up to sixteen rows of a half panel, whose codes become lanes: one vector each.
+struct RowGroups {
+  alignas(64) uint8_t codes[16][PAIR * GROUP];
+  BlockCodes own[16];
+  alignas(64) float scales[16], minima[16];
+};
+
+// Write scales of ``count`` rows as half precision; the rows whose scale is another one then.
+mask16 write_halves(const float* scales, int64_t count, uint16_t* at) {
   alignas(32) uint16_t halves[16];
-  store_half(halves, broadcast(x));
-  at = halves[0];
-  return half_to_float(at);
+  const f32x16 exact = load(scales);
+  store_half(halves, exact);
+  std::memcpy(at, halves, count * sizeof *halves);
+  const mask16 same = equal(first_lanes(count), exact, round_to_half(exact));
+  return first_lanes(count) & ~same;
 }
 
-// Eight lanes of a row's group of I8, and its scale.
-void int8_group(const Weight& w, const BlockKind& kind, const uint8_t* source, int64_t row,
-                int64_t g, uint8_t* codes, double* sums) {
+// The sum of squares of a group, half by half: ``half(i)`` are its values from i on.
+template <class F>
+float squares_of(const F& half) {
+  const f32x16 low = half(0), high = half(16);
+  return reduce_add(add(mul(low, low), mul(high, high)));
+}
+
+// Squared errors of rows where scales were rounded: ``half(r, i)`` are differences from i on.
+template <class F>
+void add_errors(mask16 rounded, double* sums, const F& half) {
+  for (int r = 0; r < 16; r++)
+    if (rounded >> r & 1) sums[r * 2] += squares_of([&](int i) { return half(r, i); });
+}
+
+// A row's group of I8 whose codes are not whole numbers with a sign.
+void quantize_group(const Weight& w, const BlockKind& kind, const uint8_t* source, int64_t row,
+                    int64_t g, uint8_t* codes, double* sums) {
   float values[GROUP];
-  if (kind.is_signed) {
-    BlockCodes own;
-    kind.codes(kind.block_of(source, g), kind.place_of(g), own);
-    const float scale = stored_half(own.scale, int8_scale_at(w, row, g));
+  kind.values_at(source, g, values);
+  quantize_int8_group(w, values, row, g, reinterpret_cast<int8_t*>(codes));
+  const f32x16 scale = broadcast(half_to_float(int8_scale_at(w, row, g)));
+  int8_t signs[GROUP];
+  for (int i = 0; i < GROUP; i++) signs[i] = static_cast<int8_t>(codes[i] ^ 0x80);
+  sums[0] += squares_of([&](int i) { return sub(load(values + i), mul(scale, load_i8(signs + i))); });
+}
+
+// The same of rows whose codes are.
+template <class Source>
+void int8_groups(const Weight& w, const BlockKind& kind, const Source& source, int64_t row,
+                 int64_t count, int64_t g, RowGroups& rows, int64_t at, double* sums) {
+  for (int64_t r = 0; r < count; r++) {
+    BlockCodes& own = rows.own[r];
+    kind.codes(kind.block_of(source(row + r), g), kind.place_of(g), own);
+    rows.scales[r] = own.scale;
+    uint8_t* codes = &rows.codes[row % 16 + r][at];
     for (int i = 0; i < GROUP; i++) codes[i] = static_cast<uint8_t>(own.codes[i]) ^ 0x80;
-    if (scale == own.scale) return;
-    values_of(own, values);
-  } else {
-    kind.values_at(source, g, values);
-    quantize_int8_group(w, values, row, g, reinterpret_cast<int8_t*>(codes));
   }
-  const float scale = half_to_float(int8_scale_at(w, row, g));
-  float error = 0;
-  for (int i = 0; i < GROUP; i++) {
-    const float difference = values[i] - scale * static_cast<int8_t>(codes[i] ^ 0x80);
-    error += difference * difference;
-  }
-  sums[0] += error;
+  uint16_t* stored = &int8_scale_at(w, row, g);
+  add_errors(write_halves(rows.scales, count, stored), sums, [&](int r, int i) {
+    const float lost = rows.own[r].scale - half_to_float(stored[r]);
+    return mul(broadcast(lost), load_i8(rows.own[r].codes + i));
+  });
 }
 
 // The same of I4, for kinds whose codes are four bits.
-void int4_group(const Weight& w, const BlockKind& kind, const uint8_t* source, int64_t row,
-                int64_t g, uint8_t* codes, double* sums) {
-  BlockCodes own;
-  kind.codes(kind.block_of(source, g), kind.place_of(g), own);
-  if (kind.is_signed) add_to(own.codes, 8), own.minimum = -8 * own.scale;
-  const int64_t shift = row % PANEL < 16 ? 0 : 4;
-  for (int i = 0; i < GROUP; i++) codes[i] = static_cast<uint8_t>(own.codes[i] << shift);
-  auto* params = reinterpret_cast<uint16_t*>(int4_group_at(w, row, g) + INT4_CODE_BYTES);
-  const float scale = stored_half(own.scale, params[row % PANEL]);
-  const float minimum = stored_half(own.minimum, params[PANEL + row % PANEL]);
-  if (scale == own.scale && minimum == own.minimum) return;
-  float error = 0;
-  for (int i = 0; i < GROUP; i++) {
-    const float code = static_cast<float>(own.codes[i] & 15);
-    const float difference = code * (scale - own.scale) + (minimum - own.minimum);
-    error += difference * difference;
+template <class Source>
+void int4_groups(const Weight& w, const BlockKind& kind, const Source& source, int64_t row,
+                 int64_t count, int64_t g, RowGroups& rows, int64_t at, double* sums) {
+  const int shift = row % PANEL < 16 ? 0 : 4;
+  for (int64_t r = 0; r < count; r++) {
+    BlockCodes& own = rows.own[r];
+    kind.codes(kind.block_of(source(row + r), g), kind.place_of(g), own);
+    if (kind.is_signed) add_to(own.codes, 8), own.minimum = -8 * own.scale;
+    rows.scales[r] = own.scale, rows.minima[r] = own.minimum;
+    uint8_t* codes = &rows.codes[row % 16 + r][at];
+    for (int i = 0; i < GROUP; i++) codes[i] = static_cast<uint8_t>(own.codes[i] << shift);
   }
-  sums[0] += error;
+  auto* params = reinterpret_cast<uint16_t*>(int4_group_at(w, row, g) + INT4_CODE_BYTES);
+  uint16_t *scales = params + row % PANEL, *minima = scales + PANEL;
+  const mask16 rounded = write_halves(rows.scales, count, scales);
+  add_errors(rounded | write_halves(rows.minima, count, minima), sums, [&](int r, int i) {
+    const float scale = half_to_float(scales[r]) - rows.own[r].scale;
+    const f32x16 minimum = broadcast(half_to_float(minima[r]) - rows.own[r].minimum);
+    return add(mul(load_i8(rows.own[r].codes + i), broadcast(scale)), minimum);
+  });
 }
 
-// Sixteen rows (fewer at the edges of a matrix), a pair of groups after the other: ``fill`` makes
-// the codes of a row's group, which are transposed into the panel.
+// Up to sixteen rows (fewer at the edges of a matrix), a pair of groups after the other: ``fill``
+// makes the codes of the rows' groups, which are transposed into the panel.
 template <class F>
 void pack_lanes_of_groups(const Weight& w, int64_t row, int64_t count, const F& fill) {
   uint8_t* panel = panel_at(w, row);
   const int64_t half = row % PANEL / 16, first = row % 16;
+  const bool is_whole = count == 16;
+  RowGroups rows = {};
   for (int64_t g = 0; g < num_groups(w); g += PAIR) {
-    alignas(64) uint8_t codes[16][PAIR * GROUP] = {};
     const int64_t pair = std::min(PAIR, num_groups(w) - g);
-    for (int64_t r = 0; r < count; r++)
-      for (int64_t i = 0; i < pair; i++) fill(row + r, g + i, codes[first + r] + i * GROUP);
+    for (int64_t i = 0; i < pair; i++) fill(g + i, rows, i * GROUP);
     i32x16 v[16];
-    for (int r = 0; r < 16; r++) v[r] = load_i32(reinterpret_cast<int32_t*>(codes[r]), 0xffff);
+    for (int r = 0; r < 16; r++) v[r] = load_i32(rows.codes[r]);
     transpose(v);
     for (int64_t s = 0; s < pair * GROUP_STEPS; s++) {
-      alignas(64) int32_t lanes[16];
-      store_i32(lanes, v[s]);
       const int64_t group = g + s / GROUP_STEPS, step = s % GROUP_STEPS;
       auto* line = reinterpret_cast<int32_t*>(
           w.type == I4 ? panel + group * INT4_GROUP_BYTES + step * 64
                        : panel + group * INT8_GROUP_BYTES + step * 128 + half * 64);
-      for (int64_t lane = first; lane < first + count; lane++) line[lane] |= lanes[lane];
+      if (is_whole && w.type == I8) {
+        store_i32(line, v[s]);
+        continue;
+      }
+      alignas(64) int32_t lanes[16];
+      store_i32(lanes, v[s]);
+      if (is_whole) {
+        for (int lane = 0; lane < 16; lane++) line[lane] |= lanes[lane];
+      } else {
+        for (int64_t lane = first; lane < first + count; lane++) line[lane] |= lanes[lane];
+      }
     }
   }
 }
@@ -112,9 +152,7 @@ void add_squares(const Weight& w, const BlockKind& kind, const uint8_t* source, 
   float squares = 0, values[GROUP];
   for (int64_t g = 0; g < num_groups(w); g++) {
     kind.values_at(source, g, values);
-    float own = 0;
-    for (int i = 0; i < GROUP; i++) own += values[i] * values[i];
-    squares += own;
+    squares += squares_of([&](int i) { return load(values + i); });
   }
   sums[1] += squares;
 }
@@ -123,13 +161,18 @@ void add_squares(const Weight& w, const BlockKind& kind, const uint8_t* source, 
 template <class Source>
 void pack_some(const Weight& w, const BlockKind& kind, int64_t row, int64_t count,
                const Source& source, double* sums) {
-  if (w.type == I8) {
-    pack_lanes_of_groups(w, row, count, [&](int64_t r, int64_t g, uint8_t* codes) {
-      int8_group(w, kind, source(r), r, g, codes, sums + (r - row) * 2);
+  if (w.type == I8 && !kind.is_signed) {
+    pack_lanes_of_groups(w, row, count, [&](int64_t g, RowGroups& rows, int64_t at) {
+      for (int64_t r = row; r < row + count; r++)
+        quantize_group(w, kind, source(r), r, g, &rows.codes[r % 16][at], sums + (r - row) * 2);
+    });
+  } else if (w.type == I8) {
+    pack_lanes_of_groups(w, row, count, [&](int64_t g, RowGroups& rows, int64_t at) {
+      int8_groups(w, kind, source, row, count, g, rows, at, sums);
     });
   } else if (kind.fits_four_bits) {
-    pack_lanes_of_groups(w, row, count, [&](int64_t r, int64_t g, uint8_t* codes) {
-      int4_group(w, kind, source(r), r, g, codes, sums + (r - row) * 2);
+    pack_lanes_of_groups(w, row, count, [&](int64_t g, RowGroups& rows, int64_t at) {
+      int4_groups(w, kind, source, row, count, g, rows, at, sums);
     });
   } else {
     for (int64_t r = row; r < row + count; r++)

@@ -17,7 +17,8 @@ from weakref import WeakKeyDictionary
 
 from transformers_api.engine.base import Engine
 from transformers_api.errors import InspectionBusy, InspectionTimeout
-from transformers_api.inspection.base import Inspector, Job
+from transformers_api.inspection.base import Editable, Inspector, Job
+from transformers_api.serving.inspect.stream_norms import stream_norms
 from transformers_api.serving.inspect.suggested_layer import suggested_layer
 from transformers_api.serving.limits.admission import Throughput
 from transformers_api.serving.limits.cancellation import Cancellation
@@ -43,6 +44,8 @@ class Inspections:
         self._throughput = Throughput(clock)
         self._gradients: WeakKeyDictionary[Engine, bool] = WeakKeyDictionary()
         self._layers: WeakKeyDictionary[Engine, int | None] = WeakKeyDictionary()
+        self._editable: WeakKeyDictionary[Inspector, Editable] = WeakKeyDictionary()
+        self._norms: WeakKeyDictionary[Inspector, tuple[float, ...]] = WeakKeyDictionary()
 
     def run(self, model: LoadedModel, job: Job[T], cancellation: Cancellation) -> T:
         """The result of ``job``, when its turn has come.
@@ -72,6 +75,25 @@ class Inspections:
                 model, inspector, lambda job: self._run(model, job, cancellation)
             )
         return self._layers[model.engine]
+
+    def editable(
+        self, model: LoadedModel, inspector: Inspector, cancellation: Cancellation
+    ) -> Editable:
+        """The parts that can be changed; found out once per loaded model, without a turn."""
+        if inspector not in self._editable:
+            job = inspector.check_places()
+            self._editable[inspector] = self._run(model, job, cancellation)
+        return self._editable[inspector]
+
+    def stream_norms(
+        self, model: LoadedModel, inspector: Inspector, cancellation: Cancellation
+    ) -> tuple[float, ...]:
+        """See ``stream_norms``; found out once per loaded model, without a turn."""
+        if inspector not in self._norms:
+            self._norms[inspector] = stream_norms(
+                model, inspector, lambda job: self._run(model, job, cancellation)
+            )
+        return self._norms[inspector]
 
     @contextmanager
     def _turn(self, cancellation: Cancellation) -> Iterator[None]:

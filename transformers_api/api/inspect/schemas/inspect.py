@@ -20,8 +20,10 @@ from transformers_api.api.http.fields import (
     Schema,
     Text,
     TokenIds,
+    Unsupported,
 )
 from transformers_api.api.http.sampling_schema import MAX_TOKENS, about
+from transformers_api.api.intervene.schema import InterveneOptions
 from transformers_api.api.openai.schemas.chat import MAX_MESSAGES, Message
 from transformers_api.errors import InvalidRequest
 from transformers_api.serving.inspect.picture import LARGEST_CELL
@@ -117,6 +119,9 @@ class Inspected(Schema):
         **about("A recent answer's `id`: exactly the tokens that were read and written."),
     )
     choice = Integer(0, _MANY, load_default=0, **about("Which choice of the completion."))
+    intervene: fields.Field[Any] = Object(
+        InterveneOptions, **about("What to change; see [interventions](#interventions).")
+    )
 
     @validates_schema(skip_on_field_errors=True)
     def check_input(self, data: dict[str, Any], **_: Any) -> None:
@@ -155,6 +160,7 @@ class MatrixRequest(Inspected):
 class RolloutRequest(MatrixRequest):
     """Attention followed through layers."""
 
+    intervene = Unsupported()
     layers = Window(**about("`[first, last]` layer, both taken. Default: all."))
     drop_first = Boolean(
         load_default=False, **about("Read nothing from the first token, where attention rests.")
@@ -224,6 +230,7 @@ class LensRequest(Inspected):
 class AttributionRequest(Inspected):
     """Why this token."""
 
+    intervene = Unsupported()
     target_token_id = whole(**about("The token. Default: the one that the model likes best."))
     target_position = whole(
         load_default=-1, **about("The place of the query that predicts it; negative from the end.")
@@ -371,28 +378,3 @@ class HiddenStates(Schema):
     stream = Text(choices=("residual",))
     note = Text()
     states = fields.Raw(**about("Lists of numbers: layers x positions x width."))
-
-
-class InspectedModel(Schema):
-    """The capabilities of a model."""
-
-    id = Text()
-    loaded = Boolean(**about("false: with `?load=false`; then only `limits` and `formats` follow."))
-    model_type = Text()
-    layers = Integer(0, _MANY)
-    heads = Integer(0, _MANY)
-    kv_heads = Integer(0, _MANY)
-    head_dim = Integer(0, _MANY)
-    hidden_size = Integer(0, _MANY)
-    vocab = Integer(0, _MANY)
-    context = Integer(0, MAX_TOKENS)
-    dtype = Text()
-    attention = AnyObject()
-    lens = AnyObject()
-    suggested_layer = Integer(
-        0, _MANY, allow_none=True, **about("Worth a first look; null without attention.")
-    )
-    gradients = Boolean()
-    router = AnyObject(allow_none=True)
-    limits = AnyObject()
-    formats = Many(Text(), longest=_MANY)

@@ -100,6 +100,7 @@ class TextChoice(Schema):
     prompt_token_ids = Many(Integer(0, MAX_TOKEN_ID), longest=_MANY)
     token_ids = Many(Integer(0, MAX_TOKEN_ID), longest=_MANY)
     trace = Object(WholeTrace)
+    intervene = AnyObject(**about("The edits that were made: layers, positions."))
 
 
 class Completion(Answer):
@@ -136,6 +137,7 @@ class ChatChoice(Schema):
     stop_reason = StopReason()
     token_ids = Many(Integer(0, MAX_TOKEN_ID), longest=_MANY)
     trace = Object(WholeTrace)
+    intervene = AnyObject(**about("The edits that were made: layers, positions."))
 
 
 class ChatCompletion(Answer):
@@ -162,3 +164,4 @@ class ChatCompletionChunk(Answer):
     object = Text(choices=("chat.completion.chunk",))
     choices = Many(Object(ChunkChoice), longest=_MANY)
     trace = AnyObject(**about("Of the token of this chunk; with the role, its header."))
+    intervene = AnyObject(**about("With the role: the edits, their layers and positions."))

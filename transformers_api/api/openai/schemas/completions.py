@@ -24,6 +24,7 @@ from transformers_api.api.http.sampling_schema import (
     TokenLimit,
     about,
 )
+from transformers_api.api.intervene.schema import InterveneOptions
 from transformers_api.api.openai.schemas.structured import Structured
 from transformers_api.api.trace.schema import TraceOptions
 
@@ -103,6 +104,9 @@ class CompletionRequest(Sampling, Structured):
     )
     best_of = Integer(1, MAX_N, **about("Make so many answers and send the `n` likeliest."))
     trace = Object(TraceOptions, **about("What to show of every token; see [traces](#traces)."))
+    intervene = Object(
+        InterveneOptions, **about("What to change; see [interventions](#interventions).")
+    )
 
     @validates_schema(skip_on_field_errors=True)
     def check(self, data: dict[str, Any], **_: Any) -> None:

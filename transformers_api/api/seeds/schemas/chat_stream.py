@@ -18,6 +18,7 @@ from transformers_api.api.http.fields import (
     Text,
 )
 from transformers_api.api.http.sampling_schema import MAX_TOKENS, about
+from transformers_api.api.intervene.schema import InterveneOptions
 from transformers_api.api.openai.schemas.chat import MAX_MESSAGES
 from transformers_api.api.trace.schema import StreamTrace
 
@@ -74,6 +75,9 @@ class ChatStreamRequest(Schema):
         ),
     )
     trace = Object(StreamTrace, **about("What to show, beyond the one layer."))
+    intervene = Object(
+        InterveneOptions, **about("What to change; see [interventions](#interventions).")
+    )
 
     @pre_load
     def drop_nulls(self, data: Any, **options: Any) -> Any:

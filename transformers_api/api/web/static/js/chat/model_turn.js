@@ -7,6 +7,7 @@ import { showRequest } from "../shell/request_dialog.js";
 import { show } from "../shell/views.js";
 import { chat as words } from "../words/chat.js";
 import { callCards } from "./calls.js";
+import { changedPill } from "./changed.js";
 import { splitChat } from "./chats.js";
 import { failure } from "./failure.js";
 import { Markdown } from "./markdown.js";
@@ -65,7 +66,7 @@ export class ModelTurn {
     this.drawCalls(awaitsResults);
     this.nameRibbon();
     this.element = h("article", { class: `msg bot${isLast ? " last" : ""}`, "aria-label": words.model, "aria-busy": node.live ? "true" : null, data: { node: node.id } },
-      h("div", { class: "who" }, h("b", { text: node.model ?? "", dir: "auto" }), node.branched ? h("span", { class: "pill", text: words.branch }) : null),
+      h("div", { class: "who" }, h("b", { text: node.model ?? "", dir: "auto" }), node.branched ? h("span", { class: "pill", text: words.branch }) : null, changedPill(node)),
       this.waiting, this.thoughts, this.prose, this.calls, node.error ? failure(node, again) : null, this.ribbon, endLine(node),
       node.blind && !node.live && !hasSurprisal(node) ? h("p", { class: "hint", text: words.blind(node.blind) }) : null,
       node.live ? null : this.actions(Boolean(node.error) && !node.text));

@@ -13,6 +13,7 @@ import { take } from "./chunks.js";
 import { askedNow, bodyOf } from "./request_body.js";
 
 const PATH = "/v1/chat/completions";
+const PATIENCE_MS = 2000; // with the page's own questions about the model, which say what can be noted of an answer
 const callbacks = new Set();
 let frame = 0;
 
@@ -58,6 +59,9 @@ function noteFailure(node, error) {
   else node.error = { status: 0, code: "refused_here", message: error.message };
 }
 
+/** Until `promise` is settled, or for `ms`. */
+const within = (ms, promise) => Promise.race([promise, new Promise((resolve) => { setTimeout(resolve, ms); })]);
+
 /** False while another answer is written, and in a chat of a later version of the page. */
 function mayWrite() {
   const isLater = state.chat.v > VERSION;
@@ -65,7 +69,7 @@ function mayWrite() {
   return !state.writing && !isLater;
 }
 
-async function write(chat, node, leaf, { continues = false, isCalm = false } = {}) {
+async function write(chat, node, leaf, { continues = false, isCalm = false, intervene } = {}) {
   const control = new AbortController();
   const clock = { begun: performance.now(), took: node.took, usage: continues ? node.usage : null };
   const onEvent = (chunk) => {
@@ -86,9 +90,10 @@ async function write(chat, node, leaf, { continues = false, isCalm = false } = {
   set({ writing: { node, chat, stop: () => control.abort(), clock }, compared: null, selection: null, isPinned: false });
   touch("chat");
   announce(words.saidWaiting);
-  refresh();
+  const asked = refresh();
   try {
-    node.asked = askedNow({ isCalm });
+    if (state.anatomy?.id !== state.model) await within(PATIENCE_MS, asked);
+    node.asked = { ...askedNow({ isCalm }), intervene: intervene ?? (continues ? node.asked?.intervene : undefined) };
     await stream(PATH, bodyOf(chat, leaf, node.asked, { continues }), { signal: control.signal, panel: "answer", onEvent });
   } catch (error) {
     noteFailure(node, error);
@@ -108,9 +113,11 @@ export const requestOf = (chat, node) => ({
   method: "POST", path: PATH, body: { ...bodyOf(chat, node.parent, node.asked), stream: true, stream_options: { include_usage: true } },
 });
 
-/** Ask for an answer below `parent`. */
+/** Ask for an answer below `parent`. Returns it. */
 async function answer(chat, parent, options) {
-  await write(chat, addNode(chat, parent, { role: "assistant", text: "", tokens: [], model: state.model }), parent, options);
+  const node = addNode(chat, parent, { role: "assistant", text: "", tokens: [], model: state.model });
+  await write(chat, node, parent, options);
+  return node;
 }
 
 /** Send a message below `parent`, and ask for the answer; `isCalm`: the likeliest one. */
@@ -124,14 +131,15 @@ export async function say(text, parent = state.chat.leaf, { isCalm = false } = {
   await answer(chat, node.id, { isCalm });
 }
 
-/** Write another version of an answer; one that failed before its first word makes room for it. */
-export async function again(node) {
+/** Write another version of an answer; one that failed before its first word makes room for it. Returns
+ *  the new one. `intervene`: what is changed in the model for it. */
+export async function again(node, options) {
   const { chat } = state;
-  if (!mayWrite()) return;
+  if (!mayWrite()) return null;
   const isNothing = node.error && !node.text && !node.calls?.length;
   if (isNothing) removeNode(chat, node.id);
   listChat(chat);
-  await answer(chat, node.parent);
+  return answer(chat, node.parent, options);
 }
 
 /** Go on with an answer that was cut. */

@@ -1,4 +1,5 @@
 // Two runs of one question side by side: where they part, and how sure each was.
+import { changedPill } from "../chat/changed.js";
 import { button, h } from "../core/dom.js";
 import { percent, visible } from "../core/format.js";
 import { versions } from "../core/tree.js";
@@ -44,7 +45,7 @@ export function comparison(node, other, others, { onPick, onChoose, onEnd }) {
     tape.chips.get(start + shared)?.classList.add("parts");
     const facts = inside.runFacts(tape.node.tokens.length, mean(tape.node.tokens).toFixed(2));
     return h("section", { class: "run", "aria-label": inside.run("AB"[at]) },
-      h("header", {}, h("h3", { text: `${inside.run("AB"[at])}${tape.node.model ? ` · ${tape.node.model}` : ""}` }), h("p", { class: "hint num", text: facts })), tape.element);
+      h("header", {}, h("h3", { text: `${inside.run("AB"[at])}${tape.node.model ? ` · ${tape.node.model}` : ""}` }), changedPill(tape.node), h("p", { class: "hint num", text: facts })), tape.element);
   });
   const chooser = h("select", { class: "sel", "aria-label": inside.otherRun }, ...others.map((run, at) => h("option", {
     value: String(at), selected: run === other, text: run.isSaved ? inside.fromFile : `${at + 1}: ${run.text.slice(0, 40)}`,

@@ -3,7 +3,7 @@ import { h } from "../core/dom.js";
 import { tablist } from "../shell/tablist.js";
 import { inside } from "../words/inside.js";
 
-const NAMES = ["token", "heads", "matrix", "why"];
+const NAMES = ["token", "heads", "matrix", "why", "change"];
 
 /** {element, name(), open(name)}; `panes` {name: {element}}, `onOpen(name)` after a change. */
 export function panel(panes, onOpen) {

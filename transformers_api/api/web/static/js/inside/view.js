@@ -7,6 +7,7 @@ import { on, set, state } from "../core/state.js";
 import { inside } from "../words/inside.js";
 import { attentionOf } from "./attention.js";
 import { complete, isBlind, mayComplete } from "./blind.js";
+import { change } from "./change.js";
 import { othersOf } from "./compare.js";
 import { Due } from "./due.js";
 import { fileEntries, openTrace } from "./files.js";
@@ -29,7 +30,7 @@ import { why } from "./why.js";
 const shade = new Due(200); // while it writes: shade and arcs at most five times a second
 const pane = new Due(100); // and the panel ten times
 const NEAR_END = 90; // px
-const SLOW = ["heads", "matrix", "why"];
+const SLOW = ["heads", "matrix", "why", "parts"];
 
 let root;
 let context;
@@ -122,10 +123,11 @@ function showPane(loads = false) {
   const target = selected();
   const { node, position } = target;
   const name = side.name();
-  for (const other of SLOW) if (other !== name) forget(other); // nobody waits for it any more
+  for (const other of SLOW) if (other !== (name === "change" ? "parts" : name)) forget(other); // nobody waits for it any more
   if (name === "heads") panes.heads.show(node);
   if (name === "matrix") panes.matrix.show(node, position);
   if (name === "why") panes.why.show(node, position);
+  if (name === "change") panes.change.show(node, position);
   showAttention(target, loads);
   const token = tokenAt(node, position);
   if (name === "token" && token) panes.token.showLayers(node, position, token);
@@ -269,6 +271,7 @@ function makePanes() {
     }),
     heads: heads(() => side.open("token")),
     matrix: matrix((position) => pick(selected().node, position)),
+    change: change((other, node) => { if (current() === other) compareWith(node); }),
     why: why((scores) => (scores ? shading.showScores(scores, selected()) : shading.show(null, selected()))),
   };
 }

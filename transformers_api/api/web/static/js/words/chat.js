@@ -57,6 +57,7 @@ export const chat = {
   unfinished: "It was not finished.",
   goOn: "Continue",
   branch: "branch",
+  changedBy: (n) => `changed by ${n} edit${n === 1 ? "" : "s"}`,
   thinking: "Thinking",
   thought: (ms) => (ms === undefined ? "Thought" : `Thought for ${Math.max(1, Math.round(ms / 1000))} s`),
   blind: (code) => (code === "trace_busy"

@@ -53,7 +53,7 @@ export const inside = {
   // The panel
   panel: "Selected token",
   tabs: "Panel",
-  tab: { token: "Token", heads: "Heads", matrix: "Matrix", why: "Why" },
+  tab: { token: "Token", heads: "Heads", matrix: "Matrix", why: "Why", change: "Change" },
   previous: "Previous token",
   next: "Next token",
   live: "Live",

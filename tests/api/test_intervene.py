@@ -1,0 +1,427 @@
+"""``intervene`` on every route that writes, with a real engine: what it does, says and refuses."""
+
+from __future__ import annotations
+
+import base64
+import json
+from dataclasses import replace
+
+import numpy
+import pytest
+
+from tests import tokenizers
+from tests.api.tiny_app import running
+from transformers_api.api.http.services import EXTENSION
+from transformers_api.errors import InvalidRequest
+from transformers_api.serving.inspect.edit_request import (
+    EditRequest,
+    InterveneRequest,
+    check_size,
+)
+
+PROMPT = "The capital of France is"
+MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
+WIDTH, LAYERS = 32, 2
+VECTOR = [(-1) ** i * 3.0 for i in range(WIDTH)]
+ADD = {"do": "add", "vector": VECTOR, "layers": [0]}
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("edited")
+    with running(folder, dict.fromkeys(["tiny", "twin"], tokenizers.byte_level())) as app:
+        yield app
+
+
+@pytest.fixture
+def client(app):
+    return app.test_client()
+
+
+def completion(client, *edits, status=200, **fields):
+    body = {"prompt": PROMPT, "max_tokens": 6, "temperature": 0, "ignore_eos": True, **fields}
+    if edits:
+        body["intervene"] = {"edits": list(edits)}
+    response = client.post("/v1/completions", json=body)
+    assert response.status_code == status, response.get_data(as_text=True)
+    return response.get_json() if not fields.get("stream") else events(response)
+
+
+def chat(client, *edits, status=200, **fields):
+    body = {"messages": MESSAGES, "max_tokens": 6, "temperature": 0, "ignore_eos": True, **fields}
+    if edits:
+        body["intervene"] = {"edits": list(edits)}
+    response = client.post("/v1/chat/completions", json=body)
+    assert response.status_code == status, response.get_data(as_text=True)
+    return response.get_json() if not fields.get("stream") else events(response)
+
+
+def events(response):
+    lines = response.get_data(as_text=True).splitlines()
+    data = [line.removeprefix("data: ") for line in lines if line.startswith("data: {")]
+    return [json.loads(each) for each in data]
+
+
+def text(answer):
+    return answer["choices"][0]["text"]
+
+
+def refusal(client, *edits, **fields):
+    return completion(client, *edits, status=400, **fields)["error"]
+
+
+def test_an_edit_changes_the_answer_and_the_answer_says_what_was_done(client):
+    plain, edited = completion(client), completion(client, ADD)
+    assert text(plain) != text(edited)
+    assert "intervene" not in plain["usage"]
+    usage = edited["usage"]["intervene"]
+    assert usage.pop("ms") > 0
+    tokens = len(PROMPT) + 6 - 1
+    assert usage == {"edits": 1, "rows": 1, "places": 1, "tokens": tokens}
+    assert edited["choices"][0]["intervene"] == {
+        "edits": [{"do": "add", "part": "resid", "layers": [0], "at": [[0, None]], "elided": False}]
+    }
+    assert text(completion(client)) == text(plain)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {**ADD, "scale": 0},
+        {**ADD, "vector": [0.0] * WIDTH},
+        {"do": "scale", "part": "mlp", "layers": "all", "by": 1},
+        {"do": "erase", "vector": [0.0] * WIDTH, "layers": "all"},
+    ],
+)
+def test_off_is_off_to_the_bit(client, edit):
+    plain, off = (completion(client, *own, logprobs=3) for own in ((), (edit,)))
+    assert off["choices"][0]["logprobs"] == plain["choices"][0]["logprobs"]
+    assert off["choices"][0]["intervene"]["edits"][0]["elided"] is True
+    assert off["usage"]["intervene"] == {"edits": 0, "rows": 0, "places": 0, "tokens": 0, "ms": 0}
+
+
+EDITS = {
+    "add in units of the norm": {**ADD, "units": "norm", "scale": 2},
+    "add, as long as before": {**ADD, "scale": 8, "keep_norm": True},
+    "erase": {"do": "erase", "vector": VECTOR, "layers": "all"},
+    "erase several": {"do": "erase", "vector": [VECTOR, list(range(WIDTH))], "layer": 1},
+    "no attention": {"do": "ablate", "part": "attn", "layer": 0},
+    "the mean": {"do": "ablate", "part": "mlp", "layer": 1, "with": "mean"},
+    "heads": {"do": "ablate", "part": "head", "layer": 0, "heads": [1, 3]},
+    "mean heads": {"do": "ablate", "part": "head", "layer": 0, "heads": [1], "with": "mean"},
+    "all heads": {"do": "scale", "part": "head", "layers": "all", "heads": "all", "by": 0.1},
+    "neurons": {"do": "set", "part": "neuron", "layer": 1, "neurons": [5, 9], "value": 50},
+    "add to neurons": {"do": "add", "part": "neuron", "layer": 0, "neurons": "all", "value": 9},
+    "the embedding": {**ADD, "layers": [-1]},
+    "a range": {"do": "scale", "part": "mlp", "range": [0, 1], "by": -1},
+    "a part of the text": {**ADD, "at": {"text": "France"}},
+    "the answer": {**ADD, "at": "generated"},
+    "some steps": {**ADD, "at": {"steps": [1, 3]}},
+    "places": {**ADD, "at": [0, -1, 26]},
+    "another prompt": {
+        "do": "ablate",
+        "layer": 0,
+        "with": {"prompt": "The capital of Poland is"},
+        "at": {"text": "France"},
+    },
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_each_kind_of_edit_does_something_and_the_same_again(client, name):
+    answers = [completion(client, *own, logprobs=2) for own in ((), (EDITS[name],), (EDITS[name],))]
+    plain, once, twice = (answer["choices"][0]["logprobs"] for answer in answers)
+    assert once != plain
+    assert once == twice
+    assert answers[1]["usage"]["intervene"]["tokens"] > 0
+
+
+@pytest.mark.parametrize(
+    ("at", "ranges"),
+    [
+        ("prompt", [[0, 24]]),
+        ("generated", [[24, None]]),
+        ("last", [[23, 24]]),
+        ([3, -1, 4], [[3, 5], [23, 24]]),
+        ({"steps": [0, 2]}, [[23, 25]]),
+        ({"text": "a", "nth": 1}, [[9, 10]]),
+    ],
+)
+def test_the_plan_says_which_positions_it_means(client, at, ranges):
+    (said,) = completion(client, {**ADD, "at": at})["choices"][0]["intervene"]["edits"]
+    assert said["at"] == ranges
+
+
+def test_the_same_vector_in_base64_is_the_same_edit(client):
+    data = base64.b64encode(numpy.array([VECTOR, VECTOR], "<f2").tobytes()).decode()
+    coded = {"data": data, "dtype": "f16", "shape": [2, WIDTH]}
+    both = {"do": "add", "layers": [0, 1]}
+    listed = completion(client, {**both, "vector": VECTOR})
+    assert text(listed) == text(completion(client, {**both, "vector": coded}))
+
+
+def test_a_patch_from_the_same_prompt_changes_nothing(client):
+    own = {"do": "ablate", "layer": 0, "with": {"prompt": PROMPT}, "at": "prompt"}
+    plain, patched = completion(client, logprobs=2), completion(client, own, logprobs=2)
+    scores = [each["choices"][0]["logprobs"]["token_logprobs"] for each in (plain, patched)]
+    numpy.testing.assert_allclose(*scores, atol=1e-4)
+    assert patched["usage"]["intervene"]["tokens"] == len(PROMPT)
+
+
+def test_a_conversation_is_edited_where_its_messages_are(client):
+    plain = chat(client)["choices"][0]["message"]["content"]
+    answer = chat(client, {**ADD, "at": {"span": "user"}}, n=2)
+    for choice in answer["choices"]:
+        assert choice["message"]["content"] != plain
+        ((start, stop),) = choice["intervene"]["edits"][0]["at"]
+        assert stop - start == len(MESSAGES[0]["content"])
+    usage = answer["usage"]["intervene"]
+    # The second answer begins with what was read for the first one.
+    assert (usage["rows"], usage["tokens"]) == (2, stop - start)
+
+
+@pytest.mark.parametrize("ask", [completion, chat])
+def test_a_stream_says_its_plan_first_and_ends_with_what_it_took(ask, client):
+    edit = {**ADD, "at": "generated"}
+    whole = ask(client, edit)
+    stream = ask(client, edit, stream=True, stream_options={"include_usage": True})
+    first, *_, last = stream
+    assert first["intervene"] == whole["choices"][0]["intervene"]
+    assert not any("intervene" in chunk for chunk in stream[1:])
+    for answer in (whole, last):  # the last token is read by nobody
+        assert answer["usage"]["intervene"]["tokens"] == 6 - 1
+    pieces = [choice for chunk in stream for choice in chunk["choices"]]
+    if ask is completion:
+        assert "".join(piece["text"] for piece in pieces) == text(whole)
+    else:
+        said = "".join(piece["delta"].get("content", "") for piece in pieces)
+        assert said == whole["choices"][0]["message"]["content"]
+
+
+def test_forms_tools_traces_and_scores_go_together_with_edits(client):
+    schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"]}
+    schema["additionalProperties"] = False
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+    trace = {"layers": [1], "topk": 2}
+    more = {"response_format": form, "trace": trace, "logprobs": True, "max_tokens": 400}
+    answer = chat(client, ADD, **more)
+    (choice,) = answer["choices"]
+    assert json.loads(choice["message"]["content"])["n"] in (1, 2)
+    steps = choice["trace"]["steps"]
+    assert len(steps) == len(choice["logprobs"]["content"])
+    assert steps[0]["logprob"] == pytest.approx(choice["logprobs"]["content"][0]["logprob"], 1e-3)
+    call = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    made = chat(client, ADD, tools=[call], tool_choice="required", max_tokens=60)
+    assert made["choices"][0]["message"]["tool_calls"][0]["function"]["name"] == "f"
+
+
+def test_a_trace_shows_the_edited_stream(client):
+    far = {"do": "add", "vector": [1e4] * WIDTH, "layer": 0}
+    answer = completion(client, far, trace={"resid_norms": True}, max_tokens=1)
+    norms = answer["choices"][0]["trace"]["steps"][0]["resid_norms"]
+    assert norms[0] == pytest.approx(1e4 * WIDTH**0.5, 0.01)
+
+
+def test_responses_and_chat_stream_take_edits(client):
+    body = {"input": "Hi", "max_output_tokens": 5, "temperature": 0, "store": False}
+    plain, edited = (
+        client.post("/v1/responses", json={**body, **own}).get_json()
+        for own in ({}, {"intervene": {"edits": [ADD]}})
+    )
+    assert edited["usage"]["intervene"]["edits"] == 1
+    assert edited["intervene"]["edits"][0]["layers"] == [0]
+    assert "intervene" not in plain
+    assert plain["output"] != edited["output"]
+    body = {"messages": MESSAGES, "trace_layer": 0, "max_new_tokens": 3, "temperature": 0}
+    response = client.post("/chat/stream", json={**body, "intervene": {"edits": [ADD]}})
+    done = events(response)[-1]
+    assert done["usage"]["intervene"]["edits"] == 1
+    assert done["intervene"]["edits"][0]["at"] == [[0, None]]
+
+
+HEADS = {"do": "ablate", "part": "head", "layer": 0}
+REFUSED = {
+    "intervene.edits[0].layer_s": (
+        {"do": "add", "layer_s": 0},
+        "'intervene.edits[0].layer_s' is unknown; did you mean 'layers'?",
+    ),
+    "intervene.edits[0].layers": (
+        {**ADD, "layers": [2]},
+        "intervene.edits[0].layers must be in [-1, 1]",
+    ),
+    "intervene.edits[0].heads": (
+        {**HEADS, "heads": [4]},
+        "intervene.edits[0].heads must be in [0, 3]",
+    ),
+    "intervene.edits[0].at": (
+        {**ADD, "at": [30]},
+        "intervene.edits[0].at must be in [-24, 29]",
+    ),
+    "intervene.edits[0].vector": (
+        {**ADD, "vector": [1.0] * 31},
+        "intervene.edits[0].vector has 31 numbers, the model's stream 32",
+    ),
+}
+
+
+@pytest.mark.parametrize("param", REFUSED)
+def test_what_is_wrong_is_said_before_the_first_byte(client, param):
+    edit, message = REFUSED[param]
+    for stream in (False, True):
+        response = client.post(
+            "/v1/completions",
+            json={
+                "prompt": PROMPT,
+                "max_tokens": 6,
+                "stream": stream,
+                "intervene": {"edits": [edit]},
+            },
+        )
+        assert response.status_code == 400
+        error = response.get_json()["error"]
+        assert (error["message"], error["param"]) == (message, param)
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        ({**ADD, "vector": "formal"}, "No vector 'formal' in the store; it is empty"),
+        ({**ADD, "vector": [*VECTOR[:-1], "x"]}, "must be a name"),
+        ({**ADD, "vector": {"data": "AAA", "dtype": "f32", "shape": [1]}}, "base64"),
+        ({**ADD, "vector": {"data": "AAAA", "dtype": "f32", "shape": [1]}}, "3 bytes"),
+        ({**ADD, "vector": [[1.0] * WIDTH] * 3}, "has 3 rows for 1 layers"),
+        ({**ADD, "scale": 1e39}, "scale' must be a number"),
+        ({**ADD, "layer": 0}, "exactly one of layer, layers, range"),
+        ({"do": "add", "layer": 0}, "is required for add"),
+        ({"do": "scale", "layer": 0}, "by' is required for scale"),
+        ({**ADD, "by": 2}, "by' is not for add"),
+        ({**ADD, "heads": [0]}, 'is for part "head"'),
+        (HEADS, "heads' is required for part head"),
+        ({**HEADS, "heads": []}, "must not be empty"),
+        ({**ADD, "at": {"span": "user"}}, "no message of role 'user'"),
+        ({**ADD, "at": {"text": "Rome"}}, "the text 'Rome' 0 times"),
+        ({**ADD, "at": {"when": 1}}, "must be"),
+        ({"do": "ablate", "layer": 0, "with": {"prompt": "x"}, "at": "prompt"}, "at their ends"),
+        ({"do": "fix", "layer": 0}, "do' must be one of"),
+    ],
+)
+def test_messages_name_what_would_be_right(client, edit, words):
+    status = 404 if edit.get("vector") == "formal" else 400
+    message = completion(client, edit, status=status)["error"]["message"]
+    assert words in message
+
+
+def test_there_may_not_be_too_much(client):
+    assert refusal(client, *[ADD] * 40)["message"] == "intervene has 40 edits (max 32)"
+    many = {"do": "scale", "part": "mlp", "range": [0, 1], "by": 0.5}
+    assert completion(client, *[many] * 32)["usage"]["intervene"]["edits"] == 32
+    large = EditRequest(do="add", vector=numpy.zeros(600_000, numpy.float32))
+    with pytest.raises(InvalidRequest) as refused:  # larger than bodies may be, by default
+        check_size(InterveneRequest(edits=(large, large)))
+    assert refused.value.message == (
+        "vectors sent inline have 4.8 MB (max 4 MB); put them into /inspect/vectors"
+    )
+
+
+def test_an_edit_that_is_too_much_ends_its_answer_with_an_error(client):
+    error = refusal(client, {**ADD, "scale": 1e30})
+    assert error["code"] == "intervention_failed"
+    assert error["message"] == (
+        "the edited stream of layer 0 became infinite at step 0; use a smaller scale"
+    )
+    late = completion(client, {**ADD, "scale": 1e30, "at": [26]}, stream=True)
+    assert late[-1]["error"]["code"] == "intervention_failed"
+    assert len(late) > 2
+    assert completion(client)["usage"]["completion_tokens"] == 6
+
+
+def test_it_can_be_switched_off(app, client, monkeypatch):
+    services = app.extensions[EXTENSION]
+    off = replace(services, settings=replace(services.settings, intervene_enabled=False))
+    monkeypatch.setitem(app.extensions, EXTENSION, off)
+    error = completion(client, ADD, status=403)["error"]
+    assert error["message"] == "Interventions are disabled on this server"
+    assert error["code"] == "intervene_disabled"
+
+
+def test_a_vector_from_the_store_is_the_same_edit(client):
+    vector = numpy.array([VECTOR, VECTOR[::-1]])
+    body = {"vector": vector.tolist(), "layers": [0, 1], "model": "tiny"}
+    assert client.put("/inspect/vectors/mood", json=body).status_code in (200, 201)
+    sent = completion(client, {"do": "add", "vector": vector.tolist(), "layers": [0, 1]})
+    stored = completion(client, {"do": "add", "vector": "mood", "layers": "all"})
+    assert text(sent) == text(stored)
+    message = refusal(client, {"do": "add", "vector": "mood", "layer": -1})["message"]
+    assert message == "vector 'mood' has no direction for layer -1; it has layers [0, 1]"
+    client.put("/inspect/vectors/short", json={"vector": [1.0, 2.0]})
+    message = refusal(client, {"do": "add", "vector": "short", "layer": 0})["message"]
+    assert message == "vector 'short' has 2 numbers, the model's stream 32"
+    client.put("/inspect/vectors/other", json={"vector": VECTOR, "model": "twin"})
+    edit = {"do": "add", "vector": "other", "layer": 0}
+    assert refusal(client, edit)["message"] == (
+        "vector 'other' was made for model 'twin'; send \"any_model\": true to use it all the same"
+    )
+    assert text(completion(client, {**edit, "any_model": True})) == text(completion(client, ADD))
+
+
+def inspected(client, route, *edits, status=200, **fields):
+    body = {"prompt": PROMPT, **fields}
+    if edits:
+        body["intervene"] = {"edits": list(edits)}
+    response = client.post(f"/inspect/{route}", json=body)
+    assert response.status_code == status, response.get_data(as_text=True)
+    return response.get_json()
+
+
+def test_inspections_see_the_edited_model(client):
+    options = {"layers": [-1, 0, 1], "positions": [2, 3], "format": "json"}
+    edit = {**ADD, "at": [3]}
+    plain, edited = (inspected(client, "hidden_states", *e, **options) for e in ((), (edit,)))
+    moved = numpy.array(edited["states"]) - numpy.array(plain["states"])
+    numpy.testing.assert_allclose(moved[1, 1], VECTOR, atol=1e-4)
+    assert not moved[:, 0].any()
+    assert not moved[0].any()
+    assert abs(moved[2, 1]).max() > 0.1
+    assert edited["intervene"]["edits"][0]["at"] == [[3, 4]]
+    for route, more in (
+        ("tokens", {"logprobs": True}),
+        ("logit_lens", {}),
+        ("full_attn", {"trace_layer": 1, "head": 0}),
+        ("heads", {}),
+    ):
+        one, other = (inspected(client, route, *e, **more) for e in ((), (edit,)))
+        assert other.pop("intervene")["edits"][0]["elided"] is False
+        assert one != other, route
+
+
+def test_what_an_inspection_reads_is_what_was_written_with_the_same_edits(client):
+    edit = {**ADD, "at": "generated"}
+    answer = completion(client, edit, logprobs=0)
+    scores = answer["choices"][0]["logprobs"]["token_logprobs"]
+    read = inspected(client, "tokens", edit, prompt=None, completion_id=answer["id"], logprobs=True)
+    assert read["intervene"]["edits"][0]["at"] == [[24, None]]
+    numpy.testing.assert_allclose(read["surprisal"][-6:], [-score for score in scores], atol=1e-3)
+
+
+def test_inspections_refuse_in_their_own_words(client):
+    error = inspected(client, "tokens", {**ADD, "layers": [7]}, status=422, logprobs=True)
+    assert error["detail"] == "intervene.edits[0].layers must be in [-1, 1]"
+    error = inspected(client, "rollout", ADD, status=422)
+    assert "not supported" in error["detail"]
+
+
+def test_the_model_says_what_can_be_changed(client):
+    told = client.get("/inspect/model").get_json()
+    assert [each["layer"] for each in told["places"]] == [-1, 0, 1]
+    assert told["places"][1].pop("verified") < 1e-4
+    assert told["places"][1] == {
+        "layer": 0,
+        "resid": True,
+        "attn": True,
+        "mlp": True,
+        "head": 4,
+        "neuron": 64,
+    }
+    assert told["neighbours"] == "bit-equal"
+    assert len(told["resid_norm"]) == LAYERS
+    assert all(norm > 0 for norm in told["resid_norm"])

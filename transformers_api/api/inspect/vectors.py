@@ -1,0 +1,219 @@
+"""/inspect/vectors: directions that a model is steered along or measured by, kept by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import flask
+from flask import Response, request
+
+from transformers_api.api.http import inspect_auth
+from transformers_api.api.http.body import Blueprint, read_bytes
+from transformers_api.api.http.dialects import NIELS
+from transformers_api.api.http.error_schemas import Failed
+from transformers_api.api.http.request_context import RequestContext
+from transformers_api.api.http.services import services
+from transformers_api.api.inspect import subjects
+from transformers_api.api.inspect.schemas.vectors import (
+    DerivationRequest,
+    DerivedVector,
+    StoredVector,
+    VectorBody,
+    VectorDeleted,
+    VectorList,
+    VectorWithNumbers,
+)
+from transformers_api.errors import InvalidRequest
+from transformers_api.serving.inspect import arrays, vector_files
+from transformers_api.serving.inspect.vector_derivation import derive, read_streams
+from transformers_api.serving.inspect.vector_store import MOST_NAME, Vector
+from transformers_api.serving.swap.loaded_model import LoadedModel
+from transformers_api.serving.text import chat_template
+
+blueprint = Blueprint("vectors", __name__, dialect=NIELS, description="Directions by name")
+
+NPZ, GGUF = "application/x-npz", "application/octet-stream"
+_NAME = re.compile(rf"[a-z0-9][a-z0-9._-]{{0,{MOST_NAME - 1}}}")
+_FILE = {"type": "string", "format": "binary"}
+_ROW = [1.0, 0.0, 0.0]
+_BODY = {
+    "required": True,
+    "content": {
+        "application/json": {"schema": VectorBody, "example": {"vector": [_ROW], "layers": [0]}},
+        GGUF: {"schema": _FILE},
+    },
+}
+_PAIRS = [
+    {"positive": "I feel calm.", "negative": "I feel angry."},
+    {"positive": "A quiet day.", "negative": "A furious day."},
+]
+
+
+@blueprint.at("/inspect/vectors")
+@blueprint.gives(VectorList)
+def list_vectors() -> Any:
+    """List the vectors of this key, each with its cosine to the others."""
+    inspect_auth.check_enabled()
+    vectors = services().vectors.of(flask.g.client)
+    return {
+        "object": "list",
+        "data": [
+            {**_described(name, vector), "cosine": _cosines(name, vectors)}
+            for name, vector in vectors.items()
+        ],
+    }
+
+
+@blueprint.at("/inspect/vectors/<name>", methods=["PUT"])
+@blueprint.documents(requestBody=_BODY)
+@blueprint.gives(StoredVector)
+@blueprint.gives(StoredVector, 201, description="There was none of this name")
+@blueprint.gives(Failed, 413, description="Too many vectors, or too many bytes")
+def put_vector(name: str) -> Any:
+    """Keep a vector: numbers as JSON, or a file, which is known by its first bytes.
+
+    A GGUF control vector, an archive of numpy or safetensors: tensors `direction.N`, each added
+    after layer N, or one `vector`, with `layers` where it has rows. `?model=` says for which model
+    it is. Nothing is unpickled. It is kept in memory, for this key alone.
+    """
+    inspect_auth.check_enabled()
+    inspect_auth.check_rate()
+    _check_name(name)
+    data = read_bytes(request)
+    if not data.strip() or data.lstrip()[:1] == b"{":
+        body = blueprint.ARGUMENTS_PARSER.parse(VectorBody, request, location="json")
+        model = _named_model(body.get("model") or request.args.get("model"))
+        vector = vector_files.vector_of_numbers(body["vector"], body.get("layers"), model)
+    else:
+        vector = vector_files.vector_of_file(data, _named_model(request.args.get("model")))
+    is_new = services().vectors.put(flask.g.client, name, vector)
+    return _described(name, vector), 201 if is_new else 200
+
+
+@blueprint.at("/inspect/vectors/<name>")
+@blueprint.gives(VectorWithNumbers)
+@blueprint.gives(_FILE, content_type=NPZ)
+@blueprint.gives(_FILE, content_type=GGUF)
+@blueprint.gives(Failed, 404, description="No vector of this name")
+def get_vector(name: str) -> Any:
+    """Give a vector as JSON; with `?format=` `npz`, or `gguf` for llama.cpp, as a file."""
+    inspect_auth.check_enabled()
+    vector = services().vectors.get(flask.g.client, name)
+    form = request.args.get("format", "json")
+    if form == "npz":
+        return Response(vector_files.npz(name, vector), content_type=NPZ)
+    if form == "gguf":
+        return Response(vector_files.gguf(vector, vector.model or name), content_type=GGUF)
+    if form != "json":
+        raise InvalidRequest("format must be one of: json, npz, gguf", param="format")
+    rows = vector.rows if vector.layers is not None else vector.rows[0]
+    return {**_described(name, vector), "vector": arrays.exact(rows)}
+
+
+@blueprint.at("/inspect/vectors/<name>", methods=["DELETE"])
+@blueprint.gives(VectorDeleted)
+@blueprint.gives(Failed, 404, description="No vector of this name")
+def delete_vector(name: str) -> Any:
+    """Forget a vector."""
+    inspect_auth.check_enabled()
+    services().vectors.delete(flask.g.client, name)
+    return {"name": name, "deleted": True}
+
+
+@blueprint.at("/inspect/vectors/<name>/derive", methods=["POST"])
+@blueprint.takes(DerivationRequest, example={"pairs": _PAIRS})
+@blueprint.gives(DerivedVector)
+@blueprint.gives(DerivedVector, 201, description="There was none of this name")
+@blueprint.gives(Failed, 413, description="Too much text, too many tokens or too many numbers")
+def derive_vector(body: dict[str, Any], name: str) -> Any:
+    """Make a vector of pairs of texts that differ in one respect, and keep it.
+
+    Its rows lead from the second side to the first one, a row for each layer. `separation` tells
+    which layers know the difference, each text measured without its own pair.
+    """
+    inspect_auth.check()
+    _check_name(name)
+    pairs = body["pairs"]
+    with RequestContext(services()) as context:
+        model = context.lease(body.get("model"))
+        inspector = subjects.inspector_of(model)
+        layers = [
+            layer for layer in subjects.layers(body["layers"], inspector.anatomy) if layer >= 0
+        ]
+        texts = [
+            _ids(model, pair[side], f"pairs[{number}].{side}")
+            for side in ("positive", "negative")
+            for number, pair in enumerate(pairs)
+        ]
+        longest = 1 if body["at"] == "last" else max(map(len, texts))
+        numbers = (len(texts) + longest) * len(layers) * inspector.anatomy.hidden_size
+        subjects.check_read_cells(numbers, services().settings)
+        job = read_streams(inspector, texts, layers, body["at"])
+        streams = services().inspections.run(model, job, context.cancellation)
+        derived = derive(streams[: len(pairs)], streams[len(pairs) :], layers, body["method"])
+        vector = Vector(
+            rows=derived.rows,
+            layers=tuple(layers),
+            source="pairs",
+            model=model.spec.name,
+            separation=tuple(arrays.digits(value) for value in derived.separation),
+        )
+        is_new = services().vectors.put(flask.g.client, name, vector)
+        norms = vector.norms
+        scales = [gap / norm if norm else 0 for gap, norm in zip(derived.gap, norms, strict=True)]
+        answer = {
+            **_described(name, vector),
+            "scales": [arrays.digits(scale) for scale in scales],
+            "best_layers": list(derived.window),
+            "pairs": len(pairs),
+            "tokens": sum(map(len, texts)),
+        }
+        return answer, 201 if is_new else 200
+
+
+def _check_name(name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise InvalidRequest(
+            f"name must have 1 to {MOST_NAME} of the characters a-z, 0-9, '.', '_' and '-', and "
+            "begin with a letter or digit",
+            param="name",
+        )
+
+
+def _named_model(model: str | None) -> str | None:
+    """The name of a model of this server. Raises ModelNotFound."""
+    return None if model is None else services().registry.resolve(model).name
+
+
+def _ids(model: LoadedModel, side: str | list[dict[str, Any]], param: str) -> list[int]:
+    settings = services().settings
+    if isinstance(side, str):
+        ids = subjects.text_ids(model, side, settings, param)
+    else:
+        ids = chat_template.encode(model, side, max_bytes=settings.inspected_prompt_bytes).ids
+    subjects.check_tokens(len(ids), min(settings.inspect_max_tokens, model.engine.max_model_len))
+    return ids
+
+
+def _described(name: str, vector: Vector) -> dict[str, Any]:
+    answer = {
+        "name": name,
+        "model": vector.model,
+        "layers": None if vector.layers is None else list(vector.layers),
+        "width": vector.width,
+        "norms": arrays.significant(vector.norms),
+        "bytes": vector.rows.nbytes,
+        "source": vector.source,
+        "created": vector.created,
+    }
+    if vector.separation is not None:
+        answer["separation"] = list(vector.separation)
+    return answer
+
+
+def _cosines(name: str, vectors: Mapping[str, Vector]) -> dict[str, float]:
+    own = vectors[name]
+    cosines = {other: own.cosine(vector) for other, vector in vectors.items() if other != name}
+    return {other: arrays.digits(value) for other, value in cosines.items() if value is not None}

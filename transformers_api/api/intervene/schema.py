@@ -1,0 +1,301 @@
+"""The field ``intervene``: changes of a model's numbers while it reads and writes."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Mapping
+from typing import Any
+
+import numpy
+from marshmallow import ValidationError, fields, post_load
+
+from transformers_api.api.http.fields import (
+    NOT_GIVEN,
+    Boolean,
+    Integer,
+    Many,
+    Number,
+    Object,
+    StrictSchema,
+    Text,
+)
+from transformers_api.api.http.sampling_schema import about
+from transformers_api.inspection.base import PARTS, Array
+from transformers_api.serving.inspect.edit_positions import At, SpanAt, StepsAt, TextAt
+from transformers_api.serving.inspect.edit_request import EditRequest, InterveneRequest
+
+MOST_NAMED = 1 << 16  # layers, heads, neurons, positions
+_ANY = 2**63
+_HUGE = 1e38
+_DTYPES = {"f16": "<f2", "f32": "<f4"}
+_WORDS = ("all", "prompt", "generated", "last")
+_NUMBERS = {"type": "array", "items": {"type": "integer"}}
+_FINITE = "must have finite numbers"
+NAME = r"[a-z0-9._-]{1,64}"
+
+
+def _whole_numbers(value: Any, message: str, most: int = MOST_NAMED) -> tuple[int, ...]:
+    if not isinstance(value, list) or not all(type(item) is int for item in value):
+        raise ValidationError(message)
+    if not value:
+        raise ValidationError("must not be empty")
+    if len(value) > most:
+        raise ValidationError(f"must have at most {most} items")
+    return tuple(dict.fromkeys(value))
+
+
+class _Named(fields.Field[Any]):
+    """A list of whole numbers, or "all"."""
+
+    def __init__(self, description: str, **options: Any) -> None:
+        shape = [_NUMBERS, {"type": "string", "enum": ["all"]}]
+        super().__init__(error_messages=NOT_GIVEN, **about(description, oneOf=shape), **options)
+
+    def _deserialize(
+        self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **_: Any
+    ) -> Any:
+        return value if value == "all" else _whole_numbers(value, 'must be integers, or "all"')
+
+
+class _At(fields.Field[At]):
+    """Positions: a word, a list, a message's role, a text, or steps."""
+
+    EXPECTED = (
+        'must be "all", "prompt", "generated", "last", a list of integers, {"span": role}, '
+        '{"text": text, "nth": n} or {"steps": [start, stop]}'
+    )
+
+    def _deserialize(
+        self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **_: Any
+    ) -> At:
+        if value in _WORDS:
+            words: At = value
+            return words
+        if isinstance(value, list):
+            return _whole_numbers(value, self.EXPECTED)
+        if not isinstance(value, dict):
+            raise ValidationError(self.EXPECTED)
+        match value:
+            case {"span": str(role), **rest} if not rest:
+                return SpanAt(role)
+            case {"text": str(text), **rest} if text and set(rest) <= {"nth"}:
+                nth = rest.get("nth", 0)
+                if type(nth) is int and 0 <= nth < MOST_NAMED:
+                    return TextAt(text, nth)
+            case {"steps": [int(start), int(stop)], **rest} if not rest:
+                if type(start) is type(stop) is int and 0 <= start < stop < 1 << 31:
+                    return StepsAt(start, stop)
+        raise ValidationError(self.EXPECTED)
+
+
+class _Vector(fields.Field[Any]):
+    """Numbers: a list, a list of lists, base64 with dtype and shape; or a name in the store."""
+
+    EXPECTED = 'must be a name, a list of numbers, or {"data": base64, "dtype", "shape"}'
+
+    def _deserialize(
+        self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **_: Any
+    ) -> Array | str:
+        if isinstance(value, str):
+            if not 1 <= len(value) <= 64:
+                raise ValidationError(self.EXPECTED)
+            return value
+        array = _decoded(value) if isinstance(value, dict) else _listed(value)
+        if not numpy.isfinite(array).all():
+            raise ValidationError(_FINITE)
+        return array
+
+
+def _listed(value: Any) -> Array:
+    rows = value if isinstance(value, list) and value and isinstance(value[0], list) else [value]
+    for row in rows:
+        if not isinstance(row, list) or not row or len(row) != len(rows[0]):
+            raise ValidationError(_Vector.EXPECTED)
+        if not {*map(type, row)} <= {int, float}:
+            raise ValidationError(_Vector.EXPECTED)
+    with numpy.errstate(over="ignore"):
+        try:
+            array = numpy.array(rows, numpy.float64).astype(numpy.float32)
+        except OverflowError:
+            raise ValidationError(_FINITE) from None
+    return array if rows is value else array[0]
+
+
+def _decoded(value: dict[str, Any]) -> Array:
+    match value:
+        case {"data": str(data), "dtype": str(dtype), "shape": list(shape), **rest} if not rest:
+            pass
+        case _:
+            raise ValidationError(_Vector.EXPECTED)
+    if dtype not in _DTYPES:
+        raise ValidationError('must have the dtype "f16" or "f32"')
+    sizes = [size for size in shape if type(size) is int and 0 < size < 1 << 24]
+    if len(sizes) != len(shape) or len(sizes) not in (1, 2):
+        raise ValidationError("must have a shape of one or two numbers")
+    try:
+        raw = base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError):
+        raise ValidationError("must have data in base64") from None
+    count, item = int(numpy.prod(sizes)), numpy.dtype(_DTYPES[dtype])
+    if len(raw) != count * item.itemsize:
+        raise ValidationError(
+            f"has {len(raw)} bytes of data; shape {sizes} of {dtype} are {count * item.itemsize}"
+        )
+    return numpy.frombuffer(raw, item).astype(numpy.float32).reshape(sizes)
+
+
+class _With(fields.Field[Any]):
+    """Words, or a prompt whose numbers are taken."""
+
+    EXPECTED = 'must be "zero", "mean" or {"prompt": text}'
+
+    def _deserialize(
+        self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **_: Any
+    ) -> Any:
+        match value:
+            case "zero" | "mean":
+                return value
+            case {"prompt": str(text), **rest} if text and not rest:
+                return {"prompt": text}
+        raise ValidationError(self.EXPECTED)
+
+
+class EditOptions(StrictSchema):
+    """One change."""
+
+    do = Text(
+        choices=("add", "erase", "ablate", "scale", "set"),
+        required=True,
+        **about("The kind of change."),
+    )
+    part = Text(
+        choices=PARTS,
+        load_default="resid",
+        **about(
+            "`resid`: the stream after the layer; `attn`, `mlp`: what they write into it; `head`: "
+            "its output before the projection; `neuron`: of the MLP."
+        ),
+    )
+    layer = Integer(-_ANY, _ANY - 1, **about("One layer, from 0; -1 is the embedding."))
+    layers = _Named('Several, or "all".')
+    range = Many(
+        Integer(-_ANY, _ANY - 1),
+        shortest=2,
+        longest=2,
+        **about("`[first, last]`: these layers and all between."),
+    )
+    at = _At(
+        load_default="all",
+        error_messages=NOT_GIVEN,
+        **about("The positions of the tokens that are read: see the guide."),
+    )
+    heads = _Named('Heads, from 0, or "all".')
+    neurons = _Named('Neurons, from 0, or "all".')
+    vector = _Vector(
+        error_messages=NOT_GIVEN,
+        **about("Numbers, or a name: what is added, erased or set. Several rows: one per layer."),
+    )
+    any_model = Boolean(
+        load_default=False, **about("Use a stored vector that was made for another model.")
+    )
+    scale = Number(-_HUGE, _HUGE, load_default=1.0, **about("Of add: times the vector."))
+    by = Number(-_HUGE, _HUGE, **about("Of scale: times what is there."))
+    value = Number(-_HUGE, _HUGE, **about("Of set, and of neurons that are added to: a number."))
+    units = Text(
+        choices=("raw", "norm"),
+        load_default="raw",
+        **about("`norm`: the vector is made as long as the layer's `resid_norm` first."),
+    )
+    keep_norm = Boolean(
+        load_default=False, **about("Make each vector as long again as it was before.")
+    )
+    instead = _With(
+        data_key="with",
+        error_messages=NOT_GIVEN,
+        **about("Of ablate: `zero`, `mean` over our texts, or the numbers of another prompt."),
+    )
+
+    @post_load
+    def make(self, data: dict[str, Any], **_: Any) -> EditRequest:
+        """The edit as serving takes it."""
+        layers = _layers(data)
+        _check(data)
+        instead = data.pop("instead", "zero")
+        source = instead["prompt"] if isinstance(instead, dict) else None
+        data["instead"] = "zero" if source is not None else instead
+        return EditRequest(layers=layers, source=source, **data)
+
+
+def _layers(data: dict[str, Any]) -> Any:
+    names = [name for name in ("layer", "layers", "range") if name in data]
+    if len(names) != 1:
+        there = " and ".join(names) or "none"
+        raise ValidationError(f"needs exactly one of layer, layers, range; there is {there}")
+    value = data.pop(names[0])
+    if names[0] == "layer":
+        return (value,)
+    if names[0] == "layers":
+        return value
+    first, last = value
+    if not 0 <= last - first < MOST_NAMED:
+        raise ValidationError("must be [first, last]", "range")
+    return tuple(range(first, last + 1))
+
+
+# The fields that a change needs, one of each group, and those that mean nothing to it.
+_NEEDS: Mapping[str, tuple[str, ...]] = {
+    "add": ("vector", "value"),
+    "erase": ("vector",),
+    "scale": ("by",),
+    "set": ("vector", "value"),
+}
+_OWN = {
+    "scale": ("add",),
+    "units": ("add",),
+    "by": ("scale",),
+    "value": ("add", "set"),
+    "vector": ("add", "erase", "set"),
+    "instead": ("ablate",),
+}
+_PARTS = {"heads": "head", "neurons": "neuron"}
+_DEFAULTS: Mapping[str, Any] = {"scale": 1.0, "units": "raw"}
+
+
+def _check(data: dict[str, Any]) -> None:
+    do, part = data["do"], data["part"]
+    for name, kinds in _OWN.items():
+        if name in data and do not in kinds and data[name] != _DEFAULTS.get(name):
+            key = "with" if name == "instead" else name
+            raise ValidationError(f"is not for {do}", key)
+    needed = _NEEDS.get(do, ())
+    present = [name for name in needed if name in data]
+    if needed and len(present) != 1:
+        problem = "is one too many" if present else f"is required for {do}"
+        raise ValidationError(problem, needed[0])
+    for name, own in _PARTS.items():
+        if name in data and part != own:
+            raise ValidationError(f'is for part "{own}"', name)
+        if part == own and name not in data:
+            raise ValidationError(f"is required for part {part}", name)
+    if do == "add" and "value" in data and part != "neuron":
+        raise ValidationError("is added to neurons only; use a vector", "value")
+    if do == "erase" and part == "neuron":
+        raise ValidationError("must be resid, attn, mlp or head for erase", "part")
+
+
+class InterveneOptions(StrictSchema):
+    """Changes of what the model computes, for this request alone."""
+
+    edits = Many(
+        Object(EditOptions),
+        shortest=1,
+        longest=4096,
+        required=True,
+        **about("The changes, in their order: up to 32."),
+    )
+
+    @post_load
+    def make(self, data: dict[str, Any], **_: Any) -> InterveneRequest:
+        """The options as serving takes them."""
+        return InterveneRequest(edits=tuple(data["edits"]))

@@ -1,0 +1,229 @@
+"""Directions of a residual stream in files: GGUF control vectors, safetensors, numpy's archives.
+
+A tensor ``direction.N`` (N layers of it, as llama.cpp and repeng write control vectors) is added
+after layer N, counted from 0; ``vector`` is one direction (C,), or a row (L, C) for each of
+``layers``. Every size is compared with the bytes that are there before anything is reserved by it.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import struct
+import tempfile
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy
+from numpy.typing import NDArray
+
+from transformers_api.checkpoints.headers.gguf_file import MAGIC, STRING, read_gguf_header
+from transformers_api.checkpoints.headers.safetensors_file import read_header
+from transformers_api.errors import ModelLoadFailed
+
+Array = NDArray[numpy.float32]
+
+ARCHITECTURE = "controlvector"
+ALIGNMENT = 32
+MOST_LAYERS = 1024
+_DIRECTION = re.compile(r"direction\.(\d{1,4})")
+_GGUF_KINDS = {0: "<f4", 1: "<f2", 30: "bf16"}
+_SAFETENSORS_KINDS = {"F32": "<f4", "F16": "<f2", "BF16": "bf16", "F64": "<f8"}
+_WHOLE_KINDS = {"I64": "<i8", "I32": "<i4"}
+_UINT32, _FLOAT32 = 4, 0
+_HEADERS = {
+    (1, 0): numpy.lib.format.read_array_header_1_0,
+    (2, 0): numpy.lib.format.read_array_header_2_0,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Directions:
+    """The rows of a file. ``layers`` is None for one direction that is for any layer."""
+
+    rows: Array  # (L, C)
+    layers: tuple[int, ...] | None
+    kind: str  # of the file
+    hint: str | None = None  # the type of the model it was made with, where the file says so
+
+
+def read_directions(data: bytes, most_bytes: int) -> Directions:
+    """The directions of a file, which is known by its first bytes.
+
+    ``most_bytes``: of the numbers, once they are unpacked. Raises ModelLoadFailed.
+    """
+    if data.startswith(b"PK"):
+        return _of(_archive(data, most_bytes), "npz")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "file"
+        path.write_bytes(data)
+        try:
+            if data.startswith(MAGIC):
+                return _of_gguf(path, data)
+            return _of(_safetensors(path, data), "safetensors")
+        except ModelLoadFailed as error:
+            raise ModelLoadFailed(str(error).replace(str(path), "the file")) from None
+
+
+def write_control_vector(rows: Array, layers: Iterable[int], hint: str) -> bytes:
+    """A GGUF control vector of rows (L, C), as llama.cpp reads it: one tensor for each layer.
+
+    Layer 0 has no place in such a file. Raises ModelLoadFailed.
+    """
+    layers = list(layers)
+    if 0 in layers:
+        raise ModelLoadFailed("a control vector has no direction for layer 0")
+    metadata = [
+        (b"general.architecture", STRING, _text(ARCHITECTURE)),
+        (b"controlvector.model_hint", STRING, _text(hint)),
+        (b"controlvector.layer_count", _UINT32, struct.pack("<I", len(layers))),
+    ]
+    head = MAGIC + struct.pack("<IQQ", 3, len(layers), len(metadata))
+    for key, kind, value in metadata:
+        head += struct.pack("<Q", len(key)) + key + struct.pack("<I", kind) + value
+    row_bytes = rows.shape[1] * 4
+    step = -(-row_bytes // ALIGNMENT) * ALIGNMENT
+    for number, layer in enumerate(layers):
+        head += _text(f"direction.{layer}")
+        head += struct.pack("<IQIQ", 1, rows.shape[1], _FLOAT32, number * step)
+    body = b"".join(row.astype("<f4").tobytes().ljust(step, b"\0") for row in rows)
+    return head + b"\0" * (-len(head) % ALIGNMENT) + body
+
+
+def _text(text: str) -> bytes:
+    raw = text.encode()
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def _of_gguf(path: Path, data: bytes) -> Directions:
+    header = read_gguf_header(path)
+    architecture = header.metadata.get("general.architecture")
+    if architecture != ARCHITECTURE:
+        raise ModelLoadFailed(f"the file holds a {architecture}, not a {ARCHITECTURE}")
+    tensors = {}
+    for tensor in header.tensors:
+        kind = _GGUF_KINDS.get(tensor.kind)
+        if kind is None:
+            raise ModelLoadFailed(f"{tensor.name} is quantised: it must be F32, F16 or BF16")
+        tensors[tensor.name] = _numbers(data, tensor.offset, tensor.bytes, kind, tensor.shape)
+    hint = header.metadata.get("controlvector.model_hint")
+    return _of(tensors, "gguf", hint if isinstance(hint, str) else None)
+
+
+def _safetensors(path: Path, data: bytes) -> dict[str, NDArray[Any]]:
+    tensors = {}
+    for tensor in read_header(path):
+        kinds = _WHOLE_KINDS if tensor.name == "layers" else _SAFETENSORS_KINDS
+        kind = kinds.get(tensor.dtype)
+        if kind is None:
+            raise ModelLoadFailed(f"{tensor.name} has the type {tensor.dtype}: {_expected(kinds)}")
+        tensors[tensor.name] = _numbers(data, tensor.offset, tensor.bytes, kind, tensor.shape)
+    return tensors
+
+
+def _expected(kinds: Iterable[str]) -> str:
+    return f"it must be one of {', '.join(kinds)}"
+
+
+def _numbers(
+    data: bytes, offset: int, size: int, kind: str, shape: tuple[int, ...]
+) -> NDArray[Any]:
+    raw = data[offset : offset + size]
+    if kind != "bf16":
+        return numpy.frombuffer(raw, kind).reshape(shape)
+    wide = numpy.frombuffer(raw, "<u2").astype("<u4") << 16
+    return wide.view("<f4").reshape(shape)
+
+
+def _archive(data: bytes, most_bytes: int) -> dict[str, NDArray[Any]]:
+    """The arrays of a file of ``numpy.savez``; nothing in it is ever unpickled."""
+    tensors: dict[str, NDArray[Any]] = {}
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            entries = archive.infolist()
+            size = sum(entry.file_size for entry in entries)
+            if size > most_bytes or len(entries) > MOST_LAYERS:
+                raise ModelLoadFailed(
+                    f"{len(entries)} arrays of {size} bytes unpacked (max {MOST_LAYERS} of "
+                    f"{most_bytes} in all)"
+                )
+            for entry in entries:
+                name = entry.filename.removesuffix(".npy")
+                if not entry.filename.endswith(".npy") or name == "meta":
+                    continue
+                with archive.open(entry) as file:
+                    tensors[name] = _array(file, name, entry.file_size)
+    except (zipfile.BadZipFile, ValueError, EOFError, OSError, NotImplementedError) as error:
+        raise ModelLoadFailed(f"not a sound archive of numpy: {error}") from None
+    except (MemoryError, RuntimeError, SyntaxError, struct.error) as error:
+        raise ModelLoadFailed(f"not a sound archive of numpy: {error}") from None
+    return tensors
+
+
+def _array(file: IO[bytes], name: str, size: int) -> NDArray[Any]:
+    """One array of an archive. Raises ModelLoadFailed, ValueError."""
+    version = numpy.lib.format.read_magic(file)
+    if version not in _HEADERS:
+        raise ModelLoadFailed(f"{name} is of the version {version} of numpy's format")
+    shape, is_fortran, dtype = _HEADERS[version](file)
+    if dtype.kind not in ("iu" if name == "layers" else "f"):
+        raise ModelLoadFailed(f"{name} has the type {dtype}")
+    if math.prod(shape) * dtype.itemsize > size:
+        raise ModelLoadFailed(f"{name} has the shape {list(shape)}, its bytes are {size}")
+    return numpy.frombuffer(file.read(), dtype).reshape(shape, order="F" if is_fortran else "C")
+
+
+def _of(tensors: Mapping[str, NDArray[Any]], kind: str, hint: str | None = None) -> Directions:
+    if "vector" in tensors:
+        listed = tensors.get("layers")
+        layers = None if listed is None else tuple(int(layer) for layer in listed.ravel())
+        return _rows(tensors["vector"], layers, kind, hint)
+    named = {
+        int(match[1]): tensor
+        for name, tensor in tensors.items()
+        if (match := _DIRECTION.fullmatch(name))
+    }
+    if not named:
+        names = ", ".join(list(tensors)[:5]) or "none"
+        raise ModelLoadFailed(
+            f"there is neither a tensor vector nor any direction.N; there are: {names}"
+        )
+    layers = tuple(sorted(named))
+    shapes = {named[layer].shape for layer in layers}
+    if len(shapes) > 1 or len(next(iter(shapes))) != 1:
+        raise ModelLoadFailed("the directions have different shapes, or more than one dimension")
+    return _rows(numpy.stack([named[layer] for layer in layers]), layers, kind, hint)
+
+
+def _rows(
+    vector: NDArray[Any], layers: tuple[int, ...] | None, kind: str, hint: str | None = None
+) -> Directions:
+    if vector.ndim not in (1, 2) or 0 in vector.shape:
+        raise ModelLoadFailed(
+            f"vector has the shape {list(vector.shape)}: it must be [C] or [L, C]"
+        )
+    if vector.ndim == 2 and layers is None:
+        layers = tuple(range(len(vector)))
+    rows = numpy.atleast_2d(vector)
+    if layers is not None and len(layers) != len(rows):
+        raise ModelLoadFailed(f"there are {len(rows)} rows for {len(layers)} layers")
+    if layers is not None and len(set(layers)) < len(layers):
+        raise ModelLoadFailed("layers must differ from each other")
+    with numpy.errstate(over="ignore"):
+        rows = rows.astype(numpy.float32)
+    if not numpy.isfinite(rows).all():
+        raise ModelLoadFailed("every number must be finite")
+    return Directions(rows=rows, layers=layers, kind=kind, hint=hint)
+
+
+def directions_of(vector: Any, layers: tuple[int, ...] | None) -> Directions:
+    """The directions of numbers [C] or [L, C] as JSON has them. Raises ModelLoadFailed."""
+    try:
+        rows = numpy.array(vector, numpy.float64)
+    except (ValueError, OverflowError):
+        raise ModelLoadFailed("vector must have rows of the same length") from None
+    return _rows(rows, layers, "json")

@@ -1,0 +1,92 @@
+"""Changes of what a model's modules are given or make, while a forward pass runs.
+
+An edit writes into the rows of one tensor. Where a pass calls the modules, hooks hand them a copy
+of it; a recorded pass stops where the tensor is in memory (kernels/graph/hooks.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from transformers_api.engine.watched_pass import is_number
+
+Apply = Callable[[Tensor], None]  # writes into rows (N, width): the tokens of the pass, in order
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleEdit:
+    """A change of the first tensor that a module is given ("in") or makes ("out")."""
+
+    module: str
+    side: Literal["in", "out"]
+    apply: Apply
+
+
+_current: ContextVar[Sequence[ModuleEdit]] = ContextVar("edits", default=())
+
+
+def current_edits() -> Sequence[ModuleEdit]:
+    """The edits of the pass that is about to run."""
+    return _current.get()
+
+
+@contextmanager
+def editing(edits: Sequence[ModuleEdit]) -> Iterator[None]:
+    """Let passes within the block be changed; one edit for each module and side."""
+    token = _current.set(edits)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+@contextmanager
+def hooked(model: Any, edits: Sequence[ModuleEdit]) -> Iterator[None]:
+    """Apply ``edits`` wherever the model's modules are called, within the block."""
+    with ExitStack() as stack:
+        for edit in edits:
+            module = model.get_submodule(edit.module)
+            handle = (
+                module.register_forward_pre_hook(_before(edit.apply), with_kwargs=True)
+                if edit.side == "in"
+                else module.register_forward_hook(_after(edit.apply))
+            )
+            stack.callback(handle.remove)
+        yield
+
+
+def _before(apply: Apply) -> Any:
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        place = next((i for i, value in enumerate(args) if is_number(value)), None)
+        if place is not None:
+            return (*args[:place], _changed(args[place], apply), *args[place + 1 :]), kwargs
+        name = next(name for name, value in kwargs.items() if is_number(value))
+        return args, {**kwargs, name: _changed(kwargs[name], apply)}
+
+    return hook
+
+
+def _after(apply: Apply) -> Any:
+    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        if isinstance(output, Tensor):
+            return _changed(output, apply)
+        if isinstance(output, dict):
+            name = next(iter(output))
+            output[name] = _changed(output[name], apply)
+            return output
+        return type(output)((_changed(output[0], apply), *output[1:]))
+
+    return hook
+
+
+def _changed(tensor: Tensor, apply: Apply) -> Tensor:
+    own = tensor.clone(memory_format=torch.contiguous_format)
+    apply(own.view(-1, own.shape[-1]))
+    return own

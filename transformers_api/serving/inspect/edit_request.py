@@ -1,0 +1,62 @@
+"""The fields of ``intervene``, as plain data, and how large they may be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy
+
+from transformers_api.errors import InvalidRequest
+from transformers_api.inspection.base import Array, Part
+from transformers_api.serving.inspect.edit_positions import At
+
+MOST_EDITS = 32
+MOST_INLINE = 4_000_000  # bytes of vectors
+Do = Literal["add", "erase", "ablate", "scale", "set"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EditRequest:
+    """The fields of one edit."""
+
+    do: Do
+    part: Part = "resid"
+    layers: tuple[int, ...] | Literal["all"] = "all"
+    at: At = "all"
+    heads: tuple[int, ...] | Literal["all"] | None = None
+    neurons: tuple[int, ...] | Literal["all"] | None = None
+    vector: Array | str | None = None  # (C,) or (L, C), or a name
+    scale: float = 1.0
+    by: float | None = None
+    value: float | None = None
+    any_model: bool = False  # a stored vector may be of another one
+    units: Literal["raw", "norm"] = "raw"
+    keep_norm: bool = False
+    # Of ablate: numbers that are put there, or the prompt that they are from.
+    instead: Literal["zero", "mean"] = "zero"
+    source: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InterveneRequest:
+    """The fields of ``intervene``; ``name`` is the field's own."""
+
+    edits: tuple[EditRequest, ...]
+    name: str = "intervene"
+
+
+def check_size(request: InterveneRequest) -> None:
+    """Raise InvalidRequest for more than one request may edit."""
+    count = len(request.edits)
+    if count > MOST_EDITS:
+        raise InvalidRequest(
+            f"{request.name} has {count} edits (max {MOST_EDITS})", param=request.name
+        )
+    vectors = [each.vector for each in request.edits if isinstance(each.vector, numpy.ndarray)]
+    if (size := sum(vector.nbytes for vector in vectors)) > MOST_INLINE:
+        raise InvalidRequest(
+            f"vectors sent inline have {size / 1e6:.1f} MB (max {MOST_INLINE // 10**6} MB); "
+            "put them into /inspect/vectors",
+            param=request.name,
+        )

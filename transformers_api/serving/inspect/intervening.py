@@ -1,0 +1,107 @@
+"""A generation with interventions: the facts of the model that they need, and their plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from transformers_api.config.settings import Settings
+from transformers_api.errors import InspectionDisabled, ModelNotCapable
+from transformers_api.inspection.base import Array, Inspector, Part
+from transformers_api.inspection.edit_plan import InterventionsDisabled
+from transformers_api.serving.generation import GenerationRequest
+from transformers_api.serving.inspect.edit_positions import PromptPlaces
+from transformers_api.serving.inspect.edit_request import InterveneRequest, check_size
+from transformers_api.serving.inspect.interventions import (
+    LIGHT_PLACES,
+    Facts,
+    PlannedEdits,
+    plan_edits,
+)
+from transformers_api.serving.inspect.queue import Inspections
+from transformers_api.serving.inspect.stream_norms import TEXT
+from transformers_api.serving.inspect.trace_slots import LIGHT, WHOLE
+from transformers_api.serving.inspect.vector_store import Vector
+from transformers_api.serving.limits.cancellation import Cancellation
+from transformers_api.serving.swap.loaded_model import LoadedModel
+from transformers_api.serving.text import chat_template
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planner:
+    """Plans edits, with what the server knows. ``vector``: see ``Facts``."""
+
+    settings: Settings
+    inspections: Inspections
+    cancellation: Cancellation
+    vector: Callable[[str], Vector]
+
+    def with_edits(self, model: LoadedModel, request: GenerationRequest) -> GenerationRequest:
+        """``request`` with the edits of each prompt; raises as ``planned``."""
+        assert request.intervene is not None
+        engine = model.engine
+        prompts = []
+        for ids in request.prompts:
+            most = len(ids) + request.params.max_tokens
+            may_slide = engine.context_overflow is not None and most > engine.max_model_len
+            prompts.append(
+                PromptPlaces(
+                    ids=ids,
+                    most=most,
+                    vocabulary=model.vocabulary,
+                    spans=request.spans,
+                    window=engine.max_model_len if may_slide else None,
+                )
+            )
+        return replace(request, edits=self.planned(model, request.intervene, prompts))
+
+    def planned(
+        self, model: LoadedModel, intervene: InterveneRequest, prompts: Sequence[PromptPlaces]
+    ) -> tuple[PlannedEdits, ...]:
+        """The edits of each prompt.
+
+        Raises InterventionsDisabled, InspectionDisabled, ModelNotCapable, and what ``plan_edits``
+        does.
+        """
+        inspector = checked(model, intervene, self.settings)
+        inspections, cancellation = self.inspections, self.cancellation
+
+        def numbers(text: str | None, places: Sequence[tuple[int, Part]]) -> Sequence[Array]:
+            ids = chat_template.encode_text(model, TEXT if text is None else text)
+            ids = ids[: model.engine.max_model_len]
+            return inspections.run(model, inspector.part_numbers(ids, places), cancellation)
+
+        facts = Facts(
+            editable=inspections.editable(model, inspector, cancellation),
+            norms=lambda: inspections.stream_norms(model, inspector, cancellation),
+            numbers=numbers,
+            vector=self.vector,
+        )
+        if not facts.editable.places:
+            raise ModelNotCapable(
+                f"model type {inspector.anatomy.model_type} shows no residual stream that could "
+                "be changed",
+                param=intervene.name,
+            )
+        return plan_edits(model, intervene, facts, prompts)
+
+
+def checked(model: LoadedModel, intervene: InterveneRequest, settings: Settings) -> Inspector:
+    """The inspector of a model that may be changed. Raises as ``planned``."""
+    if not settings.intervene_enabled:
+        raise InterventionsDisabled()
+    if model.inspector is None:
+        if not settings.inspect_enabled:
+            raise InspectionDisabled()
+        raise ModelNotCapable(
+            f"Model '{model.spec.name}' cannot be inspected", param=intervene.name
+        )
+    check_size(intervene)
+    return model.inspector
+
+
+def place_cost(request: GenerationRequest) -> int:
+    """The eighths of a place among those that are traced: see ``trace_plan.cost``."""
+    if request.trace is not None:
+        return request.trace_cost
+    return LIGHT if request.edited_places <= LIGHT_PLACES else WHOLE
