@@ -57,6 +57,11 @@ def save(folder: Path, parts: dict[str, tuple[torch.Tensor, torch.Tensor]], **co
         for path, pair in parts.items()
         for name, tensor in zip("AB", pair, strict=True)
     }
+    if config.get("use_dora"):
+        generator = torch.Generator().manual_seed(len(parts))
+        for path, (_, up) in parts.items():
+            lengths = 0.5 + torch.rand(len(up), generator=generator)
+            tensors[f"{PREFIX}{path}.lora_magnitude_vector"] = lengths
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
     standard = {
         "peft_type": "LORA",
@@ -119,6 +124,7 @@ def merged(model: nn.Module, folder: Path) -> Any:
                 alpha = own
                 break
         scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+        lengths = tensors.get(name.replace("lora_A.weight", "lora_magnitude_vector"))
         delta = scale * tensors[name.replace("lora_A", "lora_B")].double() @ tensors[name].double()
         layer = linear_layers(model)[path]
         with torch.no_grad():
@@ -126,4 +132,8 @@ def merged(model: nn.Module, folder: Path) -> Any:
             if path == "lm_head":  # peft adapts the head alone, where it shares the embedding's
                 weight = layer.weight = nn.Parameter(weight.clone(), requires_grad=False)
             weight += (delta.T if isinstance(layer, Conv1D) else delta).to(weight.dtype)
+            if lengths is not None:  # DoRA: rows of the sum get these lengths
+                rows = 0 if isinstance(layer, Conv1D) else 1
+                gain = lengths.double() / weight.double().norm(dim=rows)
+                weight *= (gain if isinstance(layer, Conv1D) else gain[:, None]).to(weight.dtype)
     return model

@@ -51,7 +51,7 @@ def folder(tmp_path_factory):
     lora.adapter(folder / "two", model, ["o_proj", "down_proj"], seed=2, rank=3)
     for name in ("one", "two"):
         saved(lora.merged(model, folder / name), folder / f"merged-{name}")
-    lora.adapter(folder / "dora", model, use_dora=True)
+    lora.adapter(folder / "biased", model, lora_bias=True)
     lora.adapter(folder / "huge", model, lora.ALL, lora_alpha=1e9)
     lora.adapter(folder / "nan", model)
     broken = folder / "nan" / "adapter_model.safetensors"
@@ -63,7 +63,7 @@ def folder(tmp_path_factory):
         *({"name": f"merged-{name}", "path": f"merged-{name}"} for name in ("one", "two")),
         {"name": "one", "adapter": "one", "base": "base", "aliases": ["first"]},
         {"name": "two", "adapter": "two", "base": "base", "generation": {"max_tokens": 3}},
-        {"name": "dora", "adapter": "dora", "base": "base"},
+        {"name": "biased", "adapter": "biased", "base": "base"},
         {"name": "huge", "adapter": "huge", "base": "base"},
         {"name": "nan", "adapter": "nan", "base": "base"},
         {"name": "misfit", "adapter": "one", "base": "other"},
@@ -243,7 +243,7 @@ def test_metrics_and_usage_are_the_adapters_own(client):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("dora", "adapter_config.json: use_dora: DoRA cannot be applied"),
+        ("biased", "adapter_config.json: lora_bias: biases cannot be applied"),
         ("nan", "lora_B.weight has numbers that are not finite"),
         ("misfit", "Adapter 'misfit' does not fit its base"),
         ("absent", "is not a folder"),
@@ -282,12 +282,12 @@ def test_a_load_in_the_background_can_be_watched(client):
     while not states or states[-1] == "loading":
         states.append(client.get("/models/two").get_json()["state"])
     assert states[-1] == "loaded"
-    client.post("/models/dora/load")
-    while client.get("/models/dora").get_json()["state"] == "loading":
+    client.post("/models/biased/load")
+    while client.get("/models/biased").get_json()["state"] == "loading":
         pass
-    failed = client.get("/models/dora").get_json()
+    failed = client.get("/models/biased").get_json()
     assert failed["state"] == "failed"
-    assert "use_dora" in failed["error"]
+    assert "lora_bias" in failed["error"]
 
 
 def test_files_that_change_are_read_anew(client, folder):

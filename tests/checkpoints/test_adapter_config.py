@@ -102,7 +102,7 @@ def test_keys_that_change_nothing_are_left_alone():
     ("key", "value"),
     [
         ("peft_type", "IA3"),
-        ("use_dora", True),
+        ("use_dora", "yes"),
         ("bias", "all"),
         ("bias", "lora_only"),
         ("lora_bias", True),

@@ -47,6 +47,10 @@ OPTIONS = {
     "plain": ("llama", ["q_proj", "v_proj"], {}),
     "alpha": ("llama", ["q_proj"], {"lora_alpha": 3.5}),
     "rslora": ("llama", ["o_proj", "down_proj"], {"use_rslora": True}),
+    "dora": ("llama", ["q_proj", "k_proj", "up_proj", "down_proj"], {"use_dora": True}),
+    "dora-rslora": ("gemma2", ["v_proj", "o_proj"], {"use_dora": True, "use_rslora": True}),
+    "dora-conv1d": ("gpt2", ["c_attn", "c_fc"], {"use_dora": True, "fan_in_fan_out": True}),
+    "dora-biased": ("gpt-neox", ["query_key_value", "dense"], {"use_dora": True}),
     "every-layer": (
         "llama",
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],

@@ -122,3 +122,28 @@ def test_a_pair_is_differentiable(library):
     pair(x).sum().backward()
     expected = (up.double() @ down.double()).sum(0).expand(3, -1)
     assert torch.allclose(x.grad.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_outputs_of_a_rescaled_part_are_rescaled_in_its_own_rows(library, kind):
+    """As DoRA does it: y gain + offset, then what is added; others keep their bits."""
+    gain, offset = 0.5 + random(17, seed=1).abs(), random(17, seed=2)
+    down, up = random(3, INPUTS, seed=3), random(17, 3, seed=4)
+    pair = LowRankPair(library, down, up, kind, WeightMemory(), (gain, offset))
+    own = LowRankPart(pair.down.address, pair.up.address, 1, 30)
+    own.gain, own.offset = (each.data_ptr() for each in pair.rescaling)
+    layer = Layer(library, kind)
+    x, y, adapters = random(5, INPUTS), random(5, OUTPUTS, seed=9), torch.tensor([1, -1, 0, 1, 2])
+    layer.parts[2] = own
+    made = layer.add(x, adapters, y)
+    assert torch.equal(made[1], y[1])
+    for row in (0, 3):
+        part = y[row, 30:47] * gain + offset + up @ (down @ x[row])
+        apart = (made[row, 30:47] - part).norm() / part.norm()
+        assert apart < TOLERANCE[kind]
+        assert torch.equal(made[row, :30], y[row, :30])
+        assert torch.equal(made[row, 47:], y[row, 47:])
+        assert torch.equal(
+            made[row], layer.add(x[row : row + 1], adapters[row : row + 1], y[row : row + 1])[0]
+        )
+    assert pair.nbytes == pair.down.nbytes + pair.up.nbytes + 2 * 17 * 4

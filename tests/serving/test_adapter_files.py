@@ -121,6 +121,29 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path, dtype, number):
     inspect(tmp_path, adapter_files(tensors, bytes(size)))
 
 
+LENGTHS = f"{LAYER}.lora_magnitude_vector"
+
+
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [
+        (None, "lora_magnitude of model.layers.0.self_attn.q_proj is missing"),
+        (("F32", [7]), "expected a vector of 4 floats"),
+        (("F32", [2, 2]), "expected a vector of 4 floats"),
+        (("I64", [4]), "expected a vector of 4 floats"),
+        (("F32", [4]), ""),
+        (("F16", [1, 4]), ""),
+    ],
+)
+def test_an_adapter_with_lengths_has_one_for_each_output(tmp_path, lengths, message):
+    tensors = dict(TENSORS) if lengths is None else TENSORS | {LENGTHS: lengths}
+    if message:
+        assert message in refused(tmp_path, adapter_files(tensors, use_dora=True))
+    else:
+        source, _ = inspect(tmp_path, adapter_files(tensors, use_dora=True))
+        assert [layer.magnitude for layer in source.layers] == [LENGTHS]
+
+
 def test_a_folder_that_is_no_adapter_says_what_it_is(tmp_path):
     files = adapter_files()
     del files["adapter_model.safetensors"]
@@ -325,8 +348,8 @@ def test_an_adapter_of_the_hub_is_fetched_once_and_nothing_else_with_it(tmp_path
 def test_a_config_that_cannot_be_served_is_refused_before_the_numbers_are_fetched(
     tmp_path, store, hub
 ):
-    hub.repos[REPO] = adapter_files(use_dora=True)
-    with pytest.raises(ModelLoadFailed, match="use_dora"):
+    hub.repos[REPO] = adapter_files(lora_bias=True)
+    with pytest.raises(ModelLoadFailed, match="lora_bias"):
         prepare(store, spec_of(tmp_path, HubSource(REPO)))
     assert hub.fetched("adapter_model.safetensors") == []
 
@@ -365,7 +388,7 @@ def environment(tmp_path, monkeypatch):
         monkeypatch.delenv(name.upper(), raising=False)
     write_files(tmp_path / "base", model_files(tensors=BASE))
     write_files(tmp_path / "adapter", adapter_files())
-    write_files(tmp_path / "dora", adapter_files(use_dora=True))
+    write_files(tmp_path / "dora", adapter_files(lora_bias=True))
     entries = [
         {"name": "base", "path": "base"},
         {"name": "x", "adapter": "adapter", "base": "base"},
@@ -384,7 +407,7 @@ def test_commands_pull_check_and_list_adapters(environment, tmp_path, capsys):
     assert f"x is ready in {tmp_path / 'adapter'} (0 MB, 1 layers), for" in out
     assert f"base is ready in {tmp_path / 'base'}" in out
     assert main(["pull", "dora"]) != 0
-    assert "use_dora" in capsys.readouterr().err
+    assert "lora_bias" in capsys.readouterr().err
     assert main(["models"]) == 0
     (line,) = (row for row in capsys.readouterr().out.splitlines() if row.startswith("x "))
     assert f"path:{tmp_path / 'adapter'} on base" in line
@@ -393,4 +416,4 @@ def test_commands_pull_check_and_list_adapters(environment, tmp_path, capsys):
     assert f"Default model x: ready in {tmp_path / 'base'}" in shown.getvalue()
     shown = io.StringIO()
     assert report(shown, "dora") == 1
-    assert "use_dora" in shown.getvalue()
+    assert "lora_bias" in shown.getvalue()

@@ -42,6 +42,11 @@ class PeftMatrices:
         down, up = (self._file.get_tensor(name).float() for name in (layer.down, layer.up))
         return down, up
 
+    def vector(self, name: str) -> Tensor:
+        """Numbers (out), float32."""
+        vector: Tensor = self._file.get_tensor(name).float().reshape(-1)
+        return vector
+
 
 class GgufMatrices:
     """Those of a GGUF file. Raises ValueError for a layer that ``model`` has not."""
@@ -82,3 +87,7 @@ class GgufMatrices:
         order = row_order({"op": "heads", "heads": heads}, len(up))
         assert order is not None
         return down, up[order]
+
+    def vector(self, name: str) -> Tensor:
+        """See PeftMatrices: such a file has none."""
+        raise KeyError(name)

@@ -15,6 +15,7 @@ class AdapterLayer:
     down: str  # name of a tensor (rank, in)
     up: str
     scale: float
+    magnitude: str | None = None  # DoRA: name of the lengths (out) that the weight's rows get
 
 
 @dataclass(frozen=True, slots=True)

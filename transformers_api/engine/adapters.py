@@ -33,6 +33,7 @@ from transformers_api.engine.base import (
     SequenceRequest,
     TokenStream,
 )
+from transformers_api.engine.dora import Rescaling, rescaled
 from transformers_api.engine.pretrained import differentiable
 from transformers_api.engine.runners.adapted_modules import adapted, layer_at
 from transformers_api.errors import ApiError, InsufficientMemory, ModelLoadFailed, Unavailable
@@ -49,7 +50,15 @@ POLL_S = 0.25  # to look whether a requester has gone, while there is no room
 
 
 class LowRankProduct(Protocol):
-    """The addition of an adapter to one layer."""
+    """The addition of an adapter to one layer.
+
+    ``rescaling``: gain and offset (out) of the layer's own outputs before it; None: they stay.
+    """
+
+    @property
+    def rescaling(self) -> tuple[Tensor, ...] | None:
+        """See above."""
+        ...
 
     @property
     def nbytes(self) -> int:
@@ -61,9 +70,9 @@ class LowRankProduct(Protocol):
         ...
 
 
-# (path of a layer, down (rank, in), up (out, rank)) -> up times down, for that layer. Raises
-# ValueError where no pass can add to it.
-MakeProduct = Callable[[str, Tensor, Tensor], LowRankProduct]
+# (path of a layer, down (rank, in), up (out, rank), rescaling) -> up times down, for that layer.
+# Raises ValueError where no pass can add to it.
+MakeProduct = Callable[[str, Tensor, Tensor, Rescaling | None], LowRankProduct]
 
 
 class AdapterRunner(Protocol):
@@ -249,7 +258,14 @@ class _Reading:
                 layer = file.placed(self._left.pop(0))
                 down, up = file.numbers(layer)
                 path = _checked(model, layer, down, up)
-                self.products[path] = make(path, down, up * layer.scale)
+                up *= layer.scale
+                rescaling = None
+                if layer.magnitude is not None:
+                    lengths = file.vector(layer.magnitude)
+                    rescaling = rescaled(model.get_submodule(path), down, up, lengths, path)
+                    up *= rescaling[0][:, None]
+                    size = SLICE_BYTES  # which reads all of the layer's own weight
+                self.products[path] = make(path, down, up, rescaling)
                 size += down.nbytes + up.nbytes
 
 

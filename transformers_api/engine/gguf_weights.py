@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,14 @@ class StoredMatrix:
     def release(self) -> None:
         """See MappedFile."""
         self.part.release()
+
+    def dense(self, dequantize: Dequantize, first: int, count: int) -> Tensor:
+        """Some rows of the memory, in its own order, as float32 (count, in)."""
+        row = self.part.bytes // self.shape[0]
+        memory = self.memory[first * row : (first + count) * row]
+        if self.kind in FLOATS:
+            return memory.view(FLOATS[self.kind]).view(count, -1).float()
+        return dequantize(memory, self.kind, (count, self.shape[1]))
 
     def floats(self) -> Tensor | None:
         """The numbers themselves, where they are not quantised."""
@@ -104,6 +112,66 @@ class StoredPart:
                 return None
             order = own if order is None else order[own]
         return StoredMatrix(self, self.shape, order)
+
+    def experts(self) -> list[StoredMatrix]:
+        """The matrices (out, in) of a stack of them, each where it lies."""
+        count, out, width = self.shape
+        size = self.bytes // count
+        return [
+            StoredMatrix(
+                replace(
+                    self, offset=self.offset + i * size, bytes=size, shape=(out, width), ops=()
+                ),
+                (out, width),
+                None,
+            )
+            for i in range(count)
+        ]
+
+
+@dataclass(frozen=True)
+class InterleavedRows:
+    """Meets StoredRows: a matrix whose rows are those of two of a file by turns."""
+
+    parts: tuple[StoredMatrix, StoredMatrix]
+    weights: GgufWeights
+    kind: str | None = None
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """See StoredRows."""
+        out, width = self.parts[0].shape
+        return 2 * out, width
+
+    @property
+    def width(self) -> str | None:
+        """See StoredRows."""
+        return None if self.parts[0].kind in FLOATS else "int8"
+
+    def rows(self, first: int, count: int) -> Tensor:
+        """See StoredRows."""
+        begin, end = first // 2, -(-(first + count) // 2)
+        both = [part.dense(self.weights.dequantize, begin, end - begin) for part in self.parts]
+        return torch.stack(both, dim=1).flatten(0, 1)[first - 2 * begin :][:count]
+
+    def gather(self, indices: Tensor) -> Tensor:
+        """See StoredRows."""
+        rows = [self.rows(index, 1) for index in indices.reshape(-1).tolist()]
+        return torch.cat(rows).view(*indices.shape, -1)
+
+    def blocks(self, first: int, count: int) -> Tensor:
+        """See StoredRows."""
+        raise NotImplementedError
+
+    def lying(self) -> tuple[Tensor, str] | None:
+        """See StoredRows."""
+        return None
+
+    def release(self) -> None:
+        """See StoredRows."""
+        for part in self.parts:
+            part.release()
 
 
 class GgufWeights(StoredWeights):
@@ -180,6 +248,19 @@ class GgufWeights(StoredWeights):
         if matrix is not None and sorted(matrix.shape) != sorted(self._tensors[name]["shape"]):
             raise ModelLoadFailed(f"{name} is {matrix.shape} in the file, not {self._shape(name)}")
         return matrix
+
+    def experts(self, name: str, *, is_transposed: bool) -> list[list[Any]] | None:
+        """See StoredWeights. What the table does besides turning them is no matter of matrices."""
+        parts, join = self._parts[name], self._tensors[name]["join"]
+        turned = ["transpose"] if is_transposed else []
+        if any(len(p.shape) != 3 or [op["op"] for op in p.ops] != turned for p in parts):
+            return None
+        stacks = [part.experts() for part in parts]
+        if join is None or (join["dim"] == 1 and not is_transposed):
+            return [list(own) for own in zip(*stacks, strict=True)]
+        if not (join.get("interleave") and is_transposed and len(parts) == 2 == join["dim"]):
+            return None
+        return [[InterleavedRows((a, b), self)] for a, b in zip(*stacks, strict=True)]
 
     def dense(self, name: str, dtype: torch.dtype) -> Tensor:
         """See StoredWeights."""

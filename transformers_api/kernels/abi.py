@@ -81,7 +81,14 @@ class Experts(ctypes.Structure):
 class LowRankPart(ctypes.Structure):
     """The addition of an adapter to some outputs of a layer."""
 
-    _fields_ = (("down", c_void_p), ("up", c_void_p), ("adapter", c_int64), ("column", c_int64))
+    _fields_ = (
+        ("down", c_void_p),
+        ("up", c_void_p),
+        ("adapter", c_int64),
+        ("column", c_int64),
+        ("gain", c_void_p),
+        ("offset", c_void_p),
+    )
 
 
 class LowRank(ctypes.Structure):

@@ -32,7 +32,6 @@ REFUSED = {
     "target_parameters": "parameters outside of linear layers, such as experts, cannot be adapted",
     "trainable_token_indices": "rows of the embedding cannot be replaced",
     "use_bdlora": "block-diagonal matrices cannot be applied",
-    "use_dora": "DoRA cannot be applied; merge the adapter into its base",
     "use_qalora": "QALoRA cannot be applied",
 }
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # of init_lora_weights
@@ -54,6 +53,7 @@ class AdapterConfig:
     ranks: Mapping[PathPattern, int] = field(default_factory=dict)
     alphas: Mapping[PathPattern, float] = field(default_factory=dict)
     is_rank_stabilized: bool = False
+    has_magnitudes: bool = False  # DoRA
 
     def rank_of(self, path: str) -> int:
         """The rank of the layer at ``path``."""
@@ -118,6 +118,7 @@ class _Parser:
             ranks={k: self._rank("rank_pattern", v) for k, v in self._by_path("rank_pattern")},
             alphas={k: self._alpha("alpha_pattern", v) for k, v in self._by_path("alpha_pattern")},
             is_rank_stabilized=self._flag("use_rslora"),
+            has_magnitudes=self._flag("use_dora"),
         )
 
     def _refuse(self) -> None:

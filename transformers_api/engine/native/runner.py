@@ -152,9 +152,10 @@ class NativeRunner(ModelRunner):
         """See AdapterRunner."""
         memory, adapters = WeightMemory(), self.pass_adapters
 
-        def make(path: str, down: Tensor, up: Tensor) -> LowRankPair:
+        def make(path: str, down: Tensor, up: Tensor, rescaling: Any = None) -> LowRankPair:
             adapters.check(path)
-            return LowRankPair(self.cache.library, down, up, self.kind.numbers, memory)
+            kind = self.kind.numbers
+            return LowRankPair(self.cache.library, down, up, kind, memory, rescaling)
 
         return make
 

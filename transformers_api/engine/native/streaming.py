@@ -223,7 +223,7 @@ def _fill_experts(library: Library, model: Any, stored: StoredWeights) -> None:
         experts = stored.experts(name, is_transposed=layer.is_transposed)
         if experts is None:
             return None
-        return [[RowSource(library, matrix) for matrix in parts] for parts in experts]
+        return [[_source(library, stored, matrix) for matrix in parts] for parts in experts]
 
     stream_experts(model, sources_of, lambda layer: paths[id(layer)])
 

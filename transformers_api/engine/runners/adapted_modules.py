@@ -26,9 +26,11 @@ PROBE = (1, 2, 3, 1, 2)  # token ids; every vocabulary has them
 class TorchProduct:
     """Meets LowRankProduct, by torch."""
 
-    def __init__(self, down: Tensor, up: Tensor) -> None:
-        self.down, self.up = down, up
-        self.nbytes = down.nbytes + up.nbytes
+    def __init__(
+        self, down: Tensor, up: Tensor, rescaling: tuple[Tensor, ...] | None = None
+    ) -> None:
+        self.down, self.up, self.rescaling = down, up, rescaling
+        self.nbytes = sum(each.nbytes for each in (down, up, *(rescaling or ())))
 
     def __call__(self, x: Tensor) -> Tensor:
         """See LowRankProduct."""
@@ -46,10 +48,11 @@ class AdaptsModules:
         dtype = torch.float32 if device.type == "cpu" else self.model.dtype
         whole = read_by_every_token(self.model)
 
-        def make(path: str, down: Tensor, up: Tensor) -> TorchProduct:
+        def make(path: str, down: Tensor, up: Tensor, rescaling: Any = None) -> TorchProduct:
             if path not in whole:
                 raise ValueError(f"{path} of the base is no layer that every token goes through")
-            return TorchProduct(down.to(device, dtype), up.to(device, dtype))
+            own = rescaling and tuple(each.to(device, dtype) for each in rescaling)
+            return TorchProduct(down.to(device, dtype), up.to(device, dtype), own)
 
         return make
 
@@ -162,5 +165,9 @@ class _Adding:
             index = self.rows.of(adapter, each, x.device)
             added = product(x if index is None else x[index])
             added = added.masked_fill(added.abs() > LARGEST, torch.nan).to(made.dtype)
+            if product.rescaling is not None:
+                gain, offset = product.rescaling
+                own = made if index is None else made[index]
+                added = added + (own * (gain - 1) + offset).to(made.dtype)
             made = made + added if index is None else made.index_add(0, index, added)
         return made.view(output.shape)

@@ -211,6 +211,11 @@ class PackedWeight:
         """Bytes of the packed form."""
         return self._memory.nbytes
 
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias (out) of every result."""
+        return self._bias
+
     def set_bias(self, bias: Tensor) -> None:
         """Add ``bias`` (out) to every result."""
         self._bias = bias.detach().float().contiguous()

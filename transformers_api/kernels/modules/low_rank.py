@@ -20,14 +20,22 @@ from transformers_api.kernels.modules.linear import (
 class LowRankPair:
     """The addition to one layer: ``up`` (out, rank) times ``down`` (rank, in), packed.
 
-    ``kind``: float32 or bfloat16, as of a PackedWeight.
+    ``kind``: float32 or bfloat16, as of a PackedWeight. ``rescaling``: gain and offset (out) that
+    the layer's own outputs are multiplied with and added to before.
     """
 
     def __init__(
-        self, library: Library, down: Tensor, up: Tensor, kind: str, memory: WeightMemory
+        self,
+        library: Library,
+        down: Tensor,
+        up: Tensor,
+        kind: str,
+        memory: WeightMemory,
+        rescaling: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         self.down = PackedWeight(library, [down], kind, memory)
         self.up = PackedWeight(library, [up], kind, memory)
+        self.rescaling = rescaling and tuple(each.float().contiguous() for each in rescaling)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the product with ``x`` (…, in): (…, out)."""
@@ -36,7 +44,8 @@ class LowRankPair:
     @property
     def nbytes(self) -> int:
         """Bytes of the packed form."""
-        return self.down.nbytes + self.up.nbytes
+        own = sum(each.nbytes for each in self.rescaling or ())
+        return self.down.nbytes + self.up.nbytes + own
 
 
 class LowRankTables:
@@ -72,6 +81,8 @@ class LowRankTables:
             for path, pair in adapter.items():
                 weight, column = self._places[path]
                 part = LowRankPart(pair.down.address, pair.up.address, number, column)
+                if pair.rescaling is not None:
+                    part.gain, part.offset = (each.data_ptr() for each in pair.rescaling)
                 parts.setdefault(weight, []).append(part)
         self._parts = [adapters]
         for weight, table in self._tables.items():

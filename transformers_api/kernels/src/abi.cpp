@@ -39,7 +39,7 @@ std::string describe_layout() {
 
   STRUCTURE(LowRankPart);
   FIELD(LowRankPart, down), FIELD(LowRankPart, up), FIELD(LowRankPart, adapter);
-  FIELD(LowRankPart, column);
+  FIELD(LowRankPart, column), FIELD(LowRankPart, gain), FIELD(LowRankPart, offset);
 
   STRUCTURE(LowRank);
   FIELD(LowRank, count), FIELD(LowRank, parts), FIELD(LowRank, n), FIELD(LowRank, adapters);

@@ -51,6 +51,7 @@ struct LowRankPart {
   const Weight *down, *up;  // of one type, F32 or BF16, without bias
   int64_t adapter;          // its number
   int64_t column;           // the first of its outputs
+  const float *gain, *offset;  // what the layer's own outputs become before: y gain + offset; or null
 };
 
 // All that adapters add to the results of one layer. ``down`` is of one type in all parts.

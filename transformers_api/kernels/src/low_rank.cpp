@@ -50,15 +50,20 @@ ActiveParts active_parts(const LowRank& layer, const Routes& routes) {
   return active;
 }
 
-// Adds the outputs of panel p, of all rows of a part, to y.
+// Adds the outputs of panel p, of all rows of a part, to y, or to what y becomes before.
 void add_panel(const LowRank& layer, const ActivePart& a, const int64_t* order, const float* added,
                int64_t p, void* y, int32_t type) {
   const int64_t n = a.part->up->n;
   for (int64_t column = p * PANEL; column < std::min(n, (p + 1) * PANEL); column += 16) {
     const mask16 mask = first_lanes(n - column);
+    const LowRankPart& part = *a.part;
+    const f32x16 gain = part.gain ? load(part.gain + column, mask) : broadcast(1);
+    const f32x16 offset = part.gain ? load(part.offset + column, mask) : zero();
     for (int64_t m = 0; m < a.rows; m++) {
       const int64_t at = order[a.begin + m] * layer.n + a.part->column + column;
-      const f32x16 sum = add(load(y, type, at, mask), load(added + m * n + column, mask));
+      f32x16 own = load(y, type, at, mask);
+      if (part.gain) own = fmadd(own, gain, offset);
+      const f32x16 sum = add(own, load(added + m * n + column, mask));
       store(y, static_cast<Type>(type), at, mask, sum);
     }
   }

@@ -33,8 +33,8 @@ MIB = 1 << 20
 MAX_CONFIG_BYTES = MIB
 PREFIX = "base_model.model."  # of every tensor's name
 _PART = re.compile(r"(.+)\.lora_([AB])(\.\w+)?\.weight")
+_MAGNITUDE = re.compile(r"(.+)\.lora_(magnitude)_vector(\.\w+)*")
 _REFUSED = {
-    "lora_magnitude_vector": "DoRA (use_dora) cannot be applied",
     "lora_embedding_": "adapters of embeddings cannot be applied",
     ".base_layer.": "a layer of the base itself; save the adapter with save_embedding_layers=False",
     ".bias": "biases (bias, lora_bias) cannot be applied",
@@ -67,7 +67,10 @@ def inspect_adapter(
         raise ModelLoadFailed(f"{weights} holds no tensors")
     sizes = {path: _sizes(weights, config, path, own) for path, own in parts.items()}
     layers = [
-        AdapterLayer(path, own["A"].name, own["B"].name, config.scale_of(path))
+        AdapterLayer(
+            *(path, own["A"].name, own["B"].name, config.scale_of(path)),
+            own["magnitude"].name if config.has_magnitudes else None,
+        )
         for path, own in parts.items()
     ]
     size = _checked_size(name, sum(tensor.elements for tensor in tensors), most_bytes)
@@ -200,7 +203,7 @@ def _place(file: Path, tensor: Tensor) -> tuple[str, str]:
     name = tensor.name.removeprefix(PREFIX)
     if len(name) > MAX_PATH:
         raise ModelLoadFailed(f"{file}: {name[:50]}… is longer than the path of a layer may be")
-    match = _PART.fullmatch(name)
+    match = _PART.fullmatch(name) or _MAGNITUDE.fullmatch(name)
     if match is None or ".lora_" in match[1]:
         reason = next((text for part, text in _REFUSED.items() if part in name), "unknown")
         raise ModelLoadFailed(f"{file}: {tensor.name}: {reason}")
@@ -209,11 +212,27 @@ def _place(file: Path, tensor: Tensor) -> tuple[str, str]:
     return match[1], match[2]
 
 
+def _check_magnitude(
+    file: Path, config: AdapterConfig, magnitude: Tensor | None, up: Tensor
+) -> None:
+    """Refuse lengths of rows (DoRA) of another number, or where nothing says that they are used."""
+    if magnitude is None:
+        return
+    if not config.has_magnitudes:
+        raise ModelLoadFailed(f"{file}: {magnitude.name} is there, and use_dora is not set")
+    is_vector = magnitude.elements == max(magnitude.shape, default=0) == up.shape[0]
+    if magnitude.dtype not in FLOATS or not is_vector:
+        raise ModelLoadFailed(
+            f"{file}: {magnitude.name} is {magnitude.dtype} {list(magnitude.shape)}, expected a "
+            f"vector of {up.shape[0]} floats"
+        )
+
+
 def _sizes(
     file: Path, config: AdapterConfig, path: str, parts: Mapping[str, Tensor]
 ) -> tuple[int, int]:
     """(inputs, outputs) of a layer. Raises ModelLoadFailed where its tensors cannot be so."""
-    for part in ("A", "B"):
+    for part in ("A", "B", *(["magnitude"] if config.has_magnitudes else [])):
         if part not in parts:
             raise ModelLoadFailed(f"{file}: lora_{part} of {path} is missing")
     down, up = parts["A"], parts["B"]
@@ -223,6 +242,7 @@ def _sizes(
             raise ModelLoadFailed(
                 f"{file}: {tensor.name} is {tensor.dtype} {shape}, expected a matrix of floats"
             )
+    _check_magnitude(file, config, parts.get("magnitude"), up)
     rank = config.rank_of(path)
     for tensor, own in ((down, down.shape[0]), (up, up.shape[1])):
         if own != rank:
