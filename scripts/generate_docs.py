@@ -21,6 +21,7 @@ from transformers_api.api.anthropic.schema import MessageRequest
 from transformers_api.api.http.field_table import ALL, ASKS_NOTHING, BOTH, TABLE, Entry, Treatment
 from transformers_api.api.http.fields import Schema, Unsupported
 from transformers_api.api.http.sampling_schema import Sampling
+from transformers_api.api.inspect.schemas.grids import AblateRequest, PatchRequest
 from transformers_api.api.inspect.schemas.inspect import (
     AttributionRequest,
     FullAttentionRequest,
@@ -186,6 +187,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "attribution fields": fields(AttributionRequest, Inspected),
     "hidden_states fields": fields(HiddenStatesRequest, Inspected),
     "logit_parts fields": fields(LogitPartsRequest, Inspected),
+    "patch fields": fields(PatchRequest),
+    "ablate fields": fields(AblateRequest, Inspected),
     "vector fields": fields(VectorBody),
     "derivation fields": fields(DerivationRequest),
 }

@@ -30,6 +30,7 @@ from transformers_api.inspection.base import (
     StepTrace,
     TracePlan,
 )
+from transformers_api.inspection.grid_question import Grid, GridQuestion
 from transformers_api.inspection.logit_share import LogitParts, LogitPartsQuestion, LogitShare
 
 LAYERS, HEADS, KV_HEADS, WIDTH = 2, 4, 2, 8
@@ -285,6 +286,13 @@ class FakeInspector:
             sum=3.75,
         )
         return sliced(lambda: parts)
+
+    def grid(self, ids: Sequence[int], question: GridQuestion) -> Job[Grid]:
+        self.asked.append(("grid", list(ids)))
+        values = numpy.linspace(-1, 1, len(question.cells), dtype=numpy.float32)
+        donor = None if question.donor is None else 2.0
+        grid = Grid(values=values, plain=1.0, donor=donor, answer=97, against=None)
+        return sliced(lambda: grid)
 
     def check_gradients(self) -> Job[bool]:
         return sliced(lambda: self.gradients, slices=0)

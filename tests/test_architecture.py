@@ -64,14 +64,24 @@ LAYERS = {
         *("engine", "kernels", "families", "errors", "logs", "memory"), never=HTTP
     ),
     "inspection.base": layer(
-        "errors", "inspection.logit_share", "inspection.probes", never=HTTP | MODELS | {"torch"}
+        "errors",
+        "inspection.grid_question",
+        "inspection.logit_share",
+        "inspection.probes",
+        never=HTTP | MODELS | {"torch"},
     ),
     "inspection.edit_plan": layer("inspection.base", "errors", never=HTTP | MODELS | {"torch"}),
     "inspection.questions": layer(
-        *("inspection.base", "inspection.edit_plan", "inspection.logit_share"),
+        *(
+            "inspection.base",
+            "inspection.edit_plan",
+            "inspection.grid_question",
+            "inspection.logit_share",
+        ),
         never=HTTP | MODELS | {"torch"},
     ),
     "inspection.probes": layer(never=HTTP | MODELS | {"torch"}),
+    "inspection.grid_question": layer(never=HTTP | MODELS | {"torch"}),
     "inspection.logit_share": layer(never=HTTP | MODELS | {"torch"}),
     "inspection": layer("inspection", "engine", "errors", "logs", never=HTTP),
     "serving": layer(
@@ -93,6 +103,7 @@ LAYERS = {
         "inspection.base",
         "inspection.questions",
         "inspection.edit_plan",
+        "inspection.grid_question",
         "inspection.logit_share",
         *LEAVES,
         never=MODELS | {"torch", "gunicorn"},

@@ -314,3 +314,48 @@ def test_a_logit_that_cannot_be_taken_apart_is_refused_by_name(client, body, mes
     refused = client.post("/inspect/logit_parts", json={"prompt": PROMPT, **body})
     assert refused.status_code == 422
     assert message in refused.get_json()["detail"]
+
+
+def test_a_grid_leads_from_one_prompt_to_the_other(client):
+    body = {"clean": "The capital of France is", "corrupt": "The capital of Israel is"}
+    grid = ask(client, "patch", {**body, "positions": [-1, 0], "metric": "logprob"})
+    assert (grid["layers"], grid["positions"]) == ([0, 1, 2], [23, 0])
+    assert grid["tokens"] == ["s", "T"]
+    assert grid["grid"][2][0] == pytest.approx(1, abs=1e-3)  # the last layer, where it is read
+    assert [row[1] for row in grid["grid"]] == pytest.approx([0, 0, 0], abs=1e-3)  # as in both
+    assert grid["against"] is None
+    heads = ask(client, "patch", {**body, "part": "head", "layers": [1], "answer": 65})
+    assert len(heads["grid"]) == 1
+    assert len(heads["grid"][0]) == HEADS
+    assert heads["answer"] == {"token_id": 65, "token": "A"}
+
+
+def test_what_is_missed_is_the_metric_less_that_without_the_part(client):
+    missed = ask(client, "ablate", {"prompt": PROMPT, "part": "mlp", "layers": [1]})
+    (edit,) = [{"do": "ablate", "part": "mlp", "layer": 1}]
+    ids = ask(client, "tokens", {"prompt": PROMPT})["token_ids"]
+    body = {"token_ids": [*ids, missed["answer"]["token_id"]], "logprobs": True}
+    plain = ask(client, "tokens", body)["surprisal"][-1]
+    without = ask(client, "tokens", {**body, "intervene": {"edits": [edit]}})["surprisal"][-1]
+    assert missed["plain"] == pytest.approx(-plain, abs=1e-4)
+    assert missed["grid"][0][0] == pytest.approx(without - plain, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "message"),
+    [
+        ("patch", {"clean": "abc", "corrupt": "ab"}, "prompts have 3 and 2 tokens"),
+        ("patch", {"clean": "abc"}, "corrupt is required"),
+        ("patch", {"clean": "", "corrupt": "a"}, "must be a text or a list of messages"),
+        ("patch", {"clean": "ab", "corrupt": "ac", "layers": [-1]}, "layers must be in [0, 2]"),
+        ("patch", {"clean": "ab", "corrupt": "ac", "positions": [2]}, "positions must be in"),
+        ("patch", {"clean": "ab", "corrupt": "ac", "layer": [1]}, "did you mean 'layers'?"),
+        ("ablate", {"prompt": "ab", "layers": [3]}, "layers must be in [-1, 2]"),
+        ("ablate", {"prompt": "ab", "part": "resid"}, "part must be one of"),
+        ("ablate", {"prompt": "ab", "answer": -1}, "answer must be in [0, "),
+    ],
+)
+def test_a_grid_that_cannot_be_is_refused_by_name(client, route, body, message):
+    refused = client.post(f"/inspect/{route}", json=body)
+    assert refused.status_code == 422
+    assert message in refused.get_json()["detail"]

@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import numpy
 from numpy.typing import NDArray
 
+from transformers_api.inspection.grid_question import Grid, GridQuestion
 from transformers_api.inspection.logit_share import LogitParts, LogitPartsQuestion
 from transformers_api.inspection.probes import Probe, ProbeReading
 
@@ -382,6 +383,10 @@ class Inspector(Protocol):
 
     def logit_parts(self, ids: Sequence[int], question: LogitPartsQuestion) -> Job[LogitParts]:
         """The shares of the parts of the model in a logit."""
+        ...
+
+    def grid(self, ids: Sequence[int], question: GridQuestion) -> Job[Grid]:
+        """The prediction of the last token after each of many changes."""
         ...
 
     def check_places(self) -> Job[Editable]:

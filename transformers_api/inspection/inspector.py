@@ -26,6 +26,8 @@ from transformers_api.inspection.base import (
 )
 from transformers_api.inspection.edit_plan import EditPlan
 from transformers_api.inspection.edits import EditedText
+from transformers_api.inspection.grid_question import Grid, GridQuestion
+from transformers_api.inspection.grids import run_grid
 from transformers_api.inspection.logit_parts import split
 from transformers_api.inspection.logit_share import LogitParts, LogitPartsQuestion
 from transformers_api.inspection.parts import Parts
@@ -144,6 +146,10 @@ class ModelInspector:
     def logit_parts(self, ids: Sequence[int], question: LogitPartsQuestion) -> Job[LogitParts]:
         """See ``base.Inspector``. Raises ModelNotCapable."""
         return lambda model: split(model, self.way, self.source, self.anatomy, list(ids), question)
+
+    def grid(self, ids: Sequence[int], question: GridQuestion) -> Job[Grid]:
+        """See ``base.Inspector``. Raises ModelNotCapable, InvalidRequest, PromptTooLarge."""
+        return lambda model: run_grid(model, self.way, self.anatomy, list(ids), question)
 
     def check_places(self) -> Job[Editable]:
         """See ``base.Inspector``."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from transformers_api.inspection import base, logit_share
+from transformers_api.inspection import base, grid_question, logit_share
 from transformers_api.inspection.base import Array, Heads, Inspector, Job
 from transformers_api.inspection.edit_plan import EditPlan
 
@@ -158,6 +158,18 @@ class LogitParts:
     def job(self, inspector: Inspector) -> Job[logit_share.LogitParts]:
         """See Question."""
         return inspector.logit_parts(self.ids, self.question)
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """See ``Inspector.grid``."""
+
+    ids: Sequence[int]
+    question: grid_question.GridQuestion
+
+    def job(self, inspector: Inspector) -> Job[grid_question.Grid]:
+        """See Question."""
+        return inspector.grid(self.ids, self.question)
 
 
 @dataclass(frozen=True, slots=True)

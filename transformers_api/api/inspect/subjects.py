@@ -201,6 +201,17 @@ def text_ids(model: LoadedModel, text: str, settings: Settings, param: str) -> l
     return ids
 
 
+def side_ids(model: LoadedModel, side: str | list[dict[str, Any]], param: str) -> list[int]:
+    """The tokens of a text or a conversation, which the model sees whole."""
+    settings = services().settings
+    if isinstance(side, str):
+        ids = text_ids(model, side, settings, param)
+    else:
+        ids = chat_template.encode(model, side, max_bytes=settings.inspected_prompt_bytes).ids
+    check_tokens(len(ids), min(settings.inspect_max_tokens, model.engine.max_model_len))
+    return ids
+
+
 def check_tokens(count: int, most: int) -> None:
     """Raise PromptTooLarge for more tokens than are looked at."""
     if count > most:

@@ -29,8 +29,6 @@ from transformers_api.errors import InvalidRequest
 from transformers_api.serving.inspect import arrays, vector_files
 from transformers_api.serving.inspect.vector_derivation import Streams, derive
 from transformers_api.serving.inspect.vector_store import MOST_NAME, Vector
-from transformers_api.serving.swap.loaded_model import LoadedModel
-from transformers_api.serving.text import chat_template
 
 blueprint = Blueprint("vectors", __name__, dialect=NIELS, description="Directions by name")
 
@@ -143,7 +141,7 @@ def derive_vector(body: dict[str, Any], name: str) -> Any:
             layer for layer in subjects.layers(body["layers"], inspector.anatomy) if layer >= 0
         ]
         texts = [
-            _ids(model, pair[side], f"pairs[{number}].{side}")
+            subjects.side_ids(model, pair[side], f"pairs[{number}].{side}")
             for side in ("positive", "negative")
             for number, pair in enumerate(pairs)
         ]
@@ -185,16 +183,6 @@ def _check_name(name: str) -> None:
 def _named_model(model: str | None) -> str | None:
     """The name of a model of this server. Raises ModelNotFound."""
     return None if model is None else services().registry.resolve(model).name
-
-
-def _ids(model: LoadedModel, side: str | list[dict[str, Any]], param: str) -> list[int]:
-    settings = services().settings
-    if isinstance(side, str):
-        ids = subjects.text_ids(model, side, settings, param)
-    else:
-        ids = chat_template.encode(model, side, max_bytes=settings.inspected_prompt_bytes).ids
-    subjects.check_tokens(len(ids), min(settings.inspect_max_tokens, model.engine.max_model_len))
-    return ids
 
 
 def _described(name: str, vector: Vector) -> dict[str, Any]:
