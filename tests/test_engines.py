@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -440,6 +441,13 @@ def test_a_server_of_upstreams_alone_serves_nothing_else(settings):
     assert answer.status_code == 404
     answer = client.post("/v1/chat/completions", json={"messages": MESSAGES})
     assert (answer.status_code, answer.json["error"]["code"]) == (502, "upstream_failed")
+
+
+def test_without_ray_the_start_ends_with_one_line(settings, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.setattr("transformers_api.cluster.ray_runtime.set_for_ray", lambda **_: None)
+    with pytest.raises(SettingError, match="pip install"):
+        create_app(replace(settings, engine="ray"))
 
 
 def test_a_wrong_engine_is_refused_with_those_there_are():

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 from transformers_api import logs
+from transformers_api.cluster import ray_runtime
 from transformers_api.cluster.messages import (
     Caller,
 )
@@ -168,6 +169,7 @@ def cluster_engine(parts: Parts, transport: Transport | None = None) -> EngineSi
     settings = parts.settings
     ray = None
     if transport is None:
+        ray_runtime.prepare(settings)  # where Ray is lacking, the start ends with one line
         transport = ray = RayTransport(settings, lambda: watch.begin())
     models = ClusterModels(transport, parts.registry)
     encoders = ClusterModels(transport, parts.registry, encoder=True)
