@@ -323,6 +323,13 @@ def test_there_may_not_be_too_much(client):
     )
 
 
+def test_another_prompt_is_as_long_as_an_inspected_one_at_most(client):
+    for text, limit in (("é" * 9000, "18000 bytes (max 16384)"), ("x" * 3000, "(max 2048)")):
+        edit = {"do": "ablate", "part": "mlp", "layer": 0, "with": {"prompt": text}}
+        error = completion(client, edit, status=413)["error"]
+        assert limit in error["message"]
+
+
 def test_an_edit_that_is_too_much_ends_its_answer_with_an_error(client):
     error = refusal(client, {**ADD, "scale": 1e30})
     assert error["code"] == "intervention_failed"

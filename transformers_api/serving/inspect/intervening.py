@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from transformers_api.config.settings import Settings
-from transformers_api.errors import InspectionDisabled, ModelNotCapable
+from transformers_api.errors import InspectionDisabled, ModelNotCapable, PromptTooLarge
 from transformers_api.inspection.base import Array, Part
 from transformers_api.inspection.edit_plan import InterventionsDisabled
 from transformers_api.inspection.questions import Inspected, PartNumbers
@@ -80,8 +80,11 @@ class Planner:
         inspections, cancellation = self.inspections, self.cancellation
 
         def numbers(text: str | None, places: Sequence[tuple[int, Part]]) -> Sequence[Array]:
-            ids = chat_template.encode_text(model, TEXT if text is None else text)
-            ids = ids[: model.engine.max_model_len]
+            text = TEXT if text is None else text
+            chat_template.check_bytes(text, self.settings.inspected_prompt_bytes)
+            ids = chat_template.encode_text(model, text)[: model.engine.max_model_len]
+            if len(ids) > (most := self.settings.inspect_max_tokens):
+                raise PromptTooLarge(f"Prompt too large to inspect: {len(ids)} tokens (max {most})")
             return inspections.ask(model, PartNumbers(ids, places), cancellation)
 
         facts = Facts(
