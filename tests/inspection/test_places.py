@@ -122,3 +122,13 @@ def test_the_check_disturbs_nobody_who_is_answered_meanwhile(watch):
     editable = watched.run(watched.inspector.check_places())
     assert [output.token_id for output in read(stream)[0]] == alone
     assert all(places.verified < 1e-5 for places in editable.places)
+
+
+def test_the_check_waits_for_room_and_lets_others_go_on_meanwhile(watch, monkeypatch):
+    watched = watch("qwen3", num_slots=4, prefill_chunk=4)
+    cache = watched.engine.scheduler.cache
+    real, refused = cache.reserve, [None] * 3
+    monkeypatch.setattr(cache, "reserve", lambda *a: refused.pop() if refused else real(*a))
+    editable = watched.run(watched.inspector.check_places())
+    assert not refused
+    assert all(places.verified < 1e-5 for places in editable.places)
