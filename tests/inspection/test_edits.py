@@ -13,6 +13,7 @@ from tests import lora
 from tests.engine.models import prompts_of
 from tests.engine.reading import read
 from tests.inspection.models import tiny
+from tests.repeats import slow
 from transformers_api.engine.base import SamplingParams, SequenceRequest
 from transformers_api.engine.places import model_places
 from transformers_api.inspection.edit_plan import Edit, EditPlan, InterventionFailed
@@ -148,7 +149,7 @@ def assert_close(own, right, atol=2e-5):
         numpy.testing.assert_allclose(*values, atol=atol, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "qwen3"])
+@pytest.mark.parametrize("name", ["gpt2", "gemma2", *slow("llama", "qwen3")])
 def test_formulas_are_those_of_hooks_of_the_plain_model(watch, name):
     engine = watch(name).engine
     unedited = written(engine, [(PROMPT, None)])[0]
@@ -177,7 +178,7 @@ def test_only_the_positions_that_are_named_are_changed(watch, positions, first, 
     assert_close(own, expected("llama", PROMPT, changed, change, first, stop))
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 8, 64])
+@pytest.mark.parametrize("chunk", [3, *slow(1, 8, 64)])
 def test_prompts_are_edited_however_they_are_read(watch, chunk):
     changed, change = FORMULAS["add"]
     watched = watch("mistral-window-8", prefill_chunk=chunk)

@@ -10,6 +10,7 @@ import torch
 from tests.engine.models import prompts_of
 from tests.engine.reading import read
 from tests.inspection.models import ALL, tiny
+from tests.repeats import slow
 from transformers_api.engine.base import SamplingParams, SequenceRequest
 from transformers_api.engine.native.runner import NativeRunner
 from transformers_api.engine.places import is_linear, model_places
@@ -70,9 +71,7 @@ def test_a_module_is_linear_by_what_it_does(module, linear):
     assert is_linear(module.eval(), torch.randn(1, 3, 8)) is linear
 
 
-@pytest.mark.parametrize(
-    "name", [*SERVED, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)]
-)
+@pytest.mark.parametrize("name", ["gpt2", "gemma2", "mixtral", *slow("llama", "qwen3", *MORE)])
 def test_every_place_acts_as_the_models_own_modules_do(watch, name):
     watched = watch(name)
     anatomy, editable = watched.examined.anatomy, watched.run(watched.inspector.check_places())
@@ -122,4 +121,14 @@ def test_the_check_disturbs_nobody_who_is_answered_meanwhile(watch):
     stream = watched.engine.submit([request])
     editable = watched.run(watched.inspector.check_places())
     assert [output.token_id for output in read(stream)[0]] == alone
+    assert all(places.verified < 1e-5 for places in editable.places)
+
+
+def test_the_check_waits_for_room_and_lets_others_go_on_meanwhile(watch, monkeypatch):
+    watched = watch("qwen3", num_slots=4, prefill_chunk=4)
+    cache = watched.engine.scheduler.cache
+    real, refused = cache.reserve, [None] * 3
+    monkeypatch.setattr(cache, "reserve", lambda *a: refused.pop() if refused else real(*a))
+    editable = watched.run(watched.inspector.check_places())
+    assert not refused
     assert all(places.verified < 1e-5 for places in editable.places)

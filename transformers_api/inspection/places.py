@@ -147,8 +147,9 @@ class ActingCheck:
         left = list(rows)
         while left:
             count = max((yield from self._room()) - 1, 1)
-            own, left = left[:count], left[count:]
-            served = yield from self._served(model, ids, [*own, NOBODY])
+            served = yield from self._served(model, ids, [*left[:count], NOBODY])
+            own = left[: min(count, len(served))]
+            left = left[len(own) :]
             expected = self._expected(model, ids, own)
             offs += [_off(a, b) for a, b in zip(served[: len(own)], expected, strict=True)]
             if len(offs) == len(own) and len(served) > len(own):
@@ -170,14 +171,16 @@ class ActingCheck:
 
         They lie behind those of the sequences that run; what was kept of finished ones is let go.
         """
-        yield
-        room = yield from self._room()
-        scheduler, rows = self.engine.scheduler, rows[:room]
-        cache, first = scheduler.cache, len(scheduler.running)
-        length = max([TOKENS, *(seq.room for seq in scheduler.running)])
+        scheduler = self.engine.scheduler
+        while True:
+            yield
+            rows = rows[: (yield from self._room())]
+            cache, first = scheduler.cache, len(scheduler.running)
+            length = max([TOKENS, *(seq.room for seq in scheduler.running)])
+            if cache.reserve(first + len(rows), length) is not None:
+                break
+            rows = rows[: max(len(rows) // 2, 1)]
         scheduler.forget()
-        while cache.reserve(first + len(rows), length) is None:
-            yield from self._room()
         sequences = [_sequence(ids, first + slot) for slot in range(len(rows))]
         if cache.in_pieces:
             return self._pass(model, sequences, rows, TOKENS)

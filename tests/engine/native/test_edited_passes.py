@@ -7,6 +7,7 @@ import torch
 
 from tests.engine.edited import EDITED, every_change, expected, read
 from tests.inspection.models import tiny
+from tests.repeats import slow
 from transformers_api.engine.llm_engine import BatchingEngine
 from transformers_api.engine.native.backend import editing
 from transformers_api.engine.native.runner import NativeRunner
@@ -14,8 +15,19 @@ from transformers_api.engine.runners.model_runner import innermost
 from transformers_api.kernels.graph import planner, tiling
 
 OTHERS = [0, 2]
-MODELS = ["llama", "gpt2", "gemma2", "qwen3"]
-MORE = ["mistral-window-8", "gpt-neox", "opt", "phi", "olmo2", "granite", "cohere2", "mixtral"]
+MODELS = ["gpt2", "gemma2"]
+MORE = [
+    "llama",
+    "qwen3",
+    "mistral-window-8",
+    "gpt-neox",
+    "opt",
+    "phi",
+    "olmo2",
+    "granite",
+    "cohere2",
+    "mixtral",
+]
 
 
 class Native:
@@ -33,10 +45,7 @@ def served(make_engine, name: str, dtype: str = "float32") -> BatchingEngine:
     return engine
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in MORE]
-
-
-@pytest.mark.parametrize("name", [*MODELS, *SLOW])
+@pytest.mark.parametrize("name", [*MODELS, *slow(*MORE)])
 def test_an_edit_acts_as_hooks_do_and_neighbours_stay_equal_to_the_bit(make_engine, name):
     engine, model = served(make_engine, name), tiny(name)
     plain = read(engine, Native, {})
