@@ -74,7 +74,7 @@ def test_experts_of_a_file_are_served_in_its_width(
 
 @pytest.mark.slow  # as the other peaks
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("kind", ["Q4_0", "Q6_K"])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q5_1"])
 def test_a_mixture_takes_little_more_memory_than_its_packed_weights(
     tmp_path, native_cache, monkeypatch, kind
 ):
