@@ -10,6 +10,7 @@ TORCHES := $(VENV)/torch-cpu.stamp $(VENV)/torch-cuda.stamp
 $(if $(filter cpu cuda,$(TORCH)),,$(error TORCH=$(TORCH) is not allowed: expected cpu or cuda))
 DEV := $(VENV)/dev.stamp
 KERNELS := $(VENV)/kernels.stamp
+RAY := $(VENV)/ray.stamp
 PEER := build/peers
 PEERS := transformers llama vllm openvino
 # llama.cpp for processors with less, beside our kernels of the same instructions.
@@ -26,7 +27,7 @@ TESTS := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup tools run test test-all faults image-test arm-test soak lint format screenshots docs check bench bench-peers bench-variants clients wheel lock audit sbom clean
+.PHONY: help setup tools run test test-all ray test-scale faults image-test arm-test soak lint format screenshots docs check bench bench-peers bench-variants clients wheel lock audit sbom clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -41,10 +42,15 @@ run: $(RUN) $(KERNELS) ## serve on http://127.0.0.1:5000; every setting comes fr
 		&& exec $(BIN)/python -m transformers_api serve
 
 test: $(DEV) ## the tests
-	@$(TESTS) -m "not slow"
+	@$(TESTS) -m "not slow and not scale"
 
 test-all: $(DEV) ## the tests, slow ones included (takes long; before a release)
-	@$(TESTS)
+	@$(TESTS) -m "not scale"
+
+ray: $(RAY) ## install what ENGINE=ray needs
+
+test-scale: $(DEV) $(RAY) $(KERNELS) ## a cluster of two replicas, and what is killed in it (installs Ray; needs 4 GiB)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --figures tests/scale
 
 # One at a time: several measure.
 faults: $(DEV) ## break the server in every way of docs/operations.md, and show the figures
@@ -146,6 +152,10 @@ $(RUN): requirements.txt requirements-models.txt $(VENV)/torch-$(TORCH).stamp
 
 $(DEV): requirements-dev.txt $(RUN)
 	@$(BIN)/python $(INSTALL) -r requirements-dev.txt
+	@touch $@
+
+$(RAY): requirements-ray.txt $(RUN)
+	@$(BIN)/python $(INSTALL) -r requirements-ray.txt
 	@touch $@
 
 # Without a compiler, or for another processor, the server does without; it says so itself.

@@ -13,7 +13,10 @@ import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-LOCKS = ("requirements.lock", "deploy/torch-cpu.lock", "deploy/torch-cu130.lock")
+LOCKS = (
+    *("requirements.lock", "deploy/ray.lock"),
+    *("deploy/torch-cpu.lock", "deploy/torch-cu130.lock"),
+)
 SERVICE = "https://pypi.org/pypi/{package}/json"
 NOT_ASKED = 2
 

@@ -17,6 +17,9 @@ compile() {
 compile --no-deps --no-emit-package torch requirements.txt requirements-models.txt \
     --output-file requirements.lock
 
+# What ENGINE=ray needs besides.
+compile --no-deps requirements-ray.txt --output-file deploy/ray.lock
+
 # The build for CUDA is the one of the package index; NVIDIA's packages come with it.
 compile --python-platform x86_64-manylinux_2_28 --constraint requirements.txt - \
     --output-file deploy/torch-cu130.lock <<<"$torch"

@@ -63,8 +63,15 @@ LAYERS = {
     "engine.native": layer(
         *("engine", "kernels", "families", "errors", "logs", "memory"), never=HTTP
     ),
-    "inspection.base": layer("errors", "inspection.logit_share", never=HTTP | MODELS | {"torch"}),
+    "inspection.base": layer(
+        "errors", "inspection.logit_share", "inspection.probes", never=HTTP | MODELS | {"torch"}
+    ),
     "inspection.edit_plan": layer("inspection.base", "errors", never=HTTP | MODELS | {"torch"}),
+    "inspection.questions": layer(
+        *("inspection.base", "inspection.edit_plan", "inspection.logit_share"),
+        never=HTTP | MODELS | {"torch"},
+    ),
+    "inspection.probes": layer(never=HTTP | MODELS | {"torch"}),
     "inspection.logit_share": layer(never=HTTP | MODELS | {"torch"}),
     "inspection": layer("inspection", "engine", "errors", "logs", never=HTTP),
     "serving": layer(
@@ -72,7 +79,9 @@ LAYERS = {
         "engine.base",
         "engine.adapter_source",
         "inspection.base",
+        "inspection.questions",
         "inspection.edit_plan",
+        "inspection.probes",
         "checkpoints.headers",
         *LEAVES,
         never=HTTP | MODELS | {"torch"},
@@ -82,6 +91,7 @@ LAYERS = {
         "serving",
         "engine.base",
         "inspection.base",
+        "inspection.questions",
         "inspection.edit_plan",
         "inspection.logit_share",
         *LEAVES,
@@ -95,7 +105,10 @@ WIRING = {
     "app",
     "check",
     "cli",
+    "cluster",
     "encoder_loader",
+    "engines",
+    "local_engine",
     "metrics",
     "adapter_loader",
     "model_facts",
@@ -300,7 +313,17 @@ def test_models_are_loaded_in_one_place(module):
 
 
 @pytest.mark.parametrize(
-    "module", ["api", "cli", "app", "config.settings", "serving", "engine.base", "inspection.base"]
+    "module",
+    [
+        "api",
+        "cli",
+        "app",
+        "config.settings",
+        "serving",
+        "engine.base",
+        "inspection.base",
+        "inspection.questions",
+    ],
 )
 def test_importing_a_torch_free_part_leaves_torch_out(module):
     code = (
@@ -317,17 +340,19 @@ def test_importing_a_torch_free_part_leaves_torch_out(module):
 @pytest.mark.parametrize(
     ("folders", "requirements"),
     [
-        pytest.param(["transformers_api"], ["requirements.txt"], id="run time"),
+        pytest.param(
+            ["transformers_api"], ["requirements.txt", "requirements-ray.txt"], id="run time"
+        ),
         pytest.param(
             ["tests", "examples", "benchmarks", "scripts"],
-            ["requirements.txt", "requirements-dev.txt"],
+            ["requirements.txt", "requirements-dev.txt", "requirements-ray.txt"],
             id="development",
         ),
     ],
 )
 def test_every_import_is_pinned_in_the_requirements(folders, requirements):
     text = "\n".join((ROOT / name).read_text() for name in requirements)
-    pinned = set(re.findall(r"^([\w.-]+)==", text, re.MULTILINE))
+    pinned = set(re.findall(r"^([\w.-]+)(?:\[\w+\])?==", text, re.MULTILINE))
     distributions = importlib.metadata.packages_distributions()
     clients = ROOT / "tests" / "clients"  # programs of others, each in its own environment
     files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
@@ -337,7 +362,7 @@ def test_every_import_is_pinned_in_the_requirements(folders, requirements):
     missing = {
         module
         for module in imported - own - {*sys.stdlib_module_names}
-        if not {canonical(name) for name in distributions.get(module, [])} & pinned
+        if not {canonical(name) for name in distributions.get(module, [module])} & pinned
     }
     assert "torch" in imported
     assert not missing

@@ -147,6 +147,8 @@ def _model(settings: Settings) -> Finding:
     except ApiError as error:
         mend = "set DEFAULT_MODEL to an id that the models command lists, or PRELOAD_MODEL=false"
         return Finding(subject, str(error), mend, prevents=settings.preload_model)
+    if spec.upstream is not None:
+        return Finding(subject, f"an upstream answers for it: {spec.upstream.url}")
     if reason := store.refusal(spec):
         return Finding(subject, reason, PREVENTED, prevents=settings.preload_model)
     if folder := store.locate(spec):

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transformers_api.cluster.arguments import add_cluster
 from transformers_api.config.settings import SettingError, Settings
 from transformers_api.errors import ApiError, ModelLoadFailed
 from transformers_api.server import standard_streams
@@ -90,6 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     actions.add_parser("list", help="names and scopes").set_defaults(run=_list_keys)
     for action in actions.choices.values():
         action.add_argument("--file", type=Path, help="the file of keys (API_KEYS_FILE)")
+
+    add_cluster(commands.add_parser("cluster", help="run engines in several processes, by Ray"))
 
     check = commands.add_parser("check", help="show settings and environment, and what is wrong")
     _add_model(check)
@@ -180,7 +183,7 @@ def resident_models(host: str, port: int, timeout_s: float = 0.5) -> frozenset[s
 
 
 def _source_text(spec: ModelSpec) -> str:
-    from transformers_api.serving.models.spec import HubSource, PackageSource
+    from transformers_api.serving.models.spec import HubSource, PackageSource, UpstreamSource
 
     if spec.adapter is not None:
         base = spec.resident.name
@@ -191,6 +194,8 @@ def _source_text(spec: ModelSpec) -> str:
             return f"hub:{repo}{at}" + (f":{file}" if file else "")
         case PackageSource(package, _):
             return f"package:{package}"
+        case UpstreamSource(url, model):
+            return f"upstream:{url} ({model})"
         case other:
             return f"path:{other.path}"
 

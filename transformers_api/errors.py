@@ -3,47 +3,21 @@
 ::
 
     ApiError
-    ├── InvalidRequest               400  a field is wrong; ``param`` names it
-    │   ├── UnsupportedParameter     400  known, not supported, and it would change the answer
-    │   ├── ContextLengthExceeded    400  prompt + completion do not fit the model's window
-    │   ├── ConstraintRefused, -Failed 400  the requested format cannot be enforced, or not any more
-    │   ├── PreviousResponseNotFound 400  ``previous_response_id`` is not stored, or not any more
-    │   ├── TooManyTokens            400  more at once than a client may have in a minute
-    │   └── ModelNotCapable          400  the resident model cannot do this
-    │       └── AttentionUnavailable 400  it has no attention weights to show
-    ├── InvalidApiKey                401  no key, or one that is not valid
-    ├── InsufficientPermissions      403  the key may not do this
-    │   └── InspectionDisabled       403  INSPECT_ENABLED is off
-    ├── PayloadTooLarge              413
-    │   └── PromptTooLarge, ResponseTooLarge 413  more than this route reads, or sends
-    ├── NotFound                     404  no such route or object
-    │   ├── ModelNotFound            404  ``model`` is not in the registry
-    │   └── UnknownCompletion        404  ``completion_id`` is not remembered
-    ├── MethodNotAllowed             405
-    ├── RequestTimeout, SlowReader   408  the client took too long to send, or to read
-    ├── UriTooLong, HeadersTooLarge  414, 431
-    ├── NotOffered                   501  another server's route, which nothing here does
-    │   ├── ChatUnavailable          501  the registry marks the model as completion-only
-    │   ├── ConstraintsUnavailable   501  the model's tokens cannot be held to a format
-    │   └── EmbeddingsUnavailable    501  ENABLE_EMBEDDINGS_BACKEND is off
-    ├── Overloaded                   429  the queue is full
-    │   ├── RateLimited              429  this client has asked too often
-    │   ├── TraceBusy                429  TRACE_MAX_REQUESTS are being traced
-    │   └── InspectionBusy           429  INSPECT_QUEUE inspections are waiting
-    ├── Unavailable                  503  cannot serve now, may later
-    │   ├── ModelLoading             503  the server is still starting
-    │   ├── ModelNotLoaded           503  AUTO_LOAD is off and another model is resident
-    │   ├── ModelLoadFailed          503
-    │   │   ├── ModelNotServable     400  of a kind that never can be
-    │   │   └── InsufficientMemory   503
-    │   ├── ModelUnloaded            503  the model was taken away before the answer was complete
-    │   └── ServerShuttingDown       503
-    ├── InsufficientStorage          507  no room on the disk for the model
-    ├── DeadlineExceeded             504  took longer than REQUEST_TIMEOUT_S
-    │   └── InspectionTimeout        504  took longer than INSPECT_TIMEOUT_S
-    ├── ClientGone                   499  nobody reads this any more
-    └── EngineFailed                 500  our fault; the log has the trace
-        └── EngineDead               503  the engine thread has ended; restart the process
+    ├── InvalidRequest           400  a field is wrong; ``param`` names it
+    │   └── ModelNotCapable      400  the model cannot do this; AttentionUnavailable
+    ├── InvalidApiKey, InsufficientPermissions  401, 403
+    ├── NotFound                 404  no such route or object: ModelNotFound, UnknownCompletion
+    ├── RequestTimeout, SlowReader, PayloadTooLarge  408, 408, 413
+    ├── NotOffered               501  another server's route, which nothing here does
+    ├── Overloaded               429  the queue is full: RateLimited, TraceBusy, UpstreamBusy, …
+    ├── Unavailable              503  cannot serve now, may later: ModelLoading, ReplicaFailed, …
+    │   └── ModelLoadFailed      503  InsufficientMemory; ModelNotServable, which is 400
+    ├── InsufficientStorage      507  no room on the disk for the model
+    ├── UpstreamFailed           502  another server, which answers for this one
+    ├── DeadlineExceeded         504  InspectionTimeout, UpstreamTimeout
+    ├── ClientGone               499  nobody reads this any more
+    └── EngineFailed             500  our fault; the log has the trace
+        └── EngineDead           503  the engine thread has ended; restart the process
 
 Any layer may raise them; only ``api/http/errors.py`` renders them.
 """
@@ -305,6 +279,12 @@ class InspectionBusy(Overloaded):
     code = "inspect_busy"
 
 
+class UpstreamBusy(Overloaded):
+    """The server that answers for this model takes no more for now."""
+
+    code = "upstream_busy"
+
+
 class Unavailable(ApiError):
     """Cannot be served now."""
 
@@ -359,11 +339,24 @@ class ServerShuttingDown(Unavailable):
     code = "server_shutting_down"
 
 
+class ReplicaFailed(Unavailable):
+    """The replica that wrote this answer has ended; others go on."""
+
+    code = "replica_failed"
+
+
 class InsufficientStorage(ApiError):
     """No room on the disk for the model's files."""
 
     status = 507
     code = "insufficient_storage"
+
+
+class UpstreamFailed(ApiError):
+    """The server that answers for this model cannot be reached, or makes no sense."""
+
+    status = 502
+    code = "upstream_failed"
 
 
 class DeadlineExceeded(ApiError):
@@ -377,6 +370,12 @@ class InspectionTimeout(DeadlineExceeded):
     """An inspection took longer than it may."""
 
     code = "inspect_timeout"
+
+
+class UpstreamTimeout(DeadlineExceeded):
+    """The server that answers for this model is silent."""
+
+    code = "upstream_timeout"
 
 
 class ClientGone(ApiError):

@@ -59,6 +59,7 @@ class Metrics:
     """
 
     def __init__(self, models: Collection[str]) -> None:
+        self.extend: Callable[[bytes], bytes] = bytes  # the page by those of other processes
         self._models = frozenset(models)
         self._codes = frozenset(_codes())
         self._engines: dict[str, EngineTally] = {}
@@ -89,7 +90,7 @@ class Metrics:
 
     def page(self) -> tuple[bytes, str]:
         """See api.services.MetricsPage."""
-        return generate_latest(self.registry), CONTENT_TYPE_PLAIN_0_0_4
+        return self.extend(generate_latest(self.registry)), CONTENT_TYPE_PLAIN_0_0_4
 
     def watch(
         self,

@@ -363,8 +363,8 @@ def test_the_encoder_goes_when_a_model_needs_its_memory(client, whole, monkeypat
     embedded(client, ["Hi"])
     assert encoder(whole) == MINILM
     whole.extensions[EXTENSION].swapper.evict()  # so that its memory is not counted on
-    free = iter([0, GIB])  # before and after the encoder has gone
-    monkeypatch.setattr(model_loader, "_available_bytes", lambda device: next(free))
+    # before and after the encoder has gone
+    monkeypatch.setattr(model_loader, "available_bytes", lambda _: 0 if encoder(whole) else GIB)
     client.completions.create(model="pooled", prompt="Hi", max_tokens=1)
     assert encoder(whole) is None
     assert resident(whole) == "pooled"
@@ -372,7 +372,7 @@ def test_the_encoder_goes_when_a_model_needs_its_memory(client, whole, monkeypat
 
 def test_an_encoder_that_does_not_fit_is_refused(client, whole, monkeypatch):
     whole.extensions[EXTENSION].embeddings.give_back(0)
-    monkeypatch.setattr(model_loader, "_available_bytes", lambda device: 1 << 20)
+    monkeypatch.setattr(model_loader, "available_bytes", lambda device: 1 << 20)
     with pytest.raises(openai.InternalServerError) as caught:
         embedded(client, ["Hi"])
     assert caught.value.body["code"] == "insufficient_memory"

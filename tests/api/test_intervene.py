@@ -323,6 +323,13 @@ def test_there_may_not_be_too_much(client):
     )
 
 
+def test_another_prompt_is_as_long_as_an_inspected_one_at_most(client):
+    for text, limit in (("é" * 9000, "18000 bytes (max 16384)"), ("x" * 3000, "(max 2048)")):
+        edit = {"do": "ablate", "part": "mlp", "layer": 0, "with": {"prompt": text}}
+        error = completion(client, edit, status=413)["error"]
+        assert limit in error["message"]
+
+
 def test_an_edit_that_is_too_much_ends_its_answer_with_an_error(client):
     error = refusal(client, {**ADD, "scale": 1e30})
     assert error["code"] == "intervention_failed"
@@ -362,6 +369,49 @@ def test_a_vector_from_the_store_is_the_same_edit(client):
         "vector 'other' was made for model 'twin'; send \"any_model\": true to use it all the same"
     )
     assert text(completion(client, {**edit, "any_model": True})) == text(completion(client, ADD))
+
+
+def test_tokens_can_be_forced_and_the_model_goes_on_from_there(client):
+    force = {"do": "force", "step": 1, "token_ids": [ord("x"), ord("y")]}
+    plain, forced = (completion(client, *e, logprobs=1) for e in ((), (force,)))
+    assert text(forced)[1:3] == "xy"
+    assert text(forced)[0] == text(plain)[0]
+    scores = forced["choices"][0]["logprobs"]
+    assert scores["token_logprobs"][0] == plain["choices"][0]["logprobs"]["token_logprobs"][0]
+    assert scores["token_logprobs"][1] < -0.1  # the model's own
+    same = completion(client, prompt=PROMPT + text(forced)[:3], max_tokens=3)
+    assert text(forced)[3:] == text(same)
+    both = completion(client, force, ADD)
+    assert text(both)[1:3] == "xy"
+    assert both["choices"][0]["intervene"]["edits"][0]["token_ids"] == [120, 121]
+    assert both["usage"]["intervene"]["edits"] == 2
+    for edit, words in (
+        ({**force, "step": 5}, "go beyond the 6 tokens"),
+        ({**force, "token_ids": [999]}, "must be below"),
+        ({**force, "layer": 1}, "layer' is not for force"),
+        ({"do": "force", "step": 1}, "token_ids' is required for force"),
+        ({**ADD, "step": 1}, "step' is for force"),
+    ):
+        assert words in refusal(client, edit)["message"]
+    error = inspected(client, "tokens", force, status=422)
+    assert "tokens that are written" in error["detail"]
+
+
+def test_a_trace_measures_the_stream_along_a_vector_as_it_is_edited(client):
+    client.put("/inspect/vectors/way", json={"vector": [VECTOR, VECTOR], "layers": [0, 1]})
+    trace = {"probes": ["way"], "resid_norms": True}
+    plain, edited = (completion(client, *e, trace=trace, max_tokens=1) for e in ((), (ADD,)))
+    readings = [each["choices"][0]["trace"]["steps"][0] for each in (plain, edited)]
+    before, after = (each["probes"][0] for each in readings)
+    assert (before["vector"], before["layers"]) == ("way", [0, 1])
+    length = numpy.linalg.norm(VECTOR)
+    assert after["projection"][0] - before["projection"][0] == pytest.approx(length, rel=1e-3)
+    for own in readings:
+        (probe,) = own["probes"]
+        norms = numpy.array(own["resid_norms"])
+        numpy.testing.assert_allclose(probe["cosine"] * norms, probe["projection"], rtol=1e-3)
+    refused = completion(client, trace={"probes": ["nobody"]}, status=404)
+    assert "No vector 'nobody'" in refused["error"]["message"]
 
 
 def inspected(client, route, *edits, status=200, **fields):

@@ -44,6 +44,7 @@ BODIES = SEEDS | {
     "/inspect/attribution": {"prompt": "Hi", "method": "occlusion", "steps": 4},
     "/inspect/hidden_states": {"prompt": "Hi", "layers": [0], "format": "json"},
     "/inspect/rollout": {"prompt": "Hi", "format": "json"},
+    "/inspect/logit_parts": {"prompt": "Hi", "by": "head", "against": "mean", "topk": 3},
 }
 AT_THE_TOP = ("/tokenize", "/detokenize", "/rerank", "/score", "/apply-template", "/infill")
 EXTREMES = (

@@ -9,6 +9,7 @@ import numpy
 import pytest
 import torch
 
+from tests import lora
 from tests.engine.models import prompts_of
 from tests.engine.reading import read
 from tests.inspection.models import tiny
@@ -234,3 +235,24 @@ def test_numbers_that_are_not_finite_end_the_sequence_and_no_other(watch, vector
     )
     assert [(o.token_id, o.score) for o in outputs[1]] == alone[0]
     assert written(engine, [(PROMPT[:7], None)]) == alone
+
+
+def test_edits_go_together_with_adapters_and_with_scored_prompts(watch, tmp_path):
+    source = lora.source(lora.adapter(tmp_path, tiny("llama")))
+    changed = plan(FORMULAS["add"][0], FORMULAS["zero heads"][0])
+    answers = []
+    for native in ({}, {"native": None}):
+        engine = watch("llama", **native).engine
+        adapted = engine.adapted(source)
+        (both,) = written(adapted, [(PROMPT, changed)])
+        (alone,) = written(adapted, [(PROMPT, None)])
+        (edited,) = written(engine, [(PROMPT, changed)])
+        assert both not in (alone, edited)
+        params = {"max_tokens": 1, "prompt_logprobs": 0}
+        asked = SequenceRequest(PROMPT, SamplingParams(**params), edits=changed)
+        scores = read(engine.submit([asked]))[0][0].prompt_scores
+        adapted.close()
+        answers.append([*both, *((each.token_id, each) for each in scores[1:])])
+    assert [token for token, _ in answers[0]] == [token for token, _ in answers[1]]
+    logprobs = [[score.logprob for _, score in each] for each in answers]
+    numpy.testing.assert_allclose(*logprobs, atol=1e-4)

@@ -304,8 +304,8 @@ def test_whether_gradients_can_be_had_is_found_out_once_per_model(inspections):
             self.asked_for_gradients += 1
             return super().check_gradients()
 
-    model, other = fake_model(), fake_model()
     inspector = Counting(gradients=False)
+    model, other = fake_model(inspector=inspector), fake_model()
     for _ in range(3):
         assert not inspections.has_gradients(model, inspector, Cancellation())
     assert inspector.asked_for_gradients == 1

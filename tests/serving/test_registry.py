@@ -237,7 +237,9 @@ def test_yaml_is_read_and_its_bare_off_means_chat_off(tmp_path: Path) -> None:
         pytest.param({"path": "p"}, "entry 2: name is missing", id="no-name"),
         pytest.param({"name": 5, "path": "p"}, "entry 2: name 5 is not allowed", id="name-type"),
         pytest.param({"name": "../x", "path": "p"}, "name '../x' is not allowed", id="name"),
-        pytest.param({"name": "x"}, "entry 2 (x): one of hf_repo, path or package", id="no-source"),
+        pytest.param(
+            {"name": "x"}, "entry 2 (x): one of hf_repo, path, package or upstream", id="no-source"
+        ),
         pytest.param(
             {"name": "x", "path": "p", "hf_repo": "a/b"}, "hf_repo and path are given", id="two"
         ),

@@ -34,3 +34,23 @@ def load_in_one_thread() -> None:
 def take_notify_socket() -> str | None:
     """The address of systemd's notification socket, taken out of the environment."""
     return os.environ.pop("NOTIFY_SOCKET", None)
+
+
+def secret(name: str) -> str:
+    """The secret in this variable, such as an upstream's key; empty where there is none."""
+    return os.environ.get(name, "")
+
+
+def set_for_ray(**variables: str) -> None:
+    """Hand Ray the settings that it only reads from the environment."""
+    os.environ.update(variables)
+
+
+def ray_environment() -> dict[str, str]:
+    """The environment of the cluster's head: this one."""
+    return dict(os.environ)
+
+
+def set_for_transformers() -> None:
+    """Tell transformers that a process without torch is meant to be one."""
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"

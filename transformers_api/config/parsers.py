@@ -120,3 +120,11 @@ def redis_url(text: str) -> str:
 def path(text: str) -> Path:
     """A path; ``~`` is the home of the user."""
     return Path(text).expanduser()
+
+
+def address(text: str) -> str:
+    """A host and a port."""
+    host, _, port = text.strip().rpartition(":")
+    if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ValueError("a host and a port, such as 127.0.0.1:6399")
+    return f"{host}:{port}"

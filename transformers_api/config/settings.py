@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from transformers_api.config.cluster_settings import ClusterSettings
 from transformers_api.config.model_settings import ModelSettings
 from transformers_api.config.server_settings import ServerSettings
 
@@ -20,7 +21,7 @@ class SettingError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(ModelSettings, ServerSettings):
+class Settings(ModelSettings, ClusterSettings, ServerSettings):
     """Every option. The environment name of a field is its name in upper case."""
 
     @classmethod

@@ -68,6 +68,7 @@ class SamplingParams:
     dry: DryParams | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     allowed_token_ids: frozenset[int] | None = None  # at least one; None: all
+    forced: Mapping[int, int] = field(default_factory=dict)  # the token of a step, from 0
     top_n_sigma: float = 0.0  # standard deviations of the logits; 0 or less = off
     xtc_probability: float = 0.0
     xtc_threshold: float = 0.1

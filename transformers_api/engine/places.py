@@ -69,11 +69,24 @@ def model_places(model: Any) -> tuple[LayerPlaces, ...]:
     """The places of every layer; () where the model's code fails."""
     try:
         with torch.no_grad():
-            calls, _ = watched_pass(model)
+            calls, _ = watched_pass(model, with_copies=True)
             return find_places(calls, layer_names(model, calls))
     except Exception:  # of that code, which may be anybody's
         log.info("%s: its places were not found", type(model).__name__, exc_info=True)
         return ()
+
+
+class PlaceFinder:
+    """The places of one model, found when somebody first wants them. Names only."""
+
+    def __init__(self) -> None:
+        self._places: tuple[LayerPlaces, ...] | None = None
+
+    def of(self, model: Any) -> tuple[LayerPlaces, ...]:
+        """See ``model_places``. On the engine thread; always of the same model."""
+        if self._places is None:
+            self._places = model_places(model)
+        return self._places
 
 
 def find_places(calls: Sequence[Call], layers: Sequence[str]) -> tuple[LayerPlaces, ...]:

@@ -39,7 +39,7 @@ class Call:
         return next(self.module.children(), None) is None
 
 
-def watched_pass(model: Any) -> tuple[list[Call], Tensor]:
+def watched_pass(model: Any, *, with_copies: bool = False) -> tuple[list[Call], Tensor]:
     """Every call of a module, in the order in which they end, and the logits (T, V)."""
     calls: list[Call] = []
 
@@ -47,7 +47,8 @@ def watched_pass(model: Any) -> tuple[list[Call], Tensor]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             stream, result = stream_of(args, kwargs), first_of(output)
             x = first_of(args) if stream is None else stream
-            copies = (None if each is None else each.detach().clone() for each in (x, result))
+            pair = (x, result) if with_copies else (None, None)
+            copies = (None if each is None else each.detach().clone() for each in pair)
             calls.append(Call(name, module, stream, result, output, *copies))
 
         return hook

@@ -12,7 +12,7 @@ from transformers_api.engine.sampling.sampler import TokenSampler
 from transformers_api.inspection.edits import InterveningRunner, InterveningSampler
 from transformers_api.inspection.examination import Examined, examine
 from transformers_api.inspection.inspector import ModelInspector
-from transformers_api.inspection.places import ActingCheck, head_dims
+from transformers_api.inspection.places import ActingCheck
 from transformers_api.inspection.trace import TracingRunner, TracingSampler
 
 # By the model, which may have been on standby: the sizes it was examined with, and the result.
@@ -49,9 +49,9 @@ class Attachment:
         self.examined, self._backend = examined, backend
         tracing = TracingRunner(runner, model, examined)
         # Outside of it: what is traced is what was edited.
-        places, attention = examined.parts.places, examined.anatomy.attention
-        heads = head_dims(places, attention)
-        runner = InterveningRunner(tracing, model, backend, places, heads)
+        runner = InterveningRunner(
+            tracing, model, backend, examined.parts, examined.anatomy.attention
+        )
         sampler = InterveningSampler(sampler, runner)
         return runner, TracingSampler(sampler, model, examined, backend)
 

@@ -17,6 +17,7 @@ import numpy
 from numpy.typing import NDArray
 
 from transformers_api.inspection.logit_share import LogitParts, LogitPartsQuestion
+from transformers_api.inspection.probes import Probe, ProbeReading
 
 T = TypeVar("T")
 Array = NDArray[numpy.float32]
@@ -155,6 +156,7 @@ class TracePlan:
     lens_topk: int = 0
     resid_norms: bool = False
     router: bool = False
+    probes: tuple[Probe, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,6 +221,7 @@ class StepTrace:
     lens: tuple[LensReading, ...] = ()
     resid_norms: tuple[float, ...] = ()  # L2, after each layer
     router: tuple[Routed, ...] = ()
+    probes: tuple[ProbeReading, ...] = ()
 
 
 # -- of given tokens

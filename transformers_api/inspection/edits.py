@@ -22,14 +22,15 @@ from torch.linalg import vector_norm
 
 from transformers_api.engine.backend import Backend
 from transformers_api.engine.batch import Batch
-from transformers_api.engine.places import LayerPlaces
 from transformers_api.engine.runners.edited_modules import ModuleEdit, hooked
 from transformers_api.engine.runners.model_runner import Runner, innermost
 from transformers_api.engine.sampling.sampler import TokenSampler
 from transformers_api.engine.scheduler import SlotStore
 from transformers_api.engine.sequence import SampledToken, Sequence
+from transformers_api.inspection.base import LayerAttention
 from transformers_api.inspection.edit_plan import Edit, EditPlan, InterventionFailed
-from transformers_api.inspection.places import Module, module_of
+from transformers_api.inspection.parts import Parts
+from transformers_api.inspection.places import Module, head_dims, module_of
 
 LARGEST = 1e15  # of a change's length: its square is still a number in float32
 
@@ -100,9 +101,11 @@ class PreparedEdit:
 
 
 def prepared(
-    plan: EditPlan, model: Any, places: SequenceOf[LayerPlaces], heads: dict[int, int]
+    plan: EditPlan, model: Any, parts: Parts, attention: SequenceOf[LayerAttention]
 ) -> list[PreparedEdit]:
-    """The edits of a plan for a model; ``heads``: numbers of each head's output, by layer."""
+    """The edits of a plan for a model."""
+    places = parts.places.of(model)
+    heads = head_dims(places, attention)
     edits = []
     for edit in plan.edits:
         module = module_of(places, edit.layer, edit.part)
@@ -193,11 +196,9 @@ def _within(span: tuple[int, int | None], first: int, count: int) -> tuple[int, 
 class EditedText:
     """The edits of a text that an inspection reads. Meets ``reading.TextEdits`` and Edited."""
 
-    def __init__(
-        self, plan: EditPlan, places: SequenceOf[LayerPlaces], heads: dict[int, int]
-    ) -> None:
+    def __init__(self, plan: EditPlan, parts: Parts, attention: SequenceOf[LayerAttention]) -> None:
         self.edits = plan
-        self._places = places, heads
+        self._places = parts, attention
         self._prepared: list[PreparedEdit] = []
 
     @contextmanager
@@ -220,21 +221,20 @@ def _reason(seq: Sequence, where: str = "") -> str:
 
 
 class InterveningRunner:
-    """Wraps a runner; see the module. ``heads``: see ``prepared``."""
+    """Wraps a runner; see the module."""
 
     def __init__(
         self,
         inner: Runner,
         model: Any,
         backend: Backend,
-        places: SequenceOf[LayerPlaces],
-        heads: dict[int, int],
+        parts: Parts,
+        attention: SequenceOf[LayerAttention],
     ) -> None:
         self.inner = inner
         self.model = model
         self.backend = backend
-        self.places = places
-        self.heads = heads
+        self._places = parts, attention
         self.failures: WeakKeyDictionary[Sequence, str] = WeakKeyDictionary()
         self._prepared: WeakKeyDictionary[EditPlan, list[PreparedEdit]] = WeakKeyDictionary()
         self._reads_all = bool(getattr(innermost(inner), "recompute", False))
@@ -272,7 +272,7 @@ class InterveningRunner:
 
     def _edits_of(self, plan: EditPlan) -> list[PreparedEdit]:
         if plan not in self._prepared:
-            self._prepared[plan] = prepared(plan, self.model, self.places, self.heads)
+            self._prepared[plan] = prepared(plan, self.model, *self._places)
         return self._prepared[plan]
 
 

@@ -29,7 +29,7 @@ from transformers_api.inspection.edits import EditedText
 from transformers_api.inspection.logit_parts import split
 from transformers_api.inspection.logit_share import LogitParts, LogitPartsQuestion
 from transformers_api.inspection.parts import Parts
-from transformers_api.inspection.places import ActingCheck, head_dims
+from transformers_api.inspection.places import ActingCheck
 from transformers_api.inspection.reading import Way
 from transformers_api.inspection.residuals import (
     read_hidden_states,
@@ -67,8 +67,8 @@ class ModelInspector:
 
     def edited(self, plan: EditPlan) -> ModelInspector:
         """See ``base.Inspector``."""
-        other, places = copy.copy(self), self.way.parts.places
-        text = EditedText(plan, places, head_dims(places, self.anatomy.attention))
+        other = copy.copy(self)
+        text = EditedText(plan, self.way.parts, self.anatomy.attention)
         other.way = replace(self.way, edits=text)
         return other
 

@@ -84,7 +84,7 @@ def split(
     question: LogitPartsQuestion,
 ) -> Generator[None, None, LogitParts]:
     """See ``base.Inspector.logit_parts``."""
-    layers, parts = way.parts.places, way.parts
+    layers, parts = way.parts.places.of(model), way.parts
     _check(layers, parts.head)
     tokens_read = ids[: question.position + 1]
     rows = _Rows()

@@ -9,13 +9,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from transformers_api.engine.places import LayerPlaces, find_places
+from transformers_api.engine.places import PlaceFinder
 from transformers_api.engine.watched_pass import (
     Call,
     first_of,
@@ -40,7 +40,7 @@ class Parts:
     head: str | None = None  # the output embedding
     routers: tuple[tuple[int, str], ...] = ()  # (layer, name) of mixtures of experts
     routing: Routing | None = None
-    places: tuple[LayerPlaces, ...] = ()  # of the layers, in this order
+    places: PlaceFinder = field(default_factory=PlaceFinder, compare=False)  # of the layers
     lens: bool = False  # residuals can be read as logits
     lens_is_exact: bool = False  # those of the last layer are the model's own logits, to the bit
 
@@ -68,7 +68,6 @@ def _find(model: Any) -> Parts:
         head=names.get(id(model.get_output_embeddings())),
         routers=tuple((layer, call.name) for layer, call in routers),
         routing=_routing(routers),
-        places=find_places(calls, layers),
     )
     decoder = _decoder(layers, calls)
     if decoder is None or decoder.result is None:

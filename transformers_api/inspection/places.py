@@ -89,12 +89,14 @@ class ActingCheck:
     ) -> None:
         self.engine = engine
         self.backend = backend
-        self.layers = parts.places
+        self.layers: SequenceOf[LayerPlaces] = ()
+        self._finder = parts.places
         self.attention = attention
         self.has_experts = parts.routing is not None
 
     def run(self, model: Any) -> Generator[None, None, Editable]:
         """The parts that can be changed; none where the model's code fails."""
+        self.layers = self._finder.of(model)
         if not self.layers:
             return Editable()
         try:

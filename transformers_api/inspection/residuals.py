@@ -137,7 +137,8 @@ def read_parts(
     def taking(at: int) -> Callable[[Tensor], None]:
         return lambda rows: pieces[at].append(rows.detach().clone())
 
-    modules = [module_of(way.parts.places, layer, part) for layer, part in places]
+    own = way.parts.places.of(model)
+    modules = [module_of(own, layer, part) for layer, part in places]
     takers = [
         ModuleEdit(module.name, module.side, taking(at))
         for at, module in enumerate(modules)
@@ -147,7 +148,7 @@ def read_parts(
     for _ in read(model, tokens, way.width(), lambda *_: hooked(model, takers)):
         yield
     factors = [1.0 if module is None else module.factor for module in modules]
-    return [_floats(own) * factor for own, factor in zip(pieces, factors, strict=True)]
+    return [_floats(each) * factor for each, factor in zip(pieces, factors, strict=True)]
 
 
 def _floats(parts: list[Tensor]) -> Array:

@@ -36,6 +36,7 @@ from transformers_api.inspection.base import (
 )
 from transformers_api.inspection.examination import Examined
 from transformers_api.inspection.parts import lens_logits, residuals_of, routers_of
+from transformers_api.inspection.probes import Probe, ProbeReading
 
 NAME = "trace"  # in ``observe`` and ``extras``
 LOWEST = -1e4  # a logit; times a probability of 0 it is 0, which -inf is not
@@ -135,7 +136,8 @@ class TracingRunner:
         takers: dict[int, list[_Notes]] = {}
         for notes in traced:
             normed = everywhere if notes.plan.resid_norms else ()
-            for layer in {*notes.plan.lens_layers, *normed}:
+            probed = (layer for probe in notes.plan.probes for layer in probe.directions)
+            for layer in {*notes.plan.lens_layers, *normed, *probed}:
                 takers.setdefault(layer, []).append(notes)
 
         def keep(layer: int, stream: Tensor) -> None:
@@ -208,6 +210,7 @@ class TracingSampler:
                 float(notes.residuals[layer].float().norm()) for layer in norms if layer >= 0
             ),
             router=tuple(notes.routed),
+            probes=tuple(_reading(probe, notes.residuals) for probe in plan.probes),
         )
 
     def _lens(self, notes: _Notes, token: int) -> tuple[LensReading, ...]:
@@ -228,6 +231,23 @@ class TracingSampler:
             )
             for layer, probs in zip(layers, logits.softmax(-1), strict=True)
         )
+
+
+def _reading(probe: Probe, residuals: dict[int, Tensor]) -> ProbeReading:
+    """The residuals (C,) along the directions of a probe."""
+    layers = tuple(layer for layer in probe.directions if layer in residuals)
+    projections, cosines = [], []
+    for layer in layers:
+        stream, direction = _array(residuals[layer]), probe.directions[layer]
+        along = float(stream @ direction) / max(float(numpy.linalg.norm(direction)), 1e-30)
+        projections.append(along)
+        cosines.append(along / max(float(numpy.linalg.norm(stream)), 1e-30))
+    return ProbeReading(
+        name=probe.name,
+        layers=layers,
+        projections=tuple(projections),
+        cosines=tuple(cosines),
+    )
 
 
 def token_stats(logits: Tensor, token: int, count: int) -> TokenStats:

@@ -174,13 +174,15 @@ def prepare(arbiter: Arbiter, settings: Settings) -> None:
     """Gunicorn's ``on_starting`` hook. Ends the process where it must not start."""
     tame(arbiter)
     try:
-        lock.take(settings)
+        if settings.engine == "local":  # else no model is loaded here
+            lock.take(settings)
     except lock.LockedByOther as error:
         stop(1, str(error))
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     limit = MOST_FILES if most == resource.RLIM_INFINITY else min(most, MOST_FILES)
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))  # each connection takes two
     # The worker says when it is ready; gunicorn would before it is.
+    DrainWorker.maps_torch = settings.engine == "local"
     DrainWorker.notifier = Notifier(take_notify_socket())
 
 

@@ -33,6 +33,7 @@ class DrainWorker(GatheringWorker):
     Where the engine has stopped or hangs, it ends by itself, and the arbiter starts another one.
     """
 
+    maps_torch = True  # a model runs in this process
     notifier = Notifier(None)
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -54,7 +55,8 @@ class DrainWorker(GatheringWorker):
 
     def load_wsgi(self) -> None:
         """Before the application: what it needs most of its start for. Signals are heard by now."""
-        map_torch()
+        if self.maps_torch:
+            map_torch()
         super().load_wsgi()
 
     def init_signals(self) -> None:

@@ -24,8 +24,8 @@ from transformers_api.errors import (
 from transformers_api.serving.limits.cancellation import Cancellation
 from transformers_api.serving.models.spec import ModelSpec, Pooling, Similarity
 from transformers_api.serving.swap.loaded_model import LoadedModel
+from transformers_api.serving.swap.model_pool import ModelPool
 from transformers_api.serving.swap.residency import ModelResolver
-from transformers_api.serving.swap.swapper import Swapper
 from transformers_api.serving.text import chat_template
 
 Side = Literal["left", "right"]
@@ -55,7 +55,7 @@ class EmbeddingModels:
     """The models of /v1/embeddings: encoders, and the resident model where its entry says so."""
 
     def __init__(
-        self, registry: ModelResolver, models: Swapper, encoders: Swapper, max_requests: int
+        self, registry: ModelResolver, models: ModelPool, encoders: ModelPool, max_requests: int
     ) -> None:
         self._registry = EncoderRegistry(registry)
         self._models = models

@@ -32,6 +32,8 @@ from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.text.choice_text import ChoiceText, TextDelta, TokenDetail
 from transformers_api.serving.text.spans import Span
 from transformers_api.serving.text.token_counts import CountedTexts
+from transformers_api.serving.tools.spec import Part
+from transformers_api.serving.upstream.spec import UpstreamCall
 
 _SEEDS = 2**63
 # What is smaller has no normal float32: a temperature is 0 then, the likeliest token; a share keeps
@@ -54,6 +56,7 @@ class GenerationRequest:
     constrain: Callable[[], TokenConstraint] | None = None  # makes one for each sequence
     marks: Mapping[int, str] = field(default_factory=dict)  # of special tokens, shown in the text
     trace: TracePlan | None = None  # a piece for every token then, with what was noted of it
+    trace_probes: tuple[str, ...] = ()  # vectors that the trace measures along, by name
     trace_stops: bool = False  # also of the token that ends an answer
     trace_cost: int = WHOLE  # see trace_plan.cost
     trace_required: bool = True  # False: without a place for it the answer goes on untraced
@@ -63,6 +66,7 @@ class GenerationRequest:
     edits: tuple[PlannedEdits, ...] = ()  # of each prompt, once ``intervene`` has been planned
     shows_stop: bool = False  # the text that ends an answer is part of it
     strips_blank: bool = False  # leave out the white space with which an answer begins
+    upstream: UpstreamCall | None = None  # for a model that another server answers for
 
     def untraced(self, reason: ApiError) -> GenerationRequest:
         """The same without the trace that was asked for, because of ``reason``."""
@@ -97,6 +101,7 @@ class Choice:
     stop_reason: str | int | None
     prompt_scores: tuple[TokenDetail, ...] | None
     traces: tuple[StepTrace, ...] = ()  # one per token, when asked for
+    parts: tuple[Part, ...] | None = None  # by an upstream: see TextDelta
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +242,9 @@ def start(
     Raises InvalidRequest for a ``best_of`` that is streamed or less than ``n``, the reason of a
     cancellation, and what the engine refuses with.
     """
+    if model.relay is not None:
+        generation: Generation = model.relay(request, cancellation)
+        return generation
     params, per_prompt = _within_float32(request.params), request.per_prompt
     if per_prompt < request.n:
         raise InvalidRequest("best_of must not be less than n", param="best_of")
@@ -363,4 +371,5 @@ def _joined(index: int, deltas: list[TextDelta], scores: tuple[TokenDetail, ...]
         stop_reason=last.stop_reason,
         prompt_scores=scores,
         traces=tuple(delta.trace for delta in deltas if delta.trace is not None),
+        parts=None if last.parts is None else tuple(p for d in deltas for p in d.parts or ()),
     )

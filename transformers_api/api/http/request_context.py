@@ -25,6 +25,7 @@ from transformers_api.config.settings import Settings
 from transformers_api.errors import (
     ApiError,
     InvalidRequest,
+    ModelNotCapable,
     Overloaded,
     PayloadTooLarge,
     TraceBusy,
@@ -82,6 +83,7 @@ class Task(ABC):
     field: str
     prompts: int = 1
     per_prompt: int = 1  # sequences
+    is_relayed: bool = False  # ``prepare`` knows models that an upstream answers for
 
     @abstractmethod
     def prepare(self, model: LoadedModel, settings: Settings) -> GenerationRequest:
@@ -105,6 +107,8 @@ def answer(task: Task) -> Any:
     check_sequences(task.prompts, task.per_prompt, services.settings)
     with RequestContext(services) as context:
         model = context.lease(task.model_id, is_chat=task.is_chat)
+        if model.relay is not None and not task.is_relayed:
+            raise upstream_refusal(model.spec, "this route reads its tokens")
         request = task.prepare(model, services.settings)
         if not request.params.max_tokens and request.params.prompt_logprobs is None:
             return context.stream(task.formatter(model, request), None)
@@ -137,6 +141,11 @@ def check_sequences(prompts: int, per_prompt: int, settings: Settings) -> None:
             "server takes at once",
             param="prompt" if prompts > 1 else "n",
         )
+
+
+def upstream_refusal(spec: ModelSpec, reason: str, param: str = "model") -> ModelNotCapable:
+    """The error for what cannot be asked of a model that an upstream answers for."""
+    return ModelNotCapable(f"Model '{spec.name}' is served by an upstream: {reason}", param=param)
 
 
 class RequestContext:
@@ -173,6 +182,9 @@ class RequestContext:
         """
         services, record = self.services, self._record
         name, spec = self._admitted(model_id, is_chat)
+        if spec.upstream is not None:
+            self._model = services.upstreams.model(spec)
+            return self._model
         began = time.monotonic()
         try:
             lease = services.swapper.lease(
@@ -191,6 +203,8 @@ class RequestContext:
         """
         services = self.services
         _, spec = self._admitted(model_id, is_chat)
+        if spec.upstream is not None:
+            raise upstream_refusal(spec, "its tokens are not shown")
         resident = under_entry(services.swapper.resident(), spec)
         return services.text_of(spec) if resident is None else resident
 
@@ -233,6 +247,8 @@ class RequestContext:
         ends: list[Callable[[], None]] = []
         if request.intervene is not None:
             request = self.planner.with_edits(model, request)
+        if request.trace is not None and request.trace_probes:
+            request = self.planner.with_probes(model, request)
         if request.trace is not None or request.edited_places:
             request, end = self._placed(request)
             if end is not None:
@@ -282,10 +298,11 @@ class RequestContext:
 
     def remember(self, formatter: Formatter, generation: Generation | None) -> None:
         """Keep the tokens of a complete answer, for whoever asks for them by its id."""
-        if formatter.completion_id is not None and self._model is not None:
+        model = self._model
+        if formatter.completion_id is not None and model is not None and model.relay is None:
             answers = [choice.token_ids for choice in generation.answers] if generation else [[]]
             self.services.completions.remember(
-                formatter.completion_id, self._model, formatter.prompts, answers
+                formatter.completion_id, model, formatter.prompts, answers
             )
 
     def stream(self, formatter: Formatter, generation: Generation | None) -> flask.Response:

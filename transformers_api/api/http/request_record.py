@@ -66,7 +66,7 @@ class RequestRecord:
             self.first_token_s = generation.first_token_at - self.began
         self.finish_reason = ",".join(sorted(set(generation.finish_reasons))) or None
         self.is_traced = self.is_traced or generation.request.trace is not None
-        if texts:
+        if texts and model.relay is None:
             prompts = [chat_template.decode_ids(model, ids) for ids in generation.request.prompts]
             answers = [
                 chat_template.decode_ids(model, choice.token_ids) for choice in generation.choices

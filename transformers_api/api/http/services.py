@@ -27,8 +27,9 @@ from transformers_api.serving.models.registry import ModelRegistry
 from transformers_api.serving.models.spec import ModelSpec
 from transformers_api.serving.models.store import ModelStore
 from transformers_api.serving.response_store import ResponseStore
-from transformers_api.serving.swap.swapper import Swapper
+from transformers_api.serving.swap.model_pool import ModelPool
 from transformers_api.serving.text.model_text import ModelText
+from transformers_api.serving.upstream.engine import UpstreamModels
 
 if TYPE_CHECKING:
     from transformers_api.api.http.request_record import RequestRecord
@@ -59,7 +60,7 @@ class Services:
     settings: Settings
     registry: ModelRegistry
     store: ModelStore
-    swapper: Swapper
+    swapper: ModelPool
     admission: Admission
     inspections: Inspections
     access: Access  # keys, and how much a client may ask
@@ -73,6 +74,7 @@ class Services:
     embeddings: EmbeddingModels | None = None  # None: ENABLE_EMBEDDINGS_BACKEND is off
     metrics: MetricsPage | None = None  # None: METRICS_ENABLED is off
     completions: Completions = field(default_factory=Completions)  # tokens of recent answers
+    upstreams: UpstreamModels = field(default_factory=UpstreamModels)  # models of other servers
     traces: TraceSlots = field(default_factory=TraceSlots)  # requests that are being traced
     vectors: VectorStore = field(default_factory=VectorStore)  # directions by name
     watcher: DisconnectWatcher = field(default_factory=DisconnectWatcher)

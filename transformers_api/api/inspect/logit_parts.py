@@ -12,6 +12,7 @@ from transformers_api.api.inspect import subjects
 from transformers_api.api.inspect.schemas.logit_parts import LogitPartsRequest, SplitLogit
 from transformers_api.api.inspect.subjects import Subject, opened
 from transformers_api.errors import ModelNotCapable
+from transformers_api.inspection import questions
 from transformers_api.inspection.logit_share import LogitParts, LogitPartsQuestion, LogitShare
 from transformers_api.serving.inspect import arrays
 from transformers_api.serving.text.vocabulary import Vocabulary
@@ -51,7 +52,7 @@ def logit_parts(body: dict[str, Any]) -> Any:
             against=body.get("against"),
             by=body["by"],
         )
-        result = subject.run(subject.inspector.logit_parts(ids, question))
+        result = subject.ask(questions.LogitParts(ids, question))
         return _answer(subject, question, result, body.get("topk"))
 
 

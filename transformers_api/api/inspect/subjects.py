@@ -24,10 +24,11 @@ from transformers_api.errors import (
     PromptTooLarge,
     ResponseTooLarge,
 )
-from transformers_api.inspection.base import Anatomy, Inspector, Job
+from transformers_api.inspection.base import Anatomy
+from transformers_api.inspection.questions import Edited, Inspected, Question
 from transformers_api.serving.generation import GenerationRequest, collect
 from transformers_api.serving.inspect.edit_positions import PromptPlaces
-from transformers_api.serving.inspect.edit_request import InterveneRequest
+from transformers_api.serving.inspect.edit_request import ForceRequest, InterveneRequest
 from transformers_api.serving.inspect.interventions import PlannedEdits
 from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.text import chat_template
@@ -45,7 +46,7 @@ class Subject:
 
     context: RequestContext
     model: LoadedModel
-    inspector: Inspector
+    inspector: Inspected
     ids: list[int]
     messages: Sequence[Mapping[str, Any]] = ()
     prompt: ChatPrompt | None = None  # which they are
@@ -72,6 +73,10 @@ class Subject:
         """With the edits that were asked for. Raises what ``Planner.planned`` does."""
         if self.intervene is None:
             return self
+        if any(isinstance(each, ForceRequest) for each in self.intervene.edits):
+            raise InvalidRequest(
+                "force is of tokens that are written, and these are read", param="intervene"
+            )
         place = PromptPlaces(
             ids=self.ids,
             most=len(self.ids),
@@ -81,10 +86,7 @@ class Subject:
             prompt_tokens=prompt_tokens,
         )
         (edits,) = self.context.planner.planned(self.model, self.intervene, [place])
-        inspector = self.inspector
-        if edits.plan is not None:
-            inspector = inspector.edited(edits.plan)
-        return replace(self, edits=edits, inspector=inspector)
+        return replace(self, edits=edits)
 
     def spans(self) -> list[Span]:
         """The place of each message; empty where there are none, or the model does not see all."""
@@ -92,10 +94,12 @@ class Subject:
             return []
         return spans(self.model, self.messages, self.ids)
 
-    def run(self, job: Job[T]) -> T:
-        """The result of the job, once it is its turn."""
+    def ask(self, question: Question[T]) -> T:
+        """The answer to the question, once it is its turn."""
         inspections = self.context.services.inspections
-        return inspections.run(self.model, job, self.context.cancellation)
+        if self.edits is not None and self.edits.plan is not None:
+            question = Edited(question, self.edits.plan)
+        return inspections.ask(self.model, question, self.context.cancellation)
 
     def continued(self, body: Mapping[str, Any]) -> Subject:
         """With what the model writes next: ``max_new_tokens`` of it, drawn with ``seed``."""
@@ -174,7 +178,7 @@ def opened(body: Mapping[str, Any]) -> Iterator[Subject]:
         yield subject.edited(prompt_tokens)
 
 
-def inspector_of(model: LoadedModel) -> Inspector:
+def inspector_of(model: LoadedModel) -> Inspected:
     """Raises ModelNotCapable for a model that nobody can look into."""
     if model.inspector is None:
         raise ModelNotCapable(f"Model '{model.spec.name}' cannot be inspected", param="model")

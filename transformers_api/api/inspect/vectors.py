@@ -27,7 +27,7 @@ from transformers_api.api.inspect.schemas.vectors import (
 )
 from transformers_api.errors import InvalidRequest
 from transformers_api.serving.inspect import arrays, vector_files
-from transformers_api.serving.inspect.vector_derivation import derive, read_streams
+from transformers_api.serving.inspect.vector_derivation import Streams, derive
 from transformers_api.serving.inspect.vector_store import MOST_NAME, Vector
 from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.text import chat_template
@@ -150,8 +150,8 @@ def derive_vector(body: dict[str, Any], name: str) -> Any:
         longest = 1 if body["at"] == "last" else max(map(len, texts))
         numbers = (len(texts) + longest) * len(layers) * inspector.anatomy.hidden_size
         subjects.check_read_cells(numbers, services().settings)
-        job = read_streams(inspector, texts, layers, body["at"])
-        streams = services().inspections.run(model, job, context.cancellation)
+        question = Streams(texts, layers, body["at"])
+        streams = services().inspections.ask(model, question, context.cancellation)
         derived = derive(streams[: len(pairs)], streams[len(pairs) :], layers, body["method"])
         vector = Vector(
             rows=derived.rows,

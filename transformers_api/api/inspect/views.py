@@ -47,6 +47,7 @@ from transformers_api.errors import (
     ModelNotCapable,
     ResponseTooLarge,
 )
+from transformers_api.inspection import questions
 from transformers_api.inspection.base import AttributionQuestion, Heads, LayerAttention
 from transformers_api.serving.inspect import arrays
 from transformers_api.serving.inspect.trace_plan import check_any_attention, check_layer
@@ -166,8 +167,8 @@ def full_attn(body: dict[str, Any]) -> Any:
         heads = layer.heads if head == "all" else 1
         rows, cols = _windows(subject, body, how, heads)
         heads_read: Heads = head
-        result = subject.run(
-            subject.inspector.attention(subject.ids, layer.layer, heads_read, rows, cols)
+        result = subject.ask(
+            questions.AttentionWindow(subject.ids, layer.layer, heads_read, rows, cols)
         )
         vocabulary = Vocabulary(subject.model.tokenizer)
         matrix = Matrix(
@@ -250,8 +251,7 @@ def rollout(body: dict[str, Any]) -> Any:
             )
         rows, cols = _windows(subject, body, how)
         subjects.check_read_cells(len(subject.ids) ** 2, subject.settings)
-        job = subject.inspector.rollout(subject.ids, (first, last), body["drop_first"])
-        result = subject.run(job)
+        result = subject.ask(questions.Rollout(subject.ids, (first, last), body["drop_first"]))
         vocabulary = Vocabulary(subject.model.tokenizer)
         matrix = Matrix(
             weights=result[None, slice(*rows), slice(*cols)],
@@ -276,7 +276,7 @@ def inspect_tokens(body: dict[str, Any]) -> Any:
         answer = inspect_format.token_table(vocabulary, subject.ids, subject.spans())
         if not body["logprobs"]:
             return answer
-        result = subject.run(subject.inspector.read_prompt(subject.ids, body["topk"]))
+        result = subject.ask(questions.PromptReading(subject.ids, body["topk"]))
         return {**answer, **inspect_format.reading(vocabulary, result), **subject.edit_header}
 
 
@@ -290,7 +290,7 @@ def inspect_heads(body: dict[str, Any]) -> Any:
         check_any_attention(anatomy, "model")
         heads = max(layer.heads for layer in anatomy.attention)
         subjects.check_read_cells(anatomy.layers * heads * thumb**2, subject.settings)
-        grid = subject.run(subject.inspector.heads(subject.ids, thumb))
+        grid = subject.ask(questions.HeadGrid(subject.ids, thumb))
         return {**inspect_format.head_table(anatomy, len(subject.ids), grid), **subject.edit_header}
 
 
@@ -320,9 +320,10 @@ def logit_lens(body: dict[str, Any]) -> Any:
                 f"{len(layers)} layers x {len(places)} positions are {cells} cells "
                 f"(max {MOST_LENS_CELLS}); ask for fewer layers or positions"
             )
-        job = subject.inspector.lens(subject.ids, layers, places, body["topk"], target)
+        question = questions.Lens(subject.ids, layers, places, body["topk"], target)
         vocabulary = Vocabulary(subject.model.tokenizer)
-        table = inspect_format.lens_table(vocabulary, anatomy, layers, places, subject.run(job))
+        answer = subject.ask(question)
+        table = inspect_format.lens_table(vocabulary, anatomy, layers, places, answer)
         return {**table, **subject.edit_header}
 
 
@@ -359,7 +360,7 @@ def attribution(body: dict[str, Any]) -> Any:
             screen=body["screen"],
             within_s=subject.settings.inspect_timeout_s,
         )
-        result = subject.run(subject.inspector.attribute(subject.ids, question))
+        result = subject.ask(questions.Attribution(subject.ids, question))
         return inspect_format.attribution(Vocabulary(subject.model.tokenizer), question, result)
 
 
@@ -383,7 +384,7 @@ def hidden_states(body: dict[str, Any]) -> Any:
                 'positions, or format "npz"'
             )
         subjects.check_read_cells(count, subject.settings)
-        result = subject.run(subject.inspector.hidden_states(subject.ids, layers, places))
+        result = subject.ask(questions.HiddenStates(subject.ids, layers, places))
         meta = {**inspect_format.states_meta(layers, places, subject.ids), **subject.edit_header}
         if body["format"] == "json":
             return {**meta, "states": arrays.exact(result)}

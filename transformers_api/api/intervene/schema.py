@@ -19,11 +19,16 @@ from transformers_api.api.http.fields import (
     Object,
     StrictSchema,
     Text,
+    TokenIds,
 )
 from transformers_api.api.http.sampling_schema import about
 from transformers_api.inspection.base import PARTS, Array
 from transformers_api.serving.inspect.edit_positions import At, SpanAt, StepsAt, TextAt
-from transformers_api.serving.inspect.edit_request import EditRequest, InterveneRequest
+from transformers_api.serving.inspect.edit_request import (
+    EditRequest,
+    ForceRequest,
+    InterveneRequest,
+)
 
 MOST_NAMED = 1 << 16  # layers, heads, neurons, positions
 _ANY = 2**63
@@ -165,7 +170,7 @@ class EditOptions(StrictSchema):
     """One change."""
 
     do = Text(
-        choices=("add", "erase", "ablate", "scale", "set"),
+        choices=("add", "erase", "ablate", "scale", "set", "force"),
         required=True,
         **about("The kind of change."),
     )
@@ -216,15 +221,34 @@ class EditOptions(StrictSchema):
         **about("Of ablate: `zero`, `mean` over our texts, or the numbers of another prompt."),
     )
 
+    step = Integer(0, (1 << 31) - 1, **about("Of force: the output token that comes first."))
+    token_ids = TokenIds(shortest=1, **about("Of force: these tokens, whatever the model says."))
+
     @post_load
-    def make(self, data: dict[str, Any], **_: Any) -> EditRequest:
+    def make(self, data: dict[str, Any], **_: Any) -> EditRequest | ForceRequest:
         """The edit as serving takes it."""
+        if data["do"] == "force":
+            return _force(data)
+        for name in ("step", "token_ids"):
+            if name in data:
+                raise ValidationError("is for force", name)
         layers = _layers(data)
         _check(data)
         instead = data.pop("instead", "zero")
         source = instead["prompt"] if isinstance(instead, dict) else None
         data["instead"] = "zero" if source is not None else instead
         return EditRequest(layers=layers, source=source, **data)
+
+
+def _force(data: dict[str, Any]) -> ForceRequest:
+    others = data.keys() - {"do", "step", "token_ids"}
+    for name in sorted(others):
+        if name not in _LOADED or data[name] != _LOADED[name]:
+            raise ValidationError("is not for force", "with" if name == "instead" else name)
+    for name in ("step", "token_ids"):
+        if name not in data:
+            raise ValidationError("is required for force", name)
+    return ForceRequest(data["step"], tuple(data["token_ids"]))
 
 
 def _layers(data: dict[str, Any]) -> Any:
@@ -260,6 +284,7 @@ _OWN = {
 }
 _PARTS = {"heads": "head", "neurons": "neuron"}
 _DEFAULTS: Mapping[str, Any] = {"scale": 1.0, "units": "raw"}
+_LOADED = {**_DEFAULTS, "part": "resid", "at": "all", "any_model": False, "keep_norm": False}
 
 
 def _check(data: dict[str, Any]) -> None:

@@ -26,6 +26,7 @@ class InfillTask(CompletionTask):
     """A completion whose prompt stands around it."""
 
     field = "input_prefix"
+    is_relayed = False
 
     def __init__(self, body: Mapping[str, Any]) -> None:
         prefix = body["input_prefix"] + body["prompt"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from transformers_api.api.http.request_record import AnswerParts
@@ -81,6 +82,11 @@ class AnswerReader:
         if parser.is_thinking:
             self.counts.reasoning_tokens += len(delta.token_ids)
         calls = parser.calls
+        if delta.parts is not None:
+            parser.note(delta.parts)
+            self.counts.reasoning_tokens += delta.reasoning_tokens
+            self.counts.calls += parser.calls - calls
+            return list(delta.parts)
         parts = parser.push(delta.text)
         if delta.finish_reason is not None:
             parts += parser.finish()
@@ -92,7 +98,10 @@ class AnswerReader:
         answers = []
         for choice in collect(generation, self._count_thought):
             answer, parser = WholeAnswer(choice), self._plan.parser()
-            for part in parser.push(choice.text) + parser.finish():
+            parts: Sequence[Part] | None = choice.parts
+            if parts is None:
+                parts = parser.push(choice.text) + parser.finish()
+            for part in parts:
                 answer.add(part)
             answers.append(answer)
         self.counts.calls = sum(len(answer.calls) for answer in answers)
@@ -100,7 +109,9 @@ class AnswerReader:
 
     def _count_thought(self, delta: TextDelta) -> None:
         """Hear of each piece while a whole answer is collected."""
-        if self._plan.thought is not None:
+        if delta.parts is not None:
+            self.counts.reasoning_tokens += delta.reasoning_tokens
+        elif self._plan.thought is not None:
             self.parts(delta)
 
 

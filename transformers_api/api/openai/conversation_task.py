@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from transformers_api.api.http.request_context import Formatter, Task
-from transformers_api.api.openai import requests
+from transformers_api.api.openai import requests, upstream
 from transformers_api.api.openai.conversation import Conversation, planned
 from transformers_api.config.settings import Settings
 from transformers_api.errors import ContextLengthExceeded
@@ -28,7 +28,7 @@ class ConversationTask(Task):
     ``most_tokens`` is a ceiling: it is cut to what the context leaves; None: the default.
     """
 
-    is_chat = True
+    is_chat = is_relayed = True
 
     def __init__(
         self,
@@ -60,6 +60,17 @@ class ConversationTask(Task):
 
     def prepare(self, model: LoadedModel, settings: Settings) -> GenerationRequest:
         """See Task."""
+        if model.relay is not None:
+            self._plan = upstream.PLAN
+            return upstream.conversation_request(
+                model,
+                self.conversation,
+                settings,
+                sampling=self._sampling,
+                most_tokens=self._most_tokens,
+                logprobs=self._logprobs,
+                is_streamed=self.is_streamed,
+            )
         prompt = self._encoded(model)
         fields = {**DEFAULTS, **requests.registered_options(model), **self._sampling}
         tokens, most = len(prompt.ids), model.engine.max_model_len
@@ -107,7 +118,7 @@ class ConversationTask(Task):
 class InfillTask(ConversationTask):
     """The text between a prompt, that of the only message, and a ``suffix``."""
 
-    is_chat = False
+    is_chat = is_relayed = False
 
     def __init__(self, *args: Any, suffix: str, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -123,7 +134,7 @@ class InfillTask(ConversationTask):
 class RawTask(ConversationTask):
     """The same for a prompt that is to be read as it is: the text of the only message."""
 
-    is_chat = False
+    is_chat = is_relayed = False
 
     def _encoded(self, model: LoadedModel) -> ChatPrompt:
         return ChatPrompt(

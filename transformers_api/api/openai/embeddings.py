@@ -12,15 +12,25 @@ from transformers_api.api.http import request_log
 from transformers_api.api.http.body import Blueprint
 from transformers_api.api.http.dialects import OPENAI
 from transformers_api.api.http.error_schemas import Error
-from transformers_api.api.http.request_context import RequestContext, check_prompt_bytes
+from transformers_api.api.http.request_context import (
+    RequestContext,
+    check_prompt_bytes,
+    upstream_refusal,
+)
 from transformers_api.api.http.services import services
 from transformers_api.api.openai.schemas.embeddings import EmbeddingRequest, Embeddings
+from transformers_api.api.openai.upstream import texts_only
 from transformers_api.errors import EmbeddingsUnavailable
 from transformers_api.serving import embeddings
+from transformers_api.serving.models.spec import ModelSpec
 from transformers_api.serving.prompts import choose_prompt, count_prompt_tokens
+from transformers_api.serving.upstream.spec import UpstreamCall
+from transformers_api.serving.upstream.vectors import read_vectors
 
 blueprint = Blueprint("embeddings", __name__, dialect=OPENAI, description="OpenAI's embeddings")
 EXAMPLE = {"model": "all-minilm-l6-v2", "input": "The colour of the sea"}
+_PASSED = ("encoding_format", "dimensions", "input_type")
+_NEED_TOKENS = ("truncate_prompt_tokens", "truncation_side", "normalize", "prompt_name")
 View = TypeVar("View", bound=Callable[..., Any])
 
 
@@ -52,8 +62,11 @@ def create_embeddings(body: dict[str, Any]) -> Any:
     inputs = body["input"]
     texts = [item for item in inputs if isinstance(item, str)]
     check_prompt_bytes(texts, services().settings, "input")
+    spec = services().registry.resolve(body["model"])
     with RequestContext(services()) as context:
         context.take_place()
+        if spec.upstream is not None:
+            return _relayed(context, spec, body)
         lease = models.lease(body["model"], context.cancellation, context.client)
         model = context.hold(lease)
         record = request_log.current()
@@ -78,6 +91,25 @@ def create_embeddings(body: dict[str, Any]) -> Any:
         "model": body["model"],
         "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
     }
+
+
+def _relayed(context: RequestContext, spec: ModelSpec, body: dict[str, Any]) -> Any:
+    """The answer of the upstream, checked, under the name that the client used."""
+    request_log.current().model = spec.name
+    for name in _NEED_TOKENS:
+        if name in body:
+            raise upstream_refusal(spec, f"'{name}' needs its tokens", param=name)
+    inputs = texts_only(spec, body["input"], "input")
+    passed = {name: body[name] for name in _PASSED if name in body} | {"input": inputs}
+    call = UpstreamCall(route="embeddings", body=passed)
+    answer = read_vectors(
+        services().upstreams.ask(spec, call, context.cancellation),
+        count=len(body["input"]),
+        is_text=body["encoding_format"] == "base64",
+    )
+    tokens = request_log.current().prompt_tokens = answer["usage"]["prompt_tokens"]
+    services().limits.reserve(tokens)
+    return {**answer, "model": body["model"]}
 
 
 def _numbers(vector: bytes) -> list[float]:

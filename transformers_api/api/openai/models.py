@@ -11,7 +11,7 @@ from transformers_api.api.http.auth import scope
 from transformers_api.api.http.body import Blueprint
 from transformers_api.api.http.dialects import OPENAI
 from transformers_api.api.http.error_schemas import Error
-from transformers_api.api.http.request_context import RequestContext
+from transformers_api.api.http.request_context import RequestContext, upstream_refusal
 from transformers_api.api.http.services import services
 from transformers_api.api.openai.schemas.models import (
     Deleted,
@@ -85,6 +85,8 @@ def load_model(body: dict[str, Any]) -> Any:
     if device != "auto" and device not in services().devices():
         raise InvalidRequest(f"This machine has no device '{device}'", param="device")
     spec = services().registry.resolve(model_id)
+    if spec.upstream is not None:
+        raise upstream_refusal(spec, "it is not loaded here")
     with RequestContext(services()) as context:
         context.take_place()
         loaded = services().swapper.load(
@@ -142,7 +144,7 @@ def _described(spec: ModelSpec, status: SwapperStatus) -> dict[str, Any]:
         "created": created,
         "created_at": datetime.fromtimestamp(created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "owned_by": _owner(spec),
-        "loaded": status.holds(spec.name) or _encoder() == spec.name,
+        "loaded": status.holds(spec.name) or _encoder() == spec.name or spec.upstream is not None,
         "permission": [],
         "root": spec.resident.name,
         "parent": None if spec.base is None else spec.base.name,
@@ -199,7 +201,12 @@ def _text(spec: ModelSpec) -> ModelText | None:
     if resident is not None:
         return resident
     store = services().store
-    if spec.encoder or store.locate(spec) is None or store.refusal(spec) is not None:
+    if (
+        spec.encoder
+        or spec.upstream
+        or store.locate(spec) is None
+        or store.refusal(spec) is not None
+    ):
         return None
     if services().swapper.status().loading is not None:  # who reads one waits for that
         return None
@@ -228,6 +235,8 @@ def _created(spec: ModelSpec) -> int:
 
 
 def _owner(spec: ModelSpec) -> str:
+    if spec.upstream is not None:
+        return "upstream"
     return "huggingface" if isinstance(spec.adapter or spec.source, HubSource) else "local"
 
 

@@ -14,9 +14,9 @@ from transformers_api.api.http import inspect_auth
 from transformers_api.api.http.body import Blueprint
 from transformers_api.api.http.dialects import OPENAI
 from transformers_api.api.http.error_schemas import Error
-from transformers_api.api.http.request_context import Formatter, Task, answer
+from transformers_api.api.http.request_context import Formatter, Task, answer, upstream_refusal
 from transformers_api.api.openai import format as openai_format
-from transformers_api.api.openai import requests
+from transformers_api.api.openai import requests, upstream
 from transformers_api.api.openai.conversation import (
     Conversation,
     Thinking,
@@ -57,6 +57,7 @@ CHAT_EXAMPLE = {
     "max_tokens": 40,
     "stream": False,
 }
+CHAT, COMPLETION = ChatRequest(), CompletionRequest()
 COMPLETION_EXAMPLE = {"prompt": "The colour of the sea is", "max_tokens": 20, "temperature": 0}
 
 
@@ -103,7 +104,7 @@ class ChatTask(Task):
     """A conversation to be answered ``n`` times."""
 
     field = "messages"
-    is_chat = True
+    is_chat = is_relayed = True
 
     def __init__(self, body: Mapping[str, Any]) -> None:
         self.body = body
@@ -117,6 +118,8 @@ class ChatTask(Task):
     def prepare(self, model: LoadedModel, settings: Settings) -> GenerationRequest:
         """See Task."""
         body = self.body
+        if model.relay is not None:
+            return self._relayed(model, settings)
         prompt = self.conversation.encode(model)
         # The request's word, else the registry's, else the route's.
         fields = {**CHAT_DEFAULTS, **requests.registered_options(model), **body}
@@ -157,6 +160,12 @@ class ChatTask(Task):
             )
         return requests.with_trace(request, model, body, settings) if "trace" in body else request
 
+    def _relayed(self, model: LoadedModel, settings: Settings) -> GenerationRequest:
+        body, self._plan = self.body, upstream.PLAN
+        is_legacy = "functions" in body and "tools" not in body
+        tools = upstream.tool_fields(self.conversation.use) if is_legacy else {}
+        return upstream.relayed(model, body, CHAT, "chat/completions", settings, fields=tools)
+
     def _spans(self, model: LoadedModel, prompt: Sequence[int]) -> Sequence[Span]:
         options = self.conversation.template_options(model)
         return spans(model, self.body["messages"], prompt, **options)
@@ -184,6 +193,7 @@ class CompletionTask(Task):
     """Texts, or token ids, to be continued ``n`` times each."""
 
     field = "prompt"
+    is_relayed = True
 
     def __init__(self, body: Mapping[str, Any]) -> None:
         self.body = body
@@ -201,6 +211,8 @@ class CompletionTask(Task):
     def prepare(self, model: LoadedModel, settings: Settings) -> GenerationRequest:
         """See Task."""
         body = self.body
+        if model.relay is not None:
+            return self._relayed(model, settings)
         fields = {**COMPLETION_DEFAULTS, **requests.registered_options(model), **body}
         goes_on = fields.get("ignore_eos", False)
         prompts, ends = self.encoded(model, fields["max_tokens"])
@@ -239,6 +251,21 @@ class CompletionTask(Task):
         )
         request = constrained(request, model, self.form, ignore_eos=goes_on)
         return requests.with_trace(request, model, body, settings) if "trace" in body else request
+
+    def _relayed(self, model: LoadedModel, settings: Settings) -> GenerationRequest:
+        body = self.body
+        prompts = upstream.texts_only(model.spec, body["prompt"])
+        if body["echo"] and body.get("logprobs") is not None:
+            raise upstream_refusal(model.spec, "'echo' with 'logprobs' needs its tokens", "echo")
+        fields = (
+            {"prompt": prompts}
+            if self.suffix is None
+            else {"prompt": prompts, "suffix": self.suffix}
+        )
+        count = len(body["prompt"])
+        return upstream.relayed(
+            model, body, COMPLETION, "completions", settings, prompts=count, fields=fields
+        )
 
     def encoded(
         self, model: LoadedModel, max_tokens: int

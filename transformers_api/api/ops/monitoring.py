@@ -18,6 +18,7 @@ from transformers_api.api.ops.schemas.status import Status
 from transformers_api.config.settings import Settings
 from transformers_api.errors import NotFound
 from transformers_api.memory import free_bytes, process_bytes, total_bytes
+from transformers_api.serving.swap.replica_status import ReplicaStatus
 from transformers_api.serving.swap.residency import SwapperStatus
 
 blueprint = Blueprint("monitoring", __name__, dialect=PLAIN, description="What the server is doing")
@@ -66,6 +67,8 @@ def status() -> Any:
             "free_bytes": free_bytes(),
         },
         "limits": _limits(services().settings),
+        "engine": services().settings.engine,
+        "replicas": [_replica(each) for each in swapper.replicas],
     }
 
 
@@ -102,6 +105,29 @@ def _resident(swapper: SwapperStatus) -> dict[str, Any]:
             "token_bytes": engine.kv_token_bytes,
             "usage": round(min(usage, 1.0), 4),
         },
+    }
+
+
+def _replica(each: ReplicaStatus) -> dict[str, Any]:
+    swapper = each.swapper
+    return {
+        "replica": each.replica,
+        "machine": each.node,
+        "pid": each.pid,
+        "ready": each.ready,
+        "reason": services().private_paths.hide(each.reason),
+        "state": swapper.state,
+        "model": swapper.model,
+        "adapters": [adapter.name for adapter in swapper.engine.adapters],
+        "loading": swapper.loading,
+        "requests": each.requests,
+        "leases": swapper.leases,
+        "running": swapper.engine.running,
+        "waiting": swapper.engine.waiting,
+        "queued": dict(swapper.waiting),
+        "swaps": len(swapper.swaps),
+        "generated_tokens": swapper.engine.generated_tokens,
+        "process_bytes": each.process_bytes,
     }
 
 

@@ -183,6 +183,16 @@ def _others(trace: StepTrace, options: TraceRequest, vocabulary: Vocabulary) -> 
         content["lens"] = [_lens(reading, vocabulary) for reading in trace.lens]
     if options.resid_norms:
         content["resid_norms"] = [_round(norm) for norm in trace.resid_norms]
+    if options.probes:
+        content["probes"] = [
+            {
+                "vector": reading.name,
+                "layers": list(reading.layers),
+                "projection": [_round(each) for each in reading.projections],
+                "cosine": [_round(each) for each in reading.cosines],
+            }
+            for reading in trace.probes
+        ]
     if options.router:
         content["router"] = [_routed(routed) for routed in trace.router]
     return content

@@ -12,6 +12,7 @@ from transformers_api.api.http.fields import (
     NOT_GIVEN,
     Boolean,
     Integer,
+    Many,
     Object,
     Schema,
     StrictSchema,
@@ -122,6 +123,13 @@ class TraceOptions(StrictSchema):
     resid_norms = Boolean(
         load_default=False, **about("The length of the residual stream after each layer.")
     )
+    probes = Many(
+        Text(shortest=1, longest=64),
+        shortest=1,
+        longest=16,
+        load_default=(),
+        **about("Names of [vectors](#inspectvectors): how far the stream lies along each."),
+    )
     router = Boolean(load_default=False, **about("The experts that were chosen."))
     specials = Boolean(
         load_default=False, **about("Also of the token that ends the answer, which has no text.")
@@ -135,7 +143,7 @@ class TraceOptions(StrictSchema):
     @post_load
     def make(self, data: dict[str, Any], **_: Any) -> TraceRequest:
         """The options as serving takes them."""
-        return TraceRequest(**data)
+        return TraceRequest(**{**data, "probes": tuple(dict.fromkeys(data["probes"]))})
 
 
 class StreamTrace(TraceOptions):
@@ -159,4 +167,5 @@ class StreamTrace(TraceOptions):
     @post_load
     def make(self, data: dict[str, Any], **_: Any) -> TraceRequest:
         """As many tokens of what was drawn from as of the model's own."""
-        return TraceRequest(**data, sampled_topk=data["topk"])
+        probes = tuple(dict.fromkeys(data["probes"]))
+        return TraceRequest(**{**data, "probes": probes}, sampled_topk=data["topk"])

@@ -36,7 +36,8 @@ def map_torch() -> None:
     load = getattr(ctypes.CDLL(None), "dlopen", None)
     if load is not None and library.exists():
         arguments = (os.fsencode(library), os.RTLD_NOW)
-        threading.Thread(target=load, args=arguments, name="linker", daemon=True).start()
+        # Waited for at the end of the process: its destructors run into a library half linked.
+        threading.Thread(target=load, args=arguments, name="linker").start()
 
 
 @contextmanager

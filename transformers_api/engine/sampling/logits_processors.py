@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -119,6 +120,18 @@ class MinTokens:
             row[torch.tensor(ids, dtype=torch.long, device=row.device)] = -torch.inf
 
 
+class ForcedTokens:
+    """Leave nothing but the token of this step, where it has one."""
+
+    def __init__(self, tokens: Mapping[int, int]) -> None:
+        self.tokens = tokens
+
+    def __call__(self, seq: Sequence, row: Tensor) -> None:
+        """See the class."""
+        if (token := self.tokens.get(seq.num_output)) is not None:
+            row[:token], row[token + 1 :], row[token] = -torch.inf, -torch.inf, 0.0
+
+
 def processors_for(params: SamplingParams) -> list[LogitsProcessor]:
     """The processors that a request needs, in the order in which they apply; mostly none."""
     processors: list[LogitsProcessor] = []
@@ -136,4 +149,6 @@ def processors_for(params: SamplingParams) -> list[LogitsProcessor]:
         processors.append(AllowedTokens(params.allowed_token_ids))
     if params.min_tokens:
         processors.append(MinTokens())
+    if params.forced:
+        processors.append(ForcedTokens(params.forced))
     return processors

@@ -163,7 +163,7 @@ class Compiler:
         if fresh.is_error() or not first.any():
             raise ConstraintRefused(f"'{spec.param}' allows no answer", param=spec.param)
         size = min(max(used_bytes() - before, 0), MAX_GRAMMAR_BYTES)
-        return Grammar(matcher, first.tobytes(), spec.param, size, self._listener)
+        return Grammar(matcher, first.tobytes(), spec, size, self._listener)
 
     @cached_property
     def _tables(self) -> LLTokenizer:

@@ -13,6 +13,7 @@ from transformers_api.engine.base import Mask
 from transformers_api.errors import ConstraintFailed
 from transformers_api.serving.constraints.listener import ConstraintListener
 from transformers_api.serving.constraints.mask_worker import worker
+from transformers_api.serving.constraints.spec import ConstraintSpec
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -25,16 +26,16 @@ class Grammar:
         self,
         matcher: LLMatcher,
         first: bytes,
-        param: str,
+        spec: ConstraintSpec,
         size: int,
         listener: ConstraintListener,
     ) -> None:
+        self.spec = spec
         self.size = size  # bytes
         self.listener = listener
         self._matcher = matcher
         self._first = first  # the mask of the first token
         self._forced = tuple(matcher.deep_copy().compute_ff_tokens())
-        self._param = param  # the field that it came in
         self.warnings = matcher.get_grammar_warnings()  # what is not enforced
 
     def fits(self, tokens: Sequence[int]) -> bool:
@@ -48,7 +49,7 @@ class Grammar:
         """A constraint behind ``tokens``, which fit; ``forbidden`` tokens never come."""
         mask = numpy.frombuffer(self._first, numpy.uint32).copy()
         constraint = GrammarConstraint(
-            self, self._matcher.deep_copy(), mask, self._forced, self._param, forbidden
+            self, self._matcher.deep_copy(), mask, self._forced, self.spec.param, forbidden
         )
         for token in tokens:
             constraint.take(token)
@@ -77,7 +78,7 @@ class GrammarConstraint:
         self._mask = mask
         self._forced: list[int] = []  # what has to come, the next token last
         self._param = param
-        self._forbidden = frozenset(forbidden)
+        self.forbidden = frozenset(forbidden)
         self._permitted = ~_bits(forbidden, len(mask)) if forbidden else None
         self._is_ready = threading.Lock()  # held while the mask is worked out
         self._has_failed = False
@@ -142,7 +143,7 @@ class GrammarConstraint:
 
     def _force(self, tokens: Sequence[int]) -> bool:
         """Allow nothing but ``tokens``, one after the other; False where that is not to be."""
-        if not tokens or not self._forbidden.isdisjoint(tokens):
+        if not tokens or not self.forbidden.isdisjoint(tokens):
             return False
         self._forced = list(reversed(tokens))
         self._allow_one(tokens[0])

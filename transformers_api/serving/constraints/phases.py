@@ -55,7 +55,7 @@ class PhasedConstraint:
     """Meets ``engine.base.TokenConstraint``."""
 
     def __init__(self, phases: Phases, compiler: Compiler, vocabulary: Vocabulary) -> None:
-        self._phases = phases
+        self.phases = phases
         self._compiler = compiler
         self._token_bytes = vocabulary.token_bytes
         self._held: GrammarConstraint | None = None
@@ -85,7 +85,7 @@ class PhasedConstraint:
             return None
         mask = self._held.allowed()
         if self._step is PhasedConstraint._first:  # it may think first
-            thought = self._phases.thought
+            thought = self.phases.thought
             assert thought is not None
             mask = mask | self._one(thought.open_id or 0)
         return mask
@@ -106,7 +106,7 @@ class PhasedConstraint:
     # The phases: each takes a token and sets the next.
 
     def _first(self, token_id: int) -> None:
-        thought = self._phases.thought
+        thought = self.phases.thought
         assert thought is not None
         if token_id == thought.open_id:
             self._held, self._step = None, PhasedConstraint._think
@@ -115,7 +115,7 @@ class PhasedConstraint:
             self._step(self, token_id)
 
     def _think(self, token_id: int) -> None:
-        thought = self._phases.thought
+        thought = self.phases.thought
         assert thought is not None
         self._closing += self._is_closing
         self._thought_tokens += 1
@@ -126,14 +126,14 @@ class PhasedConstraint:
 
     def _free(self, token_id: int) -> None:
         self._note(token_id)
-        trigger = self._phases.trigger
+        trigger = self.phases.trigger
         match = None if trigger is None else trigger.search(self._tail)
         if match is None:
             return
         tokens = self._since(match.start(match.lastindex or 0))
-        for grammar in (self._phases.grammar, self._phases.loose):
+        for grammar in (self.phases.grammar, self.phases.loose):
             if grammar is not None and grammar.fits(tokens):
-                self._held = grammar.start(tokens, forbidden=self._phases.forbidden)
+                self._held = grammar.start(tokens, forbidden=self.phases.forbidden)
                 self._step = PhasedConstraint._hold
                 return
         self._tail, self._tokens = b"", []  # it only looks like a call
@@ -144,17 +144,17 @@ class PhasedConstraint:
 
     def _answer(self) -> None:
         """Begin the phase after the thought, or without one."""
-        if self._phases.grammar is None or self._phases.trigger is not None:
+        if self.phases.grammar is None or self.phases.trigger is not None:
             self._held, self._step = None, PhasedConstraint._free
         else:
             self._held = self._held or self._started()
             self._step = PhasedConstraint._hold
 
     def _started(self) -> GrammarConstraint | None:
-        grammar = self._phases.grammar
-        if grammar is None or self._phases.trigger is not None:
+        grammar = self.phases.grammar
+        if grammar is None or self.phases.trigger is not None:
             return None
-        return grammar.start(self._phases.prefix, forbidden=self._phases.forbidden)
+        return grammar.start(self.phases.prefix, forbidden=self.phases.forbidden)
 
     def _note(self, token_id: int) -> None:
         self._tokens.append((token_id, len(self._tail)))
@@ -174,7 +174,7 @@ class PhasedConstraint:
     @property
     def _is_closing(self) -> bool:
         """True once the budget is spent and no character is unfinished: the mark has to come."""
-        thought = self._phases.thought
+        thought = self.phases.thought
         assert thought is not None
         if thought.budget is None or not thought.close_ids:
             return False
@@ -183,7 +183,7 @@ class PhasedConstraint:
 
     @property
     def _next_of_close(self) -> int:
-        thought = self._phases.thought
+        thought = self.phases.thought
         assert thought is not None
         return thought.close_ids[self._closing]
 

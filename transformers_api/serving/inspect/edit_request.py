@@ -38,11 +38,19 @@ class EditRequest:
     source: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class ForceRequest:
+    """Output tokens that come whatever the model says, from a step on."""
+
+    step: int
+    token_ids: tuple[int, ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InterveneRequest:
     """The fields of ``intervene``; ``name`` is the field's own."""
 
-    edits: tuple[EditRequest, ...]
+    edits: tuple[EditRequest | ForceRequest, ...]
     name: str = "intervene"
 
 
@@ -53,7 +61,8 @@ def check_size(request: InterveneRequest) -> None:
         raise InvalidRequest(
             f"{request.name} has {count} edits (max {MOST_EDITS})", param=request.name
         )
-    vectors = [each.vector for each in request.edits if isinstance(each.vector, numpy.ndarray)]
+    edits = [each for each in request.edits if isinstance(each, EditRequest)]
+    vectors = [each.vector for each in edits if isinstance(each.vector, numpy.ndarray)]
     if (size := sum(vector.nbytes for vector in vectors)) > MOST_INLINE:
         raise InvalidRequest(
             f"vectors sent inline have {size / 1e6:.1f} MB (max {MOST_INLINE // 10**6} MB); "

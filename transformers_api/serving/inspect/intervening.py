@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from transformers_api.config.settings import Settings
-from transformers_api.errors import InspectionDisabled, ModelNotCapable
-from transformers_api.inspection.base import Array, Inspector, Part
+from transformers_api.errors import InspectionDisabled, ModelNotCapable, PromptTooLarge
+from transformers_api.inspection.base import Array, Part
 from transformers_api.inspection.edit_plan import InterventionsDisabled
+from transformers_api.inspection.questions import Inspected, PartNumbers
 from transformers_api.serving.generation import GenerationRequest
 from transformers_api.serving.inspect.edit_positions import PromptPlaces
 from transformers_api.serving.inspect.edit_request import InterveneRequest, check_size
@@ -16,10 +17,12 @@ from transformers_api.serving.inspect.interventions import (
     LIGHT_PLACES,
     Facts,
     PlannedEdits,
+    forced_tokens,
     plan_edits,
 )
 from transformers_api.serving.inspect.queue import Inspections
 from transformers_api.serving.inspect.stream_norms import TEXT
+from transformers_api.serving.inspect.trace_plan import probes_of
 from transformers_api.serving.inspect.trace_slots import LIGHT, WHOLE
 from transformers_api.serving.inspect.vector_store import Vector
 from transformers_api.serving.limits.cancellation import Cancellation
@@ -53,7 +56,17 @@ class Planner:
                     window=engine.max_model_len if may_slide else None,
                 )
             )
-        return replace(request, edits=self.planned(model, request.intervene, prompts))
+        params = request.params
+        forced = forced_tokens(request.intervene, engine.vocab_size, params.max_tokens)
+        edits = self.planned(model, request.intervene, prompts)
+        return replace(request, edits=edits, params=replace(params, forced=forced))
+
+    def with_probes(self, model: LoadedModel, request: GenerationRequest) -> GenerationRequest:
+        """``request``, whose trace measures along its vectors. Raises as ``probes_of``."""
+        assert request.trace is not None
+        assert model.inspector is not None
+        probes = probes_of(request.trace_probes, self.vector, model.inspector.anatomy)
+        return replace(request, trace=replace(request.trace, probes=probes))
 
     def planned(
         self, model: LoadedModel, intervene: InterveneRequest, prompts: Sequence[PromptPlaces]
@@ -67,9 +80,12 @@ class Planner:
         inspections, cancellation = self.inspections, self.cancellation
 
         def numbers(text: str | None, places: Sequence[tuple[int, Part]]) -> Sequence[Array]:
-            ids = chat_template.encode_text(model, TEXT if text is None else text)
-            ids = ids[: model.engine.max_model_len]
-            return inspections.run(model, inspector.part_numbers(ids, places), cancellation)
+            text = TEXT if text is None else text
+            chat_template.check_bytes(text, self.settings.inspected_prompt_bytes)
+            ids = chat_template.encode_text(model, text)[: model.engine.max_model_len]
+            if len(ids) > (most := self.settings.inspect_max_tokens):
+                raise PromptTooLarge(f"Prompt too large to inspect: {len(ids)} tokens (max {most})")
+            return inspections.ask(model, PartNumbers(ids, places), cancellation)
 
         facts = Facts(
             editable=inspections.editable(model, inspector, cancellation),
@@ -86,7 +102,7 @@ class Planner:
         return plan_edits(model, intervene, facts, prompts)
 
 
-def checked(model: LoadedModel, intervene: InterveneRequest, settings: Settings) -> Inspector:
+def checked(model: LoadedModel, intervene: InterveneRequest, settings: Settings) -> Inspected:
     """The inspector of a model that may be changed. Raises as ``planned``."""
     if not settings.intervene_enabled:
         raise InterventionsDisabled()

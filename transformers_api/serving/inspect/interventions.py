@@ -19,6 +19,7 @@ from transformers_api.inspection.edit_plan import Edit, EditPlan, Range
 from transformers_api.serving.inspect.edit_positions import PromptPlaces, resolve
 from transformers_api.serving.inspect.edit_request import (
     EditRequest,
+    ForceRequest,
     InterveneRequest,
     check_size,
 )
@@ -70,9 +71,11 @@ def plan_edits(
     check_size(request)
     edits = [
         _Edit(model, facts, each, f"{request.name}.edits[{i}]")
+        if isinstance(each, EditRequest)
+        else each
         for i, each in enumerate(request.edits)
     ]
-    places = sum(len(edit.layers) for edit in edits)
+    places = sum(len(edit.layers) for edit in edits if isinstance(edit, _Edit))
     if places > MOST_PLACES:
         raise _refusal(
             f"{request.name} edits {places} places per step (max {MOST_PLACES})", request.name
@@ -80,10 +83,14 @@ def plan_edits(
     return tuple(_planned(edits, prompt) for prompt in prompts)
 
 
-def _planned(edits: Sequence[_Edit], prompt: PromptPlaces) -> PlannedEdits:
+def _planned(edits: Sequence[_Edit | ForceRequest], prompt: PromptPlaces) -> PlannedEdits:
     made: list[Edit] = []
-    described = []
+    described: list[dict[str, Any]] = []
     for edit in edits:
+        if isinstance(edit, ForceRequest):
+            tokens = {"step": edit.step, "token_ids": list(edit.token_ids)}
+            described.append({"do": "force", **tokens, "elided": False})
+            continue
         own, words = edit.of(prompt)
         made += own
         described.append(words)
@@ -91,6 +98,24 @@ def _planned(edits: Sequence[_Edit], prompt: PromptPlaces) -> PlannedEdits:
         return PlannedEdits(None, tuple(described))
     plan = EditPlan(edits=tuple(made), identity=_identity(made))
     return PlannedEdits(plan, tuple(described))
+
+
+def forced_tokens(request: InterveneRequest, vocab_size: int, max_tokens: int) -> dict[int, int]:
+    """The output tokens that are forced, by step. Raises InvalidRequest."""
+    forced: dict[int, int] = {}
+    for number, each in enumerate(request.edits):
+        if not isinstance(each, ForceRequest):
+            continue
+        name = f"{request.name}.edits[{number}]"
+        if each.step + len(each.token_ids) > max_tokens:
+            raise _refusal(
+                f"{name}.step and token_ids go beyond the {max_tokens} tokens that may be written",
+                f"{name}.step",
+            )
+        if max(each.token_ids) >= vocab_size:
+            raise _refusal(f"{name}.token_ids must be below {vocab_size}", f"{name}.token_ids")
+        forced |= {each.step + at: token for at, token in enumerate(each.token_ids)}
+    return forced
 
 
 def _identity(edits: Sequence[Edit]) -> str:

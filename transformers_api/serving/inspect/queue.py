@@ -12,12 +12,14 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 from transformers_api.engine.base import Engine
 from transformers_api.errors import InspectionBusy, InspectionTimeout
+from transformers_api.inspection import questions
 from transformers_api.inspection.base import Editable, Inspector, Job
+from transformers_api.inspection.questions import Inspected, Question
 from transformers_api.serving.inspect.stream_norms import stream_norms
 from transformers_api.serving.inspect.suggested_layer import suggested_layer
 from transformers_api.serving.limits.admission import Throughput
@@ -44,8 +46,8 @@ class Inspections:
         self._throughput = Throughput(clock)
         self._gradients: WeakKeyDictionary[Engine, bool] = WeakKeyDictionary()
         self._layers: WeakKeyDictionary[Engine, int | None] = WeakKeyDictionary()
-        self._editable: WeakKeyDictionary[Inspector, Editable] = WeakKeyDictionary()
-        self._norms: WeakKeyDictionary[Inspector, tuple[float, ...]] = WeakKeyDictionary()
+        self._editable: WeakKeyDictionary[Inspected, Editable] = WeakKeyDictionary()
+        self._norms: WeakKeyDictionary[Inspected, tuple[float, ...]] = WeakKeyDictionary()
 
     def run(self, model: LoadedModel, job: Job[T], cancellation: Cancellation) -> T:
         """The result of ``job``, when its turn has come.
@@ -56,42 +58,50 @@ class Inspections:
         with self._turn(cancellation):
             return self._run(model, job, cancellation)
 
+    def ask(self, model: LoadedModel, question: Question[T], cancellation: Cancellation) -> T:
+        """The answer to ``question``, when its turn has come. Raises what ``run`` does."""
+        return self.run(model, question.job(_own(model)), cancellation)
+
     def has_gradients(
-        self, model: LoadedModel, inspector: Inspector, cancellation: Cancellation
+        self, model: LoadedModel, inspector: Inspected, cancellation: Cancellation
     ) -> bool:
         """True where the model has gradients; found out once per loaded model, without a turn."""
         available = self._gradients.get(model.engine)
         if available is None:
-            available = self._run(model, inspector.check_gradients(), cancellation)
+            available = self._run(model, _own(model).check_gradients(), cancellation)
             self._gradients[model.engine] = available
         return available
 
     def suggested_layer(
-        self, model: LoadedModel, inspector: Inspector, cancellation: Cancellation
+        self, model: LoadedModel, inspector: Inspected, cancellation: Cancellation
     ) -> int | None:
         """See ``suggested_layer``; found out once per loaded model, without a turn."""
         if model.engine not in self._layers:
             self._layers[model.engine] = suggested_layer(
-                model, inspector, lambda job: self._run(model, job, cancellation)
+                model,
+                inspector,
+                lambda question: self._run(model, question.job(_own(model)), cancellation),
             )
         return self._layers[model.engine]
 
     def editable(
-        self, model: LoadedModel, inspector: Inspector, cancellation: Cancellation
+        self, model: LoadedModel, inspector: Inspected, cancellation: Cancellation
     ) -> Editable:
         """The parts that can be changed; found out once per loaded model, without a turn."""
         if inspector not in self._editable:
-            job = inspector.check_places()
+            job = questions.Places().job(_own(model))
             self._editable[inspector] = self._run(model, job, cancellation)
         return self._editable[inspector]
 
     def stream_norms(
-        self, model: LoadedModel, inspector: Inspector, cancellation: Cancellation
+        self, model: LoadedModel, inspector: Inspected, cancellation: Cancellation
     ) -> tuple[float, ...]:
         """See ``stream_norms``; found out once per loaded model, without a turn."""
         if inspector not in self._norms:
             self._norms[inspector] = stream_norms(
-                model, inspector, lambda job: self._run(model, job, cancellation)
+                model,
+                inspector,
+                lambda question: self._run(model, question.job(_own(model)), cancellation),
             )
         return self._norms[inspector]
 
@@ -137,6 +147,11 @@ class Inspections:
             return run.result
         finally:
             run.close()
+
+
+def _own(model: LoadedModel) -> Inspector:
+    """The inspector of a model in this process."""
+    return cast(Inspector, model.inspector)
 
 
 class _Run(Generic[T]):

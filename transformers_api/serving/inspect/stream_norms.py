@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 import numpy
 
-from transformers_api.inspection.base import Array, Inspector, Job
+from transformers_api.inspection import questions
+from transformers_api.inspection.base import Array
+from transformers_api.inspection.questions import Inspected, Question
 from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.text import chat_template
 
@@ -19,11 +21,11 @@ MOST_TOKENS = 96
 
 
 def stream_norms(
-    model: LoadedModel, inspector: Inspector, run: Callable[[Job[Array]], Array]
+    model: LoadedModel, inspector: Inspected, ask: Callable[[Question[Array]], Array]
 ) -> tuple[float, ...]:
     """The median L2 norm over the tokens of a text, of the embedding and after each layer.
 
-    () where the text has no tokens. ``run`` gives the result of a job.
+    () where the text has no tokens. ``ask`` gives the answer to a question.
     """
     anatomy = inspector.anatomy
     most = min(MOST_TOKENS, model.engine.max_model_len)
@@ -32,6 +34,6 @@ def stream_norms(
     if not ids:
         return ()
     layers = range(-1, anatomy.layers)
-    states = run(inspector.hidden_states(ids, list(layers), list(range(len(ids)))))
+    states = ask(questions.HiddenStates(ids, list(layers), list(range(len(ids)))))
     norms = numpy.median(numpy.linalg.norm(states, axis=-1), axis=-1)
     return tuple(float(norm) for norm in norms)

@@ -12,7 +12,9 @@ from typing import Any
 import numpy
 
 from transformers_api.errors import ApiError
-from transformers_api.inspection.base import Anatomy, HeadGrid, Inspector, Job
+from transformers_api.inspection import questions
+from transformers_api.inspection.base import Anatomy, HeadGrid
+from transformers_api.inspection.questions import Inspected, Question
 from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.text import chat_template
 
@@ -23,9 +25,9 @@ MOST_TOKENS = 256  # a template may write much around the question
 
 
 def suggested_layer(
-    model: LoadedModel, inspector: Inspector, run: Callable[[Job[HeadGrid]], HeadGrid]
+    model: LoadedModel, inspector: Inspected, ask: Callable[[Question[HeadGrid]], HeadGrid]
 ) -> int | None:
-    """The layer; None for a model without attention. ``run`` gives the result of a job.
+    """The layer; None for a model without attention. ``ask`` gives the answer to a question.
 
     Where the question cannot be asked it is the one at three quarters of them.
     """
@@ -40,7 +42,7 @@ def suggested_layer(
     if not places or not is_readable or max(ids) >= engine.vocab_size:
         return layers[len(layers) * 3 // 4]
     # As wide as the text is long, a picture is the matrix itself.
-    return _best(run(inspector.heads(ids, len(ids))), places, anatomy)
+    return _best(ask(questions.HeadGrid(ids, len(ids))), places, anatomy)
 
 
 def _probe(model: LoadedModel) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,7 +14,9 @@ from transformers_api.errors import (
     ModelNotCapable,
 )
 from transformers_api.inspection.base import Anatomy, LayerAttention, TracePlan
+from transformers_api.inspection.probes import Probe
 from transformers_api.serving.inspect.trace_slots import LIGHT, WHOLE
+from transformers_api.serving.inspect.vector_store import Vector
 from transformers_api.serving.swap.loaded_model import LoadedModel
 
 AttentionFormat = Literal["f16", "u8", "topk", "json", "json64"]
@@ -56,6 +58,7 @@ class TraceRequest:
     lens: LensRequest | None = None
     resid_norms: bool = False
     router: bool = False
+    probes: tuple[str, ...] = ()  # names of vectors that the stream is measured along
     specials: bool = False  # also of the token that ends the answer
     required: bool = True  # False: where it cannot be had, the answer goes on without it
     meta: bool = False  # a leading event about prompt and model, where there are named events
@@ -113,7 +116,26 @@ def cost(trace: TraceRequest, plan: TracePlan, choices: int) -> int:
     """
     has_more = plan.lens_layers or plan.resid_norms or plan.router or len(plan.layers) > 1
     is_text = bool(plan.layers) and trace.attn in ("json", "json64")
+    has_more = has_more or bool(trace.probes)
     return WHOLE if has_more or is_text or choices > 1 else LIGHT
+
+
+def probes_of(
+    names: Sequence[str], vector: Callable[[str], Vector], anatomy: Anatomy
+) -> tuple[Probe, ...]:
+    """The probes of vectors, by their names. Raises NotFound, InvalidRequest."""
+    probes = []
+    for name in names:
+        stored = vector(name)
+        if stored.width != anatomy.hidden_size:
+            raise InvalidRequest(
+                f"vector '{name}' has {stored.width} numbers, the model's stream "
+                f"{anatomy.hidden_size}",
+                param="trace.probes",
+            )
+        rows = {layer: stored.at(layer) for layer in range(anatomy.layers)}
+        probes.append(Probe(name, {n: row for n, row in rows.items() if row is not None}))
+    return tuple(probes)
 
 
 def check_layer(anatomy: Anatomy, layer: int, param: str) -> LayerAttention:
@@ -213,6 +235,10 @@ def _lens_layers(anatomy: Anatomy, trace: TraceRequest) -> tuple[int, ...]:
 
 def _check_capable(anatomy: Anatomy, trace: TraceRequest) -> None:
     kind = anatomy.model_type
+    if trace.probes and anatomy.final_norm is None:
+        raise ModelNotCapable(
+            f"model type {kind} has no residual stream that can be seen", param="trace.probes"
+        )
     if trace.resid_norms and anatomy.final_norm is None:
         raise ModelNotCapable(
             f"model type {kind} has no residual stream that can be seen",
@@ -242,7 +268,7 @@ class _Size:
         tokens = trace.topk * 2 + trace.sampled_topk
         if trace.lens:
             tokens += lens_layers * (trace.lens.topk + 2)
-        numbers = anatomy.layers if trace.resid_norms else 0
+        numbers = anatomy.layers * (trace.resid_norms + 2 * len(trace.probes))
         if trace.router and anatomy.routing:
             numbers += len(anatomy.routing.layers) * (2 * anatomy.routing.experts_per_token + 5)
         attention = sum(self._attention(heads, width) for heads, width in self.shapes)

@@ -32,20 +32,26 @@ class Derived:
     window: tuple[int, int]  # the first and the last layer of the run that tells them apart best
 
 
-def read_streams(
-    inspector: Inspector, texts: Sequence[Sequence[int]], layers: Sequence[int], at: Place
-) -> Job[Array]:
-    """(texts, L, C): the streams at the last token of each text, or their mean over its tokens."""
+@dataclass(frozen=True, slots=True)
+class Streams:
+    """The streams at the last token of each text, or their mean over its tokens: (texts, L, C)."""
 
-    def job(model: Any) -> Generator[None, None, Array]:
-        streams = []
-        for ids in texts:
-            positions = [len(ids) - 1] if at == "last" else range(len(ids))
-            states = yield from inspector.hidden_states(ids, layers, positions)(model)
-            streams.append(states.mean(axis=1))
-        return numpy.stack(streams)
+    texts: Sequence[Sequence[int]]
+    layers: Sequence[int]
+    at: Place
 
-    return job
+    def job(self, inspector: Inspector) -> Job[Array]:
+        """See ``questions.Question``."""
+
+        def job(model: Any) -> Generator[None, None, Array]:
+            streams = []
+            for ids in self.texts:
+                positions = [len(ids) - 1] if self.at == "last" else range(len(ids))
+                states = yield from inspector.hidden_states(ids, self.layers, positions)(model)
+                streams.append(states.mean(axis=1))
+            return numpy.stack(streams)
+
+        return job
 
 
 def derive(positive: Array, negative: Array, layers: Sequence[int], method: Method) -> Derived:

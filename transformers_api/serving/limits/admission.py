@@ -111,6 +111,12 @@ class Admission:
         with self._condition:
             return self._retry_after()
 
+    def end_after(self, grace_s: float, error: ApiError) -> None:
+        """Cancel what still runs after ``grace_s`` seconds, with ``error``; returns at once."""
+        timer = threading.Timer(max(grace_s, 0.0), self.end_all, args=(error,))
+        timer.daemon = True
+        timer.start()
+
     def end_all(self, error: ApiError) -> None:
         """Cancel every request with ``error``."""
         with self._condition:

@@ -155,6 +155,8 @@ def capabilities(
     ``tools`` are those that its own template shows, where calls are to be written so; ``reasoning``
     is by the marks of its entry or those of its template.
     """
+    if spec.upstream is not None:  # as far as that can do it
+        return ["chat", "completion", *(["embedding"] if embeds else []), "tools"]
     is_encoder = spec.encoder is not None or (facts.is_encoder and not spec.registered)
     writes = not refused and not is_encoder
     chats = writes and spec.chat != "off"

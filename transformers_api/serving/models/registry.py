@@ -80,11 +80,14 @@ class ModelRegistry:
         specs += builtin_models() if settings.include_default_models else ()
         if settings.model_registry_path is not None:
             specs += read_registry_file(settings.model_registry_path)
-        own = local_model(settings.default_model)
+        is_elsewhere = settings.engine == "openai"  # nothing is loaded here
+        if is_elsewhere:
+            specs = [spec for spec in specs if isinstance(spec, ModelSpec) and spec.upstream]
+        own = None if is_elsewhere else local_model(settings.default_model)
         registry = cls(
             [*specs, own] if own else specs,
-            allow_unregistered=settings.downloads_allowed,
-            is_cached=is_cached,
+            allow_unregistered=settings.downloads_allowed and not is_elsewhere,
+            is_cached=(lambda _repo: False) if is_elsewhere else is_cached,
             allow_list=settings.model_allow_list,
         )
         if own and own.name in registry._by_id:
@@ -123,7 +126,7 @@ def _with_bases(entries: Mapping[str, ModelSpec | AdapterEntry]) -> dict[str, Mo
         base = by_id.get(entry.base)
         if base is None and entry.base not in entries and is_hub_id(entry.base):
             base = ModelSpec(name=entry.base, source=HubSource(entry.base), registered=False)
-        if base is None or base.encoder:
+        if base is None or base.encoder or base.upstream:
             reason = "an entry for a model that generates, or an id of the Hub"
             raise SettingError(
                 f"Registry entry {name}: base {entry.base!r} is not allowed: expected {reason}"

@@ -8,10 +8,13 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, get_args
+from urllib.parse import urlsplit
 
+from transformers_api.config.environment import secret
 from transformers_api.config.settings import SettingError
 from transformers_api.serving.models.registry_text import MAX_NESTING, parse_registry
 from transformers_api.serving.models.spec import (
+    UPSTREAM_TIMEOUT_S,
     AdapterEntry,
     AdapterFiles,
     HubSource,
@@ -21,6 +24,7 @@ from transformers_api.serving.models.spec import (
     Pooling,
     PoolingMode,
     Source,
+    UpstreamSource,
 )
 
 Entry = Mapping[str, Any]
@@ -38,7 +42,13 @@ _CHAT = ("template", "transcript", "off")
 MAX_MARK = 100  # characters
 _ENCODERS = ("encoder", "cross_encoder")
 _POOLINGS = get_args(PoolingMode)
-_SOURCES = ("hf_repo", "path", "package")
+_SOURCES = ("hf_repo", "path", "package", "upstream")
+_OF_UPSTREAMS = ("upstream_model", "api_key_env", "timeout_s")
+# What an entry with an upstream may say besides: all else is that server's own.
+_BESIDE_UPSTREAMS = (
+    *("name", "aliases", "upstream", "max_context_tokens", "generation", "metadata", "chat"),
+    "is_instruct",
+)
 # What an adapter's entry may say; all else is its base's.
 _OF_ADAPTERS = (
     *("name", "aliases", "adapter", "base", "revision", "chat", "tools", "reasoning"),
@@ -112,7 +122,7 @@ def _passed(fields: Entry) -> dict[str, Any]:
     passed = {
         key: value
         for key, value in fields.items()
-        if key not in (*_SOURCES, "revision", "file", "aliases", "adapter", "base")
+        if key not in (*_SOURCES, *_OF_UPSTREAMS, "revision", "file", "aliases", "adapter", "base")
     }
     if "reasoning" in passed:
         passed["reasoning"] = tuple(passed["reasoning"])
@@ -149,8 +159,14 @@ def _source(entry: Entry, where: str, base: Path) -> Source:
     named = [key for key in _SOURCES if key in entry]
     if len(named) != 1:
         count = f"{' and '.join(named)} are" if named else "none is"
-        raise SettingError(f"{where}: one of hf_repo, path or package is needed, {count} given")
+        raise SettingError(
+            f"{where}: one of hf_repo, path, package or upstream is needed, {count} given"
+        )
     kind = named[0]
+    if kind == "upstream":
+        return _upstream(entry, where)
+    if others := [key for key in _OF_UPSTREAMS if key in entry]:
+        raise SettingError(f"{where}: {others[0]} belongs to upstream only")
     if "revision" in entry and kind != "hf_repo":
         raise SettingError(f"{where}: revision belongs to hf_repo only")
     if kind == "path":
@@ -162,6 +178,33 @@ def _source(entry: Entry, where: str, base: Path) -> Source:
             raise SettingError(f"{where}: file is missing; package needs it")
         return PackageSource(entry["package"], entry["file"])
     return HubSource(entry["hf_repo"], entry.get("revision"), entry.get("file"))
+
+
+def _upstream(entry: Entry, where: str) -> UpstreamSource:
+    if others := [key for key in entry if key not in (*_OF_UPSTREAMS, *_BESIDE_UPSTREAMS)]:
+        raise SettingError(f"{where}: {others[0]} is the upstream's own to say")
+    variable = entry.get("api_key_env")
+    if variable is not None and not secret(variable):
+        raise SettingError(f"{where}: api_key_env: the environment has no {variable}")
+    return UpstreamSource(
+        entry["upstream"].rstrip("/"),
+        entry.get("upstream_model", entry["name"]),
+        variable,
+        float(entry.get("timeout_s", UPSTREAM_TIMEOUT_S)),
+    )
+
+
+def _is_upstream(value: Any) -> str | None:
+    expected = "the URL of a server with OpenAI's API, such as http://127.0.0.1:8000/v1"
+    if not isinstance(value, str) or set(value) & set(" \\\r\n\t") or not value.isascii():
+        return expected
+    try:
+        parts = urlsplit(value)
+        fits = parts.port != 0
+    except ValueError:
+        return expected
+    fits = fits and parts.scheme in ("http", "https") and bool(parts.hostname)
+    return None if fits and not (parts.query or parts.fragment or "@" in parts.netloc) else expected
 
 
 def _matches(pattern: re.Pattern[str], expected: str) -> Check:
@@ -305,6 +348,11 @@ def _are_marks(value: Any) -> str | None:
     return f"a list of two texts of at most {MAX_MARK} characters, the second not empty"
 
 
+def _is_mark(value: Any) -> str | None:
+    fits = isinstance(value, str) and 0 < len(value) <= 256 and value.isprintable()
+    return None if fits else "a text"
+
+
 _GENERATION: dict[str, Check] = {
     "temperature": _number(0, 2),
     "top_p": _number(0, 1),
@@ -329,6 +377,10 @@ _FIELDS: dict[str, Check] = {
     "path": _is_path,
     "adapter": lambda value: _is_path(value) and "the folder of an adapter, or its id on the Hub",
     "base": _is_name,
+    "upstream": _is_upstream,
+    "upstream_model": lambda value: _is_mark(value) and "the model's id there",
+    "api_key_env": _matches(re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}"), "the name of a variable"),
+    "timeout_s": _number(0.1, 3600),
     "package": _matches(_PACKAGE, "the name of an installed Python package"),
     "dtype": _one_of(_DTYPES),
     "quantization": _one_of(_QUANTIZATIONS),

@@ -11,6 +11,7 @@ ChatMode = Literal["template", "transcript", "off"]
 PoolingMode = Literal["cls", "mean", "last", "max", "mean_sqrt_len_tokens", "weightedmean"]
 Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]
 StepKind = Literal["dense", "layer_norm", "normalize"]
+UPSTREAM_TIMEOUT_S = 60.0
 EncoderKind = Literal["encoder", "cross_encoder"]  # makes vectors; scores pairs of texts
 
 
@@ -40,7 +41,17 @@ class PackageSource:
     sha256: str | None = None
 
 
-Source = HubSource | PathSource | PackageSource
+@dataclass(frozen=True, slots=True)
+class UpstreamSource:
+    """A server that speaks OpenAI's API, under ``url``, and the model's name there."""
+
+    url: str  # with its prefix and without a slash at the end: http://10.0.0.7:8000/v1
+    model: str
+    api_key_env: str | None = None  # the variable of the environment that has its key
+    timeout_s: float = UPSTREAM_TIMEOUT_S  # of silence
+
+
+Source = HubSource | PathSource | PackageSource | UpstreamSource
 AdapterFiles = HubSource | PathSource  # a folder with adapter_config.json
 
 
@@ -109,6 +120,11 @@ class ModelSpec:
     def resident(self) -> ModelSpec:
         """The entry of the model that is in memory for this one."""
         return self if self.base is None else self.base
+
+    @property
+    def upstream(self) -> UpstreamSource | None:
+        """The server that answers for this model; None: this one does."""
+        return self.source if isinstance(self.source, UpstreamSource) else None
 
     @property
     def encoder(self) -> EncoderKind | None:

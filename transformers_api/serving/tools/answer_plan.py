@@ -61,12 +61,12 @@ class AnswerPlan:
     warnings: Sequence[str] = ()  # what of a schema is not enforced
     are_held: bool = True  # calls, by a grammar
     choice: str = "auto"  # of calls: or "required"
-    format: str = "derived"  # of calls, from the template: or "own"
+    format: str = "derived"  # of calls, from the template: or "own", "upstream"
 
     @property
     def has_parts(self) -> bool:
         """True where there may be more to an answer than its text."""
-        return self.style is not None or self.thought is not None
+        return self.style is not None or self.thought is not None or self.format == "upstream"
 
     def parser(self) -> AnswerParser:
         """A parser of one answer."""

@@ -91,6 +91,10 @@ class AnswerParser:
                 part.text = MARKS.sub("", part.text)
         return [part for part in self._parts if isinstance(part, CallStart) or part.text]
 
+    def note(self, parts: Sequence[Part]) -> None:
+        """Count the calls among parts that somebody else has told apart."""
+        self.calls += sum(isinstance(part, CallStart) for part in parts)
+
     def finish(self) -> list[Part]:
         """The rest, at the end of the answer."""
         self._is_last = True

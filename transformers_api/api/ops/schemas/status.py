@@ -115,6 +115,28 @@ class Limits(Schema):
     rate_limit_tokens_per_min = fields.Integer(allow_none=True)
 
 
+class ReplicaState(Schema):
+    """One replica of the engine, as it was a second ago."""
+
+    replica = fields.String(metadata={"description": "Its name, also a label of its metrics."})
+    machine = fields.String()
+    pid = fields.Integer()
+    ready = fields.Boolean()
+    reason = fields.String(metadata={"description": "Why not."})
+    state = fields.String(metadata={"description": "empty, loading, ready, draining."})
+    model = fields.String(allow_none=True)
+    adapters = fields.List(fields.String())
+    loading = fields.String(allow_none=True)
+    requests = fields.Integer(metadata={"description": "Streams that it writes."})
+    leases = fields.Integer()
+    running = fields.Integer()
+    waiting = fields.Integer()
+    queued = fields.Dict(keys=fields.String(), values=fields.Integer())
+    swaps = fields.Integer(metadata={"description": "The last 32 at most."})
+    generated_tokens = fields.Integer()
+    process_bytes = fields.Integer(allow_none=True)
+
+
 class Status(Schema):
     """The state of the server."""
 
@@ -145,3 +167,7 @@ class Status(Schema):
     requests = fields.Integer(metadata={"description": "Requests that are being served or wait."})
     memory = fields.Nested(Memory)
     limits = fields.Nested(Limits)
+    engine = fields.String(metadata={"description": "local, ray or openai."})
+    replicas = fields.List(
+        fields.Nested(ReplicaState), metadata={"description": "Of ENGINE=ray; else empty."}
+    )

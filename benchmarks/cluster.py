@@ -1,0 +1,144 @@
+"""The way through a front and Ray beside one process: `python -m benchmarks.cluster`.
+
+Starts a server with ENGINE=local, measures it alone, then a cluster of one replica with a front.
+Both get the same streamed requests, one at a time: the time to the first token, and between two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+START_S = 120.0
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+@contextmanager
+def serving(environment: Mapping[str, str]) -> Iterator[str]:
+    """The URL of a server with this environment, once it is ready."""
+    port = free_port()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "transformers_api", "serve"],
+        cwd=ROOT,
+        env={**environment, "PORT": str(port)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        until = time.monotonic() + START_S
+        while not is_ready(url):
+            if time.monotonic() > until or process.poll() is not None:
+                raise SystemExit("the server did not become ready")
+            time.sleep(0.2)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def is_ready(url: str) -> bool:
+    """True once requests may be sent."""
+    try:
+        with urllib.request.urlopen(f"{url}/readyz", timeout=2) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+@contextmanager
+def cluster(environment: Mapping[str, str]) -> Iterator[None]:
+    """A cluster of one replica."""
+    command = [sys.executable, "-m", "transformers_api", "cluster"]
+    options = {"cwd": ROOT, "env": dict(environment), "stdout": subprocess.DEVNULL}
+    subprocess.run([*command, "up", "--replicas", "1"], check=True, timeout=180, **options)  # type: ignore[call-overload]
+    try:
+        yield
+    finally:
+        subprocess.run([*command, "down"], check=False, timeout=180, **options)  # type: ignore[call-overload]
+
+
+def measure(url: str, rounds: int, tokens: int) -> tuple[list[float], list[float]]:
+    """(times to the first token, times between two) in milliseconds."""
+    firsts: list[float] = []
+    gaps: list[float] = []
+    for number in range(rounds + 3):
+        times = list(stream(url, number, tokens))
+        if number >= 3:  # the first ones warm up
+            firsts.append(1000 * (times[1] - times[0]))
+            gaps += [1000 * (later - earlier) for earlier, later in pairwise(times[1:])]
+    return firsts, gaps
+
+
+def stream(url: str, number: int, tokens: int) -> Iterator[float]:
+    """The time of the request, and that of each piece of text."""
+    body = {
+        "messages": [{"role": "user", "content": f"Tell me of the number {number}."}],
+        "max_tokens": tokens,
+        "ignore_eos": True,
+        "temperature": 0,
+        "stream": True,
+    }
+    request = urllib.request.Request(
+        f"{url}/v1/chat/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    yield time.perf_counter()
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        for line in answer:
+            if line.startswith(b"data: {") and b'"delta":{"content":"' in line:
+                yield time.perf_counter()
+
+
+def row(name: str, firsts: list[float], gaps: list[float]) -> str:
+    """One line of the table."""
+    numbers = (statistics.median(firsts), statistics.median(gaps), statistics.mean(gaps))
+    return f"| {name} | " + " | ".join(f"{number:.1f}" for number in numbers) + " |"
+
+
+def main() -> None:
+    """Print a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--tokens", type=int, default=40)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="tab-", dir="/tmp") as folder:
+        environment = os.environ | {
+            "CLUSTER_ADDRESS": f"127.0.0.1:{free_port()}",
+            "CLUSTER_FOLDER": folder,
+            "HOST": "127.0.0.1",
+            "RESIDENCY_LOCK": "false",
+            "TORCH_THREADS": os.environ.get("TORCH_THREADS", "1"),
+        }
+        with serving(environment) as url:
+            local = measure(url, options.rounds, options.tokens)
+        with cluster(environment), serving({**environment, "ENGINE": "ray"}) as url:
+            through = measure(url, options.rounds, options.tokens)
+    print("| way | first token, ms | between tokens, median ms | mean ms |")
+    print("| --- | --- | --- | --- |")
+    print(row("in one process", *local))
+    print(row("front, Ray, replica", *through))
+
+
+if __name__ == "__main__":
+    main()

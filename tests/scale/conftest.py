@@ -1,0 +1,243 @@
+"""A real cluster of two replicas and two fronts, once for all tests; skipped without Ray."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+REPLICA, CONTROLLER = "ray::ServeReplica:transformers-api", "ray::ServeController"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.scale)
+            item.add_marker(pytest.mark.timeout(150))
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+@dataclass
+class Front:
+    """One front, a process of its own."""
+
+    environment: dict[str, str]
+    port: int = field(default_factory=free_port)
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        environment = {**self.environment, "ENGINE": "ray", "PORT": str(self.port)}
+        log = Path(self.environment["CLUSTER_FOLDER"]) / f"front-{self.port}.log"
+        with log.open("ab") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "transformers_api", "serve"],
+                cwd=ROOT,
+                env=environment,
+                stdout=out,
+                stderr=out,
+            )
+
+    def stop(self) -> None:
+        assert self.process is not None
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(60)
+
+    def get(self, path: str) -> Any:
+        with urllib.request.urlopen(self.url + path, timeout=30) as answer:
+            text = answer.read().decode()
+        return json.loads(text) if text.startswith(("{", "[")) else text
+
+    def post(self, path: str, **body: Any) -> Any:
+        """The answer, or of an error (status, its body, Retry-After)."""
+        request = urllib.request.Request(
+            self.url + path,
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=120) as answer:
+                return json.loads(answer.read())
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode(), error.headers.get("Retry-After")
+
+    def chat(self, model: str = "one", tokens: int = 5, **fields: Any) -> Any:
+        messages = [{"role": "user", "content": "Hi"}]
+        body = {"model": model, "messages": messages, "max_tokens": tokens, **fields}
+        return self.post("/v1/chat/completions", **body)
+
+    def stream(self, model: str, tokens: int) -> Stream:
+        return Stream(self, model, tokens)
+
+    def ready(self) -> bool:
+        try:
+            return self.get("/readyz")["status"] == "ready"
+        except OSError:
+            return False
+
+    def replicas(self) -> list[dict[str, Any]]:
+        return list(self.get("/status")["replicas"])
+
+
+class Stream:
+    """A streamed chat, read on a thread of its own."""
+
+    def __init__(self, front: Front, model: str, tokens: int) -> None:
+        self.events: list[str] = []
+        self.failure: Exception | None = None
+        self._request = urllib.request.Request(
+            f"{front.url}/v1/chat/completions",
+            json.dumps(
+                {
+                    "model": model,
+                    "messages": [{"role": "user", "content": "Hi"}],
+                    "max_tokens": tokens,
+                    "stream": True,
+                    "ignore_eos": True,
+                    "temperature": 1,
+                }
+            ).encode(),
+            {"Content-Type": "application/json"},
+        )
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        try:
+            with urllib.request.urlopen(self._request, timeout=120) as answer:
+                for line in answer:
+                    if line.startswith(b"data: "):
+                        self.events.append(line[6:].decode().strip())
+        except Exception as error:
+            self.failure = error
+
+    def end(self) -> str:
+        """``done``, the code of its error, or how it was cut."""
+        self._thread.join(120)
+        if self.events and self.events[-1] == "[DONE]":
+            return "done"
+        if self.events and "error" in (last := json.loads(self.events[-1])):
+            return str(last["error"]["code"])
+        return f"cut: {self.failure!r} after {len(self.events)} events"
+
+
+@dataclass
+class Cluster:
+    """The head, its replicas and two fronts."""
+
+    environment: dict[str, str]
+    folder: Path
+    fronts: list[Front] = field(default_factory=list)
+
+    def command(self, *words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "transformers_api", "cluster", *words],
+            cwd=ROOT,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=150,
+            check=False,
+        )
+
+    def pids(self, title: str) -> list[int]:
+        """The processes of this cluster whose title begins so."""
+        listed = subprocess.run(["ps", "axo", "pid,args"], capture_output=True, text=True)
+        rows = (line.split(maxsplit=1) for line in listed.stdout.splitlines()[1:])
+        return [int(pid) for pid, args in rows if args.startswith(title) and self.owns(int(pid))]
+
+    def owns(self, pid: int) -> bool:
+        try:
+            environment = Path(f"/proc/{pid}/environ").read_bytes()
+        except OSError:
+            return False
+        return str(self.folder).encode() in environment
+
+
+def wait_for(condition: Callable[[], bool], within_s: float = 60) -> float:
+    """The seconds until it came true."""
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < within_s
+        time.sleep(0.1)
+    return time.monotonic() - began
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    if importlib.util.find_spec("ray") is None:
+        pytest.skip("Ray is not installed: make test-scale installs it")
+    from tests import tokenizers
+    from tests.api.tiny_app import save
+
+    folder = Path(tempfile.mkdtemp(prefix="ta-", dir="/tmp"))  # short: sockets lie in it
+    names = ("one", "two")
+    for name in names:
+        save(folder / name, tokenizers.byte_level())
+    entries: list[dict[str, Any]] = [{"name": name, "path": str(folder / name)} for name in names]
+    entries[0]["embedding"] = {"pooling": "mean"}
+    (folder / "models.json").write_text(json.dumps(entries))
+    environment = os.environ | {
+        "CLUSTER_ADDRESS": f"127.0.0.1:{free_port()}",
+        "CLUSTER_FOLDER": str(folder / "c"),
+        "CLUSTER_REPLICA_CPUS": "0.5",
+        "DEFAULT_MODEL": "one",
+        "ENABLE_EMBEDDINGS_BACKEND": "true",
+        "GRACEFUL_S": "60",
+        "HF_HOME": str(folder / "hub"),
+        "HOST": "127.0.0.1",
+        "INCLUDE_DEFAULT_MODELS": "false",
+        "MAX_INFLIGHT": "16",
+        "MAX_QUEUE": "16",
+        "MODEL_REGISTRY_PATH": str(folder / "models.json"),
+        "MODEL_STORE": str(folder / "store"),
+        "RATE_LIMIT_PER_MIN": "0",
+    }
+    made = Cluster(environment, folder)
+    try:
+        up = made.command("up", "--replicas", "2")
+        assert up.returncode == 0, up.stderr[-3000:]
+        made.fronts = [Front(environment), Front(environment)]
+        for front in made.fronts:
+            front.start()
+        for front in made.fronts:
+            wait_for(front.ready)
+        yield made
+    finally:
+        for front in made.fronts:
+            front.stop()
+        made.command("down")
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def front(cluster: Cluster) -> Front:
+    """A front of a cluster that is whole."""
+    first = cluster.fronts[0]
+    wait_for(lambda: first.ready() and len(first.replicas()) == 2)
+    return first

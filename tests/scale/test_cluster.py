@@ -1,0 +1,224 @@
+"""The same API over Ray Serve: what it answers, what is killed under it, what must be closed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+
+import pytest
+
+from tests.api.test_tools import WEATHER
+from tests.scale.conftest import CONTROLLER, REPLICA, Front, wait_for
+
+MESSAGES = [{"role": "user", "content": "Hi"}]
+
+
+def test_every_kind_of_answer_comes_through(front):
+    assert front.chat()["usage"]["completion_tokens"] == 5
+    form = {"type": "regex", "value": "yes|no"}
+    answer = front.chat(tokens=20, response_format=form)["choices"][0]
+    assert answer["message"]["content"] in ("yes", "no")
+    called = front.chat(tokens=900, tools=[WEATHER], tool_choice="required", temperature=1, seed=1)
+    (call, *_) = called["choices"][0]["message"]["tool_calls"]
+    assert json.loads(call["function"]["arguments"])["city"] is not None
+    traced = front.chat(tokens=3, trace={"topk": 2, "layers": [1]})
+    assert len(traced["choices"][0]["trace"]["steps"]) == 3
+    vectors = front.post("/v1/embeddings", model="one", input=["a", "b"])
+    assert len(vectors["data"]) == 2
+    grid = front.post("/inspect/heads", model="one", prompt="abc")
+    assert len(grid["layers"]) == 2
+    assert front.post("/v1/messages", model="one", messages=MESSAGES, max_tokens=3)["content"]
+    assert front.post("/tokenize", model="two", prompt="abc")["count"] == 3
+
+
+def test_each_of_two_models_has_its_replica(front, measured):
+    for model in ("one", "two"):
+        front.chat(model)
+    wait_for(lambda: {each["model"] for each in front.replicas()} == {"one", "two"})
+    before = sum(each["swaps"] for each in front.replicas())
+    answers = [front.chat(model, tokens=2) for _ in range(30) for model in ("one", "two")]
+    assert all(isinstance(answer, dict) for answer in answers), answers
+    time.sleep(1.5)  # the status is a second old
+    after = sum(each["swaps"] for each in front.replicas())
+    measured(f"60 interleaved requests for 2 models on 2 replicas: {after - before} loads more")
+    assert after == before
+
+
+def test_a_killed_replica_ends_its_own_streams_alone(cluster, front, measured):
+    for model in ("one", "two"):
+        front.chat(model)
+    wait_for(lambda: {each["model"] for each in front.replicas()} == {"one", "two"})
+    streams = {m: [front.stream(m, 3000) for _ in range(8)] for m in ("one", "two")}
+    wait_for(lambda: all(s.events for own in streams.values() for s in own))
+    victim = next(each for each in front.replicas() if each["model"] == "one")
+    os.kill(victim["pid"], signal.SIGKILL)
+    killed, back_s = time.monotonic(), list[float]()
+
+    def look():
+        wait_for(lambda: sum(each["pid"] != victim["pid"] for each in front.replicas()) == 2)
+        back_s.append(time.monotonic() - killed)
+
+    looking = threading.Thread(target=look, daemon=True)
+    looking.start()
+    news = [front.chat(model, tokens=2) for _ in range(10) for model in ("one", "two")]
+    assert all(isinstance(answer, dict) for answer in news), news
+    answered_s = time.monotonic() - killed
+    assert Counter(stream.end() for stream in streams["one"]) == {"replica_failed": 8}
+    assert Counter(stream.end() for stream in streams["two"]) == {"done": 8}
+    looking.join(60)
+    measured(f"20 new requests in {answered_s:.1f} s; a replica is back in {back_s[0]:.1f} s")
+    assert back_s[0] < 30
+
+
+def test_nobody_notices_that_the_controller_is_killed(cluster, front, measured):
+    streams = [front.stream("one", 3000) for _ in range(4)]
+    wait_for(lambda: all(stream.events for stream in streams))
+    (pid,) = cluster.pids(CONTROLLER)
+    os.kill(pid, signal.SIGKILL)
+    began = time.monotonic()
+    assert isinstance(front.chat("one"), dict)
+    measured(f"a new request {time.monotonic() - began:.2f} s after the controller was killed")
+    assert [stream.end() for stream in streams] == ["done"] * 4
+    wait_for(lambda: cluster.pids(CONTROLLER) not in ([], [pid]))
+
+
+def test_a_killed_front_costs_its_own_connections_only(cluster, front):
+    other: Front = cluster.fronts[1]
+    wait_for(other.ready)
+    streams = [front.stream("one", 3000) for _ in range(4)]
+    own = other.stream("one", 3000)
+    wait_for(lambda: all(stream.events for stream in (*streams, own)))
+    assert other.process is not None
+    workers = subprocess.run(
+        ["ps", "--ppid", str(other.process.pid), "-o", "pid="], capture_output=True, text=True
+    )
+    (worker,) = map(int, workers.stdout.split())
+    os.kill(worker, signal.SIGKILL)
+    assert own.end().startswith("cut")
+    assert [stream.end() for stream in streams] == ["done"] * 4
+    wait_for(other.ready)
+    assert isinstance(other.chat("one"), dict)
+
+
+def test_more_than_all_replicas_take_is_a_429_with_a_time(front):
+    refusals: list[tuple[int, str, str]] = []
+    streams = []
+
+    def ask():
+        answer = front.chat("one", tokens=800, ignore_eos=True)
+        if not isinstance(answer, dict):
+            refusals.append(answer)
+
+    for _ in range(60):
+        streams.append(threading.Thread(target=ask, daemon=True))
+        streams[-1].start()
+    for stream in streams:
+        stream.join(120)
+    assert refusals
+    assert {status for status, _, _ in refusals} == {429}
+    assert all(1 <= int(wait_s) <= 120 for _, _, wait_s in refusals)
+    assert isinstance(front.chat("one"), dict)
+
+
+def test_replicas_are_replaced_under_load_without_a_failure(cluster, front, measured):
+    before = set(cluster.pids(REPLICA))
+    answers: list[object] = []
+    is_over = threading.Event()
+
+    def load(model: str):
+        while not is_over.is_set():
+            stream = front.stream(model, 300)
+            answers.append(stream.end())
+            answers.append("done" if isinstance(front.chat(model), dict) else "failed")
+
+    threads = [threading.Thread(target=load, args=(m,), daemon=True) for m in ("one", "two") * 2]
+    for thread in threads:
+        thread.start()
+    began = time.monotonic()
+    up = cluster.command("up", "--replicas", "2")
+    assert up.returncode == 0, up.stderr[-2000:]
+    wait_for(lambda: not before & set(cluster.pids(REPLICA)))
+    took_s = time.monotonic() - began
+    is_over.set()
+    for thread in threads:
+        thread.join(120)
+    measured(f"both replicas replaced in {took_s:.0f} s under {len(answers)} requests")
+    assert Counter(answers) == {"done": len(answers)}
+
+
+def test_metrics_of_all_replicas_stand_on_one_page(front):
+    page = front.get("/metrics")
+    names = {each["replica"] for each in front.replicas()}
+    assert all(f'transformers_api_ready{{replica="{name}"}} 1.0' in page for name in names)
+
+
+def test_a_front_has_no_torch(cluster, front):
+    assert front.process is not None
+    workers = subprocess.run(
+        ["ps", "--ppid", str(front.process.pid), "-o", "pid="], capture_output=True, text=True
+    )
+    for pid in map(int, workers.stdout.split()):
+        with open(f"/proc/{pid}/maps") as maps:
+            assert "libtorch" not in maps.read()
+
+
+@pytest.mark.parametrize("token", ["", "0" * 64])
+def test_nobody_joins_without_the_token(cluster, token, tmp_path):
+    file = tmp_path / "token"
+    file.write_text(token)
+    code = (
+        "import ray, sys\n"
+        f"ray.init(address='{cluster.environment['CLUSTER_ADDRESS']}', log_to_driver=False)\n"
+        "print('joined')"
+    )
+    mode = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(file)}
+    environment = os.environ | (mode if token else {"RAY_AUTH_MODE": "disabled"})
+    environment |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "HOME": str(tmp_path)}
+    joining = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        assert joining.stdout is not None
+        words = next(line for line in joining.stdout if "Unauth" in line or "joined" in line)
+        assert "Unauthenticated" in words
+    finally:
+        joining.kill()
+        joining.communicate()
+
+
+def test_all_but_one_port_is_on_the_loopback(cluster, front):
+    """Serve's own port between replicas asks for the token, and listens everywhere."""
+    listed = subprocess.run(["ss", "-Hltnp"], capture_output=True, text=True).stdout
+    open_ports = []
+    for line in listed.splitlines():
+        address, users = line.split()[3], line.partition("users:")[2]
+        pids = [int(part.split(",")[0]) for part in users.split("pid=")[1:]]
+        if any(map(cluster.owns, pids)) and not address.startswith(("127.", "[::ffff:127.")):
+            open_ports.append(users.split('"')[1])
+    assert set(open_ports) <= {"ray::ServeRepli"}
+
+
+def test_status_is_told_by_the_command(cluster, front):
+    done = cluster.command("status")
+    assert done.returncode == 0
+    assert "2 running" in done.stdout
+
+
+def test_down_leaves_nothing_behind(cluster):
+    """The last one: the cluster is gone afterwards."""
+    assert cluster.command("down").returncode == 0
+    wait_for(lambda: not cluster.pids("ray::"))
+    assert cluster.command("status").returncode == 1
+    wait_for(lambda: not cluster.fronts[0].ready())
+    answer = cluster.fronts[0].chat()
+    assert answer[0] == 503

@@ -1,0 +1,98 @@
+"""``transformers-api cluster up | status | down``."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from dataclasses import replace
+from typing import Any
+
+from transformers_api.cluster import ray_runtime
+from transformers_api.cluster.head import Head
+from transformers_api.config.settings import Settings
+from transformers_api.serving.swap.replica_status import ReplicaStatus
+
+Row = tuple[str, ...]
+
+
+def up(settings: Settings, *, replicas: int | None, waits: bool) -> int:
+    """Start the head where it does not run, and its replicas; replace those that run.
+
+    ``waits``: until a signal ends it, and end it all then.
+    """
+    settings = replace(settings, engine="ray")
+    head = Head(settings)
+    head.start()
+    ray_runtime.deploy(settings, replicas or settings.cluster_replicas)
+    write_status(settings)
+    if not waits:
+        return 0
+    ended = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ended.set())
+    ended.wait()
+    return down(settings)
+
+
+def status(settings: Settings) -> int:
+    """Show the replicas; 1 where there is no head."""
+    if Head(settings).pid is None and not _is_elsewhere(settings):
+        sys.stdout.write(f"No head runs at {settings.cluster_address}\n")
+        return 1
+    ray_runtime.connect(settings)
+    write_status(settings)
+    return 0
+
+
+def down(settings: Settings) -> int:
+    """End the replicas, once their answers are complete, and the head; 1 where there is none."""
+    head = Head(settings)
+    if head.pid is None:
+        sys.stdout.write(f"No head runs at {settings.cluster_address}\n")
+        return 1
+    try:
+        ray_runtime.connect(settings)
+        ray_runtime.shutdown()
+        ray_runtime.disconnect()
+    except Exception as error:  # it has to end all the same
+        sys.stderr.write(f"The replicas could not be asked to end: {error}\n")
+    head.stop()
+    sys.stdout.write("The cluster has ended\n")
+    return 0
+
+
+def write_status(settings: Settings) -> None:
+    """Write what is there to standard output."""
+    deployed = ray_runtime.deployed()
+    states = ", ".join(f"{count} {state.lower()}" for state, count in deployed["replicas"].items())
+    machines = len(ray_runtime.nodes())
+    sys.stdout.write(
+        f"{settings.cluster_address}: {deployed['status'].lower()}, replicas: {states or 'none'}, "
+        f"machines: {machines}\n"
+    )
+    rows: list[Row] = [("REPLICA", "MACHINE", "PID", "STATE", "MODEL", "RUNNING", "WAITING")]
+    rows += [_row(each) for each in _replicas()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        sys.stdout.write("  ".join(cells).rstrip() + "\n")
+
+
+def _row(each: ReplicaStatus) -> Row:
+    swapper = each.swapper
+    model = swapper.model or swapper.loading or "-"
+    counts = (str(swapper.engine.running), str(swapper.engine.waiting))
+    return (each.replica, each.node, str(each.pid), swapper.state, model, *counts)
+
+
+def _replicas() -> list[Any]:
+    try:
+        return ray_runtime.broadcast(ray_runtime.handle(), "status", ())
+    except Exception:  # none is deployed
+        return []
+
+
+def _is_elsewhere(settings: Settings) -> bool:
+    host = settings.cluster_address.rpartition(":")[0]
+    return host not in ray_runtime.LOOPBACK

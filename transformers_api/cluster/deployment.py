@@ -1,0 +1,74 @@
+"""The replica as a deployment of Ray Serve. Imported on replicas, and where they are deployed."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+from ray import serve
+
+from transformers_api.cluster.messages import Failure, Outputs
+from transformers_api.cluster.replica import Replica
+from transformers_api.config.settings import Settings
+
+
+@serve.deployment
+class ReplicaDeployment:
+    """Passes on to a ``Replica``; Serve routes by the model that ``resident`` publishes."""
+
+    def __init__(self, settings: Settings) -> None:
+        name = serve.get_replica_context().replica_id.unique_id
+        threads = settings.torch_threads or max(int(settings.cluster_replica_cpus), 1)
+        own = replace(settings, torch_threads=threads, engine="local", preload_model=False)
+        self._replica = Replica(own, name, publish=self.resident)
+
+    @serve.multiplexed(max_num_models_per_replica=1)
+    async def resident(self, model: str) -> str:
+        """Make it known to routers that this replica has ``model``."""
+        return model
+
+    async def describe(self, *arguments: Any) -> Any:
+        """See Replica."""
+        return await self._replica.describe(*arguments)
+
+    async def text(self, *arguments: Any) -> Any:
+        """See Replica."""
+        return await self._replica.text(*arguments)
+
+    async def generate(self, *arguments: Any) -> AsyncIterator[Outputs | Failure]:
+        """See Replica."""
+        async for message in self._replica.generate(*arguments):
+            yield message
+
+    async def ask(self, *arguments: Any) -> Any:
+        """See Replica."""
+        return await self._replica.ask(*arguments)
+
+    async def embed(self, *arguments: Any) -> Any:
+        """See Replica."""
+        return await self._replica.embed(*arguments)
+
+    async def score(self, *arguments: Any) -> Any:
+        """See Replica."""
+        return await self._replica.score(*arguments)
+
+    async def load(self, *arguments: Any) -> Any:
+        """See Replica."""
+        return await self._replica.load(*arguments)
+
+    async def evict(self, *arguments: Any) -> Any:
+        """See Replica."""
+        return await self._replica.evict(*arguments)
+
+    async def status(self) -> Any:
+        """See Replica."""
+        return await self._replica.status()
+
+    async def metrics(self) -> Any:
+        """See Replica."""
+        return await self._replica.metrics()
+
+    def check_health(self) -> None:
+        """See Replica."""
+        self._replica.check_health()

@@ -1,0 +1,370 @@
+"""One replica: the local engine with its own swapper, asked by fronts. Knows nothing of Ray.
+
+All methods are coroutines of one event loop; what may wait for a model waits on threads. Whoever
+is cancelled gives everything back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from transformers_api import logs
+from transformers_api.cluster.messages import (
+    Caller,
+    Failure,
+    ModelFacts,
+    Outputs,
+    Sequences,
+    TextFacts,
+    failure_of,
+    packed,
+    tallies,
+)
+from transformers_api.config.settings import Settings
+from transformers_api.engine.base import PairIds, SequenceRequest, TokenOutput, TokenStream
+from transformers_api.engine.native.installation import compilations
+from transformers_api.errors import EngineDead, ModelUnloaded
+from transformers_api.inspection.questions import Question
+from transformers_api.local_engine import Parts, local_engine
+from transformers_api.memory import process_bytes
+from transformers_api.serving.limits.admission import Admission
+from transformers_api.serving.limits.cancellation import Cancellation
+from transformers_api.serving.models.registry import ModelRegistry
+from transformers_api.serving.models.store import ModelStore
+from transformers_api.serving.swap.loaded_model import LoadedModel, Loader
+from transformers_api.serving.swap.replica_status import ReplicaStatus
+from transformers_api.serving.swap.residency import Lease
+
+T = TypeVar("T")
+SPARE_THREADS = 16  # for what is no sequence
+
+
+class Replica:
+    """See the module. ``publish`` is told which model is resident, as it gets requests."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        name: str,
+        publish: Callable[[str], Any] | None = None,
+        loader: Loader | None = None,
+    ) -> None:
+        logs.configure_logging(
+            settings.log_level, settings.log_format, shows_texts=settings.log_prompts
+        )
+        self.name = name
+        self._publish = publish
+        self._settings = settings
+        store = ModelStore(settings)
+        registry = ModelRegistry.from_settings(settings, store.has_repo)
+        self._requests = 0
+        self._metrics = _metrics(settings, registry)
+        parts = Parts(
+            settings=settings,
+            registry=registry,
+            store=store,
+            admission=Admission(settings.max_inflight, settings.max_queue),
+            metrics=self._metrics,
+            preloaded=None,
+            loader=loader,
+        )
+        self._engine = local_engine(parts)
+        if self._metrics is not None:
+            self._metrics.watch(
+                self._engine.models.status,
+                self._engine.ready,
+                lambda: self._requests,
+                compilations(settings.native_cache, settings.torch_threads, settings.native_isa),
+                lambda: (0, 0),
+            )
+        threads = settings.max_inflight + settings.max_queue + SPARE_THREADS
+        self._pool = ThreadPoolExecutor(threads, "replica")
+        self._engine.begin()
+
+    async def describe(self, caller: Caller) -> ModelFacts | Failure:
+        """The facts of a model, which is in memory then."""
+
+        def read(model: LoadedModel, _: Cancellation) -> ModelFacts:
+            is_beside = caller.encoder
+            since = 0.0 if is_beside else self._engine.models.status().since
+            return facts_of(model, time.monotonic() - since)
+
+        return await self._with_model(caller, read)
+
+    async def text(self, caller: Caller) -> TextFacts | Failure:
+        """The tokenizer of a model, whose weights stay where they are."""
+
+        def read(_: Cancellation) -> TextFacts:
+            text = self._engine.text_of(caller.spec)
+            return TextFacts(
+                tokenizer=text.tokenizer,
+                vocab_size=text.vocab_size,
+                max_model_len=text.max_model_len,
+            )
+
+        return await self._answer(caller, read)
+
+    async def generate(
+        self, caller: Caller, sequences: Sequences
+    ) -> AsyncIterator[Outputs | Failure]:
+        """The outputs of a submit: first none, once it has been accepted; or a failure alone."""
+        async with AsyncExitStack() as stack:
+            stack.callback(self._count, -1)
+            self._count(1)
+            try:
+                lease = await self._lease(caller)
+                stack.callback(lease.release)
+                await self._tell(caller)
+                stream = await self._on_thread(
+                    caller, lambda _: self._submitted(lease.model, caller, sequences)
+                )
+            except Exception as error:
+                yield failure_of(error)
+                return
+            stack.callback(stream.abort)
+            yield Outputs(outputs=())
+            async for outputs in _batches(stream, len(sequences.requests)):
+                yield packed(outputs, tallies(sequences.requests))
+
+    async def ask(self, caller: Caller, question: Question[T]) -> T | Failure:
+        """The answer to a question about given tokens."""
+        inspections = self._engine.inspections
+
+        def run(model: LoadedModel, cancellation: Cancellation) -> T:
+            return inspections.ask(model, question, cancellation)
+
+        return await self._with_model(caller, run)
+
+    async def embed(
+        self,
+        caller: Caller,
+        rows: Sequence[Sequence[int]],
+        dimensions: int | None,
+        normalize: bool | None,
+        prompt_tokens: Sequence[int],
+    ) -> list[bytes] | Failure:
+        """See serving.swap.Embedder."""
+
+        def run(model: LoadedModel, _: Cancellation) -> list[bytes]:
+            assert model.embedder is not None
+            options = {"prompt_tokens": prompt_tokens} if prompt_tokens else {}
+            return model.embedder.embed(rows, dimensions, normalize, **options)
+
+        return await self._with_model(caller, run)
+
+    async def score(self, caller: Caller, pairs: Sequence[PairIds]) -> list[float] | Failure:
+        """See serving.swap.PairScorer."""
+
+        def run(model: LoadedModel, _: Cancellation) -> list[float]:
+            assert model.scorer is not None
+            return model.scorer.score(pairs)
+
+        return await self._with_model(caller, run)
+
+    async def load(self, caller: Caller, device: str | None) -> bool | Failure:
+        """See Swapper.load."""
+
+        def run(cancellation: Cancellation) -> bool:
+            return self._engine.models.load(
+                caller.spec.name,
+                device=device,
+                client=caller.client,
+                cancellation=cancellation,
+            )
+
+        answer = await self._answer(caller, run)
+        if not isinstance(answer, Failure):
+            await self._tell(caller)
+        return answer
+
+    async def evict(self, model_id: str | None, encoder: bool) -> bool | Failure:
+        """See Swapper.evict; of the encoder beside, too."""
+        if encoder:
+            embeddings = self._engine.embeddings
+            if embeddings is None or embeddings.encoder is None:
+                return False
+            is_asked_for = model_id in (None, embeddings.encoder)
+            return is_asked_for and await asyncio.to_thread(embeddings.give_back, 0)
+        try:
+            return await asyncio.to_thread(self._engine.models.evict, model_id)
+        except Exception as error:
+            return failure_of(error)
+
+    async def status(self) -> ReplicaStatus:
+        """A snapshot; never waits."""
+        ready, reason = self._engine.ready()
+        swapper = self._engine.models.status()
+        return ReplicaStatus(
+            replica=self.name,
+            node=socket.gethostname(),
+            pid=os.getpid(),
+            swapper=swapper,
+            age_s=time.monotonic() - swapper.since,
+            requests=self._requests,
+            ready=ready,
+            reason=reason,
+            process_bytes=process_bytes(),
+            encoder=self._engine.embeddings.encoder if self._engine.embeddings else None,
+        )
+
+    async def metrics(self) -> tuple[str, bytes]:
+        """(the replica's name, its metrics in Prometheus' text format)."""
+        page = b"" if self._metrics is None else self._metrics.page()[0]
+        return self.name, page
+
+    def check_health(self) -> None:
+        """The heartbeat. Raises EngineDead where only a restart of the process helps."""
+        if (fault := self._engine.fault()) is not None:
+            raise EngineDead(fault)
+
+    # What they share.
+
+    def _count(self, requests: int) -> None:
+        self._requests += requests
+
+    async def _with_model(
+        self, caller: Caller, work: Callable[[LoadedModel, Cancellation], T]
+    ) -> T | Failure:
+        try:
+            lease = await self._lease(caller)
+        except Exception as error:
+            return failure_of(error)
+        try:
+            await self._tell(caller)
+            return await self._answer(caller, lambda end: work(self._same(lease, caller), end))
+        finally:
+            lease.release()
+
+    async def _answer(self, caller: Caller, work: Callable[[Cancellation], T]) -> T | Failure:
+        try:
+            return await self._on_thread(caller, work)
+        except Exception as error:
+            return failure_of(error)
+
+    async def _lease(self, caller: Caller) -> Lease:
+        """The lease, which is released by whoever gets it: also where nobody waits any more."""
+
+        def take(cancellation: Cancellation) -> Lease:
+            if not caller.encoder:
+                return self._engine.models.lease(
+                    caller.spec, client=caller.client, cancellation=cancellation
+                )
+            models = self._engine.embeddings
+            assert models is not None
+            held = models.lease(caller.spec.name, cancellation, caller.client, scores=True)
+            model = held.__enter__()
+
+            def let_go() -> None:
+                held.__exit__(None, None, None)
+
+            return Lease(model, let_go)
+
+        return await self._on_thread(caller, take, undo=Lease.release)
+
+    async def _on_thread(
+        self,
+        caller: Caller,
+        work: Callable[[Cancellation], T],
+        undo: Callable[[T], object] = lambda _: None,
+    ) -> T:
+        """The result of ``work``, which is told of a cancellation; ``undo`` is for one too late."""
+        cancellation = Cancellation()
+
+        def run() -> T:
+            before = logs.request_id.set(caller.request_id)
+            try:
+                return work(cancellation)
+            finally:
+                logs.request_id.reset(before)
+
+        future = self._pool.submit(run)
+        try:
+            return await asyncio.shield(asyncio.wrap_future(future))
+        except asyncio.CancelledError:
+            cancellation.cancel()
+            future.add_done_callback(
+                lambda done: None if done.cancelled() or done.exception() else undo(done.result())
+            )
+            raise
+
+    async def _tell(self, caller: Caller) -> None:
+        if self._publish is not None and not caller.encoder:
+            await self._publish(caller.spec.resident.name)
+
+    def _same(self, lease: Lease, caller: Caller) -> LoadedModel:
+        """The model. Raises ModelUnloaded where it is not the one that the request was made for."""
+        model = lease.model
+        if caller.stamp is not None and caller.stamp != stamp_of(model):
+            raise ModelUnloaded("The model has changed meanwhile; ask again", retry_after=1)
+        return model
+
+    def _submitted(self, model: LoadedModel, caller: Caller, sequences: Sequences) -> TokenStream:
+        if caller.stamp is not None and caller.stamp != stamp_of(model):
+            raise ModelUnloaded("The model has changed meanwhile; ask again", retry_after=1)
+        requests: list[SequenceRequest] = []
+        for request, plan in zip(sequences.requests, sequences.constraints, strict=True):
+            constraint = None if plan is None else plan.start(model.compiler, model.vocabulary)
+            requests.append(replace(request, constraint=constraint, client=caller.client))
+        return model.engine.submit(requests, observe=sequences.observe)
+
+
+async def _batches(stream: TokenStream, count: int) -> AsyncIterator[list[TokenOutput]]:
+    """All outputs of ``count`` sequences, as many at once as have come."""
+    loop, news = asyncio.get_running_loop(), asyncio.Event()
+    stream.notify(lambda: loop.call_soon_threadsafe(news.set))
+    news.set()
+    while count:
+        await news.wait()
+        news.clear()
+        outputs: list[TokenOutput] = []
+        while (output := stream.get()) is not None:
+            outputs.append(output)
+            count -= output.finish_reason is not None
+        if outputs:
+            yield outputs
+
+
+def stamp_of(model: LoadedModel) -> str:
+    """Another text where the tokens of the model are others."""
+    return repr((model.created, model.vocab_size, model.max_model_len, model.spec.name))
+
+
+def facts_of(model: LoadedModel, age_s: float) -> ModelFacts:
+    """The facts of a model in memory."""
+    engine, embedder, scorer = model.engine, model.embedder, model.scorer
+    maker = embedder or scorer
+    return ModelFacts(
+        stamp=stamp_of(model),
+        engine=engine.describe(),
+        max_model_len=engine.max_model_len,
+        vocab_size=engine.vocab_size,
+        eos_token_ids=engine.eos_token_ids,
+        context_overflow=engine.context_overflow,
+        tokenizer=model.tokenizer,
+        fingerprint=model.fingerprint,
+        created=model.created,
+        load_s=model.load_s,
+        file_types=dict(model.file_types),
+        anatomy=None if model.inspector is None else model.inspector.anatomy,
+        prompts=model.prompts,
+        pools_prompts=model.pools_prompts,
+        similarity=model.similarity,
+        dimensions=None if embedder is None else embedder.dimensions,
+        scores=scorer is not None,
+        slice_tokens=1 if maker is None else maker.slice_tokens,
+        age_s=age_s,
+    )
+
+
+def _metrics(settings: Settings, registry: ModelRegistry) -> Any:
+    from transformers_api.metrics import Metrics
+
+    return Metrics([spec.name for spec in registry.list()]) if settings.metrics_allowed else None

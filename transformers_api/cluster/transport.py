@@ -1,0 +1,151 @@
+"""The way from a front to the replicas. ``RayTransport`` is the one over Ray Serve."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import Future
+from typing import Any, Protocol
+
+from transformers_api.cluster import ray_runtime
+from transformers_api.cluster.messages import Failure, error_of
+from transformers_api.config.settings import Settings
+from transformers_api.errors import ApiError, Overloaded, ReplicaFailed, Unavailable
+from transformers_api.serving.limits.cancellation import Cancellation
+from transformers_api.serving.upstream.loop import BackgroundLoop, result
+
+log = logging.getLogger(__name__)
+RETRY_S = 2.0  # between two tries to reach the cluster
+BUSY_S = 2  # after which those are told to come again who find all replicas full
+
+
+class Transport(Protocol):
+    """Asks replicas. ``model`` chooses the replica: that which has it, else one that is free."""
+
+    def start(self, work: Any) -> Future[Any]:
+        """Run a coroutine on the transport's loop; cancelling the future cancels it."""
+        ...
+
+    async def call(self, method: str, model: str, *arguments: Any) -> Any:
+        """The answer of one replica. Raises the ApiError that it is, and ReplicaFailed."""
+        ...
+
+    def stream(self, method: str, model: str, *arguments: Any) -> AsyncGenerator[Any]:
+        """The messages of one replica, failures among them. Raises ReplicaFailed."""
+        ...
+
+    async def broadcast(self, method: str, *arguments: Any) -> list[Any]:
+        """The answers of all replicas that answer soon."""
+        ...
+
+    def fault(self) -> str | None:
+        """Why nobody can be asked."""
+        ...
+
+
+def ask(
+    transport: Transport, cancellation: Cancellation, method: str, model: str, *arguments: Any
+) -> Any:
+    """The answer of one replica, waited for on this thread. Raises ApiError."""
+    return result(transport.start(transport.call(method, model, *arguments)), cancellation)
+
+
+def checked(answer: Any) -> Any:
+    """``answer``. Raises the error that it is."""
+    if isinstance(answer, Failure):
+        raise error_of(answer)
+    return answer
+
+
+class RayTransport:
+    """Meets Transport over the handle of a Serve deployment. From any thread.
+
+    The cluster is looked for in the background, again and again: a front may start before it.
+    ``on_connect`` is called once it is there.
+    """
+
+    def __init__(self, settings: Settings, on_connect: Callable[[], object]) -> None:
+        self.start = BackgroundLoop("cluster").start
+        self._settings = settings
+        self._on_connect = on_connect
+        self._handle: Any = None
+        self._fault: str | None = "Looking for the cluster"
+        self._lost: tuple[type[Exception], ...] = ()
+        self._full: tuple[type[Exception], ...] = ()
+
+    def connect(self) -> None:
+        """Begin to look for the cluster."""
+        threading.Thread(target=self._connect, name="cluster-connect", daemon=True).start()
+
+    def fault(self) -> str | None:
+        """See Transport."""
+        return self._fault
+
+    async def call(self, method: str, model: str, *arguments: Any) -> Any:
+        """See Transport."""
+        response = getattr(self._options(model), method).remote(*arguments)
+        try:
+            return checked(await response)
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+        except Exception as error:
+            raise self._error(error) from None
+
+    async def stream(self, method: str, model: str, *arguments: Any) -> AsyncGenerator[Any]:
+        """See Transport."""
+        options = self._options(model).options(stream=True)
+        messages = getattr(options, method).remote(*arguments)
+        is_over = False
+        try:
+            async for message in messages:
+                yield message
+            is_over = True
+        except Exception as error:
+            is_over = True
+            raise self._error(error) from None
+        finally:
+            if not is_over:
+                messages.cancel()
+
+    async def broadcast(self, method: str, *arguments: Any) -> list[Any]:
+        """See Transport."""
+        handle = self._handle
+        if handle is None:
+            return []
+        answers = await asyncio.to_thread(ray_runtime.broadcast, handle, method, arguments)
+        return list(answers)
+
+    def _options(self, model: str) -> Any:
+        if self._handle is None:
+            raise Unavailable(self._fault or "The cluster is away", retry_after=5)
+        return self._handle.options(multiplexed_model_id=model) if model else self._handle
+
+    def _error(self, error: Exception) -> ApiError:
+        if isinstance(error, ApiError):
+            return error
+        if isinstance(error, self._full):
+            return Overloaded("All replicas have as much as they take", retry_after=BUSY_S)
+        if isinstance(error, self._lost):
+            return ReplicaFailed("The replica of this answer has ended", retry_after=1)
+        log.error("A replica could not be asked", exc_info=error)
+        return Unavailable("The cluster cannot serve this now", retry_after=5)
+
+    def _connect(self) -> None:
+        while True:
+            try:
+                ray_runtime.connect(self._settings)
+                self._handle = ray_runtime.handle()
+                self._full, self._lost = ray_runtime.kinds_of_errors()
+                break
+            except Exception as error:
+                kind = type(error).__name__
+                self._fault = f"The cluster at {self._settings.cluster_address} is away ({kind})"
+                log.info("%s: %s", self._fault, error)
+                time.sleep(RETRY_S)
+        self._fault = None
+        log.info("The cluster at %s is there", self._settings.cluster_address)
+        self._on_connect()
