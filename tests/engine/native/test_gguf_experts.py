@@ -9,6 +9,7 @@ import pytest
 
 from tests.checkpoints import gguf_models
 from tests.engine.native.test_stored_weights import PEAK, first_logprob, load  # noqa: F401
+from tests.repeats import slow
 from transformers_api.checkpoints.sidecar import write_sidecar
 from transformers_api.engine.runners.model_runner import innermost
 
@@ -41,8 +42,10 @@ def experts_of(engine):
         ("qwen3moe", dict.fromkeys(EXPERTS, "Q4_0"), (5.0, 5.0)),
         ("qwen3moe", {"ffn_gate_exps": "Q8_0", "ffn_up_exps": "Q4_1"}, (8.5, 16.0)),
         ("qwen3moe", {}, (32.0, 32.0)),
-        ("qwen2moe", dict.fromkeys(EXPERTS, "Q8_0"), (8.5, 8.5)),
-        ("gpt-oss", dict.fromkeys(EXPERTS, "Q8_0"), (8.5, 8.5)),
+        *slow(
+            ("qwen2moe", dict.fromkeys(EXPERTS, "Q8_0"), (8.5, 8.5)),
+            ("gpt-oss", dict.fromkeys(EXPERTS, "Q8_0"), (8.5, 8.5)),
+        ),
         ("gpt-oss", dict.fromkeys(EXPERTS, "MXFP4"), (8.5, 8.5)),
         ("gpt-oss", {"ffn_down_exps": "Q4_0"}, (16.0, 5.0)),
     ],
