@@ -112,6 +112,8 @@ def test_keys_that_change_nothing_are_left_alone():
         ("trainable_token_indices", [1, 2]),
         ("alora_invocation_tokens", [5]),
         ("use_qalora", True),
+        ("kasa_config", {"beta": 1e-4}),
+        ("monteclora_config", {"num_samples": 2}),
         ("init_lora_weights", "pissa_niter_16"),
         ("init_lora_weights", "loftq"),
         ("r", 0),

@@ -79,7 +79,17 @@ OPTIONS = {
 }
 
 
-REPEATS = ("alpha", "all-linear", "one-layer", "windows", "gpt-neox", "float16", "float64")
+REPEATS = (
+    "dora-rslora",
+    "dora-conv1d",
+    "alpha",
+    "all-linear",
+    "one-layer",
+    "windows",
+    "gpt-neox",
+    "float16",
+    "float64",
+)
 
 
 @pytest.mark.parametrize("name", [*slow(*REPEATS), *(n for n in OPTIONS if n not in REPEATS)])

@@ -9,6 +9,7 @@ import pytest
 
 from tests.checkpoints import gguf_models
 from tests.engine.native.test_stored_weights import PEAK, first_logprob, load  # noqa: F401
+from tests.repeats import slow
 from transformers_api.checkpoints.sidecar import write_sidecar
 from transformers_api.engine.runners.model_runner import innermost
 
@@ -41,8 +42,10 @@ def experts_of(engine):
         ("qwen3moe", dict.fromkeys(EXPERTS, "Q4_0"), (5.0, 5.0)),
         ("qwen3moe", {"ffn_gate_exps": "Q8_0", "ffn_up_exps": "Q4_1"}, (8.5, 16.0)),
         ("qwen3moe", {}, (32.0, 32.0)),
-        ("qwen2moe", dict.fromkeys(EXPERTS, "Q8_0"), (8.5, 8.5)),
-        ("gpt-oss", dict.fromkeys(EXPERTS, "Q8_0"), (8.5, 8.5)),
+        *slow(
+            ("qwen2moe", dict.fromkeys(EXPERTS, "Q8_0"), (8.5, 8.5)),
+            ("gpt-oss", dict.fromkeys(EXPERTS, "Q8_0"), (8.5, 8.5)),
+        ),
         ("gpt-oss", dict.fromkeys(EXPERTS, "MXFP4"), (8.5, 8.5)),
         ("gpt-oss", {"ffn_down_exps": "Q4_0"}, (16.0, 5.0)),
     ],
@@ -74,7 +77,7 @@ def test_experts_of_a_file_are_served_in_its_width(
 
 @pytest.mark.slow  # as the other peaks
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("kind", ["Q4_0", "Q6_K"])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q5_1"])
 def test_a_mixture_takes_little_more_memory_than_its_packed_weights(
     tmp_path, native_cache, monkeypatch, kind
 ):
