@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 
 import pytest
+import transformers as tf
 
 from tests.engine.models import prompts_of, tiny_model
+from tests.engine.native.test_stored_weights import PEAK, SIZES, model_of
 from tests.engine.reading import GREEDY, ask, read
 from tests.repeats import slow
 from transformers_api.engine.load_options import LoadOptions
@@ -289,3 +293,23 @@ def test_what_was_read_ahead_for_another_model_is_given_up(load, tmp_path):
     load.store.read_ahead(key)
     load(folders[1]).close()
     assert load.store.ahead_bytes(key) == 0
+
+
+@pytest.mark.slow  # two processes and a model of some size
+def test_a_load_from_packed_weights_takes_little_more_memory_than_they_do(tmp_path, native_cache):
+    wide = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 12}
+    model_of(tf.LlamaConfig(**SIZES | wide)).bfloat16().save_pretrained(tmp_path / "model")
+    folders = [str(folder) for folder in (tmp_path / "model", native_cache)]
+    store = tmp_path / "packed"
+    for _ in range(2):  # packed, and from what was packed
+        child = subprocess.run(
+            [sys.executable, "-c", PEAK, *folders, "int8", str(store)],
+            capture_output=True,
+            text=True,
+            timeout=50,
+        )
+        assert child.returncode == 0, child.stderr
+        served, taken = map(int, child.stdout.split())
+        assert taken < 1.1 * served + (100 << 20)
+        (file,) = store.iterdir()
+        assert served > 100 << 20 < file.stat().st_size

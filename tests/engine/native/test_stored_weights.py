@@ -249,7 +249,7 @@ def test_weights_of_another_shape_are_refused(load, tmp_path, native_cache):
 
 
 PEAK = r"""
-import re, sys
+import re, sys, threading
 from pathlib import Path
 import torch
 from transformers_api.engine.load_options import LoadOptions
@@ -260,17 +260,26 @@ def peak():
     status = Path("/proc/self/status").read_text()  # ru_maxrss would be the parent's, if larger
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
 
-folder, native, quantization = sys.argv[1:]
+folder, native, quantization, *store = sys.argv[1:]
+packed = None
 thread = EngineThread()
 thread.call(lambda: torch.ones(512, 512) @ torch.ones(512, 512)).result()
+if store:
+    from transformers_api.engine.native.packed_store import PackedStore
+    from transformers_api.engine.native.packed_weights import PackedFile
+    packed = PackedFile(PackedStore(Path(store[0]), 1 << 30), "0" * 32, "model")
 before = peak()
 options = LoadOptions(
+    packed=packed,
     native=None if native == "-" else Path(native),
     quantization=quantization,
     kv_cache_bytes=1 << 20,
     num_slots=1,
 )
 engine = thread.call(lambda: load_engine(Path(folder), options, thread)).result()
+for writer in threading.enumerate():
+    if writer.name == "packed writer":
+        writer.join()
 print(engine.describe().bytes, peak() - before)
 engine.close()
 thread.stop()
