@@ -199,13 +199,12 @@ void exponentiate(Workspace& workspace, int64_t m, int64_t begin, int64_t end) {
   const float new_max = std::max(query.max, reduce_max(largest));
   if (query.max != new_max) query.rescale = first_lane(exp(broadcast(query.max - new_max)));
   query.max = new_max;
-  auto exponential = [](f32x16 x) { return DotFormat<T>::STEP == 1 ? exp(x) : exp_coarse(x); };
   f32x16 sum = zero(), probs[2];
   for (int64_t i = 0; i < BLOCK; i += 16) {
     const mask16 mask = mask_at(i);
     f32x16& prob = probs[i / 16 % DotFormat<T>::STEP];
     prob = sub(load_aligned(workspace.scores[m] + i), broadcast(new_max));
-    prob = IS_WHOLE ? exponential(prob) : mask ? masked(mask, exponential(prob)) : zero();
+    prob = IS_WHOLE ? exp(prob) : mask ? masked(mask, exp(prob)) : zero();
     sum = add(sum, DotFormat<T>::rounded(prob));
     if ((i / 16 + 1) % DotFormat<T>::STEP == 0)
       store_aligned_i32(workspace.probs[m] + (i + 16) / DotFormat<T>::STEP - 16,

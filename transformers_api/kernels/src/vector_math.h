@@ -19,17 +19,6 @@ f32x16 exp(f32x16 x) {
   return scale_by_power(y, n);
 }
 
-// e^x of x <= 0, within 5e-5 of it: for what becomes a bfloat16, which is forty times coarser.
-// NaN stays NaN.
-f32x16 exp_coarse(f32x16 x) {
-  x = max(broadcast(-104.f), x);
-  const f32x16 n = round_to_even(mul(x, broadcast(1.44269504f)));
-  const f32x16 r = fnmadd(n, broadcast(0.693147181f), x);
-  f32x16 y = broadcast(1.f / 24);
-  for (float c : {1.f / 6, .5f, 1.f, 1.f}) y = fmadd(y, r, broadcast(c));
-  return scale_by_power(y, n);
-}
-
 // Near 0 the polynomial of Cephes, because 1 - 2 / (e^2x + 1) would lose digits there.
 f32x16 tanh(f32x16 x) {
   const f32x16 size = abs(x), z = mul(x, x), one = broadcast(1);
