@@ -18,7 +18,7 @@ from tests.engine.reading import ask
 from transformers_api.engine.base import TokenStream
 from transformers_api.engine.sampling import rng
 from transformers_api.engine.sampling.logits_processors import processors_for
-from transformers_api.engine.sampling.sampler import Sampler, candidates, token_scores
+from transformers_api.engine.sampling.sampler import Sampler, candidates, distribution, token_scores
 from transformers_api.engine.sequence import Sequence
 
 VOCAB = 1000
@@ -82,6 +82,22 @@ FILTERS = {
         [TopKLogitsWarper(50), TopPLogitsWarper(0.9), MinPLogitsWarper(0.02)],
     ),
 }
+
+
+def test_a_nucleus_after_top_k_is_a_share_of_all_that_it_leaves():
+    row = torch.zeros(256)
+    row[:3] = 3.0
+    seq = sequence(temperature=0.7, top_k=200, top_p=0.4, min_p=0.05)
+    chain = LogitsProcessorList(
+        [TemperatureLogitsWarper(0.7), TopKLogitsWarper(200), TopPLogitsWarper(0.4)]
+    )
+    expected = chain(torch.zeros(1, 1, dtype=torch.long), row[None].clone()).softmax(-1)[0, :3]
+    probs, ids = distribution(row, seq)  # min_p leaves the three, and looks at 64 tokens
+    assert (
+        dict(zip(ids.tolist(), probs.tolist(), strict=True)).items()
+        >= {token: pytest.approx(1 / 3) for token in range(3)}.items()
+    )
+    assert expected.min() > 0
 
 
 @pytest.mark.parametrize("name", FILTERS)
