@@ -4,7 +4,8 @@
 #   docker run --rm --read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges \
 #       -p 127.0.0.1:5000:5000 -v models:/models transformers-api
 #
-# With an NVIDIA GPU: `docker build --build-arg TORCH=cu130 …` and `docker run --gpus all …`.
+# With an NVIDIA GPU: `docker build --build-arg TORCH=cu130 …` and `docker run --gpus all …`. For a
+# cluster, deploy/compose and deploy/kubernetes: `--build-arg EXTRA=ray`.
 # Whoever reaches the published port may use the server, unless there are API keys; it fetches models
 # from the Hub only with `-e ALLOW_DOWNLOAD=true`. For an image that can be built again to the byte,
 # name the base by its digest: `--build-arg BASE=python:3.11-slim@sha256:…`.
@@ -15,6 +16,8 @@ FROM ${BASE} AS packages
 
 # The build of torch: one for CPUs, or the one for CUDA 13.
 ARG TORCH=cpu
+# `ray` for a cluster, ENGINE=ray.
+ARG EXTRA=
 
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_NO_CACHE_DIR=1 \
@@ -23,13 +26,14 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_ROOT_USER_ACTION=ignore
 
 WORKDIR /build
-COPY requirements.lock deploy/torch-cpu.lock deploy/torch-cu130.lock ./
+COPY requirements.lock deploy/torch-cpu.lock deploy/torch-cu130.lock deploy/ray.lock ./
 
 # The files of hashes name every package. The index of PyTorch has the build for CPUs.
 RUN python -m venv /venv \
     && /venv/bin/pip install --no-deps --requirement "torch-${TORCH}.lock" \
         --extra-index-url https://download.pytorch.org/whl/cpu \
-    && /venv/bin/pip install --no-deps --requirement requirements.lock
+    && /venv/bin/pip install --no-deps --requirement requirements.lock \
+        ${EXTRA:+--requirement "${EXTRA}.lock"}
 
 
 FROM ${BASE} AS kernels

@@ -165,18 +165,25 @@ def test_a_published_image_downloads_only_when_it_is_told_to():
 
 
 def test_every_package_has_a_hash_and_torch_is_of_the_build_that_is_asked_for():
-    assert those("ARG", PACKAGES) == ["TORCH=cpu"]
+    assert those("ARG", PACKAGES) == ["TORCH=cpu", "EXTRA="]
     environment = " ".join(those("ENV", PACKAGES))
     assert "PIP_REQUIRE_HASHES=1" in environment
     assert "PIP_ONLY_BINARY=:all:" in environment
     (run,) = those("RUN", PACKAGES)
     _, torch, others = run.split(" && ")
     assert '--no-deps --requirement "torch-${TORCH}.lock"' in torch
-    assert others.endswith("--no-deps --requirement requirements.lock")
+    assert (
+        '--no-deps --requirement requirements.lock ${EXTRA:+--requirement "${EXTRA}.lock"}'
+        in others
+    )
     copied = [source for sources, _ in copies(PACKAGES) for source in sources]
     builds = sorted(path.name for path in (ROOT / "deploy").glob("torch-*.lock"))
     assert builds == ["torch-cpu.lock", "torch-cu130.lock"]
-    assert copied == ["requirements.lock", *(f"deploy/{name}" for name in builds)]
+    assert copied == [
+        "requirements.lock",
+        *(f"deploy/{name}" for name in builds),
+        "deploy/ray.lock",
+    ]
 
 
 def test_all_stages_stand_on_one_base_that_can_be_named_by_its_digest():

@@ -367,6 +367,20 @@ NOT_DRAWN = {
 }
 
 
+def test_the_row_of_the_cluster_counts_a_replica_once_though_every_front_shows_it():
+    panels = json.loads(DASHBOARD.read_text())["panels"]
+    titles = [panel["title"] for panel in panels if panel["type"] == "row"]
+    assert titles[-1] == "Cluster"
+    row = panels[[panel["title"] for panel in panels].index("Cluster") + 1 :]
+    queries = [target["expr"] for panel in row for target in panel["targets"]]
+    of_replicas = [query for query in queries if 'replica!=""' in query]
+    assert len(of_replicas) >= 6
+    assert [query for query in of_replicas if "max by (replica" not in query] == []
+    assert [
+        query for query in queries if query not in of_replicas and 'replica=""' not in query
+    ] == []
+
+
 def test_the_dashboard_takes_its_source_from_a_variable():
     dashboard = json.loads(DASHBOARD.read_text())
     variables = {v["name"]: v["type"] for v in dashboard["templating"]["list"]}

@@ -15,6 +15,7 @@ from transformers_api.engines import ENGINES
 from transformers_api.errors import ModelNotFound
 from transformers_api.local_engine import Parts
 from transformers_api.logs import configure_logging
+from transformers_api.serving.inspect.recent_completions import Completions
 from transformers_api.serving.limits.access import Access
 from transformers_api.serving.limits.admission import Admission
 from transformers_api.serving.models.registry import ModelRegistry
@@ -52,6 +53,7 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
         admission=parts.admission,
         embeddings=engine.embeddings,
         responses=_responses(settings),
+        completions=_completions(settings),
         inspections=engine.inspections,
         access=access,
         limits=RateLimits(access, settings.redis_url),
@@ -77,6 +79,14 @@ def _responses(settings: Settings) -> ResponseStore:
     from transformers_api.serving.shared_responses import SharedResponses
 
     return SharedResponses(settings.redis_url, *limits)
+
+
+def _completions(settings: Settings) -> Completions:
+    if settings.engine == "local" or settings.redis_url is None:
+        return Completions()
+    from transformers_api.serving.inspect.shared_completions import SharedCompletions
+
+    return SharedCompletions(settings.redis_url)
 
 
 def _watch(metrics: Metrics, services: Services) -> None:

@@ -16,14 +16,17 @@ from transformers_api.serving.swap.replica_status import ReplicaStatus
 Row = tuple[str, ...]
 
 
-def up(settings: Settings, *, replicas: int | None, waits: bool) -> int:
+def up(settings: Settings, *, replicas: int | None, waits: bool, joins: bool = False) -> int:
     """Start the head where it does not run, and its replicas; replace those that run.
 
-    ``waits``: until a signal ends it, and end it all then.
+    ``waits``: until a signal ends it, and end it all then. ``joins``: the head is somebody else's,
+    who starts and ends it.
     """
     settings = replace(settings, engine="ray")
-    head = Head(settings)
-    head.start()
+    if joins:
+        ray_runtime.connect(settings)
+    else:
+        Head(settings).start()
     ray_runtime.deploy(settings, replicas or settings.cluster_replicas)
     write_status(settings)
     if not waits:
@@ -32,7 +35,7 @@ def up(settings: Settings, *, replicas: int | None, waits: bool) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())
     ended.wait()
-    return down(settings)
+    return 0 if joins else down(settings)
 
 
 def status(settings: Settings) -> int:

@@ -33,7 +33,7 @@ class Completions:
         max_age_s: float = MAX_AGE_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._most = most
+        self._most = self._bound = most  # bound: as clients are told
         self._max_age_s = max_age_s
         self._clock = clock
         self._lock = threading.Lock()
@@ -52,26 +52,34 @@ class Completions:
             Completion(model.spec.name, tuple(prompts[place // per_prompt]), tuple(ids))
             for place, ids in enumerate(choices)
         ]
-        with self._lock:
-            self._forget()
-            self._completions[completion_id] = (self._clock(), completions)
-            while len(self._completions) > self._most:
-                self._completions.popitem(last=False)
+        self._put(completion_id, completions)
 
     def find(self, completion_id: str, choice: int = 0) -> Completion:
         """Raises UnknownCompletion; InvalidRequest where it has not so many choices."""
-        with self._lock:
-            self._forget()
-            _, choices = self._completions.get(completion_id, (0.0, []))
+        choices = self._get(completion_id)
         if not choices:
             raise UnknownCompletion(
-                f"Completion '{completion_id}' is not known; the last {self._most} are, for "
+                f"Completion '{completion_id}' is not known; the last {self._bound} are, for "
                 f"{self._max_age_s / 60:g} minutes",
                 param="completion_id",
             )
         if not 0 <= choice < len(choices):
             raise InvalidRequest(f"choice must be in [0, {len(choices) - 1}]", param="choice")
         return choices[choice]
+
+    def _put(self, completion_id: str, choices: list[Completion]) -> None:
+        with self._lock:
+            self._forget()
+            self._completions[completion_id] = (self._clock(), choices)
+            while len(self._completions) > self._most:
+                self._completions.popitem(last=False)
+
+    def _get(self, completion_id: str) -> list[Completion]:
+        """All choices of a completion; none where it is not here."""
+        with self._lock:
+            self._forget()
+            _, choices = self._completions.get(completion_id, (0.0, []))
+        return choices
 
     def _forget(self) -> None:
         """Drop what is too old; the oldest stands first."""

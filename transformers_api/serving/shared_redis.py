@@ -1,0 +1,41 @@
+"""A redis that the fronts of one cluster share, and that none of them waits for long."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import redis
+
+log = logging.getLogger(__name__)
+
+TIMEOUT_S = 0.25  # a request waits no longer for redis
+TRY_AGAIN_S = 5.0
+
+
+class SharedRedis:
+    """Commands to one redis; ``contents`` names in the log what is there. From any thread."""
+
+    def __init__(self, redis_url: str, contents: str) -> None:
+        self._redis = redis.Redis.from_url(
+            redis_url, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S
+        )
+        self._contents = contents
+        self._away_until = 0.0
+
+    def command(self, *words: str | bytes | int) -> Any:
+        """The answer of redis; None where it is away, or has nothing."""
+        if time.monotonic() < self._away_until:
+            return None
+        try:
+            return self._redis.execute_command(*words)  # type: ignore[no-untyped-call]
+        except redis.RedisError as error:
+            self._away_until = time.monotonic() + TRY_AGAIN_S
+            message = "Redis is away, %s are shared again when it is back: %s"
+            log.warning(message, self._contents, error)
+            return None
+
+    def close(self) -> None:
+        """Close its connections."""
+        self._redis.close()
