@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tests import tokenizers
 from tests.api.test_intervene import ADD, MESSAGES, PROMPT, events, inspected
 from tests.api.tiny_app import running
 from transformers_api.api.http.services import EXTENSION
+from transformers_api.engine.base import SamplingParams
+from transformers_api.errors import InvalidRequest
+from transformers_api.serving.generation import GenerationRequest
+from transformers_api.serving.inspect.comparing import check_comparable
+from transformers_api.serving.inspect.edit_positions import PromptPlaces
+from transformers_api.serving.inspect.edit_request import InterveneRequest
 
 BODIES = {
     "/v1/completions": {"prompt": PROMPT},
@@ -103,6 +111,20 @@ def test_an_answer_is_the_same_and_costs_the_same_with_a_twin(client):
     assert counts[0] + cached[0] == counts[1] + cached[1]
 
 
+def test_others_get_the_same_bits_beside_a_comparison(client):
+    body = {"prompt": PROMPT, "max_tokens": 12, "temperature": 0, "logprobs": 3, "n": 2}
+    before = client.post("/v1/completions", json=body).get_json()["choices"]
+    response = client.post("/v1/completions", json={**body, "stream": True})
+    beside = iter(response.response)
+    next(beside)
+    edited = answered(client, "/v1/completions", ADD)
+    assert compared(edited["choices"][0])
+    response.close()
+    after = client.post("/v1/completions", json=body).get_json()["choices"]
+    assert after == before
+    assert answered(client, "/v1/completions", ADD)["choices"] == edited["choices"]
+
+
 def test_what_changes_nothing_pushes_nothing(client):
     for edit in ({**ADD, "scale": 0}, {"do": "force", "step": 1, "token_ids": [ord("x")]}):
         (choice,) = answered(client, "/v1/completions", edit)["choices"]
@@ -124,6 +146,25 @@ def test_its_place_and_its_turn_are_given_back(app, client):
         answered(client, "/v1/completions", ADD, stream=stream)
     services = app.extensions[EXTENSION]
     assert not services.inspections._line
+
+
+def test_tokens_that_are_read_twice_count_twice_where_tokens_are_limited():
+    params = SamplingParams(max_tokens=5)
+    plain = GenerationRequest([[1, 2], [3]], params, n=2)
+    twin = replace(plain, intervene=InterveneRequest(edits=(), compares=True))
+    assert plain.most_tokens == 3 + 2 * 2 * 5
+    assert twin.most_tokens == plain.most_tokens + 2 * 3 + 2 * 2 * 5
+
+
+def test_what_outgrows_the_window_is_refused_with_what_fits():
+    place = PromptPlaces(ids=[1] * 9, most=40, vocabulary=None, spans=tuple, window=32)
+    intervene = InterveneRequest(edits=(), compares=True)
+    request = GenerationRequest([[1] * 9], SamplingParams(max_tokens=31), intervene=intervene)
+    check_comparable(request, 32, [replace(place, window=None)])
+    with pytest.raises(InvalidRequest) as refused:
+        check_comparable(request, 32, [place])
+    assert refused.value.param == "intervene.compare"
+    assert refused.value.message.endswith("within the model's window; use max_tokens <= 23")
 
 
 REFUSED = {

@@ -7,24 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy
 from numpy.typing import NDArray
-
-if TYPE_CHECKING:
-    from transformers_api.inspection.edit_plan import EditPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DivergenceQuestion:
     """The question how far edits push the predictions of an answer.
 
-    ``plan``: the edits; None: there are none, and nothing is pushed.
+    ``plan``: the edits, an ``edit_plan.EditPlan``; None: there are none, and nothing is pushed.
     """
 
     answer: Sequence[int]  # tokens, which follow those that were there before
-    plan: EditPlan | None
+    plan: Any
     topk: int
 
 

@@ -53,8 +53,8 @@ def compare(
     def question(index: int, answer: Sequence[int]) -> questions.Divergence:
         prompt = index // request.per_prompt
         plan = request.edits[prompt].plan
-        asked = DivergenceQuestion(answer=tuple(answer), plan=plan, topk=TOP)
-        return questions.Divergence(request.prompts[prompt], asked)
+        compared = DivergenceQuestion(answer=tuple(answer), plan=plan, topk=TOP)
+        return questions.Divergence(request.prompts[prompt], compared)
 
     generation.comparisons = [
         inspections.ask(model, question(choice.index, choice.token_ids), cancellation)

@@ -65,8 +65,8 @@ class Inspections:
         any others, and has the time that it takes.
         """
         job = question.job(_own(model))
-        asked: object = question
-        if isinstance(asked, questions.Divergence):
+        either: object = question
+        if isinstance(either, questions.Divergence):
             with self._turn(cancellation, is_owed=True):
                 return self._run(model, job, cancellation, threading.TIMEOUT_MAX)
         return self.run(model, job, cancellation)
