@@ -259,6 +259,7 @@ def chat(side, **fields):
         pytest.param({"trace": {"topk": 2, "layers": [1]}}, id="trace"),
         pytest.param({"stop": "zzz", "prompt_logprobs": 1}, id="prompt"),
         pytest.param({"intervene": {"edits": [EDIT]}}, id="edited"),
+        pytest.param({"intervene": {"edits": [EDIT], "compare": "forced"}}, id="compared"),
         pytest.param({"intervene": {"edits": [{**EDIT, "layer": 9}]}}, id="no layer"),
         pytest.param({"max_tokens": 5000}, id="too long"),
         pytest.param({"response_format": {"type": "regex", "value": "("}}, id="no regex"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,6 +19,8 @@ from transformers_api.errors import (
     InvalidRequest,
     ModelUnloaded,
 )
+from transformers_api.inspection.divergence_question import DivergenceQuestion
+from transformers_api.inspection.questions import Divergence
 from transformers_api.serving.inspect.queue import Inspections
 from transformers_api.serving.limits.cancellation import Cancellation
 
@@ -274,6 +278,22 @@ def test_without_a_queue_the_second_is_refused(model):
             inspections.run(model, Job(), Cancellation())
         hold.set()
         assert running.result(10) == "found"
+
+
+def test_the_comparison_of_an_answer_waits_behind_any_and_has_its_time(model):
+    job, hold = Job(slices=9), threading.Event()
+    inspections = Inspections(0, 30, clock=lambda: 31.0 if job.begun.is_set() else 0.0)
+    inspector = SimpleNamespace(diverge=lambda ids, question: job)
+    compared = replace(model, inspector=inspector)
+    question = DivergenceQuestion(answer=[2], plan=None, topk=1)
+    first = Job(hold, slices=1)
+    with ThreadPoolExecutor(2) as pool:
+        running = pool.submit(inspections.run, model, first, Cancellation())
+        assert first.begun.wait(10)
+        waiting = pool.submit(inspections.ask, compared, Divergence([1], question), Cancellation())
+        wait_for(lambda: len(inspections._line) == 2)
+        hold.set()
+        assert running.result(10) == waiting.result(10) == "found"
 
 
 def test_a_client_that_leaves_the_queue_gives_its_place_away(inspections, model):

@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import numpy
 from numpy.typing import NDArray
 
+from transformers_api.inspection.divergence_question import Divergence, DivergenceQuestion
 from transformers_api.inspection.grid_question import Grid, GridQuestion
 from transformers_api.inspection.logit_share import LogitParts, LogitPartsQuestion
 from transformers_api.inspection.probes import Probe, ProbeReading
@@ -315,10 +316,7 @@ class Inspector(Protocol):
     """Questions about given tokens. Methods give jobs; whoever has one runs it in slices."""
 
     def edited(self, plan: Any) -> Inspector:
-        """The same for a model that reads with the edits of an ``edit_plan.EditPlan``.
-
-        Not of attributions, whose texts are not the one that was planned for.
-        """
+        """The same, read with an ``edit_plan.EditPlan``; not of attributions: other texts."""
         ...
 
     @property
@@ -387,6 +385,10 @@ class Inspector(Protocol):
 
     def grid(self, ids: Sequence[int], question: GridQuestion) -> Job[Grid]:
         """The prediction of the last token after each of many changes."""
+        ...
+
+    def diverge(self, ids: Sequence[int], question: DivergenceQuestion) -> Job[Divergence]:
+        """The predictions of an answer to ``ids``, edited beside unedited."""
         ...
 
     def check_places(self) -> Job[Editable]:

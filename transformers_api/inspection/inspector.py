@@ -24,7 +24,9 @@ from transformers_api.inspection.base import (
     Part,
     PromptReading,
 )
-from transformers_api.inspection.edit_plan import EditPlan
+from transformers_api.inspection.divergence import diverge
+from transformers_api.inspection.divergence_question import Divergence, DivergenceQuestion
+from transformers_api.inspection.edit_plan import EditPlan, EditTally
 from transformers_api.inspection.edits import EditedText
 from transformers_api.inspection.grid_question import Grid, GridQuestion
 from transformers_api.inspection.grids import run_grid
@@ -150,6 +152,15 @@ class ModelInspector:
     def grid(self, ids: Sequence[int], question: GridQuestion) -> Job[Grid]:
         """See ``base.Inspector``. Raises ModelNotCapable, InvalidRequest, PromptTooLarge."""
         return lambda model: run_grid(model, self.way, self.anatomy, list(ids), question)
+
+    def diverge(self, ids: Sequence[int], question: DivergenceQuestion) -> Job[Divergence]:
+        """See ``base.Inspector``. Raises InterventionFailed."""
+        plan, edited = question.plan, None
+        if plan is not None:  # these edits are not counted: they are not those of the answer
+            edited = self.edited(replace(plan, tally=EditTally())).way
+        return lambda model: diverge(
+            model, self.way, edited, list(ids), list(question.answer), question.topk
+        )
 
     def check_places(self) -> Job[Editable]:
         """See ``base.Inspector``."""

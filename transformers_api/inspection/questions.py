@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from transformers_api.inspection import base, grid_question, logit_share
+from transformers_api.inspection import base, divergence_question, grid_question, logit_share
 from transformers_api.inspection.base import Array, Heads, Inspector, Job
 from transformers_api.inspection.edit_plan import EditPlan
 
@@ -170,6 +170,18 @@ class Grid:
     def job(self, inspector: Inspector) -> Job[grid_question.Grid]:
         """See Question."""
         return inspector.grid(self.ids, self.question)
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """See ``Inspector.diverge``."""
+
+    ids: Sequence[int]
+    question: divergence_question.DivergenceQuestion
+
+    def job(self, inspector: Inspector) -> Job[divergence_question.Divergence]:
+        """See Question."""
+        return inspector.diverge(self.ids, self.question)
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,9 +103,9 @@ def read(
 
 
 def each_logits(
-    model: Any, way: Way, ids: list[int], take: Callable[[int, Tensor], None]
+    model: Any, way: Way, ids: list[int], take: Callable[[int, Tensor], None], first: int = 0
 ) -> Slices:
-    """``take(start, logits (R, V) float32)`` of every token, a few at a time and in order."""
+    """``take(start, logits (R, V) float32)`` of the tokens from ``first`` on, a few at a time."""
     last = len(way.parts.layers) - 1
     residuals: list[Tensor] = []
 
@@ -119,7 +119,7 @@ def each_logits(
     armed = way.armed(model, hooks)
     for chunk in read(model, rows, way.width(), armed, whole_logits=not by_lens):
         yield
-        for offset in range(0, chunk.stop - chunk.start, HEAD_ROWS):
+        for offset in range(max(first - chunk.start, 0), chunk.stop - chunk.start, HEAD_ROWS):
             here = slice(offset, offset + HEAD_ROWS)
             if by_lens:
                 logits = lens_logits(model, way.parts, residuals[0][here])

@@ -23,6 +23,7 @@ from transformers_api.errors import (
     SlowReader,
 )
 from transformers_api.inspection.base import StepTrace, TracePlan
+from transformers_api.inspection.divergence_question import Divergence
 from transformers_api.inspection.edit_plan import EditPlan
 from transformers_api.serving.inspect.edit_request import InterveneRequest
 from transformers_api.serving.inspect.interventions import PlannedEdits
@@ -78,15 +79,24 @@ class GenerationRequest:
         return max((each.plan.places for each in self.edits if each.plan), default=0)
 
     @property
+    def compares(self) -> bool:
+        """True where the unedited model reads the answers too, once they are complete."""
+        return self.intervene is not None and self.intervene.compares
+
+    @property
     def per_prompt(self) -> int:
         """The sequences that are generated for each prompt."""
         return self.best_of or self.n
 
     @property
     def most_tokens(self) -> int:
-        """The upper bound of its tokens: every prompt once, all its answers at their longest."""
+        """The upper bound of its tokens: every prompt once, all its answers at their longest.
+
+        Where answers are compared, each with its prompt once more.
+        """
         answers = len(self.prompts) * self.per_prompt
-        return sum(map(len, self.prompts)) + answers * self.params.max_tokens
+        prompts, written = sum(map(len, self.prompts)), answers * self.params.max_tokens
+        return prompts + written + self.compares * (prompts * self.per_prompt + written)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,6 +144,7 @@ class Generation:
         self.choices = choices  # of each prompt best_of, or else n
         self.answers = choices  # of each prompt n, once ``collect`` has chosen
         self.on_end: Callable[[], object] | None = None  # called when the last piece has been read
+        self.comparisons: Sequence[Divergence] = ()  # of the choices, by ``on_end``
         self.first_token_at: float | None = None  # time.monotonic(); None: not yet
         self.finish_reasons: list[str] = []  # of the choices that have ended, as they did
         self._stream = stream
@@ -185,9 +196,14 @@ class Generation:
 
     @property
     def tokens_read(self) -> int:
-        """Those of the prompts and those that were generated, as the model counts them."""
+        """Those of the prompts and those that were generated, as the model counts them.
+
+        Where answers have been compared, each with its prompt once more.
+        """
         written = sum(choice.completion_tokens for choice in self.choices)
-        return sum(map(len, self.request.prompts)) + written
+        prompts = sum(map(len, self.request.prompts))
+        again = prompts * self.request.per_prompt + written
+        return prompts + written + bool(self.comparisons) * again
 
     def notify(self, notice: Callable[[], object]) -> None:
         """From now on wait for nothing, but give None where nothing is ready.

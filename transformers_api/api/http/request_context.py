@@ -32,6 +32,7 @@ from transformers_api.errors import (
 )
 from transformers_api.serving import generation as serving_generation
 from transformers_api.serving.generation import Generation, GenerationRequest
+from transformers_api.serving.inspect.comparing import compare
 from transformers_api.serving.inspect.intervening import Planner, place_cost
 from transformers_api.serving.limits.cancellation import Cancellation
 from transformers_api.serving.models.spec import ModelSpec
@@ -249,7 +250,7 @@ class RequestContext:
             request = self.planner.with_edits(model, request)
         if request.trace is not None and request.trace_probes:
             request = self.planner.with_probes(model, request)
-        if request.trace is not None or request.edited_places:
+        if request.trace is not None or request.edited_places or request.compares:
             request, end = self._placed(request)
             if end is not None:
                 ends.append(end)
@@ -268,6 +269,10 @@ class RequestContext:
         exits.callback(self._record.note_generation, model, generation, texts)
         if reservation is not None:
             reservation.used = lambda: generation.tokens_read
+        if request.compares:  # while it has its place
+            ends.insert(
+                0, partial(compare, model, generation, services.inspections, self.cancellation)
+            )
         if ends:  # before the client can have read the end and asks again
             generation.on_end = lambda: [end() for end in ends]
         return generation

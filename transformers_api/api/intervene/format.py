@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy
+
+from transformers_api.inspection.base import Array
+from transformers_api.inspection.divergence_question import Divergence
 from transformers_api.serving.inspect.interventions import PlannedEdits
+from transformers_api.serving.text.vocabulary import Vocabulary
 
 Json = dict[str, Any]
 
@@ -34,3 +39,35 @@ def usage(edits: Sequence[PlannedEdits], per_prompt: int) -> Json:
             "ms": round(1000 * sum(plan.tally.seconds for plan in plans), 3),
         }
     }
+
+
+def compared(own: Divergence, index: int, ids: Sequence[int], vocabulary: Vocabulary) -> Json:
+    """The field ``compare`` of the choice ``index``, of its tokens ``ids``."""
+    return {
+        "index": index,
+        "tokens": [
+            {
+                "token_id": token_id,
+                "token": vocabulary.decoded(token_id),
+                "kl": kl,
+                "logprob_without": logprob,
+                "top_without": [
+                    {"token_id": i, "token": vocabulary.decoded(i), "logprob": score}
+                    for i, score in zip(top, scores, strict=True)
+                ],
+            }
+            for token_id, kl, logprob, top, scores in zip(
+                ids,
+                _finite(own.kl),
+                _finite(own.logprob_without),
+                own.top_ids.tolist(),
+                map(_finite, own.top_logprobs),
+                strict=True,
+            )
+        ],
+    }
+
+
+def _finite(numbers: Array) -> list[float]:
+    """Six significant digits; what has no probability at all is told as the smallest number."""
+    return [float(f"{number:.6g}") for number in numpy.nan_to_num(numbers).tolist()]

@@ -20,6 +20,7 @@ from transformers_api.api.http.fields import (
     StrictSchema,
     Text,
     TokenIds,
+    Unsupported,
 )
 from transformers_api.api.http.sampling_schema import about
 from transformers_api.inspection.base import PARTS, Array
@@ -320,7 +321,18 @@ class InterveneOptions(StrictSchema):
         **about("The changes, in their order: up to 32."),
     )
 
+    compare: fields.Field[Any] = Unsupported()
+
     @post_load
     def make(self, data: dict[str, Any], **_: Any) -> InterveneRequest:
         """The options as serving takes them."""
-        return InterveneRequest(edits=tuple(data["edits"]))
+        return InterveneRequest(edits=tuple(data["edits"]), compares=bool(data.get("compare")))
+
+
+class ComparedInterveneOptions(InterveneOptions):
+    """The same of an answer whose tokens the unedited model may be asked about as well."""
+
+    compare = Text(
+        choices=("forced",),
+        **about("`forced`: the unedited model reads the answer too, once it is complete."),
+    )

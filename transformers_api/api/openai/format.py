@@ -24,8 +24,10 @@ from transformers_api.errors import ApiError
 from transformers_api.serving.generation import Choice, Generation, Usage, collect
 from transformers_api.serving.inspect.interventions import PlannedEdits
 from transformers_api.serving.text.choice_text import TextDelta
+from transformers_api.serving.text.vocabulary import Vocabulary
 
 Json = dict[str, Any]
+_CHUNK = "chat.completion.chunk"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,7 @@ class Head:
     trace_refusal: ApiError | None = None  # why there are none, though they were asked for
     edits: Sequence[PlannedEdits] = ()  # of each prompt
     per_prompt: int = 1  # sequences
+    vocabulary: Vocabulary | None = None  # which names tokens that are compared
 
     @property
     def with_more_than_text(self) -> bool:
@@ -113,6 +116,21 @@ class Head:
         """The field ``intervene`` of a choice; {}: nobody asked."""
         return intervene_format.header(self.edits, index // self.n)
 
+    def compared(self, generation: Generation, index: int) -> Json:
+        """The field ``compare`` of a choice; {}: nobody asked."""
+        if self.vocabulary is None or not generation.comparisons:
+            return {}
+        own = generation.comparisons[index]
+        ids = generation.choices[index].token_ids
+        return {"compare": intervene_format.compared(own, index, ids, self.vocabulary)}
+
+    def comparisons(self, kind: str, generation: Generation | None) -> Iterator[Json]:
+        """The events with the field ``compare`` of each choice, after the last piece."""
+        for index in range(0 if generation is None else len(generation.comparisons)):
+            assert generation is not None
+            event = self.envelope(kind, []) | self.usage_so_far(generation)
+            yield event | self.compared(generation, index)
+
 
 def new_id(prefix: str) -> str:
     """``prefix`` and 24 hexadecimal digits."""
@@ -155,6 +173,7 @@ class ChatFormatter(Formatter):
                 **head.token_ids(choice.index, choice.token_ids, first=True),
                 **head.traced(choice),
                 **head.intervened(choice.index),
+                **head.compared(generation, choice.index),
             }
             for choice in answers
         ]
@@ -199,9 +218,10 @@ class ChatFormatter(Formatter):
         return frames
 
     def closing(self, generation: Generation | None) -> Iterator[bytes]:
-        """The usage, where it was asked for."""
+        """The comparisons and the usage, where they were asked for."""
+        yield from map(self.dialect.frame, self._head.comparisons(_CHUNK, generation))
         if self._head.with_usage and generation is not None:
-            envelope = self._head.envelope("chat.completion.chunk", [])
+            envelope = self._head.envelope(_CHUNK, [])
             usage = self._head.usage(generation.usage)
             yield self.dialect.frame({**envelope, "usage": usage})
 
@@ -217,7 +237,7 @@ class ChatFormatter(Formatter):
 
     def _chunk(self, index: int, delta: Json, **fields: Any) -> Json:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **fields}
-        chunk = self._head.envelope("chat.completion.chunk", [choice])
+        chunk = self._head.envelope(_CHUNK, [choice])
         return {**chunk, **self._head.usage_so_far(self.generation)}
 
 
@@ -252,6 +272,7 @@ class CompletionFormatter(Formatter):
                 **head.token_ids(choice.index, choice.token_ids, first=True),
                 **head.traced(choice),
                 **head.intervened(choice.index),
+                **head.compared(generation, choice.index),
             }
             for choice in collect(generation)
         ]
@@ -277,7 +298,8 @@ class CompletionFormatter(Formatter):
         return (self.dialect.frame(chunk),)
 
     def closing(self, generation: Generation | None) -> Iterator[bytes]:
-        """The usage, where it was asked for."""
+        """The comparisons and the usage, where they were asked for."""
+        yield from map(self.dialect.frame, self._head.comparisons("text_completion", generation))
         if self._head.with_usage and generation is not None:
             envelope = self._head.envelope("text_completion", [])
             usage = self._head.usage(generation.usage)

@@ -53,6 +53,7 @@ class PlannedChatFormatter(Formatter):
                 **head.token_ids(answer.choice.index, answer.choice.token_ids, first=True),
                 **head.traced(answer.choice),
                 **head.intervened(answer.choice.index),
+                **head.compared(generation, answer.choice.index),
             }
             for answer in answers
         ]
@@ -97,7 +98,9 @@ class PlannedChatFormatter(Formatter):
         return [self.dialect.frame(chunk) for chunk in chunks]
 
     def closing(self, generation: Generation | None) -> Iterator[bytes]:
-        """The usage, where it was asked for."""
+        """The comparisons and the usage, where they were asked for."""
+        comparisons = self._head.comparisons("chat.completion.chunk", generation)
+        yield from map(self.dialect.frame, comparisons)
         if self._head.with_usage and generation is not None:
             envelope = self._head.envelope("chat.completion.chunk", [])
             yield self.dialect.frame({**envelope, "usage": self._usage(generation)})

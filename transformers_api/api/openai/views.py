@@ -374,4 +374,5 @@ def _head(
         trace_refusal=request.trace_refusal,
         edits=request.edits,
         per_prompt=request.per_prompt,
+        vocabulary=model.vocabulary if request.compares else None,
     )

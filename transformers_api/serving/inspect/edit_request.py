@@ -48,9 +48,13 @@ class ForceRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InterveneRequest:
-    """The fields of ``intervene``; ``name`` is the field's own."""
+    """The fields of ``intervene``; ``name`` is the field's own.
+
+    ``compares``: the unedited model reads the answer too; see ``comparing.py``.
+    """
 
     edits: tuple[EditRequest | ForceRequest, ...]
+    compares: bool = False
     name: str = "intervene"
 
 

@@ -11,6 +11,7 @@ from transformers_api.inspection.base import Array, Part
 from transformers_api.inspection.edit_plan import InterventionsDisabled
 from transformers_api.inspection.questions import Inspected, PartNumbers
 from transformers_api.serving.generation import GenerationRequest
+from transformers_api.serving.inspect.comparing import check_comparable
 from transformers_api.serving.inspect.edit_positions import PromptPlaces
 from transformers_api.serving.inspect.edit_request import InterveneRequest, check_size
 from transformers_api.serving.inspect.interventions import (
@@ -57,6 +58,8 @@ class Planner:
                 )
             )
         params = request.params
+        if request.intervene.compares:
+            check_comparable(request, engine.max_model_len, prompts)
         forced = forced_tokens(request.intervene, engine.vocab_size, params.max_tokens)
         edits = self.planned(model, request.intervene, prompts)
         return replace(request, edits=edits, params=replace(params, forced=forced))

@@ -59,8 +59,17 @@ class Inspections:
             return self._run(model, job, cancellation)
 
     def ask(self, model: LoadedModel, question: Question[T], cancellation: Cancellation) -> T:
-        """The answer to ``question``, when its turn has come. Raises what ``run`` does."""
-        return self.run(model, question.job(_own(model)), cancellation)
+        """The answer to ``question``, when its turn has come. Raises what ``run`` does.
+
+        A Divergence belongs to an answer that has been given a place: it waits for its turn behind
+        any others, and has the time that it takes.
+        """
+        job = question.job(_own(model))
+        either: object = question
+        if isinstance(either, questions.Divergence):
+            with self._turn(cancellation, is_owed=True):
+                return self._run(model, job, cancellation, threading.TIMEOUT_MAX)
+        return self.run(model, job, cancellation)
 
     def has_gradients(
         self, model: LoadedModel, inspector: Inspected, cancellation: Cancellation
@@ -106,10 +115,10 @@ class Inspections:
         return self._norms[inspector]
 
     @contextmanager
-    def _turn(self, cancellation: Cancellation) -> Iterator[None]:
+    def _turn(self, cancellation: Cancellation, *, is_owed: bool = False) -> Iterator[None]:
         ticket = object()
         with self._condition:
-            if len(self._line) > self._waiting:
+            if len(self._line) > self._waiting and not is_owed:
                 raise InspectionBusy(
                     "Too many inspections are waiting",
                     retry_after=self._throughput.wait_s(max(len(self._line) - 1, 1)),
@@ -133,13 +142,20 @@ class Inspections:
         with self._condition:
             self._condition.notify_all()
 
-    def _run(self, model: LoadedModel, job: Job[T], cancellation: Cancellation) -> T:
+    def _run(
+        self,
+        model: LoadedModel,
+        job: Job[T],
+        cancellation: Cancellation,
+        timeout_s: float | None = None,
+    ) -> T:
         run = _Run(model.engine, job, cancellation)
         cancellation.on_cancel(run.withdraw)
-        deadline = self._clock() + self._timeout_s
+        began = self._clock()
+        most_s = self._timeout_s if timeout_s is None else timeout_s
         try:
             while not run.is_done:
-                left = deadline - self._clock()
+                left = most_s - (self._clock() - began)
                 if left <= 0 or not run.slice(left):
                     raise InspectionTimeout(
                         f"The inspection took longer than {self._timeout_s:g} s"

@@ -101,6 +101,7 @@ class TextChoice(Schema):
     token_ids = Many(Integer(0, MAX_TOKEN_ID), longest=_MANY)
     trace = Object(WholeTrace)
     intervene = AnyObject(**about("The edits that were made: layers, positions."))
+    compare = AnyObject(**about("Of each token, what the unedited model makes of it."))
 
 
 class Completion(Answer):
@@ -108,6 +109,7 @@ class Completion(Answer):
 
     object = Text(choices=("text_completion",))
     choices = Many(Object(TextChoice), longest=_MANY)
+    compare = AnyObject(**about("Of a choice, in a stream: after the last piece."))
 
 
 class ChatMessage(Schema):
@@ -138,6 +140,7 @@ class ChatChoice(Schema):
     token_ids = Many(Integer(0, MAX_TOKEN_ID), longest=_MANY)
     trace = Object(WholeTrace)
     intervene = AnyObject(**about("The edits that were made: layers, positions."))
+    compare = AnyObject(**about("Of each token, what the unedited model makes of it."))
 
 
 class ChatCompletion(Answer):
@@ -165,3 +168,4 @@ class ChatCompletionChunk(Answer):
     choices = Many(Object(ChunkChoice), longest=_MANY)
     trace = AnyObject(**about("Of the token of this chunk; with the role, its header."))
     intervene = AnyObject(**about("With the role: the edits, their layers and positions."))
+    compare = AnyObject(**about("Of a choice: after the last piece, without `choices`."))

@@ -27,7 +27,7 @@ from transformers_api.api.http.sampling_schema import (
     TokenLimit,
     about,
 )
-from transformers_api.api.intervene.schema import InterveneOptions
+from transformers_api.api.intervene.schema import ComparedInterveneOptions
 from transformers_api.api.openai.schemas.completions import check_stream_options
 from transformers_api.api.openai.schemas.structured import Structured, Whatever
 from transformers_api.api.trace.schema import TraceOptions
@@ -217,7 +217,7 @@ class ChatRequest(Sampling, Structured, TemplateFields):
 
     trace = Object(TraceOptions, **about("What to show of every token; see [traces](#traces)."))
     intervene = Object(
-        InterveneOptions, **about("What to change; see [interventions](#interventions).")
+        ComparedInterveneOptions, **about("What to change; see [interventions](#interventions).")
     )
     tools = Many(
         Whatever(),

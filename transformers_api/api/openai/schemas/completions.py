@@ -24,7 +24,7 @@ from transformers_api.api.http.sampling_schema import (
     TokenLimit,
     about,
 )
-from transformers_api.api.intervene.schema import InterveneOptions
+from transformers_api.api.intervene.schema import ComparedInterveneOptions
 from transformers_api.api.openai.schemas.structured import Structured
 from transformers_api.api.trace.schema import TraceOptions
 
@@ -105,7 +105,7 @@ class CompletionRequest(Sampling, Structured):
     best_of = Integer(1, MAX_N, **about("Make so many answers and send the `n` likeliest."))
     trace = Object(TraceOptions, **about("What to show of every token; see [traces](#traces)."))
     intervene = Object(
-        InterveneOptions, **about("What to change; see [interventions](#interventions).")
+        ComparedInterveneOptions, **about("What to change; see [interventions](#interventions).")
     )
 
     @validates_schema(skip_on_field_errors=True)
