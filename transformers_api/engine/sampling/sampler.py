@@ -279,7 +279,7 @@ def _is_decided(param: SamplingParams, count: int, mass: float, ratio: float) ->
     """True where a filter cuts within the ``count`` likeliest tokens: no other matters then."""
     by_top_k = 0 < param.top_k <= count
     by_top_p = param.top_p < 1 and mass >= param.top_p
-    # The nucleus after top_k is a share of what that leaves, which all of it has to be looked at for.
+    # The nucleus after top_k is a share of all that this leaves.
     by_min_p = param.min_p > 0 and ratio < param.min_p and not (param.top_k and param.top_p < 1)
     return by_top_k or by_min_p or (by_top_p and not param.top_k)
 
