@@ -17,6 +17,7 @@ from tests.api.conftest import events
 from tests.api.test_tools import WEATHER
 from tests.api.tiny_app import save
 from tests.direct_transport import DirectTransport
+from tests.redis_server import RedisServer
 from transformers_api.api.http.services import EXTENSION
 from transformers_api.app import create_app
 from transformers_api.cluster import front
@@ -77,6 +78,14 @@ def settings(folder):
     )
 
 
+def front_of(transport, settings):
+    """A front's application that reaches its replicas by ``transport``."""
+    engines = {**ENGINES, "ray": lambda parts: front.cluster_engine(parts, transport)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformers_api.app.ENGINES", engines)
+        return create_app(replace(settings, engine="ray"))
+
+
 @pytest.fixture(scope="module")
 def cluster(settings):
     """A front with one replica, in this process."""
@@ -87,17 +96,7 @@ def cluster(settings):
 
     replica = Replica(settings, "r1", publish)
     transport = DirectTransport(replica)
-    original = ENGINES["ray"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "transformers_api.engines.ENGINES",
-            {**ENGINES, "ray": lambda parts: front.cluster_engine(parts, transport)},
-        )
-        patch.setattr("transformers_api.app.ENGINES", {
-            **ENGINES, "ray": lambda parts: front.cluster_engine(parts, transport)
-        })  # fmt: skip
-        app = create_app(replace(settings, engine="ray"))
-    assert original is ENGINES["ray"]
+    app = front_of(transport, settings)
     yield SimpleNamespace(
         app=app,
         client=app.test_client(),
@@ -330,6 +329,28 @@ def test_what_is_inside_is_the_same_from_afar(local, cluster, route, fields):
     answers = [side.client.post(f"/inspect/{route}", json=body) for side in (local, cluster)]
     assert answers[0].status_code == 200, answers[0].text
     assert plain(answers[0].json) == plain(answers[1].json)
+
+
+def test_a_front_looks_into_what_another_has_written(cluster, settings, tmp_path):
+    redis = RedisServer(tmp_path)
+    redis.start()
+    shared = replace(settings, redis_url=redis.url)
+    one, two = (front_of(cluster.transport, shared) for _ in range(2))
+    try:
+        body = {"model": "one", "messages": MESSAGES, "max_tokens": 4, "temperature": 0}
+        answer = one.test_client().post("/v1/chat/completions", json=body).json
+        question = {"model": "one", "completion_id": answer["id"]}
+        there, here = (
+            app.test_client().post("/inspect/tokens", json=question) for app in (two, one)
+        )
+        assert there.status_code == 200
+        assert there.json == here.json
+        unshared = cluster.client.post("/inspect/tokens", json=question)
+        assert unshared.json["code"] == "unknown_completion"
+    finally:
+        for app in (one, two):
+            app.extensions[EXTENSION].completions.close()
+        redis.kill()
 
 
 def test_a_model_that_is_asked_for_is_loaded_and_made_known(cluster):

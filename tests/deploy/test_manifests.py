@@ -33,6 +33,7 @@ OURS = ["cluster", *FRONTS]
 SETTINGS = {name for name, *_ in described()}
 OF_RAY = {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_USAGE_STATS_ENABLED"}
 CLIENT_PORT = 10001  # Ray's own, on the head
+AGENT_PORT = 52365  # of Ray's agents, unless they are told another
 
 
 class Pod(NamedTuple):
@@ -189,22 +190,18 @@ def test_every_part_of_ray_asks_for_the_token_and_is_found_at_the_settings_addre
     assert HEAD["rayStartParams"]["include-dashboard"] == "false"
 
 
-def test_the_raylets_are_looked_at_where_they_listen() -> None:
-    front = dict(
-        option.removeprefix("--").split("=")
-        for option in PODS["front"].spec["initContainers"][0]["command"]
-        if "=" in option
-    )
-    for parameters, container in [
-        *((PODS[name].ray, PODS[name].spec["containers"][0]) for name in ("head", "engines")),
-        (front, PODS["front"].spec["initContainers"][0]),
-    ]:
-        port = int(parameters["node-manager-port"])
-        assert port not in (6379, CLIENT_PORT)
-        assert not 10002 <= port <= 19999  # those of workers
-        probe = container.get("readinessProbe") or container["startupProbe"]
-        assert probe["tcpSocket"]["port"] == port
-    assert front["num-cpus"] == HEAD["rayStartParams"]["num-cpus"] == "0"
+def test_every_member_of_ray_is_asked_for_its_health_where_its_agent_listens() -> None:
+    health = {"path": "/api/healthz", "port": AGENT_PORT}
+    rays = [container for _, container in CONTAINERS if container["name"] == "ray"]
+    assert [container["startupProbe"]["httpGet"] for container in rays] == [health] * 3
+    lasting = [container for container in rays if "restartPolicy" not in container]
+    for probe in ("readinessProbe", "livenessProbe"):
+        assert [container[probe]["httpGet"] for container in lasting] == [health] * 2
+    options = PODS["front"].spec["initContainers"][0]["command"]
+    moved = [*HEAD["rayStartParams"], *ENGINES["rayStartParams"], *options]
+    assert not [option for option in moved if "dashboard-agent" in option]
+    assert "--num-cpus=0" in options
+    assert HEAD["rayStartParams"]["num-cpus"] == "0"
 
 
 def test_there_are_as_many_replicas_as_engines_and_each_fills_one() -> None:
@@ -260,7 +257,7 @@ def test_answers_have_their_time_to_end() -> None:
 def test_every_port_is_closed_to_others_but_the_one_of_the_api() -> None:
     own = {each.name: each.labels for each in PODS.values()}
     sources: dict[str, dict[str, str] | None] = {**own, "other pod": {"app": "x"}, "outside": None}
-    ports = (5000, 6379, 6380, 8080, 8265, CLIENT_PORT, 10002, 19999, 41000, 52365)
+    ports = (5000, 6379, 8080, 8265, CLIENT_PORT, 10002, 19999, 41000, AGENT_PORT)
     entered = {
         (target.name, source, port)
         for target in PODS.values()
