@@ -135,7 +135,9 @@ class NativeRunner(ModelRunner):
         inputs = inputs_of([token for ids in batch.ids for token in ids], starts, rows)
         last = [end - 1 for end in accumulate(batch.widths)]
         edits = current_edits()
-        watch = self._replay(batch, inputs, last, edits) if batch.is_observed or edits else None
+        watch = None
+        if batch.is_observed or edits:
+            watch = self._replay(batch, inputs[1], max(starts) + 1, last, edits)
         is_long = self.original_window is not None and batch.sequences[0].is_long
         adapters = self._adapters_of(batch) if batch.is_adapted else None
         layers = self._layers(is_long)
@@ -220,7 +222,8 @@ class NativeRunner(ModelRunner):
     def _replay(
         self,
         batch: Batch,
-        inputs: list[Tensor],
+        positions: Tensor,
+        length: int,
         last: list[int],
         edits: Sequence[ModuleEdit],
     ) -> HookReplay:
@@ -231,12 +234,12 @@ class NativeRunner(ModelRunner):
         if last != list(range(len(last))) or places != last:
             tokens = torch.zeros(max(places) + 1, dtype=torch.int64)
             tokens[places] = torch.tensor(last)
-        starts, cache = inputs[1][:, 0], self.cache
+        cache = self.cache
         by_module: dict[tuple[nn.Module, str], Apply] = {
             (self.model.get_submodule(edit.module), edit.side): edit.apply for edit in edits
         }
         return HookReplay(
-            *(cache.library, starts, int(starts.max()) + 1, cache.tensors, first, tokens),
+            *(cache.library, positions, length, cache.tensors, first, tokens),
             edits=by_module,
             observes=batch.is_observed,
         )

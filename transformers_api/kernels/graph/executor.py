@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers_api.kernels.abi import Library
 from transformers_api.kernels.capture import Recorder, record
 from transformers_api.kernels.graph.adapted import adapted_plan
+from transformers_api.kernels.graph.hook_points import HookPoints
 from transformers_api.kernels.graph.planner import Affine, HookPoint, Plan, Recording, make_plan
 from transformers_api.kernels.graph.tiling import NotRecordable
 
@@ -125,7 +126,7 @@ class FinishedCall:
 class PassObserver(Protocol):
     """An observer of a pass. The tensors of a call are overwritten when the pass continues."""
 
-    def choose(self, points: list[HookPoint]) -> list[HookPoint]:
+    def choose(self, points: HookPoints) -> list[HookPoint]:
         """The hook points to pause at, in order."""
         ...
 
@@ -144,6 +145,7 @@ class Program:
     def __init__(self, library: Library, plan: Plan) -> None:
         self.library = library
         self.plan = plan
+        self._hook_points = HookPoints(plan.hook_points)
         self._calls = plan.calls.at(plan.size)
         self._steps = plan.steps.at(plan.size)
         self._memory = torch.zeros(0, dtype=torch.uint8)
@@ -173,7 +175,7 @@ class Program:
             ctypes.memmove(base + int(offset), tensor.data_ptr(), tensor.nbytes)
         done = 0
         if observer:
-            for point in observer.choose(self.plan.hook_points):
+            for point in observer.choose(self._hook_points):
                 self._run_steps(done, point.at)
                 done = point.at
                 observer.show(self._finished_call(point))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from transformers_api.kernels.abi import Library
 from transformers_api.kernels.graph.executor import FinishedCall
+from transformers_api.kernels.graph.hook_points import HookPoints
 from transformers_api.kernels.graph.planner import HookPoint
 from transformers_api.kernels.modules.attention import CausalRows, replay_attention
 from transformers_api.kernels.stats import attention_probs
@@ -34,8 +35,8 @@ class HookReplay:
     """A PassObserver that shows the last tokens of sequences, whose K and V are neighbours.
 
     ``tokens``: a token of the pass for each of the rows ``first``.. of the ``cache``; None: those
-    of the pass, in order. ``starts`` (N,): the position of every token of the pass; all come before
-    ``length``. Attention is shown of the layers that are observed (see ``observing``), other
+    of the pass, in order. ``positions`` (N, 1) int64, contiguous: of every token of the pass, all
+    below ``length``. Attention is shown of the layers that are observed (see ``observing``), other
     modules where they have hooks. ``edits`` write into the rows (N, width) of all tokens, of what a
     module is given ("in") or makes ("out"), before anybody is shown it; unless it ``observes``
     nobody is.
@@ -48,7 +49,7 @@ class HookReplay:
     def __init__(
         self,
         library: Library,
-        starts: Tensor,
+        positions: Tensor,
         length: int,
         cache: list[Tensor],
         first: int,
@@ -61,21 +62,14 @@ class HookReplay:
         self.edits = edits
         self.cache = cache
         self.tokens = tokens
-        self.starts = starts if tokens is None else starts[tokens]
-        self.rows = slice(first, first + len(self.starts))
-        self.positions = slice(length)
+        self.positions = positions
+        self.length = length
+        self.first = first
         self._attended: list[tuple[FinishedCall, Tensor, Tensor]] = []
 
-    def choose(self, points: Sequence[HookPoint]) -> list[HookPoint]:
+    def choose(self, points: HookPoints) -> list[HookPoint]:
         """See PassObserver."""
-        if not self.observes:
-            return [point for point in points if self._edit_of(point) is not None]
-        layers = _observed.get()
-        return [
-            point
-            for point in points
-            if self._edit_of(point) is not None or _is_observed(point, layers)
-        ]
+        return points.chosen(self.edits, self.observes, _observed.get())
 
     def show(self, call: FinishedCall) -> None:
         """See PassObserver. Attention is shown in the end: its keys are in the cache then."""
@@ -87,13 +81,15 @@ class HookReplay:
         tensors = call.tensors
         if self.tokens is not None:
             tensors = [each[self.tokens] for each in tensors]
+        elif call.cached is not None:
+            tensors = [each.clone() for each in tensors]
         x, *others = tensors
         output = others[0]
         if call.cached is None:
             results = tuple(others) if call.options["is_tuple"] else output
             call_hooks(call.module, x, results)
         else:
-            self._attended.append((call, x.clone(), output.clone()))
+            self._attended.append((call, x, output))
 
     def _edit_of(self, point: HookPoint | FinishedCall) -> Callable[[Tensor], None] | None:
         if not self.edits or point.cached:
@@ -102,24 +98,30 @@ class HookReplay:
 
     def finish(self) -> None:
         """See PassObserver."""
+        if not self._attended:
+            return
+        starts = self.positions.view(-1)
+        if self.tokens is not None:
+            starts = starts[self.tokens]
         for call, query, output in self._attended:
             assert call.cached is not None
-            key, value = (self.cache[index][self.rows, :, self.positions] for index in call.cached)
-            key, value = key[..., : query.shape[3]], value[..., : output.shape[3]]
-            mask = CausalRows(self.library, self.starts, call.options["window"])
+            key, value = (
+                self._cached(index, len(query), sizes.shape[3])
+                for index, sizes in zip(call.cached, (query, output), strict=True)
+            )
+            mask = CausalRows(self.library, starts, call.options["window"])
             if call.options.get("is_own"):
                 _show_weights(call, query, key, mask)
                 continue
             tensors = query, key, value, output
             replay_attention(call.module, tensors, mask, call.options["options"])
 
-
-def _is_observed(point: HookPoint, layers: Collection[int] | None) -> bool:
-    """True where somebody looks; ``layers``: those whose attention is observed."""
-    if point.cached and not point.options.get("is_own"):
-        return layers is None or getattr(point.module, "layer_idx", None) in layers
-    has_hooks = point.module._forward_hooks or point.module._forward_pre_hooks
-    return bool(has_hooks) and "side" not in point.options
+    def _cached(self, index: int, count: int, size: int) -> Tensor:
+        """The keys or values (count, G, length, size) of the rows; one call of torch."""
+        rows = self.cache[index]
+        strides = rows.stride()
+        shape = count, rows.shape[1], self.length, min(size, rows.shape[3])
+        return rows.as_strided(shape, strides, rows.storage_offset() + self.first * strides[0])
 
 
 def _show_weights(call: FinishedCall, query: Tensor, key: Tensor, mask: CausalRows) -> None:

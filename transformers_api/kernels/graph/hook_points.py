@@ -1,0 +1,50 @@
+"""The hook points of a plan, indexed once: every step that is observed or edited looks them up."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+from torch import nn
+
+from transformers_api.kernels.graph.planner import HookPoint
+
+
+class HookPoints:
+    """Hook points in the order of the pass, by who may stop there."""
+
+    def __init__(self, points: Sequence[HookPoint]) -> None:
+        self._points = points
+        self._edited: dict[tuple[nn.Module, str], list[int]] = {}  # by module and side
+        self._attention: dict[Any, list[int]] = {}  # by layer
+        self._hooked: list[int] = []  # those whose modules may have hooks
+        for place, point in enumerate(points):
+            if not point.cached:
+                side = point.options.get("side", "out")
+                self._edited.setdefault((point.module, side), []).append(place)
+            if point.cached and not point.options.get("is_own"):
+                layer = getattr(point.module, "layer_idx", None)
+                self._attention.setdefault(layer, []).append(place)
+            elif "side" not in point.options:
+                self._hooked.append(place)
+
+    def chosen(
+        self,
+        edited: Iterable[tuple[nn.Module, str]],
+        observes: bool,
+        layers: Collection[int] | None,
+    ) -> list[HookPoint]:
+        """The points of ``edited`` modules and sides, and where it ``observes`` those observed.
+
+        Attention is observed in these ``layers`` (None: in all), other modules have hooks.
+        """
+        places = {place for key in edited for place in self._edited.get(key, ())}
+        if observes:
+            for layer in self._attention if layers is None else layers:
+                places.update(self._attention.get(layer, ()))
+            places.update(place for place in self._hooked if _has_hooks(self._points[place].module))
+        return [self._points[place] for place in sorted(places)]
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
