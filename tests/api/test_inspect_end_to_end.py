@@ -265,10 +265,12 @@ def test_pairs_may_be_conversations_and_are_refused_by_name(client):
     url = "/inspect/vectors/pair/derive"
     answer = client.post(url, json={"pairs": pairs, "method": "pca", "layers": [2, 0]}).get_json()
     assert answer["layers"] == [2, 0]
+    again = client.post(url, json={"pairs": pairs, "layers": [1, 1, 0, 1]}).get_json()
+    assert again["layers"] == [1, 0]
     assert numpy.allclose(answer["norms"], 1)
     refusals = {
         "pairs": [{"pairs": pairs[:1]}, {"pairs": [{"positive": "a"}, pairs[1]]}],
-        "layers": [{"pairs": pairs, "layers": [3]}],
+        "layers": [{"pairs": pairs, "layers": layers} for layers in ([3], [-1], [0, -1])],
         "pairs[1].negative": [{"pairs": [pairs[0], {"positive": "a", "negative": ""}]}],
     }
     for param, bodies in refusals.items():

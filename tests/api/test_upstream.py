@@ -34,6 +34,7 @@ CALL = (
     chunk({"tool_calls": [{"index": 0, "function": {"arguments": "1}"}}]}),
     chunk({}, "tool_calls"),
 )
+VECTOR = {"model": "far", "input": "a"}
 MESSAGES = [{"role": "user", "content": "Hi"}]
 
 
@@ -438,6 +439,39 @@ def test_an_upstreams_status_has_one_of_ours(far, status, body, headers, expecte
         assert answer.headers.get("Retry-After") == headers.get("Retry_After")
         assert "secret" not in answer.text
     assert len(upstream.requests) == 2
+
+
+@pytest.mark.parametrize("wait", ["9" * 5000, "1e9", "-1", "Sun, 29 Nov 2026 14:00:00 GMT"])
+def test_a_wait_that_is_no_number_of_seconds_is_one(far, wait):
+    front, _ = far(refuses(429, b"", Retry_After=wait))
+    for answer in (front.chat(), front.client.post("/v1/embeddings", json=VECTOR)):
+        assert (answer.status_code, answer.headers["Retry-After"]) == (429, "1")
+
+
+def test_headers_that_drip_are_waited_for_no_longer_than_silence(far):
+    left = threading.Event()
+
+    def drips(handler):
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\n")
+        while not handler.is_left(0.02):
+            handler.wfile.write(b"X-A: b\r\n")
+        left.set()
+
+    front, _ = far(drips, {"timeout_s": 0.2})
+    answer = front.chat()
+    assert (answer.status_code, error(answer)["code"]) == (504, "upstream_timeout")
+    assert left.wait(5)
+
+
+def test_a_line_that_comes_byte_by_byte_is_read(far):
+    def bytewise(handler):
+        handler.head()
+        data = f"data: {json.dumps(chunk({'content': 'ok'}, 'stop'))}\r\n\r\ndata: [DONE]\n\n"
+        for byte in data.encode():
+            handler.wfile.write(bytes([byte]))
+
+    front, _ = far(bytewise)
+    assert front.chat().json["choices"][0]["message"]["content"] == "ok"
 
 
 def test_more_than_an_answer_may_have_is_not_read(far):

@@ -95,6 +95,26 @@ def test_names_models_forms_and_files_are_refused_by_what_is_wrong(served):
     assert message == "a vector for any layer has no place in a control vector"
 
 
+def test_lengths_and_cosines_of_large_and_small_numbers_are_numbers(served):
+    for name, size in (("large", 3e38), ("small", 1e-30), ("one", 1.0)):
+        assert put(served, name, vector=[size, 0.0, size]).status_code in (200, 201)
+    listed = served.client.get(URL).get_json()["data"]
+    assert {one["name"]: one["norms"] for one in listed} == {
+        "large": [4.24264e38],
+        "small": [1.41421e-30],
+        "one": [1.41421],
+    }
+    assert {value for one in listed for value in one["cosine"].values()} == {1.0}
+
+
+def test_a_vector_of_many_numbers_comes_back_as_a_file_only(serve):
+    served = serve(inspect_max_json_cells=5)
+    put(served, "calm", vector=ROWS, layers=[1, 4])
+    message = refused(served.client.get(f"{URL}/calm"), 413)
+    assert message == "The vector has 6 numbers (max 5 as JSON); take format=npz"
+    assert served.client.get(f"{URL}/calm?format=npz").status_code == 200
+
+
 def test_where_inspection_is_off_there_are_no_vectors(serve):
     served = serve(inspect_enabled=False)
     assert served.client.get(URL).status_code == 403

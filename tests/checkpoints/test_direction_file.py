@@ -151,3 +151,40 @@ def test_what_is_not_sound_is_refused_by_what_is_wrong(data, reason):
 
 def test_another_kind_of_gguf_file_is_refused_by_its_kind(tmp_path):
     assert "holds a llama, not a controlvector" in refusal(control_vector(tmp_path, "llama"))
+
+
+def packed(shape="(4,)", packing=zipfile.ZIP_DEFLATED, harm=None):
+    """An archive with one vector, whose packed bytes may be harmed from a place on."""
+    head = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}".encode().ljust(117)
+    array = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(head) + 1) + head + b"\n" + bytes(16)
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", packing) as archive:
+        archive.writestr("vector.npy", array)
+    data = bytearray(file.getvalue())
+    if harm is not None:
+        start = data.index(b"vector.npy") + len(b"vector.npy") + harm
+        data[start : start + 4] = b"\xff" * 4
+    return bytes(data)
+
+
+def test_whatever_fails_inside_an_archive_is_a_refusal():
+    assert read_directions(packed(), MOST).rows.shape == (1, 4)
+    for data in (
+        packed(harm=0),
+        packed(harm=9),
+        packed("(True, 4)"),
+        packed("(0, 10000000000000)"),
+    ):
+        assert "not a sound archive" in refusal(data)
+    for packing in (zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2):
+        assert "numpy never uses" in refusal(packed(packing=packing))
+
+
+def test_rows_and_layers_are_as_many_as_layers_can_be():
+    for rows in (1025, 1 << 16):
+        assert f"there are {rows} rows (max 1024)" in refusal(npz(vector=numpy.ones((rows, 1))))
+    assert len(read_directions(npz(vector=numpy.ones((1024, 1))), MOST).rows) == 1024
+    for layer in (-1, 1024, 2**64 - 1):
+        layers = numpy.array([layer], numpy.int64 if layer < 0 else numpy.uint64)
+        assert "layers must be in [0, 1023]" in refusal(npz(vector=ROWS[:1], layers=layers))
+    assert "layers must be" in refusal(npz(**{"direction.9999": ROWS[0]}))

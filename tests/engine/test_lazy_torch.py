@@ -150,3 +150,24 @@ def test_a_folder_that_is_scanned_once_exports_what_it_does(tmp_path: Path) -> N
     plain = found()
     with scanning_once(import_utils):
         assert found() == plain
+
+
+ASYNC = """
+import importlib
+
+from transformers_api.engine.platform.imports import COMPILED
+
+for name in COMPILED:
+    importlib.import_module(name)
+import asyncio
+
+async def current():
+    async with asyncio.timeout(9):
+        return asyncio.current_task()
+
+assert asyncio.run(current()) is not None
+"""
+
+
+def test_compiled_modules_that_are_imported_first_leave_asyncio_whole():
+    subprocess.run([sys.executable, "-c", ASYNC], check=True)

@@ -21,7 +21,7 @@ from transformers_api.errors import (
 )
 from transformers_api.inspection.divergence_question import DivergenceQuestion
 from transformers_api.inspection.questions import Divergence
-from transformers_api.serving.inspect.queue import Inspections
+from transformers_api.serving.inspect.queue import Inspections, deadline
 from transformers_api.serving.limits.cancellation import Cancellation
 
 
@@ -354,3 +354,15 @@ def test_a_future_of_the_engine_that_fails_is_raised(inspections):
     engine.call = call
     with pytest.raises(ModelUnloaded):
         inspections.run(fake_model(engine=engine), Job(), Cancellation())
+
+
+def test_what_is_computed_beside_the_engine_ends_by_its_time_or_with_its_client():
+    seconds, cancellation = [0.0], Cancellation()
+    check = deadline(5, cancellation, lambda: seconds[0])
+    check()
+    seconds[0] = 5.5
+    with pytest.raises(InspectionTimeout, match="took longer than 5 s"):
+        check()
+    cancellation.cancel(ClientGone("left"))
+    with pytest.raises(ClientGone):
+        check()

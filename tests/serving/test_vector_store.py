@@ -91,3 +91,25 @@ def test_a_layer_that_knows_the_difference_separates_and_noise_does_not(method):
     assert derived.window[0] <= 5 <= derived.window[1]
     along = positive[:, 2].mean(axis=0) - negative[:, 2].mean(axis=0)
     assert derived.gap[2] == pytest.approx(along @ row / numpy.linalg.norm(row), rel=1e-5)
+
+
+def test_a_principal_component_is_that_of_the_singular_values():
+    random = numpy.random.default_rng(1)
+    for pairs, width, size in ((3, 40, 1.0), (40, 3, 1e-30), (9, 9, 1e30)):
+        positive = (random.normal(size=(pairs, 1, width)) * size).astype(numpy.float32)
+        row = derive(positive, positive * 0, [0], "pca").rows[0]
+        centred = positive[:, 0].astype(float) - positive[:, 0].astype(float).mean(axis=0)
+        expected = numpy.linalg.svd(centred, full_matrices=False)[2][0]
+        assert abs(row @ expected) == pytest.approx(1, abs=1e-6)
+
+
+def test_a_derivation_ends_where_it_is_told_to():
+    checks = iter(range(50))
+
+    def check():
+        if next(checks) == 40:
+            raise TimeoutError
+
+    streams = numpy.random.default_rng(0).normal(size=(2, 20, 3, 4)).astype(numpy.float32)
+    with pytest.raises(TimeoutError):
+        derive(*streams, [0, 1, 2], "pca", check)

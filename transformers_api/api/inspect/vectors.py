@@ -25,8 +25,10 @@ from transformers_api.api.inspect.schemas.vectors import (
     VectorList,
     VectorWithNumbers,
 )
-from transformers_api.errors import InvalidRequest
+from transformers_api.errors import InvalidRequest, ResponseTooLarge
+from transformers_api.inspection.base import Anatomy
 from transformers_api.serving.inspect import arrays, vector_files
+from transformers_api.serving.inspect.queue import deadline
 from transformers_api.serving.inspect.vector_derivation import Streams, derive
 from transformers_api.serving.inspect.vector_store import MOST_NAME, Vector
 
@@ -95,6 +97,7 @@ def put_vector(name: str) -> Any:
 @blueprint.gives(_FILE, content_type=NPZ)
 @blueprint.gives(_FILE, content_type=GGUF)
 @blueprint.gives(Failed, 404, description="No vector of this name")
+@blueprint.gives(Failed, 413, description="Too many numbers for JSON")
 def get_vector(name: str) -> Any:
     """Give a vector as JSON; with `?format=` `npz`, or `gguf` for llama.cpp, as a file."""
     inspect_auth.check_enabled()
@@ -106,6 +109,11 @@ def get_vector(name: str) -> Any:
         return Response(vector_files.gguf(vector, vector.model or name), content_type=GGUF)
     if form != "json":
         raise InvalidRequest("format must be one of: json, npz, gguf", param="format")
+    most = services().settings.inspect_max_json_cells
+    if vector.rows.size > most:
+        raise ResponseTooLarge(
+            f"The vector has {vector.rows.size} numbers (max {most} as JSON); take format=npz"
+        )
     rows = vector.rows if vector.layers is not None else vector.rows[0]
     return {**_described(name, vector), "vector": arrays.exact(rows)}
 
@@ -137,9 +145,7 @@ def derive_vector(body: dict[str, Any], name: str) -> Any:
     with RequestContext(services()) as context:
         model = context.lease(body.get("model"))
         inspector = subjects.inspector_of(model)
-        layers = [
-            layer for layer in subjects.layers(body["layers"], inspector.anatomy) if layer >= 0
-        ]
+        layers = _streams_after(body["layers"], inspector.anatomy)
         texts = [
             subjects.side_ids(model, pair[side], f"pairs[{number}].{side}")
             for side in ("positive", "negative")
@@ -150,7 +156,9 @@ def derive_vector(body: dict[str, Any], name: str) -> Any:
         subjects.check_read_cells(numbers, services().settings)
         question = Streams(texts, layers, body["at"])
         streams = services().inspections.ask(model, question, context.cancellation)
-        derived = derive(streams[: len(pairs)], streams[len(pairs) :], layers, body["method"])
+        sides = streams[: len(pairs)], streams[len(pairs) :]
+        check = deadline(services().settings.inspect_timeout_s, context.cancellation)
+        derived = derive(*sides, layers, body["method"], check)
         vector = Vector(
             rows=derived.rows,
             layers=tuple(layers),
@@ -169,6 +177,16 @@ def derive_vector(body: dict[str, Any], name: str) -> Any:
             "tokens": sum(map(len, texts)),
         }
         return answer, 201 if is_new else 200
+
+
+def _streams_after(requested: Any, anatomy: Anatomy) -> list[int]:
+    """Layers, each once and none the embedding. Raises InvalidRequest."""
+    layers = dict.fromkeys(subjects.layers(requested, anatomy))
+    if requested == "all":
+        layers.pop(-1, None)
+    if -1 in layers:
+        raise InvalidRequest(f"layers must be in [0, {anatomy.layers - 1}]", param="layers")
+    return list(layers)
 
 
 def _check_name(name: str) -> None:
@@ -191,7 +209,7 @@ def _described(name: str, vector: Vector) -> dict[str, Any]:
         "model": vector.model,
         "layers": None if vector.layers is None else list(vector.layers),
         "width": vector.width,
-        "norms": arrays.significant(vector.norms),
+        "norms": [arrays.digits(norm) for norm in vector.norms.tolist()],
         "bytes": vector.rows.nbytes,
         "source": vector.source,
         "created": vector.created,

@@ -35,6 +35,7 @@ _GGUF_KINDS = {0: "<f4", 1: "<f2", 30: "bf16"}
 _SAFETENSORS_KINDS = {"F32": "<f4", "F16": "<f2", "BF16": "bf16", "F64": "<f8"}
 _WHOLE_KINDS = {"I64": "<i8", "I32": "<i4"}
 _UINT32, _FLOAT32 = 4, 0
+_COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # LZMA reserves what its file says
 _HEADERS = {
     (1, 0): numpy.lib.format.read_array_header_1_0,
     (2, 0): numpy.lib.format.read_array_header_2_0,
@@ -155,11 +156,13 @@ def _archive(data: bytes, most_bytes: int) -> dict[str, NDArray[Any]]:
                 name = entry.filename.removesuffix(".npy")
                 if not entry.filename.endswith(".npy") or name == "meta":
                     continue
+                if entry.compress_type not in _COMPRESSIONS:
+                    raise ModelLoadFailed(f"{name} is packed in a way that numpy never uses")
                 with archive.open(entry) as file:
                     tensors[name] = _array(file, name, entry.file_size)
-    except (zipfile.BadZipFile, ValueError, EOFError, OSError, NotImplementedError) as error:
-        raise ModelLoadFailed(f"not a sound archive of numpy: {error}") from None
-    except (MemoryError, RuntimeError, SyntaxError, struct.error) as error:
+    except ModelLoadFailed:
+        raise
+    except Exception as error:  # zipfile, zlib and numpy's header each raise what they like
         raise ModelLoadFailed(f"not a sound archive of numpy: {error}") from None
     return tensors
 
@@ -206,11 +209,15 @@ def _rows(
         raise ModelLoadFailed(
             f"vector has the shape {list(vector.shape)}: it must be [C] or [L, C]"
         )
+    if vector.ndim == 2 and len(vector) > MOST_LAYERS:
+        raise ModelLoadFailed(f"there are {len(vector)} rows (max {MOST_LAYERS})")
     if vector.ndim == 2 and layers is None:
         layers = tuple(range(len(vector)))
     rows = numpy.atleast_2d(vector)
     if layers is not None and len(layers) != len(rows):
         raise ModelLoadFailed(f"there are {len(rows)} rows for {len(layers)} layers")
+    if layers is not None and not all(0 <= layer < MOST_LAYERS for layer in layers):
+        raise ModelLoadFailed(f"layers must be in [0, {MOST_LAYERS - 1}]")
     if layers is not None and len(set(layers)) < len(layers):
         raise ModelLoadFailed("layers must differ from each other")
     with numpy.errstate(over="ignore"):

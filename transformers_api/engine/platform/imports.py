@@ -13,8 +13,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # Compiled modules that the application imports: whoever needs the linker waits while it is busy.
+# Not "_asyncio": imported before asyncio, which it imports, it leaves that without current tasks.
 COMPILED = (
-    *("_asyncio", "_bisect", "_blake2", "_bz2", "_contextvars", "_csv", "_ctypes", "_datetime"),
+    *("asyncio", "_bisect", "_blake2", "_bz2", "_contextvars", "_csv", "_ctypes", "_datetime"),
     *("_decimal", "_hashlib", "_heapq", "_json", "_lzma", "_opcode", "_pickle"),
     *("_posixsubprocess", "_queue", "_random", "_sha512", "_socket", "_ssl", "_struct", "_typing"),
     *("_uuid", "array", "binascii", "fcntl", "math", "mmap", "resource", "select", "unicodedata"),

@@ -343,7 +343,7 @@ class _Edit:
     def _scaled(self, layer: int, row: Array) -> Array:
         request, width = self.request, self._width(layer)
         self._check_width(len(row), width)
-        length = float(numpy.linalg.norm(row))
+        length = float(numpy.linalg.norm(row.astype(numpy.float64)))
         if request.do == "erase":
             return self._directions(row[None]) if length else row[None]
         if request.do != "add":
@@ -355,7 +355,9 @@ class _Edit:
                     "has its own: use raw",
                     f"{self.name}.units",
                 )
-            row = row * numpy.float32(self.facts.norms()[layer + 1] / length)
+            row = (row.astype(numpy.float64) / length * self.facts.norms()[layer + 1]).astype(
+                numpy.float32
+            )
         with numpy.errstate(over="ignore", invalid="ignore"):
             return row * numpy.float32(request.scale)
 

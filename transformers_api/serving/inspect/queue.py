@@ -157,12 +157,31 @@ class Inspections:
             while not run.is_done:
                 left = most_s - (self._clock() - began)
                 if left <= 0 or not run.slice(left):
-                    raise InspectionTimeout(
-                        f"The inspection took longer than {self._timeout_s:g} s"
-                    )
+                    raise _timeout(self._timeout_s)
             return run.result
         finally:
             run.close()
+
+
+def deadline(
+    seconds: float, cancellation: Cancellation, clock: Callable[[], float] = time.monotonic
+) -> Callable[[], None]:
+    """A check for what is computed beside the engine, which may take so long from now on.
+
+    It raises InspectionTimeout, and the reason of a cancellation.
+    """
+    end = clock() + seconds
+
+    def check() -> None:
+        cancellation.check()
+        if clock() > end:
+            raise _timeout(seconds)
+
+    return check
+
+
+def _timeout(seconds: float) -> InspectionTimeout:
+    return InspectionTimeout(f"The inspection took longer than {seconds:g} s")
 
 
 def _own(model: LoadedModel) -> Inspector:

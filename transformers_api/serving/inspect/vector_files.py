@@ -14,7 +14,9 @@ from transformers_api.checkpoints.headers.direction_file import (
 )
 from transformers_api.errors import InvalidRequest, ModelLoadFailed
 from transformers_api.serving.inspect import arrays
-from transformers_api.serving.inspect.vector_store import MOST_BYTES, Vector
+from transformers_api.serving.inspect.vector_store import Vector
+
+MOST_UNPACKED = 8 << 20  # bytes of a small file's numbers; those of a large one: twice its own
 
 
 def vector_of_numbers(numbers: Any, layers: list[int] | None, model: str | None) -> Vector:
@@ -29,14 +31,12 @@ def vector_of_numbers(numbers: Any, layers: list[int] | None, model: str | None)
 def vector_of_file(data: bytes, model: str | None) -> Vector:
     """A vector of a file: npz, GGUF or safetensors, by its first bytes. Raises InvalidRequest."""
     try:
-        return _vector(read_directions(data, MOST_BYTES), model)
+        return _vector(read_directions(data, max(MOST_UNPACKED, 2 * len(data))), model)
     except ModelLoadFailed as error:
         raise InvalidRequest(f"The file is refused: {error}") from None
 
 
 def _vector(directions: Directions, model: str | None) -> Vector:
-    if directions.layers is not None and min(directions.layers) < 0:
-        raise InvalidRequest("layers must not be negative", param="layers")
     return Vector(
         rows=directions.rows, layers=directions.layers, source=directions.kind, model=model
     )

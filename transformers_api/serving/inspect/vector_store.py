@@ -36,9 +36,9 @@ class Vector:
         return int(self.rows.shape[1])
 
     @property
-    def norms(self) -> Array:
-        """L2 of each row."""
-        norms: Array = numpy.linalg.norm(self.rows, axis=1)
+    def norms(self) -> NDArray[numpy.float64]:
+        """L2 of each row, in float64: squares of large numbers are none in float32."""
+        norms: NDArray[numpy.float64] = numpy.linalg.norm(self.rows.astype(numpy.float64), axis=1)
         return norms
 
     def at(self, layer: int) -> Array | None:
@@ -65,6 +65,7 @@ class Vector:
 
 
 def _cosine(one: Array, other: Array) -> float:
+    one, other = one.astype(numpy.float64), other.astype(numpy.float64)
     size = float(numpy.linalg.norm(one)) * float(numpy.linalg.norm(other))
     return float(one @ other) / size if size else 0.0
 

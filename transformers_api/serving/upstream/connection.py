@@ -6,6 +6,7 @@ not asked, and what comes back has at most so many bytes.
 
 from __future__ import annotations
 
+import asyncio
 import re
 import ssl
 from collections.abc import AsyncIterator, Mapping
@@ -35,6 +36,7 @@ MAX_ERROR_BYTES = 64 << 10
 CONNECT_S = 10.0
 MOST_CONNECTIONS = 1024
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
+_SECONDS = re.compile(r"[0-9]{1,5}")  # of Retry-After; it may also be a date, or nonsense
 _MOST_MESSAGE = 500  # characters
 
 
@@ -63,14 +65,15 @@ class UpstreamConnections:
             timeout=httpx2.Timeout(upstream.timeout_s, connect=min(CONNECT_S, upstream.timeout_s)),
         )
         try:
-            response = await client.send(request, stream=True)
+            async with asyncio.timeout(2 * upstream.timeout_s):  # each silence is shorter
+                response = await client.send(request, stream=True)
             if response.status_code == 200:
                 return response
             try:
                 text = await read_whole(response, MAX_ERROR_BYTES)
             finally:
                 await response.aclose()
-        except httpx2.HTTPError as error:
+        except (httpx2.HTTPError, TimeoutError) as error:
             raise transport_error(error) from None
         raise refusal(response.status_code, text, response.headers.get("Retry-After"))
 
@@ -102,20 +105,23 @@ async def read_whole(response: httpx2.Response, most: int) -> bytes:
 
 async def read_events(response: httpx2.Response) -> AsyncIterator[bytes]:
     """The data of each server-sent event. Raises UpstreamFailed where they are too large."""
-    rest, size = b"", 0
+    rest, size = bytearray(), 0
     async for part in response.aiter_raw():
         size += len(part)
-        *lines, rest = (rest + part).split(b"\n")
+        rest += part  # in place: a long line may come byte by byte
+        lines: list[bytearray] = []
+        if b"\n" in part:
+            *lines, rest = rest.split(b"\n")
         if size > MAX_STREAM_BYTES or len(rest) > MAX_LINE_BYTES:
             raise UpstreamFailed("The upstream sends more than an answer may have")
         for line in lines:
             if line.startswith(b"data:"):
-                yield line[5:].strip()
+                yield bytes(line[5:].strip())
 
 
-def transport_error(error: httpx2.HTTPError) -> ApiError:
+def transport_error(error: Exception) -> ApiError:
     """The error of a connection that did not hold; it names no address."""
-    if isinstance(error, httpx2.TimeoutException):
+    if isinstance(error, httpx2.TimeoutException | TimeoutError):
         return UpstreamTimeout("The upstream of this model is silent", retry_after=5)
     kind = type(error).__name__
     return UpstreamFailed(f"The upstream of this model cannot be reached ({kind})", retry_after=5)
@@ -125,9 +131,7 @@ def refusal(status: int, text: bytes, retry_after: str | None = None) -> ApiErro
     """The error that stands for an upstream's status and body."""
     details = error_details(text)
     message = details.get("message") or "it gives no reason"
-    wait_s = (
-        int(retry_after) if retry_after and retry_after.isascii() and retry_after.isdigit() else 1
-    )
+    wait_s = int(retry_after) if retry_after and _SECONDS.fullmatch(retry_after) else 1
     if status == 429:
         return UpstreamBusy(f"The upstream takes no more: {message}", retry_after=wait_s)
     if status in (503, 529):
