@@ -104,3 +104,14 @@ def test_shares_are_those_of_the_api_and_what_said_it_is_switched_off(page, tiny
     page.get_by_role("button", name=re.compile("^Switch off: ")).first.click()
     expect(page.get_by_role("list", name="Edits").get_by_role("listitem")).to_have_count(1)
     assert violations(page, "#view-inside") == []
+
+
+@pytest.mark.parametrize("edits", ["{}", '[null, 1, {"kind": "constructor"}, {"kind": {}}]'])
+def test_edits_that_are_none_are_left_out(open_page, tiny, edits):
+    page = open_page(tiny, None)
+    garbage = f"localStorage.setItem('transformers-api.edits', {json.dumps(edits)});"
+    page.add_init_script(garbage + "localStorage.setItem('transformers-api.drafts', '7');")
+    ask(begin(page), QUESTION)
+    look_inside(page)
+    page.get_by_role("tab", name="Change").click()
+    expect(page.get_by_text("No edit yet")).to_be_visible()

@@ -114,7 +114,7 @@ class StoredVector(StrictSchema):
     model = Text(allow_none=True)
     layers = Many(Integer(0, 1023), longest=1024, allow_none=True, **about("null: any layer."))
     width = Integer(1, _MANY)
-    norms = Many(Number(0, 1e38), longest=1024, **about("L2 of each row."))
+    norms = Many(Number(0, 1e44), longest=1024, **about("L2 of each row."))
     bytes = Integer(0, 1 << 40)
     source = Text(choices=("json", "npz", "gguf", "safetensors", "pairs"))
     created = Integer(0, 1 << 40)

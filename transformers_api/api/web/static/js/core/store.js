@@ -18,10 +18,13 @@ let database = null;
 let cost = 0; // ms that the last writing kept the page from drawing
 let isFull = false; // the last chat could not be kept
 
-/** A choice of the user's, or `fallback`. */
+const kindOf = (value) => (Array.isArray(value) ? "array" : typeof value);
+
+/** A choice of the user's; `fallback` where there is none, or something of another kind. */
 export function choice(name, fallback) {
   try {
-    return JSON.parse(localStorage.getItem(PREFIX + name)) ?? fallback;
+    const value = JSON.parse(localStorage.getItem(PREFIX + name)) ?? fallback;
+    return fallback === null || kindOf(value) === kindOf(fallback) ? value : fallback;
   } catch {
     return fallback;
   }

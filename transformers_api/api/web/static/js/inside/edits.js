@@ -17,7 +17,7 @@ const FIELDS = {
   vector: ({ layer, vector, size }) => ({ do: "add", layer, vector, units: "norm", scale: size }),
 };
 
-const edits = choice("edits", []).filter((edit) => FIELDS[edit?.kind]);
+const edits = choice("edits", []).filter((edit) => Object.hasOwn(FIELDS, edit?.kind));
 
 const keep = () => keepChoice("edits", edits);
 
