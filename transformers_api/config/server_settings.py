@@ -110,7 +110,8 @@ class ServerSettings:
     redis_url: str | None = setting(
         None,
         to.redis_url,
-        "Redis that counts for several servers, such as redis://host:6379/0.",
+        "Redis that counts for several servers, such as redis://host:6379/0; with ENGINE=ray or "
+        "openai it also keeps answers of /v1/responses and the tokens of recent ones for all.",
         is_secret=True,
     )
     trusted_proxies: int = setting(
