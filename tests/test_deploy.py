@@ -271,6 +271,7 @@ def test_production_runs_what_the_image_runs_and_development_this_folder():
     assert f".:{the('WORKDIR')}:ro" in COMPOSE["services"][DEVELOPMENT]["volumes"]
 
 
+@pytest.mark.slow
 def test_the_development_service_answers_with_changed_code(image):
     command = COMPOSE["services"][DEVELOPMENT]["command"]
     with started(*in_folder(image, command), **on_this_machine(image)) as server:

@@ -225,6 +225,7 @@ def test_a_stop_string_ends_the_text_before_it(client):
     assert streamed(client, "rain", max_tokens=40, stop=[stop]) == whole[: whole.index(stop)]
 
 
+@pytest.mark.slow
 def test_a_server_that_imports_torch_as_a_whole_says_the_same(environment, client):
     asked = {"model": "tiny-llama", "prompt": "abc", "max_tokens": 8, "temperature": 0}
     with serve(environment, LAZY_TORCH="false", DEFAULT_MODEL="tiny-llama") as server:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import Measured
+from tests.repeats import slow
 from tests.servers import WAIT_S, Server, serving, started
 from transformers_api.config.settings import Settings
 from transformers_api.server import lock
@@ -98,7 +99,7 @@ def test_sigterm_refuses_what_is_new_and_says_so_to_what_is_cut_off() -> None:
         assert "SIGKILL" not in server.log
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGQUIT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, *slow(signal.SIGQUIT)])
 def test_a_second_signal_ends_everything_at_once(number: signal.Signals) -> None:
     with serving(REAL, grace_s=60) as server:
         until(lambda: ready(server))
@@ -116,7 +117,8 @@ def test_a_second_signal_ends_everything_at_once(number: signal.Signals) -> None
 
 
 @pytest.mark.parametrize(
-    ("how", "reason"), [("die", "The engine has stopped"), ("hang", "takes longer than 0.5 s")]
+    ("how", "reason"),
+    [("die", "The engine has stopped"), *slow(("hang", "takes longer than 0.5 s"))],
 )
 def test_a_worker_whose_engine_has_stopped_is_replaced(
     how: str, reason: str, measured: Measured
@@ -140,6 +142,7 @@ def test_a_worker_whose_engine_has_stopped_is_replaced(
         assert server.process.poll() is None
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_replaced_at_once_but_not_for_ever() -> None:
     with serving() as server:
         pids = []

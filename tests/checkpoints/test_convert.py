@@ -284,6 +284,7 @@ def test_missing_pre_tokenizer_is_warned_of(
     assert "tiny: silent.gguf: the file does not name its pre-tokenizer" in caplog.text
 
 
+@pytest.mark.slow
 def test_killed_conversion_leaves_nothing_that_looks_complete(source: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     first = converter(source, folder)

@@ -61,6 +61,7 @@ def test_the_socket_that_is_handed_over_is_the_one_that_is_served(service) -> No
     assert service.stop() == 0
 
 
+@pytest.mark.slow
 def test_who_connects_while_no_process_is_there_is_answered_by_the_next(service) -> None:
     assert service.stop() == 0
     waiting = [

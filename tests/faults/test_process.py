@@ -96,6 +96,7 @@ def answers(ask: Any) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_a_clock_that_jumps_changes_nothing() -> None:
     with serving(
         CLOCK, grace_s=3, request_timeout_s=60, rate_limit_per_min=600, rate_limit_burst=9

@@ -91,8 +91,9 @@ def test_every_place_acts_as_the_models_own_modules_do(watch, name):
 def test_a_place_where_edits_do_not_act_is_told_and_cannot_be_edited(watch, monkeypatch):
     real = NativeRunner._replay
 
-    def deaf(self, batch, inputs, last, edits):
-        return real(self, batch, inputs, last, [e for e in edits if "layers.1.mlp" not in e.module])
+    def deaf(self, *inputs):
+        edits = [edit for edit in inputs[-1] if "layers.1.mlp" not in edit.module]
+        return real(self, *inputs[:-1], edits)
 
     monkeypatch.setattr(NativeRunner, "_replay", deaf)
     watched = watch(copy.deepcopy(tiny("llama")))

@@ -11,6 +11,7 @@ import torch
 from tests.engine.models import prompts_of
 from tests.engine.reading import read
 from tests.inspection.models import tiny
+from tests.repeats import slow
 from transformers_api.engine.base import SamplingParams, SequenceRequest
 from transformers_api.inspection.base import AttentionMode, TracePlan
 
@@ -83,7 +84,7 @@ def written_out(name, ids):
     return [each[0].float().numpy() for each in output.attentions if each is not None]
 
 
-@pytest.mark.parametrize("name", SHOWN)
+@pytest.mark.parametrize("name", [*SHOWN[::2], *slow(*SHOWN[1::2])])
 def test_rows_are_those_of_eager_attention(watch, name):
     watched = watch(name)
     anatomy = watched.examined.anatomy
@@ -114,7 +115,7 @@ def check_rows(trace, expected, anatomy):
         assert row.width == min(trace.position, window or trace.position)
 
 
-@pytest.mark.parametrize("name", SHOWN)
+@pytest.mark.parametrize("name", [*slow(*SHOWN[::2]), *SHOWN[1::2]])
 def test_tokens_and_scores_are_the_same_bits_with_and_without_a_trace(watch, name):
     prompts, plain, watched = prompts_of(6)[1:], watch(tiny(name)), watch(tiny(name))
     plan = everything(watched.examined.anatomy)

@@ -12,6 +12,7 @@ import pytest
 from playwright.sync_api import Page, Route, expect
 
 from tests.page.conftest import violations
+from tests.repeats import slow
 
 LOADING = {
     "model": "other",
@@ -270,7 +271,7 @@ def many(route: Route) -> None:
     route.fulfill(response=answer, json=said)
 
 
-@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 390)])
+@pytest.mark.parametrize(("scheme", "width"), [*slow(("light", 1280)), ("dark", 390)])
 def test_axe_finds_nothing_and_nothing_scrolls_sideways(scripted, open_page, scheme, width):
     page = open_page(scripted, None, scheme=scheme, size=(width, 844), bypass_csp=True)
     page.route("**/v1/models", many)

@@ -286,6 +286,7 @@ thread.stop()
 """
 
 
+@pytest.mark.slow
 def test_a_load_takes_little_more_memory_than_the_packed_weights(tmp_path, native_cache):
     wide = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 12}
     stored(tf.LlamaConfig(**SIZES | wide), tmp_path, ("Q4_0",))  # 176 million weights
