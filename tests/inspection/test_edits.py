@@ -187,6 +187,18 @@ def test_prompts_are_edited_however_they_are_read(watch, chunk):
 
 
 @pytest.mark.parametrize("native", [True, False])
+def test_every_formula_holds_in_bfloat16_within_its_rounding(watch, native):
+    engine = watch("llama", dtype="bfloat16", **({} if native else {"native": None})).engine
+    for name, (changed, change) in FORMULAS.items():
+        (own,) = written(engine, [(PROMPT, plan(changed, identity=name))])
+        (_, top), *_ = expected("llama", PROMPT, changed, change)  # of the first token
+        scores = dict(own[0][1].top)
+        right = {token: value for token, value in top if token in scores}
+        assert len(right) > 1, name
+        assert {token: scores[token] for token in right} == pytest.approx(right, abs=0.06), name
+
+
+@pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_neighbours_stay_as_they_are_to_the_bit(watch, native, dtype):
     options = {"dtype": dtype} | ({} if native else {"native": None})
