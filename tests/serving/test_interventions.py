@@ -10,7 +10,8 @@ import pytest
 from tests.fake_inspection import FakeInspector, fake_anatomy, fake_layer
 from tests.fakes import fake_model
 from transformers_api.errors import InvalidRequest, ModelNotCapable
-from transformers_api.inspection.base import Editable, Routing
+from transformers_api.inspection.base import Routing
+from transformers_api.inspection.editable import Editable
 from transformers_api.serving.inspect.edit_positions import (
     PromptPlaces,
     SpanAt,

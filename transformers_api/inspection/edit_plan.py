@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from transformers_api.errors import InsufficientPermissions, InvalidRequest
-from transformers_api.inspection.base import Array, Part
+from transformers_api.inspection.base import Array
+from transformers_api.inspection.editable import Part
 
 Do = Literal["add", "erase", "scale", "set", "block", "temper"]
 Range = tuple[int, int | None]  # positions [start, stop); None: without an end

@@ -22,7 +22,12 @@ from torch.linalg import vector_norm
 
 from transformers_api.engine.backend import Backend
 from transformers_api.engine.batch import Batch
-from transformers_api.engine.runners.edited_attention import Attending, AttentionEdit, edited_model
+from transformers_api.engine.runners.edited_attention import (
+    Attending,
+    AttentionEdit,
+    AttentionInputs,
+    edited_model,
+)
 from transformers_api.engine.runners.edited_modules import ModuleEdit
 from transformers_api.engine.runners.model_runner import Runner, innermost
 from transformers_api.engine.sampling.sampler import TokenSampler
@@ -32,9 +37,11 @@ from transformers_api.inspection.attention import AttentionSource
 from transformers_api.inspection.attention_edits import change_attention
 from transformers_api.inspection.base import LayerAttention
 from transformers_api.inspection.edit_plan import Edit, EditPlan, InterventionFailed
+from transformers_api.inspection.editable import INPUTS
 from transformers_api.inspection.parts import Parts
 from transformers_api.inspection.places import Module, head_dims, module_of
 
+ATTENTION = Module("", "in")  # what it reads comes from no module alone
 LARGEST = 1e15  # of a change's length: its square is still a number in float32
 
 
@@ -78,8 +85,10 @@ class PreparedEdit:
         return True
 
     def _part(self, rows: Tensor) -> Tensor:
-        """(n, C), (n, heads, D) or (n, neurons)."""
+        """(n, C), (n, heads, D) or (n, neurons). Rows of q, k and v are (n, heads, D)."""
         edit = self.edit
+        if edit.part in INPUTS:
+            return rows[:, list(edit.units)]
         if edit.part == "head":
             return rows.view(len(rows), -1, self.head_dim)[:, list(edit.units)]
         return rows[:, list(edit.units)] if edit.part == "neuron" else rows
@@ -89,7 +98,7 @@ class PreparedEdit:
         if edit.part == "head":
             heads = rows.view(len(rows), -1, self.head_dim)
             heads[:, list(edit.units)] = changed.to(rows.dtype)
-        elif edit.part == "neuron":
+        elif edit.part == "neuron" or edit.part in INPUTS:
             rows[:, list(edit.units)] = changed.to(rows.dtype)
         else:
             rows.copy_(changed)
@@ -119,8 +128,7 @@ def prepared(
     for edit in plan.edits:
         if edit.part == "weights":
             continue
-        module = module_of(places, edit.layer, edit.part)
-        assert module is not None
+        module = module_of(places, edit.layer, edit.part) or ATTENTION
         vector = None
         if edit.vector is not None:
             vector = torch.from_numpy(edit.vector).to(model.device)
@@ -165,16 +173,27 @@ class PassEdits:
 
         ``context``: its tokens in the cache after the pass.
         """
+        inputs: dict[int, list[_Change]] = {}
         for each in edits:
             if _concerns(each.edit, rows):
+                if each.module is ATTENTION:
+                    inputs.setdefault(each.edit.layer, []).append((each, rows, seq))
+                    continue
                 key = each.module.name, each.module.side
                 self.by_module.setdefault(key, []).append((each, rows, seq))
-        for layer, of_layer in _plan_of(seq).attention.items():
-            if any(_concerns(edit, rows) for edit in of_layer):
-                apply = partial(self._attend, of_layer, seq, rows.first + rows.count)
-                own = rows.start, rows.count, self.total, context, slot
-                place = self.source.place_of(layer)
-                self.attention.append(AttentionEdit(layer, *own, apply, place))
+        weights = {
+            layer: own
+            for layer, own in _plan_of(seq).attention.items()
+            if any(_concerns(edit, rows) for edit in own)
+        }
+        stop = rows.first + rows.count
+        place = rows.start, rows.count, self.total, context, slot
+        for layer in {**inputs, **weights}:
+            own = weights.get(layer)
+            apply = partial(self._attend, own, seq, stop) if own else None
+            before = partial(self._change_inputs, inputs[layer]) if layer in inputs else None
+            where = self.source.place_of(layer)
+            self.attention.append(AttentionEdit(layer, *place, apply, where, before))
 
     def module_edits(self) -> list[ModuleEdit]:
         """One for each module and side."""
@@ -182,6 +201,11 @@ class PassEdits:
             ModuleEdit(name, "in" if side == "in" else "out", partial(self._apply, changes))
             for (name, side), changes in self.by_module.items()
         ]
+
+    def _change_inputs(self, changes: SequenceOf[_Change], inputs: AttentionInputs) -> None:
+        for each, rows, seq in changes:
+            own = inputs.of(each.edit.part)
+            self._change(each, own, rows.first + rows.count - len(own), seq)
 
     def _attend(self, edits: SequenceOf[Edit], seq: Edited, stop: int, call: Attending) -> None:
         began = time.perf_counter()
@@ -194,15 +218,18 @@ class PassEdits:
         # A model that keeps no state reads a sequence again from its start: more rows than new.
         before = len(tensor) - self.total if self.is_single else 0
         for each, rows, seq in changes:
-            began = time.perf_counter()
-            first = rows.first - before
             own = tensor[rows.start : rows.start + rows.count + before]
-            tokens = 0 if seq in self.failures else _edited(each, own, first)
-            if tokens is None:
-                self.failures[seq] = each.edit
-            tally = _plan_of(seq).tally
-            tally.tokens += tokens or 0
-            tally.seconds += time.perf_counter() - began
+            self._change(each, own, rows.first - before, seq)
+
+    def _change(self, each: PreparedEdit, own: Tensor, first: int, seq: Edited) -> None:
+        """Change the rows of a sequence, which are those of positions from ``first`` on."""
+        began = time.perf_counter()
+        tokens = 0 if seq in self.failures else _edited(each, own, first)
+        if tokens is None:
+            self.failures[seq] = each.edit
+        tally = _plan_of(seq).tally
+        tally.tokens += tokens or 0
+        tally.seconds += time.perf_counter() - began
 
 
 def _plan_of(seq: Edited) -> EditPlan:

@@ -23,7 +23,8 @@ from transformers_api.api.http.fields import (
     Unsupported,
 )
 from transformers_api.api.http.sampling_schema import about
-from transformers_api.inspection.base import PARTS, Array
+from transformers_api.inspection.base import Array
+from transformers_api.inspection.editable import INPUTS, PARTS
 from transformers_api.serving.inspect.edit_positions import At, SpanAt, StepsAt, TextAt
 from transformers_api.serving.inspect.edit_request import (
     EditRequest,
@@ -182,11 +183,12 @@ class EditOptions(StrictSchema):
         **about("The kind of change."),
     )
     part = Text(
-        choices=PARTS,
+        choices=(*PARTS, *INPUTS),
         load_default="resid",
         **about(
             "`resid`: the stream after the layer; `attn`, `mlp`: what they write into it; `head`: "
-            "its output before the projection; `neuron`: of the MLP."
+            "its output before the projection; `neuron`: of the MLP; `q`, `k`, `v`: as attention "
+            "reads them."
         ),
     )
     layer = Integer(-_ANY, _ANY - 1, **about("One layer, from 0; -1 is the embedding."))
@@ -320,13 +322,13 @@ def _check(data: dict[str, Any]) -> None:
         _check_attention(data)
         return
     for name, own in _PARTS.items():
-        if name in data and part != own:
+        if name in data and part != own and not (name == "heads" and part in INPUTS):
             raise ValidationError(f'is for part "{own}"', name)
         if part == own and name not in data:
             raise ValidationError(f"is required for part {part}", name)
     if do == "add" and "value" in data and part != "neuron":
         raise ValidationError("is added to neurons only; use a vector", "value")
-    if do == "erase" and part == "neuron":
+    if do == "erase" and (part == "neuron" or part in INPUTS):
         raise ValidationError("must be resid, attn, mlp or head for erase", "part")
 
 

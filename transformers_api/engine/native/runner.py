@@ -249,7 +249,7 @@ class NativeRunner(ModelRunner):
         return HookReplay(
             *(cache.library, positions, length, cache.tensors, first, tokens),
             edits=by_module,
-            attention=attention_changes(self.model, attention, positions, cache.tensors),
+            attention=attention_changes(self.model, attention, positions, cache),
             observes=batch.is_observed,
         )
 

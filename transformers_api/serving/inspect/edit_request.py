@@ -8,7 +8,8 @@ from typing import Literal
 import numpy
 
 from transformers_api.errors import InvalidRequest
-from transformers_api.inspection.base import Array, Part
+from transformers_api.inspection.base import Array
+from transformers_api.inspection.editable import Part
 from transformers_api.serving.inspect.edit_positions import At
 
 MOST_EDITS = 32

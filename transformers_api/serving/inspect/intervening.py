@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 from transformers_api.config.settings import Settings
 from transformers_api.errors import InspectionDisabled, ModelNotCapable, PromptTooLarge
-from transformers_api.inspection.base import Array, Part
+from transformers_api.inspection.base import Array
 from transformers_api.inspection.edit_plan import InterventionsDisabled
+from transformers_api.inspection.editable import Part
 from transformers_api.inspection.questions import Inspected, PartNumbers
 from transformers_api.serving.generation import GenerationRequest
 from transformers_api.serving.inspect.comparing import check_comparable
