@@ -90,7 +90,12 @@ def fields(schema: type[Schema], *without: type[Schema]) -> Callable[[], str]:
         shared = {name for other in without for name in other().fields}
         known = {name: f for name, f in schema().fields.items() if name not in shared}
         rows = [
-            (f"`{name}`", _values(_property(field)), _default(field), _about(field))
+            (
+                f"`{field.data_key or name}`",
+                _values(_property(field)),
+                _default(field),
+                _about(field),
+            )
             for name, field in known.items()
             if not isinstance(field, Unsupported)
         ]

@@ -205,12 +205,54 @@ def test_the_same_vector_in_base64_is_the_same_edit(client):
     assert text(listed) == text(completion(client, {**both, "vector": coded}))
 
 
-def test_a_patch_from_the_same_prompt_changes_nothing(client):
-    own = {"do": "ablate", "layer": 0, "with": {"prompt": PROMPT}, "at": "prompt"}
-    plain, patched = completion(client, logprobs=2), completion(client, own, logprobs=2)
-    scores = [each["choices"][0]["logprobs"]["token_logprobs"] for each in (plain, patched)]
-    numpy.testing.assert_allclose(*scores, atol=1e-4)
-    assert patched["usage"]["intervene"]["tokens"] == len(PROMPT)
+@pytest.mark.parametrize(
+    "place",
+    [
+        {"layers": [-1, 0, 1]},
+        {"part": "attn", "layers": "all"},
+        {"part": "mlp", "layer": 1},
+        {"part": "head", "layer": 0, "heads": [1, 2]},
+        {"part": "neuron", "layer": 1, "neurons": [3, 60]},
+        {"part": "q", "layers": "all"},
+        {"part": "k", "layer": 0, "heads": [3]},
+        {"part": "v", "layer": 1},
+    ],
+)
+def test_a_patch_from_the_same_prompt_changes_no_bit(client, place):
+    plain = completion(client, logprobs=2)["choices"][0]["logprobs"]
+    own = {"do": "patch", **place, "at": "prompt", "from": {"prompt": PROMPT}}
+    others = {"do": "ablate", **place, "at": "prompt", "with": {"prompt": PROMPT}}
+    for edit in (own, others):
+        patched = completion(client, edit, logprobs=2)
+        assert patched["choices"][0]["logprobs"] == plain
+        assert patched["usage"]["intervene"]["tokens"] > 0
+
+
+def test_all_of_the_last_layer_from_another_prompt_is_that_prompts_answer(client):
+    other = "The capital of Poland is"
+    assert len(other) == len(PROMPT)
+    edit = {"do": "patch", "layer": LAYERS - 1, "at": "last", "from": {"prompt": other}}
+    patched = completion(client, edit, logprobs=3, max_tokens=1)["choices"][0]
+    right = completion(client, logprobs=3, max_tokens=1, prompt=other)["choices"][0]
+    assert patched["logprobs"] == right["logprobs"]
+
+
+def test_numbers_are_put_from_one_position_to_another_in_pairs(client):
+    def patch(at, origin):
+        edit = {"do": "patch", "layer": 0, "at": at, "from": {"prompt": PROMPT, "at": origin}}
+        answer = completion(client, edit, logprobs=2)["choices"][0]
+        return answer["logprobs"], answer["intervene"]["edits"][0]
+
+    swapped, told = patch([5, 2], [2, 5])
+    assert told["at"] == [5, 2]
+    assert told["from"] == {"at": [2, 5]}
+    assert told["elided"] is False
+    assert patch([2, 5], [5, 2])[0] == swapped
+    assert patch([2, 5], [2, 5])[0] == completion(client, logprobs=2)["choices"][0]["logprobs"]
+    assert patch([2, 5], [2, 2])[0] not in (swapped, patch([2, 5], [5, 5])[0])
+    France = {"text": "France"}
+    assert patch(France, France)[0] == patch("prompt", None)[0]
+    assert patch([-1], [15])[0] == patch("last", [15])[0]
 
 
 def test_a_conversation_is_edited_where_its_messages_are(client):
@@ -358,6 +400,18 @@ def test_what_is_wrong_is_said_before_the_first_byte(client, param):
         ({"do": "block", "layer": 0, "keys": [0], "part": "mlp"}, "part' is not for block"),
         ({"do": "block", "layer": 0, "keys": [0], "temperature": 2}, "is not for block"),
         ({**ADD, "keys": [0]}, "keys' is not for add"),
+        ({"do": "patch", "layer": 0}, "from' is required for patch"),
+        ({**ADD, "from": {"prompt": "x"}}, "from' is not for add"),
+        ({"do": "patch", "layer": 0, "from": {"run": 1}}, "from' must be"),
+        (
+            {"do": "patch", "layer": 0, "at": [1, 2], "from": {"prompt": "xyz", "at": [1]}},
+            "from.at has 1 positions for 2 of at",
+        ),
+        (
+            {"do": "patch", "layer": 0, "at": [1], "from": {"prompt": "xyz", "at": [3]}},
+            "from.at must be in [-3, 2]",
+        ),
+        ({"do": "patch", "layer": 0, "from": {"prompt": "xyz"}}, "3 positions for 24 of at"),
         ({**ADD, "part": "q"}, "has 32 numbers, a head 8"),
         ({**ADD, "part": "k", "vector": [1] * 8, "heads": [4]}, "heads must be in [0, 3]"),
         ({**ADD, "part": "v", "vector": [1] * 8, "layers": [-1]}, "layers must be in [0, 1]"),

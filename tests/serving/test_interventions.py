@@ -44,6 +44,7 @@ def planned(*edits, editable=None, anatomy=None, store=None, **fields):
         norms=lambda: NORMS,
         numbers=lambda _text, places: [numpy.ones((3, 8), numpy.float32) for _ in places],
         vector=lambda name: (store or VectorStore()).get("me", name),
+        prompt=prompt,
     )
     (made,) = plan_edits(
         fake_model(inspector=inspector),

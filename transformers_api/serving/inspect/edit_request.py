@@ -14,7 +14,7 @@ from transformers_api.serving.inspect.edit_positions import At
 
 MOST_EDITS = 32
 MOST_INLINE = 4_000_000  # bytes of vectors
-Do = Literal["add", "erase", "ablate", "scale", "set", "block", "temper"]
+Do = Literal["add", "erase", "ablate", "scale", "set", "patch", "block", "temper"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,9 +34,10 @@ class EditRequest:
     any_model: bool = False  # a stored vector may be of another one
     units: Literal["raw", "norm"] = "raw"
     keep_norm: bool = False
-    # Of ablate: numbers that are put there, or the prompt that they are from.
+    # Of ablate: numbers that are put there; of it and of patch: the prompt that they are from.
     instead: Literal["zero", "mean"] = "zero"
     source: str | None = None
+    source_at: At | list[int] | None = None  # of patch: the positions there; None: as here
     # Of block and temper, whose part is "weights".
     queries: At = "all"
     keys: At = ()

@@ -10,6 +10,7 @@ import numpy
 from transformers_api.errors import InvalidRequest
 from transformers_api.inspection.base import Array
 from transformers_api.inspection.editable import INPUTS, Editable, Part
+from transformers_api.serving.inspect.edit_positions import PromptPlaces
 from transformers_api.serving.inspect.edit_request import EditRequest
 from transformers_api.serving.inspect.vector_store import Vector
 from transformers_api.serving.swap.loaded_model import LoadedModel
@@ -27,6 +28,7 @@ class Facts:
     # (a prompt; None: the calibration text; places) -> the numbers of each place (n, width).
     numbers: Callable[[str | None, Sequence[tuple[int, Part]]], Sequence[Array]]
     vector: Callable[[str], Vector]  # of the requester; raises NotFound
+    prompt: Callable[[str], PromptPlaces]  # another text
 
 
 def refusal(message: str, param: str) -> InvalidRequest:

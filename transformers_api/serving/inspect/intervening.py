@@ -83,19 +83,27 @@ class Planner:
         inspector = checked(model, intervene, self.settings)
         inspections, cancellation = self.inspections, self.cancellation
 
-        def numbers(text: str | None, places: Sequence[tuple[int, Part]]) -> Sequence[Array]:
-            text = TEXT if text is None else text
+        def encoded(text: str) -> Sequence[int]:
             chat_template.check_bytes(text, self.settings.inspected_prompt_bytes)
-            ids = chat_template.encode_text(model, text)[: model.engine.max_model_len]
+            ids = chat_template.encode_text(model, text)[: model.engine.max_model_len - 1]
             if len(ids) > (most := self.settings.inspect_max_tokens):
                 raise PromptTooLarge(f"Prompt too large to inspect: {len(ids)} tokens (max {most})")
-            return inspections.ask(model, PartNumbers(ids, places), cancellation)
+            return ids
+
+        def numbers(text: str | None, places: Sequence[tuple[int, Part]]) -> Sequence[Array]:
+            question = PartNumbers(encoded(TEXT if text is None else text), places)
+            return inspections.ask(model, question, cancellation)
+
+        def prompt(text: str) -> PromptPlaces:
+            ids = encoded(text)
+            return PromptPlaces(ids=ids, most=len(ids), vocabulary=model.vocabulary, spans=tuple)
 
         facts = Facts(
             editable=inspections.editable(model, inspector, cancellation),
             norms=lambda: inspections.stream_norms(model, inspector, cancellation),
             numbers=numbers,
             vector=self.vector,
+            prompt=prompt,
         )
         if not facts.editable.places:
             raise ModelNotCapable(

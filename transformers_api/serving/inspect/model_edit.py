@@ -10,7 +10,12 @@ from transformers_api.errors import ModelNotCapable
 from transformers_api.inspection.base import Array
 from transformers_api.inspection.edit_plan import Edit, Range
 from transformers_api.inspection.editable import INPUTS, Part
-from transformers_api.serving.inspect.edit_positions import PromptPlaces, resolve
+from transformers_api.serving.inspect.edit_positions import (
+    PromptPlaces,
+    joined,
+    resolve,
+    single_positions,
+)
 from transformers_api.serving.inspect.edit_request import EditRequest
 from transformers_api.serving.inspect.edit_vectors import EditVectors, Facts, refusal, stored_vector
 from transformers_api.serving.inspect.vector_store import Vector
@@ -56,18 +61,40 @@ class ModelEdit:
         request = self.request
         if request.part == "weights":
             return self._of_weights(prompt)
+        if request.do == "patch":
+            return self._of_patch(prompt)
         positions = resolve(request.at, prompt, f"{self.name}.at")
         made = [] if self._is_nothing else self._aligned(positions, prompt)
         made = [edit for edit in made if edit.positions and not _changes_nothing(edit)]
-        described: dict[str, Any] = {"do": request.do, "part": request.part, "layers": self.layers}
-        if request.part in INPUTS:
-            described["heads"] = list(self.units[self.layers[0]])
-        if request.part in ("head", "neuron"):
-            described["heads" if request.part == "head" else "neurons"] = list(
-                self.units[self.layers[0]]
-            )
-        described["at"] = [[start, stop] for start, stop in positions]
-        return made, {**described, "elided": not made}
+        at = [[start, stop] for start, stop in positions]
+        return made, {**self._words(), "at": at, "elided": not made}
+
+    def _words(self) -> dict[str, Any]:
+        request = self.request
+        words: dict[str, Any] = {"do": request.do, "part": request.part, "layers": self.layers}
+        if units := self.units[self.layers[0]]:
+            words["neurons" if request.part == "neuron" else "heads"] = list(units)
+        return words
+
+    def _of_patch(self, prompt: PromptPlaces) -> tuple[list[Edit], dict[str, Any]]:
+        request, name = self.request, f"{self.name}.from.at"
+        assert request.source is not None
+        source = self.facts.prompt(request.source)
+        at = single_positions(request.at, prompt, f"{self.name}.at")
+        source_at = request.at if request.source_at is None else request.source_at
+        origins = single_positions(source_at, source, name)
+        if len(at) != len(origins):
+            raise refusal(f"{name} has {len(origins)} positions for {len(at)} of at", name)
+        pairs = sorted(zip(at, origins, strict=True))
+        ranges = joined([place for place, _ in pairs])
+        rows = [origin for _, origin in pairs]
+        arrays = self.facts.numbers(request.source, [(each, request.part) for each in self.layers])
+        made = [
+            self._made(layer, ranges, self._numbers.shaped(layer, numbers[rows]), True)
+            for layer, numbers in zip(self.layers, arrays if at else (), strict=bool(at))
+        ]
+        words = {"at": list(at), "from": {"at": list(origins)}}
+        return made, {**self._words(), **words, "elided": not made}
 
     def _of_weights(self, prompt: PromptPlaces) -> tuple[list[Edit], dict[str, Any]]:
         request = self.request
@@ -146,6 +173,8 @@ class ModelEdit:
     ) -> Edit:
         request = self.request
         do = request.do
+        if do == "patch":
+            do = "set"
         if do == "ablate":
             do = "scale" if request.instead == "zero" and request.source is None else "set"
         by = request.by if request.by is not None else 0.0
