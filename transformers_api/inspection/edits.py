@@ -17,11 +17,12 @@ from torch import Tensor
 
 from transformers_api.engine.backend import Backend
 from transformers_api.engine.batch import Batch
-from transformers_api.engine.runners.edited_modules import hooked
+from transformers_api.engine.runners.edited_attention import edited_model
 from transformers_api.engine.runners.model_runner import Runner, innermost
 from transformers_api.engine.sampling.sampler import TokenSampler
 from transformers_api.engine.scheduler import SlotStore
 from transformers_api.engine.sequence import SampledToken, Sequence
+from transformers_api.inspection.attention import AttentionSource
 from transformers_api.inspection.base import LayerAttention
 from transformers_api.inspection.edit_plan import EditPlan, InterventionFailed
 from transformers_api.inspection.parts import Parts
@@ -32,18 +33,25 @@ from transformers_api.inspection.prepared_edits import PreparedEdit, prepared
 class EditedText:
     """The edits of a text that an inspection reads. Meets ``reading.TextEdits`` and Edited."""
 
-    def __init__(self, plan: EditPlan, parts: Parts, attention: SequenceOf[LayerAttention]) -> None:
+    def __init__(
+        self,
+        plan: EditPlan,
+        parts: Parts,
+        attention: SequenceOf[LayerAttention],
+        source: AttentionSource,
+    ) -> None:
         self.edits = plan
         self._places = parts, attention
+        self._source = source
         self._prepared: list[PreparedEdit] = []
 
     @contextmanager
     def editing(self, model: Any, start: int, stop: int) -> Iterator[None]:
         """See TextEdits. Raises InterventionFailed."""
         self._prepared = self._prepared or prepared(self.edits, model, *self._places)
-        changes = PassEdits(stop - start, True)
-        changes.add(self, self._prepared, Rows(0, start, stop - start))
-        with hooked(model, changes.module_edits()):
+        changes = PassEdits(stop - start, True, self._source)
+        changes.add(self, self._prepared, Rows(0, start, stop - start), stop)
+        with edited_model(model, changes.module_edits(), changes.attention):
             yield
         for edit in changes.finish().values():
             raise InterventionFailed(
@@ -66,8 +74,10 @@ class InterveningRunner:
         backend: Backend,
         parts: Parts,
         attention: SequenceOf[LayerAttention],
+        source: AttentionSource,
     ) -> None:
         self.inner = inner
+        self.source = source
         self.model = model
         self.backend = backend
         self._places = parts, attention
@@ -84,18 +94,20 @@ class InterveningRunner:
         """See Runner."""
         if not batch.is_edited:
             return self.inner.forward(batch, keep)
-        changes = PassEdits(batch.tokens, len(batch.sequences) == 1)
+        changes = PassEdits(batch.tokens, len(batch.sequences) == 1, self.source)
         start = 0
         for seq, width in zip(batch.sequences, batch.widths, strict=True):
             if seq.edits is not None and seq not in self.failures:
                 first = seq.start + (0 if self._reads_all else seq.num_cached)
                 rows = Rows(start, first, seq.start + seq.num_cached + width - first)
-                changes.add(seq, self._edits_of(plan_of(seq)), rows)
+                context = seq.num_cached + width
+                changes.add(seq, self._edits_of(plan_of(seq)), rows, context, seq.slot)
                 if self._reads_all:
                     rows.first, rows.count = seq.start + seq.num_cached, width
             start += width
-        edits = changes.module_edits()
-        with self.backend.editing(self.model, edits) if edits else nullcontext():
+        edits, attention = changes.module_edits(), changes.attention
+        is_edited = edits or attention
+        with self.backend.editing(self.model, edits, attention) if is_edited else nullcontext():
             logits = self.inner.forward(batch, keep)
         for each, edit in changes.finish().items():
             failed = cast(Sequence, each)

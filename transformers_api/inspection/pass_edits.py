@@ -12,9 +12,16 @@ from typing import Protocol, cast
 
 from torch import Tensor
 
+from transformers_api.engine.runners.edited_attention import (
+    Attending,
+    AttentionEdit,
+    AttentionInputs,
+)
 from transformers_api.engine.runners.edited_modules import ModuleEdit, RowsChange
+from transformers_api.inspection.attention import AttentionSource
+from transformers_api.inspection.attention_edits import change_attention
 from transformers_api.inspection.edit_plan import Edit, EditPlan
-from transformers_api.inspection.prepared_edits import PreparedEdit
+from transformers_api.inspection.prepared_edits import ATTENTION, PreparedEdit
 
 _TwoNumbers = ctypes.c_int64 * 2
 
@@ -107,20 +114,49 @@ class PassEdits:
 
     total: int  # rows that the batch reads
     is_single: bool  # of one sequence
+    source: AttentionSource
+    attention: list[AttentionEdit] = field(default_factory=list)
     by_module: dict[tuple[str, str], list[_Change]] = field(default_factory=dict)
     _changes: list[_Change] = field(default_factory=list)
     _states: list[_State] = field(default_factory=list)
 
-    def add(self, seq: Edited, edits: SequenceOf[PreparedEdit], rows: Rows) -> None:
-        """The edits that change one of these rows of a sequence."""
+    def add(
+        self,
+        seq: Edited,
+        edits: SequenceOf[PreparedEdit],
+        rows: Rows,
+        context: int,
+        slot: int = 0,
+    ) -> None:
+        """The edits that change one of these rows of a sequence, which is in this slot.
+
+        ``context``: its tokens in the cache after the pass.
+        """
         state = _State.of(seq)
         self._states.append(state)
+        inputs: dict[int, list[_Change]] = {}
         for each in edits:
-            if any(_within(span, rows.first, rows.count) for span in each.edit.positions):
+            if _concerns(each.edit, rows):
                 change = _Change(each, rows, state, len(self._changes) + 1)
                 self._changes.append(change)
+                if each.module is ATTENTION:
+                    inputs.setdefault(each.edit.layer, []).append(change)
+                    continue
                 key = each.module.name, each.module.side
                 self.by_module.setdefault(key, []).append(change)
+        weights = {
+            layer: own
+            for layer, own in plan_of(seq).attention.items()
+            if any(_concerns(edit, rows) for edit in own)
+        }
+        stop = rows.first + rows.count
+        place = rows.start, rows.count, self.total, context, slot
+        for layer in {**inputs, **weights}:
+            own = weights.get(layer)
+            apply = partial(_attend, own, state, stop) if own else None
+            before = partial(_change_inputs, inputs[layer]) if layer in inputs else None
+            where = self.source.place_of(layer)
+            self.attention.append(AttentionEdit(layer, *place, apply, where, before))
 
     def module_edits(self) -> list[ModuleEdit]:
         """One for each module and side."""
@@ -156,6 +192,23 @@ class PassEdits:
             rows = change.rows
             own = tensor[rows.start : rows.start + rows.count + before]
             change.apply(own, rows.first - before)
+
+
+def _change_inputs(changes: SequenceOf[_Change], inputs: AttentionInputs) -> None:
+    for change in changes:
+        own, rows = inputs.of(change.each.edit.part), change.rows
+        change.apply(own, rows.first + rows.count - len(own))
+
+
+def _attend(edits: SequenceOf[Edit], state: _State, stop: int, call: Attending) -> None:
+    began = time.perf_counter_ns()
+    _, count, keys = call.shape
+    plan_of(state.seq).tally.tokens += change_attention(edits, call, stop - count, stop - keys)
+    state.numbers[1] += time.perf_counter_ns() - began
+
+
+def _concerns(edit: Edit, rows: Rows) -> bool:
+    return any(_within(span, rows.first, rows.count) for span in edit.positions)
 
 
 def _joined(lists: SequenceOf[list[RowsChange] | None]) -> list[RowsChange] | None:

@@ -13,9 +13,11 @@ from torch.linalg import vector_norm
 from transformers_api.engine.runners.edited_modules import RowsChange
 from transformers_api.inspection.base import LayerAttention
 from transformers_api.inspection.edit_plan import Edit, EditPlan
+from transformers_api.inspection.editable import INPUTS
 from transformers_api.inspection.parts import Parts
 from transformers_api.inspection.places import Module, head_dims, module_of
 
+ATTENTION = Module("", "in")  # what it reads comes from no module alone
 LARGEST = 1e15  # of a change's length: its square is still a number in float32
 MOST_PIECES = 64  # heads or neurons of one edit, beyond which tensors are faster than a list
 
@@ -49,7 +51,7 @@ class PreparedEdit:
         """The pieces for rows from ``start`` on, the first of which is the ``offset``-th edited."""
         assert self.pieces is not None
         do, by = self.edit.do, self.edit.by
-        assert do != "erase"
+        assert do == "add" or do == "scale" or do == "set"  # noqa: PLR1714  # as mypy narrows
         return [
             RowsChange(
                 do=do,
@@ -89,8 +91,10 @@ class PreparedEdit:
         return True
 
     def _part(self, rows: Tensor) -> Tensor:
-        """(n, C), (n, heads, D) or (n, neurons)."""
+        """(n, C), (n, heads, D) or (n, neurons). Rows of q, k and v are (n, heads, D)."""
         edit = self.edit
+        if edit.part in INPUTS:
+            return rows[:, list(edit.units)]
         if edit.part == "head":
             return rows.view(len(rows), -1, self.head_dim)[:, list(edit.units)]
         return rows[:, list(edit.units)] if edit.part == "neuron" else rows
@@ -100,7 +104,7 @@ class PreparedEdit:
         if edit.part == "head":
             heads = rows.view(len(rows), -1, self.head_dim)
             heads[:, list(edit.units)] = changed.to(rows.dtype)
-        elif edit.part == "neuron":
+        elif edit.part == "neuron" or edit.part in INPUTS:
             rows[:, list(edit.units)] = changed.to(rows.dtype)
         else:
             rows.copy_(changed)
@@ -128,8 +132,9 @@ def prepared(
     heads = head_dims(places, attention)
     edits = []
     for edit in plan.edits:
-        module = module_of(places, edit.layer, edit.part)
-        assert module is not None
+        if edit.part == "weights":
+            continue
+        module = module_of(places, edit.layer, edit.part) or ATTENTION
         vector = None
         if edit.vector is not None:
             vector = torch.from_numpy(edit.vector).to(model.device)
@@ -151,7 +156,9 @@ def _of_each_unit(edit: Edit, vector: Tensor) -> Tensor:
 
 
 def _pieces(edit: Edit, head_dim: int, vector: Tensor | None) -> list[_Piece] | None:
-    is_simple = edit.do in ("add", "scale", "set") and not edit.keeps_norm
+    if edit.part in INPUTS or edit.keeps_norm:
+        return None
+    is_simple = edit.do in ("add", "scale", "set")
     is_here = vector is None or vector.device.type == "cpu"
     if not is_simple or not is_here or len(edit.units) > MOST_PIECES:
         return None

@@ -10,7 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from transformers_api.inspection import base, divergence_question, grid_question, logit_share
+from transformers_api.inspection import (
+    base,
+    divergence_question,
+    editable,
+    grid_question,
+    logit_share,
+)
 from transformers_api.inspection.base import Array, Heads, Inspector, Job
 from transformers_api.inspection.edit_plan import EditPlan
 
@@ -141,7 +147,7 @@ class PartNumbers:
     """See ``Inspector.part_numbers``."""
 
     ids: Sequence[int]
-    places: Sequence[tuple[int, base.Part]]
+    places: Sequence[tuple[int, editable.Part]]
 
     def job(self, inspector: Inspector) -> Job[list[Array]]:
         """See Question."""
@@ -188,7 +194,7 @@ class Divergence:
 class Places:
     """See ``Inspector.check_places``."""
 
-    def job(self, inspector: Inspector) -> Job[base.Editable]:
+    def job(self, inspector: Inspector) -> Job[editable.Editable]:
         """See Question."""
         return inspector.check_places()
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from transformers_api.kernels.abi import OPS, TYPES, Library, RowChange
 from transformers_api.kernels.graph.executor import FinishedCall
-from transformers_api.kernels.graph.hook_points import HookPoints
+from transformers_api.kernels.graph.hook_points import HookPoints, attention_key
 from transformers_api.kernels.graph.planner import HookPoint
 from transformers_api.kernels.modules.attention import CausalRows, replay_attention
 from transformers_api.kernels.stats import attention_probs
@@ -55,7 +55,8 @@ class HookReplay:
     below ``length``. Attention is shown of the layers that are observed (see ``observing``), other
     modules where they have hooks. ``edits`` write into the rows (N, width) of all tokens, of what a
     module is given ("in") or makes ("out"), before anybody is shown it; unless it ``observes``
-    nobody is.
+    nobody is. Those of ``attention``, by the layer's index or by the module that makes its weights,
+    write into what attention made.
 
     Between two parts of a pass the kernels' threads wait, and soon go to sleep. The weights have
     driven everything else from the caches, and a call of torch takes fifty microseconds. So most
@@ -71,11 +72,13 @@ class HookReplay:
         first: int,
         tokens: Tensor | None = None,
         edits: Mapping[tuple[nn.Module, str], RowEdit] = NO_EDITS,
+        attention: Mapping[Any, Callable[[FinishedCall], None]] = NO_EDITS,
         observes: bool = True,
     ) -> None:
         self.library = library
         self.observes = observes
         self.edits = edits
+        self.attention = attention
         self.cache = cache
         self.tokens = tokens
         self.positions = positions
@@ -86,11 +89,13 @@ class HookReplay:
 
     def choose(self, points: HookPoints) -> list[HookPoint]:
         """See PassObserver."""
-        return points.chosen(self.edits, self.observes, _observed.get())
+        return points.chosen(self.edits, self.attention, self.observes, _observed.get())
 
     def changes(self, call: FinishedCall, at: int) -> list[RowChange] | None:
         """See PassObserver."""
         changes: list[RowChange] = []
+        if self._attention_change(call) is not None:
+            return None
         if (edit := self._edit_of(call)) is not None:
             if edit.changes is None:
                 return None
@@ -131,6 +136,8 @@ class HookReplay:
         if (edit := self._edit_of(call)) is not None:
             made = call.tensors[-1]
             edit.apply(made.view(-1, made.shape[-1]))
+        if (change := self._attention_change(call)) is not None:
+            change(call)
         if "side" in call.options or not self.observes:
             return
         tensors = call.tensors
@@ -152,6 +159,11 @@ class HookReplay:
             call_hooks(call.module, x, results)
         else:
             self._attended.append((call, x, others[0]))
+
+    def _attention_change(self, call: FinishedCall) -> Callable[[FinishedCall], None] | None:
+        if not self.attention or call.cached is None:
+            return None
+        return self.attention.get(attention_key(call))
 
     def _edit_of(self, point: HookPoint | FinishedCall) -> RowEdit | None:
         if not self.edits or point.cached:
