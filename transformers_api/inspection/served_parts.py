@@ -30,7 +30,7 @@ def served_parts(
 ) -> Generator[None, None, list[Array]]:
     """See ``base.Inspector.part_numbers``. Raises what the sequence ends with."""
     edits = [
-        Edit(do="copy", part=part, layer=layer, positions=((0, None),), pieces=[])
+        Edit(do="copy", part=part, layer=layer, positions=((0, None),), copies=[])
         for layer, part in places
     ]
     # An identity of its own: nothing is taken from the cache, so that all is read.
@@ -47,7 +47,7 @@ def served_parts(
     modules = [module_of(parts.places.of(model), layer, part) for layer, part in places]
     factors = [1.0 if module is None else module.factor for module in modules]
     pairs = zip(edits, factors, strict=True)
-    return [_joined(edit.pieces or []) * numpy.float32(factor) for edit, factor in pairs]
+    return [_joined(edit.copies or []) * numpy.float32(factor) for edit, factor in pairs]
 
 
 def _joined(pieces: Sequence[Array]) -> Array:
