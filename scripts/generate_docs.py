@@ -34,6 +34,7 @@ from transformers_api.api.inspect.schemas.inspect import (
 )
 from transformers_api.api.inspect.schemas.logit_parts import LogitPartsRequest
 from transformers_api.api.inspect.schemas.vectors import DerivationRequest, VectorBody
+from transformers_api.api.intervene.branch import BranchOptions
 from transformers_api.api.intervene.schema import EditOptions
 from transformers_api.api.llamacpp.schema import ApplyTemplateRequest, InfillRequest
 from transformers_api.api.ollama.schema import OllamaOptions
@@ -171,6 +172,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "trace fields": fields(TraceOptions),
     "lens fields": fields(LensOptions),
     "edit fields": fields(EditOptions),
+    "branch fields": fields(BranchOptions),
     "rerank fields": fields(RerankRequest),
     "score fields": fields(ScoreRequest),
     "infill fields": fields(InfillRequest, Sampling, Structured),

@@ -11,6 +11,7 @@ import pytest
 
 from tests import tokenizers
 from tests.api.tiny_app import running
+from tests.fakes import fake_model
 from transformers_api.api.http.services import EXTENSION
 from transformers_api.errors import InvalidRequest
 from transformers_api.serving.inspect.edit_request import (
@@ -593,3 +594,89 @@ def test_the_model_says_what_can_be_changed(client):
     assert told["neighbours"] == "bit-equal"
     assert len(told["resid_norm"]) == LAYERS
     assert all(norm > 0 for norm in told["resid_norm"])
+
+
+def test_an_answer_can_be_left_at_any_of_its_tokens(client):
+    """And the way that it took is the way that it takes again."""
+    ids = {"return_token_ids": True}
+    first = completion(client, **ids)
+    written = first["choices"][0]["token_ids"]
+    for step in (0, 3, 5):
+        branch = {"completion_id": first["id"], "step": step, "token_id": written[step]}
+        again = completion(client, branch=branch, max_tokens=6 - step, **ids)
+        assert again["choices"][0]["token_ids"] == written[step:]
+        other = (written[step] + 1) % 97
+        branch["token_id"] = other
+        left = completion(client, branch=branch, **ids)
+        assert left["choices"][0]["token_ids"][0] == other
+        assert left["usage"]["prompt_tokens"] == len(PROMPT) + step
+        cached = left["usage"]["prompt_tokens_details"]["cached_tokens"]
+        assert cached == len(PROMPT) + step - 1
+        ids_of_it = [*PROMPT.encode(), *written[:step]]
+        forced = {"do": "force", "step": 0, "token_ids": [other]}
+        assert (
+            left["choices"][0]["token_ids"]
+            == (completion(client, forced, prompt=ids_of_it, **ids)["choices"][0]["token_ids"])
+        )
+    # A branch of a branch, edited from there on.
+    branch = {"completion_id": left["id"], "step": 1, "token_id": 7}
+    edit = {**ADD, "at": "generated"}
+    twice = completion(client, edit, branch=branch, **ids)
+    assert twice["choices"][0]["token_ids"][0] == 7
+    assert twice["usage"]["prompt_tokens"] == len(PROMPT) + 6
+    assert twice["choices"][0]["intervene"]["edits"][0]["at"] == [[len(PROMPT) + 6, None]]
+
+
+def test_conversations_can_be_left_too(client):
+    first = chat(client, return_token_ids=True)
+    (choice,) = first["choices"]
+    branch = {"completion_id": first["id"], "step": 2, "token_id": choice["token_ids"][2]}
+    again = chat(client, branch=branch, max_tokens=4, return_token_ids=True)
+    assert again["choices"][0]["token_ids"] == choice["token_ids"][2:]
+    *_, last = chat(client, branch=branch, stream=True, stream_options={"include_usage": True})
+    assert last["usage"]["prompt_tokens"] == first["usage"]["prompt_tokens"] + 2
+    body = {"messages": MESSAGES, "trace_layer": 0, "max_new_tokens": 4, "temperature": 0}
+    own = events(client.post("/chat/stream", json={**body, "branch": branch}))
+    assert own[0]["token_id"] == choice["token_ids"][2]
+    assert own[-1]["usage"]["prompt_tokens"] == first["usage"]["prompt_tokens"] + 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "words"),
+    [
+        ({"step": 7}, 400, "branch.step must be in [0, 6]"),
+        ({"token_id": 1 << 20}, 400, "branch.token_id must be below"),
+        ({"choice": 1}, 400, "choice must be in [0, 0]"),
+        ({"completion_id": "cmpl-0"}, 404, "Completion 'cmpl-0' is not known"),
+        ({"steps": 1}, 400, "'branch.steps' is unknown; did you mean 'step'?"),
+    ],
+)
+def test_branches_that_are_not_there_are_refused(client, fields, status, words):
+    made = completion(client)
+    branch = {"completion_id": made["id"], "step": 1, "token_id": 5} | fields
+    error = completion(client, branch=branch, status=status)["error"]
+    assert words in error["message"]
+
+
+def test_branches_are_of_ones_own_answers_and_go_with_no_form(app, client):
+    made = completion(client)
+    completions = app.extensions[EXTENSION].completions
+    owner = completions.find(made["id"]).owner
+    completions.remember("cmpl-other", fake_model(), [[1]], [[2]], owner)
+    other = {"completion_id": "cmpl-other", "step": 0, "token_id": 5}
+    message = completion(client, branch=other, status=400)["error"]["message"]
+    assert message == "branch.completion_id is of model 'fake'"
+    branch = {"completion_id": made["id"], "step": 1, "token_id": 5}
+    body = {"prompt": PROMPT, "max_tokens": 2, "branch": branch}
+    stranger = {"REMOTE_ADDR": "10.0.0.9"}
+    response = client.post("/v1/completions", json=body, environ_overrides=stranger)
+    assert response.status_code == 404
+    assert response.get_json()["error"]["param"] == "branch.completion_id"
+    for own in (
+        {"response_format": {"type": "json_object"}},
+        {"echo": True},
+        {"prompt_logprobs": 1},
+        {"prompt": [PROMPT, PROMPT]},
+    ):
+        error = client.post("/v1/completions", json={**body, **own}).get_json()["error"]
+        assert "branch" in error["message"], own

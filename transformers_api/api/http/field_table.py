@@ -106,6 +106,7 @@ TABLE: tuple[Entry, ...] = (
     # -- this server's
     Entry("trace", SUPPORTED),
     Entry("intervene", SUPPORTED),
+    Entry("branch", SUPPORTED),
     # -- how tokens are chosen, elsewhere
     Entry("top_k", SUPPORTED),
     Entry("min_p", SUPPORTED),

@@ -307,7 +307,7 @@ class RequestContext:
         if formatter.completion_id is not None and model is not None and model.relay is None:
             answers = [choice.token_ids for choice in generation.answers] if generation else [[]]
             self.services.completions.remember(
-                formatter.completion_id, model, formatter.prompts, answers
+                formatter.completion_id, model, formatter.prompts, answers, self.client
             )
 
     def stream(self, formatter: Formatter, generation: Generation | None) -> flask.Response:

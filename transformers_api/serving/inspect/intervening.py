@@ -63,7 +63,8 @@ class Planner:
             check_comparable(request, engine.max_model_len, prompts)
         forced = forced_tokens(request.intervene, engine.vocab_size, params.max_tokens)
         edits = self.planned(model, request.intervene, prompts)
-        return replace(request, edits=edits, params=replace(params, forced=forced))
+        params = replace(params, forced={**forced, **params.forced})
+        return replace(request, edits=edits, params=params)
 
     def with_probes(self, model: LoadedModel, request: GenerationRequest) -> GenerationRequest:
         """``request``, whose trace measures along its vectors. Raises as ``probes_of``."""
