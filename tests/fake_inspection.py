@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy
 
+from transformers_api.inspection.attribution_question import Attribution, AttributionQuestion
 from transformers_api.inspection.base import (
     PARTS,
     Anatomy,
@@ -15,8 +16,6 @@ from transformers_api.inspection.base import (
     AttentionMode,
     AttentionRow,
     AttentionWindow,
-    Attribution,
-    AttributionQuestion,
     Editable,
     HeadGrid,
     Heads,

@@ -65,6 +65,8 @@ LAYERS = {
     ),
     "inspection.base": layer(
         "errors",
+        "inspection.activations",
+        "inspection.attribution_question",
         "inspection.divergence_question",
         "inspection.grid_question",
         "inspection.logit_share",
@@ -74,6 +76,7 @@ LAYERS = {
     "inspection.edit_plan": layer("inspection.base", "errors", never=HTTP | MODELS | {"torch"}),
     "inspection.questions": layer(
         *(
+            "inspection.attribution_question",
             "inspection.base",
             "inspection.edit_plan",
             "inspection.divergence_question",
@@ -82,6 +85,8 @@ LAYERS = {
         ),
         never=HTTP | MODELS | {"torch"},
     ),
+    "inspection.activations": layer(never=HTTP | MODELS | {"torch"}),
+    "inspection.attribution_question": layer(never=HTTP | MODELS | {"torch"}),
     "inspection.probes": layer(never=HTTP | MODELS | {"torch"}),
     "inspection.divergence_question": layer(never=HTTP | MODELS | {"torch"}),
     "inspection.grid_question": layer(never=HTTP | MODELS | {"torch"}),
@@ -94,6 +99,7 @@ LAYERS = {
         "inspection.base",
         "inspection.questions",
         "inspection.edit_plan",
+        "inspection.activations",
         "inspection.divergence_question",
         "inspection.probes",
         "checkpoints.headers",
@@ -104,6 +110,8 @@ LAYERS = {
         "api",
         "serving",
         "engine.base",
+        "inspection.activations",
+        "inspection.attribution_question",
         "inspection.base",
         "inspection.questions",
         "inspection.edit_plan",

@@ -10,7 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from transformers_api.inspection import base, divergence_question, grid_question, logit_share
+from transformers_api.inspection import (
+    attribution_question,
+    base,
+    divergence_question,
+    grid_question,
+    logit_share,
+)
 from transformers_api.inspection.base import Array, Heads, Inspector, Job
 from transformers_api.inspection.edit_plan import EditPlan
 
@@ -120,9 +126,9 @@ class Attribution:
     """See ``Inspector.attribute``."""
 
     ids: Sequence[int]
-    question: base.AttributionQuestion
+    question: attribution_question.AttributionQuestion
 
-    def job(self, inspector: Inspector) -> Job[base.Attribution]:
+    def job(self, inspector: Inspector) -> Job[attribution_question.Attribution]:
         """See Question."""
         return inspector.attribute(self.ids, self.question)
 

@@ -25,6 +25,7 @@ from transformers_api.engine.sampling.fast_sampler import largest
 from transformers_api.engine.sampling.sampler import TokenSampler, distribution
 from transformers_api.engine.scheduler import SlotStore
 from transformers_api.engine.sequence import SampledToken, Sequence
+from transformers_api.inspection.activations import READ_BY_ATTENTION, Noted
 from transformers_api.inspection.attention import Weights
 from transformers_api.inspection.base import (
     AttentionRow,
@@ -37,6 +38,7 @@ from transformers_api.inspection.base import (
 from transformers_api.inspection.examination import Examined
 from transformers_api.inspection.parts import lens_logits, residuals_of, routers_of
 from transformers_api.inspection.probes import Probe, ProbeReading
+from transformers_api.inspection.recording import Recorder, Taken
 
 NAME = "trace"  # in ``observe`` and ``extras``
 LOWEST = -1e4  # a logit; times a probability of 0 it is 0, which -inf is not
@@ -53,14 +55,17 @@ class _Notes:
     rows: list[AttentionRow] = field(default_factory=list)
     residuals: dict[int, Tensor] = field(default_factory=dict)  # layer: (C,)
     routed: list[Routed] = field(default_factory=list)
+    taken: Taken = field(default_factory=Taken)
 
 
 class TracingRunner:
     """Wraps a runner; see the module."""
 
-    def __init__(self, inner: Runner, model: Any, examined: Examined) -> None:
+    def __init__(self, inner: Runner, model: Any, examined: Examined, backend: Backend) -> None:
         self.inner = inner
         self.model = model
+        self.backend = backend
+        self.recorder = Recorder(model, examined.parts, examined.anatomy.attention)
         self.examined = examined
         self.windows = {layer.layer: layer.window for layer in examined.anatomy.attention}
 
@@ -76,14 +81,18 @@ class TracingRunner:
             for seq, width, ends in zip(batch.sequences, batch.widths, batch.ends, strict=True)
             if ends and NAME in seq.observe
         ]
-        if not traced:
+        noting = self.recorder.edits(batch, NAME)
+        if not (traced or noting):
             return self.inner.forward(batch, keep)
         with ExitStack() as watch:
+            if noting:
+                watch.enter_context(self.backend.editing(self.model, noting))
             self._watch_attention(watch, traced)
             self._watch_residuals(watch, traced)
             self._watch_routers(watch, traced, batch.num_slots)
             logits = self.inner.forward(batch, keep)
         for notes in traced:
+            notes.taken = self.recorder.take(notes.seq)
             notes.seq.extras[NAME] = notes
         return logits
 
@@ -93,14 +102,23 @@ class TracingRunner:
 
     def _watch_attention(self, watch: ExitStack, traced: list[_Notes]) -> None:
         takers = {layer: [n for n in traced if layer in n.plan.layers] for layer in _layers(traced)}
-        if not takers:
+        readers: dict[int, list[tuple[_Notes, Noted]]] = {}
+        for notes in traced:
+            for noted in notes.plan.activations:
+                if noted.part in READ_BY_ATTENTION:
+                    readers.setdefault(noted.layer, []).append((notes, noted))
+        if not (takers or readers):
             return
 
         def note(layer: int, weights: Weights) -> None:
             for notes in takers.get(layer, ()):
                 notes.rows.append(self._row(layer, weights, notes))
+            for notes, noted in readers.get(layer, ()):
+                at = notes.place, notes.context
+                self.recorder.note_attention(notes.seq, noted, weights, at)
 
-        watch.enter_context(self.examined.source.watched(self.model, note, takers))
+        layers = takers.keys() | readers.keys()
+        watch.enter_context(self.examined.source.watched(self.model, note, layers))
 
     def _row(self, layer: int, weights: Weights, notes: _Notes) -> AttentionRow:
         plan, context = notes.plan, notes.context
@@ -211,6 +229,10 @@ class TracingSampler:
             ),
             router=tuple(notes.routed),
             probes=tuple(_reading(probe, notes.residuals) for probe in plan.probes),
+            activations=tuple(
+                taken for noted in plan.activations if (taken := notes.taken.activations.get(noted))
+            ),
+            recorded=tuple(notes.taken.records),
         )
 
     def _lens(self, notes: _Notes, token: int) -> tuple[LensReading, ...]:

@@ -1,0 +1,184 @@
+"""Rows of parts of layers, noted by the very passes that read a sequence; on the engine thread.
+
+A note is taken where an edit would write: after whatever is edited there, from the numbers that go
+on through the model, in their own bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy
+import torch
+from torch import Tensor
+
+from transformers_api.engine.batch import Batch
+from transformers_api.engine.runners.edited_modules import ModuleEdit
+from transformers_api.engine.sequence import Sequence
+from transformers_api.inspection.activations import (
+    READ_BY_ATTENTION,
+    Activation,
+    ActivationPart,
+    Noted,
+    RecordedRows,
+)
+from transformers_api.inspection.attention import Attended, Weights
+from transformers_api.inspection.base import LayerAttention, Part, TracePlan
+from transformers_api.inspection.parts import Parts
+from transformers_api.inspection.places import Module, head_dims, module_of
+
+
+@dataclass(slots=True)
+class Taken:
+    """The notes of a sequence since its last token."""
+
+    records: list[RecordedRows] = field(default_factory=list)
+    activations: dict[Noted, Activation] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Rows of a pass: those of one sequence, from position ``first`` on."""
+
+    start: int
+    count: int
+    first: int
+
+
+class Recorder:
+    """Notes of the sequences of passes; those of each are taken when its next token is known."""
+
+    def __init__(self, model: Any, parts: Parts, attention: SequenceOf[LayerAttention]) -> None:
+        self.model = model
+        self._parts, self._attention = parts, attention
+        self._taken: WeakKeyDictionary[Sequence, Taken] = WeakKeyDictionary()
+
+    def take(self, seq: Sequence) -> Taken:
+        """What was noted of ``seq``, once."""
+        return self._taken.pop(seq, None) or Taken()
+
+    def edits(self, batch: Batch, name: str) -> list[ModuleEdit]:
+        """Edits that change nothing and note what the plans ``name`` of the sequences want."""
+        takers: dict[tuple[str, Any], list[Any]] = {}
+        total = batch.tokens if len(batch.sequences) == 1 else None
+        start = 0
+        for seq, width, ends in zip(batch.sequences, batch.widths, batch.ends, strict=True):
+            plan: TracePlan | None = seq.observe.get(name)
+            if plan is not None and (plan.records or plan.activations):
+                rows = _Rows(start, width, seq.start + seq.num_cached)
+                self._add(takers, self._of(seq), plan, rows, ends)
+            start += width
+        return [
+            ModuleEdit(module, side, partial(_each, notes, total))
+            for (module, side), notes in takers.items()
+        ]
+
+    def note_attention(self, seq: Sequence, noted: Noted, weights: Weights, at: Any) -> None:
+        """Note a query, a key or a value; ``at``: its sequence in the pass, its place in the text.
+
+        The text is what the model sees of it.
+        """
+        if not isinstance(weights, Attended):
+            return
+        place, context = at
+        if noted.part == "q":
+            numbers = weights.query[place, :, -1]
+        else:
+            states = weights.key if noted.part == "k" else weights.value
+            last = min(states.shape[2], context) - 1
+            numbers = weights.numbers(states[place][:, last : last + 1])[:, 0]
+        chosen = numbers[list(noted.units)] if noted.units else numbers
+        self._of(seq).activations[noted] = _activation(noted, chosen)
+
+    def _of(self, seq: Sequence) -> Taken:
+        return self._taken.setdefault(seq, Taken())
+
+    def _add(
+        self,
+        takers: dict[tuple[str, Any], list[Any]],
+        taken: Taken,
+        plan: TracePlan,
+        rows: _Rows,
+        ends: bool,
+    ) -> None:
+        for layer, part in plan.records:
+            module = self._module(layer, part)
+            note = partial(_record, taken, layer, part, module.factor, rows)
+            takers.setdefault((module.name, module.side), []).append((rows, note))
+        for noted in plan.activations if ends else ():
+            if noted.part in READ_BY_ATTENTION:
+                continue
+            module = self._module(noted.layer, noted.part)
+            size = self._head_dim(noted.layer) if noted.part == "head" else 0
+            note = partial(_note, taken, noted, module.factor, size)
+            takers.setdefault((module.name, module.side), []).append((rows, note))
+
+    def _module(self, layer: int, part: ActivationPart) -> Module:
+        place: Part = part  # type: ignore[assignment]  # the others are not in modules
+        module = module_of(self._parts.places.of(self.model), layer, place)
+        assert module is not None
+        return module
+
+    def _head_dim(self, layer: int) -> int:
+        return head_dims(self._parts.places.of(self.model), self._attention)[layer]
+
+
+def _each(takers: SequenceOf[Any], total: int | None, tensor: Tensor) -> None:
+    # A model that keeps no state reads a sequence again from its start: more rows than new.
+    before = 0 if total is None else len(tensor) - total
+    for rows, note in takers:
+        first = before + rows.start
+        note(tensor[first : first + rows.count])
+
+
+def _record(
+    taken: Taken, layer: int, part: ActivationPart, factor: float, rows: _Rows, own: Tensor
+) -> None:
+    taken.records.append(
+        RecordedRows(
+            part=part,
+            layer=layer,
+            start=rows.first,
+            bits=bits(own),
+            dtype=str(own.dtype).removeprefix("torch."),
+            factor=factor,
+        )
+    )
+
+
+def bits(rows: Tensor) -> numpy.ndarray[Any, Any]:
+    """A copy of ``rows``: uint16 of two bytes each, or float32."""
+    if rows.dtype in (torch.bfloat16, torch.float16):
+        own = rows.detach().clone(memory_format=torch.contiguous_format)
+        return own.cpu().view(torch.int16).numpy().view(numpy.uint16)
+    return rows.detach().float().clone(memory_format=torch.contiguous_format).cpu().numpy()
+
+
+def _note(taken: Taken, noted: Noted, factor: float, head_dim: int, own: Tensor) -> None:
+    row = own[-1].float() * factor
+    if noted.part == "head":
+        heads = row.view(-1, head_dim)
+        numbers = heads[list(noted.units)] if noted.units else heads
+    else:
+        numbers = (row[list(noted.units)] if noted.units else row)[None]
+    taken.activations[noted] = _activation(noted, numbers)
+
+
+def _activation(noted: Noted, numbers: Tensor) -> Activation:
+    """``numbers`` (H', D)."""
+    values, places = numbers.float(), None
+    if noted.topk:
+        best = values.abs().topk(min(noted.topk, values.shape[1]), dim=-1).indices
+        values, places = values.gather(1, best), best.cpu().numpy()
+        if noted.part == "neuron" and noted.units:
+            places = numpy.array(noted.units)[places]
+    return Activation(
+        part=noted.part,
+        layer=noted.layer,
+        values=values.clone().cpu().numpy(),
+        places=places,
+    )
