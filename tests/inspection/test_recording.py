@@ -1,4 +1,4 @@
-"""Activations noted while a model reads and writes: whose they are, and that they are exact."""
+"""Activations specs while a model reads and writes: whose they are, and that they are exact."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.inspection.models import tiny
 from tests.inspection.test_edits import edit, plan
 from tests.repeats import slow
 from transformers_api.engine.base import SamplingParams, SequenceRequest
-from transformers_api.inspection.activations import Noted, numbers
+from transformers_api.inspection.activations import ActivationSpec, numbers
 from transformers_api.inspection.base import TracePlan
 
 MODULES = ("resid", "attn", "mlp", "head", "neuron")
@@ -110,10 +110,10 @@ def test_what_was_recorded_put_back_is_the_same_answer_to_the_bit(watch, weights
 def test_neither_the_recorded_nor_their_neighbours_write_anything_else(watch, name):
     watched, plain = watch(copy.deepcopy(tiny(name))), watch(copy.deepcopy(tiny(name)))
     anatomy = watched.examined.anatomy
-    noted = (Noted(part="resid", layer=0),)
+    specs = (ActivationSpec(part="resid", layer=0),)
     if anatomy.mode == "tap":
-        noted += (Noted(part="q", layer=0), Noted(part="k", layer=1, units=(0,)))
-    full = TracePlan(records=records_of(anatomy, ("resid",)), activations=noted)
+        specs += (ActivationSpec(part="q", layer=0), ActivationSpec(part="k", layer=1, units=(0,)))
+    full = TracePlan(records=records_of(anatomy, ("resid",)), activations=specs)
     prompts = prompts_of(4)
     own = run(watched.engine, prompts, [full, None, full, TracePlan(topk=1)])
     right = run(plain.engine, prompts, [None] * 4)
@@ -134,15 +134,15 @@ def test_a_recorded_prompt_is_read_by_its_own_passes_though_others_have_read_it(
 @pytest.mark.parametrize("name", ["llama", *slow("qwen3", "mixtral", "mistral-window-8")])
 def test_activations_of_a_step_are_those_of_the_last_token_that_was_read(watch, name):
     watched = watch(name, dtype="float32")
-    noted = (
-        Noted(part="resid", layer=-1),
-        Noted(part="mlp", layer=1, topk=4),
-        Noted(part="head", layer=1, units=(2, 0)),
-        *(Noted(part=part, layer=1) for part in ("q", "k", "v")),
-        Noted(part="v", layer=0, units=(1,)),
+    specs = (
+        ActivationSpec(part="resid", layer=-1),
+        ActivationSpec(part="mlp", layer=1, topk=4),
+        ActivationSpec(part="head", layer=1, units=(2, 0)),
+        *(ActivationSpec(part=part, layer=1) for part in ("q", "k", "v")),
+        ActivationSpec(part="v", layer=0, units=(1,)),
     )
     records = ((-1, "resid"), (1, "mlp"), (1, "head"))
-    plan = TracePlan(activations=noted, records=records)
+    plan = TracePlan(activations=specs, records=records)
     prompts = prompts_of(3)
     for prompt, outputs in zip(
         prompts, run(watched.engine, prompts, [plan] * len(prompts)), strict=True
@@ -172,11 +172,11 @@ def attended_of(name, ids):
     function = ALL_ATTENTION_FUNCTIONS[config._attn_implementation]
     seen = {}
 
-    def noting(module, query, key, value, *args, **options):
+    def specs(module, query, key, value, *args, **options):
         seen[module.layer_idx] = [each[0].float().numpy() for each in (query, key, value)]
         return function(module, query, key, value, *args, **options)
 
-    ALL_ATTENTION_FUNCTIONS[config._attn_implementation] = noting
+    ALL_ATTENTION_FUNCTIONS[config._attn_implementation] = specs
     try:
         with torch.inference_mode():
             model(input_ids=torch.tensor([ids]), use_cache=False)

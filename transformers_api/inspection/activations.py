@@ -17,7 +17,7 @@ READ_BY_ATTENTION: tuple[ActivationPart, ...] = ("q", "k", "v")  # after rotatio
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Noted:
+class ActivationSpec:
     """A part of a layer whose numbers are noted at every step.
 
     ``units``: of heads or neurons, or for k and v of heads of keys; (): all. ``topk``: only so many

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from transformers_api.inspection.activations import (
     Activation,
     ActivationPart,
-    Noted,
+    ActivationSpec,
     RecordedRows,
 )
 from transformers_api.inspection.attribution_question import Attribution, AttributionQuestion
@@ -165,7 +165,7 @@ class TracePlan:
     resid_norms: bool = False
     router: bool = False
     probes: tuple[Probe, ...] = ()
-    activations: tuple[Noted, ...] = ()
+    activations: tuple[ActivationSpec, ...] = ()
     # Noted of every token that is read, prompts too, in the stream's own bits.
     records: tuple[tuple[int, ActivationPart], ...] = ()
 

@@ -23,7 +23,7 @@ from transformers_api.inspection.activations import (
     READ_BY_ATTENTION,
     Activation,
     ActivationPart,
-    Noted,
+    ActivationSpec,
     RecordedRows,
 )
 from transformers_api.inspection.attention import Attended, Weights
@@ -37,7 +37,7 @@ class Taken:
     """The notes of a sequence since its last token."""
 
     records: list[RecordedRows] = field(default_factory=list)
-    activations: dict[Noted, Activation] = field(default_factory=dict)
+    activations: dict[ActivationSpec, Activation] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Recorder:
         self._taken: WeakKeyDictionary[Sequence, Taken] = WeakKeyDictionary()
 
     def take(self, seq: Sequence) -> Taken:
-        """What was noted of ``seq``, once."""
+        """Return the notes of ``seq`` since its last token, once."""
         return self._taken.pop(seq, None) or Taken()
 
     def edits(self, batch: Batch, name: str) -> list[ModuleEdit]:
@@ -77,7 +77,9 @@ class Recorder:
             for (module, side), notes in takers.items()
         ]
 
-    def note_attention(self, seq: Sequence, noted: Noted, weights: Weights, at: Any) -> None:
+    def note_attention(
+        self, seq: Sequence, spec: ActivationSpec, weights: Weights, at: Any
+    ) -> None:
         """Note a query, a key or a value; ``at``: its sequence in the pass, its place in the text.
 
         The text is what the model sees of it.
@@ -85,14 +87,14 @@ class Recorder:
         if not isinstance(weights, Attended):
             return
         place, context = at
-        if noted.part == "q":
+        if spec.part == "q":
             numbers = weights.query[place, :, -1]
         else:
-            states = weights.key if noted.part == "k" else weights.value
+            states = weights.key if spec.part == "k" else weights.value
             last = min(states.shape[2], context) - 1
             numbers = weights.numbers(states[place][:, last : last + 1])[:, 0]
-        chosen = numbers[list(noted.units)] if noted.units else numbers
-        self._of(seq).activations[noted] = _activation(noted, chosen)
+        chosen = numbers[list(spec.units)] if spec.units else numbers
+        self._of(seq).activations[spec] = _activation(spec, chosen)
 
     def _of(self, seq: Sequence) -> Taken:
         return self._taken.setdefault(seq, Taken())
@@ -109,12 +111,12 @@ class Recorder:
             module = self._module(layer, part)
             note = partial(_record, taken, layer, part, module.factor, rows)
             takers.setdefault((module.name, module.side), []).append((rows, note))
-        for noted in plan.activations if ends else ():
-            if noted.part in READ_BY_ATTENTION:
+        for spec in plan.activations if ends else ():
+            if spec.part in READ_BY_ATTENTION:
                 continue
-            module = self._module(noted.layer, noted.part)
-            size = self._head_dim(noted.layer) if noted.part == "head" else 0
-            note = partial(_note, taken, noted, module.factor, size)
+            module = self._module(spec.layer, spec.part)
+            size = self._head_dim(spec.layer) if spec.part == "head" else 0
+            note = partial(_note, taken, spec, module.factor, size)
             takers.setdefault((module.name, module.side), []).append((rows, note))
 
     def _module(self, layer: int, part: ActivationPart) -> Module:
@@ -158,27 +160,27 @@ def bits(rows: Tensor) -> numpy.ndarray[Any, Any]:
     return rows.detach().float().clone(memory_format=torch.contiguous_format).cpu().numpy()
 
 
-def _note(taken: Taken, noted: Noted, factor: float, head_dim: int, own: Tensor) -> None:
+def _note(taken: Taken, spec: ActivationSpec, factor: float, head_dim: int, own: Tensor) -> None:
     row = own[-1].float() * factor
-    if noted.part == "head":
+    if spec.part == "head":
         heads = row.view(-1, head_dim)
-        numbers = heads[list(noted.units)] if noted.units else heads
+        numbers = heads[list(spec.units)] if spec.units else heads
     else:
-        numbers = (row[list(noted.units)] if noted.units else row)[None]
-    taken.activations[noted] = _activation(noted, numbers)
+        numbers = (row[list(spec.units)] if spec.units else row)[None]
+    taken.activations[spec] = _activation(spec, numbers)
 
 
-def _activation(noted: Noted, numbers: Tensor) -> Activation:
+def _activation(spec: ActivationSpec, numbers: Tensor) -> Activation:
     """``numbers`` (H', D)."""
     values, places = numbers.float(), None
-    if noted.topk:
-        best = values.abs().topk(min(noted.topk, values.shape[1]), dim=-1).indices
+    if spec.topk:
+        best = values.abs().topk(min(spec.topk, values.shape[1]), dim=-1).indices
         values, places = values.gather(1, best), best.cpu().numpy()
-        if noted.part == "neuron" and noted.units:
-            places = numpy.array(noted.units)[places]
+        if spec.part == "neuron" and spec.units:
+            places = numpy.array(spec.units)[places]
     return Activation(
-        part=noted.part,
-        layer=noted.layer,
+        part=spec.part,
+        layer=spec.layer,
         values=values.clone().cpu().numpy(),
         places=places,
     )

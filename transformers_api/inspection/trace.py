@@ -25,7 +25,7 @@ from transformers_api.engine.sampling.fast_sampler import largest
 from transformers_api.engine.sampling.sampler import TokenSampler, distribution
 from transformers_api.engine.scheduler import SlotStore
 from transformers_api.engine.sequence import SampledToken, Sequence
-from transformers_api.inspection.activations import READ_BY_ATTENTION, Noted
+from transformers_api.inspection.activations import READ_BY_ATTENTION, ActivationSpec
 from transformers_api.inspection.attention import Weights
 from transformers_api.inspection.base import (
     AttentionRow,
@@ -102,20 +102,20 @@ class TracingRunner:
 
     def _watch_attention(self, watch: ExitStack, traced: list[_Notes]) -> None:
         takers = {layer: [n for n in traced if layer in n.plan.layers] for layer in _layers(traced)}
-        readers: dict[int, list[tuple[_Notes, Noted]]] = {}
+        readers: dict[int, list[tuple[_Notes, ActivationSpec]]] = {}
         for notes in traced:
-            for noted in notes.plan.activations:
-                if noted.part in READ_BY_ATTENTION:
-                    readers.setdefault(noted.layer, []).append((notes, noted))
+            for spec in notes.plan.activations:
+                if spec.part in READ_BY_ATTENTION:
+                    readers.setdefault(spec.layer, []).append((notes, spec))
         if not (takers or readers):
             return
 
         def note(layer: int, weights: Weights) -> None:
             for notes in takers.get(layer, ()):
                 notes.rows.append(self._row(layer, weights, notes))
-            for notes, noted in readers.get(layer, ()):
+            for notes, spec in readers.get(layer, ()):
                 at = notes.place, notes.context
-                self.recorder.note_attention(notes.seq, noted, weights, at)
+                self.recorder.note_attention(notes.seq, spec, weights, at)
 
         layers = takers.keys() | readers.keys()
         watch.enter_context(self.examined.source.watched(self.model, note, layers))
@@ -230,7 +230,7 @@ class TracingSampler:
             router=tuple(notes.routed),
             probes=tuple(_reading(probe, notes.residuals) for probe in plan.probes),
             activations=tuple(
-                taken for noted in plan.activations if (taken := notes.taken.activations.get(noted))
+                taken for spec in plan.activations if (taken := notes.taken.activations.get(spec))
             ),
             recorded=tuple(notes.taken.records),
         )
