@@ -168,6 +168,7 @@ class TracePlan:
     activations: tuple[ActivationSpec, ...] = ()
     # Noted of every token that is read, prompts too, in the stream's own bits.
     records: tuple[tuple[int, ActivationPart], ...] = ()
+    bytes: int = 0  # that what is shown of a token may come to as JSON
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,6 +23,7 @@ from transformers_api.api.trace.format import TraceWriter, refused_header
 from transformers_api.errors import ApiError
 from transformers_api.serving.generation import Choice, Generation, Usage, collect
 from transformers_api.serving.inspect.interventions import PlannedEdits
+from transformers_api.serving.inspect.run_recorder import run_id
 from transformers_api.serving.text.choice_text import TextDelta
 from transformers_api.serving.text.vocabulary import Vocabulary
 
@@ -51,6 +52,7 @@ class Head:
     edits: Sequence[PlannedEdits] = ()  # of each prompt
     per_prompt: int = 1  # sequences
     vocabulary: Vocabulary | None = None  # which names tokens that are compared
+    run: str | None = None  # under which the answer is kept
 
     @property
     def with_more_than_text(self) -> bool:
@@ -104,7 +106,7 @@ class Head:
     def trace_header(self, index: int) -> Any:
         """The header of the traces of a choice, or why there are none; None: nobody asked."""
         if self.traces is not None:
-            return self.traces.header(index // self.n, index)
+            return self.traces.header(index // self.n, index, self.run_field(index))
         return None if self.trace_refusal is None else refused_header(self.trace_refusal, index)
 
     def usage(self, used: Usage) -> Json:
@@ -114,7 +116,13 @@ class Head:
 
     def intervened(self, index: int) -> Json:
         """The field ``intervene`` of a choice; {}: nobody asked."""
-        return intervene_format.header(self.edits, index // self.n)
+        return intervene_format.header(self.edits, index // self.n, self.run_field(index))
+
+    def run_field(self, index: int) -> dict[str, str]:
+        """The field ``run`` of a choice, its id; {}: it is not kept."""
+        if self.run is None:
+            return {}
+        return {"run": run_id(self.run, index, len(self.prompts) * self.n)}
 
     def compared(self, generation: Generation, index: int) -> Json:
         """The field ``compare`` of a choice; {}: nobody asked."""

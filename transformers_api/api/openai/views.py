@@ -375,4 +375,5 @@ def _head(
         edits=request.edits,
         per_prompt=request.per_prompt,
         vocabulary=model.vocabulary if request.compares else None,
+        run=request.run,
     )
