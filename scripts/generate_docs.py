@@ -51,6 +51,7 @@ from transformers_api.api.seeds.schemas.generate import GenerateRequest, LoadMod
 from transformers_api.api.trace.schema import (
     ActivationOptions,
     LensOptions,
+    PartsOptions,
     StreamTrace,
     TraceOptions,
 )
@@ -172,6 +173,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "trace fields": fields(TraceOptions),
     "lens fields": fields(LensOptions),
     "activation fields": fields(ActivationOptions),
+    "parts fields": fields(PartsOptions),
     "edit fields": fields(EditOptions),
     "rerank fields": fields(RerankRequest),
     "score fields": fields(ScoreRequest),

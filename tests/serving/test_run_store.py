@@ -13,7 +13,7 @@ from transformers_api.engine.base import DryParams, SamplingParams
 from transformers_api.errors import InvalidRequest, NotFound, PayloadTooLarge
 from transformers_api.inspection.activations import RecordedRows
 from transformers_api.serving.inspect import run_file, run_params
-from transformers_api.serving.inspect.run_compare import compare, settled_layer
+from transformers_api.serving.inspect.run_compare import compare
 from transformers_api.serving.inspect.run_file import Damaged, Run, StoredPart, joined
 from transformers_api.serving.inspect.run_store import RunStore, new_id
 
@@ -260,11 +260,3 @@ def test_two_runs_are_aligned_where_their_answers_begin():
     assert (part["first"], part["cosine"]) == (-2, [1.0, 1.0, 1.0, 1.0])
     assert compare(one, other, 3)["activations"][0]["cosine"] is None
     assert compare(one, one, 100)["tokens"][0]["kl_at_least"] == 0
-
-
-@pytest.mark.parametrize(
-    ("choices", "settled"), [([5, 5, 5], 0), ([1, 5, 5], 1), ([5, 1, 5], 2), ([], None)]
-)
-def test_the_settled_layer_is_the_first_whose_choice_stays(choices, settled):
-    readings = [{"layer": layer, "token_id": token} for layer, token in enumerate(choices)]
-    assert settled_layer(readings) == settled

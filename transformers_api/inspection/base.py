@@ -26,6 +26,7 @@ from transformers_api.inspection.divergence_question import Divergence, Divergen
 from transformers_api.inspection.grid_question import Grid, GridQuestion
 from transformers_api.inspection.logit_share import LogitParts, LogitPartsQuestion
 from transformers_api.inspection.probes import Probe, ProbeReading
+from transformers_api.inspection.uncertainty import Uncertainty
 
 T = TypeVar("T")
 Array = NDArray[numpy.float32]
@@ -168,7 +169,10 @@ class TracePlan:
     activations: tuple[ActivationSpec, ...] = ()
     # Noted of every token that is read, prompts too, in the stream's own bits.
     records: tuple[tuple[int, ActivationPart], ...] = ()
-    bytes: int = 0  # that what is shown of a token may come to as JSON
+    uncertainty: bool = False
+    parts: LogitPartsQuestion | None = None  # of each token; its position and token are left open
+    # That what is shown of a token may come to as JSON.
+    bytes: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -235,6 +239,8 @@ class StepTrace:
     router: tuple[Routed, ...] = ()
     probes: tuple[ProbeReading, ...] = ()
     activations: tuple[Activation, ...] = ()
+    uncertainty: Uncertainty | None = None
+    parts: LogitParts | None = None  # None: nobody asked, or it cannot be told apart here
     recorded: tuple[RecordedRows, ...] = ()  # of all that was read since the last token
 
 

@@ -28,6 +28,7 @@ from transformers_api.inspection.activations import (
 )
 from transformers_api.inspection.attention import Attended, Weights
 from transformers_api.inspection.base import LayerAttention, Part, TracePlan
+from transformers_api.inspection.logit_parts import TokenRows
 from transformers_api.inspection.parts import Parts
 from transformers_api.inspection.places import Module, head_dims, module_of
 
@@ -38,6 +39,7 @@ class Taken:
 
     records: list[RecordedRows] = field(default_factory=list)
     activations: dict[ActivationSpec, Activation] = field(default_factory=dict)
+    token: TokenRows = field(default_factory=TokenRows)  # of the token that was read last
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,7 @@ class Recorder:
         start = 0
         for seq, width, ends in zip(batch.sequences, batch.widths, batch.ends, strict=True):
             plan: TracePlan | None = seq.observe.get(name)
-            if plan is not None and (plan.records or plan.activations):
+            if plan is not None and (plan.records or plan.activations or plan.parts):
                 rows = _Rows(start, width, seq.start + seq.num_cached)
                 self._add(takers, self._of(seq), plan, rows, ends)
             start += width
@@ -111,13 +113,28 @@ class Recorder:
             module = self._module(layer, part)
             note = partial(_record, taken, layer, part, module.factor, rows)
             takers.setdefault((module.name, module.side), []).append((rows, note))
-        for spec in plan.activations if ends else ():
+        if not ends:
+            return
+        if plan.parts is not None:
+            for key in self._summed(plan.parts.by == "head"):
+                takers.setdefault(key, []).append((rows, partial(_keep, taken.token, *key)))
+        for spec in plan.activations:
             if spec.part in READ_BY_ATTENTION:
                 continue
             module = self._module(spec.layer, spec.part)
             size = self._head_dim(spec.layer) if spec.part == "head" else 0
             note = partial(_note, taken, spec, module.factor, size)
             takers.setdefault((module.name, module.side), []).append((rows, note))
+
+    def _summed(self, by_head: bool) -> list[tuple[str, Any]]:
+        """Modules and sides: the stream before and behind all layers, and what is added to it."""
+        places = self._parts.places.of(self.model)
+        keys: list[tuple[str, Any]] = [(places[0].layer, "in"), (places[-1].layer, "out")]
+        for place in places:
+            keys += [(writer.name, "out") for writer in place.writers]
+            if by_head and place.reader is not None:
+                keys.append((place.reader, "in"))
+        return keys
 
     def _module(self, layer: int, part: ActivationPart) -> Module:
         place: Part = part  # type: ignore[assignment]  # the others are not in modules
@@ -150,6 +167,11 @@ def _record(
             factor=factor,
         )
     )
+
+
+def _keep(rows: TokenRows, module: str, side: str, own: Tensor) -> None:
+    side_rows = rows.inputs if side == "in" else rows.outputs
+    side_rows[module] = own[-1].clone()
 
 
 def bits(rows: Tensor) -> numpy.ndarray[Any, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,7 @@ from transformers_api.engine.sampling.fast_sampler import largest
 from transformers_api.engine.sampling.sampler import TokenSampler, distribution
 from transformers_api.engine.scheduler import SlotStore
 from transformers_api.engine.sequence import SampledToken, Sequence
+from transformers_api.errors import ApiError
 from transformers_api.inspection.activations import READ_BY_ATTENTION, ActivationSpec
 from transformers_api.inspection.attention import Weights
 from transformers_api.inspection.base import (
@@ -36,9 +37,13 @@ from transformers_api.inspection.base import (
     TracePlan,
 )
 from transformers_api.inspection.examination import Examined
+from transformers_api.inspection.logit_parts import split_token
+from transformers_api.inspection.logit_share import LogitParts
 from transformers_api.inspection.parts import lens_logits, residuals_of, routers_of
 from transformers_api.inspection.probes import Probe, ProbeReading
+from transformers_api.inspection.reading import Way
 from transformers_api.inspection.recording import Recorder, Taken
+from transformers_api.inspection.uncertainty import Uncertainty, settled_layer
 
 NAME = "trace"  # in ``observe`` and ``extras``
 LOWEST = -1e4  # a logit; times a probability of 0 it is 0, which -inf is not
@@ -209,6 +214,8 @@ class TracingSampler:
         stats = own or token_stats(logits, token, plan.topk)
         prob, spread, drawn_top = _drawn(logits, seq, token, plan.sampled_topk)
         norms = sorted(notes.residuals) if plan.resid_norms else []
+        lens, lens_kl = self._lens(notes, token)
+        sure = _uncertainty(logits, stats.entropy, lens, lens_kl) if plan.uncertainty else None
         return StepTrace(
             step=seq.num_output,
             position=len(seq.tokens),
@@ -223,7 +230,7 @@ class TracingSampler:
             sampled_entropy=spread,
             sampled_top=drawn_top,
             attention=tuple(sorted(notes.rows, key=lambda row: plan.layers.index(row.layer))),
-            lens=self._lens(notes, token),
+            lens=lens,
             resid_norms=tuple(
                 float(notes.residuals[layer].float().norm()) for layer in norms if layer >= 0
             ),
@@ -232,18 +239,42 @@ class TracingSampler:
             activations=tuple(
                 taken for spec in plan.activations if (taken := notes.taken.activations.get(spec))
             ),
+            uncertainty=sure,
+            parts=self._parts(notes, logits, token),
             recorded=tuple(notes.taken.records),
         )
 
-    def _lens(self, notes: _Notes, token: int) -> tuple[LensReading, ...]:
+    def _parts(self, notes: _Notes, logits: Tensor, token: int) -> LogitParts | None:
+        if notes.plan.parts is None:
+            return None
+        examined, question = self.examined, replace(notes.plan.parts, token_id=token)
+        vocab_size = examined.anatomy.vocab_size
+        way = Way(
+            parts=examined.parts, vocab_size=vocab_size, slice_tokens=1, reads_in_chunks=False
+        )
+        rows = notes.taken.token
+        try:
+            with adapted(self.model, [notes.seq.adapter]):
+                return split_token(self.model, way, examined.anatomy, rows, logits, question)
+        except ApiError:  # numbers that no norm explains: of an edited stream, perhaps
+            return None
+
+    def _lens(self, notes: _Notes, token: int) -> tuple[tuple[LensReading, ...], float | None]:
+        """The readings, and the divergence of the last layer's from the middle one's."""
         layers = [layer for layer in notes.plan.lens_layers if layer in notes.residuals]
         if not layers:
-            return ()
+            return (), None
         residuals = torch.stack([notes.residuals[layer] for layer in layers])
         with adapted(self.model, [notes.seq.adapter]):
             logits = lens_logits(self.model, self.examined.parts, residuals)  # (N, V)
         logits = logits[:, : self.examined.anatomy.vocab_size]
-        return tuple(
+        divergence = None
+        if notes.plan.uncertainty and len(layers) > 1:
+            middle = min(
+                layers, key=lambda layer: (abs(layer - self.examined.anatomy.layers // 2), layer)
+            )
+            divergence = _divergence(logits, layers.index(max(layers)), layers.index(middle))
+        readings = tuple(
             LensReading(
                 layer=layer,
                 top=_likely(probs, notes.plan.lens_topk),
@@ -253,6 +284,7 @@ class TracingSampler:
             )
             for layer, probs in zip(layers, logits.softmax(-1), strict=True)
         )
+        return readings, divergence
 
 
 def _reading(probe: Probe, residuals: dict[int, Tensor]) -> ProbeReading:
@@ -269,6 +301,31 @@ def _reading(probe: Probe, residuals: dict[int, Tensor]) -> ProbeReading:
         layers=layers,
         projections=tuple(projections),
         cosines=tuple(cosines),
+    )
+
+
+def _divergence(logits: Tensor, last: int, middle: int) -> float:
+    """KL(last || middle) in nats, of rows of ``logits`` (N, V)."""
+    own, other = logits[last].log_softmax(-1), logits[middle].log_softmax(-1)
+    shares = torch.where(own.isfinite(), own.exp() * (own - other), 0.0)
+    return max(float(shares.sum()), 0.0)
+
+
+def _uncertainty(
+    logits: Tensor, entropy: float, lens: SequenceOf[LensReading], lens_kl: float | None
+) -> Uncertainty:
+    """Of ``logits`` (V,), and the lens' readings."""
+    logprobs = logits.float().log_softmax(-1)
+    probs = logprobs.exp()
+    spread = torch.where(probs > 0, probs * (logprobs + entropy).square(), 0.0)
+    values, _ = largest(probs, min(2, len(probs)))
+    choices = [(reading.layer, reading.top.token_ids[0]) for reading in lens]
+    return Uncertainty(
+        entropy=entropy,
+        varentropy=float(spread.sum()),
+        margin=float(values[0] - values[-1]) if len(values) > 1 else 1.0,
+        settled_layer=settled_layer(choices),
+        lens_kl=lens_kl,
     )
 
 

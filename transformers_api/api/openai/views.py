@@ -376,4 +376,5 @@ def _head(
         per_prompt=request.per_prompt,
         vocabulary=model.vocabulary if request.compares else None,
         run=request.run,
+        with_agreement="trace" in body and body["trace"].uncertainty,
     )

@@ -21,9 +21,11 @@ from transformers_api.inspection.base import (
     Routed,
     StepTrace,
 )
+from transformers_api.inspection.logit_share import LogitParts, LogitShare
+from transformers_api.inspection.uncertainty import Uncertainty
 from transformers_api.serving.generation import GenerationRequest
 from transformers_api.serving.inspect import arrays
-from transformers_api.serving.inspect.trace_plan import TraceRequest
+from transformers_api.serving.inspect.trace_plan import PartsRequest, TraceRequest
 from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.text.spans import Span
 from transformers_api.serving.text.vocabulary import Vocabulary
@@ -207,9 +209,47 @@ def _others(trace: StepTrace, options: TraceRequest, vocabulary: Vocabulary) -> 
         ]
     if options.activations:
         content["activations"] = [_activation(own) for own in trace.activations]
+    if trace.uncertainty is not None:
+        content["uncertainty"] = _uncertainty(trace.uncertainty)
+    if options.parts is not None:
+        content["parts"] = None if trace.parts is None else _parts(trace.parts, options.parts)
     if options.router:
         content["router"] = [_routed(routed) for routed in trace.router]
     return content
+
+
+def _uncertainty(own: Uncertainty) -> Json:
+    return {
+        "entropy": _round(own.entropy),
+        "varentropy": _round(own.varentropy),
+        "margin": _round(own.margin),
+        "settled_layer": own.settled_layer,
+        "lens_kl": None if own.lens_kl is None else _round(own.lens_kl),
+    }
+
+
+def _parts(own: LogitParts, options: PartsRequest) -> Json:
+    """The largest shares of a logit, and what is left: all together are the logit."""
+    values = [share.value for share in own.shares]
+    listed = sorted(range(len(values)), key=lambda at: -abs(values[at]))[: options.topk]
+    listed.sort()
+    size = sum(map(abs, values)) + abs(own.constant)
+    return {
+        "by": options.by,
+        "against": options.against,
+        "logit": _round(own.logit),
+        "model_logit": _round(own.model_logit),
+        "shares": [_share(own.shares[at]) for at in listed],
+        "rest": _round(sum(values) - sum(values[at] for at in listed)),
+        "constant": _round(own.constant),
+        "rounding": _round(own.rounding),
+        "verified_rel": _round(abs(own.rounding) / size if size else 0.0),
+    }
+
+
+def _share(share: LogitShare) -> Json:
+    head = {"head": share.index} if share.part == "head" else {}
+    return {"part": share.part, "layer": share.layer, **head, "value": _round(share.value)}
 
 
 def _activation(own: Activation) -> Json:

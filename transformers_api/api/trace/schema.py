@@ -23,6 +23,7 @@ from transformers_api.inspection.activations import ACTIVATION_PARTS
 from transformers_api.serving.inspect.trace_plan import (
     ActivationRequest,
     LensRequest,
+    PartsRequest,
     TraceRequest,
 )
 
@@ -147,6 +148,19 @@ class ActivationOptions(StrictSchema):
         return ActivationRequest(**data if layer is None else {**data, "layers": (layer,)})
 
 
+class PartsOptions(StrictSchema):
+    """The parts of each token's logit."""
+
+    by = Text(choices=("layer", "head"), load_default="layer", **about("`head`: attention split."))
+    topk = Integer(1, MAX_KEYS, load_default=10, **about("So many parts, the largest."))
+    against = Text(choices=("mean",), **about("Less the mean of all logits. Default: nothing."))
+
+    @post_load
+    def make(self, data: dict[str, Any], **_: Any) -> PartsRequest:
+        """The options as serving takes them."""
+        return PartsRequest(**data)
+
+
 class TraceOptions(StrictSchema):
     """The parts to show of every token."""
 
@@ -190,6 +204,11 @@ class TraceOptions(StrictSchema):
         load_default=(),
         **about("Numbers of parts of layers, at the last token that was read."),
     )
+    uncertainty = Boolean(
+        load_default=False,
+        **about("Entropy, varentropy, margin; with `lens` where it settles, and how late."),
+    )
+    parts = Object(PartsOptions, **about("What each layer or head adds to the token's logit."))
     store = Boolean(
         load_default=False, **about("Keep the answer as a [run](#inspectruns), with all of this.")
     )

@@ -95,6 +95,10 @@ class Planner:
         if options.probes:
             probes = probes_of(options.probes, self.vector, inspector.anatomy)
             trace = replace(trace, probes=probes)
+        if trace.parts is not None:
+            self.inspections.check_parts(
+                model, inspector, trace.parts, request.prompts[0], self.cancellation
+            )
         activations = activation_plan.planned(
             options.activations,
             inspector.anatomy,

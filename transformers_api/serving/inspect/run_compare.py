@@ -10,6 +10,7 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
+from transformers_api.inspection.uncertainty import settled_layer
 from transformers_api.serving.inspect import arrays
 from transformers_api.serving.inspect.run_file import Json, Run
 
@@ -46,15 +47,8 @@ def compare(a: Run, b: Run, most_numbers: int) -> Json:
     }
 
 
-def settled_layer(readings: Sequence[Json]) -> int | None:
-    """The first layer from which the lens' first choice stays as it is; None without a lens."""
-    layers = sorted(readings, key=lambda reading: int(reading["layer"]))
-    settled = None
-    for reading in reversed(layers):
-        if reading["token_id"] != layers[-1]["token_id"]:
-            break
-        settled = int(reading["layer"])
-    return settled
+def _settled(readings: Sequence[Json]) -> int | None:
+    return settled_layer([(each["layer"], each["token_id"]) for each in readings])
 
 
 def _notes(run: Run, step: int) -> Mapping[str, Any]:
@@ -70,7 +64,7 @@ def _step(run: Run, step: int) -> Json | None:
         "token": run.tokens[step],
         "logprob": notes.get("logprob"),
         "entropy": notes.get("entropy"),
-        "settled_layer": settled_layer(notes.get("lens", ())),
+        "settled_layer": _settled(notes.get("lens", ())),
     }
 
 

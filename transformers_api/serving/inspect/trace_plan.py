@@ -15,6 +15,7 @@ from transformers_api.errors import (
 )
 from transformers_api.inspection.activations import ActivationPart
 from transformers_api.inspection.base import Anatomy, LayerAttention, TracePlan
+from transformers_api.inspection.logit_share import LogitPartsQuestion
 from transformers_api.inspection.probes import Probe
 from transformers_api.serving.inspect.trace_slots import LIGHT, WHOLE
 from transformers_api.serving.inspect.vector_store import Vector
@@ -51,6 +52,15 @@ class ActivationRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PartsRequest:
+    """The parts of a logit that are shown."""
+
+    by: Literal["layer", "head"] = "layer"
+    topk: int = 10
+    against: Literal["mean"] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LensRequest:
     """Which residual streams to read through the model's own head."""
 
@@ -74,6 +84,8 @@ class TraceRequest:
     probes: tuple[str, ...] = ()  # names of vectors that the stream is measured along
     activations: tuple[ActivationRequest, ...] = ()
     store: bool = False  # keep the answer as a run
+    uncertainty: bool = False
+    parts: PartsRequest | None = None
     specials: bool = False  # also of the token that ends the answer
     required: bool = True  # False: where it cannot be had, the answer goes on without it
     meta: bool = False  # a leading event about prompt and model, where there are named events
@@ -122,6 +134,8 @@ def plan(
         resid_norms=trace.resid_norms,
         router=trace.router,
         bytes=size.bytes,
+        uncertainty=trace.uncertainty,
+        parts=_parts(anatomy, trace.parts),
     )
 
 
@@ -132,7 +146,7 @@ def cost(trace: TraceRequest, plan: TracePlan, choices: int) -> int:
     """
     has_more = plan.lens_layers or plan.resid_norms or plan.router or len(plan.layers) > 1
     is_text = bool(plan.layers) and trace.attn in ("json", "json64")
-    has_more = has_more or bool(trace.probes or trace.activations)
+    has_more = has_more or bool(trace.probes or trace.activations or trace.parts)
     return WHOLE if has_more or is_text or choices > 1 else LIGHT
 
 
@@ -271,6 +285,18 @@ def _lens_layers(anatomy: Anatomy, trace: TraceRequest) -> tuple[int, ...]:
     return layers
 
 
+def _parts(anatomy: Anatomy, parts: PartsRequest | None) -> LogitPartsQuestion | None:
+    if parts is None:
+        return None
+    if not anatomy.lens:
+        raise ModelNotCapable(
+            f"the residual stream of model type {anatomy.model_type} cannot be read through its "
+            "head: a logit has no parts here",
+            param="trace.parts",
+        )
+    return LogitPartsQuestion(position=-1, by=parts.by, against=parts.against)
+
+
 def _check_capable(anatomy: Anatomy, trace: TraceRequest) -> None:
     kind = anatomy.model_type
     if trace.probes and anatomy.final_norm is None:
@@ -306,7 +332,11 @@ class _Size:
         tokens = trace.topk * 2 + trace.sampled_topk
         if trace.lens:
             tokens += lens_layers * (trace.lens.topk + 2)
-        numbers = anatomy.layers * (trace.resid_norms + 2 * len(trace.probes))
+        if trace.parts:
+            tokens += trace.parts.topk + 2
+        numbers = 5 * trace.uncertainty + anatomy.layers * (
+            trace.resid_norms + 2 * len(trace.probes)
+        )
         if trace.router and anatomy.routing:
             numbers += len(anatomy.routing.layers) * (2 * anatomy.routing.experts_per_token + 5)
         attention = sum(self._attention(heads, width) for heads, width in self.shapes)
