@@ -39,6 +39,11 @@ OTHERWISE = {
     "POST /load_model": 404,
     "POST /detokenize": 400,
     "PUT /inspect/vectors/{name}": 201,
+    "POST /inspect/runs": 201,
+    "GET /inspect/runs/{run_id}": 404,
+    "DELETE /inspect/runs/{run_id}": 404,
+    "POST /inspect/runs/{run_id}/replay": 404,
+    "GET /inspect/runs/compare": 422,
     "POST /inspect/vectors/{name}/derive": 201,
 }
 

@@ -19,6 +19,7 @@ from transformers_api.errors import ApiError
 from transformers_api.serving.embeddings import EmbeddingModels
 from transformers_api.serving.inspect.queue import Inspections
 from transformers_api.serving.inspect.recent_completions import Completions
+from transformers_api.serving.inspect.run_store import RunStore
 from transformers_api.serving.inspect.trace_slots import TraceSlots
 from transformers_api.serving.inspect.vector_store import VectorStore
 from transformers_api.serving.limits.access import Access
@@ -81,6 +82,12 @@ class Services:
     stream_writer: StreamWriter = field(default_factory=StreamWriter)
     started_at: float = field(default_factory=time.monotonic)  # seconds, time.monotonic()
     created: int = field(default_factory=lambda: int(time.time()))  # the same, since 1970
+
+    @cached_property
+    def runs(self) -> RunStore:
+        """Answers that are kept with what was noted of them."""
+        settings = self.settings
+        return RunStore(settings.model_store / "runs", settings.runs_max_mb << 20)
 
     @cached_property
     def private_paths(self) -> PrivatePaths:

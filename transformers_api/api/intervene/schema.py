@@ -356,14 +356,26 @@ class InterveneOptions(StrictSchema):
     )
 
     compare: fields.Field[Any] = Unsupported()
+    store: fields.Field[Any] = Unsupported()
 
-    @post_load
-    def make(self, data: dict[str, Any], **_: Any) -> InterveneRequest:
+    @post_load(pass_original=True)
+    def make(self, data: dict[str, Any], original: Any, **_: Any) -> InterveneRequest:
         """The options as serving takes them."""
-        return InterveneRequest(edits=tuple(data["edits"]), compares=bool(data.get("compare")))
+        return InterveneRequest(
+            edits=tuple(data["edits"]),
+            compares=bool(data.get("compare")),
+            store=bool(data.get("store")),
+            source=original,
+        )
 
 
-class ComparedInterveneOptions(InterveneOptions):
+class WritingInterveneOptions(InterveneOptions):
+    """The same of an answer, which may be kept as a run."""
+
+    store = Boolean(load_default=False, **about("Keep the answer as a [run](#inspectruns)."))
+
+
+class ComparedInterveneOptions(WritingInterveneOptions):
     """The same of an answer whose tokens the unedited model may be asked about as well."""
 
     compare = Text(
