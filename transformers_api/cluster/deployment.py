@@ -15,13 +15,20 @@ from transformers_api.config.settings import Settings
 
 @serve.deployment
 class ReplicaDeployment:
-    """Passes on to a ``Replica``; Serve routes by the model that ``resident`` publishes."""
+    """Passes on to a ``Replica``; Serve routes by the model that ``resident`` publishes.
 
-    def __init__(self, settings: Settings) -> None:
+    ``model``: the one that it has alone, and always; None: it takes turns with all.
+    """
+
+    async def __init__(self, settings: Settings, model: str | None = None) -> None:  # type: ignore[misc]  # Serve's way
         name = serve.get_replica_context().replica_id.unique_id
         threads = settings.torch_threads or max(int(settings.cluster_replica_cpus), 1)
         own = replace(settings, torch_threads=threads, engine="local", preload_model=False)
-        self._replica = Replica(own, name, publish=self.resident)
+        if model is not None:
+            own = replace(own, idle_unload_s=None)
+        self._replica = Replica(own, name, publish=None if model else self.resident)
+        if model is not None:
+            await self._replica.keep(model)
 
     @serve.multiplexed(max_num_models_per_replica=1)
     async def resident(self, model: str) -> str:

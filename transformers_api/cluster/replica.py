@@ -89,6 +89,10 @@ class Replica:
         self._pool = ThreadPoolExecutor(threads, "replica")
         self._engine.begin()
 
+    async def keep(self, model: str) -> None:
+        """Load the model that this replica is for. Raises ApiError."""
+        await asyncio.to_thread(self._engine.models.load, model)
+
     async def describe(self, caller: Caller) -> ModelFacts | Failure:
         """The facts of a model, which is in memory then."""
 
