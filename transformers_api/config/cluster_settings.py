@@ -35,8 +35,8 @@ class ClusterSettings:
     cluster_max_replicas: int | None = setting(
         None,
         to.integer(1, 4096),
-        "Replicas that Ray may start while more than half of MAX_INFLIGHT requests are in flight per "
-        "replica. Default: CLUSTER_REPLICAS.",
+        "Replicas that Ray may start while more than half of MAX_INFLIGHT are in flight on each "
+        "of them. Default: CLUSTER_REPLICAS.",
     )
     cluster_replica_cpus: float = setting(
         1.0, to.number(0.01, 1024), "Cores of one replica, and its TORCH_THREADS, at least one."
