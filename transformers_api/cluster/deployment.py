@@ -8,6 +8,7 @@ from typing import Any
 
 from ray import serve
 
+from transformers_api.cluster import ray_runtime
 from transformers_api.cluster.messages import Failure, Outputs
 from transformers_api.cluster.replica import Replica
 from transformers_api.config.settings import Settings
@@ -37,16 +38,24 @@ class ReplicaDeployment:
 
     async def describe(self, *arguments: Any) -> Any:
         """See Replica."""
-        return await self._replica.describe(*arguments)
+        facts = await self._replica.describe(*arguments)
+        ray_runtime.let_own_code_travel()
+        return facts
 
     async def text(self, *arguments: Any) -> Any:
         """See Replica."""
-        return await self._replica.text(*arguments)
+        facts = await self._replica.text(*arguments)
+        ray_runtime.let_own_code_travel()
+        return facts
 
     async def generate(self, *arguments: Any) -> AsyncIterator[Outputs | Failure]:
         """See Replica."""
         async for message in self._replica.generate(*arguments):
             yield message
+
+    async def abort(self, *arguments: Any) -> Any:
+        """See Replica."""
+        return await self._replica.abort(*arguments)
 
     async def ask(self, *arguments: Any) -> Any:
         """See Replica."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from transformers_api.config.environment import set_for_ray
 from transformers_api.config.settings import SettingError, Settings
 
 NAMESPACE = "transformers-api"
+OWN_CODE = "transformers_modules"  # where transformers puts it
 TOKEN = "token"  # the file in CLUSTER_FOLDER
 BROADCAST_S = 3.0
 LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
@@ -54,6 +56,18 @@ def broadcast(handle: Any, method: str, arguments: tuple[Any, ...]) -> list[Any]
     )
     answers = [None if isinstance(answer, TimeoutError) else answer for answer in answers]
     return [answer for answer in answers if not isinstance(answer, BaseException)]
+
+
+def let_own_code_travel() -> None:
+    """Send the classes of models' own code as they are: no front has the files they are from.
+
+    Such a tokenizer comes with its code, which the operator has trusted (``trust_remote_code``).
+    """
+    from ray import cloudpickle
+
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == OWN_CODE:
+            cloudpickle.register_pickle_by_value(module)
 
 
 def kinds_of_errors() -> tuple[tuple[type[Exception], ...], tuple[type[Exception], ...]]:
