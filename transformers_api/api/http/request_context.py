@@ -156,6 +156,8 @@ class RequestContext:
         services, exits = self.services, self._exits
         services.admission.enter(self.cancellation)
         exits.callback(services.admission.leave, self.cancellation)
+        if (place := services.in_flight.enter(self.client)) is not None:
+            exits.callback(services.in_flight.leave, place)
         self._watch = services.watcher.watch(flask.request.environ, self.cancellation.cancel)
         exits.callback(self._watch.close)
 

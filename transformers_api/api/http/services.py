@@ -24,6 +24,7 @@ from transformers_api.serving.inspect.trace_slots import TraceSlots
 from transformers_api.serving.inspect.vector_store import VectorStore
 from transformers_api.serving.limits.access import Access
 from transformers_api.serving.limits.admission import Admission
+from transformers_api.serving.limits.in_flight import InFlight
 from transformers_api.serving.models.registry import ModelRegistry
 from transformers_api.serving.models.spec import ModelSpec
 from transformers_api.serving.models.store import ModelStore
@@ -63,6 +64,7 @@ class Services:
     store: ModelStore
     swapper: ModelPool
     admission: Admission
+    in_flight: InFlight  # over all servers that share a redis
     inspections: Inspections
     access: Access  # keys, and how much a client may ask
     limits: RateLimits  # the buckets of these
