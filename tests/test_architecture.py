@@ -95,6 +95,7 @@ LAYERS = {
         "inspection.questions",
         "inspection.edit_plan",
         "inspection.divergence_question",
+        "inspection.grid_question",
         "inspection.probes",
         "checkpoints.headers",
         *LEAVES,

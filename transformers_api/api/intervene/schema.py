@@ -24,7 +24,8 @@ from transformers_api.api.http.fields import (
 )
 from transformers_api.api.http.sampling_schema import about
 from transformers_api.inspection.base import PARTS, Array
-from transformers_api.serving.inspect.edit_positions import At, SpanAt, StepsAt, TextAt
+from transformers_api.serving.inspect.edit_positions import At as Positions
+from transformers_api.serving.inspect.edit_positions import SpanAt, StepsAt, TextAt
 from transformers_api.serving.inspect.edit_request import (
     EditRequest,
     ForceRequest,
@@ -64,7 +65,7 @@ class _Named(fields.Field[Any]):
         return value if value == "all" else _whole_numbers(value, 'must be integers, or "all"')
 
 
-class _At(fields.Field[At]):
+class At(fields.Field[Positions]):
     """Positions: a word, a list, a message's role, a text, or steps."""
 
     EXPECTED = (
@@ -74,9 +75,9 @@ class _At(fields.Field[At]):
 
     def _deserialize(
         self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **_: Any
-    ) -> At:
+    ) -> Positions:
         if value in _WORDS:
-            words: At = value
+            words: Positions = value
             return words
         if isinstance(value, list):
             return _whole_numbers(value, self.EXPECTED)
@@ -191,7 +192,7 @@ class EditOptions(StrictSchema):
         longest=2,
         **about("`[first, last]`: these layers and all between."),
     )
-    at = _At(
+    at = At(
         load_default="all",
         error_messages=NOT_GIVEN,
         **about("The positions of the tokens that are read: see the guide."),
