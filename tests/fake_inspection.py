@@ -9,7 +9,7 @@ from typing import Any
 import numpy
 
 from transformers_api.inspection.base import (
-    PARTS,
+    PLACES,
     Anatomy,
     Array,
     AttentionMode,
@@ -52,7 +52,7 @@ def fake_places(layer: int) -> Places:
     """All parts of a layer with 16 neurons; of the embedding its stream."""
     if layer < 0:
         return Places(layer=layer, off={"resid": 1e-7})
-    off = dict.fromkeys(PARTS, 1e-7)
+    off = dict.fromkeys(PLACES, 1e-7)
     return Places(layer=layer, off=off, heads=HEADS, head_dim=WIDTH // HEADS, neurons=16)
 
 

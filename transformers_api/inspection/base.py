@@ -58,16 +58,17 @@ class LayerAttention:
     max_rel_err: float | None = None  # |P·V - out| / |out| of the check at load
 
 
-Part = Literal["resid", "attn", "mlp", "head", "neuron"]
+Part = Literal["resid", "attn", "mlp", "head", "neuron", "weights"]
 PARTS: tuple[Part, ...] = ("resid", "attn", "mlp", "head", "neuron")
+PLACES: tuple[Part, ...] = (*PARTS, "weights")  # weights of attention have edits of their own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Places:
     """The parts of one layer that can be changed; layer -1 is the embedding.
 
-    ``off``: what an edit of a part gives beside the same edit of the model's own modules, relative;
-    each part that is there has one. Those of ``unverified`` give something else.
+    ``off``: of each that is there, what an edit gives beside the same edit of the model's modules,
+    relative. Those of ``unverified`` give something else.
     """
 
     layer: int
@@ -133,8 +134,7 @@ class Anatomy:
     lens: bool  # a residual can be read through the model's own head
     lens_is_exact: bool  # and that of the last layer gives the model's own logits, bit for bit
     routing: Routing | None = None
-    # Whether rows can be had while writing, without changing a bit of the answer.
-    traces_attention: bool = False
+    traces_attention: bool = False  # while it writes, without changing a bit of the answer
 
     @property
     def layers_with_attention(self) -> list[int]:

@@ -22,11 +22,14 @@ from torch.linalg import vector_norm
 
 from transformers_api.engine.backend import Backend
 from transformers_api.engine.batch import Batch
-from transformers_api.engine.runners.edited_modules import ModuleEdit, hooked
+from transformers_api.engine.runners.edited_attention import Attending, AttentionEdit, edited_model
+from transformers_api.engine.runners.edited_modules import ModuleEdit
 from transformers_api.engine.runners.model_runner import Runner, innermost
 from transformers_api.engine.sampling.sampler import TokenSampler
 from transformers_api.engine.scheduler import SlotStore
 from transformers_api.engine.sequence import SampledToken, Sequence
+from transformers_api.inspection.attention import AttentionSource
+from transformers_api.inspection.attention_edits import change_attention
 from transformers_api.inspection.base import LayerAttention
 from transformers_api.inspection.edit_plan import Edit, EditPlan, InterventionFailed
 from transformers_api.inspection.parts import Parts
@@ -114,6 +117,8 @@ def prepared(
     heads = head_dims(places, attention)
     edits = []
     for edit in plan.edits:
+        if edit.part == "weights":
+            continue
         module = module_of(places, edit.layer, edit.part)
         assert module is not None
         vector = None
@@ -143,15 +148,33 @@ class PassEdits:
 
     total: int  # rows that the batch reads
     is_single: bool  # of one sequence
+    source: AttentionSource
     by_module: dict[tuple[str, str], list[_Change]] = field(default_factory=dict)
+    attention: list[AttentionEdit] = field(default_factory=list)
     failures: dict[Edited, Edit] = field(default_factory=dict)
 
-    def add(self, seq: Edited, edits: SequenceOf[PreparedEdit], rows: _Rows) -> None:
-        """The edits that change one of these rows of a sequence."""
+    def add(
+        self,
+        seq: Edited,
+        edits: SequenceOf[PreparedEdit],
+        rows: _Rows,
+        context: int,
+        slot: int = 0,
+    ) -> None:
+        """The edits that change one of these rows of a sequence, which is in this slot.
+
+        ``context``: its tokens in the cache after the pass.
+        """
         for each in edits:
-            if any(_within(span, rows.first, rows.count) for span in each.edit.positions):
+            if _concerns(each.edit, rows):
                 key = each.module.name, each.module.side
                 self.by_module.setdefault(key, []).append((each, rows, seq))
+        for layer, of_layer in _plan_of(seq).attention.items():
+            if any(_concerns(edit, rows) for edit in of_layer):
+                apply = partial(self._attend, of_layer, seq, rows.first + rows.count)
+                own = rows.start, rows.count, self.total, context, slot
+                place = self.source.place_of(layer)
+                self.attention.append(AttentionEdit(layer, *own, apply, place))
 
     def module_edits(self) -> list[ModuleEdit]:
         """One for each module and side."""
@@ -159,6 +182,13 @@ class PassEdits:
             ModuleEdit(name, "in" if side == "in" else "out", partial(self._apply, changes))
             for (name, side), changes in self.by_module.items()
         ]
+
+    def _attend(self, edits: SequenceOf[Edit], seq: Edited, stop: int, call: Attending) -> None:
+        began = time.perf_counter()
+        tally = _plan_of(seq).tally
+        _, count, keys = call.shape
+        tally.tokens += change_attention(edits, call, stop - count, stop - keys)
+        tally.seconds += time.perf_counter() - began
 
     def _apply(self, changes: SequenceOf[_Change], tensor: Tensor) -> None:
         # A model that keeps no state reads a sequence again from its start: more rows than new.
@@ -192,6 +222,10 @@ def _edited(each: PreparedEdit, own: Tensor, first: int) -> int | None:
     return tokens
 
 
+def _concerns(edit: Edit, rows: _Rows) -> bool:
+    return any(_within(span, rows.first, rows.count) for span in edit.positions)
+
+
 def _within(span: tuple[int, int | None], first: int, count: int) -> tuple[int, int] | None:
     """The positions of ``span`` that are among ``count`` ones from ``first`` on."""
     start, stop = max(span[0], first), first + count
@@ -202,18 +236,25 @@ def _within(span: tuple[int, int | None], first: int, count: int) -> tuple[int, 
 class EditedText:
     """The edits of a text that an inspection reads. Meets ``reading.TextEdits`` and Edited."""
 
-    def __init__(self, plan: EditPlan, parts: Parts, attention: SequenceOf[LayerAttention]) -> None:
+    def __init__(
+        self,
+        plan: EditPlan,
+        parts: Parts,
+        attention: SequenceOf[LayerAttention],
+        source: AttentionSource,
+    ) -> None:
         self.edits = plan
         self._places = parts, attention
+        self._source = source
         self._prepared: list[PreparedEdit] = []
 
     @contextmanager
     def editing(self, model: Any, start: int, stop: int) -> Iterator[None]:
         """See TextEdits. Raises InterventionFailed."""
         self._prepared = self._prepared or prepared(self.edits, model, *self._places)
-        changes = PassEdits(stop - start, True)
-        changes.add(self, self._prepared, _Rows(0, start, stop - start))
-        with hooked(model, changes.module_edits()):
+        changes = PassEdits(stop - start, True, self._source)
+        changes.add(self, self._prepared, _Rows(0, start, stop - start), stop)
+        with edited_model(model, changes.module_edits(), changes.attention):
             yield
         for edit in changes.failures.values():
             raise InterventionFailed(
@@ -236,8 +277,10 @@ class InterveningRunner:
         backend: Backend,
         parts: Parts,
         attention: SequenceOf[LayerAttention],
+        source: AttentionSource,
     ) -> None:
         self.inner = inner
+        self.source = source
         self.model = model
         self.backend = backend
         self._places = parts, attention
@@ -254,18 +297,20 @@ class InterveningRunner:
         """See Runner."""
         if not batch.is_edited:
             return self.inner.forward(batch, keep)
-        changes = PassEdits(batch.tokens, len(batch.sequences) == 1)
+        changes = PassEdits(batch.tokens, len(batch.sequences) == 1, self.source)
         start = 0
         for seq, width in zip(batch.sequences, batch.widths, strict=True):
             if seq.edits is not None and seq not in self.failures:
                 first = seq.start + (0 if self._reads_all else seq.num_cached)
                 rows = _Rows(start, first, seq.start + seq.num_cached + width - first)
-                changes.add(seq, self._edits_of(_plan_of(seq)), rows)
+                context = seq.num_cached + width
+                changes.add(seq, self._edits_of(_plan_of(seq)), rows, context, seq.slot)
                 if self._reads_all:
                     rows.first, rows.count = seq.start + seq.num_cached, width
             start += width
-        edits = changes.module_edits()
-        with self.backend.editing(self.model, edits) if edits else nullcontext():
+        edits, attention = changes.module_edits(), changes.attention
+        is_edited = edits or attention
+        with self.backend.editing(self.model, edits, attention) if is_edited else nullcontext():
             logits = self.inner.forward(batch, keep)
         for seq in batch.sequences:
             if (edit := changes.failures.get(seq)) is not None:

@@ -72,7 +72,7 @@ class ModelInspector:
     def edited(self, plan: EditPlan) -> ModelInspector:
         """See ``base.Inspector``."""
         other = copy.copy(self)
-        text = EditedText(plan, self.way.parts, self.anatomy.attention)
+        text = EditedText(plan, self.way.parts, self.anatomy.attention, self.source)
         other.way = replace(self.way, edits=text)
         return other
 

@@ -24,9 +24,20 @@ from transformers_api.engine.base import SamplingParams, SequenceRequest, TokenS
 from transformers_api.engine.batch import Batch
 from transformers_api.engine.llm_engine import BatchingEngine
 from transformers_api.engine.places import LayerPlaces
-from transformers_api.engine.runners.edited_modules import ModuleEdit, hooked
+from transformers_api.engine.runners.edited_attention import Attending, AttentionEdit, edited_model
+from transformers_api.engine.runners.edited_modules import ModuleEdit
 from transformers_api.engine.sequence import Sequence
-from transformers_api.inspection.base import PARTS, Editable, LayerAttention, Part, Places
+from transformers_api.inspection.attention import AttentionSource
+from transformers_api.inspection.attention_edits import change_attention
+from transformers_api.inspection.base import (
+    PLACES,
+    AttentionMode,
+    Editable,
+    LayerAttention,
+    Part,
+    Places,
+)
+from transformers_api.inspection.edit_plan import Edit
 from transformers_api.inspection.parts import Parts
 
 log = logging.getLogger(__name__)
@@ -68,6 +79,8 @@ def module_of(places: SequenceOf[LayerPlaces], layer: int, part: Part) -> Module
     if layer == EMBEDDING:
         return Module(places[0].layer, "in") if part == "resid" else None
     own = places[layer]
+    if part == "weights":
+        return None
     if part == "resid":
         return Module(own.layer, "out")
     if part in ("attn", "mlp"):
@@ -86,12 +99,15 @@ class ActingCheck:
         backend: Backend,
         parts: Parts,
         attention: SequenceOf[LayerAttention],
+        source: AttentionSource,
     ) -> None:
         self.engine = engine
+        self.source = source
         self.backend = backend
         self.layers: SequenceOf[LayerPlaces] = ()
         self._finder = parts.places
         self.attention = attention
+        self._attending: frozenset[int] = frozenset()  # whose weights can be changed
         self.has_experts = parts.routing is not None
 
     def run(self, model: Any) -> Generator[None, None, Editable]:
@@ -106,8 +122,9 @@ class ActingCheck:
             return Editable()
 
     def _run(self, model: Any) -> Generator[None, None, Editable]:
-        rows = [(layer, self._parts(layer)) for layer in range(EMBEDDING, len(self.layers))]
         ids = self._ids(0)
+        self._attending = self._attending_layers(model, ids)
+        rows = [(layer, self._parts(layer)) for layer in range(EMBEDDING, len(self.layers))]
         own = yield from self._served(model, ids, [NOBODY])
         unedited = _off(own[0], self._expected(model, ids, [NOBODY])[0])
         most = max(self._tolerance(), COMPANY * unedited)
@@ -194,7 +211,10 @@ class ActingCheck:
         self, model: Any, sequences: list[Sequence], rows: SequenceOf[Row], width: int
     ) -> Tensor:
         edits = self._edits(rows, width)
-        with self.backend.editing(model, edits) if edits else nullcontext():
+        first, stop = sequences[0].slot, sequences[0].num_cached + width
+        attention = self._attention_edits(rows, width, first, stop)
+        is_edited = edits or attention
+        with self.backend.editing(model, edits, attention) if is_edited else nullcontext():
             logits = self.engine.runner.forward(Batch(sequences, [width] * len(sequences)))
         return logits[:, -1].float().clone()
 
@@ -202,7 +222,8 @@ class ActingCheck:
         """The same by the model's modules, without a cache."""
         options = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
         tokens = torch.tensor([ids] * len(rows), device=model.device)
-        with hooked(model, self._edits(rows, TOKENS)):
+        attention = self._attention_edits(rows, TOKENS, 0, TOKENS)
+        with edited_model(model, self._edits(rows, TOKENS), attention):
             output = model(input_ids=tokens, use_cache=False, return_dict=True, **options)
         logits: Tensor = output.logits[:, -1, : self.engine.vocab_size].float()
         return logits
@@ -215,8 +236,22 @@ class ActingCheck:
         return FLOAT32 if self.engine.facts.weights == "float32" else ROUNDED
 
     def _parts(self, layer: int) -> tuple[Part, ...]:
-        own = [part for part in PARTS if module_of(self.layers, layer, part) is not None]
-        return tuple(part for part in own if part != "head" or self._head_dim(layer))
+        own = [part for part in PLACES if module_of(self.layers, layer, part) is not None]
+        own = [part for part in own if part != "head" or self._head_dim(layer)]
+        return (*own, "weights") if layer in self._attending else tuple(own)
+
+    def _attending_layers(self, model: Any, ids: list[int]) -> frozenset[int]:
+        """The layers whose attention weights are computed while it writes, and used."""
+        layers = [each.layer for each in self.attention if each.available]
+        if self.source.mode is AttentionMode.TAP:
+            return frozenset(layers)
+        if self.source.mode is not AttentionMode.HOOK:
+            return frozenset()
+        # Some modules only tell which weights they have used.
+        rows: list[Row] = [(layer, ("weights",)) for layer in layers]
+        changed, plain = (self._expected(model, ids, each) for each in (rows, [NOBODY] * len(rows)))
+        pairs = zip(layers, changed, plain, strict=True)
+        return frozenset(layer for layer, own, before in pairs if not torch.equal(own, before))
 
     def _head_dim(self, layer: int) -> int:
         return head_dim(self.layers[layer], self.attention[layer])
@@ -243,7 +278,8 @@ class ActingCheck:
         for row, (layer, parts) in enumerate(rows):
             for part in parts:
                 module = module_of(self.layers, layer, part)
-                assert module is not None
+                if module is None:  # weights
+                    continue
                 width = self.layers[layer].down_width // 2
                 if part == "head":
                     width = self._head_dim(layer)
@@ -253,6 +289,33 @@ class ActingCheck:
             ModuleEdit(name, side, partial(_each, changes))
             for (name, side), changes in edits.items()
         ]
+
+    def _attention_edits(
+        self, rows: SequenceOf[Row], width: int, first: int, stop: int
+    ) -> list[AttentionEdit]:
+        """Those of a pass that reads ``width`` tokens, up to ``stop``, of rows from a slot on."""
+        edits = []
+        for row, (layer, parts) in enumerate(rows):
+            if "weights" in parts:
+                own = _attention_changes(layer, self.attention[layer].heads)
+                apply = partial(_attend, own, stop)
+                place = row * width, width, len(rows) * width, stop, first + row
+                edits.append(AttentionEdit(layer, *place, apply, self.source.place_of(layer)))
+        return edits
+
+
+def _attention_changes(layer: int, heads: int) -> list[Edit]:
+    """Nothing is read from the first token by the first half of the heads, more by the others."""
+    half = max(heads // 2, 1)
+    first, others = tuple(range(half)), tuple(range(half, heads))
+    place = partial(Edit, part="weights", layer=layer, positions=((0, None),))
+    blocked = place(do="block", units=first, keys=((0, 1),))
+    return [blocked, *([place(do="temper", units=others, by=0.1)] if others else [])]
+
+
+def _attend(edits: SequenceOf[Edit], stop: int, call: Attending) -> None:
+    _, count, keys = call.shape
+    change_attention(edits, call, stop - count, stop - keys)
 
 
 def _each(changes: SequenceOf[Any], rows: Tensor) -> None:

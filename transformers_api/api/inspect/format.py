@@ -330,6 +330,7 @@ def _places(places: Places) -> Json:
         "mlp": places.can("mlp"),
         "head": places.heads if places.can("head") else 0,
         "neuron": places.neurons if places.can("neuron") else 0,
+        "weights": places.can("weights"),
         "verified": places.verified,
     }
 

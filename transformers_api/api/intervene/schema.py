@@ -68,6 +68,10 @@ class _Named(fields.Field[Any]):
 class At(fields.Field[Positions]):
     """Positions: a word, a list, a message's role, a text, or steps."""
 
+    def __init__(self, may_be_empty: bool = False, **options: Any) -> None:
+        self.may_be_empty = may_be_empty
+        super().__init__(error_messages=NOT_GIVEN, **options)
+
     EXPECTED = (
         'must be "all", "prompt", "generated", "last", a list of integers, {"span": role}, '
         '{"text": text, "nth": n} or {"steps": [start, stop]}'
@@ -80,6 +84,8 @@ class At(fields.Field[Positions]):
             words: Positions = value
             return words
         if isinstance(value, list):
+            if self.may_be_empty and not value:
+                return ()
             return _whole_numbers(value, self.EXPECTED)
         if not isinstance(value, dict):
             raise ValidationError(self.EXPECTED)
@@ -172,7 +178,7 @@ class EditOptions(StrictSchema):
     """One change."""
 
     do = Text(
-        choices=("add", "erase", "ablate", "scale", "set", "force"),
+        choices=("add", "erase", "ablate", "scale", "set", "block", "temper", "force"),
         required=True,
         **about("The kind of change."),
     )
@@ -194,7 +200,6 @@ class EditOptions(StrictSchema):
     )
     at = At(
         load_default="all",
-        error_messages=NOT_GIVEN,
         **about("The positions of the tokens that are read: see the guide."),
     )
     heads = _Named('Heads, from 0, or "all".')
@@ -223,6 +228,11 @@ class EditOptions(StrictSchema):
         **about("Of ablate: `zero`, `mean` over our texts, or the numbers of another prompt."),
     )
 
+    queries = _At(**about("Of block: the positions that read, as in `at`; without it all."))
+    keys = _At(may_be_empty=True, **about("Of block: the positions that they do not read from."))
+    temperature = Number(
+        1e-3, 1e3, **about("Of temper: what the scores of attention are divided by.")
+    )
     step = Integer(0, (1 << 31) - 1, **about("Of force: the output token that comes first."))
     token_ids = TokenIds(shortest=1, **about("Of force: these tokens, whatever the model says."))
 
@@ -236,6 +246,8 @@ class EditOptions(StrictSchema):
                 raise ValidationError("is for force", name)
         layers = _layers(data)
         _check(data)
+        if data["do"] in ("block", "temper"):
+            data["part"] = "weights"
         instead = data.pop("instead", "zero")
         source = instead["prompt"] if isinstance(instead, dict) else None
         data["instead"] = "zero" if source is not None else instead
@@ -275,6 +287,8 @@ _NEEDS: Mapping[str, tuple[str, ...]] = {
     "erase": ("vector",),
     "scale": ("by",),
     "set": ("vector", "value"),
+    "block": ("keys",),
+    "temper": ("temperature",),
 }
 _OWN = {
     "scale": ("add",),
@@ -283,6 +297,9 @@ _OWN = {
     "value": ("add", "set"),
     "vector": ("add", "erase", "set"),
     "instead": ("ablate",),
+    "queries": ("block",),
+    "keys": ("block",),
+    "temperature": ("temper",),
 }
 _PARTS = {"heads": "head", "neurons": "neuron"}
 _DEFAULTS: Mapping[str, Any] = {"scale": 1.0, "units": "raw"}
@@ -300,6 +317,9 @@ def _check(data: dict[str, Any]) -> None:
     if needed and len(present) != 1:
         problem = "is one too many" if present else f"is required for {do}"
         raise ValidationError(problem, needed[0])
+    if do in ("block", "temper"):
+        _check_attention(data)
+        return
     for name, own in _PARTS.items():
         if name in data and part != own:
             raise ValidationError(f'is for part "{own}"', name)
@@ -309,6 +329,18 @@ def _check(data: dict[str, Any]) -> None:
         raise ValidationError("is added to neurons only; use a vector", "value")
     if do == "erase" and part == "neuron":
         raise ValidationError("must be resid, attn, mlp or head for erase", "part")
+
+
+def _check_attention(data: dict[str, Any]) -> None:
+    do = data["do"]
+    if data["part"] != "resid":
+        raise ValidationError(f"is not for {do}, which is about attention weights", "part")
+    if "neurons" in data:
+        raise ValidationError('is for part "neuron"', "neurons")
+    if data["keep_norm"]:
+        raise ValidationError(f"is not for {do}", "keep_norm")
+    if do == "block" and data["at"] != "all":
+        raise ValidationError("is not for block, which has queries and keys", "at")
 
 
 class InterveneOptions(StrictSchema):

@@ -20,12 +20,18 @@ from torch import Tensor, nn
 from transformers_api.engine.batch import Batch
 from transformers_api.engine.kv_cache import MIN_LENGTH
 from transformers_api.engine.native.adapters import PassAdapters, repeated
+from transformers_api.engine.native.edited_attention import attention_changes
 from transformers_api.engine.native.kv_cache import NativeCache
 from transformers_api.engine.native.latent import expanding_into
 from transformers_api.engine.native.shown_modules import shown_layers, shown_places
 from transformers_api.engine.places import LayerPlaces, model_places
 from transformers_api.engine.positions import at_positions
 from transformers_api.engine.rope import fixed_factors
+from transformers_api.engine.runners.edited_attention import (
+    AttentionEdit,
+    current_attention_edits,
+    editing_attention,
+)
 from transformers_api.engine.runners.edited_modules import Apply, ModuleEdit, current_edits
 from transformers_api.engine.runners.model_runner import ModelRunner
 from transformers_api.kernels.capture import Recorder, current, record
@@ -134,14 +140,15 @@ class NativeRunner(ModelRunner):
             rows += [seq.slot] * width
         inputs = inputs_of([token for ids in batch.ids for token in ids], starts, rows)
         last = [end - 1 for end in accumulate(batch.widths)]
-        edits = current_edits()
+        edits, attention = current_edits(), current_attention_edits()
         watch = None
-        if batch.is_observed or edits:
-            watch = self._replay(batch, inputs[1], max(starts) + 1, last, edits)
+        if batch.is_observed or edits or attention:
+            watch = self._replay(batch, inputs[1], max(starts) + 1, last, edits, attention)
         is_long = self.original_window is not None and batch.sequences[0].is_long
         adapters = self._adapters_of(batch) if batch.is_adapted else None
         layers = self._layers(is_long)
-        hidden = layers.run(len(starts), inputs, self.cache.tensors, watch, adapters)
+        with editing_attention(()):  # the pass does it: whoever is shown attention need not
+            hidden = layers.run(len(starts), inputs, self.cache.tensors, watch, adapters)
         if len(last) == 1:
             own = None if adapters is None else adapters[-keep:]
             return self._logits(hidden[-keep:], own).transpose(0, 1)
@@ -226,6 +233,7 @@ class NativeRunner(ModelRunner):
         length: int,
         last: list[int],
         edits: Sequence[ModuleEdit],
+        attention: Sequence[AttentionEdit],
     ) -> HookReplay:
         """Show the last token of each sequence, by its slot; let ``edits`` write into all."""
         first = batch.first_slot
@@ -241,6 +249,7 @@ class NativeRunner(ModelRunner):
         return HookReplay(
             *(cache.library, positions, length, cache.tensors, first, tokens),
             edits=by_module,
+            attention=attention_changes(self.model, attention, positions, cache.tensors),
             observes=batch.is_observed,
         )
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from transformers_api.kernels.abi import Library
 from transformers_api.kernels.graph.executor import FinishedCall
-from transformers_api.kernels.graph.hook_points import HookPoints
+from transformers_api.kernels.graph.hook_points import HookPoints, attention_key
 from transformers_api.kernels.graph.planner import HookPoint
 from transformers_api.kernels.modules.attention import CausalRows, replay_attention
 from transformers_api.kernels.stats import attention_probs
@@ -39,7 +39,8 @@ class HookReplay:
     below ``length``. Attention is shown of the layers that are observed (see ``observing``), other
     modules where they have hooks. ``edits`` write into the rows (N, width) of all tokens, of what a
     module is given ("in") or makes ("out"), before anybody is shown it; unless it ``observes``
-    nobody is.
+    nobody is. Those of ``attention``, by the layer's index or by the module that makes its weights,
+    write into what attention made.
 
     Between two parts of a pass the kernels' threads wait, and soon go to sleep. The weights have
     driven everything else from the caches, and a call of torch takes fifty microseconds: few are
@@ -55,11 +56,13 @@ class HookReplay:
         first: int,
         tokens: Tensor | None = None,
         edits: Mapping[tuple[nn.Module, str], Callable[[Tensor], None]] = NO_EDITS,
+        attention: Mapping[Any, Callable[[FinishedCall], None]] = NO_EDITS,
         observes: bool = True,
     ) -> None:
         self.library = library
         self.observes = observes
         self.edits = edits
+        self.attention = attention
         self.cache = cache
         self.tokens = tokens
         self.positions = positions
@@ -69,13 +72,17 @@ class HookReplay:
 
     def choose(self, points: HookPoints) -> list[HookPoint]:
         """See PassObserver."""
-        return points.chosen(self.edits, self.observes, _observed.get())
+        return points.chosen(self.edits, self.attention, self.observes, _observed.get())
 
     def show(self, call: FinishedCall) -> None:
         """See PassObserver. Attention is shown in the end: its keys are in the cache then."""
         if (edit := self._edit_of(call)) is not None:
             made = call.tensors[-1]
             edit(made.view(-1, made.shape[-1]))
+        if self.attention and call.cached is not None:
+            change = self.attention.get(attention_key(call))
+            if change is not None:
+                change(call)
         if "side" in call.options or not self.observes:
             return
         tensors = call.tensors

@@ -13,7 +13,7 @@ from transformers_api.serving.inspect.edit_positions import At
 
 MOST_EDITS = 32
 MOST_INLINE = 4_000_000  # bytes of vectors
-Do = Literal["add", "erase", "ablate", "scale", "set"]
+Do = Literal["add", "erase", "ablate", "scale", "set", "block", "temper"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +36,10 @@ class EditRequest:
     # Of ablate: numbers that are put there, or the prompt that they are from.
     instead: Literal["zero", "mean"] = "zero"
     source: str | None = None
+    # Of block and temper, whose part is "weights".
+    queries: At = "all"
+    keys: At = ()
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,9 +14,9 @@ from transformers_api.serving.generation import GenerationRequest
 from transformers_api.serving.inspect.comparing import check_comparable
 from transformers_api.serving.inspect.edit_positions import PromptPlaces
 from transformers_api.serving.inspect.edit_request import InterveneRequest, check_size
+from transformers_api.serving.inspect.edit_vectors import Facts
 from transformers_api.serving.inspect.interventions import (
     LIGHT_PLACES,
-    Facts,
     PlannedEdits,
     forced_tokens,
     plan_edits,
