@@ -109,6 +109,7 @@ LAYERS = {
         "inspection.activations",
         "inspection.divergence_question",
         "inspection.editable",
+        "inspection.grid_question",
         "inspection.logit_share",
         "inspection.probes",
         "inspection.uncertainty",
