@@ -7,20 +7,27 @@ H query heads, n tokens, V vocabulary, C width of the residual stream.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal, Protocol, TypeVar
 
 import numpy
 from numpy.typing import NDArray
 
+from transformers_api.inspection.activations import (
+    Activation,
+    ActivationPart,
+    ActivationSpec,
+    RecordedRows,
+)
+from transformers_api.inspection.attribution_question import Attribution, AttributionQuestion
 from transformers_api.inspection.divergence_question import Divergence, DivergenceQuestion
 from transformers_api.inspection.editable import Editable, Part
 from transformers_api.inspection.grid_question import Grid, GridQuestion
 from transformers_api.inspection.logit_share import LogitParts, LogitPartsQuestion
 from transformers_api.inspection.probes import Probe, ProbeReading
+from transformers_api.inspection.uncertainty import Uncertainty
 
 T = TypeVar("T")
 Array = NDArray[numpy.float32]
@@ -115,6 +122,13 @@ class TracePlan:
     resid_norms: bool = False
     router: bool = False
     probes: tuple[Probe, ...] = ()
+    activations: tuple[ActivationSpec, ...] = ()
+    # Noted of every token that is read, prompts too, in the stream's own bits.
+    records: tuple[tuple[int, ActivationPart], ...] = ()
+    uncertainty: bool = False
+    parts: LogitPartsQuestion | None = None  # of each token; its position and token are left open
+    # That what is shown of a token may come to as JSON.
+    bytes: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,6 +194,10 @@ class StepTrace:
     resid_norms: tuple[float, ...] = ()  # L2, after each layer
     router: tuple[Routed, ...] = ()
     probes: tuple[ProbeReading, ...] = ()
+    activations: tuple[Activation, ...] = ()
+    uncertainty: Uncertainty | None = None
+    parts: LogitParts | None = None  # None: nobody asked, or it cannot be told apart here
+    recorded: tuple[RecordedRows, ...] = ()  # of all that was read since the last token
 
 
 # -- of given tokens
@@ -229,43 +247,6 @@ class LensTable:
     target_ids: Ids  # (P,): the target, or the model's own choice there
     target_rank: Ids  # (P, L')
     target_prob: Array
-
-
-AttributionMethod = Literal[
-    "occlusion", "gradient_x_input", "gradient_norm", "integrated_gradients"
-]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AttributionQuestion:
-    """The question why this token; ``position`` is that of the query which predicts it."""
-
-    position: int
-    token_id: int | None = None  # None: the model's own choice
-    method: AttributionMethod = "occlusion"
-    steps: int | None = None  # of integrated gradients; None: doubled until nothing moves
-    # Where its path begins: the first token as it is and the others as ``baseline_token_id``; or
-    # all of them as the mean embedding, or as zeros.
-    baseline: Literal["token", "mean", "zero"] = "mean"
-    baseline_token_id: int = 0
-    of: Literal["logprob", "logit"] = "logprob"
-    groups: tuple[tuple[int, ...], ...] | None = None  # taken away together; None: each token
-    screen: int = 0  # so many groups, those with the largest gradients; 0: all
-    within_s: float = math.inf  # what occlusion may take
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Attribution:
-    """One score per token up to the query; NaN where nothing was asked."""
-
-    scores: Array  # (position + 1,)
-    token_id: int
-    logprob: float
-    value: float  # of what was asked for: the logprob or the logit
-    convergence_delta: float | None = None  # f(x) - f(baseline) - sum, of integrated gradients
-    steps: int | None = None  # that were made
-    largest_change: float | None = None  # of a score, from half as many steps to these
-    note: str | None = None
 
 
 class Inspector(Protocol):

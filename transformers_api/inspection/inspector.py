@@ -10,12 +10,11 @@ from transformers_api.errors import AttentionUnavailable, ModelNotCapable
 from transformers_api.inspection import matrices
 from transformers_api.inspection.attention import AttentionSource
 from transformers_api.inspection.attribution import attribute, check_gradients
+from transformers_api.inspection.attribution_question import Attribution, AttributionQuestion
 from transformers_api.inspection.base import (
     Anatomy,
     Array,
     AttentionWindow,
-    Attribution,
-    AttributionQuestion,
     HeadGrid,
     Heads,
     Job,

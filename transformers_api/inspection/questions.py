@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from transformers_api.inspection import (
+    attribution_question,
     base,
     divergence_question,
     editable,
@@ -126,9 +127,9 @@ class Attribution:
     """See ``Inspector.attribute``."""
 
     ids: Sequence[int]
-    question: base.AttributionQuestion
+    question: attribution_question.AttributionQuestion
 
-    def job(self, inspector: Inspector) -> Job[base.Attribution]:
+    def job(self, inspector: Inspector) -> Job[attribution_question.Attribution]:
         """See Question."""
         return inspector.attribute(self.ids, self.question)
 

@@ -10,11 +10,10 @@ from typing import Any
 import numpy
 
 from transformers_api.api.inspect import attention_page
+from transformers_api.inspection.attribution_question import Attribution, AttributionQuestion
 from transformers_api.inspection.base import (
     Anatomy,
     Array,
-    Attribution,
-    AttributionQuestion,
     HeadGrid,
     LayerAttention,
     LensTable,

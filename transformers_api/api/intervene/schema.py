@@ -22,7 +22,8 @@ from transformers_api.api.http.fields import (
 from transformers_api.api.http.sampling_schema import about
 from transformers_api.api.intervene.vector_field import VectorField
 from transformers_api.inspection.editable import INPUTS, PARTS
-from transformers_api.serving.inspect.edit_positions import At, SpanAt, StepsAt, TextAt
+from transformers_api.serving.inspect.edit_positions import At as Positions
+from transformers_api.serving.inspect.edit_positions import SpanAt, StepsAt, TextAt
 from transformers_api.serving.inspect.edit_request import (
     EditRequest,
     ForceRequest,
@@ -60,7 +61,7 @@ class _Named(fields.Field[Any]):
         return value if value == "all" else _whole_numbers(value, 'must be integers, or "all"')
 
 
-class _At(fields.Field[At]):
+class At(fields.Field[Positions]):
     """Positions: a word, a list, a message's role, a text, or steps."""
 
     def __init__(self, may_be_empty: bool = False, **options: Any) -> None:
@@ -74,9 +75,9 @@ class _At(fields.Field[At]):
 
     def _deserialize(
         self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **_: Any
-    ) -> At:
+    ) -> Positions:
         if value in _WORDS:
-            words: At = value
+            words: Positions = value
             return words
         if isinstance(value, list):
             if self.may_be_empty and not value:
@@ -127,7 +128,7 @@ class _From(fields.Field[Any]):
                 if isinstance(at, list):  # in their order, and one may be there twice
                     _whole_numbers(at, self.EXPECTED)
                 elif at is not None:
-                    at = _At()._deserialize(at, attr, data)
+                    at = At()._deserialize(at, attr, data)
                 return {"prompt": text, "at": at}
         raise ValidationError(self.EXPECTED)
 
@@ -157,7 +158,7 @@ class EditOptions(StrictSchema):
         longest=2,
         **about("`[first, last]`: these layers and all between."),
     )
-    at = _At(
+    at = At(
         load_default="all",
         **about("The positions of the tokens that are read: see the guide."),
     )
@@ -194,8 +195,8 @@ class EditOptions(StrictSchema):
             "Of patch: the prompt that the numbers are from, and the positions there, in pairs."
         ),
     )
-    queries = _At(**about("Of block: the positions that read, as in `at`; without it all."))
-    keys = _At(may_be_empty=True, **about("Of block: the positions that they do not read from."))
+    queries = At(**about("Of block: the positions that read, as in `at`; without it all."))
+    keys = At(may_be_empty=True, **about("Of block: the positions that they do not read from."))
     temperature = Number(
         1e-3, 1e3, **about("Of temper: what the scores of attention are divided by.")
     )
@@ -325,14 +326,26 @@ class InterveneOptions(StrictSchema):
     )
 
     compare: fields.Field[Any] = Unsupported()
+    store: fields.Field[Any] = Unsupported()
 
-    @post_load
-    def make(self, data: dict[str, Any], **_: Any) -> InterveneRequest:
+    @post_load(pass_original=True)
+    def make(self, data: dict[str, Any], original: Any, **_: Any) -> InterveneRequest:
         """The options as serving takes them."""
-        return InterveneRequest(edits=tuple(data["edits"]), compares=bool(data.get("compare")))
+        return InterveneRequest(
+            edits=tuple(data["edits"]),
+            compares=bool(data.get("compare")),
+            store=bool(data.get("store")),
+            source=original,
+        )
 
 
-class ComparedInterveneOptions(InterveneOptions):
+class WritingInterveneOptions(InterveneOptions):
+    """The same of an answer, which may be kept as a run."""
+
+    store = Boolean(load_default=False, **about("Keep the answer as a [run](#inspectruns)."))
+
+
+class ComparedInterveneOptions(WritingInterveneOptions):
     """The same of an answer whose tokens the unedited model may be asked about as well."""
 
     compare = Text(

@@ -65,12 +65,34 @@ def current_edits() -> Sequence[ModuleEdit]:
 
 @contextmanager
 def editing(edits: Sequence[ModuleEdit]) -> Iterator[None]:
-    """Let passes within the block be changed; one edit for each module and side."""
-    token = _current.set(edits)
+    """Let passes within the block be changed, after what blocks around it change.
+
+    One edit for each module and side.
+    """
+    token = _current.set(_joined(_current.get(), edits))
     try:
         yield
     finally:
         _current.reset(token)
+
+
+def _joined(outer: Sequence[ModuleEdit], inner: Sequence[ModuleEdit]) -> Sequence[ModuleEdit]:
+    if not outer:
+        return inner
+    joined = {(edit.module, edit.side): edit for edit in outer}
+    for edit in inner:
+        key = edit.module, edit.side
+        before = joined.get(key)
+        joined[key] = edit if before is None else _then(before, edit)
+    return list(joined.values())
+
+
+def _then(first: ModuleEdit, second: ModuleEdit) -> ModuleEdit:
+    def both(rows: Tensor) -> None:
+        first.apply(rows)
+        second.apply(rows)
+
+    return ModuleEdit(first.module, first.side, both)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy
 
@@ -61,6 +61,8 @@ class InterveneRequest:
 
     edits: tuple[EditRequest | ForceRequest, ...]
     compares: bool = False
+    store: bool = False  # keep the answer as a run
+    source: Any = None  # the field as it came
     name: str = "intervene"
 
 

@@ -19,7 +19,7 @@ from transformers_api.api.http.fields import (
 )
 from transformers_api.api.http.sampling_schema import MAX_TOKENS, about
 from transformers_api.api.intervene.branch import BranchOptions
-from transformers_api.api.intervene.schema import InterveneOptions
+from transformers_api.api.intervene.schema import WritingInterveneOptions
 from transformers_api.api.openai.schemas.chat import MAX_MESSAGES
 from transformers_api.api.trace.schema import StreamTrace
 
@@ -77,7 +77,7 @@ class ChatStreamRequest(Schema):
     )
     trace = Object(StreamTrace, **about("What to show, beyond the one layer."))
     intervene = Object(
-        InterveneOptions, **about("What to change; see [interventions](#interventions).")
+        WritingInterveneOptions, **about("What to change; see [interventions](#interventions).")
     )
     branch = Object(
         BranchOptions, **about("Leave an answer at one of its tokens; see [branches](#branches).")
