@@ -143,7 +143,7 @@ def prepared(
         if edit.vector is not None:
             vector = torch.from_numpy(edit.vector).to(model.device)
         if vector is not None and edit.do != "erase":
-            vector = vector / module.factor
+            vector = (vector / module.factor).float()
         head_dim = heads.get(edit.layer, 0)
         if vector is not None and edit.do != "erase":
             vector = _of_each_unit(edit, vector).contiguous()

@@ -47,8 +47,8 @@ def served_parts(
     modules = [module_of(parts.places.of(model), layer, part) for layer, part in places]
     factors = [1.0 if module is None else module.factor for module in modules]
     pairs = zip(edits, factors, strict=True)
-    return [_joined(edit.copies or []) * numpy.float32(factor) for edit, factor in pairs]
-
-
-def _joined(pieces: Sequence[Array]) -> Array:
-    return numpy.concatenate(pieces) if pieces else numpy.empty((0, 0), numpy.float32)
+    # Where there is a factor, float64 alone gives the same bits when an edit divides by it.
+    return [
+        numpy.concatenate(edit.copies or []) * (factor if factor != 1 else numpy.float32(1))
+        for edit, factor in pairs
+    ]

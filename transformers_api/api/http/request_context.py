@@ -227,6 +227,7 @@ class RequestContext:
             cancellation=self.cancellation,
             vector=partial(services.vectors.get, self.client),
             runs=services.runs,
+            run=partial(services.runs.get, self.client),
         )
 
     def start(

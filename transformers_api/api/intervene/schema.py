@@ -101,7 +101,7 @@ class At(fields.Field[Positions]):
 class _With(fields.Field[Any]):
     """Words, or a prompt whose numbers are taken."""
 
-    EXPECTED = 'must be "zero", "mean" or {"prompt": text}'
+    EXPECTED = 'must be "zero", "mean", {"prompt": text} or {"run": id}'
 
     def _deserialize(
         self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **_: Any
@@ -110,27 +110,33 @@ class _With(fields.Field[Any]):
             case "zero" | "mean":
                 return value
             case {"prompt": str(text), **rest} if text and not rest:
-                return {"prompt": text}
+                return {"source": text}
+            case {"run": str(run), **rest} if run and not rest:
+                return {"run": run}
         raise ValidationError(self.EXPECTED)
 
 
 class _From(fields.Field[Any]):
-    """A prompt whose numbers are taken, and the positions there."""
+    """A prompt or a run whose numbers are taken, and the positions there."""
 
-    EXPECTED = 'must be {"prompt": text, "at": positions}'
+    EXPECTED = 'must be {"prompt": text, "at": positions} or {"run": id, "at": positions}'
 
     def _deserialize(
         self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **_: Any
     ) -> Any:
         match value:
             case {"prompt": str(text), **rest} if text and set(rest) <= {"at"}:
-                at = rest.get("at")
-                if isinstance(at, list):  # in their order, and one may be there twice
-                    _whole_numbers(at, self.EXPECTED)
-                elif at is not None:
-                    at = At()._deserialize(at, attr, data)
-                return {"prompt": text, "at": at}
-        raise ValidationError(self.EXPECTED)
+                made = {"source": text}
+            case {"run": str(run), **rest} if run and set(rest) <= {"at"}:
+                made = {"run": run}
+            case _:
+                raise ValidationError(self.EXPECTED)
+        at = rest.get("at")
+        if isinstance(at, list):  # in their order, and one may be there twice
+            _whole_numbers(at, self.EXPECTED)
+        elif at is not None:
+            at = At()._deserialize(at, attr, data)
+        return {**made, "source_at": at}
 
 
 class EditOptions(StrictSchema):
@@ -185,14 +191,16 @@ class EditOptions(StrictSchema):
     instead = _With(
         data_key="with",
         error_messages=NOT_GIVEN,
-        **about("Of ablate: `zero`, `mean` over our texts, or the numbers of another prompt."),
+        **about(
+            "Of ablate: `zero`, `mean` over our texts, or the numbers of another prompt or run."
+        ),
     )
 
     origin = _From(
         data_key="from",
         error_messages=NOT_GIVEN,
         **about(
-            "Of patch: the prompt that the numbers are from, and the positions there, in pairs."
+            "Of patch: the prompt or the run that the numbers are from, and the positions there."
         ),
     )
     queries = At(**about("Of block: the positions that read, as in `at`; without it all."))
@@ -216,11 +224,9 @@ class EditOptions(StrictSchema):
         if data["do"] in ("block", "temper"):
             data["part"] = "weights"
         instead = data.pop("instead", "zero")
-        source = instead["prompt"] if isinstance(instead, dict) else None
-        data["instead"] = "zero" if source is not None else instead
-        if origin := data.pop("origin", None):
-            source, data["source_at"] = origin["prompt"], origin["at"]
-        return EditRequest(layers=layers, source=source, **data)
+        data |= instead if isinstance(instead, dict) else {"instead": instead}
+        data |= data.pop("origin", {})
+        return EditRequest(layers=layers, **data)
 
 
 def _force(data: dict[str, Any]) -> ForceRequest:

@@ -37,11 +37,17 @@ class EditRequest:
     # Of ablate: numbers that are put there; of it and of patch: the prompt that they are from.
     instead: Literal["zero", "mean"] = "zero"
     source: str | None = None
+    run: str | None = None  # or the run, by its id
     source_at: At | list[int] | None = None  # of patch: the positions there; None: as here
     # Of block and temper, whose part is "weights".
     queries: At = "all"
     keys: At = ()
     temperature: float = 1.0
+
+    @property
+    def has_source(self) -> bool:
+        """True where the numbers are those of another text."""
+        return self.source is not None or self.run is not None
 
 
 @dataclass(frozen=True, slots=True)

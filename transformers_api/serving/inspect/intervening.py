@@ -24,6 +24,7 @@ from transformers_api.serving.inspect.interventions import (
     plan_edits,
 )
 from transformers_api.serving.inspect.queue import Inspections
+from transformers_api.serving.inspect.run_file import Run
 from transformers_api.serving.inspect.run_store import RunStore
 from transformers_api.serving.inspect.stream_norms import TEXT
 from transformers_api.serving.inspect.trace_plan import check_more, probes_of
@@ -36,13 +37,14 @@ from transformers_api.serving.text import chat_template
 
 @dataclass(frozen=True, kw_only=True)
 class Planner:
-    """Plans edits, with what the server knows. ``vector``: see ``Facts``."""
+    """Plans edits, with what the server knows. ``vector``, ``run``: see ``Facts``."""
 
     settings: Settings
     inspections: Inspections
     cancellation: Cancellation
     vector: Callable[[str], Vector]
     runs: RunStore
+    run: Callable[[str], Run]
 
     def planned_request(
         self, model: LoadedModel, request: GenerationRequest, *, whole: bool
@@ -149,6 +151,7 @@ class Planner:
             numbers=numbers,
             vector=self.vector,
             prompt=prompt,
+            run=self.run,
         )
         if not facts.editable.places:
             raise ModelNotCapable(
