@@ -8,11 +8,14 @@ from dataclasses import replace
 
 import numpy
 import pytest
+from marshmallow import ValidationError
 
 from tests import tokenizers
 from tests.api.tiny_app import running
 from tests.fakes import fake_model
 from transformers_api.api.http.services import EXTENSION
+from transformers_api.api.openai.schemas.embeddings import EmbeddingRequest
+from transformers_api.api.openai.schemas.rerank import RerankRequest
 from transformers_api.errors import InvalidRequest
 from transformers_api.serving.inspect.edit_request import (
     EditRequest,
@@ -680,3 +683,39 @@ def test_branches_are_of_ones_own_answers_and_go_with_no_form(app, client):
     ):
         error = client.post("/v1/completions", json={**body, **own}).get_json()["error"]
         assert "branch" in error["message"], own
+
+
+ELSEWHERE = {
+    "/v1/messages": {"max_tokens": 2, "messages": MESSAGES},
+    "/api/chat": {"model": "tiny", "messages": MESSAGES},
+    "/api/generate": {"model": "tiny", "prompt": PROMPT},
+    "/generate": {"prompt": PROMPT},
+    "/infill": {"input_prefix": "a", "input_suffix": "b"},
+    "/api/embed": {"model": "tiny", "input": "a"},
+}
+
+
+@pytest.mark.parametrize("route", ELSEWHERE)
+def test_other_routes_refuse_by_name_what_they_would_not_do(client, route):
+    for name, value in (
+        ("intervene", {"edits": [ADD]}),
+        ("trace", {"topk": 1}),
+        ("branch", {"completion_id": "x", "step": 0, "token_id": 1}),
+    ):
+        response = client.post(route, json={**ELSEWHERE[route], name: value})
+        assert response.status_code in (400, 422), response.get_data(as_text=True)
+        assert f"'{name}' is not supported" in response.get_data(as_text=True)
+
+
+@pytest.mark.parametrize(
+    ("schema", "body"),
+    [
+        (EmbeddingRequest, {"model": "tiny", "input": "a"}),
+        (RerankRequest, {"model": "tiny", "query": "a", "documents": ["b"]}),
+    ],
+)
+def test_vectors_and_scores_are_of_models_as_they_are(schema, body):
+    schema().load(body)
+    for name in ("intervene", "trace", "branch"):
+        with pytest.raises(ValidationError, match="not supported"):
+            schema().load({**body, name: {"edits": [ADD]}})

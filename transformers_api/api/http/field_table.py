@@ -107,6 +107,9 @@ TABLE: tuple[Entry, ...] = (
     Entry("trace", SUPPORTED),
     Entry("intervene", SUPPORTED),
     Entry("branch", SUPPORTED),
+    Entry("trace", REFUSED, EMBED),
+    Entry("intervene", REFUSED, EMBED),
+    Entry("branch", REFUSED, EMBED),
     # -- how tokens are chosen, elsewhere
     Entry("top_k", SUPPORTED),
     Entry("min_p", SUPPORTED),
