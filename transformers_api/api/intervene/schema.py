@@ -339,7 +339,8 @@ class InterveneOptions(StrictSchema):
         """The options as serving takes them."""
         return InterveneRequest(
             edits=tuple(data["edits"]),
-            compares=bool(data.get("compare")),
+            compares=data.get("compare") == "forced",
+            has_twins=data.get("compare") == "free",
             store=bool(data.get("store")),
             source=original,
         )
@@ -355,6 +356,9 @@ class ComparedInterveneOptions(WritingInterveneOptions):
     """The same of an answer whose tokens the unedited model may be asked about as well."""
 
     compare = Text(
-        choices=("forced",),
-        **about("`forced`: the unedited model reads the answer too, once it is complete."),
+        choices=("forced", "free"),
+        **about(
+            "`forced`: the unedited model reads the answer too, once it is complete; `free`: it "
+            "writes one of its own beside it."
+        ),
     )

@@ -62,11 +62,13 @@ class ForceRequest:
 class InterveneRequest:
     """The fields of ``intervene``; ``name`` is the field's own.
 
-    ``compares``: the unedited model reads the answer too; see ``comparing.py``.
+    ``compares``: the unedited model reads the answer too; see ``comparing.py``. ``has_twins``: it
+    writes one of its own.
     """
 
     edits: tuple[EditRequest | ForceRequest, ...]
     compares: bool = False
+    has_twins: bool = False
     store: bool = False  # keep the answer as a run
     source: Any = None  # the field as it came
     name: str = "intervene"

@@ -13,7 +13,7 @@ from transformers_api.inspection.editable import Part
 from transformers_api.inspection.questions import Inspected, PartNumbers
 from transformers_api.serving.generation import GenerationRequest
 from transformers_api.serving.inspect import activation_plan, storing
-from transformers_api.serving.inspect.comparing import check_comparable
+from transformers_api.serving.inspect.comparing import check_comparable, with_twins
 from transformers_api.serving.inspect.edit_positions import PromptPlaces
 from transformers_api.serving.inspect.edit_request import InterveneRequest, check_size
 from transformers_api.serving.inspect.edit_vectors import Facts
@@ -76,8 +76,11 @@ class Planner:
         params = request.params
         if request.intervene.compares:
             check_comparable(request, engine.max_model_len, prompts)
-        forced = forced_tokens(request.intervene, engine.vocab_size, params.max_tokens)
-        edits = self.planned(model, request.intervene, prompts)
+        intervene = request.intervene
+        if intervene.has_twins:
+            request = with_twins(request)  # which are not forced to say what the others are
+        forced = forced_tokens(intervene, engine.vocab_size, params.max_tokens)
+        edits = self.planned(model, intervene, prompts)
         params = replace(params, forced={**forced, **params.forced})
         return replace(request, edits=edits, params=params)
 
