@@ -270,10 +270,10 @@ class TracingSampler:
         logits = logits[:, : self.examined.anatomy.vocab_size]
         divergence = None
         if notes.plan.uncertainty and len(layers) > 1:
-            middle = min(
-                layers, key=lambda layer: (abs(layer - self.examined.anatomy.layers // 2), layer)
-            )
-            divergence = _divergence(logits, layers.index(max(layers)), layers.index(middle))
+            *others, last = sorted(layers)
+            half = self.examined.anatomy.layers // 2
+            middle = min(others, key=lambda layer: abs(layer - half))
+            divergence = _divergence(logits, layers.index(last), layers.index(middle))
         readings = tuple(
             LensReading(
                 layer=layer,
