@@ -11,13 +11,11 @@ import numpy
 from transformers_api.inspection.activations import Activation, ActivationSpec, RecordedRows
 from transformers_api.inspection.attribution_question import Attribution, AttributionQuestion
 from transformers_api.inspection.base import (
-    PARTS,
     Anatomy,
     Array,
     AttentionMode,
     AttentionRow,
     AttentionWindow,
-    Editable,
     HeadGrid,
     Heads,
     Job,
@@ -25,11 +23,11 @@ from transformers_api.inspection.base import (
     LensReading,
     LensTable,
     Likely,
-    Places,
     PromptReading,
     StepTrace,
     TracePlan,
 )
+from transformers_api.inspection.editable import INPUTS, PARTS, Editable, Part, Places
 from transformers_api.inspection.grid_question import Grid, GridQuestion
 from transformers_api.inspection.logit_share import LogitParts, LogitPartsQuestion, LogitShare
 
@@ -52,8 +50,14 @@ def fake_places(layer: int) -> Places:
     """All parts of a layer with 16 neurons; of the embedding its stream."""
     if layer < 0:
         return Places(layer=layer, off={"resid": 1e-7})
-    off = dict.fromkeys(PARTS, 1e-7)
-    return Places(layer=layer, off=off, heads=HEADS, head_dim=WIDTH // HEADS, neurons=16)
+    off = dict.fromkeys({*PARTS, *INPUTS, "weights"}, 1e-7)
+    size = WIDTH // HEADS
+    inputs: dict[Part, tuple[int, int]] = {
+        "q": (HEADS, size),
+        "k": (KV_HEADS, size),
+        "v": (KV_HEADS, size),
+    }
+    return Places(layer=layer, off=off, heads=HEADS, head_dim=size, neurons=16, inputs=inputs)
 
 
 def fake_anatomy(**fields: Any) -> Anatomy:

@@ -7,7 +7,7 @@ H query heads, n tokens, V vocabulary, C width of the residual stream.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal, Protocol, TypeVar
@@ -23,6 +23,7 @@ from transformers_api.inspection.activations import (
 )
 from transformers_api.inspection.attribution_question import Attribution, AttributionQuestion
 from transformers_api.inspection.divergence_question import Divergence, DivergenceQuestion
+from transformers_api.inspection.editable import Editable, Part
 from transformers_api.inspection.grid_question import Grid, GridQuestion
 from transformers_api.inspection.logit_share import LogitParts, LogitPartsQuestion
 from transformers_api.inspection.probes import Probe, ProbeReading
@@ -65,50 +66,6 @@ class LayerAttention:
     max_rel_err: float | None = None  # |P·V - out| / |out| of the check at load
 
 
-Part = Literal["resid", "attn", "mlp", "head", "neuron"]
-PARTS: tuple[Part, ...] = ("resid", "attn", "mlp", "head", "neuron")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Places:
-    """The parts of one layer that can be changed; layer -1 is the embedding.
-
-    ``off``: what an edit of a part gives beside the same edit of the model's own modules, relative;
-    each part that is there has one. Those of ``unverified`` give something else.
-    """
-
-    layer: int
-    off: Mapping[Part, float] = field(default_factory=dict)
-    unverified: frozenset[Part] = frozenset()
-    heads: int = 0
-    head_dim: int = 0
-    neurons: int = 0
-
-    def can(self, part: Part) -> bool:
-        """True where the part can be changed, which has been verified."""
-        return part in self.off and part not in self.unverified
-
-    @property
-    def verified(self) -> float | None:
-        """The worst of what can be changed; None: nothing can."""
-        return max((off for part, off in self.off.items() if self.can(part)), default=None)
-
-
-@dataclass(frozen=True, slots=True)
-class Editable:
-    """The parts of a model that can be changed: those of the embedding, then of each layer.
-
-    ``neighbours_are_equal``: no bit of a sequence depends on the edits of others in its passes.
-    """
-
-    places: tuple[Places, ...] = ()
-    neighbours_are_equal: bool = False
-
-    def of(self, layer: int) -> Places:
-        """Those of one layer; -1 is the embedding."""
-        return self.places[layer + 1]
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Routing:
     """The mixture of experts of a model."""
@@ -140,8 +97,7 @@ class Anatomy:
     lens: bool  # a residual can be read through the model's own head
     lens_is_exact: bool  # and that of the last layer gives the model's own logits, bit for bit
     routing: Routing | None = None
-    # Whether rows can be had while writing, without changing a bit of the answer.
-    traces_attention: bool = False
+    traces_attention: bool = False  # while it writes, without changing a bit of the answer
 
     @property
     def layers_with_attention(self) -> list[int]:

@@ -15,17 +15,16 @@ from transformers_api.inspection.base import (
     Anatomy,
     Array,
     AttentionWindow,
-    Editable,
     HeadGrid,
     Heads,
     Job,
     LensTable,
-    Part,
     PromptReading,
 )
 from transformers_api.inspection.divergence import diverge
 from transformers_api.inspection.divergence_question import Divergence, DivergenceQuestion
 from transformers_api.inspection.edit_plan import EditPlan, EditTally
+from transformers_api.inspection.editable import Editable, Part
 from transformers_api.inspection.edits import EditedText
 from transformers_api.inspection.grid_question import Grid, GridQuestion
 from transformers_api.inspection.grids import run_grid
@@ -71,7 +70,7 @@ class ModelInspector:
     def edited(self, plan: EditPlan) -> ModelInspector:
         """See ``base.Inspector``."""
         other = copy.copy(self)
-        text = EditedText(plan, self.way.parts, self.anatomy.attention)
+        text = EditedText(plan, self.way.parts, self.anatomy.attention, self.source)
         other.way = replace(self.way, edits=text)
         return other
 

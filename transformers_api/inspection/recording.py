@@ -27,7 +27,8 @@ from transformers_api.inspection.activations import (
     RecordedRows,
 )
 from transformers_api.inspection.attention import Attended, Weights
-from transformers_api.inspection.base import LayerAttention, Part, TracePlan
+from transformers_api.inspection.base import LayerAttention, TracePlan
+from transformers_api.inspection.editable import Part
 from transformers_api.inspection.logit_parts import TokenRows
 from transformers_api.inspection.parts import Parts
 from transformers_api.inspection.places import Module, head_dims, module_of
@@ -137,7 +138,7 @@ class Recorder:
         return keys
 
     def _module(self, layer: int, part: ActivationPart) -> Module:
-        place: Part = part  # type: ignore[assignment]  # the others are not in modules
+        place: Part = part
         module = module_of(self._parts.places.of(self.model), layer, place)
         assert module is not None
         return module

@@ -28,6 +28,7 @@ from transformers_api.engine.sequence import SampledToken, Sequence
 from transformers_api.errors import ApiError
 from transformers_api.inspection.activations import READ_BY_ATTENTION, ActivationSpec
 from transformers_api.inspection.attention import Weights
+from transformers_api.inspection.attention_edits import edited_rows
 from transformers_api.inspection.base import (
     AttentionRow,
     LensReading,
@@ -131,6 +132,11 @@ class TracingRunner:
         rows, sink = weights.rows(notes.place, slice(-1, None), heads)
         # the model's own cache may have dropped what lies before a window; ours has others' room
         stop = min(rows.shape[2], context)
+        if notes.seq.edits is not None:
+            own: Any = notes.seq.edits
+            last = notes.seq.start + context
+            cut = rows[..., :stop], sink
+            rows, sink = edited_rows(own, layer, weights, cut, heads, last - 1, last - stop)
         width = min(stop, self.windows.get(layer) or context)
         first = context - width
         shares = rows[:, -1, stop - width : stop]  # (H', K)

@@ -12,7 +12,8 @@ from transformers_api.inspection.activations import (
     ActivationPart,
     ActivationSpec,
 )
-from transformers_api.inspection.base import Anatomy, AttentionMode, Editable, Part
+from transformers_api.inspection.base import Anatomy, AttentionMode
+from transformers_api.inspection.editable import Editable, Part
 from transformers_api.serving.inspect.trace_plan import ActivationRequest, check_layer
 
 NAME = "trace.activations"

@@ -7,17 +7,18 @@ from dataclasses import dataclass, replace
 
 from transformers_api.config.settings import Settings
 from transformers_api.errors import InspectionDisabled, ModelNotCapable, PromptTooLarge
-from transformers_api.inspection.base import Array, Part
+from transformers_api.inspection.base import Array
 from transformers_api.inspection.edit_plan import InterventionsDisabled
+from transformers_api.inspection.editable import Part
 from transformers_api.inspection.questions import Inspected, PartNumbers
 from transformers_api.serving.generation import GenerationRequest
 from transformers_api.serving.inspect import activation_plan, storing
 from transformers_api.serving.inspect.comparing import check_comparable
 from transformers_api.serving.inspect.edit_positions import PromptPlaces
 from transformers_api.serving.inspect.edit_request import InterveneRequest, check_size
+from transformers_api.serving.inspect.edit_vectors import Facts
 from transformers_api.serving.inspect.interventions import (
     LIGHT_PLACES,
-    Facts,
     PlannedEdits,
     forced_tokens,
     plan_edits,

@@ -19,7 +19,8 @@ from weakref import WeakKeyDictionary
 from transformers_api.engine.base import Engine
 from transformers_api.errors import InspectionBusy, InspectionTimeout
 from transformers_api.inspection import questions
-from transformers_api.inspection.base import Editable, Inspector, Job
+from transformers_api.inspection.base import Inspector, Job
+from transformers_api.inspection.editable import Editable
 from transformers_api.inspection.logit_share import LogitPartsQuestion
 from transformers_api.inspection.questions import Inspected, Question
 from transformers_api.serving.inspect.stream_norms import stream_norms
