@@ -44,7 +44,7 @@ from transformers_api.inspection.parts import lens_logits, residuals_of, routers
 from transformers_api.inspection.probes import Probe, ProbeReading
 from transformers_api.inspection.reading import Way
 from transformers_api.inspection.recording import Recorder, Taken
-from transformers_api.inspection.uncertainty import Uncertainty, settled_layer
+from transformers_api.inspection.sureness import divergence, uncertainty_of
 
 NAME = "trace"  # in ``observe`` and ``extras``
 LOWEST = -1e4  # a logit; times a probability of 0 it is 0, which -inf is not
@@ -221,7 +221,7 @@ class TracingSampler:
         prob, spread, drawn_top = _drawn(logits, seq, token, plan.sampled_topk)
         norms = sorted(notes.residuals) if plan.resid_norms else []
         lens, lens_kl = self._lens(notes, token)
-        sure = _uncertainty(logits, stats.entropy, lens, lens_kl) if plan.uncertainty else None
+        sure = uncertainty_of(logits, stats.entropy, lens, lens_kl) if plan.uncertainty else None
         return StepTrace(
             step=seq.num_output,
             position=len(seq.tokens),
@@ -274,12 +274,12 @@ class TracingSampler:
         with adapted(self.model, [notes.seq.adapter]):
             logits = lens_logits(self.model, self.examined.parts, residuals)  # (N, V)
         logits = logits[:, : self.examined.anatomy.vocab_size]
-        divergence = None
+        lens_kl = None
         if notes.plan.uncertainty and len(layers) > 1:
             *others, last = sorted(layers)
             half = self.examined.anatomy.layers // 2
             middle = min(others, key=lambda layer: abs(layer - half))
-            divergence = _divergence(logits, layers.index(last), layers.index(middle))
+            lens_kl = divergence(logits, layers.index(last), layers.index(middle))
         readings = tuple(
             LensReading(
                 layer=layer,
@@ -290,7 +290,7 @@ class TracingSampler:
             )
             for layer, probs in zip(layers, logits.softmax(-1), strict=True)
         )
-        return readings, divergence
+        return readings, lens_kl
 
 
 def _reading(probe: Probe, residuals: dict[int, Tensor]) -> ProbeReading:
@@ -307,31 +307,6 @@ def _reading(probe: Probe, residuals: dict[int, Tensor]) -> ProbeReading:
         layers=layers,
         projections=tuple(projections),
         cosines=tuple(cosines),
-    )
-
-
-def _divergence(logits: Tensor, last: int, middle: int) -> float:
-    """KL(last || middle) in nats, of rows of ``logits`` (N, V)."""
-    own, other = logits[last].log_softmax(-1), logits[middle].log_softmax(-1)
-    shares = torch.where(own.isfinite(), own.exp() * (own - other), 0.0)
-    return max(float(shares.sum()), 0.0)
-
-
-def _uncertainty(
-    logits: Tensor, entropy: float, lens: SequenceOf[LensReading], lens_kl: float | None
-) -> Uncertainty:
-    """Of ``logits`` (V,), and the lens' readings."""
-    logprobs = logits.float().log_softmax(-1)
-    probs = logprobs.exp()
-    spread = torch.where(probs > 0, probs * (logprobs + entropy).square(), 0.0)
-    values, _ = largest(probs, min(2, len(probs)))
-    choices = [(reading.layer, reading.top.token_ids[0]) for reading in lens]
-    return Uncertainty(
-        entropy=entropy,
-        varentropy=float(spread.sum()),
-        margin=float(values[0] - values[-1]) if len(values) > 1 else 1.0,
-        settled_layer=settled_layer(choices),
-        lens_kl=lens_kl,
     )
 
 
