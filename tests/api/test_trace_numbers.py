@@ -190,3 +190,41 @@ def test_only_a_recent_answer_was_written(client):
     response = client.post("/inspect/tokens", json=body)
     assert response.status_code == 422
     assert response.get_json()["detail"] == 'how "as_written" needs a completion_id'
+
+
+# -- small pushes
+
+
+def stability(client, status=200, **body):
+    response = client.post("/inspect/stability", json=body)
+    assert response.status_code == status, response.get_data(as_text=True)
+    return response.get_json()
+
+
+def test_a_larger_push_moves_predictions_further_and_the_same_seed_as_far(client):
+    answer = written(client)
+    small = stability(client, completion_id=answer["id"], scale=0.01)
+    large = stability(client, completion_id=answer["id"], scale=1.0)
+    assert [each["position"] for each in small["tokens"]] == list(
+        range(len(PROMPT), len(PROMPT) + 5)
+    )
+    assert (small["layer"], small["samples"]) == (1, 5)
+    for less, more in zip(small["tokens"], large["tokens"], strict=True):
+        assert 0 < less["kl_mean"] <= less["kl_max"] < more["kl_mean"]
+    assert stability(client, completion_id=answer["id"], scale=1.0) == large
+    assert stability(client, completion_id=answer["id"], scale=1.0, seed=1) != large
+    edited = stability(client, completion_id=answer["id"], intervene={"edits": [ADD]})
+    assert edited["intervene"]["edits"][0]["do"] == "add"
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"prompt": "Hi", "layer": 2}, "layer must be in [-1, 1]"),
+        ({"prompt": "H"}, "needs a text of two tokens"),
+        ({"prompt": "Hi", "scale": 0}, "must be a number above 0"),
+        ({"prompt": "Hi", "samples": 17}, "must be an integer from 1 to 16"),
+    ],
+)
+def test_pushes_that_cannot_be_are_refused(client, body, message):
+    assert message in str(stability(client, status=422, **body))

@@ -112,6 +112,12 @@ class ServerSettings:
         to.integer(1, 1_000_000_000),
         "Tokens per minute and client, of prompts and answers together. Default: no limit.",
     )
+    client_max_inflight: int = setting(
+        0,
+        to.integer(0, 1_000_000),
+        "Requests that one client (its key, else its address) may have in flight, on all servers "
+        "with the same REDIS_URL together; 0 for no limit.",
+    )
     redis_url: str | None = setting(
         None,
         to.redis_url,

@@ -51,7 +51,7 @@ class PreparedEdit:
         """The pieces for rows from ``start`` on, the first of which is the ``offset``-th edited."""
         assert self.pieces is not None
         do, by = self.edit.do, self.edit.by
-        assert do == "add" or do == "scale" or do == "set"  # as mypy narrows
+        assert do == "add" or do == "scale" or do == "set"
         return [
             RowsChange(
                 do=do,

@@ -28,7 +28,6 @@ from transformers_api.inspection.activations import (
 )
 from transformers_api.inspection.attention import Attended, Weights
 from transformers_api.inspection.base import LayerAttention, TracePlan
-from transformers_api.inspection.editable import Part
 from transformers_api.inspection.logit_parts import TokenRows
 from transformers_api.inspection.parts import Parts
 from transformers_api.inspection.places import Module, head_dims, module_of
@@ -138,8 +137,7 @@ class Recorder:
         return keys
 
     def _module(self, layer: int, part: ActivationPart) -> Module:
-        place: Part = part
-        module = module_of(self._parts.places.of(self.model), layer, place)
+        module = module_of(self._parts.places.of(self.model), layer, part)
         assert module is not None
         return module
 

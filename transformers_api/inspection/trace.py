@@ -17,12 +17,11 @@ import numpy
 import torch
 from torch import Tensor
 
-from transformers_api.engine.backend import Backend, TokenStats
+from transformers_api.engine.backend import Backend
 from transformers_api.engine.batch import Batch
 from transformers_api.engine.runners.adapted_modules import adapted
 from transformers_api.engine.runners.model_runner import Runner
-from transformers_api.engine.sampling.fast_sampler import largest
-from transformers_api.engine.sampling.sampler import TokenSampler, distribution
+from transformers_api.engine.sampling.sampler import TokenSampler
 from transformers_api.engine.scheduler import SlotStore
 from transformers_api.engine.sequence import SampledToken, Sequence
 from transformers_api.errors import ApiError
@@ -37,6 +36,7 @@ from transformers_api.inspection.base import (
     StepTrace,
     TracePlan,
 )
+from transformers_api.inspection.distributions import drawn, entropy, likely, rank, token_stats
 from transformers_api.inspection.examination import Examined
 from transformers_api.inspection.logit_parts import split_token
 from transformers_api.inspection.logit_share import LogitParts
@@ -47,7 +47,6 @@ from transformers_api.inspection.recording import Recorder, Taken
 from transformers_api.inspection.sureness import divergence, uncertainty_of
 
 NAME = "trace"  # in ``observe`` and ``extras``
-LOWEST = -1e4  # a logit; times a probability of 0 it is 0, which -inf is not
 
 
 @dataclass(slots=True)
@@ -218,7 +217,7 @@ class TracingSampler:
         seq, plan = notes.seq, notes.plan
         own = self.backend.token_stats(logits, token, plan.topk)
         stats = own or token_stats(logits, token, plan.topk)
-        prob, spread, drawn_top = _drawn(logits, seq, token, plan.sampled_topk)
+        prob, spread, drawn_top = drawn(logits, seq, token, plan.sampled_topk)
         norms = sorted(notes.residuals) if plan.resid_norms else []
         lens, lens_kl = self._lens(notes, token)
         sure = uncertainty_of(logits, stats.entropy, lens, lens_kl) if plan.uncertainty else None
@@ -283,10 +282,10 @@ class TracingSampler:
         readings = tuple(
             LensReading(
                 layer=layer,
-                top=_likely(probs, notes.plan.lens_topk),
-                rank_of_sampled=_rank(probs, token),
+                top=likely(probs, notes.plan.lens_topk),
+                rank_of_sampled=rank(probs, token),
                 prob_of_sampled=float(probs[token]),
-                entropy=_entropy(probs),
+                entropy=entropy(probs),
             )
             for layer, probs in zip(layers, logits.softmax(-1), strict=True)
         )
@@ -310,31 +309,6 @@ def _reading(probe: Probe, residuals: dict[int, Tensor]) -> ProbeReading:
     )
 
 
-def token_stats(logits: Tensor, token: int, count: int) -> TokenStats:
-    """Of ``logits`` (V,), with ``count`` of the likeliest tokens."""
-    # Tensors of the size of the vocabulary cost more to allocate than to fill: one will do.
-    probs = logits.softmax(-1)
-    best, lowest = logits.max(), logits.min()
-    total = best - probs.max().log()  # logsumexp
-    finite = logits.clamp_min(LOWEST) if lowest < LOWEST else logits  # 0 * -inf is no number
-    top = _likely(probs, count)
-    return TokenStats(
-        logprob=float(logits[token] - total),
-        entropy=max(float(total - probs @ finite), 0.0),
-        rank=_rank(logits, token),
-        ids=top.token_ids,
-        probs=top.probs,
-    )
-
-
-def _drawn(logits: Tensor, seq: Sequence, token: int, count: int) -> tuple[float, float, Likely]:
-    """Of what ``token`` was drawn from: its probability, the entropy, the likeliest."""
-    if seq.params.temperature == 0 and count <= 1:  # there was no other
-        return 1.0, 0.0, Likely((token,), (1.0,)) if count else Likely()
-    drawn, ids = distribution(logits, seq, max(count, 1))
-    return float(drawn[ids == token].sum()), _entropy(drawn), _likely(drawn, count, ids)
-
-
 def _layers(traced: SequenceOf[_Notes]) -> set[int]:
     return {layer for notes in traced for layer in notes.plan.layers}
 
@@ -345,28 +319,8 @@ def _routed(layer: int, logits: Tensor, weights: Tensor, experts: Tensor) -> Rou
         layer=layer,
         experts=tuple(experts.tolist()),
         weights=tuple(weights.float().tolist()),
-        entropy=_entropy(logits.float().softmax(-1)),
+        entropy=entropy(logits.float().softmax(-1)),
     )
-
-
-def _entropy(probs: Tensor) -> float:
-    """Of (V,), in nats."""
-    return float(torch.special.entr(probs).sum())
-
-
-def _rank(scores: Tensor, token: int) -> int:
-    """The number of tokens of (V,) that score higher."""
-    numbers = scores.cpu().numpy()  # counts five times as fast as torch
-    return int(numpy.count_nonzero(numbers > numbers[token]))
-
-
-def _likely(probs: Tensor, count: int, ids: Tensor | None = None) -> Likely:
-    """``ids``: of ``probs``, where they are not 0 to V - 1."""
-    if not count:
-        return Likely()
-    values, places = largest(probs, min(count, len(probs)))
-    tokens = places if ids is None else ids[places]
-    return Likely(tuple(tokens.tolist()), tuple(values.tolist()))
 
 
 def _array(tensor: Tensor) -> numpy.ndarray[Any, Any]:

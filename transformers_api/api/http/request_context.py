@@ -40,6 +40,7 @@ from transformers_api.serving.inspect.run_recorder import RunRecorder
 from transformers_api.serving.limits.cancellation import Cancellation
 from transformers_api.serving.models.spec import ModelSpec
 from transformers_api.serving.swap.loaded_model import LoadedModel, under_entry
+from transformers_api.serving.swap.residency import Lease
 from transformers_api.serving.text import chat_template
 from transformers_api.serving.text.choice_text import TextDelta
 from transformers_api.serving.text.model_text import ModelText
@@ -156,6 +157,8 @@ class RequestContext:
         services, exits = self.services, self._exits
         services.admission.enter(self.cancellation)
         exits.callback(services.admission.leave, self.cancellation)
+        if (place := services.in_flight.enter(self.client)) is not None:
+            exits.callback(services.in_flight.leave, place)
         self._watch = services.watcher.watch(flask.request.environ, self.cancellation.cancel)
         exits.callback(self._watch.close)
 
@@ -180,6 +183,12 @@ class RequestContext:
         self._exits.callback(lease.release)
         self._model = lease.model
         return self._model
+
+    def lease_for(self, model: LoadedModel, cancellation: Cancellation) -> Lease:
+        """Another lease on a model, for what goes on after this request."""
+        return self.services.swapper.lease(
+            model.spec, client=self.client, cancellation=cancellation
+        )
 
     def text(self, model_id: str | None, *, is_chat: bool = False) -> ModelText:
         """The tokenizer and the template of a model, whose weights are not loaded for it.

@@ -17,6 +17,7 @@ from transformers_api.api.http.stream_writer import StreamWriter
 from transformers_api.config.settings import Settings
 from transformers_api.errors import ApiError
 from transformers_api.serving.embeddings import EmbeddingModels
+from transformers_api.serving.inspect.jobs import Jobs
 from transformers_api.serving.inspect.queue import Inspections
 from transformers_api.serving.inspect.recent_completions import Completions
 from transformers_api.serving.inspect.run_store import RunStore
@@ -24,6 +25,7 @@ from transformers_api.serving.inspect.trace_slots import TraceSlots
 from transformers_api.serving.inspect.vector_store import VectorStore
 from transformers_api.serving.limits.access import Access
 from transformers_api.serving.limits.admission import Admission
+from transformers_api.serving.limits.in_flight import InFlight
 from transformers_api.serving.models.registry import ModelRegistry
 from transformers_api.serving.models.spec import ModelSpec
 from transformers_api.serving.models.store import ModelStore
@@ -63,6 +65,7 @@ class Services:
     store: ModelStore
     swapper: ModelPool
     admission: Admission
+    in_flight: InFlight  # over all servers that share a redis
     inspections: Inspections
     access: Access  # keys, and how much a client may ask
     limits: RateLimits  # the buckets of these
@@ -78,6 +81,7 @@ class Services:
     upstreams: UpstreamModels = field(default_factory=UpstreamModels)  # models of other servers
     traces: TraceSlots = field(default_factory=TraceSlots)  # requests that are being traced
     vectors: VectorStore = field(default_factory=VectorStore)  # directions by name
+    jobs: Jobs = field(default_factory=Jobs)  # inspections that go on by themselves
     watcher: DisconnectWatcher = field(default_factory=DisconnectWatcher)
     stream_writer: StreamWriter = field(default_factory=StreamWriter)
     started_at: float = field(default_factory=time.monotonic)  # seconds, time.monotonic()

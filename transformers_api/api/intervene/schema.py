@@ -25,7 +25,8 @@ from transformers_api.api.http.fields import (
 from transformers_api.api.http.sampling_schema import about
 from transformers_api.inspection.base import Array
 from transformers_api.inspection.editable import INPUTS, PARTS
-from transformers_api.serving.inspect.edit_positions import At, SpanAt, StepsAt, TextAt
+from transformers_api.serving.inspect.edit_positions import At as Positions
+from transformers_api.serving.inspect.edit_positions import SpanAt, StepsAt, TextAt
 from transformers_api.serving.inspect.edit_request import (
     EditRequest,
     ForceRequest,
@@ -65,7 +66,7 @@ class _Named(fields.Field[Any]):
         return value if value == "all" else _whole_numbers(value, 'must be integers, or "all"')
 
 
-class _At(fields.Field[At]):
+class At(fields.Field[Positions]):
     """Positions: a word, a list, a message's role, a text, or steps."""
 
     def __init__(self, may_be_empty: bool = False, **options: Any) -> None:
@@ -79,9 +80,9 @@ class _At(fields.Field[At]):
 
     def _deserialize(
         self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **_: Any
-    ) -> At:
+    ) -> Positions:
         if value in _WORDS:
-            words: At = value
+            words: Positions = value
             return words
         if isinstance(value, list):
             if self.may_be_empty and not value:
@@ -199,7 +200,7 @@ class EditOptions(StrictSchema):
         longest=2,
         **about("`[first, last]`: these layers and all between."),
     )
-    at = _At(
+    at = At(
         load_default="all",
         **about("The positions of the tokens that are read: see the guide."),
     )
@@ -229,8 +230,8 @@ class EditOptions(StrictSchema):
         **about("Of ablate: `zero`, `mean` over our texts, or the numbers of another prompt."),
     )
 
-    queries = _At(**about("Of block: the positions that read, as in `at`; without it all."))
-    keys = _At(may_be_empty=True, **about("Of block: the positions that they do not read from."))
+    queries = At(**about("Of block: the positions that read, as in `at`; without it all."))
+    keys = At(may_be_empty=True, **about("Of block: the positions that they do not read from."))
     temperature = Number(
         1e-3, 1e3, **about("Of temper: what the scores of attention are divided by.")
     )
