@@ -26,6 +26,7 @@ from transformers_api.engine.scheduler import SlotStore
 from transformers_api.engine.sequence import SampledToken, Sequence
 from transformers_api.errors import ApiError
 from transformers_api.inspection.activations import READ_BY_ATTENTION, ActivationSpec
+from transformers_api.inspection.adjoints import MeanDirections
 from transformers_api.inspection.attention import Weights
 from transformers_api.inspection.attention_edits import edited_rows
 from transformers_api.inspection.base import (
@@ -202,6 +203,7 @@ class TracingSampler:
         self.model = model
         self.examined = examined
         self.backend = backend
+        self.means = MeanDirections()
 
     def sample(self, logits: Tensor, sequences: list[Sequence]) -> list[SampledToken]:
         """See TokenSampler."""
@@ -260,7 +262,9 @@ class TracingSampler:
         rows = notes.taken.token
         try:
             with adapted(self.model, [notes.seq.adapter]):
-                return split_token(self.model, way, examined.anatomy, rows, logits, question)
+                # An adapter may change the head.
+                means = self.means if notes.seq.adapter is None else MeanDirections()
+                return split_token(self.model, way, examined.anatomy, rows, logits, question, means)
         except ApiError:  # numbers that no norm explains: of an edited stream, perhaps
             return None
 

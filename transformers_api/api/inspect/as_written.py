@@ -28,7 +28,8 @@ from transformers_api.serving.generation import GenerationRequest, collect
 from transformers_api.serving.inspect.run_file import joined
 
 AT_ONCE, AS_WRITTEN = "at_once", "as_written"
-# What rows that are read at once may be off by, relative; larger where numbers are rounded.
+# What shares of attention may be off by that are read at once, and streams and logits relative to
+# their size; larger where numbers are rounded.
 EXACT, ROUNDED = 1e-4, 2e-2
 
 
