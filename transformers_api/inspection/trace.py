@@ -82,6 +82,8 @@ class TracingRunner:
 
     def forward(self, batch: Batch, keep: int = 1) -> Tensor:
         """See Runner."""
+        if not any(seq.observe for seq in batch.sequences):
+            return self.inner.forward(batch, keep)
         traced = [
             _Notes(seq.slot - batch.first_slot, seq, seq.observe[NAME], seq.num_cached + width)
             for seq, width, ends in zip(batch.sequences, batch.widths, batch.ends, strict=True)
