@@ -25,7 +25,9 @@ PLACED_S = 5.0  # a model that was asked for there is as good as in memory, unti
 class ResidencyRouter(FIFOMixin, MultiplexMixin, RequestRouter):  # type: ignore[misc]  # untyped
     """Orders replicas with ``routing.ranks``, by the work that they had when they last answered."""
 
-    silent: frozenset[str] = frozenset()  # replicas that do not answer, asked when nobody else is
+    silent: frozenset[str] = (
+        frozenset()
+    )  # replicas that do not answer, asked where there are no others
 
     def initialize_state(self, **options: Any) -> None:
         """Take ``request_router_kwargs``: ``spread`` alone."""
@@ -46,8 +48,9 @@ class ResidencyRouter(FIFOMixin, MultiplexMixin, RequestRouter):  # type: ignore
         def work(replica: RunningReplica) -> int:
             return self.replica_queue_len_cache.get(replica.replica_id) or 0
 
+        spoken = [each for each in candidate_replicas if not self._is_silent(each)]
         order = ranks(
-            [each for each in candidate_replicas if not self._is_silent(each)],
+            spoken or candidate_replicas,
             self._spread,
             holds=lambda each: model in each.multiplexed_model_ids or each.replica_id in placed,
             is_empty=lambda each: (
@@ -55,8 +58,7 @@ class ResidencyRouter(FIFOMixin, MultiplexMixin, RequestRouter):  # type: ignore
             ),
             work=work,
         )
-        silent = [each for each in candidate_replicas if self._is_silent(each)]
-        return [group[:CANDIDATES] for group in (*order, silent) if group]
+        return [group[:CANDIDATES] for group in order]
 
     def on_request_routed(self, pending_request: Any, replica_id: Any, result: Any) -> None:
         """Note which model a replica was asked for."""
@@ -69,5 +71,5 @@ class ResidencyRouter(FIFOMixin, MultiplexMixin, RequestRouter):  # type: ignore
 
 
 def avoid(replicas: Iterable[str]) -> None:
-    """Let all routers of this process ask these last."""
+    """Let all routers of this process ask these only where there are no others."""
     ResidencyRouter.silent = frozenset(replicas)
