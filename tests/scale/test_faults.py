@@ -153,17 +153,33 @@ def test_code_and_replicas_are_replaced_under_load_without_a_failure(cluster, fr
     lose(machine, cluster, front, measured)
 
 
+JOIN = """
+import signal, sys
+from ray._private.node import Node
+from ray._private.parameter import RayParams
+
+parameters = RayParams(
+    gcs_address=sys.argv[1],
+    node_ip_address="127.0.0.1",
+    num_cpus=2,
+    include_log_monitor=False,
+    min_worker_port=0,
+    max_worker_port=0,
+)
+Node(parameters, head=False, shutdown_at_exit=False, spawn_reaper=False)
+signal.pause()
+"""
+
+
 def join(cluster: Cluster) -> subprocess.Popen[bytes]:
-    """Another machine of the cluster: a second node of Ray on this one."""
+    """Another machine of the cluster: a second node of Ray; `ray start` would want a second address."""
     mode = {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(cluster.folder / "c/token"),
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     }
-    address = cluster.environment["CLUSTER_ADDRESS"]
-    words = ["start", f"--address={address}", "--node-ip-address=127.0.0.1", "--num-cpus=2"]
     node = subprocess.Popen(
-        [sys.executable, "-c", "from ray.scripts.scripts import main; main()", *words, "--block"],
+        [sys.executable, "-c", JOIN, cluster.environment["CLUSTER_ADDRESS"]],
         env=cluster.environment | mode,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -180,7 +196,7 @@ def lose(
     for model in ("one", "two"):
         front.chat(model)
     wait_for(lambda: {each["model"] for each in front.replicas()} == {"one", "two"})
-    gone = {pid for pid in cluster.pids("ray::ServeReplica") if is_below(pid, node.pid)}
+    gone = {pid for pid in cluster.pids("ray::ServeReplica") if os.getsid(pid) == node.pid}
     assert gone, "no replica was placed on the second machine"
     places = {each["model"]: each["pid"] in gone for each in front.replicas()}
     streams = {model: front.stream(model, 3000) for model in places}
@@ -196,7 +212,3 @@ def lose(
         f"{time.monotonic() - lost:.0f} s"
     )
     wait_for(lambda: len({each["pid"] for each in front.replicas()} - gone) == 2)
-
-
-def is_below(pid: int, session: int) -> bool:
-    return os.getsid(pid) == session
