@@ -113,7 +113,7 @@ def test_hostile_bodies_reach_no_unpickling(client, classes, tmp_path):
     assert not canary.exists()
     strange = {name for name in classes if not name.startswith((*OURS, *TOKENIZERS))}
     assert not strange
-    assert not {name for name in classes if name.startswith(("pathlib", "builtins.eval"))}
+    assert not classes & {"builtins.getattr", "builtins.eval", "pathlib.Path", "posix.system"}
 
 
 def test_archives_of_vectors_with_objects_are_refused(client, tmp_path):
