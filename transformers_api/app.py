@@ -71,6 +71,7 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
         drain=engine.drain,
         fault=engine.fault,
     )
+    parts.admission.on_end(services.jobs.end_all)
     app = Flask(__name__, static_folder=None)
     api.register(app, services)
     if metrics is not None:

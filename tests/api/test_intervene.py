@@ -91,6 +91,9 @@ def test_an_edit_changes_the_answer_and_the_answer_says_what_was_done(client):
         {**ADD, "vector": [0.0] * WIDTH},
         {"do": "scale", "part": "mlp", "layers": "all", "by": 1},
         {"do": "erase", "vector": [0.0] * WIDTH, "layers": "all"},
+        {"do": "temper", "layers": "all", "temperature": 1},
+        {"do": "block", "layers": "all", "keys": []},
+        {"do": "block", "layer": 0, "queries": "prompt", "keys": "generated"},
     ],
 )
 def test_off_is_off_to_the_bit(client, edit):
@@ -118,6 +121,29 @@ EDITS = {
     "the answer": {**ADD, "at": "generated"},
     "some steps": {**ADD, "at": {"steps": [1, 3]}},
     "places": {**ADD, "at": [0, -1, 26]},
+    "no edge": {"do": "block", "layers": "all", "queries": "last", "keys": {"text": "France"}},
+    "one head's edges": {"do": "block", "layer": 0, "heads": [2], "keys": [0, 3]},
+    "hot heads": {"do": "temper", "range": [0, 1], "heads": [0, 1], "temperature": 30},
+    "cold answers": {"do": "temper", "layer": 0, "temperature": 0.01, "at": "generated"},
+    "queries": {"do": "scale", "part": "q", "layer": 0, "by": 20},
+    "keys of a head": {
+        "do": "add",
+        "part": "k",
+        "layer": 0,
+        "heads": [1],
+        "vector": [99] * 8,
+        "at": {"text": "France"},
+    },
+    "values": {"do": "set", "part": "v", "layers": "all", "value": 3, "at": {"text": "France"}},
+    "no values": {"do": "ablate", "part": "v", "layer": 1, "heads": [0]},
+    "mean keys": {"do": "ablate", "part": "k", "layers": "all", "with": "mean"},
+    "values of another prompt": {
+        "do": "ablate",
+        "part": "v",
+        "layer": 0,
+        "with": {"prompt": "The capital of Poland is"},
+        "at": {"text": "France"},
+    },
     "another prompt": {
         "do": "ablate",
         "layer": 0,
@@ -150,6 +176,25 @@ def test_each_kind_of_edit_does_something_and_the_same_again(client, name):
 def test_the_plan_says_which_positions_it_means(client, at, ranges):
     (said,) = completion(client, {**ADD, "at": at})["choices"][0]["intervene"]["edits"]
     assert said["at"] == ranges
+
+
+def test_blocked_edges_are_told_as_positions(client):
+    edits = EDITS["no edge"], {"do": "temper", "layer": 1, "heads": [3], "temperature": 2}
+    told = completion(client, *edits)
+    length = told["usage"]["prompt_tokens"]
+    assert told["choices"][0]["intervene"]["edits"] == [
+        {
+            "do": "block",
+            "layers": [0, 1],
+            "heads": [0, 1, 2, 3],
+            "queries": [[length - 1, length]],
+            "keys": [[15, 21]],
+            "elided": False,
+        },
+        {"do": "temper", "layers": [1], "heads": [3], "at": [[0, None]], "elided": False},
+    ]
+    assert told["usage"]["intervene"]["places"] == 2
+    assert told["usage"]["intervene"]["tokens"] == 2 + length + 5
 
 
 def test_the_same_vector_in_base64_is_the_same_edit(client):
@@ -303,6 +348,21 @@ def test_what_is_wrong_is_said_before_the_first_byte(client, param):
         ({**ADD, "at": {"when": 1}}, "must be"),
         ({"do": "ablate", "layer": 0, "with": {"prompt": "x"}, "at": "prompt"}, "at their ends"),
         ({"do": "fix", "layer": 0}, "do' must be one of"),
+        ({"do": "block", "layer": 0}, "keys' is required for block"),
+        ({"do": "temper", "layer": 0}, "temperature' is required for temper"),
+        ({"do": "temper", "layer": 0, "temperature": 0}, "must be"),
+        ({"do": "block", "layer": 0, "keys": [40]}, "keys must be in [-24, 29]"),
+        ({"do": "block", "layer": 2, "keys": [0]}, "layers must be in [0, 1]"),
+        ({"do": "block", "layer": 0, "keys": [0], "heads": [4]}, "heads must be in [0, 3]"),
+        ({"do": "block", "layer": 0, "keys": [0], "at": "last"}, "has queries and keys"),
+        ({"do": "block", "layer": 0, "keys": [0], "part": "mlp"}, "part' is not for block"),
+        ({"do": "block", "layer": 0, "keys": [0], "temperature": 2}, "is not for block"),
+        ({**ADD, "keys": [0]}, "keys' is not for add"),
+        ({**ADD, "part": "q"}, "has 32 numbers, a head 8"),
+        ({**ADD, "part": "k", "vector": [1] * 8, "heads": [4]}, "heads must be in [0, 3]"),
+        ({**ADD, "part": "v", "vector": [1] * 8, "layers": [-1]}, "layers must be in [0, 1]"),
+        ({"do": "erase", "part": "q", "vector": [1] * 8, "layer": 0}, "for erase"),
+        ({"do": "scale", "part": "q", "neurons": [0], "by": 2, "layer": 0}, 'is for part "neuron"'),
     ],
 )
 def test_messages_name_what_would_be_right(client, edit, words):
@@ -471,6 +531,10 @@ def test_the_model_says_what_can_be_changed(client):
         "mlp": True,
         "head": 4,
         "neuron": 64,
+        "q": 4,
+        "k": 4,
+        "v": 4,
+        "weights": True,
     }
     assert told["neighbours"] == "bit-equal"
     assert len(told["resid_norm"]) == LAYERS

@@ -38,7 +38,15 @@ OTHERWISE = {
     "GET /metrics": 404,
     "POST /load_model": 404,
     "POST /detokenize": 400,
+    "GET /inspect/jobs/{job_id}": 404,
+    "DELETE /inspect/jobs/{job_id}": 404,
+    "GET /inspect/jobs/{job_id}/events": 404,
     "PUT /inspect/vectors/{name}": 201,
+    "POST /inspect/runs": 201,
+    "GET /inspect/runs/{run_id}": 404,
+    "DELETE /inspect/runs/{run_id}": 404,
+    "POST /inspect/runs/{run_id}/replay": 404,
+    "GET /inspect/runs/compare": 422,
     "POST /inspect/vectors/{name}/derive": 201,
 }
 

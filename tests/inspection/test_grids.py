@@ -9,7 +9,7 @@ from tests.engine.models import prompts_of
 from tests.inspection.models import tiny
 from tests.repeats import slow
 from transformers_api.errors import InvalidRequest, ModelNotCapable, PromptTooLarge
-from transformers_api.inspection.grid_question import Cell, GridQuestion
+from transformers_api.inspection.grid_question import Cell, GridQuestion, Noise
 
 CLEAN = prompts_of(4)[3]  # 17 tokens: three slices of 8
 CORRUPT = [*CLEAN[:5], (CLEAN[5] + 3) % 60, *CLEAN[6:]]
@@ -114,3 +114,58 @@ def test_what_cannot_be_is_refused(watch):
         ask(watch("llama"), CLEAN, part="attn", cells=cells * 20, within_s=1e-9)
     with pytest.raises(ModelNotCapable, match="has no mlp that can be changed"):
         ask(watch("mamba"), CLEAN, part="mlp", cells=cells)
+
+
+NOISE = {"positions": (4, 5), "samples": 3, "seed": 7}
+CELLS = [Cell(layer, place) for layer in LAYERS for place in PLACES]
+
+
+def test_noise_is_drawn_on_the_embeddings_of_the_span_and_averaged(watch):
+    model = tiny("llama")
+    noise = Noise(size=2.0, **NOISE)
+    grid = ask(watch("llama"), CLEAN, part="resid", cells=CELLS, donor=CLEAN, noise=noise, answer=5)
+    with torch.no_grad():
+        embeds = model.model.embed_tokens(torch.tensor([CLEAN])).float()
+        shape = (3, 2, embeds.shape[-1])
+        drawn = torch.randn(shape, generator=torch.Generator().manual_seed(7)) * 2 * embeds.std()
+        own = embeds.repeat(3, 1, 1)
+        own[:, [4, 5]] += drawn
+        logits = model(inputs_embeds=own, use_cache=False).logits[:, -1].float()
+    assert grid.against == int(logits.mean(0).argmax())
+    assert grid.plain == pytest.approx(
+        float((logits[:, 5] - logits[:, grid.against]).mean()), abs=1e-4
+    )
+    assert grid.values[-1] == pytest.approx(grid.donor, abs=1e-4)  # all of the last row is clean
+    none = Noise(size=0.0, **NOISE)
+    grid = ask(watch("llama"), CLEAN, part="resid", cells=CELLS, donor=CLEAN, noise=none)
+    assert grid.values == pytest.approx(grid.donor, abs=1e-4)
+
+
+@pytest.mark.parametrize("part", ["resid", "head", *slow("attn", "mlp")])
+def test_a_guess_by_gradients_is_right_for_small_changes(watch, part):
+    cells = CELLS
+    if part == "head":
+        cells = [Cell(layer, head=head) for layer in LAYERS for head in range(4)]
+    fields = {"part": part, "cells": cells, "donor": CLEAN, "answer": 5, "against": 7}
+    noise = Noise(size=0.05, **NOISE)
+    exact = ask(watch("llama"), CLEAN, noise=noise, **fields)
+    guess = ask(watch("llama"), CLEAN, noise=noise, method="gradient", **fields)
+    changes = exact.values - exact.plain
+    assert abs(changes).max() > 1e-5
+    assert guess.values - guess.plain == pytest.approx(changes, abs=0.1 * float(abs(changes).max()))
+
+
+def test_cells_alone_are_those_of_the_whole_grid(watch):
+    whole = ask(watch("llama"), CORRUPT, part="resid", cells=CELLS, donor=CLEAN)
+    rest = ask(
+        watch("llama"),
+        CORRUPT,
+        part="resid",
+        cells=CELLS[2:],
+        donor=CLEAN,
+        answer=whole.answer,
+        against=whole.against,
+        only_cells=True,
+    )
+    assert rest.values == pytest.approx(whole.values[2:], abs=1e-5)
+    assert rest.plain != rest.plain

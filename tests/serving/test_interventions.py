@@ -7,10 +7,11 @@ from dataclasses import replace
 import numpy
 import pytest
 
-from tests.fake_inspection import FakeInspector, fake_anatomy
+from tests.fake_inspection import FakeInspector, fake_anatomy, fake_layer
 from tests.fakes import fake_model
 from transformers_api.errors import InvalidRequest, ModelNotCapable
-from transformers_api.inspection.base import Editable, Routing
+from transformers_api.inspection.base import Routing
+from transformers_api.inspection.editable import Editable
 from transformers_api.serving.inspect.edit_positions import (
     PromptPlaces,
     SpanAt,
@@ -19,7 +20,8 @@ from transformers_api.serving.inspect.edit_positions import (
     resolve,
 )
 from transformers_api.serving.inspect.edit_request import EditRequest, InterveneRequest
-from transformers_api.serving.inspect.interventions import Facts, plan_edits
+from transformers_api.serving.inspect.edit_vectors import Facts
+from transformers_api.serving.inspect.interventions import plan_edits
 from transformers_api.serving.inspect.vector_store import VectorStore
 from transformers_api.serving.text.spans import Span
 
@@ -136,6 +138,28 @@ def test_a_part_that_is_not_there_or_not_verified_is_refused_with_the_reason():
     heads = EditRequest(do="ablate", part="head", heads=(0,), layers=(1,))
     assert refused(heads, editable=some, kind=ModelNotCapable) == (
         'part "head" of layer 1 was not verified at load (off by 0.031); see GET /inspect/model'
+    )
+
+
+def test_what_has_no_attention_weights_is_refused_by_its_kind():
+    linear = fake_layer(1, type="linear_attention", available=False, reason="linear_attention")
+    anatomy = fake_anatomy(attention=(fake_layer(0), linear), layers=2)
+    places = FakeInspector(anatomy).editable.places
+    off = {part: 1e-7 for part in places[2].off if part != "weights"}
+    editable = Editable((*places[:2], replace(places[2], off=off)))
+    given = {"anatomy": anatomy, "editable": editable, "kind": ModelNotCapable}
+    for do in ("block", "temper"):
+        edit = EditRequest(do=do, part="weights", layers=(0, 1), keys=(0,), temperature=2.0)
+        message = f"{do} needs attention weights; layer 1 is linear_attention"
+        assert refused(edit, **given) == message
+        planned_layers = planned(
+            replace(edit, layers="all"), anatomy=anatomy, editable=editable
+        ).described[0]["layers"]
+        assert planned_layers == [0]
+    hidden = Editable((*places[:1], replace(places[1], off=off), *places[2:]))
+    edit = EditRequest(do="temper", part="weights", layers=(0,), temperature=2.0)
+    assert refused(edit, editable=hidden, kind=ModelNotCapable) == (
+        "temper needs attention weights; model type fake does not show where layer 0 uses them"
     )
 
 

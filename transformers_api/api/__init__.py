@@ -12,7 +12,9 @@ from transformers_api.api.http import auth, errors, middleware
 from transformers_api.api.http.services import EXTENSION, Services
 from transformers_api.api.http.strict_json import StrictJSONProvider
 from transformers_api.api.inspect.grids import blueprint as grids
+from transformers_api.api.inspect.jobs import blueprint as jobs
 from transformers_api.api.inspect.logit_parts import blueprint as logit_parts
+from transformers_api.api.inspect.runs import blueprint as runs
 from transformers_api.api.inspect.vectors import blueprint as vectors
 from transformers_api.api.inspect.views import blueprint as inspect
 from transformers_api.api.llamacpp.views import blueprint as llamacpp
@@ -44,7 +46,7 @@ def register(app: Flask, services: Services) -> None:
     errors.install(app)
     api = docs.install(app, needs_key=services.access.keys is not None)
     openai_routes = (openai, responses, messages, embeddings, rerank, models, tokens)
-    others = (chat_stream, inspect, logit_parts, grids, vectors, health, monitoring)
+    others = (chat_stream, inspect, logit_parts, grids, jobs, vectors, runs, health, monitoring)
     for blueprint in (*openai_routes, ollama, llamacpp, generate, *others):
         api.register_blueprint(blueprint)
     app.register_blueprint(page)

@@ -18,7 +18,7 @@ from transformers_api.cluster.models import ClusterModels
 from transformers_api.cluster.transport import RayTransport, Transport, ask
 from transformers_api.config.environment import set_for_transformers
 from transformers_api.errors import ApiError, ServerShuttingDown
-from transformers_api.inspection.base import Editable
+from transformers_api.inspection.editable import Editable
 from transformers_api.inspection.questions import Gradients, Inspected, Places, Question
 from transformers_api.local_engine import EngineSide, Parts
 from transformers_api.server.readiness import LAST_WORDS_S

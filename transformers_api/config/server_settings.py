@@ -60,6 +60,11 @@ class ServerSettings:
     intervene_enabled: bool = setting(
         True, to.boolean, "Serve `intervene`, which changes a model for a request; else 403."
     )
+    runs_max_mb: int = setting(
+        256,
+        to.integer(0, 1 << 20),
+        "MiB of runs (`store`) that are kept in MODEL_STORE, of one at most a quarter; 0: none.",
+    )
     trace_max_bytes_per_token: int = setting(
         1 << 18, to.integer(1, 1 << 30), "Bytes that the trace of one token may have, at most."
     )

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from transformers_api.engine.runners.edited_attention import AttentionEdit
     from transformers_api.engine.runners.edited_modules import ModuleEdit
     from transformers_api.engine.runners.model_runner import Runner, VerifiedRunner
     from transformers_api.engine.sampling.sampler import TokenSampler
@@ -109,8 +110,13 @@ class Backend(Protocol):
         """
         ...
 
-    def editing(self, model: Any, edits: Sequence[ModuleEdit]) -> AbstractContextManager[None]:
-        """While it lasts, passes are changed by ``edits``, one for each module and side."""
+    def editing(
+        self, model: Any, edits: Sequence[ModuleEdit], attention: Sequence[AttentionEdit] = ()
+    ) -> AbstractContextManager[None]:
+        """While it lasts, passes are changed by ``edits``, one for each module and side.
+
+        And by those of ``attention``, one for each layer and sequence.
+        """
         ...
 
     def attention_probs(

@@ -47,10 +47,11 @@ class Attachment:
             examined = examine(model, **sizes, backend=backend, runner=runner)
             self._examinations[model] = sizes, examined
         self.examined, self._backend = examined, backend
-        tracing = TracingRunner(runner, model, examined)
+        tracing = TracingRunner(runner, model, examined, backend)
         # Outside of it: what is traced is what was edited.
         runner = InterveningRunner(
-            tracing, model, backend, examined.parts, examined.anatomy.attention
+            *(tracing, model, backend, examined.parts),
+            *(examined.anatomy.attention, examined.source),
         )
         sampler = InterveningSampler(sampler, runner)
         return runner, TracingSampler(sampler, model, examined, backend)
@@ -60,11 +61,12 @@ class Attachment:
         examined, backend = self.examined, self._backend
         assert examined is not None
         assert backend is not None
-        check = ActingCheck(engine, backend, examined.parts, examined.anatomy.attention)
+        anatomy, source = examined.anatomy, examined.source
+        check = ActingCheck(engine, backend, examined.parts, anatomy.attention, source)
         return ModelInspector(
-            examined.anatomy,
+            anatomy,
             examined.parts,
-            examined.source,
+            source,
             check,
             slice_tokens=self.slice_tokens,
             reads_in_chunks=engine.describe().in_pieces,

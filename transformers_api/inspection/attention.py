@@ -23,11 +23,23 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from transformers_api.engine.backend import Backend
+from transformers_api.engine.runners.edited_attention import (
+    AttentionCall,
+    AttentionEdit,
+    AttentionInputs,
+    current_attention_edits,
+    part_of,
+)
 from transformers_api.inspection.base import AttentionMode
 
 
 class Weights(Protocol):
     """The attention of one layer in one forward pass: B sequences, T queries, S keys."""
+
+    @property
+    def is_edited(self) -> bool:
+        """True where ``rows`` are what edits of them have made."""
+        ...
 
     @property
     def heads(self) -> int:
@@ -53,6 +65,13 @@ class AttentionSource:
     outputs: tuple[tuple[int, str, int], ...] = ()  # hook: (layer, module, index in its output)
     has_sinks: bool = False  # hook: rows need not sum to 1
     backend: Backend | None = None  # tap: that of the model; None: torch
+
+    def place_of(self, layer: int) -> tuple[str, int, bool] | None:
+        """The module whose output has a layer's weights, and where; see ``AttentionEdit``."""
+        if self.mode is not AttentionMode.HOOK:
+            return None
+        own = (each for each in self.outputs if each[0] == layer)
+        return next(((name, index, self.has_sinks) for _, name, index in own), None)
 
     @contextmanager
     def watched(
@@ -124,19 +143,37 @@ class Tap:
         *args: Any,
         **options: Any,
     ) -> Any:
-        """Return the result of the wrapped function."""
-        result = self.function(module, query, key, value, attention_mask, *args, **options)
+        """Return the result of the wrapped function; what it reads and makes may be edited."""
         layer, watch = getattr(module, "layer_idx", None), _current.get()
-        if watch is None or layer is None:
+        edits = [edit for edit in current_attention_edits() if edit.layer == layer]
+        for edit in edits:
+            if edit.before is not None:
+                edit.before(_inputs(edit, query, key, value))
+        result = self.function(module, query, key, value, attention_mask, *args, **options)
+        if layer is None or (watch is None and not edits):
             return result
-        if watch.layers is None or layer in watch.layers:
-            call = Attended(
-                *(module, query, key, value, attention_mask, result[0], options),
-                aligns_ends=self.aligns_ends,
-                backend=watch.backend,
-            )
+        call = Attended(
+            *(module, query, key, value, attention_mask, result[0], options),
+            aligns_ends=self.aligns_ends,
+            backend=None if watch is None else watch.backend,
+        )
+        for edit in edits:
+            if edit.apply is not None:
+                edit.apply(call.part(edit))
+        if watch is not None and (watch.layers is None or layer in watch.layers):
             watch.watcher(layer, call)
         return result
+
+
+def _inputs(edit: AttentionEdit, query: Tensor, key: Tensor, value: Tensor) -> AttentionInputs:
+    """Those of the sequence's tokens, its last ones; views."""
+    sequence, queries = part_of(edit, len(query), query.shape[2])
+    own = query[sequence, :, queries]
+    stop = min(key.shape[2], edit.context)
+    keys = slice(stop - own.shape[1], stop)
+    return AttentionInputs(
+        *(each.transpose(0, 1) for each in (own, key[sequence, :, keys], value[sequence, :, keys]))
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -156,6 +193,11 @@ class Attended:
     options: dict[str, Any]
     aligns_ends: bool
     backend: Backend | None = None
+
+    @property
+    def is_edited(self) -> bool:
+        """See Weights: edits write into the output."""
+        return False
 
     @property
     def heads(self) -> int:
@@ -193,6 +235,26 @@ class Attended:
         sinks = sinks.float().reshape(-1, 1, 1)[slice(None) if heads is None else list(heads)]
         shares = torch.cat([scores, sinks.expand(-1, scores.shape[1], 1)], -1).softmax(-1)
         return shares[..., :-1], shares[..., -1]
+
+    def part(self, edit: AttentionEdit) -> AttentionCall:
+        """The part that an edit changes; its output is a view of this one's."""
+        sequence, queries = part_of(edit, len(self.query), self.query.shape[2])
+        added = (self.options.get("position_bias"), self.mask)
+        masks = [self._part(each, sequence, queries, None) for each in added]
+        masks.append(self._causal(queries) if self.mask is None else None)
+        context = edit.context  # others may have more
+        return AttentionCall(
+            query=self.query[sequence, :, queries],
+            key=self.key[sequence, :, :context],
+            value=self.value[sequence, :, :context],
+            masks=tuple(
+                (each if each.dim() == 3 else each[None])[..., :context]
+                for each in masks
+                if each is not None
+            ),
+            output=self.output[sequence, queries],
+            options=self.options,
+        )
 
     def _own_rows(self, sequence: int, queries: slice) -> tuple[Tensor, Tensor | None] | None:
         """The backend's probabilities (H, R, S) and what the sinks took, where it has them."""
@@ -271,6 +333,7 @@ class ComputedWeights:
 
     weights: Tensor
     has_sinks: bool
+    is_edited: bool = False
 
     @property
     def heads(self) -> int:
@@ -296,4 +359,4 @@ def _pass_on(
     output: Any,
 ) -> None:
     weights = output[index] if isinstance(output, tuple) else output
-    watcher(layer, ComputedWeights(weights, has_sinks))
+    watcher(layer, ComputedWeights(weights, has_sinks, bool(current_attention_edits())))

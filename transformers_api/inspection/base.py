@@ -7,8 +7,7 @@ H query heads, n tokens, V vocabulary, C width of the residual stream.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal, Protocol, TypeVar
@@ -16,10 +15,19 @@ from typing import Any, Literal, Protocol, TypeVar
 import numpy
 from numpy.typing import NDArray
 
+from transformers_api.inspection.activations import (
+    Activation,
+    ActivationPart,
+    ActivationSpec,
+    RecordedRows,
+)
+from transformers_api.inspection.attribution_question import Attribution, AttributionQuestion
 from transformers_api.inspection.divergence_question import Divergence, DivergenceQuestion
+from transformers_api.inspection.editable import Editable, Part
 from transformers_api.inspection.grid_question import Grid, GridQuestion
 from transformers_api.inspection.logit_share import LogitParts, LogitPartsQuestion
 from transformers_api.inspection.probes import Probe, ProbeReading
+from transformers_api.inspection.uncertainty import Uncertainty
 
 T = TypeVar("T")
 Array = NDArray[numpy.float32]
@@ -58,50 +66,6 @@ class LayerAttention:
     max_rel_err: float | None = None  # |P·V - out| / |out| of the check at load
 
 
-Part = Literal["resid", "attn", "mlp", "head", "neuron"]
-PARTS: tuple[Part, ...] = ("resid", "attn", "mlp", "head", "neuron")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Places:
-    """The parts of one layer that can be changed; layer -1 is the embedding.
-
-    ``off``: what an edit of a part gives beside the same edit of the model's own modules, relative;
-    each part that is there has one. Those of ``unverified`` give something else.
-    """
-
-    layer: int
-    off: Mapping[Part, float] = field(default_factory=dict)
-    unverified: frozenset[Part] = frozenset()
-    heads: int = 0
-    head_dim: int = 0
-    neurons: int = 0
-
-    def can(self, part: Part) -> bool:
-        """True where the part can be changed, which has been verified."""
-        return part in self.off and part not in self.unverified
-
-    @property
-    def verified(self) -> float | None:
-        """The worst of what can be changed; None: nothing can."""
-        return max((off for part, off in self.off.items() if self.can(part)), default=None)
-
-
-@dataclass(frozen=True, slots=True)
-class Editable:
-    """The parts of a model that can be changed: those of the embedding, then of each layer.
-
-    ``neighbours_are_equal``: no bit of a sequence depends on the edits of others in its passes.
-    """
-
-    places: tuple[Places, ...] = ()
-    neighbours_are_equal: bool = False
-
-    def of(self, layer: int) -> Places:
-        """Those of one layer; -1 is the embedding."""
-        return self.places[layer + 1]
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Routing:
     """The mixture of experts of a model."""
@@ -133,8 +97,7 @@ class Anatomy:
     lens: bool  # a residual can be read through the model's own head
     lens_is_exact: bool  # and that of the last layer gives the model's own logits, bit for bit
     routing: Routing | None = None
-    # Whether rows can be had while writing, without changing a bit of the answer.
-    traces_attention: bool = False
+    traces_attention: bool = False  # while it writes, without changing a bit of the answer
 
     @property
     def layers_with_attention(self) -> list[int]:
@@ -159,6 +122,13 @@ class TracePlan:
     resid_norms: bool = False
     router: bool = False
     probes: tuple[Probe, ...] = ()
+    activations: tuple[ActivationSpec, ...] = ()
+    # Noted of every token that is read, prompts too, in the stream's own bits.
+    records: tuple[tuple[int, ActivationPart], ...] = ()
+    uncertainty: bool = False
+    parts: LogitPartsQuestion | None = None  # of each token; its position and token are left open
+    # That what is shown of a token may come to as JSON.
+    bytes: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,6 +194,10 @@ class StepTrace:
     resid_norms: tuple[float, ...] = ()  # L2, after each layer
     router: tuple[Routed, ...] = ()
     probes: tuple[ProbeReading, ...] = ()
+    activations: tuple[Activation, ...] = ()
+    uncertainty: Uncertainty | None = None
+    parts: LogitParts | None = None  # None: nobody asked, or it cannot be told apart here
+    recorded: tuple[RecordedRows, ...] = ()  # of all that was read since the last token
 
 
 # -- of given tokens
@@ -273,43 +247,6 @@ class LensTable:
     target_ids: Ids  # (P,): the target, or the model's own choice there
     target_rank: Ids  # (P, L')
     target_prob: Array
-
-
-AttributionMethod = Literal[
-    "occlusion", "gradient_x_input", "gradient_norm", "integrated_gradients"
-]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AttributionQuestion:
-    """The question why this token; ``position`` is that of the query which predicts it."""
-
-    position: int
-    token_id: int | None = None  # None: the model's own choice
-    method: AttributionMethod = "occlusion"
-    steps: int | None = None  # of integrated gradients; None: doubled until nothing moves
-    # Where its path begins: the first token as it is and the others as ``baseline_token_id``; or
-    # all of them as the mean embedding, or as zeros.
-    baseline: Literal["token", "mean", "zero"] = "mean"
-    baseline_token_id: int = 0
-    of: Literal["logprob", "logit"] = "logprob"
-    groups: tuple[tuple[int, ...], ...] | None = None  # taken away together; None: each token
-    screen: int = 0  # so many groups, those with the largest gradients; 0: all
-    within_s: float = math.inf  # what occlusion may take
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Attribution:
-    """One score per token up to the query; NaN where nothing was asked."""
-
-    scores: Array  # (position + 1,)
-    token_id: int
-    logprob: float
-    value: float  # of what was asked for: the logprob or the logit
-    convergence_delta: float | None = None  # f(x) - f(baseline) - sum, of integrated gradients
-    steps: int | None = None  # that were made
-    largest_change: float | None = None  # of a score, from half as many steps to these
-    note: str | None = None
 
 
 class Inspector(Protocol):

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from transformers_api.errors import InsufficientPermissions, InvalidRequest
-from transformers_api.inspection.base import Array, Part
+from transformers_api.inspection.base import Array
+from transformers_api.inspection.editable import Part
 
-Do = Literal["add", "erase", "scale", "set"]
+Do = Literal["add", "erase", "scale", "set", "block", "temper"]
 Range = tuple[int, int | None]  # positions [start, stop); None: without an end
 
 
@@ -38,6 +39,9 @@ class Edit:
     ``add``: z + ``vector``. ``erase``: z without its projection on the rows of ``vector``, which
     are orthonormal. ``scale``: ``by`` times z. ``set``: ``vector``, or where ``is_aligned`` its
     first row at the first position, and so on. z is a row of the part, of heads or of neurons.
+
+    Of the attention weights of heads: ``block``: these queries read nothing from ``keys``.
+    ``temper``: their scores are divided by ``by``, the temperature.
     """
 
     do: Do
@@ -49,11 +53,13 @@ class Edit:
     by: float = 1.0
     is_aligned: bool = False
     keeps_norm: bool = False  # each row is as long as it was
+    keys: tuple[Range, ...] = ()
 
     @property
     def first(self) -> int:
-        """The first position that is changed."""
-        return min(start for start, _ in self.positions)
+        """The first position that is changed: no query reads from a key behind it."""
+        first = min(start for start, _ in self.positions)
+        return max(first, min((start for start, _ in self.keys), default=0))
 
 
 @dataclass(slots=True)
@@ -84,3 +90,12 @@ class EditPlan:
     def places(self) -> int:
         """Parts of layers that are changed."""
         return len({(edit.layer, edit.part) for edit in self.edits})
+
+    @property
+    def attention(self) -> dict[int, list[Edit]]:
+        """The edits of attention weights, by layer."""
+        by_layer: dict[int, list[Edit]] = {}
+        for edit in self.edits:
+            if edit.part == "weights":
+                by_layer.setdefault(edit.layer, []).append(edit)
+        return by_layer

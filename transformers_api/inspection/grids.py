@@ -7,8 +7,9 @@ arXiv:2309.16042, on metrics. Several cells are the rows of one batch.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -20,49 +21,196 @@ from transformers_api.engine.places import LayerPlaces
 from transformers_api.engine.runners.edited_modules import ModuleEdit, hooked
 from transformers_api.errors import InvalidRequest, ModelNotCapable, PromptTooLarge
 from transformers_api.inspection.base import Anatomy
+from transformers_api.inspection.gradient_grid import Slope, slopes
 from transformers_api.inspection.grid_question import Cell, Grid, GridQuestion
-from transformers_api.inspection.places import Module, head_dims, module_of
-from transformers_api.inspection.reading import Way, read, unarmed
+from transformers_api.inspection.places import EMBEDDING, Module, head_dims, module_of
+from transformers_api.inspection.reading import Way, read
 
 MOST_ROWS = 16  # of a pass
+Row = tuple[Cell | None, int]  # a change, and the sample of noise that is read with it
 
 
 def run_grid(
     model: Any, way: Way, anatomy: Anatomy, ids: list[int], question: GridQuestion
 ) -> Generator[None, None, Grid]:
     """See ``base.Inspector.grid``."""
-    places = way.parts.places.of(model)
-    sizes = head_dims(places, anatomy.attention)
-    modules = _modules(places, sizes, anatomy, question)
-    plain = yield from _logits(model, way, ids)
-    donated: dict[int, Tensor] = {}
+    grid = _Texts(model, way, anatomy, ids, question)
+    donor = question.donor
+    if donor is not None and len(donor) != len(ids):
+        raise InvalidRequest(
+            f"prompts have {len(donor)} and {len(ids)} tokens; they must have as many",
+            param="corrupt",
+        )
     donor_logits = None
-    if question.donor is not None:
-        if len(question.donor) != len(ids):
-            raise InvalidRequest(
-                f"prompts have {len(question.donor)} and {len(ids)} tokens; they must have as many",
-                param="corrupt",
-            )
-        donated = {layer: torch.empty(0) for layer in modules}
-        donor_logits = yield from _logits(model, way, list(question.donor), modules, donated)
-    answer, against = _tokens(plain, donor_logits, question)
+    if donor is not None:
+        donor_logits = yield from grid.read_donor(list(donor))
+    yield from grid.draw_noise()
+    plain = None
+    answer, against = question.answer or 0, question.against
+    if not question.only_cells:
+        plain = yield from grid.changed([(None, sample) for sample in grid.samples])
+        answer, against = _tokens(plain.mean(0), donor_logits, question)
     metric = partial(_metric, question.metric, answer, against)
-    rows = min(max(way.slice_tokens // len(ids), 1), MOST_ROWS) if way.reads_in_chunks else 1
-    values: list[Tensor] = []
     began = time.monotonic()
-    for first in range(0, len(question.cells), rows):
-        cells = question.cells[first : first + rows]
-        edits = partial(_edits, cells, modules, donated, sizes)
-        logits = yield from _changed_logits(model, way, ids, len(cells), edits)
-        values.append(metric(logits))
-        _check_time(time.monotonic() - began, first + len(cells), question)
+    if question.method == "gradient":
+        values = yield from grid.guessed(metric)
+    else:
+        values = yield from grid.filled(metric)
     return Grid(
-        values=torch.cat(values).float().cpu().numpy(),
-        plain=float(metric(plain[None])),
+        values=values.float().cpu().numpy(),
+        plain=math.nan if plain is None else float(metric(plain).mean()),
         donor=None if donor_logits is None else float(metric(donor_logits[None])),
         answer=answer,
         against=against,
+        seconds=time.monotonic() - began,
     )
+
+
+class _Texts:
+    """The text that is changed, in the model, and the numbers that are put into it."""
+
+    def __init__(
+        self, model: Any, way: Way, anatomy: Anatomy, ids: list[int], question: GridQuestion
+    ) -> None:
+        self.model = model
+        self.way = way
+        self.ids = ids
+        self.question = question
+        places = way.parts.places.of(model)
+        self.sizes = head_dims(places, anatomy.attention)  # of heads, by layer
+        self.modules = _modules(places, self.sizes, anatomy, question)
+        self.embedding = module_of(places, EMBEDDING, "resid") if places else None
+        self.donated: dict[int, Tensor] = {}  # layer: (T, width)
+        self.noise: Tensor | None = None  # (samples, T, C)
+
+    @property
+    def samples(self) -> range:
+        """The draws of the noise, or the one reading without any."""
+        return range(1 if self.question.noise is None else self.question.noise.samples)
+
+    def read_donor(self, donor: list[int]) -> Generator[None, None, Tensor]:
+        """The logits (V,) after the donor, whose numbers are noted."""
+        pieces: dict[int, list[Tensor]] = {layer: [] for layer in self.modules}
+        notes = [
+            ModuleEdit(module.name, module.side, partial(_take, pieces[layer]))
+            for layer, module in self.modules.items()
+        ]
+        logits = yield from self._logits([donor], lambda *_: notes)
+        self.donated = {layer: torch.cat(rows) for layer, rows in pieces.items()}
+        return logits[0]
+
+    def draw_noise(self) -> Generator[None, None, None]:
+        """Draw the noise that the text is read with, where there is to be some."""
+        noise = self.question.noise
+        if noise is None:
+            return
+        assert self.embedding is not None
+        rows: list[Tensor] = []
+        note = ModuleEdit(self.embedding.name, self.embedding.side, partial(_take, rows))
+        yield from self._logits([self.ids], lambda *_: [note])
+        embeddings = torch.cat(rows).float()
+        generator = torch.Generator().manual_seed(noise.seed)
+        shape = (noise.samples, len(noise.positions), embeddings.shape[1])
+        drawn = torch.randn(shape, generator=generator).to(embeddings.device)
+        self.noise = torch.zeros(noise.samples, *embeddings.shape, device=embeddings.device)
+        self.noise[:, list(noise.positions)] = drawn * noise.size * embeddings.std()
+
+    def filled(self, metric: Callable[[Tensor], Tensor]) -> Generator[None, None, Tensor]:
+        """The metric of each cell, by passes. Raises PromptTooLarge."""
+        samples = len(self.samples)
+        rows: list[Row] = [
+            (cell, sample) for cell in self.question.cells for sample in self.samples
+        ]
+        width = 1
+        if self.way.reads_in_chunks:
+            width = min(max(self.way.slice_tokens // len(self.ids), 1), MOST_ROWS)
+        values: list[Tensor] = []
+        began = time.monotonic()
+        for first in range(0, len(rows), width):
+            some = rows[first : first + width]
+            values.append(metric((yield from self.changed(some))))
+            done = (first + len(some)) / samples
+            _check_time(time.monotonic() - began, done, self.question)
+        return torch.cat(values).view(-1, samples).mean(1)
+
+    def guessed(self, metric: Callable[[Tensor], Tensor]) -> Generator[None, None, Tensor]:
+        """The metric of each cell as far as it is linear in the change: (a' - a) . dF/da."""
+        cells = self.question.cells
+        values = torch.zeros(len(cells))
+        for sample in self.samples:
+            noise = None if self.noise is None else self.noise[sample]
+            value, by_layer = slopes(
+                self.model, self.way, self.ids, self.modules, metric, self.embedding, noise
+            )
+            yield
+            values += torch.tensor([value + self._share(cell, by_layer) for cell in cells])
+        return values / len(self.samples)
+
+    def _share(self, cell: Cell, by_layer: dict[int, Slope]) -> float:
+        slope = by_layer[cell.layer]
+        own = self.donated[cell.layer].float() if self.donated else 0.0
+        at, columns = self._place(cell, 0, len(self.ids))
+        return float(((own - slope.rows) * slope.gradient)[at, columns].sum())
+
+    def changed(self, rows: Sequence[Row]) -> Generator[None, None, Tensor]:
+        """The logits (B, V) after the last token, with a change in each of these rows."""
+        texts = [self.ids] * len(rows)
+        return (yield from self._logits(texts, partial(self._edits, rows)))
+
+    def _logits(
+        self, texts: list[list[int]], edits: Callable[[int, int], list[ModuleEdit]]
+    ) -> Generator[None, None, Tensor]:
+        tokens = torch.tensor(texts, device=self.model.device)
+        logits = torch.empty(0)
+
+        def arm(start: int, stop: int) -> AbstractContextManager[None]:
+            return hooked(self.model, edits(start, stop))
+
+        for chunk in read(self.model, tokens, self.way.width(len(texts)), arm):
+            logits = chunk.logits[:, -1, : self.way.vocab_size].float()
+            yield
+        return logits
+
+    def _edits(self, rows: Sequence[Row], start: int, stop: int) -> list[ModuleEdit]:
+        """One edit of each layer's module, for those rows of the batch whose cell is in it."""
+        by_layer: dict[int, list[tuple[int, Cell]]] = {}
+        for row, (cell, _) in enumerate(rows):
+            if cell is not None and (cell.position is None or start <= cell.position < stop):
+                by_layer.setdefault(cell.layer, []).append((row, cell))
+
+        def apply(layer: int, tensor: Tensor) -> None:
+            batch = tensor.view(len(rows), stop - start, -1)
+            for row, cell in by_layer[layer]:
+                at, columns = self._place(cell, start, stop)
+                source = slice(at.start + start, at.stop + start)
+                own = batch[row, at, columns]
+                if self.donated:
+                    own.copy_(self.donated[layer][source, columns])
+                else:
+                    own.zero_()
+
+        edits = [
+            ModuleEdit(self.modules[layer].name, self.modules[layer].side, partial(apply, layer))
+            for layer in by_layer
+        ]
+        if self.noise is not None and self.embedding is not None:
+            drawn = self.noise[[sample for _, sample in rows], start:stop].flatten(0, 1)
+
+            def disturb(tensor: Tensor) -> None:
+                tensor.copy_(tensor.float() + drawn)
+
+            edits.append(ModuleEdit(self.embedding.name, self.embedding.side, disturb))
+        return edits
+
+    def _place(self, cell: Cell, start: int, stop: int) -> tuple[slice, slice]:
+        """(the positions of a cell among [start, stop), counted from ``start``; its columns)."""
+        at, columns = slice(0, stop - start), slice(None)
+        if cell.position is not None:
+            at = slice(cell.position - start, cell.position - start + 1)
+        if cell.head is not None:
+            size = self.sizes[cell.layer]
+            columns = slice(cell.head * size, (cell.head + 1) * size)
+        return at, columns
 
 
 def _modules(
@@ -82,85 +230,8 @@ def _modules(
     return modules
 
 
-def _logits(
-    model: Any,
-    way: Way,
-    ids: list[int],
-    modules: dict[int, Module] | None = None,
-    taken: dict[int, Tensor] | None = None,
-) -> Generator[None, None, Tensor]:
-    """The logits (V,) after the last token; ``taken`` gets the rows (T, width) of ``modules``."""
-    pieces: dict[int, list[Tensor]] = {layer: [] for layer in modules or {}}
-
-    def arm(_start: int, _stop: int) -> AbstractContextManager[Any]:
-        if not modules:
-            return unarmed(_start, _stop)
-        notes = [
-            ModuleEdit(module.name, module.side, partial(_take, pieces[layer]))
-            for layer, module in modules.items()
-        ]
-        return hooked(model, notes)
-
-    logits = torch.empty(0)
-    for chunk in read(model, torch.tensor([ids], device=model.device), way.width(), arm):
-        logits = chunk.logits[0, -1, : way.vocab_size].float()
-        yield
-    if taken is not None:
-        taken.update({layer: torch.cat(rows) for layer, rows in pieces.items()})
-    return logits
-
-
 def _take(pieces: list[Tensor], rows: Tensor) -> None:
     pieces.append(rows.clone())
-
-
-def _changed_logits(
-    model: Any, way: Way, ids: list[int], count: int, edits: Any
-) -> Generator[None, None, Tensor]:
-    """The logits (B, V) after the last token, with a change in each of ``count`` rows."""
-    tokens = torch.tensor([ids] * count, device=model.device)
-    logits = torch.empty(0)
-
-    def arm(start: int, stop: int) -> AbstractContextManager[None]:
-        return hooked(model, edits(start, stop))
-
-    for chunk in read(model, tokens, way.width(count), arm):
-        logits = chunk.logits[:, -1, : way.vocab_size].float()
-        yield
-    return logits
-
-
-def _edits(
-    cells: Sequence[Cell],
-    modules: dict[int, Module],
-    donated: dict[int, Tensor],
-    sizes: dict[int, int],
-    start: int,
-    stop: int,
-) -> list[ModuleEdit]:
-    """One edit of each layer's module, for those rows of the batch whose cell is in it."""
-    by_layer: dict[int, list[tuple[int, Cell]]] = {}
-    for row, cell in enumerate(cells):
-        if cell.position is None or start <= cell.position < stop:
-            by_layer.setdefault(cell.layer, []).append((row, cell))
-
-    def apply(layer: int, rows: Tensor) -> None:
-        batch = rows.view(len(cells), stop - start, -1)
-        for row, cell in by_layer[layer]:
-            at, source = slice(None), slice(start, stop)
-            if cell.position is not None:
-                at = slice(cell.position - start, cell.position - start + 1)
-                source = slice(cell.position, cell.position + 1)
-            columns = slice(None)
-            if cell.head is not None:
-                columns = slice(cell.head * sizes[layer], (cell.head + 1) * sizes[layer])
-            own = batch[row, at, columns]
-            own.copy_(donated[layer][source, columns]) if donated else own.zero_()
-
-    return [
-        ModuleEdit(modules[layer].name, modules[layer].side, partial(apply, layer))
-        for layer in by_layer
-    ]
 
 
 def _tokens(plain: Tensor, donor: Tensor | None, question: GridQuestion) -> tuple[int, int | None]:
@@ -184,12 +255,13 @@ def _metric(name: str, answer: int, against: int | None, logits: Tensor) -> Tens
     return scores.exp() if name == "prob" else scores
 
 
-def _check_time(seconds: float, done: int, question: GridQuestion) -> None:
+def _check_time(seconds: float, done: float, question: GridQuestion) -> None:
     """Raise PromptTooLarge where the rest would take too long."""
     count = len(question.cells)
     if (whole := seconds / done * count) > question.within_s and done < count:
         fits = max(int(question.within_s / seconds * done), 1)
         raise PromptTooLarge(
             f"A grid of {count} cells takes about {whole:.0f} s here (max {question.within_s:g} "
-            f"s); ask for fewer layers, positions or heads (up to {fits} cells)"
+            f"s); ask for fewer layers, positions or heads (up to {fits} cells), method "
+            '"gradient", or "job": true'
         )

@@ -10,23 +10,21 @@ from transformers_api.errors import AttentionUnavailable, ModelNotCapable
 from transformers_api.inspection import matrices
 from transformers_api.inspection.attention import AttentionSource
 from transformers_api.inspection.attribution import attribute, check_gradients
+from transformers_api.inspection.attribution_question import Attribution, AttributionQuestion
 from transformers_api.inspection.base import (
     Anatomy,
     Array,
     AttentionWindow,
-    Attribution,
-    AttributionQuestion,
-    Editable,
     HeadGrid,
     Heads,
     Job,
     LensTable,
-    Part,
     PromptReading,
 )
 from transformers_api.inspection.divergence import diverge
 from transformers_api.inspection.divergence_question import Divergence, DivergenceQuestion
 from transformers_api.inspection.edit_plan import EditPlan, EditTally
+from transformers_api.inspection.editable import Editable, Part
 from transformers_api.inspection.edits import EditedText
 from transformers_api.inspection.grid_question import Grid, GridQuestion
 from transformers_api.inspection.grids import run_grid
@@ -72,7 +70,7 @@ class ModelInspector:
     def edited(self, plan: EditPlan) -> ModelInspector:
         """See ``base.Inspector``."""
         other = copy.copy(self)
-        text = EditedText(plan, self.way.parts, self.anatomy.attention)
+        text = EditedText(plan, self.way.parts, self.anatomy.attention, self.source)
         other.way = replace(self.way, edits=text)
         return other
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from transformers_api.errors import AttentionUnavailable, PromptTooLarge
 from transformers_api.inspection.attention import AttentionSource, ComputedWeights, Weights
+from transformers_api.inspection.attention_edits import edited_rows
 from transformers_api.inspection.base import Array, AttentionMode, AttentionWindow, HeadGrid, Heads
 from transformers_api.inspection.examination import asked_weights
 from transformers_api.inspection.reading import SeenEnough, Way, read, unarmed
@@ -83,7 +84,7 @@ def attention(
 
     def take(_layer: int, weights: Weights, first: int, last: int) -> None:
         queries = slice(max(rows[0] - first, 0), min(rows[1], last) - first)
-        shares, sink = weights.rows(0, queries, only)
+        shares, sink = _rows(way, layer, weights, queries, (first, last), only)
         parts.append(_reduced(_columns(shares, last, cols), sink, heads))
 
     yield from read_attention(model, way, source, ids, take, rows, layer)
@@ -92,6 +93,23 @@ def attention(
         weights=_array(torch.cat([shares for shares, _ in parts], dim=1)),
         sink=_array(torch.cat(sinks, dim=1)) if sinks else None,
     )
+
+
+def _rows(
+    way: Way,
+    layer: int,
+    weights: Weights,
+    queries: slice,
+    chunk: tuple[int, int],
+    heads: list[int] | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Of the tokens of a chunk [first, last), with what edits make of them."""
+    rows, sinks = weights.rows(0, queries, heads)
+    if way.edits is None:
+        return rows, sinks
+    key_start = chunk[1] - rows.shape[-1]
+    first = chunk[0] + queries.start
+    return edited_rows(way.edits.edits, layer, weights, (rows, sinks), heads, first, key_start)
 
 
 def _columns(shares: Tensor, stop: int, cols: tuple[int, int]) -> Tensor:
@@ -145,7 +163,8 @@ def grid(
     def take(layer: int, weights: Weights, first: int, last: int) -> None:
         for start in range(first, last, QUERIES):
             stop = min(start + QUERIES, last)
-            shares, sink = weights.rows(0, slice(start - first, stop - first))
+            own = slice(start - first, stop - first)
+            shares, sink = _rows(way, layer, weights, own, (first, last))
             shares = _columns(shares, last, (0, last))
             _add(sums, layer, shares, sink, start, size, count)
 

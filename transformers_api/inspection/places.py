@@ -24,9 +24,13 @@ from transformers_api.engine.base import SamplingParams, SequenceRequest, TokenS
 from transformers_api.engine.batch import Batch
 from transformers_api.engine.llm_engine import BatchingEngine
 from transformers_api.engine.places import LayerPlaces
-from transformers_api.engine.runners.edited_modules import ModuleEdit, hooked
+from transformers_api.engine.runners.edited_attention import AttentionEdit, edited_model
+from transformers_api.engine.runners.edited_modules import ModuleEdit
 from transformers_api.engine.sequence import Sequence
-from transformers_api.inspection.base import PARTS, Editable, LayerAttention, Part, Places
+from transformers_api.inspection.attention import AttentionSource
+from transformers_api.inspection.attention_check import Sizes, checking, noting
+from transformers_api.inspection.base import AttentionMode, LayerAttention
+from transformers_api.inspection.editable import INPUTS, PARTS, Editable, Part, Places
 from transformers_api.inspection.parts import Parts
 
 log = logging.getLogger(__name__)
@@ -68,6 +72,8 @@ def module_of(places: SequenceOf[LayerPlaces], layer: int, part: Part) -> Module
     if layer == EMBEDDING:
         return Module(places[0].layer, "in") if part == "resid" else None
     own = places[layer]
+    if part not in PARTS:  # of attention
+        return None
     if part == "resid":
         return Module(own.layer, "out")
     if part in ("attn", "mlp"):
@@ -86,12 +92,16 @@ class ActingCheck:
         backend: Backend,
         parts: Parts,
         attention: SequenceOf[LayerAttention],
+        source: AttentionSource,
     ) -> None:
         self.engine = engine
+        self.source = source
         self.backend = backend
         self.layers: SequenceOf[LayerPlaces] = ()
         self._finder = parts.places
         self.attention = attention
+        self._sizes: dict[int, Sizes] = {}  # of what attention reads, by layer
+        self._attending: frozenset[int] = frozenset()  # whose weights can be changed
         self.has_experts = parts.routing is not None
 
     def run(self, model: Any) -> Generator[None, None, Editable]:
@@ -106,8 +116,9 @@ class ActingCheck:
             return Editable()
 
     def _run(self, model: Any) -> Generator[None, None, Editable]:
-        rows = [(layer, self._parts(layer)) for layer in range(EMBEDDING, len(self.layers))]
         ids = self._ids(0)
+        self._attending = self._attending_layers(model, ids)
+        rows = [(layer, self._parts(layer)) for layer in range(EMBEDDING, len(self.layers))]
         own = yield from self._served(model, ids, [NOBODY])
         unedited = _off(own[0], self._expected(model, ids, [NOBODY])[0])
         most = max(self._tolerance(), COMPANY * unedited)
@@ -182,27 +193,40 @@ class ActingCheck:
             rows = rows[: max(len(rows) // 2, 1)]
         scheduler.forget()
         sequences = [_sequence(ids, first + slot) for slot in range(len(rows))]
-        if cache.in_pieces:
-            return self._pass(model, sequences, rows, TOKENS)
-        for seq, row in zip(sequences, rows, strict=True):  # prompts are read one by one
+        for seq in sequences:
             seq.tokens.pop()
-            self._pass(model, [seq], [row], TOKENS - 1)
+        if cache.in_pieces:
+            self._pass(model, sequences, rows, TOKENS - 1)
+        else:  # prompts are read one by one
+            for seq, row in zip(sequences, rows, strict=True):
+                self._pass(model, [seq], [row], TOKENS - 1)
+        for seq in sequences:
             seq.num_cached, seq.tokens = TOKENS - 1, list(ids)
-        return self._pass(model, sequences, rows, 1)
+        return self._pass(model, sequences, rows, 1)  # reads what the first has left in the cache
 
     def _pass(
         self, model: Any, sequences: list[Sequence], rows: SequenceOf[Row], width: int
     ) -> Tensor:
         edits = self._edits(rows, width)
-        with self.backend.editing(model, edits) if edits else nullcontext():
+        first, stop = sequences[0].slot, sequences[0].num_cached + width
+        attention = self._attention_edits(rows, width, first, stop)
+        is_edited = edits or attention
+        with self.backend.editing(model, edits, attention) if is_edited else nullcontext():
             logits = self.engine.runner.forward(Batch(sequences, [width] * len(sequences)))
         return logits[:, -1].float().clone()
 
-    def _expected(self, model: Any, ids: list[int], rows: SequenceOf[Row]) -> Tensor:
+    def _expected(
+        self,
+        model: Any,
+        ids: list[int],
+        rows: SequenceOf[Row],
+        notes: SequenceOf[AttentionEdit] = (),
+    ) -> Tensor:
         """The same by the model's modules, without a cache."""
         options = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
         tokens = torch.tensor([ids] * len(rows), device=model.device)
-        with hooked(model, self._edits(rows, TOKENS)):
+        attention = [*self._attention_edits(rows, TOKENS, 0, TOKENS), *notes]
+        with edited_model(model, self._edits(rows, TOKENS), attention):
             output = model(input_ids=tokens, use_cache=False, return_dict=True, **options)
         logits: Tensor = output.logits[:, -1, : self.engine.vocab_size].float()
         return logits
@@ -216,7 +240,26 @@ class ActingCheck:
 
     def _parts(self, layer: int) -> tuple[Part, ...]:
         own = [part for part in PARTS if module_of(self.layers, layer, part) is not None]
-        return tuple(part for part in own if part != "head" or self._head_dim(layer))
+        own = [part for part in own if part != "head" or self._head_dim(layer)]
+        if layer in self._sizes:
+            own += INPUTS
+        return (*own, "weights") if layer in self._attending else tuple(own)
+
+    def _attending_layers(self, model: Any, ids: list[int]) -> frozenset[int]:
+        """The layers whose attention weights are computed while it writes, and used."""
+        layers = [each.layer for each in self.attention if each.available]
+        if self.source.mode is AttentionMode.TAP:
+            place = 0, TOKENS, TOKENS, TOKENS, 0
+            notes = [noting(layer, place, self._sizes) for layer in layers]
+            self._expected(model, ids, [NOBODY], notes)
+            return frozenset(layers)
+        if self.source.mode is not AttentionMode.HOOK:
+            return frozenset()
+        # Some modules only tell which weights they have used.
+        rows: list[Row] = [(layer, ("weights",)) for layer in layers]
+        changed, plain = (self._expected(model, ids, each) for each in (rows, [NOBODY] * len(rows)))
+        pairs = zip(layers, changed, plain, strict=True)
+        return frozenset(layer for layer, own, before in pairs if not torch.equal(own, before))
 
     def _head_dim(self, layer: int) -> int:
         return head_dim(self.layers[layer], self.attention[layer])
@@ -235,6 +278,7 @@ class ActingCheck:
             heads=own.reader_width // size if size else 0,
             head_dim=size,
             neurons=own.down_width,
+            inputs=self._sizes.get(layer, {}),
         )
 
     def _edits(self, rows: SequenceOf[Row], tokens: int) -> list[ModuleEdit]:
@@ -243,16 +287,30 @@ class ActingCheck:
         for row, (layer, parts) in enumerate(rows):
             for part in parts:
                 module = module_of(self.layers, layer, part)
-                assert module is not None
+                if module is None:  # weights
+                    continue
                 width = self.layers[layer].down_width // 2
                 if part == "head":
                     width = self._head_dim(layer)
-                change = partial(_change, part, slice(row * tokens, (row + 1) * tokens), width)
+                # A model that keeps no state reads a sequence again from its start.
+                own = slice(row * tokens, (row + 1) * tokens) if len(rows) > 1 else slice(None)
+                change = partial(_change, part, own, width)
                 edits.setdefault((module.name, module.side), []).append(change)
         return [
             ModuleEdit(name, side, partial(_each, changes))
             for (name, side), changes in edits.items()
         ]
+
+    def _attention_edits(
+        self, rows: SequenceOf[Row], width: int, first: int, stop: int
+    ) -> list[AttentionEdit]:
+        """Those of a pass that reads ``width`` tokens, up to ``stop``, of rows from a slot on."""
+        edits = []
+        for row, (layer, parts) in enumerate(rows):
+            place = row * width, width, len(rows) * width, stop, first + row
+            heads = self.attention[layer].heads if self.attention else 0
+            edits.append(checking(layer, parts, heads, place, self.source))
+        return [edit for edit in edits if edit is not None]
 
 
 def _each(changes: SequenceOf[Any], rows: Tensor) -> None:

@@ -10,7 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from transformers_api.inspection import base, divergence_question, grid_question, logit_share
+from transformers_api.inspection import (
+    attribution_question,
+    base,
+    divergence_question,
+    editable,
+    grid_question,
+    logit_share,
+)
 from transformers_api.inspection.base import Array, Heads, Inspector, Job
 from transformers_api.inspection.edit_plan import EditPlan
 
@@ -120,9 +127,9 @@ class Attribution:
     """See ``Inspector.attribute``."""
 
     ids: Sequence[int]
-    question: base.AttributionQuestion
+    question: attribution_question.AttributionQuestion
 
-    def job(self, inspector: Inspector) -> Job[base.Attribution]:
+    def job(self, inspector: Inspector) -> Job[attribution_question.Attribution]:
         """See Question."""
         return inspector.attribute(self.ids, self.question)
 
@@ -141,7 +148,7 @@ class PartNumbers:
     """See ``Inspector.part_numbers``."""
 
     ids: Sequence[int]
-    places: Sequence[tuple[int, base.Part]]
+    places: Sequence[tuple[int, editable.Part]]
 
     def job(self, inspector: Inspector) -> Job[list[Array]]:
         """See Question."""
@@ -188,7 +195,7 @@ class Divergence:
 class Places:
     """See ``Inspector.check_places``."""
 
-    def job(self, inspector: Inspector) -> Job[base.Editable]:
+    def job(self, inspector: Inspector) -> Job[editable.Editable]:
         """See Question."""
         return inspector.check_places()
 

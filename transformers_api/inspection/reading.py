@@ -46,7 +46,9 @@ class Way:
 
 
 class TextEdits(Protocol):
-    """Edits of a text; see ``edits.editing_text``."""
+    """Edits of a text; see ``edits.EditedText``."""
+
+    edits: Any  # an EditPlan
 
     def editing(self, model: Any, start: int, stop: int) -> AbstractContextManager[None]:
         """While it lasts, tokens [start, stop) are read with the edits."""

@@ -17,8 +17,10 @@ from transformers_api.api.http.stream_writer import StreamWriter
 from transformers_api.config.settings import Settings
 from transformers_api.errors import ApiError
 from transformers_api.serving.embeddings import EmbeddingModels
+from transformers_api.serving.inspect.jobs import Jobs
 from transformers_api.serving.inspect.queue import Inspections
 from transformers_api.serving.inspect.recent_completions import Completions
+from transformers_api.serving.inspect.run_store import RunStore
 from transformers_api.serving.inspect.trace_slots import TraceSlots
 from transformers_api.serving.inspect.vector_store import VectorStore
 from transformers_api.serving.limits.access import Access
@@ -79,10 +81,17 @@ class Services:
     upstreams: UpstreamModels = field(default_factory=UpstreamModels)  # models of other servers
     traces: TraceSlots = field(default_factory=TraceSlots)  # requests that are being traced
     vectors: VectorStore = field(default_factory=VectorStore)  # directions by name
+    jobs: Jobs = field(default_factory=Jobs)  # inspections that go on by themselves
     watcher: DisconnectWatcher = field(default_factory=DisconnectWatcher)
     stream_writer: StreamWriter = field(default_factory=StreamWriter)
     started_at: float = field(default_factory=time.monotonic)  # seconds, time.monotonic()
     created: int = field(default_factory=lambda: int(time.time()))  # the same, since 1970
+
+    @cached_property
+    def runs(self) -> RunStore:
+        """Answers that are kept with what was noted of them."""
+        settings = self.settings
+        return RunStore(settings.model_store / "runs", settings.runs_max_mb << 20)
 
     @cached_property
     def private_paths(self) -> PrivatePaths:

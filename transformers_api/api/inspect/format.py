@@ -10,18 +10,16 @@ from typing import Any
 import numpy
 
 from transformers_api.api.inspect import attention_page
+from transformers_api.inspection.attribution_question import Attribution, AttributionQuestion
 from transformers_api.inspection.base import (
     Anatomy,
     Array,
-    Attribution,
-    AttributionQuestion,
-    Editable,
     HeadGrid,
     LayerAttention,
     LensTable,
-    Places,
     PromptReading,
 )
+from transformers_api.inspection.editable import INPUTS, Editable, Places
 from transformers_api.serving.inspect import arrays, picture
 from transformers_api.serving.inspect.arrays import Reduction
 from transformers_api.serving.swap.loaded_model import LoadedModel
@@ -330,6 +328,8 @@ def _places(places: Places) -> Json:
         "mlp": places.can("mlp"),
         "head": places.heads if places.can("head") else 0,
         "neuron": places.neurons if places.can("neuron") else 0,
+        **{part: places.inputs[part][0] if places.can(part) else 0 for part in INPUTS},
+        "weights": places.can("weights"),
         "verified": places.verified,
     }
 

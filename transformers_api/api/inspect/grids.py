@@ -3,78 +3,96 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
-import numpy
+from flask import Response, request
 
 from transformers_api.api.http import inspect_auth
+from transformers_api.api.http.auth import View
 from transformers_api.api.http.body import Blueprint
 from transformers_api.api.http.dialects import NIELS
 from transformers_api.api.http.error_schemas import Failed
 from transformers_api.api.http.request_context import RequestContext
 from transformers_api.api.http.services import services
-from transformers_api.api.inspect import subjects
+from transformers_api.api.inspect import grid_answer, subjects
+from transformers_api.api.inspect.grid_answer import Form, GridAnswer
+from transformers_api.api.inspect.jobs import started
 from transformers_api.api.inspect.schemas.grids import (
     AblateRequest,
     AblationGrid,
     PatchGrid,
     PatchRequest,
 )
+from transformers_api.api.inspect.schemas.jobs import StartedJob
 from transformers_api.api.inspect.subjects import Subject, opened
-from transformers_api.errors import InvalidRequest
+from transformers_api.errors import InvalidRequest, ModelNotCapable, ResponseTooLarge
 from transformers_api.inspection import questions
 from transformers_api.inspection.base import Anatomy
-from transformers_api.inspection.grid_question import Cell, Grid, GridQuestion
-from transformers_api.serving.inspect import arrays
+from transformers_api.inspection.grid_question import Cell, Grid, GridQuestion, Noise
+from transformers_api.inspection.questions import Question
+from transformers_api.serving.inspect.edit_positions import PromptPlaces, resolve
+from transformers_api.serving.inspect.grid_job import GridWork
+from transformers_api.serving.inspect.jobs import InspectionJob
 from transformers_api.serving.text.vocabulary import Vocabulary
 
 blueprint = Blueprint("grids", __name__, dialect=NIELS, description="Every place by turns")
 
-ALIKE = 1e-6  # metrics of both prompts that leave no way between them
-NO_WAY = "both prompts have the same metric: the grid has differences from the corrupt one's"
+_FILE = {"type": "string", "format": "binary"}
+_BY_TYPE: Mapping[str, Form] = {
+    "application/json": "json",
+    "application/x-npz": "npz",
+    "image/png": "png",
+    "text/html": "html",
+}
 _PAIR = {"clean": "The capital of France is", "corrupt": "The capital of Italy is", "layers": [0]}
+
+
+def _in_any_form(view: View) -> View:
+    """Document what `Accept` may ask for beside JSON."""
+    for content_type in reversed([*_BY_TYPE][1:]):
+        view = blueprint.gives(_FILE, content_type=content_type)(view)
+    return view
 
 
 @blueprint.at("/inspect/patch", methods=["POST"])
 @blueprint.takes(PatchRequest, example=_PAIR)
+@_in_any_form
 @blueprint.gives(PatchGrid)
+@blueprint.gives(StartedJob, 202, description="With `job`: it goes on by itself")
 @blueprint.gives(Failed, 413, description="Too much text, or a grid that would take too long")
 def patch(body: dict[str, Any]) -> Any:
     """Put numbers of the clean prompt into the corrupt one, one place at a time.
 
     0 is the corrupt prompt's metric, 1 the clean one's: where the grid is near 1 lies what makes
-    the difference. A grid that would take too long is refused once that is clear, with what fits.
+    the difference. The corrupt prompt may be the clean one with noise on the embeddings of a span.
+    A grid that would take too long is refused once that is clear, unless it is a `job`.
     """
     inspect_auth.check()
     with RequestContext(services()) as context:
         model = context.lease(body.get("model"), is_chat=isinstance(body["clean"], list))
         inspector = subjects.inspector_of(model)
-        sides = {name: subjects.side_ids(model, body[name], name) for name in ("clean", "corrupt")}
-        subject = Subject(context=context, model=model, inspector=inspector, ids=sides["corrupt"])
+        clean = subjects.side_ids(model, body["clean"], "clean")
+        corrupt = body["corrupt"]
+        is_noise = isinstance(corrupt, dict)
+        ids = clean if is_noise else subjects.side_ids(model, corrupt, "corrupt")
+        subject = Subject(context=context, model=model, inspector=inspector, ids=ids)
         layers = _layers(body, inspector.anatomy)
+        columns: Sequence[int] = ()
         if body["part"] == "head":
-            columns: Sequence[int] = ()
             cells = _by_head(inspector.anatomy, layers)
         else:
-            columns = subjects.positions(body["positions"], len(subject.ids))
+            columns = subjects.positions(body["positions"], len(ids))
             cells = [Cell(layer, position) for layer in layers for position in columns]
-        grid = _filled(subject, body, cells, body["part"], sides["clean"])
-        assert grid.donor is not None
-        way = grid.donor - grid.plain
-        values = grid.values - grid.plain
-        answer = {
-            **_described(subject, body, layers, grid),
-            **_rows(cells, values / way if abs(way) > ALIKE else values, columns, subject),
-            "clean": arrays.digits(grid.donor),
-            "corrupt": arrays.digits(grid.plain),
-            "note": None if abs(way) > ALIKE else NO_WAY,
-        }
-        return answer
+        noise = _noise(subject, corrupt) if is_noise else None
+        return _answered(subject, body, cells, layers, columns, donor=clean, noise=noise)
 
 
 @blueprint.at("/inspect/ablate", methods=["POST"])
 @blueprint.takes(AblateRequest, example={"prompt": "The capital of France is", "layers": [0]})
+@_in_any_form
 @blueprint.gives(AblationGrid)
+@blueprint.gives(StartedJob, 202, description="With `job`: it goes on by itself")
 @blueprint.gives(Failed, 413, description="Too much text, or a grid that would take too long")
 def ablate(body: dict[str, Any]) -> Any:
     """Set each head, attention or MLP to zero by turns, and say how much it is missed.
@@ -83,6 +101,8 @@ def ablate(body: dict[str, Any]) -> Any:
     may still matter: another can have done its work.
     """
     with opened(body) as subject:
+        if subject.intervene is not None:
+            raise InvalidRequest("a grid makes its own edits", param="intervene")
         layers = _layers(body, subject.anatomy)
         part: Literal["attn", "mlp", "head"] = body["part"]
         cells = (
@@ -90,12 +110,7 @@ def ablate(body: dict[str, Any]) -> Any:
             if part == "head"
             else [Cell(layer) for layer in layers]
         )
-        grid = _filled(subject, body, cells, part, None)
-        return {
-            **_described(subject, body, layers, grid),
-            **_rows(cells, grid.plain - grid.values, (), subject),
-            "plain": arrays.digits(grid.plain),
-        }
+        return _answered(subject, body, cells, layers, ())
 
 
 def _layers(body: Mapping[str, Any], anatomy: Anatomy) -> list[int]:
@@ -111,66 +126,119 @@ def _by_head(anatomy: Anatomy, layers: Sequence[int]) -> list[Cell]:
     ]
 
 
-def _filled(
+def _noise(subject: Subject, corrupt: Mapping[str, Any]) -> Noise:
+    """The noise on the embeddings of a part of the clean prompt. Raises InvalidRequest."""
+    place = PromptPlaces(
+        ids=subject.ids,
+        most=len(subject.ids),
+        vocabulary=subject.model.vocabulary,
+        spans=list,
+        window=None,
+        prompt_tokens=None,
+    )
+    ranges = resolve(corrupt["span"], place, "corrupt.span")
+    count = len(subject.ids)
+    positions = sorted(
+        {at for start, stop in ranges for at in range(start, count if stop is None else stop)}
+    )
+    return Noise(
+        size=corrupt["noise"],
+        positions=positions,
+        samples=corrupt["samples"],
+        seed=corrupt["seed"],
+    )
+
+
+def _answered(
     subject: Subject,
     body: Mapping[str, Any],
     cells: list[Cell],
-    part: Any,
-    donor: Sequence[int] | None,
-) -> Grid:
+    layers: Sequence[int],
+    columns: Sequence[int],
+    donor: Sequence[int] | None = None,
+    noise: Noise | None = None,
+) -> Any:
     for name in ("answer", "against"):
         if name in body:
             subjects.token(body[name], subject, name)
     if not cells:
         raise InvalidRequest("these layers have no heads", param="layers")
+    settings, vocabulary = subject.settings, Vocabulary(subject.model.tokenizer)
+    if len(cells) > settings.inspect_max_json_cells:
+        raise ResponseTooLarge(
+            f"A grid of {len(cells)} cells (max {settings.inspect_max_json_cells}); ask for fewer "
+            "layers or positions"
+        )
     question = GridQuestion(
-        part=part,
+        part=body["part"],
         cells=cells,
         donor=donor,
         answer=body.get("answer"),
         against=body.get("against"),
         metric=body["metric"],
-        within_s=subject.settings.inspect_timeout_s,
+        noise=noise,
+        method=body["method"],
+        within_s=settings.inspect_timeout_s,
     )
-    return subject.ask(questions.Grid(subject.ids, question))
+    if question.method == "gradient":
+        _check_gradients(subject, body)
+    answer = GridAnswer.of(
+        body, vocabulary, subject.ids, layers, columns, cells, is_patch=donor is not None
+    )
+    if body["job"]:
+        return _job(subject, question, answer, vocabulary)
+    grid = subject.ask(questions.Grid(subject.ids, question))
+    return sent(answer.json(grid, grid.values, vocabulary), _form(body))
 
 
-def _described(
-    subject: Subject, body: Mapping[str, Any], layers: list[int], grid: Grid
-) -> dict[str, Any]:
-    vocabulary = Vocabulary(subject.model.tokenizer)
-
-    def named(token_id: int | None) -> dict[str, Any] | None:
-        if token_id is None:
-            return None
-        return {"token_id": token_id, "token": vocabulary.decoded(token_id)}
-
-    return {
-        "part": body["part"],
-        "metric": body["metric"],
-        "answer": named(grid.answer),
-        "against": named(grid.against),
-        "layers": layers,
-    }
+def _check_gradients(subject: Subject, body: Mapping[str, Any]) -> None:
+    if body["job"]:
+        raise InvalidRequest('method "gradient" takes one pass: it is no job', param="job")
+    inspections, cancellation = services().inspections, subject.context.cancellation
+    if not inspections.has_gradients(subject.model, subject.inspector, cancellation):
+        raise ModelNotCapable(
+            f"model type {subject.anatomy.model_type} has no gradients", param="method"
+        )
 
 
-def _rows(
-    cells: Sequence[Cell],
-    values: arrays.Numbers,
-    columns: Sequence[int],
-    subject: Subject,
-) -> dict[str, Any]:
-    """The grid, a row for each layer; those of layers with fewer heads end in null."""
-    rows: dict[int, list[float]] = {}
-    for cell, value in zip(cells, values.tolist(), strict=True):
-        rows.setdefault(cell.layer, []).append(value)
-    width = max(map(len, rows.values()))
-    grid = numpy.full((len(rows), width), numpy.nan)
-    for number, row in enumerate(rows.values()):
-        grid[number, : len(row)] = row
-    answer: dict[str, Any] = {"grid": arrays.significant(grid)}
-    if columns:
-        vocabulary = Vocabulary(subject.model.tokenizer)
-        answer["positions"] = list(columns)
-        answer["tokens"] = [vocabulary.decoded(subject.ids[column]) for column in columns]
-    return answer
+def _job(
+    subject: Subject, question: GridQuestion, answer: GridAnswer, vocabulary: Vocabulary
+) -> Any:
+    """Begin a job, once its first cells are there: they say how long it will take."""
+    jobs, inspections = services().jobs, services().inspections
+    owner = subject.context.client
+    jobs.check_room(owner)
+    work = GridWork.begin(subject.ids, question, subject.ask)
+    job = InspectionJob(
+        owner,
+        "patch" if answer.is_patch else "ablate",
+        total=len(question.cells),
+        cells=len(question.cells),
+        result=lambda: answer.json(work.first, work.values, vocabulary),
+    )
+    lease = subject.context.lease_for(subject.model, job.cancellation)
+
+    def ask(question: Question[Grid]) -> Grid:
+        return inspections.ask(lease.model, question, job.cancellation)
+
+    jobs.start(job, partial(work.run, job, ask), lease.release)
+    return started(job, work.estimate_s)
+
+
+def _form(body: Mapping[str, Any]) -> Form:
+    """The form that `format` says, else the one that the client accepts."""
+    if "format" in body:
+        form: Form = body["format"]
+        return form
+    return _BY_TYPE[request.accept_mimetypes.best_match(_BY_TYPE, "application/json")]
+
+
+def sent(answer: dict[str, Any], form: Form) -> Any:
+    """An answer in a form."""
+    if form == "json":
+        return answer
+    data, content_type = grid_answer.file(answer, form)
+    response = Response(data, content_type=content_type)
+    if form == "html":
+        response.headers["Content-Security-Policy"] = grid_answer.POLICY
+    return response

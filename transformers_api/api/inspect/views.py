@@ -48,7 +48,8 @@ from transformers_api.errors import (
     ResponseTooLarge,
 )
 from transformers_api.inspection import questions
-from transformers_api.inspection.base import AttributionQuestion, Heads, LayerAttention
+from transformers_api.inspection.attribution_question import AttributionQuestion
+from transformers_api.inspection.base import Heads, LayerAttention
 from transformers_api.serving.inspect import arrays
 from transformers_api.serving.inspect.trace_plan import check_any_attention, check_layer
 from transformers_api.serving.text.vocabulary import Vocabulary

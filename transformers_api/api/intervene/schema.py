@@ -23,8 +23,10 @@ from transformers_api.api.http.fields import (
     Unsupported,
 )
 from transformers_api.api.http.sampling_schema import about
-from transformers_api.inspection.base import PARTS, Array
-from transformers_api.serving.inspect.edit_positions import At, SpanAt, StepsAt, TextAt
+from transformers_api.inspection.base import Array
+from transformers_api.inspection.editable import INPUTS, PARTS
+from transformers_api.serving.inspect.edit_positions import At as Positions
+from transformers_api.serving.inspect.edit_positions import SpanAt, StepsAt, TextAt
 from transformers_api.serving.inspect.edit_request import (
     EditRequest,
     ForceRequest,
@@ -64,8 +66,12 @@ class _Named(fields.Field[Any]):
         return value if value == "all" else _whole_numbers(value, 'must be integers, or "all"')
 
 
-class _At(fields.Field[At]):
+class At(fields.Field[Positions]):
     """Positions: a word, a list, a message's role, a text, or steps."""
+
+    def __init__(self, may_be_empty: bool = False, **options: Any) -> None:
+        self.may_be_empty = may_be_empty
+        super().__init__(error_messages=NOT_GIVEN, **options)
 
     EXPECTED = (
         'must be "all", "prompt", "generated", "last", a list of integers, {"span": role}, '
@@ -74,11 +80,13 @@ class _At(fields.Field[At]):
 
     def _deserialize(
         self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **_: Any
-    ) -> At:
+    ) -> Positions:
         if value in _WORDS:
-            words: At = value
+            words: Positions = value
             return words
         if isinstance(value, list):
+            if self.may_be_empty and not value:
+                return ()
             return _whole_numbers(value, self.EXPECTED)
         if not isinstance(value, dict):
             raise ValidationError(self.EXPECTED)
@@ -171,16 +179,17 @@ class EditOptions(StrictSchema):
     """One change."""
 
     do = Text(
-        choices=("add", "erase", "ablate", "scale", "set", "force"),
+        choices=("add", "erase", "ablate", "scale", "set", "block", "temper", "force"),
         required=True,
         **about("The kind of change."),
     )
     part = Text(
-        choices=PARTS,
+        choices=(*PARTS, *INPUTS),
         load_default="resid",
         **about(
             "`resid`: the stream after the layer; `attn`, `mlp`: what they write into it; `head`: "
-            "its output before the projection; `neuron`: of the MLP."
+            "its output before the projection; `neuron`: of the MLP; `q`, `k`, `v`: as attention "
+            "reads them."
         ),
     )
     layer = Integer(-_ANY, _ANY - 1, **about("One layer, from 0; -1 is the embedding."))
@@ -191,9 +200,8 @@ class EditOptions(StrictSchema):
         longest=2,
         **about("`[first, last]`: these layers and all between."),
     )
-    at = _At(
+    at = At(
         load_default="all",
-        error_messages=NOT_GIVEN,
         **about("The positions of the tokens that are read: see the guide."),
     )
     heads = _Named('Heads, from 0, or "all".')
@@ -222,6 +230,11 @@ class EditOptions(StrictSchema):
         **about("Of ablate: `zero`, `mean` over our texts, or the numbers of another prompt."),
     )
 
+    queries = At(**about("Of block: the positions that read, as in `at`; without it all."))
+    keys = At(may_be_empty=True, **about("Of block: the positions that they do not read from."))
+    temperature = Number(
+        1e-3, 1e3, **about("Of temper: what the scores of attention are divided by.")
+    )
     step = Integer(0, (1 << 31) - 1, **about("Of force: the output token that comes first."))
     token_ids = TokenIds(shortest=1, **about("Of force: these tokens, whatever the model says."))
 
@@ -235,6 +248,8 @@ class EditOptions(StrictSchema):
                 raise ValidationError("is for force", name)
         layers = _layers(data)
         _check(data)
+        if data["do"] in ("block", "temper"):
+            data["part"] = "weights"
         instead = data.pop("instead", "zero")
         source = instead["prompt"] if isinstance(instead, dict) else None
         data["instead"] = "zero" if source is not None else instead
@@ -274,6 +289,8 @@ _NEEDS: Mapping[str, tuple[str, ...]] = {
     "erase": ("vector",),
     "scale": ("by",),
     "set": ("vector", "value"),
+    "block": ("keys",),
+    "temper": ("temperature",),
 }
 _OWN = {
     "scale": ("add",),
@@ -282,6 +299,9 @@ _OWN = {
     "value": ("add", "set"),
     "vector": ("add", "erase", "set"),
     "instead": ("ablate",),
+    "queries": ("block",),
+    "keys": ("block",),
+    "temperature": ("temper",),
 }
 _PARTS = {"heads": "head", "neurons": "neuron"}
 _DEFAULTS: Mapping[str, Any] = {"scale": 1.0, "units": "raw"}
@@ -299,15 +319,30 @@ def _check(data: dict[str, Any]) -> None:
     if needed and len(present) != 1:
         problem = "is one too many" if present else f"is required for {do}"
         raise ValidationError(problem, needed[0])
+    if do in ("block", "temper"):
+        _check_attention(data)
+        return
     for name, own in _PARTS.items():
-        if name in data and part != own:
+        if name in data and part != own and not (name == "heads" and part in INPUTS):
             raise ValidationError(f'is for part "{own}"', name)
         if part == own and name not in data:
             raise ValidationError(f"is required for part {part}", name)
     if do == "add" and "value" in data and part != "neuron":
         raise ValidationError("is added to neurons only; use a vector", "value")
-    if do == "erase" and part == "neuron":
+    if do == "erase" and (part == "neuron" or part in INPUTS):
         raise ValidationError("must be resid, attn, mlp or head for erase", "part")
+
+
+def _check_attention(data: dict[str, Any]) -> None:
+    do = data["do"]
+    if data["part"] != "resid":
+        raise ValidationError(f"is not for {do}, which is about attention weights", "part")
+    if "neurons" in data:
+        raise ValidationError('is for part "neuron"', "neurons")
+    if data["keep_norm"]:
+        raise ValidationError(f"is not for {do}", "keep_norm")
+    if do == "block" and data["at"] != "all":
+        raise ValidationError("is not for block, which has queries and keys", "at")
 
 
 class InterveneOptions(StrictSchema):
@@ -322,14 +357,26 @@ class InterveneOptions(StrictSchema):
     )
 
     compare: fields.Field[Any] = Unsupported()
+    store: fields.Field[Any] = Unsupported()
 
-    @post_load
-    def make(self, data: dict[str, Any], **_: Any) -> InterveneRequest:
+    @post_load(pass_original=True)
+    def make(self, data: dict[str, Any], original: Any, **_: Any) -> InterveneRequest:
         """The options as serving takes them."""
-        return InterveneRequest(edits=tuple(data["edits"]), compares=bool(data.get("compare")))
+        return InterveneRequest(
+            edits=tuple(data["edits"]),
+            compares=bool(data.get("compare")),
+            store=bool(data.get("store")),
+            source=original,
+        )
 
 
-class ComparedInterveneOptions(InterveneOptions):
+class WritingInterveneOptions(InterveneOptions):
+    """The same of an answer, which may be kept as a run."""
+
+    store = Boolean(load_default=False, **about("Keep the answer as a [run](#inspectruns)."))
+
+
+class ComparedInterveneOptions(WritingInterveneOptions):
     """The same of an answer whose tokens the unedited model may be asked about as well."""
 
     compare = Text(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -36,6 +36,7 @@ from transformers_api.engine.pretrained import (
     layer_kinds,
 )
 from transformers_api.engine.rope import reads_again, switching_lengths
+from transformers_api.engine.runners.edited_attention import AttentionEdit, editing_attention
 from transformers_api.engine.runners.edited_modules import ModuleEdit, editing
 from transformers_api.engine.runners.model_runner import Runner, VerifiedRunner, innermost
 from transformers_api.engine.sampling.sampler import Sampler, TokenSampler
@@ -157,9 +158,13 @@ class NativeBackend:
         """See Backend."""
         return observing(layers)
 
-    def editing(self, model: Any, edits: Sequence[ModuleEdit]) -> AbstractContextManager[None]:
+    @contextmanager
+    def editing(
+        self, model: Any, edits: Sequence[ModuleEdit], attention: Sequence[AttentionEdit] = ()
+    ) -> Iterator[None]:
         """See Backend."""
-        return editing(edits)
+        with editing(edits), editing_attention(attention):
+            yield
 
     def attention_probs(
         self,

@@ -20,17 +20,24 @@ from torch import Tensor, nn
 from transformers_api.engine.batch import Batch
 from transformers_api.engine.kv_cache import MIN_LENGTH
 from transformers_api.engine.native.adapters import PassAdapters, repeated
+from transformers_api.engine.native.edited_attention import attention_changes
 from transformers_api.engine.native.kv_cache import NativeCache
 from transformers_api.engine.native.latent import expanding_into
+from transformers_api.engine.native.row_changes import row_edit
 from transformers_api.engine.native.shown_modules import shown_layers, shown_places
 from transformers_api.engine.places import LayerPlaces, model_places
 from transformers_api.engine.positions import at_positions
 from transformers_api.engine.rope import fixed_factors
-from transformers_api.engine.runners.edited_modules import Apply, ModuleEdit, current_edits
+from transformers_api.engine.runners.edited_attention import (
+    AttentionEdit,
+    current_attention_edits,
+    editing_attention,
+)
+from transformers_api.engine.runners.edited_modules import ModuleEdit, current_edits
 from transformers_api.engine.runners.model_runner import ModelRunner
 from transformers_api.kernels.capture import Recorder, current, record
 from transformers_api.kernels.graph.executor import RecordedPass
-from transformers_api.kernels.graph.hooks import HookReplay, forward_returning
+from transformers_api.kernels.graph.hooks import HookReplay, RowEdit, forward_returning
 from transformers_api.kernels.modules.attention import CausalRows, describing
 from transformers_api.kernels.modules.linear import WeightMemory
 from transformers_api.kernels.modules.low_rank import LowRankPair
@@ -89,6 +96,7 @@ class NativeRunner(ModelRunner):
         self.long_layers = RecordedPass(cache.library) if has_lengths else None
         self.layers, self.head = RecordedPass(cache.library), RecordedPass(cache.library)
         self._pass_adapters: PassAdapters | None = None
+        self._modules: dict[str, nn.Module] = {}  # that were edited, by name
         self.packed: PackedFile | None = None  # where its weights are stored
 
     def learn(self) -> None:
@@ -102,6 +110,13 @@ class NativeRunner(ModelRunner):
             self._compute(inputs[0], cache)
         self.cache.shaped_like(cache)
         self._learn_steps(inputs, cache)
+
+    def _module(self, name: str) -> nn.Module:
+        """As ``get_submodule``, which takes thirty microseconds in the middle of a step."""
+        module = self._modules.get(name)
+        if module is None:
+            module = self._modules[name] = self.model.get_submodule(name)
+        return module
 
     @cached_property
     def _places(self) -> tuple[LayerPlaces, ...]:
@@ -134,14 +149,15 @@ class NativeRunner(ModelRunner):
             rows += [seq.slot] * width
         inputs = inputs_of([token for ids in batch.ids for token in ids], starts, rows)
         last = [end - 1 for end in accumulate(batch.widths)]
-        edits = current_edits()
+        edits, attention = current_edits(), current_attention_edits()
         watch = None
-        if batch.is_observed or edits:
-            watch = self._replay(batch, inputs[1], max(starts) + 1, last, edits)
+        if batch.is_observed or edits or attention:
+            watch = self._replay(batch, inputs[1], max(starts) + 1, last, edits, attention)
         is_long = self.original_window is not None and batch.sequences[0].is_long
         adapters = self._adapters_of(batch) if batch.is_adapted else None
         layers = self._layers(is_long)
-        hidden = layers.run(len(starts), inputs, self.cache.tensors, watch, adapters)
+        with editing_attention(()):  # the pass does it: whoever is shown attention need not
+            hidden = layers.run(len(starts), inputs, self.cache.tensors, watch, adapters)
         if len(last) == 1:
             own = None if adapters is None else adapters[-keep:]
             return self._logits(hidden[-keep:], own).transpose(0, 1)
@@ -226,6 +242,7 @@ class NativeRunner(ModelRunner):
         length: int,
         last: list[int],
         edits: Sequence[ModuleEdit],
+        attention: Sequence[AttentionEdit],
     ) -> HookReplay:
         """Show the last token of each sequence, by its slot; let ``edits`` write into all."""
         first = batch.first_slot
@@ -235,12 +252,13 @@ class NativeRunner(ModelRunner):
             tokens = torch.zeros(max(places) + 1, dtype=torch.int64)
             tokens[places] = torch.tensor(last)
         cache = self.cache
-        by_module: dict[tuple[nn.Module, str], Apply] = {
-            (self.model.get_submodule(edit.module), edit.side): edit.apply for edit in edits
+        by_module: dict[tuple[nn.Module, str], RowEdit] = {
+            (self._module(edit.module), edit.side): row_edit(edit) for edit in edits
         }
         return HookReplay(
             *(cache.library, positions, length, cache.tensors, first, tokens),
             edits=by_module,
+            attention=attention_changes(self.model, attention, positions, cache),
             observes=batch.is_observed,
         )
 

@@ -23,7 +23,8 @@ from transformers_api.engine.native.runner import SIZES, Kind, NativeRunner, inp
 from transformers_api.engine.native.state_cache import NativeStateCache
 from transformers_api.engine.rope import fixed_factors
 from transformers_api.engine.runners.adapted_modules import adapted
-from transformers_api.engine.runners.edited_modules import current_edits, hooked
+from transformers_api.engine.runners.edited_attention import current_attention_edits, edited_model
+from transformers_api.engine.runners.edited_modules import current_edits
 from transformers_api.kernels.modules.attention import CausalRows, describing
 
 log = logging.getLogger(__name__)
@@ -118,7 +119,7 @@ class NativeStateRunner(NativeRunner):
             )
             for kind, mask in masks.items()
         ]
-        hooks = hooked(self.model, current_edits())
+        hooks = edited_model(self.model, current_edits(), current_attention_edits())
         with describing(described), expanding_into(cache), hooks:
             logits: Tensor = self.model(
                 input_ids=ids,

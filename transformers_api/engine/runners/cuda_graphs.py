@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers_api.engine.batch import Batch
 from transformers_api.engine.kv_cache import MIN_LENGTH, SlotCache, power_of_two
 from transformers_api.engine.runners.adapted_modules import adapted
+from transformers_api.engine.runners.edited_attention import current_attention_edits
 from transformers_api.engine.runners.edited_modules import current_edits
 from transformers_api.engine.runners.model_runner import ModelRunner
 
@@ -87,7 +88,8 @@ class GraphRunner(ModelRunner):
         if batch.is_adapted:
             with adapted(self.model, batch.adapters, padding=rows - count):
                 return step()[:count]
-        watched = current_edits() or any(seq.observe for seq in sequences)
+        edited = current_edits() or current_attention_edits()
+        watched = edited or any(seq.observe for seq in sequences)
         run = step if watched else self._repeating(rows, length, step)
         return run()[:count]
 

@@ -27,7 +27,8 @@ from transformers_api.engine.pretrained import (
 )
 from transformers_api.engine.rope import reads_again, switching_lengths
 from transformers_api.engine.runners.cuda_graphs import GraphRunner, PaddedCache
-from transformers_api.engine.runners.edited_modules import ModuleEdit, editing, hooked
+from transformers_api.engine.runners.edited_attention import AttentionEdit, edited_model
+from transformers_api.engine.runners.edited_modules import ModuleEdit, editing
 from transformers_api.engine.runners.model_runner import (
     ModelRunner,
     Runner,
@@ -155,9 +156,11 @@ class TorchBackend:
         return nullcontext()
 
     @contextmanager
-    def editing(self, model: Any, edits: Sequence[ModuleEdit]) -> Iterator[None]:
+    def editing(
+        self, model: Any, edits: Sequence[ModuleEdit], attention: Sequence[AttentionEdit] = ()
+    ) -> Iterator[None]:
         """See Backend."""
-        with editing(edits), hooked(model, edits):
+        with editing(edits), edited_model(model, edits, attention):
             yield
 
     def attention_probs(

@@ -63,6 +63,8 @@ class PromptPlaces:
 def resolve(at: At, prompt: PromptPlaces, param: str) -> tuple[Range, ...]:
     """The ranges of positions, in order. Raises InvalidRequest with ``param``."""
     length = prompt.length
+    if at == ():
+        return ()
     if at == "all":
         return ((0, None),)
     if at == "generated":

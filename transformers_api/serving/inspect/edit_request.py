@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy
 
 from transformers_api.errors import InvalidRequest
-from transformers_api.inspection.base import Array, Part
+from transformers_api.inspection.base import Array
+from transformers_api.inspection.editable import Part
 from transformers_api.serving.inspect.edit_positions import At
 
 MOST_EDITS = 32
 MOST_INLINE = 4_000_000  # bytes of vectors
-Do = Literal["add", "erase", "ablate", "scale", "set"]
+Do = Literal["add", "erase", "ablate", "scale", "set", "block", "temper"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +37,10 @@ class EditRequest:
     # Of ablate: numbers that are put there, or the prompt that they are from.
     instead: Literal["zero", "mean"] = "zero"
     source: str | None = None
+    # Of block and temper, whose part is "weights".
+    queries: At = "all"
+    keys: At = ()
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +60,8 @@ class InterveneRequest:
 
     edits: tuple[EditRequest | ForceRequest, ...]
     compares: bool = False
+    store: bool = False  # keep the answer as a run
+    source: Any = None  # the field as it came
     name: str = "intervene"
 
 

@@ -7,23 +7,26 @@ from dataclasses import dataclass, replace
 
 from transformers_api.config.settings import Settings
 from transformers_api.errors import InspectionDisabled, ModelNotCapable, PromptTooLarge
-from transformers_api.inspection.base import Array, Part
+from transformers_api.inspection.base import Array
 from transformers_api.inspection.edit_plan import InterventionsDisabled
+from transformers_api.inspection.editable import Part
 from transformers_api.inspection.questions import Inspected, PartNumbers
 from transformers_api.serving.generation import GenerationRequest
+from transformers_api.serving.inspect import activation_plan, storing
 from transformers_api.serving.inspect.comparing import check_comparable
 from transformers_api.serving.inspect.edit_positions import PromptPlaces
 from transformers_api.serving.inspect.edit_request import InterveneRequest, check_size
+from transformers_api.serving.inspect.edit_vectors import Facts
 from transformers_api.serving.inspect.interventions import (
     LIGHT_PLACES,
-    Facts,
     PlannedEdits,
     forced_tokens,
     plan_edits,
 )
 from transformers_api.serving.inspect.queue import Inspections
+from transformers_api.serving.inspect.run_store import RunStore
 from transformers_api.serving.inspect.stream_norms import TEXT
-from transformers_api.serving.inspect.trace_plan import probes_of
+from transformers_api.serving.inspect.trace_plan import check_more, probes_of
 from transformers_api.serving.inspect.trace_slots import LIGHT, WHOLE
 from transformers_api.serving.inspect.vector_store import Vector
 from transformers_api.serving.limits.cancellation import Cancellation
@@ -39,6 +42,17 @@ class Planner:
     inspections: Inspections
     cancellation: Cancellation
     vector: Callable[[str], Vector]
+    runs: RunStore
+
+    def planned_request(
+        self, model: LoadedModel, request: GenerationRequest, *, whole: bool
+    ) -> GenerationRequest:
+        """``request`` with its edits and all that is noted; raises as the two below."""
+        if request.intervene is not None:
+            request = self.with_edits(model, request)
+        if request.stores or request.trace is not None:
+            request = self.with_notes(model, request, whole=whole)
+        return request
 
     def with_edits(self, model: LoadedModel, request: GenerationRequest) -> GenerationRequest:
         """``request`` with the edits of each prompt; raises as ``planned``."""
@@ -64,12 +78,43 @@ class Planner:
         edits = self.planned(model, request.intervene, prompts)
         return replace(request, edits=edits, params=replace(params, forced=forced))
 
-    def with_probes(self, model: LoadedModel, request: GenerationRequest) -> GenerationRequest:
-        """``request``, whose trace measures along its vectors. Raises as ``probes_of``."""
-        assert request.trace is not None
-        assert model.inspector is not None
-        probes = probes_of(request.trace_probes, self.vector, model.inspector.anatomy)
-        return replace(request, trace=replace(request.trace, probes=probes))
+    def with_notes(
+        self, model: LoadedModel, request: GenerationRequest, *, whole: bool
+    ) -> GenerationRequest:
+        """``request`` with all that is noted while it is answered.
+
+        Vectors that its trace measures along, activations, what a run keeps. Raises as
+        ``probes_of``, ``activation_plan.planned`` and ``RunStore.check``.
+        """
+        if request.stores:
+            request = storing.started(request)
+        trace, options = request.trace, request.trace_options
+        if trace is None or options is None:
+            return request
+        inspector = model.inspector
+        assert inspector is not None
+        if options.probes:
+            probes = probes_of(options.probes, self.vector, inspector.anatomy)
+            trace = replace(trace, probes=probes)
+        if trace.parts is not None:
+            self.inspections.check_parts(
+                model, inspector, trace.parts, request.prompts[0], self.cancellation
+            )
+        activations = activation_plan.planned(
+            options.activations,
+            inspector.anatomy,
+            lambda: self.inspections.editable(model, inspector, self.cancellation),
+            stores=request.run is not None,
+        )
+        choices, most = len(request.prompts) * request.per_prompt, request.params.max_tokens
+        if activations.specs:
+            more = activations.token_bytes * choices
+            check_more(trace, more, most, self.settings, whole=whole)
+        trace = replace(trace, activations=activations.specs, records=activations.records)
+        request = replace(request, trace=trace)
+        if request.run is not None:
+            storing.check(self.runs, model, request, activations)
+        return request
 
     def planned(
         self, model: LoadedModel, intervene: InterveneRequest, prompts: Sequence[PromptPlaces]
@@ -121,6 +166,7 @@ def checked(model: LoadedModel, intervene: InterveneRequest, settings: Settings)
 
 def place_cost(request: GenerationRequest) -> int:
     """The eighths of a place among those that are traced: see ``trace_plan.cost``."""
-    if request.trace is not None:
+    if request.trace is not None and not request.edited_places:
         return request.trace_cost
-    return LIGHT if request.edited_places <= LIGHT_PLACES else WHOLE
+    edited = LIGHT if request.edited_places <= LIGHT_PLACES else WHOLE
+    return edited if request.trace is None else max(edited, request.trace_cost)

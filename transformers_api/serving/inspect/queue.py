@@ -9,16 +9,19 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Generic, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 from transformers_api.engine.base import Engine
 from transformers_api.errors import InspectionBusy, InspectionTimeout
 from transformers_api.inspection import questions
-from transformers_api.inspection.base import Editable, Inspector, Job
+from transformers_api.inspection.base import Inspector, Job
+from transformers_api.inspection.editable import Editable
+from transformers_api.inspection.logit_share import LogitPartsQuestion
 from transformers_api.inspection.questions import Inspected, Question
 from transformers_api.serving.inspect.stream_norms import stream_norms
 from transformers_api.serving.inspect.suggested_layer import suggested_layer
@@ -27,6 +30,7 @@ from transformers_api.serving.limits.cancellation import Cancellation
 from transformers_api.serving.swap.loaded_model import LoadedModel
 
 T = TypeVar("T")
+CHECKED = 8  # tokens
 
 
 class Inspections:
@@ -47,6 +51,7 @@ class Inspections:
         self._gradients: WeakKeyDictionary[Engine, bool] = WeakKeyDictionary()
         self._layers: WeakKeyDictionary[Engine, int | None] = WeakKeyDictionary()
         self._editable: WeakKeyDictionary[Inspected, Editable] = WeakKeyDictionary()
+        self._parts: WeakKeyDictionary[Inspected, set[str]] = WeakKeyDictionary()
         self._norms: WeakKeyDictionary[Inspected, tuple[float, ...]] = WeakKeyDictionary()
 
     def run(self, model: LoadedModel, job: Job[T], cancellation: Cancellation) -> T:
@@ -101,6 +106,25 @@ class Inspections:
             job = questions.Places().job(_own(model))
             self._editable[inspector] = self._run(model, job, cancellation)
         return self._editable[inspector]
+
+    def check_parts(
+        self,
+        model: LoadedModel,
+        inspector: Inspected,
+        question: LogitPartsQuestion,
+        ids: Sequence[int],
+        cancellation: Cancellation,
+    ) -> None:
+        """Raise ModelNotCapable where logits have no such parts; tried once, without a turn.
+
+        ``ids``: a text, whose first tokens are enough.
+        """
+        checked = self._parts.setdefault(inspector, set())
+        if question.by not in checked:
+            own = list(ids[:CHECKED])
+            last = replace(question, position=len(own) - 1)
+            self._run(model, questions.LogitParts(own, last).job(_own(model)), cancellation)
+            checked.add(question.by)
 
     def stream_norms(
         self, model: LoadedModel, inspector: Inspected, cancellation: Cancellation

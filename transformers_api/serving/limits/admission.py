@@ -80,6 +80,7 @@ class Admission:
         self._due: dict[Cancellation, float] = {}  # when each is to end, the earliest first
         self._throughput = Throughput(clock)
         self._keeper: threading.Thread | None = None
+        self._others: list[Callable[[ApiError], None]] = []
 
     def __len__(self) -> int:
         """Requests that are in here."""
@@ -117,8 +118,14 @@ class Admission:
         timer.daemon = True
         timer.start()
 
+    def on_end(self, end: Callable[[ApiError], None]) -> None:
+        """Have ``end`` called as well where every request is cancelled: for what outlives them."""
+        self._others.append(end)
+
     def end_all(self, error: ApiError) -> None:
         """Cancel every request with ``error``."""
+        for end in self._others:
+            end(error)
         with self._condition:
             live = list(self._live)
         for cancellation in live:

@@ -66,9 +66,12 @@ class VectorBody(StrictSchema):
 class Side(fields.Field[Any]):
     """A text, or messages."""
 
+    EXPECTED = "must be a text or a list of messages, and not empty"
+
     def __init__(self, **options: Any) -> None:
         self.messages = Many(Object(Message), shortest=1, longest=MAX_MESSAGES)
         described = {"oneOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]}
+        described |= options.pop("metadata", {})
         super().__init__(error_messages=NOT_GIVEN, metadata=described, **options)
 
     def _deserialize(self, value: Any, attr: Any, data: Any, **options: Any) -> Any:
@@ -76,7 +79,7 @@ class Side(fields.Field[Any]):
             return value
         if isinstance(value, list):
             return self.messages.deserialize(value, attr, data, **options)
-        raise ValidationError("must be a text or a list of messages, and not empty")
+        raise ValidationError(self.EXPECTED)
 
 
 class Pair(StrictSchema):

@@ -1,0 +1,249 @@
+"""One edit of a request, checked against the model: its layers, its units, its positions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from transformers_api.errors import ModelNotCapable
+from transformers_api.inspection.base import Array
+from transformers_api.inspection.edit_plan import Edit, Range
+from transformers_api.inspection.editable import INPUTS, Part
+from transformers_api.serving.inspect.edit_positions import PromptPlaces, resolve
+from transformers_api.serving.inspect.edit_request import EditRequest
+from transformers_api.serving.inspect.edit_vectors import EditVectors, Facts, refusal, stored_vector
+from transformers_api.serving.inspect.vector_store import Vector
+from transformers_api.serving.swap.loaded_model import LoadedModel
+
+WORDS: Mapping[Part, str] = {
+    "resid": "residual stream",
+    "attn": "output of attention",
+    "mlp": "output of an MLP",
+    "head": "heads",
+    "neuron": "neurons",
+    "q": "queries",
+    "k": "keys",
+    "v": "values",
+    "weights": "attention weights",
+}
+
+
+@dataclass
+class ModelEdit:
+    """One edit of a request, checked against the model."""
+
+    model: LoadedModel
+    facts: Facts
+    request: EditRequest
+    name: str
+    layers: list[int] = field(init=False)
+    units: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    vectors: dict[int, Array] = field(default_factory=dict)  # by layer
+    stored: Vector | None = None
+
+    def __post_init__(self) -> None:
+        own = self.model, self.facts, self.request
+        self.stored = stored_vector(self.facts, self.request, self.model.spec.name, self.name)
+        self.layers = self._layers()
+        for layer in self.layers:
+            self.units[layer] = self._units(layer)
+        self._numbers = EditVectors(*own, self.name, self.layers, self.units, self.stored)
+        self.vectors = self._numbers.by_layer()
+
+    def of(self, prompt: PromptPlaces) -> tuple[list[Edit], dict[str, Any]]:
+        """The edits of each layer, and what they are in words."""
+        request = self.request
+        if request.part == "weights":
+            return self._of_weights(prompt)
+        positions = resolve(request.at, prompt, f"{self.name}.at")
+        made = [] if self._is_nothing else self._aligned(positions, prompt)
+        made = [edit for edit in made if edit.positions and not _changes_nothing(edit)]
+        described: dict[str, Any] = {"do": request.do, "part": request.part, "layers": self.layers}
+        if request.part in INPUTS:
+            described["heads"] = list(self.units[self.layers[0]])
+        if request.part in ("head", "neuron"):
+            described["heads" if request.part == "head" else "neurons"] = list(
+                self.units[self.layers[0]]
+            )
+        described["at"] = [[start, stop] for start, stop in positions]
+        return made, {**described, "elided": not made}
+
+    def _of_weights(self, prompt: PromptPlaces) -> tuple[list[Edit], dict[str, Any]]:
+        request = self.request
+        is_block = request.do == "block"
+        name = "queries" if is_block else "at"
+        queries = resolve(
+            request.queries if is_block else request.at, prompt, f"{self.name}.{name}"
+        )
+        keys = resolve(request.keys, prompt, f"{self.name}.keys")
+        # No token reads from one behind it.
+        last = max((prompt.most if stop is None else stop for _, stop in queries), default=0)
+        is_nothing = (
+            not any(start < last for start, _ in keys) if is_block else request.temperature == 1
+        )
+        made = [
+            Edit(
+                do="block" if is_block else "temper",
+                part="weights",
+                layer=layer,
+                positions=queries,
+                units=self.units[layer],
+                keys=keys,
+                by=request.temperature,
+            )
+            for layer in ([] if is_nothing or not queries else self.layers)
+        ]
+        described = {
+            "do": request.do,
+            "layers": self.layers,
+            "heads": list(self.units[self.layers[0]]),
+            name: [[start, stop] for start, stop in queries],
+        }
+        if is_block:
+            described["keys"] = [[start, stop] for start, stop in keys]
+        return made, {**described, "elided": not made}
+
+    @property
+    def _is_nothing(self) -> bool:
+        request = self.request
+        return (request.do == "add" and request.scale == 0) or (
+            request.do == "scale" and request.by == 1
+        )
+
+    def _aligned(self, positions: tuple[Range, ...], prompt: PromptPlaces) -> list[Edit]:
+        if self.request.do != "ablate" or self.request.source is None:
+            return [self._made(layer, positions) for layer in self.layers]
+        part = self.request.part
+        arrays = self.facts.numbers(self.request.source, [(each, part) for each in self.layers])
+        count = len(arrays[0])
+        first = prompt.length - count  # both end together
+        edits = []
+        for layer, numbers in zip(self.layers, arrays, strict=True):
+            for start, stop in positions:
+                end = prompt.length if stop is None else stop
+                if stop is None and start < prompt.length and start < max(first, 0):
+                    start = max(first, 0)  # the whole text: as much of it as the other has
+                if start < first or end > prompt.length:
+                    raise refusal(
+                        f"{self.name}.with: a prompt of {count} tokens has no numbers for all "
+                        f"positions [{start}, {end}) of one of {prompt.length}; the two are "
+                        "aligned at their ends",
+                        f"{self.name}.with",
+                    )
+                own = numbers[start - first : end - first]
+                edits.append(
+                    self._made(layer, ((start, end),), self._numbers.shaped(layer, own), True)
+                )
+        return edits
+
+    def _made(
+        self,
+        layer: int,
+        positions: tuple[Range, ...],
+        vector: Array | None = None,
+        is_aligned: bool = False,
+    ) -> Edit:
+        request = self.request
+        do = request.do
+        if do == "ablate":
+            do = "scale" if request.instead == "zero" and request.source is None else "set"
+        by = request.by if request.by is not None else 0.0
+        return Edit(
+            do=do,
+            part=request.part,
+            layer=layer,
+            positions=positions,
+            units=self.units[layer],
+            vector=self.vectors.get(layer) if vector is None else vector,
+            by=by if request.do == "scale" else 0.0,
+            is_aligned=is_aligned,
+            keeps_norm=request.keep_norm,
+        )
+
+    # -- layers, heads, neurons
+
+    def _layers(self) -> list[int]:
+        request, editable = self.request, self.facts.editable
+        last = len(editable.places) - 2
+        if request.layers == "all":
+            layers = [n for n in range(last + 1) if editable.of(n).can(request.part)]
+            if not layers:
+                self._check(0)
+            stored = self.stored
+            return [n for n in layers if stored is None or stored.at(n) is not None]
+        first = -1 if request.part == "resid" else 0
+        for layer in request.layers:
+            if not first <= layer <= last:
+                raise refusal(
+                    f"{self.name}.layers must be in [{first}, {last}]", f"{self.name}.layers"
+                )
+            self._check(layer)
+        return list(request.layers)
+
+    def _check(self, layer: int) -> None:
+        part, places = self.request.part, self.facts.editable.of(layer)
+        if places.can(part):
+            return
+        param = f"{self.name}.part"
+        if part in places.unverified:
+            raise ModelNotCapable(
+                f'part "{part}" of layer {layer} was not verified at load (off by '
+                f"{places.off[part]:.2g}); see GET /inspect/model",
+                param=param,
+            )
+        inspector = self.model.inspector
+        assert inspector is not None
+        anatomy = inspector.anatomy
+        if part == "weights":
+            own = anatomy.attention[layer]
+            reason = f"layer {layer} is {own.reason}"
+            if own.available:
+                reason = (
+                    f"model type {anatomy.model_type} does not show where layer {layer} uses them"
+                )
+            raise ModelNotCapable(
+                f"{self.request.do} needs attention weights; {reason}", param=f"{self.name}.layers"
+            )
+        message = (
+            f"layer {layer} of model type {anatomy.model_type} has no {WORDS[part]} that can be "
+            "addressed"
+        )
+        if part == "neuron" and anatomy.routing and layer in anatomy.routing.layers:
+            message += ': it is a mixture of experts; use part "mlp"'
+        raise ModelNotCapable(message, param=param)
+
+    def _units(self, layer: int) -> tuple[int, ...]:
+        request = self.request
+        if request.part == "weights" or request.part in INPUTS:
+            return self._chosen("heads", "all" if request.heads is None else request.heads, layer)
+        if request.part not in ("head", "neuron"):
+            return ()
+        name = "heads" if request.part == "head" else "neurons"
+        units = request.heads if request.part == "head" else request.neurons
+        if units is None:
+            raise refusal(f"{self.name}.{name} is required for part {request.part}", self.name)
+        return self._chosen(name, units, layer)
+
+    def _chosen(
+        self, name: str, units: tuple[int, ...] | Literal["all"], layer: int
+    ) -> tuple[int, ...]:
+        """The heads or the neurons of a layer that are named."""
+        places = self.facts.editable.of(layer)
+        assert self.model.inspector is not None
+        count = {
+            "head": places.heads,
+            "neuron": places.neurons,
+            "weights": self.model.inspector.anatomy.attention[layer].heads,
+            **{part: heads for part, (heads, _) in places.inputs.items()},
+        }[self.request.part]
+        if units == "all":
+            return tuple(range(count))
+        if not all(0 <= unit < count for unit in units):
+            raise refusal(f"{self.name}.{name} must be in [0, {count - 1}]", f"{self.name}.{name}")
+        return tuple(dict.fromkeys(units))
+
+
+def _changes_nothing(edit: Edit) -> bool:
+    is_zero = edit.vector is not None and not edit.vector.any()
+    return edit.do in ("add", "erase") and is_zero
