@@ -7,7 +7,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-KEPT = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGABRT, signal.SIGHUP)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGABRT, signal.SIGHUP)
 LARGEST_ACTION = 512  # bytes: more than any system's struct sigaction
 
 
@@ -18,7 +18,7 @@ def own_handlers() -> Iterator[None]:
     Ray's core takes SIGTERM for a crash; a front that gets it has streams to finish.
     """
     libc = ctypes.CDLL(None)
-    actions = {number: ctypes.create_string_buffer(LARGEST_ACTION) for number in KEPT}
+    actions = {number: ctypes.create_string_buffer(LARGEST_ACTION) for number in SIGNALS}
     for number, action in actions.items():
         libc.sigaction(int(number), None, action)
     try:
