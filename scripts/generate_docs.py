@@ -34,6 +34,7 @@ from transformers_api.api.inspect.schemas.inspect import (
 )
 from transformers_api.api.inspect.schemas.logit_parts import LogitPartsRequest
 from transformers_api.api.inspect.schemas.runs import RunRequest
+from transformers_api.api.inspect.schemas.stability import StabilityRequest
 from transformers_api.api.inspect.schemas.vectors import DerivationRequest, VectorBody
 from transformers_api.api.intervene.branch import BranchOptions
 from transformers_api.api.intervene.schema import EditOptions
@@ -206,6 +207,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "patch fields": fields(PatchRequest),
     "ablate fields": fields(AblateRequest, Inspected),
     "run fields": fields(RunRequest),
+    "stability fields": fields(StabilityRequest, Inspected),
     "vector fields": fields(VectorBody),
     "derivation fields": fields(DerivationRequest),
 }
