@@ -14,7 +14,9 @@ from transformers_api.api.http.strict_json import StrictJSONProvider
 from transformers_api.api.inspect.grids import blueprint as grids
 from transformers_api.api.inspect.jobs import blueprint as jobs
 from transformers_api.api.inspect.logit_parts import blueprint as logit_parts
+from transformers_api.api.inspect.model import blueprint as inspected_model
 from transformers_api.api.inspect.runs import blueprint as runs
+from transformers_api.api.inspect.stability import blueprint as stability
 from transformers_api.api.inspect.vectors import blueprint as vectors
 from transformers_api.api.inspect.views import blueprint as inspect
 from transformers_api.api.llamacpp.views import blueprint as llamacpp
@@ -46,7 +48,8 @@ def register(app: Flask, services: Services) -> None:
     errors.install(app)
     api = docs.install(app, needs_key=services.access.keys is not None)
     openai_routes = (openai, responses, messages, embeddings, rerank, models, tokens)
-    others = (chat_stream, inspect, logit_parts, grids, jobs, vectors, runs, health, monitoring)
+    inspection = (inspected_model, inspect, logit_parts, grids, jobs, vectors, runs, stability)
+    others = (chat_stream, *inspection, health, monitoring)
     for blueprint in (*openai_routes, ollama, llamacpp, generate, *others):
         api.register_blueprint(blueprint)
     app.register_blueprint(page)

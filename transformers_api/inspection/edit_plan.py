@@ -13,7 +13,7 @@ from transformers_api.errors import InsufficientPermissions, InvalidRequest
 from transformers_api.inspection.base import Array
 from transformers_api.inspection.editable import Part
 
-Do = Literal["add", "erase", "scale", "set", "block", "temper"]
+Do = Literal["add", "erase", "scale", "set", "copy", "block", "temper"]
 Range = tuple[int, int | None]  # positions [start, stop); None: without an end
 
 
@@ -39,6 +39,7 @@ class Edit:
     ``add``: z + ``vector``. ``erase``: z without its projection on the rows of ``vector``, which
     are orthonormal. ``scale``: ``by`` times z. ``set``: ``vector``, or where ``is_aligned`` its
     first row at the first position, and so on. z is a row of the part, of heads or of neurons.
+    ``copy``: z as it was; whole rows are added to ``copies``.
 
     Of the attention weights of heads: ``block``: these queries read nothing from ``keys``.
     ``temper``: their scores are divided by ``by``, the temperature.
@@ -54,6 +55,7 @@ class Edit:
     is_aligned: bool = False
     keeps_norm: bool = False  # each row is as long as it was
     keys: tuple[Range, ...] = ()
+    copies: list[Array] | None = None  # (n, width) each
 
     @property
     def first(self) -> int:

@@ -227,6 +227,7 @@ class RequestContext:
             cancellation=self.cancellation,
             vector=partial(services.vectors.get, self.client),
             runs=services.runs,
+            run=partial(services.runs.get, self.client),
         )
 
     def start(
@@ -304,7 +305,7 @@ class RequestContext:
         if formatter.completion_id is not None and model is not None and model.relay is None:
             answers = [choice.token_ids for choice in generation.answers] if generation else [[]]
             self.services.completions.remember(
-                formatter.completion_id, model, formatter.prompts, answers
+                formatter.completion_id, model, formatter.prompts, answers, self.client
             )
 
     def _keep(self, runs: Iterable[Run]) -> None:

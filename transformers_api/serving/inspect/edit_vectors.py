@@ -10,7 +10,9 @@ import numpy
 from transformers_api.errors import InvalidRequest
 from transformers_api.inspection.base import Array
 from transformers_api.inspection.editable import INPUTS, Editable, Part
+from transformers_api.serving.inspect.edit_positions import PromptPlaces
 from transformers_api.serving.inspect.edit_request import EditRequest
+from transformers_api.serving.inspect.run_file import Run
 from transformers_api.serving.inspect.vector_store import Vector
 from transformers_api.serving.swap.loaded_model import LoadedModel
 
@@ -27,6 +29,8 @@ class Facts:
     # (a prompt; None: the calibration text; places) -> the numbers of each place (n, width).
     numbers: Callable[[str | None, Sequence[tuple[int, Part]]], Sequence[Array]]
     vector: Callable[[str], Vector]  # of the requester; raises NotFound
+    prompt: Callable[[str], PromptPlaces]  # another text
+    run: Callable[[str], Run]  # of the requester; raises NotFound
 
 
 def refusal(message: str, param: str) -> InvalidRequest:
@@ -55,7 +59,7 @@ class EditVectors:
         Raises InvalidRequest.
         """
         request = self.request
-        if request.do == "ablate" and request.instead == "mean" and request.source is None:
+        if request.do == "ablate" and request.instead == "mean" and not request.has_source:
             places = [(layer, request.part) for layer in self.layers]
             means = [numbers.mean(0) for numbers in self.facts.numbers(None, places)]
             pairs = zip(self.layers, means, strict=True)

@@ -13,7 +13,7 @@ from transformers_api.inspection.editable import Part
 from transformers_api.inspection.questions import Inspected, PartNumbers
 from transformers_api.serving.generation import GenerationRequest
 from transformers_api.serving.inspect import activation_plan, storing
-from transformers_api.serving.inspect.comparing import check_comparable
+from transformers_api.serving.inspect.comparing import check_comparable, with_twins
 from transformers_api.serving.inspect.edit_positions import PromptPlaces
 from transformers_api.serving.inspect.edit_request import InterveneRequest, check_size
 from transformers_api.serving.inspect.edit_vectors import Facts
@@ -24,6 +24,7 @@ from transformers_api.serving.inspect.interventions import (
     plan_edits,
 )
 from transformers_api.serving.inspect.queue import Inspections
+from transformers_api.serving.inspect.run_file import Run
 from transformers_api.serving.inspect.run_store import RunStore
 from transformers_api.serving.inspect.stream_norms import TEXT
 from transformers_api.serving.inspect.trace_plan import check_more, probes_of
@@ -36,13 +37,14 @@ from transformers_api.serving.text import chat_template
 
 @dataclass(frozen=True, kw_only=True)
 class Planner:
-    """Plans edits, with what the server knows. ``vector``: see ``Facts``."""
+    """Plans edits, with what the server knows. ``vector``, ``run``: see ``Facts``."""
 
     settings: Settings
     inspections: Inspections
     cancellation: Cancellation
     vector: Callable[[str], Vector]
     runs: RunStore
+    run: Callable[[str], Run]
 
     def planned_request(
         self, model: LoadedModel, request: GenerationRequest, *, whole: bool
@@ -74,9 +76,13 @@ class Planner:
         params = request.params
         if request.intervene.compares:
             check_comparable(request, engine.max_model_len, prompts)
-        forced = forced_tokens(request.intervene, engine.vocab_size, params.max_tokens)
-        edits = self.planned(model, request.intervene, prompts)
-        return replace(request, edits=edits, params=replace(params, forced=forced))
+        intervene = request.intervene
+        if intervene.has_twins:
+            request = with_twins(request)  # which are not forced to say what the others are
+        forced = forced_tokens(intervene, engine.vocab_size, params.max_tokens)
+        edits = self.planned(model, intervene, prompts)
+        params = replace(params, forced={**forced, **params.forced})
+        return replace(request, edits=edits, params=params)
 
     def with_notes(
         self, model: LoadedModel, request: GenerationRequest, *, whole: bool
@@ -127,19 +133,28 @@ class Planner:
         inspector = checked(model, intervene, self.settings)
         inspections, cancellation = self.inspections, self.cancellation
 
-        def numbers(text: str | None, places: Sequence[tuple[int, Part]]) -> Sequence[Array]:
-            text = TEXT if text is None else text
+        def encoded(text: str) -> Sequence[int]:
             chat_template.check_bytes(text, self.settings.inspected_prompt_bytes)
-            ids = chat_template.encode_text(model, text)[: model.engine.max_model_len]
+            ids = chat_template.encode_text(model, text)[: model.engine.max_model_len - 1]
             if len(ids) > (most := self.settings.inspect_max_tokens):
                 raise PromptTooLarge(f"Prompt too large to inspect: {len(ids)} tokens (max {most})")
-            return inspections.ask(model, PartNumbers(ids, places), cancellation)
+            return ids
+
+        def numbers(text: str | None, places: Sequence[tuple[int, Part]]) -> Sequence[Array]:
+            question = PartNumbers(encoded(TEXT if text is None else text), places)
+            return inspections.ask(model, question, cancellation)
+
+        def prompt(text: str) -> PromptPlaces:
+            ids = encoded(text)
+            return PromptPlaces(ids=ids, most=len(ids), vocabulary=model.vocabulary, spans=tuple)
 
         facts = Facts(
             editable=inspections.editable(model, inspector, cancellation),
             norms=lambda: inspections.stream_norms(model, inspector, cancellation),
             numbers=numbers,
             vector=self.vector,
+            prompt=prompt,
+            run=self.run,
         )
         if not facts.editable.places:
             raise ModelNotCapable(
