@@ -41,6 +41,13 @@ OTHERWISE = {
     "GET /inspect/jobs/{job_id}": 404,
     "DELETE /inspect/jobs/{job_id}": 404,
     "GET /inspect/jobs/{job_id}/events": 404,
+    "PUT /inspect/lenses/{name}": 422,
+    "GET /inspect/lenses/{name}": 404,
+    "DELETE /inspect/lenses/{name}": 404,
+    "PUT /inspect/saes/{name}": 422,
+    "GET /inspect/saes/{name}": 404,
+    "DELETE /inspect/saes/{name}": 404,
+    "GET /inspect/saes/{name}/features/{feature}": 404,
     "PUT /inspect/vectors/{name}": 201,
     "POST /inspect/vectors/{name}/derive": 201,
 }

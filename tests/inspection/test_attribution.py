@@ -19,7 +19,7 @@ from transformers_api.engine.runners.packed_linear import PackedLinear, can_pack
 from transformers_api.engine.thread import EngineThread
 from transformers_api.errors import PromptTooLarge
 from transformers_api.inspection.attachment import Attachment
-from transformers_api.inspection.base import AttributionQuestion
+from transformers_api.inspection.attribution_question import AttributionQuestion
 from transformers_api.kernels.modules.linear import NativeLinear
 
 PROMPT = prompts_of(4)[3]  # 17 tokens: three slices of 8

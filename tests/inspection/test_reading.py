@@ -20,7 +20,7 @@ from transformers_api.engine.load_options import LoadOptions
 from transformers_api.engine.loader import build_engine
 from transformers_api.errors import ModelNotCapable
 from transformers_api.inspection.attachment import Attachment
-from transformers_api.inspection.base import AttributionQuestion
+from transformers_api.inspection.attribution_question import AttributionQuestion
 from transformers_api.inspection.reading import HEAD_ROWS
 from transformers_api.inspection.reading import read as read_ids
 

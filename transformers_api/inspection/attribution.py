@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from transformers_api.errors import PromptTooLarge
-from transformers_api.inspection.base import Attribution, AttributionQuestion
+from transformers_api.inspection.attribution_question import Attribution, AttributionQuestion
 from transformers_api.inspection.reading import Way, read
 
 log = logging.getLogger(__name__)

@@ -7,7 +7,6 @@ H query heads, n tokens, V vocabulary, C width of the residual stream.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -16,10 +15,14 @@ from typing import Any, Literal, Protocol, TypeVar
 import numpy
 from numpy.typing import NDArray
 
+from transformers_api.inspection.attribution_question import Attribution, AttributionQuestion
 from transformers_api.inspection.divergence_question import Divergence, DivergenceQuestion
 from transformers_api.inspection.grid_question import Grid, GridQuestion
+from transformers_api.inspection.lens_maps import DirectionReading as Direction
+from transformers_api.inspection.lens_maps import LensFit, LensMaps, LensTable
 from transformers_api.inspection.logit_share import LogitParts, LogitPartsQuestion
 from transformers_api.inspection.probes import Probe, ProbeReading
+from transformers_api.inspection.sae import FeaturePlan
 
 T = TypeVar("T")
 Array = NDArray[numpy.float32]
@@ -156,9 +159,11 @@ class TracePlan:
     sampled_topk: int = 0  # and of the distribution that was drawn from
     lens_layers: tuple[int, ...] = ()  # residual streams to read through the head; -1: embedding
     lens_topk: int = 0
+    lens_via: LensMaps | None = None  # by which they are mapped before
     resid_norms: bool = False
     router: bool = False
     probes: tuple[Probe, ...] = ()
+    features: FeaturePlan | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,6 +229,7 @@ class StepTrace:
     resid_norms: tuple[float, ...] = ()  # L2, after each layer
     router: tuple[Routed, ...] = ()
     probes: tuple[ProbeReading, ...] = ()
+    features: tuple[tuple[int, float], ...] = ()  # of an autoencoder, the largest first
 
 
 # -- of given tokens
@@ -261,55 +267,6 @@ class PromptReading:
     rank: Ids
     top_ids: Ids  # (n - 1, k)
     top_logprobs: Array
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LensTable:
-    """Residual streams read through the model's own head: (P positions, L' layers, …)."""
-
-    top_ids: Ids  # (P, L', k)
-    top_probs: Array
-    entropy: Array  # (P, L')
-    target_ids: Ids  # (P,): the target, or the model's own choice there
-    target_rank: Ids  # (P, L')
-    target_prob: Array
-
-
-AttributionMethod = Literal[
-    "occlusion", "gradient_x_input", "gradient_norm", "integrated_gradients"
-]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AttributionQuestion:
-    """The question why this token; ``position`` is that of the query which predicts it."""
-
-    position: int
-    token_id: int | None = None  # None: the model's own choice
-    method: AttributionMethod = "occlusion"
-    steps: int | None = None  # of integrated gradients; None: doubled until nothing moves
-    # Where its path begins: the first token as it is and the others as ``baseline_token_id``; or
-    # all of them as the mean embedding, or as zeros.
-    baseline: Literal["token", "mean", "zero"] = "mean"
-    baseline_token_id: int = 0
-    of: Literal["logprob", "logit"] = "logprob"
-    groups: tuple[tuple[int, ...], ...] | None = None  # taken away together; None: each token
-    screen: int = 0  # so many groups, those with the largest gradients; 0: all
-    within_s: float = math.inf  # what occlusion may take
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Attribution:
-    """One score per token up to the query; NaN where nothing was asked."""
-
-    scores: Array  # (position + 1,)
-    token_id: int
-    logprob: float
-    value: float  # of what was asked for: the logprob or the logit
-    convergence_delta: float | None = None  # f(x) - f(baseline) - sum, of integrated gradients
-    steps: int | None = None  # that were made
-    largest_change: float | None = None  # of a score, from half as many steps to these
-    note: str | None = None
 
 
 class Inspector(Protocol):
@@ -359,8 +316,17 @@ class Inspector(Protocol):
         positions: Sequence[int],
         topk: int,
         target: int | None,
+        via: LensMaps | None = None,
     ) -> Job[LensTable]:
-        """The logit lens; layer -1 is the embedding."""
+        """The logit lens; layer -1 is the embedding. ``via``: what streams are mapped by before."""
+        ...
+
+    def fit_lens(self, ids: Sequence[int], lens: LensMaps) -> Job[LensFit]:
+        """The distance of what the lens reads after its layers from what the model says."""
+        ...
+
+    def read_direction(self, ids: Sequence[int], direction: Array, topk: int) -> Job[Direction]:
+        """The change of logits with each unit of a direction (C,), where the head reads a text."""
         ...
 
     def hidden_states(

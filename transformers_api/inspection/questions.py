@@ -10,7 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from transformers_api.inspection import base, divergence_question, grid_question, logit_share
+from transformers_api.inspection import (
+    attribution_question,
+    base,
+    divergence_question,
+    grid_question,
+    lens_maps,
+    logit_share,
+)
 from transformers_api.inspection.base import Array, Heads, Inspector, Job
 from transformers_api.inspection.edit_plan import EditPlan
 
@@ -96,10 +103,38 @@ class Lens:
     positions: Sequence[int]
     topk: int
     target: int | None
+    via: lens_maps.LensMaps | None = None
 
-    def job(self, inspector: Inspector) -> Job[base.LensTable]:
+    def job(self, inspector: Inspector) -> Job[lens_maps.LensTable]:
         """See Question."""
-        return inspector.lens(self.ids, self.layers, self.positions, self.topk, self.target)
+        return inspector.lens(
+            self.ids, self.layers, self.positions, self.topk, self.target, self.via
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LensFit:
+    """See ``Inspector.fit_lens``."""
+
+    ids: Sequence[int]
+    lens: lens_maps.LensMaps
+
+    def job(self, inspector: Inspector) -> Job[lens_maps.LensFit]:
+        """See Question."""
+        return inspector.fit_lens(self.ids, self.lens)
+
+
+@dataclass(frozen=True, slots=True)
+class DirectionReading:
+    """See ``Inspector.read_direction``."""
+
+    ids: Sequence[int]
+    direction: Array
+    topk: int
+
+    def job(self, inspector: Inspector) -> Job[lens_maps.DirectionReading]:
+        """See Question."""
+        return inspector.read_direction(self.ids, self.direction, self.topk)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +155,9 @@ class Attribution:
     """See ``Inspector.attribute``."""
 
     ids: Sequence[int]
-    question: base.AttributionQuestion
+    question: attribution_question.AttributionQuestion
 
-    def job(self, inspector: Inspector) -> Job[base.Attribution]:
+    def job(self, inspector: Inspector) -> Job[attribution_question.Attribution]:
         """See Question."""
         return inspector.attribute(self.ids, self.question)
 

@@ -36,8 +36,11 @@ from transformers_api.inspection.base import (
     TracePlan,
 )
 from transformers_api.inspection.examination import Examined
+from transformers_api.inspection.lenses import mapped
 from transformers_api.inspection.parts import lens_logits, residuals_of, routers_of
 from transformers_api.inspection.probes import Probe, ProbeReading
+from transformers_api.inspection.sae import FeaturePlan
+from transformers_api.inspection.sae import largest as largest_features
 
 NAME = "trace"  # in ``observe`` and ``extras``
 LOWEST = -1e4  # a logit; times a probability of 0 it is 0, which -inf is not
@@ -142,8 +145,10 @@ class TracingRunner:
         takers: dict[int, list[_Notes]] = {}
         for notes in traced:
             normed = everywhere if notes.plan.resid_norms else ()
+            features = notes.plan.features
+            encoded = () if features is None else (features.sae.layer,)
             probed = (layer for probe in notes.plan.probes for layer in probe.directions)
-            for layer in {*notes.plan.lens_layers, *normed, *probed}:
+            for layer in {*notes.plan.lens_layers, *normed, *probed, *encoded}:
                 takers.setdefault(layer, []).append(notes)
 
         def keep(layer: int, stream: Tensor) -> None:
@@ -217,13 +222,17 @@ class TracingSampler:
             ),
             router=tuple(notes.routed),
             probes=tuple(_reading(probe, notes.residuals) for probe in plan.probes),
+            features=_features(plan.features, notes.residuals),
         )
 
     def _lens(self, notes: _Notes, token: int) -> tuple[LensReading, ...]:
         layers = [layer for layer in notes.plan.lens_layers if layer in notes.residuals]
         if not layers:
             return ()
-        residuals = torch.stack([notes.residuals[layer] for layer in layers])
+        via = notes.plan.lens_via
+        residuals = torch.stack(
+            [mapped(via, layer, notes.residuals[layer][None])[0] for layer in layers]
+        )
         with adapted(self.model, [notes.seq.adapter]):
             logits = lens_logits(self.model, self.examined.parts, residuals)  # (N, V)
         logits = logits[:, : self.examined.anatomy.vocab_size]
@@ -237,6 +246,16 @@ class TracingSampler:
             )
             for layer, probs in zip(layers, logits.softmax(-1), strict=True)
         )
+
+
+def _features(
+    plan: FeaturePlan | None, residuals: dict[int, Tensor]
+) -> tuple[tuple[int, float], ...]:
+    """The largest features of the residual (C,) that they are of."""
+    if plan is None or plan.sae.layer not in residuals:
+        return ()
+    (features,) = plan.sae.encode(_array(residuals[plan.sae.layer])[None])
+    return tuple(largest_features(features, plan.topk))
 
 
 def _reading(probe: Probe, residuals: dict[int, Tensor]) -> ProbeReading:

@@ -14,7 +14,7 @@ import logging
 import selectors
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -81,6 +81,7 @@ class GatheringWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no ty
         self._bytes = 0
         self._looked = 0.0
         self._max_body = MAX_BODY_BYTES
+        self._uploads: Mapping[str, int] = {}
         self._origins: tuple[str, ...] = ()
         self._application: Any = None  # the WSGI application, once it is loaded
         self._bodies: dict[socket.socket, LargeBody] = {}  # of those with a thread
@@ -103,6 +104,7 @@ class GatheringWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no ty
             self._origins = settings.cors_allow_origins
         limit = getattr(self._application, "config", {}).get("MAX_CONTENT_LENGTH")
         self._max_body = limit or MAX_BODY_BYTES
+        self._uploads = getattr(self._application, "config", {}).get("UPLOADS", {})
 
     @property
     def services(self) -> Any:
@@ -134,7 +136,9 @@ class GatheringWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no ty
     def _gather(self, conn: TConn, sent: bytes) -> None:
         """Wait for the next request; ``sent`` is what came of it with the one before."""
         conn.sock.setblocking(False)
-        waiting = PendingRequest(RequestBuffer(self._max_body), self._now() + self.cfg.keepalive)
+        waiting = PendingRequest(
+            RequestBuffer(self._max_body, self._uploads), self._now() + self.cfg.keepalive
+        )
         self._waiting[conn] = waiting
         self.poller.register(conn.sock, selectors.EVENT_READ, partial(self._read, conn))
         if sent:

@@ -27,6 +27,7 @@ from transformers_api.inspection.divergence_question import Divergence
 from transformers_api.inspection.edit_plan import EditPlan
 from transformers_api.serving.inspect.edit_request import InterveneRequest
 from transformers_api.serving.inspect.interventions import PlannedEdits
+from transformers_api.serving.inspect.trace_plan import NOTHING_STORED, TraceStored
 from transformers_api.serving.inspect.trace_slots import WHOLE
 from transformers_api.serving.limits.cancellation import Cancellation
 from transformers_api.serving.swap.loaded_model import LoadedModel
@@ -57,7 +58,7 @@ class GenerationRequest:
     constrain: Callable[[], TokenConstraint] | None = None  # makes one for each sequence
     marks: Mapping[int, str] = field(default_factory=dict)  # of special tokens, shown in the text
     trace: TracePlan | None = None  # a piece for every token then, with what was noted of it
-    trace_probes: tuple[str, ...] = ()  # vectors that the trace measures along, by name
+    trace_stored: TraceStored = NOTHING_STORED  # that the trace is made with, by name
     trace_stops: bool = False  # also of the token that ends an answer
     trace_cost: int = WHOLE  # see trace_plan.cost
     trace_required: bool = True  # False: without a place for it the answer goes on untraced

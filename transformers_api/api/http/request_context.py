@@ -240,6 +240,9 @@ class RequestContext:
             inspections=services.inspections,
             cancellation=self.cancellation,
             vector=partial(services.vectors.get, self.client),
+            lens=partial(services.lenses.get, self.client),
+            sae=partial(services.saes.get, self.client),
+            calibration=services.calibration.get(self.client),
         )
 
     def start(
@@ -255,8 +258,8 @@ class RequestContext:
         ends: list[Callable[[], None]] = []
         if request.intervene is not None:
             request = self.planner.with_edits(model, request)
-        if request.trace is not None and request.trace_probes:
-            request = self.planner.with_probes(model, request)
+        if request.trace is not None and request.trace_stored.is_needed:
+            request = self.planner.with_stored(model, request)
         if request.trace is not None or request.edited_places or request.compares:
             request, end = self._placed(request)
             if end is not None:

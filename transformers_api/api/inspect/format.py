@@ -10,18 +10,17 @@ from typing import Any
 import numpy
 
 from transformers_api.api.inspect import attention_page
+from transformers_api.inspection.attribution_question import Attribution, AttributionQuestion
 from transformers_api.inspection.base import (
     Anatomy,
     Array,
-    Attribution,
-    AttributionQuestion,
     Editable,
     HeadGrid,
     LayerAttention,
-    LensTable,
     Places,
     PromptReading,
 )
+from transformers_api.inspection.lens_maps import LensTable
 from transformers_api.serving.inspect import arrays, picture
 from transformers_api.serving.inspect.arrays import Reduction
 from transformers_api.serving.swap.loaded_model import LoadedModel

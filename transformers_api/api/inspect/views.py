@@ -7,6 +7,7 @@ much, the job, the answer.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy
@@ -48,8 +49,10 @@ from transformers_api.errors import (
     ResponseTooLarge,
 )
 from transformers_api.inspection import questions
-from transformers_api.inspection.base import AttributionQuestion, Heads, LayerAttention
+from transformers_api.inspection.attribution_question import AttributionQuestion
+from transformers_api.inspection.base import Heads, LayerAttention
 from transformers_api.serving.inspect import arrays
+from transformers_api.serving.inspect.stored_maps import lens_via
 from transformers_api.serving.inspect.trace_plan import check_any_attention, check_layer
 from transformers_api.serving.text.vocabulary import Vocabulary
 
@@ -105,7 +108,9 @@ def inspect_model() -> Any:
         editable = inspections.editable(model, inspector, context.cancellation)
         norms: Sequence[float] = ()
         if editable.places:
-            norms = inspections.stream_norms(model, inspector, context.cancellation)
+            norms = inspections.stream_norms(
+                model, inspector, context.cancellation, services().calibration.get(context.client)
+            )
         return inspect_format.capabilities(
             model, inspector.anatomy, gradients, layer, editable, norms, limits
         )
@@ -300,7 +305,8 @@ def inspect_heads(body: dict[str, Any]) -> Any:
 def logit_lens(body: dict[str, Any]) -> Any:
     """Read the residual stream after each layer through the model's own head.
 
-    What a small model's early layers seem to say this way often means nothing.
+    What a small model's early layers seem to say this way often means nothing; a lens that was
+    trained for the model says more: `via`.
     """
     with opened(body) as subject:
         anatomy = subject.anatomy
@@ -320,11 +326,13 @@ def logit_lens(body: dict[str, Any]) -> Any:
                 f"{len(layers)} layers x {len(places)} positions are {cells} cells "
                 f"(max {MOST_LENS_CELLS}); ask for fewer layers or positions"
             )
-        question = questions.Lens(subject.ids, layers, places, body["topk"], target)
+        store = partial(services().lenses.get, subject.context.client)
+        via = lens_via(subject.model, anatomy, body.get("via"), store, "via")
+        question = questions.Lens(subject.ids, layers, places, body["topk"], target, via)
         vocabulary = Vocabulary(subject.model.tokenizer)
         answer = subject.ask(question)
         table = inspect_format.lens_table(vocabulary, anatomy, layers, places, answer)
-        return {**table, **subject.edit_header}
+        return {**table, **({} if via is None else {"via": body["via"]}), **subject.edit_header}
 
 
 @blueprint.at("/inspect/attribution", methods=["POST"])

@@ -178,7 +178,7 @@ class EditOptions(StrictSchema):
     """One change."""
 
     do = Text(
-        choices=("add", "erase", "ablate", "scale", "set", "block", "temper", "force"),
+        choices=("add", "erase", "ablate", "scale", "set", "block", "temper", "feature", "force"),
         required=True,
         **about("The kind of change."),
     )
@@ -213,7 +213,15 @@ class EditOptions(StrictSchema):
     )
     scale = Number(-_HUGE, _HUGE, load_default=1.0, **about("Of add: times the vector."))
     by = Number(-_HUGE, _HUGE, **about("Of scale: times what is there."))
-    value = Number(-_HUGE, _HUGE, **about("Of set, and of neurons that are added to: a number."))
+    value = Number(
+        -_HUGE, _HUGE, **about("Of set, of feature, and of neurons that are added to: a number.")
+    )
+    sae = Text(
+        shortest=1,
+        longest=64,
+        **about("Of feature: name of a [sparse autoencoder](#inspectsaes), with its place."),
+    )
+    feature = Integer(0, (1 << 31) - 1, **about("Of feature: its number."))
     units = Text(
         choices=("raw", "norm"),
         load_default="raw",
@@ -228,8 +236,8 @@ class EditOptions(StrictSchema):
         **about("Of ablate: `zero`, `mean` over our texts, or the numbers of another prompt."),
     )
 
-    queries = _At(**about("Of block: the positions that read, as in `at`; without it all."))
-    keys = _At(may_be_empty=True, **about("Of block: the positions that they do not read from."))
+    queries = At(**about("Of block: the positions that read, as in `at`; without it all."))
+    keys = At(may_be_empty=True, **about("Of block: the positions that they do not read from."))
     temperature = Number(
         1e-3, 1e3, **about("Of temper: what the scores of attention are divided by.")
     )
@@ -244,6 +252,11 @@ class EditOptions(StrictSchema):
         for name in ("step", "token_ids"):
             if name in data:
                 raise ValidationError("is for force", name)
+        if data["do"] == "feature":
+            return _feature(data)
+        for name in ("sae", "feature"):
+            if name in data:
+                raise ValidationError("is for feature", name)
         layers = _layers(data)
         _check(data)
         if data["do"] in ("block", "temper"):
@@ -263,6 +276,18 @@ def _force(data: dict[str, Any]) -> ForceRequest:
         if name not in data:
             raise ValidationError("is required for force", name)
     return ForceRequest(data["step"], tuple(data["token_ids"]))
+
+
+def _feature(data: dict[str, Any]) -> EditRequest:
+    needed = ("sae", "feature", "value")
+    for name in sorted(data.keys() - {"do", "at", "keep_norm", *needed}):
+        if name not in _LOADED or data[name] != _LOADED[name]:
+            raise ValidationError("is not for feature", "with" if name == "instead" else name)
+    for name in needed:
+        if name not in data:
+            raise ValidationError("is required for feature", name)
+    own = {name: data[name] for name in ("do", "at", "keep_norm", *needed)}
+    return EditRequest(**own)
 
 
 def _layers(data: dict[str, Any]) -> Any:

@@ -259,7 +259,7 @@ def with_trace(
     return replace(
         request,
         trace=plan,
-        trace_probes=trace.probes,
+        trace_stored=trace.stored,
         trace_stops=trace.specials,
         trace_cost=trace_plan.cost(trace, plan, choices),
         trace_required=trace.required,

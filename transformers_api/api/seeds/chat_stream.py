@@ -115,7 +115,7 @@ class ChatStreamTask(Task):
             stop=stop,
             quiet_s=settings.keepalive_s,
             trace=plan,
-            trace_probes=trace.probes,
+            trace_stored=trace.stored,
             trace_stops=trace.specials,
             intervene=body.get("intervene"),
             spans=lambda: spans(model, body["messages"], prompt.ids),

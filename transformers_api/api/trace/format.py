@@ -193,6 +193,10 @@ def _others(trace: StepTrace, options: TraceRequest, vocabulary: Vocabulary) -> 
             }
             for reading in trace.probes
         ]
+    if options.features is not None:
+        content["features"] = [
+            {"id": number, "value": _round(value)} for number, value in trace.features
+        ]
     if options.router:
         content["router"] = [_routed(routed) for routed in trace.router]
     return content

@@ -9,6 +9,7 @@ import numpy
 
 from transformers_api.errors import InvalidRequest
 from transformers_api.inspection.base import Array, Editable, Part
+from transformers_api.inspection.sae import FeatureEdit, Sae
 from transformers_api.serving.inspect.edit_request import EditRequest
 from transformers_api.serving.inspect.vector_store import Vector
 from transformers_api.serving.swap.loaded_model import LoadedModel
@@ -26,6 +27,18 @@ class Facts:
     # (a prompt; None: the calibration text; places) -> the numbers of each place (n, width).
     numbers: Callable[[str | None, Sequence[tuple[int, Part]]], Sequence[Array]]
     vector: Callable[[str], Vector]  # of the requester; raises NotFound
+    sae: Callable[[str, str], Sae]  # of a name, for a field; raises NotFound, InvalidRequest
+
+
+def feature_of(facts: Facts, request: EditRequest, name: str) -> FeatureEdit | None:
+    """The feature that an edit is about. Raises InvalidRequest; ``name``: of the field."""
+    if request.sae is None:
+        return None
+    sae = facts.sae(request.sae, f"{name}.sae")
+    if request.feature >= sae.features:
+        raise refusal(f"{name}.feature must be in [0, {sae.features - 1}]", f"{name}.feature")
+    assert request.value is not None
+    return FeatureEdit(sae, request.feature, request.value)
 
 
 def refusal(message: str, param: str) -> InvalidRequest:
@@ -60,7 +73,7 @@ class EditVectors:
             pairs = zip(self.layers, means, strict=True)
             return {layer: self.shaped(layer, mean) for layer, mean in pairs}
         if request.vector is None:
-            if request.value is None:
+            if request.value is None or request.sae is not None:
                 return {}
             number = numpy.array(request.value, numpy.float32)
             return {layer: numpy.full(self._width(layer), number) for layer in self.layers}

@@ -10,7 +10,9 @@ from transformers_api.errors import InspectionDisabled, ModelNotCapable, PromptT
 from transformers_api.inspection.base import Array, Part
 from transformers_api.inspection.edit_plan import InterventionsDisabled
 from transformers_api.inspection.questions import Inspected, PartNumbers
+from transformers_api.inspection.sae import FeaturePlan
 from transformers_api.serving.generation import GenerationRequest
+from transformers_api.serving.inspect.calibration import Calibration
 from transformers_api.serving.inspect.comparing import check_comparable
 from transformers_api.serving.inspect.edit_positions import PromptPlaces
 from transformers_api.serving.inspect.edit_request import InterveneRequest, check_size
@@ -22,7 +24,8 @@ from transformers_api.serving.inspect.interventions import (
     plan_edits,
 )
 from transformers_api.serving.inspect.queue import Inspections
-from transformers_api.serving.inspect.stream_norms import TEXT
+from transformers_api.serving.inspect.stored_maps import lens_via, sae_for
+from transformers_api.serving.inspect.tensor_store import StoredTensors
 from transformers_api.serving.inspect.trace_plan import probes_of
 from transformers_api.serving.inspect.trace_slots import LIGHT, WHOLE
 from transformers_api.serving.inspect.vector_store import Vector
@@ -39,6 +42,9 @@ class Planner:
     inspections: Inspections
     cancellation: Cancellation
     vector: Callable[[str], Vector]
+    lens: Callable[[str], StoredTensors]
+    sae: Callable[[str], StoredTensors]
+    calibration: Calibration
 
     def with_edits(self, model: LoadedModel, request: GenerationRequest) -> GenerationRequest:
         """``request`` with the edits of each prompt; raises as ``planned``."""
@@ -64,12 +70,34 @@ class Planner:
         edits = self.planned(model, request.intervene, prompts)
         return replace(request, edits=edits, params=replace(params, forced=forced))
 
-    def with_probes(self, model: LoadedModel, request: GenerationRequest) -> GenerationRequest:
-        """``request``, whose trace measures along its vectors. Raises as ``probes_of``."""
-        assert request.trace is not None
+    def with_stored(self, model: LoadedModel, request: GenerationRequest) -> GenerationRequest:
+        """``request``, whose trace has the vectors, the lens and the features that it names.
+
+        Raises as ``probes_of``, ``lens_for`` and ``sae_for``.
+        """
+        trace, stored = request.trace, request.trace_stored
+        assert trace is not None
         assert model.inspector is not None
-        probes = probes_of(request.trace_probes, self.vector, model.inspector.anatomy)
-        return replace(request, trace=replace(request.trace, probes=probes))
+        anatomy = model.inspector.anatomy
+        features = None
+        if stored.sae is not None:
+            sae = sae_for(model, anatomy, stored.sae, self.sae(stored.sae), "trace.features.sae")
+            if sae.part != "resid":
+                raise ModelNotCapable(
+                    f"sae '{stored.sae}' is of part {sae.part}: only features of resid can be "
+                    "traced",
+                    param="trace.features",
+                )
+            features = FeaturePlan(sae, stored.features)
+        return replace(
+            request,
+            trace=replace(
+                trace,
+                probes=probes_of(stored.probes, self.vector, anatomy),
+                lens_via=lens_via(model, anatomy, stored.lens, self.lens, "trace.lens.via"),
+                features=features,
+            ),
+        )
 
     def planned(
         self, model: LoadedModel, intervene: InterveneRequest, prompts: Sequence[PromptPlaces]
@@ -83,7 +111,10 @@ class Planner:
         inspections, cancellation = self.inspections, self.cancellation
 
         def numbers(text: str | None, places: Sequence[tuple[int, Part]]) -> Sequence[Array]:
-            text = TEXT if text is None else text
+            if text is None:
+                return self.calibration.numbers(
+                    model, places, lambda question: inspections.ask(model, question, cancellation)
+                )
             chat_template.check_bytes(text, self.settings.inspected_prompt_bytes)
             ids = chat_template.encode_text(model, text)[: model.engine.max_model_len]
             if len(ids) > (most := self.settings.inspect_max_tokens):
@@ -92,9 +123,12 @@ class Planner:
 
         facts = Facts(
             editable=inspections.editable(model, inspector, cancellation),
-            norms=lambda: inspections.stream_norms(model, inspector, cancellation),
+            norms=lambda: inspections.stream_norms(
+                model, inspector, cancellation, self.calibration
+            ),
             numbers=numbers,
             vector=self.vector,
+            sae=lambda name, param: sae_for(model, inspector.anatomy, name, self.sae(name), param),
         )
         if not facts.editable.places:
             raise ModelNotCapable(

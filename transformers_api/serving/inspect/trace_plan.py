@@ -43,6 +43,33 @@ class LensRequest:
 
     layers: tuple[int, ...] | Literal["all"] | int  # a number n: every n-th, and the last
     topk: int = 3  # 1..20
+    via: str | None = None  # the name of a lens that they are mapped by before
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeaturesRequest:
+    """Which features of a stored autoencoder to note: the largest."""
+
+    sae: str
+    topk: int = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TraceStored:
+    """The names of what is stored and a trace is made with."""
+
+    probes: tuple[str, ...] = ()  # vectors
+    lens: str | None = None
+    sae: str | None = None
+    features: int = 0  # of the sae, that are noted
+
+    @property
+    def is_needed(self) -> bool:
+        """True where there is a name."""
+        return bool(self.probes or self.lens or self.sae)
+
+
+NOTHING_STORED = TraceStored()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,10 +86,22 @@ class TraceRequest:
     resid_norms: bool = False
     router: bool = False
     probes: tuple[str, ...] = ()  # names of vectors that the stream is measured along
+    features: FeaturesRequest | None = None
     specials: bool = False  # also of the token that ends the answer
     required: bool = True  # False: where it cannot be had, the answer goes on without it
     meta: bool = False  # a leading event about prompt and model, where there are named events
     layers_name: str = "trace.layers"  # the field that names the layers, for messages
+
+    @property
+    def stored(self) -> TraceStored:
+        """The names in it."""
+        features = self.features
+        return TraceStored(
+            probes=self.probes,
+            lens=None if self.lens is None else self.lens.via,
+            sae=None if features is None else features.sae,
+            features=0 if features is None else features.topk,
+        )
 
 
 def plan(
@@ -116,7 +155,7 @@ def cost(trace: TraceRequest, plan: TracePlan, choices: int) -> int:
     """
     has_more = plan.lens_layers or plan.resid_norms or plan.router or len(plan.layers) > 1
     is_text = bool(plan.layers) and trace.attn in ("json", "json64")
-    has_more = has_more or bool(trace.probes)
+    has_more = has_more or bool(trace.probes) or trace.features is not None
     return WHOLE if has_more or is_text or choices > 1 else LIGHT
 
 
@@ -235,15 +274,11 @@ def _lens_layers(anatomy: Anatomy, trace: TraceRequest) -> tuple[int, ...]:
 
 def _check_capable(anatomy: Anatomy, trace: TraceRequest) -> None:
     kind = anatomy.model_type
-    if trace.probes and anatomy.final_norm is None:
-        raise ModelNotCapable(
-            f"model type {kind} has no residual stream that can be seen", param="trace.probes"
-        )
-    if trace.resid_norms and anatomy.final_norm is None:
-        raise ModelNotCapable(
-            f"model type {kind} has no residual stream that can be seen",
-            param="trace.resid_norms",
-        )
+    for name in ("probes", "resid_norms", "features"):
+        if getattr(trace, name) and anatomy.final_norm is None:
+            raise ModelNotCapable(
+                f"model type {kind} has no residual stream that can be seen", param=f"trace.{name}"
+            )
     if trace.router and anatomy.routing is None:
         raise ModelNotCapable(
             f"model type {kind} has no router: it is no mixture of experts", param="trace.router"
@@ -266,6 +301,7 @@ class _Size:
         self.choices = choices
         self.shapes = [_shape(anatomy.attention[layer], trace, keys) for layer in layers]
         tokens = trace.topk * 2 + trace.sampled_topk
+        tokens += 0 if trace.features is None else trace.features.topk
         if trace.lens:
             tokens += lens_layers * (trace.lens.topk + 2)
         numbers = anatomy.layers * (trace.resid_norms + 2 * len(trace.probes))

@@ -7,7 +7,6 @@ from typing import Any
 from marshmallow import ValidationError, fields
 
 from transformers_api.api.http.fields import (
-    NOT_GIVEN,
     AnyObject,
     Boolean,
     Integer,
@@ -35,7 +34,7 @@ class NoiseOptions(StrictSchema):
     noise = Number(
         0.0, 1e3, required=True, **about("In standard deviations of the prompt's embeddings.")
     )
-    span = At(required=True, error_messages=NOT_GIVEN, **about("Where, as `at` of `intervene`."))
+    span = At(required=True, **about("Where, as `at` of `intervene`."))
     samples = Integer(1, MOST_SAMPLES, load_default=10, **about("Draws; numbers are their means."))
     seed = Integer(0, (1 << 63) - 1, load_default=0)
 
