@@ -33,6 +33,7 @@ from transformers_api.api.inspect.schemas.inspect import (
     TokensRequest,
 )
 from transformers_api.api.inspect.schemas.logit_parts import LogitPartsRequest
+from transformers_api.api.inspect.schemas.runs import RunRequest
 from transformers_api.api.inspect.schemas.vectors import DerivationRequest, VectorBody
 from transformers_api.api.intervene.schema import EditOptions
 from transformers_api.api.llamacpp.schema import ApplyTemplateRequest, InfillRequest
@@ -47,7 +48,13 @@ from transformers_api.api.openai.schemas.tokens import DetokenizeRequest, Tokeni
 from transformers_api.api.responses.schema import ResponseRequest
 from transformers_api.api.seeds.schemas.chat_stream import ChatStreamRequest
 from transformers_api.api.seeds.schemas.generate import GenerateRequest, LoadModelRequest
-from transformers_api.api.trace.schema import LensOptions, StreamTrace, TraceOptions
+from transformers_api.api.trace.schema import (
+    ActivationOptions,
+    LensOptions,
+    PartsOptions,
+    StreamTrace,
+    TraceOptions,
+)
 from transformers_api.config.described import described
 from transformers_api.inspection import edit_plan  # noqa: F401 - which has errors of its own
 from transformers_api.metric_names import described as described_metrics
@@ -165,6 +172,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "message fields": fields(Message),
     "trace fields": fields(TraceOptions),
     "lens fields": fields(LensOptions),
+    "activation fields": fields(ActivationOptions),
+    "parts fields": fields(PartsOptions),
     "edit fields": fields(EditOptions),
     "rerank fields": fields(RerankRequest),
     "score fields": fields(ScoreRequest),
@@ -189,6 +198,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "logit_parts fields": fields(LogitPartsRequest, Inspected),
     "patch fields": fields(PatchRequest),
     "ablate fields": fields(AblateRequest, Inspected),
+    "run fields": fields(RunRequest),
     "vector fields": fields(VectorBody),
     "derivation fields": fields(DerivationRequest),
 }

@@ -25,6 +25,8 @@ class DirectTransport:
         self.calls: list[tuple[str, str]] = []
         self.dies_after: int | None = None  # so many messages of a stream
         self.models: dict[str, Replica] = {}
+        self.silent: list[str] = []
+        self.hung: set[str] = set()  # replicas that answer no broadcast
 
     async def call(self, method: str, model: str, *arguments: Any) -> Any:
         self.calls.append((method, model))
@@ -44,7 +46,13 @@ class DirectTransport:
             await messages.aclose()
 
     async def broadcast(self, method: str, *arguments: Any) -> list[Any]:
-        return [sent(await getattr(each, method)(*sent(arguments))) for each in self.replicas]
+        return [
+            None if each.name in self.hung else sent(await getattr(each, method)(*sent(arguments)))
+            for each in self.replicas
+        ]
+
+    def avoid(self, replicas: Any) -> None:
+        self.silent = list(replicas)
 
     def fault(self) -> str | None:
         return None

@@ -8,27 +8,25 @@ from typing import Any
 
 import numpy
 
+from transformers_api.inspection.activations import Activation, ActivationSpec, RecordedRows
 from transformers_api.inspection.attribution_question import Attribution, AttributionQuestion
 from transformers_api.inspection.base import (
-    PLACES,
     Anatomy,
     Array,
     AttentionMode,
     AttentionRow,
     AttentionWindow,
-    Editable,
     HeadGrid,
     Heads,
     Job,
     LayerAttention,
     LensReading,
     Likely,
-    Part,
-    Places,
     PromptReading,
     StepTrace,
     TracePlan,
 )
+from transformers_api.inspection.editable import INPUTS, PARTS, Editable, Part, Places
 from transformers_api.inspection.grid_question import Grid, GridQuestion
 from transformers_api.inspection.lens_maps import DirectionReading, LensFit, LensMaps, LensTable
 from transformers_api.inspection.logit_share import LogitParts, LogitPartsQuestion, LogitShare
@@ -52,8 +50,14 @@ def fake_places(layer: int) -> Places:
     """All parts of a layer with 16 neurons; of the embedding its stream."""
     if layer < 0:
         return Places(layer=layer, off={"resid": 1e-7})
-    off = dict.fromkeys(PLACES, 1e-7)
-    return Places(layer=layer, off=off, heads=HEADS, head_dim=WIDTH // HEADS, neurons=16)
+    off = dict.fromkeys({*PARTS, *INPUTS, "weights"}, 1e-7)
+    size = WIDTH // HEADS
+    inputs: dict[Part, tuple[int, int]] = {
+        "q": (HEADS, size),
+        "k": (KV_HEADS, size),
+        "v": (KV_HEADS, size),
+    }
+    return Places(layer=layer, off=off, heads=HEADS, head_dim=size, neurons=16, inputs=inputs)
 
 
 def fake_anatomy(**fields: Any) -> Anatomy:
@@ -145,7 +149,37 @@ def fake_step(
             for layer in plan.lens_layers
         ),
         resid_norms=(35.25, 88.125) if plan.resid_norms else (),
+        activations=tuple(_activation(spec, context - 1) for spec in plan.activations),
+        recorded=tuple(
+            RecordedRows(
+                part=part,
+                layer=layer,
+                start=context - 1 if step else 0,
+                bits=rows_of(range(context - 1 if step else 0, context), layer)
+                .astype(numpy.float16)
+                .view(numpy.uint16),
+                dtype="float16",
+            )
+            for layer, part in plan.records
+        ),
     )
+
+
+def rows_of(positions: Sequence[int], layer: int) -> Array:
+    """(n, C) made-up numbers of tokens."""
+    return numpy.array(
+        [[place + 0.25 * layer + column for column in range(WIDTH)] for place in positions],
+        numpy.float32,
+    )
+
+
+def _activation(spec: ActivationSpec, position: int) -> Activation:
+    values = rows_of([position], spec.layer)
+    if not spec.topk:
+        return Activation(part=spec.part, layer=spec.layer, values=values)
+    places = numpy.argsort(-numpy.abs(values))[:, : spec.topk]
+    best = numpy.take_along_axis(values, places, 1)
+    return Activation(part=spec.part, layer=spec.layer, values=best, places=places)
 
 
 def _row(plan: TracePlan, layer: int, keys: int) -> AttentionRow:

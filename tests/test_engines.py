@@ -177,6 +177,17 @@ def test_an_aborted_stream_ends_in_the_engine(side, model):
     wait_for(lambda: running(side) == 0)
 
 
+def test_of_several_sequences_one_is_aborted_in_the_engine(side, model):
+    params = replace(GREEDY, max_tokens=4000)
+    stream = model.engine.submit([SequenceRequest(PROMPT, params)] * 2)
+    wait_for(lambda: running(side) == 2)
+    stream.abort(0)
+    wait_for(lambda: running(side) == 1)
+    assert any(output.index == 1 for output in (stream.get(20) for _ in range(200)) if output)
+    stream.abort()
+    wait_for(lambda: running(side) == 0)
+
+
 def test_a_constraint_holds(model):
     constraint = model.compiler.compile(YES_OR_NO).start()
     outputs = read(model.engine.submit([SequenceRequest(PROMPT, GREEDY, constraint=constraint)]))

@@ -18,6 +18,7 @@ from transformers_api.logs import configure_logging
 from transformers_api.serving.inspect.recent_completions import Completions
 from transformers_api.serving.limits.access import Access
 from transformers_api.serving.limits.admission import Admission
+from transformers_api.serving.limits.in_flight import InFlight
 from transformers_api.serving.models.registry import ModelRegistry
 from transformers_api.serving.models.store import ModelStore
 from transformers_api.serving.response_store import ResponseStore
@@ -51,6 +52,12 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
         store=store,
         swapper=engine.models,
         admission=parts.admission,
+        in_flight=InFlight(
+            settings.cluster_max_inflight,
+            settings.client_max_inflight,
+            settings.redis_url,
+            parts.admission.retry_after,
+        ),
         embeddings=engine.embeddings,
         responses=_responses(settings),
         completions=_completions(settings),

@@ -23,6 +23,7 @@ from transformers_api.config.settings import Settings
 from transformers_api.serving.inspect.queue import Inspections
 from transformers_api.serving.limits.access import Access
 from transformers_api.serving.limits.admission import Admission
+from transformers_api.serving.limits.in_flight import InFlight
 from transformers_api.serving.models.registry import ModelRegistry
 from transformers_api.serving.models.spec import ModelSpec
 from transformers_api.serving.models.store import ModelStore
@@ -150,6 +151,7 @@ def serve(tmp_path: Path, watcher: DisconnectWatcher) -> Iterator[Serve]:
         if not chosen.rate_limit_per_min:
             access = replace(access, requests=None)
         access = replace(access, **{"spares_local": False, **rates})
+        admission = Admission(chosen.max_inflight, chosen.max_queue, chosen.request_timeout_s)
         services = Services(
             settings=chosen,
             access=access,
@@ -157,7 +159,13 @@ def serve(tmp_path: Path, watcher: DisconnectWatcher) -> Iterator[Serve]:
             registry=registry,
             store=store,
             swapper=swapper,
-            admission=Admission(chosen.max_inflight, chosen.max_queue, chosen.request_timeout_s),
+            admission=admission,
+            in_flight=InFlight(
+                chosen.cluster_max_inflight,
+                chosen.client_max_inflight,
+                chosen.redis_url,
+                admission.retry_after,
+            ),
             responses=ResponseStore(chosen.responses_store_mb << 20, chosen.responses_store_ttl_s),
             inspections=Inspections(chosen.inspect_queue, chosen.inspect_timeout_s),
             watcher=watcher,

@@ -194,3 +194,24 @@ def test_a_reader_who_falls_behind_is_told_so_at_once(serve):
     assert read.payloads[-1]["error"]["code"] == "slow_reader"
     assert len(read.payloads) < 4
     assert not read.done
+
+
+@pytest.mark.parametrize(
+    ("setting", "code"),
+    [("client_max_inflight", "rate_limited"), ("cluster_max_inflight", "queue_full")],
+)
+def test_more_in_flight_than_there_may_be_is_a_429_until_one_ends(pool, held, setting, code):
+    served, gate = held(**{setting: 1})
+    body = {"messages": [{"role": "user", "content": "Hi"}]}
+    first = pool.submit(served.client.post, "/v1/chat/completions", json=body)
+    until(lambda: len(served.services.admission) == 1)
+    refused = served.app.test_client().post("/v1/chat/completions", json=body)
+    assert refused.status_code == 429
+    assert refused.json["error"]["code"] == code
+    assert 1 <= int(refused.headers["Retry-After"]) <= 120
+    gate.set()
+    assert first.result(10).status_code == 200
+    for _ in range(2):
+        streamed = served.client.post("/v1/chat/completions", json={**body, "stream": True})
+        assert streamed.text.endswith("data: [DONE]\n\n")
+        streamed.close()

@@ -125,6 +125,25 @@ EDITS = {
     "one head's edges": {"do": "block", "layer": 0, "heads": [2], "keys": [0, 3]},
     "hot heads": {"do": "temper", "range": [0, 1], "heads": [0, 1], "temperature": 30},
     "cold answers": {"do": "temper", "layer": 0, "temperature": 0.01, "at": "generated"},
+    "queries": {"do": "scale", "part": "q", "layer": 0, "by": 20},
+    "keys of a head": {
+        "do": "add",
+        "part": "k",
+        "layer": 0,
+        "heads": [1],
+        "vector": [99] * 8,
+        "at": {"text": "France"},
+    },
+    "values": {"do": "set", "part": "v", "layers": "all", "value": 3, "at": {"text": "France"}},
+    "no values": {"do": "ablate", "part": "v", "layer": 1, "heads": [0]},
+    "mean keys": {"do": "ablate", "part": "k", "layers": "all", "with": "mean"},
+    "values of another prompt": {
+        "do": "ablate",
+        "part": "v",
+        "layer": 0,
+        "with": {"prompt": "The capital of Poland is"},
+        "at": {"text": "France"},
+    },
     "another prompt": {
         "do": "ablate",
         "layer": 0,
@@ -339,6 +358,11 @@ def test_what_is_wrong_is_said_before_the_first_byte(client, param):
         ({"do": "block", "layer": 0, "keys": [0], "part": "mlp"}, "part' is not for block"),
         ({"do": "block", "layer": 0, "keys": [0], "temperature": 2}, "is not for block"),
         ({**ADD, "keys": [0]}, "keys' is not for add"),
+        ({**ADD, "part": "q"}, "has 32 numbers, a head 8"),
+        ({**ADD, "part": "k", "vector": [1] * 8, "heads": [4]}, "heads must be in [0, 3]"),
+        ({**ADD, "part": "v", "vector": [1] * 8, "layers": [-1]}, "layers must be in [0, 1]"),
+        ({"do": "erase", "part": "q", "vector": [1] * 8, "layer": 0}, "for erase"),
+        ({"do": "scale", "part": "q", "neurons": [0], "by": 2, "layer": 0}, 'is for part "neuron"'),
     ],
 )
 def test_messages_name_what_would_be_right(client, edit, words):
@@ -507,6 +531,9 @@ def test_the_model_says_what_can_be_changed(client):
         "mlp": True,
         "head": 4,
         "neuron": 64,
+        "q": 4,
+        "k": 4,
+        "v": 4,
         "weights": True,
     }
     assert told["neighbours"] == "bit-equal"

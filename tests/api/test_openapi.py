@@ -49,6 +49,11 @@ OTHERWISE = {
     "DELETE /inspect/saes/{name}": 404,
     "GET /inspect/saes/{name}/features/{feature}": 404,
     "PUT /inspect/vectors/{name}": 201,
+    "POST /inspect/runs": 201,
+    "GET /inspect/runs/{run_id}": 404,
+    "DELETE /inspect/runs/{run_id}": 404,
+    "POST /inspect/runs/{run_id}/replay": 404,
+    "GET /inspect/runs/compare": 422,
     "POST /inspect/vectors/{name}/derive": 201,
 }
 

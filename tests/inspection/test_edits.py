@@ -15,8 +15,12 @@ from tests.engine.reading import read
 from tests.inspection.models import tiny
 from tests.repeats import slow
 from transformers_api.engine.base import SamplingParams, SequenceRequest
+from transformers_api.engine.native.runner import NativeRunner
 from transformers_api.engine.places import model_places
+from transformers_api.engine.runners.model_runner import innermost
+from transformers_api.inspection.base import TracePlan
 from transformers_api.inspection.edit_plan import Edit, EditPlan, InterventionFailed
+from transformers_api.kernels.graph.hooks import HookReplay
 
 PROMPT = prompts_of(3)[2]
 LAYER, STEPS = 1, 4
@@ -220,6 +224,32 @@ def test_several_edits_of_one_place_compose_in_their_order(watch):
     other = written(engine, [(PROMPT, plan(scale, add, identity="2"))])[0]
     assert_close(one, expected("llama", PROMPT, add, lambda x: (x + torch.tensor(VECTOR)) / 2))
     assert_close(other, expected("llama", PROMPT, add, lambda x: x / 2 + torch.tensor(VECTOR)))
+
+
+def test_the_kernels_make_plain_edits_and_copy_attention_without_a_pause(watch, monkeypatch):
+    engine = watch("llama").engine
+    if not isinstance(innermost(engine.runner), NativeRunner):
+        pytest.skip("without the kernels")
+    paused = []
+    monkeypatch.setattr(HookReplay, "show", lambda _, call: paused.append(call))
+    trace = {"trace": TracePlan(layers=(LAYER,))}
+    params = SamplingParams(max_tokens=STEPS, temperature=0)
+    for name, (changed, _) in FORMULAS.items():
+        outputs = read(
+            engine.submit(
+                [
+                    SequenceRequest(
+                        PROMPT, params, edits=plan(changed, identity=f"no pause: {name}")
+                    )
+                ],
+                observe=trace,
+            )
+        )
+        rows = [output.extras["trace"].attention[0].weights for output in outputs[0]]
+        assert numpy.allclose([row.sum(-1) for row in rows], 1, atol=1e-5)
+        pauses, is_plain = len(paused), name not in ("erase", "keep norm")
+        paused.clear()
+        assert (pauses == 0) is is_plain, name
 
 
 def test_the_tally_counts_every_token_that_was_changed(watch):

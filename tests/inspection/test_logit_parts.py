@@ -22,7 +22,7 @@ REFUSED = {
     "bloom-alibi": ("source",),
     "gpt-neo-local": ("source",),
     "mamba": ("head", "neuron", "source"),
-    "rwkv": ("head", "neuron", "source"),
+    "rwkv": WAYS,  # its first layer norms the embedding: the stream begins anew
     "gpt-1-without-cache": WAYS,  # its layers end in a norm
 }
 

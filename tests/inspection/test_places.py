@@ -15,7 +15,7 @@ from transformers_api.engine.base import SamplingParams, SequenceRequest
 from transformers_api.engine.native.runner import NativeRunner
 from transformers_api.engine.places import is_linear, model_places
 from transformers_api.engine.runners.model_runner import innermost
-from transformers_api.inspection.base import PLACES
+from transformers_api.inspection.editable import INPUTS, PARTS
 
 WRITERS = {
     "llama": ("self_attn", "mlp", "self_attn.o_proj", "mlp.down_proj"),
@@ -84,7 +84,7 @@ def test_every_place_acts_as_the_models_own_modules_do(watch, name):
         is_native = isinstance(innermost(watched.engine.runner), NativeRunner)
         assert editable.neighbours_are_equal or (anatomy.routing and not is_native)
         assert editable.of(0).heads == anatomy.heads
-        dense = set(PLACES) - ({"neuron"} if anatomy.routing else set())
+        dense = set({*PARTS, *INPUTS, "weights"}) - ({"neuron"} if anatomy.routing else set())
         assert all(set(places.off) == dense for places in editable.places[1:])
 
 
@@ -105,14 +105,16 @@ def test_a_place_where_edits_do_not_act_is_told_and_cannot_be_edited(watch, monk
     assert second.off["mlp"] > 0.01
     assert not second.can("mlp")
     assert second.can("head")
-    assert third.unverified == {"weights"}
+    assert third.unverified == {"q", "k", "v", "weights"}
     assert not embedding.unverified | first.unverified
 
 
 def test_bfloat16_is_verified_to_its_rounding(watch):
     watched = watch("llama", dtype="bfloat16")
     editable = watched.run(watched.inspector.check_places())
-    assert all(places.can(part) for places in editable.places[1:] for part in PLACES)
+    assert all(
+        places.can(part) for places in editable.places[1:] for part in {*PARTS, *INPUTS, "weights"}
+    )
     assert all(places.verified < 3e-2 for places in editable.places)
     assert editable.neighbours_are_equal
 

@@ -23,7 +23,8 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-REPLICA, CONTROLLER = "ray::ServeReplica:transformers-api", "ray::ServeController"
+REPLICA, CONTROLLER = "ray::ServeReplica:transformers-api:", "ray::ServeController"
+OF_HOT = "ray::ServeReplica:transformers-api.hot."  # the replicas that "hot" has for itself
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -101,6 +102,10 @@ class Front:
             return False
 
     def replicas(self) -> list[dict[str, Any]]:
+        """Those that share all models but "hot"."""
+        return [each for each in self.all_replicas() if each["model"] != "hot"]
+
+    def all_replicas(self) -> list[dict[str, Any]]:
         return list(self.get("/status")["replicas"])
 
 
@@ -196,16 +201,17 @@ def cluster() -> Iterator[Cluster]:
     from tests.api.tiny_app import save
 
     folder = Path(tempfile.mkdtemp(prefix="ta-", dir="/tmp"))  # short: sockets lie in it
-    names = ("one", "two")
+    names = ("one", "two", "hot")
     for name in names:
         save(folder / name, tokenizers.byte_level())
     entries: list[dict[str, Any]] = [{"name": name, "path": str(folder / name)} for name in names]
     entries[0]["embedding"] = {"pooling": "mean"}
+    entries[2]["replicas"] = {"min": 1, "max": 2}
     (folder / "models.json").write_text(json.dumps(entries))
     environment = os.environ | {
         "CLUSTER_ADDRESS": f"127.0.0.1:{free_port()}",
         "CLUSTER_FOLDER": str(folder / "c"),
-        "CLUSTER_REPLICA_CPUS": "0.5",
+        "CLUSTER_REPLICA_CPUS": "0.25",
         "DEFAULT_MODEL": "one",
         "ENABLE_EMBEDDINGS_BACKEND": "true",
         "GRACEFUL_S": "60",

@@ -16,6 +16,7 @@ from transformers_api.api.inspect.grids import blueprint as grids
 from transformers_api.api.inspect.jobs import blueprint as jobs
 from transformers_api.api.inspect.lenses import blueprint as lenses
 from transformers_api.api.inspect.logit_parts import blueprint as logit_parts
+from transformers_api.api.inspect.runs import blueprint as runs
 from transformers_api.api.inspect.saes import blueprint as saes
 from transformers_api.api.inspect.vectors import blueprint as vectors
 from transformers_api.api.inspect.views import blueprint as inspect
@@ -48,7 +49,7 @@ def register(app: Flask, services: Services) -> None:
     errors.install(app)
     api = docs.install(app, needs_key=services.access.keys is not None)
     openai_routes = (openai, responses, messages, embeddings, rerank, models, tokens)
-    looking = (inspect, logit_parts, grids, jobs, vectors, lenses, saes, calibration)
+    looking = (inspect, logit_parts, grids, jobs, vectors, runs, lenses, saes, calibration)
     others = (chat_stream, *looking, health, monitoring)
     for blueprint in (*openai_routes, ollama, llamacpp, generate, *others):
         api.register_blueprint(blueprint)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from transformers_api.cluster import ray_runtime
+from transformers_api.cluster import applications, ray_runtime
 from transformers_api.cluster.head import Head
 from transformers_api.config.settings import Settings
+from transformers_api.serving.models.registry import ModelRegistry
+from transformers_api.serving.models.spec import ReplicaRange
 from transformers_api.serving.swap.replica_status import ReplicaStatus
 
 Row = tuple[str, ...]
@@ -27,7 +30,8 @@ def up(settings: Settings, *, replicas: int | None, waits: bool, joins: bool = F
         ray_runtime.connect(settings)
     else:
         Head(settings).start()
-    ray_runtime.deploy(settings, replicas or settings.cluster_replicas)
+    shared = applications.ranges(settings, replicas or settings.cluster_replicas)
+    applications.deploy(settings, shared, models_with_replicas(settings))
     write_status(settings)
     if not waits:
         return 0
@@ -56,7 +60,7 @@ def down(settings: Settings) -> int:
         return 1
     try:
         ray_runtime.connect(settings)
-        ray_runtime.shutdown()
+        applications.shutdown()
         ray_runtime.disconnect()
     except Exception as error:  # it has to end all the same
         sys.stderr.write(f"The replicas could not be asked to end: {error}\n")
@@ -65,9 +69,16 @@ def down(settings: Settings) -> int:
     return 0
 
 
+def models_with_replicas(settings: Settings) -> dict[str, ReplicaRange]:
+    """The entries of the registry that have replicas of their own."""
+    registry = ModelRegistry.from_settings(settings)
+    specs = (spec for spec in registry.list() if spec.base is None)
+    return {spec.name: spec.replicas for spec in specs if spec.replicas is not None}
+
+
 def write_status(settings: Settings) -> None:
     """Write what is there to standard output."""
-    deployed = ray_runtime.deployed()
+    deployed = applications.deployed()
     states = ", ".join(f"{count} {state.lower()}" for state, count in deployed["replicas"].items())
     machines = len(ray_runtime.nodes())
     sys.stdout.write(
@@ -75,7 +86,7 @@ def write_status(settings: Settings) -> None:
         f"machines: {machines}\n"
     )
     rows: list[Row] = [("REPLICA", "MACHINE", "PID", "STATE", "MODEL", "RUNNING", "WAITING")]
-    rows += [_row(each) for each in _replicas()]
+    rows += [_row(each) for each in _replicas(models_with_replicas(settings))]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
@@ -89,9 +100,11 @@ def _row(each: ReplicaStatus) -> Row:
     return (each.replica, each.node, str(each.pid), swapper.state, model, *counts)
 
 
-def _replicas() -> list[Any]:
+def _replicas(models: Iterable[str]) -> list[Any]:
     try:
-        return ray_runtime.broadcast(ray_runtime.handle(), "status", ())
+        handles = applications.handles(models).values()
+        answers = [each for one in handles for each in ray_runtime.broadcast(one, "status", ())]
+        return [answer for answer in answers if answer is not None]
     except Exception:  # none is deployed
         return []
 

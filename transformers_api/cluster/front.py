@@ -6,20 +6,19 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 from transformers_api import logs
 from transformers_api.cluster import ray_runtime
-from transformers_api.cluster.messages import (
-    Caller,
-)
+from transformers_api.cluster.messages import Caller
 from transformers_api.cluster.metrics_page import merged
 from transformers_api.cluster.models import ClusterModels
 from transformers_api.cluster.transport import RayTransport, Transport, ask
 from transformers_api.config.environment import set_for_transformers
 from transformers_api.errors import ApiError, ServerShuttingDown
-from transformers_api.inspection.base import Editable
+from transformers_api.inspection.editable import Editable
 from transformers_api.inspection.questions import Gradients, Inspected, Places, Question
 from transformers_api.local_engine import EngineSide, Parts
 from transformers_api.server.readiness import LAST_WORDS_S
@@ -30,9 +29,11 @@ from transformers_api.serving.inspect.stream_norms import stream_norms
 from transformers_api.serving.inspect.suggested_layer import suggested_layer
 from transformers_api.serving.limits.cancellation import Cancellation
 from transformers_api.serving.swap.loaded_model import LoadedModel
+from transformers_api.serving.swap.replica_status import ReplicaStatus
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
+SILENT = "It does not answer"
 POLL_S = 1.0  # between two looks at the replicas
 
 
@@ -121,6 +122,7 @@ class Watch:
         self._preloaded = preloaded
         self._leaving: str | None = None
         self._trouble = ""
+        self._silent: list[str] = []
 
     def begin(self) -> None:
         """Begin, once the cluster is there."""
@@ -145,14 +147,21 @@ class Watch:
             began = time.monotonic()
             try:
                 answers = self._transport.start(self._transport.broadcast("status")).result()
-                answers = sorted(answers, key=lambda each: str(each.replica))
-                self._models.replicas = self._encoders.replicas = answers
+                replicas = with_silent(self._models.replicas, answers)
+                self._models.replicas = self._encoders.replicas = replicas
+                self._avoid([each.replica for each in replicas if each.reason == SILENT])
             except Exception as error:
                 self._note(f"The replicas cannot be looked at: {error}")
                 self._models.replicas = ()
             if self._models.replicas and preload.ident is None:
                 preload.start()
             time.sleep(max(POLL_S - (time.monotonic() - began), 0.1))
+
+    def _avoid(self, silent: list[str]) -> None:
+        if silent != self._silent:
+            log.warning("Replicas that do not answer: %s", ", ".join(silent) or "none any more")
+            self._transport.avoid(silent)
+        self._silent = silent
 
     def _note(self, trouble: str) -> None:
         """Log it once, not every second."""
@@ -173,14 +182,27 @@ class Watch:
                 time.sleep(POLL_S)
 
 
+def with_silent(
+    before: Sequence[ReplicaStatus], answers: Sequence[ReplicaStatus | None]
+) -> Sequence[ReplicaStatus]:
+    """The answers, and the last ones of as many as are silent now, which are not ready then."""
+    spoken = [answer for answer in answers if answer is not None]
+    names = {each.replica for each in spoken}
+    missing = [each for each in before if each.replica not in names]
+    silent = missing[: len(answers) - len(spoken)]
+    spoken += [replace(each, ready=False, reason=SILENT) for each in silent]
+    return sorted(spoken, key=lambda each: each.replica)
+
+
 def cluster_engine(parts: Parts, transport: Transport | None = None) -> EngineSide:
     """The engine of a front. ``transport`` stands in for Ray's."""
     without_torch()
     settings = parts.settings
     ray = None
     if transport is None:
+        own = [spec.name for spec in parts.registry.list() if spec.replicas and not spec.base]
         ray_runtime.prepare(settings)  # where Ray is lacking, the start ends with one line
-        transport = ray = RayTransport(settings, lambda: watch.begin())
+        transport = ray = RayTransport(settings, own, lambda: watch.begin())
     models = ClusterModels(transport, parts.registry)
     encoders = ClusterModels(transport, parts.registry, encoder=True)
     watch = Watch(transport, models, encoders, parts.preloaded)
@@ -213,8 +235,8 @@ def cluster_engine(parts: Parts, transport: Transport | None = None) -> EngineSi
 def _pages(transport: Transport) -> list[tuple[str, bytes]]:
     """The metrics of the replicas that give them in time."""
     try:
-        pages: list[tuple[str, bytes]] = transport.start(transport.broadcast("metrics")).result()
-        return pages
+        pages = transport.start(transport.broadcast("metrics")).result()
+        return [page for page in pages if page is not None]
     except Exception as error:
         log.warning("The replicas' metrics cannot be had: %s", error)
         return []

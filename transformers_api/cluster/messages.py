@@ -76,11 +76,15 @@ class Caller:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sequences:
-    """The sequences of one submit. Their constraints are plans, which start beside the model."""
+    """The sequences of one submit. Their constraints are plans, which start beside the model.
+
+    ``name``: by which one of several is aborted, whichever replica has them.
+    """
 
     requests: Sequence[SequenceRequest]
     constraints: Sequence[ConstraintPlan | None]
     observe: Mapping[str, Any] = field(default_factory=dict)
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

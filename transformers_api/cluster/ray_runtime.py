@@ -1,16 +1,15 @@
-"""Ray and Ray Serve, the little that is used of them. No other module imports Ray."""
+"""Ray itself, the little that is used of it: joined, left, its errors, its machines."""
 
 from __future__ import annotations
 
-import uuid
-from pathlib import Path
+import sys
 from typing import Any
 
-import transformers_api
 from transformers_api.config.environment import set_for_ray
 from transformers_api.config.settings import SettingError, Settings
 
-APP, DEPLOYMENT, NAMESPACE = "transformers-api", "Replica", "transformers-api"
+NAMESPACE = "transformers-api"
+OWN_CODE = "transformers_modules"  # where transformers puts it
 TOKEN = "token"  # the file in CLUSTER_FOLDER
 BROADCAST_S = 3.0
 LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
@@ -50,19 +49,25 @@ def connect(settings: Settings) -> None:
     )
 
 
-def handle() -> Any:
-    """The handle of the replicas; a model's id may go with each request."""
-    from ray import serve
-
-    return serve.get_deployment_handle(DEPLOYMENT, APP)
-
-
 def broadcast(handle: Any, method: str, arguments: tuple[Any, ...]) -> list[Any]:
-    """The answers of all replicas that give one in time."""
+    """The answers of all replicas; None of each that gives none in time, nothing of dead ones."""
     answers = handle.broadcast(method, *arguments).results(
         timeout_s=BROADCAST_S, return_exceptions=True
     )
+    answers = [None if isinstance(answer, TimeoutError) else answer for answer in answers]
     return [answer for answer in answers if not isinstance(answer, BaseException)]
+
+
+def let_own_code_travel() -> None:
+    """Send the classes of models' own code as they are: no front has the files they are from.
+
+    Such a tokenizer comes with its code, which the operator has trusted (``trust_remote_code``).
+    """
+    from ray import cloudpickle
+
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == OWN_CODE:
+            cloudpickle.register_pickle_by_value(module)
 
 
 def kinds_of_errors() -> tuple[tuple[type[Exception], ...], tuple[type[Exception], ...]]:
@@ -82,65 +87,6 @@ def kinds_of_errors() -> tuple[tuple[type[Exception], ...], tuple[type[Exception
         DeploymentUnavailableError,
     )
     return (BackPressureError,), lost
-
-
-def deploy(settings: Settings, replicas: int) -> None:
-    """Start the replicas, or replace running ones by others, one after the other; wait for it."""
-    from ray import serve
-
-    from transformers_api.cluster.deployment import ReplicaDeployment
-
-    most = max(settings.cluster_max_replicas or replicas, replicas)
-    scale: dict[str, Any] = {"num_replicas": replicas}
-    if most > replicas:
-        target = max(settings.max_inflight * 3 // 4, 1)
-        scale = {
-            "num_replicas": None,
-            "autoscaling_config": {
-                "min_replicas": replicas,
-                "max_replicas": most,
-                "target_ongoing_requests": target,
-            },
-        }
-    root = Path(transformers_api.__file__).resolve().parents[1]
-    deployment = ReplicaDeployment.options(  # type: ignore[attr-defined]  # Serve's decorator
-        name=DEPLOYMENT,
-        max_ongoing_requests=settings.max_inflight + settings.max_queue,
-        max_queued_requests=max(settings.max_queue, 1),
-        graceful_shutdown_timeout_s=settings.graceful_s,
-        graceful_shutdown_wait_loop_s=0.5,
-        health_check_period_s=2.0,
-        health_check_timeout_s=10.0,
-        logging_config={"enable_access_log": False, "log_level": "WARNING"},
-        ray_actor_options={
-            "num_cpus": settings.cluster_replica_cpus,
-            "num_gpus": settings.cluster_replica_gpus,
-            # Another variable is another version to Serve: running replicas are replaced.
-            "runtime_env": {"env_vars": {"PYTHONPATH": str(root), "DEPLOYED_AS": uuid.uuid4().hex}},
-        },
-        **scale,
-    )
-    serve.start(proxy_location="Disabled")
-    serve.run(deployment.bind(settings), name=APP, route_prefix=None)
-
-
-def shutdown() -> None:
-    """End the replicas, once their answers are complete."""
-    from ray import serve
-
-    serve.delete(APP)
-
-
-def deployed() -> dict[str, Any]:
-    """Serve's own word on the replicas: its status, and how many are in which state."""
-    from ray import serve
-
-    application = serve.status().applications.get(APP)
-    if application is None:
-        return {"status": "none", "replicas": {}}
-    deployment = application.deployments.get(DEPLOYMENT)
-    states = {} if deployment is None else dict(deployment.replica_states)
-    return {"status": application.status.value, "replicas": states}
 
 
 def disconnect() -> None:

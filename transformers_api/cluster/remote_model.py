@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing
@@ -103,7 +104,9 @@ class RemoteEngine:
         answer = _Answer(
             self._transport,
             replace(self._caller, client=client or self._caller.client),
-            Sequences(requests=sent, constraints=plans, observe=dict(observe)),
+            Sequences(
+                requests=sent, constraints=plans, observe=dict(observe), name=uuid.uuid4().hex
+            ),
         )
         try:
             answer.begin(self._cancellation)
@@ -165,10 +168,14 @@ class _Answer:
             raise
 
     def _abort(self, index: int | None) -> None:
-        if index is not None:  # the others go on, and its outputs are left out
+        if index is not None:  # the others go on
             self._open.discard(index)
-        if (index is None or not self._open) and self._future is not None:
-            self._future.cancel()
+        if index is None or not self._open:
+            if self._future is not None:
+                self._future.cancel()
+        else:
+            abort = self._transport.broadcast("abort", self._sequences.name, index)
+            self._transport.start(abort)
 
     async def _run(self) -> None:
         try:

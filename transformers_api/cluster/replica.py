@@ -66,6 +66,7 @@ class Replica:
         store = ModelStore(settings)
         registry = ModelRegistry.from_settings(settings, store.has_repo)
         self._requests = 0
+        self._streams: dict[str, TokenStream] = {}
         self._metrics = _metrics(settings, registry)
         parts = Parts(
             settings=settings,
@@ -88,6 +89,10 @@ class Replica:
         threads = settings.max_inflight + settings.max_queue + SPARE_THREADS
         self._pool = ThreadPoolExecutor(threads, "replica")
         self._engine.begin()
+
+    async def keep(self, model: str) -> None:
+        """Load the model that this replica is for. Raises ApiError."""
+        await asyncio.to_thread(self._engine.models.load, model)
 
     async def describe(self, caller: Caller) -> ModelFacts | Failure:
         """The facts of a model, which is in memory then."""
@@ -130,9 +135,21 @@ class Replica:
                 yield failure_of(error)
                 return
             stack.callback(stream.abort)
+            self._streams[sequences.name] = stream
+            stack.callback(self._streams.pop, sequences.name, None)
             yield Outputs(outputs=())
             async for outputs in _batches(stream, len(sequences.requests)):
                 yield packed(outputs, tallies(sequences.requests))
+
+    async def abort(self, name: str, index: int) -> bool:
+        """Stop one sequence of those that were submitted under ``name``; False: they are not here.
+
+        Its ABORT output follows in the stream.
+        """
+        stream = self._streams.get(name)
+        if stream is not None:
+            stream.abort(index)
+        return stream is not None
 
     async def ask(self, caller: Caller, question: Question[T]) -> T | Failure:
         """The answer to a question about given tokens."""

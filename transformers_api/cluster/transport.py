@@ -6,11 +6,11 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable
-from concurrent.futures import Future
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
-from transformers_api.cluster import ray_runtime
+from transformers_api.cluster import applications, ray_runtime
 from transformers_api.cluster.messages import Failure, error_of
 from transformers_api.config.settings import Settings
 from transformers_api.errors import ApiError, Overloaded, ReplicaFailed, Unavailable
@@ -19,6 +19,8 @@ from transformers_api.serving.upstream.loop import BackgroundLoop, result
 
 log = logging.getLogger(__name__)
 RETRY_S = 2.0  # between two tries to reach the cluster
+LOOK_S = 10.0  # between two looks at which models have replicas of their own
+ASKING = 64  # threads, on which all replicas of a model are asked; they wait for those that hang
 BUSY_S = 2  # after which those are told to come again who find all replicas full
 
 
@@ -38,7 +40,11 @@ class Transport(Protocol):
         ...
 
     async def broadcast(self, method: str, *arguments: Any) -> list[Any]:
-        """The answers of all replicas that answer soon."""
+        """The answers of all replicas; None of each that does not answer soon."""
+        ...
+
+    def avoid(self, replicas: Sequence[str]) -> None:
+        """Ask these, which do not answer, only where there are no others."""
         ...
 
     def fault(self) -> str | None:
@@ -64,14 +70,19 @@ class RayTransport:
     """Meets Transport over the handle of a Serve deployment. From any thread.
 
     The cluster is looked for in the background, again and again: a front may start before it.
-    ``on_connect`` is called once it is there.
+    ``on_connect`` is called once it is there. ``own``: the models that may have replicas of their
+    own; all others, and these where they have none, go to those that share.
     """
 
-    def __init__(self, settings: Settings, on_connect: Callable[[], object]) -> None:
+    def __init__(
+        self, settings: Settings, own: Sequence[str], on_connect: Callable[[], object]
+    ) -> None:
         self.start = BackgroundLoop("cluster").start
         self._settings = settings
+        self._own = own
         self._on_connect = on_connect
-        self._handle: Any = None
+        self._handles: Mapping[str, Any] = {}
+        self._asking = ThreadPoolExecutor(ASKING, "cluster-ask")
         self._fault: str | None = "Looking for the cluster"
         self._lost: tuple[type[Exception], ...] = ()
         self._full: tuple[type[Exception], ...] = ()
@@ -113,16 +124,30 @@ class RayTransport:
 
     async def broadcast(self, method: str, *arguments: Any) -> list[Any]:
         """See Transport."""
-        handle = self._handle
-        if handle is None:
-            return []
-        answers = await asyncio.to_thread(ray_runtime.broadcast, handle, method, arguments)
-        return list(answers)
+        loop = asyncio.get_running_loop()
+        futures = [
+            loop.run_in_executor(self._asking, ray_runtime.broadcast, handle, method, arguments)
+            for handle in self._handles.values()
+        ]
+        answers = await asyncio.gather(*futures, return_exceptions=True)
+        errors = [each for each in answers if isinstance(each, BaseException)]
+        if errors and len(errors) == len(answers):
+            raise errors[0]
+        return [each for own in answers if not isinstance(own, BaseException) for each in own]
+
+    def avoid(self, replicas: Sequence[str]) -> None:
+        """See Transport."""
+        from transformers_api.cluster import router
+
+        router.avoid(replicas)
 
     def _options(self, model: str) -> Any:
-        if self._handle is None:
+        handles = self._handles
+        if (own := handles.get(model)) is not None:
+            return own
+        if not handles:
             raise Unavailable(self._fault or "The cluster is away", retry_after=5)
-        return self._handle.options(multiplexed_model_id=model) if model else self._handle
+        return handles[""].options(multiplexed_model_id=model)
 
     def _error(self, error: Exception) -> ApiError:
         if isinstance(error, ApiError):
@@ -138,7 +163,7 @@ class RayTransport:
         while True:
             try:
                 ray_runtime.connect(self._settings)
-                self._handle = ray_runtime.handle()
+                self._look()
                 self._full, self._lost = ray_runtime.kinds_of_errors()
                 break
             except Exception as error:
@@ -149,3 +174,15 @@ class RayTransport:
         self._fault = None
         log.info("The cluster at %s is there", self._settings.cluster_address)
         self._on_connect()
+        while self._own:
+            time.sleep(LOOK_S)
+            try:
+                self._look()
+            except Exception as error:
+                log.warning("Which models have replicas of their own is not told: %s", error)
+
+    def _look(self) -> None:
+        """Raises KeyError where nothing is deployed."""
+        handles = applications.handles(self._own)
+        same = {model: each for model, each in self._handles.items() if model in handles}
+        self._handles = {"": handles[""]} | handles | same

@@ -35,8 +35,14 @@ class ClusterSettings:
     cluster_max_replicas: int | None = setting(
         None,
         to.integer(1, 4096),
-        "Replicas that Ray may start while more requests wait than they take at once. Default: "
-        "CLUSTER_REPLICAS.",
+        "Replicas that Ray may start while more than half of MAX_INFLIGHT are in flight on each "
+        "of them. Default: CLUSTER_REPLICAS.",
+    )
+    cluster_max_inflight: int = setting(
+        0,
+        to.integer(0, 1_000_000),
+        "Requests of all clients that may be in flight on all servers with the same REDIS_URL "
+        "together; 0 for no limit but the replicas' own.",
     )
     cluster_replica_cpus: float = setting(
         1.0, to.number(0.01, 1024), "Cores of one replica, and its TORCH_THREADS, at least one."

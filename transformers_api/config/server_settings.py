@@ -60,6 +60,11 @@ class ServerSettings:
     intervene_enabled: bool = setting(
         True, to.boolean, "Serve `intervene`, which changes a model for a request; else 403."
     )
+    runs_max_mb: int = setting(
+        256,
+        to.integer(0, 1 << 20),
+        "MiB of runs (`store`) that are kept in MODEL_STORE, of one at most a quarter; 0: none.",
+    )
     trace_max_bytes_per_token: int = setting(
         1 << 18, to.integer(1, 1 << 30), "Bytes that the trace of one token may have, at most."
     )
@@ -112,6 +117,12 @@ class ServerSettings:
         None,
         to.integer(1, 1_000_000_000),
         "Tokens per minute and client, of prompts and answers together. Default: no limit.",
+    )
+    client_max_inflight: int = setting(
+        0,
+        to.integer(0, 1_000_000),
+        "Requests that one client (its key, else its address) may have in flight, on all servers "
+        "with the same REDIS_URL together; 0 for no limit.",
     )
     redis_url: str | None = setting(
         None,

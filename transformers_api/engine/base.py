@@ -135,6 +135,7 @@ class SequenceRequest:
     adapter: Any = None  # of the engine's own making: see ``Engine.adapted``
     listener: EngineListener | None = None  # None: the engine's
     edits: Edits | None = None
+    reads_anew: bool = False  # no key or value of its prompt is taken from another sequence
 
 
 @dataclass(frozen=True, slots=True)

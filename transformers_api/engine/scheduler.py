@@ -212,7 +212,7 @@ class Scheduler:
 
     def _reader_of_prefix(self, seq: Sequence, reading: list[Sequence]) -> Sequence | None:
         """One that is reading what ``seq`` begins with, and will leave more of it to be copied."""
-        if not self.cache.reuses_prefixes or seq.params.prompt_logprobs is not None:
+        if not (self.cache.reuses_prefixes and seq.takes_prefix):
             return None
         prompt, cached, kind = shareable(seq), None, seq.row_kind
         for other in reading:
@@ -332,7 +332,7 @@ class Scheduler:
 
         Rows of another kind share less, or nothing.
         """
-        if not self.cache.reuses_prefixes or seq.params.prompt_logprobs is not None:
+        if not (self.cache.reuses_prefixes and seq.takes_prefix):
             return -1, 0
         prompt, kind = shareable(seq), seq.row_kind
         kinds = {slot: row.kind for slot, row in self._finished.items()}

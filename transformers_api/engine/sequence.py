@@ -106,6 +106,7 @@ class Sequence:
         self.client = request.client
         self.adapter = request.adapter
         self.edits = request.edits
+        self.reads_anew = request.reads_anew
         self.listener = request.listener
         self.arrival = 0  # its place among the prompts that are to be read, by when it came
         self.num_cached = 0
@@ -151,6 +152,11 @@ class Sequence:
     def is_long(self) -> bool:
         """True beyond the original window: all of it is read with the long factors."""
         return self.original_window is not None and self._length > self.original_window
+
+    @property
+    def takes_prefix(self) -> bool:
+        """True where keys and values of its prompt may come from another sequence."""
+        return self.params.prompt_logprobs is None and not self.reads_anew
 
     @property
     def row_kind(self) -> RowKind:

@@ -47,7 +47,7 @@ class Attachment:
             examined = examine(model, **sizes, backend=backend, runner=runner)
             self._examinations[model] = sizes, examined
         self.examined, self._backend = examined, backend
-        tracing = TracingRunner(runner, model, examined)
+        tracing = TracingRunner(runner, model, examined, backend)
         # Outside of it: what is traced is what was edited.
         runner = InterveningRunner(
             *(tracing, model, backend, examined.parts),

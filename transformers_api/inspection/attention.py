@@ -26,6 +26,7 @@ from transformers_api.engine.backend import Backend
 from transformers_api.engine.runners.edited_attention import (
     AttentionCall,
     AttentionEdit,
+    AttentionInputs,
     current_attention_edits,
     part_of,
 )
@@ -142,10 +143,13 @@ class Tap:
         *args: Any,
         **options: Any,
     ) -> Any:
-        """Return the result of the wrapped function, whose rows may be edited."""
-        result = self.function(module, query, key, value, attention_mask, *args, **options)
+        """Return the result of the wrapped function; what it reads and makes may be edited."""
         layer, watch = getattr(module, "layer_idx", None), _current.get()
         edits = [edit for edit in current_attention_edits() if edit.layer == layer]
+        for edit in edits:
+            if edit.before is not None:
+                edit.before(_inputs(edit, query, key, value))
+        result = self.function(module, query, key, value, attention_mask, *args, **options)
         if layer is None or (watch is None and not edits):
             return result
         call = Attended(
@@ -154,10 +158,22 @@ class Tap:
             backend=None if watch is None else watch.backend,
         )
         for edit in edits:
-            edit.apply(call.part(edit))
+            if edit.apply is not None:
+                edit.apply(call.part(edit))
         if watch is not None and (watch.layers is None or layer in watch.layers):
             watch.watcher(layer, call)
         return result
+
+
+def _inputs(edit: AttentionEdit, query: Tensor, key: Tensor, value: Tensor) -> AttentionInputs:
+    """Those of the sequence's tokens, its last ones; views."""
+    sequence, queries = part_of(edit, len(query), query.shape[2])
+    own = query[sequence, :, queries]
+    stop = min(key.shape[2], edit.context)
+    keys = slice(stop - own.shape[1], stop)
+    return AttentionInputs(
+        *(each.transpose(0, 1) for each in (own, key[sequence, :, keys], value[sequence, :, keys]))
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -7,7 +7,7 @@ H query heads, n tokens, V vocabulary, C width of the residual stream.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal, Protocol, TypeVar
@@ -15,14 +15,22 @@ from typing import Any, Literal, Protocol, TypeVar
 import numpy
 from numpy.typing import NDArray
 
+from transformers_api.inspection.activations import (
+    Activation,
+    ActivationPart,
+    ActivationSpec,
+    RecordedRows,
+)
 from transformers_api.inspection.attribution_question import Attribution, AttributionQuestion
 from transformers_api.inspection.divergence_question import Divergence, DivergenceQuestion
+from transformers_api.inspection.editable import Editable, Part
 from transformers_api.inspection.grid_question import Grid, GridQuestion
 from transformers_api.inspection.lens_maps import DirectionReading as Direction
 from transformers_api.inspection.lens_maps import LensFit, LensMaps, LensTable
 from transformers_api.inspection.logit_share import LogitParts, LogitPartsQuestion
 from transformers_api.inspection.probes import Probe, ProbeReading
 from transformers_api.inspection.sae import FeaturePlan
+from transformers_api.inspection.uncertainty import Uncertainty
 
 T = TypeVar("T")
 Array = NDArray[numpy.float32]
@@ -59,51 +67,6 @@ class LayerAttention:
     available: bool = False
     reason: str | None = None  # why not
     max_rel_err: float | None = None  # |P·V - out| / |out| of the check at load
-
-
-Part = Literal["resid", "attn", "mlp", "head", "neuron", "weights"]
-PARTS: tuple[Part, ...] = ("resid", "attn", "mlp", "head", "neuron")
-PLACES: tuple[Part, ...] = (*PARTS, "weights")  # weights of attention have edits of their own
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Places:
-    """The parts of one layer that can be changed; layer -1 is the embedding.
-
-    ``off``: of each that is there, what an edit gives beside the same edit of the model's modules,
-    relative. Those of ``unverified`` give something else.
-    """
-
-    layer: int
-    off: Mapping[Part, float] = field(default_factory=dict)
-    unverified: frozenset[Part] = frozenset()
-    heads: int = 0
-    head_dim: int = 0
-    neurons: int = 0
-
-    def can(self, part: Part) -> bool:
-        """True where the part can be changed, which has been verified."""
-        return part in self.off and part not in self.unverified
-
-    @property
-    def verified(self) -> float | None:
-        """The worst of what can be changed; None: nothing can."""
-        return max((off for part, off in self.off.items() if self.can(part)), default=None)
-
-
-@dataclass(frozen=True, slots=True)
-class Editable:
-    """The parts of a model that can be changed: those of the embedding, then of each layer.
-
-    ``neighbours_are_equal``: no bit of a sequence depends on the edits of others in its passes.
-    """
-
-    places: tuple[Places, ...] = ()
-    neighbours_are_equal: bool = False
-
-    def of(self, layer: int) -> Places:
-        """Those of one layer; -1 is the embedding."""
-        return self.places[layer + 1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,6 +127,13 @@ class TracePlan:
     router: bool = False
     probes: tuple[Probe, ...] = ()
     features: FeaturePlan | None = None
+    activations: tuple[ActivationSpec, ...] = ()
+    # Noted of every token that is read, prompts too, in the stream's own bits.
+    records: tuple[tuple[int, ActivationPart], ...] = ()
+    uncertainty: bool = False
+    parts: LogitPartsQuestion | None = None  # of each token; its position and token are left open
+    # That what is shown of a token may come to as JSON.
+    bytes: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,6 +200,10 @@ class StepTrace:
     router: tuple[Routed, ...] = ()
     probes: tuple[ProbeReading, ...] = ()
     features: tuple[tuple[int, float], ...] = ()  # of an autoencoder, the largest first
+    activations: tuple[Activation, ...] = ()
+    uncertainty: Uncertainty | None = None
+    parts: LogitParts | None = None  # None: nobody asked, or it cannot be told apart here
+    recorded: tuple[RecordedRows, ...] = ()  # of all that was read since the last token
 
 
 # -- of given tokens

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from transformers_api.errors import InsufficientPermissions, InvalidRequest
-from transformers_api.inspection.base import Array, Part
+from transformers_api.inspection.base import Array
+from transformers_api.inspection.editable import Part
 from transformers_api.inspection.sae import FeatureEdit
 
 Do = Literal["add", "erase", "scale", "set", "block", "temper", "feature"]

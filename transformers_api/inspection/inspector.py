@@ -15,16 +15,15 @@ from transformers_api.inspection.base import (
     Anatomy,
     Array,
     AttentionWindow,
-    Editable,
     HeadGrid,
     Heads,
     Job,
-    Part,
     PromptReading,
 )
 from transformers_api.inspection.divergence import diverge
 from transformers_api.inspection.divergence_question import Divergence, DivergenceQuestion
 from transformers_api.inspection.edit_plan import EditPlan, EditTally
+from transformers_api.inspection.editable import Editable, Part
 from transformers_api.inspection.edits import EditedText
 from transformers_api.inspection.grid_question import Grid, GridQuestion
 from transformers_api.inspection.grids import run_grid

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy
@@ -26,6 +26,7 @@ from transformers_api.inspection.adjoints import NOT_AFFINE, frozen, pulled
 from transformers_api.inspection.attention import Attended, AttentionSource, Weights
 from transformers_api.inspection.base import Anatomy, AttentionMode
 from transformers_api.inspection.logit_share import LogitParts, LogitPartsQuestion, LogitShare
+from transformers_api.inspection.parts import Parts, lens_logits
 from transformers_api.inspection.reading import Way, read, unarmed
 
 NOT_SUMMED = 0.05  # of the sizes of a head's shares: they are not what the head adds
@@ -33,7 +34,7 @@ FLOAT32, ROUNDED = 1e-5, 5e-3  # relative: logits that are the head's but for a 
 
 
 @dataclass(slots=True)
-class _Rows:
+class TokenRows:
     """Rows of one token, as they passed through modules."""
 
     inputs: dict[str, Tensor] = field(default_factory=dict)  # (C,) by module
@@ -87,7 +88,7 @@ def split(
     layers, parts = way.parts.places.of(model), way.parts
     _check(layers, parts.head)
     tokens_read = ids[: question.position + 1]
-    rows = _Rows()
+    rows = TokenRows()
     names = [*parts.layers, *([parts.final_norm] if parts.final_norm else []), parts.head or ""]
     for place in layers:
         names += [writer.name for writer in place.writers]
@@ -98,10 +99,26 @@ def split(
     )
     reading = _end(model, way, rows, logits, question)
     yield
+    shares, bias, readers = yield from _shares(model, way.parts, anatomy, rows, reading, question)
+    _check_split(shares, question)
+    if question.by == "source":
+        shares = yield from _by_source(model, way, source, tokens_read, readers, shares)
+    return _result(reading, shares, bias)
+
+
+def _shares(
+    model: Any,
+    parts: Parts,
+    anatomy: Anatomy,
+    rows: TokenRows,
+    reading: _Reading,
+    question: LogitPartsQuestion,
+) -> Generator[None, None, tuple[list[LogitShare], float, dict[int, Tensor]]]:
+    """(the shares, what biases add besides, the directions (H, D) of each layer's heads)."""
     shares = [LogitShare("embed", -1, _along(rows.inputs[parts.layers[0]], reading.direction))]
     bias = 0.0
     readers: dict[int, Tensor] = {}
-    for layer, place in enumerate(layers):
+    for layer, place in enumerate(parts.places.of(model)):
         heads = _heads(anatomy, layer, place)
         for writer in place.writers:
             part = _part(place, writer)
@@ -122,10 +139,48 @@ def split(
             else:
                 shares.append(LogitShare(part, layer, whole))
         yield
+    return shares, bias, readers
+
+
+def split_token(
+    model: Any,
+    way: Way,
+    anatomy: Anatomy,
+    rows: TokenRows,
+    logits: Tensor,
+    question: LogitPartsQuestion,
+) -> LogitParts:
+    """The parts of a logit by layer or head, of ``rows`` that a pass on one token made.
+
+    ``rows`` have what each writer made, the heads' outputs, and the stream before the first layer
+    and after the last. ``logits`` (V,) are those of the pass. Raises ModelNotCapable.
+    """
+    parts = way.parts
+    for place in parts.places.of(model):
+        if place.reader is None or place.reader not in rows.inputs:
+            continue
+        before, row = place.reader, rows.inputs[place.reader]
+        for name in place.reader_after:  # what the heads' module makes, and norms make of it
+            row = model.get_submodule(before)(row[None, None])[0, 0]
+            before, rows.inputs[name] = name, row
+    names = [name for name in (parts.final_norm, parts.head) if name]
+    with rows.watched(model, names):
+        read_logits = lens_logits(model, parts, rows.outputs[parts.layers[-1]][None])[0]
+    reading = _end(model, way, rows, read_logits, question)
+    own = float(logits[reading.token_id])
+    if question.against == "mean":
+        own -= float(logits.double().mean())
+    elif question.against is not None:
+        own -= float(logits[question.against])
+    slices = _shares(model, parts, anatomy, rows, reading, question)
+    while True:
+        try:
+            next(slices)
+        except StopIteration as end:
+            shares, bias, _ = end.value
+            break
     _check_split(shares, question)
-    if question.by == "source":
-        shares = yield from _by_source(model, way, source, tokens_read, readers, shares)
-    return _result(reading, shares, bias)
+    return _result(replace(reading, model_logit=own), shares, bias)
 
 
 def _check(layers: Sequence[LayerPlaces], head: str | None) -> None:
@@ -172,7 +227,7 @@ def _last_logits(
 
 
 def _end(
-    model: Any, way: Way, rows: _Rows, logits: Tensor, question: LogitPartsQuestion
+    model: Any, way: Way, rows: TokenRows, logits: Tensor, question: LogitPartsQuestion
 ) -> _Reading:
     """The logit as a direction of the residual stream after the last layer."""
     parts = way.parts
@@ -233,7 +288,7 @@ def _scale(normed: Tensor, before_head: Tensor) -> float:
 
 
 def _before(
-    model: Any, rows: _Rows, name: str | None, after: Sequence[str], direction: Tensor
+    model: Any, rows: TokenRows, name: str | None, after: Sequence[str], direction: Tensor
 ) -> tuple[Tensor, float]:
     """The direction of a linear module's input, and what biases add along ``direction``.
 

@@ -24,20 +24,13 @@ from transformers_api.engine.base import SamplingParams, SequenceRequest, TokenS
 from transformers_api.engine.batch import Batch
 from transformers_api.engine.llm_engine import BatchingEngine
 from transformers_api.engine.places import LayerPlaces
-from transformers_api.engine.runners.edited_attention import Attending, AttentionEdit, edited_model
+from transformers_api.engine.runners.edited_attention import AttentionEdit, edited_model
 from transformers_api.engine.runners.edited_modules import ModuleEdit
 from transformers_api.engine.sequence import Sequence
 from transformers_api.inspection.attention import AttentionSource
-from transformers_api.inspection.attention_edits import change_attention
-from transformers_api.inspection.base import (
-    PLACES,
-    AttentionMode,
-    Editable,
-    LayerAttention,
-    Part,
-    Places,
-)
-from transformers_api.inspection.edit_plan import Edit
+from transformers_api.inspection.attention_check import Sizes, checking, noting
+from transformers_api.inspection.base import AttentionMode, LayerAttention
+from transformers_api.inspection.editable import INPUTS, PARTS, Editable, Part, Places
 from transformers_api.inspection.parts import Parts
 
 log = logging.getLogger(__name__)
@@ -79,7 +72,7 @@ def module_of(places: SequenceOf[LayerPlaces], layer: int, part: Part) -> Module
     if layer == EMBEDDING:
         return Module(places[0].layer, "in") if part == "resid" else None
     own = places[layer]
-    if part == "weights":
+    if part not in PARTS:  # of attention
         return None
     if part == "resid":
         return Module(own.layer, "out")
@@ -107,6 +100,7 @@ class ActingCheck:
         self.layers: SequenceOf[LayerPlaces] = ()
         self._finder = parts.places
         self.attention = attention
+        self._sizes: dict[int, Sizes] = {}  # of what attention reads, by layer
         self._attending: frozenset[int] = frozenset()  # whose weights can be changed
         self.has_experts = parts.routing is not None
 
@@ -199,13 +193,16 @@ class ActingCheck:
             rows = rows[: max(len(rows) // 2, 1)]
         scheduler.forget()
         sequences = [_sequence(ids, first + slot) for slot in range(len(rows))]
-        if cache.in_pieces:
-            return self._pass(model, sequences, rows, TOKENS)
-        for seq, row in zip(sequences, rows, strict=True):  # prompts are read one by one
+        for seq in sequences:
             seq.tokens.pop()
-            self._pass(model, [seq], [row], TOKENS - 1)
+        if cache.in_pieces:
+            self._pass(model, sequences, rows, TOKENS - 1)
+        else:  # prompts are read one by one
+            for seq, row in zip(sequences, rows, strict=True):
+                self._pass(model, [seq], [row], TOKENS - 1)
+        for seq in sequences:
             seq.num_cached, seq.tokens = TOKENS - 1, list(ids)
-        return self._pass(model, sequences, rows, 1)
+        return self._pass(model, sequences, rows, 1)  # reads what the first has left in the cache
 
     def _pass(
         self, model: Any, sequences: list[Sequence], rows: SequenceOf[Row], width: int
@@ -218,11 +215,17 @@ class ActingCheck:
             logits = self.engine.runner.forward(Batch(sequences, [width] * len(sequences)))
         return logits[:, -1].float().clone()
 
-    def _expected(self, model: Any, ids: list[int], rows: SequenceOf[Row]) -> Tensor:
+    def _expected(
+        self,
+        model: Any,
+        ids: list[int],
+        rows: SequenceOf[Row],
+        notes: SequenceOf[AttentionEdit] = (),
+    ) -> Tensor:
         """The same by the model's modules, without a cache."""
         options = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
         tokens = torch.tensor([ids] * len(rows), device=model.device)
-        attention = self._attention_edits(rows, TOKENS, 0, TOKENS)
+        attention = [*self._attention_edits(rows, TOKENS, 0, TOKENS), *notes]
         with edited_model(model, self._edits(rows, TOKENS), attention):
             output = model(input_ids=tokens, use_cache=False, return_dict=True, **options)
         logits: Tensor = output.logits[:, -1, : self.engine.vocab_size].float()
@@ -236,14 +239,19 @@ class ActingCheck:
         return FLOAT32 if self.engine.facts.weights == "float32" else ROUNDED
 
     def _parts(self, layer: int) -> tuple[Part, ...]:
-        own = [part for part in PLACES if module_of(self.layers, layer, part) is not None]
+        own = [part for part in PARTS if module_of(self.layers, layer, part) is not None]
         own = [part for part in own if part != "head" or self._head_dim(layer)]
+        if layer in self._sizes:
+            own += INPUTS
         return (*own, "weights") if layer in self._attending else tuple(own)
 
     def _attending_layers(self, model: Any, ids: list[int]) -> frozenset[int]:
         """The layers whose attention weights are computed while it writes, and used."""
         layers = [each.layer for each in self.attention if each.available]
         if self.source.mode is AttentionMode.TAP:
+            place = 0, TOKENS, TOKENS, TOKENS, 0
+            notes = [noting(layer, place, self._sizes) for layer in layers]
+            self._expected(model, ids, [NOBODY], notes)
             return frozenset(layers)
         if self.source.mode is not AttentionMode.HOOK:
             return frozenset()
@@ -270,6 +278,7 @@ class ActingCheck:
             heads=own.reader_width // size if size else 0,
             head_dim=size,
             neurons=own.down_width,
+            inputs=self._sizes.get(layer, {}),
         )
 
     def _edits(self, rows: SequenceOf[Row], tokens: int) -> list[ModuleEdit]:
@@ -283,7 +292,9 @@ class ActingCheck:
                 width = self.layers[layer].down_width // 2
                 if part == "head":
                     width = self._head_dim(layer)
-                change = partial(_change, part, slice(row * tokens, (row + 1) * tokens), width)
+                # A model that keeps no state reads a sequence again from its start.
+                own = slice(row * tokens, (row + 1) * tokens) if len(rows) > 1 else slice(None)
+                change = partial(_change, part, own, width)
                 edits.setdefault((module.name, module.side), []).append(change)
         return [
             ModuleEdit(name, side, partial(_each, changes))
@@ -296,26 +307,10 @@ class ActingCheck:
         """Those of a pass that reads ``width`` tokens, up to ``stop``, of rows from a slot on."""
         edits = []
         for row, (layer, parts) in enumerate(rows):
-            if "weights" in parts:
-                own = _attention_changes(layer, self.attention[layer].heads)
-                apply = partial(_attend, own, stop)
-                place = row * width, width, len(rows) * width, stop, first + row
-                edits.append(AttentionEdit(layer, *place, apply, self.source.place_of(layer)))
-        return edits
-
-
-def _attention_changes(layer: int, heads: int) -> list[Edit]:
-    """Nothing is read from the first token by the first half of the heads, more by the others."""
-    half = max(heads // 2, 1)
-    first, others = tuple(range(half)), tuple(range(half, heads))
-    place = partial(Edit, part="weights", layer=layer, positions=((0, None),))
-    blocked = place(do="block", units=first, keys=((0, 1),))
-    return [blocked, *([place(do="temper", units=others, by=0.1)] if others else [])]
-
-
-def _attend(edits: SequenceOf[Edit], stop: int, call: Attending) -> None:
-    _, count, keys = call.shape
-    change_attention(edits, call, stop - count, stop - keys)
+            place = row * width, width, len(rows) * width, stop, first + row
+            heads = self.attention[layer].heads if self.attention else 0
+            edits.append(checking(layer, parts, heads, place, self.source))
+        return [edit for edit in edits if edit is not None]
 
 
 def _each(changes: SequenceOf[Any], rows: Tensor) -> None:

@@ -14,6 +14,7 @@ from transformers_api.inspection import (
     attribution_question,
     base,
     divergence_question,
+    editable,
     grid_question,
     lens_maps,
     logit_share,
@@ -176,7 +177,7 @@ class PartNumbers:
     """See ``Inspector.part_numbers``."""
 
     ids: Sequence[int]
-    places: Sequence[tuple[int, base.Part]]
+    places: Sequence[tuple[int, editable.Part]]
 
     def job(self, inspector: Inspector) -> Job[list[Array]]:
         """See Question."""
@@ -223,7 +224,7 @@ class Divergence:
 class Places:
     """See ``Inspector.check_places``."""
 
-    def job(self, inspector: Inspector) -> Job[base.Editable]:
+    def job(self, inspector: Inspector) -> Job[editable.Editable]:
         """See Question."""
         return inspector.check_places()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -17,14 +17,16 @@ import numpy
 import torch
 from torch import Tensor
 
-from transformers_api.engine.backend import Backend, TokenStats
+from transformers_api.engine.backend import Backend
 from transformers_api.engine.batch import Batch
 from transformers_api.engine.runners.adapted_modules import adapted
 from transformers_api.engine.runners.model_runner import Runner
 from transformers_api.engine.sampling.fast_sampler import largest
-from transformers_api.engine.sampling.sampler import TokenSampler, distribution
+from transformers_api.engine.sampling.sampler import TokenSampler
 from transformers_api.engine.scheduler import SlotStore
 from transformers_api.engine.sequence import SampledToken, Sequence
+from transformers_api.errors import ApiError
+from transformers_api.inspection.activations import READ_BY_ATTENTION, ActivationSpec
 from transformers_api.inspection.attention import Weights
 from transformers_api.inspection.attention_edits import edited_rows
 from transformers_api.inspection.base import (
@@ -35,15 +37,20 @@ from transformers_api.inspection.base import (
     StepTrace,
     TracePlan,
 )
+from transformers_api.inspection.distributions import drawn, entropy, likely, rank, token_stats
 from transformers_api.inspection.examination import Examined
 from transformers_api.inspection.lenses import mapped
+from transformers_api.inspection.logit_parts import split_token
+from transformers_api.inspection.logit_share import LogitParts
 from transformers_api.inspection.parts import lens_logits, residuals_of, routers_of
 from transformers_api.inspection.probes import Probe, ProbeReading
+from transformers_api.inspection.reading import Way
+from transformers_api.inspection.recording import Recorder, Taken
 from transformers_api.inspection.sae import FeaturePlan
 from transformers_api.inspection.sae import largest as largest_features
+from transformers_api.inspection.uncertainty import Uncertainty, settled_layer
 
 NAME = "trace"  # in ``observe`` and ``extras``
-LOWEST = -1e4  # a logit; times a probability of 0 it is 0, which -inf is not
 
 
 @dataclass(slots=True)
@@ -57,14 +64,17 @@ class _Notes:
     rows: list[AttentionRow] = field(default_factory=list)
     residuals: dict[int, Tensor] = field(default_factory=dict)  # layer: (C,)
     routed: list[Routed] = field(default_factory=list)
+    taken: Taken = field(default_factory=Taken)
 
 
 class TracingRunner:
     """Wraps a runner; see the module."""
 
-    def __init__(self, inner: Runner, model: Any, examined: Examined) -> None:
+    def __init__(self, inner: Runner, model: Any, examined: Examined, backend: Backend) -> None:
         self.inner = inner
         self.model = model
+        self.backend = backend
+        self.recorder = Recorder(model, examined.parts, examined.anatomy.attention)
         self.examined = examined
         self.windows = {layer.layer: layer.window for layer in examined.anatomy.attention}
 
@@ -80,14 +90,18 @@ class TracingRunner:
             for seq, width, ends in zip(batch.sequences, batch.widths, batch.ends, strict=True)
             if ends and NAME in seq.observe
         ]
-        if not traced:
+        noting = self.recorder.edits(batch, NAME)
+        if not (traced or noting):
             return self.inner.forward(batch, keep)
         with ExitStack() as watch:
+            if noting:
+                watch.enter_context(self.backend.editing(self.model, noting))
             self._watch_attention(watch, traced)
             self._watch_residuals(watch, traced)
             self._watch_routers(watch, traced, batch.num_slots)
             logits = self.inner.forward(batch, keep)
         for notes in traced:
+            notes.taken = self.recorder.take(notes.seq)
             notes.seq.extras[NAME] = notes
         return logits
 
@@ -97,14 +111,23 @@ class TracingRunner:
 
     def _watch_attention(self, watch: ExitStack, traced: list[_Notes]) -> None:
         takers = {layer: [n for n in traced if layer in n.plan.layers] for layer in _layers(traced)}
-        if not takers:
+        readers: dict[int, list[tuple[_Notes, ActivationSpec]]] = {}
+        for notes in traced:
+            for spec in notes.plan.activations:
+                if spec.part in READ_BY_ATTENTION:
+                    readers.setdefault(spec.layer, []).append((notes, spec))
+        if not (takers or readers):
             return
 
         def note(layer: int, weights: Weights) -> None:
             for notes in takers.get(layer, ()):
                 notes.rows.append(self._row(layer, weights, notes))
+            for notes, spec in readers.get(layer, ()):
+                at = notes.place, notes.context
+                self.recorder.note_attention(notes.seq, spec, weights, at)
 
-        watch.enter_context(self.examined.source.watched(self.model, note, takers))
+        layers = takers.keys() | readers.keys()
+        watch.enter_context(self.examined.source.watched(self.model, note, layers))
 
     def _row(self, layer: int, weights: Weights, notes: _Notes) -> AttentionRow:
         plan, context = notes.plan, notes.context
@@ -200,8 +223,10 @@ class TracingSampler:
         seq, plan = notes.seq, notes.plan
         own = self.backend.token_stats(logits, token, plan.topk)
         stats = own or token_stats(logits, token, plan.topk)
-        prob, spread, drawn_top = _drawn(logits, seq, token, plan.sampled_topk)
+        prob, spread, drawn_top = drawn(logits, seq, token, plan.sampled_topk)
         norms = sorted(notes.residuals) if plan.resid_norms else []
+        lens, lens_kl = self._lens(notes, token)
+        sure = _uncertainty(logits, stats.entropy, lens, lens_kl) if plan.uncertainty else None
         return StepTrace(
             step=seq.num_output,
             position=len(seq.tokens),
@@ -216,19 +241,41 @@ class TracingSampler:
             sampled_entropy=spread,
             sampled_top=drawn_top,
             attention=tuple(sorted(notes.rows, key=lambda row: plan.layers.index(row.layer))),
-            lens=self._lens(notes, token),
+            lens=lens,
             resid_norms=tuple(
                 float(notes.residuals[layer].float().norm()) for layer in norms if layer >= 0
             ),
             router=tuple(notes.routed),
             probes=tuple(_reading(probe, notes.residuals) for probe in plan.probes),
             features=_features(plan.features, notes.residuals),
+            activations=tuple(
+                taken for spec in plan.activations if (taken := notes.taken.activations.get(spec))
+            ),
+            uncertainty=sure,
+            parts=self._parts(notes, logits, token),
+            recorded=tuple(notes.taken.records),
         )
 
-    def _lens(self, notes: _Notes, token: int) -> tuple[LensReading, ...]:
+    def _parts(self, notes: _Notes, logits: Tensor, token: int) -> LogitParts | None:
+        if notes.plan.parts is None:
+            return None
+        examined, question = self.examined, replace(notes.plan.parts, token_id=token)
+        vocab_size = examined.anatomy.vocab_size
+        way = Way(
+            parts=examined.parts, vocab_size=vocab_size, slice_tokens=1, reads_in_chunks=False
+        )
+        rows = notes.taken.token
+        try:
+            with adapted(self.model, [notes.seq.adapter]):
+                return split_token(self.model, way, examined.anatomy, rows, logits, question)
+        except ApiError:  # numbers that no norm explains: of an edited stream, perhaps
+            return None
+
+    def _lens(self, notes: _Notes, token: int) -> tuple[tuple[LensReading, ...], float | None]:
+        """The readings, and the divergence of the last layer's from the middle one's."""
         layers = [layer for layer in notes.plan.lens_layers if layer in notes.residuals]
         if not layers:
-            return ()
+            return (), None
         via = notes.plan.lens_via
         residuals = torch.stack(
             [mapped(via, layer, notes.residuals[layer][None])[0] for layer in layers]
@@ -236,16 +283,23 @@ class TracingSampler:
         with adapted(self.model, [notes.seq.adapter]):
             logits = lens_logits(self.model, self.examined.parts, residuals)  # (N, V)
         logits = logits[:, : self.examined.anatomy.vocab_size]
-        return tuple(
+        divergence = None
+        if notes.plan.uncertainty and len(layers) > 1:
+            middle = min(
+                layers, key=lambda layer: (abs(layer - self.examined.anatomy.layers // 2), layer)
+            )
+            divergence = _divergence(logits, layers.index(max(layers)), layers.index(middle))
+        readings = tuple(
             LensReading(
                 layer=layer,
-                top=_likely(probs, notes.plan.lens_topk),
-                rank_of_sampled=_rank(probs, token),
+                top=likely(probs, notes.plan.lens_topk),
+                rank_of_sampled=rank(probs, token),
                 prob_of_sampled=float(probs[token]),
-                entropy=_entropy(probs),
+                entropy=entropy(probs),
             )
             for layer, probs in zip(layers, logits.softmax(-1), strict=True)
         )
+        return readings, divergence
 
 
 def _features(
@@ -275,29 +329,29 @@ def _reading(probe: Probe, residuals: dict[int, Tensor]) -> ProbeReading:
     )
 
 
-def token_stats(logits: Tensor, token: int, count: int) -> TokenStats:
-    """Of ``logits`` (V,), with ``count`` of the likeliest tokens."""
-    # Tensors of the size of the vocabulary cost more to allocate than to fill: one will do.
-    probs = logits.softmax(-1)
-    best, lowest = logits.max(), logits.min()
-    total = best - probs.max().log()  # logsumexp
-    finite = logits.clamp_min(LOWEST) if lowest < LOWEST else logits  # 0 * -inf is no number
-    top = _likely(probs, count)
-    return TokenStats(
-        logprob=float(logits[token] - total),
-        entropy=max(float(total - probs @ finite), 0.0),
-        rank=_rank(logits, token),
-        ids=top.token_ids,
-        probs=top.probs,
+def _divergence(logits: Tensor, last: int, middle: int) -> float:
+    """KL(last || middle) in nats, of rows of ``logits`` (N, V)."""
+    own, other = logits[last].log_softmax(-1), logits[middle].log_softmax(-1)
+    shares = torch.where(own.isfinite(), own.exp() * (own - other), 0.0)
+    return max(float(shares.sum()), 0.0)
+
+
+def _uncertainty(
+    logits: Tensor, of_logits: float, lens: SequenceOf[LensReading], lens_kl: float | None
+) -> Uncertainty:
+    """Of ``logits`` (V,), and the lens' readings."""
+    logprobs = logits.float().log_softmax(-1)
+    probs = logprobs.exp()
+    spread = torch.where(probs > 0, probs * (logprobs + of_logits).square(), 0.0)
+    values, _ = largest(probs, min(2, len(probs)))
+    choices = [(reading.layer, reading.top.token_ids[0]) for reading in lens]
+    return Uncertainty(
+        entropy=of_logits,
+        varentropy=float(spread.sum()),
+        margin=float(values[0] - values[-1]) if len(values) > 1 else 1.0,
+        settled_layer=settled_layer(choices),
+        lens_kl=lens_kl,
     )
-
-
-def _drawn(logits: Tensor, seq: Sequence, token: int, count: int) -> tuple[float, float, Likely]:
-    """Of what ``token`` was drawn from: its probability, the entropy, the likeliest."""
-    if seq.params.temperature == 0 and count <= 1:  # there was no other
-        return 1.0, 0.0, Likely((token,), (1.0,)) if count else Likely()
-    drawn, ids = distribution(logits, seq, max(count, 1))
-    return float(drawn[ids == token].sum()), _entropy(drawn), _likely(drawn, count, ids)
 
 
 def _layers(traced: SequenceOf[_Notes]) -> set[int]:
@@ -310,28 +364,8 @@ def _routed(layer: int, logits: Tensor, weights: Tensor, experts: Tensor) -> Rou
         layer=layer,
         experts=tuple(experts.tolist()),
         weights=tuple(weights.float().tolist()),
-        entropy=_entropy(logits.float().softmax(-1)),
+        entropy=entropy(logits.float().softmax(-1)),
     )
-
-
-def _entropy(probs: Tensor) -> float:
-    """Of (V,), in nats."""
-    return float(torch.special.entr(probs).sum())
-
-
-def _rank(scores: Tensor, token: int) -> int:
-    """The number of tokens of (V,) that score higher."""
-    numbers = scores.cpu().numpy()  # counts five times as fast as torch
-    return int(numpy.count_nonzero(numbers > numbers[token]))
-
-
-def _likely(probs: Tensor, count: int, ids: Tensor | None = None) -> Likely:
-    """``ids``: of ``probs``, where they are not 0 to V - 1."""
-    if not count:
-        return Likely()
-    values, places = largest(probs, min(count, len(probs)))
-    tokens = places if ids is None else ids[places]
-    return Likely(tuple(tokens.tolist()), tuple(values.tolist()))
 
 
 def _array(tensor: Tensor) -> numpy.ndarray[Any, Any]:

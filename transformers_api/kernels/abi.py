@@ -20,7 +20,7 @@ import torch
 
 from transformers_api.kernels.build import LibraryRefused, check_trusted
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 OPS = (
     *("copy", "add", "sub", "mul", "div", "neg", "cube", "rsqrt", "sqrt", "exp", "tanh", "silu"),
     *(
@@ -170,6 +170,34 @@ class Step(ctypes.Structure):
     )
 
 
+class ChangeState(ctypes.Structure):
+    """The fate of the changes of one sequence in a pass."""
+
+    _fields_ = (("failed", c_int64), ("nanoseconds", c_int64))
+
+
+class RowChange(ctypes.Structure):
+    """A change of rows of a tensor within a pass, or a copy of them."""
+
+    _fields_ = (
+        ("at", c_int64),
+        ("rows", c_void_p),
+        ("count", c_int64),
+        ("stride", c_int64),
+        ("width", c_int64),
+        ("type", c_int32),
+        ("op", c_int32),
+        ("vector", c_void_p),
+        ("vector_stride", c_int64),
+        ("factor", c_float),
+        ("largest", c_float),
+        ("number", c_int64),
+        ("state", c_void_p),
+        ("target", c_void_p),
+        ("tokens", c_void_p),
+    )
+
+
 class SampleRow(ctypes.Structure):
     """One row of logits and how to sample from it."""
 
@@ -201,7 +229,7 @@ class TokenStats(ctypes.Structure):
 
 STRUCTURES = (
     *(Weight, Experts, LowRankPart, LowRank, Attention, CacheWrite),
-    *(Operand, Step, SampleRow, TokenStats),
+    *(Operand, Step, ChangeState, RowChange, SampleRow, TokenStats),
 )
 SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "set_threads": (None, [c_int32]),
@@ -230,6 +258,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "write_cache": (None, [POINTER(CacheWrite)]),
     "read_cache": (None, [POINTER(CacheWrite)]),
     "run_steps": (None, [c_void_p, c_int64]),
+    "run_changed_steps": (None, [c_void_p, c_int64, c_void_p, c_int64]),
     "sample": (None, [c_void_p, c_int64, c_void_p]),
     "attention_probs": (None, [c_void_p, *[c_int64] * 4, c_void_p, c_void_p]),
     "token_stats": (None, [c_void_p, c_void_p, c_void_p]),

@@ -25,9 +25,10 @@ from transformers_api.errors import (
 from transformers_api.inspection.base import StepTrace, TracePlan
 from transformers_api.inspection.divergence_question import Divergence
 from transformers_api.inspection.edit_plan import EditPlan
+from transformers_api.serving.float_range import within_float32
 from transformers_api.serving.inspect.edit_request import InterveneRequest
 from transformers_api.serving.inspect.interventions import PlannedEdits
-from transformers_api.serving.inspect.trace_plan import NOTHING_STORED, TraceStored
+from transformers_api.serving.inspect.trace_plan import TraceRequest
 from transformers_api.serving.inspect.trace_slots import WHOLE
 from transformers_api.serving.limits.cancellation import Cancellation
 from transformers_api.serving.swap.loaded_model import LoadedModel
@@ -38,10 +39,6 @@ from transformers_api.serving.tools.spec import Part
 from transformers_api.serving.upstream.spec import UpstreamCall
 
 _SEEDS = 2**63
-# What is smaller has no normal float32: a temperature is 0 then, the likeliest token; a share keeps
-# that one too. A penalty that divides by less would make infinite logits of ordinary ones.
-_SMALLEST = 2.0**-126
-_LEAST_PENALTY = 1e-30
 _FAILURES = (FinishReason.ERROR, FinishReason.ABORT)
 
 
@@ -58,7 +55,7 @@ class GenerationRequest:
     constrain: Callable[[], TokenConstraint] | None = None  # makes one for each sequence
     marks: Mapping[int, str] = field(default_factory=dict)  # of special tokens, shown in the text
     trace: TracePlan | None = None  # a piece for every token then, with what was noted of it
-    trace_stored: TraceStored = NOTHING_STORED  # that the trace is made with, by name
+    trace_options: TraceRequest | None = None  # the trace as it was asked for
     trace_stops: bool = False  # also of the token that ends an answer
     trace_cost: int = WHOLE  # see trace_plan.cost
     trace_required: bool = True  # False: without a place for it the answer goes on untraced
@@ -69,15 +66,24 @@ class GenerationRequest:
     shows_stop: bool = False  # the text that ends an answer is part of it
     strips_blank: bool = False  # leave out the white space with which an answer begins
     upstream: UpstreamCall | None = None  # for a model that another server answers for
+    run: str | None = None  # the id under which the answer is kept as a run; None: it is not
 
     def untraced(self, reason: ApiError) -> GenerationRequest:
         """The same without the trace that was asked for, because of ``reason``."""
-        return replace(self, trace=None, trace_stops=False, trace_refusal=reason)
+        return replace(
+            self, trace=None, trace_options=None, trace_stops=False, trace_refusal=reason
+        )
 
     @property
     def edited_places(self) -> int:
         """Parts of layers that are changed; 0: nothing is."""
         return max((each.plan.places for each in self.edits if each.plan), default=0)
+
+    @property
+    def stores(self) -> bool:
+        """True where the answer is to be kept as a run."""
+        options = (self.trace_options, self.intervene)
+        return any(each is not None and each.store for each in options)
 
     @property
     def compares(self) -> bool:
@@ -150,6 +156,8 @@ class Generation:
         self.finish_reasons: list[str] = []  # of the choices that have ended, as they did
         self._stream = stream
         self._counted = counted
+        self._hear: Callable[[TextDelta, TokenOutput], object] | None = None
+        self._notes_all = counted is not None
         self._running = len(choices)
         self._ended: ApiError | None = None
 
@@ -175,7 +183,7 @@ class Generation:
             self.first_token_at = self.first_token_at or time.monotonic()
             delta = choice.take(output)
             if delta is not None:
-                if delta.finish_reason is not None or self._counted is not None:
+                if delta.finish_reason is not None or self._notes_all:
                     self._note(delta, output)
                 return delta
         if self.on_end is not None:
@@ -230,7 +238,13 @@ class Generation:
     def _early_end(self) -> ApiError:
         return self._ended or SlowReader("The answer is not read as fast as it is made")
 
+    def listen(self, hear: Callable[[TextDelta, TokenOutput], object]) -> None:
+        """Tell ``hear`` of each piece from now on, before it is given to the reader."""
+        self._hear, self._notes_all = hear, True
+
     def _note(self, delta: TextDelta, output: TokenOutput) -> None:
+        if self._hear is not None:
+            self._hear(delta, output)
         if self._counted is not None:
             self._counted.add(output.index, delta.text)
         if delta.finish_reason is not None:
@@ -262,7 +276,7 @@ def start(
     if model.relay is not None:
         generation: Generation = model.relay(request, cancellation)
         return generation
-    params, per_prompt = _within_float32(request.params), request.per_prompt
+    params, per_prompt = within_float32(request.params), request.per_prompt
     if per_prompt < request.n:
         raise InvalidRequest("best_of must not be less than n", param="best_of")
     if per_prompt > request.n:
@@ -320,25 +334,14 @@ def _sequences(
     return [
         SequenceRequest(
             prompt,
-            params if i == 0 else _with_seed(others, i),
+            params if i == 0 else with_seed(others, i),
             constraint=None if request.constrain is None else request.constrain(),
             client=client,
             edits=plan,
+            reads_anew=bool(request.trace and request.trace.records),
         )
         for prompt, i, plan in places
     ]
-
-
-def _within_float32(params: SamplingParams) -> SamplingParams:
-    """``params`` with numbers that mean in float32 what they say, for every way of sampling."""
-    return replace(
-        params,
-        temperature=0.0 if params.temperature < _SMALLEST else params.temperature,
-        top_p=max(params.top_p, _SMALLEST),
-        typical_p=max(params.typical_p, _SMALLEST),
-        repetition_penalty=max(params.repetition_penalty, _LEAST_PENALTY),
-        word_repetition_penalty=max(params.word_repetition_penalty, _LEAST_PENALTY),
-    )
 
 
 def collect(generation: Generation, hear: Callable[[TextDelta], object] = bool) -> list[Choice]:
@@ -369,7 +372,7 @@ def collect(generation: Generation, hear: Callable[[TextDelta], object] = bool) 
     ]
 
 
-def _with_seed(params: SamplingParams, place: int) -> SamplingParams:
+def with_seed(params: SamplingParams, place: int) -> SamplingParams:
     """The choices of a prompt differ, and each can be had again: seed + its place."""
     if params.seed is None:
         return params

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,21 +20,23 @@ from transformers_api.api.http import errors
 from transformers_api.api.http.dialects import Dialect
 from transformers_api.api.http.disconnect import Watch
 from transformers_api.api.http.request_record import AnswerParts, RequestRecord
+from transformers_api.api.http.request_size import check_prompt_bytes, check_sequences
 from transformers_api.api.http.services import EXTENSION, Services
 from transformers_api.api.http.stream_writer import StreamBody
+from transformers_api.api.trace.format import describe
 from transformers_api.config.settings import Settings
 from transformers_api.errors import (
     ApiError,
-    InvalidRequest,
     ModelNotCapable,
     Overloaded,
-    PayloadTooLarge,
     TraceBusy,
 )
 from transformers_api.serving import generation as serving_generation
 from transformers_api.serving.generation import Generation, GenerationRequest
 from transformers_api.serving.inspect.comparing import compare
 from transformers_api.serving.inspect.intervening import Planner, place_cost
+from transformers_api.serving.inspect.run_file import Run
+from transformers_api.serving.inspect.run_recorder import RunRecorder
 from transformers_api.serving.limits.cancellation import Cancellation
 from transformers_api.serving.models.spec import ModelSpec
 from transformers_api.serving.swap.loaded_model import LoadedModel, under_entry
@@ -42,6 +45,7 @@ from transformers_api.serving.text import chat_template
 from transformers_api.serving.text.choice_text import TextDelta
 from transformers_api.serving.text.model_text import ModelText
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -124,27 +128,6 @@ def answer(task: Task) -> Any:
         return whole
 
 
-def check_prompt_bytes(texts: Iterable[str], settings: Settings, param: str) -> None:
-    """Raise PayloadTooLarge for more text than the settings allow."""
-    size = sum(len(text.encode()) for text in texts)
-    if size > settings.prompt_bytes:
-        raise PayloadTooLarge(
-            f"'{param}' has {size} bytes of text; at most {settings.prompt_bytes} are allowed",
-            param=param,
-        )
-
-
-def check_sequences(prompts: int, per_prompt: int, settings: Settings) -> None:
-    """Raise InvalidRequest for more sequences than could ever wait and run."""
-    most = settings.max_inflight + settings.max_queue
-    if prompts * per_prompt > most:
-        raise InvalidRequest(
-            f"{prompts} prompts with {per_prompt} answers each are more than the {most} that this "
-            "server takes at once",
-            param="prompt" if prompts > 1 else "n",
-        )
-
-
 def upstream_refusal(spec: ModelSpec, reason: str, param: str = "model") -> ModelNotCapable:
     """The error for what cannot be asked of a model that an upstream answers for."""
     return ModelNotCapable(f"Model '{spec.name}' is served by an upstream: {reason}", param=param)
@@ -167,12 +150,15 @@ class RequestContext:
         self._watch = Watch(lambda: None)
         self._exits = ExitStack()
         self._is_streaming = self._is_over = False
+        self._recorder: RunRecorder | None = None
 
     def take_place(self) -> None:
         """Be one of those that are served, until the end. Raises Overloaded where none is free."""
         services, exits = self.services, self._exits
         services.admission.enter(self.cancellation)
         exits.callback(services.admission.leave, self.cancellation)
+        if (place := services.in_flight.enter(self.client)) is not None:
+            exits.callback(services.in_flight.leave, place)
         self._watch = services.watcher.watch(flask.request.environ, self.cancellation.cancel)
         exits.callback(self._watch.close)
 
@@ -243,6 +229,7 @@ class RequestContext:
             lens=partial(services.lenses.get, self.client),
             sae=partial(services.saes.get, self.client),
             calibration=services.calibration.get(self.client),
+            runs=services.runs,
         )
 
     def start(
@@ -256,10 +243,7 @@ class RequestContext:
         """
         services, exits = self.services, self._exits
         ends: list[Callable[[], None]] = []
-        if request.intervene is not None:
-            request = self.planner.with_edits(model, request)
-        if request.trace is not None and request.trace_stored.is_needed:
-            request = self.planner.with_stored(model, request)
+        request = self.planner.planned_request(model, request, whole=not is_streamed)
         if request.trace is not None or request.edited_places or request.compares:
             request, end = self._placed(request)
             if end is not None:
@@ -275,6 +259,9 @@ class RequestContext:
             model, request, self.cancellation, client=self.client, stream=is_streamed
         )
         exits.callback(generation.close)
+        if request.run is not None:
+            self._recorder = RunRecorder(model, request, describe(model, request))
+            generation.listen(self._recorder.take)
         texts = services.settings.log_prompts
         exits.callback(self._record.note_generation, model, generation, texts)
         if reservation is not None:
@@ -292,7 +279,8 @@ class RequestContext:
     ) -> tuple[GenerationRequest, Callable[[], None] | None]:
         """Return the request, and what gives back its place among those traced and edited."""
         settings = self.services.settings
-        is_required = request.trace_required or request.edited_places > 0
+        is_owed = request.edited_places > 0 or request.run is not None
+        is_required = request.trace_required or is_owed
         try:
             end = self.services.traces.take(
                 settings.trace_max_requests,
@@ -312,13 +300,27 @@ class RequestContext:
             self._record.parts = formatter.parts
 
     def remember(self, formatter: Formatter, generation: Generation | None) -> None:
-        """Keep the tokens of a complete answer, for whoever asks for them by its id."""
+        """Keep the tokens of a complete answer, for whoever asks for them by its id; its runs."""
         model = self._model
+        if generation is not None:
+            self._keep(self.recorded(generation))
         if formatter.completion_id is not None and model is not None and model.relay is None:
             answers = [choice.token_ids for choice in generation.answers] if generation else [[]]
             self.services.completions.remember(
                 formatter.completion_id, model, formatter.prompts, answers
             )
+
+    def _keep(self, runs: Iterable[Run]) -> None:
+        """Keep these; the answer is out already: one that cannot be kept is not there later."""
+        for run in runs:
+            try:
+                self.services.runs.put(self.client, run)
+            except (OSError, ApiError):
+                log.warning("Run %s was not kept", run.id, exc_info=True)
+
+    def recorded(self, generation: Generation) -> list[Run]:
+        """The runs of a complete answer that is to be kept."""
+        return [] if self._recorder is None else self._recorder.runs(generation)
 
     def stream(self, formatter: Formatter, generation: Generation | None) -> flask.Response:
         """Answer with events; the context ends with the response."""

@@ -21,11 +21,13 @@ from transformers_api.serving.inspect.calibration import CalibrationStore
 from transformers_api.serving.inspect.jobs import Jobs
 from transformers_api.serving.inspect.queue import Inspections
 from transformers_api.serving.inspect.recent_completions import Completions
+from transformers_api.serving.inspect.run_store import RunStore
 from transformers_api.serving.inspect.tensor_store import TensorStore
 from transformers_api.serving.inspect.trace_slots import TraceSlots
 from transformers_api.serving.inspect.vector_store import VectorStore
 from transformers_api.serving.limits.access import Access
 from transformers_api.serving.limits.admission import Admission
+from transformers_api.serving.limits.in_flight import InFlight
 from transformers_api.serving.models.registry import ModelRegistry
 from transformers_api.serving.models.spec import ModelSpec
 from transformers_api.serving.models.store import ModelStore
@@ -65,6 +67,7 @@ class Services:
     store: ModelStore
     swapper: ModelPool
     admission: Admission
+    in_flight: InFlight  # over all servers that share a redis
     inspections: Inspections
     access: Access  # keys, and how much a client may ask
     limits: RateLimits  # the buckets of these
@@ -86,6 +89,12 @@ class Services:
     stream_writer: StreamWriter = field(default_factory=StreamWriter)
     started_at: float = field(default_factory=time.monotonic)  # seconds, time.monotonic()
     created: int = field(default_factory=lambda: int(time.time()))  # the same, since 1970
+
+    @cached_property
+    def runs(self) -> RunStore:
+        """Answers that are kept with what was noted of them."""
+        settings = self.settings
+        return RunStore(settings.model_store / "runs", settings.runs_max_mb << 20)
 
     @cached_property
     def lenses(self) -> TensorStore:

@@ -14,12 +14,11 @@ from transformers_api.inspection.attribution_question import Attribution, Attrib
 from transformers_api.inspection.base import (
     Anatomy,
     Array,
-    Editable,
     HeadGrid,
     LayerAttention,
-    Places,
     PromptReading,
 )
+from transformers_api.inspection.editable import INPUTS, Editable, Places
 from transformers_api.inspection.lens_maps import LensTable
 from transformers_api.serving.inspect import arrays, picture
 from transformers_api.serving.inspect.arrays import Reduction
@@ -329,6 +328,7 @@ def _places(places: Places) -> Json:
         "mlp": places.can("mlp"),
         "head": places.heads if places.can("head") else 0,
         "neuron": places.neurons if places.can("neuron") else 0,
+        **{part: places.inputs[part][0] if places.can(part) else 0 for part in INPUTS},
         "weights": places.can("weights"),
         "verified": places.verified,
     }

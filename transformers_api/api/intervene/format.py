@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy
@@ -13,11 +14,15 @@ from transformers_api.serving.inspect.interventions import PlannedEdits
 from transformers_api.serving.text.vocabulary import Vocabulary
 
 Json = dict[str, Any]
+NO_RUN: Mapping[str, str] = MappingProxyType({})
 
 
-def header(edits: Sequence[PlannedEdits], prompt: int) -> Json:
-    """The field ``intervene`` of the answers to a prompt; {} where nobody asked for edits."""
-    return {"intervene": {"edits": list(edits[prompt].described)}} if edits else {}
+def header(edits: Sequence[PlannedEdits], prompt: int, run: Mapping[str, str] = NO_RUN) -> Json:
+    """The field ``intervene`` of the answers to a prompt; {} where nobody asked for edits.
+
+    ``run``: the field of the run that an answer is kept as.
+    """
+    return {"intervene": {"edits": list(edits[prompt].described), **run}} if edits else {}
 
 
 def usage(edits: Sequence[PlannedEdits], per_prompt: int) -> Json:

@@ -23,33 +23,21 @@ from transformers_api.api.http.fields import (
     Unsupported,
 )
 from transformers_api.api.http.sampling_schema import about
-from transformers_api.inspection.base import PARTS, Array
-from transformers_api.serving.inspect.edit_positions import At as Positions
-from transformers_api.serving.inspect.edit_positions import SpanAt, StepsAt, TextAt
+from transformers_api.api.intervene.positions import MOST_NAMED, At, whole_numbers
+from transformers_api.inspection.base import Array
+from transformers_api.inspection.editable import INPUTS, PARTS
 from transformers_api.serving.inspect.edit_request import (
     EditRequest,
     ForceRequest,
     InterveneRequest,
 )
 
-MOST_NAMED = 1 << 16  # layers, heads, neurons, positions
 _ANY = 2**63
 _HUGE = 1e38
 _DTYPES = {"f16": "<f2", "f32": "<f4"}
-_WORDS = ("all", "prompt", "generated", "last")
 _NUMBERS = {"type": "array", "items": {"type": "integer"}}
 _FINITE = "must have finite numbers"
 NAME = r"[a-z0-9._-]{1,64}"
-
-
-def _whole_numbers(value: Any, message: str, most: int = MOST_NAMED) -> tuple[int, ...]:
-    if not isinstance(value, list) or not all(type(item) is int for item in value):
-        raise ValidationError(message)
-    if not value:
-        raise ValidationError("must not be empty")
-    if len(value) > most:
-        raise ValidationError(f"must have at most {most} items")
-    return tuple(dict.fromkeys(value))
 
 
 class _Named(fields.Field[Any]):
@@ -62,44 +50,7 @@ class _Named(fields.Field[Any]):
     def _deserialize(
         self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **_: Any
     ) -> Any:
-        return value if value == "all" else _whole_numbers(value, 'must be integers, or "all"')
-
-
-class At(fields.Field[Positions]):
-    """Positions: a word, a list, a message's role, a text, or steps."""
-
-    def __init__(self, may_be_empty: bool = False, **options: Any) -> None:
-        self.may_be_empty = may_be_empty
-        super().__init__(error_messages=NOT_GIVEN, **options)
-
-    EXPECTED = (
-        'must be "all", "prompt", "generated", "last", a list of integers, {"span": role}, '
-        '{"text": text, "nth": n} or {"steps": [start, stop]}'
-    )
-
-    def _deserialize(
-        self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **_: Any
-    ) -> Positions:
-        if value in _WORDS:
-            words: Positions = value
-            return words
-        if isinstance(value, list):
-            if self.may_be_empty and not value:
-                return ()
-            return _whole_numbers(value, self.EXPECTED)
-        if not isinstance(value, dict):
-            raise ValidationError(self.EXPECTED)
-        match value:
-            case {"span": str(role), **rest} if not rest:
-                return SpanAt(role)
-            case {"text": str(text), **rest} if text and set(rest) <= {"nth"}:
-                nth = rest.get("nth", 0)
-                if type(nth) is int and 0 <= nth < MOST_NAMED:
-                    return TextAt(text, nth)
-            case {"steps": [int(start), int(stop)], **rest} if not rest:
-                if type(start) is type(stop) is int and 0 <= start < stop < 1 << 31:
-                    return StepsAt(start, stop)
-        raise ValidationError(self.EXPECTED)
+        return value if value == "all" else whole_numbers(value, 'must be integers, or "all"')
 
 
 class _Vector(fields.Field[Any]):
@@ -183,11 +134,12 @@ class EditOptions(StrictSchema):
         **about("The kind of change."),
     )
     part = Text(
-        choices=PARTS,
+        choices=(*PARTS, *INPUTS),
         load_default="resid",
         **about(
             "`resid`: the stream after the layer; `attn`, `mlp`: what they write into it; `head`: "
-            "its output before the projection; `neuron`: of the MLP."
+            "its output before the projection; `neuron`: of the MLP; `q`, `k`, `v`: as attention "
+            "reads them."
         ),
     )
     layer = Integer(-_ANY, _ANY - 1, **about("One layer, from 0; -1 is the embedding."))
@@ -346,13 +298,13 @@ def _check(data: dict[str, Any]) -> None:
         _check_attention(data)
         return
     for name, own in _PARTS.items():
-        if name in data and part != own:
+        if name in data and part != own and not (name == "heads" and part in INPUTS):
             raise ValidationError(f'is for part "{own}"', name)
         if part == own and name not in data:
             raise ValidationError(f"is required for part {part}", name)
     if do == "add" and "value" in data and part != "neuron":
         raise ValidationError("is added to neurons only; use a vector", "value")
-    if do == "erase" and part == "neuron":
+    if do == "erase" and (part == "neuron" or part in INPUTS):
         raise ValidationError("must be resid, attn, mlp or head for erase", "part")
 
 
@@ -380,14 +332,26 @@ class InterveneOptions(StrictSchema):
     )
 
     compare: fields.Field[Any] = Unsupported()
+    store: fields.Field[Any] = Unsupported()
 
-    @post_load
-    def make(self, data: dict[str, Any], **_: Any) -> InterveneRequest:
+    @post_load(pass_original=True)
+    def make(self, data: dict[str, Any], original: Any, **_: Any) -> InterveneRequest:
         """The options as serving takes them."""
-        return InterveneRequest(edits=tuple(data["edits"]), compares=bool(data.get("compare")))
+        return InterveneRequest(
+            edits=tuple(data["edits"]),
+            compares=bool(data.get("compare")),
+            store=bool(data.get("store")),
+            source=original,
+        )
 
 
-class ComparedInterveneOptions(InterveneOptions):
+class WritingInterveneOptions(InterveneOptions):
+    """The same of an answer, which may be kept as a run."""
+
+    store = Boolean(load_default=False, **about("Keep the answer as a [run](#inspectruns)."))
+
+
+class ComparedInterveneOptions(WritingInterveneOptions):
     """The same of an answer whose tokens the unedited model may be asked about as well."""
 
     compare = Text(

@@ -8,7 +8,8 @@ from transformers_api import __version__
 from transformers_api.api.http.body import Blueprint
 from transformers_api.api.http.dialects import LLAMA_CPP
 from transformers_api.api.http.error_schemas import Error
-from transformers_api.api.http.request_context import RequestContext, answer, check_prompt_bytes
+from transformers_api.api.http.request_context import RequestContext, answer
+from transformers_api.api.http.request_size import check_prompt_bytes
 from transformers_api.api.http.services import services
 from transformers_api.api.llamacpp.infill import InfillTask
 from transformers_api.api.llamacpp.schema import (

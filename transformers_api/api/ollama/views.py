@@ -12,12 +12,8 @@ from transformers_api.api.http import request_log
 from transformers_api.api.http.body import Blueprint
 from transformers_api.api.http.dialects import OLLAMA
 from transformers_api.api.http.error_schemas import Explained
-from transformers_api.api.http.request_context import (
-    Formatter,
-    RequestContext,
-    answer,
-    check_prompt_bytes,
-)
+from transformers_api.api.http.request_context import Formatter, RequestContext, answer
+from transformers_api.api.http.request_size import check_prompt_bytes
 from transformers_api.api.http.services import services
 from transformers_api.api.ollama import chat as ollama_chat
 from transformers_api.api.ollama.chat import OllamaFormatter, conversation_of, sampling_of

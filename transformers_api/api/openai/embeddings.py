@@ -12,11 +12,8 @@ from transformers_api.api.http import request_log
 from transformers_api.api.http.body import Blueprint
 from transformers_api.api.http.dialects import OPENAI
 from transformers_api.api.http.error_schemas import Error
-from transformers_api.api.http.request_context import (
-    RequestContext,
-    check_prompt_bytes,
-    upstream_refusal,
-)
+from transformers_api.api.http.request_context import RequestContext, upstream_refusal
+from transformers_api.api.http.request_size import check_prompt_bytes
 from transformers_api.api.http.services import services
 from transformers_api.api.openai.schemas.embeddings import EmbeddingRequest, Embeddings
 from transformers_api.api.openai.upstream import texts_only

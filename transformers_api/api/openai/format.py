@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,8 +21,11 @@ from transformers_api.api.openai.logprobs import (
 from transformers_api.api.openai.text_offsets import text_offsets
 from transformers_api.api.trace.format import TraceWriter, refused_header
 from transformers_api.errors import ApiError
+from transformers_api.inspection.uncertainty import agreement
 from transformers_api.serving.generation import Choice, Generation, Usage, collect
+from transformers_api.serving.inspect import arrays
 from transformers_api.serving.inspect.interventions import PlannedEdits
+from transformers_api.serving.inspect.run_recorder import run_id
 from transformers_api.serving.text.choice_text import TextDelta
 from transformers_api.serving.text.vocabulary import Vocabulary
 
@@ -51,6 +54,8 @@ class Head:
     edits: Sequence[PlannedEdits] = ()  # of each prompt
     per_prompt: int = 1  # sequences
     vocabulary: Vocabulary | None = None  # which names tokens that are compared
+    run: str | None = None  # under which the answer is kept
+    with_agreement: bool = False  # of several choices
 
     @property
     def with_more_than_text(self) -> bool:
@@ -104,17 +109,30 @@ class Head:
     def trace_header(self, index: int) -> Any:
         """The header of the traces of a choice, or why there are none; None: nobody asked."""
         if self.traces is not None:
-            return self.traces.header(index // self.n, index)
+            return self.traces.header(index // self.n, index, self.run_field(index))
         return None if self.trace_refusal is None else refused_header(self.trace_refusal, index)
 
-    def usage(self, used: Usage) -> Json:
-        """The tokens of a request, and what its traces took."""
+    def usage(self, used: Usage, generation: Generation | None = None) -> Json:
+        """The tokens of a request, and what its traces took.
+
+        Of a complete ``generation`` of several choices, how far these agree, where it was asked.
+        """
         traced = {} if self.traces is None else {"trace": self.traces.usage}
+        if traced and generation is not None and self.n > 1 and self.with_agreement:
+            answers = [choice.token_ids for choice in generation.answers]
+            groups = [answers[first : first + self.n] for first in range(0, len(answers), self.n)]
+            traced["trace"]["agreement"] = [_rounded(agreement(group)) for group in groups]
         return {**usage(used), **traced, **intervene_format.usage(self.edits, self.per_prompt)}
 
     def intervened(self, index: int) -> Json:
         """The field ``intervene`` of a choice; {}: nobody asked."""
-        return intervene_format.header(self.edits, index // self.n)
+        return intervene_format.header(self.edits, index // self.n, self.run_field(index))
+
+    def run_field(self, index: int) -> dict[str, str]:
+        """The field ``run`` of a choice, its id; {}: it is not kept."""
+        if self.run is None:
+            return {}
+        return {"run": run_id(self.run, index, len(self.prompts) * self.n)}
 
     def compared(self, generation: Generation, index: int) -> Json:
         """The field ``compare`` of a choice; {}: nobody asked."""
@@ -135,6 +153,10 @@ class Head:
 def new_id(prefix: str) -> str:
     """``prefix`` and 24 hexadecimal digits."""
     return f"{prefix}-{uuid.uuid4().hex[:24]}"
+
+
+def _rounded(figures: Mapping[str, float]) -> Json:
+    return {name: arrays.digits(value) for name, value in figures.items()}
 
 
 def usage(used: Usage) -> Json:
@@ -178,7 +200,7 @@ class ChatFormatter(Formatter):
             for choice in answers
         ]
         envelope = head.envelope("chat.completion", choices) | head.scored_prompt(answers[0])
-        return {**envelope, "usage": head.usage(generation.usage)}
+        return {**envelope, "usage": head.usage(generation.usage, generation)}
 
     def opening(self) -> Iterator[bytes]:
         """The role of each choice."""
@@ -222,7 +244,7 @@ class ChatFormatter(Formatter):
         yield from map(self.dialect.frame, self._head.comparisons(_CHUNK, generation))
         if self._head.with_usage and generation is not None:
             envelope = self._head.envelope(_CHUNK, [])
-            usage = self._head.usage(generation.usage)
+            usage = self._head.usage(generation.usage, generation)
             yield self.dialect.frame({**envelope, "usage": usage})
 
     def _logprobs(self, piece: Choice | TextDelta) -> Json | None:
@@ -277,7 +299,7 @@ class CompletionFormatter(Formatter):
             for choice in collect(generation)
         ]
         envelope = head.envelope("text_completion", choices)
-        return {**envelope, "usage": head.usage(generation.usage)}
+        return {**envelope, "usage": head.usage(generation.usage, generation)}
 
     def frames(self, delta: TextDelta) -> Sequence[bytes]:
         """A chunk; the last of each choice has its finish reason."""
@@ -302,7 +324,7 @@ class CompletionFormatter(Formatter):
         yield from map(self.dialect.frame, self._head.comparisons("text_completion", generation))
         if self._head.with_usage and generation is not None:
             envelope = self._head.envelope("text_completion", [])
-            usage = self._head.usage(generation.usage)
+            usage = self._head.usage(generation.usage, generation)
             yield self.dialect.frame({**envelope, "usage": usage})
 
     def _writer(self, index: int) -> _TextWriter:

@@ -149,7 +149,7 @@ class PlannedChatFormatter(Formatter):
         return "function_call" if self._is_legacy and reason == "tool_calls" else reason
 
     def _usage(self, generation: Generation) -> Json:
-        usage = self._head.usage(generation.usage)
+        usage = self._head.usage(generation.usage, generation)
         usage["completion_tokens_details"] = {"reasoning_tokens": self._reader.reasoning_tokens}
         return usage
 

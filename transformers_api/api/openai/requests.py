@@ -259,7 +259,7 @@ def with_trace(
     return replace(
         request,
         trace=plan,
-        trace_stored=trace.stored,
+        trace_options=trace,
         trace_stops=trace.specials,
         trace_cost=trace_plan.cost(trace, plan, choices),
         trace_required=trace.required,

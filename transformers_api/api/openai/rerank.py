@@ -10,7 +10,8 @@ from transformers_api.api.http import request_log
 from transformers_api.api.http.body import Blueprint
 from transformers_api.api.http.dialects import OPENAI
 from transformers_api.api.http.error_schemas import Error
-from transformers_api.api.http.request_context import RequestContext, check_prompt_bytes
+from transformers_api.api.http.request_context import RequestContext
+from transformers_api.api.http.request_size import check_prompt_bytes
 from transformers_api.api.http.services import services
 from transformers_api.api.openai.embeddings import only_when_enabled
 from transformers_api.api.openai.format import new_id

@@ -7,7 +7,8 @@ from typing import Any
 from transformers_api.api.http.body import Blueprint
 from transformers_api.api.http.dialects import OPENAI
 from transformers_api.api.http.error_schemas import Error
-from transformers_api.api.http.request_context import RequestContext, check_prompt_bytes
+from transformers_api.api.http.request_context import RequestContext
+from transformers_api.api.http.request_size import check_prompt_bytes
 from transformers_api.api.http.services import services
 from transformers_api.api.openai import requests
 from transformers_api.api.openai.schemas.tokens import (

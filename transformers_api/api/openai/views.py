@@ -375,4 +375,6 @@ def _head(
         edits=request.edits,
         per_prompt=request.per_prompt,
         vocabulary=model.vocabulary if request.compares else None,
+        run=request.run,
+        with_agreement="trace" in body and body["trace"].uncertainty,
     )

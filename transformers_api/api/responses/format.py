@@ -46,6 +46,7 @@ class Head:
     with_sealed: bool = False  # reasoning items have ``encrypted_content``
     with_logprobs: bool = False
     edits: Sequence[PlannedEdits] = ()
+    run: str | None = None  # under which the answer is kept
 
     def body(
         self, status: str, output: Sequence[Json], usage: Json | None, error: ApiError | None = None
@@ -66,7 +67,7 @@ class Head:
             "output": list(output),
             "usage": usage,
             **self.echoed,
-            **intervene_format.header(self.edits, 0),
+            **intervene_format.header(self.edits, 0, {"run": self.run} if self.run else {}),
         }
 
 

@@ -14,7 +14,7 @@ from transformers_api.api.http.fields import (
     Unsupported,
 )
 from transformers_api.api.http.sampling_schema import MAX_LOGPROBS, MAX_TOKENS, about
-from transformers_api.api.intervene.schema import InterveneOptions
+from transformers_api.api.intervene.schema import WritingInterveneOptions
 from transformers_api.api.openai.schemas.structured import Whatever
 
 MAX_ITEMS = 4096
@@ -61,7 +61,7 @@ class ResponseRequest(InputFields):
     presence_penalty = Number(-2, 2, **about("As chat completions have it."))
     frequency_penalty = Number(-2, 2, **about("As chat completions have it."))
     intervene = Object(
-        InterveneOptions, **about("What to change; see [interventions](#interventions).")
+        WritingInterveneOptions, **about("What to change; see [interventions](#interventions).")
     )
     seed = Integer(-(2**63), 2**63 - 1, **about("The same seed gives the same tokens."))
     top_logprobs = Integer(0, MAX_LOGPROBS, **about("Likely others, where scores are included."))

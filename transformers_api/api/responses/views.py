@@ -216,6 +216,7 @@ class _Turn:
             with_sealed=SEALED in include,
             with_logprobs=LOGPROBS in include,
             edits=request.edits,
+            run=request.run,
         )
 
         def keep(answered: Json, turn: Sequence[Json]) -> None:

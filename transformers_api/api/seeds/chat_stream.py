@@ -115,7 +115,7 @@ class ChatStreamTask(Task):
             stop=stop,
             quiet_s=settings.keepalive_s,
             trace=plan,
-            trace_stored=trace.stored,
+            trace_options=trace,
             trace_stops=trace.specials,
             intervene=body.get("intervene"),
             spans=lambda: spans(model, body["messages"], prompt.ids),
@@ -125,7 +125,7 @@ class ChatStreamTask(Task):
         """See Task."""
         (prompt,) = request.prompts
         messages, edits = self.body["messages"], request.edits
-        return ChatStreamFormatter(model, messages, prompt, self.trace, edits)
+        return ChatStreamFormatter(model, messages, prompt, self.trace, edits, request.run)
 
 
 class ChatStreamFormatter(Formatter):
@@ -140,6 +140,7 @@ class ChatStreamFormatter(Formatter):
         prompt: Sequence[int],
         trace: TraceRequest,
         edits: Sequence[PlannedEdits] = (),
+        run: str | None = None,
     ) -> None:
         self.completion_id = openai_format.new_id("chatcmpl")
         self.prompts = [prompt]
@@ -147,6 +148,7 @@ class ChatStreamFormatter(Formatter):
         self._messages = messages
         self._has_meta = trace.meta
         self._edits = edits
+        self._run = {} if run is None else {"run": run}
         assert model.inspector is not None  # else there would be no plan
         self._anatomy = model.inspector.anatomy
         self._vocabulary = Vocabulary(model.tokenizer)
@@ -196,7 +198,8 @@ class ChatStreamFormatter(Formatter):
         places = spans(self._model, self._messages, prompt)
         content = header(self._anatomy, self._vocabulary, prompt, places)
         edits = intervene_format.header(self._edits, 0)
-        return {**content, **content["model"], "model": self._model.spec.name, **edits}
+        model = {**content["model"], "model": self._model.spec.name}
+        return {**content, **model, **edits, **self._run}
 
     def _done(self, generation: Generation | None) -> dict[str, Any]:
         written = generation.choices[0].token_ids if generation else []
@@ -211,6 +214,7 @@ class ChatStreamFormatter(Formatter):
                 **intervene_format.usage(self._edits, 1),
             },
             **intervene_format.header(self._edits, 0),
+            **self._run,
         }
 
 

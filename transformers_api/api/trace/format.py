@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import numpy
 
 from transformers_api.api.http import strict_json
 from transformers_api.errors import ApiError
+from transformers_api.inspection.activations import Activation
 from transformers_api.inspection.base import (
     Anatomy,
     Array,
@@ -18,8 +21,11 @@ from transformers_api.inspection.base import (
     Routed,
     StepTrace,
 )
+from transformers_api.inspection.logit_share import LogitParts, LogitShare
+from transformers_api.inspection.uncertainty import Uncertainty
+from transformers_api.serving.generation import GenerationRequest
 from transformers_api.serving.inspect import arrays
-from transformers_api.serving.inspect.trace_plan import TraceRequest
+from transformers_api.serving.inspect.trace_plan import PartsRequest, TraceRequest
 from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.text.spans import Span
 from transformers_api.serving.text.vocabulary import Vocabulary
@@ -49,10 +55,11 @@ class TraceWriter:
         self._bytes = 0
         self._seconds = 0.0
 
-    def header(self, prompt: int, index: int) -> Any:
-        """The header of the traces of the answer ``index``."""
+    def header(self, prompt: int, index: int, run: Mapping[str, str]) -> Any:
+        """The header of the traces of the answer ``index``; ``run``: the field of its run."""
         began = time.perf_counter()
         content = header(self._anatomy, self._vocabulary, self._prompts[prompt], self._spans)
+        content |= run
         return self._written({"v": VERSION, "index": index, "noted": True, **content}, began)
 
     def step(self, trace: StepTrace, index: int, **more: Any) -> Any:
@@ -142,6 +149,13 @@ def step(trace: StepTrace, index: int, options: TraceRequest, vocabulary: Vocabu
     return {**content, **_others(trace, options, vocabulary)}
 
 
+def describe(model: LoadedModel, request: GenerationRequest) -> Callable[[StepTrace, int], Json]:
+    """Return what writes a step of a choice as ``/v1`` shows it, for a run."""
+    vocabulary, options = Vocabulary(model.tokenizer), request.trace_options
+    assert options is not None
+    return lambda trace, index: step(trace, index, options, vocabulary)
+
+
 def seed_event(trace: StepTrace, options: TraceRequest, vocabulary: Vocabulary) -> Json:
     """One token, as ``/chat/stream`` shows it: as niels-gpt had it, and more.
 
@@ -197,9 +211,58 @@ def _others(trace: StepTrace, options: TraceRequest, vocabulary: Vocabulary) -> 
         content["features"] = [
             {"id": number, "value": _round(value)} for number, value in trace.features
         ]
+    if options.activations:
+        content["activations"] = [_activation(own) for own in trace.activations]
+    if trace.uncertainty is not None:
+        content["uncertainty"] = _uncertainty(trace.uncertainty)
+    if options.parts is not None:
+        content["parts"] = None if trace.parts is None else _parts(trace.parts, options.parts)
     if options.router:
         content["router"] = [_routed(routed) for routed in trace.router]
     return content
+
+
+def _uncertainty(own: Uncertainty) -> Json:
+    return {
+        "entropy": _round(own.entropy),
+        "varentropy": _round(own.varentropy),
+        "margin": _round(own.margin),
+        "settled_layer": own.settled_layer,
+        "lens_kl": None if own.lens_kl is None else _round(own.lens_kl),
+    }
+
+
+def _parts(own: LogitParts, options: PartsRequest) -> Json:
+    """The largest shares of a logit, and what is left: all together are the logit."""
+    values = [share.value for share in own.shares]
+    listed = sorted(range(len(values)), key=lambda at: -abs(values[at]))[: options.topk]
+    listed.sort()
+    size = sum(map(abs, values)) + abs(own.constant)
+    return {
+        "by": options.by,
+        "against": options.against,
+        "logit": _round(own.logit),
+        "model_logit": _round(own.model_logit),
+        "shares": [_share(own.shares[at]) for at in listed],
+        "rest": _round(sum(values) - sum(values[at] for at in listed)),
+        "constant": _round(own.constant),
+        "rounding": _round(own.rounding),
+        "verified_rel": _round(abs(own.rounding) / size if size else 0.0),
+    }
+
+
+def _share(share: LogitShare) -> Json:
+    head = {"head": share.index} if share.part == "head" else {}
+    return {"part": share.part, "layer": share.layer, **head, "value": _round(share.value)}
+
+
+def _activation(own: Activation) -> Json:
+    """The numbers of a part, or the largest of them with their places."""
+    content: Json = {"part": own.part, "layer": own.layer}
+    if own.places is None:
+        with numpy.errstate(over="ignore"):
+            return {**content, **arrays.float16(own.values)}
+    return {**content, "idx": own.places.tolist(), "values": arrays.significant(own.values)}
 
 
 def _attention(row: AttentionRow, options: TraceRequest, state: str) -> Json:

@@ -19,7 +19,14 @@ from transformers_api.api.http.fields import (
     Text,
 )
 from transformers_api.api.http.sampling_schema import MAX_LOGPROBS, about
-from transformers_api.serving.inspect.trace_plan import FeaturesRequest, LensRequest, TraceRequest
+from transformers_api.inspection.activations import ACTIVATION_PARTS
+from transformers_api.serving.inspect.stored_maps import FeaturesRequest
+from transformers_api.serving.inspect.trace_plan import (
+    ActivationRequest,
+    LensRequest,
+    PartsRequest,
+    TraceRequest,
+)
 
 MAX_NAMED = 4096  # layers or heads
 MAX_KEYS = 4096
@@ -55,6 +62,21 @@ class _Named(fields.Field[Any]):
             return value
         numbers = _numbers(value, self.message)
         if len(numbers) < self.fewest:
+            raise ValidationError("must not be empty")
+        return numbers
+
+
+class _Heads(fields.Field[Any]):
+    """A list of numbers that is not empty."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(error_messages=NOT_GIVEN, **options)
+
+    def _deserialize(
+        self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **_: Any
+    ) -> Any:
+        numbers = _numbers(value, "must be a list of integers")
+        if not numbers:
             raise ValidationError("must not be empty")
         return numbers
 
@@ -111,6 +133,52 @@ class FeatureOptions(StrictSchema):
         return FeaturesRequest(**data)
 
 
+class ActivationOptions(StrictSchema):
+    """A part of some layers."""
+
+    part = Text(
+        choices=ACTIVATION_PARTS,
+        required=True,
+        **about(
+            "`resid`: the stream after the layer; `attn`, `mlp`: what they write into it; `head`: "
+            "its output before the projection; `neuron`: of the MLP; `q`, `k`, `v`: as attention "
+            "reads them."
+        ),
+    )
+    layer = Integer(-(2**63), 2**63 - 1, **about("One layer, from 0; -1 is the embedding."))
+    layers = _Named("all", fewest=1, description='Several; "all" that have the part.')
+    heads = _Heads(**about("Of head, q, k and v: these, from 0. Default: all.", **_NUMBERS))
+    neurons = _Heads(**about("Of neuron: these, from 0. Default: all.", **_NUMBERS))
+    format = Text(
+        choices=("f16", "topk", "stored"),
+        load_default="f16",
+        **about("How they are sent: all, the largest, or only kept in the run."),
+    )
+    topk = Integer(1, MAX_KEYS, load_default=16, **about('With `"format": "topk"`: so many.'))
+
+    @post_load
+    def make(self, data: dict[str, Any], **_: Any) -> ActivationRequest:
+        """The options as serving takes them."""
+        if len(names := [name for name in ("layer", "layers") if name in data]) != 1:
+            there = " and ".join(names) or "none"
+            raise ValidationError(f"needs exactly one of layer, layers; there is {there}")
+        layer = data.pop("layer", None)
+        return ActivationRequest(**data if layer is None else {**data, "layers": (layer,)})
+
+
+class PartsOptions(StrictSchema):
+    """The parts of each token's logit."""
+
+    by = Text(choices=("layer", "head"), load_default="layer", **about("`head`: attention split."))
+    topk = Integer(1, MAX_KEYS, load_default=10, **about("So many parts, the largest."))
+    against = Text(choices=("mean",), **about("Less the mean of all logits. Default: nothing."))
+
+    @post_load
+    def make(self, data: dict[str, Any], **_: Any) -> PartsRequest:
+        """The options as serving takes them."""
+        return PartsRequest(**data)
+
+
 class TraceOptions(StrictSchema):
     """The parts to show of every token."""
 
@@ -150,6 +218,21 @@ class TraceOptions(StrictSchema):
     features = Object(
         FeatureOptions, **about("Features of the stream in a sparse autoencoder: `sae`, `topk`.")
     )
+    activations = Many(
+        Object(ActivationOptions),
+        shortest=1,
+        longest=64,
+        load_default=(),
+        **about("Numbers of parts of layers, at the last token that was read."),
+    )
+    uncertainty = Boolean(
+        load_default=False,
+        **about("Entropy, varentropy, margin; with `lens` where it settles, and how late."),
+    )
+    parts = Object(PartsOptions, **about("What each layer or head adds to the token's logit."))
+    store = Boolean(
+        load_default=False, **about("Keep the answer as a [run](#inspectruns), with all of this.")
+    )
     router = Boolean(load_default=False, **about("The experts that were chosen."))
     specials = Boolean(
         load_default=False, **about("Also of the token that ends the answer, which has no text.")
@@ -163,7 +246,11 @@ class TraceOptions(StrictSchema):
     @post_load
     def make(self, data: dict[str, Any], **_: Any) -> TraceRequest:
         """The options as serving takes them."""
-        return TraceRequest(**{**data, "probes": tuple(dict.fromkeys(data["probes"]))})
+        lists = {
+            "probes": tuple(dict.fromkeys(data["probes"])),
+            "activations": tuple(data["activations"]),
+        }
+        return TraceRequest(**data | lists)
 
 
 class StreamTrace(TraceOptions):

@@ -23,6 +23,7 @@ from transformers_api.engine.native.adapters import PassAdapters, repeated
 from transformers_api.engine.native.edited_attention import attention_changes
 from transformers_api.engine.native.kv_cache import NativeCache
 from transformers_api.engine.native.latent import expanding_into
+from transformers_api.engine.native.row_changes import row_edit
 from transformers_api.engine.native.shown_modules import shown_layers, shown_places
 from transformers_api.engine.places import LayerPlaces, model_places
 from transformers_api.engine.positions import at_positions
@@ -32,11 +33,11 @@ from transformers_api.engine.runners.edited_attention import (
     current_attention_edits,
     editing_attention,
 )
-from transformers_api.engine.runners.edited_modules import Apply, ModuleEdit, current_edits
+from transformers_api.engine.runners.edited_modules import ModuleEdit, current_edits
 from transformers_api.engine.runners.model_runner import ModelRunner
 from transformers_api.kernels.capture import Recorder, current, record
 from transformers_api.kernels.graph.executor import RecordedPass
-from transformers_api.kernels.graph.hooks import HookReplay, forward_returning
+from transformers_api.kernels.graph.hooks import HookReplay, RowEdit, forward_returning
 from transformers_api.kernels.modules.attention import CausalRows, describing
 from transformers_api.kernels.modules.linear import WeightMemory
 from transformers_api.kernels.modules.low_rank import LowRankPair
@@ -95,6 +96,7 @@ class NativeRunner(ModelRunner):
         self.long_layers = RecordedPass(cache.library) if has_lengths else None
         self.layers, self.head = RecordedPass(cache.library), RecordedPass(cache.library)
         self._pass_adapters: PassAdapters | None = None
+        self._modules: dict[str, nn.Module] = {}  # that were edited, by name
         self.packed: PackedFile | None = None  # where its weights are stored
 
     def learn(self) -> None:
@@ -108,6 +110,13 @@ class NativeRunner(ModelRunner):
             self._compute(inputs[0], cache)
         self.cache.shaped_like(cache)
         self._learn_steps(inputs, cache)
+
+    def _module(self, name: str) -> nn.Module:
+        """As ``get_submodule``, which takes thirty microseconds in the middle of a step."""
+        module = self._modules.get(name)
+        if module is None:
+            module = self._modules[name] = self.model.get_submodule(name)
+        return module
 
     @cached_property
     def _places(self) -> tuple[LayerPlaces, ...]:
@@ -243,13 +252,13 @@ class NativeRunner(ModelRunner):
             tokens = torch.zeros(max(places) + 1, dtype=torch.int64)
             tokens[places] = torch.tensor(last)
         cache = self.cache
-        by_module: dict[tuple[nn.Module, str], Apply] = {
-            (self.model.get_submodule(edit.module), edit.side): edit.apply for edit in edits
+        by_module: dict[tuple[nn.Module, str], RowEdit] = {
+            (self._module(edit.module), edit.side): row_edit(edit) for edit in edits
         }
         return HookReplay(
             *(cache.library, positions, length, cache.tensors, first, tokens),
             edits=by_module,
-            attention=attention_changes(self.model, attention, positions, cache.tensors),
+            attention=attention_changes(self.model, attention, positions, cache),
             observes=batch.is_observed,
         )
 

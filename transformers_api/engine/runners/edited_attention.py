@@ -129,6 +129,22 @@ class ComputedAttention:
         self.weights[head, at] = weights[chosen, rows].to(self.weights.dtype)
 
 
+@dataclass(frozen=True, slots=True)
+class AttentionInputs:
+    """Queries, keys and values of R tokens, as a layer's attention reads them; written into.
+
+    Keys and values are those that the cache has. Shapes are (R, heads, numbers of each).
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+    def of(self, part: str) -> Tensor:
+        """Those of "q", "k" or "v"."""
+        return {"q": self.query, "k": self.key, "v": self.value}[part]
+
+
 def masked(scores: Tensor, mask: Tensor) -> Tensor:
     """``scores`` with -inf where a boolean ``mask`` is False, or the mask added."""
     if mask.dtype == torch.bool:
@@ -143,6 +159,7 @@ class AttentionEdit:
     Its tokens are the ``count`` from ``start`` on, of ``total`` ones; then it has ``context`` of
     them in the row ``slot`` of the cache. ``weights``: the module whose output has the weights,
     where in it, and True where they need not sum to 1; None: the layer calls an attention function.
+    ``before`` changes what that reads, of these tokens.
     """
 
     layer: int
@@ -151,8 +168,9 @@ class AttentionEdit:
     total: int
     context: int
     slot: int
-    apply: Callable[[Attending], None]
+    apply: Callable[[Attending], None] | None = None
     weights: tuple[str, int, bool] | None = None
+    before: Callable[[AttentionInputs], None] | None = None
 
 
 _current: ContextVar[Sequence[AttentionEdit]] = ContextVar("attention edits", default=())
@@ -182,7 +200,7 @@ def edited_model(
         stack.enter_context(hooked(model, edits))
         stack.enter_context(editing_attention(attention))
         for edit in attention:
-            if edit.weights is not None:
+            if edit.weights is not None and edit.apply is not None:
                 name, index, has_sinks = edit.weights
                 module = model.get_submodule(name)
                 hook = partial(_change_weights, edit, index, has_sinks)
@@ -201,6 +219,7 @@ def _change_weights(
     weights = output[index] if isinstance(output, tuple) else output  # (B, H, T, S)
     own = weights.clone()
     sequence, queries = part_of(edit, own.shape[0], own.shape[2])
+    assert edit.apply is not None
     edit.apply(ComputedAttention(own[sequence, :, queries, : edit.context], has_sinks))
     if not isinstance(output, tuple):
         return own

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +20,39 @@ from transformers_api.engine.watched_pass import is_number
 Apply = Callable[[Tensor], None]  # writes into rows (N, width): the tokens of the pass, in order
 
 
+class RowsChange(NamedTuple):
+    """A change that a backend may make itself, in float32.
+
+    Of ``width`` columns from ``column`` on, of the rows of ``tokens`` from ``start`` on: z becomes
+    z + ``vector`` ("add"), ``by`` times z ("scale"), or ``vector`` ("set"). ``state`` is the
+    address of two int64: the ``number`` of the first change of its sequence that is no number or
+    longer than ``largest``, after which none is made, or 0; and nanoseconds, to which is added.
+    """
+
+    do: Literal["add", "scale", "set"]
+    start: int
+    tokens: int
+    column: int
+    width: int  # 0: all columns
+    vector: int  # the address of float32; 0: none
+    vector_stride: int  # from the vector of a row to that of the next; 0: all have one
+    by: float
+    largest: float
+    number: int
+    state: int
+
+
 @dataclass(frozen=True, slots=True)
 class ModuleEdit:
-    """A change of the first tensor that a module is given ("in") or makes ("out")."""
+    """A change of the first tensor that a module is given ("in") or makes ("out").
+
+    ``changes``: all that ``apply`` does; None: more than such changes.
+    """
 
     module: str
     side: Literal["in", "out"]
     apply: Apply
+    changes: Sequence[RowsChange] | None = None
 
 
 _current: ContextVar[Sequence[ModuleEdit]] = ContextVar("edits", default=())
@@ -39,12 +65,34 @@ def current_edits() -> Sequence[ModuleEdit]:
 
 @contextmanager
 def editing(edits: Sequence[ModuleEdit]) -> Iterator[None]:
-    """Let passes within the block be changed; one edit for each module and side."""
-    token = _current.set(edits)
+    """Let passes within the block be changed, after what blocks around it change.
+
+    One edit for each module and side.
+    """
+    token = _current.set(_joined(_current.get(), edits))
     try:
         yield
     finally:
         _current.reset(token)
+
+
+def _joined(outer: Sequence[ModuleEdit], inner: Sequence[ModuleEdit]) -> Sequence[ModuleEdit]:
+    if not outer:
+        return inner
+    joined = {(edit.module, edit.side): edit for edit in outer}
+    for edit in inner:
+        key = edit.module, edit.side
+        before = joined.get(key)
+        joined[key] = edit if before is None else _then(before, edit)
+    return list(joined.values())
+
+
+def _then(first: ModuleEdit, second: ModuleEdit) -> ModuleEdit:
+    def both(rows: Tensor) -> None:
+        first.apply(rows)
+        second.apply(rows)
+
+    return ModuleEdit(first.module, first.side, both)
 
 
 @contextmanager

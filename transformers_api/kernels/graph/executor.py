@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,7 +12,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from transformers_api.kernels.abi import Library
+from transformers_api.kernels.abi import Library, RowChange
 from transformers_api.kernels.capture import Recorder, record
 from transformers_api.kernels.graph.adapted import adapted_plan
 from transformers_api.kernels.graph.hook_points import HookPoints
@@ -130,6 +130,10 @@ class PassObserver(Protocol):
         """The hook points to pause at, in order."""
         ...
 
+    def changes(self, call: FinishedCall, at: int) -> list[RowChange] | None:
+        """Changes and copies of its rows after ``at`` steps, in place of a pause; None: pause."""
+        ...
+
     def show(self, call: FinishedCall) -> None:
         """Observe a call."""
         ...
@@ -173,13 +177,19 @@ class Program:
         base = self._base
         for offset, tensor in zip(self._inputs, inputs, strict=True):
             ctypes.memmove(base + int(offset), tensor.data_ptr(), tensor.nbytes)
-        done = 0
+        done, total = 0, len(self._steps) // self.plan.width
+        pending: list[RowChange] = []
         if observer:
             for point in observer.choose(self._hook_points):
-                self._run_steps(done, point.at)
-                done = point.at
-                observer.show(self._finished_call(point))
-        self._run_steps(done, len(self._steps) // self.plan.width)
+                call = self._finished_call(point)
+                changes = observer.changes(call, point.at)
+                if changes is not None:
+                    pending += changes
+                    continue
+                self._run_steps(done, point.at, pending)
+                done, pending = point.at, []
+                observer.show(call)
+        self._run_steps(done, total, pending)
         if observer:
             observer.finish()
         return self._result
@@ -189,9 +199,15 @@ class Program:
         self._memory = self._result = torch.zeros(0, dtype=torch.uint8)
         self._size, self._bound_cache, self._finished = 0, None, {}
 
-    def _run_steps(self, begin: int, end: int) -> None:
+    def _run_steps(self, begin: int, end: int, changes: Sequence[RowChange] = ()) -> None:
         address = self._steps.ctypes.data + begin * self.plan.width * self._steps.itemsize
-        self.library.without_gil.run_steps(address, end - begin)
+        if not changes:
+            self.library.without_gil.run_steps(address, end - begin)
+            return
+        for change in changes:
+            change.at -= begin
+        array = (RowChange * len(changes))(*changes)
+        self.library.without_gil.run_changed_steps(address, end - begin, array, len(changes))
 
     @property
     def _base(self) -> int:

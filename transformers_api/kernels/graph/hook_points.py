@@ -9,6 +9,8 @@ from torch import nn
 
 from transformers_api.kernels.graph.planner import HookPoint
 
+INPUTS = "inputs"  # the side of attention where its queries, keys and values are about to be read
+
 
 class HookPoints:
     """Hook points in the order of the pass, by who may stop there."""
@@ -25,7 +27,7 @@ class HookPoints:
                 self._edited.setdefault((point.module, side), []).append(place)
             if point.cached:
                 self._attention.setdefault(attention_key(point), []).append(place)
-                if not point.options.get("is_own"):
+                if not (point.options.get("is_own") or "side" in point.options):
                     self._layers.add(attention_key(point))
             if "side" not in point.options and (not point.cached or point.options.get("is_own")):
                 self._hooked.append(place)
@@ -53,10 +55,14 @@ class HookPoints:
 
 
 def attention_key(point: Any) -> Any:
-    """The index of the layer that attends; the module, where it computes weights itself."""
+    """The index of the layer that attends; the module, where it computes weights itself.
+
+    Before it does so, (INPUTS, the index).
+    """
     if point.options.get("is_own"):
         return point.module
-    return getattr(point.module, "layer_idx", None)
+    layer = getattr(point.module, "layer_idx", None)
+    return (INPUTS, layer) if "side" in point.options else layer
 
 
 def _has_hooks(module: nn.Module) -> bool:

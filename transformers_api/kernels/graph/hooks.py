@@ -5,17 +5,33 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from transformers_api.kernels.abi import Library
+from transformers_api.kernels.abi import OPS, TYPES, Library, RowChange
 from transformers_api.kernels.graph.executor import FinishedCall
 from transformers_api.kernels.graph.hook_points import HookPoints, attention_key
 from transformers_api.kernels.graph.planner import HookPoint
 from transformers_api.kernels.modules.attention import CausalRows, replay_attention
 from transformers_api.kernels.stats import attention_probs
+
+TAKE = OPS.index("take")
+
+
+@dataclass(frozen=True, slots=True)
+class RowEdit:
+    """An edit of the rows (N, width) of a tensor in the middle of a pass.
+
+    ``apply`` writes into them. ``changes`` says the same in words of the kernels, for the rows as
+    they lie in memory after so many steps; None: that cannot be said.
+    """
+
+    apply: Callable[[Tensor], None]
+    changes: Callable[[Tensor, int], list[RowChange]] | None = None
+
 
 NO_EDITS: Mapping[Any, Any] = {}
 _observed: ContextVar[Collection[int] | None] = ContextVar("observed", default=())
@@ -43,8 +59,8 @@ class HookReplay:
     write into what attention made.
 
     Between two parts of a pass the kernels' threads wait, and soon go to sleep. The weights have
-    driven everything else from the caches, and a call of torch takes fifty microseconds: few are
-    made.
+    driven everything else from the caches, and a call of torch takes fifty microseconds. So most
+    edits, and copies of what is shown, are left to the kernels in the middle of the pass.
     """
 
     def __init__(
@@ -55,7 +71,7 @@ class HookReplay:
         cache: list[Tensor],
         first: int,
         tokens: Tensor | None = None,
-        edits: Mapping[tuple[nn.Module, str], Callable[[Tensor], None]] = NO_EDITS,
+        edits: Mapping[tuple[nn.Module, str], RowEdit] = NO_EDITS,
         attention: Mapping[Any, Callable[[FinishedCall], None]] = NO_EDITS,
         observes: bool = True,
     ) -> None:
@@ -69,20 +85,59 @@ class HookReplay:
         self.length = length
         self.first = first
         self._attended: list[tuple[FinishedCall, Tensor, Tensor]] = []
+        self._taken: list[tuple[FinishedCall, list[Tensor]]] = []  # to be shown yet
 
     def choose(self, points: HookPoints) -> list[HookPoint]:
         """See PassObserver."""
         return points.chosen(self.edits, self.attention, self.observes, _observed.get())
 
+    def changes(self, call: FinishedCall, at: int) -> list[RowChange] | None:
+        """See PassObserver."""
+        changes: list[RowChange] = []
+        if self._attention_change(call) is not None:
+            return None
+        if (edit := self._edit_of(call)) is not None:
+            if edit.changes is None:
+                return None
+            made = call.tensors[-1]
+            changes = edit.changes(made.view(-1, made.shape[-1]), at)
+        if "side" in call.options or not self.observes:
+            return changes
+        taken = [self._copy(tensor, at) for tensor in call.tensors]
+        copies = [each for each in taken if each is not None]
+        if len(copies) < len(taken):
+            return None
+        self._taken.append((call, [target for target, _ in copies]))
+        return [*changes, *(change for _, change in copies)]
+
+    def _copy(self, tensor: Tensor, at: int) -> tuple[Tensor, RowChange] | None:
+        """The rows that are shown, and the change that copies them; None: it cannot be said."""
+        if tensor.dtype not in TYPES or not len(tensor) or not tensor[0].is_contiguous():
+            return None
+        tokens = self.tokens
+        count = len(tensor) if tokens is None else len(tokens)
+        target = tensor.new_empty((count, *tensor.shape[1:]))
+        change = RowChange(
+            at=at,
+            rows=tensor.data_ptr(),
+            count=count,
+            stride=tensor.stride(0),
+            width=tensor[0].numel(),
+            type=TYPES[tensor.dtype],
+            op=TAKE,
+            target=target.data_ptr(),
+            tokens=None if tokens is None else tokens.data_ptr(),
+        )
+        return target, change
+
     def show(self, call: FinishedCall) -> None:
         """See PassObserver. Attention is shown in the end: its keys are in the cache then."""
+        self._show_taken()
         if (edit := self._edit_of(call)) is not None:
             made = call.tensors[-1]
-            edit(made.view(-1, made.shape[-1]))
-        if self.attention and call.cached is not None:
-            change = self.attention.get(attention_key(call))
-            if change is not None:
-                change(call)
+            edit.apply(made.view(-1, made.shape[-1]))
+        if (change := self._attention_change(call)) is not None:
+            change(call)
         if "side" in call.options or not self.observes:
             return
         tensors = call.tensors
@@ -90,21 +145,34 @@ class HookReplay:
             tensors = [each[self.tokens] for each in tensors]
         elif call.cached is not None:
             tensors = [each.clone() for each in tensors]
+        self._show(call, tensors)
+
+    def _show_taken(self) -> None:
+        for call, tensors in self._taken:
+            self._show(call, tensors)
+        self._taken = []
+
+    def _show(self, call: FinishedCall, tensors: list[Tensor]) -> None:
         x, *others = tensors
-        output = others[0]
         if call.cached is None:
-            results = tuple(others) if call.options["is_tuple"] else output
+            results = tuple(others) if call.options["is_tuple"] else others[0]
             call_hooks(call.module, x, results)
         else:
-            self._attended.append((call, x, output))
+            self._attended.append((call, x, others[0]))
 
-    def _edit_of(self, point: HookPoint | FinishedCall) -> Callable[[Tensor], None] | None:
+    def _attention_change(self, call: FinishedCall) -> Callable[[FinishedCall], None] | None:
+        if not self.attention or call.cached is None:
+            return None
+        return self.attention.get(attention_key(call))
+
+    def _edit_of(self, point: HookPoint | FinishedCall) -> RowEdit | None:
         if not self.edits or point.cached:
             return None
         return self.edits.get((point.module, point.options.get("side", "out")))
 
     def finish(self) -> None:
         """See PassObserver."""
+        self._show_taken()
         if not self._attended:
             return
         starts = self.positions.view(-1)

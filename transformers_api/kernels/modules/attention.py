@@ -97,6 +97,9 @@ def native_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
+    if recorder := current():
+        details = {"side": "inputs", "value_size": value.shape[3]}
+        recorder.add_module_call(module, [query], key=key, value=value, options=details)
     result = attend(query, key, value, rows, scaling, kwargs)
     if recorder := current():
         options = {"scaling": scaling, **{k: v for k, v in kwargs.items() if k in OPTIONS}}

@@ -66,6 +66,16 @@ std::string describe_layout() {
   FIELD(Step, op), FIELD(Step, operands), FIELD(Step, sizes), FIELD(Step, out);
   FIELD(Step, inputs), FIELD(Step, scalar), FIELD(Step, call), FIELD(Step, fused);
 
+  STRUCTURE(ChangeState);
+  FIELD(ChangeState, failed), FIELD(ChangeState, nanoseconds);
+
+  STRUCTURE(RowChange);
+  FIELD(RowChange, at), FIELD(RowChange, rows), FIELD(RowChange, count), FIELD(RowChange, stride);
+  FIELD(RowChange, width), FIELD(RowChange, type), FIELD(RowChange, op), FIELD(RowChange, vector);
+  FIELD(RowChange, vector_stride), FIELD(RowChange, factor), FIELD(RowChange, largest);
+  FIELD(RowChange, number), FIELD(RowChange, state), FIELD(RowChange, target);
+  FIELD(RowChange, tokens);
+
   STRUCTURE(SampleRow);
   FIELD(SampleRow, logits), FIELD(SampleRow, size), FIELD(SampleRow, key);
   FIELD(SampleRow, top_k), FIELD(SampleRow, temperature), FIELD(SampleRow, top_p);

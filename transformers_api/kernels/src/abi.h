@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-constexpr int32_t ABI_VERSION = 2;
+constexpr int32_t ABI_VERSION = 3;
 
 enum Type : int32_t { F32 = 0, BF16 = 1, I8 = 2, I64 = 3, I4 = 4, BOOL = 5 };
 
@@ -110,6 +110,30 @@ struct Step {
   int64_t fused;
 };
 
+// What becomes of the changes of one sequence in a pass.
+struct ChangeState {
+  int64_t failed;       // the number of the first change that made no number, or too large ones; 0: none
+  int64_t nanoseconds;  // that they took
+};
+
+// What happens to rows of a tensor within a pass, before its step ``at``: they become themselves plus
+// ``vector`` (ADD), times ``factor`` (MUL), or ``vector`` (COPY), computed as floats; or they are
+// copied to ``target`` (TAKE).
+struct RowChange {
+  int64_t at;
+  char* rows;             // F32 or BF16
+  int64_t count, stride;  // rows; elements from one to the next
+  int64_t width;          // elements of a row that change
+  int32_t type, op;
+  const float* vector;
+  int64_t vector_stride;  // from the vector of a row to that of the next; 0: all have one
+  float factor, largest;  // the length that all rows together may have
+  int64_t number;         // above 0
+  ChangeState* state;     // of its sequence, whose changes end where one has failed
+  char* target;           // (count, width)
+  const int64_t* tokens;  // (count,) the rows to take; null: in order
+};
+
 // One row of logits and how to sample from it.
 struct SampleRow {
   const float* logits;
@@ -174,6 +198,9 @@ void write_cache(const CacheWrite* call);
 void read_cache(const CacheWrite* call);
 // A whole forward pass, or a part of one.
 void run_steps(const Step* steps, int64_t count);
+// The same with ``changes``, in the order of their ``at``.
+void run_changed_steps(const Step* steps, int64_t count, const RowChange* changes,
+                       int64_t change_count);
 
 // A token for each row, or -1 where only the definition in float64 can decide.
 void sample(const SampleRow* rows, int64_t count, int64_t* tokens);

@@ -10,6 +10,7 @@
 #include "elementwise.h"
 #include "kv_write.h"
 #include "line_ops.h"
+#include "row_changes.h"
 #include "thread_pool.h"
 
 namespace {
@@ -104,8 +105,13 @@ void read_cache(const CacheWrite* call) {
   });
 }
 
-void run_steps(const Step* steps, int64_t count) {
+void run_steps(const Step* steps, int64_t count) { run_changed_steps(steps, count, nullptr, 0); }
+
+void run_changed_steps(const Step* steps, int64_t count, const RowChange* changes,
+                       int64_t change_count) {
+  const RowChange* const end = changes + change_count;
   for (const Step* s = steps; s < steps + count; s += std::max<int64_t>(1, s->fused)) {
+    for (; changes < end && changes->at <= s - steps; changes++) change_rows(*changes);
     const Operand& x = s->inputs[0];
     if (s->fused) {
       run_fused(s);
@@ -133,6 +139,7 @@ void run_steps(const Step* steps, int64_t count) {
       kernel_of(s->op)(*s, 0, s->sizes[0]);
     }
   }
+  for (; changes < end; changes++) change_rows(*changes);
   release_tiles();
 }
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy
 
 from transformers_api.errors import InvalidRequest
-from transformers_api.inspection.base import Array, Part
+from transformers_api.inspection.base import Array
+from transformers_api.inspection.editable import Part
 from transformers_api.inspection.questions import PartNumbers, Question
 from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.text import chat_template

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy
 
 from transformers_api.errors import InvalidRequest
-from transformers_api.inspection.base import Array, Part
+from transformers_api.inspection.base import Array
+from transformers_api.inspection.editable import Part
 from transformers_api.serving.inspect.edit_positions import At
 
 MOST_EDITS = 32
@@ -62,6 +63,8 @@ class InterveneRequest:
 
     edits: tuple[EditRequest | ForceRequest, ...]
     compares: bool = False
+    store: bool = False  # keep the answer as a run
+    source: Any = None  # the field as it came
     name: str = "intervene"
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy
 
 from transformers_api.errors import InvalidRequest
-from transformers_api.inspection.base import Array, Editable, Part
+from transformers_api.inspection.base import Array
+from transformers_api.inspection.editable import INPUTS, Editable, Part
 from transformers_api.inspection.sae import FeatureEdit, Sae
 from transformers_api.serving.inspect.edit_request import EditRequest
 from transformers_api.serving.inspect.vector_store import Vector
@@ -108,6 +109,8 @@ class EditVectors:
     def _width(self, layer: int) -> int:
         if self.request.part == "head":
             return self.facts.editable.of(layer).head_dim
+        if self.request.part in INPUTS:
+            return self.facts.editable.of(layer).inputs[self.request.part][1]
         if self.request.part == "neuron":
             return len(self.units[layer])
         assert self.model.inspector is not None
@@ -139,9 +142,8 @@ class EditVectors:
             return
         vector = self.request.vector
         name = f"vector '{vector}'" if isinstance(vector, str) else f"{self.name}.vector"
-        what = {"head": "a head", "neuron": "the neurons named"}.get(
-            self.request.part, "the model's stream"
-        )
+        heads = dict.fromkeys(("head", *INPUTS), "a head")
+        what = {**heads, "neuron": "the neurons named"}.get(self.request.part, "the model's stream")
         raise refusal(f"{name} has {count} numbers, {what} {width}", f"{self.name}.vector")
 
     def _directions(self, vectors: Array) -> Array:
@@ -159,7 +161,7 @@ class EditVectors:
     def shaped(self, layer: int, numbers: Array) -> Array:
         """The numbers (…, width of the module) of the units that are edited."""
         units = list(self.units[layer])
-        if self.request.part == "head":
+        if self.request.part == "head" or self.request.part in INPUTS:
             by_head = numbers.reshape(*numbers.shape[:-1], -1, self._width(layer))
             return numpy.ascontiguousarray(by_head[..., units, :])
         if self.request.part == "neuron":

@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 
 from transformers_api.config.settings import Settings
 from transformers_api.errors import InspectionDisabled, ModelNotCapable, PromptTooLarge
-from transformers_api.inspection.base import Array, Part
+from transformers_api.inspection.base import Array, TracePlan
 from transformers_api.inspection.edit_plan import InterventionsDisabled
+from transformers_api.inspection.editable import Part
 from transformers_api.inspection.questions import Inspected, PartNumbers
 from transformers_api.inspection.sae import FeaturePlan
 from transformers_api.serving.generation import GenerationRequest
+from transformers_api.serving.inspect import activation_plan, storing
 from transformers_api.serving.inspect.calibration import Calibration
 from transformers_api.serving.inspect.comparing import check_comparable
 from transformers_api.serving.inspect.edit_positions import PromptPlaces
@@ -24,9 +26,10 @@ from transformers_api.serving.inspect.interventions import (
     plan_edits,
 )
 from transformers_api.serving.inspect.queue import Inspections
+from transformers_api.serving.inspect.run_store import RunStore
 from transformers_api.serving.inspect.stored_maps import lens_via, sae_for
 from transformers_api.serving.inspect.tensor_store import StoredTensors
-from transformers_api.serving.inspect.trace_plan import probes_of
+from transformers_api.serving.inspect.trace_plan import TraceRequest, check_more, probes_of
 from transformers_api.serving.inspect.trace_slots import LIGHT, WHOLE
 from transformers_api.serving.inspect.vector_store import Vector
 from transformers_api.serving.limits.cancellation import Cancellation
@@ -45,6 +48,17 @@ class Planner:
     lens: Callable[[str], StoredTensors]
     sae: Callable[[str], StoredTensors]
     calibration: Calibration
+    runs: RunStore
+
+    def planned_request(
+        self, model: LoadedModel, request: GenerationRequest, *, whole: bool
+    ) -> GenerationRequest:
+        """``request`` with its edits and all that is noted; raises as the two below."""
+        if request.intervene is not None:
+            request = self.with_edits(model, request)
+        if request.stores or request.trace is not None:
+            request = self.with_notes(model, request, whole=whole)
+        return request
 
     def with_edits(self, model: LoadedModel, request: GenerationRequest) -> GenerationRequest:
         """``request`` with the edits of each prompt; raises as ``planned``."""
@@ -70,33 +84,63 @@ class Planner:
         edits = self.planned(model, request.intervene, prompts)
         return replace(request, edits=edits, params=replace(params, forced=forced))
 
-    def with_stored(self, model: LoadedModel, request: GenerationRequest) -> GenerationRequest:
-        """``request``, whose trace has the vectors, the lens and the features that it names.
+    def with_notes(
+        self, model: LoadedModel, request: GenerationRequest, *, whole: bool
+    ) -> GenerationRequest:
+        """``request`` with all that is noted while it is answered.
 
-        Raises as ``probes_of``, ``lens_for`` and ``sae_for``.
+        Vectors that its trace measures along, activations, what a run keeps. Raises as
+        ``probes_of``, ``activation_plan.planned`` and ``RunStore.check``.
         """
-        trace, stored = request.trace, request.trace_stored
-        assert trace is not None
+        if request.stores:
+            request = storing.started(request)
+        trace, options = request.trace, request.trace_options
+        if trace is None or options is None:
+            return request
+        inspector = model.inspector
+        assert inspector is not None
+        trace = self._with_stored(model, trace, options)
+        if trace.parts is not None:
+            self.inspections.check_parts(
+                model, inspector, trace.parts, request.prompts[0], self.cancellation
+            )
+        activations = activation_plan.planned(
+            options.activations,
+            inspector.anatomy,
+            lambda: self.inspections.editable(model, inspector, self.cancellation),
+            stores=request.run is not None,
+        )
+        choices, most = len(request.prompts) * request.per_prompt, request.params.max_tokens
+        if activations.specs:
+            more = activations.token_bytes * choices
+            check_more(trace, more, most, self.settings, whole=whole)
+        trace = replace(trace, activations=activations.specs, records=activations.records)
+        request = replace(request, trace=trace)
+        if request.run is not None:
+            storing.check(self.runs, model, request, activations)
+        return request
+
+    def _with_stored(
+        self, model: LoadedModel, trace: TracePlan, options: TraceRequest
+    ) -> TracePlan:
+        """``trace`` with the vectors, the lens and the autoencoder that ``options`` name."""
         assert model.inspector is not None
-        anatomy = model.inspector.anatomy
-        features = None
-        if stored.sae is not None:
-            sae = sae_for(model, anatomy, stored.sae, self.sae(stored.sae), "trace.features.sae")
+        anatomy, features = model.inspector.anatomy, None
+        if options.features is not None:
+            name = options.features.sae
+            sae = sae_for(model, anatomy, name, self.sae(name), "trace.features.sae")
             if sae.part != "resid":
                 raise ModelNotCapable(
-                    f"sae '{stored.sae}' is of part {sae.part}: only features of resid can be "
-                    "traced",
+                    f"sae '{name}' is of part {sae.part}: only features of resid can be traced",
                     param="trace.features",
                 )
-            features = FeaturePlan(sae, stored.features)
+            features = FeaturePlan(sae, options.features.topk)
+        via = None if options.lens is None else options.lens.via
         return replace(
-            request,
-            trace=replace(
-                trace,
-                probes=probes_of(stored.probes, self.vector, anatomy),
-                lens_via=lens_via(model, anatomy, stored.lens, self.lens, "trace.lens.via"),
-                features=features,
-            ),
+            trace,
+            probes=probes_of(options.probes, self.vector, anatomy),
+            lens_via=lens_via(model, anatomy, via, self.lens, "trace.lens.via"),
+            features=features,
         )
 
     def planned(
@@ -155,6 +199,7 @@ def checked(model: LoadedModel, intervene: InterveneRequest, settings: Settings)
 
 def place_cost(request: GenerationRequest) -> int:
     """The eighths of a place among those that are traced: see ``trace_plan.cost``."""
-    if request.trace is not None:
+    if request.trace is not None and not request.edited_places:
         return request.trace_cost
-    return LIGHT if request.edited_places <= LIGHT_PLACES else WHOLE
+    edited = LIGHT if request.edited_places <= LIGHT_PLACES else WHOLE
+    return edited if request.trace is None else max(edited, request.trace_cost)

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from transformers_api.errors import ModelNotCapable
-from transformers_api.inspection.base import Array, Part
+from transformers_api.inspection.base import Array
 from transformers_api.inspection.edit_plan import Edit, Range
+from transformers_api.inspection.editable import INPUTS, Part
 from transformers_api.inspection.sae import FeatureEdit
 from transformers_api.serving.inspect.edit_positions import PromptPlaces, resolve
 from transformers_api.serving.inspect.edit_request import EditRequest
@@ -28,6 +29,9 @@ WORDS: Mapping[Part, str] = {
     "mlp": "output of an MLP",
     "head": "heads",
     "neuron": "neurons",
+    "q": "queries",
+    "k": "keys",
+    "v": "values",
     "weights": "attention weights",
 }
 
@@ -69,6 +73,8 @@ class ModelEdit:
         made = [] if self._is_nothing else self._aligned(positions, prompt)
         made = [edit for edit in made if edit.positions and not _changes_nothing(edit)]
         described: dict[str, Any] = {"do": request.do, "part": request.part, "layers": self.layers}
+        if request.part in INPUTS:
+            described["heads"] = list(self.units[self.layers[0]])
         if request.part in ("head", "neuron"):
             described["heads" if request.part == "head" else "neurons"] = list(
                 self.units[self.layers[0]]
@@ -225,7 +231,7 @@ class ModelEdit:
 
     def _units(self, layer: int) -> tuple[int, ...]:
         request = self.request
-        if request.part == "weights":
+        if request.part == "weights" or request.part in INPUTS:
             return self._chosen("heads", "all" if request.heads is None else request.heads, layer)
         if request.part not in ("head", "neuron"):
             return ()
@@ -245,6 +251,7 @@ class ModelEdit:
             "head": places.heads,
             "neuron": places.neurons,
             "weights": self.model.inspector.anatomy.attention[layer].heads,
+            **{part: heads for part, (heads, _) in places.inputs.items()},
         }[self.request.part]
         if units == "all":
             return tuple(range(count))

@@ -9,16 +9,19 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Generic, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 from transformers_api.engine.base import Engine
 from transformers_api.errors import InspectionBusy, InspectionTimeout
 from transformers_api.inspection import questions
-from transformers_api.inspection.base import Editable, Inspector, Job
+from transformers_api.inspection.base import Inspector, Job
+from transformers_api.inspection.editable import Editable
+from transformers_api.inspection.logit_share import LogitPartsQuestion
 from transformers_api.inspection.questions import Inspected, Question
 from transformers_api.serving.inspect.calibration import Calibration
 from transformers_api.serving.inspect.stream_norms import stream_norms
@@ -30,6 +33,7 @@ from transformers_api.serving.swap.loaded_model import LoadedModel
 T = TypeVar("T")
 OWN = Calibration()
 MOST_CALIBRATIONS = 64  # whose norms are kept of a model
+CHECKED = 8  # tokens
 
 
 class Inspections:
@@ -53,6 +57,7 @@ class Inspections:
         self._norms: WeakKeyDictionary[Inspected, dict[Calibration, tuple[float, ...]]] = (
             WeakKeyDictionary()
         )
+        self._parts: WeakKeyDictionary[Inspected, set[str]] = WeakKeyDictionary()
 
     def run(self, model: LoadedModel, job: Job[T], cancellation: Cancellation) -> T:
         """The result of ``job``, when its turn has come.
@@ -106,6 +111,25 @@ class Inspections:
             job = questions.Places().job(_own(model))
             self._editable[inspector] = self._run(model, job, cancellation)
         return self._editable[inspector]
+
+    def check_parts(
+        self,
+        model: LoadedModel,
+        inspector: Inspected,
+        question: LogitPartsQuestion,
+        ids: Sequence[int],
+        cancellation: Cancellation,
+    ) -> None:
+        """Raise ModelNotCapable where logits have no such parts; tried once, without a turn.
+
+        ``ids``: a text, whose first tokens are enough.
+        """
+        checked = self._parts.setdefault(inspector, set())
+        if question.by not in checked:
+            own = list(ids[:CHECKED])
+            last = replace(question, position=len(own) - 1)
+            self._run(model, questions.LogitParts(own, last).job(_own(model)), cancellation)
+            checked.add(question.by)
 
     def stream_norms(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from transformers_api.errors import InvalidRequest
@@ -13,6 +14,14 @@ from transformers_api.serving.inspect.lens_files import lens_of
 from transformers_api.serving.inspect.sae_files import sae_of
 from transformers_api.serving.inspect.tensor_store import StoredTensors
 from transformers_api.serving.swap.loaded_model import LoadedModel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeaturesRequest:
+    """Which features of a stored autoencoder to note: the largest."""
+
+    sae: str
+    topk: int = 8
 
 
 def lens_via(

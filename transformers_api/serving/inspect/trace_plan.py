@@ -13,8 +13,11 @@ from transformers_api.errors import (
     InvalidRequest,
     ModelNotCapable,
 )
+from transformers_api.inspection.activations import ActivationPart
 from transformers_api.inspection.base import Anatomy, LayerAttention, TracePlan
+from transformers_api.inspection.logit_share import LogitPartsQuestion
 from transformers_api.inspection.probes import Probe
+from transformers_api.serving.inspect.stored_maps import FeaturesRequest
 from transformers_api.serving.inspect.trace_slots import LIGHT, WHOLE
 from transformers_api.serving.inspect.vector_store import Vector
 from transformers_api.serving.swap.loaded_model import LoadedModel
@@ -38,38 +41,33 @@ _ADVICE = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ActivationRequest:
+    """One entry of ``activations``."""
+
+    part: ActivationPart
+    layers: tuple[int, ...] | Literal["all"] = "all"
+    heads: tuple[int, ...] | None = None  # None: all
+    neurons: tuple[int, ...] | None = None
+    format: Literal["f16", "topk", "stored"] = "f16"
+    topk: int = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartsRequest:
+    """The parts of a logit that are shown."""
+
+    by: Literal["layer", "head"] = "layer"
+    topk: int = 10
+    against: Literal["mean"] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LensRequest:
     """Which residual streams to read through the model's own head."""
 
     layers: tuple[int, ...] | Literal["all"] | int  # a number n: every n-th, and the last
     topk: int = 3  # 1..20
     via: str | None = None  # the name of a lens that they are mapped by before
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FeaturesRequest:
-    """Which features of a stored autoencoder to note: the largest."""
-
-    sae: str
-    topk: int = 8
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TraceStored:
-    """The names of what is stored and a trace is made with."""
-
-    probes: tuple[str, ...] = ()  # vectors
-    lens: str | None = None
-    sae: str | None = None
-    features: int = 0  # of the sae, that are noted
-
-    @property
-    def is_needed(self) -> bool:
-        """True where there is a name."""
-        return bool(self.probes or self.lens or self.sae)
-
-
-NOTHING_STORED = TraceStored()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,21 +85,14 @@ class TraceRequest:
     router: bool = False
     probes: tuple[str, ...] = ()  # names of vectors that the stream is measured along
     features: FeaturesRequest | None = None
+    activations: tuple[ActivationRequest, ...] = ()
+    store: bool = False  # keep the answer as a run
+    uncertainty: bool = False
+    parts: PartsRequest | None = None
     specials: bool = False  # also of the token that ends the answer
     required: bool = True  # False: where it cannot be had, the answer goes on without it
     meta: bool = False  # a leading event about prompt and model, where there are named events
     layers_name: str = "trace.layers"  # the field that names the layers, for messages
-
-    @property
-    def stored(self) -> TraceStored:
-        """The names in it."""
-        features = self.features
-        return TraceStored(
-            probes=self.probes,
-            lens=None if self.lens is None else self.lens.via,
-            sae=None if features is None else features.sae,
-            features=0 if features is None else features.topk,
-        )
 
 
 def plan(
@@ -145,6 +136,9 @@ def plan(
         lens_topk=trace.lens.topk if trace.lens else 0,
         resid_norms=trace.resid_norms,
         router=trace.router,
+        bytes=size.bytes,
+        uncertainty=trace.uncertainty,
+        parts=_parts(anatomy, trace.parts),
     )
 
 
@@ -155,7 +149,8 @@ def cost(trace: TraceRequest, plan: TracePlan, choices: int) -> int:
     """
     has_more = plan.lens_layers or plan.resid_norms or plan.router or len(plan.layers) > 1
     is_text = bool(plan.layers) and trace.attn in ("json", "json64")
-    has_more = has_more or bool(trace.probes) or trace.features is not None
+    has_more = has_more or bool(trace.probes or trace.activations or trace.parts)
+    has_more = has_more or trace.features is not None
     return WHOLE if has_more or is_text or choices > 1 else LIGHT
 
 
@@ -175,6 +170,28 @@ def probes_of(
         rows = {layer: stored.at(layer) for layer in range(anatomy.layers)}
         probes.append(Probe(name, {n: row for n, row in rows.items() if row is not None}))
     return tuple(probes)
+
+
+def check_more(plan: TracePlan, more: int, tokens: int, settings: Settings, *, whole: bool) -> None:
+    """Raise InvalidRequest where ``more`` bytes beside those of a plan are too many.
+
+    ``tokens``: that the answer may have, all of which are kept to its end where it is ``whole``.
+    """
+    size = plan.bytes + more
+    if size > settings.trace_max_bytes_per_token:
+        raise InvalidRequest(
+            f"trace too large: with activations it is about {_megabytes(size)} per token "
+            f"(max {settings.trace_max_bytes_per_token} bytes); ask for fewer layers or units, or "
+            'format "topk"',
+            param="trace.activations",
+        )
+    if whole and size * tokens > MAX_WHOLE_BYTES:
+        raise InvalidRequest(
+            "trace too large for an answer in one piece: with activations it is about "
+            f"{_megabytes(size)} per token, for up to {tokens} tokens (max {MAX_WHOLE_BYTES} "
+            'bytes); use "stream": true or fewer tokens',
+            param="trace.activations",
+        )
 
 
 def check_layer(anatomy: Anatomy, layer: int, param: str) -> LayerAttention:
@@ -272,6 +289,18 @@ def _lens_layers(anatomy: Anatomy, trace: TraceRequest) -> tuple[int, ...]:
     return layers
 
 
+def _parts(anatomy: Anatomy, parts: PartsRequest | None) -> LogitPartsQuestion | None:
+    if parts is None:
+        return None
+    if not anatomy.lens:
+        raise ModelNotCapable(
+            f"the residual stream of model type {anatomy.model_type} cannot be read through its "
+            "head: a logit has no parts here",
+            param="trace.parts",
+        )
+    return LogitPartsQuestion(position=-1, by=parts.by, against=parts.against)
+
+
 def _check_capable(anatomy: Anatomy, trace: TraceRequest) -> None:
     kind = anatomy.model_type
     for name in ("probes", "resid_norms", "features"):
@@ -304,7 +333,11 @@ class _Size:
         tokens += 0 if trace.features is None else trace.features.topk
         if trace.lens:
             tokens += lens_layers * (trace.lens.topk + 2)
-        numbers = anatomy.layers * (trace.resid_norms + 2 * len(trace.probes))
+        if trace.parts:
+            tokens += trace.parts.topk + 2
+        numbers = 5 * trace.uncertainty + anatomy.layers * (
+            trace.resid_norms + 2 * len(trace.probes)
+        )
         if trace.router and anatomy.routing:
             numbers += len(anatomy.routing.layers) * (2 * anatomy.routing.experts_per_token + 5)
         attention = sum(self._attention(heads, width) for heads, width in self.shapes)

@@ -51,6 +51,14 @@ class UpstreamSource:
     timeout_s: float = UPSTREAM_TIMEOUT_S  # of silence
 
 
+@dataclass(frozen=True, slots=True)
+class ReplicaRange:
+    """The replicas of a cluster that a model has for itself: always ``least``, up to ``most``."""
+
+    least: int
+    most: int
+
+
 Source = HubSource | PathSource | PackageSource | UpstreamSource
 AdapterFiles = HubSource | PathSource  # a folder with adapter_config.json
 
@@ -109,6 +117,7 @@ class ModelSpec:
     embedding: EncoderKind | Pooling | None = None
     token_encoding: str | None = None  # tiktoken's, for usage; None: the model's own tokens
     trust_remote_code: bool = False
+    replicas: ReplicaRange | None = None  # with ENGINE=ray; None: it shares those of others
     refusal: str | None = None  # why it can never be served, though it is listed
     registered: bool = True  # False: an id of the Hub that no registry entry names
     # Of a LoRA adapter: its own files, and the entry of the model beside whose weights it is

@@ -28,11 +28,13 @@ from transformers_api.errors import (
 )
 from transformers_api.serving.models.spec import UpstreamSource
 from transformers_api.serving.upstream.loop import BackgroundLoop
+from transformers_api.serving.upstream.pace import PART_S, Pace, Turn
 
 MAX_LINE_BYTES = 4 << 20  # of one event
 MAX_STREAM_BYTES = 256 << 20  # of one answer
 MAX_WHOLE_BYTES = 64 << 20  # of one that comes in one piece, such as vectors
 MAX_ERROR_BYTES = 64 << 10
+LINES = 16  # between two looks at how long they have taken
 CONNECT_S = 10.0
 MOST_CONNECTIONS = 1024
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
@@ -46,6 +48,11 @@ class UpstreamConnections:
     def __init__(self) -> None:
         self.start = BackgroundLoop("upstreams").start
         self._client: httpx2.AsyncClient | None = None
+        self._paces: dict[str, Pace] = {}
+
+    def pace(self, upstream: UpstreamSource) -> Pace:
+        """The pace of all answers of one upstream, of which the registry has so many."""
+        return self._paces.setdefault(upstream.url, Pace())
 
     async def post(
         self, upstream: UpstreamSource, route: str, body: Mapping[str, Any]
@@ -70,7 +77,7 @@ class UpstreamConnections:
             if response.status_code == 200:
                 return response
             try:
-                text = await read_whole(response, MAX_ERROR_BYTES)
+                text = await read_whole(response, MAX_ERROR_BYTES, self.pace(upstream))
             finally:
                 await response.aclose()
         except (httpx2.HTTPError, TimeoutError) as error:
@@ -92,7 +99,7 @@ def _certificates() -> ssl.SSLContext:
     return ssl.create_default_context()
 
 
-async def read_whole(response: httpx2.Response, most: int) -> bytes:
+async def read_whole(response: httpx2.Response, most: int, pace: Pace) -> bytes:
     """The body. Raises UpstreamFailed for more than ``most`` bytes."""
     parts, size = [], 0
     async for part in response.aiter_raw():
@@ -100,13 +107,18 @@ async def read_whole(response: httpx2.Response, most: int) -> bytes:
         if size > most:
             raise UpstreamFailed(f"The upstream sends more than {most} bytes")
         parts.append(part)
+        await pace.rest(PART_S)
     return b"".join(parts)
 
 
-async def read_events(response: httpx2.Response) -> AsyncIterator[bytes]:
-    """The data of each server-sent event. Raises UpstreamFailed where they are too large."""
-    rest, size = bytearray(), 0
+async def read_events(response: httpx2.Response, pace: Pace) -> AsyncIterator[bytes]:
+    """The data of each server-sent event. Raises UpstreamFailed where they are too large.
+
+    Whoever takes the events is on the pace, too.
+    """
+    rest, size, turn = bytearray(), 0, Turn(pace)
     async for part in response.aiter_raw():
+        turn.begin()
         size += len(part)
         rest += part  # in place: a long line may come byte by byte
         lines: list[bytearray] = []
@@ -114,9 +126,12 @@ async def read_events(response: httpx2.Response) -> AsyncIterator[bytes]:
             *lines, rest = rest.split(b"\n")
         if size > MAX_STREAM_BYTES or len(rest) > MAX_LINE_BYTES:
             raise UpstreamFailed("The upstream sends more than an answer may have")
-        for line in lines:
+        for number, line in enumerate(lines, start=1):
             if line.startswith(b"data:"):
                 yield bytes(line[5:].strip())
+            if not number % LINES and turn.is_over:
+                await turn.end()
+        await turn.end()
 
 
 def transport_error(error: Exception) -> ApiError:

@@ -188,8 +188,9 @@ class UpstreamModels:
 
     async def _whole(self, upstream: UpstreamSource, call: UpstreamCall) -> bytes:
         response = await self._connections.post(upstream, call.route, call.body)
+        pace = self._connections.pace(upstream)
         try:
-            return await read_whole(response, MAX_WHOLE_BYTES)
+            return await read_whole(response, MAX_WHOLE_BYTES, pace)
         except httpx2.HTTPError as error:
             raise transport_error(error) from None
         finally:
@@ -248,7 +249,7 @@ class _Answer:
         if not kind.startswith(EVENT_STREAM):
             raise UpstreamFailed(f"The upstream sends no {EVENT_STREAM}")
         self._accepted.set_result(None)
-        events = read_events(response)
+        events = read_events(response, self._connections.pace(self._upstream))
         async for data in events:
             if data == DONE:
                 break

@@ -26,6 +26,9 @@ class PlacesOfLayer(Schema):
     mlp = Boolean()
     head = Integer(0, _MANY, **about("So many heads; 0: none can be changed."))
     neuron = Integer(0, _MANY, **about("So many neurons; 0: none can be changed."))
+    q = Integer(0, _MANY, **about("So many heads of queries that can be changed."))
+    k = Integer(0, _MANY, **about("So many heads of keys."))
+    v = Integer(0, _MANY, **about("So many heads of values."))
     weights = Boolean(**about("Attention's, for `block` and `temper`."))
     verified = Number(
         0,

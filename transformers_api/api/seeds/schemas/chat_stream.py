@@ -18,7 +18,7 @@ from transformers_api.api.http.fields import (
     Text,
 )
 from transformers_api.api.http.sampling_schema import MAX_TOKENS, about
-from transformers_api.api.intervene.schema import InterveneOptions
+from transformers_api.api.intervene.schema import WritingInterveneOptions
 from transformers_api.api.openai.schemas.chat import MAX_MESSAGES
 from transformers_api.api.trace.schema import StreamTrace
 
@@ -76,7 +76,7 @@ class ChatStreamRequest(Schema):
     )
     trace = Object(StreamTrace, **about("What to show, beyond the one layer."))
     intervene = Object(
-        InterveneOptions, **about("What to change; see [interventions](#interventions).")
+        WritingInterveneOptions, **about("What to change; see [interventions](#interventions).")
     )
 
     @pre_load
