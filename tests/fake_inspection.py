@@ -283,7 +283,7 @@ class FakeInspector:
         )
         return sliced(lambda: table)
 
-    def fit_lens(self, ids: Sequence[int], lens: LensMaps) -> Job[LensFit]:
+    def fit_lens(self, ids: Sequence[int], lens: LensMaps, most: int) -> Job[LensFit]:
         count = len(lens.layers)
         fit = LensFit(layers=lens.layers, lens=(0.25,) * count, plain=(0.5,) * count)
         return sliced(lambda: fit)

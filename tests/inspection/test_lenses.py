@@ -90,10 +90,10 @@ def _streams(model):
 
 def test_the_fit_is_the_distance_from_what_the_model_says(watch):
     watched = watch("llama")
-    none = watched.run(watched.inspector.fit_lens(PROMPT, identity("tuned")))
+    none = watched.run(watched.inspector.fit_lens(PROMPT, identity("tuned"), 99))
     assert none.lens == none.plain
     assert none.lens[-1] == pytest.approx(0, abs=1e-6)
-    off = watched.run(watched.inspector.fit_lens(PROMPT, LensMaps("jacobian", (0, 2), MAPS)))
+    off = watched.run(watched.inspector.fit_lens(PROMPT, LensMaps("jacobian", (0, 2), MAPS), 5))
     assert off.lens[-1] > 0.001 > off.plain[-1]
 
 

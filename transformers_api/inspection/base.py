@@ -295,8 +295,8 @@ class Inspector(Protocol):
         """The logit lens; layer -1 is the embedding. ``via``: what streams are mapped by before."""
         ...
 
-    def fit_lens(self, ids: Sequence[int], lens: LensMaps) -> Job[LensFit]:
-        """The distance of what the lens reads after its layers from what the model says."""
+    def fit_lens(self, ids: Sequence[int], lens: LensMaps, most: int) -> Job[LensFit]:
+        """The distance of what the lens reads from what the model says, at ``most`` positions."""
         ...
 
     def read_direction(self, ids: Sequence[int], direction: Array, topk: int) -> Job[Direction]:

@@ -131,9 +131,9 @@ class ModelInspector:
             model, self.way, list(ids), list(layers), list(positions), topk, target, via
         )
 
-    def fit_lens(self, ids: Sequence[int], lens: LensMaps) -> Job[LensFit]:
+    def fit_lens(self, ids: Sequence[int], lens: LensMaps, most: int) -> Job[LensFit]:
         """See ``base.Inspector``."""
-        return lambda model: fit_lens(model, self.way, list(ids), lens)
+        return lambda model: fit_lens(model, self.way, list(ids), lens, most)
 
     def read_direction(
         self, ids: Sequence[int], direction: Array, topk: int

@@ -47,14 +47,15 @@ def mapped(lens: LensMaps | None, layer: int, rows: Tensor) -> Tensor:
 
 
 def fit_lens(
-    model: Any, way: Way, ids: list[int], lens: LensMaps
+    model: Any, way: Way, ids: list[int], lens: LensMaps, most: int
 ) -> Generator[None, None, LensFit]:
     """See ``base.Inspector``."""
     last = len(way.parts.layers) - 1
-    positions = list(range(len(ids)))
+    step = max(len(ids) // most, 1)
+    positions = list(range(len(ids) - 1, -1, -step))[:most]
     streams = yield from residuals_at(model, way, ids, [*lens.layers, last], positions)
     sums = torch.zeros(2, len(lens.layers))
-    for first in range(0, len(ids), HEAD_ROWS):
+    for first in range(0, len(positions), HEAD_ROWS):
         some = slice(first, first + HEAD_ROWS)
         own = _logprobs(model, way, streams[-1, some])
         for place, layer in enumerate(lens.layers):
@@ -62,7 +63,7 @@ def fit_lens(
                 other = _logprobs(model, way, mapped(via, layer, streams[place, some]))
                 sums[row, place] += float((own.exp() * (own - other)).sum())
             yield
-    through, plain = (sums / len(ids)).tolist()
+    through, plain = (sums / len(positions)).tolist()
     return LensFit(layers=lens.layers, lens=tuple(through), plain=tuple(plain))
 
 

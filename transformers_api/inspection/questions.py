@@ -119,10 +119,11 @@ class LensFit:
 
     ids: Sequence[int]
     lens: lens_maps.LensMaps
+    most: int
 
     def job(self, inspector: Inspector) -> Job[lens_maps.LensFit]:
         """See Question."""
-        return inspector.fit_lens(self.ids, self.lens)
+        return inspector.fit_lens(self.ids, self.lens, self.most)
 
 
 @dataclass(frozen=True, slots=True)

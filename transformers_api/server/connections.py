@@ -23,6 +23,7 @@ from gunicorn.workers.gthread import TConn, ThreadWorker  # type: ignore[import-
 
 from transformers_api.errors import ApiError, RequestTimeout
 from transformers_api.server import refusals, sockets
+from transformers_api.server.gathered_body import read_at_once
 from transformers_api.server.http_parser import RequestBuffer, RequestHead
 from transformers_api.server.large_body import FIRST_BYTES, LEAST_RATE, LargeBody
 
@@ -233,6 +234,7 @@ class GatheringWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no ty
                     length = int(value)
             return start_response(status, headers, *error)
 
+        read_at_once(environ)
         body: Iterable[bytes] = self._application(environ, start)
         sock = environ["gunicorn.socket"]
         if length <= FIRST_BYTES or environ["REQUEST_METHOD"] == "HEAD" or self.cfg.is_ssl:

@@ -29,6 +29,7 @@ from transformers_api.serving.swap.loaded_model import LoadedModel
 
 blueprint = Blueprint("lenses", __name__, dialect=NIELS, description="Lenses by name")
 
+FIT_POSITIONS = 24  # of all texts: each layer is read twice through the head
 MOST_KL = 0.05  # nats, in which a lens still fits, however well the head alone does
 MISFIT = "after layer {} it reads worse than the head alone: {:.3g} nats from the model, not {:.3g}"
 _FILE = {"type": "string", "format": "binary"}
@@ -92,13 +93,15 @@ def upload(data: bytes) -> bytes:
 def _fit(context: RequestContext, model: LoadedModel, lens: LensMaps) -> LensFit:
     """The fit over the calibration texts, by their tokens."""
     inspections = services().inspections
-    texts = services().calibration.get(context.client).ids(model)
+    texts = services().calibration.get(context.client).ids(model)[:FIT_POSITIONS]
     if not texts:
         raise InvalidRequest("the calibration texts have no tokens of this model")
+    most = FIT_POSITIONS // len(texts)
     fits = [
-        inspections.ask(model, questions.LensFit(ids, lens), context.cancellation) for ids in texts
+        inspections.ask(model, questions.LensFit(ids, lens, most), context.cancellation)
+        for ids in texts
     ]
-    tokens = [len(ids) for ids in texts]
+    tokens = [min(len(ids), most) for ids in texts]
     return LensFit(
         layers=lens.layers,
         lens=_mean([fit.lens for fit in fits], tokens),
