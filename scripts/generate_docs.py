@@ -34,7 +34,9 @@ from transformers_api.api.inspect.schemas.inspect import (
 )
 from transformers_api.api.inspect.schemas.logit_parts import LogitPartsRequest
 from transformers_api.api.inspect.schemas.runs import RunRequest
+from transformers_api.api.inspect.schemas.stability import StabilityRequest
 from transformers_api.api.inspect.schemas.vectors import DerivationRequest, VectorBody
+from transformers_api.api.intervene.branch import BranchOptions
 from transformers_api.api.intervene.schema import EditOptions
 from transformers_api.api.llamacpp.schema import ApplyTemplateRequest, InfillRequest
 from transformers_api.api.ollama.schema import OllamaOptions
@@ -97,7 +99,12 @@ def fields(schema: type[Schema], *without: type[Schema]) -> Callable[[], str]:
         shared = {name for other in without for name in other().fields}
         known = {name: f for name, f in schema().fields.items() if name not in shared}
         rows = [
-            (f"`{name}`", _values(_property(field)), _default(field), _about(field))
+            (
+                f"`{field.data_key or name}`",
+                _values(_property(field)),
+                _default(field),
+                _about(field),
+            )
             for name, field in known.items()
             if not isinstance(field, Unsupported)
         ]
@@ -175,6 +182,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "activation fields": fields(ActivationOptions),
     "parts fields": fields(PartsOptions),
     "edit fields": fields(EditOptions),
+    "branch fields": fields(BranchOptions),
     "rerank fields": fields(RerankRequest),
     "score fields": fields(ScoreRequest),
     "infill fields": fields(InfillRequest, Sampling, Structured),
@@ -199,6 +207,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "patch fields": fields(PatchRequest),
     "ablate fields": fields(AblateRequest, Inspected),
     "run fields": fields(RunRequest),
+    "stability fields": fields(StabilityRequest, Inspected),
     "vector fields": fields(VectorBody),
     "derivation fields": fields(DerivationRequest),
 }

@@ -26,6 +26,7 @@ from transformers_api.inspection.base import (
     StepTrace,
     TracePlan,
 )
+from transformers_api.inspection.divergence_question import Divergence, DivergenceQuestion
 from transformers_api.inspection.editable import INPUTS, PARTS, Editable, Part, Places
 from transformers_api.inspection.grid_question import Grid, GridQuestion
 from transformers_api.inspection.lens_maps import DirectionReading, LensFit, LensMaps, LensTable
@@ -344,6 +345,17 @@ class FakeInspector:
         donor = None if question.donor is None else 2.0
         grid = Grid(values=values, plain=1.0, donor=donor, answer=97, against=None)
         return sliced(lambda: grid)
+
+    def diverge(self, ids: Sequence[int], question: DivergenceQuestion) -> Job[Divergence]:
+        self.asked.append(("diverge", list(ids)))
+        count = len(question.answer)
+        divergence = Divergence(
+            kl=numpy.full(count, 0.25, numpy.float32),
+            logprob_without=numpy.full(count, -0.5, numpy.float32),
+            top_ids=numpy.full((count, question.topk), 97, numpy.int64),
+            top_logprobs=numpy.full((count, question.topk), -0.5, numpy.float32),
+        )
+        return sliced(lambda: divergence)
 
     def check_gradients(self) -> Job[bool]:
         return sliced(lambda: self.gradients, slices=0)

@@ -8,10 +8,14 @@ from dataclasses import replace
 
 import numpy
 import pytest
+from marshmallow import ValidationError
 
 from tests import tokenizers
 from tests.api.tiny_app import running
+from tests.fakes import fake_model
 from transformers_api.api.http.services import EXTENSION
+from transformers_api.api.openai.schemas.embeddings import EmbeddingRequest
+from transformers_api.api.openai.schemas.rerank import RerankRequest
 from transformers_api.errors import InvalidRequest
 from transformers_api.serving.inspect.edit_request import (
     EditRequest,
@@ -205,12 +209,54 @@ def test_the_same_vector_in_base64_is_the_same_edit(client):
     assert text(listed) == text(completion(client, {**both, "vector": coded}))
 
 
-def test_a_patch_from_the_same_prompt_changes_nothing(client):
-    own = {"do": "ablate", "layer": 0, "with": {"prompt": PROMPT}, "at": "prompt"}
-    plain, patched = completion(client, logprobs=2), completion(client, own, logprobs=2)
-    scores = [each["choices"][0]["logprobs"]["token_logprobs"] for each in (plain, patched)]
-    numpy.testing.assert_allclose(*scores, atol=1e-4)
-    assert patched["usage"]["intervene"]["tokens"] == len(PROMPT)
+@pytest.mark.parametrize(
+    "place",
+    [
+        {"layers": [-1, 0, 1]},
+        {"part": "attn", "layers": "all"},
+        {"part": "mlp", "layer": 1},
+        {"part": "head", "layer": 0, "heads": [1, 2]},
+        {"part": "neuron", "layer": 1, "neurons": [3, 60]},
+        {"part": "q", "layers": "all"},
+        {"part": "k", "layer": 0, "heads": [3]},
+        {"part": "v", "layer": 1},
+    ],
+)
+def test_a_patch_from_the_same_prompt_changes_no_bit(client, place):
+    plain = completion(client, logprobs=2)["choices"][0]["logprobs"]
+    own = {"do": "patch", **place, "at": "prompt", "from": {"prompt": PROMPT}}
+    others = {"do": "ablate", **place, "at": "prompt", "with": {"prompt": PROMPT}}
+    for edit in (own, others):
+        patched = completion(client, edit, logprobs=2)
+        assert patched["choices"][0]["logprobs"] == plain
+        assert patched["usage"]["intervene"]["tokens"] > 0
+
+
+def test_all_of_the_last_layer_from_another_prompt_is_that_prompts_answer(client):
+    other = "The capital of Poland is"
+    assert len(other) == len(PROMPT)
+    edit = {"do": "patch", "layer": LAYERS - 1, "at": "last", "from": {"prompt": other}}
+    patched = completion(client, edit, logprobs=3, max_tokens=1)["choices"][0]
+    right = completion(client, logprobs=3, max_tokens=1, prompt=other)["choices"][0]
+    assert patched["logprobs"] == right["logprobs"]
+
+
+def test_numbers_are_put_from_one_position_to_another_in_pairs(client):
+    def patch(at, origin):
+        edit = {"do": "patch", "layer": 0, "at": at, "from": {"prompt": PROMPT, "at": origin}}
+        answer = completion(client, edit, logprobs=2)["choices"][0]
+        return answer["logprobs"], answer["intervene"]["edits"][0]
+
+    swapped, told = patch([5, 2], [2, 5])
+    assert told["at"] == [5, 2]
+    assert told["from"] == {"at": [2, 5]}
+    assert told["elided"] is False
+    assert patch([2, 5], [5, 2])[0] == swapped
+    assert patch([2, 5], [2, 5])[0] == completion(client, logprobs=2)["choices"][0]["logprobs"]
+    assert patch([2, 5], [2, 2])[0] not in (swapped, patch([2, 5], [5, 5])[0])
+    France = {"text": "France"}
+    assert patch(France, France)[0] == patch("prompt", None)[0]
+    assert patch([-1], [15])[0] == patch("last", [15])[0]
 
 
 def test_a_conversation_is_edited_where_its_messages_are(client):
@@ -358,6 +404,18 @@ def test_what_is_wrong_is_said_before_the_first_byte(client, param):
         ({"do": "block", "layer": 0, "keys": [0], "part": "mlp"}, "part' is not for block"),
         ({"do": "block", "layer": 0, "keys": [0], "temperature": 2}, "is not for block"),
         ({**ADD, "keys": [0]}, "keys' is not for add"),
+        ({"do": "patch", "layer": 0}, "from' is required for patch"),
+        ({**ADD, "from": {"prompt": "x"}}, "from' is not for add"),
+        ({"do": "patch", "layer": 0, "from": {"run": 1}}, "from' must be"),
+        (
+            {"do": "patch", "layer": 0, "at": [1, 2], "from": {"prompt": "xyz", "at": [1]}},
+            "from.at has 1 positions for 2 of at",
+        ),
+        (
+            {"do": "patch", "layer": 0, "at": [1], "from": {"prompt": "xyz", "at": [3]}},
+            "from.at must be in [-3, 2]",
+        ),
+        ({"do": "patch", "layer": 0, "from": {"prompt": "xyz"}}, "3 positions for 24 of at"),
         ({**ADD, "part": "q"}, "has 32 numbers, a head 8"),
         ({**ADD, "part": "k", "vector": [1] * 8, "heads": [4]}, "heads must be in [0, 3]"),
         ({**ADD, "part": "v", "vector": [1] * 8, "layers": [-1]}, "layers must be in [0, 1]"),
@@ -539,3 +597,125 @@ def test_the_model_says_what_can_be_changed(client):
     assert told["neighbours"] == "bit-equal"
     assert len(told["resid_norm"]) == LAYERS
     assert all(norm > 0 for norm in told["resid_norm"])
+
+
+def test_an_answer_can_be_left_at_any_of_its_tokens(client):
+    """And the way that it took is the way that it takes again."""
+    ids = {"return_token_ids": True}
+    first = completion(client, **ids)
+    written = first["choices"][0]["token_ids"]
+    for step in (0, 3, 5):
+        branch = {"completion_id": first["id"], "step": step, "token_id": written[step]}
+        again = completion(client, branch=branch, max_tokens=6 - step, **ids)
+        assert again["choices"][0]["token_ids"] == written[step:]
+        other = (written[step] + 1) % 97
+        branch["token_id"] = other
+        left = completion(client, branch=branch, **ids)
+        assert left["choices"][0]["token_ids"][0] == other
+        assert left["usage"]["prompt_tokens"] == len(PROMPT) + step
+        cached = left["usage"]["prompt_tokens_details"]["cached_tokens"]
+        assert cached == len(PROMPT) + step - 1
+        ids_of_it = [*PROMPT.encode(), *written[:step]]
+        forced = {"do": "force", "step": 0, "token_ids": [other]}
+        assert (
+            left["choices"][0]["token_ids"]
+            == (completion(client, forced, prompt=ids_of_it, **ids)["choices"][0]["token_ids"])
+        )
+    # A branch of a branch, edited from there on.
+    branch = {"completion_id": left["id"], "step": 1, "token_id": 7}
+    edit = {**ADD, "at": "generated"}
+    twice = completion(client, edit, branch=branch, **ids)
+    assert twice["choices"][0]["token_ids"][0] == 7
+    assert twice["usage"]["prompt_tokens"] == len(PROMPT) + 6
+    assert twice["choices"][0]["intervene"]["edits"][0]["at"] == [[len(PROMPT) + 6, None]]
+
+
+def test_conversations_can_be_left_too(client):
+    first = chat(client, return_token_ids=True)
+    (choice,) = first["choices"]
+    branch = {"completion_id": first["id"], "step": 2, "token_id": choice["token_ids"][2]}
+    again = chat(client, branch=branch, max_tokens=4, return_token_ids=True)
+    assert again["choices"][0]["token_ids"] == choice["token_ids"][2:]
+    *_, last = chat(client, branch=branch, stream=True, stream_options={"include_usage": True})
+    assert last["usage"]["prompt_tokens"] == first["usage"]["prompt_tokens"] + 2
+    body = {"messages": MESSAGES, "trace_layer": 0, "max_new_tokens": 4, "temperature": 0}
+    own = events(client.post("/chat/stream", json={**body, "branch": branch}))
+    assert own[0]["token_id"] == choice["token_ids"][2]
+    assert own[-1]["usage"]["prompt_tokens"] == first["usage"]["prompt_tokens"] + 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "words"),
+    [
+        ({"step": 7}, 400, "branch.step must be in [0, 6]"),
+        ({"token_id": 1 << 20}, 400, "branch.token_id must be below"),
+        ({"choice": 1}, 400, "choice must be in [0, 0]"),
+        ({"completion_id": "cmpl-0"}, 404, "Completion 'cmpl-0' is not known"),
+        ({"steps": 1}, 400, "'branch.steps' is unknown; did you mean 'step'?"),
+    ],
+)
+def test_branches_that_are_not_there_are_refused(client, fields, status, words):
+    made = completion(client)
+    branch = {"completion_id": made["id"], "step": 1, "token_id": 5} | fields
+    error = completion(client, branch=branch, status=status)["error"]
+    assert words in error["message"]
+
+
+def test_branches_are_of_ones_own_answers_and_go_with_no_form(app, client):
+    made = completion(client)
+    completions = app.extensions[EXTENSION].completions
+    owner = completions.find(made["id"]).owner
+    completions.remember("cmpl-other", fake_model(), [[1]], [[2]], owner)
+    other = {"completion_id": "cmpl-other", "step": 0, "token_id": 5}
+    message = completion(client, branch=other, status=400)["error"]["message"]
+    assert message == "branch.completion_id is of model 'fake'"
+    branch = {"completion_id": made["id"], "step": 1, "token_id": 5}
+    body = {"prompt": PROMPT, "max_tokens": 2, "branch": branch}
+    stranger = {"REMOTE_ADDR": "10.0.0.9"}
+    response = client.post("/v1/completions", json=body, environ_overrides=stranger)
+    assert response.status_code == 404
+    assert response.get_json()["error"]["param"] == "branch.completion_id"
+    for own in (
+        {"response_format": {"type": "json_object"}},
+        {"echo": True},
+        {"prompt_logprobs": 1},
+        {"prompt": [PROMPT, PROMPT]},
+    ):
+        error = client.post("/v1/completions", json={**body, **own}).get_json()["error"]
+        assert "branch" in error["message"], own
+
+
+ELSEWHERE = {
+    "/v1/messages": {"max_tokens": 2, "messages": MESSAGES},
+    "/api/chat": {"model": "tiny", "messages": MESSAGES},
+    "/api/generate": {"model": "tiny", "prompt": PROMPT},
+    "/generate": {"prompt": PROMPT},
+    "/infill": {"input_prefix": "a", "input_suffix": "b"},
+    "/api/embed": {"model": "tiny", "input": "a"},
+}
+
+
+@pytest.mark.parametrize("route", ELSEWHERE)
+def test_other_routes_refuse_by_name_what_they_would_not_do(client, route):
+    for name, value in (
+        ("intervene", {"edits": [ADD]}),
+        ("trace", {"topk": 1}),
+        ("branch", {"completion_id": "x", "step": 0, "token_id": 1}),
+    ):
+        response = client.post(route, json={**ELSEWHERE[route], name: value})
+        assert response.status_code in (400, 422), response.get_data(as_text=True)
+        assert f"'{name}' is not supported" in response.get_data(as_text=True)
+
+
+@pytest.mark.parametrize(
+    ("schema", "body"),
+    [
+        (EmbeddingRequest, {"model": "tiny", "input": "a"}),
+        (RerankRequest, {"model": "tiny", "query": "a", "documents": ["b"]}),
+    ],
+)
+def test_vectors_and_scores_are_of_models_as_they_are(schema, body):
+    schema().load(body)
+    for name in ("intervene", "trace", "branch"):
+        with pytest.raises(ValidationError, match="not supported"):
+            schema().load({**body, name: {"edits": [ADD]}})

@@ -168,10 +168,11 @@ def test_what_outgrows_the_window_is_refused_with_what_fits():
 
 
 REFUSED = {
-    "free": ({"compare": "free"}, "'intervene.compare' must be one of 'forced'"),
+    "other words": ({"compare": "loose"}, "'intervene.compare' must be one of 'forced', 'free'"),
     "prompt scores": ({"prompt_logprobs": 1}, "intervene.compare cannot go with scores of the pro"),
     "echoed scores": ({"echo": True, "logprobs": 1}, "intervene.compare cannot go with scores of"),
     "best of": ({"best_of": 2}, "intervene.compare cannot go with best_of above n"),
+    "best twins": ({"best_of": 2, "compare": "free"}, "intervene.compare cannot go with best_of"),
 }
 
 
@@ -192,3 +193,61 @@ def test_other_routes_refuse_it_by_name(client):
     assert response.status_code == 422
     assert "intervene.compare" in response.get_data(as_text=True)
     assert inspected(client, "tokens", ADD)["tokens"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("route", BODIES)
+def test_an_unedited_twin_writes_beside_each_answer(client, route, form):
+    """As it is edited alone, and as it is without edits; of the same seed, not of the same words."""
+    if form != "text" and route == "/v1/completions":
+        return
+    given = {"temperature": 1, "seed": 7, "return_token_ids": True, **FORMS[form]}
+    force = {"do": "force", "step": 1, "token_ids": [65]}
+    edits = (ADD, force)
+    both = answered(client, route, *edits, n=2, compare="free", **given)
+    alone = answered(client, route, *edits, n=2, compare=None, **given)
+    plain = client.post(
+        route, json={"max_tokens": 6, "ignore_eos": True, **BODIES[route], "n": 2, **given}
+    ).get_json()
+    ids = [choice["token_ids"] for choice in both["choices"]]
+    assert [choice["index"] for choice in both["choices"]] == [0, 1, 2, 3]
+    assert ids[:2] == [choice["token_ids"] for choice in alone["choices"]]
+    assert ids[2:] == [choice["token_ids"] for choice in plain["choices"]]
+    assert [each[1] for each in ids[:2]] == [65, 65]
+    assert both["choices"][3]["intervene"] == {"edits": [], "twin_of": 1}
+    assert both["choices"][1]["intervene"]["edits"][0]["do"] == "add"
+    usage = both["usage"]
+    assert (usage["intervene"]["rows"], usage["intervene"]["twins"]) == (2, 2)
+    assert usage["completion_tokens"] == sum(map(len, ids))
+    assert "twins" not in alone["usage"]["intervene"]
+
+
+@pytest.mark.parametrize("route", BODIES)
+def test_twins_of_several_prompts_say_in_a_stream_and_in_traces_what_they_are(client, route):
+    several = {"prompt": [PROMPT, PROMPT[:9]]} if route == "/v1/completions" else {}
+    edit = {"do": "scale", "part": "mlp", "layers": "all", "by": -3}
+    fields = {"trace": {"topk": 1}, "stream": True, "compare": "free"} | several
+    chunks = answered(client, route, edit, **fields)
+    steps: dict[int, list[bool]] = {}
+    twins: dict[int, int] = {}
+    for chunk in chunks:
+        for choice in chunk["choices"]:
+            trace = chunk.get("trace", {})
+            if "token_id" in trace:
+                steps.setdefault(choice["index"], []).append(trace.get("twin", False))
+            if "twin_of" in chunk.get("intervene", {}):
+                twins[choice["index"]] = chunk["intervene"]["twin_of"]
+    count = 2 * len(several.get("prompt", [PROMPT]))
+    assert sorted(steps) == list(range(count))
+    for index, are_twins in steps.items():
+        assert len(are_twins) == 6
+        assert set(are_twins) == {index % 2 == 1}
+    assert twins == {index: index - 1 for index in range(1, count, 2)}
+
+
+def test_a_twin_is_not_kept_as_a_run(client):
+    body = {"prompt": PROMPT, "max_tokens": 2}
+    intervene = {"edits": [ADD], "compare": "free", "store": True}
+    response = client.post("/v1/completions", json={**body, "intervene": intervene})
+    assert response.status_code == 400
+    assert response.get_json()["error"]["param"] == "intervene.compare"

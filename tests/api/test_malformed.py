@@ -46,6 +46,7 @@ BODIES = SEEDS | {
     "/inspect/rollout": {"prompt": "Hi", "format": "json"},
     "/inspect/patch": {"clean": "Hi", "corrupt": "Ho", "layers": [0], "positions": [0]},
     "/inspect/ablate": {"prompt": "Hi", "part": "attn", "layers": [0]},
+    "/inspect/stability": {"prompt": "Hi", "layer": 0, "samples": 2},
     "/inspect/runs": {"prompt": "Hi", "max_tokens": 3, "seed": 1, "trace": {"topk": 2}},
     "/inspect/logit_parts": {"prompt": "Hi", "by": "head", "against": "mean", "topk": 3},
 }

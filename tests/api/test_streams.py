@@ -164,7 +164,7 @@ def test_a_stream_is_remembered_at_its_end_with_the_token_that_ended_it(serve):
     response.close()
     prompt = tuple(served.engine.submitted[0][0].prompt_ids)
     (end,) = served.engine.eos_token_ids
-    remembered = Completion("fake", prompt, (*b"Hello", end))
+    remembered = Completion("fake", prompt, (*b"Hello", end), "127.0.0.1")
     assert served.services.completions.find(completion_id) == remembered
 
 

@@ -169,6 +169,7 @@ def attended_of(name, ids):
 
     model = copy.deepcopy(tiny(name)).float()
     config = model.config.get_text_config(decoder=True)
+    config._attn_implementation = "sdpa"
     function = ALL_ATTENTION_FUNCTIONS[config._attn_implementation]
     seen = {}
 
@@ -183,3 +184,21 @@ def attended_of(name, ids):
     finally:
         ALL_ATTENTION_FUNCTIONS[config._attn_implementation] = function
     return seen
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_what_is_noted_leaves_every_kind_of_edit_as_it_is(watch, native):
+    """Values that attention reads are changed, and what it writes, with notes beside them."""
+    options = {} if native else {"native": None}
+    full = TracePlan(records=((1, "resid"), (1, "attn")))
+    changes = plan(
+        edit(do="scale", part="v", layer=1, units=(0,), by=0.5, positions=((0, None),)),
+        edit(do="scale", part="attn", layer=1, by=2.0, positions=((1, None),)),
+        identity="several",
+    )
+    prompt = prompts_of(4)[3]
+    (own,) = run(watch(copy.deepcopy(tiny("llama")), **options).engine, [prompt], [full], changes)
+    (right,) = run(watch(copy.deepcopy(tiny("llama")), **options).engine, [prompt], [None], changes)
+    assert scored(own) == scored(right)
+    (plain,) = run(watch(copy.deepcopy(tiny("llama")), **options).engine, [prompt], [None])
+    assert scored(plain) != scored(right)

@@ -179,6 +179,17 @@ def test_a_gradient_passes_through(library, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_gradient_of_few_outputs_is_that_of_all_with_zeros(library, kind):
+    weight = packed(library, random(90, 70), kind)
+    back = torch.zeros(2, 90)
+    back[0, [3, 89]] = torch.tensor([1.0, -0.5])
+    x = random(2, 70, seed=1).requires_grad_()
+    multiply(weight, x).backward(back)
+    assert error(x.grad, back.double() @ weight.dense().double()) < 1e-6
+    assert not x.grad[1].any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_joined_layers_give_what_each_would_alone(library, kind):
     weights, x = [random(n, 70, seed=n) for n in (33, 5, 64)], random(3, 70)
     joined = JoinedWeights(PackedWeight(library, weights, kind, WeightMemory()), [33, 5, 64])

@@ -60,6 +60,8 @@ def planned(*edits, editable=None, anatomy=None, store=None, **fields):
         numbers=lambda _text, places: [numpy.ones((3, 8), numpy.float32) for _ in places],
         vector=lambda name: (store or VectorStore()).get("me", name),
         sae=lambda name, _param: SAES[name],
+        prompt=prompt,
+        run=lambda run_id: pytest.fail(run_id),
     )
     (made,) = plan_edits(
         fake_model(inspector=inspector),
@@ -249,7 +251,7 @@ def test_numbers_of_another_prompt_are_aligned_at_the_ends():
     assert spans == [((16, 17),), ((18, 19),)]
     assert all(edit.is_aligned and edit.do == "set" for edit in made.plan.edits)
     message = refused(replace(patch, at=(0,)))
-    assert "a prompt of 3 tokens has no numbers for all positions [0, 1) of one of 19" in message
+    assert "a text of 3 tokens has no numbers for all positions [0, 1) of one of 19" in message
 
 
 def test_a_feature_is_edited_where_its_autoencoder_is():

@@ -16,8 +16,10 @@ from transformers_api.api.inspect.grids import blueprint as grids
 from transformers_api.api.inspect.jobs import blueprint as jobs
 from transformers_api.api.inspect.lenses import blueprint as lenses
 from transformers_api.api.inspect.logit_parts import blueprint as logit_parts
+from transformers_api.api.inspect.model import blueprint as inspected_model
 from transformers_api.api.inspect.runs import blueprint as runs
 from transformers_api.api.inspect.saes import blueprint as saes
+from transformers_api.api.inspect.stability import blueprint as stability
 from transformers_api.api.inspect.vectors import blueprint as vectors
 from transformers_api.api.inspect.views import blueprint as inspect
 from transformers_api.api.llamacpp.views import blueprint as llamacpp
@@ -49,8 +51,9 @@ def register(app: Flask, services: Services) -> None:
     errors.install(app)
     api = docs.install(app, needs_key=services.access.keys is not None)
     openai_routes = (openai, responses, messages, embeddings, rerank, models, tokens)
-    looking = (inspect, logit_parts, grids, jobs, vectors, runs, lenses, saes, calibration)
-    others = (chat_stream, *looking, health, monitoring)
+    inspection = (inspected_model, inspect, logit_parts, grids, jobs, vectors, runs, stability)
+    stored = (lenses, saes, calibration)
+    others = (chat_stream, *inspection, *stored, health, monitoring)
     for blueprint in (*openai_routes, ollama, llamacpp, generate, *others):
         api.register_blueprint(blueprint)
     app.register_blueprint(page)

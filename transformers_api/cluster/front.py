@@ -19,12 +19,13 @@ from transformers_api.cluster.transport import RayTransport, Transport, ask
 from transformers_api.config.environment import set_for_transformers
 from transformers_api.errors import ApiError, ServerShuttingDown
 from transformers_api.inspection.editable import Editable
+from transformers_api.inspection.logit_share import LogitPartsQuestion
 from transformers_api.inspection.questions import Gradients, Inspected, Places, Question
 from transformers_api.local_engine import EngineSide, Parts
 from transformers_api.server.readiness import LAST_WORDS_S
 from transformers_api.serving.embeddings import EmbeddingModels
 from transformers_api.serving.inspect.calibration import Calibration
-from transformers_api.serving.inspect.queue import OWN, Inspections
+from transformers_api.serving.inspect.queue import OWN, Inspections, parts_of_beginning
 from transformers_api.serving.inspect.stream_norms import stream_norms
 from transformers_api.serving.inspect.suggested_layer import suggested_layer
 from transformers_api.serving.limits.cancellation import Cancellation
@@ -99,6 +100,18 @@ class ClusterInspections(Inspections):
         if not calibration.is_own:
             return find()
         return cast("tuple[float, ...]", self._once(model, "norms", find))
+
+    def check_parts(
+        self,
+        model: LoadedModel,
+        inspector: Inspected,
+        question: LogitPartsQuestion,
+        ids: Sequence[int],
+        cancellation: Cancellation,
+    ) -> None:
+        """See Inspections."""
+        own = parts_of_beginning(question, ids)
+        self._once(model, f"parts by {question.by}", lambda: self.ask(model, own, cancellation))
 
     def _once(self, model: LoadedModel, name: str, find: Callable[[], Any]) -> Any:
         key = model.fingerprint, name

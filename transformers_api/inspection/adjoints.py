@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -70,3 +71,21 @@ def pulled(module: nn.Module, x: Tensor, direction: Tensor) -> tuple[Tensor, flo
         (gradient,) = torch.autograd.grad(value, leaf)
     zero = module(torch.zeros_like(x)[None, None])[0, 0].double()
     return gradient[0, 0].double(), float(zero @ direction)
+
+
+class MeanDirections:
+    """The direction before a head that leads to the mean of all logits, and what biases add to it.
+
+    It takes a product with the whole head, and is the same for every token.
+    """
+
+    def __init__(self) -> None:
+        self._by_head: WeakKeyDictionary[nn.Module, tuple[Tensor, float]] = WeakKeyDictionary()
+
+    def of(self, head: nn.Module, x: Tensor, size: int, vocab_size: int) -> tuple[Tensor, float]:
+        """(C,) float64, and the constant; ``x`` (C,) is any input, ``size`` that of the output."""
+        if head not in self._by_head:
+            shares = torch.zeros(size, dtype=torch.float64, device=x.device)
+            shares[:vocab_size] = 1 / vocab_size
+            self._by_head[head] = pulled(head, x, shares)
+        return self._by_head[head]

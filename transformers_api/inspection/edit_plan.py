@@ -14,7 +14,7 @@ from transformers_api.inspection.base import Array
 from transformers_api.inspection.editable import Part
 from transformers_api.inspection.sae import FeatureEdit
 
-Do = Literal["add", "erase", "scale", "set", "block", "temper", "feature"]
+Do = Literal["add", "erase", "scale", "set", "copy", "block", "temper", "feature"]
 Range = tuple[int, int | None]  # positions [start, stop); None: without an end
 
 
@@ -41,6 +41,7 @@ class Edit:
     are orthonormal. ``scale``: ``by`` times z. ``set``: ``vector``, or where ``is_aligned`` its
     first row at the first position, and so on. ``feature``: see FeatureEdit. z is a row of the
     part, of heads or of neurons.
+    ``copy``: z as it was; whole rows are added to ``copies``.
 
     Of the attention weights of heads: ``block``: these queries read nothing from ``keys``.
     ``temper``: their scores are divided by ``by``, the temperature.
@@ -57,6 +58,7 @@ class Edit:
     keeps_norm: bool = False  # each row is as long as it was
     keys: tuple[Range, ...] = ()
     feature: FeatureEdit | None = None
+    copies: list[Array] | None = None  # (n, width) each
 
     @property
     def first(self) -> int:

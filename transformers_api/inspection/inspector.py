@@ -42,9 +42,9 @@ from transformers_api.inspection.reading import Way
 from transformers_api.inspection.residuals import (
     read_hidden_states,
     read_lens,
-    read_parts,
     read_prompt,
 )
+from transformers_api.inspection.served_parts import served_parts
 
 
 class ModelInspector:
@@ -158,7 +158,8 @@ class ModelInspector:
         self, ids: Sequence[int], places: Sequence[tuple[int, Part]]
     ) -> Job[list[Array]]:
         """See ``base.Inspector``."""
-        return lambda model: read_parts(model, self.way, list(ids), list(places))
+        engine, parts = self._check.engine, self.way.parts
+        return lambda model: served_parts(engine, model, parts, list(ids), list(places))
 
     def logit_parts(self, ids: Sequence[int], question: LogitPartsQuestion) -> Job[LogitParts]:
         """See ``base.Inspector``. Raises ModelNotCapable."""

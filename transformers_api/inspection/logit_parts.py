@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers_api.engine.places import LayerPlaces, Writer
 from transformers_api.engine.watched_pass import first_of, stream_of
 from transformers_api.errors import AttentionUnavailable, ModelNotCapable
-from transformers_api.inspection.adjoints import NOT_AFFINE, frozen, pulled
+from transformers_api.inspection.adjoints import NOT_AFFINE, MeanDirections, frozen, pulled
 from transformers_api.inspection.attention import Attended, AttentionSource, Weights
 from transformers_api.inspection.base import Anatomy, AttentionMode
 from transformers_api.inspection.logit_share import LogitParts, LogitPartsQuestion, LogitShare
@@ -97,7 +97,7 @@ def split(
     logits = yield from _last_logits(
         model, way, tokens_read, lambda _first, _last: rows.watched(model, names)
     )
-    reading = _end(model, way, rows, logits, question)
+    reading = _end(model, way, rows, logits, question, MeanDirections())
     yield
     shares, bias, readers = yield from _shares(model, way.parts, anatomy, rows, reading, question)
     _check_split(shares, question)
@@ -149,11 +149,13 @@ def split_token(
     rows: TokenRows,
     logits: Tensor,
     question: LogitPartsQuestion,
+    means: MeanDirections,
 ) -> LogitParts:
     """The parts of a logit by layer or head, of ``rows`` that a pass on one token made.
 
     ``rows`` have what each writer made, the heads' outputs, and the stream before the first layer
-    and after the last. ``logits`` (V,) are those of the pass. Raises ModelNotCapable.
+    and after the last. ``logits`` (V,) are those of the pass, ``means`` of its head. Raises
+    ModelNotCapable.
     """
     parts = way.parts
     for place in parts.places.of(model):
@@ -166,7 +168,7 @@ def split_token(
     names = [name for name in (parts.final_norm, parts.head) if name]
     with rows.watched(model, names):
         read_logits = lens_logits(model, parts, rows.outputs[parts.layers[-1]][None])[0]
-    reading = _end(model, way, rows, read_logits, question)
+    reading = _end(model, way, rows, read_logits, question, means)
     own = float(logits[reading.token_id])
     if question.against == "mean":
         own -= float(logits.double().mean())
@@ -227,7 +229,12 @@ def _last_logits(
 
 
 def _end(
-    model: Any, way: Way, rows: TokenRows, logits: Tensor, question: LogitPartsQuestion
+    model: Any,
+    way: Way,
+    rows: TokenRows,
+    logits: Tensor,
+    question: LogitPartsQuestion,
+    means: MeanDirections,
 ) -> _Reading:
     """The logit as a direction of the residual stream after the last layer."""
     parts = way.parts
@@ -237,12 +244,14 @@ def _end(
     token_id = int(cut.argmax()) if question.token_id is None else question.token_id
     selector = torch.zeros(len(after_head), dtype=torch.float64, device=after_head.device)
     selector[token_id] = 1
+    factor, is_capped = _after_head(after_head, logits)
+    if isinstance(question.against, int):
+        selector[question.against] -= 1
+    direction, constant = pulled(head, before_head, factor * selector)
     if question.against == "mean":
         selector[: way.vocab_size] -= 1 / way.vocab_size
-    elif question.against is not None:
-        selector[question.against] -= 1
-    factor, is_capped = _after_head(after_head, logits)
-    direction, constant = pulled(head, before_head, factor * selector)
+        mean, added = means.of(head, before_head, len(after_head), way.vocab_size)
+        direction, constant = direction - factor * mean, constant - factor * added
     normed = rows.outputs[parts.layers[-1]]
     if parts.final_norm:
         norm = frozen(model.get_submodule(parts.final_norm), rows.inputs[parts.final_norm])

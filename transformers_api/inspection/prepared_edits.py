@@ -74,6 +74,10 @@ class PreparedEdit:
 
         False where the result is no number or too large; the rows are as they were then.
         """
+        if self.edit.do == "copy":
+            assert self.edit.copies is not None
+            self.edit.copies.append(rows.flatten(1).float().cpu().numpy().copy())
+            return True
         # A step of a small model takes milliseconds, and a call of torch in it 50 microseconds.
         part = self._part(rows)
         if self.edit.do == "add" and not self.edit.keeps_norm:
@@ -143,7 +147,7 @@ def prepared(
         if edit.vector is not None:
             vector = torch.from_numpy(edit.vector).to(model.device)
         if vector is not None and edit.do != "erase":
-            vector = vector / module.factor
+            vector = (vector / module.factor).float()
         head_dim = heads.get(edit.layer, 0)
         if vector is not None and edit.do != "erase":
             vector = _of_each_unit(edit, vector).contiguous()

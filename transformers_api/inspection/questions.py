@@ -6,9 +6,9 @@ data too. See ``base.Inspector`` for what they ask.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from transformers_api.inspection import (
     attribution_question,
@@ -219,6 +219,26 @@ class Divergence:
     def job(self, inspector: Inspector) -> Job[divergence_question.Divergence]:
         """See Question."""
         return inspector.diverge(self.ids, self.question)
+
+
+@dataclass(frozen=True, slots=True)
+class Pushes:
+    """Several of ``Inspector.diverge`` about one text, one after the other."""
+
+    ids: Sequence[int]
+    compared: Sequence[divergence_question.DivergenceQuestion]
+
+    def job(self, inspector: Inspector) -> Job[list[divergence_question.Divergence]]:
+        """See Question."""
+        jobs = [inspector.diverge(self.ids, question) for question in self.compared]
+
+        def run(model: Any) -> Generator[None, None, list[divergence_question.Divergence]]:
+            moved = []
+            for job in jobs:
+                moved.append((yield from job(model)))
+            return moved
+
+        return run
 
 
 @dataclass(frozen=True, slots=True)

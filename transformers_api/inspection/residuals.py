@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager
+from collections.abc import Generator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy
 import torch
 from torch import Tensor
 
-from transformers_api.engine.runners.edited_attention import (
-    AttentionEdit,
-    AttentionInputs,
-    edited_model,
-)
-from transformers_api.engine.runners.edited_modules import ModuleEdit
 from transformers_api.inspection.base import Array, Ids, PromptReading
-from transformers_api.inspection.editable import INPUTS, Part
 from transformers_api.inspection.lens_maps import LensMaps, LensTable
 from transformers_api.inspection.lenses import mapped
 from transformers_api.inspection.parts import lens_logits
-from transformers_api.inspection.places import module_of
 from transformers_api.inspection.reading import (
     HEAD_ROWS,
     Way,
     each_logits,
-    read,
     residuals_at,
 )
 
@@ -138,42 +127,6 @@ def read_hidden_states(
     """See ``base.Inspector``."""
     streams = yield from residuals_at(model, way, ids, layers, positions)
     return _floats([streams])
-
-
-def read_parts(
-    model: Any, way: Way, ids: list[int], places: list[tuple[int, Part]]
-) -> Generator[None, None, list[Array]]:
-    """See ``base.Inspector``."""
-    pieces: list[list[Tensor]] = [[] for _ in places]
-
-    def taking(at: int) -> Callable[[Tensor], None]:
-        return lambda rows: pieces[at].append(rows.detach().clone())
-
-    own = way.parts.places.of(model)
-    modules = [module_of(own, layer, part) for layer, part in places]
-
-    def arm(start: int, stop: int) -> AbstractContextManager[None]:
-        place = 0, stop - start, stop - start, stop, 0
-        attention = [
-            AttentionEdit(layer, *place, before=partial(note, at, part))
-            for at, (layer, part) in enumerate(places)
-            if part in INPUTS
-        ]
-        return edited_model(model, takers, attention)
-
-    def note(at: int, part: Part, inputs: AttentionInputs) -> None:
-        pieces[at].append(inputs.of(part).flatten(1).clone())
-
-    takers = [
-        ModuleEdit(module.name, module.side, taking(at))
-        for at, module in enumerate(modules)
-        if module is not None
-    ]
-    tokens = torch.tensor([ids], device=model.device)
-    for _ in read(model, tokens, way.width(), arm):
-        yield
-    factors = [1.0 if module is None else module.factor for module in modules]
-    return [_floats(each) * factor for each, factor in zip(pieces, factors, strict=True)]
 
 
 def _floats(parts: list[Tensor]) -> Array:

@@ -21,12 +21,12 @@ from transformers_api.engine.backend import Backend
 from transformers_api.engine.batch import Batch
 from transformers_api.engine.runners.adapted_modules import adapted
 from transformers_api.engine.runners.model_runner import Runner
-from transformers_api.engine.sampling.fast_sampler import largest
 from transformers_api.engine.sampling.sampler import TokenSampler
 from transformers_api.engine.scheduler import SlotStore
 from transformers_api.engine.sequence import SampledToken, Sequence
 from transformers_api.errors import ApiError
 from transformers_api.inspection.activations import READ_BY_ATTENTION, ActivationSpec
+from transformers_api.inspection.adjoints import MeanDirections
 from transformers_api.inspection.attention import Weights
 from transformers_api.inspection.attention_edits import edited_rows
 from transformers_api.inspection.base import (
@@ -48,7 +48,7 @@ from transformers_api.inspection.reading import Way
 from transformers_api.inspection.recording import Recorder, Taken
 from transformers_api.inspection.sae import FeaturePlan
 from transformers_api.inspection.sae import largest as largest_features
-from transformers_api.inspection.uncertainty import Uncertainty, settled_layer
+from transformers_api.inspection.sureness import divergence, uncertainty_of
 
 NAME = "trace"  # in ``observe`` and ``extras``
 
@@ -85,6 +85,8 @@ class TracingRunner:
 
     def forward(self, batch: Batch, keep: int = 1) -> Tensor:
         """See Runner."""
+        if not any(seq.observe for seq in batch.sequences):
+            return self.inner.forward(batch, keep)
         traced = [
             _Notes(seq.slot - batch.first_slot, seq, seq.observe[NAME], seq.num_cached + width)
             for seq, width, ends in zip(batch.sequences, batch.widths, batch.ends, strict=True)
@@ -208,6 +210,7 @@ class TracingSampler:
         self.model = model
         self.examined = examined
         self.backend = backend
+        self.means = MeanDirections()
 
     def sample(self, logits: Tensor, sequences: list[Sequence]) -> list[SampledToken]:
         """See TokenSampler."""
@@ -226,7 +229,7 @@ class TracingSampler:
         prob, spread, drawn_top = drawn(logits, seq, token, plan.sampled_topk)
         norms = sorted(notes.residuals) if plan.resid_norms else []
         lens, lens_kl = self._lens(notes, token)
-        sure = _uncertainty(logits, stats.entropy, lens, lens_kl) if plan.uncertainty else None
+        sure = uncertainty_of(logits, stats.entropy, lens, lens_kl) if plan.uncertainty else None
         return StepTrace(
             step=seq.num_output,
             position=len(seq.tokens),
@@ -267,7 +270,9 @@ class TracingSampler:
         rows = notes.taken.token
         try:
             with adapted(self.model, [notes.seq.adapter]):
-                return split_token(self.model, way, examined.anatomy, rows, logits, question)
+                # An adapter may change the head.
+                means = self.means if notes.seq.adapter is None else MeanDirections()
+                return split_token(self.model, way, examined.anatomy, rows, logits, question, means)
         except ApiError:  # numbers that no norm explains: of an edited stream, perhaps
             return None
 
@@ -283,12 +288,12 @@ class TracingSampler:
         with adapted(self.model, [notes.seq.adapter]):
             logits = lens_logits(self.model, self.examined.parts, residuals)  # (N, V)
         logits = logits[:, : self.examined.anatomy.vocab_size]
-        divergence = None
+        lens_kl = None
         if notes.plan.uncertainty and len(layers) > 1:
-            middle = min(
-                layers, key=lambda layer: (abs(layer - self.examined.anatomy.layers // 2), layer)
-            )
-            divergence = _divergence(logits, layers.index(max(layers)), layers.index(middle))
+            *others, last = sorted(layers)
+            half = self.examined.anatomy.layers // 2
+            middle = min(others, key=lambda layer: abs(layer - half))
+            lens_kl = divergence(logits, layers.index(last), layers.index(middle))
         readings = tuple(
             LensReading(
                 layer=layer,
@@ -299,7 +304,7 @@ class TracingSampler:
             )
             for layer, probs in zip(layers, logits.softmax(-1), strict=True)
         )
-        return readings, divergence
+        return readings, lens_kl
 
 
 def _features(
@@ -326,31 +331,6 @@ def _reading(probe: Probe, residuals: dict[int, Tensor]) -> ProbeReading:
         layers=layers,
         projections=tuple(projections),
         cosines=tuple(cosines),
-    )
-
-
-def _divergence(logits: Tensor, last: int, middle: int) -> float:
-    """KL(last || middle) in nats, of rows of ``logits`` (N, V)."""
-    own, other = logits[last].log_softmax(-1), logits[middle].log_softmax(-1)
-    shares = torch.where(own.isfinite(), own.exp() * (own - other), 0.0)
-    return max(float(shares.sum()), 0.0)
-
-
-def _uncertainty(
-    logits: Tensor, of_logits: float, lens: SequenceOf[LensReading], lens_kl: float | None
-) -> Uncertainty:
-    """Of ``logits`` (V,), and the lens' readings."""
-    logprobs = logits.float().log_softmax(-1)
-    probs = logprobs.exp()
-    spread = torch.where(probs > 0, probs * (logprobs + of_logits).square(), 0.0)
-    values, _ = largest(probs, min(2, len(probs)))
-    choices = [(reading.layer, reading.top.token_ids[0]) for reading in lens]
-    return Uncertainty(
-        entropy=of_logits,
-        varentropy=float(spread.sum()),
-        margin=float(values[0] - values[-1]) if len(values) > 1 else 1.0,
-        settled_layer=settled_layer(choices),
-        lens_kl=lens_kl,
     )
 
 

@@ -31,6 +31,7 @@ from transformers_api.serving.inspect.interventions import PlannedEdits
 from transformers_api.serving.inspect.trace_plan import TraceRequest
 from transformers_api.serving.inspect.trace_slots import WHOLE
 from transformers_api.serving.limits.cancellation import Cancellation
+from transformers_api.serving.seeds import with_seed
 from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.text.choice_text import ChoiceText, TextDelta, TokenDetail
 from transformers_api.serving.text.spans import Span
@@ -38,7 +39,6 @@ from transformers_api.serving.text.token_counts import CountedTexts
 from transformers_api.serving.tools.spec import Part
 from transformers_api.serving.upstream.spec import UpstreamCall
 
-_SEEDS = 2**63
 _FAILURES = (FinishReason.ERROR, FinishReason.ABORT)
 
 
@@ -63,6 +63,8 @@ class GenerationRequest:
     intervene: InterveneRequest | None = None  # what is changed, as it was asked for
     spans: Callable[[], Sequence[Span]] = tuple  # of the prompt's messages, for ``intervene``
     edits: tuple[PlannedEdits, ...] = ()  # of each prompt, once ``intervene`` has been planned
+    # Of answers without the edits: the second half of each prompt's, one for each of the first.
+    twins: SamplingParams | None = None
     shows_stop: bool = False  # the text that ends an answer is part of it
     strips_blank: bool = False  # leave out the white space with which an answer begins
     upstream: UpstreamCall | None = None  # for a model that another server answers for
@@ -89,6 +91,11 @@ class GenerationRequest:
     def compares(self) -> bool:
         """True where the unedited model reads the answers too, once they are complete."""
         return self.intervene is not None and self.intervene.compares
+
+    @property
+    def edited_per_prompt(self) -> int:
+        """The sequences of each prompt that ``edits`` are for: the first ones."""
+        return self.per_prompt if self.twins is None else self.per_prompt // 2
 
     @property
     def per_prompt(self) -> int:
@@ -288,7 +295,7 @@ def start(
         raise cancellation.error
     plans = [each.plan for each in request.edits] or [None] * len(request.prompts)
     places = [
-        (prompt, i, plan)
+        (prompt, i, plan if i < request.edited_per_prompt else None)
         for prompt, plan in zip(request.prompts, plans, strict=True)
         for i in range(per_prompt)
     ]
@@ -331,10 +338,13 @@ def _sequences(
     others = params  # than the first of each prompt, which scores it for all: see ``collect``
     if params.max_tokens and not stream:
         others = replace(params, prompt_logprobs=None)
+    edited, twins = request.edited_per_prompt, within_float32(request.twins or params)
+    own = [params, *(with_seed(others, i) for i in range(1, edited))]
+    own += [with_seed(twins, i) for i in range(request.per_prompt - edited)]
     return [
         SequenceRequest(
             prompt,
-            params if i == 0 else with_seed(others, i),
+            own[i],
             constraint=None if request.constrain is None else request.constrain(),
             client=client,
             edits=plan,
@@ -370,13 +380,6 @@ def collect(generation: Generation, hear: Callable[[TextDelta], object] = bool) 
         _joined(index, pieces[place], scores[place // per_prompt])
         for index, place in enumerate(chosen)
     ]
-
-
-def with_seed(params: SamplingParams, place: int) -> SamplingParams:
-    """The choices of a prompt differ, and each can be had again: seed + its place."""
-    if params.seed is None:
-        return params
-    return replace(params, seed=(params.seed + place) % _SEEDS)
 
 
 def _joined(index: int, deltas: list[TextDelta], scores: tuple[TokenDetail, ...] | None) -> Choice:

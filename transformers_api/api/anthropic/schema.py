@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from transformers_api.api.http.fields import AnyObject, Boolean, Integer, Many, Number, Schema, Text
+from transformers_api.api.http.fields import (
+    AnyObject,
+    Boolean,
+    Integer,
+    Many,
+    Number,
+    OutsideOnly,
+    Schema,
+    Text,
+)
 from transformers_api.api.http.sampling_schema import MAX_TOKENS, about
 from transformers_api.api.openai.schemas.structured import Whatever
 
@@ -31,7 +40,7 @@ class PromptFields(Schema):
     thread = AnyObject(**about("Refused by name: no conversation is held here."))
 
 
-class MessageRequest(PromptFields):
+class MessageRequest(PromptFields, OutsideOnly):
     """An answer that is asked for."""
 
     max_tokens = Integer(

@@ -106,6 +106,10 @@ TABLE: tuple[Entry, ...] = (
     # -- this server's
     Entry("trace", SUPPORTED),
     Entry("intervene", SUPPORTED),
+    Entry("branch", SUPPORTED),
+    Entry("trace", REFUSED, EMBED),
+    Entry("intervene", REFUSED, EMBED),
+    Entry("branch", REFUSED, EMBED),
     # -- how tokens are chosen, elsewhere
     Entry("top_k", SUPPORTED),
     Entry("min_p", SUPPORTED),

@@ -262,3 +262,11 @@ class Unsupported(fields.Field[Any]):
 
 def _asks_nothing(value: Any) -> bool:
     return value is False or value in ("", [], {})
+
+
+class OutsideOnly(Schema):
+    """A body of a route that neither shows the model's inside nor changes it."""
+
+    trace = Unsupported()
+    intervene = Unsupported()
+    branch = Unsupported()

@@ -186,9 +186,8 @@ class RequestContext:
 
     def lease_for(self, model: LoadedModel, cancellation: Cancellation) -> Lease:
         """Another lease on a model, for what goes on after this request."""
-        return self.services.swapper.lease(
-            model.spec, client=self.client, cancellation=cancellation
-        )
+        swapper = self.services.swapper
+        return swapper.lease(model.spec, client=self.client, cancellation=cancellation)
 
     def text(self, model_id: str | None, *, is_chat: bool = False) -> ModelText:
         """The tokenizer and the template of a model, whose weights are not loaded for it.
@@ -230,6 +229,7 @@ class RequestContext:
             sae=partial(services.saes.get, self.client),
             calibration=services.calibration.get(self.client),
             runs=services.runs,
+            run=partial(services.runs.get, self.client),
         )
 
     def start(
@@ -307,7 +307,7 @@ class RequestContext:
         if formatter.completion_id is not None and model is not None and model.relay is None:
             answers = [choice.token_ids for choice in generation.answers] if generation else [[]]
             self.services.completions.remember(
-                formatter.completion_id, model, formatter.prompts, answers
+                formatter.completion_id, model, formatter.prompts, answers, self.client
             )
 
     def _keep(self, runs: Iterable[Run]) -> None:

@@ -106,7 +106,7 @@ class Truncation(TableSchema):
         """Rules between these fields."""
         if "truncation_side" in data and "truncate_prompt_tokens" not in data:
             raise ValidationError("needs 'truncate_prompt_tokens'", "truncation_side")
-        for name in ("trace", "intervene"):
+        for name in ("trace", "intervene", "branch"):
             if "truncate_prompt_tokens" in data and name in data:
                 raise ValidationError(f"must not be sent with '{name}'", "truncate_prompt_tokens")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
@@ -17,6 +18,7 @@ from transformers_api.inspection.base import (
     HeadGrid,
     LayerAttention,
     PromptReading,
+    StepTrace,
 )
 from transformers_api.inspection.editable import INPUTS, Editable, Places
 from transformers_api.inspection.lens_maps import LensTable
@@ -30,6 +32,7 @@ Json = dict[str, Any]
 Range = tuple[int, int]
 
 FORMATS = ("json", "f16", "u8", "topk", "npz", "png", "html")
+LOWEST_LOGPROB = -9999.0  # JSON has no infinity
 STATES_NOTE = "before the final norm"
 ROLLOUT_NOTE = "in a causal model rollout over many layers ends at the leftmost token"
 
@@ -163,6 +166,31 @@ def reading(vocabulary: Vocabulary, result: PromptReading) -> Json:
             ),
         ],
     }
+
+
+def written(vocabulary: Vocabulary, prompt: int, steps: Sequence[StepTrace]) -> Json:
+    """The expectation of each token that was written, after so many of the prompt."""
+    unread = [None] * prompt
+    logprobs = [max(step.logprob, LOWEST_LOGPROB) for step in steps]
+    return {
+        "surprisal": [*unread, *(arrays.digits(0.0 - logprob) for logprob in logprobs)],
+        "entropy": [*unread, *(arrays.digits(step.entropy) for step in steps)],
+        "rank": [*unread, *(step.rank for step in steps)],
+        "topk": [
+            *unread,
+            *(
+                [
+                    {**_named(vocabulary, token_id), "logprob": _log(prob)}
+                    for token_id, prob in zip(step.top.token_ids, step.top.probs, strict=True)
+                ]
+                for step in steps
+            ),
+        ],
+    }
+
+
+def _log(prob: float) -> float:
+    return arrays.digits(math.log(prob)) if prob > 0 else LOWEST_LOGPROB
 
 
 def _named(vocabulary: Vocabulary, token_id: int) -> Json:

@@ -30,6 +30,7 @@ from transformers_api.serving.generation import GenerationRequest, collect
 from transformers_api.serving.inspect.edit_positions import PromptPlaces
 from transformers_api.serving.inspect.edit_request import ForceRequest, InterveneRequest
 from transformers_api.serving.inspect.interventions import PlannedEdits
+from transformers_api.serving.inspect.recent_completions import Completion
 from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.text import chat_template
 from transformers_api.serving.text.chat_template import ChatPrompt
@@ -53,6 +54,7 @@ class Subject:
     is_truncated: bool = False  # the model sees only the end of what was given
     intervene: InterveneRequest | None = None
     edits: PlannedEdits | None = None
+    completion: Completion | None = None  # a recent answer, which they are
 
     @property
     def anatomy(self) -> Anatomy:
@@ -174,6 +176,7 @@ def opened(body: Mapping[str, Any]) -> Iterator[Subject]:
             prompt=prompt,
             is_truncated=is_truncated,
             intervene=body.get("intervene"),
+            completion=completion,
         )
         yield subject.edited(prompt_tokens)
 

@@ -1,4 +1,4 @@
-"""GET /inspect/model and POST /inspect/*: questions about given tokens.
+"""POST /inspect/*: questions about given tokens.
 
 Each view is: what is asked about (``subjects.opened``), whether it is in range and not too
 much, the job, the answer.
@@ -6,22 +6,20 @@ much, the job, the answer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import numpy
 from flask import Response, request
 
-from transformers_api.api.http import inspect_auth
 from transformers_api.api.http.auth import View
 from transformers_api.api.http.body import Blueprint
 from transformers_api.api.http.dialects import NIELS
 from transformers_api.api.http.error_schemas import Failed
-from transformers_api.api.http.request_context import RequestContext
-from transformers_api.api.http.services import services
-from transformers_api.api.inspect import attention_page, subjects
+from transformers_api.api.inspect import as_written, attention_page, subjects
 from transformers_api.api.inspect import format as inspect_format
+from transformers_api.api.inspect.as_written import Writing
 from transformers_api.api.inspect.format import Matrix
 from transformers_api.api.inspect.schemas.inspect import (
     Attributed,
@@ -39,9 +37,7 @@ from transformers_api.api.inspect.schemas.inspect import (
     TokensRequest,
     TokenTable,
 )
-from transformers_api.api.inspect.schemas.model import InspectedModel
 from transformers_api.api.inspect.subjects import Format, Subject, opened
-from transformers_api.config.settings import Settings
 from transformers_api.errors import (
     AttentionUnavailable,
     InvalidRequest,
@@ -50,7 +46,7 @@ from transformers_api.errors import (
 )
 from transformers_api.inspection import questions
 from transformers_api.inspection.attribution_question import AttributionQuestion
-from transformers_api.inspection.base import Heads, LayerAttention
+from transformers_api.inspection.base import Heads, LayerAttention, TracePlan
 from transformers_api.serving.inspect import arrays
 from transformers_api.serving.inspect.stored_maps import lens_via
 from transformers_api.serving.inspect.trace_plan import check_any_attention, check_layer
@@ -79,72 +75,6 @@ def _in_any_form(view: View) -> View:
     return view
 
 
-@blueprint.at("/inspect/model")
-@blueprint.gives(InspectedModel)
-@blueprint.gives(Failed, 403, description="`INSPECT_ENABLED` is off")
-def inspect_model() -> Any:
-    """Say what can be asked of a model: `?model=`, else the one in memory, else the default.
-
-    With `?load=false` one that is not in memory is not loaded, and `loaded` is false.
-    """
-    inspect_auth.check_enabled()
-    swapper, inspections, settings = (
-        services().swapper,
-        services().inspections,
-        services().settings,
-    )
-    limits = _limits(settings)
-    model_id = request.args.get("model") or swapper.status().model
-    if not _may_load():
-        name = services().registry.resolve(model_id or settings.default_model).name
-        if not swapper.status().holds(name):
-            return inspect_format.not_loaded(name, limits)
-    inspect_auth.check_started()
-    with RequestContext(services()) as context:
-        model = context.lease(model_id)
-        inspector = subjects.inspector_of(model)
-        gradients = inspections.has_gradients(model, inspector, context.cancellation)
-        layer = inspections.suggested_layer(model, inspector, context.cancellation)
-        editable = inspections.editable(model, inspector, context.cancellation)
-        norms: Sequence[float] = ()
-        if editable.places:
-            norms = inspections.stream_norms(
-                model, inspector, context.cancellation, services().calibration.get(context.client)
-            )
-        return inspect_format.capabilities(
-            model, inspector.anatomy, gradients, layer, editable, norms, limits
-        )
-
-
-def _may_load() -> bool:
-    """The word of `?load=`. Raises InvalidRequest."""
-    words = {"true": True, "1": True, "false": False, "0": False}
-    word = request.args.get("load", "true").lower()
-    if word not in words:
-        raise InvalidRequest("load must be true or false", param="load")
-    return words[word]
-
-
-def _limits(settings: Settings) -> dict[str, Any]:
-    return {
-        "prompt_bytes": settings.inspected_prompt_bytes,
-        "max_tokens": settings.inspect_max_tokens,
-        "max_json_cells": settings.inspect_max_json_cells,
-        "max_cells": settings.inspect_max_cells,
-        "timeout_s": settings.inspect_timeout_s,
-        "queue": settings.inspect_queue,
-        "attribution_max_tokens": settings.attribution_max_tokens,
-        "attribution_max_steps": MOST_STEPS,
-        "lens_max_cells": MOST_LENS_CELLS,
-        "hidden_states_max_json_numbers": MOST_JSON_STATES,
-        "trace_max_bytes_per_token": settings.trace_max_bytes_per_token,
-        "trace_max_layers": settings.trace_max_layers,
-        "trace_max_requests": settings.trace_max_requests,
-        "rate_limit_per_min": settings.rate_limit_per_min,
-        "rate_limit_burst": settings.rate_limit_burst,
-    }
-
-
 def _format(body: Mapping[str, Any]) -> Format:
     """The form that the client accepts, and in JSON the one that ``format`` says."""
     accepted = request.accept_mimetypes.best_match(_BY_TYPE, "application/json")
@@ -169,12 +99,17 @@ def full_attn(body: dict[str, Any]) -> Any:
         head, how = body["head"], _format(body)
         _check_head(head, layer, how)
         subject = subject.continued(body)
+        writing = as_written.of(subject, body)
+        if writing is not None:
+            body = as_written.with_rows(body, writing)
         heads = layer.heads if head == "all" else 1
         rows, cols = _windows(subject, body, how, heads)
         heads_read: Heads = head
-        result = subject.ask(
-            questions.AttentionWindow(subject.ids, layer.layer, heads_read, rows, cols)
-        )
+        if writing is not None:
+            result = as_written.attention(writing, layer.layer, heads_read, rows, cols)
+        else:
+            question = questions.AttentionWindow(subject.ids, layer.layer, heads_read, rows, cols)
+            result = subject.ask(question)
         vocabulary = Vocabulary(subject.model.tokenizer)
         matrix = Matrix(
             weights=result.weights,
@@ -183,6 +118,7 @@ def full_attn(body: dict[str, Any]) -> Any:
             fields=inspect_format.full_attention(vocabulary, subject.ids, layer, head),
             rest={
                 **inspect_format.about_layer(subject.anatomy, layer, head, subject.is_truncated),
+                **as_written.header(subject, body),
                 **subject.edit_header,
             },
             sink=result.sink,
@@ -281,8 +217,12 @@ def inspect_tokens(body: dict[str, Any]) -> Any:
         answer = inspect_format.token_table(vocabulary, subject.ids, subject.spans())
         if not body["logprobs"]:
             return answer
+        answer |= {**as_written.header(subject, body), **subject.edit_header}
+        if (writing := as_written.of(subject, body)) is not None:
+            steps = writing.steps(TracePlan(topk=body["topk"]))
+            return {**answer, **inspect_format.written(vocabulary, writing.first + 1, steps)}
         result = subject.ask(questions.PromptReading(subject.ids, body["topk"]))
-        return {**answer, **inspect_format.reading(vocabulary, result), **subject.edit_header}
+        return {**answer, **inspect_format.reading(vocabulary, result)}
 
 
 @blueprint.at("/inspect/heads", methods=["POST"])
@@ -317,7 +257,8 @@ def logit_lens(body: dict[str, Any]) -> Any:
                 param="model",
             )
         layers = subjects.layers(body["layers"], anatomy)
-        places = subjects.positions(body["positions"], len(subject.ids))
+        writing = as_written.of(subject, body)
+        places = _positions(subject, body, writing)
         target = None
         if body["target"] != "sampled":
             target = subjects.token(body["target"], subject, "target")
@@ -326,13 +267,29 @@ def logit_lens(body: dict[str, Any]) -> Any:
                 f"{len(layers)} layers x {len(places)} positions are {cells} cells "
                 f"(max {MOST_LENS_CELLS}); ask for fewer layers or positions"
             )
-        store = partial(services().lenses.get, subject.context.client)
+        store = partial(subject.context.services.lenses.get, subject.context.client)
         via = lens_via(subject.model, anatomy, body.get("via"), store, "via")
-        question = questions.Lens(subject.ids, layers, places, body["topk"], target, via)
         vocabulary = Vocabulary(subject.model.tokenizer)
-        answer = subject.ask(question)
+        if writing is not None:
+            if via is not None:
+                raise InvalidRequest('via is for how "at_once"', param="via")
+            if target is not None:
+                raise InvalidRequest(
+                    'target must be "sampled" with how "as_written"', param="target"
+                )
+            answer = as_written.lens(writing, layers, places, body["topk"])
+        else:
+            question = questions.Lens(subject.ids, layers, places, body["topk"], target, via)
+            answer = subject.ask(question)
         table = inspect_format.lens_table(vocabulary, anatomy, layers, places, answer)
-        return {**table, **({} if via is None else {"via": body["via"]}), **subject.edit_header}
+        named = {} if via is None else {"via": body["via"]}
+        return {**table, **named, **as_written.header(subject, body), **subject.edit_header}
+
+
+def _positions(subject: Subject, body: Mapping[str, Any], writing: Writing | None) -> list[int]:
+    if writing is not None:
+        return writing.positions(body["positions"])
+    return subjects.positions(body["positions"], len(subject.ids))
 
 
 @blueprint.at("/inspect/attribution", methods=["POST"])
@@ -384,7 +341,8 @@ def hidden_states(body: dict[str, Any]) -> Any:
     """
     with opened(body) as subject:
         layers = subjects.layers(body["layers"], subject.anatomy)
-        places = subjects.positions(body["positions"], len(subject.ids))
+        writing = as_written.of(subject, body)
+        places = _positions(subject, body, writing)
         count = len(layers) * len(places) * subject.anatomy.hidden_size
         if body["format"] == "json" and count > MOST_JSON_STATES:
             raise ResponseTooLarge(
@@ -392,8 +350,15 @@ def hidden_states(body: dict[str, Any]) -> Any:
                 'positions, or format "npz"'
             )
         subjects.check_read_cells(count, subject.settings)
-        result = subject.ask(questions.HiddenStates(subject.ids, layers, places))
-        meta = {**inspect_format.states_meta(layers, places, subject.ids), **subject.edit_header}
+        if writing is not None:
+            result = as_written.states(writing, layers, places)
+        else:
+            result = subject.ask(questions.HiddenStates(subject.ids, layers, places))
+        meta = {
+            **inspect_format.states_meta(layers, places, subject.ids),
+            **as_written.header(subject, body),
+            **subject.edit_header,
+        }
         if body["format"] == "json":
             return {**meta, "states": arrays.exact(result)}
         ids = numpy.array(subject.ids, numpy.int32)

@@ -25,11 +25,11 @@ def header(edits: Sequence[PlannedEdits], prompt: int, run: Mapping[str, str] = 
     return {"intervene": {"edits": list(edits[prompt].described), **run}} if edits else {}
 
 
-def usage(edits: Sequence[PlannedEdits], per_prompt: int) -> Json:
+def usage(edits: Sequence[PlannedEdits], per_prompt: int, twins: int = 0) -> Json:
     """The field ``intervene`` of ``usage``, so far.
 
     ``edits`` that are in effect, in so many ``rows`` (sequences) and ``places`` (parts of layers);
-    ``tokens``: times that one of them changed a token in one layer.
+    ``tokens``: times that one of them changed a token in one layer. ``twins``: answers without.
     """
     if not edits:
         return {}
@@ -42,6 +42,7 @@ def usage(edits: Sequence[PlannedEdits], per_prompt: int) -> Json:
             "places": max((plan.places for plan in plans), default=0),
             "tokens": sum(plan.tally.tokens for plan in plans),
             "ms": round(1000 * sum(plan.tally.seconds for plan in plans), 3),
+            **({"twins": twins} if twins else {}),
         }
     }
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 from collections.abc import Mapping
 from typing import Any
 
-import numpy
 from marshmallow import ValidationError, fields, post_load
 
 from transformers_api.api.http.fields import (
@@ -24,7 +21,7 @@ from transformers_api.api.http.fields import (
 )
 from transformers_api.api.http.sampling_schema import about
 from transformers_api.api.intervene.positions import MOST_NAMED, At, whole_numbers
-from transformers_api.inspection.base import Array
+from transformers_api.api.intervene.vector_field import VectorField
 from transformers_api.inspection.editable import INPUTS, PARTS
 from transformers_api.serving.inspect.edit_request import (
     EditRequest,
@@ -34,9 +31,7 @@ from transformers_api.serving.inspect.edit_request import (
 
 _ANY = 2**63
 _HUGE = 1e38
-_DTYPES = {"f16": "<f2", "f32": "<f4"}
 _NUMBERS = {"type": "array", "items": {"type": "integer"}}
-_FINITE = "must have finite numbers"
 NAME = r"[a-z0-9._-]{1,64}"
 
 
@@ -53,66 +48,10 @@ class _Named(fields.Field[Any]):
         return value if value == "all" else whole_numbers(value, 'must be integers, or "all"')
 
 
-class _Vector(fields.Field[Any]):
-    """Numbers: a list, a list of lists, base64 with dtype and shape; or a name in the store."""
-
-    EXPECTED = 'must be a name, a list of numbers, or {"data": base64, "dtype", "shape"}'
-
-    def _deserialize(
-        self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **_: Any
-    ) -> Array | str:
-        if isinstance(value, str):
-            if not 1 <= len(value) <= 64:
-                raise ValidationError(self.EXPECTED)
-            return value
-        array = _decoded(value) if isinstance(value, dict) else _listed(value)
-        if not numpy.isfinite(array).all():
-            raise ValidationError(_FINITE)
-        return array
-
-
-def _listed(value: Any) -> Array:
-    rows = value if isinstance(value, list) and value and isinstance(value[0], list) else [value]
-    for row in rows:
-        if not isinstance(row, list) or not row or len(row) != len(rows[0]):
-            raise ValidationError(_Vector.EXPECTED)
-        if not {*map(type, row)} <= {int, float}:
-            raise ValidationError(_Vector.EXPECTED)
-    with numpy.errstate(over="ignore"):
-        try:
-            array = numpy.array(rows, numpy.float64).astype(numpy.float32)
-        except OverflowError:
-            raise ValidationError(_FINITE) from None
-    return array if rows is value else array[0]
-
-
-def _decoded(value: dict[str, Any]) -> Array:
-    match value:
-        case {"data": str(data), "dtype": str(dtype), "shape": list(shape), **rest} if not rest:
-            pass
-        case _:
-            raise ValidationError(_Vector.EXPECTED)
-    if dtype not in _DTYPES:
-        raise ValidationError('must have the dtype "f16" or "f32"')
-    sizes = [size for size in shape if type(size) is int and 0 < size < 1 << 24]
-    if len(sizes) != len(shape) or len(sizes) not in (1, 2):
-        raise ValidationError("must have a shape of one or two numbers")
-    try:
-        raw = base64.b64decode(data, validate=True)
-    except (binascii.Error, ValueError):
-        raise ValidationError("must have data in base64") from None
-    count, item = int(numpy.prod(sizes)), numpy.dtype(_DTYPES[dtype])
-    if len(raw) != count * item.itemsize:
-        raise ValidationError(
-            f"has {len(raw)} bytes of data; shape {sizes} of {dtype} are {count * item.itemsize}"
-        )
-    return numpy.frombuffer(raw, item).astype(numpy.float32).reshape(sizes)
-
-
 class _With(fields.Field[Any]):
     """Words, or a prompt whose numbers are taken."""
 
-    EXPECTED = 'must be "zero", "mean" or {"prompt": text}'
+    EXPECTED = 'must be "zero", "mean", {"prompt": text} or {"run": id}'
 
     def _deserialize(
         self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **_: Any
@@ -121,15 +60,51 @@ class _With(fields.Field[Any]):
             case "zero" | "mean":
                 return value
             case {"prompt": str(text), **rest} if text and not rest:
-                return {"prompt": text}
+                return {"source": text}
+            case {"run": str(run), **rest} if run and not rest:
+                return {"run": run}
         raise ValidationError(self.EXPECTED)
+
+
+class _From(fields.Field[Any]):
+    """A prompt or a run whose numbers are taken, and the positions there."""
+
+    EXPECTED = 'must be {"prompt": text, "at": positions} or {"run": id, "at": positions}'
+
+    def _deserialize(
+        self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **_: Any
+    ) -> Any:
+        match value:
+            case {"prompt": str(text), **rest} if text and set(rest) <= {"at"}:
+                made = {"source": text}
+            case {"run": str(run), **rest} if run and set(rest) <= {"at"}:
+                made = {"run": run}
+            case _:
+                raise ValidationError(self.EXPECTED)
+        at = rest.get("at")
+        if isinstance(at, list):  # in their order, and one may be there twice
+            whole_numbers(at, self.EXPECTED)
+        elif at is not None:
+            at = At()._deserialize(at, attr, data)
+        return {**made, "source_at": at}
 
 
 class EditOptions(StrictSchema):
     """One change."""
 
     do = Text(
-        choices=("add", "erase", "ablate", "scale", "set", "block", "temper", "feature", "force"),
+        choices=(
+            "add",
+            "erase",
+            "ablate",
+            "scale",
+            "set",
+            "patch",
+            "block",
+            "temper",
+            "feature",
+            "force",
+        ),
         required=True,
         **about("The kind of change."),
     )
@@ -156,7 +131,7 @@ class EditOptions(StrictSchema):
     )
     heads = _Named('Heads, from 0, or "all".')
     neurons = _Named('Neurons, from 0, or "all".')
-    vector = _Vector(
+    vector = VectorField(
         error_messages=NOT_GIVEN,
         **about("Numbers, or a name: what is added, erased or set. Several rows: one per layer."),
     )
@@ -185,9 +160,18 @@ class EditOptions(StrictSchema):
     instead = _With(
         data_key="with",
         error_messages=NOT_GIVEN,
-        **about("Of ablate: `zero`, `mean` over our texts, or the numbers of another prompt."),
+        **about(
+            "Of ablate: `zero`, `mean` over our texts, or the numbers of another prompt or run."
+        ),
     )
 
+    origin = _From(
+        data_key="from",
+        error_messages=NOT_GIVEN,
+        **about(
+            "Of patch: the prompt or the run that the numbers are from, and the positions there."
+        ),
+    )
     queries = At(**about("Of block: the positions that read, as in `at`; without it all."))
     keys = At(may_be_empty=True, **about("Of block: the positions that they do not read from."))
     temperature = Number(
@@ -214,16 +198,16 @@ class EditOptions(StrictSchema):
         if data["do"] in ("block", "temper"):
             data["part"] = "weights"
         instead = data.pop("instead", "zero")
-        source = instead["prompt"] if isinstance(instead, dict) else None
-        data["instead"] = "zero" if source is not None else instead
-        return EditRequest(layers=layers, source=source, **data)
+        data |= instead if isinstance(instead, dict) else {"instead": instead}
+        data |= data.pop("origin", {})
+        return EditRequest(layers=layers, **data)
 
 
 def _force(data: dict[str, Any]) -> ForceRequest:
     others = data.keys() - {"do", "step", "token_ids"}
     for name in sorted(others):
         if name not in _LOADED or data[name] != _LOADED[name]:
-            raise ValidationError("is not for force", "with" if name == "instead" else name)
+            raise ValidationError("is not for force", _KEYS.get(name, name))
     for name in ("step", "token_ids"):
         if name not in data:
             raise ValidationError("is required for force", name)
@@ -264,6 +248,7 @@ _NEEDS: Mapping[str, tuple[str, ...]] = {
     "erase": ("vector",),
     "scale": ("by",),
     "set": ("vector", "value"),
+    "patch": ("origin",),
     "block": ("keys",),
     "temper": ("temperature",),
 }
@@ -274,10 +259,12 @@ _OWN = {
     "value": ("add", "set"),
     "vector": ("add", "erase", "set"),
     "instead": ("ablate",),
+    "origin": ("patch",),
     "queries": ("block",),
     "keys": ("block",),
     "temperature": ("temper",),
 }
+_KEYS = {"instead": "with", "origin": "from"}  # as clients know them
 _PARTS = {"heads": "head", "neurons": "neuron"}
 _DEFAULTS: Mapping[str, Any] = {"scale": 1.0, "units": "raw"}
 _LOADED = {**_DEFAULTS, "part": "resid", "at": "all", "any_model": False, "keep_norm": False}
@@ -287,13 +274,12 @@ def _check(data: dict[str, Any]) -> None:
     do, part = data["do"], data["part"]
     for name, kinds in _OWN.items():
         if name in data and do not in kinds and data[name] != _DEFAULTS.get(name):
-            key = "with" if name == "instead" else name
-            raise ValidationError(f"is not for {do}", key)
+            raise ValidationError(f"is not for {do}", _KEYS.get(name, name))
     needed = _NEEDS.get(do, ())
     present = [name for name in needed if name in data]
     if needed and len(present) != 1:
         problem = "is one too many" if present else f"is required for {do}"
-        raise ValidationError(problem, needed[0])
+        raise ValidationError(problem, _KEYS.get(needed[0], needed[0]))
     if do in ("block", "temper"):
         _check_attention(data)
         return
@@ -339,7 +325,8 @@ class InterveneOptions(StrictSchema):
         """The options as serving takes them."""
         return InterveneRequest(
             edits=tuple(data["edits"]),
-            compares=bool(data.get("compare")),
+            compares=data.get("compare") == "forced",
+            has_twins=data.get("compare") == "free",
             store=bool(data.get("store")),
             source=original,
         )
@@ -355,6 +342,9 @@ class ComparedInterveneOptions(WritingInterveneOptions):
     """The same of an answer whose tokens the unedited model may be asked about as well."""
 
     compare = Text(
-        choices=("forced",),
-        **about("`forced`: the unedited model reads the answer too, once it is complete."),
+        choices=("forced", "free"),
+        **about(
+            "`forced`: the unedited model reads the answer too, once it is complete; `free`: it "
+            "writes one of its own beside it."
+        ),
     )

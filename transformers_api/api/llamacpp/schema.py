@@ -14,6 +14,7 @@ from transformers_api.api.http.fields import (
     Integer,
     Many,
     Object,
+    OutsideOnly,
     Schema,
     Text,
 )
@@ -57,7 +58,7 @@ class ExtraFile(Schema):
     text = Text(required=True)
 
 
-class InfillRequest(Sampling, Structured):
+class InfillRequest(Sampling, Structured, OutsideOnly):
     """A gap to be filled. Of other fields those that stand for one of these are read."""
 
     entries = _ENTRIES

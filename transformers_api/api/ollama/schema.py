@@ -10,6 +10,7 @@ from transformers_api.api.http.fields import (
     Number,
     Object,
     OneOrMany,
+    OutsideOnly,
     Schema,
     Text,
     Unsupported,
@@ -37,7 +38,7 @@ class OllamaOptions(Schema):
     mirostat = Unsupported(lambda value: value == 0)
 
 
-class Shared(Schema):
+class Shared(OutsideOnly):
     """The fields of chat and generate."""
 
     model = Text(shortest=1, longest=256, **about("Id of a model; `:latest` is left out."))
@@ -70,7 +71,7 @@ class OllamaGenerateRequest(Shared):
     context = Unsupported()
 
 
-class OllamaEmbedRequest(Schema):
+class OllamaEmbedRequest(OutsideOnly):
     """Texts whose vectors are wanted."""
 
     model = Text(shortest=1, longest=256, required=True)
@@ -121,7 +122,7 @@ class OllamaVectors(Schema):
     embeddings = Many(Many(Number(-1e9, 1e9), longest=_MANY), longest=_MANY)
 
 
-class OllamaPromptRequest(Schema):
+class OllamaPromptRequest(OutsideOnly):
     """One text for a vector."""
 
     model = Text(shortest=1, longest=256, required=True)

@@ -52,7 +52,8 @@ class Head:
     traces: TraceWriter | None = None
     trace_refusal: ApiError | None = None  # why there are none, though they were asked for
     edits: Sequence[PlannedEdits] = ()  # of each prompt
-    per_prompt: int = 1  # sequences
+    per_prompt: int = 1  # sequences, of which the first are ``edited``
+    edited: int = 1
     vocabulary: Vocabulary | None = None  # which names tokens that are compared
     run: str | None = None  # under which the answer is kept
     with_agreement: bool = False  # of several choices
@@ -103,7 +104,8 @@ class Head:
         if header is None:
             return {}
         if self.traces is not None:
-            steps = [self.traces.step(trace, choice.index) for trace in choice.traces]
+            twin = self.twin_field(choice.index)
+            steps = [self.traces.step(trace, choice.index, **twin) for trace in choice.traces]
         return {"trace": {"header": header, "steps": steps}}
 
     def trace_header(self, index: int) -> Any:
@@ -118,14 +120,28 @@ class Head:
         Of a complete ``generation`` of several choices, how far these agree, where it was asked.
         """
         traced = {} if self.traces is None else {"trace": self.traces.usage}
-        if traced and generation is not None and self.n > 1 and self.with_agreement:
+        width = self.n - self.per_prompt + self.edited  # twins are no other opinions
+        if traced and generation is not None and width > 1 and self.with_agreement:
             answers = [choice.token_ids for choice in generation.answers]
-            groups = [answers[first : first + self.n] for first in range(0, len(answers), self.n)]
+            groups = [answers[first : first + width] for first in range(0, len(answers), self.n)]
             traced["trace"]["agreement"] = [_rounded(agreement(group)) for group in groups]
-        return {**usage(used), **traced, **intervene_format.usage(self.edits, self.per_prompt)}
+        twins = self.per_prompt - self.edited
+        edits = intervene_format.usage(self.edits, self.edited, twins * len(self.prompts))
+        return {**usage(used), **traced, **edits}
+
+    def twin_of(self, index: int) -> int | None:
+        """The choice whose unedited twin this one is; None: it is none."""
+        is_twin = index % self.n >= self.edited and self.edited < self.per_prompt
+        return index - self.edited if is_twin else None
+
+    def twin_field(self, index: int) -> Json:
+        """The field ``twin`` of a trace."""
+        return {} if self.twin_of(index) is None else {"twin": True}
 
     def intervened(self, index: int) -> Json:
         """The field ``intervene`` of a choice; {}: nobody asked."""
+        if (edited := self.twin_of(index)) is not None:
+            return {"intervene": {"edits": [], "twin_of": edited}}
         return intervene_format.header(self.edits, index // self.n, self.run_field(index))
 
     def run_field(self, index: int) -> dict[str, str]:
@@ -231,7 +247,8 @@ class ChatFormatter(Formatter):
                 **head.token_ids(delta.index, delta.token_ids, first=False),
             )
             if head.traces is not None and delta.trace is not None:
-                chunk["trace"] = head.traces.step(delta.trace, delta.index)
+                twin = head.twin_field(delta.index)
+                chunk["trace"] = head.traces.step(delta.trace, delta.index, **twin)
             frames.append(self.dialect.frame(chunk))
         if delta.finish_reason is not None:
             ends = {"finish_reason": delta.finish_reason, "stop_reason": delta.stop_reason}
@@ -336,7 +353,8 @@ def _completion_trace(head: Head, delta: TextDelta, is_first: bool) -> Json:
     first = head.trace_header(delta.index) if is_first else None
     header = {} if first is None else {"header": first}
     if head.traces is not None and delta.trace is not None:
-        return {"trace": head.traces.step(delta.trace, delta.index, **header)}
+        twin = head.twin_field(delta.index)
+        return {"trace": head.traces.step(delta.trace, delta.index, **header, **twin)}
     return {"trace": header} if header else {}
 
 

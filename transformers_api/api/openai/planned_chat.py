@@ -81,7 +81,7 @@ class PlannedChatFormatter(Formatter):
             extras["logprobs"] = self._logprobs(delta)
         trace = None
         if head.traces is not None and delta.trace is not None:
-            trace = head.traces.step(delta.trace, index)
+            trace = head.traces.step(delta.trace, index, **head.twin_field(index))
         if not deltas and (extras.get("token_ids") or extras.get("logprobs") or trace):
             deltas = [{}]
         chunks = [self._chunk(index, part) for part in deltas]

@@ -32,6 +32,7 @@ USUAL_TOKENS = 512  # of an answer, where nobody says how many: for rates only
 _NEED_TOKENS = (
     *("return_token_ids", "return_tokens_as_token_ids", "prompt_logprobs", "best_of"),
     *("truncate_prompt_tokens", "truncation_side", "stop_token_ids", "allowed_token_ids"),
+    "branch",
 )
 # Said here in other words, or done here.
 _OWN = (

@@ -15,6 +15,7 @@ from transformers_api.api.http.body import Blueprint
 from transformers_api.api.http.dialects import OPENAI
 from transformers_api.api.http.error_schemas import Error
 from transformers_api.api.http.request_context import Formatter, Task, answer, upstream_refusal
+from transformers_api.api.intervene.branch import branch_ids, with_branch
 from transformers_api.api.openai import format as openai_format
 from transformers_api.api.openai import requests, upstream
 from transformers_api.api.openai.conversation import (
@@ -124,7 +125,7 @@ class ChatTask(Task):
         # The request's word, else the registry's, else the route's.
         fields = {**CHAT_DEFAULTS, **requests.registered_options(model), **body}
         limit = next((n for n in ("max_completion_tokens", "max_tokens") if n in body), None)
-        ids = requests.truncated(
+        ids = branch_ids(body, model) or requests.truncated(
             body, prompt.ids, model, fields[limit or "max_tokens"], explicit=limit is not None
         )
         max_tokens = requests.fit(
@@ -154,6 +155,11 @@ class ChatTask(Task):
         )
         self._plan = self.conversation.plan(model, prompt, ignore_eos=goes_on)
         request = planned(request, self._plan, strips_blank=prompt.strips_blank)
+        if "branch" in body and self._plan is not None and self._plan.has_parts:
+            raise InvalidRequest(
+                "branch cannot go with tools or thoughts; use /v1/completions", param="branch"
+            )
+        request = with_branch(request, body)
         if "intervene" in body:
             request = replace(
                 request, intervene=body["intervene"], spans=lambda: self._spans(model, ids)
@@ -250,6 +256,7 @@ class CompletionTask(Task):
             intervene=body.get("intervene"),
         )
         request = constrained(request, model, self.form, ignore_eos=goes_on)
+        request = with_branch(request, body)
         return requests.with_trace(request, model, body, settings) if "trace" in body else request
 
     def _relayed(self, model: LoadedModel, settings: Settings) -> GenerationRequest:
@@ -272,6 +279,12 @@ class CompletionTask(Task):
     ) -> tuple[list[list[int]], frozenset[int]]:
         """The prompts as the model reads them, and the tokens that end answers to them."""
         body, specials = self.body, self.body["add_special_tokens"]
+        if (ids := branch_ids(body, model)) is not None:
+            if len(body["prompt"]) > 1 or self.suffix is not None or body["echo"]:
+                raise InvalidRequest(
+                    "branch takes one prompt, and neither 'suffix' nor 'echo'", param="branch"
+                )
+            return [ids], frozenset()
         if self.suffix is not None:
             return requests.infill_ids(model, body["prompt"], self.suffix, specials)
         prompts = requests.prompt_ids(model, body["prompt"], specials)
@@ -363,7 +376,7 @@ def _head(
         model=body.get("model") or model.spec.name,
         fingerprint=model.fingerprint,
         prompts=request.prompts,
-        n=body["n"],
+        n=request.n,
         logprobs=logprobs,
         prompt_logprobs=body.get("prompt_logprobs"),
         as_token_ids=body["return_tokens_as_token_ids"],
@@ -374,6 +387,7 @@ def _head(
         trace_refusal=request.trace_refusal,
         edits=request.edits,
         per_prompt=request.per_prompt,
+        edited=request.edited_per_prompt,
         vocabulary=model.vocabulary if request.compares else None,
         run=request.run,
         with_agreement="trace" in body and body["trace"].uncertainty,

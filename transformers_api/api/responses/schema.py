@@ -81,6 +81,8 @@ class ResponseRequest(InputFields):
     background = Unsupported()
     conversation = Unsupported()
     prompt = Unsupported()
+    trace = Unsupported()
+    branch = Unsupported()
 
 
 class InputTokensRequest(InputFields):

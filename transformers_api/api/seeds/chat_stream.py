@@ -15,6 +15,7 @@ from transformers_api.api.http.dialects import NIELS
 from transformers_api.api.http.error_schemas import Failed
 from transformers_api.api.http.request_context import Formatter, Task, answer
 from transformers_api.api.intervene import format as intervene_format
+from transformers_api.api.intervene.branch import branch_ids, with_branch
 from transformers_api.api.openai import format as openai_format
 from transformers_api.api.openai import requests
 from transformers_api.api.seeds.schemas.chat_stream import ChatStreamDone, ChatStreamRequest
@@ -88,6 +89,7 @@ class ChatStreamTask(Task):
         prompt = chat_template.encode(
             model, body["messages"], max_bytes=settings.inspected_prompt_bytes
         )
+        prompt = replace(prompt, ids=branch_ids(body, model) or prompt.ids)
         trace = self.trace = _trace_request(model, body)
         # The request's word, else the registry's, else this route's.
         registered = requests.registered_options(model)
@@ -109,7 +111,7 @@ class ChatStreamTask(Task):
         )
         # What a model writes to end its text is its own end, whatever else the request names.
         stop = (*prompt.stop, *requests.stop_strings(registered), *body.get("stop", ()))
-        return GenerationRequest(
+        request = GenerationRequest(
             [prompt.ids],
             params,
             stop=stop,
@@ -120,6 +122,7 @@ class ChatStreamTask(Task):
             intervene=body.get("intervene"),
             spans=lambda: spans(model, body["messages"], prompt.ids),
         )
+        return with_branch(request, body)
 
     def formatter(self, model: LoadedModel, request: GenerationRequest) -> Formatter:
         """See Task."""

@@ -183,8 +183,8 @@ def current_attention_edits() -> Sequence[AttentionEdit]:
 
 @contextmanager
 def editing_attention(edits: Sequence[AttentionEdit]) -> Iterator[None]:
-    """Let passes within the block be changed."""
-    token = _current.set(edits)
+    """Let passes within the block be changed; without ``edits`` as blocks around it say."""
+    token = _current.set(edits or _current.get())
     try:
         yield
     finally:

@@ -254,6 +254,9 @@ class PackedWeight:
         return self.rows(torch.arange(self.out_features))
 
 
+FEW = 8  # times fewer rows than there are: then these alone are unpacked
+
+
 class _Multiply(torch.autograd.Function):
     """Differentiable with respect to the input; the weights are fixed."""
 
@@ -265,7 +268,12 @@ class _Multiply(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (gradient,) = gradients
-        return (gradient.float() @ ctx.weight.dense()).to(gradient.dtype), None
+        (places,) = gradient.reshape(-1, gradient.shape[-1]).any(0).nonzero(as_tuple=True)
+        if FEW * len(places) < gradient.shape[-1]:  # of few outputs, as of one logit
+            product = gradient[..., places].float() @ ctx.weight.rows(places)
+        else:
+            product = gradient.float() @ ctx.weight.dense()
+        return product.to(gradient.dtype), None
 
 
 class JoinedWeights:

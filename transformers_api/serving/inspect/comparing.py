@@ -8,6 +8,7 @@ the same way, so that nothing but the edits makes them differ.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from transformers_api.errors import InvalidRequest
 from transformers_api.inspection import questions
@@ -36,6 +37,21 @@ def check_comparable(
     if reason is not None:
         name = f"{request.intervene.name if request.intervene else 'intervene'}.compare"
         raise InvalidRequest(f"{name} {reason}", param=name)
+
+
+def with_twins(request: GenerationRequest) -> GenerationRequest:
+    """``request`` with an unedited answer for each one, of the same seed. Raises InvalidRequest."""
+    assert request.intervene is not None
+    reason = None
+    if request.per_prompt > request.n:
+        reason = "cannot go with best_of above n"
+    elif request.stores:
+        reason = "cannot go with store; keep a run of each instead"
+    if reason is not None:
+        name = f"{request.intervene.name}.compare"
+        raise InvalidRequest(f"{name} {reason}", param=name)
+    twins = replace(request.params, prompt_logprobs=None)
+    return replace(request, n=2 * request.n, best_of=None, twins=twins)
 
 
 def compare(

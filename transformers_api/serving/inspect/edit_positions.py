@@ -86,15 +86,30 @@ def resolve(at: At, prompt: PromptPlaces, param: str) -> tuple[Range, ...]:
     return ((0, length),) if at == "prompt" else ((length - 1, length),)
 
 
+def single_positions(at: At | list[int], prompt: PromptPlaces, param: str) -> tuple[int, ...]:
+    """Positions one by one, in the order in which they are named; "all" are the prompt's.
+
+    Of a list one may be named twice. Raises InvalidRequest.
+    """
+    if isinstance(at, list | tuple):
+        resolve(tuple(at), prompt, param)
+        return tuple(place % prompt.length if place < 0 else place for place in at)
+    return tuple(
+        place
+        for start, stop in resolve(at, prompt, param)
+        for place in range(start, prompt.length if stop is None else stop)
+    )
+
+
 def _of_numbers(at: tuple[int, ...], prompt: PromptPlaces, param: str) -> tuple[Range, ...]:
     length = prompt.length
     for place in at:
         if not -length <= place < prompt.most:
             raise InvalidRequest(f"{param} must be in [{-length}, {prompt.most - 1}]", param=param)
-    return _joined(sorted({place % length if place < 0 else place for place in at}))
+    return joined(sorted({place % length if place < 0 else place for place in at}))
 
 
-def _joined(places: Sequence[int]) -> tuple[Range, ...]:
+def joined(places: Sequence[int]) -> tuple[Range, ...]:
     """Ranges of neighbours."""
     ranges: list[tuple[int, int]] = []
     for place in places:
@@ -138,4 +153,4 @@ def _of_text(at: TextAt, prompt: PromptPlaces, param: str) -> tuple[Range, ...]:
         for place, end in enumerate(ends)
         if end > start and end - len(pieces[place]) < start + len(part)
     ]
-    return _joined(places)
+    return joined(places)

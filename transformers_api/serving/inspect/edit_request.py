@@ -14,7 +14,7 @@ from transformers_api.serving.inspect.edit_positions import At
 
 MOST_EDITS = 32
 MOST_INLINE = 4_000_000  # bytes of vectors
-Do = Literal["add", "erase", "ablate", "scale", "set", "block", "temper", "feature"]
+Do = Literal["add", "erase", "ablate", "scale", "set", "patch", "block", "temper", "feature"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,9 +34,11 @@ class EditRequest:
     any_model: bool = False  # a stored vector may be of another one
     units: Literal["raw", "norm"] = "raw"
     keep_norm: bool = False
-    # Of ablate: numbers that are put there, or the prompt that they are from.
+    # Of ablate: numbers that are put there; of it and of patch: the prompt that they are from.
     instead: Literal["zero", "mean"] = "zero"
     source: str | None = None
+    run: str | None = None  # or the run, by its id
+    source_at: At | list[int] | None = None  # of patch: the positions there; None: as here
     # Of block and temper, whose part is "weights".
     queries: At = "all"
     keys: At = ()
@@ -44,6 +46,11 @@ class EditRequest:
     # Of feature: the autoencoder's name, which says part and layer, and the feature's number.
     sae: str | None = None
     feature: int = 0
+
+    @property
+    def has_source(self) -> bool:
+        """True where the numbers are those of another text."""
+        return self.source is not None or self.run is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +65,13 @@ class ForceRequest:
 class InterveneRequest:
     """The fields of ``intervene``; ``name`` is the field's own.
 
-    ``compares``: the unedited model reads the answer too; see ``comparing.py``.
+    ``compares``: the unedited model reads the answer too; see ``comparing.py``. ``has_twins``: it
+    writes one of its own.
     """
 
     edits: tuple[EditRequest | ForceRequest, ...]
     compares: bool = False
+    has_twins: bool = False
     store: bool = False  # keep the answer as a run
     source: Any = None  # the field as it came
     name: str = "intervene"

@@ -11,7 +11,9 @@ from transformers_api.errors import InvalidRequest
 from transformers_api.inspection.base import Array
 from transformers_api.inspection.editable import INPUTS, Editable, Part
 from transformers_api.inspection.sae import FeatureEdit, Sae
+from transformers_api.serving.inspect.edit_positions import PromptPlaces
 from transformers_api.serving.inspect.edit_request import EditRequest
+from transformers_api.serving.inspect.run_file import Run
 from transformers_api.serving.inspect.vector_store import Vector
 from transformers_api.serving.swap.loaded_model import LoadedModel
 
@@ -29,6 +31,8 @@ class Facts:
     numbers: Callable[[str | None, Sequence[tuple[int, Part]]], Sequence[Array]]
     vector: Callable[[str], Vector]  # of the requester; raises NotFound
     sae: Callable[[str, str], Sae]  # of a name, for a field; raises NotFound, InvalidRequest
+    prompt: Callable[[str], PromptPlaces]  # another text
+    run: Callable[[str], Run]  # of the requester; raises NotFound
 
 
 def feature_of(facts: Facts, request: EditRequest, name: str) -> FeatureEdit | None:
@@ -68,7 +72,7 @@ class EditVectors:
         Raises InvalidRequest.
         """
         request = self.request
-        if request.do == "ablate" and request.instead == "mean" and request.source is None:
+        if request.do == "ablate" and request.instead == "mean" and not request.has_source:
             places = [(layer, request.part) for layer in self.layers]
             means = [numbers.mean(0) for numbers in self.facts.numbers(None, places)]
             pairs = zip(self.layers, means, strict=True)

@@ -15,7 +15,7 @@ from transformers_api.inspection.sae import FeaturePlan
 from transformers_api.serving.generation import GenerationRequest
 from transformers_api.serving.inspect import activation_plan, storing
 from transformers_api.serving.inspect.calibration import Calibration
-from transformers_api.serving.inspect.comparing import check_comparable
+from transformers_api.serving.inspect.comparing import check_comparable, with_twins
 from transformers_api.serving.inspect.edit_positions import PromptPlaces
 from transformers_api.serving.inspect.edit_request import InterveneRequest, check_size
 from transformers_api.serving.inspect.edit_vectors import Facts
@@ -26,6 +26,7 @@ from transformers_api.serving.inspect.interventions import (
     plan_edits,
 )
 from transformers_api.serving.inspect.queue import Inspections
+from transformers_api.serving.inspect.run_file import Run
 from transformers_api.serving.inspect.run_store import RunStore
 from transformers_api.serving.inspect.stored_maps import lens_via, sae_for
 from transformers_api.serving.inspect.tensor_store import StoredTensors
@@ -39,7 +40,7 @@ from transformers_api.serving.text import chat_template
 
 @dataclass(frozen=True, kw_only=True)
 class Planner:
-    """Plans edits, with what the server knows. ``vector``: see ``Facts``."""
+    """Plans edits, with what the server knows. ``vector``, ``run``: see ``Facts``."""
 
     settings: Settings
     inspections: Inspections
@@ -49,6 +50,7 @@ class Planner:
     sae: Callable[[str], StoredTensors]
     calibration: Calibration
     runs: RunStore
+    run: Callable[[str], Run]
 
     def planned_request(
         self, model: LoadedModel, request: GenerationRequest, *, whole: bool
@@ -80,9 +82,13 @@ class Planner:
         params = request.params
         if request.intervene.compares:
             check_comparable(request, engine.max_model_len, prompts)
-        forced = forced_tokens(request.intervene, engine.vocab_size, params.max_tokens)
-        edits = self.planned(model, request.intervene, prompts)
-        return replace(request, edits=edits, params=replace(params, forced=forced))
+        intervene = request.intervene
+        if intervene.has_twins:
+            request = with_twins(request)  # which are not forced to say what the others are
+        forced = forced_tokens(intervene, engine.vocab_size, params.max_tokens)
+        edits = self.planned(model, intervene, prompts)
+        params = replace(params, forced={**forced, **params.forced})
+        return replace(request, edits=edits, params=params)
 
     def with_notes(
         self, model: LoadedModel, request: GenerationRequest, *, whole: bool
@@ -154,16 +160,23 @@ class Planner:
         inspector = checked(model, intervene, self.settings)
         inspections, cancellation = self.inspections, self.cancellation
 
+        def encoded(text: str) -> Sequence[int]:
+            chat_template.check_bytes(text, self.settings.inspected_prompt_bytes)
+            ids = chat_template.encode_text(model, text)[: model.engine.max_model_len - 1]
+            if len(ids) > (most := self.settings.inspect_max_tokens):
+                raise PromptTooLarge(f"Prompt too large to inspect: {len(ids)} tokens (max {most})")
+            return ids
+
         def numbers(text: str | None, places: Sequence[tuple[int, Part]]) -> Sequence[Array]:
             if text is None:
                 return self.calibration.numbers(
                     model, places, lambda question: inspections.ask(model, question, cancellation)
                 )
-            chat_template.check_bytes(text, self.settings.inspected_prompt_bytes)
-            ids = chat_template.encode_text(model, text)[: model.engine.max_model_len]
-            if len(ids) > (most := self.settings.inspect_max_tokens):
-                raise PromptTooLarge(f"Prompt too large to inspect: {len(ids)} tokens (max {most})")
-            return inspections.ask(model, PartNumbers(ids, places), cancellation)
+            return inspections.ask(model, PartNumbers(encoded(text), places), cancellation)
+
+        def prompt(text: str) -> PromptPlaces:
+            ids = encoded(text)
+            return PromptPlaces(ids=ids, most=len(ids), vocabulary=model.vocabulary, spans=tuple)
 
         facts = Facts(
             editable=inspections.editable(model, inspector, cancellation),
@@ -173,6 +186,8 @@ class Planner:
             numbers=numbers,
             vector=self.vector,
             sae=lambda name, param: sae_for(model, inspector.anatomy, name, self.sae(name), param),
+            prompt=prompt,
+            run=self.run,
         )
         if not facts.editable.places:
             raise ModelNotCapable(

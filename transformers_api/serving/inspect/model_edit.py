@@ -6,12 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from transformers_api.errors import ModelNotCapable
+from transformers_api.errors import InvalidRequest, ModelNotCapable
 from transformers_api.inspection.base import Array
 from transformers_api.inspection.edit_plan import Edit, Range
 from transformers_api.inspection.editable import INPUTS, Part
 from transformers_api.inspection.sae import FeatureEdit
-from transformers_api.serving.inspect.edit_positions import PromptPlaces, resolve
+from transformers_api.serving.inspect.edit_positions import (
+    PromptPlaces,
+    joined,
+    resolve,
+    single_positions,
+)
 from transformers_api.serving.inspect.edit_request import EditRequest
 from transformers_api.serving.inspect.edit_vectors import (
     EditVectors,
@@ -69,20 +74,83 @@ class ModelEdit:
         request = self.request
         if request.part == "weights":
             return self._of_weights(prompt)
+        if request.do == "patch":
+            return self._of_patch(prompt)
         positions = resolve(request.at, prompt, f"{self.name}.at")
         made = [] if self._is_nothing else self._aligned(positions, prompt)
         made = [edit for edit in made if edit.positions and not _changes_nothing(edit)]
-        described: dict[str, Any] = {"do": request.do, "part": request.part, "layers": self.layers}
-        if request.part in INPUTS:
-            described["heads"] = list(self.units[self.layers[0]])
-        if request.part in ("head", "neuron"):
-            described["heads" if request.part == "head" else "neurons"] = list(
-                self.units[self.layers[0]]
-            )
+        at = [[start, stop] for start, stop in positions]
+        return made, {**self._words(), "at": at, "elided": not made}
+
+    def _words(self) -> dict[str, Any]:
+        request = self.request
+        words: dict[str, Any] = {"do": request.do, "part": request.part, "layers": self.layers}
+        if units := self.units[self.layers[0]]:
+            words["neurons" if request.part == "neuron" else "heads"] = list(units)
         if self.feature is not None:
-            described |= {"sae": request.sae, "feature": request.feature, "value": request.value}
-        described["at"] = [[start, stop] for start, stop in positions]
-        return made, {**described, "elided": not made}
+            words |= {"sae": request.sae, "feature": request.feature, "value": request.value}
+        return words
+
+    def _of_patch(self, prompt: PromptPlaces) -> tuple[list[Edit], dict[str, Any]]:
+        request, name = self.request, f"{self.name}.from.at"
+        source = self._source()
+        at = single_positions(request.at, prompt, f"{self.name}.at")
+        source_at = request.at if request.source_at is None else request.source_at
+        origins = single_positions(source_at, source, name)
+        if len(at) != len(origins):
+            raise refusal(f"{name} has {len(origins)} positions for {len(at)} of at", name)
+        pairs = sorted(zip(at, origins, strict=True))
+        ranges = joined([place for place, _ in pairs])
+        rows = [origin for _, origin in pairs]
+        made = [
+            self._made(layer, ranges, self._numbers.shaped(layer, numbers[rows]), True)
+            for layer, numbers in (self._source_numbers().items() if at else ())
+        ]
+        words = {"at": list(at), "from": {"at": list(origins)}}
+        return made, {**self._words(), **words, "elided": not made}
+
+    def _source(self) -> PromptPlaces:
+        """The text that numbers are from."""
+        request = self.request
+        if request.run is None:
+            assert request.source is not None
+            return self.facts.prompt(request.source)
+        run = self.facts.run(request.run)
+        if run.model != self.model.spec.name and not request.any_model:
+            raise refusal(
+                f"run '{run.id}' is of model '{run.model}'; send \"any_model\": true to use it all "
+                "the same",
+                f"{self.name}.{self._source_field}",
+            )
+        ids = [*run.prompt_ids, *run.token_ids[:-1]]
+        return PromptPlaces(
+            ids=ids,
+            most=len(ids),
+            vocabulary=self.model.vocabulary,
+            spans=tuple,
+            prompt_tokens=len(run.prompt_ids),
+        )
+
+    def _source_numbers(self) -> dict[int, Any]:
+        """The numbers (n, width) of that text, by layer."""
+        part = self.request.part
+        if self.request.run is None:
+            places = [(layer, part) for layer in self.layers]
+            return dict(
+                zip(self.layers, self.facts.numbers(self.request.source, places), strict=True)
+            )
+        assert part != "weights"
+        run, arrays = self.facts.run(self.request.run), {}
+        for layer in self.layers:
+            try:
+                arrays[layer] = run.numbers(layer, part)
+            except InvalidRequest as error:
+                raise refusal(error.message, f"{self.name}.{self._source_field}") from None
+        return arrays
+
+    @property
+    def _source_field(self) -> str:
+        return "from" if self.request.do == "patch" else "with"
 
     def _of_weights(self, prompt: PromptPlaces) -> tuple[list[Edit], dict[str, Any]]:
         request = self.request
@@ -127,29 +195,26 @@ class ModelEdit:
         )
 
     def _aligned(self, positions: tuple[Range, ...], prompt: PromptPlaces) -> list[Edit]:
-        if self.request.do != "ablate" or self.request.source is None:
+        if self.request.do != "ablate" or not self.request.has_source:
             return [self._made(layer, positions) for layer in self.layers]
-        part = self.request.part
-        arrays = self.facts.numbers(self.request.source, [(each, part) for each in self.layers])
-        count = len(arrays[0])
-        first = prompt.length - count  # both end together
+        source = self._source()
+        first = prompt.length - source.length  # both prompts end together
+        last = first + len(source.ids)
         edits = []
-        for layer, numbers in zip(self.layers, arrays, strict=True):
+        for layer, numbers in self._source_numbers().items():
             for start, stop in positions:
-                end = prompt.length if stop is None else stop
+                end = last if stop is None else stop
                 if stop is None and start < prompt.length and start < max(first, 0):
                     start = max(first, 0)  # the whole text: as much of it as the other has
-                if start < first or end > prompt.length:
+                if start < first or end > last or start >= end:
                     raise refusal(
-                        f"{self.name}.with: a prompt of {count} tokens has no numbers for all "
-                        f"positions [{start}, {end}) of one of {prompt.length}; the two are "
-                        "aligned at their ends",
+                        f"{self.name}.with: a text of {len(source.ids)} tokens has no numbers for "
+                        f"all positions [{start}, {end}) of one of {prompt.length}; the two "
+                        "prompts are aligned at their ends",
                         f"{self.name}.with",
                     )
-                own = numbers[start - first : end - first]
-                edits.append(
-                    self._made(layer, ((start, end),), self._numbers.shaped(layer, own), True)
-                )
+                own = self._numbers.shaped(layer, numbers[start - first : end - first])
+                edits.append(self._made(layer, ((start, end),), own, True))
         return edits
 
     def _made(
@@ -161,8 +226,10 @@ class ModelEdit:
     ) -> Edit:
         request = self.request
         do = request.do
+        if do == "patch":
+            do = "set"
         if do == "ablate":
-            do = "scale" if request.instead == "zero" and request.source is None else "set"
+            do = "scale" if request.instead == "zero" and not request.has_source else "set"
         by = request.by if request.by is not None else 0.0
         return Edit(
             do=do,

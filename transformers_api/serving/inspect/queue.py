@@ -126,9 +126,8 @@ class Inspections:
         """
         checked = self._parts.setdefault(inspector, set())
         if question.by not in checked:
-            own = list(ids[:CHECKED])
-            last = replace(question, position=len(own) - 1)
-            self._run(model, questions.LogitParts(own, last).job(_own(model)), cancellation)
+            job = parts_of_beginning(question, ids).job(_own(model))
+            self._run(model, job, cancellation)
             checked.add(question.by)
 
     def stream_norms(
@@ -199,6 +198,12 @@ class Inspections:
             return run.result
         finally:
             run.close()
+
+
+def parts_of_beginning(question: LogitPartsQuestion, ids: Sequence[int]) -> questions.LogitParts:
+    """The same question about the beginning of a text."""
+    own = list(ids[:CHECKED])
+    return questions.LogitParts(own, replace(question, position=len(own) - 1))
 
 
 def deadline(

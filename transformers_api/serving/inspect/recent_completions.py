@@ -22,6 +22,7 @@ class Completion:
     model: str
     prompt_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
+    owner: str = ""  # whoever asked for it
 
 
 class Completions:
@@ -45,23 +46,33 @@ class Completions:
         model: LoadedModel,
         prompts: Sequence[Sequence[int]],
         choices: Sequence[Sequence[int]],
+        owner: str = "",
     ) -> None:
         """Keep the ids of all choices: those of the first prompt, then those of the second one."""
         per_prompt = max(len(choices) // len(prompts), 1)
         completions = [
-            Completion(model.spec.name, tuple(prompts[place // per_prompt]), tuple(ids))
+            Completion(model.spec.name, tuple(prompts[place // per_prompt]), tuple(ids), owner)
             for place, ids in enumerate(choices)
         ]
         self._put(completion_id, completions)
 
-    def find(self, completion_id: str, choice: int = 0) -> Completion:
-        """Raises UnknownCompletion; InvalidRequest where it has not so many choices."""
+    def find(
+        self,
+        completion_id: str,
+        choice: int = 0,
+        owner: str | None = None,
+        param: str = "completion_id",
+    ) -> Completion:
+        """One of ``owner``; None: of anybody who was told its id.
+
+        Raises UnknownCompletion; InvalidRequest where it has not so many choices.
+        """
         choices = self._get(completion_id)
-        if not choices:
+        if not choices or owner not in (None, choices[0].owner):
             raise UnknownCompletion(
                 f"Completion '{completion_id}' is not known; the last {self._bound} are, for "
                 f"{self._max_age_s / 60:g} minutes",
-                param="completion_id",
+                param=param,
             )
         if not 0 <= choice < len(choices):
             raise InvalidRequest(f"choice must be in [0, {len(choices) - 1}]", param="choice")

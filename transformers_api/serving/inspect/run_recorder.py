@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass, field, replace
 from transformers_api.engine.base import TokenOutput
 from transformers_api.inspection.activations import RecordedRows
 from transformers_api.inspection.base import StepTrace
-from transformers_api.serving.generation import Generation, GenerationRequest, with_seed
+from transformers_api.serving.generation import Generation, GenerationRequest
 from transformers_api.serving.inspect import run_params
 from transformers_api.serving.inspect.run_file import Json, Run, joined
+from transformers_api.serving.seeds import with_seed
 from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.text.choice_text import TextDelta
 

@@ -122,6 +122,7 @@ class Inspected(Schema):
     intervene: fields.Field[Any] = Object(
         InterveneOptions, **about("What to change; see [interventions](#interventions).")
     )
+    how: fields.Field[Any] = Unsupported()
 
     @validates_schema(skip_on_field_errors=True)
     def check_input(self, data: dict[str, Any], **_: Any) -> None:
@@ -132,6 +133,18 @@ class Inspected(Schema):
             raise InvalidRequest(f"give exactly one of {', '.join(INPUTS)}; there is {named}")
         if not data[inputs[0]]:
             raise InvalidRequest(f"{inputs[0]} must not be empty", param=inputs[0])
+
+
+def how_it_is_read() -> fields.Field[Any]:
+    """The field ``how``."""
+    return Text(
+        choices=("at_once", "as_written"),
+        load_default="at_once",
+        **about(
+            "With `completion_id`: `as_written` gives the very numbers of the stream; `at_once` "
+            "reads the text anew, which `differs_up_to` so much."
+        ),
+    )
 
 
 class MatrixRequest(Inspected):
@@ -170,6 +183,7 @@ class RolloutRequest(MatrixRequest):
 class FullAttentionRequest(MatrixRequest):
     """One layer's attention."""
 
+    how = how_it_is_read()
     trace_layer = whole(required=True, **about("The layer, from 0."))
     head = Either(
         whole(),
@@ -193,6 +207,7 @@ class FullAttentionRequest(MatrixRequest):
 class TokensRequest(Inspected):
     """Tokens, and how the model foresaw them."""
 
+    how = how_it_is_read()
     logprobs = Boolean(
         load_default=False, **about("Add `surprisal`, `entropy`, `rank` and `topk`.")
     )
@@ -212,6 +227,7 @@ class HeadsRequest(Inspected):
 class LensRequest(Inspected):
     """The readings of each layer through the model's head."""
 
+    how = how_it_is_read()
     layers = places("all", load_default="all", **about("Layers from 0; -1 is the embedding."))
     positions = places(
         "all", load_default=[-1], **about("Of tokens; negative from the end. Default: the last.")
@@ -278,6 +294,7 @@ class AttributionRequest(Inspected):
 class HiddenStatesRequest(Inspected):
     """The residual stream."""
 
+    how = how_it_is_read()
     layers = places("all", load_default="all", **about("Layers from 0; -1 is the embedding."))
     positions = places(
         "all", load_default=[-1], **about("Of tokens; negative from the end. Default: the last.")

@@ -27,6 +27,7 @@ from transformers_api.api.http.sampling_schema import (
     TokenLimit,
     about,
 )
+from transformers_api.api.intervene.branch import BranchOptions
 from transformers_api.api.intervene.schema import ComparedInterveneOptions
 from transformers_api.api.openai.schemas.completions import check_stream_options
 from transformers_api.api.openai.schemas.structured import Structured, Whatever
@@ -218,6 +219,9 @@ class ChatRequest(Sampling, Structured, TemplateFields):
     trace = Object(TraceOptions, **about("What to show of every token; see [traces](#traces)."))
     intervene = Object(
         ComparedInterveneOptions, **about("What to change; see [interventions](#interventions).")
+    )
+    branch = Object(
+        BranchOptions, **about("Leave an answer at one of its tokens; see [branches](#branches).")
     )
     tools = Many(
         Whatever(),

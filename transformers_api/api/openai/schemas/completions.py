@@ -24,6 +24,7 @@ from transformers_api.api.http.sampling_schema import (
     TokenLimit,
     about,
 )
+from transformers_api.api.intervene.branch import BranchOptions
 from transformers_api.api.intervene.schema import ComparedInterveneOptions
 from transformers_api.api.openai.schemas.structured import Structured
 from transformers_api.api.trace.schema import TraceOptions
@@ -106,6 +107,9 @@ class CompletionRequest(Sampling, Structured):
     trace = Object(TraceOptions, **about("What to show of every token; see [traces](#traces)."))
     intervene = Object(
         ComparedInterveneOptions, **about("What to change; see [interventions](#interventions).")
+    )
+    branch = Object(
+        BranchOptions, **about("Leave an answer at one of its tokens; see [branches](#branches).")
     )
 
     @validates_schema(skip_on_field_errors=True)

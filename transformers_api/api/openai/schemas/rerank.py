@@ -15,6 +15,7 @@ from transformers_api.api.http.fields import (
     Many,
     Object,
     OneOrMany,
+    OutsideOnly,
     Schema,
     Text,
     Unsupported,
@@ -46,7 +47,7 @@ class Document(fields.Field[str]):
         return text
 
 
-class _Compared(Schema):
+class _Compared(OutsideOnly):
     """A model, and how much of each text it reads."""
 
     model = Text(

@@ -18,6 +18,7 @@ from transformers_api.api.http.fields import (
     Text,
 )
 from transformers_api.api.http.sampling_schema import MAX_TOKENS, about
+from transformers_api.api.intervene.branch import BranchOptions
 from transformers_api.api.intervene.schema import WritingInterveneOptions
 from transformers_api.api.openai.schemas.chat import MAX_MESSAGES
 from transformers_api.api.trace.schema import StreamTrace
@@ -77,6 +78,9 @@ class ChatStreamRequest(Schema):
     trace = Object(StreamTrace, **about("What to show, beyond the one layer."))
     intervene = Object(
         WritingInterveneOptions, **about("What to change; see [interventions](#interventions).")
+    )
+    branch = Object(
+        BranchOptions, **about("Leave an answer at one of its tokens; see [branches](#branches).")
     )
 
     @pre_load

@@ -16,6 +16,7 @@ from transformers_api.api.http.fields import (
     Number,
     Object,
     OneOrMany,
+    OutsideOnly,
     Schema,
     Text,
     Unsupported,
@@ -47,7 +48,7 @@ class PromptTexts(fields.Field[str | list[str]]):
         return value
 
 
-class GenerateRequest(Schema):
+class GenerateRequest(OutsideOnly):
     """Text to be continued."""
 
     prompt = PromptTexts(
