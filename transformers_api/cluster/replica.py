@@ -7,6 +7,7 @@ is cancelled gives everything back.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import socket
 import time
@@ -44,6 +45,7 @@ from transformers_api.serving.swap.replica_status import ReplicaStatus
 from transformers_api.serving.swap.residency import Lease
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 SPARE_THREADS = 16  # for what is no sequence
 
 
@@ -326,6 +328,7 @@ class Replica:
     def _submitted(self, model: LoadedModel, caller: Caller, sequences: Sequences) -> TokenStream:
         if caller.stamp is not None and caller.stamp != stamp_of(model):
             raise ModelUnloaded("The model has changed meanwhile; ask again", retry_after=1)
+        log.info("Answering with %s", model.spec.name)  # and the request's id
         requests: list[SequenceRequest] = []
         for request, plan in zip(sequences.requests, sequences.constraints, strict=True):
             constraint = None if plan is None else plan.start(model.compiler, model.vocabulary)

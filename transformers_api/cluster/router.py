@@ -1,12 +1,12 @@
 """The request router of a front, as Ray Serve asks for one: by residency.
 
-An alpha interface of Ray: its version is pinned, and ``make test-scale`` holds it.
+An alpha interface of Ray: its version is pinned, and ``make test-scale`` holds it. Serve sends
+the class itself to fronts, a copy for each: what is this process's own lies in ``routing``.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from typing import Any
 
 from ray.serve._private.request_router.replica_wrapper import RunningReplica
@@ -16,7 +16,7 @@ from ray.serve._private.request_router.request_router import (
     RequestRouter,
 )
 
-from transformers_api.cluster.routing import ranks
+from transformers_api.cluster import routing
 
 CANDIDATES = 2  # of a group: the rest has more work
 PLACED_S = 5.0  # a model that was asked for there is as good as in memory, until others are told
@@ -25,7 +25,9 @@ PLACED_S = 5.0  # a model that was asked for there is as good as in memory, unti
 class ResidencyRouter(FIFOMixin, MultiplexMixin, RequestRouter):  # type: ignore[misc]  # untyped
     """Orders replicas with ``routing.ranks``, by the work that they had when they last answered."""
 
-    silent: frozenset[str] = frozenset()  # replicas that do not answer, asked when nobody else is
+    silent: frozenset[str] = (
+        frozenset()
+    )  # replicas that do not answer, asked where there are no others
 
     def initialize_state(self, **options: Any) -> None:
         """Take ``request_router_kwargs``: ``spread`` alone."""
@@ -46,8 +48,9 @@ class ResidencyRouter(FIFOMixin, MultiplexMixin, RequestRouter):  # type: ignore
         def work(replica: RunningReplica) -> int:
             return self.replica_queue_len_cache.get(replica.replica_id) or 0
 
-        order = ranks(
-            [each for each in candidate_replicas if not self._is_silent(each)],
+        spoken = [each for each in candidate_replicas if not self._is_silent(each)]
+        order = routing.ranks(
+            spoken or candidate_replicas,
             self._spread,
             holds=lambda each: model in each.multiplexed_model_ids or each.replica_id in placed,
             is_empty=lambda each: (
@@ -55,8 +58,7 @@ class ResidencyRouter(FIFOMixin, MultiplexMixin, RequestRouter):  # type: ignore
             ),
             work=work,
         )
-        silent = [each for each in candidate_replicas if self._is_silent(each)]
-        return [group[:CANDIDATES] for group in (*order, silent) if group]
+        return [group[:CANDIDATES] for group in order]
 
     def on_request_routed(self, pending_request: Any, replica_id: Any, result: Any) -> None:
         """Note which model a replica was asked for."""
@@ -65,9 +67,4 @@ class ResidencyRouter(FIFOMixin, MultiplexMixin, RequestRouter):  # type: ignore
             self._placed = {i: at for i, at in self._placed.items() if i in self.curr_replicas}
 
     def _is_silent(self, replica: RunningReplica) -> bool:
-        return replica.replica_id.unique_id in self.silent
-
-
-def avoid(replicas: Iterable[str]) -> None:
-    """Let all routers of this process ask these last."""
-    ResidencyRouter.silent = frozenset(replicas)
+        return replica.replica_id.unique_id in routing.silent

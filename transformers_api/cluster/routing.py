@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
+silent: set[str] = set()  # replicas that do not answer this process
 
 
 def ranks(
@@ -31,3 +32,10 @@ def ranks(
     first = free or takers
     rest = [each for each in others if each not in first]
     return [group for group in (first, full, rest) if group]
+
+
+def avoid(replicas: Iterable[str]) -> None:
+    """Let the routers of this process ask these only where there are no others."""
+    names = set(replicas)
+    silent.intersection_update(names)
+    silent.update(names)

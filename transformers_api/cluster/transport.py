@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
-from transformers_api.cluster import applications, ray_runtime
+from transformers_api.cluster import applications, ray_runtime, routing
 from transformers_api.cluster.messages import Failure, error_of
 from transformers_api.config.settings import Settings
 from transformers_api.errors import ApiError, Overloaded, ReplicaFailed, Unavailable
@@ -137,9 +137,7 @@ class RayTransport:
 
     def avoid(self, replicas: Sequence[str]) -> None:
         """See Transport."""
-        from transformers_api.cluster import router
-
-        router.avoid(replicas)
+        routing.avoid(replicas)
 
     def _options(self, model: str) -> Any:
         handles = self._handles

@@ -1,0 +1,214 @@
+"""What is killed under a cluster, or replaced, and who notices."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.scale.conftest import CONTROLLER, REPLICA, ROOT, Cluster, Front, wait_for
+
+
+def test_a_killed_replica_ends_its_own_streams_alone(cluster, front, measured):
+    for model in ("one", "two"):
+        front.chat(model)
+    wait_for(lambda: {each["model"] for each in front.replicas()} == {"one", "two"})
+    streams = {m: [front.stream(m, 3000) for _ in range(8)] for m in ("one", "two")}
+    wait_for(lambda: all(s.events for own in streams.values() for s in own))
+    victim = next(each for each in front.replicas() if each["model"] == "one")
+    os.kill(victim["pid"], signal.SIGKILL)
+    killed, back_s = time.monotonic(), list[float]()
+
+    def look():
+        wait_for(lambda: sum(each["pid"] != victim["pid"] for each in front.replicas()) == 2)
+        back_s.append(time.monotonic() - killed)
+
+    looking = threading.Thread(target=look, daemon=True)
+    looking.start()
+    news = [front.chat(model, tokens=2) for _ in range(10) for model in ("one", "two")]
+    assert all(isinstance(answer, dict) for answer in news), news
+    answered_s = time.monotonic() - killed
+    assert Counter(stream.end() for stream in streams["one"]) == {"replica_failed": 8}
+    assert Counter(stream.end() for stream in streams["two"]) == {"done": 8}
+    looking.join(60)
+    measured(f"20 new requests in {answered_s:.1f} s; a replica is back in {back_s[0]:.1f} s")
+    assert back_s[0] < 30
+
+
+def test_nobody_notices_that_the_controller_is_killed(cluster, front, measured):
+    streams = [front.stream("one", 3000) for _ in range(4)]
+    wait_for(lambda: all(stream.events for stream in streams))
+    (pid,) = cluster.pids(CONTROLLER)
+    os.kill(pid, signal.SIGKILL)
+    began = time.monotonic()
+    assert isinstance(front.chat("one"), dict)
+    measured(f"a new request {time.monotonic() - began:.2f} s after the controller was killed")
+    assert [stream.end() for stream in streams] == ["done"] * 4
+    wait_for(lambda: cluster.pids(CONTROLLER) not in ([], [pid]))
+
+
+def test_a_killed_front_costs_its_own_connections_only(cluster, front):
+    other: Front = cluster.fronts[1]
+    wait_for(other.ready)
+    streams = [front.stream("one", 3000) for _ in range(4)]
+    own = other.stream("one", 3000)
+    wait_for(lambda: all(stream.events for stream in (*streams, own)))
+    assert other.process is not None
+    workers = subprocess.run(
+        ["ps", "--ppid", str(other.process.pid), "-o", "pid="], capture_output=True, text=True
+    )
+    (worker,) = map(int, workers.stdout.split())
+    os.kill(worker, signal.SIGKILL)
+    assert own.end().startswith("cut")
+    assert [stream.end() for stream in streams] == ["done"] * 4
+    wait_for(other.ready)
+    assert isinstance(other.chat("one"), dict)
+
+
+def test_a_front_that_ends_loses_no_stream(cluster, front):
+    other = cluster.fronts[1]
+    streams = [other.stream(model, 1500) for model in ("one", "hot") * 3]
+    wait_for(lambda: all(stream.events for stream in streams))
+    other.stop()
+    assert [stream.end() for stream in streams] == ["done"] * 6
+    other.start()
+    wait_for(other.ready)
+
+
+def test_a_killed_redis_costs_nothing_but_what_it_shares(cluster, front, measured):
+    streams = [each.stream("one", 2000) for each in cluster.fronts]
+    wait_for(lambda: all(stream.events for stream in streams))
+    cluster.redis.kill()
+    began = time.monotonic()
+    answers = [each.chat("hot", tokens=2) for each in cluster.fronts * 3]
+    took_s = time.monotonic() - began
+    measured(f"6 new requests on both fronts {took_s:.2f} s after redis was killed")
+    assert all(isinstance(answer, dict) for answer in answers), answers
+    assert took_s < 5
+    cluster.redis.start()
+    assert [stream.end() for stream in streams] == ["done"] * 2
+    assert isinstance(front.chat("hot"), dict)
+
+
+def test_a_replica_that_hangs_hides_no_other_and_gets_no_new_requests(cluster, front, measured):
+    for model in ("one", "two"):
+        front.chat(model)
+    wait_for(lambda: {each["model"] for each in front.replicas()} == {"one", "two"})
+    hung = next(each["pid"] for each in front.replicas() if each["model"] == "one")
+    os.kill(hung, signal.SIGSTOP)
+    try:
+        seen_s = wait_for(lambda: [each["pid"] for each in not_ready(front)] == [hung], 30)
+        assert len(front.all_replicas()) == 3
+        began = time.monotonic()
+        assert isinstance(front.chat("two"), dict)
+        assert isinstance(front.chat("one"), dict)
+        took_s = time.monotonic() - began
+        measured(f"shown as hung after {seen_s:.1f} s; two new requests in {took_s:.1f} s then")
+        assert took_s < 5
+    finally:
+        os.kill(hung, signal.SIGKILL)
+
+
+def not_ready(front: Front) -> list[dict[str, Any]]:
+    return [each for each in front.all_replicas() if not each["ready"]]
+
+
+def test_code_and_replicas_are_replaced_under_load_without_a_failure(cluster, front, measured):
+    """By a copy of the package, as an upgrade is one; a second machine has joined meanwhile."""
+    before = set(cluster.pids("ray::ServeReplica"))
+    shutil.copytree(ROOT / "transformers_api", cluster.folder / "next/transformers_api")
+    machine = join(cluster)
+    answers: list[object] = []
+    is_over = threading.Event()
+
+    def load(model: str):
+        while not is_over.is_set():
+            stream = front.stream(model, 300)
+            answers.append(stream.end())
+            answers.append("done" if isinstance(front.chat(model), dict) else "failed")
+
+    threads = [threading.Thread(target=load, args=(m,), daemon=True) for m in ("one", "two") * 2]
+    for thread in threads:
+        thread.start()
+    began = time.monotonic()
+    up = cluster.command("up", "--replicas", "2", code=cluster.folder / "next")
+    assert up.returncode == 0, up.stderr[-2000:]
+    wait_for(lambda: not before & set(cluster.pids("ray::ServeReplica")))
+    took_s = time.monotonic() - began
+    is_over.set()
+    for thread in threads:
+        thread.join(120)
+    measured(f"both replicas replaced in {took_s:.0f} s under {len(answers)} requests")
+    assert Counter(answers) == {"done": len(answers)}
+    for pid in cluster.pids(REPLICA):
+        assert f"PYTHONPATH={cluster.folder}/next" in Path(f"/proc/{pid}/environ").read_text()
+    lose(machine, cluster, front, measured)
+
+
+JOIN = """
+import signal, sys
+from ray._private.node import Node
+from ray._private.parameter import RayParams
+
+parameters = RayParams(
+    gcs_address=sys.argv[1],
+    node_ip_address="127.0.0.1",
+    num_cpus=2,
+    include_log_monitor=False,
+    min_worker_port=0,
+    max_worker_port=0,
+)
+Node(parameters, head=False, shutdown_at_exit=False, spawn_reaper=False)
+signal.pause()
+"""
+
+
+def join(cluster: Cluster) -> subprocess.Popen[bytes]:
+    """Another machine of the cluster: a second node of Ray; `ray start` would want a second address."""
+    mode = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(cluster.folder / "c/token"),
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    }
+    node = subprocess.Popen(
+        [sys.executable, "-c", JOIN, cluster.environment["CLUSTER_ADDRESS"]],
+        env=cluster.environment | mode,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    wait_for(lambda: "machines: 2" in cluster.command("status").stdout)
+    return node
+
+
+def lose(
+    node: subprocess.Popen[bytes], cluster: Cluster, front: Front, measured: Callable[[str], None]
+) -> None:
+    """Kill all of a machine at once; the replicas that were on it come back on others."""
+    for model in ("one", "two"):
+        front.chat(model)
+    wait_for(lambda: {each["model"] for each in front.replicas()} == {"one", "two"})
+    gone = {pid for pid in cluster.pids("ray::ServeReplica") if os.getsid(pid) == node.pid}
+    assert gone, "no replica was placed on the second machine"
+    places = {each["model"]: each["pid"] in gone for each in front.replicas()}
+    streams = {model: front.stream(model, 3000) for model in places}
+    wait_for(lambda: all(stream.events for stream in streams.values()))
+    os.killpg(node.pid, signal.SIGKILL)
+    lost = time.monotonic()
+    node.wait()
+    for model, stream in streams.items():
+        assert stream.end() == ("replica_failed" if places[model] else "done")
+    assert all(isinstance(front.chat(model), dict) for model in ("one", "two", "hot"))
+    measured(
+        f"{len(gone)} of 3 replicas lost with a machine: all models again after "
+        f"{time.monotonic() - lost:.0f} s"
+    )
+    wait_for(lambda: len({each["pid"] for each in front.replicas()} - gone) == 2)
