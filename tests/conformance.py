@@ -51,6 +51,8 @@ def ordinary(operation: Any, model: str) -> Any:
     if body is None:
         return operation.Case(path_parameters=path)
     media_type, content = next(iter(body["content"].items()))  # JSON, before other forms
+    if "example" not in content:  # a file
+        return operation.Case(path_parameters=path, body=b"a file", media_type=media_type)
     example = {**content["example"], **({"model": model} if "model" in content["example"] else {})}
     return operation.Case(path_parameters=path, body=example, media_type=media_type)
 

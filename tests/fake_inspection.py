@@ -21,7 +21,6 @@ from transformers_api.inspection.base import (
     Job,
     LayerAttention,
     LensReading,
-    LensTable,
     Likely,
     PromptReading,
     StepTrace,
@@ -30,6 +29,7 @@ from transformers_api.inspection.base import (
 from transformers_api.inspection.divergence_question import Divergence, DivergenceQuestion
 from transformers_api.inspection.editable import INPUTS, PARTS, Editable, Part, Places
 from transformers_api.inspection.grid_question import Grid, GridQuestion
+from transformers_api.inspection.lens_maps import DirectionReading, LensFit, LensMaps, LensTable
 from transformers_api.inspection.logit_share import LogitParts, LogitPartsQuestion, LogitShare
 
 LAYERS, HEADS, KV_HEADS, WIDTH = 2, 4, 2, 8
@@ -269,6 +269,7 @@ class FakeInspector:
         positions: Sequence[int],
         topk: int,
         target: int | None,
+        via: LensMaps | None = None,
     ) -> Job[LensTable]:
         self.asked.append(("lens", list(ids)))
         shape = (len(positions), len(layers))
@@ -282,6 +283,22 @@ class FakeInspector:
             target_prob=numpy.full(shape, 0.01, numpy.float32),
         )
         return sliced(lambda: table)
+
+    def fit_lens(self, ids: Sequence[int], lens: LensMaps, most: int) -> Job[LensFit]:
+        count = len(lens.layers)
+        fit = LensFit(layers=lens.layers, lens=(0.25,) * count, plain=(0.5,) * count)
+        return sliced(lambda: fit)
+
+    def read_direction(
+        self, ids: Sequence[int], direction: Array, topk: int
+    ) -> Job[DirectionReading]:
+        return sliced(lambda: DirectionReading(((97, 1.5),), ((98, -0.5),)))
+
+    def part_numbers(
+        self, ids: Sequence[int], places: Sequence[tuple[int, Part]]
+    ) -> Job[list[Array]]:
+        rows = numpy.random.default_rng(0).normal(size=(len(ids), WIDTH)).astype(numpy.float32)
+        return sliced(lambda: [rows for _ in places])
 
     def hidden_states(
         self, ids: Sequence[int], layers: Sequence[int], positions: Sequence[int]

@@ -270,3 +270,16 @@ def test_a_client_that_waits_for_a_word_before_the_body_is_known() -> None:
     found.feed(POST + b"Expect: 100-continue\r\nContent-Length: 5\r\n\r\n")
     assert found.expects_continue
     assert not found.is_complete
+
+
+def test_what_is_put_below_some_paths_may_be_longer():
+    uploads = {"/inspect/lenses/": 100}
+    for line, is_awaited in (("PUT /inspect/lenses/x", True), ("PUT /inspect/vectors/x", False)):
+        buffer = RequestBuffer(10, uploads)
+        buffer.feed(f"{line} HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n".encode())
+        assert buffer.is_complete != is_awaited
+        buffer.feed(b"x" * 50)
+        assert buffer.is_complete
+    buffer = RequestBuffer(10, uploads)
+    buffer.feed(b"PUT /inspect/lenses/x HTTP/1.1\r\nHost: x\r\nContent-Length: 500\r\n\r\n")
+    assert buffer.is_complete  # and refused by its length

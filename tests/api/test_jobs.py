@@ -47,7 +47,7 @@ class Gated(FakeInspector):
                 donor=None if question.donor is None else 1.0,
                 answer=question.answer or 97,
                 against=None,
-                seconds=0.25 * len(cells),  # four cells in a turn
+                seconds=0.125 * len(cells),  # four cells in a turn
             )
 
         return sliced(work)
@@ -104,7 +104,7 @@ def events(response):
 
 def test_a_grid_goes_on_after_its_request_and_fills_bit_by_bit(served, gated):
     begun = start(served)
-    assert begun == {"id": begun["id"], "estimate_s": 0.25 * CELLS, "cells": CELLS}
+    assert begun == {"id": begun["id"], "estimate_s": 0.125 * CELLS, "cells": CELLS}
     job = show(served, begun["id"])
     assert (job["state"], job["done"], job["total"], job["kind"]) == ("running", 4, CELLS, "patch")
     assert job["result"]["grid"] == [[0, 1, 2, 3, None, None], [None] * 6]
@@ -321,3 +321,15 @@ def test_where_inspection_is_off_there_are_no_jobs(serve):
     served = serve(inspect_enabled=False)
     for path in (URL, f"{URL}/job-1", f"{URL}/job-1/events"):
         assert served.client.get(path).status_code == 403
+
+
+def test_a_job_leaves_half_of_the_time_to_those_who_are_answered(served, gated, monkeypatch):
+    pauses = []
+    monkeypatch.setattr(InspectionJob, "pause", lambda _self, seconds: pauses.append(seconds))
+    gated.may.release(20)
+    wait(served, start(served)["id"])
+    assert pauses == []
+    stats = replace(served.engine.stats(), running=1)
+    monkeypatch.setattr(served.engine, "stats", lambda: stats)
+    wait(served, start(served)["id"])
+    assert pauses == [0.5, 0.5]

@@ -126,7 +126,7 @@ def test_the_event_can_have_an_envelope(attn):
 def test_the_writer_counts_what_it_writes():
     writer = TraceWriter(fake_model(), ASKED, [PROMPT], [Span("user", 0, 5)])
     assert writer.usage["bytes"] == 0
-    texts = [writer.header(0, 0), writer.step(noted(), 0), writer.event(noted())]
+    texts = [writer.header(0, 0, {}), writer.step(noted(), 0), writer.event(noted())]
     assert writer.usage["bytes"] == sum(len(strict_json.dump(text)) for text in texts)
     spans = json.loads(strict_json.dump(texts[0]))["prompt"]["spans"]
     assert spans == [{"role": "user", "start": 0, "end": 5, "section": "content"}]

@@ -12,6 +12,7 @@ from tests.fakes import fake_model
 from transformers_api.errors import InvalidRequest, ModelNotCapable
 from transformers_api.inspection.base import Routing
 from transformers_api.inspection.editable import Editable
+from transformers_api.inspection.sae import Sae
 from transformers_api.serving.inspect.edit_positions import (
     PromptPlaces,
     SpanAt,
@@ -37,6 +38,20 @@ def prompt(text=TEXT, **fields):
     return PromptPlaces(**given | fields)
 
 
+SAE = Sae(
+    name="s",
+    digest="d",
+    architecture="standard",
+    part="mlp",
+    layer=1,
+    encoder=numpy.ones((8, 4), numpy.float32),
+    decoder=numpy.ones((4, 8), numpy.float32),
+    encoder_bias=numpy.zeros(4, numpy.float32),
+    decoder_bias=numpy.zeros(8, numpy.float32),
+)
+SAES = {"s": SAE, "same": replace(SAE, name="same"), "other": replace(SAE, digest="e")}
+
+
 def planned(*edits, editable=None, anatomy=None, store=None, **fields):
     inspector = FakeInspector(anatomy or fake_anatomy())
     facts = Facts(
@@ -44,6 +59,7 @@ def planned(*edits, editable=None, anatomy=None, store=None, **fields):
         norms=lambda: NORMS,
         numbers=lambda _text, places: [numpy.ones((3, 8), numpy.float32) for _ in places],
         vector=lambda name: (store or VectorStore()).get("me", name),
+        sae=lambda name, _param: SAES[name],
         prompt=prompt,
         run=lambda run_id: pytest.fail(run_id),
     )
@@ -236,3 +252,18 @@ def test_numbers_of_another_prompt_are_aligned_at_the_ends():
     assert all(edit.is_aligned and edit.do == "set" for edit in made.plan.edits)
     message = refused(replace(patch, at=(0,)))
     assert "a text of 3 tokens has no numbers for all positions [0, 1) of one of 19" in message
+
+
+def test_a_feature_is_edited_where_its_autoencoder_is():
+    def clamped(sae="s", feature=3, value=2.0):
+        return planned(EditRequest(do="feature", sae=sae, feature=feature, value=value))
+
+    made = clamped()
+    (edit,) = made.plan.edits
+    assert (edit.do, edit.part, edit.layer, edit.feature.number) == ("feature", "mlp", 1, 3)
+    assert made.described[0] | {"sae": "s", "feature": 3, "value": 2.0} == made.described[0]
+    assert clamped("same").plan.identity == made.plan.identity
+    others = [clamped("other"), clamped(feature=2), clamped(value=1.0)]
+    assert len({made.plan.identity, *(each.plan.identity for each in others)}) == 4
+    message = refused(EditRequest(do="feature", sae="s", feature=4, value=1.0))
+    assert message == "intervene.edits[0].feature must be in [0, 3]"

@@ -11,11 +11,14 @@ from transformers_api.api.anthropic.views import blueprint as messages
 from transformers_api.api.http import auth, errors, middleware
 from transformers_api.api.http.services import EXTENSION, Services
 from transformers_api.api.http.strict_json import StrictJSONProvider
+from transformers_api.api.inspect.calibration import blueprint as calibration
 from transformers_api.api.inspect.grids import blueprint as grids
 from transformers_api.api.inspect.jobs import blueprint as jobs
+from transformers_api.api.inspect.lenses import blueprint as lenses
 from transformers_api.api.inspect.logit_parts import blueprint as logit_parts
 from transformers_api.api.inspect.model import blueprint as inspected_model
 from transformers_api.api.inspect.runs import blueprint as runs
+from transformers_api.api.inspect.saes import blueprint as saes
 from transformers_api.api.inspect.stability import blueprint as stability
 from transformers_api.api.inspect.vectors import blueprint as vectors
 from transformers_api.api.inspect.views import blueprint as inspect
@@ -49,7 +52,8 @@ def register(app: Flask, services: Services) -> None:
     api = docs.install(app, needs_key=services.access.keys is not None)
     openai_routes = (openai, responses, messages, embeddings, rerank, models, tokens)
     inspection = (inspected_model, inspect, logit_parts, grids, jobs, vectors, runs, stability)
-    others = (chat_stream, *inspection, health, monitoring)
+    stored = (lenses, saes, calibration)
+    others = (chat_stream, *inspection, *stored, health, monitoring)
     for blueprint in (*openai_routes, ollama, llamacpp, generate, *others):
         api.register_blueprint(blueprint)
     app.register_blueprint(page)

@@ -24,7 +24,8 @@ from transformers_api.inspection.questions import Gradients, Inspected, Places, 
 from transformers_api.local_engine import EngineSide, Parts
 from transformers_api.server.readiness import LAST_WORDS_S
 from transformers_api.serving.embeddings import EmbeddingModels
-from transformers_api.serving.inspect.queue import Inspections, parts_of_beginning
+from transformers_api.serving.inspect.calibration import Calibration
+from transformers_api.serving.inspect.queue import OWN, Inspections, parts_of_beginning
 from transformers_api.serving.inspect.stream_norms import stream_norms
 from transformers_api.serving.inspect.suggested_layer import suggested_layer
 from transformers_api.serving.limits.cancellation import Cancellation
@@ -80,15 +81,24 @@ class ClusterInspections(Inspections):
         return cast(Editable, places)
 
     def stream_norms(
-        self, model: LoadedModel, inspector: Inspected, cancellation: Cancellation
+        self,
+        model: LoadedModel,
+        inspector: Inspected,
+        cancellation: Cancellation,
+        calibration: Calibration = OWN,
     ) -> tuple[float, ...]:
         """See Inspections."""
 
         def find() -> tuple[float, ...]:
             return stream_norms(
-                model, inspector, lambda question: self.ask(model, question, cancellation)
+                model,
+                inspector,
+                calibration,
+                lambda question: self.ask(model, question, cancellation),
             )
 
+        if not calibration.is_own:
+            return find()
         return cast("tuple[float, ...]", self._once(model, "norms", find))
 
     def check_parts(

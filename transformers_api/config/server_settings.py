@@ -90,6 +90,12 @@ class ServerSettings:
     inspect_queue: int = setting(
         64, to.integer(0, 1024), "Inspections that may wait, and requests for a trace; else 429."
     )
+    inspect_file_mb: int = setting(
+        192,
+        to.integer(1, 4096),
+        "MiB of a lens or sparse autoencoder that is sent; a key may keep twice as many of each in "
+        "MODEL_STORE, all together eight times.",
+    )
     attribution_max_tokens: int = setting(
         512, to.integer(1, 1 << 24), "Tokens that /inspect/attribution reads."
     )

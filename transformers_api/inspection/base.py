@@ -25,8 +25,11 @@ from transformers_api.inspection.attribution_question import Attribution, Attrib
 from transformers_api.inspection.divergence_question import Divergence, DivergenceQuestion
 from transformers_api.inspection.editable import Editable, Part
 from transformers_api.inspection.grid_question import Grid, GridQuestion
+from transformers_api.inspection.lens_maps import DirectionReading as Direction
+from transformers_api.inspection.lens_maps import LensFit, LensMaps, LensTable
 from transformers_api.inspection.logit_share import LogitParts, LogitPartsQuestion
 from transformers_api.inspection.probes import Probe, ProbeReading
+from transformers_api.inspection.sae import FeaturePlan
 from transformers_api.inspection.uncertainty import Uncertainty
 
 T = TypeVar("T")
@@ -119,9 +122,11 @@ class TracePlan:
     sampled_topk: int = 0  # and of the distribution that was drawn from
     lens_layers: tuple[int, ...] = ()  # residual streams to read through the head; -1: embedding
     lens_topk: int = 0
+    lens_via: LensMaps | None = None  # by which they are mapped before
     resid_norms: bool = False
     router: bool = False
     probes: tuple[Probe, ...] = ()
+    features: FeaturePlan | None = None
     activations: tuple[ActivationSpec, ...] = ()
     # Noted of every token that is read, prompts too, in the stream's own bits.
     records: tuple[tuple[int, ActivationPart], ...] = ()
@@ -194,6 +199,7 @@ class StepTrace:
     resid_norms: tuple[float, ...] = ()  # L2, after each layer
     router: tuple[Routed, ...] = ()
     probes: tuple[ProbeReading, ...] = ()
+    features: tuple[tuple[int, float], ...] = ()  # of an autoencoder, the largest first
     activations: tuple[Activation, ...] = ()
     uncertainty: Uncertainty | None = None
     parts: LogitParts | None = None  # None: nobody asked, or it cannot be told apart here
@@ -235,18 +241,6 @@ class PromptReading:
     rank: Ids
     top_ids: Ids  # (n - 1, k)
     top_logprobs: Array
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LensTable:
-    """Residual streams read through the model's own head: (P positions, L' layers, …)."""
-
-    top_ids: Ids  # (P, L', k)
-    top_probs: Array
-    entropy: Array  # (P, L')
-    target_ids: Ids  # (P,): the target, or the model's own choice there
-    target_rank: Ids  # (P, L')
-    target_prob: Array
 
 
 class Inspector(Protocol):
@@ -296,8 +290,17 @@ class Inspector(Protocol):
         positions: Sequence[int],
         topk: int,
         target: int | None,
+        via: LensMaps | None = None,
     ) -> Job[LensTable]:
-        """The logit lens; layer -1 is the embedding."""
+        """The logit lens; layer -1 is the embedding. ``via``: what streams are mapped by before."""
+        ...
+
+    def fit_lens(self, ids: Sequence[int], lens: LensMaps, most: int) -> Job[LensFit]:
+        """The distance of what the lens reads from what the model says, at ``most`` positions."""
+        ...
+
+    def read_direction(self, ids: Sequence[int], direction: Array, topk: int) -> Job[Direction]:
+        """The change of logits with each unit of a direction (C,), where the head reads a text."""
         ...
 
     def hidden_states(

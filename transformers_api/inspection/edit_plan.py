@@ -12,8 +12,9 @@ from typing import Literal
 from transformers_api.errors import InsufficientPermissions, InvalidRequest
 from transformers_api.inspection.base import Array
 from transformers_api.inspection.editable import Part
+from transformers_api.inspection.sae import FeatureEdit
 
-Do = Literal["add", "erase", "scale", "set", "copy", "block", "temper"]
+Do = Literal["add", "erase", "scale", "set", "copy", "block", "temper", "feature"]
 Range = tuple[int, int | None]  # positions [start, stop); None: without an end
 
 
@@ -38,7 +39,8 @@ class Edit:
 
     ``add``: z + ``vector``. ``erase``: z without its projection on the rows of ``vector``, which
     are orthonormal. ``scale``: ``by`` times z. ``set``: ``vector``, or where ``is_aligned`` its
-    first row at the first position, and so on. z is a row of the part, of heads or of neurons.
+    first row at the first position, and so on. ``feature``: see FeatureEdit. z is a row of the
+    part, of heads or of neurons.
     ``copy``: z as it was; whole rows are added to ``copies``.
 
     Of the attention weights of heads: ``block``: these queries read nothing from ``keys``.
@@ -55,6 +57,7 @@ class Edit:
     is_aligned: bool = False
     keeps_norm: bool = False  # each row is as long as it was
     keys: tuple[Range, ...] = ()
+    feature: FeatureEdit | None = None
     copies: list[Array] | None = None  # (n, width) each
 
     @property

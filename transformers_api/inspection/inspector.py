@@ -18,7 +18,6 @@ from transformers_api.inspection.base import (
     HeadGrid,
     Heads,
     Job,
-    LensTable,
     PromptReading,
 )
 from transformers_api.inspection.divergence import diverge
@@ -28,6 +27,13 @@ from transformers_api.inspection.editable import Editable, Part
 from transformers_api.inspection.edits import EditedText
 from transformers_api.inspection.grid_question import Grid, GridQuestion
 from transformers_api.inspection.grids import run_grid
+from transformers_api.inspection.lens_maps import (
+    DirectionReading,
+    LensFit,
+    LensMaps,
+    LensTable,
+)
+from transformers_api.inspection.lenses import fit_lens, read_direction
 from transformers_api.inspection.logit_parts import split
 from transformers_api.inspection.logit_share import LogitParts, LogitPartsQuestion
 from transformers_api.inspection.parts import Parts
@@ -117,12 +123,23 @@ class ModelInspector:
         positions: Sequence[int],
         topk: int,
         target: int | None,
+        via: LensMaps | None = None,
     ) -> Job[LensTable]:
         """See ``base.Inspector``. Raises ModelNotCapable."""
         self._require(self.anatomy.lens, "does not show a residual stream that its head can read")
         return lambda model: read_lens(
-            model, self.way, list(ids), list(layers), list(positions), topk, target
+            model, self.way, list(ids), list(layers), list(positions), topk, target, via
         )
+
+    def fit_lens(self, ids: Sequence[int], lens: LensMaps, most: int) -> Job[LensFit]:
+        """See ``base.Inspector``."""
+        return lambda model: fit_lens(model, self.way, list(ids), lens, most)
+
+    def read_direction(
+        self, ids: Sequence[int], direction: Array, topk: int
+    ) -> Job[DirectionReading]:
+        """See ``base.Inspector``."""
+        return lambda model: read_direction(model, self.way, list(ids), direction, topk)
 
     def hidden_states(
         self, ids: Sequence[int], layers: Sequence[int], positions: Sequence[int]

@@ -115,6 +115,10 @@ class PreparedEdit:
 
     def _changed(self, part: Tensor, offset: int) -> Tensor:
         edit = self.edit
+        if edit.feature is not None:
+            rows = (part * self.module.factor).cpu().numpy()
+            changed = torch.from_numpy(edit.feature.applied(rows)).to(part.device)
+            return changed / self.module.factor
         if edit.do == "scale":
             return part * edit.by if edit.by else torch.zeros_like(part)
         assert self.vector is not None

@@ -16,6 +16,7 @@ from transformers_api.inspection import (
     divergence_question,
     editable,
     grid_question,
+    lens_maps,
     logit_share,
 )
 from transformers_api.inspection.base import Array, Heads, Inspector, Job
@@ -103,10 +104,39 @@ class Lens:
     positions: Sequence[int]
     topk: int
     target: int | None
+    via: lens_maps.LensMaps | None = None
 
-    def job(self, inspector: Inspector) -> Job[base.LensTable]:
+    def job(self, inspector: Inspector) -> Job[lens_maps.LensTable]:
         """See Question."""
-        return inspector.lens(self.ids, self.layers, self.positions, self.topk, self.target)
+        return inspector.lens(
+            self.ids, self.layers, self.positions, self.topk, self.target, self.via
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LensFit:
+    """See ``Inspector.fit_lens``."""
+
+    ids: Sequence[int]
+    lens: lens_maps.LensMaps
+    most: int
+
+    def job(self, inspector: Inspector) -> Job[lens_maps.LensFit]:
+        """See Question."""
+        return inspector.fit_lens(self.ids, self.lens, self.most)
+
+
+@dataclass(frozen=True, slots=True)
+class DirectionReading:
+    """See ``Inspector.read_direction``."""
+
+    ids: Sequence[int]
+    direction: Array
+    topk: int
+
+    def job(self, inspector: Inspector) -> Job[lens_maps.DirectionReading]:
+        """See Question."""
+        return inspector.read_direction(self.ids, self.direction, self.topk)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,9 @@ import numpy
 import torch
 from torch import Tensor
 
-from transformers_api.inspection.base import Array, Ids, LensTable, PromptReading
+from transformers_api.inspection.base import Array, Ids, PromptReading
+from transformers_api.inspection.lens_maps import LensMaps, LensTable
+from transformers_api.inspection.lenses import mapped
 from transformers_api.inspection.parts import lens_logits
 from transformers_api.inspection.reading import (
     HEAD_ROWS,
@@ -74,6 +76,7 @@ def read_lens(
     positions: list[int],
     topk: int,
     target: int | None,
+    via: LensMaps | None = None,
 ) -> Generator[None, None, LensTable]:
     """See ``base.Inspector``."""
     count, last = len(positions), len(way.parts.layers) - 1
@@ -82,7 +85,8 @@ def read_lens(
         targets = torch.cat((yield from _choices(model, way, streams[-1])))
     else:
         targets = torch.full((count,), target, device=streams.device)
-    flat = streams[:-1].transpose(0, 1).flatten(0, 1)  # (P * L', C)
+    read = [mapped(via, layer, rows) for layer, rows in zip(layers, streams, strict=False)]
+    flat = torch.stack(read, 1).flatten(0, 1)  # (P * L', C)
     repeated = targets.repeat_interleave(len(layers))
     distributions: list[_Rows] = []
     for rows, own in zip(

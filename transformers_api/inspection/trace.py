@@ -39,12 +39,15 @@ from transformers_api.inspection.base import (
 )
 from transformers_api.inspection.distributions import drawn, entropy, likely, rank, token_stats
 from transformers_api.inspection.examination import Examined
+from transformers_api.inspection.lenses import mapped
 from transformers_api.inspection.logit_parts import split_token
 from transformers_api.inspection.logit_share import LogitParts
 from transformers_api.inspection.parts import lens_logits, residuals_of, routers_of
 from transformers_api.inspection.probes import Probe, ProbeReading
 from transformers_api.inspection.reading import Way
 from transformers_api.inspection.recording import Recorder, Taken
+from transformers_api.inspection.sae import FeaturePlan
+from transformers_api.inspection.sae import largest as largest_features
 from transformers_api.inspection.sureness import divergence, uncertainty_of
 
 NAME = "trace"  # in ``observe`` and ``extras``
@@ -167,8 +170,10 @@ class TracingRunner:
         takers: dict[int, list[_Notes]] = {}
         for notes in traced:
             normed = everywhere if notes.plan.resid_norms else ()
+            features = notes.plan.features
+            encoded = () if features is None else (features.sae.layer,)
             probed = (layer for probe in notes.plan.probes for layer in probe.directions)
-            for layer in {*notes.plan.lens_layers, *normed, *probed}:
+            for layer in {*notes.plan.lens_layers, *normed, *probed, *encoded}:
                 takers.setdefault(layer, []).append(notes)
 
         def keep(layer: int, stream: Tensor) -> None:
@@ -245,6 +250,7 @@ class TracingSampler:
             ),
             router=tuple(notes.routed),
             probes=tuple(_reading(probe, notes.residuals) for probe in plan.probes),
+            features=_features(plan.features, notes.residuals),
             activations=tuple(
                 taken for spec in plan.activations if (taken := notes.taken.activations.get(spec))
             ),
@@ -275,7 +281,10 @@ class TracingSampler:
         layers = [layer for layer in notes.plan.lens_layers if layer in notes.residuals]
         if not layers:
             return (), None
-        residuals = torch.stack([notes.residuals[layer] for layer in layers])
+        via = notes.plan.lens_via
+        residuals = torch.stack(
+            [mapped(via, layer, notes.residuals[layer][None])[0] for layer in layers]
+        )
         with adapted(self.model, [notes.seq.adapter]):
             logits = lens_logits(self.model, self.examined.parts, residuals)  # (N, V)
         logits = logits[:, : self.examined.anatomy.vocab_size]
@@ -296,6 +305,16 @@ class TracingSampler:
             for layer, probs in zip(layers, logits.softmax(-1), strict=True)
         )
         return readings, lens_kl
+
+
+def _features(
+    plan: FeaturePlan | None, residuals: dict[int, Tensor]
+) -> tuple[tuple[int, float], ...]:
+    """The largest features of the residual (C,) that they are of."""
+    if plan is None or plan.sae.layer not in residuals:
+        return ()
+    (features,) = plan.sae.encode(_array(residuals[plan.sae.layer])[None])
+    return tuple(largest_features(features, plan.topk))
 
 
 def _reading(probe: Probe, residuals: dict[int, Tensor]) -> ProbeReading:

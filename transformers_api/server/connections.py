@@ -14,7 +14,7 @@ import logging
 import selectors
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ from gunicorn.workers.gthread import TConn, ThreadWorker  # type: ignore[import-
 
 from transformers_api.errors import ApiError, RequestTimeout
 from transformers_api.server import refusals, sockets
+from transformers_api.server.gathered_body import read_at_once
 from transformers_api.server.http_parser import RequestBuffer, RequestHead
 from transformers_api.server.large_body import FIRST_BYTES, LEAST_RATE, LargeBody
 
@@ -81,6 +82,7 @@ class GatheringWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no ty
         self._bytes = 0
         self._looked = 0.0
         self._max_body = MAX_BODY_BYTES
+        self._uploads: Mapping[str, int] = {}
         self._origins: tuple[str, ...] = ()
         self._application: Any = None  # the WSGI application, once it is loaded
         self._bodies: dict[socket.socket, LargeBody] = {}  # of those with a thread
@@ -103,6 +105,7 @@ class GatheringWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no ty
             self._origins = settings.cors_allow_origins
         limit = getattr(self._application, "config", {}).get("MAX_CONTENT_LENGTH")
         self._max_body = limit or MAX_BODY_BYTES
+        self._uploads = getattr(self._application, "config", {}).get("UPLOADS", {})
 
     @property
     def services(self) -> Any:
@@ -134,7 +137,9 @@ class GatheringWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no ty
     def _gather(self, conn: TConn, sent: bytes) -> None:
         """Wait for the next request; ``sent`` is what came of it with the one before."""
         conn.sock.setblocking(False)
-        waiting = PendingRequest(RequestBuffer(self._max_body), self._now() + self.cfg.keepalive)
+        waiting = PendingRequest(
+            RequestBuffer(self._max_body, self._uploads), self._now() + self.cfg.keepalive
+        )
         self._waiting[conn] = waiting
         self.poller.register(conn.sock, selectors.EVENT_READ, partial(self._read, conn))
         if sent:
@@ -229,6 +234,7 @@ class GatheringWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no ty
                     length = int(value)
             return start_response(status, headers, *error)
 
+        read_at_once(environ)
         body: Iterable[bytes] = self._application(environ, start)
         sock = environ["gunicorn.socket"]
         if length <= FIRST_BYTES or environ["REQUEST_METHOD"] == "HEAD" or self.cfg.is_ssl:

@@ -9,6 +9,8 @@ reads it once more, never waits for bytes. RFC 9112, sections 2 to 7.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from types import MappingProxyType
 
 from transformers_api.errors import HeadersTooLarge, InvalidRequest, UriTooLong
 
@@ -48,24 +50,33 @@ class RequestHead:
         return ""
 
 
+NO_UPLOADS: Mapping[str, int] = MappingProxyType({})
+
+
 class RequestBuffer:
     """One request on its way. ``feed`` it until it ``is_complete``, then take ``whole``.
+
+    ``uploads``: paths below which what is put may be longer, with the bytes that it may have.
 
     A body that is longer than ``max_body`` bytes is not waited for: the application refuses it by
     the length that it is told.
     """
 
-    def __init__(self, max_body: int) -> None:
+    def __init__(self, max_body: int, uploads: Mapping[str, int] = NO_UPLOADS) -> None:
         self.is_complete = False
         self.expects_continue = False  # the client waits for a word before it sends the body
-        self._max_body = max_body
-        self._max_chunks = max(LEAST_CHUNKS, max_body // MEAN_CHUNK)
+        self._limit(max_body)
+        self._uploads = uploads
         self._data = bytearray()  # unread bytes; of a body in chunks, those not in _body yet
         self._head: bytes | None = None  # before the empty line, once that is there
         self._length: int | None = None  # of the body; None: it comes in chunks
         self._body = bytearray()  # put together from chunks
         self._chunks = 0
         self._is_too_long = False
+
+    def _limit(self, max_body: int) -> None:
+        self._max_body = max_body
+        self._max_chunks = max(LEAST_CHUNKS, max_body // MEAN_CHUNK)
 
     def __len__(self) -> int:
         """Bytes that are held."""
@@ -133,6 +144,9 @@ class RequestBuffer:
             raise HeadersTooLarge(
                 f"More than {MAX_HEADS} headers, or one of more than {MAX_HEAD} bytes"
             )
+        for start, most in self._uploads.items():
+            if line.startswith(b"PUT %b" % start.encode()):
+                self._limit(most)
         fields = [_field(text) for text in lines]
         self._length = _body_length(line, [pair for pair in fields if pair[0] in FRAMING])
         expectations = [value.lower() for name, value in fields if name == b"expect"]

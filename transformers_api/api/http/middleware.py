@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
-from flask import Flask, Response, request
+from flask import Flask, Response, current_app, request
 from flask_cors import CORS
 
 from transformers_api.api.http import hosts, rate_limit_headers, request_log
 from transformers_api.api.http.body import MAX_BODY_BYTES
 from transformers_api.config.settings import Settings
 
+UPLOADS = ("/inspect/lenses/", "/inspect/saes/")  # below which files of numbers are put
 EXPOSED = ["Retry-After", "X-Request-Id", "OpenAI-Processing-Ms", *rate_limit_headers.HEADERS]
 Application = Callable[[dict[str, Any], Any], Iterable[bytes]]  # of WSGI
 
@@ -22,6 +23,9 @@ _SLASHES = re.compile("/{2,}")
 def install(app: Flask, settings: Settings) -> None:
     """Add the hooks to ``app``."""
     app.config["MAX_CONTENT_LENGTH"] = max(MAX_BODY_BYTES, 2 * settings.prompt_bytes)
+    most = (settings.inspect_file_mb << 20) + MAX_BODY_BYTES  # with a configuration beside it
+    app.config["UPLOADS"] = dict.fromkeys(UPLOADS, most)
+    app.before_request(_allow_upload)
     app.url_map.merge_slashes = False  # by a redirect, which few clients of APIs follow
     app.wsgi_app = PlainPaths(app.wsgi_app)  # type: ignore[method-assign]
     app.before_request(request_log.begin)
@@ -39,6 +43,14 @@ def install(app: Flask, settings: Settings) -> None:
             max_age=600,
         )
         app.after_request(_vary)
+
+
+def _allow_upload() -> None:
+    """Let what is put below some paths be longer than any other body."""
+    uploads: Mapping[str, int] = current_app.config["UPLOADS"]
+    for start, most in uploads.items():
+        if request.method == "PUT" and request.path.startswith(start):
+            request.max_content_length = most
 
 
 class PlainPaths:

@@ -186,9 +186,8 @@ class RequestContext:
 
     def lease_for(self, model: LoadedModel, cancellation: Cancellation) -> Lease:
         """Another lease on a model, for what goes on after this request."""
-        return self.services.swapper.lease(
-            model.spec, client=self.client, cancellation=cancellation
-        )
+        swapper = self.services.swapper
+        return swapper.lease(model.spec, client=self.client, cancellation=cancellation)
 
     def text(self, model_id: str | None, *, is_chat: bool = False) -> ModelText:
         """The tokenizer and the template of a model, whose weights are not loaded for it.
@@ -226,6 +225,9 @@ class RequestContext:
             inspections=services.inspections,
             cancellation=self.cancellation,
             vector=partial(services.vectors.get, self.client),
+            lens=partial(services.lenses.get, self.client),
+            sae=partial(services.saes.get, self.client),
+            calibration=services.calibration.get(self.client),
             runs=services.runs,
             run=partial(services.runs.get, self.client),
         )

@@ -17,10 +17,12 @@ from transformers_api.api.http.stream_writer import StreamWriter
 from transformers_api.config.settings import Settings
 from transformers_api.errors import ApiError
 from transformers_api.serving.embeddings import EmbeddingModels
+from transformers_api.serving.inspect.calibration import CalibrationStore
 from transformers_api.serving.inspect.jobs import Jobs
 from transformers_api.serving.inspect.queue import Inspections
 from transformers_api.serving.inspect.recent_completions import Completions
 from transformers_api.serving.inspect.run_store import RunStore
+from transformers_api.serving.inspect.tensor_store import TensorStore
 from transformers_api.serving.inspect.trace_slots import TraceSlots
 from transformers_api.serving.inspect.vector_store import VectorStore
 from transformers_api.serving.limits.access import Access
@@ -81,6 +83,7 @@ class Services:
     upstreams: UpstreamModels = field(default_factory=UpstreamModels)  # models of other servers
     traces: TraceSlots = field(default_factory=TraceSlots)  # requests that are being traced
     vectors: VectorStore = field(default_factory=VectorStore)  # directions by name
+    calibration: CalibrationStore = field(default_factory=CalibrationStore)  # usual texts
     jobs: Jobs = field(default_factory=Jobs)  # inspections that go on by themselves
     watcher: DisconnectWatcher = field(default_factory=DisconnectWatcher)
     stream_writer: StreamWriter = field(default_factory=StreamWriter)
@@ -92,6 +95,20 @@ class Services:
         """Answers that are kept with what was noted of them."""
         settings = self.settings
         return RunStore(settings.model_store / "runs", settings.runs_max_mb << 20)
+
+    @cached_property
+    def lenses(self) -> TensorStore:
+        """The lenses of all keys."""
+        return self._tensors("lens")
+
+    @cached_property
+    def saes(self) -> TensorStore:
+        """The sparse autoencoders of all keys."""
+        return self._tensors("sae")
+
+    def _tensors(self, kind: str) -> TensorStore:
+        root = self.settings.model_store / "inspect"
+        return TensorStore(root, kind, self.settings.inspect_file_mb << 20)
 
     @cached_property
     def private_paths(self) -> PrivatePaths:

@@ -20,10 +20,10 @@ from transformers_api.errors import AttentionUnavailable, InvalidRequest
 from transformers_api.inspection.base import (
     AttentionWindow,
     Heads,
-    LensTable,
     StepTrace,
     TracePlan,
 )
+from transformers_api.inspection.lens_maps import LensTable
 from transformers_api.serving.generation import GenerationRequest, collect
 from transformers_api.serving.inspect.run_file import joined
 

@@ -17,11 +17,11 @@ from transformers_api.inspection.base import (
     Array,
     HeadGrid,
     LayerAttention,
-    LensTable,
     PromptReading,
     StepTrace,
 )
 from transformers_api.inspection.editable import INPUTS, Editable, Places
+from transformers_api.inspection.lens_maps import LensTable
 from transformers_api.serving.inspect import arrays, picture
 from transformers_api.serving.inspect.arrays import Reduction
 from transformers_api.serving.swap.loaded_model import LoadedModel

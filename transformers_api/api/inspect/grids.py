@@ -221,7 +221,10 @@ def _job(
     def ask(question: Question[Grid]) -> Grid:
         return inspections.ask(lease.model, question, job.cancellation)
 
-    jobs.start(job, partial(work.run, job, ask), lease.release)
+    def is_busy() -> bool:
+        return lease.model.engine.stats().running > 0
+
+    jobs.start(job, partial(work.run, job, ask, is_busy), lease.release)
     return started(job, work.estimate_s)
 
 

@@ -51,7 +51,9 @@ def inspect_model() -> Any:
         editable = inspections.editable(model, inspector, context.cancellation)
         norms: Sequence[float] = ()
         if editable.places:
-            norms = inspections.stream_norms(model, inspector, context.cancellation)
+            norms = inspections.stream_norms(
+                model, inspector, context.cancellation, services().calibration.get(context.client)
+            )
         return inspect_format.capabilities(
             model, inspector.anatomy, gradients, layer, editable, norms, limits
         )

@@ -80,7 +80,7 @@ def put_vector(name: str) -> Any:
     """
     inspect_auth.check_enabled()
     inspect_auth.check_rate()
-    _check_name(name)
+    check_name(name)
     data = read_bytes(request)
     if not data.strip() or data.lstrip()[:1] == b"{":
         body = blueprint.ARGUMENTS_PARSER.parse(VectorBody, request, location="json")
@@ -140,7 +140,7 @@ def derive_vector(body: dict[str, Any], name: str) -> Any:
     which layers know the difference, each text measured without its own pair.
     """
     inspect_auth.check()
-    _check_name(name)
+    check_name(name)
     pairs = body["pairs"]
     with RequestContext(services()) as context:
         model = context.lease(body.get("model"))
@@ -189,7 +189,8 @@ def _streams_after(requested: Any, anatomy: Anatomy) -> list[int]:
     return list(layers)
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Raise InvalidRequest for what is no name."""
     if not _NAME.fullmatch(name):
         raise InvalidRequest(
             f"name must have 1 to {MOST_NAME} of the characters a-z, 0-9, '.', '_' and '-', and "

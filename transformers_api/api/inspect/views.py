@@ -7,6 +7,7 @@ much, the job, the answer.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy
@@ -47,6 +48,7 @@ from transformers_api.inspection import questions
 from transformers_api.inspection.attribution_question import AttributionQuestion
 from transformers_api.inspection.base import Heads, LayerAttention, TracePlan
 from transformers_api.serving.inspect import arrays
+from transformers_api.serving.inspect.stored_maps import lens_via
 from transformers_api.serving.inspect.trace_plan import check_any_attention, check_layer
 from transformers_api.serving.text.vocabulary import Vocabulary
 
@@ -243,7 +245,8 @@ def inspect_heads(body: dict[str, Any]) -> Any:
 def logit_lens(body: dict[str, Any]) -> Any:
     """Read the residual stream after each layer through the model's own head.
 
-    What a small model's early layers seem to say this way often means nothing.
+    What a small model's early layers seem to say this way often means nothing; a lens that was
+    trained for the model says more: `via`.
     """
     with opened(body) as subject:
         anatomy = subject.anatomy
@@ -264,18 +267,23 @@ def logit_lens(body: dict[str, Any]) -> Any:
                 f"{len(layers)} layers x {len(places)} positions are {cells} cells "
                 f"(max {MOST_LENS_CELLS}); ask for fewer layers or positions"
             )
+        store = partial(subject.context.services.lenses.get, subject.context.client)
+        via = lens_via(subject.model, anatomy, body.get("via"), store, "via")
         vocabulary = Vocabulary(subject.model.tokenizer)
         if writing is not None:
+            if via is not None:
+                raise InvalidRequest('via is for how "at_once"', param="via")
             if target is not None:
                 raise InvalidRequest(
                     'target must be "sampled" with how "as_written"', param="target"
                 )
             answer = as_written.lens(writing, layers, places, body["topk"])
         else:
-            question = questions.Lens(subject.ids, layers, places, body["topk"], target)
+            question = questions.Lens(subject.ids, layers, places, body["topk"], target, via)
             answer = subject.ask(question)
         table = inspect_format.lens_table(vocabulary, anatomy, layers, places, answer)
-        return {**table, **as_written.header(subject, body), **subject.edit_header}
+        named = {} if via is None else {"via": body["via"]}
+        return {**table, **named, **as_written.header(subject, body), **subject.edit_header}
 
 
 def _positions(subject: Subject, body: Mapping[str, Any], writing: Writing | None) -> list[int]:

@@ -20,32 +20,19 @@ from transformers_api.api.http.fields import (
     Unsupported,
 )
 from transformers_api.api.http.sampling_schema import about
+from transformers_api.api.intervene.positions import MOST_NAMED, At, whole_numbers
 from transformers_api.api.intervene.vector_field import VectorField
 from transformers_api.inspection.editable import INPUTS, PARTS
-from transformers_api.serving.inspect.edit_positions import At as Positions
-from transformers_api.serving.inspect.edit_positions import SpanAt, StepsAt, TextAt
 from transformers_api.serving.inspect.edit_request import (
     EditRequest,
     ForceRequest,
     InterveneRequest,
 )
 
-MOST_NAMED = 1 << 16  # layers, heads, neurons, positions
 _ANY = 2**63
 _HUGE = 1e38
-_WORDS = ("all", "prompt", "generated", "last")
 _NUMBERS = {"type": "array", "items": {"type": "integer"}}
 NAME = r"[a-z0-9._-]{1,64}"
-
-
-def _whole_numbers(value: Any, message: str, most: int = MOST_NAMED) -> tuple[int, ...]:
-    if not isinstance(value, list) or not all(type(item) is int for item in value):
-        raise ValidationError(message)
-    if not value:
-        raise ValidationError("must not be empty")
-    if len(value) > most:
-        raise ValidationError(f"must have at most {most} items")
-    return tuple(dict.fromkeys(value))
 
 
 class _Named(fields.Field[Any]):
@@ -58,44 +45,7 @@ class _Named(fields.Field[Any]):
     def _deserialize(
         self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **_: Any
     ) -> Any:
-        return value if value == "all" else _whole_numbers(value, 'must be integers, or "all"')
-
-
-class At(fields.Field[Positions]):
-    """Positions: a word, a list, a message's role, a text, or steps."""
-
-    def __init__(self, may_be_empty: bool = False, **options: Any) -> None:
-        self.may_be_empty = may_be_empty
-        super().__init__(error_messages=NOT_GIVEN, **options)
-
-    EXPECTED = (
-        'must be "all", "prompt", "generated", "last", a list of integers, {"span": role}, '
-        '{"text": text, "nth": n} or {"steps": [start, stop]}'
-    )
-
-    def _deserialize(
-        self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **_: Any
-    ) -> Positions:
-        if value in _WORDS:
-            words: Positions = value
-            return words
-        if isinstance(value, list):
-            if self.may_be_empty and not value:
-                return ()
-            return _whole_numbers(value, self.EXPECTED)
-        if not isinstance(value, dict):
-            raise ValidationError(self.EXPECTED)
-        match value:
-            case {"span": str(role), **rest} if not rest:
-                return SpanAt(role)
-            case {"text": str(text), **rest} if text and set(rest) <= {"nth"}:
-                nth = rest.get("nth", 0)
-                if type(nth) is int and 0 <= nth < MOST_NAMED:
-                    return TextAt(text, nth)
-            case {"steps": [int(start), int(stop)], **rest} if not rest:
-                if type(start) is type(stop) is int and 0 <= start < stop < 1 << 31:
-                    return StepsAt(start, stop)
-        raise ValidationError(self.EXPECTED)
+        return value if value == "all" else whole_numbers(value, 'must be integers, or "all"')
 
 
 class _With(fields.Field[Any]):
@@ -133,7 +83,7 @@ class _From(fields.Field[Any]):
                 raise ValidationError(self.EXPECTED)
         at = rest.get("at")
         if isinstance(at, list):  # in their order, and one may be there twice
-            _whole_numbers(at, self.EXPECTED)
+            whole_numbers(at, self.EXPECTED)
         elif at is not None:
             at = At()._deserialize(at, attr, data)
         return {**made, "source_at": at}
@@ -143,7 +93,18 @@ class EditOptions(StrictSchema):
     """One change."""
 
     do = Text(
-        choices=("add", "erase", "ablate", "scale", "set", "patch", "block", "temper", "force"),
+        choices=(
+            "add",
+            "erase",
+            "ablate",
+            "scale",
+            "set",
+            "patch",
+            "block",
+            "temper",
+            "feature",
+            "force",
+        ),
         required=True,
         **about("The kind of change."),
     )
@@ -179,7 +140,15 @@ class EditOptions(StrictSchema):
     )
     scale = Number(-_HUGE, _HUGE, load_default=1.0, **about("Of add: times the vector."))
     by = Number(-_HUGE, _HUGE, **about("Of scale: times what is there."))
-    value = Number(-_HUGE, _HUGE, **about("Of set, and of neurons that are added to: a number."))
+    value = Number(
+        -_HUGE, _HUGE, **about("Of set, of feature, and of neurons that are added to: a number.")
+    )
+    sae = Text(
+        shortest=1,
+        longest=64,
+        **about("Of feature: name of a [sparse autoencoder](#inspectsaes), with its place."),
+    )
+    feature = Integer(0, (1 << 31) - 1, **about("Of feature: its number."))
     units = Text(
         choices=("raw", "norm"),
         load_default="raw",
@@ -219,6 +188,11 @@ class EditOptions(StrictSchema):
         for name in ("step", "token_ids"):
             if name in data:
                 raise ValidationError("is for force", name)
+        if data["do"] == "feature":
+            return _feature(data)
+        for name in ("sae", "feature"):
+            if name in data:
+                raise ValidationError("is for feature", name)
         layers = _layers(data)
         _check(data)
         if data["do"] in ("block", "temper"):
@@ -238,6 +212,18 @@ def _force(data: dict[str, Any]) -> ForceRequest:
         if name not in data:
             raise ValidationError("is required for force", name)
     return ForceRequest(data["step"], tuple(data["token_ids"]))
+
+
+def _feature(data: dict[str, Any]) -> EditRequest:
+    needed = ("sae", "feature", "value")
+    for name in sorted(data.keys() - {"do", "at", "keep_norm", *needed}):
+        if name not in _LOADED or data[name] != _LOADED[name]:
+            raise ValidationError("is not for feature", "with" if name == "instead" else name)
+    for name in needed:
+        if name not in data:
+            raise ValidationError("is required for feature", name)
+    own = {name: data[name] for name in ("do", "at", "keep_norm", *needed)}
+    return EditRequest(**own)
 
 
 def _layers(data: dict[str, Any]) -> Any:

@@ -207,6 +207,10 @@ def _others(trace: StepTrace, options: TraceRequest, vocabulary: Vocabulary) -> 
             }
             for reading in trace.probes
         ]
+    if options.features is not None:
+        content["features"] = [
+            {"id": number, "value": _round(value)} for number, value in trace.features
+        ]
     if options.activations:
         content["activations"] = [_activation(own) for own in trace.activations]
     if trace.uncertainty is not None:

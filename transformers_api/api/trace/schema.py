@@ -20,6 +20,7 @@ from transformers_api.api.http.fields import (
 )
 from transformers_api.api.http.sampling_schema import MAX_LOGPROBS, about
 from transformers_api.inspection.activations import ACTIVATION_PARTS
+from transformers_api.serving.inspect.stored_maps import FeaturesRequest
 from transformers_api.serving.inspect.trace_plan import (
     ActivationRequest,
     LensRequest,
@@ -108,11 +109,28 @@ class LensOptions(StrictSchema):
         ),
     )
     topk = Integer(1, MAX_LOGPROBS, load_default=3, **about("So many tokens of each layer."))
+    via = Text(
+        shortest=1, longest=64, **about("Name of a [lens](#inspectlenses); else the head alone.")
+    )
 
     @post_load
     def make(self, data: dict[str, Any], **_: Any) -> LensRequest:
         """The options as serving takes them."""
         return LensRequest(**data)
+
+
+class FeatureOptions(StrictSchema):
+    """The features of a sparse autoencoder."""
+
+    sae = Text(
+        shortest=1, longest=64, required=True, **about("Name of one in [the store](#inspectsaes).")
+    )
+    topk = Integer(1, 64, load_default=8, **about("So many, the largest first."))
+
+    @post_load
+    def make(self, data: dict[str, Any], **_: Any) -> FeaturesRequest:
+        """The options as serving takes them."""
+        return FeaturesRequest(**data)
 
 
 class ActivationOptions(StrictSchema):
@@ -196,6 +214,9 @@ class TraceOptions(StrictSchema):
         longest=16,
         load_default=(),
         **about("Names of [vectors](#inspectvectors): how far the stream lies along each."),
+    )
+    features = Object(
+        FeatureOptions, **about("Features of the stream in a sparse autoencoder: `sae`, `topk`.")
     )
     activations = Many(
         Object(ActivationOptions),

@@ -7,22 +7,23 @@ after layer N, counted from 0; ``vector`` is one direction (C,), or a row (L, C)
 
 from __future__ import annotations
 
-import io
-import math
 import re
 import struct
 import tempfile
-import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy
 from numpy.typing import NDArray
 
 from transformers_api.checkpoints.headers.gguf_file import MAGIC, STRING, read_gguf_header
-from transformers_api.checkpoints.headers.safetensors_file import read_header
+from transformers_api.checkpoints.headers.tensor_file import (
+    numbers,
+    read_archive,
+    read_safetensors,
+)
 from transformers_api.errors import ModelLoadFailed
 
 Array = NDArray[numpy.float32]
@@ -32,14 +33,7 @@ ALIGNMENT = 32
 MOST_LAYERS = 1024
 _DIRECTION = re.compile(r"direction\.(\d{1,4})")
 _GGUF_KINDS = {0: "<f4", 1: "<f2", 30: "bf16"}
-_SAFETENSORS_KINDS = {"F32": "<f4", "F16": "<f2", "BF16": "bf16", "F64": "<f8"}
-_WHOLE_KINDS = {"I64": "<i8", "I32": "<i4"}
 _UINT32, _FLOAT32 = 4, 0
-_COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # LZMA reserves what its file says
-_HEADERS = {
-    (1, 0): numpy.lib.format.read_array_header_1_0,
-    (2, 0): numpy.lib.format.read_array_header_2_0,
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,14 +52,14 @@ def read_directions(data: bytes, most_bytes: int) -> Directions:
     ``most_bytes``: of the numbers, once they are unpacked. Raises ModelLoadFailed.
     """
     if data.startswith(b"PK"):
-        return _of(_archive(data, most_bytes), "npz")
+        return _of(read_archive(data, most_bytes), "npz")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "file"
         path.write_bytes(data)
         try:
             if data.startswith(MAGIC):
                 return _of_gguf(path, data)
-            return _of(_safetensors(path, data), "safetensors")
+            return _of(read_safetensors(path, data), "safetensors")
         except ModelLoadFailed as error:
             raise ModelLoadFailed(str(error).replace(str(path), "the file")) from None
 
@@ -110,74 +104,9 @@ def _of_gguf(path: Path, data: bytes) -> Directions:
         kind = _GGUF_KINDS.get(tensor.kind)
         if kind is None:
             raise ModelLoadFailed(f"{tensor.name} is quantised: it must be F32, F16 or BF16")
-        tensors[tensor.name] = _numbers(data, tensor.offset, tensor.bytes, kind, tensor.shape)
+        tensors[tensor.name] = numbers(data, tensor.offset, tensor.bytes, kind, tensor.shape)
     hint = header.metadata.get("controlvector.model_hint")
     return _of(tensors, "gguf", hint if isinstance(hint, str) else None)
-
-
-def _safetensors(path: Path, data: bytes) -> dict[str, NDArray[Any]]:
-    tensors = {}
-    for tensor in read_header(path):
-        kinds = _WHOLE_KINDS if tensor.name == "layers" else _SAFETENSORS_KINDS
-        kind = kinds.get(tensor.dtype)
-        if kind is None:
-            raise ModelLoadFailed(f"{tensor.name} has the type {tensor.dtype}: {_expected(kinds)}")
-        tensors[tensor.name] = _numbers(data, tensor.offset, tensor.bytes, kind, tensor.shape)
-    return tensors
-
-
-def _expected(kinds: Iterable[str]) -> str:
-    return f"it must be one of {', '.join(kinds)}"
-
-
-def _numbers(
-    data: bytes, offset: int, size: int, kind: str, shape: tuple[int, ...]
-) -> NDArray[Any]:
-    raw = data[offset : offset + size]
-    if kind != "bf16":
-        return numpy.frombuffer(raw, kind).reshape(shape)
-    wide = numpy.frombuffer(raw, "<u2").astype("<u4") << 16
-    return wide.view("<f4").reshape(shape)
-
-
-def _archive(data: bytes, most_bytes: int) -> dict[str, NDArray[Any]]:
-    """The arrays of a file of ``numpy.savez``; nothing in it is ever unpickled."""
-    tensors: dict[str, NDArray[Any]] = {}
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            entries = archive.infolist()
-            size = sum(entry.file_size for entry in entries)
-            if size > most_bytes or len(entries) > MOST_LAYERS:
-                raise ModelLoadFailed(
-                    f"{len(entries)} arrays of {size} bytes unpacked (max {MOST_LAYERS} of "
-                    f"{most_bytes} in all)"
-                )
-            for entry in entries:
-                name = entry.filename.removesuffix(".npy")
-                if not entry.filename.endswith(".npy") or name == "meta":
-                    continue
-                if entry.compress_type not in _COMPRESSIONS:
-                    raise ModelLoadFailed(f"{name} is packed in a way that numpy never uses")
-                with archive.open(entry) as file:
-                    tensors[name] = _array(file, name, entry.file_size)
-    except ModelLoadFailed:
-        raise
-    except Exception as error:  # zipfile, zlib and numpy's header each raise what they like
-        raise ModelLoadFailed(f"not a sound archive of numpy: {error}") from None
-    return tensors
-
-
-def _array(file: IO[bytes], name: str, size: int) -> NDArray[Any]:
-    """One array of an archive. Raises ModelLoadFailed, ValueError."""
-    version = numpy.lib.format.read_magic(file)
-    if version not in _HEADERS:
-        raise ModelLoadFailed(f"{name} is of the version {version} of numpy's format")
-    shape, is_fortran, dtype = _HEADERS[version](file)
-    if dtype.kind not in ("iu" if name == "layers" else "f"):
-        raise ModelLoadFailed(f"{name} has the type {dtype}")
-    if math.prod(shape) * dtype.itemsize > size:
-        raise ModelLoadFailed(f"{name} has the shape {list(shape)}, its bytes are {size}")
-    return numpy.frombuffer(file.read(), dtype).reshape(shape, order="F" if is_fortran else "C")
 
 
 def _of(tensors: Mapping[str, NDArray[Any]], kind: str, hint: str | None = None) -> Directions:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import struct
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -35,7 +36,7 @@ def read_pickled(path: Path) -> Mapping[str, Any]:
     """The dict that ``path`` holds, with a Shape for each tensor. Raises ModelLoadFailed."""
     try:
         loaded = _read_zip(path) if zipfile.is_zipfile(path) else _read_old(path)
-    except (OSError, MemoryError, zipfile.BadZipFile, *_OF_PICKLES) as error:
+    except (OSError, MemoryError, zipfile.BadZipFile, *OF_PICKLES) as error:
         raise ModelLoadFailed(f"{path.name} cannot be read as plain weights: {error}") from None
     if not isinstance(loaded, dict):
         raise ModelLoadFailed(f"{path.name} holds no dict of weights")
@@ -43,7 +44,7 @@ def read_pickled(path: Path) -> Mapping[str, Any]:
 
 
 # What a pickle that is damaged, or not one at all, makes of the stack machine.
-_OF_PICKLES = (
+OF_PICKLES = (
     pickle.UnpicklingError,
     AttributeError,
     EOFError,
@@ -52,6 +53,7 @@ _OF_PICKLES = (
     TypeError,
     ValueError,
     RecursionError,
+    struct.error,
 )
 
 
@@ -62,15 +64,15 @@ def _read_zip(path: Path) -> Any:
         )
         if member is None or member.file_size > MAX_PICKLE_BYTES:
             raise pickle.UnpicklingError("it has no data.pkl, or a huge one")
-        return _Reader(io.BytesIO(archive.read(member))).load()
+        return Reader(io.BytesIO(archive.read(member))).load()
 
 
 def _read_old(path: Path) -> Any:
     with path.open("rb") as file:
         data = io.BytesIO(file.read(MAX_PICKLE_BYTES))
     for _ in range(PREAMBLE):
-        _Reader(data).load()
-    return _Reader(data).load()
+        Reader(data).load()
+    return Reader(data).load()
 
 
 def _tensor(kind: Any, offset: Any, size: Any, *rest: Any) -> Shape:
@@ -104,12 +106,13 @@ def _depth(value: Any) -> int:
 _Machine: Any = pickle._Unpickler  # the one written in Python
 
 
-class _Reader(_Machine):  # type: ignore[misc]
+class Reader(_Machine):  # type: ignore[misc]
     """Python's own stack machine, with a short list of what may be called."""
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(_Machine.dispatch)
 
     def find_class(self, module: str, name: str) -> Any:
+        """The stand-in for what a pickle names; see pickle."""
         if call := _CALLS.get((module, name)):
             return call
         if module in ("torch", "torch.storage") and name.isidentifier():
@@ -117,6 +120,7 @@ class _Reader(_Machine):  # type: ignore[misc]
         raise pickle.UnpicklingError(f"it names {module}.{name}, which is no weight")
 
     def persistent_load(self, pid: Any) -> Any:
+        """The kind of a storage; see pickle."""
         if not isinstance(pid, tuple) or len(pid) < 2 or not isinstance(pid[1], str):
             raise pickle.UnpicklingError("a storage is described wrongly")
         return pid[1]
@@ -136,8 +140,8 @@ def _refused(reader: Any) -> None:
 
 
 for _code in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3):
-    _Reader.dispatch[_code[0]] = _checked(_Machine.dispatch[_code[0]])
+    Reader.dispatch[_code[0]] = _checked(_Machine.dispatch[_code[0]])
 for _code in (pickle.FROZENSET, pickle.INST, pickle.OBJ, pickle.NEWOBJ, pickle.NEWOBJ_EX):
-    _Reader.dispatch[_code[0]] = _refused
+    Reader.dispatch[_code[0]] = _refused
 for _code in (pickle.EXT1, pickle.EXT2, pickle.EXT4):
-    _Reader.dispatch[_code[0]] = _refused
+    Reader.dispatch[_code[0]] = _refused

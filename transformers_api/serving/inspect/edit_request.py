@@ -14,7 +14,7 @@ from transformers_api.serving.inspect.edit_positions import At
 
 MOST_EDITS = 32
 MOST_INLINE = 4_000_000  # bytes of vectors
-Do = Literal["add", "erase", "ablate", "scale", "set", "patch", "block", "temper"]
+Do = Literal["add", "erase", "ablate", "scale", "set", "patch", "block", "temper", "feature"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +43,9 @@ class EditRequest:
     queries: At = "all"
     keys: At = ()
     temperature: float = 1.0
+    # Of feature: the autoencoder's name, which says part and layer, and the feature's number.
+    sae: str | None = None
+    feature: int = 0
 
     @property
     def has_source(self) -> bool:

@@ -10,6 +10,7 @@ import numpy
 from transformers_api.errors import InvalidRequest
 from transformers_api.inspection.base import Array
 from transformers_api.inspection.editable import INPUTS, Editable, Part
+from transformers_api.inspection.sae import FeatureEdit, Sae
 from transformers_api.serving.inspect.edit_positions import PromptPlaces
 from transformers_api.serving.inspect.edit_request import EditRequest
 from transformers_api.serving.inspect.run_file import Run
@@ -29,8 +30,20 @@ class Facts:
     # (a prompt; None: the calibration text; places) -> the numbers of each place (n, width).
     numbers: Callable[[str | None, Sequence[tuple[int, Part]]], Sequence[Array]]
     vector: Callable[[str], Vector]  # of the requester; raises NotFound
+    sae: Callable[[str, str], Sae]  # of a name, for a field; raises NotFound, InvalidRequest
     prompt: Callable[[str], PromptPlaces]  # another text
     run: Callable[[str], Run]  # of the requester; raises NotFound
+
+
+def feature_of(facts: Facts, request: EditRequest, name: str) -> FeatureEdit | None:
+    """The feature that an edit is about. Raises InvalidRequest; ``name``: of the field."""
+    if request.sae is None:
+        return None
+    sae = facts.sae(request.sae, f"{name}.sae")
+    if request.feature >= sae.features:
+        raise refusal(f"{name}.feature must be in [0, {sae.features - 1}]", f"{name}.feature")
+    assert request.value is not None
+    return FeatureEdit(sae, request.feature, request.value)
 
 
 def refusal(message: str, param: str) -> InvalidRequest:
@@ -65,7 +78,7 @@ class EditVectors:
             pairs = zip(self.layers, means, strict=True)
             return {layer: self.shaped(layer, mean) for layer, mean in pairs}
         if request.vector is None:
-            if request.value is None:
+            if request.value is None or request.sae is not None:
                 return {}
             number = numpy.array(request.value, numpy.float32)
             return {layer: numpy.full(self._width(layer), number) for layer in self.layers}

@@ -16,7 +16,7 @@ from transformers_api.serving.inspect.jobs import InspectionJob
 
 Ask = Callable[[Question[Grid]], Grid]
 FIRST_CELLS = 4  # by which the time is judged
-TURN_S = 1.0  # that one question of a job takes, about
+TURN_S = 0.5  # that one question of a job takes, about
 MOST_PER_TURN = 1024
 PATIENCE_S = 5.0  # until a question that was refused is asked again
 
@@ -49,8 +49,11 @@ class GridWork:
         """The time that all cells take at the rate of the first ones."""
         return self.first.seconds / self.done * len(self.question.cells)
 
-    def run(self, job: InspectionJob, ask: Ask) -> None:
-        """Fill what is left. Raises what ``ask`` does, but for InspectionBusy."""
+    def run(self, job: InspectionJob, ask: Ask, is_busy: Callable[[], bool]) -> None:
+        """Fill what is left. Raises what ``ask`` does, but for InspectionBusy.
+
+        While ``is_busy``, because others are being answered, half of the time is theirs alone.
+        """
         done, cell_s = self.done, self.first.seconds / self.done
         job.advance(done)
         while done < len(self.values):
@@ -72,3 +75,5 @@ class GridWork:
             done += len(cells)
             cell_s = grid.seconds / len(cells)
             job.advance(done)
+            if is_busy():
+                job.pause(min(grid.seconds, PATIENCE_S))

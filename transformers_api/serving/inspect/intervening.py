@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 
 from transformers_api.config.settings import Settings
 from transformers_api.errors import InspectionDisabled, ModelNotCapable, PromptTooLarge
-from transformers_api.inspection.base import Array
+from transformers_api.inspection.base import Array, TracePlan
 from transformers_api.inspection.edit_plan import InterventionsDisabled
 from transformers_api.inspection.editable import Part
 from transformers_api.inspection.questions import Inspected, PartNumbers
+from transformers_api.inspection.sae import FeaturePlan
 from transformers_api.serving.generation import GenerationRequest
 from transformers_api.serving.inspect import activation_plan, storing
+from transformers_api.serving.inspect.calibration import Calibration
 from transformers_api.serving.inspect.comparing import check_comparable, with_twins
 from transformers_api.serving.inspect.edit_positions import PromptPlaces
 from transformers_api.serving.inspect.edit_request import InterveneRequest, check_size
@@ -26,8 +28,9 @@ from transformers_api.serving.inspect.interventions import (
 from transformers_api.serving.inspect.queue import Inspections
 from transformers_api.serving.inspect.run_file import Run
 from transformers_api.serving.inspect.run_store import RunStore
-from transformers_api.serving.inspect.stream_norms import TEXT
-from transformers_api.serving.inspect.trace_plan import check_more, probes_of
+from transformers_api.serving.inspect.stored_maps import lens_via, sae_for
+from transformers_api.serving.inspect.tensor_store import StoredTensors
+from transformers_api.serving.inspect.trace_plan import TraceRequest, check_more, probes_of
 from transformers_api.serving.inspect.trace_slots import LIGHT, WHOLE
 from transformers_api.serving.inspect.vector_store import Vector
 from transformers_api.serving.limits.cancellation import Cancellation
@@ -43,6 +46,9 @@ class Planner:
     inspections: Inspections
     cancellation: Cancellation
     vector: Callable[[str], Vector]
+    lens: Callable[[str], StoredTensors]
+    sae: Callable[[str], StoredTensors]
+    calibration: Calibration
     runs: RunStore
     run: Callable[[str], Run]
 
@@ -99,9 +105,7 @@ class Planner:
             return request
         inspector = model.inspector
         assert inspector is not None
-        if options.probes:
-            probes = probes_of(options.probes, self.vector, inspector.anatomy)
-            trace = replace(trace, probes=probes)
+        trace = self._with_stored(model, trace, options)
         if trace.parts is not None:
             self.inspections.check_parts(
                 model, inspector, trace.parts, request.prompts[0], self.cancellation
@@ -122,6 +126,29 @@ class Planner:
             storing.check(self.runs, model, request, activations)
         return request
 
+    def _with_stored(
+        self, model: LoadedModel, trace: TracePlan, options: TraceRequest
+    ) -> TracePlan:
+        """``trace`` with the vectors, the lens and the autoencoder that ``options`` name."""
+        assert model.inspector is not None
+        anatomy, features = model.inspector.anatomy, None
+        if options.features is not None:
+            name = options.features.sae
+            sae = sae_for(model, anatomy, name, self.sae(name), "trace.features.sae")
+            if sae.part != "resid":
+                raise ModelNotCapable(
+                    f"sae '{name}' is of part {sae.part}: only features of resid can be traced",
+                    param="trace.features",
+                )
+            features = FeaturePlan(sae, options.features.topk)
+        via = None if options.lens is None else options.lens.via
+        return replace(
+            trace,
+            probes=probes_of(options.probes, self.vector, anatomy),
+            lens_via=lens_via(model, anatomy, via, self.lens, "trace.lens.via"),
+            features=features,
+        )
+
     def planned(
         self, model: LoadedModel, intervene: InterveneRequest, prompts: Sequence[PromptPlaces]
     ) -> tuple[PlannedEdits, ...]:
@@ -141,8 +168,11 @@ class Planner:
             return ids
 
         def numbers(text: str | None, places: Sequence[tuple[int, Part]]) -> Sequence[Array]:
-            question = PartNumbers(encoded(TEXT if text is None else text), places)
-            return inspections.ask(model, question, cancellation)
+            if text is None:
+                return self.calibration.numbers(
+                    model, places, lambda question: inspections.ask(model, question, cancellation)
+                )
+            return inspections.ask(model, PartNumbers(encoded(text), places), cancellation)
 
         def prompt(text: str) -> PromptPlaces:
             ids = encoded(text)
@@ -150,9 +180,12 @@ class Planner:
 
         facts = Facts(
             editable=inspections.editable(model, inspector, cancellation),
-            norms=lambda: inspections.stream_norms(model, inspector, cancellation),
+            norms=lambda: inspections.stream_norms(
+                model, inspector, cancellation, self.calibration
+            ),
             numbers=numbers,
             vector=self.vector,
+            sae=lambda name, param: sae_for(model, inspector.anatomy, name, self.sae(name), param),
             prompt=prompt,
             run=self.run,
         )

@@ -99,6 +99,9 @@ def _identity(edits: Sequence[Edit]) -> str:
     digest = hashlib.sha256()
     for edit in edits:
         numbers = (edit.units, edit.by, edit.is_aligned, edit.keeps_norm, edit.keys)
+        if edit.feature is not None:
+            feature = edit.feature
+            digest.update(repr((feature.sae.digest, feature.number, feature.value)).encode())
         digest.update(repr((edit.do, edit.part, edit.layer, edit.positions, numbers)).encode())
         if edit.vector is not None:
             digest.update(repr(edit.vector.shape).encode() + edit.vector.tobytes())

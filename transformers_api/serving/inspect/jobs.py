@@ -1,7 +1,7 @@
 """Inspections that go on after their request was answered: with progress, a partial result, an end.
 
-A job is a thread that asks one question after another, each of about a second, so that it never
-holds the engine, its turns are shared with everybody else's inspections, and it can be stopped. It
+A job is a thread that asks one question after another, each of about half a second, so that it
+never holds the engine, shares its turns with everybody else's inspections, and can be stopped. It
 has a lease of its own on the model and ends with the model, or with the server.
 """
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from transformers_api.errors import InvalidRequest, ModelNotCapable
 from transformers_api.inspection.base import Array
 from transformers_api.inspection.edit_plan import Edit, Range
 from transformers_api.inspection.editable import INPUTS, Part
+from transformers_api.inspection.sae import FeatureEdit
 from transformers_api.serving.inspect.edit_positions import (
     PromptPlaces,
     joined,
@@ -17,7 +18,13 @@ from transformers_api.serving.inspect.edit_positions import (
     single_positions,
 )
 from transformers_api.serving.inspect.edit_request import EditRequest
-from transformers_api.serving.inspect.edit_vectors import EditVectors, Facts, refusal, stored_vector
+from transformers_api.serving.inspect.edit_vectors import (
+    EditVectors,
+    Facts,
+    feature_of,
+    refusal,
+    stored_vector,
+)
 from transformers_api.serving.inspect.vector_store import Vector
 from transformers_api.serving.swap.loaded_model import LoadedModel
 
@@ -47,7 +54,13 @@ class ModelEdit:
     vectors: dict[int, Array] = field(default_factory=dict)  # by layer
     stored: Vector | None = None
 
+    feature: FeatureEdit | None = None
+
     def __post_init__(self) -> None:
+        self.feature = feature_of(self.facts, self.request, self.name)
+        if self.feature is not None:
+            sae = self.feature.sae
+            self.request = replace(self.request, part=sae.part, layers=(sae.layer,))
         own = self.model, self.facts, self.request
         self.stored = stored_vector(self.facts, self.request, self.model.spec.name, self.name)
         self.layers = self._layers()
@@ -74,6 +87,8 @@ class ModelEdit:
         words: dict[str, Any] = {"do": request.do, "part": request.part, "layers": self.layers}
         if units := self.units[self.layers[0]]:
             words["neurons" if request.part == "neuron" else "heads"] = list(units)
+        if self.feature is not None:
+            words |= {"sae": request.sae, "feature": request.feature, "value": request.value}
         return words
 
     def _of_patch(self, prompt: PromptPlaces) -> tuple[list[Edit], dict[str, Any]]:
@@ -226,6 +241,7 @@ class ModelEdit:
             by=by if request.do == "scale" else 0.0,
             is_aligned=is_aligned,
             keeps_norm=request.keep_norm,
+            feature=self.feature,
         )
 
     # -- layers, heads, neurons

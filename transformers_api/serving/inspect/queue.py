@@ -23,6 +23,7 @@ from transformers_api.inspection.base import Inspector, Job
 from transformers_api.inspection.editable import Editable
 from transformers_api.inspection.logit_share import LogitPartsQuestion
 from transformers_api.inspection.questions import Inspected, Question
+from transformers_api.serving.inspect.calibration import Calibration
 from transformers_api.serving.inspect.stream_norms import stream_norms
 from transformers_api.serving.inspect.suggested_layer import suggested_layer
 from transformers_api.serving.limits.admission import Throughput
@@ -30,6 +31,8 @@ from transformers_api.serving.limits.cancellation import Cancellation
 from transformers_api.serving.swap.loaded_model import LoadedModel
 
 T = TypeVar("T")
+OWN = Calibration()
+MOST_CALIBRATIONS = 64  # whose norms are kept of a model
 CHECKED = 8  # tokens
 
 
@@ -51,8 +54,10 @@ class Inspections:
         self._gradients: WeakKeyDictionary[Engine, bool] = WeakKeyDictionary()
         self._layers: WeakKeyDictionary[Engine, int | None] = WeakKeyDictionary()
         self._editable: WeakKeyDictionary[Inspected, Editable] = WeakKeyDictionary()
+        self._norms: WeakKeyDictionary[Inspected, dict[Calibration, tuple[float, ...]]] = (
+            WeakKeyDictionary()
+        )
         self._parts: WeakKeyDictionary[Inspected, set[str]] = WeakKeyDictionary()
-        self._norms: WeakKeyDictionary[Inspected, tuple[float, ...]] = WeakKeyDictionary()
 
     def run(self, model: LoadedModel, job: Job[T], cancellation: Cancellation) -> T:
         """The result of ``job``, when its turn has come.
@@ -126,16 +131,25 @@ class Inspections:
             checked.add(question.by)
 
     def stream_norms(
-        self, model: LoadedModel, inspector: Inspected, cancellation: Cancellation
+        self,
+        model: LoadedModel,
+        inspector: Inspected,
+        cancellation: Cancellation,
+        calibration: Calibration = OWN,
     ) -> tuple[float, ...]:
-        """See ``stream_norms``; found out once per loaded model, without a turn."""
-        if inspector not in self._norms:
-            self._norms[inspector] = stream_norms(
+        """See ``stream_norms``; found out once per loaded model and texts, without a turn."""
+        norms = self._norms.setdefault(inspector, {})
+        if calibration not in norms:
+            own = stream_norms(
                 model,
                 inspector,
+                calibration,
                 lambda question: self._run(model, question.job(_own(model)), cancellation),
             )
-        return self._norms[inspector]
+            if len(norms) >= MOST_CALIBRATIONS:
+                norms.clear()
+            norms[calibration] = own
+        return norms[calibration]
 
     @contextmanager
     def _turn(self, cancellation: Cancellation, *, is_owed: bool = False) -> Iterator[None]:

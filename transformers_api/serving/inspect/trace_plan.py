@@ -17,6 +17,7 @@ from transformers_api.inspection.activations import ActivationPart
 from transformers_api.inspection.base import Anatomy, LayerAttention, TracePlan
 from transformers_api.inspection.logit_share import LogitPartsQuestion
 from transformers_api.inspection.probes import Probe
+from transformers_api.serving.inspect.stored_maps import FeaturesRequest
 from transformers_api.serving.inspect.trace_slots import LIGHT, WHOLE
 from transformers_api.serving.inspect.vector_store import Vector
 from transformers_api.serving.swap.loaded_model import LoadedModel
@@ -66,6 +67,7 @@ class LensRequest:
 
     layers: tuple[int, ...] | Literal["all"] | int  # a number n: every n-th, and the last
     topk: int = 3  # 1..20
+    via: str | None = None  # the name of a lens that they are mapped by before
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +84,7 @@ class TraceRequest:
     resid_norms: bool = False
     router: bool = False
     probes: tuple[str, ...] = ()  # names of vectors that the stream is measured along
+    features: FeaturesRequest | None = None
     activations: tuple[ActivationRequest, ...] = ()
     store: bool = False  # keep the answer as a run
     uncertainty: bool = False
@@ -147,6 +150,7 @@ def cost(trace: TraceRequest, plan: TracePlan, choices: int) -> int:
     has_more = plan.lens_layers or plan.resid_norms or plan.router or len(plan.layers) > 1
     is_text = bool(plan.layers) and trace.attn in ("json", "json64")
     has_more = has_more or bool(trace.probes or trace.activations or trace.parts)
+    has_more = has_more or trace.features is not None
     return WHOLE if has_more or is_text or choices > 1 else LIGHT
 
 
@@ -299,15 +303,11 @@ def _parts(anatomy: Anatomy, parts: PartsRequest | None) -> LogitPartsQuestion |
 
 def _check_capable(anatomy: Anatomy, trace: TraceRequest) -> None:
     kind = anatomy.model_type
-    if trace.probes and anatomy.final_norm is None:
-        raise ModelNotCapable(
-            f"model type {kind} has no residual stream that can be seen", param="trace.probes"
-        )
-    if trace.resid_norms and anatomy.final_norm is None:
-        raise ModelNotCapable(
-            f"model type {kind} has no residual stream that can be seen",
-            param="trace.resid_norms",
-        )
+    for name in ("probes", "resid_norms", "features"):
+        if getattr(trace, name) and anatomy.final_norm is None:
+            raise ModelNotCapable(
+                f"model type {kind} has no residual stream that can be seen", param=f"trace.{name}"
+            )
     if trace.router and anatomy.routing is None:
         raise ModelNotCapable(
             f"model type {kind} has no router: it is no mixture of experts", param="trace.router"
@@ -330,6 +330,7 @@ class _Size:
         self.choices = choices
         self.shapes = [_shape(anatomy.attention[layer], trace, keys) for layer in layers]
         tokens = trace.topk * 2 + trace.sampled_topk
+        tokens += 0 if trace.features is None else trace.features.topk
         if trace.lens:
             tokens += lens_layers * (trace.lens.topk + 2)
         if trace.parts:

@@ -20,7 +20,7 @@ from transformers_api.api.http.fields import (
 from transformers_api.api.http.sampling_schema import about
 from transformers_api.api.inspect.schemas.inspect import Inspected, places, whole
 from transformers_api.api.inspect.schemas.vectors import Side
-from transformers_api.api.intervene.schema import At
+from transformers_api.api.intervene.positions import At
 
 METRICS = ("logit_difference", "logprob", "prob")
 METHODS = ("exact", "gradient")

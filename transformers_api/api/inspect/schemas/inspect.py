@@ -232,6 +232,9 @@ class LensRequest(Inspected):
     positions = places(
         "all", load_default=[-1], **about("Of tokens; negative from the end. Default: the last.")
     )
+    via = Text(
+        shortest=1, longest=64, **about("Name of a [lens](#inspectlenses); else the head alone.")
+    )
     topk = Integer(1, MOST_TOPK, load_default=5, **about("Likeliest tokens in each cell."))
     target = Either(
         whole(),
