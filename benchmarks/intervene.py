@@ -1,5 +1,7 @@
 """The cost of interventions in decode steps: interleaved medians of one model.
 
+Beside them an engine to which no inspection is attached.
+
 `python -m benchmarks.intervene MODEL_FOLDER --native NATIVE_CACHE`
 """
 
@@ -62,18 +64,19 @@ def sequences(edits: EditPlan | None, rows: int) -> list[Sequence]:
     return made
 
 
-def measure(engine: Any, rows: int, steps: int) -> None:
-    """Print the medians of one number of rows."""
-    runner = engine.runner
-    runner.cache.reserve(rows, CONTEXT + 2)
+def measure(engine: Any, bare: Any, rows: int, steps: int) -> None:
+    """Print the medians of one number of rows; ``bare``: the engine without inspection."""
+    for each in (engine, bare):
+        each.runner.cache.reserve(rows, CONTEXT + 2)
     config = engine.model.config
     cases = {
-        name: sequences(plan, rows)
+        name: (engine.runner, sequences(plan, rows))
         for name, plan in plans(config.num_hidden_layers, config.hidden_size).items()
     }
+    cases["without inspection"] = bare.runner, sequences(None, rows)
     times: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(steps):
-        for name, batch in cases.items():
+        for name, (runner, batch) in cases.items():
             began = time.perf_counter()
             runner.forward(Batch(batch, [1] * rows))
             times[name].append(time.perf_counter() - began)
@@ -99,9 +102,11 @@ def main() -> None:
 
     def run() -> None:
         engine = load_engine(arguments.folder, options, thread, attachment.wrap)
+        bare = load_engine(arguments.folder, options, thread)
         for rows in arguments.rows:
-            measure(engine, rows, arguments.steps)
-        engine.close()
+            measure(engine, bare, rows, arguments.steps)
+        for each in (engine, bare):
+            each.close()
 
     thread.call(run).result()
 
