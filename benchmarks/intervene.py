@@ -38,12 +38,17 @@ def plans(layers: int, width: int) -> dict[str, EditPlan | None]:
 
     middle = layers // 2
     head: dict[str, Any] = {"do": "scale", "part": "head", "units": (1,), "by": 0.5, "vector": None}
+    edge: dict[str, Any] = {"do": "block", "part": "weights", "units": (1,), "keys": ((5, 6),)}
+    edge |= {"vector": None}
     return {
         "nothing": None,
         "a vector in one layer": plan(middle),
         "one head": plan(middle, **head),
         "a vector in five layers": plan(*range(middle, middle + 5)),
         "a vector in every layer": plan(*range(layers)),
+        "an edge in one layer": plan(middle, **edge),
+        "an edge in every layer": plan(*range(layers), **edge),
+        "queries of one head": plan(middle, **head | {"part": "q"}),
     }
 
 
