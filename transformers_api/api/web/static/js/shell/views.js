@@ -1,6 +1,7 @@
 // Three views of one page; the address names the one that is open.
 import { byId } from "../core/dom.js";
 import { set, state } from "../core/state.js";
+import { namedView } from "./fragment.js";
 import { tablist } from "./tablist.js";
 
 const VIEWS = ["chat", "inside", "models"];
@@ -13,14 +14,12 @@ function open(view) {
   document.body.dataset.view = view;
   for (const name of VIEWS) byId(`view-${name}`).hidden = name !== view;
   byId("composer").hidden = view === "models";
-  const url = new URL(location);
-  url.hash = view === "chat" ? "" : view;
-  history.replaceState(null, "", url.hash ? url : url.pathname);
+  if (namedView() !== view) history.replaceState(null, "", view === "chat" ? location.pathname : `#${view}`);
   set({ view });
 }
 
 export function start() {
-  const named = () => VIEWS.find((view) => location.hash === `#${view}`) ?? "chat";
+  const named = () => VIEWS.find((view) => namedView() === view) ?? "chat";
   choose = tablist(byId("views"), VIEWS, open, named());
   addEventListener("hashchange", () => { if (named() !== state.view) show(named()); });
 }

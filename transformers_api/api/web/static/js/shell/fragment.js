@@ -1,0 +1,27 @@
+// What stands after `#` in the address: the view, and the edits of the shelf, so that a link carries them.
+// It is as untrusted as any text: a short list of plain values, or nothing.
+const LONGEST = 8000; // characters
+
+/** The view that the address names; "" where it names none. */
+export const namedView = () => /^#([a-z]+)/.exec(location.hash)?.[1] ?? "";
+
+const bytesOf = (text) => Uint8Array.from(atob(text.replaceAll("-", "+").replaceAll("_", "/")), (letter) => letter.charCodeAt(0));
+
+/** The values of the edits in the address: a list, empty where there is none that can be read. */
+export function editParts() {
+  const packed = location.hash.length <= LONGEST ? /[?&]edits=([\w-]+)/.exec(location.hash)?.[1] : null;
+  try {
+    const values = JSON.parse(new TextDecoder("utf-8", { fatal: true }).decode(bytesOf(packed)));
+    return Array.isArray(values) ? values : [];
+  } catch {
+    return [];
+  }
+}
+
+/** What carries `values` behind the view's name: "" for none, and where they are too long for a link. */
+export function writeEdits(values) {
+  if (!values.length) return "";
+  const letters = Array.from(new TextEncoder().encode(JSON.stringify(values)), (byte) => String.fromCharCode(byte)).join("");
+  const text = `?edits=${btoa(letters).replaceAll("+", "-").replaceAll("/", "_").replaceAll("=", "")}`;
+  return text.length < LONGEST ? text : "";
+}
