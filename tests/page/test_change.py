@@ -107,6 +107,10 @@ def test_an_answer_is_written_beside_its_unedited_twin_and_the_push_of_each_toke
     shared = share(page)
     assert shared["changed"]["names"] == ["head 2 of layer 1 off", "MLP of layer 0 × 0.5"]
     assert shared["changed"]["twin"] == completion_text(tiny)
+    page.get_by_role("tab", name="Token").click()
+    expect(
+        page.get_by_text(re.compile(r"^The first is [\d.]+ % ahead of the second"))
+    ).to_be_visible()
     page.get_by_role("tab", name="Chat").click()
     turn = page.get_by_role("article", name="Model")
     expect(turn).to_contain_text("changed by 2 edits")
@@ -158,9 +162,10 @@ def test_every_kind_of_edit_is_what_the_api_has_and_a_refusal_stands_beside_its_
     expect(row.get_by_role("alert")).to_have_count(0)
     write(page, "Write again with the edits")
     expect(page.get_by_role("region", name="Edited", exact=True)).to_contain_text("4 edits")
+    assert_cells_have_a_menu_by_key_and_pointer(page)
 
 
-def test_cells_have_a_menu_by_key_and_pointer_that_puts_edits_on_the_shelf(page):
+def assert_cells_have_a_menu_by_key_and_pointer(page):
     page.get_by_role("tab", name="Heads").click()
     cells = page.get_by_role("img", name=re.compile("^Every head of every layer"))
     cells.focus()
@@ -169,7 +174,7 @@ def test_cells_have_a_menu_by_key_and_pointer_that_puts_edits_on_the_shelf(page)
     expect(page.get_by_role("menuitem")).to_have_count(3)
     page.get_by_role("menuitem", name="Switch this head off").press("Enter")
     shelf = page.get_by_role("list", name="Edits").get_by_role("listitem")
-    expect(shelf).to_have_text([re.compile(r"^head 0 of layer \d off$")])
+    expect(shelf.last).to_have_text(re.compile(r"^head \d of layer \d off$"))
     page.get_by_role("tab", name="Matrix").click()
     matrix = page.get_by_role("img", name=re.compile("^Attention of layer"))
     size = matrix.bounding_box()
@@ -215,6 +220,28 @@ def test_a_direction_comes_from_pairs_and_a_patch_from_a_grid_that_fills(page, t
     page.keyboard.press("Enter")
     expect(shelf.last).to_have_text(re.compile(r"^place \d+ in layer 1 from place \d+ of"))
     assert violations(page, "#view-inside") == []
+    assert_grid_fills_and_is_cancelled(page, grid)
+
+
+def assert_grid_fills_and_is_cancelled(page, grid):
+    """A job that goes on: its cells are shown as they come, and it ends when it is told to."""
+    result = {**grid, "grid": [[1.0, *[None] * (len(row) - 1)] for row in grid["grid"]]}
+    job = {"id": "job-1", "state": "running", "done": 4, "total": 40, "left_s": 9.2}
+    sent = []
+
+    def answer(route):
+        sent.append(route.request.method)
+        state = "cancelled" if "DELETE" in sent else "running"
+        route.fulfill(json={**job, "state": state, "error": None, "result": result})
+
+    page.route("**/inspect/patch", lambda route: route.fulfill(json={"id": "job-1"}))
+    page.route("**/inspect/jobs/*", answer)
+    page.get_by_role("button", name="Fill the grid").click()
+    expect(page.get_by_text("4 of 40 cells; about 10 s more")).to_be_visible()
+    expect(page.get_by_role("progressbar", name="Cells of the grid")).to_have_attribute("max", "40")
+    page.get_by_role("button", name="Cancel").click()
+    expect(page.get_by_role("progressbar")).to_be_hidden()
+    assert sent.count("DELETE") == 1
 
 
 def test_edits_are_switched_off_and_removed_and_outlive_a_reload(page):
@@ -267,19 +294,19 @@ def test_edits_that_are_none_are_left_out(open_page, tiny, edits):
     expect(page.get_by_text("No edit yet")).to_be_visible()
 
 
-@pytest.mark.parametrize(
-    "packed",
-    [
-        "%%%",
-        "e30",  # {}
-        "eA" * 4000,
-        values([None, ["constructor", 1], ["head", 1, 0], ["head", 1, -1, 0], ["head", 1, 0, "0"]]),
-        values([["mlp", 1, 0, 99], ["vector", 1, 0, "../x", 0.2], ["patch", 1, 0, 1, 7, "", 1]]),
-    ],
+GARBAGE = (
+    "%%%",
+    "e30",  # {}
+    "eA" * 4000,
+    values([None, ["constructor", 1], ["head", 1, 0], ["head", 1, -1, 0], ["head", 1, 0, "0"]]),
+    values([["mlp", 1, 0, 99], ["vector", 1, 0, "../x", 0.2], ["patch", 1, 0, 1, 7, "", 1]]),
 )
-def test_a_link_with_anything_else_than_edits_is_no_link_with_edits(open_page, tiny, packed):
+
+
+def test_a_link_with_anything_else_than_edits_is_no_link_with_edits(open_page, tiny):
     page = begin(open_page(tiny, None))
-    page.goto(f"/ui#inside?edits={packed}")
-    page.reload()
-    expect(page.get_by_role("heading", name="Nothing to look into yet")).to_be_visible()
-    expect(page.get_by_text("edits of the link")).to_be_hidden()
+    for packed in (*GARBAGE, values([["head", 1, 0, 1]])):
+        page.goto(f"/ui#inside?edits={packed}")
+        page.reload()
+        expect(page.get_by_role("heading", name="Nothing to look into yet")).to_be_visible()
+        expect(page.get_by_text("edits of the link")).to_have_count(int(packed not in GARBAGE))

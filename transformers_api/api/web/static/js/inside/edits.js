@@ -1,9 +1,9 @@
 // The edits on the shelf: what the reader has put together, and what it means in a request.
 import { choice, keepChoice } from "../core/store.js";
 import { state } from "../core/state.js";
-import { editParts, writeEdits } from "../shell/fragment.js";
 import { change as words } from "../words/change.js";
 import { editOf, KINDS } from "./edit_kinds.js";
+import { editParts, writeEdits } from "./link.js";
 
 export const MOST = 32; // edits of a request
 

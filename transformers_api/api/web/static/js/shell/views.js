@@ -1,11 +1,13 @@
 // Three views of one page; the address names the one that is open.
 import { byId } from "../core/dom.js";
 import { set, state } from "../core/state.js";
-import { namedView } from "./fragment.js";
 import { tablist } from "./tablist.js";
 
 const VIEWS = ["chat", "inside", "models"];
 let choose;
+
+/** The view that the address names; others may stand behind it: see inside/link.js. */
+const namedView = () => /^#([a-z]+)/.exec(location.hash)?.[1] ?? "";
 
 /** Open a view. */
 export const show = (view, options) => choose(view, options);

@@ -1,9 +1,6 @@
-// What stands after `#` in the address: the view, and the edits of the shelf, so that a link carries them.
-// It is as untrusted as any text: a short list of plain values, or nothing.
+// The edits of the shelf behind the view's name in the address, so that a link carries them. What comes with a link is
+// as untrusted as any text: a short list of plain values, or nothing.
 const LONGEST = 8000; // characters
-
-/** The view that the address names; "" where it names none. */
-export const namedView = () => /^#([a-z]+)/.exec(location.hash)?.[1] ?? "";
 
 const bytesOf = (text) => Uint8Array.from(atob(text.replaceAll("-", "+").replaceAll("_", "/")), (letter) => letter.charCodeAt(0));
 
