@@ -58,6 +58,17 @@ def create_app(settings: Settings | None = None) -> Flask:
     return app
 
 
+def create_cramped_app(settings: Settings | None = None) -> Flask:
+    """Its worker keeps little of what is on its way, and takes long bodies below one path."""
+    from transformers_api.server import connections
+
+    connections.MAX_WAITING_BYTES = 1 << 18
+    app = create_app(settings)
+    app.config["UPLOADS"] = {"/inspect/lenses/": 1 << 24}
+    app.config["MAY_UPLOAD"] = lambda head: head.field(b"x-api-key") == "right"
+    return app
+
+
 def _add_bodies(app: Flask) -> None:
     flooded = threading.Semaphore(0)
 

@@ -6,7 +6,8 @@ import json
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 
 import pytest
 
@@ -18,6 +19,7 @@ HALF_BODY = b"POST /echo HTTP/1.1\r\nHost: h\r\nContent-Length: 100\r\n\r\nab"
 HALF_CHUNK = b"POST /echo HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab"
 CODINGS = HALF_CHUNK.replace(b"chunked", b"identity, chunked")
 BYTES = HALF_CHUNK[:-7] + b"1\r\n \r\n" * 20_000  # a body in chunks of a byte
+POST_OF = b"POST /echo HTTP/1.1\r\nHost: h\r\nContent-Length: %d\r\n\r\n"
 GET = b"GET /pid HTTP/1.1\r\nHost: h\r\n\r\n"
 
 
@@ -190,6 +192,40 @@ def test_the_server_says_whether_it_lives_while_every_thread_is_taken(server: Se
             request = b"GET /stream?ticks=1000 HTTP/1.1\r\nHost: h\r\n\r\n"
             clients.enter_context(connected(server, request))
         assert max(took_s(server) for _ in range(20)) < 1
+
+
+def test_whoever_is_dropped_to_make_room_takes_nobody_along() -> None:
+    """Bytes of one that was dropped may have been seen already, in the same look at all."""
+    body = POST_OF % (1 << 20) + bytes(60_000)
+    with serving("tests.streaming_app:create_cramped_app", max_queue=0) as server:
+        pid = server.get("/pid")
+        for _ in range(2):
+            with ExitStack() as clients:
+                opened = [clients.enter_context(connected(server)) for _ in range(30)]
+                with ThreadPoolExecutor(30) as pool, suppress(OSError):
+                    list(pool.map(lambda client: client.sendall(body), opened))
+        assert server.get("/pid") == pid
+
+
+def test_few_files_are_on_their_way_at_once_and_none_without_a_key() -> None:
+    head = b"PUT /inspect/lenses/x HTTP/1.1\r\nHost: h\r\nX-API-Key: %b\r\nContent-Length: 9999999\r\n\r\n"
+    with serving("tests.streaming_app:create_cramped_app", max_queue=0) as server:
+        server.get("/health")
+        with ExitStack() as clients:
+            refused = clients.enter_context(connected(server, head % b"wrong"))
+            assert b" 404 " in refused.recv(1 << 16)  # answered by the application, without a body
+            first = [clients.enter_context(connected(server, head % b"right")) for _ in range(2)]
+            server.get("/health")
+            third = clients.enter_context(connected(server, head % b"right"))
+            said = third.recv(1 << 16)
+            assert b" 429 " in said
+            assert b"2 large files are on their way already" in said
+            first[0].close()
+            server.get("/health")
+            again = clients.enter_context(connected(server, head % b"right"))
+            again.settimeout(0.2)
+            with pytest.raises(TimeoutError):
+                again.recv(1)
 
 
 def test_when_connections_run_out_the_one_that_waited_longest_goes() -> None:

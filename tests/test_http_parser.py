@@ -12,7 +12,7 @@ from gunicorn.http.errors import ParseException
 from gunicorn.http.parser import RequestParser
 
 from transformers_api.errors import HeadersTooLarge, InvalidRequest, UriTooLong
-from transformers_api.server.http_parser import MAX_HEAD_BYTES, MAX_LINE, RequestBuffer
+from transformers_api.server.http_parser import MAX_HEAD_BYTES, MAX_LINE, RequestBuffer, Uploads
 
 BODY = b'{"prompt": "\r\n\r\n0\r\n\r\n"}'
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: h\r\n"
@@ -273,7 +273,7 @@ def test_a_client_that_waits_for_a_word_before_the_body_is_known() -> None:
 
 
 def test_what_is_put_below_some_paths_may_be_longer():
-    uploads = {"/inspect/lenses/": 100}
+    uploads = Uploads({"/inspect/lenses/": 100}, lambda head: head.field(b"x-api-key") != "wrong")
     for line, is_awaited in (("PUT /inspect/lenses/x", True), ("PUT /inspect/vectors/x", False)):
         buffer = RequestBuffer(10, uploads)
         buffer.feed(f"{line} HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n".encode())
@@ -283,3 +283,14 @@ def test_what_is_put_below_some_paths_may_be_longer():
     buffer = RequestBuffer(10, uploads)
     buffer.feed(b"PUT /inspect/lenses/x HTTP/1.1\r\nHost: x\r\nContent-Length: 500\r\n\r\n")
     assert buffer.is_complete  # and refused by its length
+
+
+@pytest.mark.parametrize("framing", ["Content-Length: 50", "Transfer-Encoding: chunked"])
+def test_whoever_may_not_send_more_is_not_waited_for(framing):
+    uploads = Uploads({"/inspect/lenses/": 100}, lambda head: head.field(b"x-api-key") == "right")
+    for key in ("right", "wrong"):
+        buffer = RequestBuffer(10, uploads)
+        head = f"PUT /inspect/lenses/x HTTP/1.1\r\nX-API-Key: {key}\r\n{framing}\r\n\r\n"
+        buffer.feed(head.encode() + b"32\r\n")
+        assert buffer.is_complete == (key == "wrong")
+        assert buffer.is_upload == (key == "right")

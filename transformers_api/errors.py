@@ -37,8 +37,9 @@ class ApiError(Exception):
     def __init__(
         self, message: str, *, param: str | None = None, retry_after: int | None = None
     ) -> None:
-        super().__init__(message)
-        self.message = message
+        # What a client sent may be repeated in it: of any length, with halves of surrogate pairs.
+        self.message = message[:4096].encode("utf-8", "replace").decode()
+        super().__init__(self.message)
         self.param = param
         self.retry_after = retry_after  # seconds, 1..120
 

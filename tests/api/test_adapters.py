@@ -352,6 +352,37 @@ def test_questions_about_the_inside_are_answered_by_the_adapted_model(client):
     assert scores["one"] != pytest.approx(scores["base"], abs=1e-3)
 
 
+def test_edits_put_in_what_the_adapted_model_reads(client):
+    def written(model, *edits):
+        more = {"intervene": {"edits": list(edits)}} if edits else {}
+        answer = complete(client, model, logprobs=2, **more)
+        assert answer.status_code == 200, answer.get_data(as_text=True)
+        return answer.get_json()["choices"][0]["logprobs"]
+
+    places = (
+        {"part": "resid", "layers": "all"},
+        {"part": "k", "layer": 0},
+        {"part": "v", "layer": 1},
+    )
+    for place in places:
+        own = {"do": "patch", **place, "at": "prompt", "from": {"prompt": PROMPT}}
+        other = {"do": "ablate", **place, "at": "prompt", "with": {"prompt": PROMPT}}
+        for model in ("one", "base", "two"):
+            assert written(model, own) == written(model, other) == written(model)
+    mean = {"do": "ablate", "part": "mlp", "layer": 0, "with": "mean"}
+    numbers = {name: written(name, mean)["token_logprobs"][0] for name in ("one", "merged-one")}
+    assert numbers["one"] == pytest.approx(numbers["merged-one"], abs=1e-3)
+
+
+def test_the_usual_length_of_the_stream_is_the_adapted_models(client):
+    norms = {
+        name: client.get(f"/inspect/model?model={name}").get_json()["resid_norm"]
+        for name in ("base", "one", "merged-one")
+    }
+    assert norms["one"] == pytest.approx(norms["merged-one"], rel=1e-3)
+    assert norms["one"] != pytest.approx(norms["base"], rel=1e-3)
+
+
 def test_without_room_an_adapter_is_refused_with_the_setting(start, folder):
     client = start(max_adapters_mb=1)
     lora.adapter(folder / "changing", tiny(), lora.ALL, rank=1024)

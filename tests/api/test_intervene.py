@@ -157,12 +157,23 @@ EDITS = {
 }
 
 
+WHOLE_TRACE = {
+    "layers": [0, 1],
+    "resid_norms": True,
+    "lens": {"layers": "all"},
+    "parts": {"by": "head"},
+    "uncertainty": True,
+    "activations": [{"part": "q", "layer": 0}, {"part": "head", "layers": "all"}],
+}
+
+
 @pytest.mark.parametrize("name", EDITS)
 def test_each_kind_of_edit_does_something_and_the_same_again(client, name):
     answers = [completion(client, *own, logprobs=2) for own in ((), (EDITS[name],), (EDITS[name],))]
-    plain, once, twice = (answer["choices"][0]["logprobs"] for answer in answers)
+    answers.append(completion(client, EDITS[name], logprobs=2, trace=WHOLE_TRACE))
+    plain, once, twice, traced = (answer["choices"][0]["logprobs"] for answer in answers)
     assert once != plain
-    assert once == twice
+    assert once == twice == traced
     assert answers[1]["usage"]["intervene"]["tokens"] > 0
 
 
@@ -304,6 +315,15 @@ def test_forms_tools_traces_and_scores_go_together_with_edits(client):
     call = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
     made = chat(client, ADD, tools=[call], tool_choice="required", max_tokens=60)
     assert made["choices"][0]["message"]["tool_calls"][0]["function"]["name"] == "f"
+
+
+def test_a_trace_shows_the_edges_that_are_blocked_as_they_are(client):
+    edit = {"do": "block", "layer": 0, "heads": [2], "keys": [3]}
+    answer = completion(client, edit, trace={"layers": [0], "attn": "json"}, max_tokens=2)
+    for step in answer["choices"][0]["trace"]["steps"]:
+        weights = step["attn"][0]["weights"]
+        assert weights[2][3] == 0 < weights[1][3]
+        assert sum(weights[2]) == pytest.approx(1, abs=1e-3)
 
 
 def test_a_trace_shows_the_edited_stream(client):

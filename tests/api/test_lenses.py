@@ -57,6 +57,25 @@ def tuned(scale=0.0, layers=LAYERS, width=WIDTH):
     return file.getvalue()
 
 
+def npz(weights):
+    file = io.BytesIO()
+    numpy.savez(file, **weights)
+    return file.getvalue()
+
+
+def arrays(**others):
+    """A Jacobian lens as an archive of numpy."""
+    whole = {name: numpy.array(numbers, int) for name, numbers in others.items()}
+    matrices = whole.pop("J", numpy.stack([numpy.eye(WIDTH, dtype=int)] * 2))
+    return npz({"J": matrices.astype(float), **whole})
+
+
+def named(name):
+    """A safetensors file with a tensor of this name, which is JSON already."""
+    header = f'{{"{name}":{{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}}}'
+    return len(header).to_bytes(8, "little") + header.encode() + bytes(4)
+
+
 def jacobian(**others):
     file = io.BytesIO()
     one = torch.eye(WIDTH)
@@ -106,6 +125,11 @@ def test_a_lens_that_reads_worse_than_none_comes_with_a_note(client, monkeypatch
         ("a", tuned(width=16), 422, "the lens has 16 numbers, the model's stream 32"),
         ("a", tuned(layers=4), 422, "the lens has layer 2, the model layers up to 1"),
         ("a", jacobian(d_model=3), 422, "d_model is not the width of J"),
+        ("a", jacobian(d_model=[WIDTH, WIDTH]), 422, "d_model is not the width of J"),
+        ("a", arrays(d_model=[]), 422, "d_model is not the width of J"),
+        ("a", arrays(J=numpy.zeros((0, 4, 4)), source_layers=[]), 422, "J has no layers"),
+        ("a", named(r"\ud800"), 422, "there are: ?"),
+        ("a", named(r"a\udc00b"), 422, "there are: a?b"),
         ("a", jacobian(J={0: torch.zeros(2, 3)}), 422, "must be [width, width]"),
         ("a", jacobian(J=torch.zeros(3, 4, 4)), 422, "for 2 source_layers"),
         ("a", jacobian(J={0: torch.full((WIDTH, WIDTH), torch.nan)}), 422, "must be finite"),
@@ -162,12 +186,6 @@ def put_form(client, name, weights=None, status=201, **settings):
     return put(client, "saes", name, data, status=status, content_type="multipart/form-data")
 
 
-def npz(weights):
-    file = io.BytesIO()
-    numpy.savez(file, **weights)
-    return file.getvalue()
-
-
 def test_an_autoencoder_of_saelens_is_tried_kept_and_forgotten(client):
     made = put_form(client, "one")
     assert (made["architecture"], made["part"], made["layer"]) == ("standard", "resid", 0)
@@ -198,6 +216,10 @@ def test_one_of_gemma_scope_is_a_plain_file_with_its_place_in_the_query(client):
         ({"architecture": "transcoder"}, "architecture must be one of"),
         ({"architecture": "jumprelu"}, "needs its threshold"),
         ({"architecture": "topk"}, "k is required for topk"),
+        ({"architecture": "topk", "k": FEATURES + 1}, f"k must be at most {FEATURES}"),
+        ({"architecture": "topk", "k": 10**30}, f"k must be at most {FEATURES}"),
+        ({"hook_name": "blocks.\ud800"}, "cfg.hook_name 'blocks.?' is none of"),
+        ({"hook_name": "x" * 9000}, "cfg.hook_name 'xxx"),
         ({"activation_fn": "tanh-relu", "architecture": None}, "'tanh-relu' is not known"),
         ({"normalize_activations": "expected_average_only_in"}, "to be folded into the weights"),
         ({"apply_b_dec_to_input": 1}, "must be true or false"),
@@ -229,6 +251,11 @@ def test_a_form_without_weights_or_with_more_is_refused(client):
     for files in ({}, {"weights": (io.BytesIO(b"x"), "w"), "other": (io.BytesIO(b"x"), "o")}):
         text = put(client, "saes", "one", files, status=422, content_type="multipart/form-data")
         assert text.startswith("the form must have a file weights")
+    part = b'--b\r\nContent-Disposition: form-data; name="a"\r\n\r\n%b\r\n'
+    for body in (part % b"" * 1001, part % bytes(600_000)):
+        kind = "multipart/form-data; boundary=b"
+        text = put(client, "saes", "one", body + b"--b--\r\n", status=422, content_type=kind)
+        assert text.startswith("the form has too many parts, or one of them is large")
 
 
 def test_a_feature_shows_where_it_is_strong_and_what_it_makes_likelier(client):

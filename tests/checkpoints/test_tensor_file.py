@@ -52,6 +52,15 @@ def test_archives_and_safetensors_are_known_by_their_first_bytes():
         assert numpy.array_equal(tensors["W_enc"], MATRIX.numpy())
 
 
+def test_names_alone_may_not_take_the_time_of_numbers():
+    names = {f"{number}.weight": number for number in range(200_000)}
+    with pytest.raises(ModelLoadFailed, match="a huge one"):
+        read_tensors(saved(names), 64 << 20)
+    header = (2 << 20).to_bytes(8, "little") + b"{" + b" " * (2 << 20)
+    with pytest.raises(ModelLoadFailed, match="its header has more than 1048576 bytes"):
+        read_tensors(header, 64 << 20)
+
+
 class Evil:
     def __reduce__(self):
         return os.system, ("touch /tmp/evil-was-here",)

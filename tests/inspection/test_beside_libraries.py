@@ -95,7 +95,9 @@ def theirs(library: str, folder: Path) -> dict[str, torch.Tensor]:
 def ours(watched, name, case):
     """The likeliest tokens and their log probabilities after the prompt, by what is served."""
     if case.is_aligned:
-        (numbers,) = watched.run(watched.inspector.part_numbers(OTHER, [(LAYER, "resid")]))
+        (numbers,) = watched.run(
+            watched.inspector.part_numbers(OTHER, [(LAYER, "resid")], watched.engine)
+        )
         case = edit(
             do="set",
             positions=SPAN,

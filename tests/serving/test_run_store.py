@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import zipfile
+from contextlib import suppress
 
 import numpy
 import pytest
 
 from transformers_api.engine.base import DryParams, SamplingParams
-from transformers_api.errors import InvalidRequest, NotFound, PayloadTooLarge
+from transformers_api.errors import InsufficientStorage, InvalidRequest, NotFound, PayloadTooLarge
 from transformers_api.inspection.activations import RecordedRows
 from transformers_api.serving.inspect import run_file, run_params
 from transformers_api.serving.inspect.run_compare import compare
@@ -152,6 +154,16 @@ def pickled(_content):
     return file.getvalue()
 
 
+def remade(content, change):
+    """The file with another document."""
+    arrays = dict(numpy.load(io.BytesIO(content)))
+    meta = json.loads(arrays["meta"].tobytes())
+    change(meta)
+    file = io.BytesIO()
+    numpy.savez(file, **arrays | {"meta": numpy.frombuffer(json.dumps(meta).encode(), "u1")})
+    return file.getvalue()
+
+
 def bomb(_content):
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -168,6 +180,13 @@ def bomb(_content):
         lambda content: content[:180] + bytes([content[180] ^ 255]) + content[181:],
         pickled,
         bomb,
+        lambda content: content.replace(b"\x08\0\0\0!\0", b"\x0c\0\0\0!\0"),
+        lambda content: remade(content, lambda meta: meta.update(token_ids=5)),
+        lambda content: remade(content, lambda meta: meta.update(tokens=[])),
+        lambda content: remade(content, lambda meta: meta.update(prompt_ids=[None, 1])),
+        lambda content: remade(content, lambda meta: meta.update(params={"nobody": 1})),
+        lambda content: remade(content, lambda meta: meta.update(activations=[{}])),
+        lambda content: remade(content, lambda meta: meta.pop("text")),
     ],
 )
 def test_a_damaged_file_is_passed_over_and_the_others_are_there(store, tmp_path, damage):
@@ -181,6 +200,27 @@ def test_a_damaged_file_is_passed_over_and_the_others_are_there(store, tmp_path,
     with pytest.raises(NotFound, match="is damaged"):
         store.get("me", broken.id)
     assert store.get("me", whole.id).text == "cde"
+
+
+def test_files_that_are_damaged_anywhere_harm_no_other(store, tmp_path):
+    whole, broken = run(), run()
+    store.put("me", whole)
+    store.put("me", broken)
+    (file,) = (tmp_path / "runs").glob(f"*{broken.id}.npz")
+    content = file.read_bytes()
+    for place in range(0, len(content), 7):
+        file.write_bytes(
+            content[:place] + bytes([content[place] ^ 1 << place % 8]) + content[place + 1 :]
+        )
+        assert whole.id in ids_of(store)
+        with suppress(NotFound):
+            assert store.get("me", broken.id).id == broken.id
+
+
+def test_a_disk_that_takes_nothing_is_told(store, tmp_path):
+    (tmp_path / "runs").write_text("no folder")
+    with pytest.raises(InsufficientStorage, match="The run cannot be stored"):
+        store.put("me", run())
 
 
 def test_what_a_crash_left_behind_is_not_a_run(store, tmp_path, clock):

@@ -77,6 +77,34 @@ def test_a_disk_that_takes_nothing_is_told(tmp_path):
         TensorStore(tmp_path, "lens", 4000).put("me", "a", {}, tensors(1))
 
 
+@pytest.mark.parametrize("damage", [b"", b"\0", b"\xff" * 400, b"\x02\0\0\0\0\0\0\0{}"])
+def test_a_damaged_file_is_told_passed_over_and_can_be_forgotten(tmp_path, damage):
+    store = TensorStore(tmp_path, "lens", 1000)
+    for name in ("whole", "damaged"):
+        store.put("me", name, {}, {"a": numpy.ones(3, numpy.float32)})
+    (path,) = tmp_path.rglob("damaged.safetensors")
+    path.write_bytes(damage)
+    assert list(store.of("me")) == ["whole"]
+    with pytest.raises(NotFound, match="The lens 'damaged' in the store is damaged"):
+        store.get("me", "damaged")
+    store.delete("me", "damaged")
+    with pytest.raises(NotFound, match="there are: whole"):
+        store.delete("me", "damaged")
+
+
+def test_what_a_crash_left_behind_goes(tmp_path):
+    store = TensorStore(tmp_path, "lens", 1000)
+    store.put("me", "one", {}, {"a": numpy.ones(3, numpy.float32)})
+    (path,) = tmp_path.rglob("one.safetensors")
+    old, new = path.with_name(".old"), path.with_name(".new")
+    for part in (old, new):
+        part.write_bytes(b"1")
+    os.utime(old, (0, 0))
+    store.put("me", "two", {}, {"a": numpy.ones(3, numpy.float32)})
+    assert new.exists()
+    assert not old.exists()
+
+
 def test_names_and_owners_are_no_paths(tmp_path):
     store = TensorStore(tmp_path, "lens", 4000)
     store.put("../../x", "a", {}, tensors(1))

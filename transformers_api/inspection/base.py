@@ -314,9 +314,12 @@ class Inspector(Protocol):
         ...
 
     def part_numbers(
-        self, ids: Sequence[int], places: Sequence[tuple[int, Part]]
+        self, ids: Sequence[int], places: Sequence[tuple[int, Part]], engine: Any
     ) -> Job[list[Array]]:
-        """The numbers of parts of layers, of each an array (n, width), as the stream has them."""
+        """The numbers of parts of layers, of each an array (n, width), as the stream has them.
+
+        ``engine`` (engine.base.Engine) reads the text: the model's own, or one with an adapter.
+        """
         ...
 
     def logit_parts(self, ids: Sequence[int], question: LogitPartsQuestion) -> Job[LogitParts]:

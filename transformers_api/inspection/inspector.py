@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import replace
 
+from transformers_api.engine.base import Engine
 from transformers_api.errors import AttentionUnavailable, ModelNotCapable
 from transformers_api.inspection import matrices
 from transformers_api.inspection.attention import AttentionSource
@@ -155,10 +156,10 @@ class ModelInspector:
         return lambda model: attribute(model, self.way, list(ids), question)
 
     def part_numbers(
-        self, ids: Sequence[int], places: Sequence[tuple[int, Part]]
+        self, ids: Sequence[int], places: Sequence[tuple[int, Part]], engine: Engine
     ) -> Job[list[Array]]:
         """See ``base.Inspector``."""
-        engine, parts = self._check.engine, self.way.parts
+        parts = self.way.parts
         return lambda model: served_parts(engine, model, parts, list(ids), list(places))
 
     def logit_parts(self, ids: Sequence[int], question: LogitPartsQuestion) -> Job[LogitParts]:

@@ -179,10 +179,11 @@ class PartNumbers:
 
     ids: Sequence[int]
     places: Sequence[tuple[int, editable.Part]]
+    engine: Any  # see engine.base.Engine
 
     def job(self, inspector: Inspector) -> Job[list[Array]]:
         """See Question."""
-        return inspector.part_numbers(self.ids, self.places)
+        return inspector.part_numbers(self.ids, self.places, self.engine)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy
 
-from transformers_api.engine.base import SamplingParams, SequenceRequest
-from transformers_api.engine.llm_engine import BatchingEngine
+from transformers_api.engine.base import Engine, SamplingParams, SequenceRequest
 from transformers_api.inspection.base import Array
 from transformers_api.inspection.edit_plan import Edit, EditPlan
 from transformers_api.inspection.editable import Part
@@ -22,7 +21,7 @@ from transformers_api.inspection.places import module_of
 
 
 def served_parts(
-    engine: BatchingEngine,
+    engine: Engine,
     model: Any,
     parts: Parts,
     ids: Sequence[int],

@@ -14,18 +14,18 @@ import logging
 import selectors
 import socket
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 from gunicorn.workers.gthread import TConn, ThreadWorker  # type: ignore[import-untyped]
 
-from transformers_api.errors import ApiError, RequestTimeout
+from transformers_api.errors import ApiError, Overloaded, RequestTimeout
 from transformers_api.server import refusals, sockets
 from transformers_api.server.gathered_body import read_at_once
-from transformers_api.server.http_parser import RequestBuffer, RequestHead
-from transformers_api.server.large_body import FIRST_BYTES, LEAST_RATE, LargeBody
+from transformers_api.server.http_parser import NO_UPLOADS, RequestBuffer, RequestHead, Uploads
+from transformers_api.server.large_body import FIRST_BYTES, LargeBody, UnsentBody
 
 LINGER_S = 2.0  # a client may still be sending what nobody reads; it is to see the answer first
 LINGER_BYTES = 1 << 20
@@ -33,6 +33,8 @@ DRAIN_S = 0.05  # for bytes that are here and that the application did not want
 LOOK_S = 0.25  # between two looks at who has been waiting too long
 MAX_WAITING_BYTES = 256 << 20  # of requests that are not complete, all together
 READ_BYTES = 1 << 16
+MOST_UPLOADS = 2  # at once: each is in memory several times while it is read
+UPLOADING = f"{MOST_UPLOADS} large files are on their way already"
 PROBES = (b"GET /health ", b"GET /healthz ", b"GET /readyz ", b"GET /metrics ")
 PROBE_THREADS = 4
 MAX_BODY_BYTES = 2 << 20  # where the application names no other limit
@@ -55,16 +57,6 @@ class PendingRequest:
         return 0 if self.incoming is None else len(self.incoming)
 
 
-class UnsentBody:
-    """A connection whose answer the main loop sends, as its client reads it."""
-
-    def __init__(self, body: LargeBody, keep: bool, until: float) -> None:
-        self.body = body
-        self.keep = keep  # the connection, for another request
-        self.until = until  # time.monotonic(), for the next bytes
-        self.end = until + body.left / LEAST_RATE  # for the last one
-
-
 class GatheringWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
     """A gthread worker whose threads wait for no client, but for the reading of answers.
 
@@ -82,7 +74,8 @@ class GatheringWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no ty
         self._bytes = 0
         self._looked = 0.0
         self._max_body = MAX_BODY_BYTES
-        self._uploads: Mapping[str, int] = {}
+        self._uploads = NO_UPLOADS
+        self._uploading: set[socket.socket] = set()  # from their head on to their answer
         self._origins: tuple[str, ...] = ()
         self._application: Any = None  # the WSGI application, once it is loaded
         self._bodies: dict[socket.socket, LargeBody] = {}  # of those with a thread
@@ -103,9 +96,10 @@ class GatheringWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no ty
         if settings is not None:
             self.receive_s, self.send_s = settings.receive_timeout_s, settings.send_timeout_s
             self._origins = settings.cors_allow_origins
-        limit = getattr(self._application, "config", {}).get("MAX_CONTENT_LENGTH")
-        self._max_body = limit or MAX_BODY_BYTES
-        self._uploads = getattr(self._application, "config", {}).get("UPLOADS", {})
+        config = getattr(self._application, "config", {})
+        self._max_body = config.get("MAX_CONTENT_LENGTH") or MAX_BODY_BYTES
+        if "UPLOADS" in config:
+            self._uploads = Uploads(config["UPLOADS"], config["MAY_UPLOAD"])
 
     @property
     def services(self) -> Any:
@@ -146,7 +140,9 @@ class GatheringWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no ty
             self._take(conn, waiting, sent)
 
     def _read(self, conn: TConn, _: Any) -> None:
-        waiting = self._waiting[conn]
+        waiting = self._waiting.get(conn)
+        if waiting is None:  # dropped, to make room, since the poller saw its bytes
+            return
         try:
             data = conn.sock.recv(READ_BYTES)
         except BlockingIOError:
@@ -176,6 +172,10 @@ class GatheringWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no ty
             self._refuse(conn, error)
             return
         self._bytes += waiting.size
+        if incoming.is_upload and conn.sock not in self._uploading:
+            if len(self._uploading) >= MOST_UPLOADS:
+                return self._refuse(conn, Overloaded(UPLOADING, retry_after=5))
+            self._uploading.add(conn.sock)
         if incoming.is_complete:
             self._when_writable(conn, waiting)
         elif incoming.expects_continue:
@@ -189,6 +189,8 @@ class GatheringWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no ty
 
         A thread has to find room for the head of its answer at once.
         """
+        if self._waiting.get(conn) is not waiting:
+            return
         if not sockets.is_writable(conn.sock):
             waiting.until = self._now() + self.send_s
             self.poller.modify(
@@ -259,6 +261,7 @@ class GatheringWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no ty
     def finish_request(self, conn: TConn, fs: Future[Any]) -> None:
         """After a response: wait for the next request, or close."""
         self._heads.pop(conn.sock, None)
+        self._uploading.discard(conn.sock)
         body = self._bodies.pop(conn.sock, None)
         if conn.is_http2 or self.cfg.is_ssl or self.cfg.http2_cleartext != "off":
             super().finish_request(conn, fs)
@@ -284,7 +287,9 @@ class GatheringWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no ty
         self.poller.register(conn.sock, selectors.EVENT_WRITE, partial(self._send_rest, conn))
 
     def _send_rest(self, conn: TConn, _: Any) -> None:
-        unsent = self._sending[conn]
+        unsent = self._sending.get(conn)
+        if unsent is None:
+            return
         try:
             if not unsent.body.send():
                 unsent.until = min(self._now() + self.send_s, unsent.end)
@@ -333,6 +338,7 @@ class GatheringWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no ty
 
     def _linger(self, conn: TConn) -> None:
         """Close once the client has seen the answer: at once, an unread byte would take it away."""
+        self._uploading.discard(conn.sock)
         if conn in self._waiting:
             self._forget(conn)
         conn.sock.setblocking(False)
@@ -347,6 +353,7 @@ class GatheringWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no ty
     def _drop(self, conn: TConn) -> None:
         if conn in self._waiting:
             self._forget(conn)
+        self._uploading.discard(conn.sock)
         self.nr_conns -= 1
         conn.close()
 

@@ -9,8 +9,8 @@ reads it once more, never waits for bytes. RFC 9112, sections 2 to 7.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from types import MappingProxyType
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from transformers_api.errors import HeadersTooLarge, InvalidRequest, UriTooLong
 
@@ -36,6 +36,11 @@ class RequestHead:
         self._line, *self._fields = data.split(CRLF)
 
     @property
+    def method(self) -> str:
+        """Method of the request line."""
+        return self._line.partition(b" ")[0].decode("latin-1")
+
+    @property
     def path(self) -> str:
         """Path of the request line."""
         words = self._line.split(b" ")
@@ -50,20 +55,34 @@ class RequestHead:
         return ""
 
 
-NO_UPLOADS: Mapping[str, int] = MappingProxyType({})
+@dataclass(frozen=True, slots=True)
+class Uploads:
+    """Paths below which what is put may be longer, by the bytes that it may have, and for whom."""
+
+    most: Mapping[str, int] = field(default_factory=dict)
+    allows: Callable[[RequestHead], bool] = lambda _: True
+
+    def limit(self, head: RequestHead) -> int | None:
+        """Bytes that the body may have; None: as many as any other."""
+        for start, most in self.most.items():
+            if head.method == "PUT" and head.path.startswith(start) and self.allows(head):
+                return most
+        return None
+
+
+NO_UPLOADS = Uploads()
 
 
 class RequestBuffer:
     """One request on its way. ``feed`` it until it ``is_complete``, then take ``whole``.
 
-    ``uploads``: paths below which what is put may be longer, with the bytes that it may have.
-
     A body that is longer than ``max_body`` bytes is not waited for: the application refuses it by
     the length that it is told.
     """
 
-    def __init__(self, max_body: int, uploads: Mapping[str, int] = NO_UPLOADS) -> None:
+    def __init__(self, max_body: int, uploads: Uploads = NO_UPLOADS) -> None:
         self.is_complete = False
+        self.is_upload = False  # with a body longer than others may have
         self.expects_continue = False  # the client waits for a word before it sends the body
         self._limit(max_body)
         self._uploads = uploads
@@ -97,7 +116,7 @@ class RequestBuffer:
         if self._head is None:
             return bytes(self._data)
         if self._length is not None:
-            return self._head + CRLF + CRLF + bytes(self._data)
+            return b"".join([self._head, CRLF, CRLF, self._data])
         line, *fields = self._head.split(CRLF)
         others = [field for field in fields if field.partition(b":")[0].lower() not in FRAMING]
         length = self._max_body + 1 if self._is_too_long else len(self._body)
@@ -144,11 +163,13 @@ class RequestBuffer:
             raise HeadersTooLarge(
                 f"More than {MAX_HEADS} headers, or one of more than {MAX_HEAD} bytes"
             )
-        for start, most in self._uploads.items():
-            if line.startswith(b"PUT %b" % start.encode()):
-                self._limit(most)
         fields = [_field(text) for text in lines]
         self._length = _body_length(line, [pair for pair in fields if pair[0] in FRAMING])
+        if self._length is None or self._length > self._max_body:
+            most = self._uploads.limit(RequestHead(head))
+            if most is not None:
+                self._limit(most)
+                self.is_upload = True
         expectations = [value.lower() for name, value in fields if name == b"expect"]
         self.expects_continue = b"100-continue" in expectations and line.endswith(b"HTTP/1.1")
 

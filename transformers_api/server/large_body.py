@@ -85,3 +85,13 @@ class LargeBody:
         close, self._close = self._close, None
         if close is not None:
             close()
+
+
+class UnsentBody:
+    """A connection whose answer the main loop sends, as its client reads it."""
+
+    def __init__(self, body: LargeBody, keep: bool, until: float) -> None:
+        self.body = body
+        self.keep = keep  # the connection, for another request
+        self.until = until  # time.monotonic(), for the next bytes
+        self.end = until + body.left / LEAST_RATE  # for the last one

@@ -7,8 +7,8 @@ With API keys every route needs one of its scope, unknown URLs included; the vie
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
-from typing import Any, Literal, TypeVar
+from functools import lru_cache, partial
+from typing import Any, Literal, Protocol, TypeVar
 
 import flask
 from flask import Flask, g, request
@@ -17,7 +17,7 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 from transformers_api.api.http.dialects import is_below
 from transformers_api.api.http.services import EXTENSION, Services
 from transformers_api.errors import InsufficientPermissions, InvalidApiKey
-from transformers_api.serving.limits.access import network
+from transformers_api.serving.limits.access import Access, network
 from transformers_api.serving.limits.api_keys import ApiKey, ApiKeys
 
 # open: for probes, and for browsers, which open a page without a key; nothing in it is secret.
@@ -30,6 +30,14 @@ _READING = ("GET", "HEAD")
 
 # Most requests come from few addresses, and parsing one takes as long as all the rest here.
 _network = lru_cache(maxsize=1024)(network)
+
+
+class Head(Protocol):
+    """The head of a request that is not complete yet."""
+
+    def field(self, name: bytes) -> str:
+        """The value of a header, by its name in lower case; "" without it."""
+        ...
 
 
 def scope(name: Scope) -> Callable[[View], View]:
@@ -91,8 +99,21 @@ def _key(keys: ApiKeys) -> ApiKey:
 
 
 def _secret() -> str:
-    scheme, _, key = request.headers.get("Authorization", "").partition(" ")
-    return key.strip() if scheme.lower() == "bearer" else request.headers.get("X-Api-Key", "")
+    headers = request.headers
+    return _secret_of(headers.get("Authorization", ""), headers.get("X-Api-Key", ""))
+
+
+def _secret_of(authorization: str, api_key: str) -> str:
+    scheme, _, key = authorization.partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else api_key
+
+
+def _may_upload(access: Access, head: Head) -> bool:
+    """True where the body may be longer than any other: nobody without a key fills the memory."""
+    if access.keys is None:
+        return True
+    secret = _secret_of(head.field(b"authorization"), head.field(b"x-api-key"))
+    return bool(secret) and access.keys.find(secret) is not None
 
 
 def install(app: Flask, services: Services) -> None:
@@ -103,4 +124,5 @@ def install(app: Flask, services: Services) -> None:
             app.wsgi_app, x_for=proxies, x_proto=0, x_host=0
         )
     app.before_request(admit)
+    app.config["MAY_UPLOAD"] = partial(_may_upload, services.access)  # asked before there is a body
     services.limits.init_app(app)

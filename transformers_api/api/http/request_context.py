@@ -315,7 +315,7 @@ class RequestContext:
         for run in runs:
             try:
                 self.services.runs.put(self.client, run)
-            except (OSError, ApiError):
+            except ApiError:
                 log.warning("Run %s was not kept", run.id, exc_info=True)
 
     def recorded(self, generation: Generation) -> list[Run]:

@@ -165,6 +165,7 @@ def replay_run(run_id: str) -> Any:
         intervene = replace(options, compares=False, store=False)
     with RequestContext(services()) as context:
         model = context.lease(run.model)
+        requests.check_ids(model, run.prompt_ids, "run")  # it may be another model by now
         again = GenerationRequest(
             [run.prompt_ids],
             run_params.from_json(run.params),

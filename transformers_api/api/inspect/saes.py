@@ -8,6 +8,7 @@ from typing import Any
 
 import flask
 from flask import request
+from werkzeug.exceptions import RequestEntityTooLarge
 
 from transformers_api.api.http import inspect_auth
 from transformers_api.api.http.body import Blueprint, read_bytes
@@ -98,16 +99,7 @@ def _sent() -> SaeFile:
     """The autoencoder of this request. Raises InvalidRequest."""
     cfg: bytes | None = None
     if (request.mimetype or "") == "multipart/form-data":
-        others = sorted(set(request.files) - {"weights", "cfg"})
-        if others or "weights" not in request.files:
-            raise InvalidRequest(
-                "the form must have a file weights, and may have a file cfg"
-                + (f"; it has {', '.join(others)}" if others else ""),
-                param="weights",
-            )
-        weights = request.files["weights"].read()
-        if "cfg" in request.files:
-            cfg = request.files["cfg"].read()
+        weights, cfg = _form()
     else:
         weights = read_bytes(request)
     names = request.args
@@ -119,6 +111,27 @@ def _sent() -> SaeFile:
         place = part, _whole("layer", -1)
     k = _whole("k", 1) if "k" in names else None
     return sae_of_files(upload(weights), cfg, place, names.get("architecture"), k)
+
+
+def _form() -> tuple[bytes, bytes | None]:
+    """(weights, cfg) of a form. Raises InvalidRequest."""
+    size = request.content_length
+    try:
+        files = request.files
+    except RequestEntityTooLarge:
+        if size is None or size > (request.max_content_length or size):
+            raise
+        raise InvalidRequest(
+            "the form has too many parts, or one of them is large and no file", param="weights"
+        ) from None
+    others = sorted(set(files) - {"weights", "cfg"})
+    if others or "weights" not in files:
+        raise InvalidRequest(
+            "the form must have a file weights, and may have a file cfg"
+            + (f"; it has {', '.join(others)}" if others else ""),
+            param="weights",
+        )
+    return files["weights"].read(), files["cfg"].read() if "cfg" in files else None
 
 
 def _whole(name: str, least: int) -> int:
@@ -138,10 +151,8 @@ def _rows(context: RequestContext, model: LoadedModel, sae: Sae) -> list[Array]:
     if not texts:
         raise InvalidRequest("the calibration texts have no tokens of this model")
     place = [(sae.layer, sae.part)]
-    return [
-        inspections.ask(model, questions.PartNumbers(ids, place), context.cancellation)[0]
-        for ids in texts
-    ]
+    numbers = (questions.PartNumbers(ids, place, model.engine) for ids in texts)
+    return [inspections.ask(model, each, context.cancellation)[0] for each in numbers]
 
 
 @blueprint.at("/inspect/saes/<name>")

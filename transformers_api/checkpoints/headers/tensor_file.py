@@ -20,6 +20,7 @@ from transformers_api.checkpoints.headers.safetensors_file import read_header
 from transformers_api.errors import ModelLoadFailed
 
 MOST_ARRAYS = 1024
+MOST_HEADER = 1 << 20  # bytes of what names and describes them
 WHOLE = frozenset(["layers", "source_layers", "d_model"])  # whole numbers may stand here
 _SAFETENSORS_KINDS = {"F32": "<f4", "F16": "<f2", "BF16": "bf16", "F64": "<f8"}
 _WHOLE_KINDS = {"I64": "<i8", "I32": "<i4"}
@@ -52,6 +53,8 @@ def read_tensors(data: bytes, most_bytes: int) -> tuple[dict[str, NDArray[Any]],
 
 def read_safetensors(path: Path, data: bytes) -> dict[str, NDArray[Any]]:
     """The tensors of a file, whose bytes are ``data``. Raises ModelLoadFailed."""
+    if len(data) >= 8 and MOST_HEADER < int.from_bytes(data[:8], "little") <= len(data):
+        raise ModelLoadFailed(f"its header has more than {MOST_HEADER} bytes")
     tensors = {}
     for tensor in read_header(path):
         kinds: Mapping[str, str] = _SAFETENSORS_KINDS

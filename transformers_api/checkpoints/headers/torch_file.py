@@ -15,12 +15,12 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
-from transformers_api.checkpoints.headers.pickled_file import (
-    MAX_PICKLE_BYTES,
-    OF_PICKLES,
-    Reader,
+from transformers_api.checkpoints.headers.pickled_file import OF_PICKLES, Reader
+from transformers_api.checkpoints.headers.tensor_file import (
+    MOST_ARRAYS,
+    MOST_HEADER,
+    check_archive,
 )
-from transformers_api.checkpoints.headers.tensor_file import MOST_ARRAYS, check_archive
 from transformers_api.errors import ModelLoadFailed
 
 _KINDS = {
@@ -74,7 +74,7 @@ def read_torch(data: bytes, most_bytes: int) -> dict[str, NDArray[Any]]:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             check_archive(archive, most_bytes)
             name = _pickle_name(archive)
-            if name is None or archive.getinfo(name).file_size > MAX_PICKLE_BYTES:
+            if name is None or archive.getinfo(name).file_size > MOST_HEADER:
                 raise ModelLoadFailed("it has no data.pkl, or a huge one")
             loaded = _TensorReader(io.BytesIO(archive.read(name))).load()
             if not isinstance(loaded, Mapping):

@@ -9,7 +9,7 @@ into these. A pass that calls the model's modules is changed by who wraps attent
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
@@ -184,17 +184,18 @@ def current_attention_edits() -> Sequence[AttentionEdit]:
 @contextmanager
 def editing_attention(edits: Sequence[AttentionEdit]) -> Iterator[None]:
     """Let passes within the block be changed; without ``edits`` as blocks around it say."""
-    token = _current.set(edits or _current.get())
-    try:
+    with _attention_edits(edits or _current.get()):
         yield
-    finally:
-        _current.reset(token)
+
+
+def unedited_attention() -> AbstractContextManager[None]:
+    """Let nothing within the block be changed, whatever blocks around it say."""
+    return _attention_edits(())
 
 
 @contextmanager
-def without_attention_edits() -> Iterator[None]:
-    """Let no pass within the block be changed, whatever blocks around it say."""
-    token = _current.set(())
+def _attention_edits(edits: Sequence[AttentionEdit]) -> Iterator[None]:
+    token = _current.set(edits)
     try:
         yield
     finally:

@@ -158,7 +158,7 @@ class Planner:
         does.
         """
         inspector = checked(model, intervene, self.settings)
-        inspections, cancellation = self.inspections, self.cancellation
+        inspections, cancellation, engine = self.inspections, self.cancellation, model.engine
 
         def encoded(text: str) -> Sequence[int]:
             chat_template.check_bytes(text, self.settings.inspected_prompt_bytes)
@@ -172,7 +172,8 @@ class Planner:
                 return self.calibration.numbers(
                     model, places, lambda question: inspections.ask(model, question, cancellation)
                 )
-            return inspections.ask(model, PartNumbers(encoded(text), places), cancellation)
+            question = PartNumbers(encoded(text), places, engine)
+            return inspections.ask(model, question, cancellation)
 
         def prompt(text: str) -> PromptPlaces:
             ids = encoded(text)

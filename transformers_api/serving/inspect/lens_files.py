@@ -77,9 +77,11 @@ def _jacobian(tensors: Tensors) -> LensMaps:
                 "source_layers; it must be [layers, width, width]"
             )
         by_layer = dict(zip(map(int, layers.ravel()), whole, strict=True))
+    if not by_layer:
+        raise InvalidRequest("The file is refused: J has no layers")
     numbers = sorted(by_layer)
     maps = _matrices([by_layer[number] for number in numbers])
-    if "d_model" in tensors and int(tensors["d_model"].ravel()[0]) != maps.shape[1]:
+    if "d_model" in tensors and tensors["d_model"].ravel().tolist() != [maps.shape[1]]:
         raise InvalidRequest("The file is refused: d_model is not the width of J")
     return _checked(LensMaps("jacobian", tuple(numbers), maps, None))
 

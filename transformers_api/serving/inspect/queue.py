@@ -31,6 +31,7 @@ from transformers_api.serving.limits.cancellation import Cancellation
 from transformers_api.serving.swap.loaded_model import LoadedModel
 
 T = TypeVar("T")
+Norms = tuple[float, ...]
 OWN = Calibration()
 MOST_CALIBRATIONS = 64  # whose norms are kept of a model
 CHECKED = 8  # tokens
@@ -54,7 +55,7 @@ class Inspections:
         self._gradients: WeakKeyDictionary[Engine, bool] = WeakKeyDictionary()
         self._layers: WeakKeyDictionary[Engine, int | None] = WeakKeyDictionary()
         self._editable: WeakKeyDictionary[Inspected, Editable] = WeakKeyDictionary()
-        self._norms: WeakKeyDictionary[Inspected, dict[Calibration, tuple[float, ...]]] = (
+        self._norms: WeakKeyDictionary[Inspected, dict[tuple[str, Calibration], Norms]] = (
             WeakKeyDictionary()
         )
         self._parts: WeakKeyDictionary[Inspected, set[str]] = WeakKeyDictionary()
@@ -136,10 +137,12 @@ class Inspections:
         inspector: Inspected,
         cancellation: Cancellation,
         calibration: Calibration = OWN,
-    ) -> tuple[float, ...]:
+    ) -> Norms:
         """See ``stream_norms``; found out once per loaded model and texts, without a turn."""
         norms = self._norms.setdefault(inspector, {})
-        if calibration not in norms:
+        key = model.fingerprint, calibration  # an adapter has norms of its own
+        own = norms.get(key)
+        if own is None:
             own = stream_norms(
                 model,
                 inspector,
@@ -148,8 +151,8 @@ class Inspections:
             )
             if len(norms) >= MOST_CALIBRATIONS:
                 norms.clear()
-            norms[calibration] = own
-        return norms[calibration]
+            norms[key] = own
+        return own
 
     @contextmanager
     def _turn(self, cancellation: Cancellation, *, is_owed: bool = False) -> Iterator[None]:

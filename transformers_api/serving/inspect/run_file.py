@@ -9,7 +9,8 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from transformers_api.errors import InvalidRequest
 from transformers_api.inspection.activations import ActivationPart, RecordedRows, numbers
+from transformers_api.serving.inspect.run_params import from_json
 
 Json = dict[str, Any]
 Place = tuple[int, ActivationPart]
@@ -158,7 +160,7 @@ def read(file: Path | BinaryIO, most_bytes: int) -> Run:
     """The run in a file that unpacks to no more than ``most_bytes``. Raises Damaged, OSError."""
     with _opened(file, most_bytes) as archive:
         meta = _document(archive)
-        try:
+        with _noticing_damage():
             parts = {
                 (each["layer"], each["part"]): StoredPart(
                     bits=_array(archive, each),
@@ -169,15 +171,22 @@ def read(file: Path | BinaryIO, most_bytes: int) -> Run:
             }
             names = Run.__dataclass_fields__.keys() - {"parts"}
             return Run(**{name: meta[name] for name in names}, parts=parts)
-        except (KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise Damaged(str(error)) from None
+
+
+@contextmanager
+def _noticing_damage() -> Iterator[None]:
+    """Raise Damaged for whatever zipfile, zlib, numpy and json make of a damaged file."""
+    try:
+        yield
+    except (Damaged, OSError):
+        raise
+    except Exception as error:
+        raise Damaged(f"{type(error).__name__}: {error}") from None
 
 
 def _opened(file: Path | BinaryIO, most_bytes: int) -> zipfile.ZipFile:
-    try:
+    with _noticing_damage():
         archive = zipfile.ZipFile(file)
-    except (zipfile.BadZipFile, ValueError, EOFError) as error:
-        raise Damaged(str(error)) from None
     if sum(each.file_size for each in archive.infolist()) > most_bytes:
         archive.close()
         raise Damaged("it unpacks to too much")
@@ -185,14 +194,43 @@ def _opened(file: Path | BinaryIO, most_bytes: int) -> zipfile.ZipFile:
 
 
 def _document(archive: zipfile.ZipFile) -> Json:
-    try:
+    with _noticing_damage():
         raw = _loaded(archive, "meta")
         document = json.loads(raw.astype(numpy.uint8).tobytes())
-    except (KeyError, ValueError, EOFError, RecursionError, zipfile.BadZipFile) as error:
-        raise Damaged(str(error)) from None
     if not isinstance(document, dict) or document.get("v") != VERSION:
         raise Damaged("it is of another version")
+    for name, (kind, items) in _FIELDS.items():
+        value: Any = document.get(name)
+        if type(value) is not kind or (items and {*map(type, value)} - {items}):
+            raise Damaged(f"its {name} is not one")
+    for ids, texts in (("prompt_ids", "prompt_tokens"), ("token_ids", "tokens")):
+        if len(document[ids]) != len(document[texts]):
+            raise Damaged(f"it has not as many {texts} as {ids}")
+    with _noticing_damage():
+        from_json(document["params"])
     return document
+
+
+# Of the document: the type of each field, and of the items of a list.
+_FIELDS: Mapping[str, tuple[type[Any], type | None]] = {
+    "id": (str, None),
+    "created": (int, None),
+    "model": (str, None),
+    "fingerprint": (str, None),
+    "prompt_ids": (list, int),
+    "token_ids": (list, int),
+    "prompt_tokens": (list, str),
+    "tokens": (list, str),
+    "text": (str, None),
+    "finish_reason": (str, None),
+    "params": (dict, None),
+    "stop": (list, str),
+    "edits": (list, dict),
+    "spans": (list, dict),
+    "can_replay": (bool, None),
+    "activations": (list, dict),
+    "steps": (list, dict),
+}
 
 
 def _loaded(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:

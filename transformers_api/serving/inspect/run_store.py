@@ -24,7 +24,7 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
-from transformers_api.errors import InvalidRequest, NotFound, PayloadTooLarge
+from transformers_api.errors import InsufficientStorage, InvalidRequest, NotFound, PayloadTooLarge
 from transformers_api.inspection.activations import ActivationPart
 from transformers_api.serving.inspect import run_file
 from transformers_api.serving.inspect.run_file import Damaged, Json, Run
@@ -88,24 +88,30 @@ class RunStore:
     def put(self, owner: str, run: Run) -> int:
         """Keep a run; gives the bytes of its file.
 
-        Raises InvalidRequest, PayloadTooLarge, OSError.
+        Raises InvalidRequest, PayloadTooLarge, InsufficientStorage where the disk takes no more.
         """
         content = run_file.write(run)
         self.check(len(content), "store")
         name = f"{_digest(owner)}-{run.created}-{run.id}.npz"
         with self._lock:
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            # In the same folder, so that it appears as a whole or not at all.
-            beside = self._folder / f".{name}.{secrets.token_hex(4)}"
             try:
-                beside.write_bytes(content)
-                now = self._clock()
-                os.utime(beside, (now, now))
-                beside.replace(self._folder / name)
-            finally:
-                beside.unlink(missing_ok=True)
+                self._write(name, content)
+            except OSError as error:
+                raise InsufficientStorage(f"The run cannot be stored: {error.strerror}") from error
             self._make_room(_digest(owner))
         return len(content)
+
+    def _write(self, name: str, content: bytes) -> None:
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # In the same folder, so that it appears as a whole or not at all.
+        beside = self._folder / f".{name}.{secrets.token_hex(4)}"
+        try:
+            beside.write_bytes(content)
+            now = self._clock()
+            os.utime(beside, (now, now))
+            beside.replace(self._folder / name)
+        finally:
+            beside.unlink(missing_ok=True)
 
     def get(self, owner: str, run_id: str) -> Run:
         """A run of ``owner``. Raises NotFound, which names those that are there."""

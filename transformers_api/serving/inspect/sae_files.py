@@ -82,8 +82,12 @@ def sae_of_files(
     count = k or _k(options)
     if own == "topk" and not count:
         raise InvalidRequest("k is required for topk: send ?k=", param="k")
+    checked = _checked(own, numbers)
+    features = checked["encoder"].shape[1]
+    if own == "topk" and count > features:
+        raise InvalidRequest(f"k must be at most {features}, as there are features", param="k")
     return SaeFile(
-        tensors=_checked(own, numbers),
+        tensors=checked,
         architecture=own,
         place=place or _place(options),
         k=count if own == "topk" else 0,

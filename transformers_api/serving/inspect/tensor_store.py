@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import struct
 import threading
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,11 +26,13 @@ from numpy.typing import NDArray
 from transformers_api.checkpoints.headers.safetensors_file import read_header
 from transformers_api.errors import InsufficientStorage, NotFound, PayloadTooLarge
 
+log = logging.getLogger(__name__)
 Array = NDArray[numpy.float32]
 MOST_NAMES = 32  # of one owner
 OWN_SHARE, ALL_SHARE = 2, 8  # times the largest file: bytes of one owner, and of all
 _PIECE = 1 << 20  # numbers that are written together
 _SUFFIX = ".safetensors"
+_UNFINISHED_S = 3600.0  # no file takes so long to be written
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,22 +104,33 @@ class TensorStore:
         path = folder / f"{name}{_SUFFIX}"
         with self._lock:
             if path in _files(folder):
-                os.utime(path)
-                return _read(path)
-            names = sorted(each.stem for each in _files(folder))
-        there = f"there are: {', '.join(names)}" if names else "there is none"
-        raise NotFound(f"No {self.kind} '{name}' in the store; {there}", param=self.kind)
+                with _readable(path, self.kind):
+                    os.utime(path)
+                    return _read(path)
+        raise self._missing(folder, name)
 
     def delete(self, owner: str, name: str) -> None:
         """Forget what is under a name. Raises NotFound."""
-        self.get(owner, name)
-        with self._lock, contextlib.suppress(FileNotFoundError):
-            (self._folder(owner) / f"{name}{_SUFFIX}").unlink()
+        folder = self._folder(owner)
+        path = folder / f"{name}{_SUFFIX}"
+        with self._lock:
+            if path not in _files(folder):
+                raise self._missing(folder, name)
+            path.unlink(missing_ok=True)
+
+    def _missing(self, folder: Path, name: str) -> NotFound:
+        names = sorted(each.stem for each in _files(folder))
+        there = f"there are: {', '.join(names)}" if names else "there is none"
+        return NotFound(f"No {self.kind} '{name}' in the store; {there}", param=self.kind)
 
     def of(self, owner: str) -> dict[str, Mapping[str, Any]]:
         """The files of ``owner`` by name, without the numbers."""
+        described = {}
         with self._lock:
-            return {path.stem: _meta(path) for path in sorted(_files(self._folder(owner)))}
+            for path in sorted(_files(self._folder(owner))):
+                with contextlib.suppress(NotFound), _readable(path, self.kind):
+                    described[path.stem] = _meta(path)
+        return described
 
     def _folder(self, owner: str) -> Path:
         return self._root / hashlib.sha256(owner.encode()).hexdigest()[:32]
@@ -126,6 +141,8 @@ class TensorStore:
             folder: {path: path.stat() for path in _files(folder)}
             for folder in (self._root.iterdir() if self._root.is_dir() else ())
         }
+        for folder in by_folder:
+            _forget_unfinished(folder)
         most = ALL_SHARE * self.most_bytes
         while size + sum(_bytes(files) for files in by_folder.values()) > most:
             others = [folder for folder in by_folder if folder != own and by_folder[folder]]
@@ -135,6 +152,24 @@ class TensorStore:
             oldest = min(largest, key=lambda path: largest[path].st_mtime)
             del largest[oldest]
             oldest.unlink(missing_ok=True)
+
+
+def _forget_unfinished(folder: Path) -> None:
+    """Delete what a server was writing when it was killed."""
+    for path in folder.glob(".*"):
+        with contextlib.suppress(OSError):
+            if path.stat().st_mtime < time.time() - _UNFINISHED_S:
+                path.unlink()
+
+
+@contextlib.contextmanager
+def _readable(path: Path, kind: str) -> Iterator[None]:
+    """Raise NotFound where the file is damaged: whatever is made of that."""
+    try:
+        yield
+    except Exception as error:
+        log.warning("The %s %s cannot be read: %s", kind, path.stem, error)
+        raise NotFound(f"The {kind} '{path.stem}' in the store is damaged", param=kind) from None
 
 
 def _bytes(files: Mapping[Path, os.stat_result]) -> int:
