@@ -59,7 +59,7 @@ faults: $(DEV) ## break the server in every way of docs/operations.md, and show 
 		tests/faults tests/test_lifecycle.py tests/test_overload.py tests/test_access.py \
 		tests/deploy/test_restart.py tests/deploy/test_nginx.py tests/test_slow_readers.py \
 		tests/test_http_parser.py tests/test_connections.py tests/api/test_acquisitions.py \
-		tests/api/test_body_limits.py tests/api/test_half_close.py tests/api/test_private_paths.py \
+		tests/api/test_body_limits.py tests/api/test_upstream_floods.py tests/api/test_half_close.py tests/api/test_private_paths.py \
 		tests/serving/test_hostile_templates.py tests/serving/test_bounded_template.py \
 		tests/serving/test_config_sizes.py tests/serving/test_redis_rate_limit.py \
 		tests/kernels/test_build.py tests/checkpoints/test_gguf_header.py \

@@ -1,5 +1,7 @@
 """The cost of interventions in decode steps: interleaved medians of one model.
 
+Beside them an engine to which no inspection is attached.
+
 `python -m benchmarks.intervene MODEL_FOLDER --native NATIVE_CACHE`
 """
 
@@ -36,12 +38,17 @@ def plans(layers: int, width: int) -> dict[str, EditPlan | None]:
 
     middle = layers // 2
     head: dict[str, Any] = {"do": "scale", "part": "head", "units": (1,), "by": 0.5, "vector": None}
+    edge: dict[str, Any] = {"do": "block", "part": "weights", "units": (1,), "keys": ((5, 6),)}
+    edge |= {"vector": None}
     return {
         "nothing": None,
         "a vector in one layer": plan(middle),
         "one head": plan(middle, **head),
         "a vector in five layers": plan(*range(middle, middle + 5)),
         "a vector in every layer": plan(*range(layers)),
+        "an edge in one layer": plan(middle, **edge),
+        "an edge in every layer": plan(*range(layers), **edge),
+        "queries of one head": plan(middle, **head | {"part": "q"}),
     }
 
 
@@ -62,18 +69,19 @@ def sequences(edits: EditPlan | None, rows: int) -> list[Sequence]:
     return made
 
 
-def measure(engine: Any, rows: int, steps: int) -> None:
-    """Print the medians of one number of rows."""
-    runner = engine.runner
-    runner.cache.reserve(rows, CONTEXT + 2)
+def measure(engine: Any, bare: Any, rows: int, steps: int) -> None:
+    """Print the medians of one number of rows; ``bare``: the engine without inspection."""
+    for each in (engine, bare):
+        each.runner.cache.reserve(rows, CONTEXT + 2)
     config = engine.model.config
     cases = {
-        name: sequences(plan, rows)
+        name: (engine.runner, sequences(plan, rows))
         for name, plan in plans(config.num_hidden_layers, config.hidden_size).items()
     }
+    cases["without inspection"] = bare.runner, sequences(None, rows)
     times: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(steps):
-        for name, batch in cases.items():
+        for name, (runner, batch) in cases.items():
             began = time.perf_counter()
             runner.forward(Batch(batch, [1] * rows))
             times[name].append(time.perf_counter() - began)
@@ -99,9 +107,11 @@ def main() -> None:
 
     def run() -> None:
         engine = load_engine(arguments.folder, options, thread, attachment.wrap)
+        bare = load_engine(arguments.folder, options, thread)
         for rows in arguments.rows:
-            measure(engine, rows, arguments.steps)
-        engine.close()
+            measure(engine, bare, rows, arguments.steps)
+        for each in (engine, bare):
+            each.close()
 
     thread.call(run).result()
 

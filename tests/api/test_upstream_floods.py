@@ -69,6 +69,7 @@ def alone_ms(server) -> float:
     return lag_ms(server)
 
 
+@pytest.mark.slow  # it measures: `make faults` runs it with nothing beside it
 @pytest.mark.parametrize("kind", ["nothing", "lines"])
 def test_a_flood_of_one_upstream_does_not_delay_another(server, alone_ms, kind, measured):
     """Without a pace, one of ten tokens came 85 to 170 ms late."""

@@ -5,13 +5,17 @@ from __future__ import annotations
 import copy
 import sys
 
+import numpy
 import pytest
 import torch
 
 from tests.engine.models import prompts_of
+from tests.engine.reading import read
 from tests.inspection.models import tiny
 from tests.inspection.test_edits import FORMULAS, LAYER, PROMPT, STEPS, assert_close, plan, written
 from tests.repeats import slow
+from transformers_api.engine.base import SamplingParams, SequenceRequest
+from transformers_api.inspection.base import TracePlan
 from transformers_api.inspection.edit_plan import Edit
 
 HEADS = (0, 1, 2, 3)
@@ -224,6 +228,34 @@ def test_what_is_shown_of_attention_is_what_was_read(watch, name):
     others = [row for row in range(COUNT) if row not in (8, 9)]
     assert (own[:, others] == plain[:, others]).all()
     assert (own[:, 8:10] != plain[:, 8:10]).any()
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("company", [0, 1])
+def test_an_answer_is_changed_once_where_its_attention_is_shown_too(watch, native, company):
+    """In a prompt and in steps, alone and beside an unedited one."""
+    engine = watch("llama", **({} if native else {"native": None})).engine
+    edge = attention(positions=((COUNT - 1, None),), keys=((3, 5),))
+    for name, edits in {"edge": (edge,), "both": (temper(2.0), edge)}.items():
+        requests = [(PROMPT, plan(*edits, identity=f"shown {name}"))] + company * [(PROMPT, None)]
+        shown = {"trace": TracePlan(layers=(LAYER,))}
+        rows = traced(engine, requests, shown)
+        for own in rows:
+            weights = [row.weights for row in own]
+            assert numpy.allclose([each.sum(-1) for each in weights], 1, atol=1e-5)
+            is_edited = own is rows[0]
+            assert all((each[:, 3:5] == 0).all() == is_edited for each in weights)
+
+
+def traced(engine, requests, shown):
+    """The attention of every step, by sequence; each says what it says untraced."""
+    untraced = written(engine, requests)
+    params = SamplingParams(max_tokens=STEPS, temperature=0, logprobs=3, ignore_eos=True)
+    sequences = [SequenceRequest(prompt, params, edits=edits) for prompt, edits in requests]
+    outputs = read(engine.submit(sequences, observe=shown))
+    own = [outputs[index] for index in sorted(outputs)]
+    assert [[(o.token_id, o.score) for o in each] for each in own] == untraced
+    return [[output.extras["trace"].attention[0] for output in each] for each in own]
 
 
 def test_layers_whose_weights_only_pass_by_are_not_offered(watch):

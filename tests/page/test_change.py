@@ -1,7 +1,8 @@
-"""Inside, Change: edits go with the request, the answers stand side by side, shares are the API's."""
+"""Inside, Change: edits go with the request, lanes, menus, links, directions, grids and shares."""
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 
@@ -21,19 +22,46 @@ HALF = {"do": "scale", "part": "mlp", "layer": 0, "by": 0.5}
 @pytest.fixture
 def page(tiny, open_page):
     """An answer of a real model, looked into, with the pane Change open."""
-    page = begin(open_page(tiny, None, bypass_csp=True))
+    page = begin(open_page(tiny, None, bypass_csp=True, refusals=True))
     ask(page, QUESTION)
     look_inside(page)
     page.get_by_role("tab", name="Change").click()
     return page
 
 
+def values(items):
+    """As a link carries them."""
+    return base64.urlsafe_b64encode(json.dumps(items).encode()).decode().rstrip("=")
+
+
 def add(page, kind, layer, **fields):
     page.get_by_role("combobox", name="Kind of edit").select_option(label=kind)
     page.get_by_role("spinbutton", name="Layer").fill(str(layer))
     for name, value in fields.items():
-        page.get_by_role("spinbutton", name=name.capitalize()).fill(str(value))
+        page.get_by_role("spinbutton", name=name.capitalize(), exact=True).fill(str(value))
     page.get_by_role("button", name="Add the edit").click()
+
+
+def assert_lane(page, name, ids):
+    """The lane has the tokens of these ids, in their order."""
+    lane = page.get_by_role("region", name=name, exact=True)
+    expect(lane.get_by_role("button", name=re.compile("^Token "))).to_have_count(len(ids))
+
+
+def completion_text(url):
+    body = {"messages": [{"role": "user", "content": QUESTION}], "model": MODEL}
+    body |= {"temperature": 0, "max_tokens": 12}
+    answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=30).json()
+    return answer["choices"][0]["message"]["content"]
+
+
+def share(page):
+    """What the page to share has of the answer."""
+    page.get_by_role("button", name="Save", exact=True).click()
+    with page.expect_download() as saved:
+        page.get_by_role("menuitem", name="Share as one HTML page").click()
+    data = re.search(r'id="data">(.*?)</script>', saved.value.path().read_text())
+    return json.loads(data[1])
 
 
 def write(page, name):
@@ -43,28 +71,177 @@ def write(page, name):
     return json.loads(sent.value.post_data)
 
 
-def test_an_answer_is_written_again_by_a_changed_model_and_stands_beside_the_first(page, tiny):
+def test_an_answer_is_written_beside_its_unedited_twin_and_the_push_of_each_token_is_measured(
+    page, tiny
+):
     add(page, "Switch a head off", 1, head=2)
     add(page, "Weaken or strengthen the MLP", 0)
     page.get_by_role("slider", name="How much: MLP of layer 0").fill("0.5")
     shelf = page.get_by_role("list", name="Edits").get_by_role("listitem")
     expect(shelf).to_have_text(["head 2 of layer 1 off", "MLP of layer 0 × 0.5"])
-    body = write(page, "Write again with the edits")
-    assert body["intervene"] == {"edits": [OFF, HALF]}
+    with page.expect_response("**/v1/completions") as measured:
+        body = write(page, "Write again with the edits")
+    assert body["intervene"] == {"edits": [OFF, HALF], "compare": "free"}
     assert body["temperature"] == 0
-    expect(page.get_by_role("region", name="Run A")).to_contain_text("changed by 2 edits")
-    expect(page.get_by_role("region", name="Run B")).not_to_contain_text("changed")
-    changed = {**body, "stream": False}
+    expect(page.get_by_role("region", name="Edited", exact=True)).to_contain_text(
+        "changed by 2 edits"
+    )
+    assert_lane(page, "Unedited", completion(tiny, QUESTION, MODEL)[1])
+    changed = {**body, "stream": False, "intervene": {"edits": [OFF, HALF], "compare": "forced"}}
     del changed["stream_options"]
-    answer = httpx.post(f"{tiny}/v1/chat/completions", json=changed, timeout=30).json()
+    answer = httpx.post(f"{tiny}/v1/chat/completions", json=changed, timeout=30).json()["choices"][
+        0
+    ]
+    assert_lane(page, "Edited", answer["token_ids"])
+    assert answer["token_ids"] != completion(tiny, QUESTION, MODEL)[1]
+    assert measured.value.ok
+    pushes = page.get_by_role("group", name="Push of each token").get_by_role("button")
+    expect(pushes).to_have_count(len(answer["token_ids"]))
+    shown = [float(text) for text in pushes.locator(".num").all_inner_texts()]
+    assert shown == pytest.approx([each["kl"] for each in answer["compare"]["tokens"]], abs=0.011)
+    pushes.first.focus()
+    page.keyboard.press("ArrowRight")
+    expect(page.get_by_text(re.compile(r"^Token 2, .* nats\. Unedited"))).to_be_visible()
+    expect(page.locator(".tok.hot")).to_have_count(2)  # the same step of both lanes
+    assert violations(page, "#view-inside") == []
+    shared = share(page)
+    assert shared["changed"]["names"] == ["head 2 of layer 1 off", "MLP of layer 0 × 0.5"]
+    assert shared["changed"]["twin"] == completion_text(tiny)
+    page.get_by_role("tab", name="Token").click()
+    expect(
+        page.get_by_text(re.compile(r"^The first is [\d.]+ % ahead of the second"))
+    ).to_be_visible()
     page.get_by_role("tab", name="Chat").click()
     turn = page.get_by_role("article", name="Model")
     expect(turn).to_contain_text("changed by 2 edits")
-    assert answer["choices"][0]["token_ids"] != completion(tiny, QUESTION, MODEL)[1]
     page.reload()
     page.get_by_role("button", name="Show the request").click()
-    shown = page.get_by_role("dialog").get_by_role("tabpanel").inner_text()
-    assert json.loads(shown.split("-d '")[1].removesuffix("'"))["intervene"] == body["intervene"]
+    request = page.get_by_role("dialog").get_by_role("tabpanel").inner_text()
+    assert json.loads(request.split("-d '")[1].removesuffix("'"))["intervene"] == body["intervene"]
+    page.keyboard.press("Escape")
+    page.goto(shared["changed"]["link"])
+    page.get_by_role("tab", name="Change").click()
+    expect(shelf).to_have_text(["head 2 of layer 1 off", "MLP of layer 0 × 0.5"])
+    expect(page.get_by_text("2 edits came with the link.")).to_be_visible()
+
+
+def test_every_kind_of_edit_is_what_the_api_has_and_a_refusal_stands_beside_its_edit(page):
+    edge = {"place that reads": 6, "place that is not read": 5}
+    add(page, "Block an edge: do not read a token", 1, head=1, **edge)
+    add(page, "Let a head look wider or narrower", 2, head="")
+    add(page, "Queries weaker or stronger", 0, head=3)
+    kind = page.get_by_role("combobox", name="Kind of edit")
+    kind.select_option(label="Patch a place from another text")
+    page.get_by_role("textbox", name="The other text").fill("The story of Paris")
+    page.get_by_role("spinbutton", name="Place here").fill("3")
+    page.get_by_role("spinbutton", name="Place there").fill("-1")
+    page.get_by_role("button", name="Add the edit").click()
+    add(page, "Switch a head off", 3, head=40)
+    edits = [
+        {"do": "block", "layer": 1, "heads": [1], "queries": [6], "keys": [5]},
+        {"do": "temper", "layer": 2, "temperature": 2},
+        {"do": "scale", "part": "q", "layer": 0, "heads": [3], "by": 0},
+        {
+            "do": "patch",
+            "layer": 0,
+            "at": [3],
+            "from": {"prompt": "The story of Paris", "at": [-1]},
+        },
+        {"do": "ablate", "part": "head", "layer": 3, "heads": [40]},
+    ]
+    page.get_by_text("The edits as JSON").click()
+    shown = json.loads(page.locator("details pre").inner_text())["intervene"]["edits"]
+    assert shown == edits
+    row = page.get_by_role("list", name="Edits").get_by_role("listitem").last
+    with page.expect_response("**/v1/chat/completions") as refusal:
+        page.get_by_role("button", name="Write again with the edits").click()
+    assert refusal.value.status == 400
+    expect(row.get_by_role("alert")).to_have_text("intervene.edits[4].heads must be in [0, 3]")
+    expect(page.get_by_role("button", name="Compare")).to_be_hidden()  # it is no version
+    page.get_by_role("checkbox", name="Use: head 40 of layer 3 off").uncheck()
+    expect(row.get_by_role("alert")).to_have_count(0)
+    write(page, "Write again with the edits")
+    expect(page.get_by_role("region", name="Edited", exact=True)).to_contain_text("4 edits")
+    assert_cells_have_a_menu_by_key_and_pointer(page)
+
+
+def assert_cells_have_a_menu_by_key_and_pointer(page):
+    page.get_by_role("tab", name="Heads").click()
+    cells = page.get_by_role("img", name=re.compile("^Every head of every layer"))
+    cells.focus()
+    page.keyboard.press("ArrowUp")
+    page.keyboard.press("Shift+F10")
+    expect(page.get_by_role("menuitem")).to_have_count(3)
+    page.get_by_role("menuitem", name="Switch this head off").press("Enter")
+    shelf = page.get_by_role("list", name="Edits").get_by_role("listitem")
+    expect(shelf.last).to_have_text(re.compile(r"^head \d of layer \d off$"))
+    page.get_by_role("tab", name="Matrix").click()
+    matrix = page.get_by_role("img", name=re.compile("^Attention of layer"))
+    size = matrix.bounding_box()
+    matrix.click(button="right", position={"x": size["width"] * 0.4, "y": size["height"] * 0.8})
+    page.get_by_role("menuitem", name="Block this edge").click()
+    expect(shelf.last).to_have_text(re.compile(r"^place \d+ does not read place \d+ in all heads"))
+    page.get_by_role("tab", name="Matrix").click()
+    page.get_by_role("button", name="Change it…").click()
+    page.get_by_role("menuitem", name="Look at this token").click()
+    expect(page.get_by_role("menu")).to_be_hidden()
+
+
+def test_a_direction_comes_from_pairs_and_a_patch_from_a_grid_that_fills(page, tiny):
+    pairs = [("The capital of France", "The story of Paris"), ("What is", "once the")]
+    for at, texts in enumerate(pairs, 1):
+        for side, text in zip(("More", "Less"), texts, strict=True):
+            page.get_by_role("textbox", name=f"{side} of this, pair {at}").fill(text)
+    page.get_by_role("button", name="Find the direction").click()
+    expect(page.get_by_text(re.compile("tell the columns apart best"))).to_be_visible()
+    shelf = page.get_by_role("list", name="Edits").get_by_role("listitem")
+    expect(shelf).to_have_text([re.compile(r"^ours, layer [1-2] \+ [\d.]+ norms$")])
+    vector = httpx.get(f"{tiny}/inspect/vectors/ours").json()
+    assert (vector["source"], vector["model"]) == ("pairs", MODEL)
+    position = len(completion(tiny, QUESTION, MODEL)[0])
+    choose(page, position)
+    page.get_by_role("textbox", name="In place of").fill("France")
+    page.get_by_role("textbox", name="Put instead").fill("no such length of a text")
+    page.get_by_role("button", name="Fill the grid").click()
+    expect(page.get_by_text(re.compile("they must have as many"))).to_be_visible()
+    page.get_by_role("textbox", name="Put instead").fill("Paris")
+    with page.expect_request("**/inspect/patch") as sent:
+        page.get_by_role("button", name="Fill the grid").click()
+    body = json.loads(sent.value.post_data)
+    expect(page.get_by_text(re.compile("^0 is “.*”, 1 is “.*”"))).to_be_visible()
+    grid = httpx.post(f"{tiny}/inspect/patch", json={**body, "job": False}, timeout=30).json()
+    cells = page.get_by_role("img", name=re.compile("^Grid of layers"))
+    cells.focus()
+    page.keyboard.press("ArrowDown")
+    value = f"{grid['grid'][1][0]:.2f}".replace("-0.00", "0.00").replace("-", "−")
+    expect(page.locator("p.readout:visible").last).to_have_text(
+        f"Layer 1, “·France” {body['positions'][0]}: {value}"
+    )
+    page.keyboard.press("Enter")
+    expect(shelf.last).to_have_text(re.compile(r"^place \d+ in layer 1 from place \d+ of"))
+    assert violations(page, "#view-inside") == []
+    assert_grid_fills_and_is_cancelled(page, grid)
+
+
+def assert_grid_fills_and_is_cancelled(page, grid):
+    """A job that goes on: its cells are shown as they come, and it ends when it is told to."""
+    result = {**grid, "grid": [[1.0, *[None] * (len(row) - 1)] for row in grid["grid"]]}
+    job = {"id": "job-1", "state": "running", "done": 4, "total": 40, "left_s": 9.2}
+    sent = []
+
+    def answer(route):
+        sent.append(route.request.method)
+        state = "cancelled" if "DELETE" in sent else "running"
+        route.fulfill(json={**job, "state": state, "error": None, "result": result})
+
+    page.route("**/inspect/patch", lambda route: route.fulfill(json={"id": "job-1"}))
+    page.route("**/inspect/jobs/*", answer)
+    page.get_by_role("button", name="Fill the grid").click()
+    expect(page.get_by_text("4 of 40 cells; about 10 s more")).to_be_visible()
+    expect(page.get_by_role("progressbar", name="Cells of the grid")).to_have_attribute("max", "40")
+    page.get_by_role("button", name="Cancel").click()
+    expect(page.get_by_role("progressbar")).to_be_hidden()
+    assert sent.count("DELETE") == 1
 
 
 def test_edits_are_switched_off_and_removed_and_outlive_a_reload(page):
@@ -115,3 +292,21 @@ def test_edits_that_are_none_are_left_out(open_page, tiny, edits):
     look_inside(page)
     page.get_by_role("tab", name="Change").click()
     expect(page.get_by_text("No edit yet")).to_be_visible()
+
+
+GARBAGE = (
+    "%%%",
+    "e30",  # {}
+    "eA" * 4000,
+    values([None, ["constructor", 1], ["head", 1, 0], ["head", 1, -1, 0], ["head", 1, 0, "0"]]),
+    values([["mlp", 1, 0, 99], ["vector", 1, 0, "../x", 0.2], ["patch", 1, 0, 1, 7, "", 1]]),
+)
+
+
+def test_a_link_with_anything_else_than_edits_is_no_link_with_edits(open_page, tiny):
+    page = begin(open_page(tiny, None))
+    for packed in (*GARBAGE, values([["head", 1, 0, 1]])):
+        page.goto(f"/ui#inside?edits={packed}")
+        page.reload()
+        expect(page.get_by_role("heading", name="Nothing to look into yet")).to_be_visible()
+        expect(page.get_by_text("edits of the link")).to_have_count(int(packed not in GARBAGE))

@@ -93,6 +93,14 @@ def test_a_layer_that_knows_the_difference_separates_and_noise_does_not(method):
     assert derived.gap[2] == pytest.approx(along @ row / numpy.linalg.norm(row), rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("layers", "window"), [(30, (13, 15)), (7, (2, 4)), (4, (0, 2)), (2, (0, 1))]
+)
+def test_of_layers_that_tell_equally_well_those_in_the_middle_are_the_best(layers, window):
+    positive = numpy.ones((3, layers, 4), numpy.float32)
+    assert derive(positive, -positive, range(layers), "mean").window == window
+
+
 def test_a_principal_component_is_that_of_the_singular_values():
     random = numpy.random.default_rng(1)
     for pairs, width, size in ((3, 40, 1.0), (40, 3, 1e-30), (9, 9, 1e30)):

@@ -31,7 +31,7 @@ from transformers_api.engine.rope import fixed_factors
 from transformers_api.engine.runners.edited_attention import (
     AttentionEdit,
     current_attention_edits,
-    editing_attention,
+    without_attention_edits,
 )
 from transformers_api.engine.runners.edited_modules import ModuleEdit, current_edits
 from transformers_api.engine.runners.model_runner import ModelRunner
@@ -156,7 +156,7 @@ class NativeRunner(ModelRunner):
         is_long = self.original_window is not None and batch.sequences[0].is_long
         adapters = self._adapters_of(batch) if batch.is_adapted else None
         layers = self._layers(is_long)
-        with editing_attention(()):  # the pass does it: whoever is shown attention need not
+        with without_attention_edits():  # the pass does it: whoever is shown attention need not
             hidden = layers.run(len(starts), inputs, self.cache.tensors, watch, adapters)
         if len(last) == 1:
             own = None if adapters is None else adapters[-keep:]

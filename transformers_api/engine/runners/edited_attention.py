@@ -192,6 +192,16 @@ def editing_attention(edits: Sequence[AttentionEdit]) -> Iterator[None]:
 
 
 @contextmanager
+def without_attention_edits() -> Iterator[None]:
+    """Let no pass within the block be changed, whatever blocks around it say."""
+    token = _current.set(())
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+@contextmanager
 def edited_model(
     model: Any, edits: Sequence[ModuleEdit], attention: Sequence[AttentionEdit]
 ) -> Iterator[None]:

@@ -138,5 +138,7 @@ def _separation(
 def _window(separation: NDArray[numpy.float64], layers: Sequence[int]) -> tuple[int, int]:
     size = min(WINDOW, len(layers))
     means = numpy.convolve(separation, numpy.ones(size) / size, "valid")
-    start = int(means.argmax())
+    # Few pairs are often told apart by every layer: the first ones only know the words.
+    best = numpy.flatnonzero(means >= means.max() - 1e-9)
+    start = int(best[numpy.abs(best - (len(means) - 1) / 2).argmin()])
     return layers[start], layers[start + size - 1]

@@ -2,6 +2,16 @@
 import { h } from "../core/dom.js";
 import { chat as words } from "../words/chat.js";
 
+/** True where an edit is about tokens before `end`: a later place is no place of a shorter text. */
+const isBefore = (end) => ({ at, queries, keys }) => [at, queries, keys].every((places) => !Array.isArray(places) || places.every((place) => place < end));
+
+/** What a question about the first `end` tokens of an answer needs, so that the very model is asked that wrote
+ *  it: {intervene}, or nothing. */
+export function editsOf(node, end = Infinity) {
+  const edits = node.asked?.intervene?.edits?.filter(isBefore(end));
+  return edits?.length ? { intervene: { edits } } : {};
+}
+
 /** A pill that says how many edits there were; null where there was none. */
 export function changedPill(node) {
   const count = node.asked?.intervene?.edits?.length;

@@ -6,6 +6,7 @@ export function traced(trace, text) {
   return {
     id: trace.token_id, text: trace.token ?? topk.find((one) => one.id === trace.token_id)?.text ?? text, position: trace.position,
     surprisal: trace.surprisal, entropy: trace.entropy, rank: trace.rank, prob: Math.exp(trace.logprob), topk,
+    ...(trace.uncertainty ? { margin: trace.uncertainty.margin, varentropy: trace.uncertainty.varentropy } : {}),
     ...(trace.attn ? { attn: trace.attn } : {}),
   };
 }

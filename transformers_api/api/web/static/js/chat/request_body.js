@@ -25,7 +25,7 @@ export function tracedLayer() {
 
 function trace() {
   const layer = state.anatomy?.id === state.model ? tracedLayer() : null;
-  return { topk: CANDIDATES, specials: true, required: false, ...(layer === null ? {} : { layers: [layer], attn: "u8" }) };
+  return { topk: CANDIDATES, specials: true, uncertainty: true, required: false, ...(layer === null ? {} : { layers: [layer], attn: "u8" }) };
 }
 
 function messages(chat, leaf, system) {

@@ -9,6 +9,7 @@ import { addNode, leafBelow, titleOf, VERSION } from "../core/tree.js";
 import { chat as words } from "../words/chat.js";
 import { common } from "../words/common.js";
 import { listChat } from "./chats.js";
+import { editsOf } from "./changed.js";
 import { take } from "./chunks.js";
 import { askedNow, bodyOf } from "./request_body.js";
 
@@ -40,6 +41,8 @@ function ended(node, clock) {
   node.wait ??= Math.round(first - clock.begun);
   node.took = Math.round(node.took);
   if (node.reasoning && node.thought === undefined) node.thought = Math.round((clock.answer ?? now) - first);
+  if (node.twin && node.usage) node.usage = { ...node.usage, completion_tokens: node.usage.completion_tokens - node.twin.tokens.length };
+  delete node.twin?.live;
   if (clock.usage && node.usage) {
     node.usage = { ...clock.usage, completion_tokens: clock.usage.completion_tokens + node.usage.completion_tokens };
   }
@@ -69,12 +72,12 @@ function mayWrite() {
   return !state.writing && !isLater;
 }
 
-async function write(chat, node, leaf, { continues = false, isCalm = false, intervene } = {}) {
+async function write(chat, node, leaf, { continues = false, isCalm = false, intervene, edits } = {}) {
   const control = new AbortController();
   const clock = { begun: performance.now(), took: node.took, usage: continues ? node.usage : null };
   const onEvent = (chunk) => {
     const now = performance.now();
-    if (take(node, chunk)) {
+    if (take(chunk.choices?.[0]?.index ? node.twin : node, chunk)) {
       clock.first ??= now;
       clock.last = now;
       if (node.text) clock.answer ??= now;
@@ -87,13 +90,15 @@ async function write(chat, node, leaf, { continues = false, isCalm = false, inte
     draw(node);
   };
   node.live = "wait";
+  if (edits) node.edits = edits;
+  if (intervene?.compare === "free") node.twin = { id: `${node.id}-twin`, role: "assistant", text: "", tokens: [], model: node.model, live: "wait" };
   set({ writing: { node, chat, stop: () => control.abort(), clock }, compared: null, selection: null, isPinned: false });
   touch("chat");
   announce(words.saidWaiting);
   const asked = refresh();
   try {
     if (state.anatomy?.id !== state.model) await within(PATIENCE_MS, asked);
-    node.asked = { ...askedNow({ isCalm }), intervene: intervene ?? (continues ? node.asked?.intervene : undefined) };
+    node.asked = { ...askedNow({ isCalm }), intervene: intervene ?? (continues ? editsOf(node).intervene : undefined) };
     await stream(PATH, bodyOf(chat, leaf, node.asked, { continues }), { signal: control.signal, panel: "answer", onEvent });
   } catch (error) {
     noteFailure(node, error);
@@ -131,15 +136,26 @@ export async function say(text, parent = state.chat.leaf, { isCalm = false } = {
   await answer(chat, node.id, { isCalm });
 }
 
+/** Take an answer away that failed before its first word, and show the other one again. */
+function takeBack(node, other) {
+  const { chat } = state;
+  removeNode(chat, node.id);
+  chat.leaf = leafBelow(chat, other.id);
+  touch("chat");
+  keep(chat);
+}
+
 /** Write another version of an answer; one that failed before its first word makes room for it. Returns
- *  the new one. `intervene`: what is changed in the model for it. */
-export async function again(node, options) {
+ *  the new one. `intervene`: what is changed in the model for it, `edits` the same in words; refused, it is no version. */
+export async function again(node, options = {}) {
   const { chat } = state;
   if (!mayWrite()) return null;
   const isNothing = node.error && !node.text && !node.calls?.length;
   if (isNothing) removeNode(chat, node.id);
   listChat(chat);
-  return answer(chat, node.parent, options);
+  const written = await answer(chat, node.parent, options);
+  if (options.intervene && written.error && !written.text && chat.nodes[node.id]) takeBack(written, node);
+  return written;
 }
 
 /** Go on with an answer that was cut. */

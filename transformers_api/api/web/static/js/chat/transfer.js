@@ -48,7 +48,7 @@ function token(value) {
   return {
     id: value.id, text: value.text, position: number(position), surprisal: number(surprisal), entropy: number(entropy), rank: number(rank), prob: number(prob),
     topk: list(array(value.topk)?.slice(0, MOST_CANDIDATES), (one) => (object(one) && Number.isInteger(one.id) && typeof one.text === "string" && Number.isFinite(one.p) ? { id: one.id, text: one.text, p: one.p } : null)) ?? [],
-    ...(value.forced === true ? { forced: true } : {}),
+    ...(value.forced === true ? { forced: true } : {}), ...(Number.isFinite(value.margin) && Number.isFinite(value.varentropy) ? { margin: value.margin, varentropy: value.varentropy } : {}),
   };
 }
 

@@ -56,12 +56,15 @@ async function open() {
 /** True where chats outlive this tab. */
 export const isLasting = async () => Boolean(await open());
 
+function lasting({ live, isEdited, forks, tokens, twin, ...node }) {
+  return {
+    ...node, ...(tokens ? { tokens: tokens.map(({ attn, lens, ...token }) => token) } : {}), ...(twin ? { twin: lasting(twin) } : {}),
+  };
+}
+
 /** A chat without what only the tab knows: rows of attention, and that an answer is being written. */
 export function plain(chat) {
-  const nodes = Object.values(chat.nodes).map(({ live, isEdited, forks, tokens, ...node }) => [
-    node.id, tokens ? { ...node, tokens: tokens.map(({ attn, lens, ...token }) => token) } : node,
-  ]);
-  return { ...chat, nodes: Object.fromEntries(nodes) };
+  return { ...chat, nodes: Object.fromEntries(Object.values(chat.nodes).map((node) => [node.id, lasting(node)])) };
 }
 
 /** All chats, whole: what an export needs. */
@@ -80,7 +83,7 @@ export async function chatById(id) {
 
 /** A chat for the list and its search: without tokens, which are most of it. */
 function light(chat) {
-  const nodes = Object.values(chat.nodes).map(({ tokens, prompt, ...node }) => [node.id, node]);
+  const nodes = Object.values(chat.nodes).map(({ tokens, prompt, twin, ...node }) => [node.id, node]);
   return { ...chat, nodes: Object.fromEntries(nodes), isLight: true };
 }
 
@@ -180,7 +183,7 @@ export async function tidy(openId) {
 async function makeRoom(db, openId) {
   const chats = (await allChats()).reverse().filter((chat) => chat.id !== openId);
   for (const chat of chats.slice(0, Math.ceil(chats.length / 2))) {
-    for (const node of Object.values(chat.nodes)) for (const token of node.tokens ?? []) token.topk = [];
+    for (const node of Object.values(chat.nodes)) for (const token of [...(node.tokens ?? []), ...(node.twin?.tokens ?? [])]) token.topk = [];
     await db.put("chats", chat);
   }
 }

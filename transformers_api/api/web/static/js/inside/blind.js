@@ -1,4 +1,5 @@
 // Answers whose tokens are known by their ids alone: written without a trace, or read from a file.
+import { editsOf } from "../chat/changed.js";
 import { bodyOf } from "../chat/request_body.js";
 import { state, touch } from "../core/state.js";
 import { keep } from "../core/store.js";
@@ -24,7 +25,7 @@ async function spansOf(node) {
 
 /** One question about all tokens: how expected the given ones were, and what is missing of the written. */
 export async function complete(node) {
-  const answer = await inspect(`expected ${node.id}`, "tokens", { model: node.model, token_ids: idsUpTo(node, Infinity), logprobs: true, topk: 10 });
+  const answer = await inspect(`expected ${node.id}`, "tokens", { model: node.model, ...editsOf(node), token_ids: idsUpTo(node, Infinity), logprobs: true, topk: 10 });
   const facts = factsOf(answer);
   noteFacts(node, facts);
   const start = promptLength(node);

@@ -16,8 +16,9 @@ export function candidates(onBranch) {
   const list = rowList(inside.candidates, "cands", makeRow, fillRow);
   const opener = button("", () => { isOpen = !isOpen; show(shown.token, shown); }, { cls: "link", "aria-expanded": "false" });
   const others = h("span");
+  const doubts = h("p", { class: "hint num" });
   const certain = h("p", { class: "hint", text: inside.nearlyCertain });
-  element.append(list.element, h("p", { class: "else" }, opener, others), certain);
+  element.append(list.element, h("p", { class: "else" }, opener, others), certain, doubts);
 
   function makeRow() {
     const row = { candidate: null, tick: icon("tick", "tick"), name: h("span", { class: "name", dir: "auto" }), share: h("span", { class: "p" }), mark: h("span", { class: "sr" }) };
@@ -38,6 +39,13 @@ export function candidates(onBranch) {
     if (!row.go.hidden) row.go.setAttribute("aria-label", inside.branchWith(spoken(candidate.text)));
   }
 
+  /** How far the first is ahead, and if the others are alike. */
+  function doubt({ margin, varentropy, entropy }) {
+    if (typeof margin !== "number" || typeof varentropy !== "number") return "";
+    const kind = entropy > 1 ? (varentropy < entropy ? inside.manyAlike : inside.fewAndTail) : "";
+    return [inside.ahead(percent(margin)), kind].filter(Boolean).join(" ");
+  }
+
   function show(token, { mayBranch }) {
     shown = { token, mayBranch };
     const all = token?.topk ?? [];
@@ -51,6 +59,7 @@ export function candidates(onBranch) {
     opener.setAttribute("aria-expanded", String(isOpen));
     write(opener.firstChild, isOpen ? inside.fewer : inside.more(all.length - FEW));
     write(others, inside.rest(percent(Math.max(0, 1 - some.reduce((sum, { p }) => sum + p, 0)))));
+    write(doubts, doubt(token));
     certain.hidden = !(all[0]?.p > CERTAIN);
   }
 

@@ -5,13 +5,16 @@ import { percent, visible } from "../core/format.js";
 import { versions } from "../core/tree.js";
 import { state } from "../core/state.js";
 import { inside } from "../words/inside.js";
+import { divergence } from "./divergence.js";
+import { write } from "./lists.js";
 import { Tape } from "./tape.js";
 import { promptLength } from "./tokens.js";
 
-/** The other runs that a node can be compared with: its versions, and a saved trace. */
+/** The other runs that a node can be compared with: its versions, a saved trace, and what
+ *  the unedited model wrote beside it. */
 export function othersOf(node, saved) {
   const siblings = state.chat.nodes[node.id] === node ? versions(state.chat, node) : [];
-  return [...siblings, ...(saved ? [saved] : [])].filter((other) => other !== node && other.tokens?.length);
+  return [...siblings, ...(saved ? [saved] : []), ...(node.twin ? [node.twin] : [])].filter((other) => other !== node && other.tokens?.length);
 }
 
 /** How many tokens two answers begin with in common. */
@@ -35,23 +38,59 @@ function verdict(one, other) {
   return `${inside.sameStart(count)} ${inside.differHere(name(a), share(a), name(b), share(b))}`;
 }
 
-/** {element, tapes}: both answers as columns; `onPick(node, position)`, `onChoose(other)`, `onEnd()`. */
-export function comparison(node, other, others, { onPick, onChoose, onEnd }) {
-  const shared = sharedTokens(node, other);
-  const tapes = [node, other].map((run) => new Tape(run, onPick, { isShort: true }));
-  const columns = tapes.map((tape, at) => {
+/** Dim the tokens that both answers begin with, and mark the first that differs. */
+function markShared(tapes) {
+  const shared = sharedTokens(tapes[0].node, tapes[1].node);
+  for (const tape of tapes) {
     const start = promptLength(tape.node);
     for (const [position, element] of tape.chips) element.classList.toggle("shared", position - start < shared);
     tape.chips.get(start + shared)?.classList.add("parts");
-    const facts = inside.runFacts(tape.node.tokens.length, mean(tape.node.tokens).toFixed(2));
-    return h("section", { class: "run", "aria-label": inside.run("AB"[at]) },
-      h("header", {}, h("h3", { text: `${inside.run("AB"[at])}${tape.node.model ? ` · ${tape.node.model}` : ""}` }), changedPill(tape.node), h("p", { class: "hint num", text: facts })), tape.element);
-  });
+  }
+}
+
+const factsOf = ({ tokens }) => inside.runFacts(tokens.length, mean(tokens).toFixed(2));
+
+/** Point at the same step of both answers. */
+function pointAt(tapes, position) {
+  for (const tape of tapes) {
+    tape.element.querySelector(".tok.hot")?.classList.remove("hot");
+    if (position !== null) tape.chips.get(position)?.classList.add("hot");
+  }
+}
+
+/** {element, tapes, grow()}: both answers as columns, the unedited one at the left of one that was edited.
+ *  `onPick(node, position)`, `onChoose(other)`, `onEnd()`, `onMeasured()`. */
+export function comparison(node, other, others, { onPick, onChoose, onEnd, onMeasured }) {
+  const isTwin = other === node.twin;
+  const tapes = [node, other].map((run) => new Tape(run, onPick, { isShort: true }));
+  const names = isTwin ? [inside.editedRun, inside.uneditedRun] : [inside.run("A"), inside.run("B")];
+  const facts = tapes.map((tape) => h("p", { class: "hint num", text: factsOf(tape.node) }));
+  const columns = tapes.map((tape, at) => h("section", { class: "run", "aria-label": names[at] },
+    h("header", {}, h("h3", { text: `${names[at]}${!isTwin && tape.node.model ? ` · ${tape.node.model}` : ""}` }), changedPill(tape.node), facts[at]), tape.element));
+  markShared(tapes);
   const chooser = h("select", { class: "sel", "aria-label": inside.otherRun }, ...others.map((run, at) => h("option", {
-    value: String(at), selected: run === other, text: run.isSaved ? inside.fromFile : `${at + 1}: ${run.text.slice(0, 40)}`,
+    value: String(at), selected: run === other, text: run === node.twin ? inside.uneditedRun : run.isSaved ? inside.fromFile : `${at + 1}: ${run.text.slice(0, 40)}`,
   })));
   chooser.addEventListener("change", () => onChoose(others[Number(chooser.value)]));
-  const header = h("header", { class: "between" }, h("h2", { text: inside.comparing }), others.length > 1 ? chooser : null, button(inside.endCompare, onEnd, { cls: "btn small" }));
-  const element = h("div", { class: "compare" }, header, h("p", { class: "verdict", dir: "auto", text: verdict(node, other) }), h("div", { class: "runs" }, ...columns));
-  return { element, tapes };
+  const isLive = Boolean(node.live);
+  const header = h("header", { class: "between" }, h("h2", { text: isTwin ? inside.lanes : inside.comparing }), others.length > 1 && !isLive ? chooser : null,
+    isLive ? null : button(inside.endCompare, onEnd, { cls: "btn small" }));
+  const pushes = isTwin && !isLive ? divergence(node, { onMeasured, onPick: (position) => onPick(node, position), onPoint: (position) => pointAt(tapes, position) }).element : null;
+  const element = h("div", { class: "compare" }, header, h("p", { class: "verdict", dir: "auto", text: isLive ? "" : verdict(node, other) }),
+    h("div", { class: "runs" }, ...(isTwin ? columns.toReversed() : columns)), pushes);
+  if (isTwin) {
+    const pointed = (event) => pointAt(tapes, event.target.closest?.(".tok") ? Number(event.target.closest(".tok").dataset.p) : null);
+    for (const tape of tapes) for (const kind of ["pointerover", "focusin"]) tape.element.addEventListener(kind, pointed);
+  }
+
+  /** Add what has come; returns how many tokens of the first answer. */
+  function grow() {
+    const [came, more] = tapes.map((tape) => tape.append());
+    if (came + more > 0) {
+      markShared(tapes);
+      tapes.forEach((tape, at) => write(facts[at], factsOf(tape.node)));
+    }
+    return came;
+  }
+  return { element, tapes, grow };
 }

@@ -1,11 +1,14 @@
 // Every head of every layer as one cell, by five measures; a thumbnail and a sentence for the one that is
 // pointed at. Enter or a click looks through it.
+import { editsOf } from "../chat/changed.js";
 import { colour, h } from "../core/dom.js";
 import { percent } from "../core/format.js";
 import { announce } from "../core/notice.js";
 import { set, state } from "../core/state.js";
 import { requestButton } from "../shell/request_dialog.js";
+import { change as words } from "../words/change.js";
 import { inside } from "../words/inside.js";
+import { cellMenu } from "./cell_menu.js";
 import { bytesOf } from "./envelope.js";
 import { section, write } from "./lists.js";
 import { currentLayer, hasAttention, isResident, mayAsk, whyNoAttention } from "./model.js";
@@ -27,15 +30,20 @@ const kind = ({ first, previous, self, entropy, distance }, n) => {
   return distance > 0.35 * n ? inside.headKind.far : "";
 };
 
-/** The pane "Heads". `show(node)` fills it; `onUse()` after a head was chosen. */
-export function heads(onUse) {
+/** The pane "Heads". `show(node)` fills it; `onUse()` after a head was chosen, `onEdit(edit)` where it is to be changed. */
+export function heads(onUse, onEdit) {
   const measure = h("select", { class: "sel", "aria-label": inside.measure }, ...Object.entries(inside.measures).map(([value, text]) => h("option", { value, text })));
   const { element, heading } = section(inside.everyHead, "", measure);
   const canvas = h("canvas", { role: "img", tabindex: "0", class: "headgrid" });
   const small = h("canvas", { class: "thumb", "aria-hidden": "true" });
   const facts = h("p", { class: "hint num" });
   const kindOf = h("p", { class: "hint strong" });
-  const body = h("div", {}, canvas, h("div", { class: "pointed" }, small, h("div", {}, facts, kindOf)), h("p", { class: "hint", text: inside.headsHelp }));
+  const opener = cellMenu(canvas, "head-menu", {
+    entries,
+    point: (event) => { const { layer, head } = pointed(event); if (isCell(layer, head)) move(layer, head); return isCell(layer, head); },
+    place: () => boxOf(at),
+  });
+  const body = h("div", {}, canvas, h("div", { class: "pointed" }, small, h("div", {}, facts, kindOf, opener)), h("p", { class: "hint", text: inside.headsHelp }));
   const message = h("p", { class: "hint", dir: "auto" });
   element.append(message, body);
   heading.after(requestButton("heads"));
@@ -95,10 +103,10 @@ export function heads(onUse) {
       small.hidden = true;
       return;
     }
-    const words = Math.exp(head.entropy);
+    const among = Math.exp(head.entropy);
     write(facts, inside.headFacts({
       ...at, first: percent(head.first), previous: percent(head.previous), self: percent(head.self),
-      distance: head.distance.toFixed(1), words: words < 10 ? words.toFixed(1) : String(Math.round(words)),
+      distance: head.distance.toFixed(1), words: among < 10 ? among.toFixed(1) : String(Math.round(among)),
     }));
     write(kindOf, kind(head, grid.n));
     thumbnail();
@@ -132,13 +140,26 @@ export function heads(onUse) {
     onUse();
   }
 
+  const isCell = (layer, head) => Boolean(grid) && layer >= 0 && head >= 0 && layer < grid.layers.length && head < most();
+
+  function boxOf({ layer, head }) {
+    const box = canvas.getBoundingClientRect();
+    const [left, top] = [box.left + LEFT + head * cells.width, box.top + TOP + layer * cells.height];
+    return { left, top, right: left + cells.width, bottom: top + cells.height };
+  }
+
+  function entries() {
+    if (!headsOf(at.layer)?.[at.head]) return [[inside.layerSilent(at.layer, grid.layers[at.layer]?.reason ?? inside.noReason), () => {}]];
+    return [[words.ablateHead, () => onEdit({ kind: "head", ...at })], [words.temperHead, () => onEdit({ kind: "temper", ...at })], null, [words.lookThrough, use]];
+  }
+
   const pointed = (event) => {
     const box = canvas.getBoundingClientRect();
     return { layer: Math.floor((event.clientY - box.top - TOP) / cells.height), head: Math.floor((event.clientX - box.left - LEFT) / cells.width) };
   };
   canvas.addEventListener("pointermove", (event) => {
     const { layer, head } = pointed(event);
-    if (grid && layer >= 0 && head >= 0 && layer < grid.layers.length && head < most()) move(layer, head);
+    if (isCell(layer, head)) move(layer, head);
   });
   canvas.addEventListener("click", () => grid && use());
   canvas.addEventListener("keydown", (event) => {
@@ -172,7 +193,7 @@ export function heads(onUse) {
       if (!hasAttention()) return fail(inside.noAttention(whyNoAttention(0) || inside.noReason));
       fail(inside.readingHeads);
       try {
-        kept.set(node, { count, answer: await inspect("heads", "heads", { model: node.model, token_ids: idsUpTo(node, count), thumb: THUMB }) });
+        kept.set(node, { count, answer: await inspect("heads", "heads", { model: node.model, ...editsOf(node, count), token_ids: idsUpTo(node, count), thumb: THUMB }) });
       } catch (failure) {
         if (!isGivenUp(failure)) fail(failure.message);
         return undefined;

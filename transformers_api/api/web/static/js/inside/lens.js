@@ -1,4 +1,5 @@
 // Layer by layer: what the model would have said had it stopped there, equal neighbours as one.
+import { editsOf } from "../chat/changed.js";
 import { button, h } from "../core/dom.js";
 import { visible } from "../core/format.js";
 import { state } from "../core/state.js";
@@ -22,7 +23,7 @@ export function readingsAt(node, position, token) {
 }
 
 const question = (node, positions, topk) => ({
-  model: node.model, token_ids: idsUpTo(node, positions.at(-1)), layers: "all", positions: positions.map((position) => position - 1), topk,
+  model: node.model, ...editsOf(node, positions.at(-1)), token_ids: idsUpTo(node, positions.at(-1)), layers: "all", positions: positions.map((position) => position - 1), topk,
 });
 
 function take(node, positions, answer) {

@@ -1,11 +1,14 @@
 // The whole matrix of a layer: who read from whom. A part of it can be zoomed into; a cross reads it out.
+import { editsOf } from "../chat/changed.js";
 import { button, colour, h, save } from "../core/dom.js";
 import { raw } from "../core/api.js";
 import { percent, visible } from "../core/format.js";
 import { announce, notice } from "../core/notice.js";
 import { state } from "../core/state.js";
 import { requestButton } from "../shell/request_dialog.js";
+import { change as words } from "../words/change.js";
 import { inside } from "../words/inside.js";
+import { cellMenu } from "./cell_menu.js";
 import { unpack } from "./envelope.js";
 import { rowList, section, write } from "./lists.js";
 import { currentLayer, hasAttention, isResident, mayAsk, whyNoAttention } from "./model.js";
@@ -19,8 +22,8 @@ const CELLS = 6; // of the list
 
 const answers = new WeakMap(); // node → Map of what was asked → {values, rows, cols, shape}
 
-/** The pane "Matrix"; `onPick(position)` selects the token that a row predicts. */
-export function matrix(onPick) {
+/** The pane "Matrix"; `onPick(position)` selects the token that a row predicts, `onEdit(edit)` changes what was read. */
+export function matrix(onPick, onEdit) {
   const { element, heading } = section(inside.matrix);
   const canvas = h("canvas", { role: "img", tabindex: "0", class: "matrix" });
   const readOut = h("p", { class: "readout", dir: "auto" });
@@ -33,7 +36,12 @@ export function matrix(onPick) {
   const message = h("p", { class: "hint", dir: "auto" });
   const zoom = h("div", { class: "row" },
     button(inside.zoomIn, () => zoomBy(0.5), { cls: "btn small" }), button(inside.zoomOut, () => zoomBy(2), { cls: "btn small" }),
-    button(inside.whole, () => look(whole()), { cls: "btn small" }));
+    button(inside.whole, () => look(whole()), { cls: "btn small" }),
+    cellMenu(canvas, "matrix-menu", {
+      entries,
+      point: (event) => { if (shown) { cross = indexes(place(event)); paint(); read(); } return Boolean(shown); },
+      place: () => { const { left, top } = canvas.getBoundingClientRect(); return { left, top, right: left + EDGE, bottom: top + EDGE }; },
+    }));
   const files = h("div", { class: "row" }, button(inside.savePng, savePng, { cls: "btn small" }), button(inside.saveNpz, saveNpz, { cls: "btn small" }));
   const body = h("div", {}, h("div", { class: "frame" }, canvas), readOut, part, zoom, h("p", { class: "hint", text: inside.matrixHelp }),
     h("h3", { text: inside.topCells }), list.element, h("p", { class: "hint", text: inside.notAReason }), files);
@@ -51,7 +59,7 @@ export function matrix(onPick) {
   const sentence = (row, column, weight) => inside.cell(text(row), text(column), percent(weight));
 
   const question = ({ rows, cols }) => ({
-    model: node.model, token_ids: idsUpTo(node, count()), trace_layer: currentLayer(), head: state.head, rows, cols, format: "u8",
+    model: node.model, ...editsOf(node, count()), token_ids: idsUpTo(node, count()), trace_layer: currentLayer(), head: state.head, rows, cols, format: "u8",
     ...(rows[1] - rows[0] > SIDE || cols[1] - cols[0] > SIDE ? { downsample: [SIDE, SIDE] } : {}),
   });
 
@@ -177,8 +185,16 @@ export function matrix(onPick) {
     row: clamp(shown.rows[0] + Math.floor(((y - EDGE) / inner) * (shown.rows[1] - shown.rows[0])), shown.rows),
     column: clamp(shown.cols[0] + Math.floor(((x - EDGE) / inner) * (shown.cols[1] - shown.cols[0])), shown.cols),
   });
+  function entries() {
+    const [layer, head] = [currentLayer(), typeof state.head === "number" ? state.head : null];
+    const edge = cross.column <= cross.row ? [[words.blockEdge, () => onEdit({ kind: "edge", layer, head, query: cross.row, key: cross.column })]] : [];
+    const ofHead = head === null ? [] : [[words.ablateHead, () => onEdit({ kind: "head", layer, head })]];
+    return [...edge, ...ofHead, [head === null ? words.temperLayer : words.temperHead, () => onEdit({ kind: "temper", layer, head })], null,
+      [words.lookAt, () => onPick(Math.min(cross.row + 1, lastPosition(node)))]];
+  }
+
   canvas.addEventListener("pointerdown", (event) => {
-    if (!shown) return;
+    if (!shown || event.button !== 0) return;
     canvas.setPointerCapture(event.pointerId);
     drag = place(event);
   });
@@ -247,7 +263,7 @@ export function matrix(onPick) {
 
 /** Offer the current layer's attention of the whole answer, all heads, as a file for numpy. */
 export async function saveAttention(node) {
-  const body = { model: node.model, token_ids: idsUpTo(node, lastPosition(node) + 1), trace_layer: currentLayer(), head: "all" };
+  const body = { model: node.model, ...editsOf(node), token_ids: idsUpTo(node, lastPosition(node) + 1), trace_layer: currentLayer(), head: "all" };
   const file = await raw("/inspect/full_attn", "blob", { body, accept: "application/x-npz" });
   save(`${inside.fileName(node.model)}-layer-${body.trace_layer}.npz`, file, "application/octet-stream");
 }

@@ -1,5 +1,6 @@
 // What a token read: one row of attention for each head, `layer:position` by node. The row of the token
 // at position p has a weight for each of the p tokens before it; weight j belongs to token j.
+import { editsOf } from "../chat/changed.js";
 import { state } from "../core/state.js";
 import { unpack } from "./envelope.js";
 import { inspect } from "./queue.js";
@@ -47,7 +48,7 @@ export async function askRow(node, layer, position) {
 
 // The query is the token before. The key at its own place is the last that it reads.
 export const rowQuestion = (node, layer, position) => ({
-  model: node.model, token_ids: idsUpTo(node, position), trace_layer: layer, head: "all", rows: [position - 1, position], format: "f16",
+  model: node.model, ...editsOf(node, position), token_ids: idsUpTo(node, position), trace_layer: layer, head: "all", rows: [position - 1, position], format: "f16",
 });
 
 /** {values, first}: the weights by key of one head, or of all, `first` that of the first token.
@@ -93,7 +94,7 @@ export async function gatherRows(node, layer, start, onProgress) {
   while (from < end) {
     onProgress(from - start, end - start);
     const to = Math.min(end, from + Math.max(1, Math.floor(CELLS / (end * (state.anatomy?.heads ?? 64)))));
-    const body = { model: node.model, token_ids: idsUpTo(node, to - 1), trace_layer: layer, head: "all", rows: [from - 1, to - 1], format: "u8" };
+    const body = { model: node.model, ...editsOf(node, to - 1), token_ids: idsUpTo(node, to - 1), trace_layer: layer, head: "all", rows: [from - 1, to - 1], format: "u8" };
     const { shape: [heads, rows, keys], values } = unpack((await inspect("gather", "full_attn", body)).attn);
     for (let row = 0; row < rows; row += 1) {
       const length = from + row;

@@ -48,6 +48,14 @@ export class Shading {
     this.showScores(scores, { node, position: start });
   }
 
+  /** Shade each written token by how far the edits pushed it. */
+  showPushed(node) {
+    const start = promptLength(node);
+    const scores = new Float32Array(lastPosition(node) + 1);
+    node.tokens.forEach(({ kl }, at) => { scores[start + at] = kl ?? 0; });
+    this.showScores(scores, { node, position: start });
+  }
+
   /** Boxes are read: call it at the start of a frame, and the function that it returns once all is read. */
   measure() {
     if (!this.isDue || !this.target) return null;

@@ -1,71 +1,47 @@
-// The shelf: the edits as rows with a switch and a slider, and the form that adds one.
-import { json } from "../core/api.js";
-import { button, h } from "../core/dom.js";
-import { state } from "../core/state.js";
+// The shelf: the edits as rows with a switch and a slider, what the server said of each, and the form that adds one.
+import { button, copy, h } from "../core/dom.js";
+import { announce } from "../core/notice.js";
 import { change as words } from "../words/change.js";
-import { add, all, alter, intervention, nameOf, remove, saying, SIZES } from "./edits.js";
-import { section } from "./lists.js";
-import { currentLayer } from "./model.js";
+import { editForm } from "./edit_form.js";
+import { KINDS } from "./edit_kinds.js";
+import { add, adopt, all, alter, fromLink, intervention, link, nameOf, refused, remove, saying } from "./edits.js";
+import { section, write } from "./lists.js";
 
-const number = (label, max) => h("input", { type: "number", class: "in", "aria-label": label, min: "0", max: String(max), step: "1", value: "0" });
-
-/** {element, draw(), add(edit)}; `onChange()` after every change of the edits. */
+/** {element, draw(), add(edit), aim(node, position), refuse(failure)}; `onChange()` after every change of the edits. */
 export function shelf(onChange) {
   const { element } = section(words.title);
   const list = h("ul", { class: "shelf", "aria-label": words.shelf });
   const none = h("p", { class: "hint", text: words.none });
+  const came = h("p", { class: "hint strong", role: "status", text: fromLink ? words.fromLink(fromLink) : "" });
   const code = h("code");
   const source = h("details", { class: "source" }, h("summary", { text: words.json }), h("pre", { tabindex: "0", dir: "ltr" }, code));
-  const kind = h("select", { class: "sel", "aria-label": words.kind }, ...Object.entries(words.kinds).map(([value, text]) => h("option", { value, text })));
-  const layer = number(words.layer, 9999);
-  const head = number(words.head, 9999);
-  const neuron = number(words.neuron, 999_999);
-  const vector = h("select", { class: "sel", "aria-label": words.vector });
-  const adder = button(words.add, () => take(formEdit()), { cls: "btn" });
-  const field = (label, control) => h("label", { class: "field" }, h("span", { text: label }), control);
-  const fields = { head: field(words.head, head), neuron: field(words.neuron, neuron), vector: field(words.vector, vector) };
-  const form = h("div", { class: "edit-form" }, kind, field(words.layer, layer), ...Object.values(fields), adder);
-  element.append(h("p", { class: "hint", text: words.help }), list, none, form, source);
-  let isTouched = false; // the layer is the reader's own choice
-
-  const formEdit = () => ({
-    kind: kind.value, layer: Number(layer.value),
-    ...(kind.value === "head" ? { head: Number(head.value) } : {}),
-    ...(kind.value === "neuron" ? { neuron: Number(neuron.value) } : {}),
-    ...(kind.value === "vector" ? { vector: vector.value } : {}),
-  });
+  const linker = button(words.copyLink, () => copy(`${location.origin}${location.pathname}#inside${link()}`, linker, words.copied), { cls: "btn small" });
+  const form = editForm(take);
+  element.append(h("p", { class: "hint", text: words.help }), came, list, none, form.element, source, h("div", { class: "row" }, linker));
+  const problems = new Map(); // edit → what the server said of it
 
   function row(edit) {
     const name = nameOf(edit);
     const text = h("span", { class: "name", text: saying(edit), dir: "auto" });
     const used = h("input", { type: "checkbox", "aria-label": words.isOn(name), checked: edit.isOn });
-    used.addEventListener("change", () => { alter(edit, { isOn: used.checked }); changed(); });
-    const range = SIZES[edit.kind];
+    used.addEventListener("change", () => { alter(edit, { isOn: used.checked }); problems.delete(edit); changed(); });
+    const { range } = KINDS[edit.kind];
     const slider = range && h("input", { type: "range", "aria-label": words.size(name), min: range.min, max: range.max, step: range.step, value: edit.size });
     slider?.addEventListener("input", () => {
       alter(edit, { size: Number(slider.value) });
       text.textContent = saying(edit);
       changed(false);
     });
-    const removing = button(words.remove(name), () => { remove(edit); changed(); }, { cls: "icon", glyph: "x" });
-    return h("li", { class: edit.isOn ? "" : "unused" }, used, text, slider || h("span"), removing);
-  }
-
-  async function askVectors() {
-    const answer = await json("/inspect/vectors", { panel: "vectors" }).catch(() => null);
-    const names = (answer?.data ?? []).map((each) => each.name);
-    vector.replaceChildren(...(names.length ? names : [""]).map((name) => h("option", { value: name, text: name || words.noVectors })));
-    draw();
+    const removing = button(words.remove(name), () => { remove(edit); problems.delete(edit); changed(); }, { cls: "icon", glyph: "x" });
+    const problem = problems.has(edit) ? h("p", { class: "problem", role: "alert", text: problems.get(edit), dir: "auto" }) : null;
+    return h("li", { class: [edit.isOn ? "" : "unused", slider ? "" : "plain"].join(" ").trim() }, used, text, slider, removing, problem);
   }
 
   function draw() {
-    const { anatomy } = state;
-    if (anatomy?.layers) layer.max = String(anatomy.layers - 1);
-    if (!isTouched) layer.value = String(currentLayer() ?? 0);
-    for (const [name, box] of Object.entries(fields)) box.hidden = name !== kind.value;
-    adder.disabled = kind.value === "vector" && !vector.value;
+    form.draw();
     none.hidden = all().length > 0;
     source.hidden = !intervention();
+    linker.parentElement.hidden = !link();
     code.textContent = JSON.stringify({ intervene: intervention() }, null, 2);
   }
 
@@ -76,13 +52,28 @@ export function shelf(onChange) {
   }
 
   function take(edit) {
-    add(edit);
+    const isThere = add(edit);
+    write(came, isThere ? "" : words.noEdit);
+    if (isThere) announce(words.onShelf(nameOf(edit)));
     changed();
   }
 
-  layer.addEventListener("input", () => { isTouched = true; });
-  kind.addEventListener("change", () => (kind.value === "vector" ? askVectors() : draw()));
+  /** Show a refusal beside the edit that it names; false where it names none. */
+  function refuse(failure) {
+    problems.clear();
+    const edit = failure ? refused(failure) : null;
+    if (edit) problems.set(edit, failure.message);
+    list.replaceChildren(...all().map(row));
+    return Boolean(edit);
+  }
+
+  addEventListener("hashchange", () => {
+    const count = adopt();
+    if (!count) return;
+    write(came, words.fromLink(count));
+    changed();
+  });
   list.replaceChildren(...all().map(row));
   draw();
-  return { element, draw, add: take };
+  return { element, draw, add: take, aim: form.aim, refuse };
 }

@@ -14,7 +14,7 @@ const swatches = () => h("span", { class: "sw", "aria-hidden": "true" }, ...[8, 
 const lines = () => h("span", { class: "ul", "aria-hidden": "true" }, ...[1.5, 3, 4.5, 6].map((height) => h("i", { vars: { "--h": `${height}px` } })));
 
 export class Stage {
-  /** `actions`: onPick(node, position), onStep(step), onColour(name), onCompare(), onChoose(other), onEndCompare(), fileEntries(). */
+  /** `actions`: onPick(node, position), onStep(step), onColour(name), onCompare(), onChoose(other), onEndCompare(), onMeasured(), fileEntries(). */
   constructor(actions) {
     this.actions = actions;
     this.node = null;
@@ -42,19 +42,27 @@ export class Stage {
     this.node = node;
     this.compared = other;
     if (other) {
-      const { element, tapes } = comparison(node, other, others, { onPick: this.actions.onPick, onChoose: this.actions.onChoose, onEnd: this.actions.onEndCompare });
+      const { onPick, onChoose, onEndCompare: onEnd, onMeasured } = this.actions;
+      const { element, tapes, grow } = comparison(node, other, others, { onPick, onChoose, onEnd, onMeasured });
+      this.grow = grow;
       this.tapes = tapes;
       this.forks = null;
       this.body.replaceChildren(element);
     } else {
       const tape = new Tape(node, this.actions.onPick);
       this.tapes = [tape];
+      this.grow = () => tape.append();
       this.forks = new ForkList(node, this.actions.onPick);
       tape.answer.parentElement.append(this.forks.element);
       this.body.replaceChildren(tape.element);
     }
     this.shades = this.tapes.map((tape) => new Shade(tape));
     this.pressed = null;
+  }
+
+  /** True where a prompt has become known since it was drawn. */
+  get isOutdated() {
+    return this.tapes.some((tape) => tape.isOutdated);
   }
 
   /** The tape and shade in which a node's tokens stand. */

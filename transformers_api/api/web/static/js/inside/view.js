@@ -10,6 +10,8 @@ import { complete, isBlind, mayComplete } from "./blind.js";
 import { change } from "./change.js";
 import { othersOf } from "./compare.js";
 import { Due } from "./due.js";
+import { keep as keepEdits } from "./edits.js";
+import { showEmpty } from "./empty.js";
 import { fileEntries, openTrace } from "./files.js";
 import { baseOf, branch, liveForks, onForks, stopForks } from "./forks.js";
 import { heads } from "./heads.js";
@@ -93,16 +95,14 @@ async function showAttention(target, loads) {
   if (had.row || had.reason || (had.load && !loads)) showWeights(target, had);
   else panes.token.show(node, position, { isAsking: true });
   const refines = had.row?.isRough && mayAsk(node) && isResident(node) && !stage.replay.isOn;
-  if (had.ask === undefined && !refines && !(had.load && loads)) {
-    forget("attention");
-    return;
-  }
+  if (had.ask === undefined && !refines && !(had.load && loads)) return forget("attention");
   try {
     const row = await askRow(node, had.row?.layer ?? had.ask ?? currentLayer(), position);
     if (mine === question) showWeights(target, { row });
   } catch (failure) {
     if (mine === question && !had.row && !isGivenUp(failure)) showWeights(target, { reason: failure.message, hasFailed: true });
   }
+  return undefined;
 }
 
 async function colourBy(name) {
@@ -124,10 +124,7 @@ function showPane(loads = false) {
   const { node, position } = target;
   const name = side.name();
   for (const other of SLOW) if (other !== (name === "change" ? "parts" : name)) forget(other); // nobody waits for it any more
-  if (name === "heads") panes.heads.show(node);
-  if (name === "matrix") panes.matrix.show(node, position);
-  if (name === "why") panes.why.show(node, position);
-  if (name === "change") panes.change.show(node, position);
+  if (name !== "token") panes[name].show(node, position);
   showAttention(target, loads);
   const token = tokenAt(node, position);
   if (name === "token" && token) panes.token.showLayers(node, position, token);
@@ -152,35 +149,28 @@ async function look(node) {
   }
 }
 
-function showEmpty(node) {
-  stage.node = null;
-  root.classList.remove("inside");
-  root.replaceChildren(h("h1", { class: "sr", text: inside.title }), h("div", { class: "empty" },
-    h("h2", { text: inside.emptyTitle }), h("p", { text: node?.text ? inside.noTokens : inside.emptyMore }), button(inside.openSaved, openSaved, { cls: "btn" })));
-}
-
 /** Build what the answer needs; `isNew` although it is the same one. */
 function render(isNew = false) {
-  if (state.view !== "inside") return;
+  if (state.view !== "inside") return undefined;
   const node = current();
   if (!node || (!node.tokens?.length && !node.live)) {
-    showEmpty(node);
-    return;
+    stage.node = null;
+    return showEmpty(root, node, openSaved);
   }
   if (!stage.element.isConnected) {
     root.classList.add("inside");
     root.replaceChildren(h("h1", { class: "sr", text: inside.title }), stage.element, side.element);
   }
   const others = othersOf(node, saved);
-  if (stage.compared && !others.includes(stage.compared)) stage.compared = null;
-  if (isNew || stage.node !== node || stage.tapes[0].isOutdated) stage.show(node, stage.compared, others);
+  if (node.live && node.twin) compareBy(node, node.twin);
+  if (stage.compared && !others.includes(stage.compared)) compareBy(node, null);
+  if (isNew || stage.node !== node || stage.isOutdated) stage.show(node, stage.compared, others);
   stage.comparer.hidden = others.length === 0 || Boolean(stage.compared) || Boolean(node.live);
   stage.replay.setCount(node.live || stage.compared ? 0 : node.tokens.length);
   stage.colour.disabled = Boolean(node.live || node.isSaved || stage.compared) || state.anatomy?.lens?.available === false;
   root.toggleAttribute("data-live", Boolean(node.live));
   note(node);
-  if (node.live) schedule();
-  else draw();
+  return node.live ? schedule() : draw();
 }
 
 /** Show the selection as it is now. */
@@ -192,6 +182,7 @@ function draw() {
   if (position >= 0) stage.press(node, position);
   showPane();
   if (colouring === "decided" && !node.live) shading.showDecided(baseOf(node));
+  if (colouring === "pushed" && !node.live) shading.showPushed(stage.node);
 }
 
 const isNearEnd = () => stage.element.scrollHeight - stage.element.scrollTop - stage.element.clientHeight < NEAR_END;
@@ -204,14 +195,14 @@ function drawFrame(now) {
   const arcs = shading.measure();
   const isFollowing = isLive && !state.isPinned && isNearEnd();
   arcs?.();
-  if (stage.tapes[0].isOutdated) stage.show(stage.node, null, []);
+  if (stage.isOutdated) stage.show(stage.node, stage.compared, othersOf(stage.node, saved));
   stage.forks?.draw();
   if (isLive) writeLive(now, isFollowing);
 }
 
 /** The newest tokens, and the panel as often as it may. */
 function writeLive(now, isFollowing) {
-  const came = stage.tapes[0].append();
+  const came = stage.grow();
   const target = selected();
   const { node, position } = target;
   if (position >= 0) {
@@ -222,7 +213,7 @@ function writeLive(now, isFollowing) {
       const had = attentionOf(node, position);
       const weights = had.row ? weightsOf(had.row, state.head, state.hideFirst) : null;
       if (isPanelDue && side.name() === "token") panes.token.show(node, position, { ...had, because: had.reason, weights });
-      if (isShadeDue) shading.show(weights, target);
+      if (isShadeDue && colouring === "read") shading.show(weights, target);
     }
   }
   if (isFollowing && came) stage.element.scrollTop = 1e9;
@@ -251,13 +242,22 @@ function replayTo(count) {
   if (position !== null) pick(node, position, { isQuiet: true });
 }
 
-function compareWith(other) {
+/** The other run, and the colours that are about it. */
+function compareBy(node, other) {
   stage.compared = other;
-  colouring = stage.colour.value = "read";
+  colouring = stage.colour.value = other && other === node.twin ? "pushed" : "read";
+}
+
+function compareWith(other) {
+  compareBy(current(), other);
   render(true);
 }
 
 function makePanes() {
+  const addEdit = (edit) => {
+    side.open("change");
+    panes.change.add(edit);
+  };
   const point = (position) => {
     root.querySelector(".tok.hot")?.classList.remove("hot");
     if (position !== null) stage.chipAt(selected().node, position)?.classList.add("hot");
@@ -269,9 +269,9 @@ function makePanes() {
       onExpected: () => look(baseOf(selected().node)), onLoad: () => showPane(true), again: () => showPane(),
       showRequest: () => requestOf(selected(), context.showRequest),
     }),
-    heads: heads(() => side.open("token")),
-    matrix: matrix((position) => pick(selected().node, position)),
-    change: change((other, node) => { if (current() === other) compareWith(node); }),
+    heads: heads(() => side.open("token"), addEdit),
+    matrix: matrix((position) => pick(selected().node, position), addEdit),
+    change: change((answer, before) => { if (current() === answer) compareWith(answer.twin ?? before); }),
     why: why((scores) => (scores ? shading.showScores(scores, selected()) : shading.show(null, selected()))),
   };
 }
@@ -281,7 +281,7 @@ export function mount(element, shared) {
   context = shared;
   stage = new Stage({
     onPick: pick, onStep: replayTo, onColour: colourBy, onCompare: () => compareWith(othersOf(current(), saved).at(-1)),
-    onChoose: compareWith, onEndCompare: () => compareWith(null),
+    onChoose: compareWith, onEndCompare: () => compareWith(null), onMeasured: () => draw(),
     fileEntries: () => fileEntries(current(), stage.tapes[0], { say: (text) => stage.say(text), done: () => note(current()), open: openSaved }),
   });
   shading = new Shading(stage, schedule);
@@ -295,5 +295,6 @@ export function mount(element, shared) {
     if (stage.node && !liveForks(stage.node).length) render();
   });
   addEventListener("resize", () => { if (state.view === "inside" && stage.node) shading.again(); });
+  on("view", keepEdits);
   startKeys({ selected, pick, stop: () => stage.node !== null && stopForks(stage.node) });
 }
