@@ -22,8 +22,9 @@ ZIG := ziglang==0.17.1
 PINNED_TORCH = "$$(grep '^torch==' requirements.txt)"
 TORCH_FROM_cpu = $$($(BIN)/python -m scripts.torch_index)
 
-# One torch thread per test process: more would fight for the same cores.
-TESTS := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 --dist loadfile
+# One torch thread per test process: more would fight for the same cores. Bytecode is written even
+# where the environment says otherwise: else each of the many servers compiles the package anew.
+TESTS := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -204,9 +204,14 @@ def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(), str(path))
 
 
+@functools.cache
+def nodes(path: Path) -> list[ast.AST]:
+    return [*ast.walk(tree(path))]
+
+
 def imports(path: Path) -> Iterator[tuple[int, str]]:
     """(line, imported module) of every import in a file, lazy ones and those for typing included."""
-    for node in ast.walk(tree(path)):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -247,16 +252,15 @@ def complaint(module: str, imported: str) -> str | None:
 
 
 def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    for node in ast.walk(tree(path)):
+    for node in nodes(path):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             yield node
 
 
-@pytest.mark.parametrize("module", modules())
-def test_a_module_imports_only_what_its_layer_may_know(module):
-    path = modules()[module]
+def test_a_module_imports_only_what_its_layer_may_know():
     wrong = [
         f"{path.relative_to(ROOT)}:{line} imports {imported}, but {reason}"
+        for module, path in modules().items()
         for line, imported in imports(path)
         if (reason := complaint(module, imported))
     ]
@@ -295,23 +299,24 @@ def test_a_permitted_import_is_not_complained_about():
     assert complaint("app", "torch") is None
 
 
-@pytest.mark.parametrize("module", modules())
-def test_files_and_functions_stay_short(module):
-    path = modules()[module]
-    assert len(path.read_text().splitlines()) <= 400, f"{path.relative_to(ROOT)} is too long"
+def test_files_stay_short():
+    files = [path for ending in ("py", "cpp", "h") for path in PACKAGE.rglob(f"*.{ending}")]
     long = [
-        f"{path.relative_to(ROOT)}:{node.lineno} {node.name} has {lines} lines"
-        for node in functions(path)
-        if (lines := (node.end_lineno or 0) - node.lineno + 1) > 60
+        f"{path.relative_to(ROOT)} has {lines} lines"
+        for path in files
+        if (lines := len(path.read_text().splitlines())) > 400
     ]
     assert not long, "\n".join(long)
 
 
-@pytest.mark.parametrize(
-    "path", [*PACKAGE.rglob("*.cpp"), *PACKAGE.rglob("*.h")], ids=lambda path: path.name
-)
-def test_sources_of_kernels_stay_short(path):
-    assert len(path.read_text().splitlines()) <= 400, f"{path.relative_to(ROOT)} is too long"
+def test_functions_stay_short():
+    long = [
+        f"{path.relative_to(ROOT)}:{node.lineno} {node.name} has {lines} lines"
+        for path in modules().values()
+        for node in functions(path)
+        if (lines := (node.end_lineno or 0) - node.lineno + 1) > 60
+    ]
+    assert not long, "\n".join(long)
 
 
 def test_instructions_of_a_processor_are_named_in_headers_of_their_own():
@@ -331,14 +336,12 @@ def test_the_library_of_grammars_is_met_in_two_modules():
     assert users == {"serving.constraints.compiler", "serving.constraints.grammar"}
 
 
-@pytest.mark.parametrize("module", modules())
-def test_only_the_config_reads_the_environment(module):
-    if module in ("config.settings", "config.environment"):
-        return
-    path = modules()[module]
+def test_only_the_config_reads_the_environment():
     reads = [
         f"{path.relative_to(ROOT)}:{node.lineno} uses os.{used}"
-        for node in ast.walk(tree(path))
+        for module, path in modules().items()
+        if module not in ("config.settings", "config.environment")
+        for node in nodes(path)
         if (used := environment_use(node))
     ]
     assert not reads, "\n".join(reads)
@@ -353,14 +356,12 @@ def environment_use(node: ast.AST) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("module", modules())
-def test_models_are_loaded_in_one_place(module):
-    path = modules()[module]
-    if str(path.relative_to(PACKAGE)) in LOADING:
-        return
+def test_models_are_loaded_in_one_place():
     calls = [
         f"{path.relative_to(ROOT)}:{node.lineno} calls {node.attr}"
-        for node in ast.walk(tree(path))
+        for path in modules().values()
+        if str(path.relative_to(PACKAGE)) not in LOADING
+        for node in nodes(path)
         if isinstance(node, ast.Attribute)
         and node.attr in ("from_pretrained", "from_config")
         and ast.unparse(node.value) != "AutoTokenizer"
@@ -480,7 +481,7 @@ def bound_name(node: ast.AST) -> str | None:
 
 
 def vague(path: Path) -> Iterator[str]:
-    for node in ast.walk(tree(path)):
+    for node in nodes(path):
         name = bound_name(node)
         if name and name.strip("_").lower() in NAMELESS:
             yield f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 1)} calls something {name}"
@@ -490,9 +491,8 @@ def vague(path: Path) -> Iterator[str]:
                 yield f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 1)} opens with {first!r}"
 
 
-@pytest.mark.parametrize("module", modules())
-def test_names_say_what_a_thing_is_and_docstrings_open_with_it(module):
-    wrong = list(vague(modules()[module]))
+def test_names_say_what_a_thing_is_and_docstrings_open_with_it():
+    wrong = [fault for path in modules().values() for fault in vague(path)]
     assert not wrong, "\n".join(wrong)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpt2_gguf, pages, report, roofline, routing, serve, servers, swap
+from benchmarks import gpt2_gguf, pages, report, roofline, serve, servers, swap
 from benchmarks.load import conversation
 from benchmarks.machine import busy_core, model_folder
 from tests import tokenizers
@@ -384,17 +384,3 @@ def test_a_gpt2_folder_becomes_a_file_with_the_same_numbers(tmp_path):
         tensors["blk.1.ffn_up.weight"].data, gguf.GGMLQuantizationType.BF16
     )
     assert torch.equal(torch.from_numpy(theirs), ours.bfloat16().float())
-
-
-@pytest.mark.parametrize("route", routing.ROUTES)
-def test_simulated_replicas_answer_everybody_in_the_end(route):
-    outcome = routing.simulate(route, 4, 10, 1.0, 300, 0.02, 0.65)
-    assert 5 * 0.02 <= outcome.median <= outcome.late
-
-
-def test_requests_sent_to_who_has_their_model_swap_less_than_at_random():
-    at_random, by_residency = (
-        routing.simulate(route, 8, 100, 2.0, 600, 0.02, 0.65) for route in ("random", "residency")
-    )
-    assert by_residency.swaps < at_random.swaps
-    assert by_residency.late < at_random.late

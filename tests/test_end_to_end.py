@@ -291,7 +291,7 @@ def test_a_client_that_leaves_frees_its_slot(client, url):
 
 
 def test_not_ready_while_loading_then_ready_and_sigterm_ends_a_stream_with_an_error(environment):
-    with serve(environment, GRACEFUL_S="4") as server:
+    with serve(environment, GRACEFUL_S="1") as server:
         first = httpx.get(f"{base_url(server)}/readyz")
         assert first.status_code == 503
         assert httpx.get(f"{base_url(server)}/healthz").json() == {"status": "ok"}

@@ -29,6 +29,7 @@ from tests.fake_inspection import (
     sliced,
 )
 from tests.fakes import FakeEngine, fake_model, fake_spec, say
+from tests.repeats import slow
 from transformers_api.api.http.services import EXTENSION
 from transformers_api.errors import ModelLoadFailed
 from transformers_api.inspection.base import AttentionMode, AttentionWindow, HeadGrid, Routing
@@ -952,7 +953,8 @@ def test_no_text_gets_out_of_its_place_in_the_page(looking):
 # Whatever comes
 
 
-def test_no_body_makes_the_server_fail(served):
+@pytest.mark.parametrize("examples", [120, *slow(400)])
+def test_no_body_makes_the_server_fail(served, examples):
     seen = set()
 
     @st.composite
@@ -966,7 +968,7 @@ def test_no_body_makes_the_server_fail(served):
     accepted = st.sampled_from(["*/*", "application/x-npz", "image/png", "text/html", "x"])
 
     @hypothesis(
-        max_examples=400,
+        max_examples=examples,
         deadline=None,
         derandomize=True,
         suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -43,7 +45,7 @@ def value_of(result, part, layer, index=-1, position=-1):
 
 def run_plain(name):
     """The model by itself: its outputs, and the inputs and outputs of its modules."""
-    model = tiny(name)
+    model = copy.deepcopy(tiny(name))
     inputs, outputs = {}, {}
 
     def note(module_name):

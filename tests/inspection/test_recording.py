@@ -169,7 +169,6 @@ def attended_of(name, ids):
 
     model = copy.deepcopy(tiny(name)).float()
     config = model.config.get_text_config(decoder=True)
-    config._attn_implementation = "sdpa"
     function = ALL_ATTENTION_FUNCTIONS[config._attn_implementation]
     seen = {}
 

@@ -68,23 +68,20 @@ def load_whole(load, monkeypatch):
     return load_whole
 
 
+@pytest.mark.parametrize("name", ["gpt2", "mixtral", "gpt-oss-sinks", *slow("llama", "gpt-neox")])
 def test_every_width_has_the_bits_of_a_model_that_was_in_memory(
-    load, load_whole, native_cache, tmp_path, monkeypatch
+    load, load_whole, native_cache, tmp_path, monkeypatch, name
 ):
     monkeypatch.setattr(convert_model, "INT4_MOST_LOST", 1.0)  # of experts, too
-    for name in ("llama", "gpt2", "mixtral", "gpt-oss-sinks", "gpt-neox"):
-        of_four_bits(tiny_model(name)).save_pretrained(tmp_path / name, max_shard_size="40KB")
-        assert len(list((tmp_path / name).glob("*.safetensors"))) > 1
-        for quantization in ("none", "int8", "int4"):
-            options = {"native": native_cache, "quantization": quantization}
-            streamed, whole = (
-                load(tmp_path / name, **options),
-                load_whole(tmp_path / name, **options),
-            )
-            facts = [replace(each.describe(), bytes=0) for each in (streamed, whole)]
-            assert facts[0] == facts[1]
-            assert facts[0].quantization == quantization
-            assert answer(streamed) == answer(whole), (name, quantization)
+    of_four_bits(tiny_model(name)).save_pretrained(tmp_path, max_shard_size="40KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    for quantization in ("none", "int8", "int4"):
+        options = {"native": native_cache, "quantization": quantization}
+        streamed, whole = load(tmp_path, **options), load_whole(tmp_path, **options)
+        facts = [replace(each.describe(), bytes=0) for each in (streamed, whole)]
+        assert facts[0] == facts[1]
+        assert facts[0].quantization == quantization
+        assert answer(streamed) == answer(whole), quantization
 
 
 @pytest.mark.parametrize(("name", "stored"), [("gemma3", torch.bfloat16), ("llama", torch.float16)])
