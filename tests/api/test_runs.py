@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from dataclasses import replace
 
 import numpy
 import pytest
@@ -164,6 +165,24 @@ def test_a_replay_names_the_first_token_that_is_another(client, app):
         "No vector 'dial' in the store; it is empty",
     )
     assert services.vectors.of("") == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"intervene": 5}, "are none that this server knows"),
+        ({"intervene": {"edits": [{"do": "undo"}]}}, "are none that this server knows"),
+        ({"prompt_ids": [10**9]}, "'run' has token id 1000000000"),
+    ],
+)
+def test_a_run_of_another_model_or_server_is_not_written_again(client, app, changes, message):
+    runs = app.extensions[EXTENSION].runs
+    run = runs.get("127.0.0.1", made(client)["id"])
+    tokens = {"prompt_tokens": ["a"]} if "prompt_ids" in changes else {}
+    runs.put("127.0.0.1", replace(run, **changes, **tokens))
+    response = client.post(f"{URL}/{run.id}/replay")
+    assert response.status_code == 422
+    assert message in response.get_json()["detail"]
 
 
 def test_the_page_of_a_run_is_one_file_in_which_no_text_is_code(client):

@@ -9,6 +9,7 @@ from typing import Any
 
 import flask
 from flask import Response, request
+from marshmallow import ValidationError
 
 from transformers_api.api.http import inspect_auth, strict_json
 from transformers_api.api.http.body import Blueprint
@@ -161,7 +162,12 @@ def replay_run(run_id: str) -> Any:
         raise InvalidRequest(f"run '{run_id}' was written in a form, which is not kept with it")
     intervene: InterveneRequest | None = None
     if run.intervene is not None:
-        options: InterveneRequest = ComparedInterveneOptions().load(run.intervene)
+        try:
+            options: InterveneRequest = ComparedInterveneOptions().load(run.intervene)
+        except ValidationError:  # another version of this server took it, or the file is damaged
+            raise InvalidRequest(
+                f"the edits of run '{run_id}' are none that this server knows"
+            ) from None
         intervene = replace(options, compares=False, store=False)
     with RequestContext(services()) as context:
         model = context.lease(run.model)
