@@ -62,7 +62,7 @@ def create_cramped_app(settings: Settings | None = None) -> Flask:
     """Its worker keeps little of what is on its way, and takes long bodies below one path."""
     from transformers_api.server import connections
 
-    connections.MAX_WAITING_BYTES = 1 << 18
+    connections.MAX_WAITING_BYTES, connections.MOST_UPLOADING = 1 << 18, 20_000_000
     app = create_app(settings)
     app.config["UPLOADS"] = {"/inspect/lenses/": 1 << 24}
     app.config["MAY_UPLOAD"] = lambda head: head.field(b"x-api-key") == "right"

@@ -33,8 +33,8 @@ DRAIN_S = 0.05  # for bytes that are here and that the application did not want
 LOOK_S = 0.25  # between two looks at who has been waiting too long
 MAX_WAITING_BYTES = 256 << 20  # of requests that are not complete, all together
 READ_BYTES = 1 << 16
-MOST_UPLOADS = 2  # at once: each is in memory several times while it is read
-UPLOADING = f"{MOST_UPLOADS} large files are on their way already"
+MOST_UPLOADING = MAX_WAITING_BYTES * 3 // 4  # of several: each is in memory several times over
+UPLOADING = "Other large files are on their way already"
 PROBES = (b"GET /health ", b"GET /healthz ", b"GET /readyz ", b"GET /metrics ")
 PROBE_THREADS = 4
 MAX_BODY_BYTES = 2 << 20  # where the application names no other limit
@@ -75,7 +75,7 @@ class GatheringWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no ty
         self._looked = 0.0
         self._max_body = MAX_BODY_BYTES
         self._uploads = NO_UPLOADS
-        self._uploading: set[socket.socket] = set()  # from their head on to their answer
+        self._uploading: dict[socket.socket, int] = {}  # bytes; from the head on to the answer
         self._origins: tuple[str, ...] = ()
         self._application: Any = None  # the WSGI application, once it is loaded
         self._bodies: dict[socket.socket, LargeBody] = {}  # of those with a thread
@@ -173,9 +173,9 @@ class GatheringWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no ty
             return
         self._bytes += waiting.size
         if incoming.is_upload and conn.sock not in self._uploading:
-            if len(self._uploading) >= MOST_UPLOADS:
+            if self._uploading and incoming.most + sum(self._uploading.values()) > MOST_UPLOADING:
                 return self._refuse(conn, Overloaded(UPLOADING, retry_after=5))
-            self._uploading.add(conn.sock)
+            self._uploading[conn.sock] = incoming.most
         if incoming.is_complete:
             self._when_writable(conn, waiting)
         elif incoming.expects_continue:
@@ -261,7 +261,7 @@ class GatheringWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no ty
     def finish_request(self, conn: TConn, fs: Future[Any]) -> None:
         """After a response: wait for the next request, or close."""
         self._heads.pop(conn.sock, None)
-        self._uploading.discard(conn.sock)
+        self._uploading.pop(conn.sock, None)
         body = self._bodies.pop(conn.sock, None)
         if conn.is_http2 or self.cfg.is_ssl or self.cfg.http2_cleartext != "off":
             super().finish_request(conn, fs)
@@ -338,7 +338,7 @@ class GatheringWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no ty
 
     def _linger(self, conn: TConn) -> None:
         """Close once the client has seen the answer: at once, an unread byte would take it away."""
-        self._uploading.discard(conn.sock)
+        self._uploading.pop(conn.sock, None)
         if conn in self._waiting:
             self._forget(conn)
         conn.sock.setblocking(False)
@@ -353,7 +353,7 @@ class GatheringWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no ty
     def _drop(self, conn: TConn) -> None:
         if conn in self._waiting:
             self._forget(conn)
-        self._uploading.discard(conn.sock)
+        self._uploading.pop(conn.sock, None)
         self.nr_conns -= 1
         conn.close()
 

@@ -102,6 +102,11 @@ class RequestBuffer:
         return len(self._data) + len(self._body)
 
     @property
+    def most(self) -> int:
+        """Bytes that the body may come to have."""
+        return self._max_body if self._length is None else self._length
+
+    @property
     def head(self) -> RequestHead:
         """The request line as far as it has come, and the headers that are whole."""
         if self._head is not None:
