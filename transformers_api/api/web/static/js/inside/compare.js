@@ -14,7 +14,7 @@ import { promptLength } from "./tokens.js";
  *  the unedited model wrote beside it. */
 export function othersOf(node, saved) {
   const siblings = state.chat.nodes[node.id] === node ? versions(state.chat, node) : [];
-  return [...siblings, ...(saved ? [saved] : []), ...(node.twin ? [node.twin] : [])].filter((other) => other !== node && other.tokens?.length);
+  return [...siblings, ...(saved ? [saved] : []), ...(node.twin ? [node.twin] : [])].filter((other) => other !== node && (other.tokens?.length || other.live));
 }
 
 /** How many tokens two answers begin with in common. */
