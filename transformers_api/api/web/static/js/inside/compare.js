@@ -41,10 +41,13 @@ function verdict(one, other) {
 /** Dim the tokens that both answers begin with, and mark the first that differs. */
 function markShared(tapes) {
   const shared = sharedTokens(tapes[0].node, tapes[1].node);
+  const isDecided = !tapes[0].node.live || tapes.every(({ node }) => node.tokens[shared]);
   for (const tape of tapes) {
     const start = promptLength(tape.node);
-    for (const [position, element] of tape.chips) element.classList.toggle("shared", position - start < shared);
-    tape.chips.get(start + shared)?.classList.add("parts");
+    for (const [position, element] of tape.chips) {
+      element.classList.toggle("shared", position - start < shared);
+      element.classList.toggle("parts", isDecided && position - start === shared);
+    }
   }
 }
 
