@@ -13,6 +13,26 @@ from playwright.sync_api import expect
 from tests.page.conftest import violations
 from tests.page.inside import ask, begin, choose, completion, look_inside, rows
 
+# Each event of an answer waits for two frames; notes which lanes had tokens while it was written.
+SLOWLY = """() => {
+  const plain = window.fetch;
+  window.lanes = {};
+  const frame = () => new Promise((done) => requestAnimationFrame(done));
+  const look = () => {
+    for (const name of ["Unedited", "Edited"]) {
+      if (document.querySelector(`#view-inside[data-live] [aria-label="${name}"] .tok`)) lanes[name] = true;
+    }
+  };
+  window.fetch = async (path, options) => {
+    const answer = await plain(path, options);
+    if (!String(path).endsWith("/chat/completions")) return answer;
+    const slow = new TransformStream({ async transform(text, out) {
+      for (const event of text.split(/(?<=\\n\\n)/)) { out.enqueue(event); await frame(); await frame(); look(); }
+    } });
+    const body = answer.body.pipeThrough(new TextDecoderStream()).pipeThrough(slow);
+    return new Response(body.pipeThrough(new TextEncoderStream()), { headers: answer.headers });
+  };
+}"""
 QUESTION = "What is the capital of France"
 MODEL = "tiny-llama"
 OFF = {"do": "ablate", "part": "head", "layer": 1, "heads": [2]}
@@ -79,8 +99,10 @@ def test_an_answer_is_written_beside_its_unedited_twin_and_the_push_of_each_toke
     page.get_by_role("slider", name="How much: MLP of layer 0").fill("0.5")
     shelf = page.get_by_role("list", name="Edits").get_by_role("listitem")
     expect(shelf).to_have_text(["head 2 of layer 1 off", "MLP of layer 0 × 0.5"])
+    page.evaluate(SLOWLY)
     with page.expect_response("**/v1/completions") as measured:
         body = write(page, "Write again with the edits")
+    assert page.evaluate("lanes") == {"Unedited": True, "Edited": True}
     assert body["intervene"] == {"edits": [OFF, HALF], "compare": "free"}
     assert body["temperature"] == 0
     expect(page.get_by_role("region", name="Edited", exact=True)).to_contain_text(

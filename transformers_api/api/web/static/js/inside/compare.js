@@ -14,7 +14,7 @@ import { promptLength } from "./tokens.js";
  *  the unedited model wrote beside it. */
 export function othersOf(node, saved) {
   const siblings = state.chat.nodes[node.id] === node ? versions(state.chat, node) : [];
-  return [...siblings, ...(saved ? [saved] : []), ...(node.twin ? [node.twin] : [])].filter((other) => other !== node && other.tokens?.length);
+  return [...siblings, ...(saved ? [saved] : []), ...(node.twin ? [node.twin] : [])].filter((other) => other !== node && (other.tokens?.length || other.live));
 }
 
 /** How many tokens two answers begin with in common. */
@@ -41,10 +41,13 @@ function verdict(one, other) {
 /** Dim the tokens that both answers begin with, and mark the first that differs. */
 function markShared(tapes) {
   const shared = sharedTokens(tapes[0].node, tapes[1].node);
+  const isDecided = !tapes[0].node.live || tapes.every(({ node }) => node.tokens[shared]);
   for (const tape of tapes) {
     const start = promptLength(tape.node);
-    for (const [position, element] of tape.chips) element.classList.toggle("shared", position - start < shared);
-    tape.chips.get(start + shared)?.classList.add("parts");
+    for (const [position, element] of tape.chips) {
+      element.classList.toggle("shared", position - start < shared);
+      element.classList.toggle("parts", isDecided && position - start === shared);
+    }
   }
 }
 

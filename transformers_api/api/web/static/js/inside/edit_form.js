@@ -24,7 +24,7 @@ export function editForm(onAdd) {
     ...Object.fromEntries(Object.keys(STORES).map((name) => [name, h("select", { class: "sel", "aria-label": words.fields[name] })])),
     prompt: h("textarea", { class: "in", rows: "2", "aria-label": words.fields.prompt, maxlength: "4000" }),
   };
-  const boxes = Object.entries(controls).map(([name, control]) => [name, h("label", { class: `field ${name}` }, h("span", { text: words.fields[name] }), control)]);
+  const boxes = Object.entries(controls).map(([name, control]) => [name, h("label", { class: `field field-${name}` }, h("span", { text: words.fields[name] }), control)]);
   const says = h("p", { class: "hint", dir: "auto" });
   const adder = button(words.add, () => onAdd(value()), { cls: "btn" });
   const element = h("div", { class: "edit-form" }, kind, ...boxes.map(([, box]) => box), says, adder);

@@ -205,7 +205,7 @@ function writeLive(now, isFollowing) {
   const came = stage.grow();
   const target = selected();
   const { node, position } = target;
-  if (position >= 0) {
+  if (position >= 0 && node.tokens.length) {
     stage.press(node, position);
     const isPanelDue = pane.comes(target, now);
     const isShadeDue = shade.comes(target, now);
