@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy
 
-from transformers_api.engine.base import Engine
 from transformers_api.inspection.activations import Activation, ActivationSpec, RecordedRows
 from transformers_api.inspection.attribution_question import Attribution, AttributionQuestion
 from transformers_api.inspection.base import (
@@ -221,6 +220,9 @@ class FakeInspector:
         self.editable = Editable(tuple(fake_places(layer) for layer in layers), True)
         self.asked: list[tuple[str, list[int]]] = []
 
+    def served_by(self, engine: Any) -> FakeInspector:
+        return self
+
     def attention(
         self,
         ids: Sequence[int],
@@ -296,7 +298,7 @@ class FakeInspector:
         return sliced(lambda: DirectionReading(((97, 1.5),), ((98, -0.5),)))
 
     def part_numbers(
-        self, ids: Sequence[int], places: Sequence[tuple[int, Part]], engine: Engine
+        self, ids: Sequence[int], places: Sequence[tuple[int, Part]]
     ) -> Job[list[Array]]:
         rows = numpy.random.default_rng(0).normal(size=(len(ids), WIDTH)).astype(numpy.float32)
         return sliced(lambda: [rows for _ in places])

@@ -128,9 +128,7 @@ def test_what_they_are_can_be_read_and_put_where_it_was(watch):
     engine = watched.engine
     unedited = written(engine, [(PROMPT, None)])[0]
     for part, heads in (("q", 4), ("k", 2), ("v", 2)):
-        numbers = watched.run(
-            watched.inspector.part_numbers(PROMPT, [(LAYER, part)], watched.engine)
-        )[0]
+        numbers = watched.run(watched.inspector.part_numbers(PROMPT, [(LAYER, part)]))[0]
         assert numbers.shape == (COUNT, heads * 8)
         own = numbers.reshape(COUNT, heads, 8)
         edit = inputs("set", part, tuple(range(heads)), ((0, COUNT),), vector=own, is_aligned=True)

@@ -95,9 +95,7 @@ def theirs(library: str, folder: Path) -> dict[str, torch.Tensor]:
 def ours(watched, name, case):
     """The likeliest tokens and their log probabilities after the prompt, by what is served."""
     if case.is_aligned:
-        (numbers,) = watched.run(
-            watched.inspector.part_numbers(OTHER, [(LAYER, "resid")], watched.engine)
-        )
+        (numbers,) = watched.run(watched.inspector.part_numbers(OTHER, [(LAYER, "resid")]))
         case = edit(
             do="set",
             positions=SPAN,

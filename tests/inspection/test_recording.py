@@ -74,7 +74,7 @@ def test_records_are_the_numbers_of_every_token_that_was_read(watch, name):
     outputs = run(watched.engine, prompts, plans)[0]
     ids = [*prompts[0], *(output.token_id for output in outputs)][:-1]
     places = [(layer, part) for layer, part in plans[0].records]
-    expected = watched.run(watched.inspector.part_numbers(ids, places, watched.engine))
+    expected = watched.run(watched.inspector.part_numbers(ids, places))
     for (layer, part), right in zip(places, expected, strict=True):
         own, factor = joined(outputs, part, layer)
         assert own.shape == right.shape

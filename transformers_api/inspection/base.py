@@ -250,6 +250,10 @@ class Inspector(Protocol):
         """The same, read with an ``edit_plan.EditPlan``; not of attributions: other texts."""
         ...
 
+    def served_by(self, engine: Any) -> Inspector:
+        """The same for this engine.base.Engine: the model's own, or one with an adapter."""
+        ...
+
     @property
     def anatomy(self) -> Anatomy:
         """The anatomy, which says what can be asked."""
@@ -314,11 +318,11 @@ class Inspector(Protocol):
         ...
 
     def part_numbers(
-        self, ids: Sequence[int], places: Sequence[tuple[int, Part]], engine: Any
+        self, ids: Sequence[int], places: Sequence[tuple[int, Part]]
     ) -> Job[list[Array]]:
         """The numbers of parts of layers, of each an array (n, width), as the stream has them.
 
-        ``engine`` (engine.base.Engine) reads the text: the model's own, or one with an adapter.
+        The engine that serves reads the text: see ``served_by``.
         """
         ...
 

@@ -67,6 +67,7 @@ class ModelInspector:
         self.anatomy = anatomy
         self.source = source
         self._check = check
+        self._engine: Engine = check.engine
         self.way = Way(
             parts=parts,
             vocab_size=anatomy.vocab_size,
@@ -79,6 +80,12 @@ class ModelInspector:
         other = copy.copy(self)
         text = EditedText(plan, self.way.parts, self.anatomy.attention, self.source)
         other.way = replace(self.way, edits=text)
+        return other
+
+    def served_by(self, engine: Engine) -> ModelInspector:
+        """See ``base.Inspector``."""
+        other = copy.copy(self)
+        other._engine = engine
         return other
 
     def attention(
@@ -156,10 +163,10 @@ class ModelInspector:
         return lambda model: attribute(model, self.way, list(ids), question)
 
     def part_numbers(
-        self, ids: Sequence[int], places: Sequence[tuple[int, Part]], engine: Engine
+        self, ids: Sequence[int], places: Sequence[tuple[int, Part]]
     ) -> Job[list[Array]]:
         """See ``base.Inspector``."""
-        parts = self.way.parts
+        parts, engine = self.way.parts, self._engine
         return lambda model: served_parts(engine, model, parts, list(ids), list(places))
 
     def logit_parts(self, ids: Sequence[int], question: LogitPartsQuestion) -> Job[LogitParts]:

@@ -179,11 +179,10 @@ class PartNumbers:
 
     ids: Sequence[int]
     places: Sequence[tuple[int, editable.Part]]
-    engine: Any  # see engine.base.Engine
 
     def job(self, inspector: Inspector) -> Job[list[Array]]:
         """See Question."""
-        return inspector.part_numbers(self.ids, self.places, self.engine)
+        return inspector.part_numbers(self.ids, self.places)
 
 
 @dataclass(frozen=True, slots=True)

@@ -151,7 +151,7 @@ def _rows(context: RequestContext, model: LoadedModel, sae: Sae) -> list[Array]:
     if not texts:
         raise InvalidRequest("the calibration texts have no tokens of this model")
     place = [(sae.layer, sae.part)]
-    numbers = (questions.PartNumbers(ids, place, model.engine) for ids in texts)
+    numbers = (questions.PartNumbers(ids, place) for ids in texts)
     return [inspections.ask(model, each, context.cancellation)[0] for each in numbers]
 
 

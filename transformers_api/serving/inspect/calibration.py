@@ -63,7 +63,7 @@ class Calibration:
 
         Raises InvalidRequest where the texts have no tokens.
         """
-        read = [ask(PartNumbers(ids, places, model.engine)) for ids in self.ids(model)]
+        read = [ask(PartNumbers(ids, places)) for ids in self.ids(model)]
         if not read:
             raise InvalidRequest("the calibration texts have no tokens of this model")
         return [numpy.concatenate(each) for each in zip(*read, strict=True)]

@@ -158,7 +158,7 @@ class Planner:
         does.
         """
         inspector = checked(model, intervene, self.settings)
-        inspections, cancellation, engine = self.inspections, self.cancellation, model.engine
+        inspections, cancellation = self.inspections, self.cancellation
 
         def encoded(text: str) -> Sequence[int]:
             chat_template.check_bytes(text, self.settings.inspected_prompt_bytes)
@@ -172,7 +172,7 @@ class Planner:
                 return self.calibration.numbers(
                     model, places, lambda question: inspections.ask(model, question, cancellation)
                 )
-            question = PartNumbers(encoded(text), places, engine)
+            question = PartNumbers(encoded(text), places)
             return inspections.ask(model, question, cancellation)
 
         def prompt(text: str) -> PromptPlaces:

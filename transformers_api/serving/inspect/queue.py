@@ -231,8 +231,8 @@ def _timeout(seconds: float) -> InspectionTimeout:
 
 
 def _own(model: LoadedModel) -> Inspector:
-    """The inspector of a model in this process."""
-    return cast(Inspector, model.inspector)
+    """The inspector of a model in this process, for the model's own adapter if it has one."""
+    return cast(Inspector, model.inspector).served_by(model.engine)
 
 
 class _Run(Generic[T]):
