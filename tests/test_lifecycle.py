@@ -78,6 +78,7 @@ def listening() -> Iterator[tuple[socket.socket, str]]:
         yield receiver, "@" + name[1:]
 
 
+@pytest.mark.slow  # `make faults` runs it; tests/test_server.py has nearly the same
 def test_sigterm_refuses_what_is_new_and_says_so_to_what_is_cut_off() -> None:
     with serving(REAL, grace_s=3) as server:
         until(lambda: ready(server))

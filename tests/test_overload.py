@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from tests.repeats import slow
 from tests.servers import WAIT_S, Server, serving
 
 APP = "tests.faulty_app:create_app"
@@ -85,7 +86,7 @@ def test_an_answer_that_takes_too_long_ends_with_an_error_event(server: Server) 
     until(lambda: served_now(server) == 0)
 
 
-@pytest.mark.parametrize("half", [False, True], ids=["closed", "half closed"])
+@pytest.mark.parametrize("half", [False, *slow(True)], ids=["closed", "half closed"])
 def test_a_client_that_leaves_frees_its_place(server: Server, half: bool) -> None:
     body = json.dumps({"prompt": "Hi", "max_tokens": 100_000}).encode()
     head = b"POST /v1/completions HTTP/1.1\r\nHost: h\r\nContent-Length: %d\r\n\r\n" % len(body)

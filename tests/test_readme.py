@@ -20,6 +20,7 @@ import pytest
 
 from api_client import ApiClient
 from benchmarks.load import Server, measure
+from tests.repeats import slow
 
 ROOT = Path(__file__).parent.parent
 ADDRESS = "http://127.0.0.1:5000"
@@ -215,7 +216,13 @@ def check(answer, command):
         assert json.loads(answer)
 
 
-@pytest.mark.parametrize("command", those("curl", "docs/inspect.md"))
+GUIDE = those("curl", "docs/inspect.md")
+LONG = [command for command in GUIDE if "integrated_gradients" in command]
+
+
+@pytest.mark.parametrize(
+    "command", [*(command for command in GUIDE if command not in LONG), *slow(*LONG)]
+)
 def test_curl_commands_of_the_guide_are_answered(command, url, tmp_path):
     answer = curl(f"cd {tmp_path}\n{command}", url)
     saved = re.search(r" -o (\S+)", command)

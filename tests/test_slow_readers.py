@@ -57,6 +57,7 @@ def body_of(client: socket.socket) -> bytes:
     return body
 
 
+@pytest.mark.slow  # `make faults` runs it
 def test_who_reads_nothing_is_ended(server) -> None:
     with asked(server, ASSET) as client:
         server.said("read nothing for 4 s|read too slowly")

@@ -52,6 +52,7 @@ def leave_all(tiny: Tiny, send: Callable[[int], Stream]) -> float:
     return until(tiny.is_idle)
 
 
+@pytest.mark.slow  # `make faults` runs it
 @needs_nginx
 def test_200_clients_that_leave_midway_leave_nothing_behind(
     tiny: Tiny, tmp_path: Path, measured: Measured

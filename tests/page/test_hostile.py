@@ -6,6 +6,7 @@ import json
 import re
 from typing import Any
 
+import pytest
 from playwright.sync_api import Page, expect
 
 from tests.page.chatting import answered_with, box, model_turn, send, stored
@@ -30,6 +31,7 @@ def import_chat(page: Page, leaf: str, *nodes: dict[str, Any]) -> None:
     expect(page.get_by_role("alert")).to_contain_text("The chat is imported")
 
 
+@pytest.mark.slow
 def test_lists_and_quotes_deeper_than_the_stack_are_shown_as_written(scripted, open_page):
     page = open_page(scripted)
     answered_with(

@@ -284,6 +284,7 @@ def test_the_comparison_of_an_answer_waits_behind_any_and_has_its_time(model):
     job, hold = Job(slices=9), threading.Event()
     inspections = Inspections(0, 30, clock=lambda: 31.0 if job.begun.is_set() else 0.0)
     inspector = SimpleNamespace(diverge=lambda ids, question: job)
+    inspector.served_by = lambda engine: inspector
     compared = replace(model, inspector=inspector)
     question = DivergenceQuestion(answer=[2], plan=None, topk=1)
     first = Job(hold, slices=1)
