@@ -30,7 +30,8 @@ async function call(path, { method = null, body, signal, panel, accept } = {}) {
   const verb = method ?? (body === undefined ? "GET" : "POST");
   if (panel) remember(panel, { method: verb, path, body });
   const headers = {};
-  if (key.get()) headers.authorization = `Bearer ${key.get()}`;
+  const secret = key.get();
+  if (secret) headers.authorization = `Bearer ${secret}`;
   if (accept) headers.accept = accept;
   // Also without a body: other origins cannot send that type without being asked first.
   if (verb !== "GET") headers["content-type"] = "application/json";
@@ -44,7 +45,8 @@ async function call(path, { method = null, body, signal, panel, accept } = {}) {
   }
   if (answer.ok) return answer;
   const details = await answer.json().catch(() => null); // not JSON: a proxy in between
-  if (answer.status === 401) set({ needsKey: true });
+  // A refusal of a key that was changed meanwhile says nothing about the new one.
+  if (answer.status === 401 && secret === key.get()) set({ needsKey: true });
   throw refusal(answer.status, details, answer.headers);
 }
 
