@@ -302,8 +302,9 @@ def test_free_memory_is_a_plausible_number():
 def stored(native_loader, spec, monkeypatch):
     """(loader, specification) of a model whose packed weights are in the store."""
     monkeypatch.setattr(packed_weights, "SMALLEST", 0)
-    native_loader.load(spec, prepared(native_loader, spec)).engine.close()
-    join_writers()
+    model = native_loader.load(spec, prepared(native_loader, spec))
+    join_writers()  # what is unloaded before is not stored
+    model.engine.close()
     return native_loader, spec
 
 

@@ -16,7 +16,7 @@ function open(view) {
   document.body.dataset.view = view;
   for (const name of VIEWS) byId(`view-${name}`).hidden = name !== view;
   byId("composer").hidden = view === "models";
-  if (namedView() !== view) history.replaceState(null, "", view === "chat" ? location.pathname : `#${view}`);
+  if ((namedView() || "chat") !== view) history.replaceState(null, "", view === "chat" ? location.pathname : `#${view}`);
   set({ view });
 }
 
