@@ -110,7 +110,7 @@ def _begin(
     settings: Settings, thread: EngineThread | None, swapper: Swapper, preloaded: str | None
 ) -> None:
     if thread is not None:
-        thread.call(partial(_import_engine, settings.lazy_torch))
+        thread.call(partial(_import_engine, settings))
     if preloaded is not None:
         swapper.load(preloaded, wait=False)
 
@@ -146,7 +146,7 @@ def _swap_rules(settings: Settings, *, overlap: bool = False) -> SwapRules:
     )
 
 
-def _import_engine(lazy: bool) -> None:
+def _import_engine(settings: Settings) -> None:
     """Import what never goes away again, so that nobody looks through it for garbage.
 
     That takes a sixth of the time of the imports, and later, at every swap or in the middle of an
@@ -154,7 +154,8 @@ def _import_engine(lazy: bool) -> None:
     """
     is_first = "transformers_api.engine.loader" not in sys.modules
     with without_collection():
-        import_torch(lazy=lazy, transformers=True)
+        exports = settings.model_store.absolute() / "imports"
+        import_torch(lazy=settings.lazy_torch, transformers=True, exports=exports)
         import transformers_api.engine.loader  # noqa: F401
 
         if is_first:  # what a later one would keep may be garbage, of models even
