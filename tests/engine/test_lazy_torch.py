@@ -17,7 +17,7 @@ from transformers.utils import import_utils
 import transformers_api
 from transformers_api.engine.platform.lazy_torch import VERSIONS
 from transformers_api.engine.platform.meta_shapes import ShapesOnly
-from transformers_api.engine.platform.transformers_exports import listed, scanning_once
+from transformers_api.engine.platform.transformers_exports import scanning_once, use_list
 
 PROGRAM = """
 import collections
@@ -193,9 +193,9 @@ def package(tmp_path: Path) -> Path:
 
 
 def exports(scanner: Any, models: Path, lists: Path) -> list[object]:
-    with listed(scanner, lists):
-        define = scanner.define_import_structure
-        return [define(models, prefix="models"), define(str(models / "__init__.py"))]
+    use_list(scanner, lists)
+    define = scanner.define_import_structure
+    return [define(models, prefix="models"), define(str(models / "__init__.py"))]
 
 
 def test_exports_are_the_same_by_a_list_and_nothing_is_read_again(
@@ -207,9 +207,10 @@ def test_exports_are_the_same_by_a_list_and_nothing_is_read_again(
         own.define_import_structure(str(models / "__init__.py")),
     ]
     assert exports(own, models, tmp_path) == plain
+    own = scanner(package)
     own.define_import_structure = unread
     assert exports(own, models, tmp_path) == plain
-    with listed(own, tmp_path), pytest.raises(AssertionError, match="again"):
+    with pytest.raises(AssertionError, match="again"):
         own.define_import_structure(models / "a")
 
 

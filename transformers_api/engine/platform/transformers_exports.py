@@ -9,18 +9,20 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import logging
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from transformers_api.engine.platform.checked_file import (
+    keep_newest,
+    read_checked,
+    write_checked,
+)
 from transformers_api.engine.platform.deferred_modules import Treating, replaced, treated
 
-log = logging.getLogger(__name__)
 SCANNER = "transformers.utils.import_utils"
 SCAN, EXPORTED, DEFINE = (
     *("create_import_structure_from_path", "fetch__all__"),
@@ -57,7 +59,7 @@ class _Quickly(Treating):
         self.loader.exec_module(module)
         self.scanning.enter_context(scanning_once(module))
         if self.folder is not None:
-            self.scanning.enter_context(listed(module, self.folder))
+            use_list(module, self.folder)
 
 
 @contextmanager
@@ -77,9 +79,11 @@ def scanning_once(scanner: Any) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def listed(scanner: Any, folder: Path) -> Iterator[None]:
-    """Take what the models export from a list in ``folder``, which is written where it lacks."""
+def use_list(scanner: Any, folder: Path) -> None:
+    """Take what the models export from a list in ``folder``, which is written where it lacks.
+
+    For good: transformers asks again when it imports its processors.
+    """
     models = Path(scanner.__file__).parents[1] / "models"
     define: Any = getattr(scanner, DEFINE)
 
@@ -102,8 +106,7 @@ def listed(scanner: Any, folder: Path) -> Iterator[None]:
             for backends, modules in exports().items()
         }
 
-    with replaced(scanner, DEFINE, quickly):
-        yield
+    setattr(scanner, DEFINE, quickly)
 
 
 def _name(models: Path) -> str:
@@ -115,12 +118,8 @@ def _name(models: Path) -> str:
 
 def _read(path: Path) -> Exports | None:
     """The list; None where it is not there, or not whole."""
-    try:
-        digest, _, content = path.read_bytes().partition(b"\n")
-    except OSError:
-        return None
-    if hashlib.sha256(content).hexdigest().encode() != digest:
-        log.warning("A damaged file is not used: %s", path)
+    content = read_checked(path)
+    if content is None:
         return None
     return {
         frozenset(backends): {module: set(names) for module, names in modules.items()}
@@ -134,12 +133,6 @@ def _write(path: Path, exports: Exports) -> None:
         [sorted(backends), {module: sorted(names) for module, names in modules.items()}]
         for backends, modules in exports.items()
     ]
-    content = json.dumps(lists).encode()
     with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as own:
-            complete = Path(own) / path.name
-            complete.write_bytes(hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
-            complete.replace(path)
-        for other in set(path.parent.glob("*.exports")) - {path}:
-            other.unlink(missing_ok=True)
+        write_checked(path, json.dumps(lists).encode())
+        keep_newest(path.parent, "*.exports", 1)
