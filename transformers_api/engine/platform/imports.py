@@ -41,13 +41,36 @@ def map_torch() -> None:
         threading.Thread(target=load, args=arguments, name="linker").start()
 
 
+class _Pause:
+    """The pause of collection, of all threads that want one at the same time."""
+
+    def __init__(self) -> None:
+        self._lock, self._count, self._was_enabled = threading.Lock(), 0, False
+
+    def begin(self) -> None:
+        """Pause it, where nobody has."""
+        with self._lock:
+            if not self._count:
+                self._was_enabled = gc.isenabled()
+                gc.disable()
+            self._count += 1
+
+    def end(self) -> None:
+        """Go on, where nobody else wants it paused."""
+        with self._lock:
+            self._count -= 1
+            if not self._count and self._was_enabled:
+                gc.enable()
+
+
+_pause = _Pause()
+
+
 @contextmanager
 def without_collection() -> Iterator[None]:
-    """While it lasts, nobody looks for garbage: what is made meanwhile stays."""
-    was_enabled = gc.isenabled()
-    gc.disable()
+    """While it lasts, in any thread, nobody looks for garbage: what is made meanwhile stays."""
+    _pause.begin()
     try:
         yield
     finally:
-        if was_enabled:
-            gc.enable()
+        _pause.end()
