@@ -231,6 +231,8 @@ class Replica:
             ready=ready,
             reason=reason,
             process_bytes=process_bytes(),
+            slots=self._settings.max_inflight,
+            queue=self._settings.max_queue,
             encoder=self._engine.embeddings.encoder if self._engine.embeddings else None,
         )
 

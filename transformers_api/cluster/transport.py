@@ -43,8 +43,8 @@ class Transport(Protocol):
         """The answers of all replicas; None of each that does not answer soon."""
         ...
 
-    def avoid(self, replicas: Sequence[str]) -> None:
-        """Ask these, which do not answer, only where there are no others."""
+    def note(self, in_flight: Mapping[str, int], silent: Sequence[str]) -> None:
+        """Route by the requests of each replica; the silent are asked where there are no others."""
         ...
 
     def fault(self) -> str | None:
@@ -135,9 +135,9 @@ class RayTransport:
             raise errors[0]
         return [each for own in answers if not isinstance(own, BaseException) for each in own]
 
-    def avoid(self, replicas: Sequence[str]) -> None:
+    def note(self, in_flight: Mapping[str, int], silent: Sequence[str]) -> None:
         """See Transport."""
-        routing.avoid(replicas)
+        routing.note(in_flight, silent)
 
     def _options(self, model: str) -> Any:
         handles = self._handles
