@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 
 from transformers_api import logs
 from transformers_api.cluster import ray_runtime
-from transformers_api.cluster.messages import Caller
+from transformers_api.cluster.messages import Caller, place_of
 from transformers_api.cluster.metrics_page import merged
 from transformers_api.cluster.models import ClusterModels
 from transformers_api.cluster.transport import RayTransport, Transport, ask
@@ -50,8 +50,8 @@ class ClusterInspections(Inspections):
     def ask(self, model: LoadedModel, question: Question[T], cancellation: Cancellation) -> T:
         """See Inspections."""
         caller = Caller(spec=model.spec, request_id=logs.request_id.get())
-        name = model.spec.resident.name
-        answer = ask(self._transport, cancellation, "ask", name, caller, question)
+        place = place_of(model.spec)
+        answer = ask(self._transport, cancellation, "ask", place, caller, question)
         return cast(T, answer)
 
     def has_gradients(
