@@ -85,11 +85,13 @@ class PreparedEdit:
             changed = part + self.vector  # in float32, which the vector is
         else:
             part = part.float()
+            if torch.is_grad_enabled():
+                part = part.clone()  # as it was: gradients may need it
             changed = self._changed(part, offset)
         if self.edit.keeps_norm:
             length = vector_norm(changed, dim=-1, keepdim=True).clamp_min(1e-30)
             changed = changed * (vector_norm(part, dim=-1, keepdim=True) / length)
-        if not float(vector_norm(changed)) <= LARGEST:  # nor where it is no number
+        if not float(vector_norm(changed.detach())) <= LARGEST:  # nor where it is no number
             return False
         self._write(rows, changed)
         return True

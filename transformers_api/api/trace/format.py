@@ -252,8 +252,10 @@ def _parts(own: LogitParts, options: PartsRequest) -> Json:
 
 
 def _share(share: LogitShare) -> Json:
-    head = {"head": share.index} if share.part == "head" else {}
-    return {"part": share.part, "layer": share.layer, **head, "value": _round(share.value)}
+    own: Json = {"head": share.index} if share.part == "head" else {}
+    if share.part == "edit":
+        own = {"of": share.of}
+    return {"part": share.part, "layer": share.layer, **own, "value": _round(share.value)}
 
 
 def _activation(own: Activation) -> Json:
