@@ -45,3 +45,10 @@ class LogitParts:
     constant: float  # biases
     rounding: float  # of the stream, which rounds after every layer
     sum: float
+
+    def largest(self, count: int) -> list[int]:
+        """The places of the ``count`` largest shares, the largest first, and of all edits'."""
+        order = sorted(range(len(self.shares)), key=lambda at: -abs(self.shares[at].value))
+        parts = [at for at in order if self.shares[at].part != "edit"][:count]
+        chosen = {*parts, *(at for at in order if self.shares[at].part == "edit")}
+        return [at for at in order if at in chosen]

@@ -63,7 +63,7 @@ def _answer(
     vocabulary = Vocabulary(subject.model.tokenizer)
     if topk is None:
         topk = len(result.shares) if question.by == "layer" else MOST_LISTED
-    listed = sorted(range(len(result.shares)), key=lambda i: -abs(result.shares[i].value))[:topk]
+    listed = result.largest(topk)
     if question.by == "layer":
         listed.sort()
     values = [share.value for share in result.shares]
