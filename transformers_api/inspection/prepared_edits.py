@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
+from transformers_api.engine.runners.edited_attention import SUMS
 from transformers_api.engine.runners.edited_modules import RowsChange
 from transformers_api.inspection.base import LayerAttention
 from transformers_api.inspection.edit_plan import Edit, EditPlan
@@ -128,7 +129,8 @@ class PreparedEdit:
         if edit.do == "add":
             return part + vector
         if edit.do == "erase":
-            return part - (part @ vector.T) @ vector
+            basis = vector.to(SUMS)  # in how many tokens it is read does not show in the bits
+            return (part - (part.to(SUMS) @ basis.T) @ basis).float()
         if edit.is_aligned:
             vector = vector[offset : offset + len(part)]
         return vector.expand_as(part)
