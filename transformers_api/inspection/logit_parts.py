@@ -25,6 +25,7 @@ from transformers_api.inspection.attention import AttentionSource
 from transformers_api.inspection.base import Anatomy
 from transformers_api.inspection.logit_share import LogitParts, LogitPartsQuestion, LogitShare
 from transformers_api.inspection.logit_sources import NOT_SUMMED, by_source
+from transformers_api.inspection.logit_units import head_shares, input_direction
 from transformers_api.inspection.parts import Parts, lens_logits
 from transformers_api.inspection.reading import Way, last_logits
 from transformers_api.inspection.token_rows import TokenRows
@@ -134,9 +135,15 @@ def _of_writer(
         "mlp": (place.down, place.down_after, "neuron"),
     }.get(part, (None, (), ""))
     is_split = bool(name) and by in SPLIT_BY.get(unit, ()) and (unit == "neuron" or heads > 0)
+    if name and is_split and by == "head":
+        heads_own = head_shares(model, rows, (name, after), direction, heads, layer)
+        edits += heads_own.edits
+        whole = _along(rows.outputs[writer.name], direction) - _sum(edits)
+        own = _split(unit, layer, heads_own.values, whole, heads_own.bias)
+        return _Written([*own, *edits], unit, heads_own.bias)
     along, added = torch.empty(0), 0.0
     if name and (is_split or (name, "in") in rows.moved):
-        along, added = _before(model, rows, name, after, direction)
+        along, added = input_direction(model, rows, name, after, direction)
         edits += _edited(rows, (name, "in"), along, layer, unit)
     whole = _along(rows.outputs[writer.name], direction) - _sum(edits)
     if not (is_split and name):
@@ -301,23 +308,6 @@ def _scale(normed: Tensor, before_head: Tensor) -> float:
             param="model",
         )
     return _plain(scale, FLOAT32 if normed.dtype == torch.float32 else ROUNDED)
-
-
-def _before(
-    model: Any, rows: TokenRows, name: str | None, after: Sequence[str], direction: Tensor
-) -> tuple[Tensor, float]:
-    """The direction of a linear module's input, and what biases add along ``direction``.
-
-    ``after``: the norms between the module and the stream, the nearest to the module first.
-    """
-    assert name is not None
-    added = 0.0
-    for norm_name in reversed(after):
-        norm = frozen(model.get_submodule(norm_name), rows.inputs[norm_name])
-        added += float(norm.constant @ direction)
-        direction = norm.adjoint(direction)
-    before, own = pulled(model.get_submodule(name), rows.inputs[name], direction)
-    return before, added + own
 
 
 def _split(part: str, layer: int, values: Tensor, whole: float, bias: float) -> list[LogitShare]:
