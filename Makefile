@@ -25,7 +25,8 @@ TORCH_FROM_cpu = $$($(BIN)/python -m scripts.torch_index)
 
 # One torch thread per test process: more would fight for the same cores. Bytecode is written even
 # where the environment says otherwise: else each of the many servers compiles the package anew.
-TESTS := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist loadfile
+# Three processes, as much of the time is waiting for servers and browsers.
+TESTS := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 3 --dist loadfile
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

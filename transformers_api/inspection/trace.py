@@ -51,8 +51,8 @@ from transformers_api.inspection.recording import Recorder, Taken
 from transformers_api.inspection.sae import FeaturePlan
 from transformers_api.inspection.sae import largest as largest_features
 from transformers_api.inspection.sureness import divergence, uncertainty_of
-
-NAME = "trace"  # in ``observe`` and ``extras``
+from transformers_api.inspection.token_rows import MOVED
+from transformers_api.inspection.token_rows import TRACE as NAME
 
 
 @dataclass(slots=True)
@@ -112,6 +112,7 @@ class TracingRunner:
                     notes.rows.append(self._row(layer, probs[notes.place, heads], sink, notes))
         for notes in traced:
             notes.taken = self.recorder.take(notes.seq)
+            notes.taken.token.moved = notes.seq.extras.pop(MOVED, {})
             notes.seq.extras[NAME] = notes
         return logits
 
