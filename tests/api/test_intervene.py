@@ -576,6 +576,10 @@ def test_inspections_see_the_edited_model(client):
         ("logit_lens", {}),
         ("full_attn", {"trace_layer": 1, "head": 0}),
         ("heads", {}),
+        ("logit_parts", {"by": "head"}),
+        ("attribution", {"positions": [3], "method": "occlusion"}),
+        ("rollout", {}),
+        ("ablate", {"part": "mlp"}),
     ):
         one, other = (inspected(client, route, *e, **more) for e in ((), (edit,)))
         assert other.pop("intervene")["edits"][0]["elided"] is False
@@ -594,8 +598,78 @@ def test_what_an_inspection_reads_is_what_was_written_with_the_same_edits(client
 def test_inspections_refuse_in_their_own_words(client):
     error = inspected(client, "tokens", {**ADD, "layers": [7]}, status=422, logprobs=True)
     assert error["detail"] == "intervene.edits[0].layers must be in [-1, 1]"
-    error = inspected(client, "rollout", ADD, status=422)
-    assert "not supported" in error["detail"]
+    for route, own in (("logit_parts", {}), ("attribution", {}), ("rollout", {}), ("ablate", {})):
+        error = inspected(client, route, {**ADD, "layers": [7]}, status=422, **own)
+        assert error["detail"] == "intervene.edits[0].layers must be in [-1, 1]", route
+    force = {"do": "force", "step": 0, "token_ids": [7]}
+    error = inspected(client, "attribution", force, status=422)
+    assert error["detail"] == "force is of tokens that are written, and these are read"
+
+
+def test_a_logit_of_an_edited_answer_is_that_of_the_edited_model(client):
+    edit = {**ADD, "at": "generated"}
+    answer = completion(client, edit, trace={"parts": {"by": "head", "topk": 4}})
+    step = answer["choices"][0]["trace"]["steps"][2]["parts"]
+    asked = {"prompt": None, "completion_id": answer["id"], "position": len(PROMPT) + 1}
+    asked |= {"token": answer["choices"][0]["trace"]["steps"][2]["token_id"], "by": "head"}
+    read = inspected(client, "logit_parts", edit, **asked, topk=4096)
+    assert read["logit"] == pytest.approx(step["logit"], abs=1e-3)
+    assert read["model_logit"] == pytest.approx(step["model_logit"], abs=1e-3)
+    (own,) = [part for part in read["parts"] if part["part"] == "edit"]
+    assert (own["layer"], own["of"]) == (0, "resid")
+    values = sum(part["value"] for part in read["parts"])
+    total = values + read["rest"] + read["constant"] + read["rounding"]
+    assert total == pytest.approx(read["logit"], abs=1e-4)
+    assert abs(read["rounding"]) < 1e-3
+    assert [part for part in step["shares"] if part["part"] == "edit"] == [
+        {"part": "edit", "layer": 0, "of": "resid", "value": pytest.approx(own["value"], abs=1e-3)}
+    ]
+
+
+def test_who_asks_about_an_edited_answer_without_its_edits_is_told(client):
+    edited, plain = completion(client, ADD), completion(client)
+    for route, own in (("tokens", {"logprobs": True}), ("logit_parts", {}), ("rollout", {})):
+        asked = {"prompt": None, "completion_id": edited["id"], **own}
+        told = inspected(client, route, **asked)["intervene"]
+        assert told["edits"] == []
+        assert told["note"].startswith("the answer was written with edits")
+        assert "note" not in inspected(client, route, ADD, **asked)["intervene"]
+        assert "intervene" not in inspected(
+            client, route, **{**asked, "completion_id": plain["id"]}
+        )
+
+
+def test_both_prompts_of_a_grid_are_read_with_the_edits(client):
+    body = {
+        "clean": PROMPT,
+        "corrupt": "The capital of Frence is",
+        "layers": [1],
+        "positions": [-1],
+    }
+    edit = {**ADD, "scale": 0.01, "layers": [1], "at": "last"}
+    grids = []
+    for own in ({}, {"intervene": {"edits": [edit]}}):
+        for form in ({}, {"method": "gradient"}, {"corrupt": {"noise": 1, "span": "prompt"}}):
+            response = client.post("/inspect/patch", json={**body, "metric": "prob", **own, **form})
+            assert response.status_code == 200, response.get_json()
+            grids.append(response.get_json())
+    for plain, edited in zip(grids[:3], grids[3:], strict=True):
+        assert (plain["clean"], plain["corrupt"]) != (edited["clean"], edited["corrupt"])
+        assert edited["intervene"]["edits"][0]["at"] == [[len(PROMPT) - 1, len(PROMPT)]]
+    assert grids[0]["grid"] == [[1]]
+    assert grids[3]["grid"] == [[1]]
+    started = client.post(
+        "/inspect/patch", json={**body, "intervene": {"edits": [edit]}, "job": True}
+    )
+    assert started.status_code == 202
+    job = f"/inspect/jobs/{started.get_json()['id']}"
+    client.get(f"{job}/events").get_data()
+    exact = client.post("/inspect/patch", json={**body, "intervene": {"edits": [edit]}}).get_json()
+    assert client.get(job).get_json()["result"] == exact
+    named = {**edit, "at": {"text": "France"}}
+    refused = client.post("/inspect/patch", json={**body, "intervene": {"edits": [named]}})
+    assert refused.status_code == 422
+    assert "has the text 'France' 0 times" in refused.get_json()["detail"]
 
 
 def test_the_model_says_what_can_be_changed(client):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
+import numpy
 import pytest
 import torch
 from transformers import AttentionInterface
@@ -10,6 +13,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from tests.engine.models import prompts_of
 from tests.inspection.models import tiny
 from tests.inspection.test_trace import SHOWN, generate
+from transformers_api.engine.native import backend
+from transformers_api.inspection.activations import ActivationSpec
 from transformers_api.inspection.attention import Attended, Tap, install_tap
 from transformers_api.inspection.base import AttentionMode, TracePlan
 from transformers_api.inspection.examination import examine
@@ -189,12 +194,45 @@ def test_a_pass_shows_only_the_layers_that_are_asked_for(watch, native_cache, mo
     watched = watch("llama", native=native_cache)
     shown = []
 
-    def noted(module, *args):
+    def showing(module, *args):
         shown.append(module.layer_idx)
         replay_attention(module, *args)
 
-    monkeypatch.setattr(hooks, "replay_attention", noted)
-    (outputs,) = generate(watched.engine, prompts_of(1), TracePlan(layers=(1,)), max_tokens=3)
+    monkeypatch.setattr(hooks, "replay_attention", showing)
+    plan = TracePlan(layers=(1,), activations=(ActivationSpec(part="q", layer=1),))
+    (outputs,) = generate(watched.engine, prompts_of(1), plan, max_tokens=3)
     assert shown == [1] * len(outputs)
-    generate(watched.engine, prompts_of(1), TracePlan(topk=2), max_tokens=3)
-    assert len(shown) == len(outputs)
+    generate(watched.engine, prompts_of(1), TracePlan(layers=(1,), topk=2), max_tokens=3)
+    assert len(shown) == len(outputs)  # the kernels note the rows themselves
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llama", {}),
+        ("llama", {"kv_cache_dtype": "int8"}),
+        ("gemma2", {"dtype": "bfloat16"}),
+        ("mistral-window-8", {}),
+        ("gpt-oss-sinks", {}),
+    ],
+)
+def test_rows_that_the_kernels_note_are_those_that_they_would_show(
+    watch, native_cache, monkeypatch, name, options
+):
+    watched = watch(name, native=native_cache, **options)
+    plan = TracePlan(layers=tuple(watched.examined.anatomy.layers_with_attention))
+    prompts = [prompt * 2 for prompt in prompts_of(3)]
+    noted = generate(watched.engine, prompts, plan)
+    monkeypatch.setattr(backend, "noting_attention", lambda layers: hooks.noting_attention(()))
+    shown = generate(watched.engine, prompts, plan)
+    count = 0
+    for one, other in zip(chain(*noted), chain(*shown), strict=True):
+        rows = one.extras["trace"].attention, other.extras["trace"].attention
+        for own, same in zip(*rows, strict=True):
+            assert (own.layer, own.key_start, own.width) == (same.layer, same.key_start, same.width)
+            numpy.testing.assert_array_equal(own.weights, same.weights)
+            assert (own.sink is None) == (same.sink is None) == ("sinks" not in name)
+            if own.sink is not None:
+                numpy.testing.assert_array_equal(own.sink, same.sink)
+            count += 1
+    assert count == 30 * len(plan.layers)

@@ -4,45 +4,48 @@ from __future__ import annotations
 
 import copy
 import random
+from dataclasses import replace
 
 import pytest
 
 from tests.engine.models import prompts_of
 from tests.engine.reading import read
 from tests.inspection.models import tiny
-from tests.inspection.test_edits import FORMULAS, edit, plan
+from tests.inspection.random_edits import KINDS, random_plan
 from transformers_api.engine.base import SamplingParams, SequenceRequest
+from transformers_api.inspection.base import TracePlan
+from transformers_api.inspection.edit_plan import EditTally
+from transformers_api.inspection.logit_share import LogitPartsQuestion
 
 COUNT = 16
 BEGIN = prompts_of(4)[3]
-EDITS = {
-    name: FORMULAS[name][0]
-    for name in ("add", "scale attn", "zero mlp", "zero heads", "set neurons", "keep norm")
-}
+NOTED = TracePlan(
+    layers=(1,), topk=2, parts=LogitPartsQuestion(position=-1, by="head"), records=((0, "resid"),)
+)
 
 
-def request_of(chance):
-    """A prompt that shares its beginning with others, and what is changed of it."""
+def request_of(chance, earlier, kinds=tuple(KINDS)):
+    """A prompt that begins as others do, perhaps edits, forced tokens, and notes of its steps.
+
+    Some go on from an ``earlier`` one under the same edits: a branch, or what the cache may have.
+    """
     prompt = [*BEGIN[: chance.randint(1, len(BEGIN))], *chance.choices(range(3, 90), k=2)]
+    own, kinds = random_plan(chance, len(prompt), kinds) if chance.random() < 0.6 else (None, [])
+    if earlier and chance.random() < 0.4:
+        before, params, own, kinds, _ = chance.choice(earlier)
+        prompt = [*before, *chance.choices(range(3, 90), k=chance.randint(0, 3))]
     params = {"max_tokens": chance.randint(1, 9), "temperature": 0.8, "seed": 1, "logprobs": 2}
-    name = chance.choice([None, None, *EDITS])
-    if name is None:
-        return prompt, params, None
-    start = chance.choice([0, len(prompt), 3])
-    return prompt, params, (name, start)
+    if chance.random() < 0.3:
+        first = chance.randrange(3)
+        params["forced"] = {first + at: chance.randrange(3, 90) for at in range(2)}
+    return prompt, params, own, kinds, chance.random() < 0.25
 
 
-def ask(asked):
-    prompt, params, changed = asked
-    edits = None
-    if changed is not None:
-        name, start = changed
-        own = EDITS[name]
-        positions = ((start, None),)
-        fields = {key: getattr(own, key) for key in ("do", "part", "units", "vector", "by")}
-        fields |= {"keeps_norm": own.keeps_norm, "positions": positions}
-        edits = plan(edit(**fields), identity=repr(changed))
-    return SequenceRequest(prompt, SamplingParams(ignore_eos=True, **params), edits=edits)
+def submitted(engine, asked):
+    prompt, params, own, _, is_noted = asked
+    edits = None if own is None else replace(own, tally=EditTally())
+    request = SequenceRequest(prompt, SamplingParams(ignore_eos=True, **params), edits=edits)
+    return engine.submit([request], observe={"trace": NOTED} if is_noted else {})
 
 
 def scores(outputs):
@@ -50,28 +53,33 @@ def scores(outputs):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "chunk", "seed"),
+    ("name", "dtype", "chunk", "seed"),
     [
-        ("float32", 3, 1),
-        ("bfloat16", 8, 2),
+        ("gemma2", "float32", 3, 1),
+        ("gemma2", "bfloat16", 8, 2),
         *(
-            pytest.param(dtype, chunk, seed, marks=pytest.mark.slow)
+            pytest.param(name, dtype, chunk, seed, marks=pytest.mark.slow)
+            for name in ("gemma2", "gpt2", "gpt-oss-sinks", "mistral-window-8")
             for dtype in ("float32", "bfloat16")
             for chunk in (1, 3, 8)
             for seed in (3, 4, 5)
         ),
     ],
 )
-def test_nobodys_bits_depend_on_who_comes_and_goes(watch, dtype, chunk, seed):
+def test_nobodys_bits_depend_on_who_comes_and_goes(watch, name, dtype, chunk, seed):
     chance = random.Random(seed)
     options = {"dtype": dtype, "prefill_chunk": chunk, "num_slots": 3}
-    busy = watch(copy.deepcopy(tiny("gemma2")), **options).engine
-    alone = watch("gemma2", **options).engine
-    requests = [request_of(chance) for _ in range(COUNT)]
+    busy = watch(copy.deepcopy(tiny(name)), **options).engine
+    alone = watch(name, **options).engine
+    # Neurons of experts are no edit.
+    kinds = [kind for kind in KINDS if name != "gpt-oss-sinks" or kind != "set neurons"]
+    requests = []
+    for _ in range(COUNT):
+        requests.append(request_of(chance, requests, kinds))
     leaving = {n for n in range(COUNT) if chance.random() < 0.25}
     streams = []
     for number, asked in enumerate(requests):
-        streams.append(busy.submit([ask(asked)]))
+        streams.append(submitted(busy, asked))
         if number in leaving and chance.random() < 0.5:
             streams[-1].get(5)
         if number in leaving:
@@ -81,5 +89,15 @@ def test_nobodys_bits_depend_on_who_comes_and_goes(watch, dtype, chunk, seed):
         if number in leaving:
             continue
         alone.call(lambda _: alone.scheduler.forget()).result()
-        own = read(alone.submit([ask(requests[number])]))[0]
+        own = read(submitted(alone, requests[number]))[0]
         assert scores(outputs) == scores(own), (number, requests[number])
+
+
+def test_the_fast_rounds_have_every_kind_of_edit():
+    kinds = set()
+    for seed in (1, 2):
+        chance, requests = random.Random(seed), []
+        for _ in range(COUNT):
+            requests.append(request_of(chance, requests))
+        kinds |= {kind for *_, own, _ in requests for kind in own}
+    assert kinds == KINDS.keys()

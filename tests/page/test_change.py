@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import re
 
 import httpx
+import numpy
 import pytest
 from playwright.sync_api import expect
 
 from tests.page.conftest import violations
-from tests.page.inside import ask, begin, choose, completion, look_inside, rows
+from tests.page.inside import ask, begin, choose, completion, look_inside, rows, visible
 
 # Each event of an answer waits for two frames; notes which lanes had tokens while it was written.
 SLOWLY = """() => {
@@ -331,3 +333,89 @@ def test_a_link_with_anything_else_than_edits_is_no_link_with_edits(open_page, t
         page.goto(f"/ui?{number}#inside?edits={packed}")
         expect(page.get_by_role("heading", name="Nothing to look into yet")).to_be_visible()
         expect(page.get_by_text("edits of the link")).to_have_count(int(packed not in GARBAGE))
+
+
+def test_questions_about_an_edited_answer_ask_the_model_that_wrote_it(page, tiny):
+    add(page, "Switch a head off", 1, head=2)
+    write(page, "Write again with the edits")
+    page.get_by_role("button", name="End the comparison").click()
+    prompt, _ = completion(tiny, QUESTION, MODEL)
+    position = len(prompt) + 1
+    choose(page, position)
+    said = page.get_by_text("Asked of the model with the edit of this answer.")
+    page.get_by_role("tab", name="Why").click()
+    expect(said.locator("visible=true")).to_have_count(1)
+    assert asked(page, "attribution", "Ask why")["intervene"] == {"edits": [OFF]}
+    page.get_by_role("tab", name="Change").click()
+    expect(said.locator("visible=true")).to_have_count(2)  # of the parts, of the grid
+    body = asked(page, "logit_parts", "Take the logit apart")
+    assert body["intervene"] == {"edits": [OFF]}
+    shown = rows(page, "Shares of the logit")
+    answer = httpx.post(f"{tiny}/inspect/logit_parts", json=body, timeout=30).json()
+    values = sorted((part["value"] for part in answer["parts"]), key=abs, reverse=True)
+    assert [row[-1].replace("−", "-") for row in shown] == [f"{value:+.2f}" for value in values]
+    assert [row[0] for row in shown if "edit" in row[0]] == ["the edit of heads of layer 1"]
+    page.get_by_role("textbox", name="In place of").fill("France")
+    page.get_by_role("textbox", name="Put instead").fill("Paris")
+    assert asked(page, "patch", "Fill the grid")["intervene"] == {"edits": [OFF]}
+    page.get_by_role("tab", name="Token").click()
+    with page.expect_request("**/v1/completions") as sent:
+        page.get_by_role("button", name=re.compile("^Branch with ")).nth(1).click()
+    assert sent.value.post_data_json["intervene"] == {"edits": [OFF]}
+    branches = page.get_by_role("list", name="Branches")
+    expect(branches).to_contain_text("changed by 1 edit")
+    page.get_by_role("button", name=re.compile("^Keep the branch ")).click()
+    page.get_by_role("tab", name="Why").click()
+    choose(page, position)
+    assert asked(page, "attribution", "Ask why")["intervene"] == {"edits": [OFF]}
+
+
+def asked(page, route, button):
+    """The body of the question that a button asks, once it is answered."""
+    with page.expect_response(f"**/inspect/{route}") as answered:
+        page.get_by_role("button", name=button).click()
+    assert answered.value.ok, answered.value.text()
+    return answered.value.request.post_data_json
+
+
+def test_a_feature_is_set_and_a_place_is_patched_from_a_stored_run(page, tiny):
+    saved = io.BytesIO()
+    numbers = numpy.random.default_rng(0).normal(size=(32, 64)).astype(numpy.float32)
+    zeros = {"b_enc": numpy.zeros(64, numpy.float32), "b_dec": numpy.zeros(32, numpy.float32)}
+    numpy.savez(saved, W_enc=numbers, W_dec=numbers.T / 32, **zeros)
+    put = httpx.put(f"{tiny}/inspect/saes/words?layer=2", content=saved.getvalue(), timeout=30)
+    assert put.status_code < 300, put.text
+    resid = {"part": "resid", "layers": [1], "format": "stored"}
+    body = {"model": MODEL, "prompt": "once the story of Paris", "max_tokens": 4}
+    body["trace"] = {"activations": [resid]}
+    run = httpx.post(f"{tiny}/inspect/runs", json=body, timeout=30).json()["id"]
+    kind = page.get_by_role("combobox", name="Kind of edit")
+    kind.select_option(label="Set a feature of an autoencoder")
+    page.get_by_role("combobox", name="Autoencoder").select_option("words")
+    page.get_by_role("spinbutton", name="Feature").fill("64")
+    page.get_by_role("spinbutton", name="Feature").press("Tab")
+    expect(page.get_by_text("feature must be in [0, 63]")).to_be_visible()
+    page.get_by_role("spinbutton", name="Feature").fill("7")
+    page.get_by_role("spinbutton", name="Feature").press("Tab")
+    raised = httpx.get(f"{tiny}/inspect/saes/words/features/7", timeout=30).json()["raised"]
+    expect(page.get_by_text(f"Makes likelier: “{visible(raised[0]['token'])}”")).to_be_visible()
+    page.get_by_role("button", name="Add the edit").click()
+    page.get_by_role("slider", name="How much: feature 7 of words").fill("20")
+    kind.select_option(label="Patch a place from another text")
+    page.get_by_role("spinbutton", name="Layer").fill("1")
+    page.get_by_role("combobox", name="From").select_option(run)
+    expect(page.get_by_text("It has kept layer 1.")).to_be_visible()
+    page.get_by_role("spinbutton", name="Place here").fill("3")
+    page.get_by_role("spinbutton", name="Place there").fill("2")
+    page.get_by_role("button", name="Add the edit").click()
+    shelf = page.get_by_role("list", name="Edits").get_by_role("listitem")
+    expect(shelf).to_have_text(
+        ["feature 7 of words = 20", f"place 3 in layer 1 from place 2 of {run}"]
+    )
+    edits = write(page, "Write again with the edits")["intervene"]["edits"]
+    assert edits == [
+        {"do": "feature", "sae": "words", "feature": 7, "value": 20},
+        {"do": "patch", "layer": 1, "at": [3], "from": {"run": run, "at": [2]}},
+    ]
+    expect(page.get_by_role("region", name="Edited", exact=True)).to_contain_text("2 edits")
+    assert violations(page, "#view-inside") == []

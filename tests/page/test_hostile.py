@@ -51,7 +51,10 @@ def test_an_imported_chat_that_goes_in_circles_turns_to_every_version(scripted, 
     above = {"id": "c", "parent": "b", "role": "assistant", "text": "above", "finish": "stop"}
     result = {"id": "d", "parent": "c", "role": "tool", "text": "of no call"}
     other = {"id": "e", "parent": "b", "role": "assistant", "text": "other", "finish": "stop"}
+    edits = [{"do": "ablate", "part": "mlp", "layer": 0}, None, 7, {"do": {}}, ["do"]]
+    other["asked"] = {"intervene": {"edits": edits}}
     import_chat(page, "e", user, above, other, result)
+    expect(model_turn(page)).to_contain_text("changed by 1 edit")
     page.get_by_role("button", name="Previous version").last.click()
     expect(page.get_by_role("article", name="Result of")).to_contain_text("of no call")
     send(page, "it goes on")

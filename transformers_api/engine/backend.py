@@ -110,6 +110,16 @@ class Backend(Protocol):
         """
         ...
 
+    def noting_attention(
+        self, layers: Collection[int]
+    ) -> AbstractContextManager[Mapping[int, tuple[Tensor, Tensor | None]]]:
+        """While it lasts, passes note what the last tokens attend to in these layers.
+
+        By layer, once a pass has ended: probabilities (B, H, S), by slot as they are shown, and
+        those of the sinks (B, H). A layer that is not there is shown to those who observe it.
+        """
+        ...
+
     def editing(
         self, model: Any, edits: Sequence[ModuleEdit], attention: Sequence[AttentionEdit] = ()
     ) -> AbstractContextManager[None]:

@@ -146,12 +146,16 @@ class Tap:
         """Return the result of the wrapped function; what it reads and makes may be edited."""
         layer, watch = getattr(module, "layer_idx", None), _current.get()
         edits = [edit for edit in current_attention_edits() if edit.layer == layer]
+        if edits and torch.is_grad_enabled():  # gradients may need what the edits write over
+            query, key, value = query.clone(), key.clone(), value.clone()
         for edit in edits:
             if edit.before is not None:
                 edit.before(_inputs(edit, query, key, value))
         result = self.function(module, query, key, value, attention_mask, *args, **options)
         if layer is None or (watch is None and not edits):
             return result
+        if edits and torch.is_grad_enabled():
+            result = result[0].clone(), *result[1:]
         call = Attended(
             *(module, query, key, value, attention_mask, result[0], options),
             aligns_ends=self.aligns_ends,

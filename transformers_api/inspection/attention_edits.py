@@ -1,7 +1,7 @@
 """Edits of attention weights: edges that are blocked, softmaxes that are hotter or colder.
 
 All edits of a layer are applied to the scores of its queries, in their order; then the weights of
-the rows that one of them concerns are computed again, in float32, and nothing else is.
+the rows that one of them concerns are computed again, and nothing else is.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from transformers_api.errors import PromptTooLarge
 from transformers_api.inspection.attribution_question import Attribution, AttributionQuestion
-from transformers_api.inspection.reading import Way, read
+from transformers_api.inspection.reading import Way, read, unarmed
 
 log = logging.getLogger(__name__)
 CONVERGED = 0.05  # of the largest score: what one may still change when steps are doubled
@@ -44,7 +44,12 @@ class _Function:
         return self.ids.shape[1]
 
     def rows_per_slice(self, cost: int = 1) -> int:
-        """Sequences that make one slice together, a token costing ``cost`` times its reading."""
+        """Sequences that make one slice together, a token costing ``cost`` times its reading.
+
+        Edits are of one sequence.
+        """
+        if self.way.edits is not None:
+            return 1
         tokens = self.way.slice_tokens // cost if self.way.reads_in_chunks else 0
         return max(tokens // self.length, 1)
 
@@ -56,7 +61,8 @@ class _Function:
             return embedded(self.model, embeds[:, start:stop])
 
         logits = torch.empty(0)
-        for chunk in read(self.model, rows, self.way.width(len(embeds)), arm):
+        armed = self.way.armed(self.model, arm)
+        for chunk in read(self.model, rows, self.way.width(len(embeds)), armed):
             logits = chunk.logits
             yield
         return self._cut(logits)
@@ -67,12 +73,16 @@ class _Function:
         return scores[:, self.token_id]
 
     def gradients(self, embeds: Tensor) -> Tensor:
-        """Of f at embeddings (B, T, C), by one forward and one backward pass."""
+        """Of f at embeddings (B, T, C), by one forward and one backward pass.
+
+        Raises ModelNotCapable.
+        """
+        self.way.check_gradients()
         with torch.inference_mode(False), torch.enable_grad():
             leaf = embeds.clone().requires_grad_()
             rows = self.ids.clone().expand(len(leaf), -1)
             with embedded(self.model, leaf):
-                (chunk,) = read(self.model, rows, 0)
+                (chunk,) = read(self.model, rows, 0, self.way.armed(self.model, unarmed))
             value = self.value(self._cut(chunk.logits))
             (gradient,) = torch.autograd.grad(value.sum(), leaf)
             return gradient

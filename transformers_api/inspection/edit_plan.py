@@ -92,9 +92,14 @@ class EditPlan:
         return min(edit.first for edit in self.edits)
 
     @property
+    def parts(self) -> set[tuple[int, Part]]:
+        """The layers and parts of them that are changed."""
+        return {(edit.layer, edit.part) for edit in self.edits}
+
+    @property
     def places(self) -> int:
-        """Parts of layers that are changed."""
-        return len({(edit.layer, edit.part) for edit in self.edits})
+        """The number of these."""
+        return len(self.parts)
 
     @property
     def attention(self) -> dict[int, list[Edit]]:

@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor
 
 from transformers_api.engine.backend import Backend
@@ -23,11 +24,12 @@ from transformers_api.engine.sampling.sampler import TokenSampler
 from transformers_api.engine.scheduler import SlotStore
 from transformers_api.engine.sequence import SampledToken, Sequence
 from transformers_api.inspection.attention import AttentionSource
-from transformers_api.inspection.base import LayerAttention
+from transformers_api.inspection.base import LayerAttention, TracePlan
 from transformers_api.inspection.edit_plan import EditPlan, InterventionFailed
 from transformers_api.inspection.parts import Parts
 from transformers_api.inspection.pass_edits import PassEdits, Rows, plan_of
 from transformers_api.inspection.prepared_edits import PreparedEdit, prepared
+from transformers_api.inspection.token_rows import MOVED, TRACE, Moved
 
 
 class EditedText:
@@ -44,13 +46,17 @@ class EditedText:
         self._places = parts, attention
         self._source = source
         self._prepared: list[PreparedEdit] = []
+        self.moved: Moved = {}
 
     @contextmanager
     def editing(self, model: Any, start: int, stop: int) -> Iterator[None]:
         """See TextEdits. Raises InterventionFailed."""
-        self._prepared = self._prepared or prepared(self.edits, model, *self._places)
+        if not self._prepared:
+            with torch.inference_mode(False):  # gradients may go through them
+                self._prepared = prepared(self.edits, model, *self._places)
         changes = PassEdits(stop - start, True, self._source)
-        changes.add(self, self._prepared, Rows(0, start, stop - start), stop)
+        self.moved.clear()
+        changes.add(self, self._prepared, Rows(0, start, stop - start), stop, moved=self.moved)
         with edited_model(model, changes.module_edits(), changes.attention):
             yield
         for edit in changes.finish().values():
@@ -101,7 +107,8 @@ class InterveningRunner:
                 first = seq.start + (0 if self._reads_all else seq.num_cached)
                 rows = Rows(start, first, seq.start + seq.num_cached + width - first)
                 context = seq.num_cached + width
-                changes.add(seq, self._edits_of(plan_of(seq)), rows, context, seq.slot)
+                moved = self._moved_of(seq)
+                changes.add(seq, self._edits_of(plan_of(seq)), rows, context, seq.slot, moved)
                 if self._reads_all:
                     rows.first, rows.count = seq.start + seq.num_cached, width
             start += width
@@ -117,6 +124,15 @@ class InterveningRunner:
     def clear(self) -> None:
         """See Runner."""
         self.inner.clear()
+
+    def _moved_of(self, seq: Sequence) -> Moved | None:
+        """The place of what edits add to the token that is read last, where its trace has parts."""
+        trace: TracePlan | None = seq.observe.get(TRACE)
+        if trace is None or trace.parts is None:
+            return None
+        moved: Moved = {}
+        seq.extras[MOVED] = moved
+        return moved
 
     def _edits_of(self, plan: EditPlan) -> list[PreparedEdit]:
         if plan not in self._prepared:

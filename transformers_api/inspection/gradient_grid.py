@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers_api.engine.watched_pass import first_of, stream_of
 from transformers_api.inspection.attribution import embedded
 from transformers_api.inspection.places import Module
-from transformers_api.inspection.reading import Way, read
+from transformers_api.inspection.reading import Way, read, unarmed
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,17 +36,22 @@ def slopes(
     embedding: Module | None,
     noise: Tensor | None,
 ) -> tuple[float, dict[int, Slope]]:
-    """(the metric of a text, the slope of each layer). ``noise`` (T, C): on its embeddings."""
+    """(the metric of a text, the slope of each layer). ``noise`` (T, C): on its embeddings.
+
+    Raises ModelNotCapable.
+    """
+    way.check_gradients()
     parts: dict[int, Tensor] = {}
     with torch.inference_mode(False), torch.enable_grad(), ExitStack() as hooks:
         tokens = torch.tensor([ids], device=model.device)
         leaf = model.get_input_embeddings()(tokens).detach().clone().requires_grad_()
+        hooks.enter_context(embedded(model, leaf))
+        hooks.enter_context(way.armed(model, unarmed)(0, len(ids)))  # before what is noted
         for layer, module in modules.items():
             hooks.callback(_noting(model, module, layer, parts).remove)
         if noise is not None and embedding is not None:
             hooks.callback(_disturbing(model, embedding, noise).remove)
-        with embedded(model, leaf):
-            (chunk,) = read(model, tokens, 0)
+        (chunk,) = read(model, tokens, 0)
         value = metric(chunk.logits[:, -1, : way.vocab_size].float()).sum()
         order = list(parts)
         gradients = torch.autograd.grad(value, [parts[layer] for layer in order])

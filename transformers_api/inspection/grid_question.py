@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy
 from numpy.typing import NDArray
@@ -40,7 +40,8 @@ class Noise:
 class GridQuestion:
     """The question what one token is worth after each of many changes, one at a time.
 
-    ``donor``: tokens, as many as are read, whose numbers are put in; None: zeros. With ``noise``
+    ``donor``: tokens, as many as are read, whose numbers are put in; None: zeros. They are read
+    with the edits ``donor_plan``, an ``edit_plan.EditPlan`` or None. With ``noise``
     the text is read with it, and metrics are means over its samples. The method ``gradient`` is
     the linear guess of all cells at once, from one backward pass. With ``only_cells`` both tokens
     are as they are here, and nothing but the cells is worked out.
@@ -49,6 +50,7 @@ class GridQuestion:
     part: Literal["resid", "attn", "mlp", "head"]
     cells: Sequence[Cell]
     donor: Sequence[int] | None = None
+    donor_plan: Any = None
     answer: int | None = None  # None: the donor's own choice, or that of the text that is read
     against: int | None = None  # None: the choice of the text that is read, where it is another
     metric: Metric = "logit_difference"

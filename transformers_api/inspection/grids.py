@@ -31,9 +31,14 @@ Row = tuple[Cell | None, int]  # a change, and the sample of noise that is read 
 
 
 def run_grid(
-    model: Any, way: Way, anatomy: Anatomy, ids: list[int], question: GridQuestion
+    model: Any,
+    way: Way,
+    donor_way: Way,
+    anatomy: Anatomy,
+    ids: list[int],
+    question: GridQuestion,
 ) -> Generator[None, None, Grid]:
-    """See ``base.Inspector.grid``."""
+    """See ``base.Inspector.grid``; ``donor_way``: to read the donor."""
     grid = _Texts(model, way, anatomy, ids, question)
     donor = question.donor
     if donor is not None and len(donor) != len(ids):
@@ -43,7 +48,7 @@ def run_grid(
         )
     donor_logits = None
     if donor is not None:
-        donor_logits = yield from grid.read_donor(list(donor))
+        donor_logits = yield from grid.read_donor(list(donor), donor_way)
     yield from grid.draw_noise()
     plain = None
     answer, against = question.answer or 0, question.against
@@ -88,14 +93,14 @@ class _Texts:
         """The draws of the noise, or the one reading without any."""
         return range(1 if self.question.noise is None else self.question.noise.samples)
 
-    def read_donor(self, donor: list[int]) -> Generator[None, None, Tensor]:
+    def read_donor(self, donor: list[int], way: Way) -> Generator[None, None, Tensor]:
         """The logits (V,) after the donor, whose numbers are noted."""
         pieces: dict[int, list[Tensor]] = {layer: [] for layer in self.modules}
         notes = [
             ModuleEdit(module.name, module.side, partial(_take, pieces[layer]))
             for layer, module in self.modules.items()
         ]
-        logits = yield from self._logits([donor], lambda *_: notes)
+        logits = yield from self._logits([donor], lambda *_: notes, way)
         self.donated = {layer: torch.cat(rows) for layer, rows in pieces.items()}
         return logits[0]
 
@@ -107,7 +112,7 @@ class _Texts:
         assert self.embedding is not None
         rows: list[Tensor] = []
         note = ModuleEdit(self.embedding.name, self.embedding.side, partial(_take, rows))
-        yield from self._logits([self.ids], lambda *_: [note])
+        yield from self._logits([self.ids], lambda *_: [note], self.way)
         embeddings = torch.cat(rows).float()
         generator = torch.Generator().manual_seed(noise.seed)
         shape = (noise.samples, len(noise.positions), embeddings.shape[1])
@@ -122,7 +127,7 @@ class _Texts:
             (cell, sample) for cell in self.question.cells for sample in self.samples
         ]
         width = 1
-        if self.way.reads_in_chunks:
+        if self.way.reads_in_chunks and self.way.edits is None:  # which are of one sequence
             width = min(max(self.way.slice_tokens // len(self.ids), 1), MOST_ROWS)
         values: list[Tensor] = []
         began = time.monotonic()
@@ -154,11 +159,16 @@ class _Texts:
 
     def changed(self, rows: Sequence[Row]) -> Generator[None, None, Tensor]:
         """The logits (B, V) after the last token, with a change in each of these rows."""
+        if self.way.edits is not None and len(rows) > 1:
+            alone = []
+            for row in rows:
+                alone.append((yield from self.changed([row])))
+            return torch.cat(alone)
         texts = [self.ids] * len(rows)
-        return (yield from self._logits(texts, partial(self._edits, rows)))
+        return (yield from self._logits(texts, partial(self._edits, rows), self.way))
 
     def _logits(
-        self, texts: list[list[int]], edits: Callable[[int, int], list[ModuleEdit]]
+        self, texts: list[list[int]], edits: Callable[[int, int], list[ModuleEdit]], way: Way
     ) -> Generator[None, None, Tensor]:
         tokens = torch.tensor(texts, device=self.model.device)
         logits = torch.empty(0)
@@ -166,7 +176,7 @@ class _Texts:
         def arm(start: int, stop: int) -> AbstractContextManager[None]:
             return hooked(self.model, edits(start, stop))
 
-        for chunk in read(self.model, tokens, self.way.width(len(texts)), arm):
+        for chunk in read(self.model, tokens, way.width(len(texts)), way.armed(self.model, arm)):
             logits = chunk.logits[:, -1, : self.way.vocab_size].float()
             yield
         return logits

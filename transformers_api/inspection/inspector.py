@@ -175,7 +175,10 @@ class ModelInspector:
 
     def grid(self, ids: Sequence[int], question: GridQuestion) -> Job[Grid]:
         """See ``base.Inspector``. Raises ModelNotCapable, InvalidRequest, PromptTooLarge."""
-        return lambda model: run_grid(model, self.way, self.anatomy, list(ids), question)
+        plan, way = question.donor_plan, replace(self.way, edits=None)
+        if plan is not None:
+            way = self.edited(plan).way
+        return lambda model: run_grid(model, self.way, way, self.anatomy, list(ids), question)
 
     def diverge(self, ids: Sequence[int], question: DivergenceQuestion) -> Job[Divergence]:
         """See ``base.Inspector``. Raises InterventionFailed."""

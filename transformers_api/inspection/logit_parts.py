@@ -10,58 +10,29 @@ Nothing is known by name: a norm is read off its answers to three vectors, a mat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from transformers_api.engine.places import LayerPlaces, Writer
-from transformers_api.engine.watched_pass import first_of, stream_of
-from transformers_api.errors import AttentionUnavailable, ModelNotCapable
+from transformers_api.errors import ModelNotCapable
 from transformers_api.inspection.adjoints import NOT_AFFINE, MeanDirections, frozen, pulled
-from transformers_api.inspection.attention import Attended, AttentionSource, Weights
-from transformers_api.inspection.base import Anatomy, AttentionMode
+from transformers_api.inspection.attention import AttentionSource
+from transformers_api.inspection.base import Anatomy
 from transformers_api.inspection.logit_share import LogitParts, LogitPartsQuestion, LogitShare
+from transformers_api.inspection.logit_sources import NOT_SUMMED, by_source
+from transformers_api.inspection.logit_units import head_shares, input_direction
 from transformers_api.inspection.parts import Parts, lens_logits
-from transformers_api.inspection.reading import Way, read, unarmed
+from transformers_api.inspection.reading import Way, last_logits
+from transformers_api.inspection.token_rows import TokenRows
 
-NOT_SUMMED = 0.05  # of the sizes of a head's shares: they are not what the head adds
+# Questions by which the input of a module is split.
+SPLIT_BY = {"head": ("head", "source"), "neuron": ("neuron",)}
 FLOAT32, ROUNDED = 1e-5, 5e-3  # relative: logits that are the head's but for a factor
-
-
-@dataclass(slots=True)
-class TokenRows:
-    """Rows of one token, as they passed through modules."""
-
-    inputs: dict[str, Tensor] = field(default_factory=dict)  # (C,) by module
-    outputs: dict[str, Tensor] = field(default_factory=dict)
-
-    @contextmanager
-    def watched(self, model: Any, names: Sequence[str]) -> Generator[None, None, None]:
-        """Note the last token's rows of these modules, while it lasts."""
-
-        def hook(name: str) -> Any:
-            def note(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-                stream = stream_of(args, kwargs)
-                own = first_of(args) if stream is None else stream
-                made = first_of(output)
-                if own is not None:
-                    self.inputs[name] = own.reshape(-1, own.shape[-1])[-1].clone()
-                if made is not None:
-                    self.outputs[name] = made.reshape(-1, made.shape[-1])[-1].clone()
-
-            return note
-
-        with ExitStack() as stack:
-            for name in dict.fromkeys(names):
-                module = model.get_submodule(name)
-                handle = module.register_forward_hook(hook(name), with_kwargs=True)
-                stack.callback(handle.remove)
-            yield
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,15 +65,15 @@ def split(
         names += [writer.name for writer in place.writers]
         names += [name for name in (place.reader, place.down) if name]
         names += [*place.reader_after, *place.down_after]
-    logits = yield from _last_logits(
-        model, way, tokens_read, lambda _first, _last: rows.watched(model, names)
-    )
+    logits = yield from last_logits(model, way, tokens_read, lambda *_: rows.watched(model, names))
+    if way.edits is not None:
+        rows.moved = dict(way.edits.moved)
     reading = _end(model, way, rows, logits, question, MeanDirections())
     yield
     shares, bias, readers = yield from _shares(model, way.parts, anatomy, rows, reading, question)
     _check_split(shares, question)
     if question.by == "source":
-        shares = yield from _by_source(model, way, source, tokens_read, readers, shares)
+        shares = yield from by_source(model, way, source, tokens_read, readers, shares)
     return _result(reading, shares, bias)
 
 
@@ -114,32 +85,85 @@ def _shares(
     reading: _Reading,
     question: LogitPartsQuestion,
 ) -> Generator[None, None, tuple[list[LogitShare], float, dict[int, Tensor]]]:
-    """(the shares, what biases add besides, the directions (H, D) of each layer's heads)."""
-    shares = [LogitShare("embed", -1, _along(rows.inputs[parts.layers[0]], reading.direction))]
+    """(the shares, what biases add besides, the directions (H, D) of each layer's heads).
+
+    What an edit adds to a row of the token is a share of its own; the others are without it.
+    """
+    first = parts.layers[0]
+    shares = _edited(rows, (first, "in"), reading.direction, -1, "resid")
+    embedding = _along(rows.inputs[first], reading.direction) - _sum(shares)
+    shares.insert(0, LogitShare("embed", -1, embedding))
     bias = 0.0
     readers: dict[int, Tensor] = {}
     for layer, place in enumerate(parts.places.of(model)):
         heads = _heads(anatomy, layer, place)
         for writer in place.writers:
-            part = _part(place, writer)
-            whole = writer.factor * _along(rows.outputs[writer.name], reading.direction)
-            along = writer.factor * reading.direction
-            if part == "attn" and question.by in ("head", "source") and heads:
-                along_input, added = _before(model, rows, place.reader, place.reader_after, along)
-                x = rows.inputs[place.reader or ""].double()
-                values = (x * along_input).reshape(heads, -1).sum(-1)
-                readers[layer] = along_input.reshape(heads, -1)
-                shares += _split("head", layer, values, whole, added)
-                bias += added
-            elif part == "mlp" and question.by == "neuron" and place.down:
-                along_input, added = _before(model, rows, place.down, place.down_after, along)
-                values = rows.inputs[place.down].double() * along_input
-                shares += _split("neuron", layer, values, whole, added)
-                bias += added
-            else:
-                shares.append(LogitShare(part, layer, whole))
+            own = _of_writer(model, rows, reading, (layer, place, writer), heads, question.by)
+            shares += own.shares
+            bias += own.bias
+            if own.unit == "head" and own.along is not None:
+                readers[layer] = own.along.reshape(heads, -1)
+        shares += _edited(rows, (place.layer, "out"), reading.direction, layer, "resid")
         yield
     return shares, bias, readers
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """The shares of what one module writes; ``along``: the direction of its heads or neurons."""
+
+    shares: list[LogitShare]
+    unit: str = ""  # they are split by: "head" or "neuron"
+    bias: float = 0.0
+    along: Tensor | None = None
+
+
+def _of_writer(
+    model: Any,
+    rows: TokenRows,
+    reading: _Reading,
+    place_of: tuple[int, LayerPlaces, Writer],
+    heads: int,
+    by: str,
+) -> _Written:
+    """See ``_shares``."""
+    layer, place, writer = place_of
+    part, direction = _part(place, writer), writer.factor * reading.direction
+    edits = _edited(rows, (writer.name, "out"), direction, layer, part)
+    name, after, unit = {
+        "attn": (place.reader, place.reader_after, "head"),
+        "mlp": (place.down, place.down_after, "neuron"),
+    }.get(part, (None, (), ""))
+    is_split = bool(name) and by in SPLIT_BY.get(unit, ()) and (unit == "neuron" or heads > 0)
+    if name and is_split and by == "head":
+        heads_own = head_shares(model, rows, (name, after), direction, heads, layer)
+        edits += heads_own.edits
+        whole = _along(rows.outputs[writer.name], direction) - _sum(edits)
+        own = _split(unit, layer, heads_own.values, whole, heads_own.bias)
+        return _Written([*own, *edits], unit, heads_own.bias)
+    along, added = torch.empty(0), 0.0
+    if name and (is_split or (name, "in") in rows.moved):
+        along, added = input_direction(model, rows, name, after, direction)
+        edits += _edited(rows, (name, "in"), along, layer, unit)
+    whole = _along(rows.outputs[writer.name], direction) - _sum(edits)
+    if not (is_split and name):
+        return _Written([LogitShare(part, layer, whole), *edits])
+    values = (rows.inputs[name].double() - rows.moved.get((name, "in"), 0)) * along
+    if unit == "head":
+        values = values.reshape(heads, -1).sum(-1)
+    return _Written([*_split(unit, layer, values, whole, added), *edits], unit, added, along)
+
+
+def _edited(
+    rows: TokenRows, key: tuple[str, str], direction: Tensor, layer: int, part: str
+) -> list[LogitShare]:
+    """The share of what edits added there; none where nothing was."""
+    moved = rows.moved.get(key)
+    return [] if moved is None else [LogitShare("edit", layer, _along(moved, direction), of=part)]
+
+
+def _sum(shares: Sequence[LogitShare]) -> float:
+    return sum(share.value for share in shares)
 
 
 def split_token(
@@ -159,12 +183,8 @@ def split_token(
     """
     parts = way.parts
     for place in parts.places.of(model):
-        if place.reader is None or place.reader not in rows.inputs:
-            continue
-        before, row = place.reader, rows.inputs[place.reader]
-        for name in place.reader_after:  # what the heads' module makes, and norms make of it
-            row = model.get_submodule(before)(row[None, None])[0, 0]
-            before, rows.inputs[name] = name, row
+        _follow(model, rows, place.reader, place.reader_after)
+        _follow(model, rows, place.down, place.down_after)
     names = [name for name in (parts.final_norm, parts.head) if name]
     with rows.watched(model, names):
         read_logits = lens_logits(model, parts, rows.outputs[parts.layers[-1]][None])[0]
@@ -183,6 +203,16 @@ def split_token(
             break
     _check_split(shares, question)
     return _result(replace(reading, model_logit=own), shares, bias)
+
+
+def _follow(model: Any, rows: TokenRows, before: str | None, after: Sequence[str]) -> None:
+    """Note what a module makes of its row, where there is one, and norms ``after`` it of that."""
+    if before is None or before not in rows.inputs:
+        return
+    row = rows.inputs[before]
+    for name in after:
+        row = model.get_submodule(before)(row[None, None])[0, 0]
+        before, rows.inputs[name] = name, row
 
 
 def _check(layers: Sequence[LayerPlaces], head: str | None) -> None:
@@ -210,22 +240,6 @@ def _part(place: LayerPlaces, writer: Writer) -> str:
 
 def _along(row: Tensor, direction: Tensor) -> float:
     return float(row.double() @ direction)
-
-
-def _last_logits(
-    model: Any, way: Way, ids: list[int], arm: Callable[[int, int], AbstractContextManager[None]]
-) -> Generator[None, None, Tensor]:
-    """The logits (V',) of the last token; ``arm`` watches the chunk that it is in."""
-    tokens = torch.tensor([ids], device=model.device)
-    logits = torch.empty(0)
-
-    def armed(first: int, last: int) -> AbstractContextManager[Any]:
-        return arm(first, last) if last == len(ids) else unarmed(first, last)
-
-    for chunk in read(model, tokens, way.width(), armed):
-        logits = chunk.logits[0, -1]
-        yield
-    return logits
 
 
 def _end(
@@ -296,23 +310,6 @@ def _scale(normed: Tensor, before_head: Tensor) -> float:
     return _plain(scale, FLOAT32 if normed.dtype == torch.float32 else ROUNDED)
 
 
-def _before(
-    model: Any, rows: TokenRows, name: str | None, after: Sequence[str], direction: Tensor
-) -> tuple[Tensor, float]:
-    """The direction of a linear module's input, and what biases add along ``direction``.
-
-    ``after``: the norms between the module and the stream, the nearest to the module first.
-    """
-    assert name is not None
-    added = 0.0
-    for norm_name in reversed(after):
-        norm = frozen(model.get_submodule(norm_name), rows.inputs[norm_name])
-        added += float(norm.constant @ direction)
-        direction = norm.adjoint(direction)
-    before, own = pulled(model.get_submodule(name), rows.inputs[name], direction)
-    return before, added + own
-
-
 def _split(part: str, layer: int, values: Tensor, whole: float, bias: float) -> list[LogitShare]:
     """The shares of a writer's parts. Raises ModelNotCapable unless they sum to the writer's."""
     off = abs(float(values.sum()) + bias - whole)
@@ -330,58 +327,6 @@ def _check_split(shares: Sequence[LogitShare], question: LogitPartsQuestion) -> 
         raise ModelNotCapable(
             f"no layer of this model has {part}s that can be told apart", param="by"
         )
-
-
-def _by_source(
-    model: Any,
-    way: Way,
-    source: AttentionSource,
-    ids: list[int],
-    readers: dict[int, Tensor],
-    shares: Sequence[LogitShare],
-) -> Generator[None, None, list[LogitShare]]:
-    """Shares of heads, each by the token that was read: weight * value @ direction.
-
-    ``readers``: the directions (H, D) of each layer's heads.
-    """
-    if source.mode is not AttentionMode.TAP:
-        raise AttentionUnavailable(
-            "the values that heads read cannot be shown for this model", param="by"
-        )
-    split_shares: dict[int, Tensor] = {}  # (H, S) by layer
-    starts: dict[int, int] = {}
-
-    def take(layer: int, weights: Weights) -> None:
-        if layer not in readers or not isinstance(weights, Attended):
-            return
-        last = weights.query.shape[2] - 1
-        probs = weights.rows(0, slice(last, last + 1))[0][:, 0].double()
-        values = weights.numbers(weights.value[0]).double()
-        values = values.repeat_interleave(weights.heads // len(values), dim=0)
-        along = torch.einsum("hsd,hd->hs", values, readers[layer])
-        split_shares[layer] = probs * along[:, -probs.shape[1] :]
-        starts[layer] = len(ids) - probs.shape[1]
-
-    yield from _last_logits(model, way, ids, lambda *_: source.watched(model, take, set(readers)))
-    result: list[LogitShare] = [share for share in shares if share.part != "head"]
-    for share in (share for share in shares if share.part == "head"):
-        own = split_shares.get(share.layer)
-        if own is None:
-            result.append(share)
-            continue
-        values = own[share.index]
-        size = max(float(values.abs().sum()), abs(share.value))
-        if abs(float(values.sum()) - share.value) > NOT_SUMMED * max(size, 1e-6):
-            raise ModelNotCapable(
-                f"what head {share.index} of layer {share.layer} reads does not add up to what it "
-                "gives: it is changed on the way",
-                param="by",
-            )
-        result += [
-            LogitShare("source", share.layer, value, share.index, starts[share.layer] + place)
-            for place, value in enumerate(values.tolist())
-        ]
-    return result
 
 
 def _result(reading: _Reading, shares: list[LogitShare], bias: float) -> LogitParts:

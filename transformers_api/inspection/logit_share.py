@@ -21,7 +21,8 @@ class LogitShare:
     """The share of one part of the model in a logit.
 
     ``part``: "embed", "attn", "mlp", the name of a module that writes besides, "head", "neuron", or
-    "source": what a head read from the token at ``position``.
+    "source": what a head read from the token at ``position``. "edit": what edits added to ``of``,
+    a part of the layer.
     """
 
     part: str
@@ -29,6 +30,7 @@ class LogitShare:
     value: float
     index: int = -1  # of the head or neuron
     position: int = -1
+    of: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,3 +45,10 @@ class LogitParts:
     constant: float  # biases
     rounding: float  # of the stream, which rounds after every layer
     sum: float
+
+    def largest(self, count: int) -> list[int]:
+        """The places of the ``count`` largest shares, the largest first, and of all edits'."""
+        order = sorted(range(len(self.shares)), key=lambda at: -abs(self.shares[at].value))
+        parts = [at for at in order if self.shares[at].part != "edit"][:count]
+        chosen = {*parts, *(at for at in order if self.shares[at].part == "edit")}
+        return [at for at in order if at in chosen]

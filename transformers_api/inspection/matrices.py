@@ -265,7 +265,7 @@ def rollout(
     def take(layer: int, weights: Weights, first: int, last: int) -> None:
         if not lowest <= layer <= layers[1]:
             return
-        shares, _ = weights.rows(0, slice(None))
+        shares, _ = _rows(way, layer, weights, slice(0, last - first), (first, last))
         read_from = _columns(shares, last, (0, last)).mean(0)  # (R, last)
         if drop_first:
             read_from = _without_first(read_from)

@@ -22,6 +22,7 @@ from transformers_api.inspection.attention import AttentionSource
 from transformers_api.inspection.attention_edits import change_attention
 from transformers_api.inspection.edit_plan import Edit, EditPlan
 from transformers_api.inspection.prepared_edits import ATTENTION, PreparedEdit
+from transformers_api.inspection.token_rows import Moved
 
 _TwoNumbers = ctypes.c_int64 * 2
 
@@ -70,6 +71,7 @@ class _Change:
     rows: Rows
     state: _State
     number: int
+    moved: Moved | None = None  # where it is noted what is added to the sequence's last row
     is_applied: bool = False  # here, not by the backend itself
 
     def spans(self, first: int, count: int) -> Iterator[tuple[int, int, int]]:
@@ -85,13 +87,25 @@ class _Change:
 
     def row_changes(self) -> list[RowsChange] | None:
         """The same for a backend that edits by itself; None: it cannot be said."""
-        if self.each.pieces is None:
+        if self.each.pieces is None or self.moved is not None:
             return None
         rows, made = self.rows, []
         for start, stop, offset in self.spans(rows.first, rows.count):
             row = rows.start + start - rows.first
             made += self.each.changes(row, stop - start, offset, self.number, self.state.address)
         return made
+
+    def note(self, own: Tensor, first: int) -> None:
+        """Change rows as ``apply`` does; add to what edits have ``moved`` the last of them by."""
+        if self.moved is None:
+            return self.apply(own, first)
+        before = own[-1].detach().clone().float()
+        self.apply(own, first)
+        by = own[-1].detach().float() - before
+        if bool(by.any()):
+            key = self.each.module.name, self.each.module.side
+            self.moved[key] = self.moved.get(key, 0) + by
+        return None
 
     def apply(self, own: Tensor, first: int) -> None:
         """Change rows of the sequence, from position ``first`` on."""
@@ -127,17 +141,19 @@ class PassEdits:
         rows: Rows,
         context: int,
         slot: int = 0,
+        moved: Moved | None = None,
     ) -> None:
         """The edits that change one of these rows of a sequence, which is in this slot.
 
-        ``context``: its tokens in the cache after the pass.
+        ``context``: its tokens in the cache after the pass. ``moved``: gets what is added to the
+        last row of each module.
         """
         state = _State.of(seq)
         self._states.append(state)
         inputs: dict[int, list[_Change]] = {}
         for each in edits:
             if _concerns(each.edit, rows):
-                change = _Change(each, rows, state, len(self._changes) + 1)
+                change = _Change(each, rows, state, len(self._changes) + 1, moved)
                 self._changes.append(change)
                 if each.module is ATTENTION:
                     inputs.setdefault(each.edit.layer, []).append(change)
@@ -191,7 +207,7 @@ class PassEdits:
         for change in changes:
             rows = change.rows
             own = tensor[rows.start : rows.start + rows.count + before]
-            change.apply(own, rows.first - before)
+            change.note(own, rows.first - before)
 
 
 def _change_inputs(changes: SequenceOf[_Change], inputs: AttentionInputs) -> None:

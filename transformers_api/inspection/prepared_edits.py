@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
+from transformers_api.engine.runners.edited_attention import SUMS
 from transformers_api.engine.runners.edited_modules import RowsChange
 from transformers_api.inspection.base import LayerAttention
 from transformers_api.inspection.edit_plan import Edit, EditPlan
@@ -85,11 +86,13 @@ class PreparedEdit:
             changed = part + self.vector  # in float32, which the vector is
         else:
             part = part.float()
+            if torch.is_grad_enabled():
+                part = part.clone()  # as it was: gradients may need it
             changed = self._changed(part, offset)
         if self.edit.keeps_norm:
             length = vector_norm(changed, dim=-1, keepdim=True).clamp_min(1e-30)
             changed = changed * (vector_norm(part, dim=-1, keepdim=True) / length)
-        if not float(vector_norm(changed)) <= LARGEST:  # nor where it is no number
+        if not float(vector_norm(changed.detach())) <= LARGEST:  # nor where it is no number
             return False
         self._write(rows, changed)
         return True
@@ -126,7 +129,8 @@ class PreparedEdit:
         if edit.do == "add":
             return part + vector
         if edit.do == "erase":
-            return part - (part @ vector.T) @ vector
+            basis = vector.to(SUMS)  # in how many tokens it is read does not show in the bits
+            return (part - (part.to(SUMS) @ basis.T) @ basis).float()
         if edit.is_aligned:
             vector = vector[offset : offset + len(part)]
         return vector.expand_as(part)

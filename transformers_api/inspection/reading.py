@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from transformers_api.errors import ModelNotCapable
 from transformers_api.inspection.parts import Parts, lens_logits, residuals_of
+from transformers_api.inspection.token_rows import Moved
 
 HEAD_ROWS = 64  # positions that go through the head together: [n, V] is never there as a whole
 Slices = Generator[None, None, None]  # a pause where it yields; see base.Job
@@ -31,6 +33,15 @@ class Way:
         """Tokens of each of ``rows`` sequences in one slice; 0: all."""
         return max(self.slice_tokens // rows, 1) if self.reads_in_chunks else 0
 
+    def check_gradients(self) -> None:
+        """Raise ModelNotCapable where no gradient passes the edits."""
+        edits = () if self.edits is None else self.edits.edits.edits
+        if any(edit.feature is not None for edit in edits):
+            raise ModelNotCapable(
+                'an edit of a feature has no gradient; use method "occlusion", "exact" of a grid',
+                param="method",
+            )
+
     def armed(self, model: Any, arm: Arm) -> Arm:
         """``arm``, after the edits: it observes what they have made."""
         if self.edits is None:
@@ -49,6 +60,7 @@ class TextEdits(Protocol):
     """Edits of a text; see ``edits.EditedText``."""
 
     edits: Any  # an EditPlan
+    moved: Moved  # of the last token of the last slice
 
     def editing(self, model: Any, start: int, stop: int) -> AbstractContextManager[None]:
         """While it lasts, tokens [start, stop) are read with the edits."""
@@ -102,6 +114,20 @@ def read(
         with arm(start, stop), suppress(SeenEnough):
             logits = model(input_ids=ids[:, start:stop], **options).logits
         yield Chunk(start, stop, logits if whole_logits else logits[:, -1:])
+
+
+def last_logits(model: Any, way: Way, ids: list[int], arm: Arm) -> Generator[None, None, Tensor]:
+    """The logits (V',) of the last token; ``arm`` observes the chunk that it is in."""
+    tokens = torch.tensor([ids], device=model.device)
+    logits = torch.empty(0)
+
+    def armed(first: int, last: int) -> AbstractContextManager[Any]:
+        return arm(first, last) if last == len(ids) else unarmed(first, last)
+
+    for chunk in read(model, tokens, way.width(), way.armed(model, armed)):
+        logits = chunk.logits[0, -1]
+        yield
+    return logits
 
 
 def each_logits(

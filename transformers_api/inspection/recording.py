@@ -28,9 +28,10 @@ from transformers_api.inspection.activations import (
 )
 from transformers_api.inspection.attention import Attended, Weights
 from transformers_api.inspection.base import LayerAttention, TracePlan
-from transformers_api.inspection.logit_parts import TokenRows
 from transformers_api.inspection.parts import Parts
+from transformers_api.inspection.pass_edits import plan_of
 from transformers_api.inspection.places import Module, head_dims, module_of
+from transformers_api.inspection.token_rows import TokenRows
 
 
 @dataclass(slots=True)
@@ -72,7 +73,7 @@ class Recorder:
             plan: TracePlan | None = seq.observe.get(name)
             if plan is not None and (plan.records or plan.activations or plan.parts):
                 rows = _Rows(start, width, seq.start + seq.num_cached)
-                self._add(takers, self._of(seq), plan, rows, ends)
+                self._add(takers, seq, plan, rows, ends)
             start += width
         return [
             ModuleEdit(module, side, partial(_each, notes, total))
@@ -104,11 +105,12 @@ class Recorder:
     def _add(
         self,
         takers: dict[tuple[str, Any], list[Any]],
-        taken: Taken,
+        seq: Sequence,
         plan: TracePlan,
         rows: _Rows,
         ends: bool,
     ) -> None:
+        taken = self._of(seq)
         for layer, part in plan.records:
             module = self._module(layer, part)
             note = partial(_record, taken, layer, part, module.factor, rows)
@@ -116,7 +118,7 @@ class Recorder:
         if not ends:
             return
         if plan.parts is not None:
-            for key in self._summed(plan.parts.by == "head"):
+            for key in self._summed(plan.parts.by == "head", seq):
                 takers.setdefault(key, []).append((rows, partial(_keep, taken.token, *key)))
         for spec in plan.activations:
             if spec.part in READ_BY_ATTENTION:
@@ -126,14 +128,20 @@ class Recorder:
             note = partial(_note, taken, spec, module.factor, size)
             takers.setdefault((module.name, module.side), []).append((rows, note))
 
-    def _summed(self, by_head: bool) -> list[tuple[str, Any]]:
-        """Modules and sides: the stream before and behind all layers, and what is added to it."""
+    def _summed(self, by_head: bool, seq: Sequence) -> list[tuple[str, Any]]:
+        """Modules and sides: the stream before and behind all layers, and what is added to it.
+
+        Heads and neurons, too, where the sequence's are edited.
+        """
         places = self._parts.places.of(self.model)
+        edited = set() if seq.edits is None else plan_of(seq).parts
         keys: list[tuple[str, Any]] = [(places[0].layer, "in"), (places[-1].layer, "out")]
-        for place in places:
+        for layer, place in enumerate(places):
             keys += [(writer.name, "out") for writer in place.writers]
-            if by_head and place.reader is not None:
+            if place.reader is not None and (by_head or (layer, "head") in edited):
                 keys.append((place.reader, "in"))
+            if place.down is not None and (layer, "neuron") in edited:
+                keys.append((place.down, "in"))
         return keys
 
     def _module(self, layer: int, part: ActivationPart) -> Module:

@@ -64,9 +64,10 @@ class Sae:
 
     def feature(self, rows: Array, number: int) -> Array:
         """One feature (n,) of rows (n, C)."""
+        own = self._before(rows, slice(number, number + 1))[:, 0]
         if self.architecture == "topk":  # it depends on all the others
-            return self.encode(rows)[:, number]
-        return self._before(rows, slice(number, number + 1))[:, 0]
+            return numpy.where(self.encode(rows)[:, number] > 0, own, 0).astype(numpy.float32)
+        return own
 
     def decode(self, features: Array, rows: Array) -> Array:
         """Rows (n, C) again, from their features; ``rows`` say how long they were."""
@@ -86,7 +87,10 @@ class Sae:
         x = (rows - shift) / scale
         if self.subtracts_bias:
             x = x - self.decoder_bias
-        product = x @ self.encoder[:, some]
+        encoder = self.encoder[:, some]
+        if encoder.shape[1] == 1:  # in how many rows it is asked about must not show in the bits
+            x, encoder = x.astype(numpy.float64), encoder.astype(numpy.float64)
+        product = x @ encoder
         before = product + self.encoder_bias[some]
         if self.architecture == "jumprelu":
             is_active = before > self.extra["threshold"][some]

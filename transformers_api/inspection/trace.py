@@ -7,6 +7,7 @@ Neither changes a number of the answer, and without a traced sequence neither do
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -30,6 +31,7 @@ from transformers_api.inspection.adjoints import MeanDirections
 from transformers_api.inspection.attention import Weights
 from transformers_api.inspection.attention_edits import edited_rows
 from transformers_api.inspection.base import (
+    AttentionMode,
     AttentionRow,
     LensReading,
     Likely,
@@ -49,8 +51,8 @@ from transformers_api.inspection.recording import Recorder, Taken
 from transformers_api.inspection.sae import FeaturePlan
 from transformers_api.inspection.sae import largest as largest_features
 from transformers_api.inspection.sureness import divergence, uncertainty_of
-
-NAME = "trace"  # in ``observe`` and ``extras``
+from transformers_api.inspection.token_rows import MOVED
+from transformers_api.inspection.token_rows import TRACE as NAME
 
 
 @dataclass(slots=True)
@@ -98,12 +100,19 @@ class TracingRunner:
         with ExitStack() as watch:
             if noting:
                 watch.enter_context(self.backend.editing(self.model, noting))
-            self._watch_attention(watch, traced)
+            attention = self._watch_attention(watch, traced)
             self._watch_residuals(watch, traced)
             self._watch_routers(watch, traced, batch.num_slots)
             logits = self.inner.forward(batch, keep)
+        for layer, (probs, sinks) in attention.items():
+            for notes in traced:
+                if layer in notes.plan.layers:
+                    heads = notes.plan.heads if isinstance(notes.plan.heads, tuple) else ...
+                    sink = None if sinks is None else sinks[notes.place, heads]
+                    notes.rows.append(self._row(layer, probs[notes.place, heads], sink, notes))
         for notes in traced:
             notes.taken = self.recorder.take(notes.seq)
+            notes.taken.token.moved = notes.seq.extras.pop(MOVED, {})
             notes.seq.extras[NAME] = notes
         return logits
 
@@ -111,7 +120,10 @@ class TracingRunner:
         """See Runner."""
         self.inner.clear()
 
-    def _watch_attention(self, watch: ExitStack, traced: list[_Notes]) -> None:
+    def _watch_attention(
+        self, watch: ExitStack, traced: list[_Notes]
+    ) -> Mapping[int, tuple[Tensor, Tensor | None]]:
+        """Note rows as layers attend; those that the pass notes itself are returned."""
         takers = {layer: [n for n in traced if layer in n.plan.layers] for layer in _layers(traced)}
         readers: dict[int, list[tuple[_Notes, ActivationSpec]]] = {}
         for notes in traced:
@@ -119,33 +131,42 @@ class TracingRunner:
                 if spec.part in READ_BY_ATTENTION:
                     readers.setdefault(spec.layer, []).append((notes, spec))
         if not (takers or readers):
-            return
+            return {}
 
         def note(layer: int, weights: Weights) -> None:
             for notes in takers.get(layer, ()):
-                notes.rows.append(self._row(layer, weights, notes))
+                notes.rows.append(self._edited_row(layer, weights, notes))
             for notes, spec in readers.get(layer, ()):
                 at = notes.place, notes.context
                 self.recorder.note_attention(notes.seq, spec, weights, at)
 
         layers = takers.keys() | readers.keys()
-        watch.enter_context(self.examined.source.watched(self.model, note, layers))
+        source = self.examined.source
+        watch.enter_context(source.watched(self.model, note, layers))
+        if source.mode is not AttentionMode.TAP:
+            return {}
+        own = {layer for layer, those in takers.items() if all(n.seq.edits is None for n in those)}
+        return watch.enter_context(self.backend.noting_attention(own - readers.keys()))
 
-    def _row(self, layer: int, weights: Weights, notes: _Notes) -> AttentionRow:
-        plan, context = notes.plan, notes.context
-        heads = plan.heads if isinstance(plan.heads, tuple) else None
+    def _edited_row(self, layer: int, weights: Weights, notes: _Notes) -> AttentionRow:
+        context = notes.context
+        heads = notes.plan.heads if isinstance(notes.plan.heads, tuple) else None
         rows, sink = weights.rows(notes.place, slice(-1, None), heads)
-        # the model's own cache may have dropped what lies before a window; ours has others' room
-        stop = min(rows.shape[2], context)
         if notes.seq.edits is not None:
-            own: Any = notes.seq.edits
-            last = notes.seq.start + context
+            edits: Any = notes.seq.edits
+            stop, last = min(rows.shape[2], context), notes.seq.start + context
             cut = rows[..., :stop], sink
-            rows, sink = edited_rows(own, layer, weights, cut, heads, last - 1, last - stop)
+            rows, sink = edited_rows(edits, layer, weights, cut, heads, last - 1, last - stop)
+        return self._row(layer, rows[:, -1], None if sink is None else sink[:, -1], notes)
+
+    def _row(self, layer: int, rows: Tensor, taken: Tensor | None, notes: _Notes) -> AttentionRow:
+        """``rows`` (H', S): of the last token, ``taken`` (H',) by the sinks."""
+        plan, context = notes.plan, notes.context
+        # the model's own cache may have dropped what lies before a window; ours has others' room
+        stop = min(rows.shape[1], context)
         width = min(stop, self.windows.get(layer) or context)
         first = context - width
-        shares = rows[:, -1, stop - width : stop]  # (H', K)
-        taken = None if sink is None else sink[:, -1]
+        shares = rows[:, stop - width : stop]  # (H', K)
         if plan.heads == "mean":
             shares, taken = shares.mean(0, True), None if taken is None else taken.mean(0, True)
         elif plan.heads == "max":
@@ -350,7 +371,7 @@ def _routed(layer: int, logits: Tensor, weights: Tensor, experts: Tensor) -> Rou
 
 def _array(tensor: Tensor) -> numpy.ndarray[Any, Any]:
     """float32, on the host, owning its numbers."""
-    return tensor.float().contiguous().cpu().numpy()
+    return numpy.ascontiguousarray(tensor.float().cpu().numpy())
 
 
 def _some(tensor: Tensor | None) -> numpy.ndarray[Any, Any] | None:

@@ -6,6 +6,7 @@ from ctypes import byref, c_float, c_int64
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -51,7 +52,7 @@ def attention_probs(
     heads, count, keys, size = query.shape[1], len(queries), key.shape[2], query.shape[3]
     scaling = options.get("scaling")
     sinks, slopes = (per_head(options.get(name)) for name in ("s_aux", "slopes"))
-    probs = torch.empty(heads, count, keys)
+    probs = torch.from_numpy(numpy.empty((heads, count, keys), numpy.float32))
     sink_probs = None if sinks is None else torch.empty(heads, count)
     call = abi.Attention(
         q=query.data_ptr(),

@@ -25,12 +25,7 @@ from transformers_api.api.http.services import EXTENSION, Services
 from transformers_api.api.http.stream_writer import StreamBody
 from transformers_api.api.trace.format import describe
 from transformers_api.config.settings import Settings
-from transformers_api.errors import (
-    ApiError,
-    ModelNotCapable,
-    Overloaded,
-    TraceBusy,
-)
+from transformers_api.errors import ApiError, ModelNotCapable, Overloaded, TraceBusy
 from transformers_api.serving import generation as serving_generation
 from transformers_api.serving.generation import Generation, GenerationRequest
 from transformers_api.serving.inspect.comparing import compare
@@ -305,10 +300,14 @@ class RequestContext:
         if generation is not None:
             self._keep(self.recorded(generation))
         if formatter.completion_id is not None and model is not None and model.relay is None:
-            answers = [choice.token_ids for choice in generation.answers] if generation else [[]]
-            self.services.completions.remember(
-                formatter.completion_id, model, formatter.prompts, answers, self.client
-            )
+            answers: list[Sequence[int]] = [[]]
+            edited = 0
+            if generation is not None:
+                request = generation.request
+                edited = request.edited_per_prompt if request.edited_places else 0
+                answers = [choice.token_ids for choice in generation.answers]
+            own = formatter.completion_id, model, formatter.prompts, answers, self.client, edited
+            self.services.completions.remember(*own)
 
     def _keep(self, runs: Iterable[Run]) -> None:
         """Keep these; the answer is out already: one that cannot be kept is not there later."""

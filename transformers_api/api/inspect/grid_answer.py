@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy
@@ -71,6 +71,10 @@ class GridAnswer:
             fields["tokens"] = [vocabulary.decoded(ids[column]) for column in columns]
         is_approximate = body["method"] == "gradient"
         return cls(fields=fields, cells=cells, is_patch=is_patch, is_approximate=is_approximate)
+
+    def beside(self, more: Mapping[str, Any]) -> GridAnswer:
+        """The same with more fields."""
+        return replace(self, fields={**self.fields, **more})
 
     def json(self, grid: Grid, values: Array, vocabulary: Vocabulary) -> Json:
         """All of it. ``values`` (cells,) are NaN where they are not there yet."""

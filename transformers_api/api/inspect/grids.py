@@ -34,6 +34,7 @@ from transformers_api.inspection.questions import Question
 from transformers_api.serving.inspect.edit_positions import PromptPlaces, resolve
 from transformers_api.serving.inspect.grid_job import GridWork
 from transformers_api.serving.inspect.jobs import InspectionJob
+from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.text.vocabulary import Vocabulary
 
 blueprint = Blueprint("grids", __name__, dialect=NIELS, description="Every place by turns")
@@ -66,7 +67,8 @@ def patch(body: dict[str, Any]) -> Any:
 
     0 is the corrupt prompt's metric, 1 the clean one's: where the grid is near 1 lies what makes
     the difference. The corrupt prompt may be the clean one with noise on the embeddings of a span.
-    A grid that would take too long is refused once that is clear, unless it is a `job`.
+    A grid that would take too long is refused once that is clear, unless it is a `job`. With
+    `intervene` both prompts are read with the same edits.
     """
     inspect_auth.check()
     with RequestContext(services()) as context:
@@ -76,7 +78,10 @@ def patch(body: dict[str, Any]) -> Any:
         corrupt = body["corrupt"]
         is_noise = isinstance(corrupt, dict)
         ids = clean if is_noise else subjects.side_ids(model, corrupt, "corrupt")
-        subject = Subject(context=context, model=model, inspector=inspector, ids=ids)
+        subject, donor = (
+            _side(context, model, body, which, own)
+            for which, own in (("clean" if is_noise else "corrupt", ids), ("clean", clean))
+        )
         layers = _layers(body, inspector.anatomy)
         columns: Sequence[int] = ()
         if body["part"] == "head":
@@ -85,7 +90,7 @@ def patch(body: dict[str, Any]) -> Any:
             columns = subjects.positions(body["positions"], len(ids))
             cells = [Cell(layer, position) for layer in layers for position in columns]
         noise = _noise(subject, corrupt) if is_noise else None
-        return _answered(subject, body, cells, layers, columns, donor=clean, noise=noise)
+        return _answered(subject, body, cells, layers, columns, donor=donor, noise=noise)
 
 
 @blueprint.at("/inspect/ablate", methods=["POST"])
@@ -98,11 +103,10 @@ def ablate(body: dict[str, Any]) -> Any:
     """Set each head, attention or MLP to zero by turns, and say how much it is missed.
 
     The number is the metric as it is less the metric without the part. One that is hardly missed
-    may still matter: another can have done its work.
+    may still matter: another can have done its work. With `intervene` it is that of the edited
+    model, and parts are set to zero after the edits.
     """
     with opened(body) as subject:
-        if subject.intervene is not None:
-            raise InvalidRequest("a grid makes its own edits", param="intervene")
         layers = _layers(body, subject.anatomy)
         part: Literal["attn", "mlp", "head"] = body["part"]
         cells = (
@@ -111,6 +115,20 @@ def ablate(body: dict[str, Any]) -> Any:
             else [Cell(layer) for layer in layers]
         )
         return _answered(subject, body, cells, layers, ())
+
+
+def _side(
+    context: RequestContext, model: LoadedModel, body: Mapping[str, Any], name: str, ids: list[int]
+) -> Subject:
+    """One of the two prompts, with the edits that were asked for."""
+    return Subject(
+        context=context,
+        model=model,
+        inspector=subjects.inspector_of(model),
+        ids=ids,
+        messages=body[name] if isinstance(body[name], list) else (),
+        intervene=body.get("intervene"),
+    ).edited(None)
 
 
 def _layers(body: Mapping[str, Any], anatomy: Anatomy) -> list[int]:
@@ -155,7 +173,7 @@ def _answered(
     cells: list[Cell],
     layers: Sequence[int],
     columns: Sequence[int],
-    donor: Sequence[int] | None = None,
+    donor: Subject | None = None,
     noise: Noise | None = None,
 ) -> Any:
     for name in ("answer", "against"):
@@ -172,7 +190,8 @@ def _answered(
     question = GridQuestion(
         part=body["part"],
         cells=cells,
-        donor=donor,
+        donor=None if donor is None else donor.ids,
+        donor_plan=None if donor is None else donor.plan,
         answer=body.get("answer"),
         against=body.get("against"),
         metric=body["metric"],
@@ -184,7 +203,7 @@ def _answered(
         _check_gradients(subject, body)
     answer = GridAnswer.of(
         body, vocabulary, subject.ids, layers, columns, cells, is_patch=donor is not None
-    )
+    ).beside(subject.edit_header)
     if body["job"]:
         return _job(subject, question, answer, vocabulary)
     grid = subject.ask(questions.Grid(subject.ids, question))
@@ -219,7 +238,7 @@ def _job(
     lease = subject.context.lease_for(subject.model, job.cancellation)
 
     def ask(question: Question[Grid]) -> Grid:
-        return inspections.ask(lease.model, question, job.cancellation)
+        return inspections.ask(lease.model, subject.of_edited(question), job.cancellation)
 
     def is_busy() -> bool:
         return lease.model.engine.stats().running > 0

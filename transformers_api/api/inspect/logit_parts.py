@@ -33,7 +33,7 @@ def logit_parts(body: dict[str, Any]) -> Any:
 
     With the statistics of the final norm as they are, all that comes after the residual stream is
     linear, so that the shares add up to the logit. A share is direct: what a part does by way of
-    later ones is theirs.
+    later ones is theirs. With `intervene` what an edit adds to a part of this token is one, too.
     """
     with opened(body) as subject:
         anatomy, ids = subject.anatomy, subject.ids
@@ -53,7 +53,8 @@ def logit_parts(body: dict[str, Any]) -> Any:
             by=body["by"],
         )
         result = subject.ask(questions.LogitParts(ids, question))
-        return _answer(subject, question, result, body.get("topk"))
+        answer = _answer(subject, question, result, body.get("topk"))
+        return {**answer, **subject.edit_header}
 
 
 def _answer(
@@ -62,7 +63,7 @@ def _answer(
     vocabulary = Vocabulary(subject.model.tokenizer)
     if topk is None:
         topk = len(result.shares) if question.by == "layer" else MOST_LISTED
-    listed = sorted(range(len(result.shares)), key=lambda i: -abs(result.shares[i].value))[:topk]
+    listed = result.largest(topk)
     if question.by == "layer":
         listed.sort()
     values = [share.value for share in result.shares]
@@ -100,6 +101,8 @@ def _share(vocabulary: Vocabulary, ids: Sequence[int], share: LogitShare) -> Map
     answer: dict[str, Any] = {"part": share.part, "layer": share.layer}
     if share.part in ("head", "source"):
         answer["head"] = share.index
+    if share.part == "edit":
+        answer["of"] = share.of
     if share.part == "neuron":
         answer["neuron"] = share.index
     if share.part == "source":

@@ -25,6 +25,7 @@ from transformers_api.errors import (
     ResponseTooLarge,
 )
 from transformers_api.inspection.base import Anatomy
+from transformers_api.inspection.edit_plan import EditPlan
 from transformers_api.inspection.questions import Edited, Inspected, Question
 from transformers_api.serving.generation import GenerationRequest, collect
 from transformers_api.serving.inspect.edit_positions import PromptPlaces
@@ -38,6 +39,10 @@ from transformers_api.serving.text.spans import Span, spans
 from transformers_api.serving.text.vocabulary import Vocabulary
 
 T = TypeVar("T")
+UNEDITED = (
+    "the answer was written with edits, and this is about the model without them; ask with its "
+    "intervene"
+)
 Format = Literal["json", "f16", "u8", "npz", "png", "html"]
 
 
@@ -67,8 +72,15 @@ class Subject:
         return self.context.services.settings
 
     @property
+    def plan(self) -> EditPlan | None:
+        """The edits that are in effect."""
+        return None if self.edits is None else self.edits.plan
+
+    @property
     def edit_header(self) -> Mapping[str, Any]:
-        """The field ``intervene`` of the answer; {}: nobody asked for edits."""
+        """The field ``intervene`` of the answer; {}: nobody asked for edits, then or now."""
+        if self.edits is None and self.completion is not None and self.completion.is_edited:
+            return {"intervene": {"edits": [], "note": UNEDITED}}
         return intervene_format.header([self.edits], 0) if self.edits else {}
 
     def edited(self, prompt_tokens: int | None) -> Subject:
@@ -99,9 +111,11 @@ class Subject:
     def ask(self, question: Question[T]) -> T:
         """The answer to the question, once it is its turn."""
         inspections = self.context.services.inspections
-        if self.edits is not None and self.edits.plan is not None:
-            question = Edited(question, self.edits.plan)
-        return inspections.ask(self.model, question, self.context.cancellation)
+        return inspections.ask(self.model, self.of_edited(question), self.context.cancellation)
+
+    def of_edited(self, question: Question[T]) -> Question[T]:
+        """The question of the model with the edits that were asked for."""
+        return question if self.plan is None else Edited(question, self.plan)
 
     def continued(self, body: Mapping[str, Any]) -> Subject:
         """With what the model writes next: ``max_new_tokens`` of it, drawn with ``seed``."""

@@ -202,6 +202,7 @@ def rollout(body: dict[str, Any]) -> Any:
             rest={
                 **inspect_format.about_all(anatomy, subject.is_truncated),
                 "note": inspect_format.ROLLOUT_NOTE,
+                **subject.edit_header,
             },
         )
         return _sent(subject, matrix, body, how)
@@ -326,7 +327,9 @@ def attribution(body: dict[str, Any]) -> Any:
             within_s=subject.settings.inspect_timeout_s,
         )
         result = subject.ask(questions.Attribution(subject.ids, question))
-        return inspect_format.attribution(Vocabulary(subject.model.tokenizer), question, result)
+        vocabulary = Vocabulary(subject.model.tokenizer)
+        scores = inspect_format.attribution(vocabulary, question, result)
+        return {**scores, **subject.edit_header}
 
 
 @blueprint.at("/inspect/hidden_states", methods=["POST"])

@@ -235,8 +235,7 @@ def _uncertainty(own: Uncertainty) -> Json:
 def _parts(own: LogitParts, options: PartsRequest) -> Json:
     """The largest shares of a logit, and what is left: all together are the logit."""
     values = [share.value for share in own.shares]
-    listed = sorted(range(len(values)), key=lambda at: -abs(values[at]))[: options.topk]
-    listed.sort()
+    listed = sorted(own.largest(options.topk))
     size = sum(map(abs, values)) + abs(own.constant)
     return {
         "by": options.by,
@@ -252,8 +251,10 @@ def _parts(own: LogitParts, options: PartsRequest) -> Json:
 
 
 def _share(share: LogitShare) -> Json:
-    head = {"head": share.index} if share.part == "head" else {}
-    return {"part": share.part, "layer": share.layer, **head, "value": _round(share.value)}
+    own: Json = {"head": share.index} if share.part == "head" else {}
+    if share.part == "edit":
+        own = {"of": share.of}
+    return {"part": share.part, "layer": share.layer, **own, "value": _round(share.value)}
 
 
 def _activation(own: Activation) -> Json:

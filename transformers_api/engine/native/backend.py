@@ -44,7 +44,7 @@ from transformers_api.engine.standby import StandbyModel
 from transformers_api.engine.stored_weights import StoredWeights
 from transformers_api.kernels import stats
 from transformers_api.kernels.abi import Library
-from transformers_api.kernels.graph.hooks import observing
+from transformers_api.kernels.graph.hooks import noting_attention, observing
 from transformers_api.kernels.modules.attention import CausalRows, numbers_of
 
 
@@ -157,6 +157,14 @@ class NativeBackend:
     def observing_attention(self, layers: Collection[int] | None) -> AbstractContextManager[None]:
         """See Backend."""
         return observing(layers)
+
+    @contextmanager
+    def noting_attention(
+        self, layers: Collection[int]
+    ) -> Iterator[Mapping[int, tuple[Tensor, Tensor | None]]]:
+        """See Backend."""
+        with noting_attention(layers) as rows:
+            yield rows.by_layer
 
     @contextmanager
     def editing(

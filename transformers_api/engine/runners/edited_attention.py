@@ -21,6 +21,9 @@ from torch import Tensor, nn
 from transformers_api.engine.runners.edited_modules import ModuleEdit, hooked
 
 HIDDEN = -1e4  # a score that a mask adds: the key is not attended to
+# Sums are made in float64 and rounded once: in how many rows and keys a pass happens to read a
+# text must not show in the bits, and the order of a sum depends on both.
+SUMS = torch.float64
 
 
 class Attending(Protocol):
@@ -32,7 +35,7 @@ class Attending(Protocol):
         ...
 
     def scores(self, heads: Sequence[int], queries: Sequence[int]) -> Tensor:
-        """Float32 scores (H', R', S), a copy; -inf where a key is not attended to."""
+        """Scores (H', R', S), float64, a copy; -inf where a key is not attended to."""
         ...
 
     def sinks(self, heads: Sequence[int], queries: Sequence[int]) -> Tensor | None:
@@ -64,10 +67,10 @@ class AttentionCall:
 
     def scores(self, heads: Sequence[int], queries: Sequence[int]) -> Tensor:
         """See Attending."""
-        query = self.query[list(heads)][:, list(queries)].float()
+        query = self.query[list(heads)][:, list(queries)].to(SUMS)
         scaling = self.options.get("scaling")
         scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-        scores = query @ self.key[self._groups(heads)].float().transpose(-1, -2) * scale
+        scores = query @ self.key[self._groups(heads)].to(SUMS).transpose(-1, -2) * scale
         if (cap := self.options.get("softcap")) is not None:
             scores = torch.tanh(scores / cap) * cap
         for mask in self.masks:
@@ -78,13 +81,13 @@ class AttentionCall:
     def sinks(self, heads: Sequence[int], queries: Sequence[int]) -> Tensor | None:
         """See Attending."""
         sinks = self.options.get("s_aux")
-        return None if sinks is None else sinks.float().reshape(-1, 1, 1)[list(heads)]
+        return None if sinks is None else sinks.to(SUMS).reshape(-1, 1, 1)[list(heads)]
 
     def write(
         self, heads: Sequence[int], queries: Sequence[int], weights: Tensor, where: Tensor
     ) -> None:
         """See Attending."""
-        made = weights @ self.value[self._groups(heads)].float()
+        made = weights @ self.value[self._groups(heads)].to(SUMS)
         chosen, rows = where.nonzero(as_tuple=True)
         at = torch.tensor(list(queries), device=rows.device)[rows]
         head = torch.tensor(list(heads), device=rows.device)[chosen]
@@ -110,13 +113,13 @@ class ComputedAttention:
 
     def scores(self, heads: Sequence[int], queries: Sequence[int]) -> Tensor:
         """See Attending. Their logarithms are scores but for a constant."""
-        return self.weights[list(heads)][:, list(queries)].float().log()
+        return self.weights[list(heads)][:, list(queries)].to(SUMS).log()
 
     def sinks(self, heads: Sequence[int], queries: Sequence[int]) -> Tensor | None:
         """See Attending."""
         if not self.has_sinks:
             return None
-        own = self.weights[list(heads)][:, list(queries)].float()
+        own = self.weights[list(heads)][:, list(queries)].to(SUMS)
         return (1 - own.sum(-1, keepdim=True)).clamp_min(0).log()
 
     def write(

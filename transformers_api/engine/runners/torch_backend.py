@@ -155,6 +155,12 @@ class TorchBackend:
         """See Backend."""
         return nullcontext()
 
+    def noting_attention(
+        self, layers: Collection[int]
+    ) -> AbstractContextManager[Mapping[int, tuple[Tensor, Tensor | None]]]:
+        """See Backend."""
+        return nullcontext({})
+
     @contextmanager
     def editing(
         self, model: Any, edits: Sequence[ModuleEdit], attention: Sequence[AttentionEdit] = ()

@@ -20,7 +20,7 @@ class HookPoints:
         self._edited: dict[tuple[nn.Module, str], list[int]] = {}  # by module and side
         self._attention: dict[Any, list[int]] = {}  # by layer, or the module that makes weights
         self._layers: set[Any] = set()  # whose attention is shown by its function
-        self._hooked: list[int] = []  # those whose modules may have hooks
+        self._hooked: list[tuple[int, Any, Any]] = []  # and the hooks of the module, if any
         for place, point in enumerate(points):
             if not point.cached:
                 side = point.options.get("side", "out")
@@ -30,7 +30,9 @@ class HookPoints:
                 if not (point.options.get("is_own") or "side" in point.options):
                     self._layers.add(attention_key(point))
             if "side" not in point.options and (not point.cached or point.options.get("is_own")):
-                self._hooked.append(place)
+                module = point.module
+                hooks = module._forward_hooks, module._forward_pre_hooks
+                self._hooked.append((place, *hooks))
 
     def chosen(
         self,
@@ -50,7 +52,7 @@ class HookPoints:
         if observes:
             for layer in self._layers if layers is None else layers:
                 places.update(self._attention.get(layer, ()))
-            places.update(place for place in self._hooked if _has_hooks(self._points[place].module))
+            places.update([place for place, after, before in self._hooked if after or before])
         return [self._points[place] for place in sorted(places)]
 
 
@@ -63,7 +65,3 @@ def attention_key(point: Any) -> Any:
         return point.module
     layer = getattr(point.module, "layer_idx", None)
     return (INPUTS, layer) if "side" in point.options else layer
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)

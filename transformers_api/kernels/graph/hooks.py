@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +19,7 @@ from transformers_api.kernels.graph.planner import HookPoint
 from transformers_api.kernels.modules.attention import CausalRows, replay_attention
 from transformers_api.kernels.stats import attention_probs
 
-TAKE = OPS.index("take")
+TAKE, ATTENTION = OPS.index("take"), OPS.index("attention")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,21 @@ NO_EDITS: Mapping[Any, Any] = {}
 _observed: ContextVar[Collection[int] | None] = ContextVar("observed", default=())
 
 
+@dataclass(frozen=True, slots=True)
+class AttentionRows:
+    """Attention rows that passes note themselves, in these layers where they can.
+
+    ``by_layer``: of the last tokens of sequences as HookReplay shows them: probabilities
+    (B, H, S) and those of the sinks (B, H).
+    """
+
+    layers: Collection[int]
+    by_layer: dict[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+
+
+_attention_rows: ContextVar[AttentionRows | None] = ContextVar("attention rows", default=None)
+
+
 @contextmanager
 def observing(layers: Collection[int] | None) -> Iterator[None]:
     """Let passes show the attention of these layers, within the block; None: of all."""
@@ -45,6 +61,17 @@ def observing(layers: Collection[int] | None) -> Iterator[None]:
         yield
     finally:
         _observed.reset(token)
+
+
+@contextmanager
+def noting_attention(layers: Collection[int]) -> Iterator[AttentionRows]:
+    """Let passes note attention rows in these layers, within the block, in place of showing it."""
+    rows = AttentionRows(layers)
+    token = _attention_rows.set(rows)
+    try:
+        yield rows
+    finally:
+        _attention_rows.reset(token)
 
 
 class HookReplay:
@@ -103,12 +130,35 @@ class HookReplay:
             changes = edit.changes(made.view(-1, made.shape[-1]), at)
         if "side" in call.options or not self.observes:
             return changes
+        if (change := self._rows_change(call, at)) is not None:
+            return [*changes, change]
         taken = [self._copy(tensor, at) for tensor in call.tensors]
         copies = [each for each in taken if each is not None]
         if len(copies) < len(taken):
             return None
         self._taken.append((call, [target for target, _ in copies]))
         return [*changes, *(change for _, change in copies)]
+
+    def _rows_change(self, call: FinishedCall, at: int) -> RowChange | None:
+        """The change that notes the attention of a call; None: it is to be shown."""
+        rows = _attention_rows.get()
+        layer = None if rows is None or call.cached is None else attention_key(call)
+        if rows is None or layer is None or layer not in rows.layers or call.options.get("is_own"):
+            return None
+        query, tokens = call.tensors[0], self.tokens
+        count = len(query) if tokens is None else len(tokens)
+        shape = count, query.shape[1], self.length + 1
+        probs = torch.from_numpy(numpy.empty(shape, numpy.float32))
+        has_sinks = call.options["options"].get("s_aux") is not None
+        rows.by_layer[layer] = probs[..., :-1], probs[..., -1] if has_sinks else None
+        return RowChange(
+            at=at,
+            count=count,
+            width=self.length,
+            op=ATTENTION,
+            target=probs.data_ptr(),
+            tokens=None if tokens is None else tokens.data_ptr(),
+        )
 
     def _copy(self, tensor: Tensor, at: int) -> tuple[Tensor, RowChange] | None:
         """The rows that are shown, and the change that copies them; None: it cannot be said."""

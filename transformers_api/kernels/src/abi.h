@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-constexpr int32_t ABI_VERSION = 3;
+constexpr int32_t ABI_VERSION = 4;
 
 enum Type : int32_t { F32 = 0, BF16 = 1, I8 = 2, I64 = 3, I4 = 4, BOOL = 5 };
 
@@ -118,7 +118,8 @@ struct ChangeState {
 
 // What happens to rows of a tensor within a pass, before its step ``at``: they become themselves plus
 // ``vector`` (ADD), times ``factor`` (MUL), or ``vector`` (COPY), computed as floats; or they are
-// copied to ``target`` (TAKE).
+// copied to ``target`` (TAKE). Or what the rows ``tokens`` of the attention before attend to is noted
+// there (ATTENTION): the probabilities of ``width`` keys and that of the sink, in each head.
 struct RowChange {
   int64_t at;
   char* rows;             // F32 or BF16
@@ -130,7 +131,7 @@ struct RowChange {
   float factor, largest;  // the length that all rows together may have
   int64_t number;         // above 0
   ChangeState* state;     // of its sequence, whose changes end where one has failed
-  char* target;           // (count, width)
+  char* target;           // (count, width); of ATTENTION (count, heads, width + 1), floats
   const int64_t* tokens;  // (count,) the rows to take; null: in order
 };
 

@@ -16,6 +16,7 @@
 namespace {
 
 void multiply(const Weight&, const void* x, int64_t rows, int64_t x_stride, void* y, Type);  // gemm.cpp
+void note_attention(const RowChange&, const Attention&);                                    // inspect.cpp
 
 constexpr int64_t MIN_PARALLEL_ELEMENTS = 16384;  // below, a loop is not worth sharing
 constexpr int64_t CACHE_BLOCK_ELEMENTS = 4096;    // of a step, before the next step reads them
@@ -40,6 +41,14 @@ constexpr std::array<TokenKernel, sizeof...(I)> make_elementwise(std::index_sequ
   return {elementwise<I>...};
 }
 constexpr auto ELEMENTWISE = make_elementwise(std::make_index_sequence<WHERE>{});
+
+// A change before the step ``next``.
+void apply(const RowChange& c, const Step* next) {
+  if (c.op != ATTENTION) return change_rows(c);
+  do next--;
+  while (next->op != ATTENTION);
+  note_attention(c, *static_cast<const Attention*>(next->call));
+}
 
 TokenKernel kernel_of(int32_t op) {
   switch (op) {
@@ -111,7 +120,7 @@ void run_changed_steps(const Step* steps, int64_t count, const RowChange* change
                        int64_t change_count) {
   const RowChange* const end = changes + change_count;
   for (const Step* s = steps; s < steps + count; s += std::max<int64_t>(1, s->fused)) {
-    for (; changes < end && changes->at <= s - steps; changes++) change_rows(*changes);
+    for (; changes < end && changes->at <= s - steps; changes++) apply(*changes, s);
     const Operand& x = s->inputs[0];
     if (s->fused) {
       run_fused(s);
@@ -139,7 +148,7 @@ void run_changed_steps(const Step* steps, int64_t count, const RowChange* change
       kernel_of(s->op)(*s, 0, s->sizes[0]);
     }
   }
-  for (; changes < end; changes++) change_rows(*changes);
+  for (; changes < end; changes++) apply(*changes, steps + count);
   release_tiles();
 }
 

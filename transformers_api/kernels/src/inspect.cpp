@@ -24,7 +24,8 @@ float attention_row(const Attention& a, int64_t row, int64_t head, int64_t query
   const int64_t end = std::min(a.starts[row] + query + 1, keys);
   const int64_t begin = window_begin(a, a.starts[row] + query + 1);
   const int64_t q = row * a.q_strides[0] + head * a.q_strides[1] + query * a.q_strides[2];
-  const int64_t k = row * a.k_strides[0] + head / (a.heads / a.kv_heads) * a.k_strides[1];
+  const int64_t cache_row = a.cache_rows ? a.cache_rows[row] : row;
+  const int64_t k = cache_row * a.k_strides[0] + head / (a.heads / a.kv_heads) * a.k_strides[1];
   std::fill_n(probs, keys, 0.f);
   for (int64_t j = begin; j < end; j++) {
     f32x16 sum = zero();
@@ -76,6 +77,19 @@ void find_likeliest(const TokenStats& s, std::vector<float>& maxima, int64_t* id
     return s.logits[a] > s.logits[b] || (s.logits[a] == s.logits[b] && a < b);
   });
   std::copy_n(candidates.begin(), s.count, ids);
+}
+
+// See RowChange. Its threads are awake: the pass goes on.
+void note_attention(const RowChange& c, const Attention& a) {
+  std::lock_guard<std::mutex> lock(pool_mutex);
+  float* const target = reinterpret_cast<float*>(c.target);
+  pool->run(c.count * a.heads, [&](int64_t b, int64_t e) {
+    for (int64_t i = b; i < e; i++) {
+      const int64_t row = c.tokens ? c.tokens[i / a.heads] : i / a.heads;
+      float* const probs = target + i * (c.width + 1);
+      probs[c.width] = attention_row(a, row, i % a.heads, 0, c.width, probs);
+    }
+  });
 }
 
 }  // namespace

@@ -23,6 +23,7 @@ class Completion:
     prompt_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
     owner: str = ""  # whoever asked for it
+    is_edited: bool = False  # written with edits
 
 
 class Completions:
@@ -47,11 +48,21 @@ class Completions:
         prompts: Sequence[Sequence[int]],
         choices: Sequence[Sequence[int]],
         owner: str = "",
+        edited: int = 0,
     ) -> None:
-        """Keep the ids of all choices: those of the first prompt, then those of the second one."""
+        """Keep the ids of all choices: those of the first prompt, then those of the second one.
+
+        ``edited``: so many of each prompt's, the first ones, were written with edits.
+        """
         per_prompt = max(len(choices) // len(prompts), 1)
         completions = [
-            Completion(model.spec.name, tuple(prompts[place // per_prompt]), tuple(ids), owner)
+            Completion(
+                model.spec.name,
+                tuple(prompts[place // per_prompt]),
+                tuple(ids),
+                owner,
+                place % per_prompt < edited,
+            )
             for place, ids in enumerate(choices)
         ]
         self._put(completion_id, completions)

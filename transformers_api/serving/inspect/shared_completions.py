@@ -58,16 +58,19 @@ class SharedCompletions(Completions):
 
 
 def _text(choices: list[Completion]) -> bytes:
-    """JSON with each prompt once: [[model, place of its prompt, token ids, owner], prompts]."""
+    """JSON with each prompt once: [[model, place of its prompt, token ids, …], prompts]."""
     prompts = list(dict.fromkeys(each.prompt_ids for each in choices))
     places = {prompt: place for place, prompt in enumerate(prompts)}
-    rows = [(each.model, places[each.prompt_ids], each.token_ids, each.owner) for each in choices]
+    rows = [
+        (each.model, places[each.prompt_ids], each.token_ids, each.owner, each.is_edited)
+        for each in choices
+    ]
     return orjson.dumps((rows, prompts))
 
 
 def _choices(text: bytes) -> list[Completion]:
     rows, prompts = orjson.loads(text)
     return [
-        Completion(model, tuple(prompts[place]), tuple(token_ids), *owner)
-        for model, place, token_ids, *owner in rows
+        Completion(model, tuple(prompts[place]), tuple(token_ids), *more)
+        for model, place, token_ids, *more in rows
     ]

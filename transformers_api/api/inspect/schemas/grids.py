@@ -21,6 +21,7 @@ from transformers_api.api.http.sampling_schema import about
 from transformers_api.api.inspect.schemas.inspect import Inspected, places, whole
 from transformers_api.api.inspect.schemas.vectors import Side
 from transformers_api.api.intervene.positions import At
+from transformers_api.api.intervene.schema import InterveneOptions
 
 METRICS = ("logit_difference", "logprob", "prob")
 METHODS = ("exact", "gradient")
@@ -87,6 +88,10 @@ class PatchRequest(StrictSchema):
     """Numbers of one prompt in the place of those of another."""
 
     model = Text(shortest=1, longest=256, **about("Id of a model. Default: the server's own."))
+    intervene = Object(
+        InterveneOptions,
+        **about("What to change of both; see [interventions](#interventions)."),
+    )
     clean = Side(required=True)
     corrupt = Corrupt(
         required=True,

@@ -173,7 +173,6 @@ class MatrixRequest(Inspected):
 class RolloutRequest(MatrixRequest):
     """Attention followed through layers."""
 
-    intervene = Unsupported()
     layers = Window(**about("`[first, last]` layer, both taken. Default: all."))
     drop_first = Boolean(
         load_default=False, **about("Read nothing from the first token, where attention rests.")
@@ -249,7 +248,6 @@ class LensRequest(Inspected):
 class AttributionRequest(Inspected):
     """Why this token."""
 
-    intervene = Unsupported()
     target_token_id = whole(**about("The token. Default: the one that the model likes best."))
     target_position = whole(
         load_default=-1, **about("The place of the query that predicts it; negative from the end.")

@@ -12,7 +12,6 @@ from transformers_api.api.http.fields import (
     Object,
     Schema,
     Text,
-    Unsupported,
 )
 from transformers_api.api.http.sampling_schema import about
 from transformers_api.api.inspect.schemas.inspect import Either, Inspected, whole
@@ -24,7 +23,6 @@ _MANY = 1 << 20
 class LogitPartsRequest(Inspected):
     """The logit to take apart."""
 
-    intervene = Unsupported()
     position = whole(
         load_default=-1, **about("The place of the query that predicts it; negative from the end.")
     )
@@ -57,7 +55,8 @@ class LogitPartsRequest(Inspected):
 class Share(Schema):
     """One part's share."""
 
-    part = Text(**about("`embed`, `attn`, `mlp`, `head`, `neuron` or `source`."))
+    part = Text(**about("`embed`, `attn`, `mlp`, `head`, `neuron`, `source` or `edit`."))
+    of = Text(**about("Of an edit: the part of the layer that it was added to."))
     layer = Integer(-1, _MANY, **about("-1: the embedding."))
     head = Integer(0, _MANY)
     neuron = Integer(0, _MANY)

@@ -13,6 +13,7 @@ const ALL_FORMAT = "transformers-api.chats/1";
 const ROLES = new Set(["user", "assistant", "tool"]);
 const MOST_NODES = 20_000;
 const MOST_CANDIDATES = 20; // of a token
+const MOST_EDITS = 32; // of an answer
 
 const json = (value) => JSON.stringify(value, null, 1);
 const fileName = (title) => title.normalize("NFKD").replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-+|-+$/g, "").slice(0, 60) || "chat";
@@ -71,6 +72,12 @@ function usage(value) {
   return { prompt_tokens: number(value.prompt_tokens), completion_tokens: number(value.completion_tokens), ...(cached === undefined ? {} : { prompt_tokens_details: { cached_tokens: cached } }) };
 }
 
+/** The edits that an answer was written with; the server refuses what are none. */
+function intervene(value) {
+  const edits = list(array(value.intervene?.edits ?? value.asked?.intervene?.edits)?.slice(0, MOST_EDITS), (one) => (object(one) && typeof one.do === "string" ? one : null));
+  return edits?.length ? { edits } : undefined;
+}
+
 const call = (value) => (object(value) ? { id: text(value.id, 200) ?? "", name: text(value.name, 200) ?? "", arguments: text(value.arguments) ?? "" } : null);
 
 /** A message of a file, with the fields that are ours and of our types; null where it is none. */
@@ -82,7 +89,7 @@ function node(value, renamed) {
     id: renamed.get(value.id), parent: renamed.get(value.parent) ?? null, at: number(value.at) ?? 0, role: value.role, text: text(value.text), model: text(value.model, 300),
     prompt: read, tokens: tokens(value.tokens, read), usage: usage(value.usage), finish: text(value.finish, 40), took: number(value.took), wait: number(value.wait),
     verified: typeof value.verified === "boolean" ? value.verified : undefined, branched: value.branched === true || undefined, reasoning: text(value.reasoning), thought: number(value.thought),
-    calls: list(value.calls, call), call: value.role === "tool" ? { id: text(value.call?.id, 200) ?? "", name: text(value.call?.name, 200) ?? "" } : undefined, blind: text(value.blind, 60),
+    calls: list(value.calls, call), call: value.role === "tool" ? { id: text(value.call?.id, 200) ?? "", name: text(value.call?.name, 200) ?? "" } : undefined, intervene: intervene(value), blind: text(value.blind, 60),
     error: error ? { status: number(error.status) ?? 0, code: text(error.code, 60) ?? null, message: text(error.message, 4000) ?? "" } : undefined,
   };
   return Object.fromEntries(Object.entries(fields).filter(([, field]) => field !== undefined));

@@ -29,6 +29,7 @@ chat  {id, title, made, changed, leaf, nodes: {id: node}, v: 1}
 node  {id, parent, at, role: "user"|"assistant"|"tool", text, model?, prompt?: {token_ids, tokens, spans},
        tokens?: [token], usage?, finish?, took?, wait?, verified?, branched?, error?, reasoning?, thought?,
        twin?: node (what the unedited model wrote beside it),
+       edits?: {names, link}, intervene?: {edits} (of a branch and of an import: what changed the model that wrote it),
        asked?: {system, …the request's fields}, calls?: [{id, name, arguments}], call?: {id, name} (of a tool's answer), blind?}
        While it is written also `live`: "wait" | "write" (not stored).
 token {id, text, position, surprisal, entropy, rank, prob, topk: [{id, text, p}], forced?}

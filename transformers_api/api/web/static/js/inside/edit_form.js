@@ -11,6 +11,7 @@ import { promptLength, tokenAt } from "./tokens.js";
 
 const NUMBERS = ["layer", "head", "neuron", "feature", "query", "key", "place", "there"];
 const STORES = { vector: "vectors", sae: "saes", run: "runs" };
+const RAISED = 5; // tokens that a feature makes likelier
 const MAY_BE_ALL = ["edge", "temper", "q", "k", "v"]; // no head: all of them
 
 const number = (label) => h("input", { type: "number", class: "in", "aria-label": label, step: "1", value: "0" });
@@ -28,6 +29,8 @@ export function editForm(onAdd) {
   const says = h("p", { class: "hint", dir: "auto" });
   const adder = button(words.add, () => onAdd(value()), { cls: "btn" });
   const element = h("div", { class: "edit-form" }, kind, ...boxes.map(([, box]) => box), says, adder);
+  let runs = new Map(); // id → the layers whose stream it has
+  let feature = null; // {of, text}: the one that is named, and what it is
   let isTouched = false; // the layer is the reader's own choice
   let target = null; // {node, position}: the selected token
 
@@ -49,7 +52,8 @@ export function editForm(onAdd) {
   function sentence() {
     const at = (name) => nameAt(Number(controls[name].value)) ?? words.later(controls[name].value);
     if (kind.value === "edge") return words.edgeHelp(at("query"), at("key"));
-    if (kind.value === "patch") return words.patchHelp(at("place"));
+    if (kind.value === "patch") return controls.run.value ? words.runHelp(at("place"), runs.get(controls.run.value) ?? []) : words.patchHelp(at("place"));
+    if (kind.value === "feature") return feature?.text ?? "";
     return words.kindHelp[kind.value] ?? "";
   }
 
@@ -57,11 +61,35 @@ export function editForm(onAdd) {
     const names = fieldsOf().filter((name) => STORES[name]);
     await Promise.all(names.map(async (name) => {
       const answer = await json(`/inspect/${STORES[name]}`, { panel: STORES[name] }).catch(() => null);
-      const all = (answer?.data ?? []).map((each) => (name === "run" ? [each.id, words.runName(each.id)] : [each.name, each.name]));
+      const all = name === "run" ? runsOf(answer?.data ?? []) : (answer?.data ?? []).map((each) => [each.name, each.name]);
       const { value: before } = controls[name];
       controls[name].replaceChildren(...(name === "run" ? [["", words.noRun], ...all].map(([id, text]) => h("option", { value: id, text })) : options(all, words.noneIn[name])));
       if (all.some(([id]) => id === before)) controls[name].value = before;
     }));
+    askFeature();
+    draw();
+  }
+
+  /** Those that have a stream to take from, as options. */
+  function runsOf(all) {
+    const layers = ({ activations }) => activations.filter(({ part, layer }) => part === "resid" && layer >= 0).map(({ layer }) => layer);
+    runs = new Map(all.map((each) => [each.id, layers(each)]).filter(([, own]) => own.length));
+    return all.filter(({ id }) => runs.has(id)).map(({ id, text }) => [id, words.runName(id, text)]);
+  }
+
+  /** Say what the feature that is named makes likelier, or why it is none. */
+  async function askFeature() {
+    const { sae, feature: place } = controls;
+    const of = `${encodeURIComponent(sae.value)}/features/${Number(place.value)}`;
+    if (kind.value !== "feature" || !sae.value || feature?.of === of) return;
+    const mine = { of, text: words.featureAsked };
+    feature = mine;
+    try {
+      const { raised } = await json(`/inspect/saes/${of}`, { panel: "feature" });
+      mine.text = words.featureHelp(raised.slice(0, RAISED).map(({ token }) => visible(token)));
+    } catch (failure) {
+      mine.text = failure.message;
+    }
     draw();
   }
 
@@ -96,6 +124,7 @@ export function editForm(onAdd) {
   controls.layer.addEventListener("input", () => { isTouched = true; });
   kind.addEventListener("change", choose);
   element.addEventListener("input", draw);
+  element.addEventListener("change", askFeature);
   draw();
   return { element, draw, aim };
 }

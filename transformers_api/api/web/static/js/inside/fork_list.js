@@ -1,5 +1,6 @@
 // The branches under an answer: the share of the forced token, the beginning that they have in common,
 // and what follows. Rows and tokens that are there stay.
+import { changedPill } from "../chat/changed.js";
 import { button, h } from "../core/dom.js";
 import { isSpecial, spoken } from "../core/format.js";
 import { inside } from "../words/inside.js";
@@ -66,7 +67,7 @@ export class ForkList {
     const remove = button(inside.removeBranch(name), () => removeFork(fork), { cls: "icon", glyph: "x" });
     const state = h("span", { class: "hint" });
     const element = h("li", { class: "fork" }, h("span", { class: "odds", text: odds(fork) }),
-      h("div", { class: "toks", dir: "auto" }, h("span", { class: "shared", text: shared }), tokens, state), h("div", { class: "row" }, keep, remove));
+      h("div", { class: "toks", dir: "auto" }, h("span", { class: "shared", text: shared }), tokens, state, changedPill(fork.node)), h("div", { class: "row" }, keep, remove));
     this.rows.set(fork, { element, tokens, keep, state, chips: new Map(), drawn: fork.index });
     this.list.append(element);
   }

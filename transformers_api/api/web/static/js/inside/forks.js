@@ -1,5 +1,6 @@
 // Branches: another token in the place of one that was written, and what follows it. They go on from
 // exactly the token ids that were read; no text is tokenised again. Each is a request of its own.
+import { editsOf } from "../chat/changed.js";
 import { tracedLayer } from "../chat/request_body.js";
 import { keepVersion } from "../chat/run.js";
 import { json, stream } from "../core/api.js";
@@ -48,7 +49,7 @@ export async function branch(source, position, candidate) {
   const controller = new AbortController();
   const node = {
     id: newId(), parent: base.parent, role: "assistant", text: "", model: source.model, prompt: source.prompt, verified: source.verified,
-    tokens: [...source.tokens.slice(0, index), forcedToken(source.tokens[index], candidate)], live: "write", branched: true,
+    tokens: [...source.tokens.slice(0, index), forcedToken(source.tokens[index], candidate)], live: "write", branched: true, ...editsOf(source), edits: source.edits,
   };
   const fork = { base, source, index, candidate, node, stop: () => controller.abort() };
   node.fork = fork;
@@ -73,8 +74,9 @@ export async function branch(source, position, candidate) {
 async function write({ node, base }, signal) {
   const prompt = idsUpTo(node, Infinity);
   const room = state.anatomy?.context ? state.anatomy.context - prompt.length : Infinity;
+  const most = Math.max(1, Math.min(room, Math.max(LEAST, base.tokens.length)));
   const body = {
-    model: node.model, prompt, max_tokens: Math.max(1, Math.min(room, Math.max(LEAST, base.tokens.length))),
+    model: node.model, ...editsOf(node, prompt.length + most), prompt, max_tokens: most,
     temperature: Number(state.settings.temperature || 0), return_token_ids: true, trace: traceOf(node),
   };
   const onEvent = (chunk) => {
@@ -118,9 +120,9 @@ export async function keepFork(fork) {
     notice(inside.branchFailed(failure.message));
     return;
   }
-  const { tokens, prompt, model, verified, finish } = node;
+  const { tokens, prompt, model, verified, finish, edits } = node;
   base.forks = forksOf(base).filter((other) => other !== fork);
-  const version = keepVersion(base.parent, { text: text.trim(), tokens, prompt, model, verified, finish });
+  const version = keepVersion(base.parent, { text: text.trim(), tokens, prompt, model, verified, finish, edits, ...editsOf(node) });
   set({ selection: { node: version, position: tokens[index].position }, isPinned: true });
 }
 

@@ -1,5 +1,6 @@
 // Where does it lie? The answer's text with another word in it, and its numbers put back one place at a time: a
 // picture of layers and places that fills as it is computed. A click patches there.
+import { askedOf, editsOf } from "../chat/changed.js";
 import { json } from "../core/api.js";
 import { button, h } from "../core/dom.js";
 import { visible } from "../core/format.js";
@@ -43,7 +44,8 @@ export function grid(onPatch) {
   const message = h("p", { class: "hint", role: "status", dir: "auto" });
   const picture = new GridPicture({ label: words.gridPicture, onChoose: choose, say: sentence });
   heading.after(requestButton("grid"));
-  element.append(h("p", { class: "hint", text: words.gridHelp }), h("div", { class: "edit-form" },
+  const help = h("p", { class: "hint" });
+  element.append(help, h("div", { class: "edit-form" },
     ...[[words.gridFrom, from], [words.gridTo, to], [words.gridLayers, every]].map(([text, control]) => h("label", { class: "field" }, h("span", { text }), control)),
     h("div", { class: "row" }, starter, ender)), progress, message, picture.element);
   let current = null; // {node, position}
@@ -70,7 +72,7 @@ export function grid(onPatch) {
     const first = ids.findIndex((id, at) => id !== others[at]); // before it nothing differs
     const step = Number(every.value) || Math.max(1, Math.ceil(state.anatomy.layers / ROWS));
     const positions = Array.from({ length: position - first }, (_, at) => first + at);
-    return { model: node.model, clean, corrupt, layers: layersOf(state.anatomy.layers, step), positions, job: true };
+    return { model: node.model, ...editsOf(node, position), clean, corrupt, layers: layersOf(state.anatomy.layers, step), positions, job: true };
   }
 
   async function start() {
@@ -137,6 +139,7 @@ export function grid(onPatch) {
       current = { node, position };
       write(message, "");
     }
+    write(help, [words.gridHelp, askedOf(node, position)].filter(Boolean).join(" "));
     draw();
     fill();
   }

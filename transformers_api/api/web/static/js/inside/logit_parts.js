@@ -1,4 +1,5 @@
 // Which part said it: the shares of the selected token's logit, each with a switch that takes the part away.
+import { askedOf, editsOf } from "../chat/changed.js";
 import { button, h } from "../core/dom.js";
 import { visible } from "../core/format.js";
 import { requestButton } from "../shell/request_dialog.js";
@@ -18,7 +19,7 @@ function without({ part, layer, head, neuron }) {
   return ["attn", "mlp"].includes(part) ? { kind: part, layer, size: 0 } : null;
 }
 
-const nameOf = (share) => (words.share[share.part] ?? words.other)({ ...share, token: share.token && visible(share.token) });
+const nameOf = (share) => (share.part === "edit" ? words.edited : words.share[share.part] ?? words.other)({ ...share, token: share.token && visible(share.token) });
 const signed = (value) => `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(2)}`;
 
 /** {element, show(node, position)}; `onOff(edit)` where a part is to be switched off. */
@@ -29,7 +30,8 @@ export function logitParts(onOff) {
   const target = h("p", { class: "readout", dir: "auto" });
   const list = rowList(words.partsList, "scores parts", makeRow, fillRow);
   const message = h("p", { class: "hint", dir: "auto" });
-  element.append(h("p", { class: "hint", text: words.partsHelp }), asker, target, list.element, message);
+  const help = h("p", { class: "hint" });
+  element.append(help, asker, target, list.element, message);
   heading.after(requestButton("parts"));
   let current = null; // {node, position}
   let most = 1;
@@ -66,7 +68,7 @@ export function logitParts(onOff) {
     write(message, words.asking);
     try {
       const { node, position } = asked;
-      const body = { model: node.model, token_ids: idsUpTo(node, position), token: tokenAt(node, position).id, against: "mean", by: chosen, topk: ROWS };
+      const body = { model: node.model, ...editsOf(node, position), token_ids: idsUpTo(node, position), token: tokenAt(node, position).id, against: "mean", by: chosen, topk: ROWS };
       const answer = await inspect("parts", "logit_parts", body);
       if (!kept.has(node)) kept.set(node, new Map());
       kept.get(node).set(`${position}:${chosen}`, answer);
@@ -83,6 +85,7 @@ export function logitParts(onOff) {
     const cannot = node.live || !mayAsk(node) || !isResident(node) ? words.cannot : isGiven(node, position) || position === 0 ? words.given : "";
     const answer = cannot ? null : kept.get(node)?.get(`${position}:${by.value}`);
     asker.hidden = Boolean(cannot || answer);
+    write(help, [words.partsHelp, askedOf(node, position)].filter(Boolean).join(" "));
     if (answer) return fill(answer);
     list.show([]);
     write(target, cannot ? "" : visible(tokenAt(node, position)?.text ?? ""));

@@ -1,4 +1,5 @@
 // Why this token: what each token before it did for its prediction, by taking it away or by gradients.
+import { askedOf, editsOf } from "../chat/changed.js";
 import { button, h } from "../core/dom.js";
 import { visible } from "../core/format.js";
 import { requestButton } from "../shell/request_dialog.js";
@@ -58,7 +59,7 @@ export function why(onScores) {
     asker.disabled = true;
     write(message, inside.askingWhy);
     try {
-      const body = { model: asked.node.model, token_ids: idsUpTo(asked.node, asked.position), target_token_id: tokenAt(asked.node, asked.position).id, method: chosen };
+      const body = { model: asked.node.model, ...editsOf(asked.node, asked.position), token_ids: idsUpTo(asked.node, asked.position), target_token_id: tokenAt(asked.node, asked.position).id, method: chosen };
       const answer = await inspect("why", "attribution", body);
       if (!kept.has(asked.node)) kept.set(asked.node, new Map());
       kept.get(asked.node).set(`${asked.position}:${chosen}`, answer);
@@ -72,7 +73,7 @@ export function why(onScores) {
 
   function show(node, position) {
     if (current?.node !== node || current?.position !== position) current = { node, position };
-    write(help, inside.whyHelp[method.value]);
+    write(help, [inside.whyHelp[method.value], askedOf(node, position)].filter(Boolean).join(" "));
     const cannot = node.live ? inside.lensLater : isGiven(node, position) || position === 0 ? inside.whyGiven : !mayAsk(node) || !isResident(node) ? inside.rowGone : "";
     const answer = cannot ? null : known();
     asker.hidden = Boolean(cannot || answer);

@@ -1,6 +1,7 @@
 // The words of the pane Change.
-const LETTERS = 28; // of another text that are shown: its end
+const LETTERS = 28; // of another text that are shown: its end, or of a run its beginning
 const headOf = (head) => (head === null ? "all heads" : `head ${head}`);
+const beginning = (text) => `“${(text.length > LETTERS ? `${text.slice(0, LETTERS)}…` : text).replaceAll("\n", "⏎")}”`;
 const ending = (text) => (text.length > LETTERS ? `…${text.slice(-LETTERS)}` : text).replaceAll("\n", "⏎");
 
 export const change = {
@@ -30,7 +31,10 @@ export const change = {
   },
   noneIn: { vector: "No direction yet", sae: "None on this server" },
   noRun: "a text",
-  runName: (id) => `the run ${id}`,
+  runName: (id, text) => `${beginning(text)} (${id})`,
+  runHelp: (token, layers) => `“${token}” gets, after this layer, what the place there had in the run. It has kept ${layers.length === 1 ? "layer" : "layers"} ${layers.join(", ")}.`,
+  featureAsked: "Reading what this feature stands for.",
+  featureHelp: (tokens) => `Makes likelier: ${tokens.map((token) => `“${token}”`).join(", ")}. The slider says what it is to be; 0 takes it away.`,
   allHeads: "all",
   later: (place) => `place ${place}`,
   edgeHelp: (query, key) => `“${query}” no longer reads “${key}”. In Matrix, a cell's menu does the same.`,
@@ -163,6 +167,7 @@ export const change = {
     neuron: ({ layer, neuron }) => `neuron ${neuron} of layer ${layer}`,
     source: ({ layer, head, token }) => `head ${head} of layer ${layer} reads ${token}`,
   },
+  edited: ({ of, layer }) => `the edit of ${({ resid: layer < 0 ? "the embedding" : `the stream after layer ${layer}`, attn: `attention of layer ${layer}`, mlp: `the MLP of layer ${layer}` })[of] ?? `${of}s of layer ${layer}`}`,
   other: ({ part, layer }) => `${part} of layer ${layer}`,
   off: "Off",
   switchOff: (name) => `Switch off: ${name}`,

@@ -57,6 +57,7 @@ export const chat = {
   unfinished: "It was not finished.",
   goOn: "Continue",
   branch: "branch",
+  askedChanged: (n) => `Asked of the model with the ${n === 1 ? "edit" : `${n} edits`} of this answer.`,
   changedBy: (n) => `changed by ${n} edit${n === 1 ? "" : "s"}`,
   thinking: "Thinking",
   thought: (ms) => (ms === undefined ? "Thought" : `Thought for ${Math.max(1, Math.round(ms / 1000))} s`),
