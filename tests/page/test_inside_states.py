@@ -63,10 +63,10 @@ def test_an_answer_without_a_trace_is_looked_into_by_its_token_ids(tiny, open_pa
         f"{table['surprisal'][len(prompt) + 1]:.2f} nats"
     )
     expect(page.get_by_role("list", name="Candidates").locator("li")).to_have_count(6)
-    page.reload()
     # What was asked is kept in the browser; rows are computed again from the ids.
     asked = []
     page.on("request", lambda request: asked.append(request.url))
+    page.reload()
     expect(page.get_by_role("list", name="Candidates").locator("li")).to_have_count(6)
     expect(page.get_by_role("list", name="Read from").locator("li").first).to_be_visible()
     assert not any(url.endswith("/inspect/tokens") for url in asked)
