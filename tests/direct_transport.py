@@ -26,6 +26,7 @@ class DirectTransport:
         self.dies_after: int | None = None  # so many messages of a stream
         self.models: dict[str, Replica] = {}
         self.in_flight: dict[str, int] = {}
+        self.lost = False  # its head is
         self.silent: list[str] = []
         self.hung: set[str] = set()  # replicas that answer no broadcast
 
@@ -54,6 +55,9 @@ class DirectTransport:
 
     def note(self, in_flight: Any, silent: Any) -> None:
         self.in_flight, self.silent = dict(in_flight), list(silent)
+
+    def is_lost(self) -> bool:
+        return self.lost
 
     def fault(self) -> str | None:
         return None

@@ -422,6 +422,25 @@ def test_fronts_of_two_registries_each_get_the_weights_that_theirs_names(
     assert texts[0] != texts[1]
 
 
+def test_a_front_that_lost_its_head_goes_once_it_has_neither_replicas_nor_requests(cluster):
+    services = cluster.services
+    wait_for(lambda: any(each.ready for each in services.swapper.replicas))
+    assert services.fault() is None
+    cluster.transport.lost = True
+    try:
+        assert services.fault() is None  # its replicas live
+        cluster.transport.hung = {"r1"}
+        wait_for(lambda: not any(each.ready for each in services.swapper.replicas))
+        request = Cancellation()
+        services.admission.enter(request)
+        assert services.fault() is None
+        services.admission.leave(request)
+        assert "head was lost" in services.fault()
+    finally:
+        cluster.transport.lost, cluster.transport.hung = False, set()
+        wait_for(lambda: services.swapper.replicas[0].ready)
+
+
 def test_metrics_of_replicas_have_their_label(cluster):
     page = cluster.client.get("/metrics").text
     assert 'transformers_api_ready{replica="r1"} 1.0' in page

@@ -153,6 +153,39 @@ class Stream:
         return f"cut: {self.failure!r} after {len(self.events)} events"
 
 
+class Load:
+    """Streams and answers of these models, one after the other each, two at a time of a model."""
+
+    def __init__(self, front: Front, *models: str) -> None:
+        self.front = front  # whom the next request is sent to
+        self._answers: list[object] = []
+        self._is_over = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._run, args=(model,), daemon=True) for model in models * 2
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def __enter__(self) -> Load:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+
+    def _run(self, model: str) -> None:
+        while not self._is_over.is_set():
+            self._answers.append(self.front.stream(model, 300).end())
+            answer = self.front.chat(model)
+            self._answers.append("done" if isinstance(answer, dict) else answer)
+
+    def end(self) -> list[object]:
+        """All answers, once the last are there."""
+        self._is_over.set()
+        for thread in self._threads:
+            thread.join(120)
+        return self._answers
+
+
 @dataclass
 class Cluster:
     """The head, its replicas and two fronts."""
@@ -262,7 +295,7 @@ def cluster() -> Iterator[Cluster]:
         for front in made.fronts:
             front.start()
         for front in made.fronts:
-            wait_for(front.ready)
+            wait_for(front.ready, 120)
         yield made
     finally:
         for front in made.fronts:

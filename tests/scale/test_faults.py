@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -14,7 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.scale.conftest import CONTROLLER, REPLICA, ROOT, Cluster, Front, wait_for
+from tests import tokenizers
+from tests.api.tiny_app import save
+from tests.scale.conftest import CONTROLLER, REPLICA, ROOT, Cluster, Front, Load, wait_for
 
 
 def test_a_killed_replica_ends_its_own_streams_alone(cluster, front, measured):
@@ -121,36 +124,55 @@ def not_ready(front: Front) -> list[dict[str, Any]]:
     return [each for each in front.all_replicas() if not each["ready"]]
 
 
-def test_code_and_replicas_are_replaced_under_load_without_a_failure(cluster, front, measured):
-    """By a copy of the package, as an upgrade is one; a second machine has joined meanwhile."""
+def test_code_weights_and_replicas_are_replaced_under_load_without_a_failure(
+    cluster, front, measured
+):
+    """By a copy of the package and a new entry; a second machine has joined meanwhile."""
     before = set(cluster.pids("ray::ServeReplica"))
     shutil.copytree(ROOT / "transformers_api", cluster.folder / "next/transformers_api")
     machine = join(cluster)
-    answers: list[object] = []
-    is_over = threading.Event()
-
-    def load(model: str):
-        while not is_over.is_set():
-            stream = front.stream(model, 300)
-            answers.append(stream.end())
-            answers.append("done" if isinstance(front.chat(model), dict) else "failed")
-
-    threads = [threading.Thread(target=load, args=(m,), daemon=True) for m in ("one", "two") * 2]
-    for thread in threads:
-        thread.start()
-    began = time.monotonic()
-    up = cluster.command("up", "--replicas", "2", code=cluster.folder / "next")
-    assert up.returncode == 0, up.stderr[-2000:]
-    wait_for(lambda: not before & set(cluster.pids("ray::ServeReplica")))
-    took_s = time.monotonic() - began
-    is_over.set()
-    for thread in threads:
-        thread.join(120)
-    measured(f"both replicas replaced in {took_s:.0f} s under {len(answers)} requests")
+    greedy = {"temperature": 0, "ignore_eos": True, "tokens": 12}
+    old = text_of(front.chat("two", **greedy))
+    with Load(front, "one", "two") as load:
+        began = time.monotonic()
+        give_other_weights(cluster, "two")
+        up = cluster.command("up", "--replicas", "2", code=cluster.folder / "next")
+        assert up.returncode == 0, up.stderr[-2000:]
+        wait_for(lambda: not before & set(cluster.pids("ray::ServeReplica")))
+        measured(f"all replicas replaced in {time.monotonic() - began:.0f} s under load")
+        replace_fronts(cluster, load)
+        texts = {text_of(each.chat("two", **greedy)) for each in cluster.fronts * 2}
+        answers = load.end()
+    measured(f"and then both fronts, of other weights: {len(answers)} requests in all, 0 failed")
     assert Counter(answers) == {"done": len(answers)}
+    assert len(texts) == 1
+    assert old not in texts
     for pid in cluster.pids(REPLICA):
         assert f"PYTHONPATH={cluster.folder}/next" in Path(f"/proc/{pid}/environ").read_text()
     lose(machine, cluster, front, measured)
+
+
+def replace_fronts(cluster: Cluster, load: Load) -> None:
+    """End one after the other, and start it again; requests go to the other one meanwhile."""
+    first, second = cluster.fronts
+    for ending, load.front in ((second, first), (first, second)):
+        ending.stop()
+        ending.start()
+        wait_for(ending.ready)
+
+
+def text_of(answer: dict[str, Any]) -> str:
+    return str(answer["choices"][0]["message"]["content"])
+
+
+def give_other_weights(cluster: Cluster, model: str) -> None:
+    """Put another folder in the place of the model's in the registry."""
+    file = cluster.folder / "models.json"
+    entries = json.loads(file.read_text())
+    entry = next(each for each in entries if each["name"] == model)
+    entry["path"] += "-next"
+    save(Path(entry["path"]), tokenizers.byte_level(), num_hidden_layers=1)
+    file.write_text(json.dumps(entries))
 
 
 JOIN = """

@@ -252,6 +252,12 @@ def cluster_engine(parts: Parts, transport: Transport | None = None) -> EngineSi
         models.refuse(error)
         parts.admission.end_after(grace_s - LAST_WORDS_S, error)
 
+    def fault() -> str | None:
+        is_used = len(parts.admission) or any(each.ready for each in models.replicas)
+        if is_used or not transport.is_lost():
+            return None
+        return "The cluster's head was lost; restart the process to look for another one"
+
     return EngineSide(
         models=models,
         embeddings=embeddings,
@@ -259,7 +265,7 @@ def cluster_engine(parts: Parts, transport: Transport | None = None) -> EngineSi
         text_of=models.text,
         devices=lambda: ("cpu", "cuda") if settings.cluster_replica_gpus else ("cpu",),
         ready=watch.ready,
-        fault=lambda: None,
+        fault=fault,
         drain=drain,
         begin=watch.begin if ray is None else ray.connect,
     )

@@ -82,6 +82,7 @@ class Head:
             *(sys.executable, "-c", "from ray.scripts.scripts import main; main()"),
             *("start", "--head", "--block", f"--node-ip-address={host.strip('[]')}"),
             *(f"--port={port}", "--include-dashboard=false", "--disable-usage-stats"),
+            f"--dashboard-agent-listen-port={int(port) + 2}",  # Ray's own is that of one cluster
             *(f"--temp-dir={self._folder / 'ray'}", f"--ray-client-server-port={int(port) + 1}"),
         ]
         with self._log.open("wb") as log:

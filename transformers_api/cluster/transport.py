@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 from transformers_api.cluster import applications, ray_runtime, routing
+from transformers_api.cluster.head_watch import LOST_S, HeadWatch
 from transformers_api.cluster.messages import Failure, error_of
 from transformers_api.config.settings import Settings
 from transformers_api.errors import ApiError, Overloaded, ReplicaFailed, Unavailable
@@ -54,6 +55,10 @@ class Transport(Protocol):
         """Why nobody can be asked."""
         ...
 
+    def is_lost(self) -> bool:
+        """True where this process will not reach the cluster again; another one may."""
+        ...
+
 
 def ask(
     transport: Transport, cancellation: Cancellation, method: str, place: str, *arguments: Any
@@ -87,6 +92,7 @@ class RayTransport:
         self._handles: Mapping[str, Any] = {}
         self._asking = ThreadPoolExecutor(ASKING, "cluster-ask")
         self._fault: str | None = "Looking for the cluster"
+        self._head = HeadWatch(settings.cluster_address)
         self._lost: tuple[type[Exception], ...] = ()
         self._full: tuple[type[Exception], ...] = ()
 
@@ -96,13 +102,17 @@ class RayTransport:
 
     def fault(self) -> str | None:
         """See Transport."""
-        return self._fault
+        return self._fault or self._head.fault
+
+    def is_lost(self) -> bool:
+        """See Transport."""
+        return self._head.away_s > LOST_S
 
     async def call(self, method: str, place: str, *arguments: Any) -> Any:
         """See Transport."""
         response = getattr(self._options(place), method).remote(*arguments)
         try:
-            return checked(await response)
+            return checked(await self._head.accepted(response))
         except asyncio.CancelledError:
             response.cancel()
             raise
@@ -115,9 +125,12 @@ class RayTransport:
         messages = getattr(options, method).remote(*arguments)
         is_over = False
         try:
+            yield await self._head.accepted(anext(messages))
             async for message in messages:
                 yield message
             is_over = True
+        except ApiError:
+            raise
         except Exception as error:
             is_over = True
             raise self._error(error) from None
@@ -164,6 +177,7 @@ class RayTransport:
     def _connect(self) -> None:
         while True:
             try:
+                self._head.reach()
                 ray_runtime.connect(self._settings)
                 self._look()
                 self._full, self._lost = ray_runtime.kinds_of_errors()
@@ -174,6 +188,7 @@ class RayTransport:
                 log.info("%s: %s", self._fault, error)
                 time.sleep(RETRY_S)
         self._fault = None
+        self._head.begin()
         log.info("The cluster at %s is there", self._settings.cluster_address)
         self._on_connect()
         while self._own:
