@@ -10,6 +10,7 @@ TORCHES := $(VENV)/torch-cpu.stamp $(VENV)/torch-cuda.stamp
 $(if $(filter cpu cuda,$(TORCH)),,$(error TORCH=$(TORCH) is not allowed: expected cpu or cuda))
 DEV := $(VENV)/dev.stamp
 KERNELS := $(VENV)/kernels.stamp
+BYTECODE := $(VENV)/bytecode.stamp
 RAY := $(VENV)/ray.stamp
 PEER := build/peers
 PEERS := transformers llama vllm openvino
@@ -24,7 +25,8 @@ TORCH_FROM_cpu = $$($(BIN)/python -m scripts.torch_index)
 
 # One torch thread per test process: more would fight for the same cores. Bytecode is written even
 # where the environment says otherwise: else each of the many servers compiles the package anew.
-TESTS := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist loadfile
+# Three processes, as much of the time is waiting for servers and browsers.
+TESTS := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 3 --dist loadfile
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -38,7 +40,7 @@ setup: $(DEV) $(KERNELS) ## make .venv with everything, tools included
 tools: ## install what some tests need besides (nginx, redis, chromium; Debian, as root)
 	@scripts/install_test_tools.sh
 
-run: $(RUN) $(KERNELS) ## serve on http://127.0.0.1:5000; every setting comes from the environment
+run: $(RUN) $(KERNELS) $(BYTECODE) ## serve on http://127.0.0.1:5000; every setting comes from the environment
 	@$(BIN)/python -m transformers_api pull "$${DEFAULT_MODEL:-smollm2-135m-instruct}" || [ $$? = 1 ] \
 		&& exec $(BIN)/python -m transformers_api serve
 
@@ -95,7 +97,7 @@ docs: $(DEV) ## write the generated tables of docs/ and deploy/env.example anew
 
 check: lint test ## what CI runs
 
-bench: $(RUN) $(KERNELS) ## measure beside the peers that are installed, in minutes (BENCH="--rounds 3")
+bench: $(RUN) $(KERNELS) $(BYTECODE) ## measure beside the peers that are installed, in minutes (BENCH="--rounds 3")
 	@$(BIN)/python -m benchmarks.serve --short $(BENCH)
 
 bench-peers: $(foreach peer,$(PEERS),$(PEER)/$(peer)/run.stamp) ## install what `make bench` measures beside us, under build/peers
@@ -165,6 +167,11 @@ $(RAY): requirements-ray.txt $(RUN)
 $(KERNELS): $(wildcard transformers_api/kernels/src/*) transformers_api/kernels/build.py | $(RUN)
 	@echo "Compiling native kernels, about half a minute."
 	@$(BIN)/python -m transformers_api kernels || [ $$? = 1 ]
+	@touch $@
+
+# A start compiles nothing, also where the environment says that it writes no bytecode.
+$(BYTECODE): $(shell find transformers_api -name '*.py') | $(RUN)
+	@$(BIN)/python -m compileall -q transformers_api || [ $$? = 1 ]
 	@touch $@
 
 # What `make bench` measures beside us, each in an environment of its own; torch at our version.

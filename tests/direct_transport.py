@@ -25,6 +25,7 @@ class DirectTransport:
         self.calls: list[tuple[str, str]] = []
         self.dies_after: int | None = None  # so many messages of a stream
         self.models: dict[str, Replica] = {}
+        self.in_flight: dict[str, int] = {}
         self.silent: list[str] = []
         self.hung: set[str] = set()  # replicas that answer no broadcast
 
@@ -51,8 +52,8 @@ class DirectTransport:
             for each in self.replicas
         ]
 
-    def avoid(self, replicas: Any) -> None:
-        self.silent = list(replicas)
+    def note(self, in_flight: Any, silent: Any) -> None:
+        self.in_flight, self.silent = dict(in_flight), list(silent)
 
     def fault(self) -> str | None:
         return None

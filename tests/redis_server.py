@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import redis
 
-WAIT_S = 10.0
+WAIT_S = 30.0
 
 
 class RedisServer:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-WAIT_S = 20.0
+WAIT_S = 40.0
 
 SERVE = """
 from transformers_api.server.serve import serve

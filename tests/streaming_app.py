@@ -90,7 +90,7 @@ def _add_bodies(app: Flask) -> None:
 
     @app.get("/flooded")
     def floods_ended() -> str:
-        return str(flooded.acquire(timeout=15))
+        return str(flooded.acquire(timeout=30))
 
 
 def _with_request(rest: Iterator[str], first: str) -> Iterator[str]:
@@ -129,11 +129,11 @@ def create_watched_app(settings: Settings | None = None) -> Flask:
 
     @app.get("/begun/<kind>")
     def has_begun(kind: str) -> str:
-        return str(begun[kind].wait(10))
+        return str(begun[kind].wait(30))
 
     @app.get("/left/<kind>")
     def has_left(kind: str) -> str:
-        return str(left[kind].wait(10))
+        return str(left[kind].wait(30))
 
     return app
 

@@ -51,7 +51,7 @@ def test_not_ready_until_the_default_model_is_loaded(make_app):
     loader.hold["load"] = threading.Event()
     app, _ = make_app(loader)
     client = app.test_client()
-    assert loader.entered["load"].acquire(timeout=10)
+    assert loader.entered["load"].acquire(timeout=30)
     answer = client.get("/readyz")
     assert (answer.status_code, answer.json["reason"]) == (503, "Loading fake")
     assert client.get("/healthz").status_code == 200
@@ -101,6 +101,6 @@ def test_draining_refuses_new_work_at_once_and_ends_what_is_left_in_time(make_ap
     body = {"model": "fake", "messages": [{"role": "user", "content": "hi"}]}
     refused = client.post("/v1/chat/completions", json=body)
     assert (refused.status_code, refused.json["error"]["code"]) == (503, "server_shutting_down")
-    assert engine.closed.wait(10)
+    assert engine.closed.wait(30)
     assert isinstance(engine.closed_with, ServerShuttingDown)
     lease.release()

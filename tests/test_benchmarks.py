@@ -338,6 +338,11 @@ def test_swaps_are_compared_by_their_medians():
         [servers.OURS, "3.00", "", "1.50", "", "0.75", "", "6.00", "", "3.00", ""],
         ["theirs", "3.00", "1.0x", "3.00", "2.0x", "3.00", "4.0x", "6.00", "1.0x", "6.00", "2.0x"],
     ]
+    only_starts = {servers.OURS: found[servers.OURS], "theirs": [{"new start": 1.0, "start": 1.0}]}
+    assert swap.rows(only_starts, min) == [
+        [servers.OURS, "2.00", "", "1.00", "", "0.50", "", "4.00", "", "2.00", ""],
+        ["theirs", *[""] * 6, "1.00", "0.2x", "1.00", "0.5x"],
+    ]
 
 
 def test_a_twin_is_the_same_model_in_another_folder(tmp_path):

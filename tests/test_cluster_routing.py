@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import json
 import os
 import signal
+from collections.abc import Coroutine
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,10 +18,12 @@ import pytest
 from benchmarks import autoscaling, routing
 from benchmarks.simulated_replica import SLOTS, Times
 from transformers_api.cluster import applications, commands
+from transformers_api.cluster import routing as routing_state
 from transformers_api.cluster.front import SILENT, with_silent
 from transformers_api.cluster.routing import ranks
 from transformers_api.cluster.signals import own_handlers
 from transformers_api.config.settings import SettingError, Settings
+from transformers_api.serving.limits.admission import Admission
 from transformers_api.serving.models.spec import ReplicaRange
 from transformers_api.serving.swap.replica_status import ReplicaStatus
 from transformers_api.serving.swap.residency import SwapperStatus
@@ -165,10 +170,12 @@ def status(name: str) -> ReplicaStatus:
         pid=1,
         swapper=SwapperStatus(state="ready", model="m"),
         age_s=1.0,
-        requests=0,
+        requests=2,
         ready=True,
         reason="ready",
         process_bytes=None,
+        slots=16,
+        queue=8,
     )
 
 
@@ -185,15 +192,47 @@ def test_a_hung_replica_is_shown_beside_the_others():
     assert told(with_silent([], [None])) == []
 
 
-def test_a_front_has_no_request_sent_to_a_hung_replica():
+class Looked:
+    """A transport whose replicas answer as they are listed here; None: one hangs."""
+
+    def __init__(self) -> None:
+        self.answers: list[ReplicaStatus | None] = []
+
+    async def broadcast(self, method: str) -> list[ReplicaStatus | None]:
+        assert method == "status"
+        return self.answers
+
+    def start(self, work: Coroutine[None, None, object]) -> Future[object]:
+        future = Future[object]()
+        future.set_result(asyncio.run(work))
+        return future
+
+    def note(self, in_flight: dict[str, int], silent: list[str]) -> None:
+        routing_state.note(in_flight, silent)
+
+
+def test_a_front_takes_what_its_replicas_take_and_asks_no_hung_one():
     from transformers_api.cluster.front import Watch
 
-    transport = SimpleNamespace(avoided=[])
-    transport.avoid = transport.avoided.append
-    watch = Watch(transport, None, None, None)  # type: ignore[arg-type]
-    for silent in ([], ["b"], ["b"], []):
-        watch._avoid(silent)
-    assert transport.avoided == [["b"], []]
+    transport, admission = Looked(), Admission(1, 0)
+    models = SimpleNamespace(replicas=())
+    watch = Watch(transport, models, models, None, admission, 100)  # type: ignore[arg-type]
+
+    def look(*answers: ReplicaStatus | None) -> tuple[int, int]:
+        transport.answers = list(answers)
+        watch.look()
+        return admission.slots, admission.waiting
+
+    a, b, c = map(status, "abc")
+    assert look(a) == (16, 8)
+    assert look(a, b, c) == (48, 24)
+    assert (routing_state.silent, routing_state.requests) == (set(), dict.fromkeys("abc", 2))
+    assert look(a, None, c) == (48, 24)  # Serve replaces it soon, or it answers again
+    assert (routing_state.silent, routing_state.requests) == ({"b"}, dict.fromkeys("ac", 2))
+    assert look(a, c) == (32, 16)
+    assert (routing_state.silent, routing_state.requests) == (set(), dict.fromkeys("ac", 2))
+    assert look(*map(status, "abcde")) == (80, 20)  # no more than it has threads for
+    assert look() == (80, 20)  # until some are back
 
 
 def test_handlers_of_signals_are_kept_while_a_library_sets_its_own():

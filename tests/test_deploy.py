@@ -137,6 +137,7 @@ def test_what_is_copied_exists_and_reaches_the_builder(stage):
 def test_the_image_serves_and_finds_itself_healthy(image):
     with started(*in_folder(image, exec_form(the("CMD"))), **on_this_machine(image)) as server:
         _, port = server.address()
+        server.get("/healthz")  # its worker has begun: the check itself waits no longer than Docker
         check = in_folder(image, exec_form(the("HEALTHCHECK")))
         environ = {**os.environ, **on_this_machine(image), "PORT": str(port)}
         assert subprocess.run(check, env=environ, timeout=WAIT_S, check=False).returncode == 0

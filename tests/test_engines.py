@@ -21,7 +21,7 @@ from tests.redis_server import RedisServer
 from transformers_api.api.http.services import EXTENSION
 from transformers_api.app import create_app
 from transformers_api.cluster import front
-from transformers_api.cluster.messages import error_of, failure_of
+from transformers_api.cluster.messages import error_of, failure_of, place_of
 from transformers_api.cluster.metrics_page import merged
 from transformers_api.cluster.replica import Replica
 from transformers_api.config.settings import SettingError, Settings
@@ -366,7 +366,7 @@ def test_a_front_looks_into_what_another_has_written(cluster, settings, tmp_path
 
 def test_a_model_that_is_asked_for_is_loaded_and_made_known(cluster):
     assert chat(cluster, model="two").status_code == 200
-    assert cluster.published[-1] == "two"
+    assert cluster.published[-1].startswith("two@")
     status = cluster.client.get("/status").json
     assert status["engine"] == "ray"
     wait_for(lambda: replicas(cluster)[0]["model"] == "two")
@@ -396,7 +396,30 @@ def test_a_model_that_has_changed_is_asked_for_again(cluster):
             lease.model.engine.submit([SequenceRequest(PROMPT, GREEDY)])
     cluster.transport.calls.clear()
     assert chat(cluster, model="one").status_code == 200
-    assert ("describe", "one") in cluster.transport.calls
+    assert ("describe", place_of(spec)) in cluster.transport.calls
+
+
+def test_fronts_of_two_registries_each_get_the_weights_that_theirs_names(
+    cluster, settings, folder, tmp_path
+):
+    save(tmp_path / "next", tokenizers.byte_level(), num_hidden_layers=1)
+    entries = json.loads((folder / "models.json").read_text())
+    entries[0]["path"] = str(tmp_path / "next")
+    (tmp_path / "models.json").write_text(json.dumps(entries))
+    newer = replace(settings, model_registry_path=tmp_path / "models.json")
+    client = front_of(cluster.transport, newer).test_client()
+
+    def layers_of(client):
+        return client.get("/inspect/model?model=one").json["layers"]
+
+    assert [layers_of(each) for each in (cluster.client, client) * 2] == [2, 1, 2, 1]
+    question = {"model": "one", "messages": MESSAGES, "max_tokens": 8, "temperature": 0}
+    texts = [
+        each.post("/v1/chat/completions", json=question).json["choices"][0]["message"]["content"]
+        for each in (cluster.client, client) * 2
+    ]
+    assert texts[:2] == texts[2:]
+    assert texts[0] != texts[1]
 
 
 def test_metrics_of_replicas_have_their_label(cluster):

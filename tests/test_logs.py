@@ -164,7 +164,7 @@ def test_a_line_on_another_thread_can_be_carried_the_request_s_id():
     seen = []
     thread = threading.Thread(target=lambda: seen.extend([function(), logs.request_id.get()]))
     thread.start()
-    thread.join(10)
+    thread.join(30)
     assert seen == ["abc-1", "-"]
 
 

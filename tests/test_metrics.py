@@ -187,7 +187,7 @@ def test_what_is_resident_is_shown_while_it_streams_and_scraping_disturbs_nothin
     text = b"".join(events)
     stop.set()
     for scraper in scrapers:
-        scraper.join(10)
+        scraper.join(30)
     stream.close()
     assert text.endswith(b"data: [DONE]\n\n")
     assert during["vllm:num_requests_running{model_name=one}"] == 1

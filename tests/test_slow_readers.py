@@ -17,7 +17,7 @@ from tests.servers import WAIT_S, Server
 ASSET = "/docs/assets/redoc/redoc.standalone.js"
 FILE = Path(transformers_api.__file__).parent / "api" / "ops" / "static" / "redoc"
 CONTENT = (FILE / "redoc.standalone.js").read_bytes()
-SEND_S = 4
+SEND_S = 8
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def body_of(client: socket.socket) -> bytes:
 @pytest.mark.slow  # `make faults` runs it
 def test_who_reads_nothing_is_ended(server) -> None:
     with asked(server, ASSET) as client:
-        server.said("read nothing for 4 s|read too slowly")
+        server.said("read nothing for 8 s|read too slowly")
         with suppress(ConnectionResetError):
             assert len(client.recv(len(CONTENT), socket.MSG_WAITALL)) < len(CONTENT)
 
@@ -119,8 +119,8 @@ def test_answers_that_nobody_reads_hold_no_thread_however_short(server) -> None:
         for _ in range(5):  # there are four threads for such requests
             client = clients.enter_context(asked(server, "/healthz"))
             client.sendall(requests)
-        end = time.monotonic() + SEND_S / 4  # those whose thread is held are not given up yet
+        end = time.monotonic() + 1  # those whose thread is held are not given up yet
         while time.monotonic() < end:
             began = time.monotonic()
             assert server.get("/healthz") == '{"status":"ok"}'
-            assert time.monotonic() - began < 1
+            assert time.monotonic() - began < SEND_S / 2

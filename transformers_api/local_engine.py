@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from transformers_api.config.settings import Settings
 from transformers_api.encoder_loader import EncoderLoader
-from transformers_api.engine.platform.imports import without_collection
+from transformers_api.engine.platform.imports import importing
 from transformers_api.engine.platform.lazy_torch import import_torch
 from transformers_api.engine.thread import EngineThread
 from transformers_api.logs import adopt
@@ -110,7 +110,7 @@ def _begin(
     settings: Settings, thread: EngineThread | None, swapper: Swapper, preloaded: str | None
 ) -> None:
     if thread is not None:
-        thread.call(partial(_import_engine, settings.lazy_torch))
+        thread.call(partial(_import_engine, settings))
     if preloaded is not None:
         swapper.load(preloaded, wait=False)
 
@@ -146,15 +146,16 @@ def _swap_rules(settings: Settings, *, overlap: bool = False) -> SwapRules:
     )
 
 
-def _import_engine(lazy: bool) -> None:
+def _import_engine(settings: Settings) -> None:
     """Import what never goes away again, so that nobody looks through it for garbage.
 
     That takes a sixth of the time of the imports, and later, at every swap or in the middle of an
     answer, as long as several tokens.
     """
     is_first = "transformers_api.engine.loader" not in sys.modules
-    with without_collection():
-        import_torch(lazy=lazy, transformers=True)
+    with importing():
+        exports = settings.model_store.absolute() / "imports"
+        import_torch(lazy=settings.lazy_torch, transformers=True, exports=exports)
         import transformers_api.engine.loader  # noqa: F401
 
         if is_first:  # what a later one would keep may be garbage, of models even

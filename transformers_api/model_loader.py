@@ -23,6 +23,7 @@ from transformers_api.engine.load_deadline import LoadDeadline
 from transformers_api.engine.load_options import AS_NUMBERS, DTYPE_BYTES, LoadOptions
 from transformers_api.engine.load_progress import LoadProgress
 from transformers_api.engine.native.packed_store import PackedStore, packed_key
+from transformers_api.engine.native.program import program, sources
 from transformers_api.engine.standby import StandbyModels
 from transformers_api.engine.thread import EngineThread
 from transformers_api.errors import InsufficientMemory, ModelNotCapable
@@ -230,8 +231,11 @@ class ModelLoader(AdapterLoader):
         if not self.settings.inspect_enabled:
             return load_engine(files.folder, options, self.thread), None
         from transformers_api.inspection.attachment import Attachment
+        from transformers_api.inspection.examination_file import ExaminationStore
 
-        attachment = Attachment(self.settings.prefill_chunk, self._examinations)
+        folder = self.settings.model_store.absolute() / "plans"
+        store = ExaminationStore(folder, lambda: program() + sources("inspection"))
+        attachment = Attachment(self.settings.prefill_chunk, self._examinations, store)
         engine = load_engine(files.folder, options, self.thread, attachment.wrap)
         return engine, attachment.inspector(engine)
 

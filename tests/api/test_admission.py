@@ -15,7 +15,7 @@ from tests.fakes import FakeEngine, say
 from transformers_api.api.http.disconnect import Watch
 from transformers_api.errors import ServerShuttingDown
 
-WAIT_S = 10.0
+WAIT_S = 30.0
 
 
 @pytest.fixture
@@ -204,13 +204,13 @@ def test_more_in_flight_than_there_may_be_is_a_429_until_one_ends(pool, held, se
     served, gate = held(**{setting: 1})
     body = {"messages": [{"role": "user", "content": "Hi"}]}
     first = pool.submit(served.client.post, "/v1/chat/completions", json=body)
-    until(lambda: len(served.services.admission) == 1)
+    until(lambda: served.engine.submitted)  # it has taken all its places
     refused = served.app.test_client().post("/v1/chat/completions", json=body)
     assert refused.status_code == 429
     assert refused.json["error"]["code"] == code
     assert 1 <= int(refused.headers["Retry-After"]) <= 120
     gate.set()
-    assert first.result(10).status_code == 200
+    assert first.result(30).status_code == 200
     for _ in range(2):
         streamed = served.client.post("/v1/chat/completions", json={**body, "stream": True})
         assert streamed.text.endswith("data: [DONE]\n\n")

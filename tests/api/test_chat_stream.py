@@ -369,7 +369,7 @@ def test_a_server_that_is_starting_is_503(serve):
     served = serve(ready=lambda: (False, "Loading fake"))
     hold = served.loader.hold["load"] = threading.Event()
     served.swapper.load("fake", wait=False)
-    assert served.loader.entered["load"].acquire(timeout=10)
+    assert served.loader.entered["load"].acquire(timeout=30)
     response = ask(served)
     body = refused(response, 503)
     assert body == {"error": "Model not ready yet, please retry", "code": "model_loading"}

@@ -12,7 +12,7 @@ from tests.servers import Server, serving
 from transformers_api.api.http import disconnect
 from transformers_api.api.http.disconnect import DisconnectWatcher
 
-WAIT_S = 5.0
+WAIT_S = 30.0
 
 
 class Connection:

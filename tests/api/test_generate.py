@@ -42,7 +42,7 @@ def detail(response, status=400):
 
 
 def wait_for(served, name, state):
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while (shown := served.client.get(f"/models/{name}").get_json())["state"] != state:
         assert time.monotonic() < deadline, shown
         time.sleep(0.005)  # polling, with a deadline
@@ -418,7 +418,7 @@ def test_loading_goes_on_in_the_background_and_can_be_polled(served, name):
     assert (before["state"], before["progress"]) == ("not_loaded", 0)
     begun = served.client.post(f"/models/{name}/load")
     assert begun.get_json() == {"message": f"Loading model '{shown_name}' in background"}
-    assert served.loader.entered["load"].acquire(timeout=10)
+    assert served.loader.entered["load"].acquire(timeout=30)
     during = served.client.get(f"/models/{name}").get_json()
     assert (during["state"], during["loaded"], during["error"]) == ("loading", False, None)
     assert during["progress_text"] == "loading"
@@ -444,7 +444,7 @@ def test_a_load_that_fails_says_why_until_the_next_one_begins(served):
 def test_a_model_that_waits_its_turn_is_loading_too(served):
     served.loader.hold["load", "fake"] = threading.Event()
     served.client.post("/models/fake/load")
-    assert served.loader.entered["load"].acquire(timeout=10)
+    assert served.loader.entered["load"].acquire(timeout=30)
     served.client.post("/models/two/load")
     assert served.client.get("/models/two").get_json()["state"] == "loading"
     served.loader.hold["load", "fake"].set()

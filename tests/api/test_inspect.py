@@ -564,10 +564,10 @@ def test_one_more_than_may_wait_is_429(looking):
     served = with_services(looking(Slow()), inspections=Inspections(0, 20))
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(served.app.test_client().post, "/inspect/rollout", json=HELLO)
-        assert begun.wait(10)
+        assert begun.wait(30)
         response = ask(served, "heads", HELLO)
         hold.set()
-        assert running.result(10).status_code == 200
+        assert running.result(30).status_code == 200
     assert (response.status_code, response.get_json()["code"]) == (429, "inspect_busy")
     assert response.headers["Retry-After"] == "1"
     assert served.swapper.status().leases == 0

@@ -11,14 +11,28 @@ from tests.engine.conftest import engine_thread  # noqa: F401
 from tests.fakes import fake_model
 from tests.inspection.conftest import running, watch  # noqa: F401
 from tests.inspection.models import ALL
+from tests.repeats import slow
 
 IDS = {"token_ids": [5, 17, 33, 60, 61, 62, 17, 33, 8, 9, 10, 11]}
 N = len(IDS["token_ids"])
 METHODS = ("occlusion", "gradient_x_input", "gradient_norm", "integrated_gradients")
+# What others show in the same way: llama, gpt2, mixtral, gemma3 and bloom.
+REPEATS = (
+    "gemma2",
+    "gpt-neox",
+    "gptj",
+    "granite",
+    "mpt-alibi",
+    "olmo2",
+    "opt",
+    "phi",
+    "qwen3",
+    "qwen3-moe",
+)
 MODES = {"tap", "hook", "legacy", "none"}
 
 
-@pytest.fixture(params=sorted(ALL))
+@pytest.fixture(params=[*sorted(ALL.keys() - set(REPEATS)), *slow(*REPEATS)])
 def looking(request, serve, watch):  # noqa: F811
     """An application whose model is a small one of this kind."""
     watched = watch(request.param)

@@ -36,7 +36,7 @@ class Gated(FakeInspector):
         self.questions.append(question)
 
         def work():
-            assert self.may.acquire(timeout=10)
+            assert self.may.acquire(timeout=30)
             if self.error is not None:
                 raise self.error
             cells = question.cells

@@ -368,7 +368,7 @@ def test_answers_that_run_at_once_never_reserve_more_than_the_bucket(limited):
     answers, start = [], threading.Barrier(12)
 
     def ask():
-        start.wait(10)
+        start.wait(30)
         body = {"prompt": "abcd", "max_tokens": 96, "stream": True}
         answers.append(served.app.test_client().post("/v1/completions", json=body))
 

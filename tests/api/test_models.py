@@ -94,7 +94,7 @@ def test_a_model_is_described_while_another_is_loaded(serve, tmp_path):
     served = serve(specs=(fake_spec("here", source=PathSource(folder)), fake_spec("other")))
     served.loader.hold["load"] = threading.Event()
     served.services.swapper.load("other", wait=False)
-    assert served.loader.entered["load"].acquire(timeout=10)
+    assert served.loader.entered["load"].acquire(timeout=30)
     assert "tools" not in served.client.get("/v1/models/here").get_json()
     served.loader.hold["load"].set()
     assert ("text", "here") not in served.loader.calls
@@ -201,10 +201,10 @@ def test_many_loads_of_one_model_are_one(served):
     threads = [threading.Thread(target=load) for _ in range(8)]
     for thread in threads:
         thread.start()
-    assert served.loader.entered["load"].acquire(timeout=10)
+    assert served.loader.entered["load"].acquire(timeout=30)
     served.loader.hold["load"].set()
     for thread in threads:
-        thread.join(10)
+        thread.join(30)
     assert len(statuses) == 8
     assert served.loader.count("load") == 1
 

@@ -116,12 +116,12 @@ def test_a_switch_never_frees_a_model_in_use(wrapper):
         target=lambda: switched.append(other.post("/load_model", json={"model_name": "distilgpt2"}))
     )
     thread.start()
-    assert wrapper.loader.entered["check_memory"].acquire(timeout=10)
+    assert wrapper.loader.entered["check_memory"].acquire(timeout=30)
     assert not engine.closed.is_set()
     gate.release(1000)
     assert (first + b"".join(chunks)).endswith(b"data: [DONE]\n\n")
     running.close()
-    thread.join(10)
+    thread.join(30)
     assert switched[0].status_code == 200
 
 

@@ -38,7 +38,7 @@ def server(tinygpt):
 
 
 def wait_until_loaded(tinygpt, name):
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while tinygpt.swapper.status().model != name:
         assert time.monotonic() < deadline
         time.sleep(0.005)  # polling, with a deadline

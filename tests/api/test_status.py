@@ -54,11 +54,11 @@ def test_what_is_loading_and_who_waits_for_it(tmp_path):
     loader.progress = [(0.5, "reading the weights")]
     asking = threading.Thread(target=lambda: post(app.test_client(), model="two"))
     asking.start()
-    assert loader.entered["load"].acquire(timeout=10)
-    assert loader.entered["load"].acquire(timeout=10)
+    assert loader.entered["load"].acquire(timeout=30)
+    assert loader.entered["load"].acquire(timeout=30)
     said = status_of(app)
     loader.hold["load", "two"].set()
-    asking.join(10)
+    asking.join(30)
     assert said["state"] == "loading"
     assert said["loading"]["model"] == "two"
     assert (said["loading"]["progress"], said["loading"]["doing"]) == (0.5, "reading the weights")
@@ -82,10 +82,10 @@ def test_files_that_are_fetched_are_another_stage_than_a_load(tmp_path):
     loader.hold["prepare", "two"] = threading.Event()
     asking = threading.Thread(target=lambda: post(app.test_client(), model="two"))
     asking.start()
-    assert loader.entered["prepare"].acquire(timeout=10)
+    assert loader.entered["prepare"].acquire(timeout=30)
     said = status_of(app)["loading"]
     loader.hold["prepare", "two"].set()
-    asking.join(10)
+    asking.join(30)
     assert (said["stage"], said["doing"]) == ("preparing", "preparing")
 
 
@@ -99,7 +99,7 @@ def test_what_a_model_took_last_time_is_told_when_it_is_loaded_again(tmp_path):
     wait_for(lambda: (status_of(app)["loading"] or {}).get("stage") == "loading")
     said = status_of(app)["loading"]
     loader.hold["load", "one"].set()
-    asking.join(10)
+    asking.join(30)
     assert said["last_load_s"] == 0.1
 
 

@@ -203,9 +203,9 @@ def test_a_client_that_leaves_a_plain_request_ends_it(serve, client):
     statuses = []
     thread = threading.Thread(target=lambda: statuses.append(served.chat().status_code))
     thread.start()
-    assert client.watched.acquire(timeout=10)
+    assert client.watched.acquire(timeout=30)
     client.leave[0]()
-    thread.join(10)
+    thread.join(30)
     assert statuses == [499]
     assert served.engine.stats().generated_tokens == 0
     assert released(served, client)
@@ -217,9 +217,9 @@ def test_a_client_that_leaves_while_its_model_loads_is_forgotten(serve, client):
     statuses = []
     thread = threading.Thread(target=lambda: statuses.append(served.chat(stream=True).status_code))
     thread.start()
-    assert served.loader.entered["load"].acquire(timeout=10)
+    assert served.loader.entered["load"].acquire(timeout=30)
     client.leave[0]()
-    thread.join(10)
+    thread.join(30)
     served.loader.hold["load"].set()
     assert statuses == [499]
     assert served.engine.submitted == []
@@ -239,7 +239,7 @@ def test_a_model_that_is_taken_away_ends_a_stream_with_an_error(serve):
     served = serve(FakeEngine(say("Hello"), gate=threading.Event()))
     response = served.chat(stream=True)
     served.swapper.evict(force=True, wait=False)
-    assert served.engine.closed.wait(10)
+    assert served.engine.closed.wait(30)
     read = events(response)
     assert read.payloads[-1]["error"]["code"] == "model_unloaded"
     assert not read.done
@@ -253,10 +253,10 @@ def test_a_switch_of_models_waits_for_a_stream(serve):
     statuses = []
     other = threading.Thread(target=lambda: statuses.append(served.chat(model="two").status_code))
     other.start()
-    assert served.loader.entered["prepare"].acquire(timeout=10)
+    assert served.loader.entered["prepare"].acquire(timeout=30)
     gate.release(10)
     assert events(response).text() == "Hello"
-    other.join(10)
+    other.join(30)
     assert statuses == [200]
 
 

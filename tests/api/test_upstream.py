@@ -396,7 +396,7 @@ def test_an_upstream_that_falls_silent_in_the_middle_is_given_up(far):
     front, _ = far(hangs, {"timeout_s": 0.2})
     stream = events(front.chat(model="far", stream=True))
     assert stream.payloads[-1]["error"]["code"] == "upstream_timeout"
-    assert left.wait(10)
+    assert left.wait(30)
 
 
 def test_the_deadline_of_requests_holds_for_upstreams(far):
@@ -460,7 +460,7 @@ def test_headers_that_drip_are_waited_for_no_longer_than_silence(far):
     front, _ = far(drips, {"timeout_s": 0.2})
     answer = front.chat()
     assert (answer.status_code, error(answer)["code"]) == (504, "upstream_timeout")
-    assert left.wait(5)
+    assert left.wait(30)
 
 
 def test_a_line_that_comes_byte_by_byte_is_read(far):

@@ -188,7 +188,7 @@ def test_a_text_of_many_slices_lets_others_between():
         for _ in range(slices):
             with line.turn():
                 order.append(name)
-                assert waiting.wait(10)
+                assert waiting.wait(30)
 
     with ThreadPoolExecutor(2) as pool:
         readings = [pool.submit(read, "long", 3)]
@@ -199,7 +199,7 @@ def test_a_text_of_many_slices_lets_others_between():
             pass
         waiting.set()
         for reading in readings:
-            reading.result(10)
+            reading.result(30)
     assert order == ["long", "short", "long", "long"]
 
 

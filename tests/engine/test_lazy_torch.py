@@ -6,14 +6,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers.utils import import_utils
 
 import transformers_api
-from transformers_api.engine.platform.lazy_torch import VERSIONS, scanning_once
+from transformers_api.engine.platform.lazy_torch import VERSIONS
 from transformers_api.engine.platform.meta_shapes import ShapesOnly
+from transformers_api.engine.platform.transformers_exports import scanning_once, use_list
 
 PROGRAM = """
 import collections
@@ -27,7 +31,7 @@ import_torch(transformers=True)
 import torch
 import transformers_api.engine.loader
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers_api.engine.platform.lazy_torch import scanning_once
+from transformers_api.engine.platform.transformers_exports import scanning_once
 from transformers_api.engine.platform.meta_shapes import ShapesOnly
 from transformers_api.kernels.capture import record
 
@@ -40,6 +44,7 @@ ids = torch.tensor([[1, 2]])
 with torch.no_grad(), record([ids]):
     model(ids, use_cache=False)
 heavy = {"sympy", "torch._dynamo.convert_frame", "torch.distributed.tensor", "torch._decomp"}
+heavy |= {"accelerate", "torch.export.graph_signature", "torch.masked._ops"}
 assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
 sources = [name for name in opened if str(name).endswith("modeling_zoedepth.py")]
 assert [opened[name] for name in sources] == [1], "read more than once, or looked for elsewhere"
@@ -60,6 +65,17 @@ compiled = torch.compile(lambda x: kept(x * 2) + 1, backend="eager")
 assert compiled(torch.ones(2)).tolist() == [4, 4]
 assert torch._dynamo.utils.counters["graph_break"]
 assert torch.distributed.is_available() == hasattr(torch._C, "_c10d_init")
+
+from torch.export.graph_signature import InputKind
+assert torch.export.graph_signature.InputKind is InputKind and torch.export.Dim
+import torch.nn.intrinsic.modules.fused
+assert torch.nn.intrinsic.LinearReLU is torch.nn.intrinsic.modules.fused.LinearReLU
+assert torch.masked.masked_tensor and torch.quantization.quantize_dynamic
+
+import transformers.modeling_utils
+assert transformers.modeling_utils.extract_model_from_parallel(model) is model
+import accelerate.utils
+assert accelerate.utils.extract_model_from_parallel(model) is model
 """
 
 
@@ -150,6 +166,74 @@ def test_a_folder_that_is_scanned_once_exports_what_it_does(tmp_path: Path) -> N
     plain = found()
     with scanning_once(import_utils):
         assert found() == plain
+
+
+def scanner(folder: Path) -> Any:
+    """Transformers' ``import_utils``, as it would be in ``folder``."""
+    import_utils.define_import_structure.cache_clear()
+    import_utils.create_import_structure_from_path.cache_clear()
+    file = str(folder / "utils" / "import_utils.py")
+    return SimpleNamespace(
+        __file__=file, define_import_structure=import_utils.define_import_structure
+    )
+
+
+def unread(_path: object, _prefix: str | None = None) -> object:
+    raise AssertionError("the sources are read again")
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    models = tmp_path / "package" / "models"
+    (models / "a").mkdir(parents=True)
+    (models / "a" / "modeling_a.py").write_text('__all__ = ["A", "B"]\n')
+    (models / "a" / "__init__.py").touch()
+    (models / "__init__.py").touch()
+    return tmp_path / "package"
+
+
+def exports(scanner: Any, models: Path, lists: Path) -> list[object]:
+    use_list(scanner, lists)
+    define = scanner.define_import_structure
+    return [define(models, prefix="models"), define(str(models / "__init__.py"))]
+
+
+def test_exports_are_the_same_by_a_list_and_nothing_is_read_again(
+    package: Path, tmp_path: Path
+) -> None:
+    models, own = package / "models", scanner(package)
+    plain = [
+        own.define_import_structure(models, prefix="models"),
+        own.define_import_structure(str(models / "__init__.py")),
+    ]
+    assert exports(own, models, tmp_path) == plain
+    own = scanner(package)
+    own.define_import_structure = unread
+    assert exports(own, models, tmp_path) == plain
+    with pytest.raises(AssertionError, match="again"):
+        own.define_import_structure(models / "a")
+
+
+def test_a_damaged_list_and_one_of_another_version_are_made_anew(
+    package: Path, tmp_path: Path
+) -> None:
+    models = package / "models"
+    plain = exports(scanner(package), models, tmp_path)
+    (file,) = tmp_path.glob("*.exports")
+    file.write_bytes(file.read_bytes().replace(b"modeling_a", b"modeling_b"))
+    assert exports(scanner(package), models, tmp_path) == plain
+    assert b"modeling_a" in file.read_bytes()
+    (models / "b").mkdir()
+    (models / "b" / "modeling_b.py").write_text('__all__ = ["C"]\n')
+    assert exports(scanner(package), models, tmp_path) != plain
+    assert len(list(tmp_path.glob("*.exports"))) == 1
+    assert not file.exists()
+
+
+def test_without_a_folder_to_write_into_the_sources_are_read(package: Path) -> None:
+    models = package / "models"
+    plain = scanner(package).define_import_structure(models, prefix="models")
+    assert exports(scanner(package), models, models / "__init__.py")[0] == plain
 
 
 ASYNC = """

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from tests.engine.models import BATCHED, tiny_model
+from tests.kernels.conftest import EVERY, OWN
+from tests.repeats import slow
 from transformers_api.engine.kv_cache import SlotCache, SlotLayer
 from transformers_api.engine.runners.model_runner import MaskBuilder
 from transformers_api.kernels.graph.executor import RecordedPass
@@ -23,6 +25,21 @@ from transformers_api.kernels.modules.replace import Widths, layer_groups, pack_
 PROMPT = [5, 9, 33, 71, 8, 2, 90, 17, 44, 3, 61]
 IDS = [torch.tensor([[7], [50], [23], [9]]), torch.tensor([[81], [4], [66], [1]])]
 NEAR = {"rtol": 1e-4, "atol": 1e-5}
+BEST = EVERY[:1]
+# Which operations a family has is seen with one instruction set, and the sets with few families.
+FEW = ("gemma3", "gpt-oss-sinks", "gpt2")
+EACH = [(variant, name) for variant in OWN for name in sorted(BATCHED)]
+FIRST = [
+    (variant, name)
+    for variant, name in EACH
+    if variant in BEST or (variant in EVERY and name in FEW)
+]
+families = pytest.mark.parametrize(
+    ("variant", "name"),
+    [*FIRST, *slow(*(pair for pair in EACH if pair not in FIRST))],
+    indirect=["variant"],
+    ids=lambda value: getattr(value, "name", value),
+)
 
 
 class NativeLayer(SlotLayer):
@@ -124,7 +141,7 @@ class Setup:
         return logits[torch.tensor([len(ids) for ids, _, _ in pieces]).cumsum(0) - 1]
 
 
-@pytest.mark.parametrize("name", sorted(BATCHED))
+@families
 def test_decode_steps_of_any_size_give_the_models_own_logits(library, name):
     setup = Setup(library, name)
     setup.learn_all()
@@ -136,7 +153,7 @@ def test_decode_steps_of_any_size_give_the_models_own_logits(library, name):
             assert torch.allclose(given, plain, **NEAR)
 
 
-@pytest.mark.parametrize("name", sorted(BATCHED))
+@families
 def test_prompts_of_any_length_give_the_models_own_logits(library, name):
     setup = Setup(library, name)
     setup.learn_all()

@@ -143,15 +143,15 @@ def test_who_waits_for_files_is_counted_shares_them_and_may_leave(make, loader):
     with ThreadPoolExecutor(3) as pool:
         staying = [pool.submit(swapper.lease, ADAPTERS["a1"]) for _ in range(2)]
         gone = pool.submit(swapper.lease, ADAPTERS["a1"], cancellation=leaving)
-        assert loader.entered["prepare_adapter"].acquire(timeout=10)
+        assert loader.entered["prepare_adapter"].acquire(timeout=30)
         leaving.cancel()
         with pytest.raises(ClientGone):
-            gone.result(10)
+            gone.result(30)
         while swapper.status().waiting.get("a1") != 2:
             pass
         gate.set()
         for each in staying:
-            each.result(10).release()
+            each.result(30).release()
     assert loader.count("prepare_adapter") <= 2
     assert swapper.status().waiting == {}
     assert "a1" not in swapper.status().last_errors
@@ -200,7 +200,7 @@ def test_a_load_in_the_background_says_why_it_failed(make, loader, ear):
     swapper = make()
     loader.fail["load", "a"] = ModelLoadFailed("broken")
     assert swapper.load("a1", wait=False)
-    assert ear.noted.wait(10)
+    assert ear.noted.wait(30)
     swapper.status()
     assert "a" in ear.failed
 

@@ -8,7 +8,7 @@ from transformers_api.errors import ApiError, DeadlineExceeded, Overloaded, Serv
 from transformers_api.serving.limits.admission import Admission
 from transformers_api.serving.limits.cancellation import Cancellation
 
-WAIT_S = 10.0
+WAIT_S = 30.0
 
 
 class Clock:

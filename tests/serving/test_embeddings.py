@@ -237,7 +237,7 @@ def test_many_first_requests_load_an_encoder_once(both):
 
     with ThreadPoolExecutor(4) as pool:
         answers = pool.map(ask, range(4))
-        assert both.encoder_loader.entered["load"].acquire(timeout=10)
+        assert both.encoder_loader.entered["load"].acquire(timeout=30)
         both.encoder_loader.hold["load"].set()
         assert len({id(model) for model in answers}) == 1
     assert both.encoder_loader.count("load") == 1

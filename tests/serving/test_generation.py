@@ -27,7 +27,7 @@ from transformers_api.serving.generation import (
 from transformers_api.serving.limits.cancellation import Cancellation
 
 PROMPT = list(b"Say: ")
-PATIENCE_S = 10
+PATIENCE_S = 30
 
 
 def begin(

@@ -132,7 +132,7 @@ def test_the_engine_makes_a_step_between_two_slices(inspections, model, thread):
             log.append("slice")
             yield
 
-    thread.call(lambda: thread.engines.append(Steps(log))).result(10)
+    thread.call(lambda: thread.engines.append(Steps(log))).result(30)
     inspections.run(model, job, Cancellation())
     between = "".join("x" if event == "slice" else "." for event in log)
     assert between.count("x") == 20
@@ -163,7 +163,7 @@ def test_it_ends_between_two_slices_once_its_time_is_over(model):
     inspections = Inspections(1, 30, clock=lambda: 31.0 if job.begun.is_set() else 0.0)
     with pytest.raises(InspectionTimeout, match="took longer than 30 s"):
         inspections.run(model, job, Cancellation())
-    assert job.closed.wait(10)
+    assert job.closed.wait(30)
     assert job.threads == {"engine"}
 
 
@@ -174,7 +174,7 @@ def test_a_slice_that_does_not_get_its_turn_in_time_never_begins(model, thread):
     with pytest.raises(InspectionTimeout):
         Inspections(1, 0.02).run(model, job, Cancellation())
     release.set()
-    thread.call(lambda: None).result(10)
+    thread.call(lambda: None).result(30)
     assert not job.begun.is_set()
 
 
@@ -186,12 +186,12 @@ def test_a_client_that_leaves_ends_the_job_after_its_slice(inspections, model):
     job = Job(hold)
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(inspections.run, model, job, cancellation)
-        assert job.begun.wait(10)
+        assert job.begun.wait(30)
         cancellation.cancel()
         hold.set()
         with pytest.raises(ClientGone):
-            asked.result(10)
-    assert job.closed.wait(10)
+            asked.result(30)
+    assert job.closed.wait(30)
     assert job.threads == {"engine"}
 
 
@@ -203,7 +203,7 @@ def test_a_client_that_leaves_before_its_slice_begins_gets_none(inspections, mod
         wait_for(lambda: len(inspections._line) == 1)
         cancellation.cancel()
         with pytest.raises(ClientGone):
-            asked.result(10)
+            asked.result(30)
     release.set()
     assert not job.begun.is_set()
 
@@ -234,14 +234,14 @@ def test_one_runs_one_waits_and_a_third_is_refused(inspections, model):
     first, second = Job(hold), Job()
     with ThreadPoolExecutor(2) as pool:
         running = pool.submit(inspections.run, model, first, Cancellation())
-        assert first.begun.wait(10)
+        assert first.begun.wait(30)
         waiting = pool.submit(inspections.run, model, second, Cancellation())
         wait_for(lambda: len(inspections._line) == 2)
         with pytest.raises(InspectionBusy):
             inspections.run(model, Job(), Cancellation())
         assert not second.begun.is_set()
         hold.set()
-        assert running.result(10) == waiting.result(10) == "found"
+        assert running.result(30) == waiting.result(30) == "found"
     assert inspections.run(model, Job(), Cancellation()) == "found"
 
 
@@ -260,11 +260,11 @@ def test_the_refusal_says_how_long_the_line_has_been_taking(model):
     second = Job(hold)
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(inspections.run, model, second, Cancellation())
-        assert second.begun.wait(10)
+        assert second.begun.wait(30)
         with pytest.raises(InspectionBusy) as refused:
             inspections.run(model, Job(), Cancellation())
         hold.set()
-        running.result(10)
+        running.result(30)
     assert refused.value.retry_after == 8
 
 
@@ -273,11 +273,11 @@ def test_without_a_queue_the_second_is_refused(model):
     first = Job(hold)
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(inspections.run, model, first, Cancellation())
-        assert first.begun.wait(10)
+        assert first.begun.wait(30)
         with pytest.raises(InspectionBusy):
             inspections.run(model, Job(), Cancellation())
         hold.set()
-        assert running.result(10) == "found"
+        assert running.result(30) == "found"
 
 
 def test_the_comparison_of_an_answer_waits_behind_any_and_has_its_time(model):
@@ -290,11 +290,11 @@ def test_the_comparison_of_an_answer_waits_behind_any_and_has_its_time(model):
     first = Job(hold, slices=1)
     with ThreadPoolExecutor(2) as pool:
         running = pool.submit(inspections.run, model, first, Cancellation())
-        assert first.begun.wait(10)
+        assert first.begun.wait(30)
         waiting = pool.submit(inspections.ask, compared, Divergence([1], question), Cancellation())
         wait_for(lambda: len(inspections._line) == 2)
         hold.set()
-        assert running.result(10) == waiting.result(10) == "found"
+        assert running.result(30) == waiting.result(30) == "found"
 
 
 def test_a_client_that_leaves_the_queue_gives_its_place_away(inspections, model):
@@ -302,15 +302,15 @@ def test_a_client_that_leaves_the_queue_gives_its_place_away(inspections, model)
     first, second, third = Job(hold), Job(), Job()
     with ThreadPoolExecutor(3) as pool:
         running = pool.submit(inspections.run, model, first, Cancellation())
-        assert first.begun.wait(10)
+        assert first.begun.wait(30)
         leaving = pool.submit(inspections.run, model, second, cancellation)
         wait_for(lambda: len(inspections._line) == 2)
         cancellation.cancel()
         with pytest.raises(ClientGone):
-            leaving.result(10)
+            leaving.result(30)
         after = pool.submit(inspections.run, model, third, Cancellation())
         hold.set()
-        assert running.result(10) == after.result(10) == "found"
+        assert running.result(30) == after.result(30) == "found"
     assert not second.begun.is_set()
 
 
@@ -338,10 +338,10 @@ def test_the_check_does_not_wait_in_the_line(inspections, model):
     job = Job(hold)
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(inspections.run, model, job, Cancellation())
-        assert job.begun.wait(10)
+        assert job.begun.wait(30)
         assert inspections.has_gradients(fake_model(), FakeInspector(), Cancellation())
         hold.set()
-        assert running.result(10) == "found"
+        assert running.result(30) == "found"
 
 
 def test_a_future_of_the_engine_that_fails_is_raised(inspections):

@@ -15,7 +15,7 @@ class Panic(BaseException):
 def works(worker: MaskWorker) -> bool:
     ran = threading.Event()
     worker.submit(ran.set)
-    return ran.wait(10)
+    return ran.wait(30)
 
 
 def fail() -> None:

@@ -141,7 +141,7 @@ def test_sixty_four_at_once_get_the_burst_and_no_more(server):
     start, allowed = threading.Barrier(64), []
 
     def ask(limiter):
-        start.wait(10)
+        start.wait(30)
         allowed.append(taken(limiter))
 
     threads = [threading.Thread(target=ask, args=(limiters[i % 4],)) for i in range(64)]

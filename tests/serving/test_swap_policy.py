@@ -70,7 +70,7 @@ class World:
     def ask(self, client: Client) -> None:
         client.name = next(client.models)
         resident = self.policy.resident
-        if resident is not None and resident.serves(client.name, None):
+        if resident is not None and resident.serves(fake_spec(client.name), None):
             client.waits.append(0.0)
             self._answer(client, resident.grant(self.now, self._released, client.key))
             return

@@ -32,7 +32,7 @@ from transformers_api.serving.swap.policy import SwapRules
 from transformers_api.serving.swap.residency import Lease, SwapperListener
 from transformers_api.serving.swap.swapper import Swapper
 
-WAIT_S = 10.0
+WAIT_S = 30.0
 
 
 class Registry:

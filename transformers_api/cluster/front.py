@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 
 from transformers_api import logs
 from transformers_api.cluster import ray_runtime
-from transformers_api.cluster.messages import Caller
+from transformers_api.cluster.messages import Caller, place_of
 from transformers_api.cluster.metrics_page import merged
 from transformers_api.cluster.models import ClusterModels
 from transformers_api.cluster.transport import RayTransport, Transport, ask
@@ -28,6 +28,7 @@ from transformers_api.serving.inspect.calibration import Calibration
 from transformers_api.serving.inspect.queue import OWN, Inspections, parts_of_beginning
 from transformers_api.serving.inspect.stream_norms import stream_norms
 from transformers_api.serving.inspect.suggested_layer import suggested_layer
+from transformers_api.serving.limits.admission import Admission
 from transformers_api.serving.limits.cancellation import Cancellation
 from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.swap.replica_status import ReplicaStatus
@@ -49,8 +50,8 @@ class ClusterInspections(Inspections):
     def ask(self, model: LoadedModel, question: Question[T], cancellation: Cancellation) -> T:
         """See Inspections."""
         caller = Caller(spec=model.spec, request_id=logs.request_id.get())
-        name = model.spec.resident.name
-        answer = ask(self._transport, cancellation, "ask", name, caller, question)
+        place = place_of(model.spec)
+        answer = ask(self._transport, cancellation, "ask", place, caller, question)
         return cast(T, answer)
 
     def has_gradients(
@@ -121,7 +122,10 @@ class ClusterInspections(Inspections):
 
 
 class Watch:
-    """Looks at the replicas again and again, and knows whether requests may be sent."""
+    """Looks at the replicas again and again, and knows whether requests may be sent.
+
+    ``admission`` has as many places as the replicas together, at most ``most``.
+    """
 
     def __init__(
         self,
@@ -129,8 +133,11 @@ class Watch:
         models: ClusterModels,
         encoders: ClusterModels,
         preloaded: str | None,
+        admission: Admission,
+        most: int,
     ) -> None:
         self._transport = transport
+        self._admission, self._most = admission, most
         self._models, self._encoders = models, encoders
         self._preloaded = preloaded
         self._leaving: str | None = None
@@ -154,27 +161,38 @@ class Watch:
         """Send no more requests here."""
         self._leaving = reason
 
+    def look(self) -> None:
+        """Look once, from one thread at a time."""
+        try:
+            answers = self._transport.start(self._transport.broadcast("status")).result()
+            replicas = with_silent(self._models.replicas, answers)
+            self._models.replicas = self._encoders.replicas = replicas
+            self._note_replicas(replicas)
+        except Exception as error:
+            self._note(f"The replicas cannot be looked at: {error}")
+            self._models.replicas = ()
+
     def _run(self) -> None:
         preload = threading.Thread(target=self._preload, name="cluster-preload", daemon=True)
         while True:
             began = time.monotonic()
-            try:
-                answers = self._transport.start(self._transport.broadcast("status")).result()
-                replicas = with_silent(self._models.replicas, answers)
-                self._models.replicas = self._encoders.replicas = replicas
-                self._avoid([each.replica for each in replicas if each.reason == SILENT])
-            except Exception as error:
-                self._note(f"The replicas cannot be looked at: {error}")
-                self._models.replicas = ()
+            self.look()
             if self._models.replicas and preload.ident is None:
                 preload.start()
             time.sleep(max(POLL_S - (time.monotonic() - began), 0.1))
 
-    def _avoid(self, silent: list[str]) -> None:
+    def _note_replicas(self, replicas: Sequence[ReplicaStatus]) -> None:
+        """Let requests be routed by what the replicas have to do, and let in what they take."""
+        silent = [each.replica for each in replicas if each.reason == SILENT]
+        in_flight = {each.replica: each.requests for each in replicas if each.reason != SILENT}
+        self._transport.note(in_flight, silent)
         if silent != self._silent:
             log.warning("Replicas that do not answer: %s", ", ".join(silent) or "none any more")
-            self._transport.avoid(silent)
         self._silent = silent
+        if replicas:
+            slots = min(sum(each.slots for each in replicas), self._most)
+            queue = min(sum(each.queue for each in replicas), self._most - slots)
+            self._admission.resize(slots, queue)
 
     def _note(self, trouble: str) -> None:
         """Log it once, not every second."""
@@ -218,7 +236,9 @@ def cluster_engine(parts: Parts, transport: Transport | None = None) -> EngineSi
         transport = ray = RayTransport(settings, own, lambda: watch.begin())
     models = ClusterModels(transport, parts.registry)
     encoders = ClusterModels(transport, parts.registry, encoder=True)
-    watch = Watch(transport, models, encoders, parts.preloaded)
+    watch = Watch(
+        transport, models, encoders, parts.preloaded, parts.admission, settings.most_requests
+    )
     embeddings = None
     if settings.enable_embeddings_backend:
         embeddings = EmbeddingModels(parts.registry, models, encoders, max(settings.max_queue, 1))

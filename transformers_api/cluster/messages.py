@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from typing import Any, cast
 
 from transformers_api.engine.base import (
@@ -94,6 +95,15 @@ class Outputs:
     outputs: Sequence[TokenOutput]
     failures: Mapping[int, Failure] = field(default_factory=dict)
     tallies: Sequence[EditTally] = ()  # of the edits of each sequence so far, where there are any
+
+
+def place_of(spec: ModelSpec) -> str:
+    """The text that requests for the model of ``spec`` are routed by: its name and its files.
+
+    While fronts of two registries run, each model of them is on replicas of its own.
+    """
+    model = spec.resident
+    return f"{model.name}@{sha256(repr(model.source).encode()).hexdigest()[:8]}"
 
 
 def failure_of(error: BaseException) -> Failure:

@@ -20,6 +20,7 @@ from transformers_api.cluster.messages import (
     Caller,
     ModelFacts,
     TextFacts,
+    place_of,
 )
 from transformers_api.cluster.remote_model import remote_base, remote_model
 from transformers_api.cluster.transport import Transport, ask
@@ -152,7 +153,7 @@ class ClusterModels:
         if (entry := self._known_facts(spec)) is not None:
             return entry[1]
         caller = Caller(spec=spec, request_id=logs.request_id.get())
-        facts: TextFacts = ask(self._transport, Cancellation(), "text", spec.resident.name, caller)
+        facts: TextFacts = ask(self._transport, Cancellation(), "text", place_of(spec), caller)
         return TokenizerOnly(
             spec=spec,
             tokenizer=facts.tokenizer,
@@ -215,7 +216,7 @@ class ClusterModels:
 
     def _place(self, spec: ModelSpec) -> str:
         """The id that requests for the model are routed by; encoders are on any replica."""
-        return "" if self._encoder else spec.resident.name
+        return "" if self._encoder else place_of(spec)
 
     def _release(self, name: str) -> None:
         with self._lock:

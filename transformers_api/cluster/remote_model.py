@@ -19,6 +19,7 @@ from transformers_api.cluster.messages import (
     Sequences,
     error_of,
     note_tallies,
+    place_of,
     unpacked,
 )
 from transformers_api.cluster.transport import Transport, ask
@@ -179,8 +180,8 @@ class _Answer:
 
     async def _run(self) -> None:
         try:
-            model = self._caller.spec.resident.name
-            messages = self._transport.stream("generate", model, self._caller, self._sequences)
+            place = place_of(self._caller.spec)
+            messages = self._transport.stream("generate", place, self._caller, self._sequences)
             async with aclosing(messages):
                 async for message in messages:
                     if isinstance(message, Failure):
@@ -261,8 +262,8 @@ class RemoteEmbedder:
         return scores
 
     def _ask(self, method: str, *arguments: Any) -> Any:
-        model = "" if self._caller.encoder else self._caller.spec.resident.name
-        return ask(self._transport, self._cancellation, method, model, self._caller, *arguments)
+        place = "" if self._caller.encoder else place_of(self._caller.spec)
+        return ask(self._transport, self._cancellation, method, place, self._caller, *arguments)
 
 
 def remote_base(transport: Transport, spec: ModelSpec, facts: ModelFacts) -> LoadedModel:

@@ -27,6 +27,7 @@ from transformers_api.cluster.messages import (
     TextFacts,
     failure_of,
     packed,
+    place_of,
     tallies,
 )
 from transformers_api.config.settings import Settings
@@ -50,7 +51,7 @@ SPARE_THREADS = 16  # for what is no sequence
 
 
 class Replica:
-    """See the module. ``publish`` is told which model is resident, as it gets requests."""
+    """See the module. ``publish`` is told the place of the resident model, as it gets requests."""
 
     def __init__(
         self,
@@ -231,6 +232,8 @@ class Replica:
             ready=ready,
             reason=reason,
             process_bytes=process_bytes(),
+            slots=self._settings.max_inflight,
+            queue=self._settings.max_queue,
             encoder=self._engine.embeddings.encoder if self._engine.embeddings else None,
         )
 
@@ -316,7 +319,7 @@ class Replica:
 
     async def _tell(self, caller: Caller) -> None:
         if self._publish is not None and not caller.encoder:
-            await self._publish(caller.spec.resident.name)
+            await self._publish(place_of(caller.spec))
 
     def _same(self, lease: Lease, caller: Caller) -> LoadedModel:
         """The model. Raises ModelUnloaded where it is not the one that the request was made for."""

@@ -48,11 +48,14 @@ class ResidencyRouter(FIFOMixin, MultiplexMixin, RequestRouter):  # type: ignore
         def work(replica: RunningReplica) -> int:
             return self.replica_queue_len_cache.get(replica.replica_id) or 0
 
+        self._learn(candidate_replicas)
         spoken = [each for each in candidate_replicas if not self._is_silent(each)]
         order = routing.ranks(
             spoken or candidate_replicas,
             self._spread,
-            holds=lambda each: model in each.multiplexed_model_ids or each.replica_id in placed,
+            holds=lambda each: (
+                not model or model in each.multiplexed_model_ids or each.replica_id in placed
+            ),
             is_empty=lambda each: (
                 not each.multiplexed_model_ids and each.replica_id not in self._placed
             ),
@@ -61,10 +64,19 @@ class ResidencyRouter(FIFOMixin, MultiplexMixin, RequestRouter):  # type: ignore
         return [group[:CANDIDATES] for group in order]
 
     def on_request_routed(self, pending_request: Any, replica_id: Any, result: Any) -> None:
-        """Note which model a replica was asked for."""
-        self._placed[replica_id] = pending_request.metadata.multiplexed_model_id, time.monotonic()
+        """Note which model a replica was asked for; with no name all have it, or load it beside."""
+        model = pending_request.metadata.multiplexed_model_id
+        if model:
+            self._placed[replica_id] = model, time.monotonic()
         if len(self._placed) > 2 * len(self.curr_replicas):
             self._placed = {i: at for i, at in self._placed.items() if i in self.curr_replicas}
+
+    def _learn(self, replicas: list[RunningReplica]) -> None:
+        """Take from the last look at all replicas what Serve has forgotten: it does after 10 s."""
+        for each in replicas:
+            requests = routing.requests.get(each.replica_id.unique_id)
+            if requests is not None and self.replica_queue_len_cache.get(each.replica_id) is None:
+                self.on_new_queue_len_info(each.replica_id, requests)
 
     def _is_silent(self, replica: RunningReplica) -> bool:
         return replica.replica_id.unique_id in routing.silent

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
 silent: set[str] = set()  # replicas that do not answer this process
+requests: dict[str, int] = {}  # in flight on each that does
 
 
 def ranks(
@@ -34,8 +35,14 @@ def ranks(
     return [group for group in (first, full, rest) if group]
 
 
-def avoid(replicas: Iterable[str]) -> None:
-    """Let the routers of this process ask these only where there are no others."""
-    names = set(replicas)
+def note(in_flight: Mapping[str, int], unanswering: Iterable[str]) -> None:
+    """Tell the routers of this process how much each replica has to do, and which are silent.
+
+    Those that do not answer are asked only where there are no others.
+    """
+    names = set(unanswering)
     silent.intersection_update(names)
     silent.update(names)
+    requests.update(in_flight)
+    for name in set(requests) - set(in_flight):
+        del requests[name]

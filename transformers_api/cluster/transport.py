@@ -25,17 +25,20 @@ BUSY_S = 2  # after which those are told to come again who find all replicas ful
 
 
 class Transport(Protocol):
-    """Asks replicas. ``model`` chooses the replica: that which has it, else one that is free."""
+    """Asks replicas. ``place`` chooses one: that which has the model, else one that is free.
+
+    It is the text of ``messages.place_of``; with an empty one any replica is asked.
+    """
 
     def start(self, work: Any) -> Future[Any]:
         """Run a coroutine on the transport's loop; cancelling the future cancels it."""
         ...
 
-    async def call(self, method: str, model: str, *arguments: Any) -> Any:
+    async def call(self, method: str, place: str, *arguments: Any) -> Any:
         """The answer of one replica. Raises the ApiError that it is, and ReplicaFailed."""
         ...
 
-    def stream(self, method: str, model: str, *arguments: Any) -> AsyncGenerator[Any]:
+    def stream(self, method: str, place: str, *arguments: Any) -> AsyncGenerator[Any]:
         """The messages of one replica, failures among them. Raises ReplicaFailed."""
         ...
 
@@ -43,8 +46,8 @@ class Transport(Protocol):
         """The answers of all replicas; None of each that does not answer soon."""
         ...
 
-    def avoid(self, replicas: Sequence[str]) -> None:
-        """Ask these, which do not answer, only where there are no others."""
+    def note(self, in_flight: Mapping[str, int], silent: Sequence[str]) -> None:
+        """Route by the requests of each replica; the silent are asked where there are no others."""
         ...
 
     def fault(self) -> str | None:
@@ -53,10 +56,10 @@ class Transport(Protocol):
 
 
 def ask(
-    transport: Transport, cancellation: Cancellation, method: str, model: str, *arguments: Any
+    transport: Transport, cancellation: Cancellation, method: str, place: str, *arguments: Any
 ) -> Any:
     """The answer of one replica, waited for on this thread. Raises ApiError."""
-    return result(transport.start(transport.call(method, model, *arguments)), cancellation)
+    return result(transport.start(transport.call(method, place, *arguments)), cancellation)
 
 
 def checked(answer: Any) -> Any:
@@ -95,9 +98,9 @@ class RayTransport:
         """See Transport."""
         return self._fault
 
-    async def call(self, method: str, model: str, *arguments: Any) -> Any:
+    async def call(self, method: str, place: str, *arguments: Any) -> Any:
         """See Transport."""
-        response = getattr(self._options(model), method).remote(*arguments)
+        response = getattr(self._options(place), method).remote(*arguments)
         try:
             return checked(await response)
         except asyncio.CancelledError:
@@ -106,9 +109,9 @@ class RayTransport:
         except Exception as error:
             raise self._error(error) from None
 
-    async def stream(self, method: str, model: str, *arguments: Any) -> AsyncGenerator[Any]:
+    async def stream(self, method: str, place: str, *arguments: Any) -> AsyncGenerator[Any]:
         """See Transport."""
-        options = self._options(model).options(stream=True)
+        options = self._options(place).options(stream=True)
         messages = getattr(options, method).remote(*arguments)
         is_over = False
         try:
@@ -135,17 +138,18 @@ class RayTransport:
             raise errors[0]
         return [each for own in answers if not isinstance(own, BaseException) for each in own]
 
-    def avoid(self, replicas: Sequence[str]) -> None:
+    def note(self, in_flight: Mapping[str, int], silent: Sequence[str]) -> None:
         """See Transport."""
-        routing.avoid(replicas)
+        routing.note(in_flight, silent)
 
-    def _options(self, model: str) -> Any:
+    def _options(self, place: str) -> Any:
         handles = self._handles
-        if (own := handles.get(model)) is not None:
+        name = place.rpartition("@")[0]
+        if name and (own := handles.get(name)) is not None:
             return own
         if not handles:
             raise Unavailable(self._fault or "The cluster is away", retry_after=5)
-        return handles[""].options(multiplexed_model_id=model)
+        return handles[""].options(multiplexed_model_id=place)
 
     def _error(self, error: Exception) -> ApiError:
         if isinstance(error, ApiError):

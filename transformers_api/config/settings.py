@@ -14,6 +14,7 @@ from transformers_api.config.model_settings import ModelSettings
 from transformers_api.config.server_settings import ServerSettings
 
 GIB = 1 << 30
+FRONT_REPLICAS = 8  # that one front has threads for; more fronts are for more
 
 
 class SettingError(ValueError):
@@ -90,7 +91,13 @@ class Settings(ModelSettings, ClusterSettings, ServerSettings):
     @property
     def threads(self) -> int:
         """Threads of the HTTP server: one per request that runs or waits, and some for the rest."""
-        return self.max_inflight + self.max_queue + 32
+        return self.most_requests + 32
+
+    @property
+    def most_requests(self) -> int:
+        """Requests that one process has threads for: a front's are those of several replicas."""
+        replicas = FRONT_REPLICAS if self.engine == "ray" else 1
+        return (self.max_inflight + self.max_queue) * replicas
 
 
 def _parse(option: Field[Any], name: str, text: str) -> Any:

@@ -17,6 +17,7 @@ WORTH_READING = 16  # tokens of a prompt: a pass of fewer takes nearly as long
 SCORED = 2  # times as long as others take tokens whose logits are all looked at
 DELAY = 0.4  # of a decode step, by which prompts may make it longer
 LEAST_DELAY = 2.0  # of the pass of one token, which reads the weights: prompts have to get on
+WELL_BEGUN = 4  # tokens: until then, a sequence that decodes waits for prompts that came with it
 MANY = 1.5  # times as many decode as there are prompts: they wait for one of these at a time
 SAVED_SHARE, MOST_SAVED = 0.04, 2.5  # of a decode step, for a short prompt now and then
 
@@ -122,7 +123,9 @@ class PassBudget:
         ``sequences`` are there in all. A step may take a share longer than one in which all of them
         decode, so that tokens come evenly while more and more do; sometimes it may take longer, see
         ``charge``. It may take twice the time of a token longer in any case; for each prompt, where
-        not many are made to wait for these.
+        not many are made to wait for these. Where all have just begun, as when many come at once,
+        it may take as long as a whole piece of a prompt: a few long waits for everybody, and none
+        once answers are under way, in place of many.
         """
         step, limit = self._limit(decoding, sequences)
         limit += self._saved
@@ -149,7 +152,9 @@ class PassBudget:
         """Seconds of a step of those who decode, and of one with prompts."""
         load, count = self._step_load(decoding), len(decoding)
         least, prompts = LEAST_DELAY * self.times.seconds(1), sequences - count
-        if MANY * prompts >= count:
+        if prompts and all(seq.num_output <= WELL_BEGUN for seq in decoding):
+            least = max(least, self.times.seconds(self.prefill_chunk))
+        elif MANY * prompts >= count:
             least *= prompts
         step, in_the_end = (self.times.seconds(n) for n in (load, load * sequences / count))
         return step, max(step + least, (1 + DELAY) * in_the_end)

@@ -11,6 +11,7 @@ from transformers_api.engine.runners.model_runner import Runner
 from transformers_api.engine.sampling.sampler import TokenSampler
 from transformers_api.inspection.edits import InterveningRunner, InterveningSampler
 from transformers_api.inspection.examination import Examined, examine
+from transformers_api.inspection.examination_file import ExaminationStore
 from transformers_api.inspection.inspector import ModelInspector
 from transformers_api.inspection.places import ActingCheck
 from transformers_api.inspection.trace import TracingRunner, TracingSampler
@@ -23,11 +24,17 @@ class Attachment:
     """One per load; all of it on the engine thread.
 
     ``slice_tokens``: tokens that an inspection reads between two decode steps. ``examinations``
-    is filled and read: a model is examined once in the life of whoever owns it.
+    is filled and read: a model is examined once in the life of whoever owns it. ``store``: see
+    ``ExaminationStore``; None: of all others each is examined.
     """
 
-    def __init__(self, slice_tokens: int, examinations: Examinations | None = None) -> None:
-        self.slice_tokens = slice_tokens
+    def __init__(
+        self,
+        slice_tokens: int,
+        examinations: Examinations | None = None,
+        store: ExaminationStore | None = None,
+    ) -> None:
+        self.slice_tokens, self._store = slice_tokens, store
         self._examinations = Examinations() if examinations is None else examinations
         self.examined: Examined | None = None
         self._backend: Backend | None = None
@@ -44,7 +51,7 @@ class Attachment:
         sizes = {"vocab_size": limits.vocab_size, "context": limits.max_model_len}
         before, examined = self._examinations.get(model, (None, None))
         if examined is None or before != sizes:
-            examined = examine(model, **sizes, backend=backend, runner=runner)
+            examined = self._examine(model, sizes, backend, runner)
             self._examinations[model] = sizes, examined
         self.examined, self._backend = examined, backend
         tracing = TracingRunner(runner, model, examined, backend)
@@ -55,6 +62,18 @@ class Attachment:
         )
         sampler = InterveningSampler(sampler, runner)
         return runner, TracingSampler(sampler, model, examined, backend)
+
+    def _examine(
+        self, model: Any, sizes: dict[str, int], backend: Backend, runner: Runner
+    ) -> Examined:
+        store = self._store
+        file = store.file(model, sizes, backend, runner) if store else None
+        if file is not None and (stored := file.read()) is not None:
+            return stored
+        examined = examine(model, **sizes, backend=backend, runner=runner)
+        if file is not None:
+            file.write(examined)
+        return examined
 
     def inspector(self, engine: BatchingEngine) -> ModelInspector:
         """Return the inspector of a model, which keeps no model alive."""

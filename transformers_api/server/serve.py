@@ -31,7 +31,8 @@ from transformers_api.config.settings import (
     SettingError,
     Settings,
 )
-from transformers_api.engine.platform.imports import without_collection
+from transformers_api.engine.platform.deferred_modules import AtFirstUse, treated
+from transformers_api.engine.platform.imports import importing
 from transformers_api.server import http_parser, lock, standard_streams
 from transformers_api.server.logger import logger_class
 from transformers_api.server.systemd import Notifier
@@ -43,6 +44,7 @@ SECOND_S = 1.0  # between two SIGTERMs that are meant as two
 MOST_DEATHS = 5  # of workers, within
 DEATHS_S = 600.0
 MOST_FILES = 1 << 16
+UNUSED = "limits.aio"  # which limits imports
 
 
 def options(settings: Settings) -> dict[str, Any]:
@@ -162,7 +164,7 @@ class _Application(BaseApplication):  # type: ignore[misc]  # gunicorn has no ty
     def load(self) -> Callable[..., Any]:
         module, _, name = self._app.partition(":")
         try:
-            with without_collection():
+            with importing(), treated(UNUSED, AtFirstUse):
                 make = getattr(importlib.import_module(module), name)
             application: Callable[..., Any] = make(self._settings)
         except SettingError as error:

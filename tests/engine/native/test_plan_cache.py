@@ -19,7 +19,9 @@ from transformers_api.engine.load_options import LoadOptions
 from transformers_api.engine.loader import load_engine
 from transformers_api.engine.native import plan_cache
 from transformers_api.engine.native.runner import NativeRunner
+from transformers_api.inspection import attachment as attachment_module
 from transformers_api.inspection.attachment import Attachment
+from transformers_api.inspection.examination_file import ExaminationStore
 
 FAMILIES = [
     ("llama", {"dtype": "bfloat16"}),
@@ -40,12 +42,19 @@ SCORED = ask(prompts_of(3)[1], max_tokens=2, **GREEDY, prompt_logprobs=1)
 
 @pytest.fixture
 def load(engine_thread, native_cache, tmp_path, monkeypatch):
-    """load(folder, **options): a running engine; ``load.watched``: how many models were watched."""
-    honest = NativeRunner.learn
+    """load(folder, **options): a running engine.
+
+    ``load.watched``, ``load.examinations``: how many models were watched, were examined.
+    """
+    honest, examine = NativeRunner.learn, attachment_module.examine
 
     def learn(self):
         load.watched += 1
         honest(self)
+
+    def examined(*args, **sizes):
+        load.examinations += 1
+        return examine(*args, **sizes)
 
     def load(folder, **options):
         options = {
@@ -54,15 +63,17 @@ def load(engine_thread, native_cache, tmp_path, monkeypatch):
             "plans": tmp_path / "plans",
             "stamp": str(folder),
         } | options
-        attachment = Attachment(slice_tokens=8)
+        store = ExaminationStore(tmp_path / "examined", lambda: load.program)
+        attachment = Attachment(slice_tokens=8, store=store)
         engine = engine_thread.call(
             lambda: load_engine(folder, LoadOptions(**options), engine_thread, attachment.wrap)
         ).result()
         load.examined = attachment.examined
         return engine
 
-    load.watched = 0
+    load.watched, load.examinations, load.program = 0, 0, "this"
     monkeypatch.setattr(NativeRunner, "learn", learn)
+    monkeypatch.setattr(attachment_module, "examine", examined)
     return load
 
 
@@ -93,11 +104,39 @@ def test_a_model_that_is_known_says_and_shows_the_same_and_is_not_watched(
 ):
     folder = saved(name, tmp_path / "model")
     wanted = everything_said(load, folder, **options)
-    assert load.watched == 1
+    assert load.watched == load.examinations == 1
     assert any("attention" in said for said in wanted)
+    first = load.examined
     assert everything_said(load, folder, **options) == wanted
-    assert load.watched == 1
+    assert load.watched == load.examinations == 1
+    assert (load.examined.anatomy, load.examined.parts) == (first.anatomy, first.parts)
     assert everything_said(load, folder, plans=None, **options) == wanted
+
+
+def test_a_damaged_examination_or_one_of_other_sources_is_made_anew(load, tmp_path):
+    folder = saved("llama", tmp_path / "model")
+    wanted = everything_said(load, folder)
+    (file,) = (tmp_path / "examined").glob("*")
+    content = file.read_bytes()
+    file.write_bytes(content.replace(b'"lens": true', b'"lens": null'))
+    assert file.read_bytes() != content
+    assert everything_said(load, folder) == wanted
+    assert load.examinations == 2
+    assert file.read_bytes() == content
+    load.program = "another"
+    assert everything_said(load, folder) == wanted
+    assert load.examinations == 3
+
+
+def test_a_model_that_says_something_else_is_examined_again(load, tmp_path):
+    folder = saved("llama", tmp_path / "model")
+    load(folder).close()
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        {k: v * 1.5 for k, v in weights.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
+    load(folder).close()  # of the same stamp
+    assert load.examinations == 2
 
 
 ELSEWHERE = """

@@ -77,7 +77,7 @@ def props() -> Any:
             "n_ctx": model.engine.max_model_len,
             "params": {**CHAT_DEFAULTS, **requests.registered_options(model)},
         },
-        "total_slots": services().settings.max_inflight,
+        "total_slots": services().admission.slots,
         "model_path": model.spec.name,
         "model_alias": model.spec.name,
         "chat_template": model.template.source,

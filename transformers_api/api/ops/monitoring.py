@@ -18,6 +18,7 @@ from transformers_api.api.ops.schemas.status import Status
 from transformers_api.config.settings import Settings
 from transformers_api.errors import NotFound
 from transformers_api.memory import free_bytes, process_bytes, total_bytes
+from transformers_api.serving.limits.admission import Admission
 from transformers_api.serving.swap.replica_status import ReplicaStatus
 from transformers_api.serving.swap.residency import SwapperStatus
 
@@ -66,7 +67,7 @@ def status() -> Any:
             "machine_bytes": total_bytes(),
             "free_bytes": free_bytes(),
         },
-        "limits": _limits(services().settings),
+        "limits": _limits(services().settings, services().admission),
         "engine": services().settings.engine,
         "replicas": [_replica(each) for each in swapper.replicas],
     }
@@ -146,10 +147,10 @@ def _hidden(text: str | None) -> str | None:
     return None if text is None else services().private_paths.hide(text)
 
 
-def _limits(settings: Settings) -> dict[str, Any]:
+def _limits(settings: Settings, admission: Admission) -> dict[str, Any]:
     return {
-        "max_inflight": settings.max_inflight,
-        "max_queue": settings.max_queue,
+        "max_inflight": admission.slots,
+        "max_queue": admission.waiting,
         "threads": settings.threads,
         "max_prompt_bytes": settings.prompt_bytes,
         "max_body_bytes": max(MAX_BODY_BYTES, 2 * settings.prompt_bytes),

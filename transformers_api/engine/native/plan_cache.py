@@ -14,7 +14,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Hashable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,11 +30,15 @@ from transformers_api.engine.backend import PlanOutdated
 from transformers_api.engine.native.convert_model import packed_weights
 from transformers_api.engine.native.program import program
 from transformers_api.engine.native.runner import NativeRunner
+from transformers_api.engine.platform.checked_file import (
+    keep_newest,
+    read_checked,
+    write_checked,
+)
 from transformers_api.kernels.graph.planner import Affine, HookPoint, Plan, Words
 from transformers_api.kernels.modules.replace import Place, places_of
 
 log = logging.getLogger(__name__)
-DIGEST_BYTES = 32
 MOST_FILES = 64
 LARGEST_CONSTANTS = 16 << 20  # bytes, of one model
 LINES = ("steps", "calls", "memory", "inputs", "result")  # of a Plan
@@ -62,13 +65,8 @@ class PlanFile:
 
     def read(self) -> StoredPlans | None:
         """Return the plans. None where there are none, or none whole."""
-        try:
-            data = self.path.read_bytes()
-        except OSError:
-            return None
-        digest, content = data[:DIGEST_BYTES], data[DIGEST_BYTES:]
-        if hashlib.sha256(content).digest() != digest:
-            log.warning("A damaged file is not used: %s", self.path)
+        content = read_checked(self.path)
+        if content is None:
             return None
         with suppress(OSError):  # where it may only be read
             os.utime(self.path)  # those that were used last stay
@@ -77,15 +75,9 @@ class PlanFile:
 
     def write(self, runner: NativeRunner, groups: list[list[Place]]) -> None:
         """Store the plans of ``runner``, if that is possible."""
-        folder = self.path.parent
         try:
-            content = save(_arrays_of(runner, groups))
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder, prefix=".") as own:
-                complete = Path(own) / self.path.name
-                complete.write_bytes(hashlib.sha256(content).digest() + content)
-                complete.replace(self.path)
-            _remove_oldest(folder)
+            write_checked(self.path, save(_arrays_of(runner, groups)))
+            keep_newest(self.path.parent, "*.plan", MOST_FILES)
         except (NotStorable, KeyError, OSError, SafetensorError) as reason:
             log.info("The plans of this model are not kept: %r", reason)
 
@@ -116,7 +108,8 @@ class StoredPlans:
             self._teach(runner, _Names(runner.model))
         except (KeyError, IndexError, ValueError) as error:
             raise PlanOutdated(f"it is built otherwise: {error!r}") from error
-        if logits_digest(runner) != self.facts["logits"]:
+        runner.logits_digest = logits_digest(runner)
+        if runner.logits_digest != self.facts["logits"]:
             raise PlanOutdated("it says something else")
 
     def _teach(self, runner: NativeRunner, names: _Names) -> None:
@@ -198,8 +191,9 @@ def _arrays_of(runner: NativeRunner, groups: list[list[Place]]) -> Arrays:
     names = _Names(runner.model)
     paths = {(id(p.parent), p.name): path for path, p in places_of(runner.model).items()}
     arrays: Arrays = {}
+    runner.logits_digest = logits_digest(runner)
     facts: dict[str, Any] = {
-        "logits": logits_digest(runner),
+        "logits": runner.logits_digest,
         "groups": [[paths[id(p.parent), p.name] for p in group] for group in groups],
         "likes": [
             [(list(like.shape), _name_of(like.dtype)) for like in layer.likes]
@@ -302,9 +296,3 @@ def _options(facts: dict[str, Any], names: _Names) -> dict[str, Any]:
 
 def _name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _remove_oldest(folder: Path) -> None:
-    files = sorted(folder.glob("*.plan"), key=lambda path: path.stat().st_mtime)
-    for path in files[:-MOST_FILES]:
-        path.unlink(missing_ok=True)

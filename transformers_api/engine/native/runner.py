@@ -98,6 +98,7 @@ class NativeRunner(ModelRunner):
         self._pass_adapters: PassAdapters | None = None
         self._modules: dict[str, nn.Module] = {}  # that were edited, by name
         self.packed: PackedFile | None = None  # where its weights are stored
+        self.logits_digest: str | None = None  # of a few tokens, where its plans are stored
 
     def learn(self) -> None:
         """Record passes on a cache of their own; ``failure`` says why that failed."""

@@ -86,6 +86,21 @@ class Admission:
         """Requests that are in here."""
         return len(self._live)
 
+    @property
+    def slots(self) -> int:
+        """Requests that are worked on at once."""
+        return self._slots
+
+    @property
+    def waiting(self) -> int:
+        """Requests that may wait beside these."""
+        return self._places - self._slots
+
+    def resize(self, slots: int, waiting: int) -> None:
+        """Have so many places from now on; whoever is in here stays."""
+        with self._condition:
+            self._slots, self._places = slots, slots + waiting
+
     def enter(self, cancellation: Cancellation) -> None:
         """Take a place. Raises Overloaded."""
         with self._condition:

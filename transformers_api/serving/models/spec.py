@@ -130,6 +130,10 @@ class ModelSpec:
         """The entry of the model that is in memory for this one."""
         return self if self.base is None else self.base
 
+    def is_same_model(self, other: ModelSpec) -> bool:
+        """True where ``other`` has the same name and files; a new entry may have other files."""
+        return (self.name, self.source) == (other.name, other.source)
+
     @property
     def upstream(self) -> UpstreamSource | None:
         """The server that answers for this model; None: this one does."""

@@ -231,7 +231,7 @@ class AdapterSwapper(Swapper):
         with self._condition:
             self._check_open()
             resident = self._policy.resident
-            is_here = resident is not None and resident.serves(spec.base.name, None)
+            is_here = resident is not None and resident.serves(spec.base, None)
             if is_answer:
                 self._errors.check(spec.name, self._clock())
             if is_answer and not is_here:

@@ -190,7 +190,7 @@ class AdaptedModel(LoadedModel):
 
 def under_entry(resident: LoadedModel | None, spec: ModelSpec) -> LoadedModel | None:
     """The resident model as the entry ``spec`` has it, for texts; None where it is another one."""
-    if resident is None or resident.spec.name != spec.resident.name:
+    if resident is None or not spec.resident.is_same_model(resident.spec):
         return None
     return resident if spec.base is None else AdaptedModel.of(resident, spec)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from transformers_api.errors import ApiError
+from transformers_api.serving.models.spec import Source
 from transformers_api.serving.models.weight_fidelity import weight_fidelity
 from transformers_api.serving.swap.history import SwapHistory
 from transformers_api.serving.swap.residency import (
@@ -45,7 +46,7 @@ class SwapPolicy:
         self.rules = rules
         self.resident: Residency | None = None  # grants leases
         self.leaving: list[Residency] = []  # drain, and grant none
-        self.targets: dict[tuple[str, str | None], SwapRequest] = {}  # wanted, not resident
+        self.targets: dict[tuple[str, Source, str | None], SwapRequest] = {}  # wanted, not resident
         self.decided: SwapRequest | None = None  # comes next
         self.fallback: SwapRequest | None = None  # was evicted, and comes back if nothing else does
         self._let_go = let_go
@@ -96,7 +97,7 @@ class SwapPolicy:
         resident = self.resident
         assert resident is not None
         for target in list(self.targets.values()):
-            if resident.serves(target.spec.name, target.device):
+            if resident.serves(target.spec, target.device):
                 for waiter in target.waiters:
                     if waiter.wants_lease:
                         waiter.lease = resident.grant(now, self._let_go, waiter.client)

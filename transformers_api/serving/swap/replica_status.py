@@ -22,4 +22,6 @@ class ReplicaStatus:
     ready: bool
     reason: str
     process_bytes: int | None
+    slots: int  # sequences that it decodes together
+    queue: int  # and those that may wait for it
     encoder: str | None = None  # beside its model

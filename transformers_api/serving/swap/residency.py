@@ -23,7 +23,7 @@ from transformers_api.errors import (
     ModelUnloaded,
     ServerShuttingDown,
 )
-from transformers_api.serving.models.spec import ModelFiles, ModelSpec
+from transformers_api.serving.models.spec import ModelFiles, ModelSpec, Source
 from transformers_api.serving.swap.history import SwapEvent
 from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.swap.replica_status import ReplicaStatus
@@ -178,9 +178,9 @@ class Residency:
         self.successor: SwapRequest | None = None  # for whom it goes; None: it was unloaded
         self.closed = False
 
-    def serves(self, name: str, device: str | None) -> bool:
-        """True for the model that was asked for; None stands for any device."""
-        if self.model is None or name != self.spec.name:
+    def serves(self, spec: ModelSpec, device: str | None) -> bool:
+        """True for the model that was asked for, of the same files; None stands for any device."""
+        if self.model is None or not spec.is_same_model(self.spec):
             return False
         return device is None or device in (self.spec.device, self.model.device)
 
@@ -285,9 +285,9 @@ class SwapRequest:
         self.is_cancelled = False  # while it is prepared: somebody wanted it, and does no more
 
     @property
-    def key(self) -> tuple[str, str | None]:
+    def key(self) -> tuple[str, Source, str | None]:
         """Callers with the same key share one load."""
-        return self.spec.name, self.device
+        return self.spec.name, self.spec.source, self.device
 
     @property
     def stage(self) -> Stage:

@@ -112,7 +112,7 @@ class Swapper:
         with self._condition:
             self._check_open()
             resident = self._policy.resident
-            if resident is not None and resident.serves(spec.name, None):
+            if resident is not None and resident.serves(spec, None):
                 return resident.grant(self._clock(), self._release, client)
             self._check_may_load(spec, model_id or spec.name)
             waiter = self._enqueue(SwapRequest(spec), wants_lease=True, client=client)
@@ -146,7 +146,7 @@ class Swapper:
         with self._condition:
             self._check_open()
             resident = self._policy.resident
-            if resident is not None and resident.serves(spec.name, device):
+            if resident is not None and resident.serves(spec, device):
                 return False
             if device is not None:
                 spec = replace(spec, device=device)

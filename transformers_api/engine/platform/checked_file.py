@@ -1,0 +1,40 @@
+"""Small files of what was found out, each with a digest of its content before it. Torch-free."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import tempfile
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+DIGEST_BYTES = 32
+
+
+def read_checked(path: Path) -> bytes | None:
+    """The content; None where there is none, or none whole."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None
+    digest, content = data[:DIGEST_BYTES], data[DIGEST_BYTES:]
+    if hashlib.sha256(content).digest() != digest:
+        log.warning("A damaged file is not used: %s", path)
+        return None
+    return content
+
+
+def write_checked(path: Path, content: bytes) -> None:
+    """Store the content; nobody meets a part of it. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as own:
+        complete = Path(own) / path.name
+        complete.write_bytes(hashlib.sha256(content).digest() + content)
+        complete.replace(path)
+
+
+def keep_newest(folder: Path, pattern: str, count: int) -> None:
+    """Remove the files of a pattern that were used longest ago, until ``count`` are left."""
+    files = sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime)
+    for path in files[:-count]:
+        path.unlink(missing_ok=True)
