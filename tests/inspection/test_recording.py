@@ -12,13 +12,14 @@ import torch
 from tests.engine.models import prompts_of
 from tests.engine.reading import read
 from tests.inspection.models import tiny
-from tests.inspection.test_edits import edit, plan
+from tests.inspection.test_edits import VECTOR, edit, plan
 from tests.repeats import slow
 from transformers_api.engine.base import SamplingParams, SequenceRequest
 from transformers_api.errors import ModelNotCapable
 from transformers_api.inspection.activations import ActivationSpec, numbers
 from transformers_api.inspection.base import TracePlan
 from transformers_api.inspection.editable import Editable
+from transformers_api.inspection.logit_share import LogitPartsQuestion
 from transformers_api.serving.inspect.activation_plan import planned
 from transformers_api.serving.inspect.trace_plan import ActivationRequest
 
@@ -222,10 +223,13 @@ def attended_of(name, ids):
 def test_what_is_noted_leaves_every_kind_of_edit_as_it_is(watch, native):
     """Values that attention reads are changed, and what it writes, with notes beside them."""
     options = {} if native else {"native": None}
-    full = TracePlan(records=((1, "resid"), (1, "attn"), (1, "v"), (1, "q")))
+    records = ((1, "resid"), (1, "attn"), (1, "v"), (1, "q"))
+    full = TracePlan(records=records, parts=LogitPartsQuestion(position=-1, by="head"))
     changes = plan(
         edit(do="scale", part="v", layer=1, units=(0,), by=0.5, positions=((0, None),)),
         edit(do="scale", part="attn", layer=1, by=2.0, positions=((1, None),)),
+        edit(do="add", layer=0, vector=VECTOR / 3, positions=((0, None),)),
+        edit(do="scale", part="head", layer=2, units=(1,), by=0.3, positions=((0, None),)),
         identity="several",
     )
     prompt = prompts_of(4)[3]
