@@ -15,7 +15,7 @@ from transformers_api.inspection.token_rows import TokenRows
 
 @dataclass(frozen=True, slots=True)
 class HeadShares:
-    """The share of each head along a direction, and the bias behind them."""
+    """The numbers that heads add along a direction, and the bias behind them."""
 
     values: Tensor  # (H,) float64
     bias: float
