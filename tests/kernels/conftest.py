@@ -19,6 +19,13 @@ DRIVER = Path(__file__).with_name("driver.cpp")
 AMX = next(variant for variant in VARIANTS if variant.name == "amx")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give a first test the time that its kernels take to be compiled, or another process's do."""
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.timeout(300))
+
+
 def headers(folder: Path) -> tuple[str, ...]:
     """The compiler's flags for what stands before its own headers; they change as that does."""
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.glob("*.h"))))
