@@ -62,7 +62,8 @@ def all_errors(kind: type[ApiError] = ApiError) -> list[type[ApiError]]:
     return [e for child in kind.__subclasses__() for e in (child, *all_errors(child))]
 
 
-@pytest.mark.timeout(300)
+# Some 160 s beside others, and worth it: nothing else sends bodies that nobody thought of to every route.
+@pytest.mark.timeout(600)
 @pytest.mark.slow  # the examples of every route, and every error on it, are asked below
 def test_answers_to_requests_by_chance_are_as_documented_and_never_a_server_error(
     served: Served,
