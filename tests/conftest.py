@@ -44,6 +44,13 @@ def pytest_collection() -> None:
     gc.disable()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give what is slow on a machine of its own the time that it takes beside others."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(300))
+
+
 def pytest_collection_finish() -> None:
     """Take what was imported out of the collector's sight, as the server does after its start.
 

@@ -61,8 +61,8 @@ def test_keys_from_the_command_line_rotate_while_the_server_runs(tmp_path, path)
     assert "shown only now" in told
     assert ann not in told
     with serving(tmp_path, API_KEYS_FILE=path) as server:
-        assert httpx.get(f"{url(server)}/healthz").status_code == 200
-        assert httpx.get(f"{url(server)}/v1/models").status_code == 401
+        assert httpx.get(f"{url(server)}/healthz", timeout=30).status_code == 200
+        assert httpx.get(f"{url(server)}/v1/models", timeout=30).status_code == 401
         assert ask(sdk(server, ann))
         root = transformers_api("keys", "add", "root", "--scope", "admin", API_KEYS_FILE=path)[
             0
@@ -78,7 +78,7 @@ def test_keys_from_the_command_line_rotate_while_the_server_runs(tmp_path, path)
         with open(path, "a") as file:
             file.write("garbage\n")
         assert ask(sdk(server, root))
-        assert httpx.get(f"{url(server)}/v1/models").status_code == 401
+        assert httpx.get(f"{url(server)}/v1/models", timeout=30).status_code == 401
         server.said("the keys from before stay valid: line 2 must be")
         log = server.log
     assert ann not in log
@@ -141,7 +141,7 @@ def test_check_says_who_may_use_the_server(path, tmp_path):
 
 
 def statuses(server, count, **headers):
-    with httpx.Client() as client:
+    with httpx.Client(timeout=30) as client:
         answers = [
             client.post(f"{url(server)}/v1/completions", json={"prompt": "Hi"}, headers=headers)
             for _ in range(count)

@@ -99,7 +99,7 @@ def base_url(server: Server) -> str:
 def wait_until_ready(server: Server, limit_s: float = 240) -> str:
     url = base_url(server)
     deadline = time.monotonic() + limit_s
-    while httpx.get(f"{url}/readyz").status_code != 200:
+    while httpx.get(f"{url}/readyz", timeout=30).status_code != 200:
         assert server.process.poll() is None, server.log
         assert time.monotonic() < deadline, server.log
         time.sleep(0.05)  # polling, with a deadline
@@ -155,11 +155,11 @@ def test_an_adapter_and_its_base_stream_together_as_each_alone(client, url):
     models = [DEFAULT, ADAPTER] * 3
     alone = {name: ask(client, "rain", model=name).choices[0].message.content for name in models}
     assert alone[ADAPTER] != alone[DEFAULT]
-    swaps = httpx.get(f"{url}/status").json()["swaps"]
+    swaps = httpx.get(f"{url}/status", timeout=30).json()["swaps"]
     with ThreadPoolExecutor(6) as pool:
         together = list(pool.map(lambda name: streamed(client, "rain", model=name), models))
     assert together == [alone[name] for name in models]
-    seen = httpx.get(f"{url}/status").json()
+    seen = httpx.get(f"{url}/status", timeout=30).json()
     assert seen["swaps"] == swaps
     assert [each["model"] for each in seen["resident"]["adapters"]] == [ADAPTER]
 
@@ -265,7 +265,7 @@ def test_a_model_that_cannot_be_loaded_leaves_the_resident_one_serving(client, u
     with pytest.raises(openai.NotFoundError) as caught:
         client.completions.create(model=f"../{registry.name}", prompt="abc")
     assert caught.value.code == "model_not_found"
-    assert httpx.get(f"{url}/health").json()["current_model"] == "tiny-gpt2"
+    assert httpx.get(f"{url}/health", timeout=30).json()["current_model"] == "tiny-gpt2"
 
 
 def test_loading_listing_and_unloading_over_v1_models(client, url):
@@ -278,7 +278,7 @@ def test_loading_listing_and_unloading_over_v1_models(client, url):
 
 def test_a_client_that_leaves_frees_its_slot(client, url):
     def running() -> int:
-        return httpx.get(f"{url}/health").json()["active_requests"]
+        return httpx.get(f"{url}/health", timeout=30).json()["active_requests"]
 
     stream = ask(client, "rain", stream=True, max_tokens=2000, extra_body={"ignore_eos": True})
     next(iter(stream))
@@ -292,9 +292,9 @@ def test_a_client_that_leaves_frees_its_slot(client, url):
 
 def test_not_ready_while_loading_then_ready_and_sigterm_ends_a_stream_with_an_error(environment):
     with serve(environment, GRACEFUL_S="1") as server:
-        first = httpx.get(f"{base_url(server)}/readyz")
+        first = httpx.get(f"{base_url(server)}/readyz", timeout=30)
         assert first.status_code == 503
-        assert httpx.get(f"{base_url(server)}/healthz").json() == {"status": "ok"}
+        assert httpx.get(f"{base_url(server)}/healthz", timeout=30).json() == {"status": "ok"}
         url = wait_until_ready(server)
         with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
             stream = ask(

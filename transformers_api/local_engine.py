@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from transformers_api.config.settings import Settings
 from transformers_api.encoder_loader import EncoderLoader
-from transformers_api.engine.platform.imports import importing
+from transformers_api.engine.platform.imports import without_collection
 from transformers_api.engine.platform.lazy_torch import import_torch
 from transformers_api.engine.thread import EngineThread
 from transformers_api.logs import adopt
@@ -153,7 +153,7 @@ def _import_engine(settings: Settings) -> None:
     answer, as long as several tokens.
     """
     is_first = "transformers_api.engine.loader" not in sys.modules
-    with importing():
+    with without_collection():
         exports = settings.model_store.absolute() / "imports"
         import_torch(lazy=settings.lazy_torch, transformers=True, exports=exports)
         import transformers_api.engine.loader  # noqa: F401

@@ -15,7 +15,7 @@ from tests.fake_inspection import HEADS, LAYERS, FakeInspector, sliced
 from tests.fakes import fake_model
 from transformers_api.errors import ModelUnloaded, ServerShuttingDown
 from transformers_api.inspection.grid_question import Grid
-from transformers_api.serving.inspect import jobs
+from transformers_api.serving.inspect import derivation_job, jobs
 from transformers_api.serving.inspect.jobs import InspectionJob, Jobs
 
 URL = "/inspect/jobs"
@@ -333,3 +333,58 @@ def test_a_job_leaves_half_of_the_time_to_those_who_are_answered(served, gated, 
     monkeypatch.setattr(served.engine, "stats", lambda: stats)
     wait(served, start(served)["id"])
     assert pauses == [0.5, 0.5]
+
+
+def derive(served, name, **fields):
+    pairs = [{"positive": f"glad {word}", "negative": f"sad {word}"} for word in ("a", "be", "sea")]
+    return served.client.post(f"/inspect/vectors/{name}/derive", json={"pairs": pairs, **fields})
+
+
+def test_a_direction_is_derived_text_by_text_and_kept_when_all_are_read(served, gated, monkeypatch):
+    monkeypatch.setattr(derivation_job, "TURN_S", 0.0)
+    plain = gated.hidden_states
+
+    def one_at_a_time(*asked):
+        assert gated.may.acquire(timeout=10)
+        return plain(*asked)
+
+    gated.hidden_states = one_at_a_time
+    gated.may.release()
+    response = derive(served, "mood", job=True)
+    assert response.status_code == 202
+    begun = response.get_json()
+    job = show(served, begun["id"])
+    assert (job["kind"], job["done"], job["total"], job["result"]) == ("derive", 2, 6, {})
+    gated.may.release()
+    assert wait(served, begun["id"], 3)["state"] == "running"
+    assert served.client.get("/inspect/vectors/mood").status_code == 404
+    assert served.client.get(f"{URL}/{begun['id']}?format=npz").status_code == 422
+    gated.may.release(1000)
+    ended = wait(served, begun["id"], 7)
+    assert (ended["state"], ended["done"], ended["error"]) == ("done", 6, None)
+    at_once = derive(served, "other").get_json()
+    same = {"name": "mood", "created": ended["result"]["created"]}
+    assert ended["result"] == {**at_once, **same}
+    numbers = [
+        served.client.get(f"/inspect/vectors/{name}").get_json()["vector"]
+        for name in ("mood", "other")
+    ]
+    assert numbers[0] == numbers[1]
+    assert served.swapper.status().leases == 0
+
+
+def test_a_cancelled_derivation_keeps_no_vector(served, gated, monkeypatch):
+    monkeypatch.setattr(derivation_job, "TURN_S", 0.0)
+    plain, texts = gated.hidden_states, threading.Semaphore(2)
+
+    def few(*asked):
+        assert texts.acquire(timeout=10)
+        return plain(*asked)
+
+    gated.hidden_states = few
+    job_id = derive(served, "mood", job=True).get_json()["id"]
+    assert served.client.delete(f"{URL}/{job_id}").get_json()["cancelled"]
+    texts.release(1000)
+    assert wait(served, job_id, 7)["state"] == "cancelled"
+    assert show(served, job_id)["result"] == {}
+    assert served.client.get("/inspect/vectors/mood").status_code == 404

@@ -84,7 +84,7 @@ def test_an_answer_is_kept_with_its_ids_traces_edits_and_activations(client):
     for entry in meta["activations"]:
         assert kept[entry["array"]].shape == tuple(entry["shape"]) == (count, WIDTH)
     assert {entry["array"] for entry in meta["activations"]} == {
-        *("resid.-1", "resid.0", "mlp.0", "mlp.1")
+        *("resid.-1", "resid.0", "mlp.0", "mlp.1", "q.1")
     }
     (listed,) = [run for run in client.get(URL).get_json()["data"] if run["id"] == meta["id"]]
     assert listed == described
@@ -213,7 +213,6 @@ REFUSED = [
     ({"trace": {"activations": [{"part": "x", "layer": 0}]}}, "must be one of"),
     ({"trace": {"activations": [{"part": "q", "layer": 0, "heads": [4]}]}}, "must be in [0, 3]"),
     ({"trace": {"activations": [{"part": "mlp", "layer": 0, "heads": [0]}]}}, "is for parts head"),
-    ({"trace": {"activations": [{"part": "k", "layer": 0, "format": "stored"}]}}, '"stored" is of'),
     ({"prompt": ""}, "prompt must not be empty"),
     ({"token_ids": [1]}, "give exactly one of messages, prompt, token_ids"),
     ({"max_token": 3}, "did you mean 'max_tokens'?"),
@@ -268,9 +267,11 @@ def test_a_stream_says_the_run_in_its_first_chunk_and_keeps_it_before_its_end(cl
     assert len(steps) == len(meta["token_ids"])
 
 
-@pytest.mark.parametrize("part", ["resid", "attn", "mlp", "head", "neuron"])
+@pytest.mark.parametrize("part", ["resid", "attn", "mlp", "head", "neuron", "q", "k", "v"])
 def test_numbers_of_a_run_can_be_put_back_and_change_no_bit(client, part):
-    units = {"head": {"heads": "all"}, "neuron": {"neurons": "all"}}.get(part, {})
+    units = {"neuron": {"neurons": "all"}}.get(part, {})
+    if part in ("head", "q", "k", "v"):
+        units = {"heads": "all"}
     stored = [{"part": part, "layers": "all", "format": "stored"}]
     run = made(client, trace={"activations": stored})["id"]
     body = {"prompt": PROMPT, "max_tokens": 5, "temperature": 0, "logprobs": 2}

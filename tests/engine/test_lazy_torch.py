@@ -66,6 +66,11 @@ assert compiled(torch.ones(2)).tolist() == [4, 4]
 assert torch._dynamo.utils.counters["graph_break"]
 assert torch.distributed.is_available() == hasattr(torch._C, "_c10d_init")
 
+from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+table = torch.arange(6.0).view(2, 3).requires_grad_()
+with TransformGetItemToIndex():  # whose function the exporter is to know
+    torch.vmap(lambda row: table[row, 0])(torch.tensor([1, 0])).sum().backward()
+assert table.grad.tolist() == [[1, 0, 0], [1, 0, 0]]
 from torch.export.graph_signature import InputKind
 assert torch.export.graph_signature.InputKind is InputKind and torch.export.Dim
 import torch.nn.intrinsic.modules.fused

@@ -18,6 +18,7 @@ from tests.inspection.test_attention_inputs import inputs
 from tests.inspection.test_edits import FORMULAS, LAYER, VECTOR, edit, plan
 from tests.inspection.test_lenses import sae
 from tests.inspection.test_token_figures import run as written
+from tests.repeats import slow
 from transformers_api.engine.places import model_places
 from transformers_api.errors import ModelNotCapable
 from transformers_api.inspection.attribution_question import AttributionQuestion
@@ -40,6 +41,8 @@ LATE = "only where nothing is predicted"
 EDITS = {what: own for what, (own, _) in FORMULAS.items()} | EDGES
 EDITS[LATE] = edit(do="scale", part="mlp", by=0.0, positions=((3, 6),))
 CHANGES = {what: change for what, (_, change) in FORMULAS.items()}
+FEW = ("add", "erase", "keep norm", "zero heads", "set neurons", "an edge", "values", LATE)
+CASES = [*FEW, *slow(*(what for what in EDITS if what not in FEW))]
 CHANGES[LATE] = lambda rows: torch.cat([rows[:, :3], 0 * rows[:, 3:6], rows[:, 6:]], 1)
 
 
@@ -115,7 +118,7 @@ def edited(watched, what):
 # -- the parts of a logit
 
 
-@pytest.mark.parametrize("what", EDITS)
+@pytest.mark.parametrize("what", CASES)
 def test_the_parts_of_an_edited_logit_add_up_and_the_edit_is_one_of_them(watch, what):
     watched, own = watch("llama"), EDITS[what]
     with by_hand(what) as model, torch.no_grad():
@@ -164,8 +167,13 @@ def test_a_silenced_part_has_its_share_taken_back_by_the_edit(watch):
         assert abs(back) > 1e-4
 
 
-@pytest.mark.parametrize("native", [True, False])
-@pytest.mark.parametrize("what", ["add", "add to the embedding", "zero heads", "set neurons"])
+@pytest.mark.parametrize(
+    ("what", "native"),
+    [
+        *(("add to the embedding", True), ("zero heads", False), ("set neurons", True)),
+        *slow(("add", True), ("add", False), ("zero heads", True), ("set neurons", False)),
+    ],
+)
 def test_a_written_token_has_the_same_parts_with_the_edit_among_them(watch, what, native):
     watched = watch("llama", **({} if native else {"native": None}))
     for by in ("layer", "head"):
@@ -191,7 +199,7 @@ def test_a_written_token_has_the_same_parts_with_the_edit_among_them(watch, what
 # -- attributions
 
 
-@pytest.mark.parametrize("what", EDITS)
+@pytest.mark.parametrize("what", CASES)
 def test_attributions_of_an_edited_text_are_those_of_the_edited_model(watch, what):
     watched, ids = watch("llama"), PROMPT
     inspector = edited(watched, what)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import numpy
 import pytest
@@ -11,13 +12,18 @@ import torch
 from tests.engine.models import prompts_of
 from tests.engine.reading import read
 from tests.inspection.models import tiny
-from tests.inspection.test_edits import edit, plan
+from tests.inspection.test_edits import VECTOR, edit, plan
 from tests.repeats import slow
 from transformers_api.engine.base import SamplingParams, SequenceRequest
+from transformers_api.errors import ModelNotCapable
 from transformers_api.inspection.activations import ActivationSpec, numbers
 from transformers_api.inspection.base import TracePlan
+from transformers_api.inspection.editable import Editable
+from transformers_api.inspection.logit_share import LogitPartsQuestion
+from transformers_api.serving.inspect.activation_plan import planned
+from transformers_api.serving.inspect.trace_plan import ActivationRequest
 
-MODULES = ("resid", "attn", "mlp", "head", "neuron")
+MODULES = ("resid", "attn", "mlp", "head", "neuron", "q", "k", "v")
 FAMILIES = [
     "llama",
     "gemma2",
@@ -113,11 +119,37 @@ def test_neither_the_recorded_nor_their_neighbours_write_anything_else(watch, na
     specs = (ActivationSpec(part="resid", layer=0),)
     if anatomy.mode == "tap":
         specs += (ActivationSpec(part="q", layer=0), ActivationSpec(part="k", layer=1, units=(0,)))
-    full = TracePlan(records=records_of(anatomy, ("resid",)), activations=specs)
+    parts = ("resid", "q", "k", "v") if anatomy.mode == "tap" else ("resid",)
+    full = TracePlan(records=records_of(anatomy, parts), activations=specs)
     prompts = prompts_of(4)
     own = run(watched.engine, prompts, [full, None, full, TracePlan(topk=1)])
     right = run(plain.engine, prompts, [None] * 4)
     assert [scored(each) for each in own] == [scored(each) for each in right]
+
+
+def test_notes_of_rounded_keys_and_values_round_nothing_again(watch):
+    options = {"dtype": "bfloat16", "kv_cache_dtype": "int8"}
+    prompts = prompts_of(4)[2:]
+    full = TracePlan(records=tuple((layer, part) for layer in range(3) for part in "qkv"))
+    own, right = (
+        run(watch(copy.deepcopy(tiny("llama")), **options).engine, prompts, [noted, None])
+        for noted in (full, None)
+    )
+    assert [scored(each) for each in own] == [scored(each) for each in right]
+    assert joined(own[0], "k", 1)[0].any()
+
+
+def test_what_a_model_cannot_have_changed_is_not_stored(watch):
+    anatomy = watch("llama").examined.anatomy
+    asked = ActivationRequest(
+        part="k", layers=(0,), heads=None, neurons=None, format="stored", topk=1
+    )
+    with pytest.raises(
+        ModelNotCapable, match="the k that layer 0 of model type llama reads cannot"
+    ):
+        planned([asked], anatomy, Editable, stores=True)
+    shown = planned([replace(asked, format="f16")], anatomy, Editable, stores=True)
+    assert (len(shown.specs), shown.records) == (1, ())
 
 
 def test_a_recorded_prompt_is_read_by_its_own_passes_though_others_have_read_it(watch):
@@ -141,7 +173,7 @@ def test_activations_of_a_step_are_those_of_the_last_token_that_was_read(watch, 
         *(ActivationSpec(part=part, layer=1) for part in ("q", "k", "v")),
         ActivationSpec(part="v", layer=0, units=(1,)),
     )
-    records = ((-1, "resid"), (1, "mlp"), (1, "head"))
+    records = ((-1, "resid"), (1, "mlp"), (1, "head"), (1, "q"), (1, "k"), (1, "v"))
     plan = TracePlan(activations=specs, records=records)
     prompts = prompts_of(3)
     for prompt, outputs in zip(
@@ -159,6 +191,8 @@ def test_activations_of_a_step_are_those_of_the_last_token_that_was_read(watch, 
             numpy.testing.assert_array_equal(mlp.values[0], rows["mlp"][at][largest])
             split = rows["head"][at].reshape(4, -1)
             numpy.testing.assert_array_equal(heads.values, split[[2, 0]])
+            for each, part in zip(qkv, "qkv", strict=False):
+                numpy.testing.assert_array_equal(each.values.flatten(), rows[part][at])
             for each, right in zip(qkv, (*attended[1], attended[0][2][1:2]), strict=True):
                 numpy.testing.assert_allclose(each.values, right[:, at], rtol=1e-4, atol=1e-4)
 
@@ -189,10 +223,13 @@ def attended_of(name, ids):
 def test_what_is_noted_leaves_every_kind_of_edit_as_it_is(watch, native):
     """Values that attention reads are changed, and what it writes, with notes beside them."""
     options = {} if native else {"native": None}
-    full = TracePlan(records=((1, "resid"), (1, "attn")))
+    records = ((1, "resid"), (1, "attn"), (1, "v"), (1, "q"))
+    full = TracePlan(records=records, parts=LogitPartsQuestion(position=-1, by="head"))
     changes = plan(
         edit(do="scale", part="v", layer=1, units=(0,), by=0.5, positions=((0, None),)),
         edit(do="scale", part="attn", layer=1, by=2.0, positions=((1, None),)),
+        edit(do="add", layer=0, vector=VECTOR / 3, positions=((0, None),)),
+        edit(do="scale", part="head", layer=2, units=(1,), by=0.3, positions=((0, None),)),
         identity="several",
     )
     prompt = prompts_of(4)[3]

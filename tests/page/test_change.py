@@ -220,7 +220,7 @@ def test_a_direction_comes_from_pairs_and_a_patch_from_a_grid_that_fills(page, t
     expect(page.get_by_text(re.compile("tell the columns apart best"))).to_be_visible()
     shelf = page.get_by_role("list", name="Edits").get_by_role("listitem")
     expect(shelf).to_have_text([re.compile(r"^ours, layer [1-2] \+ [\d.]+ norms$")])
-    vector = httpx.get(f"{tiny}/inspect/vectors/ours").json()
+    vector = httpx.get(f"{tiny}/inspect/vectors/ours", timeout=30).json()
     assert (vector["source"], vector["model"]) == ("pairs", MODEL)
     position = len(completion(tiny, QUESTION, MODEL)[0])
     choose(page, position)
@@ -282,7 +282,7 @@ def test_edits_are_switched_off_and_removed_and_outlive_a_reload(page):
 
 def test_a_direction_is_chosen_among_those_of_the_server(page, tiny):
     numbers = {"vector": [0.5] * 64}
-    assert httpx.put(f"{tiny}/inspect/vectors/calm", json=numbers).status_code < 300
+    assert httpx.put(f"{tiny}/inspect/vectors/calm", timeout=30, json=numbers).status_code < 300
     add(page, "Add a direction", 1)
     expect(page.get_by_role("list", name="Edits")).to_contain_text("calm, layer 1 + 0.2 norms")
 
@@ -297,7 +297,9 @@ def test_shares_are_those_of_the_api_and_what_said_it_is_switched_off(page, tiny
         page.get_by_role("button", name="Take the logit apart").click()
         expect(page.get_by_text(re.compile("all others together"))).to_be_visible()
         answer = httpx.post(
-            f"{tiny}/inspect/logit_parts", json={**body, "model": MODEL, "by": by, "topk": 12}
+            f"{tiny}/inspect/logit_parts",
+            json={**body, "model": MODEL, "by": by, "topk": 12},
+            timeout=30,
         ).json()
         values = sorted((part["value"] for part in answer["parts"]), key=abs, reverse=True)
         shown = [row[-1].replace("−", "-") for row in rows(page, "Shares of the logit")]

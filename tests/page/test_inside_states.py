@@ -63,10 +63,10 @@ def test_an_answer_without_a_trace_is_looked_into_by_its_token_ids(tiny, open_pa
         f"{table['surprisal'][len(prompt) + 1]:.2f} nats"
     )
     expect(page.get_by_role("list", name="Candidates").locator("li")).to_have_count(6)
-    page.reload()
     # What was asked is kept in the browser; rows are computed again from the ids.
     asked = []
     page.on("request", lambda request: asked.append(request.url))
+    page.reload()
     expect(page.get_by_role("list", name="Candidates").locator("li")).to_have_count(6)
     expect(page.get_by_role("list", name="Read from").locator("li").first).to_be_visible()
     assert not any(url.endswith("/inspect/tokens") for url in asked)
@@ -110,10 +110,10 @@ def test_a_model_without_attention_and_one_with_a_window_say_so(tiny, open_page)
     page.get_by_role("button", name="Look inside", exact=True).first.click()
     token(page, position - 1).first.click()
     expect(page.get_by_text("Written by tiny-window")).to_be_visible()
-    assert httpx.get(f"{tiny}/status").json()["resident"]["model"] == "tiny-mamba"
+    assert httpx.get(f"{tiny}/status", timeout=30).json()["resident"]["model"] == "tiny-mamba"
     page.get_by_role("button", name="Load tiny-window and look").click()
     expect(page.get_by_role("list", name="Read from").locator("li").first).to_be_visible()
-    assert httpx.get(f"{tiny}/status").json()["resident"]["model"] == "tiny-window"
+    assert httpx.get(f"{tiny}/status", timeout=30).json()["resident"]["model"] == "tiny-window"
     use_model(page, "tiny-llama")
     ask(page, "What")
 
@@ -126,7 +126,7 @@ def test_inside_opened_while_the_model_pauses_shows_the_newest_token(scripted, o
     pressed = page.get_by_role("group", name="Tokens").get_by_role("button", pressed=True)
     expect(pressed).to_have_accessible_name(re.compile(": t$"))
     expect(page.get_by_role("list", name="Candidates").locator("li")).to_have_count(6)
-    httpx.post(f"{scripted}/go")
+    httpx.post(f"{scripted}/go", timeout=30)
     expect(page.get_by_role("button", name="Stop", exact=True)).to_be_hidden()
 
 
@@ -141,7 +141,7 @@ def test_tokens_come_live_a_click_pins_and_live_resumes(scripted, open_page):
     live = page.get_by_role("button", name="Live")
     expect(live).to_be_visible()
     expect(page.get_by_role("button", name="Branch with")).to_have_count(0)
-    httpx.post(f"{scripted}/go")
+    httpx.post(f"{scripted}/go", timeout=30)
     expect(page.get_by_role("button", name="Stop", exact=True)).to_be_hidden()
     expect(tape.get_by_role("button", pressed=True)).to_have_attribute(
         "data-p", str(int(newest) - 3)
@@ -155,7 +155,7 @@ def test_tokens_come_live_a_click_pins_and_live_resumes(scripted, open_page):
     expect(tape.get_by_role("button", pressed=True)).to_have_accessible_name(re.compile(": e$"))
     page.keyboard.press("Escape")
     expect(page.get_by_role("button", name="Stop", exact=True)).to_be_hidden()
-    httpx.post(f"{scripted}/go")
+    httpx.post(f"{scripted}/go", timeout=30)
 
     page.get_by_role("button", name="Replay").click()
     page.get_by_role("button", name="Pause").click()

@@ -283,12 +283,12 @@ def test_words_that_came_while_the_page_rested_are_drawn_while_the_model_pauses(
     page.goto("/ui")
     ask(page, "pausing a|bc|d")
     expect(model_turn(page)).to_contain_text("a")
-    httpx.post(f"{scripted}/go")
+    httpx.post(f"{scripted}/go", timeout=30)
     expect(model_turn(page)).to_contain_text("abc")
     expect(
         model_turn(page).get_by_role("button", name="Surprisal of 3 tokens: look inside")
     ).to_be_visible()
-    httpx.post(f"{scripted}/go")
+    httpx.post(f"{scripted}/go", timeout=30)
     expect(model_turn(page)).to_contain_text("abcd")
 
 
@@ -301,10 +301,10 @@ def test_an_answer_that_a_reload_cut_off_says_so(scripted, open_page):
     page.reload()
     expect(model_turn(page)).to_contain_text("abc")
     expect(page.get_by_text("It was not finished.")).to_be_visible()
-    httpx.post(f"{scripted}/go")
+    httpx.post(f"{scripted}/go", timeout=30)
     model_turn(page).get_by_role("button", name="Regenerate").click()
     expect(model_turn(page)).to_contain_text("abc")
-    httpx.post(f"{scripted}/go")
+    httpx.post(f"{scripted}/go", timeout=30)
     expect(model_turn(page)).to_contain_text("abcdef")
 
 

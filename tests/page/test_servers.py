@@ -9,10 +9,13 @@ def test_the_scripted_model_says_what_it_is_told_and_goes_on_from_token_ids(scri
     answer = httpx.post(
         f"{scripted}/v1/chat/completions",
         json={"messages": [{"role": "user", "content": "<b>hello</b>"}], "return_token_ids": True},
+        timeout=30,
     ).json()
     assert answer["choices"][0]["message"]["content"] == "<b>hello</b>"
     prompt = answer["choices"][0]["prompt_token_ids"]
-    rest = httpx.post(f"{scripted}/v1/completions", json={"prompt": [*prompt, *b"<b>he"]}).json()
+    rest = httpx.post(
+        f"{scripted}/v1/completions", timeout=30, json={"prompt": [*prompt, *b"<b>he"]}
+    ).json()
     assert rest["choices"][0]["text"] == "llo</b>"
 
 

@@ -15,7 +15,7 @@ from transformers_api.inspection.token_rows import TokenRows
 
 @dataclass(frozen=True, slots=True)
 class HeadShares:
-    """What heads add along a direction, one by one, and the bias behind them."""
+    """The numbers that heads add along a direction, and the bias behind them."""
 
     values: Tensor  # (H,) float64
     bias: float

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from transformers_api.engine.batch import Batch
+from transformers_api.engine.runners.edited_attention import AttentionEdit, AttentionInputs
 from transformers_api.engine.runners.edited_modules import ModuleEdit
 from transformers_api.engine.sequence import Sequence
 from transformers_api.inspection.activations import (
@@ -80,6 +81,24 @@ class Recorder:
             for (module, side), notes in takers.items()
         ]
 
+    def attention_edits(self, batch: Batch, name: str) -> list[AttentionEdit]:
+        """The same of queries, keys and values, before attention reads them."""
+        edits: list[AttentionEdit] = []
+        start = 0
+        for seq, width in zip(batch.sequences, batch.widths, strict=True):
+            plan: TracePlan | None = seq.observe.get(name)
+            by_layer: dict[int, list[ActivationPart]] = {}
+            for layer, part in () if plan is None else plan.records:
+                if part in READ_BY_ATTENTION:
+                    by_layer.setdefault(layer, []).append(part)
+            context = seq.num_cached + width
+            for layer, parts in by_layer.items():
+                note = partial(_record_inputs, self._of(seq), layer, parts, seq.start + context)
+                where = start, width, batch.tokens, context, seq.slot
+                edits.append(AttentionEdit(layer, *where, before=note, writes=False))
+            start += width
+        return edits
+
     def note_attention(
         self, seq: Sequence, spec: ActivationSpec, weights: Weights, at: Any
     ) -> None:
@@ -112,6 +131,8 @@ class Recorder:
     ) -> None:
         taken = self._of(seq)
         for layer, part in plan.records:
+            if part in READ_BY_ATTENTION:
+                continue
             module = self._module(layer, part)
             note = partial(_record, taken, layer, part, module.factor, rows)
             takers.setdefault((module.name, module.side), []).append((rows, note))
@@ -174,6 +195,16 @@ def _record(
             factor=factor,
         )
     )
+
+
+def _record_inputs(
+    taken: Taken, layer: int, parts: SequenceOf[ActivationPart], stop: int, inputs: AttentionInputs
+) -> None:
+    """Note rows of ``parts``, whose last is that of the token before ``stop``."""
+    for part in parts:
+        own = inputs.of(part)
+        rows = _Rows(0, len(own), stop - len(own))
+        _record(taken, layer, part, 1.0, rows, own.flatten(1))
 
 
 def _keep(rows: TokenRows, module: str, side: str, own: Tensor) -> None:

@@ -95,11 +95,12 @@ class TracingRunner:
             if ends and NAME in seq.observe
         ]
         noting = self.recorder.edits(batch, NAME)
-        if not (traced or noting):
+        inputs = self.recorder.attention_edits(batch, NAME)
+        if not (traced or noting or inputs):
             return self.inner.forward(batch, keep)
         with ExitStack() as watch:
-            if noting:
-                watch.enter_context(self.backend.editing(self.model, noting))
+            if noting or inputs:
+                watch.enter_context(self.backend.editing(self.model, noting, inputs))
             attention = self._watch_attention(watch, traced)
             self._watch_residuals(watch, traced)
             self._watch_routers(watch, traced, batch.num_slots)

@@ -32,7 +32,7 @@ from transformers_api.config.settings import (
     Settings,
 )
 from transformers_api.engine.platform.deferred_modules import AtFirstUse, treated
-from transformers_api.engine.platform.imports import importing
+from transformers_api.engine.platform.imports import without_collection
 from transformers_api.server import http_parser, lock, standard_streams
 from transformers_api.server.logger import logger_class
 from transformers_api.server.systemd import Notifier
@@ -164,7 +164,7 @@ class _Application(BaseApplication):  # type: ignore[misc]  # gunicorn has no ty
     def load(self) -> Callable[..., Any]:
         module, _, name = self._app.partition(":")
         try:
-            with importing(), treated(UNUSED, AtFirstUse):
+            with without_collection(), treated(UNUSED, AtFirstUse):
                 make = getattr(importlib.import_module(module), name)
             application: Callable[..., Any] = make(self._settings)
         except SettingError as error:

@@ -37,6 +37,18 @@ def about(description: str, **properties: Any) -> dict[str, Any]:
     return {"metadata": {"description": description, **properties}}
 
 
+def stop_strings() -> OneOrMany:
+    """The field ``stop``."""
+    return OneOrMany(
+        Text(shortest=1, longest=256),
+        longest=16,
+        **about(
+            "A string, or up to 16, that end the answer.",
+            oneOf=[{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
+        ),
+    )
+
+
 class LogitBias(fields.Dict):
     """An object from token ids (as strings) to numbers; integers afterwards."""
 
@@ -168,14 +180,7 @@ class Sampling(Truncation):
     )
     seed = Integer(-(2**63), 2**63 - 1, **about("The same seed gives the same tokens."))
     min_tokens = Integer(0, MAX_TOKENS, **about("Do not stop before so many tokens."))
-    stop = OneOrMany(
-        Text(shortest=1, longest=256),
-        longest=16,
-        **about(
-            "A string, or up to 16, that end the answer.",
-            oneOf=[{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
-        ),
-    )
+    stop = stop_strings()
     stop_token_ids = Many(
         Integer(0, MAX_TOKEN_ID), longest=256, **about("Tokens that end the answer.")
     )

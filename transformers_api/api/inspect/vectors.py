@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import flask
@@ -16,6 +17,8 @@ from transformers_api.api.http.error_schemas import Failed
 from transformers_api.api.http.request_context import RequestContext
 from transformers_api.api.http.services import services
 from transformers_api.api.inspect import subjects
+from transformers_api.api.inspect.jobs import started
+from transformers_api.api.inspect.schemas.jobs import StartedJob
 from transformers_api.api.inspect.schemas.vectors import (
     DerivationRequest,
     DerivedVector,
@@ -26,11 +29,14 @@ from transformers_api.api.inspect.schemas.vectors import (
     VectorWithNumbers,
 )
 from transformers_api.errors import InvalidRequest, ResponseTooLarge
-from transformers_api.inspection.base import Anatomy
+from transformers_api.inspection.base import Anatomy, Array
 from transformers_api.serving.inspect import arrays, vector_files
+from transformers_api.serving.inspect.derivation_job import DerivationWork
+from transformers_api.serving.inspect.jobs import InspectionJob
 from transformers_api.serving.inspect.queue import deadline
 from transformers_api.serving.inspect.vector_derivation import Streams, derive
-from transformers_api.serving.inspect.vector_store import MOST_NAME, Vector
+from transformers_api.serving.inspect.vector_store import MOST_NAME, Vector, VectorStore
+from transformers_api.serving.swap.loaded_model import LoadedModel
 
 blueprint = Blueprint("vectors", __name__, dialect=NIELS, description="Directions by name")
 
@@ -132,12 +138,14 @@ def delete_vector(name: str) -> Any:
 @blueprint.takes(DerivationRequest, example={"pairs": _PAIRS})
 @blueprint.gives(DerivedVector)
 @blueprint.gives(DerivedVector, 201, description="There was none of this name")
+@blueprint.gives(StartedJob, 202, description="With `job`: it goes on by itself")
 @blueprint.gives(Failed, 413, description="Too much text, too many tokens or too many numbers")
 def derive_vector(body: dict[str, Any], name: str) -> Any:
     """Make a vector of pairs of texts that differ in one respect, and keep it.
 
     Its rows lead from the second side to the first one, a row for each layer. `separation` tells
-    which layers know the difference, each text measured without its own pair.
+    which layers know the difference, each text measured without its own pair. As a `job` it is kept
+    when all texts are read.
     """
     inspect_auth.check()
     check_name(name)
@@ -154,29 +162,80 @@ def derive_vector(body: dict[str, Any], name: str) -> Any:
         longest = 1 if body["at"] == "last" else max(map(len, texts))
         numbers = (len(texts) + longest) * len(layers) * inspector.anatomy.hidden_size
         subjects.check_read_cells(numbers, services().settings)
+        derivation = _Derivation(name, context.client, model.spec.name, texts, layers, body)
+        if body["job"]:
+            return _job(context, model, derivation, inspector.anatomy)
         question = Streams(texts, layers, body["at"])
         streams = services().inspections.ask(model, question, context.cancellation)
-        sides = streams[: len(pairs)], streams[len(pairs) :]
         check = deadline(services().settings.inspect_timeout_s, context.cancellation)
-        derived = derive(*sides, layers, body["method"], check)
+        answer, is_new = derivation.store(services().vectors, streams, check)
+        return answer, 201 if is_new else 200
+
+
+@dataclass(frozen=True)
+class _Derivation:
+    """A vector that is to be made of these texts: of all first sides, and then of all second."""
+
+    name: str
+    owner: str
+    model: str
+    texts: Sequence[Sequence[int]]
+    layers: Sequence[int]
+    body: Mapping[str, Any]
+
+    def store(
+        self, vectors: VectorStore, streams: Array, check: Callable[[], None]
+    ) -> tuple[dict[str, Any], bool]:
+        """(the answer, True where there was none of the name), once it is made and kept."""
+        pairs = len(self.texts) // 2
+        sides = streams[:pairs], streams[pairs:]
+        derived = derive(*sides, self.layers, self.body["method"], check)
         vector = Vector(
             rows=derived.rows,
-            layers=tuple(layers),
+            layers=tuple(self.layers),
             source="pairs",
-            model=model.spec.name,
+            model=self.model,
             separation=tuple(arrays.digits(value) for value in derived.separation),
         )
-        is_new = services().vectors.put(flask.g.client, name, vector)
+        is_new = vectors.put(self.owner, self.name, vector)
         norms = vector.norms
         scales = [gap / norm if norm else 0 for gap, norm in zip(derived.gap, norms, strict=True)]
         answer = {
-            **_described(name, vector),
+            **_described(self.name, vector),
             "scales": [arrays.digits(scale) for scale in scales],
             "best_layers": list(derived.window),
-            "pairs": len(pairs),
-            "tokens": sum(map(len, texts)),
+            "pairs": pairs,
+            "tokens": sum(map(len, self.texts)),
         }
-        return answer, 201 if is_new else 200
+        return answer, is_new
+
+
+def _job(
+    context: RequestContext, model: LoadedModel, derivation: _Derivation, anatomy: Anatomy
+) -> Any:
+    """Begin a job, once its first texts are read: they say how long it will take."""
+    jobs, inspections, vectors = services().jobs, services().inspections, services().vectors
+    jobs.check_room(derivation.owner)
+    texts, layers, at = derivation.texts, derivation.layers, derivation.body["at"]
+    work = DerivationWork.begin(
+        texts, layers, at, lambda each: inspections.ask(model, each, context.cancellation)
+    )
+    answer: dict[str, Any] = {}
+    cells = len(layers) * anatomy.hidden_size
+    job = InspectionJob(derivation.owner, "derive", len(texts), cells, lambda: dict(answer))
+    lease = context.lease_for(model, job.cancellation)
+
+    def run() -> None:
+        own = lease.model
+        streams = work.run(
+            job,
+            lambda each: inspections.ask(own, each, job.cancellation),
+            lambda: own.engine.stats().running > 0,
+        )
+        answer.update(derivation.store(vectors, streams, job.cancellation.check)[0])
+
+    jobs.start(job, run, lease.release)
+    return started(job, work.estimate_s)
 
 
 def _streams_after(requested: Any, anatomy: Anatomy) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -82,6 +82,17 @@ class Head:
             return {}
         prompt = {"prompt_token_ids": list(self.prompts[index // self.n])} if first else {}
         return {**prompt, "token_ids": list(ids)}
+
+    def opening(self, index: int, chunk: Callable[..., Json]) -> Json:
+        """The first chunk of a choice of a chat: its role, and what is told of it beforehand.
+
+        ``chunk`` makes one from the index, the delta and more fields of the choice.
+        """
+        ids = self.token_ids(index, (), first=True)
+        first = chunk(index, {"role": "assistant", "content": ""}, **ids)
+        if (header := self.trace_header(index)) is not None:
+            first["trace"] = header
+        return first | self.intervened(index)
 
     def scored_prompt(self, choice: Choice) -> Json:
         """The field ``prompt_logprobs``, where it was asked for."""
@@ -224,11 +235,7 @@ class ChatFormatter(Formatter):
         if not head.with_more_than_text:
             self._around = [self._text_event(index) for index in range(head.n)]
         for index in range(head.n):
-            ids = head.token_ids(index, (), first=True)
-            chunk = self._chunk(index, {"role": "assistant", "content": ""}, **ids)
-            if (header := head.trace_header(index)) is not None:
-                chunk["trace"] = header
-            yield self.dialect.frame(chunk | head.intervened(index))
+            yield self.dialect.frame(head.opening(index, self._chunk))
 
     def frames(self, delta: TextDelta) -> Sequence[bytes]:
         """A chunk with the text, and in the end one with the finish reason."""

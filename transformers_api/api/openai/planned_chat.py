@@ -62,13 +62,8 @@ class PlannedChatFormatter(Formatter):
 
     def opening(self) -> Iterator[bytes]:
         """The role of each choice."""
-        head = self._head
-        for index in range(head.n):
-            ids = head.token_ids(index, (), first=True)
-            chunk = self._chunk(index, {"role": "assistant", "content": ""}, **ids)
-            if (header := head.trace_header(index)) is not None:
-                chunk["trace"] = header
-            yield self.dialect.frame(chunk | head.intervened(index))
+        for index in range(self._head.n):
+            yield self.dialect.frame(self._head.opening(index, self._chunk))
 
     def frames(self, delta: TextDelta) -> Sequence[bytes]:
         """A chunk for each part, and in the end one with the finish reason."""

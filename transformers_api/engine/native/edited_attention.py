@@ -66,7 +66,7 @@ def _change_inputs(
         own = AttentionInputs(query[tokens, :, 0], *(each.transpose(0, 1) for each in states))
         edit.before(own)
         for index, each in zip(call.cached, states, strict=True):
-            if cache[index].dtype == torch.int8:
+            if edit.writes and cache[index].dtype == torch.int8:
                 start = torch.tensor([stop - edit.count])
                 write_cache(kv.library, each[None], cache[index][edit.slot][None], start)
 

@@ -8,11 +8,9 @@ import importlib
 import importlib.util
 import os
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-
-from transformers_api.engine.platform.dataclass_methods import compiled_later
 
 # Compiled modules that the application imports: whoever needs the linker waits while it is busy.
 # Not "_asyncio": imported before asyncio, which it imports, it leaves that without current tasks.
@@ -43,50 +41,36 @@ def map_torch() -> None:
         threading.Thread(target=load, args=arguments, name="linker").start()
 
 
-class _Shared:
-    """A state of the process that lasts while any thread wants it."""
+class _Pause:
+    """The pause of collection, of all threads that want one at the same time."""
 
-    def __init__(self, context: Callable[[], AbstractContextManager[None]]) -> None:
-        self._context, self._lock, self._count = context, threading.Lock(), 0
-        self._entered = ExitStack()
+    def __init__(self) -> None:
+        self._lock, self._count, self._was_enabled = threading.Lock(), 0, False
 
-    @contextmanager
-    def shared(self) -> Iterator[None]:
-        """Begin it, where nobody has; end it, where nobody else wants it."""
+    def begin(self) -> None:
+        """Pause it, where nobody has."""
         with self._lock:
             if not self._count:
-                self._entered.enter_context(self._context())
+                self._was_enabled = gc.isenabled()
+                gc.disable()
             self._count += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._count -= 1
-                if not self._count:
-                    self._entered.close()
+
+    def end(self) -> None:
+        """Go on, where nobody else wants it paused."""
+        with self._lock:
+            self._count -= 1
+            if not self._count and self._was_enabled:
+                gc.enable()
+
+
+_pause = _Pause()
 
 
 @contextmanager
-def _collection_off() -> Iterator[None]:
-    was_enabled = gc.isenabled()
-    gc.disable()
+def without_collection() -> Iterator[None]:
+    """While it lasts, in any thread, nobody looks for garbage: what is made meanwhile stays."""
+    _pause.begin()
     try:
         yield
     finally:
-        if was_enabled:
-            gc.enable()
-
-
-_uncollected, _methods_later = _Shared(_collection_off), _Shared(compiled_later)
-
-
-def without_collection() -> AbstractContextManager[None]:
-    """While it lasts, in any thread, nobody looks for garbage: what is made meanwhile stays."""
-    return _uncollected.shared()
-
-
-@contextmanager
-def importing() -> Iterator[None]:
-    """The same for imports, whose dataclasses get their methods later: see ``compiled_later``."""
-    with _uncollected.shared(), _methods_later.shared():
-        yield
+        _pause.end()

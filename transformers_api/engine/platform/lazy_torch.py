@@ -35,7 +35,7 @@ from transformers_api.engine.platform.deferred_modules import (
     replaced,
     treated,
 )
-from transformers_api.engine.platform.imports import importing
+from transformers_api.engine.platform.imports import without_collection
 from transformers_api.engine.platform.transformers_exports import quick_scan
 
 __all__ = ["import_torch"]
@@ -58,7 +58,7 @@ def import_torch(
     ``exports``: the folder of the list of what transformers exports; see ``quick_scan``.
     """
     lazy = lazy and _is_supported_version()
-    with importing():
+    with without_collection():
         if "torch" not in sys.modules:
             _import_lazily() if lazy else importlib.import_module("torch")
         if transformers and "transformers" not in sys.modules:

@@ -162,7 +162,7 @@ class AttentionEdit:
     Its tokens are the ``count`` from ``start`` on, of ``total`` ones; then it has ``context`` of
     them in the row ``slot`` of the cache. ``weights``: the module whose output has the weights,
     where in it, and True where they need not sum to 1; None: the layer calls an attention function.
-    ``before`` changes what that reads, of these tokens.
+    ``before`` changes what that reads, of these tokens; not ``writes``: it only looks at it.
     """
 
     layer: int
@@ -174,6 +174,7 @@ class AttentionEdit:
     apply: Callable[[Attending], None] | None = None
     weights: tuple[str, int, bool] | None = None
     before: Callable[[AttentionInputs], None] | None = None
+    writes: bool = True
 
 
 _current: ContextVar[Sequence[AttentionEdit]] = ContextVar("attention edits", default=())
@@ -186,8 +187,8 @@ def current_attention_edits() -> Sequence[AttentionEdit]:
 
 @contextmanager
 def editing_attention(edits: Sequence[AttentionEdit]) -> Iterator[None]:
-    """Let passes within the block be changed; without ``edits`` as blocks around it say."""
-    with _attention_edits(edits or _current.get()):
+    """Let passes within the block be changed, after what blocks around it change."""
+    with _attention_edits((*_current.get(), *edits)):
         yield
 
 

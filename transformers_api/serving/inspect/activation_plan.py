@@ -58,7 +58,7 @@ def planned(
         entry.check(stores=stores)
         for layer in entry.layers():
             rows, width, units = entry.shape(layer)
-            if stores and request.part not in READ_BY_ATTENTION:
+            if stores and entry.can_store(layer):
                 records[layer, request.part] = entry.whole_width(layer)
             if request.format == "stored":
                 continue
@@ -91,8 +91,24 @@ class _Entry:
             raise self._refusal("neurons", "is for part neuron")
         if request.format == "stored" and not stores:
             raise self._refusal("format", '"stored" needs "store": true')
-        if request.format == "stored" and part in READ_BY_ATTENTION:
-            raise self._refusal("format", '"stored" is of resid, attn, mlp, head and neuron')
+
+    def can_store(self, layer: int) -> bool:
+        """True where a run keeps it; what attention reads may be shown and no more.
+
+        Raises ModelNotCapable where it must be.
+        """
+        part, places = self.request.part, self.editable().places
+        if part not in READ_BY_ATTENTION or (
+            places and self.editable().of(layer).can(cast(Part, part))
+        ):
+            return True
+        if self.request.format == "stored":
+            raise ModelNotCapable(
+                f"the {part} that layer {layer} of model type {self.anatomy.model_type} reads "
+                'cannot be stored; use format "f16"',
+                param=f"{self.name}.format",
+            )
+        return False
 
     def layers(self) -> list[int]:
         """Those that are asked for, each of which has the part."""
@@ -128,6 +144,9 @@ class _Entry:
     def whole_width(self, layer: int) -> int:
         """Numbers of the whole part at one token."""
         places, part = self.editable().of(layer), self.request.part
+        if part in READ_BY_ATTENTION:
+            heads, size = places.inputs[cast(Part, part)]
+            return heads * size
         if part == "head":
             return places.heads * places.head_dim
         return places.neurons if part == "neuron" else self.anatomy.hidden_size

@@ -6,6 +6,7 @@ import codecs
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from transformers_api.serving.text.common_prefix import common_prefix
 from transformers_api.serving.text.vocabulary import Vocabulary
 
 _UNREADABLE = "\N{REPLACEMENT CHARACTER}"
@@ -145,7 +146,7 @@ class WindowDetokenizer:
         self._text = self._decode(self._ids)
         if self._prompt_text and not self._text.startswith(self._prompt_text):
             # The prompt ended inside a character, which is complete now.
-            self._sent = _common_prefix(self._prompt_text, self._text)
+            self._sent = common_prefix(self._prompt_text, self._text)
             self._prompt_text = ""
         return self._up_to(len(self._text) - self._unfinished())
 
@@ -187,9 +188,3 @@ class WindowDetokenizer:
             ids, skip_special_tokens=self._skip_special, clean_up_tokenization_spaces=False
         )
         return str(text)
-
-
-def _common_prefix(one: str, other: str) -> int:
-    """The number of characters at the start that both share."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))

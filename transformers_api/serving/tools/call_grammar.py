@@ -9,6 +9,7 @@ from typing import Any
 import orjson
 
 from transformers_api.errors import InvalidRequest
+from transformers_api.serving.text.common_prefix import common_prefix
 from transformers_api.serving.tools.call_format import (
     SLOT_COUNT,
     SLOT_ID,
@@ -16,7 +17,6 @@ from transformers_api.serving.tools.call_format import (
     CallFormat,
 )
 from transformers_api.serving.tools.spec import MOST_CALLS, Tool
-from transformers_api.serving.tools.template_probe import common
 
 MAX_SOURCE = 2 << 20  # characters of all rules: where arguments refer, each has all schemas
 _ID = "ID: /[A-Za-z0-9]{9}/"
@@ -175,7 +175,7 @@ class _Tagged:
         self._properties = self._ordered(_mapping(tool.parameters.get("properties")))
         self._required = frozenset(tool.parameters.get("required") or ())
         # The text that ends any bare value, and any text.
-        shared = common(style.sep, style.close)
+        shared = common_prefix(style.sep, style.close)
         self._end = "" if style.quotes[1] else self._plain(style.sep[:shared])
         self._text_end = self._plain(style.quotes[1]) if style.quotes[1] else self._end
 

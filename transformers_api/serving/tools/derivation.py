@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from transformers_api.serving.text.common_prefix import common_prefix
 from transformers_api.serving.tools.call_format import (
     SLOT_COUNT,
     SLOT_ID,
@@ -29,7 +30,6 @@ from transformers_api.serving.tools.template_probe import (
     after_thought,
     before_tag,
     call,
-    common,
     without_end,
 )
 
@@ -205,12 +205,12 @@ class _Derivation:
         turned = self._values({_B: _VB, _A: _VA}) or ""
         style = replace(style, sorts_keys=0 <= turned.find(_A) < turned.find(_B))
         after = text[vb + len(_VB) :].removeprefix(style.quotes[1])
-        close = after[: before_tag(after, common(style.sep, after))]
+        close = after[: before_tag(after, common_prefix(style.sep, after))]
         empty = ""
         none = self._values({})
         if none is not None and _F in none:
             rest = none[none.find(_F) + len(_F) :]
-            shared = common(after[::-1], rest[::-1])
+            shared = common_prefix(after[::-1], rest[::-1])
             longer = after[: before_tag(after, len(after) - shared)]
             close = longer if len(longer) > len(close) else close
             behind = after[len(close) :]

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from transformers_api.serving.text.common_prefix import common_prefix
 from transformers_api.serving.tools.template_probe import (
     ANSWER,
     FUNCTIONS,
@@ -19,7 +20,6 @@ from transformers_api.serving.tools.template_probe import (
     after_user,
     before_tag,
     call,
-    common,
 )
 
 _TAG = r"<[^<>\n]{1,60}>|\[[A-Z_/]{2,30}\]"
@@ -85,7 +85,7 @@ def _from_fields(probe: TemplateProbe, prompt: str) -> tuple[str, str, str] | No
             if THOUGHT not in text or mark not in text or re.search("[\"']type[\"']", text):
                 continue
             before, _, rest = text.partition(THOUGHT)
-            header = common(before, prompt)
+            header = common_prefix(before, prompt)
             between = rest.partition(mark)[0]
             first = re.match(rf"\s*({_TAG})", between)
             close = first[1] if first else between.strip()

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from transformers_api.serving.text.common_prefix import common_prefix
+
 Message = Mapping[str, Any]
 # (messages, tools, add_generation_prompt, other variables) → text; None where it raises.
 Render = Callable[[Sequence[Message], Sequence[Any] | None, bool, Mapping[str, Any]], str | None]
@@ -80,12 +82,6 @@ def after_user(text: str | None) -> str | None:
     return text[text.rfind(USER) + len(USER) :]
 
 
-def common(one: str, other: str) -> int:
-    """Characters at the start that both share."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
-
-
 def before_tag(text: str, cut: int) -> int:
     """The cut, moved to the start of a tag that it would halve."""
     for opening, closing in ("<>", "[]"):
@@ -99,7 +95,7 @@ def before_tag(text: str, cut: int) -> int:
 
 def after_prompt(text: str, prompt: str) -> str:
     """``text`` without the prompt that it begins with, or with whose last tags it goes on."""
-    cut = common(text, prompt)
+    cut = common_prefix(text, prompt)
     rest = text[before_tag(text, cut) :]
     if cut == len(prompt):
         return rest
@@ -112,7 +108,7 @@ def after_prompt(text: str, prompt: str) -> str:
 
 def without_end(text: str, end: str) -> str:
     """``text`` without the end of a turn; a tag that both share belongs to the text."""
-    cut = len(text) - common(text[::-1], end[::-1])
+    cut = len(text) - common_prefix(text[::-1], end[::-1])
     if before_tag(text, cut) < cut:
         cut = min(at for mark in ">]" if (at := text.find(mark, cut)) >= 0) + 1
     return text[:cut] if text[:cut].strip() else ""

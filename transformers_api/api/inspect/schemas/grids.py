@@ -8,7 +8,6 @@ from marshmallow import ValidationError, fields
 
 from transformers_api.api.http.fields import (
     AnyObject,
-    Boolean,
     Integer,
     Many,
     Number,
@@ -19,6 +18,7 @@ from transformers_api.api.http.fields import (
 )
 from transformers_api.api.http.sampling_schema import about
 from transformers_api.api.inspect.schemas.inspect import Inspected, places, whole
+from transformers_api.api.inspect.schemas.jobs import is_job
 from transformers_api.api.inspect.schemas.vectors import Side
 from transformers_api.api.intervene.positions import At
 from transformers_api.api.intervene.schema import InterveneOptions
@@ -68,14 +68,6 @@ def method() -> Text:
     )
 
 
-def job() -> Boolean:
-    """The field that asks for a job."""
-    return Boolean(
-        load_default=False,
-        **about("Answer 202 with an id, and go on; see [jobs](#inspectjobs)."),
-    )
-
-
 def form() -> Text:
     """The field of the answer's form."""
     return Text(
@@ -115,7 +107,7 @@ class PatchRequest(StrictSchema):
     )
     method = method()
     format = form()
-    job = job()
+    job = is_job()
 
 
 class AblateRequest(Inspected):
@@ -128,7 +120,7 @@ class AblateRequest(Inspected):
     metric = Text(choices=METRICS, load_default="logprob", **about("Of the last position."))
     method = method()
     format = form()
-    job = job()
+    job = is_job()
 
 
 # The answers. Documentation only.

@@ -23,9 +23,9 @@ from transformers_api.api.http.fields import (
     Unsupported,
 )
 from transformers_api.api.http.sampling_schema import MAX_TOKENS, about
+from transformers_api.api.inspect.schemas.inputs import check_one_of
 from transformers_api.api.intervene.schema import InterveneOptions
 from transformers_api.api.openai.schemas.chat import MAX_MESSAGES, Message
-from transformers_api.errors import InvalidRequest
 from transformers_api.serving.inspect.picture import LARGEST_CELL
 
 INPUTS = ("messages", "prompt", "token_ids", "completion_id")
@@ -127,12 +127,7 @@ class Inspected(Schema):
     @validates_schema(skip_on_field_errors=True)
     def check_input(self, data: dict[str, Any], **_: Any) -> None:
         """One of four, and not empty."""
-        inputs = [name for name in INPUTS if name in data]
-        if len(inputs) != 1:
-            named = " and ".join(inputs) or "none"
-            raise InvalidRequest(f"give exactly one of {', '.join(INPUTS)}; there is {named}")
-        if not data[inputs[0]]:
-            raise InvalidRequest(f"{inputs[0]} must not be empty", param=inputs[0])
+        check_one_of(INPUTS, data)
 
 
 def how_it_is_read() -> fields.Field[Any]:

@@ -12,6 +12,14 @@ _MANY = 1 << 31
 STATES = ("running", "done", "cancelled", "failed")
 
 
+def is_job() -> Boolean:
+    """The field that asks for a job."""
+    return Boolean(
+        load_default=False,
+        **about("Answer 202 with an id, and go on; see [jobs](#inspectjobs)."),
+    )
+
+
 class StartedJob(Plain):
     """A job that has begun."""
 
@@ -27,7 +35,7 @@ class JobState(Plain):
     kind = Text(**about("Such as `patch`."))
     state = Text(choices=STATES)
     done = Integer(0, _MANY)
-    total = Integer(0, _MANY, **about("Steps: of a grid its cells."))
+    total = Integer(0, _MANY, **about("Steps: of a grid its cells, of a derivation its texts."))
     seconds = Number(0, 1e9, **about("That it has taken."))
     left_s = fields.Raw(**about("Seconds that the rest may take; null where nothing is known."))
     created = Integer(0, _MANY)

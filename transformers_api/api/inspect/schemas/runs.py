@@ -20,10 +20,10 @@ from transformers_api.api.http.fields import (
     TokenIds,
 )
 from transformers_api.api.http.sampling_schema import MAX_TOKENS, about
+from transformers_api.api.inspect.schemas.inputs import check_one_of
 from transformers_api.api.intervene.schema import InterveneOptions
 from transformers_api.api.openai.schemas.chat import MAX_MESSAGES, Message
 from transformers_api.api.trace.schema import TraceOptions
-from transformers_api.errors import InvalidRequest
 
 INPUTS = ("messages", "prompt", "token_ids")
 _MANY = 1 << 30
@@ -51,12 +51,7 @@ class RunRequest(StrictSchema):
     @validates_schema(skip_on_field_errors=True)
     def check_input(self, data: dict[str, Any], **_: Any) -> None:
         """One of three, and not empty."""
-        inputs = [name for name in INPUTS if name in data]
-        if len(inputs) != 1:
-            named = " and ".join(inputs) or "none"
-            raise InvalidRequest(f"give exactly one of {', '.join(INPUTS)}; there is {named}")
-        if not data[inputs[0]]:
-            raise InvalidRequest(f"{inputs[0]} must not be empty", param=inputs[0])
+        check_one_of(INPUTS, data)
 
 
 # Answers. Documentation only.

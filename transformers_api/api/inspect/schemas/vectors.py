@@ -19,6 +19,7 @@ from transformers_api.api.http.fields import (
 )
 from transformers_api.api.http.sampling_schema import about
 from transformers_api.api.inspect.schemas.inspect import places
+from transformers_api.api.inspect.schemas.jobs import is_job
 from transformers_api.api.openai.schemas.chat import MAX_MESSAGES, Message
 from transformers_api.serving.inspect.vector_store import MOST_VECTORS
 
@@ -105,6 +106,7 @@ class DerivationRequest(StrictSchema):
         **about("The mean of the differences, or their first principal component."),
     )
     layers = places("all", load_default="all", **about("Layers from 0. Default: all."))
+    job = is_job()
 
 
 # Answers. Documentation only.

@@ -13,11 +13,10 @@ from transformers_api.api.http.fields import (
     Many,
     Number,
     Object,
-    OneOrMany,
     Schema,
     Text,
 )
-from transformers_api.api.http.sampling_schema import MAX_TOKENS, about
+from transformers_api.api.http.sampling_schema import MAX_TOKENS, about, stop_strings
 from transformers_api.api.intervene.branch import BranchOptions
 from transformers_api.api.intervene.schema import WritingInterveneOptions
 from transformers_api.api.openai.schemas.chat import MAX_MESSAGES
@@ -67,14 +66,7 @@ class ChatStreamRequest(Schema):
     )
     model = Text(shortest=1, longest=256, **about("Id of a model. Default: the server's own."))
     top_p = Number(0, 1, **about("Default 1. The share of probability that is kept."))
-    stop = OneOrMany(
-        Text(shortest=1, longest=256),
-        longest=16,
-        **about(
-            "A string, or up to 16, that end the answer.",
-            oneOf=[{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
-        ),
-    )
+    stop = stop_strings()
     trace = Object(StreamTrace, **about("What to show, beyond the one layer."))
     intervene = Object(
         WritingInterveneOptions, **about("What to change; see [interventions](#interventions).")
