@@ -143,6 +143,13 @@ def test_all_but_one_port_is_on_the_loopback(cluster, front):
     assert set(open_ports) <= {"ray::ServeRepli"}
 
 
+def test_replicas_get_as_much_of_the_processors_as_others(cluster, front):
+    pids = [each["pid"] for each in front.all_replicas()]
+    assert {os.getpriority(os.PRIO_PROCESS, pid) for pid in pids} == {
+        os.getpriority(os.PRIO_PROCESS, 0)
+    }
+
+
 def test_status_is_told_by_the_command(cluster, front):
     done = cluster.command("status")
     assert done.returncode == 0

@@ -83,6 +83,7 @@ class Head:
             *("start", "--head", "--block", f"--node-ip-address={host.strip('[]')}"),
             *(f"--port={port}", "--include-dashboard=false", "--disable-usage-stats"),
             f"--dashboard-agent-listen-port={int(port) + 2}",  # Ray's own is that of one cluster
+            *("--no-monitor", "--include-log-monitor=false"),  # nobody reads what they tell
             *(f"--temp-dir={self._folder / 'ray'}", f"--ray-client-server-port={int(port) + 1}"),
         ]
         with self._log.open("wb") as log:

@@ -27,6 +27,7 @@ def prepare(settings: Settings) -> None:
         RAY_AUTH_TOKEN_PATH=str(settings.cluster_folder.absolute() / TOKEN),
         RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0" if host in LOOPBACK else "1",
         RAY_USAGE_STATS_ENABLED="0",
+        RAY_worker_niceness="0",  # Ray's own is 15: replicas would come after all others
         RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
         # A replica that loads a model is slow to say how busy it is: 0.1 s sent requests elsewhere.
         RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S="1",
