@@ -20,6 +20,7 @@ from transformers_api.server.systemd import Notifier
 IDLE_LINGER_S = 0.5  # a request may be on its way on a connection that was kept open
 LAST_WORDS_S = 2.0  # for clients to hear of a fault, before the process ends of it
 PING_S = 1.0  # between two signs of life to systemd
+SUCCESSOR_S = 1.0  # before that, from when on connections wait for the next process
 FAULTY = 70  # exit status
 ARENA_MAX, ARENAS = -8, 2  # mallopt
 MMAP_THRESHOLD, LARGE = -3, 1 << 17  # bytes; said, or glibc learns to keep larger ones, too
@@ -93,6 +94,7 @@ class DrainWorker(GatheringWorker):
         if self._ends_at is not None:
             if now >= self._ends_at:
                 _leave(FAULTY)
+            self.set_accept_enabled(self._accepting)
             return
         fault = self.services.fault() if hasattr(self.services, "fault") else None
         if fault is not None:
@@ -108,8 +110,12 @@ class DrainWorker(GatheringWorker):
         self._drain(0.0)
 
     def set_accept_enabled(self, enabled: bool) -> None:
-        """Accept connections or not. Once the worker ends: refuse them, and begin to drain."""
-        super().set_accept_enabled(enabled)
+        """Accept connections or not. Once the worker ends: refuse them, and begin to drain.
+
+        Where it ends of a fault, those that come last are left to the next one.
+        """
+        is_over = self._ends_at is not None and time.monotonic() >= self._ends_at - SUCCESSOR_S
+        super().set_accept_enabled(enabled and not is_over)
         if not self.alive and not self._draining:
             self._draining = True
             for listener in self.sockets:
