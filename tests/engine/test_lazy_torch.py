@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -233,6 +235,34 @@ def test_a_damaged_list_and_one_of_another_version_are_made_anew(
     assert exports(scanner(package), models, tmp_path) != plain
     assert len(list(tmp_path.glob("*.exports"))) == 1
     assert not file.exists()
+
+
+def of_another_user(file: Path) -> None:
+    if os.geteuid():
+        pytest.skip("only root can give a file away")
+    os.chown(file, 4711, 4711)
+
+
+def as_a_pipe(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
+def as_a_folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+@pytest.mark.parametrize("spoil", [of_another_user, as_a_pipe, as_a_folder])
+def test_a_list_that_nobody_here_has_written_is_not_used(
+    package: Path, tmp_path: Path, spoil: Callable[[Path], None]
+) -> None:
+    models = package / "models"
+    plain = exports(scanner(package), models, tmp_path)
+    (file,) = tmp_path.glob("*.exports")
+    file.write_bytes(hashlib.sha256(b"[]").digest() + b"[]")  # whole, and wrong
+    spoil(file)
+    assert exports(scanner(package), models, tmp_path) == plain
 
 
 def test_without_a_folder_to_write_into_the_sources_are_read(package: Path) -> None:
