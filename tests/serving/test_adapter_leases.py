@@ -132,6 +132,9 @@ def test_numbers_that_the_base_refuses_are_not_tried_again_at_once(make, loader)
     with pytest.raises(ModelLoadFailed, match="the next try is possible in"):
         swapper.lease(ADAPTERS["a1"])
     assert loader.count("adapt") == 1
+    del loader.fail["adapt", "a1"]
+    mended = AdapterEntry(name="a1", files=PathSource(Path("elsewhere")), base="a").on(A)
+    swapper.lease(mended).release()
     swapper.lease(ADAPTERS["a2"]).release()
     swapper.lease(A).release()
 

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ from transformers_api.errors import (
     Unavailable,
 )
 from transformers_api.serving.limits.cancellation import Cancellation
-from transformers_api.serving.models.spec import ModelFiles, ModelSpec
+from transformers_api.serving.models.spec import ModelFiles, ModelSpec, PathSource
 from transformers_api.serving.swap.loaded_model import LoadedModel
 from transformers_api.serving.swap.policy import SwapRules
 from transformers_api.serving.swap.residency import Lease, SwapperListener
@@ -728,6 +729,18 @@ def test_a_failed_load_is_not_repeated_for_a_minute(bench: Bench) -> None:
     del bench.loader.fail["load", "b"]
     assert swapper.load("b") is True  # whoever asks for the load itself is not refused
     swapper.lease("b").release()
+
+
+def test_a_model_of_other_files_is_not_refused_for_those_that_failed(bench: Bench) -> None:
+    swapper = bench.swapper()
+    bench.loader.fail["load", "b"] = ModelLoadFailed("3 weights are missing")
+    with pytest.raises(ModelLoadFailed):
+        swapper.lease("b")
+    del bench.loader.fail["load", "b"]
+    mended = fake_spec("b", source=PathSource(Path("elsewhere")))
+    Swapper.lease(swapper, mended).release()
+    with pytest.raises(ModelLoadFailed, match="next try"):
+        swapper.lease("b")
 
 
 def test_after_a_minute_a_failed_load_is_tried_again(bench: Bench) -> None:

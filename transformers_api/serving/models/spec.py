@@ -132,7 +132,12 @@ class ModelSpec:
 
     def is_same_model(self, other: ModelSpec) -> bool:
         """True where ``other`` has the same name and files; a new entry may have other files."""
-        return (self.name, self.source) == (other.name, other.source)
+        return self.key == other.key
+
+    @property
+    def key(self) -> Hashable:
+        """The same for the same model."""
+        return self.name, self.source, self.adapter
 
     @property
     def upstream(self) -> UpstreamSource | None:

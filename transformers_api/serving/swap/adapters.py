@@ -162,7 +162,7 @@ class AdapterSwapper(Swapper):
         if spec is None or spec.base is None:
             return super().evict(model_id, force=force, wait=wait, cancellation=cancellation)
         model = self.resident()
-        is_base = model is not None and model.spec.name == spec.base.name
+        is_base = model is not None and spec.base.is_same_model(model.spec)
         return is_base and model is not None and model.engine.evict_adapter(spec.name)
 
     def status(self) -> SwapperStatus:
@@ -209,10 +209,10 @@ class AdapterSwapper(Swapper):
                 )
         except ModelLoadFailed as error:  # so that a retry loop switches nothing
             with self._condition:
-                self._errors.refuse(spec.name, load_error(error, spec.name), self._clock())
+                self._errors.refuse(spec, load_error(error, spec.name), self._clock())
             raise
         with self._condition:
-            self._errors.forget(spec.name)
+            self._errors.forget(spec)
         return model
 
     def _prepared(
@@ -233,7 +233,7 @@ class AdapterSwapper(Swapper):
             resident = self._policy.resident
             is_here = resident is not None and resident.serves(spec.base, None)
             if is_answer:
-                self._errors.check(spec.name, self._clock())
+                self._errors.check(spec, self._clock())
             if is_answer and not is_here:
                 self._check_may_load(spec.base, spec.name)
             if not is_here:

@@ -11,7 +11,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal, Protocol
@@ -327,7 +327,7 @@ class RecentErrors:
 
     def __init__(self) -> None:
         self.messages: dict[str, str] = {}
-        self._refused: dict[str, tuple[float, ApiError]] = {}
+        self._refused: dict[Hashable, tuple[float, ApiError]] = {}  # by key of a ModelSpec
 
     def note(self, name: str, error: ApiError) -> None:
         """Keep the message for the status."""
@@ -336,23 +336,23 @@ class RecentErrors:
         if len(self.messages) > self.LIMIT:
             del self.messages[next(iter(self.messages))]
 
-    def refuse(self, name: str, error: ApiError, now: float) -> None:
-        """Refuse leases of ``name`` for a minute, so that a retry loop evicts nothing."""
-        recent = {n: entry for n, entry in self._refused.items() if entry[0] > now}
-        self._refused = {**recent, name: (now + self.RETRY_AFTER_S, error)}
+    def refuse(self, spec: ModelSpec, error: ApiError, now: float) -> None:
+        """Refuse leases of the model for a minute, so that a retry loop evicts nothing."""
+        recent = {key: entry for key, entry in self._refused.items() if entry[0] > now}
+        self._refused = {**recent, spec.key: (now + self.RETRY_AFTER_S, error)}
 
-    def check(self, name: str, now: float) -> None:
-        """Raise the error that keeps ``name`` from being tried now."""
-        until, error = self._refused.get(name, (now, None))
+    def check(self, spec: ModelSpec, now: float) -> None:
+        """Raise the error that keeps the model from being tried now."""
+        until, error = self._refused.get(spec.key, (now, None))
         if error is not None and until > now:
             seconds = max(1, round(until - now))
             message = f"{error.message} (the next try is possible in {seconds} s)"
             raise renewed(error, message, retry_after=seconds)
 
-    def forget(self, name: str) -> None:
+    def forget(self, spec: ModelSpec) -> None:
         """It has loaded."""
-        self.messages.pop(name, None)
-        self._refused.pop(name, None)
+        self.messages.pop(spec.name, None)
+        self._refused.pop(spec.key, None)
 
 
 def cancelled(name: str) -> ModelUnloaded:

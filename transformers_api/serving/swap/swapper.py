@@ -232,7 +232,7 @@ class Swapper:
             raise renewed(self._refusal)
 
     def _check_may_load(self, spec: ModelSpec, model_id: str) -> None:
-        self._errors.check(spec.name, self._clock())
+        self._errors.check(spec, self._clock())
         if not self._auto_load and not self._policy.is_loading_on_request(spec.name):
             raise ModelNotLoaded(model_id)
 
@@ -370,7 +370,7 @@ class Swapper:
         with self._condition:
             if not self._closed:
                 self._policy.publish(residency, target)
-                self._errors.forget(target.spec.name)
+                self._errors.forget(target.spec)
             self._tell(self._listener.on_load, target.spec.name, model.load_s)
         if self._closed:
             residency.close(shutting_down())
@@ -384,7 +384,7 @@ class Swapper:
         with self._condition:
             if loading and target is not self._policy.fallback:
                 failure.retry_after = RecentErrors.RETRY_AFTER_S
-                self._errors.refuse(name, failure, self._clock())
+                self._errors.refuse(target.spec, failure, self._clock())
             self._errors.note(name, failure)
             self._policy.failed(target, failure)
             self._tell(self._listener.on_load_failed, name, failure)
