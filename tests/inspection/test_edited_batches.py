@@ -13,14 +13,20 @@ from tests.engine.reading import read
 from tests.inspection.models import tiny
 from tests.inspection.random_edits import KINDS, random_plan
 from transformers_api.engine.base import SamplingParams, SequenceRequest
+from transformers_api.inspection.activations import ActivationSpec
 from transformers_api.inspection.base import TracePlan
 from transformers_api.inspection.edit_plan import EditTally
 from transformers_api.inspection.logit_share import LogitPartsQuestion
 
 COUNT = 16
 BEGIN = prompts_of(4)[3]
-NOTED = TracePlan(
-    layers=(1,), topk=2, parts=LogitPartsQuestion(position=-1, by="head"), records=((0, "resid"),)
+PARTS = LogitPartsQuestion(position=-1, by="head")
+NOTED = (
+    TracePlan(layers=(1,), topk=2, parts=PARTS, records=((0, "resid"),)),
+    TracePlan(layers=(0, 1), heads=(3, 0)),
+    TracePlan(
+        layers=(1,), heads="mean", attn_topk=3, activations=(ActivationSpec(part="k", layer=1),)
+    ),
 )
 
 
@@ -38,18 +44,29 @@ def request_of(chance, earlier, kinds=tuple(KINDS)):
     if chance.random() < 0.3:
         first = chance.randrange(3)
         params["forced"] = {first + at: chance.randrange(3, 90) for at in range(2)}
-    return prompt, params, own, kinds, chance.random() < 0.25
+    at = int(8 * chance.random())
+    noted = NOTED[at] if at < len(NOTED) else None
+    return prompt, params, own, kinds, noted
 
 
 def submitted(engine, asked):
-    prompt, params, own, _, is_noted = asked
+    prompt, params, own, _, noted = asked
     edits = None if own is None else replace(own, tally=EditTally())
     request = SequenceRequest(prompt, SamplingParams(ignore_eos=True, **params), edits=edits)
-    return engine.submit([request], observe={"trace": NOTED} if is_noted else {})
+    return engine.submit([request], observe={"trace": noted} if noted else {})
 
 
 def scores(outputs):
     return [(output.token_id, output.score) for output in outputs if output.score]
+
+
+def attention_rows(outputs):
+    """The bits of each row that was noted, with the layer and the place of its first column."""
+    traces = [output.extras["trace"] for output in outputs if "trace" in output.extras]
+    return [
+        [(row.layer, row.key_start, row.weights.tobytes()) for row in trace.attention]
+        for trace in traces
+    ]
 
 
 @pytest.mark.parametrize(
@@ -91,6 +108,8 @@ def test_nobodys_bits_depend_on_who_comes_and_goes(watch, name, dtype, chunk, se
         alone.call(lambda _: alone.scheduler.forget()).result()
         own = read(submitted(alone, requests[number]))[0]
         assert scores(outputs) == scores(own), (number, requests[number])
+        assert attention_rows(outputs) == attention_rows(own), (number, requests[number])
+        assert bool(attention_rows(own)) == bool(requests[number][4])
 
 
 def test_the_fast_rounds_have_every_kind_of_edit():
