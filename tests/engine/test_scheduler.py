@@ -277,6 +277,28 @@ def test_answers_that_have_just_begun_wait_a_few_times_for_prompts_that_came_wit
     assert max(waits[6:]) < 2 * 24, "a step of all, and prompts for less than another"
 
 
+def test_an_answer_on_its_way_does_not_wait_for_answers_that_begin_again_and_again():
+    scheduler = timed(64, weights_or_tokens, mixes=True)
+    others = decoding_of(scheduler, 12)
+    waits, spent = [], 0
+    for number in range(300):
+        if len(scheduler.waiting) < 2:  # short ones, and now and then a long prompt
+            scheduler.add(sequence([20 + number] * (9 if number % 8 else 90), 90, 512))
+        output = others[0].num_output
+        ((sequences, widths),) = steps(scheduler, 1)
+        for seq in {*sequences} - {*others}:
+            if seq.num_output > seq.prompt_len % 4:
+                scheduler.finish(seq)
+        spent += max(10, sum(widths))
+        if others[0].num_output > output:
+            waits.append(spent)
+            spent = 0
+    step = 12 + 4  # and some that have begun
+    most = step + 2 * 10 + 2  # two passes of a token more, and a few that were saved
+    assert sorted(waits)[len(waits) * 19 // 20] <= most
+    assert max(waits) <= most + step, "a short prompt now and then"
+
+
 def test_short_prompts_share_a_pass_that_takes_as_long_for_one():
     scheduler = timed(8, weights_or_tokens, mixes=True)
     prompts = [sequence([token] * 8, 90, 512) for token in range(4)]
