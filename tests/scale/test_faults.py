@@ -220,9 +220,14 @@ def lose(
     wait_for(lambda: {each["model"] for each in front.replicas()} == {"one", "two"})
     gone = {pid for pid in cluster.pids("ray::ServeReplica") if os.getsid(pid) == node.pid}
     assert gone, "no replica was placed on the second machine"
-    places = {each["model"]: each["pid"] in gone for each in front.replicas()}
-    streams = {model: front.stream(model, 3000) for model in places}
-    wait_for(lambda: all(stream.events for stream in streams.values()))
+    streams = {model: front.stream(model, 3000) for model in ("one", "two")}
+    places: dict[str, bool] = {}
+
+    def are_running() -> bool:  # the status is up to a second old
+        places.update({r["model"]: r["pid"] in gone for r in front.replicas() if r["running"]})
+        return places.keys() == streams.keys() and all(each.events for each in streams.values())
+
+    wait_for(are_running)
     os.killpg(node.pid, signal.SIGKILL)
     lost = time.monotonic()
     node.wait()
