@@ -223,7 +223,7 @@ def test_rows_that_the_kernels_note_are_those_that_they_would_show(
     plan = TracePlan(layers=tuple(watched.examined.anatomy.layers_with_attention))
     prompts = [prompt * 2 for prompt in prompts_of(3)]
     noted = generate(watched.engine, prompts, plan)
-    monkeypatch.setattr(backend, "noting_attention", lambda layers: hooks.noting_attention(()))
+    monkeypatch.setattr(backend, "noting_attention", lambda places: hooks.noting_attention({}))
     shown = generate(watched.engine, prompts, plan)
     count = 0
     for one, other in zip(chain(*noted), chain(*shown), strict=True):

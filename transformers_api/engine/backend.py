@@ -111,12 +111,13 @@ class Backend(Protocol):
         ...
 
     def noting_attention(
-        self, layers: Collection[int]
+        self, places: Mapping[int, tuple[int, ...]]
     ) -> AbstractContextManager[Mapping[int, tuple[Tensor, Tensor | None]]]:
-        """While it lasts, passes note what the last tokens attend to in these layers.
+        """While it lasts, passes note what the last tokens of sequences attend to.
 
-        By layer, once a pass has ended: probabilities (B, H, S), by slot as they are shown, and
-        those of the sinks (B, H). A layer that is not there is shown to those who observe it.
+        ``places``: of sequences by layer, counted by slots from the first of the pass. By layer,
+        once a pass has ended: their probabilities (B, H, S), and those of the sinks (B, H). A layer
+        that is not there is shown to those who observe it.
         """
         ...
 

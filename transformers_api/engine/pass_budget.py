@@ -153,7 +153,7 @@ class PassBudget:
         load, count = self._step_load(decoding), len(decoding)
         least, prompts = LEAST_DELAY * self.times.seconds(1), sequences - count
         if prompts and all(seq.num_output <= WELL_BEGUN for seq in decoding):
-            least = max(least, self.times.seconds(self.prefill_chunk))
+            least = math.inf  # and no more than a piece
         elif MANY * prompts >= count:
             least *= prompts
         step, in_the_end = (self.times.seconds(n) for n in (load, load * sequences / count))

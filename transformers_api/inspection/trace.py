@@ -106,11 +106,10 @@ class TracingRunner:
             self._watch_routers(watch, traced, batch.num_slots)
             logits = self.inner.forward(batch, keep)
         for layer, (probs, sinks) in attention.items():
-            for notes in traced:
-                if layer in notes.plan.layers:
-                    heads = notes.plan.heads if isinstance(notes.plan.heads, tuple) else ...
-                    sink = None if sinks is None else sinks[notes.place, heads]
-                    notes.rows.append(self._row(layer, probs[notes.place, heads], sink, notes))
+            for place, notes in enumerate(n for n in traced if layer in n.plan.layers):
+                heads = notes.plan.heads if isinstance(notes.plan.heads, tuple) else ...
+                sink = None if sinks is None else sinks[place, heads]
+                notes.rows.append(self._row(layer, probs[place, heads], sink, notes))
         for notes in traced:
             notes.taken = self.recorder.take(notes.seq)
             notes.taken.token.moved = notes.seq.extras.pop(MOVED, {})
@@ -146,8 +145,12 @@ class TracingRunner:
         watch.enter_context(source.watched(self.model, note, layers))
         if source.mode is not AttentionMode.TAP:
             return {}
-        own = {layer for layer, those in takers.items() if all(n.seq.edits is None for n in those)}
-        return watch.enter_context(self.backend.noting_attention(own - readers.keys()))
+        places = {
+            layer: tuple(notes.place for notes in those)
+            for layer, those in takers.items()
+            if layer not in readers and all(notes.seq.edits is None for notes in those)
+        }
+        return watch.enter_context(self.backend.noting_attention(places))
 
     def _edited_row(self, layer: int, weights: Weights, notes: _Notes) -> AttentionRow:
         context = notes.context

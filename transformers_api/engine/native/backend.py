@@ -160,10 +160,10 @@ class NativeBackend:
 
     @contextmanager
     def noting_attention(
-        self, layers: Collection[int]
+        self, places: Mapping[int, tuple[int, ...]]
     ) -> Iterator[Mapping[int, tuple[Tensor, Tensor | None]]]:
         """See Backend."""
-        with noting_attention(layers) as rows:
+        with noting_attention(places) as rows:
             yield rows.by_layer
 
     @contextmanager

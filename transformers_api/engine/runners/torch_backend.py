@@ -156,7 +156,7 @@ class TorchBackend:
         return nullcontext()
 
     def noting_attention(
-        self, layers: Collection[int]
+        self, places: Mapping[int, tuple[int, ...]]
     ) -> AbstractContextManager[Mapping[int, tuple[Tensor, Tensor | None]]]:
         """See Backend."""
         return nullcontext({})

@@ -40,13 +40,13 @@ _observed: ContextVar[Collection[int] | None] = ContextVar("observed", default=(
 
 @dataclass(frozen=True, slots=True)
 class AttentionRows:
-    """Attention rows that passes note themselves, in these layers where they can.
+    """Attention rows that passes note themselves, where they can.
 
-    ``by_layer``: of the last tokens of sequences as HookReplay shows them: probabilities
-    (B, H, S) and those of the sinks (B, H).
+    ``places``: by layer, the sequences whose last tokens' rows are noted, as HookReplay counts
+    them. ``by_layer``: of these, probabilities (B, H, S) and those of the sinks (B, H).
     """
 
-    layers: Collection[int]
+    places: Mapping[int, tuple[int, ...]]
     by_layer: dict[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
 
 
@@ -64,9 +64,9 @@ def observing(layers: Collection[int] | None) -> Iterator[None]:
 
 
 @contextmanager
-def noting_attention(layers: Collection[int]) -> Iterator[AttentionRows]:
-    """Let passes note attention rows in these layers, within the block, in place of showing it."""
-    rows = AttentionRows(layers)
+def noting_attention(places: Mapping[int, tuple[int, ...]]) -> Iterator[AttentionRows]:
+    """Let passes note attention rows, within the block, in place of showing these layers'."""
+    rows = AttentionRows(places)
     token = _attention_rows.set(rows)
     try:
         yield rows
@@ -112,6 +112,7 @@ class HookReplay:
         self.length = length
         self.first = first
         self._attended: list[tuple[FinishedCall, Tensor, Tensor]] = []
+        self._last_tokens: dict[tuple[int, ...], Tensor] = {}  # by place
         self._taken: list[tuple[FinishedCall, list[Tensor]]] = []  # to be shown yet
 
     def choose(self, points: HookPoints) -> list[HookPoint]:
@@ -143,22 +144,31 @@ class HookReplay:
         """The change that notes the attention of a call; None: it is to be shown."""
         rows = _attention_rows.get()
         layer = None if rows is None or call.cached is None else attention_key(call)
-        if rows is None or layer is None or layer not in rows.layers or call.options.get("is_own"):
+        if rows is None or layer is None or layer not in rows.places or call.options.get("is_own"):
             return None
-        query, tokens = call.tensors[0], self.tokens
-        count = len(query) if tokens is None else len(tokens)
-        shape = count, query.shape[1], self.length + 1
+        query, tokens = call.tensors[0], self._tokens_of(rows.places[layer])
+        shape = len(tokens), query.shape[1], self.length + 1
         probs = torch.from_numpy(numpy.empty(shape, numpy.float32))
         has_sinks = call.options["options"].get("s_aux") is not None
         rows.by_layer[layer] = probs[..., :-1], probs[..., -1] if has_sinks else None
         return RowChange(
             at=at,
-            count=count,
+            count=len(tokens),
             width=self.length,
             op=ATTENTION,
             target=probs.data_ptr(),
-            tokens=None if tokens is None else tokens.data_ptr(),
+            tokens=tokens.data_ptr(),
         )
+
+    def _tokens_of(self, places: tuple[int, ...]) -> Tensor:
+        """The last tokens of these sequences, in memory that lasts as long as the pass."""
+        tokens = self._last_tokens.get(places)
+        if tokens is None:
+            tokens = torch.tensor(places)
+            if self.tokens is not None:
+                tokens = self.tokens[tokens]
+            self._last_tokens[places] = tokens
+        return tokens
 
     def _copy(self, tensor: Tensor, at: int) -> tuple[Tensor, RowChange] | None:
         """The rows that are shown, and the change that copies them; None: it cannot be said."""
