@@ -173,10 +173,29 @@ class Load:
         self._is_over.set()
 
     def _run(self, model: str) -> None:
+        def streamed(front: Front) -> object:
+            return front.stream(model, 300).end()
+
+        def whole(front: Front) -> object:
+            try:
+                answer = front.chat(model)
+            except OSError as error:
+                return f"cut: {error!r}"
+            return "done" if isinstance(answer, dict) else answer
+
         while not self._is_over.is_set():
-            self._answers.append(self.front.stream(model, 300).end())
-            answer = self.front.chat(model)
-            self._answers.append("done" if isinstance(answer, dict) else answer)
+            self._answers += [self._ask(streamed), self._ask(whole)]
+
+    def _ask(self, one: Callable[[Front], object]) -> object:
+        """As a proxy asks: another front where this one has closed before it was connected to."""
+        front: Front | None = None
+        answer: object = None
+        while front is not self.front:
+            front = self.front
+            answer = one(front)
+            if "ConnectionRefusedError" not in str(answer):
+                break
+        return answer
 
     def end(self) -> list[object]:
         """All answers, once the last are there."""

@@ -11,7 +11,8 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -128,9 +129,14 @@ def test_code_weights_and_replicas_are_replaced_under_load_without_a_failure(
     cluster, front, measured
 ):
     """By a copy of the package and a new entry; a second machine has joined meanwhile."""
+    with joined(cluster) as machine:
+        replace_all(cluster, front, measured)
+        lose(machine, cluster, front, measured)
+
+
+def replace_all(cluster: Cluster, front: Front, measured: Callable[[str], None]) -> None:
     before = set(cluster.pids("ray::ServeReplica"))
     shutil.copytree(ROOT / "transformers_api", cluster.folder / "next/transformers_api")
-    machine = join(cluster)
     greedy = {"temperature": 0, "ignore_eos": True, "tokens": 12}
     old = text_of(front.chat("two", **greedy))
     with Load(front, "one", "two") as load:
@@ -149,7 +155,6 @@ def test_code_weights_and_replicas_are_replaced_under_load_without_a_failure(
     assert old not in texts
     for pid in cluster.pids(REPLICA):
         assert f"PYTHONPATH={cluster.folder}/next" in Path(f"/proc/{pid}/environ").read_text()
-    lose(machine, cluster, front, measured)
 
 
 def replace_fronts(cluster: Cluster, load: Load) -> None:
@@ -193,7 +198,8 @@ signal.pause()
 """
 
 
-def join(cluster: Cluster) -> subprocess.Popen[bytes]:
+@contextmanager
+def joined(cluster: Cluster) -> Iterator[subprocess.Popen[bytes]]:
     """Another machine of the cluster: a second node of Ray; `ray start` would want a second address."""
     mode = {
         "RAY_AUTH_MODE": "token",
@@ -207,8 +213,13 @@ def join(cluster: Cluster) -> subprocess.Popen[bytes]:
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    wait_for(lambda: "machines: 2" in cluster.command("status").stdout)
-    return node
+    try:
+        wait_for(lambda: "machines: 2" in cluster.command("status").stdout)
+        yield node
+    finally:
+        if node.poll() is None:
+            os.killpg(node.pid, signal.SIGKILL)
+            node.wait()
 
 
 def lose(

@@ -55,16 +55,16 @@ def status(settings: Settings) -> int:
 def down(settings: Settings) -> int:
     """End the replicas, once their answers are complete, and the head; 1 where there is none."""
     head = Head(settings)
-    if head.pid is None:
+    if head.pid is not None:
+        try:
+            ray_runtime.connect(settings)
+            applications.shutdown()
+            ray_runtime.disconnect()
+        except Exception as error:  # it has to end all the same
+            sys.stderr.write(f"The replicas could not be asked to end: {error}\n")
+    if not head.stop():
         sys.stdout.write(f"No head runs at {settings.cluster_address}\n")
         return 1
-    try:
-        ray_runtime.connect(settings)
-        applications.shutdown()
-        ray_runtime.disconnect()
-    except Exception as error:  # it has to end all the same
-        sys.stderr.write(f"The replicas could not be asked to end: {error}\n")
-    head.stop()
     sys.stdout.write("The cluster has ended\n")
     return 0
 

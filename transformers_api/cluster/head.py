@@ -41,20 +41,29 @@ class Head:
     @property
     def pid(self) -> int | None:
         """The id of its process; None where it does not run."""
+        pid, started = self._last()
+        return pid if pid is not None and _started(pid) == started else None
+
+    def _last(self) -> tuple[int | None, str]:
+        """The one that was started last, and when: also one that was killed since."""
         try:
             pid, started = self._pid_file.read_text().split()
+            return int(pid), started
         except (OSError, ValueError):
-            return None
-        return int(pid) if _started(int(pid)) == started else None
+            return None, ""
 
     def start(self) -> None:
-        """Start it, unless it runs, and join it. Raises Unavailable."""
+        """Start it, unless it runs, and join it. Raises Unavailable.
+
+        What one that was killed has left is ended first: Ray would take it for a running head.
+        """
         if self.pid is not None:
             ray_runtime.connect(self._settings)
             return
         self._make_token()
         ray_runtime.prepare(self._settings)
         for _ in range(TRIES):
+            self.stop()
             process = self._spawn()
             if self._comes_up(process):
                 return
@@ -64,17 +73,21 @@ class Head:
 
     def stop(self) -> bool:
         """End it and all that it has started; False where nothing of it runs."""
-        pid = self.pid
-        ours = [] if pid is None else [pid]
-        if not (ours or _belonging(pid, self._folder)):
+        if not self._processes():
             return False
         for number in (signal.SIGTERM, signal.SIGKILL):
-            for one in (*ours, *_belonging(pid, self._folder)):
+            for one in self._processes():
                 _send(one, number)
-            if _comes_true(lambda: not _belonging(pid, self._folder) and self.pid is None, END_S):
+            if _comes_true(lambda: not self._processes(), END_S):
                 break
         self._pid_file.unlink(missing_ok=True)
         return True
+
+    def _processes(self) -> list[int]:
+        """Its own, and all that it has started; they may outlive it."""
+        session, _ = self._last()
+        ours = [] if self.pid is None else [self.pid]
+        return ours + _belonging(session, self._folder)
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         host, _, port = self._settings.cluster_address.rpartition(":")
@@ -138,14 +151,18 @@ def _started(pid: int) -> str | None:
 
 
 def _belonging(head: int | None, folder: Path) -> list[int]:
-    """The processes of this head: its session's, and those whose files are in its folder."""
-    mark, own = str(folder / "ray").encode(), []
+    """The processes of this head: its session's, and those whose files are in its folder.
+
+    A session's number may be another's by now: its processes name the folder in their environment.
+    """
+    files, name, own = str(folder / "ray").encode(), str(folder).encode(), []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) in (head, os.getpid()):
             continue
         try:
-            is_ours = os.getsid(int(entry.name)) == head
-            is_ours = is_ours or mark in (entry / "cmdline").read_bytes()
+            is_ours = files in (entry / "cmdline").read_bytes() or (
+                os.getsid(int(entry.name)) == head and name in (entry / "environ").read_bytes()
+            )
         except OSError:
             continue
         if is_ours and _started(int(entry.name)) is not None:
