@@ -16,6 +16,7 @@ PEER := build/peers
 PEERS := transformers llama vllm openvino
 # llama.cpp for processors with less, beside our kernels of the same instructions.
 VARIANTS := llama-avx2 llama-avx512
+CYCLONEDX := build/sbom/bin/cyclonedx-py
 PIP := -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet
 # A compiler whose libraries run on older systems than the one that builds.
@@ -121,11 +122,13 @@ lock: $(DEV) ## write the hashes of all packages anew, after a change of require
 audit: $(DEV) ## look up the locked packages among the known vulnerabilities (asks pypi.org)
 	@$(BIN)/python -m scripts.audit
 
+# In an environment of its own: what it brings makes every process of Ray import for a second more.
 sbom: $(DEV) ## list the locked packages in build/sbom.json (CycloneDX)
-	@mkdir -p build
+	@test -x $(CYCLONEDX) || { $(BIN)/python -m venv build/sbom && \
+		build/sbom/bin/python $(INSTALL) cyclonedx-bom==7.5.0; }
 	@printf '[project]\nname = "transformers-api"\nversion = "%s"\nlicense = "MIT"\n' \
 		"$$($(BIN)/python -c 'import transformers_api; print(transformers_api.__version__)')" >build/sbom.toml
-	@cat deploy/torch-cpu.lock requirements.lock | PYTHONWARNINGS=ignore $(BIN)/cyclonedx-py requirements \
+	@cat deploy/torch-cpu.lock requirements.lock | PYTHONWARNINGS=ignore $(CYCLONEDX) requirements \
 		--output-reproducible --output-format JSON --pyproject build/sbom.toml -o build/sbom.json -
 	@echo build/sbom.json
 
