@@ -49,7 +49,7 @@ class Answers:
         number = len(self.written)
         written = TokenStream(len(sequences.requests), lambda _: None)
         self.written.append(written)
-        with self._lines.line(sequences.name, written, sequences.requests) as line:
+        with self._lines.line(sequences, written) as line:
             yield Outputs(outputs=())
             async for message in line.messages():
                 if number not in self.lost:
@@ -80,10 +80,10 @@ def replica():
     replica.start(replica.settled()).result(10)
 
 
-def submit(replica, *requests: SequenceRequest) -> TokenStream:
+def submit(replica, *requests: SequenceRequest, **options) -> TokenStream:
     spec = ModelSpec(name="one", source=PathSource(Path("/none")))
     engine = RemoteEngine(replica, Caller(spec=spec), None, Cancellation())
-    return engine.submit(requests or [REQUEST])
+    return engine.submit(requests or [REQUEST], **options)
 
 
 def read(stream) -> list[int]:
@@ -156,6 +156,15 @@ def test_answers_with_several_sequences_are_not_carried(replica):
         (index, number) for number in range(3) for index in (0, 1)
     ]
     assert read(carrier) == [0, 1, 2]
+
+
+def test_an_answer_with_notes_of_an_observer_carries_nothing(replica):
+    plain, observed = submit(replica), submit(replica, observe={"trace": None})
+    replica.write((0, 1), token(0))
+    before = len(replica.messages)
+    replica.write((0, 1), token(1))
+    assert [bool(message.carried) for message in replica.messages[before:]] == [False, False]
+    assert read(plain) == read(observed) == [0, 1]
 
 
 @pytest.mark.parametrize("seed", range(20))

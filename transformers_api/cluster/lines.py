@@ -18,17 +18,22 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
-from transformers_api.cluster.messages import Outputs, packed, tallies
+from transformers_api.cluster.messages import Outputs, Sequences, packed, tallies
 from transformers_api.engine.base import SequenceRequest, TokenOutput, TokenStream
 
 
 class Line:
-    """The outputs of one answer. ``is_carried``: plain tokens of it may go with others."""
+    """The outputs of one answer. ``is_shared``: its tokens may go with others, or theirs with it.
 
-    def __init__(self, name: str, stream: TokenStream, requests: Sequence[SequenceRequest]) -> None:
+    Not those of an answer with notes of an observer: they take long to pack.
+    """
+
+    def __init__(
+        self, name: str, stream: TokenStream, requests: Sequence[SequenceRequest], is_light: bool
+    ) -> None:
         self.name = name
         self.stream = stream
-        self.is_carried = len(requests) == 1 and not tallies(requests)
+        self.is_shared = is_light and len(requests) == 1 and not tallies(requests)
         self.carriers: set[Line] = set()  # that have tokens of it on their way
         self._requests = requests
         self._open = len(requests)
@@ -56,7 +61,7 @@ class Line:
     def may_give(self, outputs: Sequence[TokenOutput]) -> bool:
         """True where another one may carry these next."""
         is_begun = self._sent > 0 and not self._is_due
-        return self.is_carried and is_begun and all(map(is_plain, outputs))
+        return self.is_shared and is_begun and all(map(is_plain, outputs))
 
     def give(self, outputs: Sequence[TokenOutput], carrier: Line) -> None:
         """Let another one carry the tokens of these."""
@@ -106,11 +111,10 @@ class Lines:
         return len(self._open)
 
     @contextmanager
-    def line(
-        self, name: str, stream: TokenStream, requests: Sequence[SequenceRequest]
-    ) -> Iterator[Line]:
+    def line(self, sequences: Sequences, stream: TokenStream) -> Iterator[Line]:
         """The line of an answer, while it is open."""
-        line = self._open[name] = Line(name, stream, requests)
+        name, is_light = sequences.name, not sequences.observe
+        line = self._open[name] = Line(name, stream, sequences.requests, is_light)
         stream.notify(lambda: self._note(line))
         self._note(line)
         try:
@@ -130,7 +134,8 @@ class Lines:
 
     def _send(self) -> None:
         self._is_due = False
-        carrier = next(reversed(self._open.values()), None)
+        newest = reversed(self._open.values())
+        carrier = next((line for line in newest if line.is_shared), None)
         while self._ready:
             line = self._ready.popleft()
             outputs = line.read()

@@ -256,7 +256,7 @@ class Replica:
         front = sequences.front or sequences.name
         lines = self._lines.setdefault(front, Lines())
         try:
-            with lines.line(sequences.name, stream, sequences.requests) as line:
+            with lines.line(sequences, stream) as line:
                 yield line
         finally:
             if not len(lines):
