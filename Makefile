@@ -54,7 +54,7 @@ test-all: $(DEV) ## the tests, slow ones included (takes long; before a release)
 ray: $(RAY) ## install what ENGINE=ray needs
 
 test-scale: $(DEV) $(RAY) $(KERNELS) ## a cluster of two replicas, and what is killed in it (installs Ray; needs 4 GiB)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --figures tests/scale
+	@OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --figures tests/scale
 
 # One at a time: several measure.
 faults: $(DEV) ## break the server in every way of docs/operations.md, and show the figures

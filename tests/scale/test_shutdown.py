@@ -37,8 +37,8 @@ def test_the_rest_of_a_killed_head_is_ended_by_up_and_by_down(cluster):
 
 
 def kill_head(cluster: Cluster) -> set[int]:
-    """The processes that outlive it."""
+    """Its processes, some of which outlive it."""
+    own = {*cluster.pids("ray::DashboardAgent"), *cluster.pids("ray::RuntimeEnvAgent")}
+    assert own
     os.kill(int((cluster.folder / "c/head.pid").read_text().split()[0]), signal.SIGKILL)
-    left = {*cluster.pids("ray::DashboardAgent"), *cluster.pids("ray::RuntimeEnvAgent")}
-    assert left
-    return left
+    return own
