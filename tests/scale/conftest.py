@@ -168,6 +168,8 @@ class Stream:
                 for line in answer:
                     if line.startswith(b"data: "):
                         self.events.append(line[6:].decode().strip())
+        except urllib.error.HTTPError as error:
+            self.failure = RuntimeError(error.code, error.read().decode())
         except Exception as error:
             self.failure = error
 
