@@ -29,6 +29,7 @@ from tests.redis_server import RedisServer
 ROOT = Path(__file__).parents[2]
 REPLICA, CONTROLLER = "ray::ServeReplica:transformers-api:", "ray::ServeController"
 PAUSE_S = 0.3
+CLOSED = ("ConnectionRefusedError", "The server is shutting down")  # to new requests
 OF_HOT = "ray::ServeReplica:transformers-api.hot."  # the replicas that "hot" has for itself
 
 
@@ -220,13 +221,16 @@ class Load:
             self.answers += [self._ask(streamed), self._ask(whole)]
 
     def _ask(self, one: Callable[[Front], object]) -> object:
-        """As a proxy asks: another front where this one has closed before it was connected to."""
+        """As a proxy asks: another front where this one has closed before it was sent anything.
+
+        Or where it refuses, as one that has just been told to end does.
+        """
         front: Front | None = None
         answer: object = None
         while front is not self.front:
             front = self.front
             answer = one(front)
-            if "ConnectionRefusedError" not in str(answer):
+            if not any(words in str(answer) for words in CLOSED):
                 break
         return answer
 
