@@ -275,8 +275,7 @@ class Cluster:
             environment = Path(f"/proc/{pid}/environ").read_bytes()
         except OSError:
             return False
-        own = f"CLUSTER_FOLDER={self.environment['CLUSTER_FOLDER']}".encode()
-        return own in environment.split(b"\0")
+        return self.environment["CLUSTER_FOLDER"].encode() in environment  # titles cut its start
 
 
 def wait_for(condition: Callable[[], bool], within_s: float = 150) -> float:
