@@ -16,6 +16,8 @@ PEER := build/peers
 PEERS := transformers llama vllm openvino
 # llama.cpp for processors with less, beside our kernels of the same instructions.
 VARIANTS := llama-avx2 llama-avx512
+OTHER_RAY := build/other-ray
+CYCLONEDX := build/sbom/bin/cyclonedx-py
 PIP := -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet
 # A compiler whose libraries run on older systems than the one that builds.
@@ -53,7 +55,16 @@ test-all: $(DEV) ## the tests, slow ones included (takes long; before a release)
 ray: $(RAY) ## install what ENGINE=ray needs
 
 test-scale: $(DEV) $(RAY) $(KERNELS) ## a cluster of two replicas, and what is killed in it (installs Ray; needs 4 GiB)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --figures tests/scale
+	@$(MAKE) --no-print-directory $(OTHER_RAY)/run.stamp || rm -rf $(OTHER_RAY)  # our version then
+	@OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --figures tests/scale
+
+# Another version of Ray beside all else of .venv, whose clusters take over from ours in a test.
+$(OTHER_RAY)/run.stamp: Makefile requirements-ray.txt $(RAY)
+	@$(BIN)/python -m venv --clear --without-pip $(OTHER_RAY)
+	@$(BIN)/python $(PIP) --python $(OTHER_RAY)/bin/python install --quiet --no-deps ray==2.59.0
+	@$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		>$$(echo $(OTHER_RAY)/lib/python3*/site-packages)/rest.pth
+	@touch $@
 
 # One at a time: several measure.
 faults: $(DEV) ## break the server in every way of docs/operations.md, and show the figures
@@ -121,11 +132,13 @@ lock: $(DEV) ## write the hashes of all packages anew, after a change of require
 audit: $(DEV) ## look up the locked packages among the known vulnerabilities (asks pypi.org)
 	@$(BIN)/python -m scripts.audit
 
+# In an environment of its own: what it brings makes every process of Ray import for a second more.
 sbom: $(DEV) ## list the locked packages in build/sbom.json (CycloneDX)
-	@mkdir -p build
+	@test -x $(CYCLONEDX) || { $(BIN)/python -m venv build/sbom && \
+		build/sbom/bin/python $(INSTALL) cyclonedx-bom==7.5.0; }
 	@printf '[project]\nname = "transformers-api"\nversion = "%s"\nlicense = "MIT"\n' \
 		"$$($(BIN)/python -c 'import transformers_api; print(transformers_api.__version__)')" >build/sbom.toml
-	@cat deploy/torch-cpu.lock requirements.lock | PYTHONWARNINGS=ignore $(BIN)/cyclonedx-py requirements \
+	@cat deploy/torch-cpu.lock requirements.lock | PYTHONWARNINGS=ignore $(CYCLONEDX) requirements \
 		--output-reproducible --output-format JSON --pyproject build/sbom.toml -o build/sbom.json -
 	@echo build/sbom.json
 

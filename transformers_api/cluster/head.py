@@ -16,10 +16,10 @@ from transformers_api.config.environment import ray_environment
 from transformers_api.config.settings import SettingError, Settings
 from transformers_api.errors import Unavailable
 
-START_S = 90.0
+START_S = 180.0  # a busy machine takes a while
 LOOK_S = 0.2
 STARTED = "Ray runtime started"  # in the log of `ray start`
-TRIES = 2  # Ray gives its own parts 30 s, which a busy machine may not keep
+TRIES = 3  # Ray gives its own parts 30 s, which a busy machine may not keep
 END_S = 8.0  # nothing is left to be finished: the replicas have ended
 LONGEST_PATH = 60  # letters: those of a socket in it, which Ray names, are 107 at most
 
