@@ -32,7 +32,7 @@ TESTS := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false PYTHONDONTWRITEBYTECODE=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup tools run test test-all ray test-scale faults libraries image-test arm-test soak lint format screenshots docs check bench bench-peers bench-variants clients wheel lock audit sbom clean
+.PHONY: help setup tools run test test-all ray other-ray test-scale faults libraries image-test arm-test soak lint format screenshots docs check bench bench-peers bench-variants clients wheel lock audit sbom clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -55,10 +55,11 @@ test-all: $(DEV) ## the tests, slow ones included (takes long; before a release)
 ray: $(RAY) ## install what ENGINE=ray needs
 
 test-scale: $(DEV) $(RAY) $(KERNELS) ## a cluster of two replicas, and what is killed in it (installs Ray; needs 4 GiB)
-	@$(MAKE) --no-print-directory $(OTHER_RAY)/run.stamp || rm -rf $(OTHER_RAY)  # our version then
 	@OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --figures tests/scale
 
-# Another version of Ray beside all else of .venv, whose clusters take over from ours in a test.
+other-ray: $(OTHER_RAY)/run.stamp ## another version of Ray, to which `make test-scale` moves then (without: to its own)
+
+# Beside all else of .venv.
 $(OTHER_RAY)/run.stamp: Makefile requirements-ray.txt $(RAY)
 	@$(BIN)/python -m venv --clear --without-pip $(OTHER_RAY)
 	@$(BIN)/python $(PIP) --python $(OTHER_RAY)/bin/python install --quiet --no-deps ray==2.59.0

@@ -163,8 +163,8 @@ def replace_all(cluster: Cluster, front: Front, measured: Callable[[str], None])
         replace_fronts(cluster, load)
         texts = {text_of(each.chat("two", **greedy)) for each in cluster.fronts * 2}
         answers = load.end()
-    measured(f"and then both fronts, of other weights: {len(answers)} requests in all, 0 failed")
     assert Counter(answers) == {"done": len(answers)}
+    measured(f"and then both fronts, of other weights: {len(answers)} requests in all, 0 failed")
     assert len(texts) == 1
     assert old not in texts
     for pid in cluster.pids(REPLICA):
