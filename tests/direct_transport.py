@@ -21,6 +21,7 @@ class DirectTransport:
 
     def __init__(self, *replicas: Replica) -> None:
         self.start = BackgroundLoop("direct").start
+        self.name, self.answers = "front", {}
         self.replicas = list(replicas)
         self.calls: list[tuple[str, str]] = []
         self.dies_after: int | None = None  # so many messages of a stream

@@ -177,10 +177,13 @@ class Run:
         while scripts:
             for index in list(scripts):
                 output = self.interruption(index) or next(scripts[index])
+                is_last = output.finish_reason is not None
+                # Counted first: who has read the last one may ask for the counts.
+                self.engine.count(
+                    finished=int(is_last), generated_tokens=int(output.token_id is not None)
+                )
                 self.stream.put(replace(output, index=index))
-                self.engine.count(generated_tokens=int(output.token_id is not None))
-                if output.finish_reason is not None:
-                    self.engine.count(finished=1)
+                if is_last:
                     del scripts[index]
 
     def interruption(self, index: int) -> TokenOutput | None:

@@ -7,9 +7,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pytest
 from flask import Flask
 
 from tests.fakes import FakeEngine, FakeLoader, fake_model
+from tests.redis_server import wait_for_redis
 from tests.servers import Server, started
 from transformers_api import app
 from transformers_api.config.settings import Settings
@@ -23,6 +25,12 @@ serve(Settings.from_env(), app="{app}")
 
 def create_app(settings: Settings) -> Flask:
     return app.create_app(settings, FakeLoader())
+
+
+def create_patient_app(settings: Settings) -> Flask:
+    """It takes no redis for gone only because the machine is busy."""
+    wait_for_redis(pytest.MonkeyPatch())
+    return create_app(settings)
 
 
 def create_silent_app(settings: Settings) -> Flask:

@@ -28,6 +28,17 @@ serve(settings, app="{app}")
 """
 
 
+def reserve_port() -> socket.socket:
+    """A port that nobody else gets while this socket is open, but for a program that names it.
+
+    Bound and not listening; the program's own socket needs SO_REUSEADDR, too, which is usual.
+    """
+    holder = socket.socket()
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    holder.bind(("127.0.0.1", 0))
+    return holder
+
+
 class Server:
     """A process in a group of its own, and what it says on stderr."""
 

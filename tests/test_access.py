@@ -162,9 +162,10 @@ def test_no_address_that_a_client_forwards_opens_another_bucket(tmp_path):
 def test_two_servers_share_their_limits_and_outlive_their_redis(tmp_path):
     redis = RedisServer(tmp_path)
     redis.start()
+    app = "tests.served_app:create_patient_app"
     given = {"RATE_LIMIT_PER_MIN": "1", "RATE_LIMIT_BURST": "4", "REDIS_URL": redis.url}
     try:
-        with serving(tmp_path, **given) as one, serving(tmp_path, **given) as two:
+        with serving(tmp_path, app, **given) as one, serving(tmp_path, app, **given) as two:
             assert statuses(one, 3) == [200] * 3
             assert statuses(two, 2) == [200, 429]
             assert statuses(one, 1) == [429]

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.model_folders import LLAMA, model_files, write_files
+from tests.servers import reserve_port
 from transformers_api.cli import main, resident_models
 from transformers_api.config.settings import Settings
 from transformers_api.engine.native.packed_store import PackedStore, StoredWeight
@@ -23,12 +24,11 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
-def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in Settings.__dataclass_fields__:
         monkeypatch.delenv(name.upper(), raising=False)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("PORT", str(probe.getsockname()[1]))
+    holder = reserve_port()
+    monkeypatch.setenv("PORT", str(holder.getsockname()[1]))
     folder = write_files(tmp_path / "mine", model_files())
     entries = [{"name": "mine", "path": str(folder), "chat": "transcript"}]
     (tmp_path / "models.json").write_text(json.dumps(entries))
@@ -36,6 +36,8 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DEFAULT_MODEL", "mine")
     monkeypatch.setenv("MODEL_STORE", str(tmp_path / "store"))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    yield
+    holder.close()
 
 
 @pytest.fixture
@@ -182,6 +184,7 @@ def test_check_names_what_of_a_models_format_cannot_be_read(
 
 def test_check_names_the_port_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         taken.bind(("127.0.0.1", int(os.environ["PORT"])))
         taken.listen()
         assert main(["check"]) == 1

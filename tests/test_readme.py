@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -104,22 +103,18 @@ def build_tiny_model(folder):
 @pytest.fixture(scope="session")
 def url(environment, tmp_path_factory):
     """The address of a server that is ready; it ends with its process group."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("log") / "server.log"
     with log.open("wb") as out:
         process = subprocess.Popen(
             [sys.executable, "-m", "transformers_api", "serve"],
             cwd=ROOT,
-            env={**environment, "PORT": str(port)},
+            env={**environment, "PORT": "0"},
             stdout=out,
             stderr=out,
             start_new_session=True,
         )
     try:
-        wait_until_ready(process, f"http://127.0.0.1:{port}/readyz", log)
-        yield f"http://127.0.0.1:{port}"
+        yield wait_until_ready(process, log)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
@@ -132,15 +127,22 @@ def url(environment, tmp_path_factory):
     assert status == 0, log.read_text()[-4000:]
 
 
-def wait_until_ready(process, url, log, limit_s=240):
+def answers(url):
+    with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=30) as answer:
+        return answer.status == 200
+    return False
+
+
+def wait_until_ready(process, log, limit_s=240):
+    """The address that it has chosen itself."""
     deadline = time.monotonic() + limit_s
     while time.monotonic() < deadline:
         assert process.poll() is None, log.read_text()[-4000:]
-        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5) as answer:
-            if answer.status == 200:
-                return
+        listens = re.search(r"Listening at: (http://\S+:\d+)", log.read_text())
+        if listens and answers(f"{listens[1]}/readyz"):
+            return listens[1]
         time.sleep(0.1)  # polling, with a deadline
-    pytest.fail(f"{url} was not ready:\n{log.read_text()[-4000:]}")
+    pytest.fail(f"it was not ready:\n{log.read_text()[-4000:]}")
 
 
 def run(command, environment):

@@ -87,24 +87,20 @@ def test_sigterm_lets_short_streams_end_tells_long_ones_and_refuses_new_ones() -
 
 
 def test_the_process_ends_with_its_last_request_and_not_with_the_grace() -> None:
-    with serving(grace_s=60) as server:
+    with serving(grace_s=2 * int(WAIT_S)) as server:
         server.get("/pid")  # its connection is kept open
         stream = begin(server, 10)
-        began = time.monotonic()
         server.signal(signal.SIGTERM)
         assert last_event(stream) == "data: [DONE]"
-        assert server.wait() == 0
-        assert time.monotonic() - began < 5
+        assert server.wait() == 0  # within WAIT_S
 
 
 @pytest.mark.slow
 def test_a_connection_that_says_nothing_does_not_hold_the_process() -> None:
-    with serving(grace_s=60) as server, socket.create_connection(server.address()):
+    with serving(grace_s=2 * int(WAIT_S)) as server, socket.create_connection(server.address()):
         server.get("/pid")
-        began = time.monotonic()
         server.signal(signal.SIGTERM)
-        assert server.wait() == 0
-        assert time.monotonic() - began < 10
+        assert server.wait() == 0  # within WAIT_S
 
 
 def test_a_thread_that_never_ends_does_not_hold_the_process() -> None:
@@ -113,9 +109,7 @@ def test_a_thread_that_never_ends_does_not_hold_the_process() -> None:
         server.connect().request("GET", "/stuck")
         until(lambda: server.get("/pid") == pid)
         server.signal(signal.SIGTERM)
-        began = time.monotonic()
         assert pool.submit(server.wait).result(WAIT_S) == 0
-        assert time.monotonic() - began < 5
 
 
 def test_the_first_ctrl_c_lets_streams_end() -> None:
@@ -128,14 +122,12 @@ def test_the_first_ctrl_c_lets_streams_end() -> None:
 
 
 def test_the_second_ctrl_c_ends_everything_at_once() -> None:
-    with serving(grace_s=60) as server:
+    with serving(grace_s=2 * int(WAIT_S)) as server:
         begin(server, ENDLESS)
         server.signal(signal.SIGINT)
         until(server.is_refusing)
-        began = time.monotonic()
         server.signal(signal.SIGINT)
-        assert server.wait() == 0
-        assert time.monotonic() - began < 5
+        assert server.wait() == 0  # within WAIT_S
 
 
 def test_no_signal_makes_a_second_worker() -> None:

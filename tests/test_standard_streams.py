@@ -8,9 +8,9 @@ import sys
 import time
 import urllib.request
 
+import psutil
 import pytest
 
-from tests.deploy.nginx import free_port
 from tests.servers import ROOT, WAIT_S
 
 PROGRAM = """
@@ -34,13 +34,12 @@ def test_what_is_closed_becomes_the_null_device_and_no_other_file_takes_its_numb
 
 @pytest.mark.parametrize("program", ["-m transformers_api serve", "-m gunicorn app:app"])
 def test_a_server_without_standard_error_serves_and_ends_in_order(program):
-    port = free_port()
     line = f"exec {shlex.quote(sys.executable)} {program} 2>&-"
-    settings = {"HOST": "127.0.0.1", "PORT": str(port), "PRELOAD_MODEL": "false"}
+    settings = {"HOST": "127.0.0.1", "PORT": "0", "PRELOAD_MODEL": "false"}
     assignments = [f"{name}={value}" for name, value in settings.items()]
     process = subprocess.Popen(["env", *assignments, "sh", "-c", line], cwd=ROOT)
     try:
-        assert health(process, port) == b'{"status":"ok"}'
+        assert health(process) == b'{"status":"ok"}'
         process.terminate()
         assert process.wait(WAIT_S) == 0
     finally:
@@ -48,11 +47,24 @@ def test_a_server_without_standard_error_serves_and_ends_in_order(program):
         process.wait()
 
 
-def health(process: subprocess.Popen[bytes], port: int) -> bytes:
+def port_of(process: subprocess.Popen[bytes]) -> int:
+    """The port that it has chosen, which it can tell nobody. Raises OSError before it listens."""
+    try:
+        opened = psutil.Process(process.pid).net_connections("tcp")
+    except psutil.Error as error:
+        raise OSError(str(error)) from error
+    for connection in opened:
+        if connection.status == psutil.CONN_LISTEN:
+            return int(connection.laddr.port)
+    raise OSError("it does not listen")
+
+
+def health(process: subprocess.Popen[bytes]) -> bytes:
     deadline = time.monotonic() + WAIT_S
     while True:
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=5) as answer:
+            url = f"http://127.0.0.1:{port_of(process)}/healthz"
+            with urllib.request.urlopen(url, timeout=WAIT_S) as answer:
                 return answer.read()
         except OSError:
             assert process.poll() is None, "it has ended"

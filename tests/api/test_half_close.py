@@ -71,8 +71,8 @@ def test_a_client_that_leaves_a_silent_stream_is_noticed_at_once(silent, protoco
     began = time.monotonic()
     client.close()
     while active(silent):
-        assert time.monotonic() < began + 5.0
-    assert time.monotonic() < began + 5.0
+        assert time.monotonic() < began + 12.0
+    assert time.monotonic() < began + 12.0
 
 
 @pytest.mark.parametrize("protocol", ["HTTP/1.1", "HTTP/1.0"])

@@ -48,9 +48,13 @@ def test_a_budget_closes_the_thought_and_the_form_holds_after_it(client):
 
 
 def test_a_stream_has_the_same_parts(client):
-    fields = {"thinking_budget_tokens": 7, "response_format": FORM}
-    message = first(chat(client, **fields))["message"]
+    fields = {"thinking_budget_tokens": 7, "response_format": FORM, "logprobs": True}
+    whole = first(chat(client, **fields))
+    message = whole["message"]
     streamed = events(chat(client, stream=True, **fields))
+    pieces = [payload["choices"][0]["logprobs"] or {} for payload in streamed.payloads]
+    scores = [score for piece in pieces for score in piece.get("content", ())]
+    assert scores == whole["logprobs"]["content"]
     deltas = [payload["choices"][0]["delta"] for payload in streamed.payloads]
     thought = "".join(delta.get("reasoning_content", "") for delta in deltas)
     assert (thought, streamed.text()) == (message["reasoning_content"], message["content"])

@@ -94,6 +94,19 @@ def test_a_required_call_is_made_with_valid_arguments_by_any_model(client, form)
     assert checked(joined(streamed)) == calls
 
 
+@pytest.mark.parametrize("max_tokens", [3, 9, 14, 60])
+def test_a_stream_that_is_cut_has_the_scores_and_the_calls_of_the_whole_answer(client, max_tokens):
+    fields = {"max_tokens": max_tokens, "tool_choice": "required", "logprobs": True, "n": 2}
+    whole, streamed = chat(client, **fields).json, events(chat(client, stream=True, **fields))
+    scores, calls = [[], []], [[], []]
+    for choice in (choice for payload in streamed.payloads for choice in payload["choices"]):
+        scores[choice["index"]] += (choice["logprobs"] or {"content": []})["content"]
+        calls[choice["index"]] += choice["delta"].get("tool_calls", ())
+    for choice in whole["choices"]:
+        assert scores[choice["index"]] == choice["logprobs"]["content"]
+        assert bool(calls[choice["index"]]) is bool(choice["message"].get("tool_calls"))
+
+
 def joined(streamed) -> list[dict]:
     """The calls of a stream, put together as an SDK does."""
     calls: dict[int, dict] = {}

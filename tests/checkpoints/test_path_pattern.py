@@ -55,9 +55,9 @@ def test_matches_are_those_of_re():
 )
 @pytest.mark.parametrize("path", ["a" * 500, "ab" * 250])
 def test_no_pattern_takes_long(text, path):
-    began = time.monotonic()
+    began = time.thread_time()
     assert not PathPattern(text).is_whole(path) or text == ".?" * 250
-    assert time.monotonic() - began < 5
+    assert time.thread_time() - began < 5
 
 
 def test_a_path_longer_than_any_layer_has_no_match():

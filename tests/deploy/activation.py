@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.servers import ROOT, WAIT_S
+from tests.servers import ROOT, WAIT_S, reserve_port
 
 # LISTEN_PID has to be that of the process which runs the command.
 HAND_OVER = """
@@ -46,8 +46,8 @@ def settings(folder: Path) -> dict[str, str]:
 @contextmanager
 def activated(folder: Path) -> Iterator[tuple[int, subprocess.Popen[bytes], Path]]:
     """(port, process, log) of systemd's own program that starts a server at the first connection."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    holder = reserve_port()
+    port = holder.getsockname()[1]
     given = [f"--setenv={name}={value}" for name, value in (os.environ | settings(folder)).items()]
     command = ["systemd-socket-activate", f"--listen=127.0.0.1:{port}", *given]
     log = folder / "server.log"
@@ -64,6 +64,7 @@ def activated(folder: Path) -> Iterator[tuple[int, subprocess.Popen[bytes], Path
         until(lambda: "Listening on" in log.read_text())
         yield port, process, log
     finally:
+        holder.close()
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait(WAIT_S)

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from tests.servers import ROOT, WAIT_S
+from tests.servers import ROOT, WAIT_S, reserve_port
 
 NAME = "api.example.org"
 CONFIGURATION = (ROOT / "deploy" / "nginx.conf").read_text()
@@ -29,13 +29,6 @@ needs_nginx = pytest.mark.skipif(
     not NGINX or not OPENSSL,
     reason="nginx and openssl are needed: scripts/install_test_tools.sh installs them",
 )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def certificate(folder: Path, key: str) -> None:
@@ -59,7 +52,8 @@ class Proxy:
         self, folder: Path, server_port: int, rate: str = "10000r/s", key: str = "ec"
     ) -> None:
         self.folder = folder
-        self.https, self.http = free_port(), free_port()
+        self._reserved = reserve_port(), reserve_port()
+        self.https, self.http = (holder.getsockname()[1] for holder in self._reserved)
         certificate(folder, key)
         self.file = folder / "nginx.conf"
         self.file.write_text(self._adapted(server_port, rate))
@@ -109,7 +103,7 @@ class Proxy:
                 time.sleep(0.01)  # polling, with a deadline
             yield self
         finally:
-            for connection in self._connections:
+            for connection in (*self._connections, *self._reserved):
                 connection.close()
             process.terminate()
             process.wait(WAIT_S)

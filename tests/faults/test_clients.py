@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.busy_machine import allowed
 from tests.conftest import Measured
 from tests.deploy.nginx import Proxy, needs_nginx
 from tests.faults.tiny import ENDLESS, LIMIT_S, Stream, Tiny, environment, started, until
@@ -74,7 +75,7 @@ def test_200_clients_that_leave_midway_leave_nothing_behind(
         f"(slowest of 4 x 25 each); descriptors {tiny.descriptors() - before[0]:+d}; "
         f"memory {grown:+.1f} MB"
     )
-    assert max(slowest) < 5
+    assert max(slowest) < allowed(5)
     assert grown < 10
 
 
@@ -104,7 +105,7 @@ def test_100_clients_that_leave_while_they_wait_cost_no_step(
         f"{gone_s * 1000:.0f} ms; one that is answered whole: {plain_s * 1000:.0f} ms"
     )
     assert spent == 0
-    assert plain_s < 5
+    assert plain_s < allowed(5)
 
 
 @pytest.mark.slow
@@ -138,8 +139,8 @@ def test_a_burst_of_four_times_what_fits_is_refused_at_once_and_the_rest_is_serv
     assert served == ["[DONE]"] * 8
     assert len(refusals) == 24
     assert all(1 <= int(wait) <= 120 for wait in waits)
-    assert slowest < 1
-    assert probe < 1
+    assert slowest < allowed(1)
+    assert probe < allowed(1)
 
 
 def last(stream: Stream) -> Any:
@@ -215,7 +216,7 @@ def test_eight_who_do_not_read_slow_nobody_down_and_are_ended(
         f"{alone * 1000:.1f} ms beside 8 who do; those ended after {ended_s:.1f} s"
     )
     assert together < alone * 1.5
-    assert ended_s < 30
+    assert ended_s < 20 + allowed(10)
 
 
 def test_extreme_numbers_are_named_and_cost_nothing(tiny: Tiny, measured: Measured) -> None:
@@ -279,8 +280,8 @@ def test_patterns_and_schemas_that_explode_hold_nobody_up(tiny: Tiny, measured: 
     measured(
         f"slowest answer {slowest * 1000:.0f} ms, widest gap of the stream {widest * 1000:.0f} ms"
     )
-    assert slowest < 2
-    assert widest < 1
+    assert slowest < allowed(2)
+    assert widest < allowed(1)
 
 
 def wire(body: dict[str, Any]) -> bytes:

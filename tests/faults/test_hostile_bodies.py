@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 import pytest
 
 from tests.api.test_body_limits import SHAPES, SMALL
+from tests.busy_machine import allowed
 from tests.conftest import Measured
 from tests.faults.tiny import LIMIT_S, MODEL, Tiny, environment, started
 
@@ -43,6 +44,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
         yield one
 
 
+@pytest.mark.timeout(900)
 def test_two_thousand_refused_bodies_of_every_shape_leave_no_memory(
     tiny: Tiny, measured: Measured
 ) -> None:
@@ -100,8 +102,8 @@ def test_two_hundred_slow_clients_keep_nobody_waiting(tiny: Tiny, measured: Meas
     measured(
         f"{len(waits)} ways: a chat in at most {chat * 1e3:.0f} ms, /health {health * 1e3:.0f}"
     )
-    assert chat < 2.0, waits
-    assert health < 1.0, waits
+    assert chat < allowed(2.0), waits
+    assert health < allowed(1.0), waits
 
 
 @contextmanager
@@ -144,5 +146,5 @@ def test_small_chunks_do_not_hold_up_the_main_loop(tiny: Tiny, measured: Measure
         f"{len(piece)} bytes at a time, {requests[0]} requests in 4 s: /health after "
         f"{middle * 1e3:.0f} ms, at most {longest * 1e3:.0f}"
     )
-    assert middle < 0.2
-    assert longest < 1.0
+    assert middle < allowed(0.2)
+    assert longest < allowed(1.0)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.api.test_fuzz import SEEDS, places, refused_by_niels, refused_by_openai, replaced
+from tests.busy_machine import allowed
 from tests.conftest import Measured
 from tests.faults.tiny import LIMIT_S, MODEL, Tiny, environment, started, until
 
@@ -67,7 +68,7 @@ def test_ten_thousand_malformed_bodies_are_refused_by_name(
     measured(f"{dict(sorted(seen.items()))}: {failures} 5xx; p99 of refusals {p99 * 1000:.1f} ms")
     assert failures == 0
     assert len(times) > COUNT / 2
-    assert p99 < 1
+    assert p99 < allowed(1)
 
 
 def ask_all(tiny: Tiny) -> tuple[Counter[int], list[float]]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from tests.busy_machine import allowed
 from tests.conftest import Measured
 from tests.faults.tiny import MODEL, Tiny, environment, long_tiny, started, until
 from tests.test_end_to_end import save_tiny
@@ -237,5 +238,5 @@ def test_six_clients_of_three_models_all_get_their_turn(tmp_path: Path, measured
         f"{sum(done.values())} answers, shares {', '.join(f'{s:.0%}' for s in shares.values())}"
     )
     assert loading <= 12, swaps  # a tenth: a model that wakes up may come for a shorter turn
-    assert max(waits) < 45
+    assert max(waits) < allowed(45)
     assert min(shares.values()) > 0.2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -16,6 +17,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ from tests.redis_server import RedisServer
 
 ROOT = Path(__file__).parents[2]
 REPLICA, CONTROLLER = "ray::ServeReplica:transformers-api:", "ray::ServeController"
+PAUSE_S = 0.3
+CLOSED = ("ConnectionRefusedError", "The server is shutting down")  # to new requests
 OF_HOT = "ray::ServeReplica:transformers-api.hot."  # the replicas that "hot" has for itself
 
 
@@ -33,13 +37,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent):
             item.add_marker(pytest.mark.scale)
-            item.add_marker(pytest.mark.timeout(150))
+            item.add_marker(pytest.mark.timeout(600))  # of a busy machine
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
+def free_ports(count: int = 1) -> int:
+    """The first of so many in a row that nobody listens on.
+
+    They are none that the system gives to outgoing connections, of which Ray makes many: such a
+    one could be another's before a server comes back to it.
+    """
+    while True:
+        first = random.randrange(20_000, 32_000)
+        try:
+            for port in range(first, first + count):
+                with socket.socket() as one:
+                    one.bind(("127.0.0.1", port))
+        except OSError:
+            continue
+        return first
 
 
 @dataclass
@@ -47,8 +62,9 @@ class Front:
     """One front, a process of its own."""
 
     environment: dict[str, str]
-    port: int = field(default_factory=free_port)
+    port: int = field(default_factory=free_ports)
     process: subprocess.Popen[bytes] | None = None
+    python: str = sys.executable
 
     @property
     def url(self) -> str:
@@ -59,7 +75,7 @@ class Front:
         log = Path(self.environment["CLUSTER_FOLDER"]) / f"front-{self.port}.log"
         with log.open("ab") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "transformers_api", "serve"],
+                [self.python, "-m", "transformers_api", "serve"],
                 cwd=ROOT,
                 env=environment,
                 stdout=out,
@@ -69,7 +85,7 @@ class Front:
     def stop(self) -> None:
         assert self.process is not None
         self.process.send_signal(signal.SIGTERM)
-        self.process.wait(60)
+        self.process.wait(120)
 
     def get(self, path: str) -> Any:
         with urllib.request.urlopen(self.url + path, timeout=30) as answer:
@@ -107,6 +123,19 @@ class Front:
         """Those that share all models but "hot"."""
         return [each for each in self.all_replicas() if each["model"] != "hot"]
 
+    def total(self, metric: str) -> float:
+        """A metric of all replicas, as of now; ``replicas`` are as of a second ago."""
+        lines: list[str] = []
+
+        def are_there() -> bool:  # but those that are not in time, on a busy machine
+            page = self.get("/metrics").splitlines()
+            lines[:] = [line for line in page if 'replica="' in line]
+            shown = sum(line.startswith("transformers_api_ready{") for line in lines)
+            return shown == len(self.all_replicas())
+
+        wait_for(are_there)
+        return sum(float(row.rpartition(" ")[2]) for row in lines if row.startswith(metric))
+
     def all_replicas(self) -> list[dict[str, Any]]:
         return list(self.get("/status")["replicas"])
 
@@ -140,6 +169,8 @@ class Stream:
                 for line in answer:
                     if line.startswith(b"data: "):
                         self.events.append(line[6:].decode().strip())
+        except urllib.error.HTTPError as error:
+            self.failure = RuntimeError(error.code, error.read().decode())
         except Exception as error:
             self.failure = error
 
@@ -148,17 +179,20 @@ class Stream:
         self._thread.join(120)
         if self.events and self.events[-1] == "[DONE]":
             return "done"
-        if self.events and "error" in (last := json.loads(self.events[-1])):
-            return str(last["error"]["code"])
+        with suppress(IndexError, ValueError, KeyError):  # none, half of one, or a token
+            return str(json.loads(self.events[-1])["error"]["code"])
         return f"cut: {self.failure!r} after {len(self.events)} events"
 
 
 class Load:
-    """Streams and answers of these models, one after the other each, two at a time of a model."""
+    """Streams and answers of these models, one after the other each, two at a time of a model.
+
+    With a pause between: processes that start meanwhile need the cores, too.
+    """
 
     def __init__(self, front: Front, *models: str) -> None:
         self.front = front  # whom the next request is sent to
-        self._answers: list[object] = []
+        self.answers: list[object] = []
         self._is_over = threading.Event()
         self._threads = [
             threading.Thread(target=self._run, args=(model,), daemon=True) for model in models * 2
@@ -183,17 +217,20 @@ class Load:
                 return f"cut: {error!r}"
             return "done" if isinstance(answer, dict) else answer
 
-        while not self._is_over.is_set():
-            self._answers += [self._ask(streamed), self._ask(whole)]
+        while not self._is_over.wait(PAUSE_S):
+            self.answers += [self._ask(streamed), self._ask(whole)]
 
     def _ask(self, one: Callable[[Front], object]) -> object:
-        """As a proxy asks: another front where this one has closed before it was connected to."""
+        """As a proxy asks: another front where this one has closed before it was sent anything.
+
+        Or where it refuses, as one that has just been told to end does.
+        """
         front: Front | None = None
         answer: object = None
         while front is not self.front:
             front = self.front
             answer = one(front)
-            if "ConnectionRefusedError" not in str(answer):
+            if not any(words in str(answer) for words in CLOSED):
                 break
         return answer
 
@@ -202,27 +239,28 @@ class Load:
         self._is_over.set()
         for thread in self._threads:
             thread.join(120)
-        return self._answers
+        return self.answers
 
 
 @dataclass
 class Cluster:
-    """The head, its replicas and two fronts."""
+    """The head, its replicas and two fronts. ``python`` has their version of Ray."""
 
     environment: dict[str, str]
     folder: Path
     redis: RedisServer
     fronts: list[Front] = field(default_factory=list)
+    python: str = sys.executable
 
     def command(self, *words: str, code: Path = ROOT) -> subprocess.CompletedProcess[str]:
         """Run ``cluster``; ``code``: the folder that the package lies in."""
         return subprocess.run(
-            [sys.executable, "-m", "transformers_api", "cluster", *words],
+            [self.python, "-m", "transformers_api", "cluster", *words],
             cwd=code,
             env=self.environment,
             capture_output=True,
             text=True,
-            timeout=150,
+            timeout=300,
             check=False,
         )
 
@@ -237,16 +275,33 @@ class Cluster:
             environment = Path(f"/proc/{pid}/environ").read_bytes()
         except OSError:
             return False
-        return str(self.folder).encode() in environment
+        return self.environment["CLUSTER_FOLDER"].encode() in environment  # titles cut its start
 
 
-def wait_for(condition: Callable[[], bool], within_s: float = 60) -> float:
-    """The seconds until it came true."""
+def wait_for(condition: Callable[[], bool], within_s: float = 150) -> float:
+    """The seconds until it came true. A front that does not answer now may do so later."""
     began = time.monotonic()
-    while not condition():
+    while not comes_true(condition):
         assert time.monotonic() - began < within_s
         time.sleep(0.1)
     return time.monotonic() - began
+
+
+def comes_true(condition: Callable[[], bool]) -> bool:
+    try:
+        return condition()
+    except OSError:
+        return False
+
+
+def replace_fronts(cluster: Cluster, load: Load) -> None:
+    """End one after the other, and start it again; requests go to the other one meanwhile."""
+    first, second = cluster.fronts
+    for ending, load.front in ((second, first), (first, second)):
+        ending.stop()
+        ending.environment, ending.python = cluster.environment, cluster.python
+        ending.start()
+        wait_for(ending.ready)
 
 
 def own_code(folder: Path) -> dict[str, Any]:
@@ -291,7 +346,7 @@ def cluster() -> Iterator[Cluster]:
     environment = os.environ | {
         "CLUSTER_MAX_INFLIGHT": "200",
         "REDIS_URL": store.url,
-        "CLUSTER_ADDRESS": f"127.0.0.1:{free_port()}",
+        "CLUSTER_ADDRESS": f"127.0.0.1:{free_ports(3)}",
         "CLUSTER_FOLDER": str(folder / "c"),
         "CLUSTER_REPLICA_CPUS": "0.25",
         "DEFAULT_MODEL": "one",
@@ -314,7 +369,7 @@ def cluster() -> Iterator[Cluster]:
         for front in made.fronts:
             front.start()
         for front in made.fronts:
-            wait_for(front.ready, 120)
+            wait_for(front.ready)
         yield made
     finally:
         for front in made.fronts:

@@ -14,7 +14,8 @@ def test_a_model_with_replicas_of_its_own_is_in_memory_before_anybody_asks(clust
     def holders() -> list[int]:
         return [each["pid"] for each in front.all_replicas() if each["model"] == "hot"]
 
-    wait_for(lambda: len(holders()) == 1)  # a machine may have left just before
+    # A machine may have left just before, and the status is a second old.
+    wait_for(lambda: len(holders()) == 1 and holders() == cluster.pids(OF_HOT))
     (own,) = holders()
     for model in ("hot", "one", "two"):
         assert isinstance(front.chat(model), dict)
@@ -36,7 +37,7 @@ def test_its_replica_comes_back_with_the_model(cluster, front, measured):
 
 
 def test_it_has_more_of_them_while_many_ask(cluster, front, measured):
-    assert len(cluster.pids(OF_HOT)) == 1
+    wait_for(lambda: len(cluster.pids(OF_HOT)) == 1)
     began = time.monotonic()
     answers: list[str] = []
 
@@ -45,7 +46,7 @@ def test_it_has_more_of_them_while_many_ask(cluster, front, measured):
         answers.extend(stream.end() for stream in streams)
         return sum(each["model"] == "hot" for each in front.all_replicas()) == 2
 
-    wait_for(is_held_twice, 90)
+    wait_for(is_held_twice)
     measured(f"a second replica after {time.monotonic() - began:.0f} s of 12 streams at once")
     assert Counter(answers) == {"done": len(answers)}
     assert len(front.replicas()) == 2
@@ -58,7 +59,7 @@ def test_a_model_of_all_is_taken_by_a_second_replica_where_the_first_is_full(fro
     streams = [front.stream("one", 1500) for _ in range(18)]  # MAX_INFLIGHT is 16
     wait_for(lambda: sum(bool(stream.events) for stream in streams) >= 16)
     streams += [front.stream("one", 300) for _ in range(4)]
-    wait_for(lambda: [each["model"] for each in front.replicas()] == ["one", "one"], 30)
+    wait_for(lambda: [each["model"] for each in front.replicas()] == ["one", "one"])
     assert Counter(stream.end() for stream in streams) == {"done": 22}
     front.chat("two")  # and a model that others want finds a place again
     wait_for(lambda: {each["model"] for each in front.replicas()} == {"one", "two"})

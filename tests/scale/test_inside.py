@@ -122,7 +122,7 @@ def converse(ask: Ask) -> dict[str, Any]:
 
 
 def finished(said: Conversation, job: str) -> str:
-    path, until = f"/inspect/jobs/{job}", time.monotonic() + 60
+    path, until = f"/inspect/jobs/{job}", time.monotonic() + 150
     while said("state", "GET", path)["state"] == "running":
         assert time.monotonic() < until
         time.sleep(0.05)
@@ -154,7 +154,7 @@ def test_what_is_inside_is_the_same_through_ray(cluster, front, local):
             front.url + path, data, {"Content-Type": kind}, method=method
         )
         try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
+            with urllib.request.urlopen(request, timeout=150) as answer:
                 return answer.status, answer.headers["Content-Type"], answer.read()
         except urllib.error.HTTPError as error:
             return error.code, error.headers["Content-Type"], error.read()

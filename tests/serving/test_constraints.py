@@ -381,7 +381,7 @@ def test_a_hostile_schema_is_compiled_or_refused_soon(compiler, name):
 def test_a_grammar_is_read_in_a_time_that_its_length_bounds(compiler, grammar):
     began = time.thread_time()
     compiler.compile(grammar_constraint(grammar, "grammar"))
-    assert time.thread_time() - began < 1
+    assert time.thread_time() - began < 5
 
 
 def test_rules_of_a_grammar_may_stand_in_any_order_and_in_circles(compiler):

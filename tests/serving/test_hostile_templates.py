@@ -103,7 +103,7 @@ def test_a_template_that_is_never_right_costs_its_time_once(monkeypatch):
     for _ in range(100):
         with pytest.raises(ModelNotCapable):
             chat_template.encode(model, [USER])
-    assert time.process_time() - began < 1
+    assert time.process_time() - began < 5
 
 
 def param_of_refusal(model, kwargs):

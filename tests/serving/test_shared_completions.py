@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.fakes import fake_model, fake_spec
-from tests.redis_server import RedisServer
+from tests.redis_server import RedisServer, wait_for_redis
 from transformers_api.errors import InvalidRequest, UnknownCompletion
 from transformers_api.serving.inspect import shared_completions
 from transformers_api.serving.inspect.recent_completions import Completion
@@ -23,7 +23,8 @@ def server(tmp_path_factory):
 
 
 @pytest.fixture
-def fronts(server):
+def fronts(server, monkeypatch):
+    wait_for_redis(monkeypatch)
     fronts = [SharedCompletions(server.url, most=4) for _ in range(2)]
     yield fronts
     for front in fronts:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.redis_server import RedisServer
+from tests.redis_server import RedisServer, wait_for_redis
 from transformers_api.serving.response_store import StoredResponse
 from transformers_api.serving.shared_responses import SharedResponses
 
@@ -22,7 +22,8 @@ def server(tmp_path_factory):
 
 
 @pytest.fixture
-def stores(server):
+def stores(server, monkeypatch):
+    wait_for_redis(monkeypatch)
     stores = [SharedResponses(server.url, 1 << 20, 60) for _ in range(2)]
     yield stores
     for store in stores:

@@ -16,10 +16,11 @@ from transformers_api.config.environment import ray_environment
 from transformers_api.config.settings import SettingError, Settings
 from transformers_api.errors import Unavailable
 
-START_S = 90.0
+START_S = 180.0  # a busy machine takes a while
 LOOK_S = 0.2
 STARTED = "Ray runtime started"  # in the log of `ray start`
-TRIES = 2  # Ray gives its own parts 30 s, which a busy machine may not keep
+TITLE = b"ray::"  # of processes that Ray has renamed
+TRIES = 3  # Ray gives its own parts 30 s, which a busy machine may not keep
 END_S = 8.0  # nothing is left to be finished: the replicas have ended
 LONGEST_PATH = 60  # letters: those of a socket in it, which Ray names, are 107 at most
 
@@ -153,15 +154,19 @@ def _started(pid: int) -> str | None:
 def _belonging(head: int | None, folder: Path) -> list[int]:
     """The processes of this head: its session's, and those whose files are in its folder.
 
-    A session's number may be another's by now: its processes name the folder in their environment.
+    A session's number may be another's by now: its processes name the folder in their environment,
+    unless Ray has written a title over it.
     """
-    files, name, own = str(folder / "ray").encode(), str(folder).encode(), []
+    files, name = str(folder / "ray").encode(), str(folder).encode()
+    own = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) in (head, os.getpid()):
             continue
         try:
-            is_ours = files in (entry / "cmdline").read_bytes() or (
-                os.getsid(int(entry.name)) == head and name in (entry / "environ").read_bytes()
+            title = (entry / "cmdline").read_bytes()
+            is_ours = files in title or (
+                os.getsid(int(entry.name)) == head
+                and (title.startswith(TITLE) or name in (entry / "environ").read_bytes())
             )
         except OSError:
             continue

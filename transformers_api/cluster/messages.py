@@ -80,21 +80,30 @@ class Sequences:
     """The sequences of one submit. Their constraints are plans, which start beside the model.
 
     ``name``: by which one of several is aborted, whichever replica has them.
+    ``front``: whose answers may carry each other's tokens; empty: none does.
     """
 
     requests: Sequence[SequenceRequest]
     constraints: Sequence[ConstraintPlan | None]
     observe: Mapping[str, Any] = field(default_factory=dict)
     name: str = ""
+    front: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outputs:
-    """The next outputs of a stream; a failure is of the output in the same place."""
+    """The next outputs of a stream; a failure is of the output in the same place.
+
+    A front and a replica of two versions understand each other: new fields come last.
+    """
 
     outputs: Sequence[TokenOutput]
     failures: Mapping[int, Failure] = field(default_factory=dict)
     tallies: Sequence[EditTally] = ()  # of the edits of each sequence so far, where there are any
+    position: int = 0  # of the first one among all of the stream
+    again: Sequence[int] = ()  # tokens before ``outputs``, which other streams may have lost
+    # Of other answers to the same front, by their names: position and tokens.
+    carried: Mapping[str, tuple[int, Sequence[int]]] = field(default_factory=dict)
 
 
 def place_of(spec: ModelSpec) -> str:

@@ -106,7 +106,11 @@ class RemoteEngine:
             self._transport,
             replace(self._caller, client=client or self._caller.client),
             Sequences(
-                requests=sent, constraints=plans, observe=dict(observe), name=uuid.uuid4().hex
+                requests=sent,
+                constraints=plans,
+                observe=dict(observe),
+                name=uuid.uuid4().hex,
+                front=self._transport.name,
             ),
         )
         try:
@@ -157,6 +161,10 @@ class _Answer:
         self._transport, self._caller, self._sequences = transport, caller, sequences
         self._accepted: Future[None] = Future()
         self._open = set(range(count))
+        self._taken = 0  # outputs that are in the stream
+        self._early: list[
+            tuple[int, Sequence[TokenOutput]]
+        ] = []  # of which some before are not here
         self._future: Future[None] | None = None
 
     def begin(self, cancellation: Cancellation) -> None:
@@ -179,6 +187,8 @@ class _Answer:
             self._transport.start(abort)
 
     async def _run(self) -> None:
+        name, answers = self._sequences.name, self._transport.answers
+        answers[name] = self
         try:
             place = place_of(self._caller.spec)
             messages = self._transport.stream("generate", place, self._caller, self._sequences)
@@ -187,23 +197,46 @@ class _Answer:
                     if isinstance(message, Failure):
                         raise error_of(message)
                     self._take(message)
-                    if self.stream.is_overfull:
-                        self.stream.overrun = True
-                        self.stream.wake()
+                    if self.stream.overrun:
                         return
             if self._open:
                 raise ReplicaFailed("The replica ended the answer before it was complete")
         except Exception as error:
             self._fail(error)
+        finally:
+            del answers[name]
 
     def _take(self, message: Outputs) -> None:
         if not self._accepted.done():
             self._accepted.set_result(None)
         note_tallies(self._sequences.requests, message)
-        for output in unpacked(message):
+        self._put(message.position, [*map(_plain, message.again), *unpacked(message)])
+        for name, (position, ids) in message.carried.items():
+            if (other := self._transport.answers.get(name)) is not None:
+                other.carried(position, ids)
+
+    def carried(self, position: int, ids: Sequence[int]) -> None:
+        """Take tokens that came with another answer."""
+        self._put(position, list(map(_plain, ids)))
+        if self.stream.overrun and self._future is not None:
+            self._future.cancel()
+
+    def _put(self, position: int, outputs: Sequence[TokenOutput]) -> None:
+        """Put them into the stream, in order and once, however often they come."""
+        if position > self._taken:
+            self._early.append((position, outputs))
+            return
+        for output in outputs[self._taken - position :]:
+            self._taken += 1
             if output.finish_reason is not None:
                 self._open.discard(output.index)
             self.stream.put(output)
+        early, self._early = self._early, []
+        for each in early:
+            self._put(*each)
+        if self.stream.is_overfull and not self.stream.overrun:
+            self.stream.overrun = True
+            self.stream.wake()
 
     def _fail(self, error: Exception) -> None:
         failure = error if isinstance(error, ApiError) else EngineFailed("A replica failed")
@@ -216,6 +249,10 @@ class _Answer:
             self.stream.put(
                 TokenOutput(index=index, finish_reason=FinishReason.ERROR, error=failure)
             )
+
+
+def _plain(token_id: int) -> TokenOutput:
+    return TokenOutput(token_id=token_id)
 
 
 class RemoteInspector:

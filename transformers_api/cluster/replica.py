@@ -11,13 +11,14 @@ import logging
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
 from transformers_api import logs
+from transformers_api.cluster.lines import Line, Lines
 from transformers_api.cluster.messages import (
     Caller,
     Failure,
@@ -26,12 +27,10 @@ from transformers_api.cluster.messages import (
     Sequences,
     TextFacts,
     failure_of,
-    packed,
     place_of,
-    tallies,
 )
 from transformers_api.config.settings import Settings
-from transformers_api.engine.base import PairIds, SequenceRequest, TokenOutput, TokenStream
+from transformers_api.engine.base import PairIds, SequenceRequest, TokenStream
 from transformers_api.engine.native.installation import compilations
 from transformers_api.errors import EngineDead, ModelUnloaded
 from transformers_api.inspection.questions import Question
@@ -70,6 +69,7 @@ class Replica:
         registry = ModelRegistry.from_settings(settings, store.has_repo)
         self._requests = 0
         self._streams: dict[str, TokenStream] = {}
+        self._lines: dict[str, Lines] = {}  # by front
         self._metrics = _metrics(settings, registry)
         parts = Parts(
             settings=settings,
@@ -140,9 +140,10 @@ class Replica:
             stack.callback(stream.abort)
             self._streams[sequences.name] = stream
             stack.callback(self._streams.pop, sequences.name, None)
+            line = stack.enter_context(self._line(sequences, stream))
             yield Outputs(outputs=())
-            async for outputs in _batches(stream, len(sequences.requests)):
-                yield packed(outputs, tallies(sequences.requests))
+            async for message in line.messages():
+                yield message
 
     async def abort(self, name: str, index: int) -> bool:
         """Stop one sequence of those that were submitted under ``name``; False: they are not here.
@@ -249,6 +250,18 @@ class Replica:
 
     # What they share.
 
+    @contextmanager
+    def _line(self, sequences: Sequences, stream: TokenStream) -> Iterator[Line]:
+        """The way of the outputs to the front, together with those of its other answers."""
+        front = sequences.front or sequences.name
+        lines = self._lines.setdefault(front, Lines())
+        try:
+            with lines.line(sequences, stream) as line:
+                yield line
+        finally:
+            if not len(lines):
+                self._lines.pop(front, None)
+
     def _count(self, requests: int) -> None:
         self._requests += requests
 
@@ -337,22 +350,6 @@ class Replica:
             constraint = None if plan is None else plan.start(model.compiler, model.vocabulary)
             requests.append(replace(request, constraint=constraint, client=caller.client))
         return model.engine.submit(requests, observe=sequences.observe)
-
-
-async def _batches(stream: TokenStream, count: int) -> AsyncIterator[list[TokenOutput]]:
-    """All outputs of ``count`` sequences, as many at once as have come."""
-    loop, news = asyncio.get_running_loop(), asyncio.Event()
-    stream.notify(lambda: loop.call_soon_threadsafe(news.set))
-    news.set()
-    while count:
-        await news.wait()
-        news.clear()
-        outputs: list[TokenOutput] = []
-        while (output := stream.get()) is not None:
-            outputs.append(output)
-            count -= output.finish_reason is not None
-        if outputs:
-            yield outputs
 
 
 def stamp_of(model: LoadedModel) -> str:

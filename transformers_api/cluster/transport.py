@@ -6,6 +6,7 @@ import asyncio
 import logging
 import threading
 import time
+import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
@@ -25,11 +26,23 @@ ASKING = 64  # threads, on which all replicas of a model are asked; they wait fo
 BUSY_S = 2  # after which those are told to come again who find all replicas full
 
 
+class Answer(Protocol):
+    """An answer that is on its way. Called on the transport's loop."""
+
+    def carried(self, position: int, ids: Sequence[int]) -> None:
+        """Take tokens that came with another answer."""
+        ...
+
+
 class Transport(Protocol):
     """Asks replicas. ``place`` chooses one: that which has the model, else one that is free.
 
     It is the text of ``messages.place_of``; with an empty one any replica is asked.
+    ``name`` is that of this process; ``answers`` are those that it waits for, by their names.
     """
+
+    name: str
+    answers: dict[str, Answer]
 
     def start(self, work: Any) -> Future[Any]:
         """Run a coroutine on the transport's loop; cancelling the future cancels it."""
@@ -86,6 +99,7 @@ class RayTransport:
         self, settings: Settings, own: Sequence[str], on_connect: Callable[[], object]
     ) -> None:
         self.start = BackgroundLoop("cluster").start
+        self.name, self.answers = uuid.uuid4().hex, dict[str, Answer]()
         self._settings = settings
         self._own = own
         self._on_connect = on_connect

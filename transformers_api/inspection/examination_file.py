@@ -11,9 +11,7 @@ import hashlib
 import importlib
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from typing import Any
 from transformers_api.engine.backend import Backend
 from transformers_api.engine.platform.checked_file import (
     keep_newest,
-    read_checked,
+    read_used,
     write_checked,
 )
 from transformers_api.engine.runners.model_runner import Runner, innermost
@@ -64,11 +62,9 @@ class ExaminationFile:
 
     def read(self) -> Examined | None:
         """Return the examination, if it is whole; attention can be watched from then on."""
-        content = read_checked(self.path)
+        content = read_used(self.path)
         if content is None:
             return None
-        with suppress(OSError):  # where it may only be read
-            os.utime(self.path)  # those that were used last stay
         facts = json.loads(content)
         source = facts["source"]
         install_tap(source["implementation"])

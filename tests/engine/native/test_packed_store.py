@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -18,7 +19,8 @@ from tests.repeats import slow
 from transformers_api.engine.load_options import LoadOptions
 from transformers_api.engine.loader import load_engine
 from transformers_api.engine.native import packed_store, packed_weights
-from transformers_api.engine.native.packed_store import PackedStore, packed_key
+from transformers_api.engine.native.convert_model import packed_weights as weights_of
+from transformers_api.engine.native.packed_store import PackedStore, StoredWeight, packed_key
 from transformers_api.engine.native.packed_weights import PackedFile
 from transformers_api.engine.standby import StandbyModels
 from transformers_api.kernels.modules.linear import PackedWeight
@@ -129,8 +131,6 @@ def test_what_a_load_had_to_measure_is_stored_too(load, tmp_path):
 
 
 def _losses(engine):
-    from transformers_api.engine.native.convert_model import packed_weights as weights_of
-
     return [weight.error for weight in weights_of(engine.model)]
 
 
@@ -253,6 +253,80 @@ def test_half_of_the_disk_that_is_free_stays_free(tmp_path, monkeypatch):
     monkeypatch.setattr(packed_store.shutil, "disk_usage", lambda _: usage._replace(free=1_999_999))
     assert store.make_room(999_999)
     assert not store.make_room(1_000_000)
+
+
+def test_servers_that_write_the_same_weights_at_once_leave_one_whole_file(tmp_path):
+    stores = [PackedStore(tmp_path, ROOM) for _ in range(2)]
+    content = [bytes([number]) * 64 for number in range(2)]
+    weights = [StoredWeight(0, 2, 3, 0.0, 64 * number, 64, 0) for number in range(2)]
+
+    def parts():
+        yield content[0]
+        stores[1].write("a" * 32, "model", weights, content)
+        yield content[1]
+
+    stores[0].write("a" * 32, "model", weights, parts())
+    assert [path.name for path in tmp_path.iterdir()] == ["a" * 32 + ".packed"]
+    for store in stores:
+        made = store.read("a" * 32, threads=1)
+        assert made.memory[made.start : made.start + 128] == b"".join(content)
+
+
+def test_what_another_server_has_stored_meanwhile_is_not_written_again(load, tmp_path):
+    engine = load(saved("llama", tmp_path / "model"))
+    weights, stored = weights_of(engine.model), only(load).stat()
+    file = PackedFile(PackedStore(load.store.folder, ROOM), only(load).stem, "model")
+    file.write_later(weights[0].library, weights).join()
+    assert (only(load).stat().st_ino, only(load).stat().st_mtime_ns) == (
+        stored.st_ino,
+        stored.st_mtime_ns,
+    )
+    engine.close()
+
+
+def test_what_another_server_removes_once_it_is_read_is_used_all_the_same(load, tmp_path, caplog):
+    folder = saved("llama", tmp_path / "model")
+    first, packed = bits(load(folder)), load.packed
+    path = only(load)
+    load.store.read_ahead(path.stem)
+    for thread in threading.enumerate():
+        if thread.name == "reader":
+            thread.join()
+    path.unlink()
+    assert bits(load(folder)) == first
+    assert load.packed == packed
+    assert bits(load(folder)) == first  # and what is removed before it is read is packed again
+    assert load.packed == 2 * packed
+    assert "Damaged" not in caplog.text
+
+
+def test_a_disk_that_is_full_keeps_nothing_half_written_and_nobody_from_an_answer(load, tmp_path):
+    folder, honest = saved("llama", tmp_path / "model"), os.pwrite
+
+    def full(file, data, offset):
+        if offset > packed_store.PAGE:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return honest(file, data[:100], offset)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        first = bits(load(folder))
+    assert files(load) == []
+    assert bits(load(folder)) == first
+    assert only(load).name.endswith(".packed")
+
+
+def test_what_was_stored_under_a_larger_bound_is_read_and_goes_with_the_next(load, tmp_path):
+    folders = [saved("llama", tmp_path / str(number)) for number in range(2)]
+    first, packed = bits(load(folders[0])), load.packed
+    load.store.most_bytes = only(load).stat().st_size - 1
+    assert bits(load(folders[0])) == first
+    assert load.packed == packed
+    larger = only(load)
+    load(folders[1]).close()  # as large, header and all: it is not stored
+    assert only(load) == larger
+    load(folders[1], quantization="int8").close()
+    assert only(load) != larger
 
 
 def test_what_a_process_left_half_written_goes_with_time(tmp_path):

@@ -220,9 +220,9 @@ def test_targets_of_a_scheme_take_no_long_time_to_match(tmp_path):
     groups = config["quantization_config"]["config_groups"]
     groups["group_0"]["targets"] = ["re:(.*a|.*)*X", "re:" + ".?" * 99 + "X", "re:.*mlp", "Linear"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    began = time.monotonic()
+    began = time.thread_time()
     assert inspect_folder(tmp_path).stored_dtype == "compressed-tensors"
-    assert time.monotonic() - began < 5
+    assert time.thread_time() - began < 5
 
 
 def test_weights_of_another_shape_than_the_configuration_says_are_refused(load, tmp_path):  # noqa: F811

@@ -89,8 +89,12 @@ def test_wrong_calls_are_content(compiler, name, arguments, size):
 
 
 def test_a_call_that_is_cut_is_content(compiler):
-    parts, _ = parts_of(compiler, written(("now", {}))[:-20], 4)
-    assert all(isinstance(part, Content) for part in parts)
+    text = "Sure. " + written(("get_weather", RIGHT))
+    for cut in range(text.rindex("}")):  # in its name, too
+        parts, made = parts_of(compiler, text[:cut], 4)
+        assert all(isinstance(part, Content) for part in parts)
+        assert "".join(part.text for part in parts).split() == text[:cut].split()
+        assert made.calls == 0
 
 
 def test_calls_that_have_to_come_need_a_grammar(compiler):

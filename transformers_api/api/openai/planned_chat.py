@@ -69,10 +69,9 @@ class PlannedChatFormatter(Formatter):
         """A chunk for each part, and in the end one with the finish reason."""
         head, index = self._head, delta.index
         parser = self._reader.parser(index)
-        is_content = not parser.is_thinking and not parser.calls
         deltas = list(filter(None, map(self._delta, self._reader.parts(delta))))
         extras: Json = head.token_ids(index, delta.token_ids, first=False)
-        if delta.logprobs and is_content:
+        if delta.logprobs:
             extras["logprobs"] = self._logprobs(delta)
         trace = None
         if head.traces is not None and delta.trace is not None:

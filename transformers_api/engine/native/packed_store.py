@@ -14,6 +14,7 @@ import json
 import logging
 import mmap
 import os
+import secrets
 import shutil
 import struct
 import threading
@@ -142,15 +143,14 @@ class PackedStore:
         with self._lock:
             ahead, self._ahead = self._ahead, None
         path = self.path(key)
-        if not path.is_file():
-            return None
         if ahead is not None and ahead[0] == key:
             content = ahead[1].result()
         else:
             content = _read(path, key, threads)
         if content is None:
-            log.warning("Damaged packed weights are not used: %s", path)
-            self.remove(key)
+            if path.is_file():
+                log.warning("Damaged packed weights are not used: %s", path)
+                self.remove(key)
             return None
         with suppress(OSError):  # where it may only be read
             os.utime(path)  # those that were used last stay
@@ -181,13 +181,18 @@ class PackedStore:
             total -= oldest.bytes
         return shutil.disk_usage(self.folder).free >= 2 * size
 
+    def file_bytes(self, key: str, model: str, weights: Sequence[StoredWeight]) -> int:
+        """The size of the file that ``write`` makes of these."""
+        return _data_offset(len(_header(key, model, weights))) + _size(weights)
+
     def write(
         self, key: str, model: str, weights: Sequence[StoredWeight], parts: Iterable[Any]
     ) -> None:
         """Store ``weights``, whose bytes are ``parts``, in this order. Raises OSError."""
-        header = json.dumps({"key": key, "model": model, "weights": weights}).encode()
+        header = _header(key, model, weights)
         prefix = PREFIX.pack(MAGIC, len(header), hashlib.sha256(header).digest())
-        partial = self.folder / f".{key}.{os.getpid()}{PARTIAL}"
+        # Processes in several containers may have the same number.
+        partial = self.folder / f".{key}.{secrets.token_hex(8)}{PARTIAL}"
         try:
             with partial.open("wb", buffering=0) as file:
                 _write_at(file.fileno(), prefix + header, 0)
@@ -243,6 +248,10 @@ def lay_out(sizes: Iterable[int]) -> Iterator[int]:
 def _size(weights: Sequence[StoredWeight]) -> int:
     (*_, end) = lay_out(weight.bytes for weight in weights)
     return end
+
+
+def _header(key: str, model: str, weights: Sequence[StoredWeight]) -> bytes:
+    return json.dumps({"key": key, "model": model, "weights": weights}).encode()
 
 
 def _data_offset(header_bytes: int) -> int:

@@ -98,8 +98,10 @@ class PackedFile:
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         try:
             with _writing:  # one model after the other
+                if self.store.size(self.key):  # by another process, which loaded it meanwhile
+                    return
                 stored = _described(library, weights)
-                if self.store.make_room(sum(weight.bytes for weight in stored)):
+                if self.store.make_room(self.store.file_bytes(self.key, self.model, stored)):
                     parts = _parts(weights, stored)
                     self.store.write(self.key, self.model, stored, parts)
         except (OSError, _Released) as reason:

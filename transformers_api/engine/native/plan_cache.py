@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Hashable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from transformers_api.engine.native.program import program
 from transformers_api.engine.native.runner import NativeRunner
 from transformers_api.engine.platform.checked_file import (
     keep_newest,
-    read_checked,
+    read_used,
     write_checked,
 )
 from transformers_api.kernels.graph.planner import Affine, HookPoint, Plan, Words
@@ -65,11 +64,9 @@ class PlanFile:
 
     def read(self) -> StoredPlans | None:
         """Return the plans. None where there are none, or none whole."""
-        content = read_checked(self.path)
+        content = read_used(self.path)
         if content is None:
             return None
-        with suppress(OSError):  # where it may only be read
-            os.utime(self.path)  # those that were used last stay
         arrays = load(content)
         return StoredPlans(arrays, json.loads(arrays["facts"].tobytes()))
 

@@ -7,6 +7,7 @@ import logging
 import os
 import stat
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,15 @@ def read_checked(path: Path) -> bytes | None:
     if hashlib.sha256(content).digest() != digest:
         log.warning("A damaged file is not used: %s", path)
         return None
+    return content
+
+
+def read_used(path: Path) -> bytes | None:
+    """``read_checked``, and a use of the file: ``keep_newest`` goes by these."""
+    content = read_checked(path)
+    if content is not None:
+        with suppress(OSError):  # where it may only be read
+            os.utime(path)
     return content
 
 

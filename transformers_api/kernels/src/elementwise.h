@@ -75,51 +75,75 @@ inline f32x16 apply(int32_t op, f32x16 a, f32x16 b, float scalar) {
   }
 }
 
+// f(offsets of the line in the result, the first operand, the second) for the lines of begin..end.
+template <class F>
+inline void for_each_line_of(const Step& s, bool is_binary, int64_t begin, int64_t end, const F& f) {
+  const int64_t *to = s.out.strides, *a = s.inputs[0].strides;
+  const int64_t none[3] = {}, *b = is_binary ? s.inputs[1].strides : none;
+  for (int64_t i = begin; i < end; i++)
+    for (int64_t j = 0; j < s.sizes[1]; j++)
+      for (int64_t k = 0; k < s.sizes[2]; k++)
+        f(i * to[0] + j * to[1] + k * to[2], i * a[0] + j * a[1] + k * a[2],
+          i * b[0] + j * b[1] + k * b[2]);
+}
+
+// A line of floats; ``y`` too, or one number for all of it.
+template <int OP, bool IS_BROADCAST>
+inline void elementwise_line(float* out, const float* x, const float* y, int64_t n, float scalar) {
+  const f32x16 constant = IS_BROADCAST ? broadcast(*y) : zero();
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16)
+    store(out + i, apply(OP, load(x + i), IS_BROADCAST ? constant : load(y + i), scalar));
+  if (i == n) return;
+  const mask16 mask = first_lanes(n - i);
+  store(out + i, mask,
+        apply(OP, load(x + i, mask), IS_BROADCAST ? constant : load(y + i, mask), scalar));
+}
+
 // Contiguous lines of floats sixteen at a time, or elements of any type and stride.
 template <int OP>
 void elementwise(const Step& s, int64_t begin, int64_t end) {
-  const int64_t n = s.sizes[3], lines = s.sizes[1] * s.sizes[2];
+  const int64_t n = s.sizes[3];
   const bool is_binary = s.operands > 1;
-  const int64_t strides[] = {s.out.strides[3], s.inputs[0].strides[3],
-                             is_binary ? s.inputs[1].strides[3] : 0};
+  const Operand &first = s.inputs[0], &other = s.inputs[is_binary];
+  const int64_t strides[] = {s.out.strides[3], first.strides[3], is_binary ? other.strides[3] : 0};
   const float scalar = static_cast<float>(s.scalar);
-  const bool is_plain = s.out.type == F32 && s.inputs[0].type == F32 &&
-                        (!is_binary || s.inputs[1].type == F32) &&
-                        (n == 1 || (strides[0] == 1 && strides[1] == 1 && strides[2] <= 1));
-  for (int64_t index = begin * lines; index < end * lines; index++) {
-    const int64_t to = line_offset(s, s.out, index), a = line_offset(s, s.inputs[0], index);
-    const int64_t b = is_binary ? line_offset(s, s.inputs[1], index) : 0;
-    if (is_plain) {
-      float* out = reinterpret_cast<float*>(s.out.data) + to;
-      const float* x = reinterpret_cast<const float*>(s.inputs[0].data) + a;
-      const float* y = is_binary ? reinterpret_cast<const float*>(s.inputs[1].data) + b : x;
-      const bool is_broadcast = is_binary && strides[2] == 0;
-      const f32x16 constant = broadcast(*y);
-      int64_t i = 0;
-      for (; i + 16 <= n; i += 16) {
-        const f32x16 other = is_broadcast ? constant : load(y + i);
-        store(out + i, apply(OP, load(x + i), other, scalar));
-      }
-      if (i == n) continue;
-      const mask16 mask = first_lanes(n - i);
-      store(out + i, mask,
-            apply(OP, load(x + i, mask), is_broadcast ? constant : load(y + i, mask), scalar));
-      continue;
-    }
+  if (s.out.type == F32 && first.type == F32 && other.type == F32 &&
+      (n == 1 || (strides[0] == 1 && strides[1] == 1 && strides[2] <= 1))) {
+    float* out = reinterpret_cast<float*>(s.out.data);
+    const float* x = reinterpret_cast<const float*>(first.data);
+    const float* y = reinterpret_cast<const float*>(other.data);
+    if (is_binary && strides[2] == 0)
+      return for_each_line_of(s, true, begin, end, [&](int64_t to, int64_t a, int64_t b) {
+        elementwise_line<OP, true>(out + to, x + a, y + b, n, scalar);
+      });
+    return for_each_line_of(s, is_binary, begin, end, [&](int64_t to, int64_t a, int64_t b) {
+      elementwise_line<OP, false>(out + to, x + a, is_binary ? y + b : x + a, n, scalar);
+    });
+  }
+  for_each_line_of(s, is_binary, begin, end, [&](int64_t to, int64_t a, int64_t b) {
     for (int64_t i = 0; i < n; i += 16) {
       const mask16 mask = first_lanes(n - i);
-      const f32x16 x = load_elements(s.inputs[0], a + i * strides[1], strides[1], mask);
-      const f32x16 y =
-          is_binary ? load_elements(s.inputs[1], b + i * strides[2], strides[2], mask) : x;
+      const f32x16 x = load_elements(first, a + i * strides[1], strides[1], mask);
+      const f32x16 y = is_binary ? load_elements(other, b + i * strides[2], strides[2], mask) : x;
       store_elements(s.out, to + i * strides[0], strides[0], mask, apply(OP, x, y, scalar));
     }
-  }
+  });
 }
 
 // The sum of x - center over a line, or of its squares.
 float sum_line(const Step& s, const Operand& o, int64_t offset, float center, bool squares) {
   f32x16 sums[4] = {};
-  for (int64_t i = 0; i < s.sizes[3]; i += 16) {
+  int64_t i = 0;
+  if (o.type == F32 && o.strides[3] == 1) {  // four vectors at a time
+    const float* x = reinterpret_cast<const float*>(o.data) + offset;
+    for (; i + 64 <= s.sizes[3]; i += 64)
+      for (int lane = 0; lane < 4; lane++) {
+        const f32x16 v = sub(load(x + i + 16 * lane), broadcast(center));
+        sums[lane] = squares ? fmadd(v, v, sums[lane]) : add(sums[lane], v);
+      }
+  }
+  for (; i < s.sizes[3]; i += 16) {
     const mask16 mask = first_lanes(s.sizes[3] - i);
     f32x16 v = load_elements(o, offset + i * o.strides[3], o.strides[3], mask);
     v = sub(mask, v, broadcast(center));

@@ -20,6 +20,15 @@ struct Gemm {
   Type y_type;
 };
 
+// The memory that write_outputs will write: so it has not to be waited for then.
+inline void prefetch_outputs(const Gemm& gemm, int64_t p, int64_t m, int64_t rows) {
+  const int64_t bytes = gemm.y_type == F32 ? 4 : 2;
+  for (int64_t r = 0; r < rows; r++) {
+    const char* y = static_cast<const char*>(gemm.y) + ((m + r) * gemm.w.n + p * PANEL) * bytes;
+    for (int64_t i = 0; i < PANEL * bytes; i += 64) __builtin_prefetch(y + i, 1, TO_L2);
+  }
+}
+
 // The outputs of panel p for the rows from m on; ``sum``(row, half): the products of 16 of them.
 template <class F>
 inline void write_outputs(const Gemm& gemm, int64_t p, int64_t m, int64_t rows, const F& sum) {

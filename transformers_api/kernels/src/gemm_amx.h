@@ -50,6 +50,7 @@ void tile_pass(const Gemm& gemm, int64_t p, const RowBlocks& blocks, int64_t ind
   const int64_t part = panel_bytes(w) / passes;
   const char* next = reinterpret_cast<const char*>(panel + panel_bytes(w) + index * part);
   const PrefetchCursor cursor{next, (part / turns + LINE - 1) / LINE * LINE};
+  for (int i = 0; i < BLOCKS; i++) prefetch_outputs(gemm, p, first[i], blocks.height);
   auto multiply = [&](auto prefetch) {
     constexpr Prefetch P = decltype(prefetch)::value;
     const Int8Group* const groups[2] = {gemm.groups + first[0] * n, gemm.groups + first[1] * n};

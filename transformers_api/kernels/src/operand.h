@@ -52,6 +52,7 @@ void store_elements(const Operand& o, int64_t index, int64_t stride, mask16 mask
 
 // The offset of the index-th line along the last dimension.
 int64_t line_offset(const Step& s, const Operand& o, int64_t index) {
+  if (s.sizes[1] == 1 && s.sizes[2] == 1) return index * o.strides[0];  // divisions take long
   const int64_t k = index % s.sizes[2], j = index / s.sizes[2] % s.sizes[1];
   return index / s.sizes[2] / s.sizes[1] * o.strides[0] + j * o.strides[1] + k * o.strides[2];
 }

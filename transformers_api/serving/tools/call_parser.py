@@ -61,7 +61,8 @@ class AnswerParser:
         self._held = ""  # white space after content
         self._has_content = False
         self._trims = False  # white space before content
-        self.calls = 0
+        self.calls = 0  # whose names are clear
+        self._call_count = 0  # with those that end before their name does
         self.call_starts_at = 0  # the place of the first call in the whole text
         self._pushed = 0  # characters of that
         self._openings = openings
@@ -86,6 +87,7 @@ class AnswerParser:
             pass
         for part in self._parts:
             if isinstance(part, CallStart):
+                self.calls += 1
                 part.name = MARKS.sub("", part.name)
             else:
                 part.text = MARKS.sub("", part.text)
@@ -99,7 +101,7 @@ class AnswerParser:
         """The rest, at the end of the answer."""
         self._is_last = True
         parts = self.push("")
-        if self._held and self._has_content and not self.calls:
+        if self._held and self._has_content and not self._call_count:
             parts.append(Content(self._held))
             self._held = ""
         return parts
@@ -180,8 +182,8 @@ class AnswerParser:
 
     def _call(self) -> bool:
         assert self._style is not None
-        self._reader = reader(self._style, self.schemas, self.calls, self._parts.append)
-        self.calls += 1
+        self._reader = reader(self._style, self.schemas, self._call_count, self._parts.append)
+        self._call_count += 1
         self._state = self._read
         return True
 

@@ -31,7 +31,7 @@ class CheckedParser(AnswerParser):
     def finish(self) -> list[Part]:
         """See AnswerParser."""
         parts = super().finish()
-        if not self.calls:
+        if not self._call_count:
             return parts
         if self._are_right():
             return [*parts, *self._call_parts]
@@ -45,7 +45,7 @@ class CheckedParser(AnswerParser):
         for part in self._call_parts:
             if isinstance(part, CallArguments):
                 texts[part.index] += part.text
-        return all(map(self._is_right, names, texts))
+        return len(names) == self._call_count and all(map(self._is_right, names, texts))
 
     def _is_right(self, name: str, text: str) -> bool:
         schema = self.schemas.get(name)
