@@ -189,7 +189,7 @@ def steps(scheduler, count):
     return done
 
 
-def decoding_of(scheduler, count, tokens=6):
+def decoding_of(scheduler, count, tokens=7):
     """So many sequences that have been read and decode, each at least so many tokens by now."""
     sequences = [sequence([token], 300, 512) for token in range(count)]
     for seq in sequences:
@@ -203,7 +203,7 @@ def test_a_piece_of_a_prompt_takes_twice_the_time_of_a_token_between_two_steps()
     scheduler = timed(8, weights_or_tokens)
     one, two = sequence([1] * 150, 90, 512), sequence([2] * 150, 90, 512)
     scheduler.add(one)
-    assert [widths for _, widths in steps(scheduler, 6)] == [[100], [50], [1], [1], [1], [1]]
+    assert [widths for _, widths in steps(scheduler, 7)] == [[100], [50], *[[1]] * 5]
     scheduler.add(two)
     for _ in range(2):
         (of_two, (width,)), of_one = steps(scheduler, 2)
@@ -215,7 +215,7 @@ def test_a_mixed_pass_reads_what_fits_into_the_time():
     scheduler = timed(8, weights_or_tokens, mixes=True)
     one, two = sequence([1] * 150, 90, 512), sequence([2] * 150, 90, 512)
     scheduler.add(one)
-    assert [widths for _, widths in steps(scheduler, 6)] == [[100], [50], [1], [1], [1], [1]]
+    assert [widths for _, widths in steps(scheduler, 7)] == [[100], [50], *[[1]] * 5]
     scheduler.add(two)
     for both, (one_token, width) in steps(scheduler, 2):
         assert (both, one_token) == ([one, two], 1)
@@ -272,9 +272,10 @@ def test_answers_that_have_just_begun_wait_a_few_times_for_prompts_that_came_wit
         if first.num_output > output:
             waits.append(spent)
             spent = 0
-    assert [wait > 60 for wait in waits] == [True] * 6 + [False] * (len(waits) - 6)
-    assert max(waits) < 100 + 24, "a piece of a prompt, and a step of all"
-    assert max(waits[6:]) < 2 * 24, "a step of all, and prompts for less than another"
+    assert [wait > 60 for wait in waits] == [True] * 5 + [False] * (len(waits) - 5)
+    assert max(waits) < 2 * 100 + 24, "two pieces of a prompt, and a step of all"
+    assert max(waits[1:5]) < 1.2 * min(waits[1:5]), "each as long as the others"
+    assert max(waits[5:]) < 2 * 24, "a step of all, and prompts for less than another"
 
 
 def test_an_answer_on_its_way_does_not_wait_for_answers_that_begin_again_and_again():
@@ -305,6 +306,15 @@ def test_short_prompts_share_a_pass_that_takes_as_long_for_one():
     for seq in prompts:
         scheduler.add(seq)
     assert steps(scheduler, 1) == [(prompts[:2], [8, 8])]
+
+
+@pytest.mark.parametrize(("waiting", "together"), [(2, 1), (8, 2), (32, 4)])
+def test_prompts_are_read_in_groups_where_a_pass_takes_long_whatever_it_reads(waiting, together):
+    scheduler = timed(64, lambda tokens: 40 + tokens, mixes=True, prefill_chunk=256)
+    for token in range(waiting):
+        scheduler.add(sequence([token] * 60, 90, 512))
+    ((_, widths),) = steps(scheduler, 1)
+    assert sum(width == 60 for width in widths) == together
 
 
 def test_a_prompt_whose_scores_are_asked_for_has_its_passes_to_itself():

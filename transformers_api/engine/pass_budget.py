@@ -17,7 +17,8 @@ WORTH_READING = 16  # tokens of a prompt: a pass of fewer takes nearly as long
 SCORED = 2  # times as long as others take tokens whose logits are all looked at
 DELAY = 0.4  # of a decode step, by which prompts may make it longer
 LEAST_DELAY = 2.0  # of the pass of one token, which reads the weights: prompts have to get on
-WELL_BEGUN = 4  # tokens: until then, a sequence that decodes waits for prompts that came with it
+WELL_BEGUN = 5  # tokens: until then, a sequence that decodes waits for prompts that came with it
+MOST_PIECES = 2  # of a prompt, for which it does at once
 MANY = 1.5  # times as many decode as there are prompts: they wait for one of these at a time
 SAVED_SHARE, MOST_SAVED = 0.04, 2.5  # of a decode step, for a short prompt now and then
 
@@ -112,22 +113,38 @@ class PassBudget:
             share /= SCORED
         return max(round(self.prefill_chunk * share), min(WORTH_READING, self.prefill_chunk))
 
-    @property
-    def together(self) -> float:
-        """The load of prompts that one pass reads: a first piece, and others up to this."""
-        return self.times.load(LEAST_DELAY * self.times.seconds(1))
+    def together(self, unread: float) -> float:
+        """The load of prompts that one pass reads, of ``unread`` tokens: a piece, and others.
 
-    def room(self, decoding: list[Sequence], sequences: int) -> float:
+        At least what takes no longer than two tokens. More where many wait and a pass has a time of
+        its own, whatever it reads: of ``n`` prompts in groups of ``g`` the mean first token comes
+        after ``n / g + 1`` halves of a pass, soonest where a group is the root of ``unread`` times
+        the load that takes as long as reading nothing.
+        """
+        least = self.times.load(LEAST_DELAY * self.times.seconds(1))
+        if least >= unread:
+            return least
+        once, twice = self.times.seconds(least), self.times.seconds(2 * least)
+        if twice <= once:
+            return unread
+        nothing = max(2 * once - twice, 0) / (twice - once) * least
+        return max(least, math.sqrt(unread * nothing))
+
+    def room(self, decoding: list[Sequence], sequences: int, unread: float) -> float:
         """The load of prompts that may be read before the next token of those who decode.
 
         ``sequences`` are there in all. A step may take a share longer than one in which all of them
         decode, so that tokens come evenly while more and more do; sometimes it may take longer, see
         ``charge``. It may take twice the time of a token longer in any case; for each prompt, where
         not many are made to wait for these. Where all have just begun, as when many come at once,
-        it may take as long as a whole piece of a prompt: a few long waits for everybody, and none
-        once answers are under way, in place of many.
+        it may take as long as a whole piece of a prompt, or two where so much is ``unread``: a few
+        long waits for everybody, equally long, and none once answers are under way.
         """
         step, limit = self._limit(decoding, sequences)
+        if limit == math.inf:
+            steps = WELL_BEGUN + 1 - max(seq.num_output for seq in decoding)
+            most = MOST_PIECES * self.prefill_chunk
+            return max(self.prefill_chunk, min(unread / steps, most))
         limit += self._saved
         if not self.mixes:
             return min(self.times.load(limit - step), self.prefill_chunk)

@@ -129,7 +129,10 @@ class Scheduler:
         self._drop_cancelled()
         decoding = self.running[: self.num_decoding]
         count = min(len(self.waiting) + len(self.running), self.num_slots)
-        left = self.budget.room(decoding, count) - self._prefilled if decoding else math.inf
+        left = math.inf
+        if decoding:
+            room = self.budget.room(decoding, count, self._unread + self._prefilled)
+            left = room - self._prefilled
         pieces = self._pieces(left)
         load = sum(self.budget.cost(seq, width) for seq, width in pieces)
         self._prefilled += load
@@ -139,6 +142,11 @@ class Scheduler:
         self._prefilled = 0.0
         sequences = [*decoding, *(seq for seq, _ in pieces)]
         return Batch(sequences, [1] * len(decoding) + [width for _, width in pieces])
+
+    @property
+    def _unread(self) -> int:
+        """Tokens of prompts that are there and not yet read."""
+        return sum(seq.unread for seq in (*self.running[self.num_decoding :], *self.waiting))
 
     def _is_mixed(self, pieces: list[tuple[Sequence, int]], left: float) -> bool:
         """True where those who decode take part in the pass that reads these prompts.
@@ -155,7 +163,7 @@ class Scheduler:
         pieces: list[tuple[Sequence, int]] = []
         if not self.waiting and len(self.running) == self.num_decoding:
             return pieces
-        together = self.budget.together if self.mixes else 0.0
+        together = self.budget.together(self._unread) if self.mixes else 0.0
         while piece := self._next_piece(pieces, min(left, together) if pieces else left):
             pieces.append(piece)
             cost = self.budget.cost(*piece)
