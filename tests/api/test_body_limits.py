@@ -4,6 +4,7 @@ import gc
 import json
 import time
 import weakref
+from collections.abc import Callable
 
 import flask
 import pytest
@@ -88,7 +89,7 @@ def test_token_ids_may_be_many_where_a_route_takes_them(served):
 
 @pytest.mark.parametrize("raw", SHAPES.values(), ids=SHAPES)
 def test_no_body_takes_the_interpreter_for_long(raw):
-    """50 ms on a quiet machine; processor time, for others share this one."""
+    """50 ms on a quiet machine; by what counting takes, for others share this one."""
 
     def cost():
         began = time.thread_time()
@@ -96,7 +97,20 @@ def test_no_body_takes_the_interpreter_for_long(raw):
             strict_json.parse(raw, MOST_IDS if b'"prompt"' in raw else strict_json.MOST_ITEMS)
         return time.thread_time() - began
 
-    assert min(cost() for _ in range(3)) < 0.05
+    assert takes_no_longer_than_counting(cost)
+
+
+def takes_no_longer_than_counting(cost: Callable[[], float]) -> bool:
+    """Processor time beside that of counting to 1.5 million: some 55 ms, where cores are slow more."""
+
+    def count() -> float:
+        began, total = time.thread_time(), 0
+        for i in range(1_500_000):
+            total += i
+        return time.thread_time() - began
+
+    costs, counts = zip(*((cost(), count()) for _ in range(4)), strict=True)
+    return bool(min(costs) < min(counts))
 
 
 def compact(**fields):
@@ -152,7 +166,7 @@ ACCEPTED = {
 
 @pytest.mark.parametrize(("schema", "unit", "around", "count"), ACCEPTED.values(), ids=ACCEPTED)
 def test_no_accepted_body_takes_the_interpreter_for_long(schema, unit, around, count):
-    """50 ms on a quiet machine for all of parsing and validation; processor time."""
+    """50 ms on a quiet machine for all of parsing and validation; by what counting takes."""
     units = [f'"{n}":0' for n in range(count)] if unit is None else [unit] * count
     raw = (around % ("" if around.endswith('"}') else ",").join(units)).encode()
     assert len(raw) <= SIZE
@@ -162,7 +176,7 @@ def test_no_accepted_body_takes_the_interpreter_for_long(schema, unit, around, c
         schema().load(strict_json.parse(raw, schema.most_items))
         return time.thread_time() - began
 
-    assert min(cost() for _ in range(4)) < 0.05
+    assert takes_no_longer_than_counting(cost)
 
 
 @pytest.mark.parametrize(

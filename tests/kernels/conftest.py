@@ -92,6 +92,8 @@ def library_file(native_cache: Path) -> Path:
 
 # Nearly the code of another one: in `make test-all` alone.
 REPEATED = {"avx2_vnni_by_avx512", "neon_bf16_on_x86"}
+if AMX in usable():  # its own instructions do what loops do elsewhere
+    REPEATED |= {"amx_by_loops", "avx2_vnni"}
 OWN = [*usable(), *(variant for variant in STAND_INS if not variant.missing(cpu_flags()))]
 EVERY = [variant for variant in OWN if variant.name not in REPEATED]
 
