@@ -107,7 +107,7 @@ def test_four_who_loop_on_other_models_hold_an_innocent_client_shortly(
         f"{loading:.1f} s of {SERVED_S:g} were loading"
     )
     assert max(waits) < allowed(6)
-    assert len(waits) > 1
+    assert len(waits) > 5
 
 
 def test_long_and_scored_prompts_do_not_hold_a_short_one(

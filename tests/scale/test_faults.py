@@ -29,7 +29,7 @@ from tests.scale.conftest import (
     wait_for,
 )
 
-MOST_S = 5.0  # that a new request waits
+MOST_S = 5.0  # that new requests wait
 
 
 def test_a_killed_replica_ends_its_own_streams_alone(cluster, front, measured):
@@ -56,6 +56,7 @@ def test_a_killed_replica_ends_its_own_streams_alone(cluster, front, measured):
     looking.join(200)
     assert back_s, "it was not replaced"
     measured(f"20 new requests in {answered_s:.1f} s; a replica is back in {back_s[0]:.1f} s")
+    assert back_s[0] < 30
 
 
 def test_nobody_notices_that_the_controller_is_killed(cluster, front, measured):
@@ -107,7 +108,7 @@ def test_a_killed_redis_costs_nothing_but_what_it_shares(cluster, front, measure
     took_s = time.monotonic() - began
     measured(f"6 new requests on both fronts {took_s:.2f} s after redis was killed")
     assert all(isinstance(answer, dict) for answer in answers), answers
-    assert took_s < 6 * MOST_S
+    assert took_s < MOST_S
     cluster.redis.start()
     assert [stream.end() for stream in streams] == ["done"] * 2
     assert isinstance(front.chat("hot"), dict)
@@ -133,7 +134,7 @@ def test_a_replica_that_hangs_hides_no_other_and_gets_no_new_requests(cluster, f
         assert isinstance(front.chat("one"), dict)
         took_s = time.monotonic() - began
         measured(f"shown as hung after {seen_s:.1f} s; two new requests in {took_s:.1f} s then")
-        assert took_s < 2 * MOST_S
+        assert took_s < MOST_S
     finally:
         with suppress(ProcessLookupError):  # Serve may have ended it
             os.kill(hung, signal.SIGKILL)

@@ -13,8 +13,8 @@ from typing import Any
 
 from tests.scale.conftest import Front, wait_for
 
-MOST_S = 10.0
-RESTART_S = 90.0  # of a front on a busy machine; who comes meanwhile waits for it
+MOST_S = 5.0
+RESTART_S = 20.0  # of a front; who comes meanwhile waits for it
 
 
 def test_without_a_head_replicas_go_on_and_nobody_waits_for_long(cluster, front, measured):
