@@ -23,7 +23,11 @@ from transformers_api.engine.native.runner import SIZES, Kind, NativeRunner, inp
 from transformers_api.engine.native.state_cache import NativeStateCache
 from transformers_api.engine.rope import fixed_factors
 from transformers_api.engine.runners.adapted_modules import adapted
-from transformers_api.engine.runners.edited_attention import current_attention_edits, edited_model
+from transformers_api.engine.runners.edited_attention import (
+    current_attention_edits,
+    edited_model,
+    unedited_attention,
+)
 from transformers_api.engine.runners.edited_modules import current_edits
 from transformers_api.kernels.modules.attention import CausalRows, describing
 
@@ -120,7 +124,8 @@ class NativeStateRunner(NativeRunner):
             for kind, mask in masks.items()
         ]
         hooks = edited_model(self.model, current_edits(), current_attention_edits())
-        with describing(described), expanding_into(cache), hooks:
+        # what is current already is not applied twice
+        with describing(described), expanding_into(cache), unedited_attention(), hooks:
             logits: Tensor = self.model(
                 input_ids=ids,
                 attention_mask=built,
