@@ -162,13 +162,18 @@ def test_a_client_that_waits_for_a_word_gets_it_once(server: Server) -> None:
         (b"GET / HTTP/1.0\r\r", 400, None),
         (b"GET /v1/models\r\nHost: h\n", 400, None),
         (b"\x16\x03\x01\x00\xa5\x01\x00\x00\xa1\x03\x03" + bytes(160), 400, None),  # TLS
+        (b"GET /pid HTTP/1.1\r\n\r\n", 400, None),
         (b"GET / HTTP/9.9\r\n\r\n", 400, None),
         (b"GET /v1/models HTTP/1.1\r\nHost : h\r\n\r\n", 400, None),
         (b"GET /v1/models HTTP/1.1\r\nHost: h\r\nX: a\r\n b\r\n\r\n", 400, None),
-        (b"POST /v1/x HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\na", 400, None),
-        (b"POST /v1/x HTTP/1.1\r\nTransfer-Encoding: gzip\r\n\r\n", 400, None),
-        (b"POST /echo HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nxyz\r\n", 400, None),
-        (b"GET /v1/" + b"a" * 9000 + b" HTTP/1.1\r\n\r\n", 414, "uri_too_long"),
+        (
+            b"POST /v1/x HTTP/1.1\r\nHost: h\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\na",
+            400,
+            None,
+        ),
+        (b"POST /v1/x HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: gzip\r\n\r\n", 400, None),
+        (b"POST /echo HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\nxyz\r\n", 400, None),
+        (b"GET /v1/" + b"a" * 9000 + b" HTTP/1.1\r\nHost: h\r\n\r\n", 414, "uri_too_long"),
         (b"GET /v1 HTTP/1.1\r\n" + b"A: b\r\n" * 200 + b"\r\n", 431, "headers_too_large"),
         (b"GET /v1 HTTP/1.1\r\nA: " + b"b" * 9000 + b"\r\n\r\n", 431, "headers_too_large"),
         (b"GET /v1 HTTP/1.1\r\nA: " + b"b" * 90000, 431, "headers_too_large"),
@@ -201,7 +206,9 @@ def test_a_client_that_never_reads_is_given_up_and_its_thread_is_free(server: Se
         for _ in range(20):
             clients.enter_context(connected(server, flood, buffer=4096))
         assert took_s(server) < 1
-        reader = clients.enter_context(connected(server, b"GET /stream?ticks=50 HTTP/1.1\r\n\r\n"))
+        reader = clients.enter_context(
+            connected(server, b"GET /stream?ticks=50 HTTP/1.1\r\nHost: h\r\n\r\n")
+        )
         ends = [server.get("/flooded") for _ in range(20)]
         assert ends == ["True"] * 20
         raw = reader.recv(1 << 20)

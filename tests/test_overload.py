@@ -132,8 +132,8 @@ def test_readers_are_not_held_by_those_who_do_not_read(server: Server) -> None:
 REFUSED_BELOW = {
     "uri_too_long": b"GET /" + b"x" * 5000,
     "headers_too_large": b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 200 + b"\r\n",
-    "invalid_request": b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nnonsense\r\n",
-    "request_timeout": b"POST / HTTP/1.1\r\nContent-Length: 9\r\n\r\nhalf",
+    "invalid_request": b"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\nnonsense\r\n",
+    "request_timeout": b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 9\r\n\r\nhalf",
 }
 
 
@@ -158,7 +158,9 @@ def refusals(server: Server, code: str) -> float:
 def test_a_body_in_chunks_beyond_the_limit_is_413(server: Server, chunk: int) -> None:
     piece = b"%x\r\n%b\r\n" % (chunk, b" " * chunk)
     with socket.create_connection(server.address(), WAIT_S) as client:
-        client.sendall(b"POST /v1/completions HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n")
+        client.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n"
+        )
         for _ in range(3_000_000 // chunk):
             client.sendall(piece)
         client.sendall(b"0\r\n\r\n")

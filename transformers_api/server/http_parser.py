@@ -23,6 +23,7 @@ LEAST_CHUNKS = 4096  # that every body may have, and
 MEAN_CHUNK = 256  # bytes of the mean chunk of a longer one: reading a chunk costs as much as 1 KB
 CRLF = b"\r\n"
 FRAMING = (b"content-length", b"transfer-encoding")
+HOST = re.compile(rb"[0-9A-Za-z\-._~!$&'()*+,;=%:\[\]]*")  # a name or an address, and a port
 FIELD = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
 LENGTH = re.compile(rb"0*([0-9]{1,18})")
 NOT_A_HEAD = re.compile(rb"(?<!\r)\n|\r[^\n]|[\x00-\x08\x0b\x0c\x0e-\x1f]")  # nor its beginning
@@ -169,6 +170,7 @@ class RequestBuffer:
                 f"More than {MAX_HEADS} headers, or one of more than {MAX_HEAD} bytes"
             )
         fields = [_field(text) for text in lines]
+        _check_host(line, [value for name, value in fields if name == b"host"])
         self._length = _body_length(line, [pair for pair in fields if pair[0] in FRAMING])
         if self._length is None or self._length > self._max_body:
             most = self._uploads.limit(RequestHead(head))
@@ -230,6 +232,14 @@ def _field(line: bytes) -> tuple[bytes, bytes]:
     if field is None:
         raise InvalidRequest(f"The request is not HTTP: a header reads {_excerpt(line)}")
     return field[1].lower(), field[2].rstrip(b" \t")
+
+
+def _check_host(line: bytes, hosts: list[bytes]) -> None:
+    """Raise InvalidRequest unless one header says whom it is to; HTTP/1.0 need not have it."""
+    if len(hosts) > 1 or (not hosts and line.endswith(b"HTTP/1.1")):
+        raise InvalidRequest("The request is not HTTP: Host has to come once")
+    if hosts and not HOST.fullmatch(hosts[0]):
+        raise InvalidRequest(f"The request is not HTTP: Host is {_excerpt(hosts[0])}")
 
 
 def _body_length(line: bytes, framing: list[tuple[bytes, bytes]]) -> int | None:
