@@ -18,6 +18,7 @@ from tests.tokenizers import byte_level
 from transformers_api.config.settings import GIB, Settings
 from transformers_api.engine.base import SamplingParams, SequenceRequest
 from transformers_api.engine.native import packed_weights
+from transformers_api.engine.native.packed_store import PackedStore, StoredWeight
 from transformers_api.engine.platform import memory
 from transformers_api.engine.thread import EngineThread
 from transformers_api.errors import InsufficientMemory, ModelLoadFailed
@@ -87,6 +88,21 @@ def reported(loader, spec):
         spec, prepared(loader, spec), lambda share, text: reports.append((share, text))
     ).engine.close()
     return reports
+
+
+@pytest.mark.parametrize(("most_mb", "left"), [(4, "cba"), (2, "ca"), (1, "c"), (0, "")])
+def test_a_start_brings_packed_weights_under_a_bound_that_was_lowered(tmp_path, most_mb, left):
+    store, weight = PackedStore.of(tmp_path / "store", 4), StoredWeight(0, 1, 1, 0.0, 0, 900_000, 0)
+    assert store.make_room(weight.bytes)
+    for used_at, key in enumerate("bac"):
+        store.write(key, "model", [weight], [bytes(weight.bytes)])
+        os.utime(store.path(key), (used_at, used_at))
+    (store.folder / "another file").touch()
+    thread = EngineThread(1)
+    loader_for(thread, tmp_path, packed_store_mb=most_mb)
+    thread.stop()
+    assert {entry.path.stem for entry in store.entries()} == {*left}
+    assert (store.folder / "another file").is_file()
 
 
 def test_how_far_a_load_is_moves_on_with_every_weight_and_every_packed_layer(native_loader, spec):

@@ -90,6 +90,7 @@ class ModelLoader(AdapterLoader):
         self.deadline = LoadDeadline(settings.model_wait_s)
         self._standby = StandbyModels(settings.sleeping_models, settings.sleeping_kv_mb << 20)
         self._packed = PackedStore.of(settings.model_store, settings.packed_store_mb)
+        self._packed.keep_within_bound()
         self._tokenizers: OrderedDict[Hashable, LoadedTokenizer] = OrderedDict()
         self._texts: OrderedDict[Hashable, ModelText] = OrderedDict()  # of models not in memory
         self._text_lock, self._fetch_lock = threading.Lock(), threading.Lock()

@@ -167,19 +167,33 @@ class PackedStore:
         As much of the disk as the file takes is left free beside it.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._remove_begun()
+        if size > self.most_bytes:
+            return False
+        self._shrink(self.most_bytes - size)
+        return shutil.disk_usage(self.folder).free >= 2 * size
+
+    def keep_within_bound(self) -> None:
+        """Remove what is beyond ``most_bytes``, which may have been more when it was written."""
+        with suppress(OSError):  # where it may only be read
+            self._remove_begun()
+            self._shrink(self.most_bytes)
+
+    def _shrink(self, most: int) -> None:
+        """Remove what was used longest ago until ``most`` bytes are left."""
+        entries = sorted(self.entries(), key=lambda entry: entry.used_at)
+        total = sum(entry.bytes for entry in entries)
+        while entries and total > most:
+            oldest = entries.pop(0)
+            oldest.path.unlink(missing_ok=True)
+            total -= oldest.bytes
+
+    def _remove_begun(self) -> None:
+        """Remove files that nobody is going to finish."""
         for path in self.folder.glob(f".*{PARTIAL}"):
             with suppress(OSError):
                 if path.stat().st_mtime < time.time() - STALE_S:
                     path.unlink()
-        if size > self.most_bytes:
-            return False
-        entries = sorted(self.entries(), key=lambda entry: entry.used_at)
-        total = sum(entry.bytes for entry in entries)
-        while entries and total + size > self.most_bytes:
-            oldest = entries.pop(0)
-            oldest.path.unlink(missing_ok=True)
-            total -= oldest.bytes
-        return shutil.disk_usage(self.folder).free >= 2 * size
 
     def file_bytes(self, key: str, model: str, weights: Sequence[StoredWeight]) -> int:
         """The size of the file that ``write`` makes of these."""
