@@ -19,6 +19,7 @@ import shutil
 import struct
 import threading
 import time
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -123,9 +124,11 @@ class PackedStore:
         size = self.size(key)
         if key is None or not size or size * SPARE > free_bytes():
             return
-        with self._lock:
+        with self._lock, suppress(OSError, ValueError):
             if self._ahead is None or self._ahead[0] != key:
-                self._ahead = key, _Reading(self.path(key), key)
+                reading = _Reading(self.path(key), key)
+                reading.start(1)
+                self._ahead = key, reading
 
     def ahead_bytes(self, key: str | None) -> int:
         """Bytes of memory that what was read ahead for ``key`` takes already."""
@@ -143,11 +146,10 @@ class PackedStore:
         with self._lock:
             ahead, self._ahead = self._ahead, None
         path = self.path(key)
-        if ahead is not None and ahead[0] == key:
-            content = ahead[1].result()
-        else:
-            content = _read(path, key, threads)
-        if content is None:
+        try:
+            reading = ahead[1] if ahead and ahead[0] == key else _Reading(path, key)
+            content = reading.result(threads)
+        except (OSError, ValueError):
             if path.is_file():
                 log.warning("Damaged packed weights are not used: %s", path)
                 self.remove(key)
@@ -231,23 +233,46 @@ class PackedStore:
 
 
 class _Reading:
-    """A file that is read by a thread of its own, while others do something else."""
+    """A file that is read into memory by all who ``help``. Raises OSError, ValueError at once."""
 
     def __init__(self, path: Path, key: str) -> None:
-        self._content: PackedContent | None = None
-        arguments = path, key
-        self._thread = threading.Thread(
-            target=self._run, args=arguments, name="reader", daemon=True
-        )
-        self._thread.start()
+        with path.open("rb") as file:
+            header = _read_header(file.fileno(), key)
+            self._weights, self._first = header["weights"], header["first"]
+            size = _size(self._weights)
+            if os.fstat(file.fileno()).st_size != self._first + size or not size:
+                raise ValueError("it is cut off")
+            self._file = os.dup(file.fileno())
+        weakref.finalize(self, os.close, self._file)
+        self._memory, self._start = _pages(size)
+        self._view = memoryview(self._memory)[self._start : self._start + size]
+        self._pieces = iter(range(0, size, AT_ONCE))  # those that nobody has taken
+        self._helpers: list[threading.Thread] = []
 
-    def _run(self, path: Path, key: str) -> None:
-        self._content = _read(path, key, 1)
+    def start(self, threads: int) -> None:
+        """Let so many threads more read, while others do something else."""
+        for _ in range(threads):
+            helper = threading.Thread(target=self._help, name="reader", daemon=True)
+            self._helpers.append(helper)
+            helper.start()
 
-    def result(self) -> PackedContent | None:
-        """Wait for it."""
-        self._thread.join()
-        return self._content
+    def result(self, threads: int) -> PackedContent:
+        """Read what is left by so many threads, this one among them."""
+        self.start(threads - 1 - len(self._helpers))
+        self._help()
+        for helper in self._helpers:
+            helper.join()
+        return PackedContent(self._weights, self._memory, self._start)
+
+    def _help(self) -> None:
+        """Read pieces until none is left. What cannot be read stays zero: its checksum tells."""
+        with suppress(OSError):
+            for at in self._pieces:
+                end = min(at + AT_ONCE, len(self._view))
+                while at < end and (
+                    count := os.preadv(self._file, [self._view[at:end]], self._first + at)
+                ):
+                    at += count
 
 
 def lay_out(sizes: Iterable[int]) -> Iterator[int]:
@@ -289,42 +314,6 @@ def _read_header(file: int, key: str) -> dict[str, Any]:
     header["weights"] = [StoredWeight(*weight) for weight in header["weights"]]
     header["first"] = _data_offset(size)
     return header
-
-
-def _read(path: Path, key: str, threads: int) -> PackedContent | None:
-    """The content of a file, read by so many threads; None where it is not whole."""
-    try:
-        with path.open("rb") as file:
-            header = _read_header(file.fileno(), key)
-            weights, first = header["weights"], header["first"]
-            size = _size(weights)
-            if os.fstat(file.fileno()).st_size != first + size or not size:
-                return None
-            memory, start = _pages(size)
-            view = memoryview(memory)[start : start + size]
-            pieces = [
-                threading.Thread(
-                    target=_read_pieces, args=(file.fileno(), view, first, turn, threads)
-                )
-                for turn in range(1, threads)
-            ]
-            for thread in pieces:
-                thread.start()
-            _read_pieces(file.fileno(), view, first, 0, threads)
-            for thread in pieces:
-                thread.join()
-    except (OSError, ValueError):
-        return None
-    return PackedContent(weights, memory, start)
-
-
-def _read_pieces(file: int, view: memoryview, first: int, turn: int, turns: int) -> None:
-    """Every ``turns``-th piece of the file. What cannot be read stays zero: its checksum tells."""
-    with suppress(OSError):
-        for at in range(turn * AT_ONCE, len(view), turns * AT_ONCE):
-            end = min(at + AT_ONCE, len(view))
-            while at < end and (count := os.preadv(file, [view[at:end]], first + at)):
-                at += count
 
 
 def _write_at(file: int, data: Any, offset: int) -> None:
