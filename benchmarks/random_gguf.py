@@ -1,9 +1,9 @@
-"""A GGUF file of a Llama's shape with random weights, for speed and memory at real sizes.
+"""A GGUF file of a Llama's or a Qwen3 mixture's shape with random weights, for real sizes.
 
     python -m benchmarks.random_gguf 1.1b Q4_0 /tmp/1.1b.gguf --context 32768
 
-Types: Q4_0, Q8_0, or Q4_K_M, whose output layer and half of the down projections are Q6_K. The
-vocabulary is that of the built-in model.
+Types: Q4_0, Q8_0, or Q4_K_M, whose output layer and half of the down projections are Q6_K. ``moe``
+has 64 experts, 8 for a token, 6.9 billion weights. The vocabulary is that of the built-in model.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ SHAPES = {
     "1.1b": (22, 2048, 5632, 32, 4),
     "3b": (28, 3072, 8192, 24, 8),
     "7b": (32, 4096, 14336, 32, 8),
+    "moe": (16, 2048, 1024, 16, 4),
 }
+EXPERTS = {"moe": (64, 8)}  # of a layer, and for a token
 # Where half-precision numbers are in a block, and their size for weights of about 0.02.
 HALVES = {
     "Q4_0": {0: 0.0043},
@@ -42,7 +44,8 @@ def write(
 ) -> None:
     """Write the file. ``context``: the tokens of a sequence that its metadata allow."""
     layers, width, inner, heads, key_heads = SHAPES[shape]
-    writer = gguf.GGUFWriter(path, "llama")
+    experts, chosen = EXPERTS.get(shape, (0, 0))
+    writer = gguf.GGUFWriter(path, "qwen3moe" if experts else "llama")
     writer.add_block_count(layers)
     writer.add_context_length(context)
     writer.add_embedding_length(width)
@@ -52,15 +55,32 @@ def write(
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(10000.0)
     writer.add_rope_dimension_count(width // heads)
+    if experts:
+        writer.add_key_length(width // heads)
+        writer.add_value_length(width // heads)
+        writer.add_expert_count(experts)
+        writer.add_expert_used_count(chosen)
+        writer.add_expert_feed_forward_length(inner)
     for key, value in vocabulary.items():
         _add(writer, key, value)
     tokens = len(vocabulary["tokenizer.ggml.tokens"])
     draw = numpy.random.default_rng(0)
-    for name, rows, columns in _matrices(layers, width, inner, key_heads * width // heads, tokens):
-        own = _kind_of(name, kind)
-        writer.add_tensor(name, _blocks(draw, own, rows, columns), raw_dtype=Kind[own])
+    keys = key_heads * width // heads
+    for name, rows, columns in _matrices(layers, width, inner, keys, tokens):
+        own, count = _kind_of(name, kind), experts if experts and ".ffn_" in name else 1
+        blocks = _blocks(draw, own, count * rows, columns)
+        if count > 1:
+            name = name.replace(".weight", "_exps.weight")
+            blocks = blocks.reshape(count, rows, -1)
+        writer.add_tensor(name, blocks, raw_dtype=Kind[own])
     for name in ("output_norm", *_norms(layers)):
         writer.add_tensor(f"{name}.weight", numpy.ones(width, numpy.float32))
+    for layer in range(layers if experts else 0):
+        router = draw.normal(0, 0.02, (experts, width)).astype(numpy.float32)
+        writer.add_tensor(f"blk.{layer}.ffn_gate_inp.weight", router)
+        for name in ("attn_q_norm", "attn_k_norm"):
+            ones = numpy.ones(width // heads, numpy.float32)
+            writer.add_tensor(f"blk.{layer}.{name}.weight", ones)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

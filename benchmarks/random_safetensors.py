@@ -77,8 +77,10 @@ def write(shape: str, folder: Path) -> None:
         file, shard = f"model-{number:05d}.safetensors", dict[str, Tensor]()
         for name, size in sizes.items():
             count = torch.Size(size).numel()
-            rows = pool.roll(-at).repeat(-(-count // POOL))[:count].view(size)
-            shard[name] = rows.clone() if len(size) > 1 else torch.ones(size, dtype=torch.bfloat16)
+            first = pool[at : at + count]
+            others = pool.repeat(-(-(count - len(first)) // POOL))[: count - len(first)]
+            rows = torch.cat([first, others]).view(size)
+            shard[name] = rows if len(size) > 1 else torch.ones(size, dtype=torch.bfloat16)
             at = (at + count) % POOL
         save_file(shard, folder / file, metadata={"format": "pt"})
         places |= dict.fromkeys(shard, file)
