@@ -5,7 +5,8 @@
 
 "resident" is the most that the server had resident until it was ready, the pages of mapped files
 included; "own" leaves these out, which the system takes back where it needs memory. The program
-itself is in both. ``--again``: each is started a second time, with the packed weights of the first.
+itself is in both. ``--again``: each is started a second time, with the packed weights of the first,
+and then unloaded and asked once more. "core-s": processor time until it was ready.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -31,7 +33,15 @@ from benchmarks.swap import wait_for_files
 
 INTERVAL_S = 0.01
 SIZES = ("served, MB", "resident, MB", "own, MB", "allowed, MB")
-HEADS = ["weights", *SIZES, "ready, s", "first token, s", "tokens/s"]
+HEADS = [
+    "weights",
+    *SIZES,
+    "core-s",
+    "ready, s",
+    "first token, s",
+    "unloaded: first, s",
+    "tokens/s",
+]
 MORE, SPARE = 1.1, 500_000_000  # of the weights that are served, and beside them, may be taken
 LIMIT_S, TOKENS = 3600, 24
 STORE_MB, WRITTEN_WITHIN_S = 20480, 300
@@ -43,6 +53,23 @@ def status(pid: int, name: str) -> int:
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) << 10
     return 0
+
+
+def core_seconds(parent: int) -> float:
+    """Processor time of the server's processes so far."""
+    ticks = 0
+    for pid in servers.family(parent):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def loaded_again(server: Server) -> float:
+    """Seconds to the first token of a request that loads the model, which is unloaded first."""
+    root = server.base_url.removesuffix("/v1")
+    request = urllib.request.Request(f"{root}/models/{server.model}/unload", method="POST")
+    with urllib.request.urlopen(request):
+        return asyncio.run(ask(server, HELLO, 2)).first
 
 
 @contextmanager
@@ -69,7 +96,7 @@ def watching(parent: int) -> Iterator[dict[str, int]]:
         watcher.join()
 
 
-def one(path: Path, quantization: str, scratch: Path, store_mb: int) -> list[str]:
+def one(path: Path, quantization: str, scratch: Path, store_mb: int, is_second: bool) -> list[str]:
     """A line of the table: the server is started, asked, and ended."""
     environment = {"QUANTIZATION": quantization, "PACKED_STORE_MB": str(store_mb)}
     contender = servers.ours(
@@ -84,10 +111,12 @@ def one(path: Path, quantization: str, scratch: Path, store_mb: int) -> list[str
             with watching(process.pid) as peaks:
                 servers.wait_until_ready(process, f"{address}/readyz", LIMIT_S)
                 ready_s, loading = time.perf_counter() - began, dict(peaks)
+                core_s = core_seconds(process.pid)
             server = Server(f"{address}/v1", contender.model, contender.fields)
             answer = asyncio.run(ask(server, HELLO, TOKENS))
             with urllib.request.urlopen(f"{address}/status") as response:
                 resident = json.load(response)["resident"]
+            again = f"{loaded_again(server):.1f}" if is_second else ""
             wait_for_files(scratch / "store" / "packed" if store_mb else None, 1, WRITTEN_WITHIN_S)
         except Exception:
             log.seek(0)
@@ -97,11 +126,12 @@ def one(path: Path, quantization: str, scratch: Path, store_mb: int) -> list[str
             servers.end(process)
     served = resident["bytes"]
     sizes = served, loading["VmHWM"], loading["RssAnon"], int(MORE * served) + SPARE
-    times = ready_s, ready_s + answer.first, 1 / answer.per_token
     return [
         resident["quantization"],
         *(f"{size / 1e6:,.0f}" for size in sizes),
-        *(f"{each:.1f}" for each in times),
+        *(f"{each:.1f}" for each in (core_s, ready_s, ready_s + answer.first)),
+        again,
+        f"{1 / answer.per_token:.1f}" if answer.per_token else "",  # no text came before the last
     ]
 
 
@@ -120,9 +150,9 @@ def main() -> None:
     lines = []
     for quantization in options.quantization.split(","):
         shutil.rmtree(scratch, ignore_errors=True)
-        for _ in range(1 + options.again):
+        for turn in range(1 + options.again):
             store_mb = STORE_MB if options.again else 0
-            lines.append(one(options.model.absolute(), quantization, scratch, store_mb))
+            lines.append(one(options.model.absolute(), quantization, scratch, store_mb, turn > 0))
             print(*lines[-1], flush=True)
     shutil.rmtree(scratch, ignore_errors=True)
     print(f"\n{table(HEADS, lines)}\n\n{today()}, {options.model.name}. {machine()}.")
