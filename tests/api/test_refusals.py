@@ -60,11 +60,13 @@ def test_a_refusal_has_the_headers_that_the_application_gives(server, refusal) -
 
 @pytest.mark.parametrize("line", ["", 'X-Request-Id: a"b\r\n', "X-Request-Id: a\tb\r\n"])
 def test_an_id_that_is_no_good_is_replaced(server, line) -> None:
-    _, refused = answer(server, f"GET / HTTP/1.1\r\n{line}Content-Length: x\r\n\r\n")
+    _, refused = answer(server, f"GET / HTTP/1.1\r\nHost: h\r\n{line}Content-Length: x\r\n\r\n")
     assert re.fullmatch("[0-9a-f]{32}", refused["X-Request-Id"])
 
 
 def test_another_page_may_not_read_a_refusal(server) -> None:
-    _, refused = answer(server, "GET / HTTP/1.1\r\nOrigin: https://x\r\nContent-Length: x\r\n\r\n")
+    _, refused = answer(
+        server, "GET / HTTP/1.1\r\nHost: h\r\nOrigin: https://x\r\nContent-Length: x\r\n\r\n"
+    )
     assert "Access-Control-Allow-Origin" not in refused
     assert refused["Vary"] == "Origin"
