@@ -109,10 +109,11 @@ class NativeRunner(ModelRunner):
         cache = self.cache.scratch(max(SIZES), self.cache.max_length if is_own else MIN_LENGTH)
         cache.shows_symbols = is_own
         inputs = [inputs_of([1] * size, [3] * size, list(range(size))) for size in SIZES]
-        with fixed_factors(self.model, False):
-            self._compute(inputs[0], cache)
-        self.cache.shaped_like(cache)
+        if is_own:  # a recording has to know the rows' memory
+            with fixed_factors(self.model, False):
+                self._compute(inputs[0], cache)
         self._learn_steps(inputs, cache)
+        self.cache.shaped_like(cache)
 
     def _module(self, name: str) -> nn.Module:
         """As ``get_submodule``, which takes thirty microseconds in the middle of a step."""
