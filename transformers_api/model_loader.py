@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 RESERVE = 1.15  # of the weights: activations, the KV cache of a few short sequences
 TEXTS = 2  # tokenizers of models that are not in memory
 SPARE = 1.2  # of what is needed, to load beside a resident model
+WRITE_AFTER_S = 1.0  # who waits for a model comes before the disk
 QUANTIZED_BYTES = {"int8": 1.07, "int4": 0.8}  # int4: 5/8, and the output layer's like int8
 
 log = logging.getLogger(__name__)
@@ -329,7 +330,7 @@ class ModelLoader(AdapterLoader):
         from transformers_api.engine.native.packed_weights import PackedFile
 
         key = self._packed_key(spec, files)
-        return PackedFile(self._packed, key, spec.name) if key else None
+        return PackedFile(self._packed, key, spec.name, WRITE_AFTER_S) if key else None
 
     def _free_bytes(self, device: str) -> int:
         return self.thread.call(lambda: available_bytes(device)).result()

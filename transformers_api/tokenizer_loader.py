@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from transformers_api.engine.platform.imports import without_collection
 from transformers_api.errors import ModelLoadFailed
 from transformers_api.serving.models.capabilities import context_length
 from transformers_api.serving.models.description import describe
 from transformers_api.serving.models.processors import processor_template
 from transformers_api.serving.models.spec import ModelFiles, ModelSpec
 from transformers_api.serving.text.model_text import TokenizerOnly
+
+# Which say of added tokens what tokenizer.json does not.
+OWN_TOKENS = ("added_tokens.json", "special_tokens_map.json")
+OWN_FIELDS = ("added_tokens_decoder", "fast_tokenizer_files", "auto_map")
+BETWEEN = re.compile(r"[\s,:]*")  # two values of a JSON object
 
 
 class LoadedTokenizer(NamedTuple):
@@ -36,7 +44,8 @@ def read_text(spec: ModelSpec, files: ModelFiles, default_context: int) -> Token
 
 def read_tokenizer(spec: ModelSpec, files: ModelFiles) -> LoadedTokenizer:
     """The tokenizer of a model's files. Raises ModelLoadFailed."""
-    loaded = _load_tokenizer(files.folder, spec.trust_remote_code)
+    with without_collection():  # nearly all that is made now stays
+        loaded = _load_tokenizer(files.folder, spec.trust_remote_code)
     return LoadedTokenizer(loaded, max(loaded.get_vocab().values(), default=0) + 1)
 
 
@@ -45,7 +54,10 @@ def _load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=trust_remote_code, local_files_only=True
+            folder,
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+            **_added_tokens(folder),
         )
     except Exception as error:
         raise ModelLoadFailed(f"The tokenizer cannot be loaded: {error}") from error
@@ -53,6 +65,38 @@ def _load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
         tokenizer.chat_template = template
     _forget_words(tokenizer)
     return tokenizer
+
+
+def _added_tokens(folder: Path) -> dict[str, Any]:
+    """The added tokens of a tokenizer.json, as ``from_pretrained`` takes them.
+
+    It would read the whole file for them, with all merges, once more than the tokenizer does. Empty
+    where another file has a say in it, or this one is not as expected.
+    """
+    try:
+        config = json.loads((folder / "tokenizer_config.json").read_bytes())
+        if any((folder / name).exists() for name in OWN_TOKENS) or config.keys() & {*OWN_FIELDS}:
+            return {}
+        tokens = _value((folder / "tokenizer.json").read_bytes().decode(), "added_tokens")
+        decoder = {token["id"]: {k: v for k, v in token.items() if k != "id"} for token in tokens}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+    return {"added_tokens_decoder": decoder}
+
+
+def _value(text: str, name: str) -> Any:
+    """The value of one key of a JSON object; what comes after it is not read."""
+    decoder, at, key = json.JSONDecoder(), text.index("{") + 1, None
+    while key != name:
+        key, at = decoder.raw_decode(text, _start(text, at))
+        value, at = decoder.raw_decode(text, _start(text, at))
+    return value
+
+
+def _start(text: str, at: int) -> int:
+    """The place of the next value from ``at`` on."""
+    space = BETWEEN.match(text, at)
+    return space.end() if space else at
 
 
 def lowercase(tokenizer: Any) -> None:

@@ -12,7 +12,9 @@ import transformers as tf
 
 from tests.engine.models import BATCHED, IDS, SIZES
 from tests.inspection.models import ALL, tiny
+from transformers_api.engine.places import model_places
 from transformers_api.engine.runners.packed_linear import pack_linears
+from transformers_api.engine.watched_pass import holding_passes
 from transformers_api.families.decoder import DecoderForCausalLM
 from transformers_api.families.gpt3dev import GPT3DevConfig, GPT3DevForCausalLM
 from transformers_api.families.niels import NielsConfig, NielsForCausalLM
@@ -168,3 +170,15 @@ def hooks_on(model):
     return sum(
         len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()
     )
+
+
+def test_a_model_that_was_watched_for_its_places_is_not_watched_again_for_its_parts():
+    model, calls = model_of("llama"), []
+    model.get_submodule("model.norm").register_forward_hook(lambda *_: calls.append(1))
+    with holding_passes():
+        model_places(model)
+        held = find_parts(model)
+    in_a_load = len(calls)
+    assert held == find_parts(model)
+    assert model_places(model)
+    assert len(calls) - in_a_load == in_a_load + 1

@@ -38,6 +38,7 @@ from transformers_api.engine.standby import StandbyModel, StandbyModels
 from transformers_api.engine.stored_model import load_stored, stored_weights
 from transformers_api.engine.stored_weights import StoredWeights
 from transformers_api.engine.thread import EngineThread
+from transformers_api.engine.watched_pass import holding_passes
 from transformers_api.engine.weight_names import NotStreamed
 from transformers_api.errors import ModelLoadFailed, ModelNotServable
 from transformers_api.heap import trim_memory
@@ -83,7 +84,8 @@ def load_engine(
         conversations = options.standby.conversations(key)
         restore_conversations(conversations, engine.scheduler, runner.cache)
     else:
-        with without_collection():  # nearly all that is made now stays
+        # Nearly all that is made now stays.
+        with without_collection(), holding_passes():
             make = partial(make_model, folder, stored, device, options)
             engine, backend = start(make, folder.name, backends, options, thread, wrap)
         if stored is not None:

@@ -259,18 +259,20 @@ def _equal(made: Tensor | None, other: Tensor) -> bool:
 def is_linear(module: nn.Module, x: Tensor) -> bool:
     """True for a module that multiplies ``x`` (…, in) with a matrix, and may add a bias.
 
-    Not for one that only scales, drops or normalises its channels.
+    Not for one that only scales, drops or normalises its channels. Our own say it themselves.
     """
+    if getattr(module, "only_multiplies", False):
+        return True
     only_first = torch.zeros_like(x)
     only_first[..., 0] = x.abs().amax() + 1
+    inputs = torch.zeros_like(x), x, 2 * x, only_first
     try:
-        zero, once, twice, first = (
-            module(each).double() for each in (torch.zeros_like(x), x, 2 * x, only_first)
-        )
+        made = module(torch.cat(inputs)).double()
     except Exception:  # of that code, which may be anybody's
         return False
-    if once.shape[:-1] != x.shape[:-1]:
+    if made.shape[:-1] != (len(inputs) * len(x), *x.shape[1:-1]):
         return False
+    zero, once, twice, first = made.chunk(len(inputs))
     grown, expected = twice - zero, 2 * (once - zero)
     off = (grown - expected).norm() / expected.norm().clamp_min(1e-30)
     mixed = ((first - zero).flatten(0, -2)[0] != 0).sum()

@@ -5,9 +5,10 @@ No table of names: what a module is shows in what it is x and what it gives.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+import contextvars
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,8 +40,37 @@ class Call:
         return next(self.module.children(), None) is None
 
 
-def watched_pass(model: Any, *, with_copies: bool = False) -> tuple[list[Call], Tensor]:
+Watched = tuple[list[Call], Tensor]
+_held: contextvars.ContextVar[dict[int, tuple[Any, Watched]] | None] = contextvars.ContextVar(
+    "held", default=None
+)
+
+
+@contextmanager
+def holding_passes() -> Iterator[None]:
+    """While it lasts, a model that was watched is not run again to be watched once more.
+
+    Nobody may change it in between.
+    """
+    token = _held.set({})
+    try:
+        yield
+    finally:
+        _held.reset(token)
+
+
+def watched_pass(model: Any, *, with_copies: bool = False) -> Watched:
     """Every call of a module, in the order in which they end, and the logits (T, V)."""
+    held = _held.get()
+    if held is not None and not with_copies and id(model) in held:
+        return held[id(model)][1]
+    calls, logits = _watch(model, with_copies)
+    if held is not None:  # the copies are large, and whoever wants them has them now
+        held[id(model)] = model, ([replace(call, x=None, y=None) for call in calls], logits)
+    return calls, logits
+
+
+def _watch(model: Any, with_copies: bool) -> Watched:
     calls: list[Call] = []
 
     def note(name: str) -> Any:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -121,14 +120,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if _kind(func).decomposes:
+        kind = _kind(func)
+        if kind.decomposes:
             with self:
                 return func.decompose(*args, **kwargs)
         if types:  # tensors without numbers: what stands for the operation is recorded
             with self:
                 return types[0].__torch_dispatch__(func, types, args, kwargs)
         out = func(*args, **kwargs)
-        self._record(func, args, kwargs, out)
+        self._record(kind, args, kwargs, out)
         return out
 
     def ref(self, tensor: Tensor) -> Ref:
@@ -191,14 +191,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.sizes[storage.data_ptr()] = storage.nbytes()
         self.alive.append(tensor)
 
-    def _record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        results, kind = _tensors(out), _kind(func)
-        if kind.name in ALLOCATIONS or kind.name in CONSTANTS:
+    def _record(self, kind: _Kind, args: tuple[Any, ...], kwargs: Any, out: Any) -> None:
+        results = [out] if isinstance(out, Tensor) else _tensors(out)
+        if kind.makes_memory:
             self.alive += results
             value = CONSTANTS.get(kind.name)
             self.fresh |= {t.untyped_storage().data_ptr(): (t, value) for t in results}
             return
-        if not any(self.is_dynamic(tensor) for tensor in _tensors((args, *kwargs.values()))):
+        operands = _tensors((*args, *kwargs.values()) if kwargs else args)
+        if not any(self.is_dynamic(tensor) for tensor in operands):
             self.alive += results
             if kind.is_mutable:
                 self.fresh.pop(args[0].untyped_storage().data_ptr(), None)
@@ -207,23 +208,24 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         if kind.is_mutable:
             self._begin_writing(args[0])
-        name = kind.name.replace("_.", ".") if kind.is_mutable else kind.name
-        if reason := self._untranslated((args, *kwargs.values())):  # which nobody may ever read
+        if reason := self._untranslated(operands):  # which nobody may ever read
             self.alive += results
             self.untranslated |= {t.untyped_storage().data_ptr(): reason for t in results}
             if not results:
                 self.failure = self.failure or reason
             return
         is_static = kind.is_mutable and not self.is_dynamic(args[0])
-        if is_static or not translate(self, name, args, kwargs, out):
+        if is_static or not translate(self, kind.plain_name, args, kwargs, out):
             self.alive += results
             self.untranslated |= {t.untyped_storage().data_ptr(): kind.name for t in results}
             if is_static or not results:
                 self.failure = self.failure or kind.name
 
-    def _untranslated(self, values: Any) -> str:
+    def _untranslated(self, operands: list[Tensor]) -> str:
         """The operation that the native program lacks for one of these operands; else ""."""
-        storages = (tensor.untyped_storage().data_ptr() for tensor in _tensors(values))
+        if not self.untranslated:
+            return ""
+        storages = (tensor.untyped_storage().data_ptr() for tensor in operands)
         return next((self.untranslated[s] for s in storages if s in self.untranslated), "")
 
     def _begin_writing(self, tensor: Tensor) -> None:
@@ -251,17 +253,38 @@ def _tensors(values: Any) -> list[Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """Properties of one of torch's operations, cached: a look-up costs more than the operation."""
+    """Properties of one of torch's operations, cached: a look-up costs more than the operation.
 
+    ``plain_name``: of the operation that returns its result, where it writes into an operand.
+    """
+
+    operation: Any
     name: str
+    plain_name: str
+    makes_memory: bool
     decomposes: bool
     is_mutable: bool
     is_view: bool  # the results share the first argument's memory
 
 
-@functools.cache
+_kinds: dict[int, _Kind] = {}  # by an operation's address, which is its own while it is in here
+
+
 def _kind(func: Any) -> _Kind:
+    kind = _kinds.get(id(func))
+    return kind or _kinds.setdefault(id(func), _kind_of(func))
+
+
+def _kind_of(func: Any) -> _Kind:
     aliases = [r.alias_info for r in func._schema.returns]
     is_view = any(alias is not None and not alias.is_write for alias in aliases)
-    name = str(func)
-    return _Kind(name, func._can_decompose(), func._schema.is_mutable, is_view or name in VIEWS)
+    name, is_mutable = str(func), func._schema.is_mutable
+    return _Kind(
+        func,
+        name,
+        name.replace("_.", ".") if is_mutable else name,
+        name in ALLOCATIONS or name in CONSTANTS,
+        func._can_decompose(),
+        is_mutable,
+        is_view or name in VIEWS,
+    )

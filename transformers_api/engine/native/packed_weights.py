@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -53,11 +54,15 @@ class StoredMemory(WeightMemory):
 
 @dataclass(frozen=True)
 class PackedFile:
-    """The place of a model's packed weights, there or not. ``model``: its name, for people."""
+    """The place of a model's packed weights, there or not. ``model``: its name, for people.
+
+    ``after_s``: how long a model serves before they are written.
+    """
 
     store: PackedStore
     key: str
     model: str
+    after_s: float = 0.0
 
     def memory(self, library: Library) -> WeightMemory:
         """Memory for the weights of a load: with them in it, or empty."""
@@ -96,6 +101,7 @@ class PackedFile:
         if sys.platform == "linux":  # where a thread has one of its own
             with suppress(OSError):
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+        time.sleep(self.after_s)
         try:
             with _writing:  # one model after the other
                 if self.store.size(self.key):  # by another process, which loaded it meanwhile

@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers_api.engine.backend import PlanOutdated
 from transformers_api.engine.native.convert_model import packed_weights
 from transformers_api.engine.native.program import program
-from transformers_api.engine.native.runner import NativeRunner
+from transformers_api.engine.native.runner import PROBE, NativeRunner
 from transformers_api.engine.platform.checked_file import (
     keep_newest,
     read_used,
@@ -105,7 +105,7 @@ class StoredPlans:
             self._teach(runner, _Names(runner.model))
         except (KeyError, IndexError, ValueError) as error:
             raise PlanOutdated(f"it is built otherwise: {error!r}") from error
-        runner.logits_digest = logits_digest(runner)
+        ask_logits(runner)
         if runner.logits_digest != self.facts["logits"]:
             raise PlanOutdated("it says something else")
 
@@ -159,14 +159,17 @@ class StoredPlans:
         )
 
 
-def logits_digest(runner: NativeRunner) -> str:
-    """A digest of logits, of a prompt and a step after it, of tokens that exist everywhere."""
-    digest = hashlib.sha256()
+def ask_logits(runner: NativeRunner) -> None:
+    """Let a runner know what it says, of a prompt and a step after it."""
+    digest, whole = hashlib.sha256(), list(PROBE)
     for is_long in (False, True)[: 1 + (runner.long_layers is not None)]:
-        for ids, start, keep in (([1, 2], 0, 1), ([3], 2, 1), ([1, 2, 3], 0, 3)):
-            digest.update(runner.read(ids, start, keep, is_long).numpy().tobytes())
+        for ids, start, keep in ((whole[:2], 0, 1), (whole[2:], 2, 1), (whole, 0, 3)):
+            logits = runner.read(ids, start, keep, is_long)
+            digest.update(logits.numpy().tobytes())
+        if not is_long:
+            runner.probe_logits = logits[-1:].clone()
     runner.cache.clear()
-    return digest.hexdigest()
+    runner.logits_digest = digest.hexdigest()
 
 
 class _Names:
@@ -188,7 +191,7 @@ def _arrays_of(runner: NativeRunner, groups: list[list[Place]]) -> Arrays:
     names = _Names(runner.model)
     paths = {(id(p.parent), p.name): path for path, p in places_of(runner.model).items()}
     arrays: Arrays = {}
-    runner.logits_digest = logits_digest(runner)
+    ask_logits(runner)
     facts: dict[str, Any] = {
         "logits": runner.logits_digest,
         "groups": [[paths[id(p.parent), p.name] for p in group] for group in groups],

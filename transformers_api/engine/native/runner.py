@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from transformers_api.engine.native.packed_weights import PackedFile
 
 SIZES = (2, 3)  # tokens of the passes that are recorded; see planner.py
+PROBE = (1, 2, 3)  # tokens that exist everywhere
 
 
 class Kind(NamedTuple):
@@ -98,7 +99,8 @@ class NativeRunner(ModelRunner):
         self._pass_adapters: PassAdapters | None = None
         self._modules: dict[str, nn.Module] = {}  # that were edited, by name
         self.packed: PackedFile | None = None  # where its weights are stored
-        self.logits_digest: str | None = None  # of a few tokens, where its plans are stored
+        self.logits_digest: str | None = None  # of PROBE, where its plans are stored
+        self.probe_logits: Tensor | None = None  # the last one's (1, V), where they are known
 
     def learn(self) -> None:
         """Record passes on a cache of their own; ``failure`` says why that failed."""
@@ -107,10 +109,11 @@ class NativeRunner(ModelRunner):
         cache = self.cache.scratch(max(SIZES), self.cache.max_length if is_own else MIN_LENGTH)
         cache.shows_symbols = is_own
         inputs = [inputs_of([1] * size, [3] * size, list(range(size))) for size in SIZES]
-        with fixed_factors(self.model, False):
-            self._compute(inputs[0], cache)
-        self.cache.shaped_like(cache)
+        if is_own:  # a recording has to know the rows' memory
+            with fixed_factors(self.model, False):
+                self._compute(inputs[0], cache)
         self._learn_steps(inputs, cache)
+        self.cache.shaped_like(cache)
 
     def _module(self, name: str) -> nn.Module:
         """As ``get_submodule``, which takes thirty microseconds in the middle of a step."""

@@ -11,13 +11,12 @@ from __future__ import annotations
 import torch
 
 from transformers_api.engine.native.convert_model import packed_weights
-from transformers_api.engine.native.runner import NativeRunner
+from transformers_api.engine.native.runner import PROBE, NativeRunner
 from transformers_api.engine.native.state_runner import NativeStateRunner
 from transformers_api.engine.runners.model_runner import Runner
 from transformers_api.kernels.modules.linear import OtherWeights, PackedWeight, WeightMemory
 
 LARGEST_REST = 64 << 20  # bytes of what is not packed, such as norms, that may be kept of a model
-PROBE = (1, 2, 3)  # tokens that exist everywhere
 
 
 class NativeStandby:
@@ -26,7 +25,8 @@ class NativeStandby:
     def __init__(self, runner: NativeRunner, weights: list[PackedWeight]) -> None:
         self.runner = runner
         self._weights = weights
-        self._logits = runner.logits_of(PROBE)
+        logits = runner.probe_logits  # which do not depend on what else was asked for with them
+        self._logits = runner.logits_of(PROBE) if logits is None else logits
 
     @classmethod
     def of(cls, runner: Runner) -> NativeStandby | None:

@@ -226,11 +226,12 @@ class PackedWeight:
         if not x.is_contiguous():
             x = x.contiguous()
         shape = x.shape
-        y = x.new_empty((*shape[:-1], self.out_features))
         rows = x.numel() // self.in_features
-        if recorder := current():  # a recording needs no indices
-            recorder.add("linear", y.zero_(), [x], (rows,), call=self._address)
+        if recorder := current():  # a recording needs no numbers
+            y = torch.zeros((*shape[:-1], self.out_features), dtype=x.dtype)
+            recorder.add("linear", y, [x], (rows,), call=self._address)
             return y
+        y = x.new_empty((*shape[:-1], self.out_features))
         call = self.library.with_gil if rows < LONG else self.library.without_gil
         call.linear(
             self._address, x.data_ptr(), rows, self.in_features, y.data_ptr(), TYPES[x.dtype]
@@ -307,6 +308,8 @@ def multiply(weight: PackedWeight, x: Tensor) -> Tensor:
 
 class NativeLinear(nn.Module):
     """A Linear whose weights are in ``joined``; its own ``weight`` (meta) is only a shape."""
+
+    only_multiplies = True  # see engine/places.py
 
     def __init__(
         self, joined: JoinedWeights, index: int, weight: Tensor, is_transposed: bool = False
