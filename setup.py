@@ -2,8 +2,8 @@
 
 Where there is a compiler, the wheel holds the kernels of every instruction set and is for this
 kind of machine; where there is none, it is for any, and the server compiles them when it can. With
-ziglang (`make wheel`) they need no newer C library than that of Debian 10, and
-`WHEEL_MACHINE=aarch64` makes a wheel for that kind of machine on any other.
+ziglang (`make wheel`) they need no newer C library than that of Debian 10, and `WHEEL_MACHINE` and
+`WHEEL_SYSTEM` make a wheel for another kind of machine or system: see kernels/platforms.py.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ from setuptools.command.build_py import build_py
 sys.path.insert(0, str(Path(__file__).parent))
 
 from transformers_api.kernels import build as kernels
-from transformers_api.kernels.variants import NativeUnavailable
+from transformers_api.kernels.variants import NativeUnavailable, platform_of
 
-MACHINE = os.environ.get("WHEEL_MACHINE", "")
 try:
-    kernels.check_platform()
-    COMPILER = kernels.find_compiler(portable=True, machine=MACHINE)
+    TARGET = platform_of(*(os.environ.get(name, "") for name in ("WHEEL_SYSTEM", "WHEEL_MACHINE")))
+    COMPILER = kernels.find_compiler(portable=True, target=TARGET)
 except NativeUnavailable as error:
     COMPILER = None
     sys.stderr.write(f"The wheel will have no kernels: {error}\n")
@@ -38,7 +37,7 @@ class BuildWithKernels(build_py):
         super().run()
         if COMPILER is not None and not self.editable_mode:
             folder = Path(self.build_lib, "transformers_api", "kernels", "lib")
-            kernels.build_for_package(folder, MACHINE)
+            kernels.build_for_package(folder, TARGET)
 
 
 class WheelWithKernels(bdist_wheel):
@@ -49,7 +48,7 @@ class WheelWithKernels(bdist_wheel):
         python, abi, machine = super().get_tag()
         if COMPILER is None:
             return python, abi, machine
-        return "py3", "none", kernels.wheel_platform(COMPILER, MACHINE)
+        return "py3", "none", kernels.wheel_platform(COMPILER, TARGET)
 
 
 class Platform(Distribution):

@@ -17,6 +17,7 @@ NEON_ON_X86 = Path(__file__).with_name("neon_on_x86")
 AMX_BY_LOOPS = Path(__file__).with_name("amx_by_loops")
 DRIVER = Path(__file__).with_name("driver.cpp")
 AMX = next(variant for variant in VARIANTS if variant.name == "amx")
+AVX2 = next(variant for variant in VARIANTS if variant.name == "avx2")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -32,7 +33,7 @@ def headers(folder: Path) -> tuple[str, ...]:
     return "-isystem", str(folder), f"-DHEADERS=0x{digest.hexdigest()[:8]}"
 
 
-# The kernels for other processors, by instructions that more machines have.
+# The kernels for other processors and systems, by what more machines have.
 STAND_INS = [
     Variant(
         "amx_by_loops",
@@ -48,6 +49,8 @@ STAND_INS = [
             "-DHAS_VNNI256",
         ),
     ),
+    # Threads wait as they do on macOS and Windows.
+    Variant("avx2_plain_waits", AVX2.features, (*AVX2.flags, "-DPLAIN_WAITS")),
 ]
 # -O1: what takes time is to compile them
 SIMDE_FLAGS = (
@@ -91,7 +94,7 @@ def library_file(native_cache: Path) -> Path:
 
 
 # Nearly the code of another one: in `make test-all` alone.
-REPEATED = {"avx2_vnni_by_avx512", "neon_bf16_on_x86"}
+REPEATED = {"avx2_vnni_by_avx512", "avx2_plain_waits", "neon_bf16_on_x86"}
 if AMX in usable():  # its own instructions do what loops do elsewhere
     REPEATED |= {"amx_by_loops", "avx2_vnni"}
 OWN = [*usable(), *(variant for variant in STAND_INS if not variant.missing(cpu_flags()))]

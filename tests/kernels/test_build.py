@@ -20,7 +20,7 @@ from transformers_api.config.settings import Settings
 from transformers_api.engine.platform.cpu import usable_cores
 from transformers_api.kernels import build as building
 from transformers_api.kernels import variants
-from transformers_api.kernels.build import build, build_for_package, find, wheel_platform
+from transformers_api.kernels.build import build, find
 from transformers_api.kernels.provider import KernelProvider
 from transformers_api.kernels.variants import VARIANTS, NativeUnavailable, of_machine
 
@@ -437,26 +437,3 @@ def test_the_best_that_a_processor_has_is_taken_and_one_that_it_lacks_is_refused
     assert variants.choose("avx2").name == "avx2"
     with pytest.raises(NativeUnavailable, match="no avx512f"):
         variants.choose("avx512")
-
-
-def test_a_wheel_for_another_machine_takes_ziglang_in_its_own_words(tmp_path, monkeypatch):
-    with pytest.raises(NativeUnavailable, match="only ziglang compiles for aarch64"):
-        build_for_package(tmp_path / "none", "aarch64")
-    folder = tmp_path / "ziglang"
-    folder.mkdir()
-    (folder / "__init__.py").touch()
-    (folder / "__main__.py").write_text(
-        "import pathlib, sys\n"
-        "pathlib.Path(sys.argv[sys.argv.index('-o') + 1]).write_text(' '.join(sys.argv[1:]))\n"
-    )
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    made = {
-        path.name.split("-")[1]: path.read_text()
-        for path in build_for_package(tmp_path / "lib", "aarch64")
-    }
-    assert set(made) == {"neon", "neon_bf16"}
-    assert all("-target aarch64-linux-gnu." in command for command in made.values())
-    assert "-mcpu=generic+v8_2a+dotprod " in made["neon"]
-    assert "-mcpu=generic+v8_2a+dotprod+i8mm+bf16 " in made["neon_bf16"]
-    assert wheel_platform(["ziglang"], "aarch64").endswith("_aarch64")

@@ -8,7 +8,6 @@ written it, and if it is what was compiled: its name ends with the digest of its
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import os
@@ -24,12 +23,13 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
+from transformers_api.kernels.platforms import Platform
 from transformers_api.kernels.variants import (
     NativeUnavailable,
     Variant,
-    check_platform,
     choose,
     of_machine,
+    platform_of,
 )
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,6 @@ MAIN_SOURCE = SOURCES / "kernels.cpp"  # which includes the others
 PACKAGED = Path(__file__).with_name("lib")  # libraries that came in a wheel, made by setup.py
 ARM_KIND = "-march="  # of variants for aarch64 alone
 COMPILERS = ("g++", "clang++")  # or the package ziglang
-ZIG_LIBC = "2.28"  # the oldest that torch's wheels run with too
 FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-pthread", "-ffp-contract=off")
 TIMEOUT_S = 1800  # it has a low priority, and a server may be busy
 WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
@@ -56,7 +55,7 @@ def find(cache: Path, variant: Variant | None = None) -> Path | None:
     """
     if path := _packaged(variant or choose()):
         return path
-    paths = sorted(cache.glob(f"{_prefix(variant or choose())}-*.so"))
+    paths = sorted(cache.glob(f"{_prefix(variant or choose())}-*{platform_of().suffix}"))
     return next((path for path in paths if _refusal(path) is None), paths[0] if paths else None)
 
 
@@ -75,7 +74,7 @@ def build(
     ``outcomes``: counts the runs of the compiler that "succeeded" and "failed". Whether this
     processor can run the library is another question. Raises NativeUnavailable.
     """
-    check_platform()
+    platform_of()
     variant = variant or choose()
     if not replace and (library := _reusable(cache, variant)):
         return library
@@ -85,26 +84,31 @@ def build(
         return library or _compile(compiler, cache, variant, {} if outcomes is None else outcomes)
 
 
-def build_for_package(folder: Path, machine: str = "") -> list[Path]:
-    """Compile the libraries of all instruction sets of a machine into ``folder``.
+def build_for_package(folder: Path, target: Platform | None = None) -> list[Path]:
+    """Compile the libraries of all instruction sets of a platform into ``folder``.
 
-    ``machine``: as ``platform.machine()`` says it there; "": this one. Raises NativeUnavailable.
+    ``target`` None: this platform. Raises NativeUnavailable.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    compiler = find_compiler(portable=True, machine=machine)
-    variants = of_machine(machine)
+    target = target or platform_of()
+    compiler = find_compiler(portable=True, target=target)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(lambda v: _compile(compiler, folder, v, {}, libc=""), variants))
+        compiled = pool.map(lambda v: _compile(compiler, folder, v, {}, target), of_machine(target))
+        libraries = list(compiled)
+    for path in folder.glob("*.lib"):  # what linkers would need, beside libraries for Windows
+        path.unlink()
+    return libraries
 
 
-def wheel_platform(compiler: Sequence[str], machine: str = "") -> str:
+def wheel_platform(compiler: Sequence[str], target: Platform) -> str:
     """The platform of a wheel with what ``compiler`` makes, in a wheel's words."""
-    tag = f"manylinux_{ZIG_LIBC.replace('.', '_')}" if "ziglang" in compiler else "linux"
-    return f"{tag}_{machine or platform.machine()}"
+    if "ziglang" in compiler or target.system != "linux":
+        return target.tag
+    return f"linux_{target.machine}"  # the C library is as new as this machine's
 
 
 def _packaged(variant: Variant) -> Path | None:
-    paths = PACKAGED.glob(f"{_prefix(variant, libc='')}-*.so")
+    paths = PACKAGED.glob(f"{_prefix(variant, libc='')}-*{platform_of().suffix}")
     return next((path for path in paths if _is_whole(path)), None)
 
 
@@ -122,10 +126,16 @@ def check_trusted(path: Path) -> None:
         raise LibraryRefused(f"{path} {reason}")
 
 
-def content_name(library: bytes, variant: Variant | None = None, libc: str | None = None) -> str:
-    """The file's name: a hash of all that it depends on but the compiler, and its own digest."""
+def content_name(
+    library: bytes, variant: Variant | None = None, target: Platform | None = None
+) -> str:
+    """The file's name: a hash of all that it depends on but the compiler, and its own digest.
+
+    ``target``: the platform of a wheel that it is in; None: it is compiled for this machine.
+    """
     digest = hashlib.sha256(library).hexdigest()[:DIGITS]
-    return f"{_prefix(variant or choose(), libc)}-{digest}.so"
+    prefix = _prefix(variant or choose(), libc="" if target else None)
+    return f"{prefix}-{digest}{(target or platform_of()).suffix}"
 
 
 def _refusal(path: Path) -> str | None:
@@ -155,6 +165,8 @@ def _distrust(path: Path) -> str | None:
         status = path.stat()
     except OSError as error:
         return f"cannot be examined: {error.strerror}"
+    if not hasattr(os, "geteuid"):
+        return "is on a system that does not say by owner and mode who may write it"
     if status.st_uid not in (0, os.geteuid()):
         return f"belongs to the user {status.st_uid}, not to {os.geteuid()} or root"
     if status.st_mode & WRITABLE_BY_OTHERS:
@@ -173,18 +185,22 @@ def _reusable(cache: Path, variant: Variant) -> Path | None:
     return path
 
 
-def find_compiler(*, portable: bool = False, machine: str = "") -> list[str]:
+def find_compiler(*, portable: bool = False, target: Platform | None = None) -> list[str]:
     """The command of a compiler. Raises NativeUnavailable.
 
     ``portable``: rather one whose libraries run with an older C library than this machine's.
-    ``machine``: another one that they are for, which takes ziglang.
+    ``target``: what they are for; another platform than this one takes ziglang.
     """
-    target = f"{machine or platform.machine()}-linux-gnu.{ZIG_LIBC}"
-    zig = [sys.executable, "-m", "ziglang", "c++", "-target", target, "-s"]
-    if (portable or machine) and find_spec("ziglang"):
+    here = platform_of()
+    target = target or here
+    zig = [sys.executable, "-m", "ziglang", "c++", "-target", target.target, "-s"]
+    if not here.can_compile:
+        raise NativeUnavailable(f"on {here.system} kernels come in a wheel or not at all")
+    if (portable or target is not here) and find_spec("ziglang"):
         return zig
-    if machine not in ("", platform.machine()):
-        raise NativeUnavailable(f"only ziglang compiles for {machine}, and it is not installed")
+    if target is not here:
+        name = f"{target.machine} on {target.system}"
+        raise NativeUnavailable(f"only ziglang compiles for {name}, and it is not installed")
     if path := next((path for name in COMPILERS if (path := shutil.which(name))), None):
         return [path]
     if find_spec("ziglang"):
@@ -195,7 +211,7 @@ def find_compiler(*, portable: bool = False, machine: str = "") -> list[str]:
 def _prefix(variant: Variant, libc: str | None = None) -> str:
     """The beginning of a library's name; ``libc`` "": of one in a wheel, whose name has that."""
     libc = platform.libc_ver()[1] if libc is None else libc
-    sources = [f"{path.name}\n{path.read_text()}" for path in sorted(SOURCES.iterdir())]
+    sources = [f"{path.name}\n{path.read_text('utf-8')}" for path in sorted(SOURCES.iterdir())]
     parts = [*sources, " ".join([*FLAGS, *variant.flags]), libc]
     digest = hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]
     return f"kernels-{variant.name}-{digest}"
@@ -204,6 +220,8 @@ def _prefix(variant: Variant, libc: str | None = None) -> str:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Lock the folder against other processes; it is made if need be."""
+    import fcntl  # which Windows has not, where nothing is compiled
+
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(mode=0o755, exist_ok=True)  # not for a group to write, whatever the umask
@@ -227,11 +245,11 @@ def _compile(
     folder: Path,
     variant: Variant,
     outcomes: dict[str, int],
-    libc: str | None = None,
+    packaged_for: Platform | None = None,
 ) -> Path:
     """The library, on the disk under its name; those that were made of the same before are gone."""
     start = time.monotonic()
-    prefix = _prefix(variant, libc)
+    prefix = _prefix(variant, libc="" if packaged_for else None)
     part = folder / f"{prefix}.part"
     outcome = "failed"
     try:
@@ -239,11 +257,11 @@ def _compile(
         flags = [*FLAGS, *_flags_for(compiler, variant)]
         _run(compiler, [*flags, str(MAIN_SOURCE), "-o", str(part)])
         part.chmod(0o755)  # whatever the umask: it may be another user who runs the server
-        target = folder / content_name(part.read_bytes(), variant, libc)
+        target = folder / content_name(part.read_bytes(), variant, packaged_for)
         _sync(part)  # else a crash may leave the name, and half of the bytes
         part.replace(target)
         _sync(folder)
-        for other in set(folder.glob(f"{prefix}-*.so")) - {target}:
+        for other in set(folder.glob(f"{prefix}-*{target.suffix}")) - {target}:
             other.unlink()
         outcome = "succeeded"
     finally:

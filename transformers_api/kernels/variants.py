@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import os
-import platform
 from dataclasses import dataclass
-from pathlib import Path
+
+from transformers_api.kernels.platforms import Platform, platform_named
 
 TILE_UNIT = "amx_tile"
 # Of Linux on x86-64: arch_prctl(ARCH_REQ_XCOMP_PERM, the registers of the tile unit).
@@ -25,7 +25,7 @@ class NativeUnavailable(Exception):
 class Variant:
     """One instruction set. ``features`` as Linux names them in /proc/cpuinfo.
 
-    ``flags``: the compiler's; ``machine``: as ``platform.machine()`` says.
+    ``flags``: the compiler's; ``machine``: as Linux names it.
     """
 
     name: str
@@ -79,9 +79,19 @@ VARIANTS = (
 )
 
 
-def of_machine(machine: str = "") -> list[Variant]:
-    """The variants for a kind of machine, by default this one, the best first."""
-    return [v for v in VARIANTS if v.machine == (machine or platform.machine())]
+def of_machine(target: Platform | None = None) -> list[Variant]:
+    """The variants for a kind of machine, by default this one, the best first.
+
+    Without those whose instructions its system cannot say that a processor has.
+    """
+    target = target or platform_named()
+    return [
+        variant
+        for variant in VARIANTS
+        if target
+        and variant.machine == target.machine
+        and (target.names is None or target.names.issuperset(variant.features))
+    ]
 
 
 def choose(isa: str = "auto") -> Variant:
@@ -89,7 +99,7 @@ def choose(isa: str = "auto") -> Variant:
 
     Raises NativeUnavailable where it has not got the instructions, or may not use them.
     """
-    check_platform()
+    platform_of()
     own, variants = cpu_flags(), of_machine()
     for variant in variants:
         if isa in ("auto", variant.name) and not variant.obstacle(own):
@@ -119,14 +129,16 @@ def ask_for_tile_unit() -> str | None:
     return os.strerror(ctypes.get_errno())
 
 
-def check_platform() -> None:
-    """Raise NativeUnavailable where the kernels can be of no use."""
-    if platform.system() != "Linux" or not of_machine():
-        raise NativeUnavailable("the kernels are written for Linux on x86-64 and aarch64")
+def platform_of(system: str = "", machine: str = "") -> Platform:
+    """The platform of these names, by default this one. Raises NativeUnavailable."""
+    if platform := platform_named(system, machine):
+        return platform
+    raise NativeUnavailable(
+        "the kernels are written for Linux on x86-64 and aarch64, and for macOS and Windows there"
+    )
 
 
 def cpu_flags() -> set[str]:
     """The instructions of this processor, as Linux names them."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    listed = (line for line in lines if line.startswith(("flags", "Features")))
-    return set(next(listed, "").split())
+    platform = platform_named()
+    return platform.detect() if platform else set()

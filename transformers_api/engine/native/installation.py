@@ -29,7 +29,7 @@ def unusable(isa: str, *, on_any_cpu: bool = False) -> str | None:
     ``on_any_cpu``: whatever its processor, as where an image is built.
     """
     try:
-        variants.check_platform() if on_any_cpu else variants.choose(isa)
+        variants.platform_of() if on_any_cpu else variants.choose(isa)
     except NativeUnavailable as error:
         return str(error)
     return None

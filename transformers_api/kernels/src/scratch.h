@@ -3,7 +3,7 @@
 #pragma once
 
 #include <cstdint>
-#include <cstdlib>
+#include <new>
 
 namespace {
 
@@ -13,12 +13,13 @@ struct Scratch {
   T* get(int64_t count) {
     const size_t bytes = (count * sizeof(T) + 4095) / 4096 * 4096;
     if (bytes > size) {
-      std::free(data);
-      data = std::aligned_alloc(4096, bytes);
+      operator delete(data, PAGE);
+      data = operator new(bytes, PAGE, std::nothrow);
       size = data ? bytes : 0;
     }
     return static_cast<T*>(data);
   }
+  static constexpr std::align_val_t PAGE{4096};
   void* data = nullptr;
   size_t size = 0;
 };

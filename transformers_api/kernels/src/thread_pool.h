@@ -2,15 +2,9 @@
 
 #pragma once
 
-#include <linux/futex.h>
-#include <sched.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <climits>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -18,20 +12,12 @@
 #include <vector>
 
 #include "simd.h"
+#include "system.h"
 
 namespace {
 
 using Clock = std::chrono::steady_clock;
 using std::chrono::microseconds;
-
-void futex_wait(std::atomic<uint32_t>& word, uint32_t value, long nanoseconds) {
-  timespec limit{0, nanoseconds};
-  syscall(SYS_futex, &word, FUTEX_WAIT_PRIVATE, value, nanoseconds ? &limit : nullptr, nullptr, 0);
-}
-
-void futex_wake(std::atomic<uint32_t>& word) {
-  syscall(SYS_futex, &word, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
-}
 
 // A fork-join pool with work stealing.
 //
@@ -41,7 +27,7 @@ void futex_wake(std::atomic<uint32_t>& word) {
 // core: its range is stolen. It does wait for a worker that lost its core in the middle of a chunk.
 // That is accepted while it takes less than a quarter of the time, as when a token is sent to its
 // client; where it takes more, the caller runs loops alone for a while. Workers spin for a moment
-// between two loops, yielding to other threads, and then sleep on a futex.
+// between two loops, yielding to other threads, and then sleep.
 //
 // Each loop is an epoch. A worker may enter a loop while the gate is open, and the gate counts the
 // workers inside: so the caller can close it and knows whom to wait for.
@@ -93,7 +79,7 @@ class ThreadPool {
     const uint32_t epoch = epoch_.load(std::memory_order_relaxed) + 1;
     gate_.store(uint64_t{epoch} << 32 | OPEN, std::memory_order_release);
     epoch_.store(epoch);
-    if (sleepers_.load()) futex_wake(epoch_);
+    if (sleepers_.load()) wake_all(epoch_);
   }
 
   void run_chunks(int thread) {
@@ -115,7 +101,7 @@ class ThreadPool {
       if (!(gate & OPEN)) continue;
       run_chunks(thread);
       gate_.fetch_sub(1, std::memory_order_release);
-      if (caller_sleeps_.exchange(0)) futex_wake(caller_sleeps_);
+      if (caller_sleeps_.exchange(0)) wake_all(caller_sleeps_);
     }
   }
 
@@ -128,10 +114,10 @@ class ThreadPool {
       if (spent > SPIN) {
         release_tiles();
         sleepers_.fetch_add(1);
-        futex_wait(epoch_, last, 0);
+        wait_while_equal(epoch_, last, 0);
         sleepers_.fetch_sub(1);
       } else if (spent > BEFORE_YIELD) {
-        sched_yield();
+        std::this_thread::yield();
       }
     }
     return epoch_.load(std::memory_order_acquire);
@@ -143,7 +129,7 @@ class ThreadPool {
       pause_spinning();
       if (turn % 32 || Clock::now() - start < microseconds(50)) continue;
       caller_sleeps_.store(1);
-      if (gate_.load() & INSIDE) futex_wait(caller_sleeps_, 1, 1000000);
+      if (gate_.load() & INSIDE) wait_while_equal(caller_sleeps_, 1, 1000000);
     }
     const auto end = Clock::now();
     lost_ = std::max(lost_ - (end - last_wait_) / 4, Clock::duration{}) + (end - start);
