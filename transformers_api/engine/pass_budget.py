@@ -19,6 +19,7 @@ DELAY = 0.4  # of a decode step, by which prompts may make it longer
 LEAST_DELAY = 2.0  # of the pass of one token, which reads the weights: prompts have to get on
 WELL_BEGUN = 5  # tokens: until then, a sequence that decodes waits for prompts that came with it
 MOST_PIECES = 2  # of a prompt, for which it does at once
+SHARED = 3  # steps that wait for these prompts, if they can read them: few gaps are long ones
 MANY = 1.5  # times as many decode as there are prompts: they wait for one of these at a time
 ALONE_S = 0.25  # of a pass that reads a prompt which is alone: one that comes waits for it
 SAVED_SHARE, MOST_SAVED = 0.04, 2.5  # of a decode step, for a short prompt now and then
@@ -172,7 +173,7 @@ class PassBudget:
         """
         step, limit = self._limit(decoding, sequences)
         if limit == math.inf:
-            steps = WELL_BEGUN + 1 - max(seq.num_output for seq in decoding)
+            steps = max(1, SHARED - max(seq.num_output for seq in decoding))
             most = MOST_PIECES * self.prefill_chunk
             return max(self.prefill_chunk, min(unread / steps, most))
         limit += self._saved
