@@ -71,7 +71,7 @@ class Machine:
         room: Any = SimpleNamespace(reuses_prefixes=False, in_pieces=True, token_bytes=0)
         room.reserve = lambda rows, length, prefixes: (slots, WINDOW)
         room.swap = lambda a, b, length: None
-        self.scheduler = Scheduler(room, slots, 256, mixes=True)
+        self.scheduler = Scheduler(room, slots, 256, mixes=True, prefill_alone=1024)
         self.times = times
         self.now = 0.0
         self._rng = random.Random(seed)

@@ -294,6 +294,7 @@ class ModelLoader(AdapterLoader):
             num_slots=settings.max_inflight,
             max_waiting=settings.max_queue,
             prefill_chunk=settings.prefill_chunk,
+            prefill_alone=settings.prefill_alone,
             prompt_lookup_tokens=settings.prompt_lookup_tokens,
             adapter_bytes=settings.max_adapters_mb << 20,
             kv_cache_bytes=int(settings.kv_cache_gib * GIB) if settings.kv_cache_gib else None,

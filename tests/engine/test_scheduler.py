@@ -349,3 +349,48 @@ def test_before_a_pass_was_timed_prompts_are_read_nevertheless():
     steps(scheduler, 2)
     scheduler.add(sequence([2] * 30, 90, 512))
     assert [widths for _, widths in steps(scheduler, 1)] == [[1, 30]]
+
+
+def alone(tokens, pass_s=0.01, token_s=0.00025, **options):
+    """The scheduler of a prompt that is alone, on a machine of such times, and the prompt."""
+    options = {"prefill_chunk": 256, "prefill_alone": 1024} | options
+    scheduler = timed(4, lambda n: pass_s + n * token_s, mixes=True, **options)
+    prompt = sequence([1] * tokens, 9, 4096)
+    scheduler.add(prompt)
+    return scheduler, prompt
+
+
+@pytest.mark.parametrize(
+    ("tokens", "widths"), [(300, [300]), (800, [800]), (1000, [500, 500]), (2000, [667, 667, 666])]
+)
+def test_a_prompt_that_is_alone_is_read_in_few_passes_that_are_equally_long(tokens, widths):
+    scheduler, _ = alone(tokens)
+    assert [w for _, (w,) in steps(scheduler, len(widths))] == widths
+
+
+def test_pieces_of_a_prompt_that_is_alone_get_shorter_where_much_is_before_them():
+    scheduler, _ = alone(1000, costly_context=1000)
+    widths = [width for _, (width,) in steps(scheduler, 2)]
+    assert sum(widths) == 1000
+    assert scheduler.running[0].num_output == 1
+    assert widths[0] > 1.2 * widths[1]
+
+
+@pytest.mark.parametrize("slow", [{"token_s": 0.01}, {"prefill_alone": 0}, {"prefill_alone": 100}])
+def test_pieces_are_as_ever_where_they_take_long_or_more_is_not_allowed(slow):
+    scheduler, _ = alone(600, **slow)
+    assert [w for _, (w,) in steps(scheduler, 3)] == [256, 256, 88]
+
+
+def test_a_prompt_is_read_in_pieces_again_as_soon_as_another_one_is_there():
+    scheduler, long = alone(2000)
+    steps(scheduler, 1)
+    scheduler.add(sequence([2] * 1500, 9, 4096))
+    (sequences, widths), *_ = steps(scheduler, 1)
+    assert (sequences, widths) == ([long], [256])
+
+
+def test_nothing_is_read_at_once_before_a_pass_was_measured():
+    scheduler = Scheduler(Rows(4, 512, 1 << 20), 4, 256, mixes=True, prefill_alone=1024)
+    scheduler.add(sequence([1] * 400, 9, 512))
+    assert [w for _, (w,) in steps(scheduler, 2)] == [256, 144]

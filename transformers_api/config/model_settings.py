@@ -113,6 +113,12 @@ class ModelSettings:
         "Most prompt tokens per step; while answers are written only so many that their tokens "
         "come evenly.",
     )
+    prefill_alone: int = setting(
+        1024,
+        to.integer(0, 65536),
+        "The same for a prompt that is alone: where its steps take no longer than a quarter of a "
+        "second, by those before, they are as few as that allows. Only with NATIVE_KERNELS.",
+    )
     prompt_lookup_tokens: int = setting(
         0,
         to.integer(0, 64),

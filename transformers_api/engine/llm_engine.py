@@ -61,6 +61,7 @@ class EngineLimits:
     num_slots: int  # sequences decoded together
     max_waiting: int = 128  # sequences that may wait for a slot
     prefill_chunk: int = 256  # prompt tokens in one step, at most
+    prefill_alone: int = 0  # of a prompt that is alone, where that is more; see PassBudget
     eos_token_ids: frozenset[int] = frozenset()
     context_overflow: ContextOverflow = None
     prompt_window: int | None = None  # with "crop": tokens of a prompt that are read
@@ -101,6 +102,7 @@ class BatchingEngine:
             limits.prefill_chunk,
             mixes=limits.mixes,
             costly_context=limits.costly_context,
+            prefill_alone=limits.prefill_alone,
         )
         self.lookup = PromptLookup(limits.prompt_lookup_tokens, limits.forced_tokens)
         self.adapters = Adapters(self, lambda: innermost(self.runner), limits.adapter_bytes)

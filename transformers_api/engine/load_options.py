@@ -44,6 +44,7 @@ class LoadOptions:
     num_slots: int = 32
     max_waiting: int = 128
     prefill_chunk: int = 256
+    prefill_alone: int = 0  # tokens of a prompt that is alone, where that is more
     prompt_lookup_tokens: int = 0  # used where bits do not depend on how many tokens are read
     kv_cache_bytes: int | None = None  # None: a quarter of what is free after loading
     adapter_bytes: int = 1 << 29  # of adapters in memory

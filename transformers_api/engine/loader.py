@@ -220,6 +220,7 @@ def build_engine(
         _limits(model, backend, options, facts.mode, vocab_size, window),
         original_window=runner.original_window,
         mixes=runner.mixes,
+        prefill_alone=options.prefill_alone if runner.mixes else 0,
     )
     if not runner.cache.in_pieces:  # nothing that was read ahead could be taken back
         limits = replace(limits, prompt_lookup_tokens=0, forced_tokens=0)

@@ -19,7 +19,9 @@ DELAY = 0.4  # of a decode step, by which prompts may make it longer
 LEAST_DELAY = 2.0  # of the pass of one token, which reads the weights: prompts have to get on
 WELL_BEGUN = 5  # tokens: until then, a sequence that decodes waits for prompts that came with it
 MOST_PIECES = 2  # of a prompt, for which it does at once
+SHARED = 3  # steps that wait for these prompts, if they can read them: few gaps are long ones
 MANY = 1.5  # times as many decode as there are prompts: they wait for one of these at a time
+ALONE_S = 0.25  # of a pass that reads a prompt which is alone: one that comes waits for it
 SAVED_SHARE, MOST_SAVED = 0.04, 2.5  # of a decode step, for a short prompt now and then
 
 
@@ -81,13 +83,20 @@ class PassBudget:
     """Sizes of the pieces of prompts.
 
     ``mixes``: see Scheduler. ``costly_context``: tokens before a token that cost as much as the
-    token itself; None where the time of a pass hardly depends on them.
+    token itself; None where the time of a pass hardly depends on them. ``prefill_alone``: tokens of
+    a prompt that is alone; 0: as many as of others.
     """
 
     def __init__(
-        self, prefill_chunk: int, *, mixes: bool = False, costly_context: int | None = None
+        self,
+        prefill_chunk: int,
+        *,
+        mixes: bool = False,
+        costly_context: int | None = None,
+        prefill_alone: int = 0,
     ) -> None:
         self.prefill_chunk = prefill_chunk
+        self.prefill_alone = prefill_alone
         self.mixes = mixes
         self.costly_context = costly_context
         self.times = PassTimes()
@@ -112,6 +121,28 @@ class PassBudget:
         if seq.is_scoring:
             share /= SCORED
         return max(round(self.prefill_chunk * share), min(WORTH_READING, self.prefill_chunk))
+
+    def alone(self, seq: Sequence) -> int:
+        """Most tokens of a prompt in a pass for which nobody waits.
+
+        Each pass reads all weights, so these are as few as they may be by the times that were
+        measured, and equally long: a short one at the end takes nearly as long as the others.
+        """
+        measured = self.times.load(ALONE_S)
+        most = min(measured, self.prefill_alone)
+        if measured == math.inf or most <= self.prefill_chunk or seq.is_scoring:
+            return self.piece(seq)
+        unread = self.cost(seq, seq.num_pending)
+        passes = math.ceil(unread / most)
+        return self._width(seq, unread / passes)
+
+    def _width(self, seq: Sequence, load: float) -> int:
+        """The tokens of a prompt that are this load; see ``cost``."""
+        if self.costly_context is None:
+            return math.ceil(load)
+        first = 1 + seq.num_cached / self.costly_context
+        root = math.sqrt(first**2 + 2 * load / self.costly_context)
+        return math.ceil(self.costly_context * (root - first))
 
     def together(self, unread: float) -> float:
         """The load of prompts that one pass reads, of ``unread`` tokens: a piece, and others.
@@ -142,7 +173,7 @@ class PassBudget:
         """
         step, limit = self._limit(decoding, sequences)
         if limit == math.inf:
-            steps = WELL_BEGUN + 1 - max(seq.num_output for seq in decoding)
+            steps = max(1, SHARED - max(seq.num_output for seq in decoding))
             most = MOST_PIECES * self.prefill_chunk
             return max(self.prefill_chunk, min(unread / steps, most))
         limit += self._saved

@@ -73,7 +73,7 @@ class Scheduler:
     """Waiting and running sequences; what the next pass reads of them.
 
     ``mixes``: a pass may read pieces of prompts and the tokens of those who decode; else prefill
-    and decode take turns. ``costly_context``: see PassBudget.
+    and decode take turns. ``costly_context``, ``prefill_alone``: see PassBudget.
     """
 
     def __init__(
@@ -84,12 +84,18 @@ class Scheduler:
         *,
         mixes: bool = False,
         costly_context: int | None = None,
+        prefill_alone: int = 0,
     ) -> None:
         self.cache = cache
         self.num_slots = num_slots
         self.prefill_chunk = prefill_chunk
         self.mixes = mixes
-        self.budget = PassBudget(prefill_chunk, mixes=mixes, costly_context=costly_context)
+        self.budget = PassBudget(
+            prefill_chunk,
+            mixes=mixes,
+            costly_context=costly_context,
+            prefill_alone=prefill_alone,
+        )
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self._finished: dict[int, FinishedRow] = {}
@@ -187,7 +193,9 @@ class Scheduler:
         seq = turn if turn.slot >= 0 else self._reader_of_prefix(turn, reading)
         if seq is None or seq in taken or (pieces and seq.is_scoring):
             return None
-        most = min(chunk, seq.num_pending, self.budget.piece(seq))
+        alone = len(self.running) == 1 and not self.waiting and not self.num_decoding
+        most = self.budget.alone(seq) if alone else min(chunk, self.budget.piece(seq))
+        most = min(most, seq.num_pending)
         least = min(WORTH_READING, most)
         width = int(min(most, max(left, 0) / self.budget.cost(seq, 1)))
         if not self.cache.in_pieces:

@@ -44,6 +44,17 @@ struct QueryTiles<uint16_t> {
       }
   }
 
+  // As softmax_block, and with its bits: sixteen queries at once, which wait for none of the others.
+  static void softmax(Workspace& workspace, int64_t begin, int64_t end, int64_t block) {
+    int64_t m = begin;
+    for (; m + TILE_HEIGHT <= end; m += TILE_HEIGHT) {
+      const QueryState &first = workspace.queries[m], &last = workspace.queries[m + TILE_HEIGHT - 1];
+      const bool is_whole = last.begin <= block && first.end >= block + BLOCK;
+      (is_whole ? exponentiate_tile<true> : exponentiate_tile<false>)(workspace, m, block);
+    }
+    for (; m < end; m++) softmax_block<uint16_t>(workspace, m, block);
+  }
+
   static void add_values(const Attention& a, Workspace& workspace, int64_t r, int64_t m,
                          int64_t end) {
     const int64_t height = std::min(r, TILE_HEIGHT), second = m + r - height;
@@ -64,6 +75,47 @@ struct QueryTiles<uint16_t> {
   }
 
  private:
+  template <bool IS_WHOLE>
+  static void exponentiate_tile(Workspace& workspace, int64_t m, int64_t block) {
+    static_assert(TILE_HEIGHT == 16, "a lane for each query");
+    QueryState* queries = workspace.queries + m;
+    alignas(64) float largest[16], sums[16], rescale[16];
+    f32x16 v[16];
+    auto mask_at = [&](int64_t q, int64_t i) -> mask16 {
+      if (IS_WHOLE) return 0xffff;
+      return first_lanes(queries[q].end - block - i) & ~first_lanes(queries[q].begin - block - i);
+    };
+    for (int64_t q = 0; q < 16; q++) {
+      float* scores = workspace.scores[m + q];
+      largest[q] = queries[q].max, sums[q] = queries[q].sum;
+      if (queries[q].slope != 0) add_distances(scores, queries[q].slope, queries[q].end - block - 1);
+      v[q] = broadcast(-std::numeric_limits<float>::infinity());
+      for (int64_t i = 0; i < BLOCK; i += 16)
+        v[q] = max(mask_at(q, i), v[q], load_aligned(scores + i));
+    }
+    const f32x16 before = load_aligned(largest), now = max(reduce_max_each(v), before);
+    const f32x16 factor = select(equal(0xffff, before, now), broadcast(1), exp(sub(before, now)));
+    store_aligned(largest, now);
+    store_aligned(rescale, factor);
+    for (int64_t q = 0; q < 16; q++) {
+      f32x16 probs[2], sum = zero();
+      for (int64_t i = 0; i < BLOCK; i += 16) {
+        const f32x16 score = load_aligned(workspace.scores[m + q] + i);
+        f32x16& prob = probs[i / 16 % 2];
+        prob = exp(sub(score, broadcast(largest[q])));
+        if (!IS_WHOLE) prob = masked(mask_at(q, i), prob);
+        sum = add(sum, DotFormat<uint16_t>::rounded(prob));
+        if (i / 16 % 2)
+          store_aligned_i32(workspace.probs[m + q] + i / 2 - 8,
+                            DotFormat<uint16_t>::row(probs[0], probs[1]));
+      }
+      v[q] = sum;
+    }
+    store_aligned(sums, add(mul(load_aligned(sums), factor), reduce_add_each(v)));
+    for (int64_t q = 0; q < 16; q++)
+      queries[q].max = largest[q], queries[q].sum = sums[q], queries[q].rescale = rescale[q];
+  }
+
   // Whole panels: their columns are in another order until the output is written.
   static int64_t num_columns(const Attention& a) { return (a.size + PANEL - 1) / PANEL * PANEL; }
   static int64_t whole_tiles(int64_t lanes) {

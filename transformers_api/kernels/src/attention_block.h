@@ -274,6 +274,9 @@ struct QueryTiles {
   static void score(const Attention& a, Workspace& workspace, int64_t r, int64_t m, int64_t end) {
     SCORE_TILES<T>[r - 1](a, workspace, m, end);
   }
+  static void softmax(Workspace& workspace, int64_t begin, int64_t end, int64_t block) {
+    for (int64_t m = begin; m < end; m++) softmax_block<T>(workspace, m, block);
+  }
   static void add_values(const Attention& a, Workspace& workspace, int64_t r, int64_t m,
                          int64_t end) {
     VALUE_TILES<T>[r - 1](a, workspace, m, end);
@@ -311,7 +314,7 @@ void attend_block(const Attention& a, Workspace& workspace, int64_t count, const
   QueryTiles<T>::for_each(first, last, count, [&](int64_t r, int64_t m) {
     const int64_t tile_end = end_of(std::min(m + r, last) - 1);
     QueryTiles<T>::score(a, workspace, r, m, tile_end);
-    for (int64_t i = m; i < std::min(m + r, count); i++) softmax_block<T>(workspace, i, block);
+    QueryTiles<T>::softmax(workspace, m, std::min(m + r, count), block);
     if (all_finite) QueryTiles<T>::add_values(a, workspace, r, m, tile_end);
   });
   for (int64_t m = first; m < last && !all_finite; m++) {

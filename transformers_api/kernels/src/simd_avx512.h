@@ -179,6 +179,33 @@ inline void transpose(i32x16 (&v)[16]) {
   }
 }
 
+inline void transpose(f32x16 (&v)[16]) {
+  i32x16 w[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) w[i] = as_i32(v[i]);
+  transpose(w);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) v[i] = _mm512_castsi512_ps(w[i]);
+}
+
+// Lane i is reduce_add(v[i]), the sums made in the same order; or reduce_max(v[i]).
+inline f32x16 reduce_add_each(f32x16 (&v)[16]) {
+  transpose(v);
+#pragma GCC unroll 4
+  for (int n = 8; n; n /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < n; i++) v[i] = add(v[i], v[i + n]);
+  return v[0];
+}
+inline f32x16 reduce_max_each(f32x16 (&v)[16]) {
+  transpose(v);
+#pragma GCC unroll 4
+  for (int n = 8; n; n /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < n; i++) v[i] = max(v[i], v[i + n]);
+  return v[0];
+}
+
 // 2^n x, the last step of exp.
 f32x16 scale_by_power(f32x16 x, f32x16 n) { return _mm512_scalef_ps(x, n); }
 
