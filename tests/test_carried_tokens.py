@@ -5,14 +5,21 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from tests.fakes import FakeLoader
+from transformers_api.cluster import lines
+from transformers_api.cluster import replica as replica_module
 from transformers_api.cluster.lines import Lines
-from transformers_api.cluster.messages import Caller, Outputs, Sequences
-from transformers_api.cluster.remote_model import RemoteEngine
+from transformers_api.cluster.messages import Caller, Outputs, Sequences, Waiting
+from transformers_api.cluster.remote_model import SILENT_LOOKS, RemoteEngine
+from transformers_api.cluster.replica import Replica
+from transformers_api.config.settings import Settings
 from transformers_api.engine.base import (
     FinishReason,
     SamplingParams,
@@ -21,7 +28,9 @@ from transformers_api.engine.base import (
     TokenScore,
     TokenStream,
 )
+from transformers_api.errors import ReplicaFailed
 from transformers_api.serving.limits.cancellation import Cancellation
+from transformers_api.serving.models.registry import ModelRegistry
 from transformers_api.serving.models.spec import ModelSpec, PathSource
 from transformers_api.serving.upstream.loop import BackgroundLoop
 
@@ -156,6 +165,60 @@ def test_answers_with_several_sequences_are_not_carried(replica):
         (index, number) for number in range(3) for index in (0, 1)
     ]
     assert read(carrier) == [0, 1, 2]
+
+
+def test_a_stream_that_has_nothing_to_send_says_so(replica, monkeypatch):
+    monkeypatch.setattr(lines, "BEAT_S", 0.01)
+    stream = submit(replica)
+    until = time.monotonic() + 30
+    while len(replica.messages) < 3:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    assert {(*each.outputs, *each.again) for each in replica.messages} == {()}
+    replica.write((0,), token(0))
+    assert read(stream) == [0]
+
+
+def test_a_request_that_waits_for_its_model_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(replica_module, "PROMPT_S", 0.01)
+    loader = FakeLoader()
+    loader.hold["load"] = threading.Event()
+    (tmp_path / "models.json").write_text('[{"name": "one", "path": "nowhere"}]')
+    settings = Settings(
+        model_registry_path=tmp_path / "models.json",
+        include_default_models=False,
+        preload_model=False,
+        model_store=tmp_path / "store",
+    )
+
+    async def kinds() -> list[type]:
+        replica = Replica(settings, "r1", loader=loader)
+        spec = ModelRegistry.from_settings(settings, lambda _: False).resolve("one")
+        asked = Sequences(requests=[REQUEST], constraints=[None], name="a")
+        found = []
+        async for message in replica.generate(Caller(spec=spec), asked):
+            found.append(type(message))
+            loader.hold["load"].set()
+        replica._engine.models.close()
+        return found
+
+    first, *rest = asyncio.run(kinds())
+    assert first is Waiting
+    assert set(rest) <= {Waiting, Outputs}
+    assert rest[-1] is Outputs
+
+
+def test_an_answer_that_is_silent_for_too_many_looks_fails(replica):
+    silent, other = submit(replica), submit(replica)
+    answers = list(replica.answers.values())
+    for number in range(2 * SILENT_LOOKS):
+        for answer in answers:
+            answer.looked()
+        replica.write((1,), token(number))  # by its own stream: each write is settled
+    last = list(itertools.takewhile(lambda output: output, silent.read(0)))[-1]
+    assert last.finish_reason is FinishReason.ERROR
+    assert isinstance(last.error, ReplicaFailed)
+    assert read(other) == list(range(2 * SILENT_LOOKS))
 
 
 def test_an_answer_with_notes_of_an_observer_carries_nothing(replica):

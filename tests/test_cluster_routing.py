@@ -196,11 +196,12 @@ class Looked:
     """A transport whose replicas answer as they are listed here; None: one hangs."""
 
     def __init__(self) -> None:
-        self.answers: list[ReplicaStatus | None] = []
+        self.statuses: list[ReplicaStatus | None] = []
+        self.answers: dict[str, object] = {}
 
     async def broadcast(self, method: str) -> list[ReplicaStatus | None]:
         assert method == "status"
-        return self.answers
+        return self.statuses
 
     def start(self, work: Coroutine[None, None, object]) -> Future[object]:
         future = Future[object]()
@@ -219,7 +220,7 @@ def test_a_front_takes_what_its_replicas_take_and_asks_no_hung_one():
     watch = Watch(transport, models, models, None, admission, 100)  # type: ignore[arg-type]
 
     def look(*answers: ReplicaStatus | None) -> tuple[int, int]:
-        transport.answers = list(answers)
+        transport.statuses = list(answers)
         watch.look()
         return admission.slots, admission.waiting
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers_api
+from transformers_api.cluster import ray_runtime
 from transformers_api.config.settings import Settings
 from transformers_api.serving.models.spec import ReplicaRange
 
@@ -92,8 +93,16 @@ def _application(settings: Settings, span: ReplicaRange, model: str | None) -> A
         ray_actor_options={
             "num_cpus": settings.cluster_replica_cpus,
             "num_gpus": settings.cluster_replica_gpus,
-            # Another variable is another version to Serve: running replicas are replaced.
-            "runtime_env": {"env_vars": {"PYTHONPATH": str(root), "DEPLOYED_AS": uuid.uuid4().hex}},
+            "runtime_env": {
+                "env_vars": {
+                    "PYTHONPATH": str(root),
+                    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": ray_runtime.LARGEST_MESSAGE,
+                    # All that a replica does on its loop is short: no second loop for it.
+                    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+                    # Another variable is another version to Serve: running replicas are replaced.
+                    "DEPLOYED_AS": uuid.uuid4().hex,
+                }
+            },
         },
         **scale(settings, span),
     )

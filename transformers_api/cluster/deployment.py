@@ -9,7 +9,7 @@ from typing import Any
 from ray import serve
 
 from transformers_api.cluster import ray_runtime
-from transformers_api.cluster.messages import Failure, Outputs
+from transformers_api.cluster.messages import Failure, Outputs, Waiting
 from transformers_api.cluster.replica import Replica
 from transformers_api.config.settings import Settings
 
@@ -48,7 +48,7 @@ class ReplicaDeployment:
         ray_runtime.let_own_code_travel()
         return facts
 
-    async def generate(self, *arguments: Any) -> AsyncIterator[Outputs | Failure]:
+    async def generate(self, *arguments: Any) -> AsyncIterator[Outputs | Failure | Waiting]:
         """See Replica."""
         async for message in self._replica.generate(*arguments):
             yield message

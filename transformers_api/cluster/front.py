@@ -189,6 +189,8 @@ class Watch:
         if silent != self._silent:
             log.warning("Replicas that do not answer: %s", ", ".join(silent) or "none any more")
         self._silent = silent
+        for answer in list(self._transport.answers.values()):
+            answer.looked()
         if replicas:
             slots = min(sum(each.slots for each in replicas), self._most)
             queue = min(sum(each.queue for each in replicas), self._most - slots)

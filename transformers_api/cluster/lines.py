@@ -8,6 +8,8 @@ A carrier may leave at any time, and with it what it had on its way. So each ans
 tokens that others carry for it until its own stream has sent something, and sends all of them
 again where one of those carriers ends, however it does. The front knows by their positions what it
 has already. What comes first, what comes last and whatever is more than a token is never carried.
+
+A stream that has nothing to send says so every few seconds: a machine that is gone does not.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from dataclasses import replace
 
 from transformers_api.cluster.messages import Outputs, Sequences, packed, tallies
 from transformers_api.engine.base import SequenceRequest, TokenOutput, TokenStream
+
+BEAT_S = 5.0  # a stream is silent for no longer
 
 
 class Line:
@@ -42,6 +46,7 @@ class Line:
         self._away: list[int] = []  # the tokens after these: others carry them
         self._own: list[TokenOutput] = []  # the outputs after these, for its own stream
         self._is_due = False  # its own stream has to send
+        self._is_silent = False  # it has sent nothing since the last beat
         self._carries: dict[str, tuple[int, list[int]]] = {}  # of others: position and tokens
 
     def read(self) -> list[TokenOutput]:
@@ -78,12 +83,19 @@ class Line:
         self._carries[name] = begins, waiting + ids
         self._news.set()
 
+    def beat(self) -> None:
+        """Send something, where nothing was sent since the last beat."""
+        if self._is_silent:
+            self._news.set()
+        self._is_silent = True
+
     async def messages(self) -> AsyncIterator[Outputs]:
         """Its messages, until all of its sequences have ended."""
         while self._open or self._is_due:
             await self._news.wait()
             self._news.clear()
-            if self._is_due or self._carries:
+            if self._is_due or self._carries or self._is_silent:
+                self._is_silent = False
                 yield self._message()
 
     def _message(self) -> Outputs:
@@ -106,6 +118,7 @@ class Lines:
         self._open: dict[str, Line] = {}  # the newest last
         self._ready: deque[Line] = deque()
         self._is_due = False  # a look at those that are ready
+        self._beats: asyncio.TimerHandle | None = None
 
     def __len__(self) -> int:
         return len(self._open)
@@ -117,13 +130,23 @@ class Lines:
         line = self._open[name] = Line(name, stream, sequences.requests, is_light)
         stream.notify(lambda: self._note(line))
         self._note(line)
+        if self._beats is None:
+            self._beats = self._loop.call_later(BEAT_S, self._beat)
         try:
             yield line
         finally:
             del self._open[name]
+            if not self._open and self._beats is not None:
+                self._beats.cancel()
+                self._beats = None
             for other in self._open.values():
                 if line in other.carriers:
                     other.send()
+
+    def _beat(self) -> None:
+        self._beats = self._loop.call_later(BEAT_S, self._beat)
+        for line in self._open.values():
+            line.beat()
 
     def _note(self, line: Line) -> None:
         """Called by the engine's thread: it wakes the loop once for all outputs of a step."""

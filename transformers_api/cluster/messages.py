@@ -31,6 +31,11 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Waiting:
+    """Word of a replica that has a request, and not yet the model."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts:
     """The facts of a model in memory that a front needs to work with it."""
 

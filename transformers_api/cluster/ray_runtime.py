@@ -13,6 +13,9 @@ NAMESPACE = "transformers-api"
 OWN_CODE = "transformers_modules"  # where transformers puts it
 TOKEN = "token"  # the file in CLUSTER_FOLDER
 BROADCAST_S = 3.0
+# Straight from process to process: a message as an object of Ray takes twice as long.
+STREAM = {"stream": True, "_by_reference": False}
+LARGEST_MESSAGE = str(2**31 - 1)  # bytes, gRPC's own limit; traces may be large, Serve's is 4 MiB
 LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
 
 
@@ -31,6 +34,7 @@ def prepare(settings: Settings) -> None:
         RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
         # A replica that loads a model is slow to say how busy it is: 0.1 s sent requests elsewhere.
         RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S="1",
+        RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH=LARGEST_MESSAGE,
     )
     try:
         import ray  # noqa: F401
@@ -77,6 +81,7 @@ def let_own_code_travel() -> None:
 
 def kinds_of_errors() -> tuple[tuple[type[Exception], ...], tuple[type[Exception], ...]]:
     """(all replicas are full, the replica of this request has ended)."""
+    from grpc.aio import AioRpcError
     from ray import exceptions
     from ray.serve.exceptions import (
         BackPressureError,
@@ -90,6 +95,7 @@ def kinds_of_errors() -> tuple[tuple[type[Exception], ...], tuple[type[Exception
         exceptions.ObjectLostError,
         ReplicaUnavailableError,
         DeploymentUnavailableError,
+        AioRpcError,
     )
     return (BackPressureError,), lost
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,7 @@ from transformers_api.cluster.messages import (
     ModelFacts,
     Outputs,
     Sequences,
+    Waiting,
     error_of,
     note_tallies,
     place_of,
@@ -56,6 +58,7 @@ from transformers_api.serving.upstream.loop import result
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
+SILENT_LOOKS = 20  # a second and more apart, without a message between them: the replica is gone
 
 
 class RemoteEngine:
@@ -166,6 +169,8 @@ class _Answer:
             tuple[int, Sequence[TokenOutput]]
         ] = []  # of which some before are not here
         self._future: Future[None] | None = None
+        self._looks: int | None = None  # since its last message; None: there was none
+        self._is_lost = False
 
     def begin(self, cancellation: Cancellation) -> None:
         """Ask, and wait until it is accepted. Raises what it is refused with."""
@@ -194,6 +199,9 @@ class _Answer:
             messages = self._transport.stream("generate", place, self._caller, self._sequences)
             async with aclosing(messages):
                 async for message in messages:
+                    self._looks = 0
+                    if isinstance(message, Waiting):
+                        continue
                     if isinstance(message, Failure):
                         raise error_of(message)
                     self._take(message)
@@ -201,6 +209,10 @@ class _Answer:
                         return
             if self._open:
                 raise ReplicaFailed("The replica ended the answer before it was complete")
+        except asyncio.CancelledError:
+            if not self._is_lost:
+                raise
+            self._fail(ReplicaFailed("The replica of this answer is silent", retry_after=1))
         except Exception as error:
             self._fail(error)
         finally:
@@ -214,6 +226,15 @@ class _Answer:
         for name, (position, ids) in message.carried.items():
             if (other := self._transport.answers.get(name)) is not None:
                 other.carried(position, ids)
+
+    def looked(self) -> None:
+        """See transport.Answer."""
+        if self._looks is None:
+            return
+        self._looks += 1
+        if self._looks > SILENT_LOOKS and self._future is not None:
+            self._is_lost = True
+            self._future.cancel()
 
     def carried(self, position: int, ids: Sequence[int]) -> None:
         """Take tokens that came with another answer."""

@@ -15,10 +15,12 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 from transformers_api import logs
-from transformers_api.cluster.lines import Line, Lines
+from transformers_api.cluster.facts import facts_of, stamp_of
+from transformers_api.cluster.lines import BEAT_S, Line, Lines
 from transformers_api.cluster.messages import (
     Caller,
     Failure,
@@ -26,6 +28,7 @@ from transformers_api.cluster.messages import (
     Outputs,
     Sequences,
     TextFacts,
+    Waiting,
     failure_of,
     place_of,
 )
@@ -47,6 +50,7 @@ from transformers_api.serving.swap.residency import Lease
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 SPARE_THREADS = 16  # for what is no sequence
+PROMPT_S = 0.2  # a submit that takes longer waits for a model
 
 
 class Replica:
@@ -122,22 +126,28 @@ class Replica:
 
     async def generate(
         self, caller: Caller, sequences: Sequences
-    ) -> AsyncIterator[Outputs | Failure]:
-        """The outputs of a submit: first none, once it has been accepted; or a failure alone."""
+    ) -> AsyncIterator[Outputs | Failure | Waiting]:
+        """The outputs of a submit: first none, once it has been accepted; or a failure at its end.
+
+        While it waits for the model it says so again and again.
+        """
         async with AsyncExitStack() as stack:
             stack.callback(self._count, -1)
             self._count(1)
+            submission = asyncio.ensure_future(self._begun(caller, sequences))
+            stack.callback(submission.cancel)
+            patience = PROMPT_S
+            while not (await asyncio.wait({submission}, timeout=patience))[0]:
+                yield Waiting()
+                patience = BEAT_S
             try:
-                lease = await self._lease(caller)
-                stack.callback(lease.release)
-                await self._tell(caller)
-                stream = await self._on_thread(
-                    caller, lambda _: self._submitted(lease.model, caller, sequences)
-                )
+                lease, stream = submission.result()
             except Exception as error:
                 yield failure_of(error)
                 return
+            stack.callback(lease.release)
             stack.callback(stream.abort)
+            await self._tell(caller)
             self._streams[sequences.name] = stream
             stack.callback(self._streams.pop, sequences.name, None)
             line = stack.enter_context(self._line(sequences, stream))
@@ -286,23 +296,43 @@ class Replica:
 
     async def _lease(self, caller: Caller) -> Lease:
         """The lease, which is released by whoever gets it: also where nobody waits any more."""
+        return await self._on_thread(caller, partial(self._leased, caller), undo=Lease.release)
 
-        def take(cancellation: Cancellation) -> Lease:
-            if not caller.encoder:
-                return self._engine.models.lease(
-                    caller.spec, client=caller.client, cancellation=cancellation
-                )
-            models = self._engine.embeddings
-            assert models is not None
-            held = models.lease(caller.spec.name, cancellation, caller.client, scores=True)
-            model = held.__enter__()
+    def _leased(self, caller: Caller, cancellation: Cancellation) -> Lease:
+        if not caller.encoder:
+            return self._engine.models.lease(
+                caller.spec, client=caller.client, cancellation=cancellation
+            )
+        models = self._engine.embeddings
+        assert models is not None
+        held = models.lease(caller.spec.name, cancellation, caller.client, scores=True)
+        model = held.__enter__()
 
-            def let_go() -> None:
-                held.__exit__(None, None, None)
+        def let_go() -> None:
+            held.__exit__(None, None, None)
 
-            return Lease(model, let_go)
+        return Lease(model, let_go)
 
-        return await self._on_thread(caller, take, undo=Lease.release)
+    async def _begun(self, caller: Caller, sequences: Sequences) -> tuple[Lease, TokenStream]:
+        """A lease and the stream of what was submitted with it; both are given back by the caller.
+
+        Both on one thread: a first token waits for every hop.
+        """
+
+        def begin(cancellation: Cancellation) -> tuple[Lease, TokenStream]:
+            lease = self._leased(caller, cancellation)
+            try:
+                return lease, self._submitted(lease.model, caller, sequences)
+            except BaseException:
+                lease.release()
+                raise
+
+        def undo(both: tuple[Lease, TokenStream]) -> None:
+            lease, stream = both
+            stream.abort()
+            lease.release()
+
+        return await self._on_thread(caller, begin, undo)
 
     async def _on_thread(
         self,
@@ -350,38 +380,6 @@ class Replica:
             constraint = None if plan is None else plan.start(model.compiler, model.vocabulary)
             requests.append(replace(request, constraint=constraint, client=caller.client))
         return model.engine.submit(requests, observe=sequences.observe)
-
-
-def stamp_of(model: LoadedModel) -> str:
-    """Another text where the tokens of the model are others."""
-    return repr((model.created, model.vocab_size, model.max_model_len, model.spec.name))
-
-
-def facts_of(model: LoadedModel, age_s: float) -> ModelFacts:
-    """The facts of a model in memory."""
-    engine, embedder, scorer = model.engine, model.embedder, model.scorer
-    maker = embedder or scorer
-    return ModelFacts(
-        stamp=stamp_of(model),
-        engine=engine.describe(),
-        max_model_len=engine.max_model_len,
-        vocab_size=engine.vocab_size,
-        eos_token_ids=engine.eos_token_ids,
-        context_overflow=engine.context_overflow,
-        tokenizer=model.tokenizer,
-        fingerprint=model.fingerprint,
-        created=model.created,
-        load_s=model.load_s,
-        file_types=dict(model.file_types),
-        anatomy=None if model.inspector is None else model.inspector.anatomy,
-        prompts=model.prompts,
-        pools_prompts=model.pools_prompts,
-        similarity=model.similarity,
-        dimensions=None if embedder is None else embedder.dimensions,
-        scores=scorer is not None,
-        slice_tokens=1 if maker is None else maker.slice_tokens,
-        age_s=age_s,
-    )
 
 
 def _metrics(settings: Settings, registry: ModelRegistry) -> Any:

@@ -33,6 +33,10 @@ class Answer(Protocol):
         """Take tokens that came with another answer."""
         ...
 
+    def looked(self) -> None:
+        """Count a look without a message; after too many the answer fails. From any thread."""
+        ...
+
 
 class Transport(Protocol):
     """Asks replicas. ``place`` chooses one: that which has the model, else one that is free.
@@ -87,6 +91,13 @@ def checked(answer: Any) -> Any:
     return answer
 
 
+def check_own() -> None:
+    """Raises ReplicaFailed where a cancellation is not this task's own but the replica's."""
+    task = asyncio.current_task()
+    if task is not None and not task.cancelling():
+        raise ReplicaFailed("The replica has given this answer up", retry_after=1) from None
+
+
 class RayTransport:
     """Meets Transport over the handle of a Serve deployment. From any thread.
 
@@ -124,19 +135,19 @@ class RayTransport:
 
     async def call(self, method: str, place: str, *arguments: Any) -> Any:
         """See Transport."""
-        response = getattr(self._options(place), method).remote(*arguments)
+        response = self._handle(place, method).remote(*arguments)
         try:
             return checked(await self._head.accepted(response))
         except asyncio.CancelledError:
             response.cancel()
+            check_own()
             raise
         except Exception as error:
             raise self._error(error) from None
 
     async def stream(self, method: str, place: str, *arguments: Any) -> AsyncGenerator[Any]:
         """See Transport."""
-        options = self._options(place).options(stream=True)
-        messages = getattr(options, method).remote(*arguments)
+        messages = self._handle(place, method, **ray_runtime.STREAM).remote(*arguments)
         is_over = False
         try:
             yield await self._head.accepted(anext(messages))
@@ -144,6 +155,9 @@ class RayTransport:
                 yield message
             is_over = True
         except ApiError:
+            raise
+        except asyncio.CancelledError:
+            check_own()
             raise
         except Exception as error:
             is_over = True
@@ -169,14 +183,14 @@ class RayTransport:
         """See Transport."""
         routing.note(in_flight, silent)
 
-    def _options(self, place: str) -> Any:
+    def _handle(self, place: str, method: str, **options: Any) -> Any:
         handles = self._handles
         name = place.rpartition("@")[0]
         if name and (own := handles.get(name)) is not None:
-            return own
+            return own.options(method_name=method, **options)
         if not handles:
             raise Unavailable(self._fault or "The cluster is away", retry_after=5)
-        return handles[""].options(multiplexed_model_id=place)
+        return handles[""].options(method_name=method, multiplexed_model_id=place, **options)
 
     def _error(self, error: Exception) -> ApiError:
         if isinstance(error, ApiError):
