@@ -54,13 +54,23 @@ def answered_with(page: Page, *chunks: dict[str, Any], finish: str | None = "sto
 
 def stored(page: Page) -> list[dict[str, Any]]:
     """The messages of the newest chat, as the browser keeps them."""
-    nodes: list[dict[str, Any]] = page.evaluate(
+    return sorted(_stored_chat(page)["nodes"].values(), key=lambda node: node["at"])
+
+
+def stored_leaf(page: Page) -> dict[str, Any]:
+    """The last message of the newest chat's chosen branch, as the browser keeps it."""
+    chat = _stored_chat(page)
+    return dict(chat["nodes"][chat["leaf"]])
+
+
+def _stored_chat(page: Page) -> dict[str, Any]:
+    chat: dict[str, Any] = page.evaluate(
         """() => new Promise((done) => {
           const open = indexedDB.open('transformers-api');
           open.onsuccess = () => {
             const all = open.result.transaction('chats').objectStore('chats').getAll();
-            all.onsuccess = () => done(Object.values(all.result.sort((a, b) => a.changed - b.changed).at(-1).nodes));
+            all.onsuccess = () => done(all.result.sort((a, b) => a.changed - b.changed).at(-1));
           };
         })"""
     )
-    return sorted(nodes, key=lambda node: node["at"])
+    return chat

@@ -7,7 +7,16 @@ import re
 
 from playwright.sync_api import Route, expect
 
-from tests.page.chatting import answered_with, body_of, box, model_turn, send, side, stored
+from tests.page.chatting import (
+    answered_with,
+    body_of,
+    box,
+    model_turn,
+    send,
+    side,
+    stored,
+    stored_leaf,
+)
 
 
 def test_an_answer_streams_with_a_caret_is_stopped_and_the_server_stops_too(scripted, open_page):
@@ -78,6 +87,8 @@ def test_regenerate_edit_and_compare_make_versions_and_lose_none(scripted, open_
             "button", name="Next version"
         ).click()
         expect(page.get_by_role("article")).to_have_count(2)
+        while "uno" not in stored_leaf(page)["text"]:  # which is soon
+            page.wait_for_timeout(50)
         page.reload()
 
 
