@@ -179,7 +179,9 @@ def test_a_stream_that_has_nothing_to_send_says_so(replica, monkeypatch):
     assert read(stream) == [0]
 
 
-def test_a_request_that_waits_for_its_model_says_so(tmp_path, monkeypatch):
+@pytest.fixture
+def loading(tmp_path, monkeypatch):
+    """A coroutine's way to a replica whose model takes its time, and the end of that."""
     monkeypatch.setattr(replica_module, "PROMPT_S", 0.01)
     loader = FakeLoader()
     loader.hold["load"] = threading.Event()
@@ -191,21 +193,45 @@ def test_a_request_that_waits_for_its_model_says_so(tmp_path, monkeypatch):
         model_store=tmp_path / "store",
     )
 
-    async def kinds() -> list[type]:
+    def begin():
         replica = Replica(settings, "r1", loader=loader)
         spec = ModelRegistry.from_settings(settings, lambda _: False).resolve("one")
-        asked = Sequences(requests=[REQUEST], constraints=[None], name="a")
+        sequences = Sequences(requests=[REQUEST], constraints=[None], name="a")
+        messages = replica.generate(Caller(spec=spec), sequences)
+        return replica._engine.models, messages, loader.hold["load"].set
+
+    return begin
+
+
+def test_a_request_that_waits_for_its_model_says_so(loading):
+    async def kinds() -> list[type]:
+        models, messages, end_load = loading()
         found = []
-        async for message in replica.generate(Caller(spec=spec), asked):
+        async for message in messages:
             found.append(type(message))
-            loader.hold["load"].set()
-        replica._engine.models.close()
+            end_load()
+        models.close()
         return found
 
     first, *rest = asyncio.run(kinds())
     assert first is Waiting
     assert set(rest) <= {Waiting, Outputs}
     assert rest[-1] is Outputs
+
+
+def test_whoever_leaves_as_the_model_comes_keeps_nothing_of_it(loading):
+    async def leave() -> None:
+        models, messages, end_load = loading()
+        assert isinstance(await anext(messages), Waiting)
+        (submission,) = asyncio.all_tasks() - {asyncio.current_task()}
+        end_load()
+        await asyncio.wait({submission}, timeout=30)  # and nobody takes what it has
+        assert models.status().leases == 1
+        await messages.aclose()
+        assert models.status().leases == 0
+        models.close()
+
+    asyncio.run(leave())
 
 
 def test_an_answer_that_is_silent_for_too_many_looks_fails(replica):

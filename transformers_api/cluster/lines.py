@@ -23,7 +23,7 @@ from dataclasses import replace
 from transformers_api.cluster.messages import Outputs, Sequences, packed, tallies
 from transformers_api.engine.base import SequenceRequest, TokenOutput, TokenStream
 
-BEAT_S = 5.0  # a stream is silent for no longer
+BEAT_S = 5.0  # a stream is silent for no longer than two of them
 
 
 class Line:

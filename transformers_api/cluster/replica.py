@@ -135,18 +135,16 @@ class Replica:
             stack.callback(self._count, -1)
             self._count(1)
             submission = asyncio.ensure_future(self._begun(caller, sequences))
-            stack.callback(submission.cancel)
+            stack.callback(_give_back, submission)
             patience = PROMPT_S
             while not (await asyncio.wait({submission}, timeout=patience))[0]:
                 yield Waiting()
                 patience = BEAT_S
             try:
-                lease, stream = submission.result()
+                _, stream = submission.result()
             except Exception as error:
                 yield failure_of(error)
                 return
-            stack.callback(lease.release)
-            stack.callback(stream.abort)
             await self._tell(caller)
             self._streams[sequences.name] = stream
             stack.callback(self._streams.pop, sequences.name, None)
@@ -314,7 +312,7 @@ class Replica:
         return Lease(model, let_go)
 
     async def _begun(self, caller: Caller, sequences: Sequences) -> tuple[Lease, TokenStream]:
-        """A lease and the stream of what was submitted with it; both are given back by the caller.
+        """A lease and the stream of what was submitted with it; see ``_give_back``.
 
         Both on one thread: a first token waits for every hop.
         """
@@ -327,12 +325,7 @@ class Replica:
                 lease.release()
                 raise
 
-        def undo(both: tuple[Lease, TokenStream]) -> None:
-            lease, stream = both
-            stream.abort()
-            lease.release()
-
-        return await self._on_thread(caller, begin, undo)
+        return await self._on_thread(caller, begin, _end)
 
     async def _on_thread(
         self,
@@ -380,6 +373,18 @@ class Replica:
             constraint = None if plan is None else plan.start(model.compiler, model.vocabulary)
             requests.append(replace(request, constraint=constraint, client=caller.client))
         return model.engine.submit(requests, observe=sequences.observe)
+
+
+def _end(submitted: tuple[Lease, TokenStream]) -> None:
+    lease, stream = submitted
+    stream.abort()
+    lease.release()
+
+
+def _give_back(submission: asyncio.Future[tuple[Lease, TokenStream]]) -> None:
+    """End what a submission has, or will have: whoever waited for it may have left meanwhile."""
+    if not submission.cancel() and submission.exception() is None:
+        _end(submission.result())
 
 
 def _metrics(settings: Settings, registry: ModelRegistry) -> Any:
