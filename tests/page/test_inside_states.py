@@ -7,7 +7,7 @@ import re
 
 import httpx
 import pytest
-from playwright.sync_api import expect
+from playwright.sync_api import Route, expect
 
 from tests.page.conftest import violations
 from tests.page.inside import ask, begin, choose, completion, inspect, look_inside, rows, token
@@ -115,6 +115,32 @@ def test_a_model_without_attention_and_one_with_a_window_say_so(tiny, open_page)
     expect(page.get_by_role("list", name="Read from").locator("li").first).to_be_visible()
     assert httpx.get(f"{tiny}/status", timeout=30).json()["resident"]["model"] == "tiny-window"
     use_model(page, "tiny-llama")
+    ask(page, "What")
+
+
+def test_a_model_that_has_just_come_is_asked_nothing_before_it_says_what_it_can_show(
+    scripted, open_page
+):
+    page = begin(open_page(scripted, None), "scripted", max_tokens="400")
+    ask(page, "pausing The first|, and the second", waits=False)
+    page.get_by_role("tab", name="Inside").click()
+    httpx.post(f"{scripted}/go", timeout=30)
+    expect(page.get_by_role("list", name="Read from").locator("li").first).to_be_visible()
+    anatomies: list[Route] = []
+    questions: list[str] = []
+    page.route(re.compile(r"/inspect/model\?.*model=other"), lambda route: anatomies.append(route))
+    page.on("request", lambda request: questions.append(request.url.rpartition("/")[2]))
+    use_model(page, "other")
+    with page.expect_request(re.compile(r"/inspect/model\?.*model=other")):
+        ask(page, "pausing The first|, and the second", waits=False)
+    httpx.post(f"{scripted}/go", timeout=30)
+    expect(page.get_by_role("button", name="Stop", exact=True)).to_be_hidden()
+    expect(page.get_by_role("list", name="Candidates").locator("li")).to_have_count(6)
+    assert "full_attn" not in questions
+    with page.expect_request("**/inspect/full_attn"):
+        anatomies[0].continue_()
+    expect(page.get_by_role("list", name="Read from").locator("li").first).to_be_visible()
+    use_model(page, "scripted")
     ask(page, "What")
 
 

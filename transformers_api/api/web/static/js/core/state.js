@@ -16,7 +16,7 @@ listeners of each key whose value is another one; after changing something insid
   hideFirst  true where the first token's weight is left out
   model      null | the chosen model's id
   models     [{id, loaded, owned_by, max_model_len, description?, parameters?, …}] as the API has them
-  anatomy    null | the answer of GET /inspect/model about the resident model
+  anatomy    the answer of GET /inspect/model about the resident model | null: it has none | undefined: not yet here
   status     null | the answer of GET /status (or what /health tells, where the key may not ask)
   reach      "wait" | "yes" | "no": if the server answers
   needsKey   true after a 401, until a key is entered
@@ -47,7 +47,7 @@ import { path as pathOf } from "./tree.js";
 
 export const state = {
   view: "chat", chats: [], chat: null, path: [], selection: null, isPinned: false, layer: null, head: "mean",
-  hideFirst: true, model: null, models: [], anatomy: null, status: null, reach: "wait", needsKey: false,
+  hideFirst: true, model: null, models: [], anatomy: undefined, status: null, reach: "wait", needsKey: false,
   writing: null, compared: null, draft: null, settings: {},
 };
 

@@ -76,7 +76,8 @@ async function once() {
   try {
     const status = await ask();
     failures = 0;
-    set({ status, reach: "yes" });
+    const isOther = status.resident?.model !== state.status?.resident?.model;
+    set({ status, reach: "yes", ...(isOther && { anatomy: undefined }) }); // never another model's
   } catch (failure) {
     failures += 1;
     if (failure.status === 0 || failure.status >= 500) set({ reach: "no" });

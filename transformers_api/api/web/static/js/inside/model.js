@@ -19,8 +19,11 @@ export function whyNoAttention(layer, anatomy = state.anatomy) {
 
 export const hasAttention = (anatomy = state.anatomy) => anatomy?.attention?.mode !== "none";
 
-/** True where a question about the node finds its model in memory. */
-export const isResident = (node) => !node.model || state.status?.resident?.model === node.model;
+/** True where the node's model is in memory. */
+export const isLoaded = (node) => !node.model || state.status?.resident?.model === node.model;
+
+/** True where a question about the node finds its model in memory, and what that model can show is here. */
+export const isResident = (node) => isLoaded(node) && state.anatomy !== undefined;
 
 /** True where its prompt is known to the token, and nothing of its chat is being written. */
 export const mayAsk = (node) => Boolean(node.prompt?.token_ids?.length) && !node.isSaved && !node.live;
