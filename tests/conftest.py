@@ -15,6 +15,7 @@ from werkzeug.routing import Rule
 from transformers_api.config.settings import Settings
 from transformers_api.kernels.build import build, find
 from transformers_api.kernels.variants import NativeUnavailable, choose, usable
+from transformers_api.logs import configure_logging
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -31,7 +32,11 @@ def measured(record_property: Callable[[str, object], None]) -> Measured:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Compile the kernels before the workers begin, where servers look for them: once for all."""
+    """Compile the kernels before the workers begin, where servers look for them: once for all.
+
+    The log is as a server's from the start: `caplog` sees it also where a test's is the first.
+    """
+    configure_logging("info")
     if hasattr(config, "workerinput"):
         return
     with contextlib.suppress(NativeUnavailable):
