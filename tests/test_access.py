@@ -93,10 +93,31 @@ def test_the_list_of_keys_has_no_secret(path):
     assert secret not in said
 
 
+def test_keys_in_redis_are_made_listed_and_removed_as_those_in_a_file(tmp_path):
+    shared = RedisServer(tmp_path)
+    settings = {"API_KEYS_REDIS": "true", "REDIS_URL": shared.url}
+    _, told = transformers_api("keys", "list", status=2, **settings)
+    assert told.startswith("error: Redis is away: ")
+    assert "WRONG  Access: Redis is away" in transformers_api("check", status=1, **settings)[0]
+    shared.start()
+    try:
+        said, told = transformers_api("keys", "add", "ann", **settings)
+        assert "whose hash is in Redis" in told
+        with serving(tmp_path, **settings) as server:
+            assert ask(sdk(server, said.strip()))
+            assert httpx.get(f"{url(server)}/v1/models", timeout=30).status_code == 401
+        assert transformers_api("keys", "list", **settings)[0].splitlines()[1] == "ann   infer"
+        assert "with one of 1 API keys" in transformers_api("check", **settings, PORT="0")[0]
+        transformers_api("keys", "remove", "ann", **settings)
+        assert transformers_api("keys", "list", **settings)[0].splitlines() == ["NAME  SCOPE"]
+    finally:
+        shared.kill()
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (("add", "ann"), "API_KEYS_FILE is not set; set it, or give --file"),
+        (("add", "ann"), "API_KEYS_FILE is not set; set it or API_KEYS_REDIS, or give --file"),
         (("remove", "ann", "--file", "{path}"), "{path}: No such file or directory"),
         (("add", "a b", "--file", "{path}"), "a name has up to 64 letters"),
         (("add", "ann", "--file", "/nowhere/keys"), "/nowhere"),

@@ -30,7 +30,7 @@ from transformers_api.kernels.build import NativeUnavailable, build
 from transformers_api.kernels.variants import of_machine
 from transformers_api.metric_names import described
 from transformers_api.metrics import OTHER, Metrics
-from transformers_api.serving.limits import api_keys
+from transformers_api.serving.limits.key_file import KeyFile
 from transformers_api.tallies import Tally
 
 DASHBOARD = Path(__file__).parent.parent / "deploy" / "grafana" / "dashboard.json"
@@ -318,7 +318,7 @@ def test_without_metrics_the_route_is_a_clear_404_and_nothing_is_counted(tmp_pat
 @pytest.mark.parametrize("route", ["/metrics", "/status"])
 def test_with_keys_only_an_admin_may_look(tmp_path, route):
     keys = tmp_path / "keys"
-    infer, admin = (api_keys.add(keys, scope, scope) for scope in ("infer", "admin"))
+    infer, admin = (KeyFile(keys).add(scope, scope) for scope in ("infer", "admin"))
     client = make_app(tmp_path, api_keys_file=keys)[0].test_client()
     headers = [{}, *({"Authorization": f"Bearer {key}"} for key in (infer, admin))]
     assert [client.get(route, headers=given).status_code for given in headers] == [401, 403, 200]

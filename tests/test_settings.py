@@ -90,6 +90,15 @@ def test_an_int8_cache_needs_the_native_kernels(without):
     assert Settings.from_env({"KV_CACHE_DTYPE": "auto", **without}).kv_cache_dtype == "auto"
 
 
+def test_keys_are_in_one_place():
+    shared = {"API_KEYS_REDIS": "true", "REDIS_URL": "redis://a:6379/0"}
+    assert Settings.from_env(shared).needs_key
+    with pytest.raises(SettingError, match=r"^API_KEYS_REDIS=true is not allowed: it needs REDIS_"):
+        Settings.from_env({"API_KEYS_REDIS": "true"})
+    with pytest.raises(SettingError, match=r"^API_KEYS_REDIS=true is not allowed: API_KEYS_FILE"):
+        Settings.from_env(shared | {"API_KEYS_FILE": "keys"})
+
+
 @pytest.mark.parametrize("value", ["localhost:6379", "http://secret@a", "redis://secret@a:port"])
 def test_a_bad_value_that_may_hold_a_password_is_not_repeated(value):
     with pytest.raises(SettingError, match=r"^REDIS_URL=\*\*\* is not allowed") as caught:

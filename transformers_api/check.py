@@ -17,7 +17,8 @@ from transformers_api.config.settings import SettingError, Settings
 from transformers_api.engine.load_options import AS_NUMBERS
 from transformers_api.engine.native import installation
 from transformers_api.errors import ApiError
-from transformers_api.serving.limits.api_keys import read
+from transformers_api.serving.limits.access import key_store
+from transformers_api.serving.limits.api_keys import reason
 from transformers_api.serving.models.capabilities import FileFacts, capabilities, read_facts
 from transformers_api.serving.models.registry import ModelRegistry
 from transformers_api.serving.models.sidecars import is_sidecar, read_stored_tensors
@@ -235,10 +236,13 @@ def _address(settings: Settings) -> Finding:
 
 def _access(settings: Settings) -> Finding:
     subject = "Access"
-    if settings.api_keys_file is not None:
+    store = key_store(settings)
+    if store is not None:
         try:
-            keys = read(settings.api_keys_file)
+            keys = store.read()
         except (OSError, ValueError) as error:
+            if settings.api_keys_redis:
+                return Finding(subject, reason(error), "see REDIS_URL, and what `keys list` says")
             state = f"API_KEYS_FILE {settings.api_keys_file}: {error}"
             return Finding(subject, state, "correct it, or make one with `keys add NAME`")
         if keys:

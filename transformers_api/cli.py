@@ -20,6 +20,7 @@ from transformers_api.errors import ApiError, ModelLoadFailed
 from transformers_api.server import standard_streams
 
 if TYPE_CHECKING:
+    from transformers_api.serving.limits.api_keys import KeyStore
     from transformers_api.serving.models.spec import ModelSpec
 
 
@@ -85,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         "--scope", choices=("infer", "admin"), default="infer", help="admin may do everything"
     )
     add.set_defaults(run=_add_key)
-    remove = actions.add_parser("remove", help="a running server refuses it at once")
+    remove = actions.add_parser("remove", help="running servers refuse it from now on")
     remove.add_argument("name")
     remove.set_defaults(run=_remove_key)
     actions.add_parser("list", help="names and scopes").set_defaults(run=_list_keys)
@@ -321,47 +322,47 @@ def _progress_bar() -> Iterator[Callable[[float, str], None]]:
 
 
 def _add_key(options: argparse.Namespace) -> int:
-    from transformers_api.serving.limits import api_keys
-
-    path = _key_file(options)
+    store = _key_store(options)
     with _in_one_line():
-        secret = api_keys.add(path, options.name, options.scope)
-    sys.stderr.write(f"The key of {options.name}, whose hash is in {path}. It is shown only now.\n")
+        secret = store.add(options.name, options.scope)
+    sys.stderr.write(
+        f"The key of {options.name}, whose hash is in {store}. It is shown only now.\n"
+    )
     sys.stdout.write(f"{secret}\n")
     return 0
 
 
 def _remove_key(options: argparse.Namespace) -> int:
-    from transformers_api.serving.limits import api_keys
-
     with _in_one_line():
-        api_keys.remove(_key_file(options), options.name)
+        _key_store(options).remove(options.name)
     return 0
 
 
 def _list_keys(options: argparse.Namespace) -> int:
-    from transformers_api.serving.limits import api_keys
-
     with _in_one_line():
-        keys = api_keys.read(_key_file(options))
+        keys = _key_store(options).read()
     _write_table([("NAME", "SCOPE"), *((key.name, key.scope) for key in keys)])
     return 0
 
 
-def _key_file(options: argparse.Namespace) -> Path:
-    path: Path | None = options.file or Settings.from_env().api_keys_file
-    if path is None:
-        raise SettingError("API_KEYS_FILE is not set; set it, or give --file")
-    return path
+def _key_store(options: argparse.Namespace) -> KeyStore:
+    from transformers_api.serving.limits.access import key_store
+    from transformers_api.serving.limits.key_file import KeyFile
+
+    store = KeyFile(options.file) if options.file else key_store(Settings.from_env())
+    if store is None:
+        raise SettingError("API_KEYS_FILE is not set; set it or API_KEYS_REDIS, or give --file")
+    return store
 
 
 @contextmanager
 def _in_one_line() -> Iterator[None]:
-    """Turn errors of a file of keys into one line."""
+    """Turn errors of a store of keys into one line."""
     try:
         yield
     except OSError as error:
-        raise SettingError(f"{error.filename}: {error.strerror}") from None
+        text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        raise SettingError(text) from None
     except ValueError as error:
         raise SettingError(str(error)) from None
 

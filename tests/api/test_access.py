@@ -11,7 +11,7 @@ import pytest
 from transformers_api.api.http.auth import scope_of
 from transformers_api.app import create_app
 from transformers_api.config.settings import Settings
-from transformers_api.serving.limits import api_keys
+from transformers_api.serving.limits.key_file import KeyFile
 
 from tests.fakes import FakeLoader  # isort: skip
 
@@ -50,7 +50,7 @@ def path(tmp_path):
 @pytest.fixture
 def keys(path):
     """Secrets by name: ann may infer, root may everything."""
-    return {name: api_keys.add(path, name, s) for name, s in (("ann", "infer"), ("root", "admin"))}
+    return {name: KeyFile(path).add(name, s) for name, s in (("ann", "infer"), ("root", "admin"))}
 
 
 @pytest.fixture
@@ -213,9 +213,9 @@ def test_a_key_counts_from_the_moment_it_is_added_until_it_is_removed(locked, ke
     def status(key):
         return locked.client.get("/v1/models", headers=bearer(key)).status_code
 
-    new = api_keys.add(path, "ann-2", "infer")
+    new = KeyFile(path).add("ann-2", "infer")
     assert (status(keys["ann"]), status(new)) == (200, 200)
-    api_keys.remove(path, "ann")
+    KeyFile(path).remove("ann")
     assert (status(keys["ann"]), status(new)) == (401, 200)
     path.write_text("nonsense")
     assert (status(keys["ann"]), status(new)) == (401, 200)
@@ -333,6 +333,6 @@ def test_the_sdk_with_a_right_a_wrong_and_a_removed_key(sdk, keys, path):
     with pytest.raises(openai.PermissionDeniedError) as denied:
         client.models.delete("fake")
     assert denied.value.code == "insufficient_permissions"
-    api_keys.remove(path, "ann")
+    KeyFile(path).remove("ann")
     with pytest.raises(openai.AuthenticationError):
         client.chat.completions.create(model="fake", stream=True, **CHAT)

@@ -65,9 +65,9 @@ def test_more_hosts_mean_this_server_where_settings_say_so(serve, settings, host
 
 
 def test_with_keys_the_host_does_not_matter(serve, tmp_path):
-    from transformers_api.serving.limits import api_keys
+    from transformers_api.serving.limits.key_file import KeyFile
 
-    secret = api_keys.add(tmp_path / "keys", "me", "infer")
+    secret = KeyFile(tmp_path / "keys").add("me", "infer")
     served = serve(api_keys_file=tmp_path / "keys")
     headers = {"Host": "evil.example", "Authorization": f"Bearer {secret}"}
     assert served.client.get("/v1/models", headers=headers).status_code == 200

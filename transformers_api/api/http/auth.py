@@ -16,7 +16,7 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 
 from transformers_api.api.http.dialects import is_below
 from transformers_api.api.http.services import EXTENSION, Services
-from transformers_api.errors import InsufficientPermissions, InvalidApiKey
+from transformers_api.errors import InsufficientPermissions, InvalidApiKey, Unavailable
 from transformers_api.serving.limits.access import Access, network
 from transformers_api.serving.limits.api_keys import ApiKey, ApiKeys
 
@@ -59,7 +59,7 @@ def scope_of(view: Callable[..., Any] | None) -> Scope:
 def admit() -> None:
     """Note the client in ``g.client``, and let it pass or not.
 
-    Raises InvalidApiKey, InsufficientPermissions, RateLimited.
+    Raises InvalidApiKey, InsufficientPermissions, Unavailable, RateLimited.
     """
     app = flask.current_app
     services: Services = app.extensions[EXTENSION]
@@ -113,7 +113,10 @@ def _may_upload(access: Access, head: Head) -> bool:
     if access.keys is None:
         return True
     secret = _secret_of(head.field(b"authorization"), head.field(b"x-api-key"))
-    return bool(secret) and access.keys.find(secret) is not None
+    try:
+        return bool(secret) and access.keys.find(secret) is not None
+    except Unavailable:
+        return False
 
 
 def install(app: Flask, services: Services) -> None:

@@ -61,5 +61,5 @@ def _name(host: str) -> str:
 
 def install(app: Flask, settings: Settings) -> None:
     """Check every request of ``app``, where there are no keys to check."""
-    if settings.api_keys_file is None:
+    if not settings.needs_key:
         app.before_request(Hosts(settings.host, settings.allowed_hosts).check)

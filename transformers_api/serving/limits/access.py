@@ -6,8 +6,9 @@ import ipaddress
 import logging
 from dataclasses import dataclass
 
-from transformers_api.config.settings import Settings
-from transformers_api.serving.limits.api_keys import ApiKeys
+from transformers_api.config.settings import SettingError, Settings
+from transformers_api.serving.limits.api_keys import ApiKeys, KeyStore, reason
+from transformers_api.serving.limits.key_file import KeyFile
 from transformers_api.serving.limits.token_bucket import Rate
 
 log = logging.getLogger(__name__)
@@ -28,11 +29,11 @@ class Access:
     @classmethod
     def from_settings(cls, settings: Settings) -> Access:
         """Raises SettingError for a file of keys that cannot be read."""
-        keys = None if settings.api_keys_file is None else ApiKeys(settings.api_keys_file)
+        keys = _keys(settings)
         if keys is None and not settings.listens_on_loopback:
             log.warning(
                 "EVERYBODY who reaches %s:%d may use this server, load and unload models: "
-                "set API_KEYS_FILE, or HOST=127.0.0.1",
+                "set API_KEYS_FILE or API_KEYS_REDIS, or HOST=127.0.0.1",
                 settings.host,
                 settings.port,
             )
@@ -44,6 +45,34 @@ class Access:
             spares_local=_is_private(settings),
             tokens=Rate(tokens, tokens) if tokens else None,
         )
+
+
+def key_store(settings: Settings) -> KeyStore | None:
+    """The place of the keys; None where nobody needs one."""
+    if settings.api_keys_file is not None:
+        return KeyFile(settings.api_keys_file)
+    if not settings.api_keys_redis:
+        return None
+    from transformers_api.serving.limits.key_redis import KeyRedis
+
+    return KeyRedis(settings.redis_url or "")
+
+
+def _keys(settings: Settings) -> ApiKeys | None:
+    """Keys that redis has are waited for; a file that cannot be read will not mend itself."""
+    store = key_store(settings)
+    if store is None:
+        return None
+    keys = ApiKeys(store)
+    try:
+        if not keys.read():
+            log.warning("%s has no API keys: every request is refused", store)
+    except (OSError, ValueError) as error:
+        if settings.api_keys_file is not None:
+            text = f"API_KEYS_FILE={store} is not allowed: {reason(error)}"
+            raise SettingError(text) from None
+        log.error("Every request is refused until the API keys can be read: %s", reason(error))
+    return keys
 
 
 def _is_private(settings: Settings) -> bool:

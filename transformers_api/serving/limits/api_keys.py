@@ -1,38 +1,34 @@
-"""API keys, from a file that holds a hash of each.
+"""API keys, of which a store holds a hash each.
 
-A line of the file is ``name:scope:sha256$hash``; ``#`` begins a comment. A key is 256 random bits,
-so that its SHA-256 tells nothing about it and a slow hash would only slow the requests down.
+An entry is ``name:scope:sha256$hash``. A key is 256 random bits, so that its SHA-256 tells nothing
+about it and a slow hash would only slow the requests down.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import hmac
 import logging
-import os
 import re
 import secrets
-import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Protocol
 
-from transformers_api.config.settings import SettingError
+from transformers_api.errors import Unavailable
 
 log = logging.getLogger(__name__)
 
 SCOPES = ("infer", "admin")  # admin may also do what infer may
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-MAX_BYTES = 16 << 20
 _HASH = re.compile(r"sha256\$([0-9a-f]{64})")
 _FORM = "name:infer:sha256$... or name:admin:sha256$..."
 
 
 @dataclass(frozen=True, slots=True)
 class ApiKey:
-    """One line of the file."""
+    """One entry of a store."""
 
     name: str
     scope: str
@@ -43,27 +39,54 @@ class ApiKey:
         return SCOPES.index(self.scope) >= SCOPES.index(scope)
 
     def line(self) -> str:
-        """As it stands in the file."""
+        """As it stands in a store."""
         return f"{self.name}:{self.scope}:sha256${self.digest.hex()}"
 
 
-class ApiKeys:
-    """The keys of a file. It is read again when it has changed. From any thread."""
+class KeyStore(Protocol):
+    """A place that has the keys of one or several servers: key_file.py, key_redis.py."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises SettingError where the file cannot be read or has a wrong line."""
-        self._path = path
+    def version(self) -> object:
+        """Another value whenever the keys may have changed; costs a request next to nothing."""
+        ...
+
+    def read(self) -> list[ApiKey]:
+        """All keys. Raises OSError, or ValueError for a wrong entry, which it does not repeat."""
+        ...
+
+    def add(self, name: str, scope: str) -> str:
+        """Make a key and keep its hash; the key itself, which is nowhere else.
+
+        Raises ValueError for a bad name or one that is taken, OSError, and what ``read`` raises.
+        """
+        ...
+
+    def remove(self, name: str) -> None:
+        """Take a key away. Raises ValueError where there is none of the name, OSError."""
+        ...
+
+
+class ApiKeys:
+    """The keys of a store, read again when they have changed. From any thread."""
+
+    def __init__(self, store: KeyStore) -> None:
+        self._store = store
         self._lock = threading.Lock()
-        self._state = _state(path)
-        try:
-            self._keys = read(path)
-        except (OSError, ValueError) as error:
-            raise SettingError(f"API_KEYS_FILE={path} is not allowed: {_reason(error)}") from None
-        if not self._keys:
-            log.warning("API_KEYS_FILE %s has no keys: every request is refused", path)
+        self._keys: Sequence[ApiKey] | None = None  # not read yet
+        self._version: object = None
+
+    def read(self) -> int:
+        """Read them now; how many there are. Raises what ``KeyStore.read`` raises."""
+        with self._lock:
+            self._version = self._store.version()
+            self._keys = self._store.read()
+            return len(self._keys)
 
     def find(self, secret: str) -> ApiKey | None:
-        """The key whose secret was given; all are compared, each in the same time."""
+        """The key whose secret was given; all are compared, each in the same time.
+
+        Raises Unavailable where the store could not be read since the start.
+        """
         digest = _digest(secret)
         match = None
         for key in self._current():
@@ -72,33 +95,32 @@ class ApiKeys:
         return match
 
     def _current(self) -> Sequence[ApiKey]:
-        if _state(self._path) != self._state:
+        if self._keys is None or self._store.version() != self._version:
             with self._lock:
                 self._read_again()
+        if self._keys is None:
+            raise Unavailable("The API keys cannot be read now", retry_after=5)
         return self._keys
 
     def _read_again(self) -> None:
-        """A broken file is told once and changes nothing."""
-        state = _state(self._path)
-        if state == self._state:  # another thread was here
+        """A store that is broken or gone is told once and changes nothing."""
+        version = self._store.version()
+        if self._keys is not None and version == self._version:  # another thread was here
             return
-        self._state = state
+        self._version = version
         try:
-            self._keys = read(self._path)
+            self._keys = self._store.read()
         except (OSError, ValueError) as error:
-            log.error("%s: the keys from before stay valid: %s", self._path, _reason(error))
+            if self._keys is not None:
+                log.error("%s: the keys from before stay valid: %s", self._store, reason(error))
         else:
-            log.info("%s: %d keys are valid now", self._path, len(self._keys))
+            log.info("%s: %d keys are valid now", self._store, len(self._keys))
 
 
-def read(path: Path) -> list[ApiKey]:
-    """The keys of a file. Raises OSError, or ValueError with the number of a wrong line."""
+def parse(lines: Iterable[str]) -> list[ApiKey]:
+    """The keys of entries; ``#`` begins a comment. ValueError has the number of a wrong line."""
     keys: dict[str, ApiKey] = {}
-    with path.open(encoding="utf-8") as file:
-        content = file.read(MAX_BYTES + 1)  # not all of it: a device has no end
-    if len(content) > MAX_BYTES:
-        raise ValueError(f"more than {MAX_BYTES >> 20} MiB are no file of keys")
-    for number, line in enumerate(content.splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         text = line.partition("#")[0].strip()
         if not text:
             continue
@@ -114,64 +136,25 @@ def read(path: Path) -> list[ApiKey]:
     return list(keys.values())
 
 
-def add(path: Path, name: str, scope: str) -> str:
-    """Make a key and write its hash; the key itself, which is nowhere else.
-
-    Raises ValueError for a bad name or one that is taken, OSError, and what ``read`` raises.
-    """
+def check_name(name: str) -> None:
+    """Raise ValueError for what cannot be the name of a key."""
     if not _NAME.fullmatch(name):
         raise ValueError("a name has up to 64 letters, digits, dots, dashes and underscores")
-    keys = read(path) if path.exists() else []
-    if any(key.name == name for key in keys):
-        raise ValueError(f"{path} has a key of the name {name}: remove it first, or take another")
+
+
+def make(name: str, scope: str) -> tuple[str, ApiKey]:
+    """A new key and what is kept of it. Raises ValueError for a bad name."""
+    check_name(name)
     secret = f"sk-{secrets.token_urlsafe(32)}"
-    text = path.read_text("utf-8") if path.exists() else ""
-    line = ApiKey(name, scope, _digest(secret)).line()
-    _replace(path, text + ("" if text.endswith("\n") or not text else "\n") + f"{line}\n")
-    return secret
+    return secret, ApiKey(name, scope, _digest(secret))
 
 
-def remove(path: Path, name: str) -> None:
-    """Take a key out of the file, comments stay. Raises ValueError, OSError, as ``read``."""
-    if all(key.name != name for key in read(path)):
-        raise ValueError(f"{path} has no key of the name {name}")
-    lines = path.read_text("utf-8").splitlines(keepends=True)
-    _replace(path, "".join(line for line in lines if line.partition(":")[0].strip() != name))
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a whole file at once, with the owner and the mode of the one before."""
-    old = path.stat() if path.exists() else None
-    descriptor, name = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            if old is not None:  # else nobody but its owner may read it
-                os.fchmod(file.fileno(), old.st_mode & 0o777)
-                with contextlib.suppress(PermissionError):
-                    os.fchown(file.fileno(), old.st_uid, old.st_gid)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+def reason(error: OSError | ValueError) -> str:
+    """The fault of a store, in one line and without a path."""
+    if isinstance(error, UnicodeDecodeError):
+        return "it is not UTF-8"
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "replace")).digest()
-
-
-def _state(path: Path) -> tuple[int, int, int] | None:
-    """The identity of the file's content; None where there is no file."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_mtime_ns, status.st_ino, status.st_size
-
-
-def _reason(error: OSError | ValueError) -> str:
-    if isinstance(error, UnicodeDecodeError):
-        return "it is not UTF-8"
-    return (error.strerror if isinstance(error, OSError) else None) or str(error)
