@@ -128,7 +128,7 @@ def compile_source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
     def compile_source(source: str) -> Path:
         library = tmp_path_factory.mktemp("source") / "library.so"
         command = [compiler, "-x", "c++", "-", "-shared", "-fPIC", "-o", str(library)]
-        subprocess.run(command, input=source, text=True, check=True, timeout=50)
+        subprocess.run(command, input=source, text=True, check=True, timeout=110)
         return library.rename(library.with_name(content_name(library.read_bytes())))
 
     return compile_source

@@ -65,7 +65,7 @@ def run(tmp_path: Path, lines: str) -> subprocess.CompletedProcess[str]:
         "-o",
         str(program),
     ]
-    subprocess.run(command, input=PROGRAM % lines, text=True, check=True, timeout=50)
+    subprocess.run(command, input=PROGRAM % lines, text=True, check=True, timeout=110)
     return subprocess.run([program], capture_output=True, text=True, check=False)
 
 
