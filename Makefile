@@ -28,7 +28,7 @@ TORCH_FROM_cpu = $$($(BIN)/python -m scripts.torch_index)
 # One torch thread per test process: more would fight for the same cores. Bytecode is written even
 # where the environment says otherwise: else each of the many servers compiles the package anew.
 # Three processes, as much of the time is waiting for servers and browsers.
-TESTS := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 3 --dist loadfile
+TESTS := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -45,7 +45,6 @@ from transformers_api.kernels.provider import KernelProvider
 
 TEXTS = Path(__file__).parent / "texts"
 MOST_TOKENS = 1024
-KINDS = "bfloat16", "bfloat16 cached", "int8", "int4", "int4 reordered", "int8 reordered"
 GATES = {  # mean KL at most, agreement at least
     "int8": (0.01, 0.94),
     "int4": (0.05, 0.0),

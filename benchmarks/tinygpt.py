@@ -33,7 +33,6 @@ from transformers_api.checkpoints.tokenizers import make
 from transformers_api.families.tinygpt import TinyGPTConfig
 
 SAMPLING = {"temperature": 0.7, "top_k": 50, "top_p": 0.95}  # the original's defaults
-TARGET = 4  # times the upper figure of the page
 
 
 @dataclass(frozen=True)

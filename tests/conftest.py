@@ -8,10 +8,12 @@ import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from werkzeug.routing import Rule
 
+from tests.instruction_sets import distinct
 from transformers_api.config.settings import Settings
 from transformers_api.kernels.build import build, find
 from transformers_api.kernels.variants import NativeUnavailable, choose, usable
@@ -49,8 +51,21 @@ def pytest_collection() -> None:
     gc.disable()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """``--dist loadfile`` with the page's files as one: tests/work_units.py."""
+    from tests import work_units
+
+    return work_units.WholeFiles(config, log) if config.option.dist == "loadfile" else None
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Give what is slow on a machine of its own the time that it takes beside others."""
+    if hasattr(config, "workerinput"):
+        from tests import work_units
+
+        work_units.sort(items)
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(300))
@@ -105,10 +120,13 @@ def native_cache() -> Path:
     return NATIVE_CACHE
 
 
-@pytest.fixture(scope="session")
-def isas(native_cache: Path) -> list[str]:
-    """The instruction sets that this processor has, with their kernels compiled; the best first."""
-    own = usable()
+@pytest.fixture
+def isas(request: pytest.FixtureRequest, native_cache: Path) -> list[str]:
+    """The instruction sets that this processor has, with their kernels compiled; the best first.
+
+    For `make test` those that differ.
+    """
+    own = usable() if request.node.get_closest_marker("slow") else distinct()
     for variant in own:
         build(native_cache, variant=variant)
     return [variant.name for variant in own]

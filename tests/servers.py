@@ -10,7 +10,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,13 @@ settings = Settings(
 )
 serve(settings, app="{app}")
 """
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Wait for what becomes true, with a deadline."""
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline, "did not come true"
 
 
 def reserve_port() -> socket.socket:

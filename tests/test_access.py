@@ -26,7 +26,7 @@ def transformers_api(*arguments, status=0, **environ):
         env=os.environ | environ,
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=110,
         check=False,
     )
     assert done.returncode == status, done.stderr

@@ -73,7 +73,7 @@ def test_commands_import_neither_torch_nor_transformers(arguments: list[str]) ->
         "assert not {'torch', 'transformers'} & set(sys.modules)\n"
     )
     result = subprocess.run(
-        [sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, timeout=50
+        [sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, timeout=110
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout
@@ -81,7 +81,7 @@ def test_commands_import_neither_torch_nor_transformers(arguments: list[str]) ->
 
 def test_program_runs_as_a_module() -> None:
     command = [sys.executable, "-m", "transformers_api", "--help"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=50)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110)
     assert result.returncode == 0
     for name in ("serve", "models", "pull", "convert", "check"):
         assert name in result.stdout

@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import pytest
 
 from tests.conftest import Measured
 from tests.repeats import slow
-from tests.servers import WAIT_S, Server, serving, started
+from tests.servers import WAIT_S, Server, serving, started, until
 from transformers_api.config.settings import Settings
 from transformers_api.server import lock
 from transformers_api.server.serve import SECOND_S
@@ -29,12 +29,6 @@ BREAKABLE = "tests.faulty_app:create_breakable_app"
 STREAM = {"prompt": "Hi", "stream": True, "max_tokens": 100_000}
 STEP_S = 2.0  # an innocent step on a busy machine takes less
 SERVE = (sys.executable, "-m", "transformers_api", "serve", "--port", "0")
-
-
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline, "did not come true"
 
 
 def post(server: Server, path: str, body: Any) -> http.client.HTTPResponse:

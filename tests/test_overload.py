@@ -7,14 +7,14 @@ import json
 import socket
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import pytest
 
 from tests.repeats import slow
-from tests.servers import WAIT_S, Server, serving
+from tests.servers import WAIT_S, Server, serving, until
 
 APP = "tests.faulty_app:create_app"
 PLACES = 8
@@ -34,12 +34,6 @@ def server() -> Iterator[Server]:
     with serving(APP, max_queue=4, **limits) as started:
         until(lambda: '"ready"' in started.get("/readyz"))
         yield started
-
-
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline, "did not come true"
 
 
 def post(server: Server, **fields: Any) -> Reply:

@@ -4,8 +4,6 @@ import http.client
 import signal
 import socket
 import sys
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import cast
@@ -14,18 +12,12 @@ import pytest
 from gunicorn.arbiter import Arbiter
 from gunicorn.errors import HaltServer
 
-from tests.servers import WAIT_S, Server, run, serving, started
+from tests.servers import WAIT_S, Server, run, serving, started, until
 from transformers_api.config.settings import Settings
 from transformers_api.server.serve import Deaths, DrainWorker, options
 
 ENDLESS = 10**6
 GUNICORN = (sys.executable, "-m", "gunicorn")
-
-
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline, "did not come true"
 
 
 def begin(server: Server, ticks: int) -> http.client.HTTPResponse:

@@ -25,7 +25,6 @@ from transformers_api.serving.models.spec import HubSource
 
 CHECKPOINT = Path(__file__).parent.parent / "fixtures" / "niels_v1" / "chat" / "best.pt"
 ADDRESS = "http://localhost:8000"
-PAGE = "http://localhost:3000"
 DOCUMENTED_ORIGINS = "https://nielseriknandal.com,http://localhost:3000,http://localhost:5173"
 
 

@@ -121,3 +121,13 @@ def generate(model: Any, prompt: list[int], count: int) -> list[int]:
             pad_token_id=0,
         )
     return output[0, len(prompt) :].tolist()
+
+
+def generated(name: str, prompt: list[int], count: int) -> list[int]:
+    """The same of a named model; worked out once, for it is what takes longest in many tests."""
+    return list(_generated(name, tuple(prompt), count))
+
+
+@functools.cache
+def _generated(name: str, prompt: tuple[int, ...], count: int) -> tuple[int, ...]:
+    return tuple(generate(tiny_model(name), list(prompt), count))

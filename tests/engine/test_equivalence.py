@@ -12,8 +12,8 @@ from tests.engine.models import (
     SEQUENTIAL,
     TOGETHER,
     generate,
+    generated,
     prompts_of,
-    tiny_model,
 )
 from tests.engine.reading import GREEDY, ask, complete
 from tests.repeats import slow
@@ -33,7 +33,7 @@ def test_many_at_once_give_what_generate_gives_for_each(make_engine, native_defa
     engine = make_engine(name)
     prompts = prompts_of(len(LENGTHS))
     requests = [ask(p, max_tokens=n, **GREEDY) for p, n in zip(prompts, LENGTHS, strict=True)]
-    expected = [generate(tiny_model(name), p, n) for p, n in zip(prompts, LENGTHS, strict=True)]
+    expected = [generated(name, p, n) for p, n in zip(prompts, LENGTHS, strict=True)]
     assert complete(engine, *requests) == expected
     batches = name not in SEQUENTIAL or (native_default is not None and name in ON_KERNELS)
     assert engine.describe().mode == ("batching" if batches else "sequential")
@@ -44,9 +44,7 @@ def test_many_at_once_give_what_generate_gives_for_each(make_engine, native_defa
 def test_one_alone_gives_what_generate_gives_whatever_the_chunk(make_engine, name, chunk):
     engine = make_engine(name, prefill_chunk=chunk)
     prompt = prompts_of(7)[-1]
-    assert complete(engine, ask(prompt, max_tokens=12, **GREEDY)) == [
-        generate(tiny_model(name), prompt, 12)
-    ]
+    assert complete(engine, ask(prompt, max_tokens=12, **GREEDY)) == [generated(name, prompt, 12)]
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral-window-8", *slow("gpt2", "gemma3")])
@@ -55,7 +53,7 @@ def test_generation_goes_on_to_the_end_of_the_context(make_engine, name):
     prompt = prompts_of(3)[-1]
     count = 128 - len(prompt)
     assert complete(engine, ask(prompt, max_tokens=1000, **GREEDY)) == [
-        generate(tiny_model(name), prompt, count)
+        generated(name, prompt, count)
     ]
 
 

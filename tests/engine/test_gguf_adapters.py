@@ -14,7 +14,6 @@ from tests.engine.test_adapters import PROMPT, kernels, scores  # noqa: F401
 from transformers_api.errors import InsufficientMemory, ModelLoadFailed
 from transformers_api.serving.models.adapter_files import check_base, inspect_adapter
 
-STACKED = ["qkv_proj", "gate_up_proj", "o_proj"]
 # name of a tiny model -> ggml's name of the architecture, the layers that are adapted
 MODELS = {
     "llama": ("llama", [*lora.ALL, "lm_head"]),
@@ -103,10 +102,6 @@ def test_base_and_both_kinds_of_adapters_share_a_batch(make_engine, tmp_path):
     said = [tokens(stream)[0] for stream in streams]
     assert said == [complete(one, request)[0] for one in each]
     assert said[1] == said[2] != said[0]
-
-
-def bad(parts, **changes):
-    return {path: changes.get(path.rpartition(".")[2], pair) for path, pair in parts.items()}
 
 
 LAYER = "model.layers.0.mlp.up_proj"

@@ -25,7 +25,6 @@ from transformers_api.serving.models.spec import ModelSpec, PathSource
 from transformers_api.serving.models.store import ModelStore
 
 ROOT = Path(__file__).parents[2]
-FILES = [name for name in ORIGINALS if name != "gpt3dev"]
 # a weight of each, by the original's name
 SOME_WEIGHT = {
     "tinygpt": "blocks.1.attn.in_proj_bias",

@@ -49,7 +49,7 @@ def test_no_name_reaches_a_file_the_network_or_a_program(
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=110,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import instruction_sets
+from tests.instruction_sets import AMX
 from tests.repeats import slow
 from transformers_api.kernels.abi import Library
 from transformers_api.kernels.build import FLAGS, SOURCES, build, content_name, find
@@ -16,7 +18,6 @@ from transformers_api.kernels.variants import VARIANTS, Variant, cpu_flags, usab
 NEON_ON_X86 = Path(__file__).with_name("neon_on_x86")
 AMX_BY_LOOPS = Path(__file__).with_name("amx_by_loops")
 DRIVER = Path(__file__).with_name("driver.cpp")
-AMX = next(variant for variant in VARIANTS if variant.name == "amx")
 AVX2 = next(variant for variant in VARIANTS if variant.name == "avx2")
 
 
@@ -95,8 +96,9 @@ def library_file(native_cache: Path) -> Path:
 
 # Nearly the code of another one: in `make test-all` alone.
 REPEATED = {"avx2_vnni_by_avx512", "avx2_plain_waits", "neon_bf16_on_x86"}
+REPEATED |= instruction_sets.REPEATED
 if AMX in usable():  # its own instructions do what loops do elsewhere
-    REPEATED |= {"amx_by_loops", "avx2_vnni"}
+    REPEATED |= {"amx_by_loops"}
 OWN = [*usable(), *(variant for variant in STAND_INS if not variant.missing(cpu_flags()))]
 EVERY = [variant for variant in OWN if variant.name not in REPEATED]
 
@@ -126,7 +128,7 @@ def compile_source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
     def compile_source(source: str) -> Path:
         library = tmp_path_factory.mktemp("source") / "library.so"
         command = [compiler, "-x", "c++", "-", "-shared", "-fPIC", "-o", str(library)]
-        subprocess.run(command, input=source, text=True, check=True, timeout=50)
+        subprocess.run(command, input=source, text=True, check=True, timeout=110)
         return library.rename(library.with_name(content_name(library.read_bytes())))
 
     return compile_source

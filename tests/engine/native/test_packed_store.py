@@ -380,7 +380,7 @@ def test_a_load_from_packed_weights_takes_little_more_memory_than_they_do(tmp_pa
             [sys.executable, "-c", PEAK, *folders, "int8", str(store)],
             capture_output=True,
             text=True,
-            timeout=50,
+            timeout=110,
         )
         assert child.returncode == 0, child.stderr
         served, taken = map(int, child.stdout.split())

@@ -259,7 +259,7 @@ def test_a_load_takes_little_more_memory_than_the_packed_weights(tmp_path, nativ
         [sys.executable, "-c", PEAK, str(tmp_path), str(native_cache), "stored"],
         capture_output=True,
         text=True,
-        timeout=55,
+        timeout=110,
     )
     assert child.returncode == 0, child.stderr
     packed, taken = map(int, child.stdout.split())

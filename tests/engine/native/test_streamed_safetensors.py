@@ -208,7 +208,7 @@ def test_a_load_takes_little_more_memory_than_what_is_served(
         [sys.executable, "-c", PEAK, str(tmp_path), str(native), quantization or "none"],
         capture_output=True,
         text=True,
-        timeout=55,
+        timeout=110,
     )
     assert child.returncode == 0, child.stderr
     served, taken = map(int, child.stdout.split())
