@@ -97,5 +97,5 @@ def test_a_mixture_takes_little_more_memory_than_its_packed_weights(
     )
     assert child.returncode == 0, child.stderr
     packed, taken = map(int, child.stdout.split())
-    assert 90 << 20 < packed < 200 << 20  # 600 MB as float32
+    assert 80 << 20 < packed < 200 << 20  # 600 MB as float32
     assert taken < 1.1 * packed + (150 << 20)
