@@ -136,6 +136,21 @@ def test_products_are_those_of_the_numbers_themselves(library, kind):
     assert ((made - exact).norm() / exact.norm()).item() < 1e-5
 
 
+def in_int4(library, kinds):
+    blocks = [random_blocks(kind, (90, 1056), seed)[0] for seed, kind in enumerate(kinds)]
+    return PackedWeight(library, blocks, "int4", WeightMemory())
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 40])
+def test_q4_0_keeps_its_numbers_and_products_without_the_bytes_of_minima(library, rows):
+    alone, beside = in_int4(library, ["Q4_0"]), in_int4(library, ["Q4_0", "Q4_1"])
+    assert alone.nbytes == 96 * 1056 * 9 // 16
+    assert beside.nbytes == 192 * 1056 * 5 // 8
+    assert torch.equal(alone.dense(), beside.dense()[:90])
+    x = torch.randn(rows, 1056, generator=torch.Generator().manual_seed(rows))
+    assert torch.equal(alone.multiply(x), beside.multiply(x)[:, :90])
+
+
 def test_memory_of_another_size_is_refused(library):
     blocks, _ = random_blocks("Q4_0")
     short = Blocks(blocks.memory[:-1], "Q4_0", SHAPE)

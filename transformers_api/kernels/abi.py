@@ -42,7 +42,7 @@ OPS = (
     *("largest", "softmax", "layer_norm", "gather", "matmul", "top_k", "take", "put", "linear"),
     *("experts", "low_rank", "attention", "write_cache", "read_cache", "unpack_rows"),
 )
-TYPE_NUMBERS = {"F32": 0, "BF16": 1, "I8": 2, "I64": 3, "I4": 4, "BOOL": 5}
+TYPE_NUMBERS = {"F32": 0, "BF16": 1, "I8": 2, "I64": 3, "I4": 4, "BOOL": 5, "I4C": 6}
 # Of activations, the KV cache, packed weights, operands.
 TYPES = {torch.float32: TYPE_NUMBERS["F32"], torch.bfloat16: TYPE_NUMBERS["BF16"]}
 KV_TYPES = {**TYPES, torch.int8: TYPE_NUMBERS["I8"]}

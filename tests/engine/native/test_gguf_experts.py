@@ -39,7 +39,7 @@ def experts_of(engine):
 @pytest.mark.parametrize(
     ("architecture", "kinds", "bits"),
     [
-        ("qwen3moe", dict.fromkeys(EXPERTS, "Q4_0"), (5.0, 5.0)),
+        ("qwen3moe", dict.fromkeys(EXPERTS, "Q4_0"), (4.5, 4.5)),
         ("qwen3moe", {"ffn_gate_exps": "Q8_0", "ffn_up_exps": "Q4_1"}, (8.5, 16.0)),
         ("qwen3moe", {}, (32.0, 32.0)),
         *slow(
@@ -47,7 +47,7 @@ def experts_of(engine):
             ("gpt-oss", dict.fromkeys(EXPERTS, "Q8_0"), (8.5, 8.5)),
         ),
         ("gpt-oss", dict.fromkeys(EXPERTS, "MXFP4"), (8.5, 8.5)),
-        ("gpt-oss", {"ffn_down_exps": "Q4_0"}, (16.0, 5.0)),
+        ("gpt-oss", {"ffn_down_exps": "Q4_0"}, (16.0, 4.5)),
     ],
 )
 def test_experts_of_a_file_are_served_in_its_width(
@@ -97,5 +97,5 @@ def test_a_mixture_takes_little_more_memory_than_its_packed_weights(
     )
     assert child.returncode == 0, child.stderr
     packed, taken = map(int, child.stdout.split())
-    assert 90 << 20 < packed < 200 << 20  # 600 MB as float32
+    assert 80 << 20 < packed < 200 << 20  # 600 MB as float32
     assert taken < 1.1 * packed + (150 << 20)

@@ -25,6 +25,7 @@ from transformers_api.kernels.modules.streamed import Source, StreamedEmbedding,
 
 LAYERS = (nn.Linear, Conv1D)
 BYTES = {"int8": 34 / 32, "int4": 20 / 32}  # of a packed weight
+CENTRED_BYTES = {"Q4_0": 18 / 32}
 
 
 @dataclass(frozen=True)
@@ -230,7 +231,7 @@ def _fill_experts(library: Library, model: Any, stored: StoredWeights) -> None:
 
 def packed_size(types: Mapping[str, int], float_bytes: int) -> int:
     """The bytes that so many weights take once they are packed, by ggml's types or by widths."""
-    sizes = BYTES | {kind: BYTES[width] for kind, (_, width) in KINDS.items()}
+    sizes = BYTES | {kind: BYTES[width] for kind, (_, width) in KINDS.items()} | CENTRED_BYTES
     plain = dict.fromkeys(FLOATS, float_bytes)
     return int(sum(n * (plain | sizes).get(kind, BYTES["int8"]) for kind, n in types.items()))
 

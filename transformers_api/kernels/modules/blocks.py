@@ -63,6 +63,11 @@ class Blocks:
         """The kind of PackedWeight that keeps most of it."""
         return KINDS[self.kind][1]
 
+    @property
+    def is_centred(self) -> bool:
+        """True for four bits around zero: a minimum says nothing that the scale does not."""
+        return self.kind == "Q4_0"
+
     def rows(self, library: Library, first: int, count: int) -> Tensor:
         """The rows from ``first`` on, as (count, in) float32."""
         return self.gather(library, torch.arange(first, first + count))

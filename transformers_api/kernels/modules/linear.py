@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from transformers_api.heap import trim_memory
-from transformers_api.kernels.abi import TYPES, WEIGHT_TYPES, Library, Weight
+from transformers_api.kernels.abi import TYPE_NUMBERS, TYPES, WEIGHT_TYPES, Library, Weight
 from transformers_api.kernels.capture import current
 from transformers_api.kernels.modules.blocks import Blocks, Pieces
 
@@ -22,7 +22,8 @@ HUGE_PAGE = 2 << 20
 ALIGNMENT = 64
 
 
-QUANTIZED = {WEIGHT_TYPES["int8"], WEIGHT_TYPES["int4"]}
+CENTRED = TYPE_NUMBERS["I4C"]
+QUANTIZED = {WEIGHT_TYPES["int8"], WEIGHT_TYPES["int4"], CENTRED}
 UNPACKED_BYTES = 4 << 20  # of float32 at once
 PANEL = 32  # rows that lie together in packed weights
 Matrix = Tensor | Blocks | Pieces
@@ -89,10 +90,11 @@ class PackedWeight:
     """A weight matrix (out, in) as the kernels read it: ``kind`` float32, bfloat16, int8 or int4.
 
     int8: groups of 32 along ``in`` with a scale each; inputs are quantised in the same groups.
-    int4: scale and minimum of each group, found by search; inputs as for int8. ``error`` is the
-    norm of the quantisation error relative to that of the weights, of int4 and of blocks, whose
-    codes stay as they are where the kind has room for them. bfloat16: inputs are rounded to
-    bfloat16. Sums are float32 everywhere. ``number``: its place in the order of packing.
+    int4: scale and minimum of each group, found by search; inputs as for int8. Where all of it is
+    Q4_0 there are no minima, and it takes a tenth less memory. ``error`` is the norm of the
+    quantisation error relative to that of the weights, of int4 and of blocks, whose codes stay as
+    they are where the kind has room for them. bfloat16: inputs are rounded to bfloat16. Sums are
+    float32 everywhere. ``number``: its place in the order of packing.
     """
 
     error = 0.0
@@ -118,6 +120,9 @@ class PackedWeight:
         shapes = {(sum(len(w) for w in weights), w.shape[1]) for w in weights}
         if shapes != {(self.out_features, self.in_features)}:
             raise ValueError(f"weights of {shapes}, not {self.out_features, self.in_features}")
+        if self._is_int4:
+            is_centred = all(isinstance(w, Blocks) and w.is_centred for w in weights)
+            self._weight.type = CENTRED if is_centred else WEIGHT_TYPES["int4"]
         size = self.library.with_gil.packed_bytes(self._weight)
         if (stored := memory.stored(self.number, self._weight, size)) is not None:
             self._memory, self.error = stored

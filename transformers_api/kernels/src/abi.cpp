@@ -93,7 +93,7 @@ std::string describe_layout() {
 #define TYPE_NUMBER(constant) layout.field(#constant, constant)
   layout.text += "\ntypes";
   TYPE_NUMBER(F32), TYPE_NUMBER(BF16), TYPE_NUMBER(I8), TYPE_NUMBER(I64), TYPE_NUMBER(I4);
-  TYPE_NUMBER(BOOL);
+  TYPE_NUMBER(BOOL), TYPE_NUMBER(I4C);
 #undef TYPE_NUMBER
   return layout.text;
 }

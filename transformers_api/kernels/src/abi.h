@@ -9,7 +9,7 @@
 
 constexpr int32_t ABI_VERSION = 4;
 
-enum Type : int32_t { F32 = 0, BF16 = 1, I8 = 2, I64 = 3, I4 = 4, BOOL = 5 };
+enum Type : int32_t { F32 = 0, BF16 = 1, I8 = 2, I64 = 3, I4 = 4, BOOL = 5, I4C = 6 };
 
 // The operations of a Step, in the order of their numbers: first the elementwise ones, of one or two
 // operands, then WHERE to PUT, which go line by line.
@@ -170,9 +170,9 @@ void pack_int4(const Weight* w, const void* source, int32_t type, int64_t row, i
 // Bytes of a row of k weights in ggml's blocks of this kind (its number there); 0: unknown, or no
 // whole blocks.
 int64_t block_row_bytes(int32_t number, int64_t k);
-// Pack the rows ``row``.. of I8 or I4 from ``count`` rows of blocks, in the order of ``order`` unless
-// that is null. ``w->data`` must be zeroed. ``sums`` (count, 2): added to as by ``pack_int4``; both
-// stay as they are for a row of a type that loses nothing.
+// Pack the rows ``row``.. of I8, I4 or I4C from ``count`` rows of blocks, in the order of ``order`` unless
+// that is null; I4C of Q4_0 alone. ``w->data`` must be zeroed. ``sums`` (count, 2): added to as by
+// ``pack_int4``; both stay as they are for a row of a type that loses nothing.
 void pack_blocks(const Weight* w, const void* blocks, int32_t number, const int64_t* order,
                  int64_t row, int64_t count, double* sums);
 // The rows ``rows`` of a matrix of blocks as (count, k) floats.

@@ -67,7 +67,7 @@ template <class T>
 void prepare_row(const Weight& w, const T* x, int32_t* lanes, Int8Group* groups) {
   if (is_grouped(w)) {
     quantize_row(w, x, lanes, groups);
-    if (w.type == I4) to_int4_groups(groups, num_groups(w));
+    if (is_int4(w)) to_int4_groups(groups, num_groups(w));
   } else {
     convert_row(w, x, lanes);
   }

@@ -122,15 +122,18 @@ struct Int8Tiles {
 };
 
 // The upper four bits stay where they are: 16 times too large, as in accumulate_int4.
+template <bool HAS_MINIMA>
 struct Int4Tiles {
   using Group = Int4Group;
-  static constexpr int64_t BYTES = INT4_GROUP_BYTES;
+  static constexpr int64_t BYTES = int4_group_bytes(HAS_MINIMA);
   f32x16 scale0, scale1, minimum0, minimum1;
 
   explicit Int4Tiles(const uint8_t* w) {
     w += INT4_CODE_BYTES;
-    scale0 = load_half(w), scale1 = mul(load_half(w + 32), broadcast(1.f / 16));
-    minimum0 = load_half(w + 64), minimum1 = load_half(w + 96);
+    scale0 = load_half(w), scale1 = load_half(w + 32);
+    minimum0 = HAS_MINIMA ? load_half(w + 64) : mul(scale0, broadcast(INT4_CENTRE));
+    minimum1 = HAS_MINIMA ? load_half(w + 96) : mul(scale1, broadcast(INT4_CENTRE));
+    scale1 = mul(scale1, broadcast(1.f / 16));
   }
   static void load(const uint8_t* w, uint8_t* codes) {
     const i32x16 lower_bits = _mm512_set1_epi8(15);

@@ -149,7 +149,7 @@ inline __m256i total_int4(__m256i sum) { return _mm256_madd_epi16(sum, _mm256_se
 #endif
 
 // Of both halves of the outputs, which are the lower and the upper bits of a byte, or of one.
-template <Prefetch P, int R, int FIRST, int PARTS>
+template <bool HAS_MINIMA, Prefetch P, int R, int FIRST, int PARTS>
 inline void accumulate_int4_parts(const uint8_t* w, PrefetchCursor cursor, const int32_t* x,
                                   const Int4Group* groups, int64_t n, Accumulators<R>& sums) {
   const __m256i lower_bits = _mm256_set1_epi8(15);
@@ -173,11 +173,12 @@ inline void accumulate_int4_parts(const uint8_t* w, PrefetchCursor cursor, const
         }
       }
     }
-    if (FIRST == 0) prefetch<P, R>(w, cursor);
+    if (FIRST == 0) prefetch<P, R>(w, cursor, HAS_MINIMA);
     const auto* params = reinterpret_cast<const __m128i*>(w) + FIRST;
     for (int v = 0; v < PARTS; v++) {
       const __m256 scale = _mm256_cvtph_ps(_mm_load_si128(params + v));
-      const __m256 minimum = _mm256_cvtph_ps(_mm_load_si128(params + 4 + v));
+      const __m256 minimum = HAS_MINIMA ? _mm256_cvtph_ps(_mm_load_si128(params + 4 + v))
+                                        : _mm256_mul_ps(scale, _mm256_set1_ps(INT4_CENTRE));
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) {
         __m256& sum = part_of(sums[r], FIRST + v);
@@ -187,19 +188,19 @@ inline void accumulate_int4_parts(const uint8_t* w, PrefetchCursor cursor, const
         sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(total_int4(dots[r][v])), factor, sum);
       }
     }
-    w += PANEL * 4;
+    w += int4_group_bytes(HAS_MINIMA) - INT4_CODE_BYTES;
   }
 }
 
-template <Prefetch P, int R>
+template <bool HAS_MINIMA, Prefetch P, int R>
 inline void accumulate_int4(const uint8_t* w, PrefetchCursor cursor, const int32_t* x,
                             const Int4Group* groups, int64_t n, Accumulators<R>& sums) {
   for (auto& sum : sums) sum[0] = sum[1] = zero();
   if constexpr (R <= WIDE_ROWS) {
-    accumulate_int4_parts<P, R, 0, 4>(w, cursor, x, groups, n, sums);
+    accumulate_int4_parts<HAS_MINIMA, P, R, 0, 4>(w, cursor, x, groups, n, sums);
   } else {
-    accumulate_int4_parts<P, R, 0, 2>(w, cursor, x, groups, n, sums);
-    accumulate_int4_parts<P, R, 2, 2>(w, cursor, x, groups, n, sums);
+    accumulate_int4_parts<HAS_MINIMA, P, R, 0, 2>(w, cursor, x, groups, n, sums);
+    accumulate_int4_parts<HAS_MINIMA, P, R, 2, 2>(w, cursor, x, groups, n, sums);
   }
 }
 

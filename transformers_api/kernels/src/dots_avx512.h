@@ -75,11 +75,11 @@ inline void accumulate_int8(const uint8_t* w, PrefetchCursor cursor, const int32
 }
 
 // The upper four bits come out 16 times too large, by a subtraction: that saves shifting them.
-template <Prefetch P, int R>
+template <bool HAS_MINIMA, Prefetch P, int R>
 inline void accumulate_int4(const uint8_t* w, PrefetchCursor cursor, const int32_t* x,
                             const Int4Group* groups, int64_t n, Accumulators<R>& sums) {
   const i32x16 lower_bits = _mm512_set1_epi8(15);
-  const f32x16 sixteenth = broadcast(1.f / 16);
+  const f32x16 sixteenth = broadcast(1.f / 16), centre = broadcast(INT4_CENTRE);
   for (auto& sum : sums) sum[0] = sum[1] = zero();
   for (int64_t g = 0; g < n; g++) {
     i32x16 dots[R][2];
@@ -95,10 +95,11 @@ inline void accumulate_int4(const uint8_t* w, PrefetchCursor cursor, const int32
         dots[r][1] = _mm512_dpbusd_epi32(dots[r][1], both, b);
       }
     }
-    prefetch<P, R>(w, cursor);
-    const f32x16 scale0 = load_half(w), scale1 = mul(load_half(w + 32), sixteenth);
-    const f32x16 minimum0 = load_half(w + 64), minimum1 = load_half(w + 96);
-    w += PANEL * 4;
+    prefetch<P, R>(w, cursor, HAS_MINIMA);
+    const f32x16 scale0 = load_half(w), full1 = load_half(w + 32), scale1 = mul(full1, sixteenth);
+    const f32x16 minimum0 = HAS_MINIMA ? load_half(w + 64) : mul(scale0, centre);
+    const f32x16 minimum1 = HAS_MINIMA ? load_half(w + 96) : mul(full1, centre);
+    w += int4_group_bytes(HAS_MINIMA) - INT4_CODE_BYTES;
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
       const f32x16 s = broadcast(groups[r * n + g].scale);

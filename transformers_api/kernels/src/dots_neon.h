@@ -156,7 +156,7 @@ inline void accumulate_int8(const uint8_t* w, PrefetchCursor cursor, const int32
 }
 
 // Of both halves of the outputs, which are the lower and the upper bits of a byte, or of one.
-template <Prefetch P, int R, int FIRST, int COUNT>
+template <bool HAS_MINIMA, Prefetch P, int R, int FIRST, int COUNT>
 inline void accumulate_int4_parts(const uint8_t* w, PrefetchCursor cursor, const int32_t* x,
                                   const Int4Group* groups, int64_t n, Accumulators<R>& sums) {
   const uint8x16_t lower_bits = vdupq_n_u8(15);
@@ -175,11 +175,12 @@ inline void accumulate_int4_parts(const uint8_t* w, PrefetchCursor cursor, const
         dots.add(v, codes(0), codes(64), x + g * GROUP_STEPS + i, n * GROUP_STEPS);
       }
     }
-    if (FIRST == 0) prefetch<P, R>(w, cursor);
+    if (FIRST == 0) prefetch<P, R>(w, cursor, HAS_MINIMA);
     const auto* params = reinterpret_cast<const uint16_t*>(w) + 4 * FIRST;
     for (int v = 0; v < COUNT; v++) {
       const float32x4_t scale = half_widened(vld1_u16(params + 4 * v));
-      const float32x4_t minimum = half_widened(vld1_u16(params + PANEL + 4 * v));
+      const float32x4_t minimum = HAS_MINIMA ? half_widened(vld1_u16(params + PANEL + 4 * v))
+                                             : vmulq_f32(scale, vdupq_n_f32(INT4_CENTRE));
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) {
         float32x4_t& sum = part_of(sums[r], FIRST + v);
@@ -189,19 +190,19 @@ inline void accumulate_int4_parts(const uint8_t* w, PrefetchCursor cursor, const
         sum = vfmaq_f32(sum, vcvtq_f32_s32(dots.of(r, v)), factor);
       }
     }
-    w += PANEL * 4;
+    w += int4_group_bytes(HAS_MINIMA) - INT4_CODE_BYTES;
   }
 }
 
-template <Prefetch P, int R>
+template <bool HAS_MINIMA, Prefetch P, int R>
 inline void accumulate_int4(const uint8_t* w, PrefetchCursor cursor, const int32_t* x,
                             const Int4Group* groups, int64_t n, Accumulators<R>& sums) {
   for (auto& sum : sums) sum[0] = sum[1] = zero();
   if constexpr (R <= WIDE_ROWS) {
-    accumulate_int4_parts<P, R, 0, PARTS>(w, cursor, x, groups, n, sums);
+    accumulate_int4_parts<HAS_MINIMA, P, R, 0, PARTS>(w, cursor, x, groups, n, sums);
   } else {
-    accumulate_int4_parts<P, R, 0, PARTS / 2>(w, cursor, x, groups, n, sums);
-    accumulate_int4_parts<P, R, PARTS / 2, PARTS / 2>(w, cursor, x, groups, n, sums);
+    accumulate_int4_parts<HAS_MINIMA, P, R, 0, PARTS / 2>(w, cursor, x, groups, n, sums);
+    accumulate_int4_parts<HAS_MINIMA, P, R, PARTS / 2, PARTS / 2>(w, cursor, x, groups, n, sums);
   }
 }
 

@@ -23,7 +23,7 @@ Scratch scratch_rows, scratch_groups;
 
 // Prefetches of a tile over all of its steps; each fetches one line of the next panel.
 int64_t prefetches(const Weight& w) {
-  if (w.type == I4) return num_groups(w) * (GROUP_STEPS / 2 + 1);
+  if (is_int4(w)) return num_groups(w) * (GROUP_STEPS / 2 + 1);
   return num_steps(w) + is_grouped(w) * num_groups(w);
 }
 
@@ -35,9 +35,10 @@ inline void accumulate(const Gemm& gemm, const uint8_t* panel, int64_t m, Prefet
   const int32_t* x = gemm.x + m * n;
   if (w.type == I8) {
     accumulate_int8<P, R>(panel, cursor, x, gemm.groups + m * num_groups(w), num_groups(w), sums);
-  } else if (w.type == I4) {
+  } else if (is_int4(w)) {
     const auto* groups = reinterpret_cast<const Int4Group*>(gemm.groups + m * num_groups(w));
-    accumulate_int4<P, R>(panel, cursor, x, groups, num_groups(w), sums);
+    const auto codes = w.type == I4 ? accumulate_int4<true, P, R> : accumulate_int4<false, P, R>;
+    codes(panel, cursor, x, groups, num_groups(w), sums);
   } else if (w.type == BF16) {
     accumulate_dense<DotBF16, P, R>(panel, cursor, x, n, n, sums);
   } else {

@@ -15,7 +15,7 @@ struct Gemm {
   const Weight& w;
   const int32_t* x;         // prepared rows
   int64_t stride;           // their lanes, from one to the next
-  const Int8Group* groups;  // of I8; with I4 each is an Int4Group
+  const Int8Group* groups;  // of I8; of four bits each is an Int4Group
   void* y;
   Type y_type;
 };

@@ -56,10 +56,14 @@ void tile_pass(const Gemm& gemm, int64_t p, const RowBlocks& blocks, int64_t ind
     const Int8Group* const groups[2] = {gemm.groups + first[0] * n, gemm.groups + first[1] * n};
     if (w.type == I8) {
       multiply_codes<Int8Tiles, P, BLOCKS>(panel, cursor, rows, groups, n, sums);
-    } else if (w.type == I4) {
+    } else if (is_int4(w)) {
       const Int4Group* const own[2] = {reinterpret_cast<const Int4Group*>(groups[0]),
                                        reinterpret_cast<const Int4Group*>(groups[1])};
-      multiply_codes<Int4Tiles, P, BLOCKS>(panel, cursor, rows, own, n, sums);
+      if (w.type == I4) {
+        multiply_codes<Int4Tiles<true>, P, BLOCKS>(panel, cursor, rows, own, n, sums);
+      } else {
+        multiply_codes<Int4Tiles<false>, P, BLOCKS>(panel, cursor, rows, own, n, sums);
+      }
     } else {
       multiply_bf16<P, BLOCKS>(panel, cursor, rows, n,
                                {{sums, sums + blocks.height * PANEL}, PANEL});

@@ -50,7 +50,7 @@ void pack_rows(const Weight& w, const T* source, int64_t row, int64_t end) {
 }
 
 void unpack_row(const Weight& w, int64_t row, float* out) {
-  if (w.type == I4) return unpack_int4_row(w, row, out);
+  if (is_int4(w)) return unpack_int4_row(w, row, out);
   const int32_t* panel = reinterpret_cast<const int32_t*>(panel_at(w, row));
   for (int64_t i = 0, per_lane = values_per_lane(w); i * per_lane < w.k; i++) {
     const int32_t lane = panel[lane_index(w, row, i)];

@@ -81,7 +81,7 @@ void int8_groups(const Weight& w, const BlockKind& kind, const Source& source, i
   });
 }
 
-// The same of I4, for kinds whose codes are four bits.
+// The same of I4 and I4C, for kinds whose codes are four bits.
 template <class Source>
 void int4_groups(const Weight& w, const BlockKind& kind, const Source& source, int64_t row,
                  int64_t count, int64_t g, RowGroups& rows, int64_t at, double* sums) {
@@ -89,7 +89,7 @@ void int4_groups(const Weight& w, const BlockKind& kind, const Source& source, i
   for (int64_t r = 0; r < count; r++) {
     BlockCodes& own = rows.own[r];
     kind.codes(kind.block_of(source(row + r), g), kind.place_of(g), own);
-    if (kind.is_signed) add_to(own.codes, 8), own.minimum = -8 * own.scale;
+    if (kind.is_signed) add_to(own.codes, 8), own.minimum = INT4_CENTRE * own.scale;
     rows.scales[r] = own.scale, rows.minima[r] = own.minimum;
     uint8_t* codes = &rows.codes[row % 16 + r][at];
     for (int i = 0; i < GROUP; i++) codes[i] = static_cast<uint8_t>(own.codes[i] << shift);
@@ -97,6 +97,12 @@ void int4_groups(const Weight& w, const BlockKind& kind, const Source& source, i
   auto* params = reinterpret_cast<uint16_t*>(int4_group_at(w, row, g) + INT4_CODE_BYTES);
   uint16_t *scales = params + row % PANEL, *minima = scales + PANEL;
   const mask16 rounded = write_halves(rows.scales, count, scales);
+  if (w.type == I4C) {
+    return add_errors(rounded, sums, [&](int r, int i) {
+      const float scale = half_to_float(scales[r]) - rows.own[r].scale;
+      return mul(add(load_i8(rows.own[r].codes + i), broadcast(INT4_CENTRE)), broadcast(scale));
+    });
+  }
   add_errors(rounded | write_halves(rows.minima, count, minima), sums, [&](int r, int i) {
     const float scale = half_to_float(scales[r]) - rows.own[r].scale;
     const f32x16 minimum = broadcast(half_to_float(minima[r]) - rows.own[r].minimum);
@@ -121,8 +127,8 @@ void pack_lanes_of_groups(const Weight& w, int64_t row, int64_t count, const F& 
     for (int64_t s = 0; s < pair * GROUP_STEPS; s++) {
       const int64_t group = g + s / GROUP_STEPS, step = s % GROUP_STEPS;
       auto* line = reinterpret_cast<int32_t*>(
-          w.type == I4 ? panel + group * INT4_GROUP_BYTES + step * 64
-                       : panel + group * INT8_GROUP_BYTES + step * 128 + half * 64);
+          is_int4(w) ? panel + group * int4_group_bytes(w.type == I4) + step * 64
+                     : panel + group * INT8_GROUP_BYTES + step * 128 + half * 64);
       if (is_whole && w.type == I8) {
         store_i32(line, v[s]);
         continue;

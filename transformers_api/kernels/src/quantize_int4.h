@@ -120,7 +120,8 @@ void unpack_int4_row(const Weight& w, int64_t row, float* out) {
   for (int64_t g = 0; g < num_groups(w); g++) {
     const uint8_t* codes = int4_group_at(w, row, g);
     const uint16_t* params = reinterpret_cast<const uint16_t*>(codes + INT4_CODE_BYTES) + output;
-    const float scale = half_to_float(params[0]), minimum = half_to_float(params[PANEL]);
+    const float scale = half_to_float(params[0]);
+    const float minimum = w.type == I4 ? half_to_float(params[PANEL]) : INT4_CENTRE * scale;
     for (int64_t i = 0; i < std::min(GROUP, w.k - g * GROUP); i++) {
       const int code = codes[i / 4 * 64 + output % 16 * 4 + i % 4] >> shift & 15;
       out[g * GROUP + i] = std::fma(static_cast<float>(code), scale, minimum);

@@ -60,7 +60,8 @@ struct Int4Group {
   float scale, sum;
 };
 
-template <Prefetch P, int R>
+// Without minima: I4C.
+template <bool HAS_MINIMA, Prefetch P, int R>
 void accumulate_int4(const uint8_t* w, PrefetchCursor cursor, const int32_t* x,
                      const Int4Group* groups, int64_t n, Accumulators<R>& sums);
 
