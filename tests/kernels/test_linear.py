@@ -207,3 +207,22 @@ def test_a_joined_layer_that_is_asked_again_reads_its_input_again(library):
     before = joined.part(0, x)
     x.mul_(2)
     assert error(joined.part(0, x), 2 * before) < 1e-6
+
+
+@pytest.mark.parametrize("size", [8, 64, 256, 264, 1000, 4096])
+def test_a_checksum_changes_with_every_word_and_with_the_words_places(library, size):
+    data = torch.arange(1, size + 1, dtype=torch.int64).mul(37).to(torch.uint8)
+
+    def checksum() -> int:
+        return library.without_gil.checksum(data.data_ptr(), size)
+
+    sums = [checksum()]
+    for at in range(0, size, 8):
+        data[at] ^= 1
+        sums.append(checksum())
+        data[at] ^= 1
+    assert checksum() == sums[0]
+    if size > 8:
+        data[:] = data.roll(8)
+        sums.append(checksum())
+    assert len(set(sums)) == len(sums)

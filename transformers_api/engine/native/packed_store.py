@@ -38,7 +38,11 @@ LARGEST_HEADER = 1 << 26
 ALIGNMENT = 64  # of each weight
 PAGE = 4096  # where the weights begin
 HUGE_PAGE = 2 << 20
-AT_ONCE = 8 << 20  # bytes of a read or a write
+AT_ONCE = 8 << 20  # bytes of a write, or the least of a read
+# Bytes of a read at most. Whoever comes back from one waits for the interpreter's lock, which is
+# hard to get while modules are imported.
+READ_AT_ONCE = 64 << 20
+PIECES = 32  # of a file, so that all threads end at about the same time
 SMALLEST = 16 << 20  # bytes of packed weights: less is packed as fast as it is read
 SPARE = 1.2  # of the memory that reading ahead takes
 STALE_S = 3600.0  # a file that was begun so long ago is not going to be finished
@@ -246,7 +250,8 @@ class _Reading:
         weakref.finalize(self, os.close, self._file)
         self._memory, self._start = _pages(size)
         self._view = memoryview(self._memory)[self._start : self._start + size]
-        self._pieces = iter(range(0, size, AT_ONCE))  # those that nobody has taken
+        self._at_once = min(max(size // PIECES, AT_ONCE), READ_AT_ONCE)
+        self._pieces = iter(range(0, size, self._at_once))  # those that nobody has taken
         self._helpers: list[threading.Thread] = []
 
     def start(self, threads: int) -> None:
@@ -268,7 +273,7 @@ class _Reading:
         """Read pieces until none is left. What cannot be read stays zero: its checksum tells."""
         with suppress(OSError):
             for at in self._pieces:
-                end = min(at + AT_ONCE, len(self._view))
+                end = min(at + self._at_once, len(self._view))
                 while at < end and (
                     count := os.preadv(self._file, [self._view[at:end]], self._first + at)
                 ):

@@ -75,18 +75,25 @@ extern "C" {
 int64_t packed_bytes(const Weight* w) { return num_panels(*w) * panel_bytes(*w); }
 
 uint64_t checksum(const void* data, int64_t bytes) {
-  constexpr int CHAINS = 8;  // each step of one waits for the one before
+  constexpr int CHAINS = 32;  // each step of one waits for the one before
   constexpr uint64_t ODD = 0x9e3779b97f4a7c15;
-  const auto* at = static_cast<const uint8_t*>(data);
+  constexpr int64_t ROUND = CHAINS * sizeof(uint64_t);
   const auto mixed = [](uint64_t sum, uint64_t word) {
     sum = (sum ^ word) * ODD;
     return sum << 31 | sum >> 33;
   };
-  uint64_t sums[CHAINS] = {}, words[CHAINS];
-  for (; bytes > 0; at += sizeof words, bytes -= sizeof words) {
-    if (bytes < static_cast<int64_t>(sizeof words)) std::memset(words, 0, sizeof words);
-    std::memcpy(words, at, std::min<int64_t>(bytes, sizeof words));
+  uint64_t sums[CHAINS] = {};
+  const auto add = [&](const uint8_t* from) {
+    uint64_t words[CHAINS];
+    std::memcpy(words, from, ROUND);
     for (int i = 0; i < CHAINS; i++) sums[i] = mixed(sums[i], words[i]);
+  };
+  const auto* at = static_cast<const uint8_t*>(data);
+  for (; bytes >= ROUND; at += ROUND, bytes -= ROUND) add(at);
+  if (bytes > 0) {
+    uint8_t last[ROUND] = {};
+    std::memcpy(last, at, bytes);
+    add(last);
   }
   uint64_t sum = 0;
   for (const uint64_t each : sums) sum = mixed(sum, each);
