@@ -34,6 +34,12 @@ void shape_tiles(const Gemm& gemm, int64_t rows) {
   shape_tiles(RowBlocks(rows).height, is_grouped(gemm.w) ? GROUP_STEPS : TILE_LANES);
 }
 
+// True where the sums of panel p are its outputs, and the unit can store all of them.
+bool takes_sums(const Gemm& gemm, int64_t p) {
+  const Weight& w = gemm.w;
+  return w.type == BF16 && gemm.y_type == F32 && !w.bias && (p + 1) * PANEL <= w.n;
+}
+
 // One or two blocks with panel p: pass ``index`` of ``passes``, which prefetches as tile() does.
 template <int BLOCKS>
 void tile_pass(const Gemm& gemm, int64_t p, const RowBlocks& blocks, int64_t index,
@@ -51,6 +57,10 @@ void tile_pass(const Gemm& gemm, int64_t p, const RowBlocks& blocks, int64_t ind
   const char* next = reinterpret_cast<const char*>(panel + panel_bytes(w) + index * part);
   const PrefetchCursor cursor{next, (part / turns + LINE - 1) / LINE * LINE};
   for (int i = 0; i < BLOCKS; i++) prefetch_outputs(gemm, p, first[i], blocks.height);
+  const bool is_direct = takes_sums(gemm, p);
+  float* const y = static_cast<float*>(gemm.y) + p * PANEL;
+  const TileSums outputs = is_direct ? TileSums{{y + first[0] * w.n, y + first[1] * w.n}, w.n}
+                                     : TileSums{{sums, sums + blocks.height * PANEL}, PANEL};
   auto multiply = [&](auto prefetch) {
     constexpr Prefetch P = decltype(prefetch)::value;
     const Int8Group* const groups[2] = {gemm.groups + first[0] * n, gemm.groups + first[1] * n};
@@ -61,8 +71,8 @@ void tile_pass(const Gemm& gemm, int64_t p, const RowBlocks& blocks, int64_t ind
                                        reinterpret_cast<const Int4Group*>(groups[1])};
       multiply_codes<Int4Tiles, P, BLOCKS>(panel, cursor, rows, own, n, sums);
     } else {
-      multiply_bf16<P, BLOCKS>(panel, cursor, rows, n,
-                               {{sums, sums + blocks.height * PANEL}, PANEL});
+      constexpr Streamed S = P == SAME_PANEL ? WEIGHTS : ROWS;
+      multiply_bf16<P, BLOCKS, false, S>(panel, cursor, rows, n, outputs);
     }
   };
   if (passes == 1) {
@@ -70,6 +80,7 @@ void tile_pass(const Gemm& gemm, int64_t p, const RowBlocks& blocks, int64_t ind
   } else {
     multiply(std::integral_constant<Prefetch, NEXT_PANEL>());
   }
+  if (is_direct) return;
   for (int i = 0; i < BLOCKS; i++)
     write_outputs(gemm, p, first[i], blocks.height, [&](int64_t r, int half) {
       return load_aligned(sums + (i * blocks.height + r) * PANEL + 16 * half);
