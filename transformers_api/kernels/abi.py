@@ -20,7 +20,7 @@ import torch
 
 from transformers_api.kernels.build import LibraryRefused, check_trusted
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 OPS = (
     *("copy", "add", "sub", "mul", "div", "neg", "cube", "rsqrt", "sqrt", "exp", "tanh", "silu"),
     *(

@@ -14,6 +14,7 @@
 #include <limits>
 
 #undef _tile_loadd
+#undef _tile_stream_loadd
 #undef _tile_stored
 #undef _tile_zero
 #undef _tile_dpbf16ps
@@ -21,6 +22,7 @@
 #define _tile_loadconfig(config) amx_by_loops::load_config(config)
 #define _tile_release() amx_by_loops::release()
 #define _tile_loadd(tile, base, stride) amx_by_loops::load(tile, base, stride)
+#define _tile_stream_loadd(tile, base, stride) amx_by_loops::load(tile, base, stride)
 #define _tile_stored(tile, base, stride) amx_by_loops::store(tile, base, stride)
 #define _tile_zero(tile) amx_by_loops::clear(tile)
 #define _tile_dpbf16ps(sum, a, b) amx_by_loops::multiply_bf16(sum, a, b)

@@ -55,7 +55,7 @@ void execute(const Instruction& i) {
   if (is(NONE, 0x49) && i.mode != 3) return load_config(memory);
   if (is(NONE, 0x49)) return release();
   if (is(PF2, 0x49)) return clear(i.reg);
-  if (is(PF2, 0x4b)) return load(i.reg, memory, i.stride);
+  if (is(PF2, 0x4b) || is(P66, 0x4b)) return load(i.reg, memory, i.stride);
   if (is(PF3, 0x4b)) return store(i.reg, memory, i.stride);
   if (is(PF3, 0x5c)) return multiply_bf16(i.reg, i.rm, i.third);
   if (is(PF3, 0x5e)) return multiply_codes(i.reg, i.rm, i.third);

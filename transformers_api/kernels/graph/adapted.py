@@ -16,6 +16,7 @@ from transformers_api.kernels.abi import OPS, Operand, Step
 from transformers_api.kernels.graph.planner import STEP_WORDS, WORD, Affine, Plan, Words
 
 CALL = Step.call.offset // WORD
+FUSED = Step.fused.offset // WORD
 SIZE = Step.sizes.offset // WORD
 FIRST_INPUT = Step.inputs.offset // WORD
 SECOND_INPUT = FIRST_INPUT + ctypes.sizeof(Operand) // WORD
@@ -43,6 +44,7 @@ def adapted_plan(plan: Plan, tables: Mapping[int, int]) -> Plan:
     rows[own], slopes[own] = base, slope
     rows[fresh], slopes[fresh] = base[places], slope[places]
     rows[fresh, 0] = numpy.frombuffer(bytes(LOW_RANK), numpy.int64)[0]  # operation, operands
+    rows[fresh, FUSED] = rows[own[places], FUSED] = 0  # see gates.py
     rows[fresh, CALL] = [tables[int(base[at, CALL])] for at in places]
 
     def moved(words: Words) -> Words:

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers_api.kernels.abi import OPERAND_TYPES, OPS, TYPES, Operand, Step
 from transformers_api.kernels.capture import ModuleCall, Operation, Recorder, Ref
 from transformers_api.kernels.graph.fusion import fuse
+from transformers_api.kernels.graph.gates import joined_gates
 from transformers_api.kernels.graph.tiling import (
     DIMENSIONS,
     KERNELS,
@@ -148,16 +149,20 @@ class _Planner:
         self.constant_tensors: list[Tensor] = []
         # Where hooks see a tensor they may change it, and all that comes after is to see that.
         cuts = {call.at for call in a.recorder.module_calls}
-        self.groups: list[StepGroup] = list(step_groups(self.pairs, self.sizes, cuts))
+        groups = list(step_groups(self.pairs, self.sizes, cuts))
+        hooked = [tensor for call in a.recorder.module_calls for tensor in call.tensors]
+        others = [a.recorder.ref(tensor).storage for tensor in (*hooked, *a.inputs, a.result)]
+        self.groups: list[StepGroup] = joined_gates(groups, a.recorder, others)
         self.ends = [group.end for group in self.groups]
         self.offsets, self.memory = self._allocate()
 
     def plan(self) -> Plan:
         for group in self.groups:
-            for nth, pair in enumerate(self.pairs[group.begin : group.end]):
-                at = self._add_step(*pair, group.loops[nth] if group.loops else None)
-                if group.loops and not nth:
-                    count = group.end - group.begin
+            pairs = self.pairs[group.begin : group.end]
+            for nth, pair in enumerate(pairs, -group.opens_with_product):
+                at = self._add_step(*pair, group.loops[nth] if group.loops and nth >= 0 else None)
+                if group.loops and nth <= 0:
+                    count = len(group.loops) - nth
                     self._set(self.steps, at + Step.fused.offset // WORD, (count, count))
         inputs = [self._offset(r) for r in self._input_refs()]
         result = self._result_ref()

@@ -38,11 +38,15 @@ class LoopNest:
 
 @dataclass
 class StepGroup:
-    """The steps ``begin`` to ``end``. With ``loops`` they are fused, token by token."""
+    """The steps ``begin`` to ``end``. With ``loops`` they are fused, token by token.
+
+    ``opens_with_product``: the first one is a product, for which there are no loops: see gates.py.
+    """
 
     begin: int
     end: int
     loops: list[LoopNest] | None = None
+    opens_with_product: bool = False
 
 
 def collapsed_loops(a: Operation, b: Operation) -> LoopNest:

@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-constexpr int32_t ABI_VERSION = 4;
+constexpr int32_t ABI_VERSION = 5;
 
 enum Type : int32_t { F32 = 0, BF16 = 1, I8 = 2, I64 = 3, I4 = 4, BOOL = 5, I4C = 6 };
 
@@ -107,6 +107,8 @@ struct Step {
   const void* call;  // Weight, Experts, LowRank, Attention or CacheWrite
   // Steps of the fused group that this one opens; 0: it is run on its own. In a group sizes[0]
   // counts tokens, and what a step computes for a token is read by the others for the same token.
+  // A LINEAR opens a group of three: an elementwise step of a half of its outputs, and a MUL of that
+  // with the other half. Nobody reads what lies between; these two are a group of their own, too.
   int64_t fused;
 };
 

@@ -35,16 +35,26 @@ inline void prefetch_tiles(const uint8_t* w, int64_t bytes, PrefetchCursor& curs
 
 // ---- bfloat16 --------------------------------------------------------------------------------
 
+// The operand that leaves the L1 cache to the other one, which is used again before it is.
+enum Streamed { NEITHER, ROWS, WEIGHTS };
+
+#define LOAD_TILE(tile, base, stride, streams) \
+  if constexpr (streams) {                     \
+    _tile_stream_loadd(tile, base, stride);    \
+  } else {                                     \
+    _tile_loadd(tile, base, stride);           \
+  }
+
 // Sixteen steps.
-template <int BLOCKS>
+template <int BLOCKS, Streamed S>
 inline void add_bf16_products(const uint8_t* w, const TileRows& rows, int64_t lane) {
-  _tile_loadd(6, w, 128);
-  _tile_loadd(7, w + 64, 128);
-  _tile_loadd(4, rows.x[0] + lane, rows.stride * 4);
+  LOAD_TILE(6, w, 128, S == WEIGHTS);
+  LOAD_TILE(7, w + 64, 128, S == WEIGHTS);
+  LOAD_TILE(4, rows.x[0] + lane, rows.stride * 4, S == ROWS);
   _tile_dpbf16ps(0, 4, 6);
   _tile_dpbf16ps(1, 4, 7);
   if constexpr (BLOCKS == 2) {
-    _tile_loadd(5, rows.x[1] + lane, rows.stride * 4);
+    LOAD_TILE(5, rows.x[1] + lane, rows.stride * 4, S == ROWS);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
@@ -58,7 +68,7 @@ struct TileSums {
 
 // ``n`` steps; the lanes of rows are zero from there to the next multiple of sixteen. ``ADDS``: to what
 // the sums are.
-template <Prefetch P, int BLOCKS, bool ADDS = false>
+template <Prefetch P, int BLOCKS, bool ADDS = false, Streamed S = NEITHER>
 void multiply_bf16(const uint8_t* w, PrefetchCursor cursor, const TileRows& rows, int64_t n,
                    const TileSums& sums) {
   finish_stores(w);
@@ -79,13 +89,13 @@ void multiply_bf16(const uint8_t* w, PrefetchCursor cursor, const TileRows& rows
   int64_t lane = 0;
   for (; lane + TILE_LANES <= n; lane += TILE_LANES, w += TILE_LANES * 128) {
     prefetch_tiles<P>(w, TILE_LANES * 128, cursor);
-    add_bf16_products<BLOCKS>(w, rows, lane);
+    add_bf16_products<BLOCKS, S>(w, rows, lane);
   }
   if (lane < n) {  // what follows in memory is the next panel, and need not be finite
     alignas(64) uint8_t last[TILE_LANES * 128] = {};
     std::memcpy(last, w, (n - lane) * 128);
     finish_stores(last);
-    add_bf16_products<BLOCKS>(last, rows, lane);
+    add_bf16_products<BLOCKS, NEITHER>(last, rows, lane);
   }
   _tile_stored(0, sums.blocks[0], sums.stride * 4);
   _tile_stored(1, sums.blocks[0] + 16, sums.stride * 4);

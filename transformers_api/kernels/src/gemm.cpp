@@ -88,10 +88,17 @@ constexpr bool uses_tile_unit(const Weight&, int64_t) { return false; }
 int64_t tile_stride(const Weight& w) { return num_steps(w); }
 void shape_tiles(const Gemm&, int64_t) {}
 void multiply_panel_by_tiles(const Gemm&, int64_t, int64_t) {}
+void multiply_gated_by_tiles(const Gemm&, int64_t, int64_t) {}
 #endif
 
+// True where ``multiply`` can take a gate.
+bool takes_gate(const Weight& w, int64_t rows) {
+  return uses_tile_unit(w, rows) && !w.bias && w.n % (2 * PANEL) == 0;
+}
+
 // All rows with all panels; as abi.h says, but that the calling thread keeps its tiles.
-void multiply(const Weight& w, const void* x, int64_t rows, int64_t x_stride, void* y, Type type) {
+void multiply(const Weight& w, const void* x, int64_t rows, int64_t x_stride, void* y, Type type,
+              const Gate* gate) {
   if (rows == 0) return;
   std::lock_guard<std::mutex> lock(pool_mutex);
   const bool by_tiles = uses_tile_unit(w, rows);
@@ -115,11 +122,13 @@ void multiply(const Weight& w, const void* x, int64_t rows, int64_t x_stride, vo
   } else {
     pool->run(rows, prepare_rows);
   }
-  const Gemm gemm{w, lanes, stride, groups, y, type};
-  pool->run(num_panels(w), [&](int64_t b, int64_t e) {
+  const Gemm gemm{w, lanes, stride, groups, y, type, gate};
+  pool->run(num_panels(w) / (gate ? 2 : 1), [&](int64_t b, int64_t e) {
     if (by_tiles) shape_tiles(gemm, rows);
     for (int64_t p = b; p < e; p++) {
-      if (by_tiles) {
+      if (gate) {
+        multiply_gated_by_tiles(gemm, p, rows);
+      } else if (by_tiles) {
         multiply_panel_by_tiles(gemm, p, rows);
       } else {
         multiply_panel(gemm, p, rows);
@@ -133,7 +142,7 @@ void multiply(const Weight& w, const void* x, int64_t rows, int64_t x_stride, vo
 extern "C" {
 
 void linear(const Weight* w, const void* x, int64_t rows, int64_t x_stride, void* y, int32_t type) {
-  multiply(*w, x, rows, x_stride, y, static_cast<Type>(type));
+  multiply(*w, x, rows, x_stride, y, static_cast<Type>(type), nullptr);
   release_tiles();
 }
 

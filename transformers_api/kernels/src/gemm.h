@@ -11,6 +11,12 @@
 
 namespace {
 
+// What becomes of outputs half of which are gates: ``op`` of these times the others.
+struct Gate {
+  int32_t op;
+  bool is_first;  // half of the weights that makes gates
+};
+
 struct Gemm {
   const Weight& w;
   const int32_t* x;         // prepared rows
@@ -18,6 +24,7 @@ struct Gemm {
   const Int8Group* groups;  // of I8; of four bits each is an Int4Group
   void* y;
   Type y_type;
+  const Gate* gate = nullptr;  // null: none; else F32, without bias, and a row of y has half the outputs
 };
 
 // The memory that write_outputs will write: so it has not to be waited for then.

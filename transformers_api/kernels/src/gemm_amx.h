@@ -4,8 +4,11 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 
+#include "elementwise.h"
 #include "gemm.h"
+#include "scratch.h"
 
 namespace {
 
@@ -34,10 +37,76 @@ void shape_tiles(const Gemm& gemm, int64_t rows) {
   shape_tiles(RowBlocks(rows).height, is_grouped(gemm.w) ? GROUP_STEPS : TILE_LANES);
 }
 
-// One or two blocks with panel p: pass ``index`` of ``passes``, which prefetches as tile() does.
-template <int BLOCKS>
-void tile_pass(const Gemm& gemm, int64_t p, const RowBlocks& blocks, int64_t index,
-               int64_t passes) {
+// ---- who takes the sums of a panel ------------------------------------------------------------
+
+// Where the unit can store those of two blocks itself; the stride is 0 where it cannot.
+using StoredSums = TileSums;
+
+// The outputs of a panel.
+struct Outputs {
+  const Gemm& gemm;
+  const int64_t p;
+
+  void prefetch(int64_t m, int64_t rows) const { prefetch_outputs(gemm, p, m, rows); }
+  StoredSums stored(const int64_t (&first)[2]) const {
+    const Weight& w = gemm.w;
+    const bool are_all = w.type == BF16 && gemm.y_type == F32 && !w.bias && (p + 1) * PANEL <= w.n;
+    if (!are_all) return {};
+    float* const y = static_cast<float*>(gemm.y) + p * PANEL;
+    return {{y + first[0] * w.n, y + first[1] * w.n}, w.n};
+  }
+  void write(int64_t m, int64_t rows, const float* sums) const {
+    write_outputs(gemm, p, m, rows,
+                  [&](int64_t r, int half) { return load_aligned(sums + r * PANEL + 16 * half); });
+  }
+};
+
+// The gates of a panel, which are kept.
+struct Gates {
+  const Gemm& gemm;
+  float* const gates;  // PANEL of each row
+
+  void prefetch(int64_t, int64_t) const {}
+  StoredSums stored(const int64_t (&first)[2]) const {
+    if (gemm.w.type != BF16) return {};
+    return {{gates + first[0] * PANEL, gates + first[1] * PANEL}, PANEL};
+  }
+  void write(int64_t m, int64_t rows, const float* sums) const {
+    std::memcpy(gates + m * PANEL, sums, rows * PANEL * sizeof(float));
+  }
+};
+
+// A panel's outputs times what the activation OP makes of their gates.
+template <int OP>
+struct Joined {
+  const Gemm& gemm;
+  const float* const gates;
+  const int64_t p;  // of the result
+
+  float* row(int64_t m) const {
+    return static_cast<float*>(gemm.y) + m * (gemm.w.n / 2) + p * PANEL;
+  }
+  void prefetch(int64_t m, int64_t rows) const {
+    for (int64_t r = m; r < m + rows; r++)
+      for (int64_t i = 0; i < PANEL; i += 16) __builtin_prefetch(row(r) + i, 1, TO_L2);
+  }
+  StoredSums stored(const int64_t (&)[2]) const { return {}; }
+  void write(int64_t m, int64_t rows, const float* sums) const {
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t i = 0; i < PANEL; i += 16) {
+        const f32x16 gate = load_aligned(gates + (m + r) * PANEL + i);
+        store(row(m + r) + i, mul(apply(OP, gate, gate, 0), load_aligned(sums + r * PANEL + i)));
+      }
+  }
+};
+
+// ---- products ---------------------------------------------------------------------------------
+
+// One or two blocks with panel p: pass ``index`` of ``passes``, which prefetches as tile() does,
+// from the panel ``next``.
+template <int BLOCKS, class Taker>
+void tile_pass(const Gemm& gemm, int64_t p, int64_t next, const RowBlocks& blocks, int64_t index,
+               int64_t passes, const Taker& taker) {
   const Weight& w = gemm.w;
   alignas(64) float sums[2 * TILE_HEIGHT * PANEL];
   int64_t first[2];
@@ -48,9 +117,11 @@ void tile_pass(const Gemm& gemm, int64_t p, const RowBlocks& blocks, int64_t ind
   const int64_t n = is_grouped(w) ? num_groups(w) : num_steps(w);
   const int64_t turns = is_grouped(w) ? n : (n + TILE_LANES - 1) / TILE_LANES;
   const int64_t part = panel_bytes(w) / passes;
-  const char* next = reinterpret_cast<const char*>(panel + panel_bytes(w) + index * part);
-  const PrefetchCursor cursor{next, (part / turns + LINE - 1) / LINE * LINE};
-  for (int i = 0; i < BLOCKS; i++) prefetch_outputs(gemm, p, first[i], blocks.height);
+  const uint8_t* ahead = w.data + next * panel_bytes(w) + index * part;
+  const PrefetchCursor cursor{reinterpret_cast<const char*>(ahead),
+                              (part / turns + LINE - 1) / LINE * LINE};
+  for (int i = 0; i < BLOCKS; i++) taker.prefetch(first[i], blocks.height);
+  const StoredSums stored = taker.stored(first);
   auto multiply = [&](auto prefetch) {
     constexpr Prefetch P = decltype(prefetch)::value;
     const Int8Group* const groups[2] = {gemm.groups + first[0] * n, gemm.groups + first[1] * n};
@@ -65,8 +136,9 @@ void tile_pass(const Gemm& gemm, int64_t p, const RowBlocks& blocks, int64_t ind
         multiply_codes<Int4Tiles<false>, P, BLOCKS>(panel, cursor, rows, own, n, sums);
       }
     } else {
-      multiply_bf16<P, BLOCKS>(panel, cursor, rows, n,
-                               {{sums, sums + blocks.height * PANEL}, PANEL});
+      const TileSums own{{sums, sums + blocks.height * PANEL}, PANEL};
+      constexpr Streamed S = P == SAME_PANEL ? WEIGHTS : ROWS;
+      multiply_bf16<P, BLOCKS, false, S>(panel, cursor, rows, n, stored.stride ? stored : own);
     }
   };
   if (passes == 1) {
@@ -74,22 +146,44 @@ void tile_pass(const Gemm& gemm, int64_t p, const RowBlocks& blocks, int64_t ind
   } else {
     multiply(std::integral_constant<Prefetch, NEXT_PANEL>());
   }
-  for (int i = 0; i < BLOCKS; i++)
-    write_outputs(gemm, p, first[i], blocks.height, [&](int64_t r, int half) {
-      return load_aligned(sums + (i * blocks.height + r) * PANEL + 16 * half);
-    });
+  for (int i = 0; i < BLOCKS && !stored.stride; i++)
+    taker.write(first[i], blocks.height, sums + i * blocks.height * PANEL);
 }
 
 // All rows with one panel, as multiply_panel does.
-void multiply_panel_by_tiles(const Gemm& gemm, int64_t p, int64_t rows) {
+template <class Taker>
+void tile_passes(const Gemm& gemm, int64_t p, int64_t next, int64_t rows, const Taker& taker) {
   const RowBlocks blocks(rows);
   const int64_t passes = (blocks.count + 1) / 2;
   for (int64_t i = 0; i < passes; i++) {
     if (2 * i + 1 < blocks.count) {
-      tile_pass<2>(gemm, p, blocks, i, passes);
+      tile_pass<2>(gemm, p, next, blocks, i, passes, taker);
     } else {
-      tile_pass<1>(gemm, p, blocks, i, passes);
+      tile_pass<1>(gemm, p, next, blocks, i, passes, taker);
     }
+  }
+}
+
+void multiply_panel_by_tiles(const Gemm& gemm, int64_t p, int64_t rows) {
+  tile_passes(gemm, p, p + 1, rows, Outputs{gemm, p});
+}
+
+// Panel p of the result of a gated layer.
+void multiply_gated_by_tiles(const Gemm& gemm, int64_t p, int64_t rows) {
+  static thread_local Scratch scratch;
+  float* const gates = scratch.get<float>(rows * PANEL);
+  const int64_t half = num_panels(gemm.w) / 2;
+  const int64_t gate = gemm.gate->is_first ? p : p + half, other = 2 * p + half - gate;
+  tile_passes(gemm, gate, other, rows, Gates{gemm, gates});
+  auto join = [&](auto op) {
+    tile_passes(gemm, other, gate + 1, rows, Joined<decltype(op)::value>{gemm, gates, p});
+  };
+  if (gemm.gate->op == SILU) {
+    join(std::integral_constant<int, SILU>());
+  } else if (gemm.gate->op == GELU) {
+    join(std::integral_constant<int, GELU>());
+  } else {
+    join(std::integral_constant<int, GELU_TANH>());
   }
 }
 

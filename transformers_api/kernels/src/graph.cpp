@@ -8,6 +8,7 @@
 
 #include "abi.h"
 #include "elementwise.h"
+#include "gemm.h"
 #include "kv_write.h"
 #include "line_ops.h"
 #include "row_changes.h"
@@ -15,7 +16,9 @@
 
 namespace {
 
-void multiply(const Weight&, const void* x, int64_t rows, int64_t x_stride, void* y, Type);  // gemm.cpp
+void multiply(const Weight&, const void* x, int64_t rows, int64_t x_stride, void* y, Type,
+              const Gate*);  // gemm.cpp
+bool takes_gate(const Weight&, int64_t rows);
 void note_attention(const RowChange&, const Attention&);                                    // inspect.cpp
 
 constexpr int64_t MIN_PARALLEL_ELEMENTS = 16384;  // below, a loop is not worth sharing
@@ -94,6 +97,30 @@ void run_fused(const Step* steps) {
   pool->run(tokens, run_tokens);
 }
 
+// A product, and the two steps that join its halves.
+void run_gated(const Step* s) {
+  const Weight& w = *static_cast<const Weight*>(s->call);
+  const Step &activation = s[1], &product = s[2];
+  const int64_t rows = s->sizes[0], n = w.n / 2;
+  auto is_half = [&](const Operand& o) {
+    return o.type == F32 && o.strides[0] == w.n && o.strides[3] == 1 &&
+           (o.data == s->out.data || o.data == s->out.data + n * 4);
+  };
+  const Operand& gates = activation.inputs[0];
+  const Operand& others = product.inputs[product.inputs[0].data == activation.out.data];
+  const bool is_plain = takes_gate(w, rows) && activation.sizes[0] == rows &&
+                        activation.sizes[3] == n && product.sizes[3] == n && is_half(gates) &&
+                        is_half(others) && gates.data != others.data && s->out.type == F32 &&
+                        product.out.type == F32 && product.out.strides[0] == n &&
+                        product.out.strides[3] == 1;
+  if (is_plain) {
+    const Gate gate{activation.op, gates.data == s->out.data};
+    return multiply(w, s->inputs[0].data, rows, w.k, product.out.data, F32, &gate);
+  }
+  multiply(w, s->inputs[0].data, rows, w.k, s->out.data, static_cast<Type>(s->out.type), nullptr);
+  run_fused(s + 1);
+}
+
 }  // namespace
 
 extern "C" {
@@ -122,11 +149,13 @@ void run_changed_steps(const Step* steps, int64_t count, const RowChange* change
   for (const Step* s = steps; s < steps + count; s += std::max<int64_t>(1, s->fused)) {
     for (; changes < end && changes->at <= s - steps; changes++) apply(*changes, s);
     const Operand& x = s->inputs[0];
-    if (s->fused) {
+    if (s->fused && s->op == LINEAR) {
+      run_gated(s);
+    } else if (s->fused) {
       run_fused(s);
     } else if (s->op == LINEAR) {
       const Weight* w = static_cast<const Weight*>(s->call);
-      multiply(*w, x.data, s->sizes[0], w->k, s->out.data, static_cast<Type>(s->out.type));
+      multiply(*w, x.data, s->sizes[0], w->k, s->out.data, static_cast<Type>(s->out.type), nullptr);
     } else if (s->op == EXPERTS) {
       experts(static_cast<const Experts*>(s->call), x.data,
               reinterpret_cast<const int64_t*>(s->inputs[1].data), s->sizes[0],
