@@ -38,6 +38,7 @@ _MORE = {
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
 }
+_MIXTURE = {"num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
 # Field -> the tensor whose presence says that it is true
 _PRESENT = {
     "attention_bias": "blk.0.attn_output.bias",
@@ -121,7 +122,7 @@ def _by_table(
     names = TABLE[table]
     own = {
         name: _single(f"{architecture}.{name}", metadata[f"{architecture}.{name}"])
-        for name in {*names, *_MORE.values(), "attention.key_length"}
+        for name in {*names, *_MORE.values(), *_MIXTURE.values(), "attention.key_length"}
         if f"{architecture}.{name}" in metadata
     }
     fields: dict[str, Any] = dict(ggml.GGUF_CONFIG_DEFAULTS_MAPPING.get(table, {}))
@@ -129,7 +130,8 @@ def _by_table(
     for key, name in TABLE["tokenizer"].items():
         if f"tokenizer.{key}" in metadata:
             fields[name] = metadata[f"tokenizer.{key}"]
-    fields["model_type"] = MODEL_TYPES.get(architecture, table)
+    is_mixtral = architecture == "llama" and bool(own.get("expert_count"))
+    fields["model_type"] = "mixtral" if is_mixtral else MODEL_TYPES.get(architecture, table)
     fields["tie_word_embeddings"] = "output.weight" not in tensors
     fields |= _vocabulary(tensors)
     standard = _standard(str(fields["model_type"]))
@@ -205,6 +207,8 @@ def _special(
 ) -> dict[str, Any]:
     """The fields that only one architecture has."""
     match architecture:
+        case "llama" if own.get("expert_count"):  # as llama.cpp's converter writes Mixtral
+            return {name: own[key] for name, key in _MIXTURE.items()}
         case "gpt2":
             usual = 4 * own["embedding_length"]
             inner = own.get("feed_forward_length", usual)

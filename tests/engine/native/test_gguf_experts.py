@@ -5,10 +5,18 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import numpy
 import pytest
+import torch
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from tests.checkpoints import gguf_models
-from tests.engine.native.test_stored_weights import PEAK, first_logprob, load  # noqa: F401
+from tests.engine.native.test_stored_weights import (  # noqa: F401
+    PEAK,
+    first_logprob,
+    load,
+    plain_logprob,
+)
 from tests.repeats import slow
 from transformers_api.checkpoints.sidecar import write_sidecar
 from transformers_api.engine.runners.model_runner import innermost
@@ -73,6 +81,63 @@ def test_experts_of_a_file_are_served_in_its_width(
             for packed in (layer.packed_up, layer.packed_down)
         )
         assert made == bits
+
+
+def mixtral_tensors(model):
+    """As llama.cpp's converter lays them out: a llama with experts, rotated halves alternating."""
+    state = {name: value.numpy() for name, value in model.state_dict().items()}
+    made = {
+        "token_embd.weight": state["model.embed_tokens.weight"],
+        "output_norm.weight": state["model.norm.weight"],
+        "output.weight": state["lm_head.weight"],
+    }
+    for layer in range(model.config.num_hidden_layers):
+        own = {
+            name.removeprefix(f"model.layers.{layer}."): value
+            for name, value in state.items()
+            if name.startswith(f"model.layers.{layer}.")
+        }
+        gate, up = numpy.split(own["mlp.experts.gate_up_proj"], 2, axis=1)
+        tensors = {
+            "attn_norm": own["input_layernorm.weight"],
+            "ffn_norm": own["post_attention_layernorm.weight"],
+            "attn_q": alternating(own["self_attn.q_proj.weight"], gguf_models.HEADS),
+            "attn_k": alternating(own["self_attn.k_proj.weight"], gguf_models.KV_HEADS),
+            "attn_v": own["self_attn.v_proj.weight"],
+            "attn_output": own["self_attn.o_proj.weight"],
+            "ffn_gate_inp": own["mlp.gate.weight"],
+            "ffn_gate_exps": gate,
+            "ffn_up_exps": up,
+            "ffn_down_exps": own["mlp.experts.down_proj"],
+        }
+        made |= {f"blk.{layer}.{name}.weight": value for name, value in tensors.items()}
+    return made
+
+
+def alternating(weight, heads):
+    halves = weight.reshape(heads, 2, -1, weight.shape[1])
+    return halves.swapaxes(1, 2).reshape(weight.shape).copy()
+
+
+def test_a_mixtral_file_says_what_the_model_says_that_it_was_made_of(
+    load,  # noqa: F811
+    tmp_path,
+    native_cache,
+):
+    torch.manual_seed(3)
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "rms_norm_eps": 1e-5}
+    sizes["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0}
+    config = MixtralConfig(**gguf_models.SIZES, **sizes, initializer_range=0.3)
+    model = MixtralForCausalLM(config).eval()
+    keys = {"llama.expert_count": 4, "llama.expert_used_count": 2}
+    file = gguf_models.write(tmp_path / "m.gguf", "llama", mixtral_tensors(model), keys)
+    write_sidecar(file, tmp_path / "sidecar", lambda share, what: None)
+    expected = pytest.approx(plain_logprob(model, PROMPT), abs=1e-4)
+    assert first_logprob(load(tmp_path / "sidecar"), PROMPT) == expected
+    engine = load(tmp_path / "sidecar", native=native_cache)
+    assert engine.describe().kernels == "native"
+    assert first_logprob(engine, PROMPT) == expected
+    assert experts_of(engine)
 
 
 @pytest.mark.slow  # as the other peaks
