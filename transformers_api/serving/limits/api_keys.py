@@ -149,6 +149,11 @@ def make(name: str, scope: str) -> tuple[str, ApiKey]:
     return secret, ApiKey(name, scope, _digest(secret))
 
 
+def taken(store: KeyStore, name: str) -> ValueError:
+    """The error of a new key whose name another one has."""
+    return ValueError(f"{store} has a key of the name {name}: remove it first, or take another")
+
+
 def reason(error: OSError | ValueError) -> str:
     """The fault of a store, in one line and without a path."""
     if isinstance(error, UnicodeDecodeError):

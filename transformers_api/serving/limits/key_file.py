@@ -7,7 +7,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from transformers_api.serving.limits.api_keys import ApiKey, make, parse
+from transformers_api.serving.limits.api_keys import ApiKey, make, parse, taken
 
 MAX_BYTES = 16 << 20
 
@@ -42,9 +42,7 @@ class KeyFile:
         secret, key = make(name, scope)
         is_there = self.path.exists()
         if is_there and any(other.name == name for other in self.read()):
-            raise ValueError(
-                f"{self} has a key of the name {name}: remove it first, or take another"
-            )
+            raise taken(self, name)
         text = self.path.read_text("utf-8") if is_there else ""
         end = "" if text.endswith("\n") or not text else "\n"
         _replace(self.path, f"{text}{end}{key.line()}\n")

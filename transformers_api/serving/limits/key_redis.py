@@ -7,7 +7,7 @@ import secrets
 import time
 from typing import Any
 
-from transformers_api.serving.limits.api_keys import ApiKey, check_name, make, parse
+from transformers_api.serving.limits.api_keys import ApiKey, check_name, make, parse, taken
 from transformers_api.serving.shared_redis import TRY_AGAIN_S, RedisAway, SharedRedis
 
 log = logging.getLogger(__name__)
@@ -79,9 +79,7 @@ class KeyRedis:
         secret, key = make(name, scope)
         entry = key.line().partition(":")[2]
         if not self._redis.ask("EVAL", ADD, 1, HASH, name, entry, secrets.token_hex(8)):
-            raise ValueError(
-                f"{self} has a key of the name {name}: remove it first, or take another"
-            )
+            raise taken(self, name)
         return secret
 
     def remove(self, name: str) -> None:
