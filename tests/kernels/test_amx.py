@@ -162,12 +162,14 @@ def packed(library: Library, kind: str, n: int, k: int) -> PackedWeight:
     return weight
 
 
+SHAPES = pytest.mark.parametrize("shape", [(64, 32), (50, 77), (192, 576), (33, 2048)], ids=str)
+
+
 @needs_avx512
-@pytest.mark.parametrize("kind", ["int8", "int4"])
-@pytest.mark.parametrize("shape", [(64, 32), (50, 77), (192, 576), (33, 2048)], ids=str)
-def test_codes_give_the_bits_of_avx512_for_any_number_of_rows(native_cache, kind, shape):
+@SHAPES
+def test_four_bits_give_the_bits_of_avx512_for_any_number_of_rows(native_cache, shape):
     by_tiles, other = (
-        packed(Library(build(native_cache, variant=variant), threads=2), kind, *shape)
+        packed(Library(build(native_cache, variant=variant), threads=2), "int4", *shape)
         for variant in (TILES, PLAIN)
     )
     x = torch.randn(100, shape[1], generator=torch.Generator().manual_seed(1))
@@ -175,6 +177,41 @@ def test_codes_give_the_bits_of_avx512_for_any_number_of_rows(native_cache, kind
     x[5] *= 1e30
     for rows in (*range(1, 36), 48, 49, 64, 65, 100):
         assert torch.equal(by_tiles.multiply(x[:rows]), other.multiply(x[:rows])), rows
+
+
+@needs_avx512
+@SHAPES
+def test_eight_bits_that_bfloat16_can_hold_give_its_bits_for_any_number_of_rows(
+    native_cache, shape
+):
+    library, seeded = Library(build(native_cache, variant=TILES), threads=2), torch.Generator()
+    codes = torch.randint(-127, 128, shape, generator=seeded.manual_seed(1)).float()
+    codes[:, ::32] = 127  # so that each scale is a power of two
+    codes *= 2.0 ** torch.randint(-12, 3, (shape[0], 1), generator=seeded)
+    narrow, wide = (
+        PackedWeight(library, [codes], kind, WeightMemory()) for kind in ("int8", "bfloat16")
+    )
+    x = torch.randn(100, shape[1], generator=seeded)
+    for rows in (*range(1, 36), 48, 49, 64, 65, 100):
+        assert torch.equal(narrow.multiply(x[:rows]), wide.multiply(x[:rows])), rows
+
+
+@needs_avx512
+def test_eight_bits_become_bfloat16_near_them_and_neither_smaller_nor_larger(native_cache):
+    library = Library(build(native_cache, variant=TILES), threads=2)
+    weight = PackedWeight(
+        library,
+        [torch.randn(640, 320, generator=torch.Generator().manual_seed(1))],
+        "int8",
+        WeightMemory(),
+    )
+    multiplied, exact = weight.multiply(torch.eye(320)).T, weight.dense()
+    assert torch.equal(multiplied, multiplied.bfloat16().float())
+    assert torch.equal(multiplied == 0, exact == 0)
+    errors = (multiplied / exact - 1)[exact != 0]
+    assert errors.abs().max() < 1.4 / 256  # half a unit is 1 / 256 of the smallest in its binade
+    assert errors.mean().abs() < 0.05 / 256
+    assert errors.std() < 0.5 / 256
 
 
 @needs_avx512

@@ -130,10 +130,12 @@ def test_products_are_those_of_the_numbers_themselves(library, kind):
     blocks, values = random_blocks(kind)
     x = torch.randn(9, SHAPE[1], generator=torch.Generator().manual_seed(2))
     steps = x.view(9, -1, 32).abs().amax(-1, keepdim=True) / 127
-    rounded = ((x.view(9, -1, 32) / steps).round() * steps).view(9, -1)
+    rounded, error = ((x.view(9, -1, 32) / steps).round() * steps).view(9, -1), 1e-5
+    if kind == "Q8_0" and library.isa.startswith("amx"):  # the unit multiplies bfloat16
+        rounded, error = x.bfloat16(), 2.5e-3
     made = PackedWeight(library, [blocks], blocks.width, WeightMemory()).multiply(x)
     exact = rounded.double() @ values.double().T
-    assert ((made - exact).norm() / exact.norm()).item() < 1e-5
+    assert ((made - exact).norm() / exact.norm()).item() < error
 
 
 def in_int4(library, kinds):

@@ -85,6 +85,7 @@ void multiply_panel(const Gemm& gemm, int64_t p, int64_t rows) {
 
 #ifndef ISA_AMX
 constexpr bool uses_tile_unit(const Weight&, int64_t) { return false; }
+Weight multiplied(const Weight& w) { return w; }
 int64_t tile_stride(const Weight& w) { return num_steps(w); }
 void shape_tiles(const Gemm&, int64_t) {}
 void multiply_panel_by_tiles(const Gemm&, int64_t, int64_t) {}
@@ -102,18 +103,19 @@ void multiply(const Weight& w, const void* x, int64_t rows, int64_t x_stride, vo
   if (rows == 0) return;
   std::lock_guard<std::mutex> lock(pool_mutex);
   const bool by_tiles = uses_tile_unit(w, rows);
-  const int64_t n = num_steps(w), stride = by_tiles ? tile_stride(w) : n;
+  const Weight form = by_tiles ? multiplied(w) : w;  // rows are prepared for these weights
+  const int64_t n = num_steps(form), stride = by_tiles ? tile_stride(form) : n;
+  const int64_t count = is_grouped(form) ? num_groups(form) : 0;
   int32_t* lanes = scratch_rows.get<int32_t>(rows * stride);
-  Int8Group* groups = is_grouped(w) ? scratch_groups.get<Int8Group>(rows * num_groups(w)) : nullptr;
+  Int8Group* groups = count ? scratch_groups.get<Int8Group>(rows * count) : nullptr;
   auto prepare_rows = [&](int64_t b, int64_t e) {
     for (int64_t m = b; m < e; m++) {
       int32_t* own = lanes + m * stride;
       std::fill(own + n, own + stride, 0);
       if (type == F32) {
-        prepare_row(w, static_cast<const float*>(x) + m * x_stride, own, groups + m * num_groups(w));
+        prepare_row(form, static_cast<const float*>(x) + m * x_stride, own, groups + m * count);
       } else {
-        prepare_row(w, static_cast<const uint16_t*>(x) + m * x_stride, own,
-                    groups + m * num_groups(w));
+        prepare_row(form, static_cast<const uint16_t*>(x) + m * x_stride, own, groups + m * count);
       }
     }
   };

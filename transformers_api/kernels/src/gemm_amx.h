@@ -13,7 +13,13 @@
 namespace {
 
 bool uses_tile_unit(const Weight& w, int64_t rows) {
-  return w.type == BF16 || (is_grouped(w) && rows > MAX_TILE_ROWS);
+  return w.type == BF16 || w.type == I8 || (is_int4(w) && rows > MAX_TILE_ROWS);
+}
+
+// The weights that the unit multiplies rows with.
+Weight multiplied(Weight w) {
+  if (w.type == I8) w.type = BF16;
+  return w;
 }
 
 // The lanes from one prepared row to the next: whole tiles, which begin in different sets of the cache.
@@ -34,7 +40,7 @@ struct RowBlocks {
 };
 
 void shape_tiles(const Gemm& gemm, int64_t rows) {
-  shape_tiles(RowBlocks(rows).height, is_grouped(gemm.w) ? GROUP_STEPS : TILE_LANES);
+  shape_tiles(RowBlocks(rows).height, is_int4(gemm.w) ? GROUP_STEPS : TILE_LANES);
 }
 
 // ---- who takes the sums of a panel ------------------------------------------------------------
@@ -50,7 +56,7 @@ struct Outputs {
   void prefetch(int64_t m, int64_t rows) const { prefetch_outputs(gemm, p, m, rows); }
   StoredSums stored(const int64_t (&first)[2]) const {
     const Weight& w = gemm.w;
-    const bool are_all = w.type == BF16 && gemm.y_type == F32 && !w.bias && (p + 1) * PANEL <= w.n;
+    const bool are_all = !is_int4(w) && gemm.y_type == F32 && !w.bias && (p + 1) * PANEL <= w.n;
     if (!are_all) return {};
     float* const y = static_cast<float*>(gemm.y) + p * PANEL;
     return {{y + first[0] * w.n, y + first[1] * w.n}, w.n};
@@ -68,7 +74,7 @@ struct Gates {
 
   void prefetch(int64_t, int64_t) const {}
   StoredSums stored(const int64_t (&first)[2]) const {
-    if (gemm.w.type != BF16) return {};
+    if (is_int4(gemm.w)) return {};
     return {{gates + first[0] * PANEL, gates + first[1] * PANEL}, PANEL};
   }
   void write(int64_t m, int64_t rows, const float* sums) const {
@@ -102,6 +108,12 @@ struct Joined {
 
 // ---- products ---------------------------------------------------------------------------------
 
+// What a panel of I8 becomes, for all passes.
+uint8_t* unpacked_panel(const Weight& w) {
+  static thread_local Scratch scratch;
+  return scratch.get<uint8_t>(num_groups(w) * UNPACKED_BYTES);
+}
+
 // One or two blocks with panel p: pass ``index`` of ``passes``, which prefetches as tile() does,
 // from the panel ``next``.
 template <int BLOCKS, class Taker>
@@ -114,31 +126,35 @@ void tile_pass(const Gemm& gemm, int64_t p, int64_t next, const RowBlocks& block
   const uint8_t* panel = w.data + p * panel_bytes(w);
   const TileRows rows{{gemm.x + first[0] * gemm.stride, gemm.x + first[1] * gemm.stride},
                       blocks.height, gemm.stride};
-  const int64_t n = is_grouped(w) ? num_groups(w) : num_steps(w);
-  const int64_t turns = is_grouped(w) ? n : (n + TILE_LANES - 1) / TILE_LANES;
+  const int64_t steps = num_steps(multiplied(w)), n = is_int4(w) ? num_groups(w) : steps;
+  const int64_t turns = is_int4(w) ? n : (n + TILE_LANES - 1) / TILE_LANES;
   const int64_t part = panel_bytes(w) / passes;
   const uint8_t* ahead = w.data + next * panel_bytes(w) + index * part;
   const PrefetchCursor cursor{reinterpret_cast<const char*>(ahead),
                               (part / turns + LINE - 1) / LINE * LINE};
   for (int i = 0; i < BLOCKS; i++) taker.prefetch(first[i], blocks.height);
   const StoredSums stored = taker.stored(first);
+  const TileSums own{{sums, sums + blocks.height * PANEL}, PANEL};
+  const TileSums& target = stored.stride ? stored : own;
   auto multiply = [&](auto prefetch) {
     constexpr Prefetch P = decltype(prefetch)::value;
-    const Int8Group* const groups[2] = {gemm.groups + first[0] * n, gemm.groups + first[1] * n};
-    if (w.type == I8) {
-      multiply_codes<Int8Tiles, P, BLOCKS>(panel, cursor, rows, groups, n, sums);
-    } else if (is_int4(w)) {
-      const Int4Group* const own[2] = {reinterpret_cast<const Int4Group*>(groups[0]),
-                                       reinterpret_cast<const Int4Group*>(groups[1])};
-      if (w.type == I4) {
-        multiply_codes<Int4Tiles<true>, P, BLOCKS>(panel, cursor, rows, own, n, sums);
-      } else {
-        multiply_codes<Int4Tiles<false>, P, BLOCKS>(panel, cursor, rows, own, n, sums);
-      }
+    constexpr Streamed S = P == SAME_PANEL ? WEIGHTS : ROWS;
+    if (is_int4(w)) {
+      const auto* groups = reinterpret_cast<const Int4Group*>(gemm.groups);
+      const Int4Group* const both[2] = {groups + first[0] * n, groups + first[1] * n};
+      const auto f = w.type == I4 ? multiply_int4<true, P, BLOCKS> : multiply_int4<false, P, BLOCKS>;
+      f(panel, cursor, rows, both, n, sums);
+    } else if (w.type == BF16) {
+      multiply_bf16<P, BLOCKS, false, S>(panel, cursor, rows, n, target);
+    } else if (P == SAME_PANEL) {
+      alignas(64) uint8_t memory[4 * UNPACKED_BYTES];
+      multiply_tiles<BLOCKS, false, NEITHER>(UnpackedTiles<P, 4>{panel, cursor, memory}, rows, n,
+                                             target);
+    } else if (index == 0) {
+      multiply_tiles<BLOCKS, false, S>(UnpackedTiles<P>{panel, cursor, unpacked_panel(w)}, rows, n,
+                                       target);
     } else {
-      const TileSums own{{sums, sums + blocks.height * PANEL}, PANEL};
-      constexpr Streamed S = P == SAME_PANEL ? WEIGHTS : ROWS;
-      multiply_bf16<P, BLOCKS, false, S>(panel, cursor, rows, n, stored.stride ? stored : own);
+      multiply_bf16<P, BLOCKS, false, S>(unpacked_panel(w), cursor, rows, turns * TILE_LANES, target);
     }
   };
   if (passes == 1) {
