@@ -13,11 +13,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.machine import processor
+from benchmarks.machine import busy_core, processor, read_gb_per_s
 from transformers_api.engine.platform.cpu import usable_cores
 from transformers_api.kernels.abi import Library
 from transformers_api.kernels.modules.attention import CausalRows, describing, native_attention
@@ -33,7 +32,6 @@ from transformers_api.kernels.modules.linear import PackedWeight, WeightMemory
 from transformers_api.kernels.provider import KernelProvider
 
 Call = Callable[[], object]
-SLEEPLESS = "while True: pass"
 
 
 @dataclass(frozen=True)
@@ -70,12 +68,6 @@ def take_turns(calls: dict[str, Call], rounds: int) -> dict[str, float]:
             call()
             times[name].append(time.perf_counter() - began)
     return {name: statistics.median(taken[1:]) for name, taken in times.items()}
-
-
-def read_bandwidth(rounds: int = 7) -> float:
-    """GB/s at which torch's threads read memory that is in no cache."""
-    block = torch.ones(1 << 26)
-    return 4e-9 * len(block) / take_turns({"": block.sum}, rounds)[""]
 
 
 class Products:
@@ -177,17 +169,6 @@ def print_attention(library: Library, shapes: Shapes, rounds: int) -> None:
         print(f"| {rows} | {width} | {seen} | {cells} |")
 
 
-@contextlib.contextmanager
-def busy_core() -> Iterator[None]:
-    """Another process that never sleeps."""
-    other = subprocess.Popen([sys.executable, "-c", SLEEPLESS])
-    try:
-        yield
-    finally:
-        other.kill()
-        other.wait()
-
-
 def main() -> None:
     """Measure and print tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -209,7 +190,7 @@ def main() -> None:
             stack.enter_context(busy_core())
         for name in options.models.split(","):
             shapes = MODELS[name]
-            print(f"\n### {name}\n\nMemory is read at {read_bandwidth():.1f} GB/s.")
+            print(f"\n### {name}\n\nMemory is read at {read_gb_per_s(library):.1f} GB/s.")
             products = Products(shapes, library, options.kinds.split(","))
             print_products(
                 products, [int(rows) for rows in options.rows.split(",")], options.rounds

@@ -89,7 +89,8 @@ def _pages(size: int) -> Tensor:
 class PackedWeight:
     """A weight matrix (out, in) as the kernels read it: ``kind`` float32, bfloat16, int8 or int4.
 
-    int8: groups of 32 along ``in`` with a scale each; inputs are quantised in the same groups.
+    int8: groups of 32 along ``in`` with a scale each; inputs are quantised in the same groups, but
+    by AMX, where both become bfloat16.
     int4: scale and minimum of each group, found by search; inputs as for int8. Where all of it is
     Q4_0 there are no minima, and it takes a tenth less memory. ``error`` is the norm of the
     quantisation error relative to that of the weights, of int4 and of blocks, whose codes stay as
