@@ -1,5 +1,5 @@
 // tiles.h for AMX: products of sixteen or 32 rows with a panel by the tile unit. Beside them those of
-// dots_avx512.h, for float32, for few rows of four bits, and for experts and adapters.
+// dots_avx512.h, for float32, adapters, few rows of four bits, and experts of these.
 //
 // A panel is laid out as the unit wants its weights: sixteen steps are sixteen rows of 64 bytes, 128
 // bytes apart, whose lanes hold two bfloat16 or four codes. Those of bfloat16 are summed otherwise than

@@ -41,15 +41,6 @@ Routes sort_rows(const int64_t* indices, int64_t rows, int64_t count) {
   return routes;
 }
 
-void prepare_routed(const Weight& w, const void* x, int32_t type, int64_t from,
-                    int32_t* lanes, Int8Group* groups) {
-  if (type == F32) {
-    prepare_row(w, static_cast<const float*>(x) + from * w.k, lanes, groups);
-  } else {
-    prepare_row(w, static_cast<const uint16_t*>(x) + from * w.k, lanes, groups);
-  }
-}
-
 }  // namespace
 
 extern "C" {
@@ -62,32 +53,41 @@ void experts(const Experts* layer, const void* x, const int64_t* indices, int64_
   const int64_t row_bytes = first.n * (type == F32 ? 4 : 2);
   char *out = static_cast<char*>(y), *results = scratch_results.get<char>(rows * row_bytes);
   if (routes.routed < rows) std::memset(out, 0, rows * row_bytes);
-  int32_t* lanes = scratch_rows.get<int32_t>(rows * num_steps(first));
-  Int8Group* groups =
-      is_grouped(first) ? scratch_groups.get<Int8Group>(rows * num_groups(first)) : nullptr;
+  const RowForm form(first, uses_tile_unit(first, 1));  // for any number of an expert's rows
+  int32_t* lanes = form.lanes_of(rows);
+  Int8Group* groups = form.groups_of(rows);
   auto share_out = [&](int64_t elements, const auto& f) {
     if (elements < 32768) return f(int64_t{0}, routes.routed);
     pool->run(routes.routed, f);
   };
   share_out(routes.routed * first.k, [&](int64_t b, int64_t e) {
     for (int64_t m = b; m < e; m++)
-      prepare_routed(first, x, type, routes.order[m] / share, lanes + m * num_steps(first),
-                     groups ? groups + m * num_groups(first) : nullptr);
+      form.prepare(x, static_cast<Type>(type), routes.order[m] / share * first.k, m, lanes, groups);
   });
   const int64_t panels = num_panels(first);
   pool->run(routes.active * panels, [&](int64_t b, int64_t e) {
     for (int64_t i = b; i < e; i++) {
       const int64_t expert = routes.chosen[i / panels], begin = routes.begins[expert];
-      const Gemm gemm{*layer->weights[expert], lanes + begin * num_steps(first),
-                      num_steps(first), groups ? groups + begin * num_groups(first) : nullptr,
-                      results + begin * row_bytes, static_cast<Type>(type)};
-      multiply_panel(gemm, i % panels, routes.begins[expert + 1] - begin);
+      const int64_t own = routes.begins[expert + 1] - begin;
+      const Gemm gemm{*layer->weights[expert],
+                      lanes + begin * form.stride,
+                      form.stride,
+                      groups + begin * form.num_groups,
+                      results + begin * row_bytes,
+                      static_cast<Type>(type)};
+      if (form.by_tiles) {
+        shape_tiles(gemm, own);
+        multiply_panel_by_tiles(gemm, i % panels, own);
+      } else {
+        multiply_panel(gemm, i % panels, own);
+      }
     }
   });
   share_out(routes.routed * first.n, [&](int64_t b, int64_t e) {
     for (int64_t m = b; m < e; m++)
       std::memcpy(out + routes.order[m] * row_bytes, results + m * row_bytes, row_bytes);
   });
+  release_tiles();
 }
 
 }  // extern "C"

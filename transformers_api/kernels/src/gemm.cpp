@@ -92,6 +92,35 @@ void multiply_panel_by_tiles(const Gemm&, int64_t, int64_t) {}
 void multiply_gated_by_tiles(const Gemm&, int64_t, int64_t) {}
 #endif
 
+// Rows as products with a weight take them, ``by_tiles`` or not.
+struct RowForm {
+  const bool by_tiles;
+  const Weight w;  // or what becomes of it
+  const int64_t stride, num_groups;
+
+  RowForm(const Weight& own, bool by_tiles)
+      : by_tiles(by_tiles),
+        w(by_tiles ? multiplied(own) : own),
+        stride(by_tiles ? tile_stride(w) : num_steps(w)),
+        num_groups(is_grouped(w) ? ::num_groups(w) : 0) {}
+
+  int32_t* lanes_of(int64_t rows) const { return scratch_rows.get<int32_t>(rows * stride); }
+  Int8Group* groups_of(int64_t rows) const {
+    return num_groups ? scratch_groups.get<Int8Group>(rows * num_groups) : nullptr;
+  }
+  // Row m from the numbers at ``from`` on.
+  void prepare(const void* x, Type type, int64_t from, int64_t m, int32_t* lanes,
+               Int8Group* groups) const {
+    int32_t* own = lanes + m * stride;
+    std::fill(own + num_steps(w), own + stride, 0);
+    if (type == F32) {
+      prepare_row(w, static_cast<const float*>(x) + from, own, groups + m * num_groups);
+    } else {
+      prepare_row(w, static_cast<const uint16_t*>(x) + from, own, groups + m * num_groups);
+    }
+  }
+};
+
 // True where ``multiply`` can take a gate.
 bool takes_gate(const Weight& w, int64_t rows) {
   return uses_tile_unit(w, rows) && !w.bias && w.n % (2 * PANEL) == 0;
@@ -102,35 +131,24 @@ void multiply(const Weight& w, const void* x, int64_t rows, int64_t x_stride, vo
               const Gate* gate) {
   if (rows == 0) return;
   std::lock_guard<std::mutex> lock(pool_mutex);
-  const bool by_tiles = uses_tile_unit(w, rows);
-  const Weight form = by_tiles ? multiplied(w) : w;  // rows are prepared for these weights
-  const int64_t n = num_steps(form), stride = by_tiles ? tile_stride(form) : n;
-  const int64_t count = is_grouped(form) ? num_groups(form) : 0;
-  int32_t* lanes = scratch_rows.get<int32_t>(rows * stride);
-  Int8Group* groups = count ? scratch_groups.get<Int8Group>(rows * count) : nullptr;
+  const RowForm form(w, uses_tile_unit(w, rows));
+  int32_t* lanes = form.lanes_of(rows);
+  Int8Group* groups = form.groups_of(rows);
   auto prepare_rows = [&](int64_t b, int64_t e) {
-    for (int64_t m = b; m < e; m++) {
-      int32_t* own = lanes + m * stride;
-      std::fill(own + n, own + stride, 0);
-      if (type == F32) {
-        prepare_row(form, static_cast<const float*>(x) + m * x_stride, own, groups + m * count);
-      } else {
-        prepare_row(form, static_cast<const uint16_t*>(x) + m * x_stride, own, groups + m * count);
-      }
-    }
+    for (int64_t m = b; m < e; m++) form.prepare(x, type, m * x_stride, m, lanes, groups);
   };
   if (rows * w.k < 32768) {
     prepare_rows(0, rows);
   } else {
     pool->run(rows, prepare_rows);
   }
-  const Gemm gemm{w, lanes, stride, groups, y, type, gate};
+  const Gemm gemm{w, lanes, form.stride, groups, y, type, gate};
   pool->run(num_panels(w) / (gate ? 2 : 1), [&](int64_t b, int64_t e) {
-    if (by_tiles) shape_tiles(gemm, rows);
+    if (form.by_tiles) shape_tiles(gemm, rows);
     for (int64_t p = b; p < e; p++) {
       if (gate) {
         multiply_gated_by_tiles(gemm, p, rows);
-      } else if (by_tiles) {
+      } else if (form.by_tiles) {
         multiply_panel_by_tiles(gemm, p, rows);
       } else {
         multiply_panel(gemm, p, rows);

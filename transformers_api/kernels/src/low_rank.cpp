@@ -85,11 +85,11 @@ void low_rank(const LowRank* layer, const void* x, const int64_t* adapters, int6
     pool->run(n, f);
   };
   const Weight& first = *active.parts->part->down;
-  const int64_t steps = num_steps(first);
-  int32_t* lanes = scratch_rows.get<int32_t>(routes.routed * steps);
+  const RowForm form(first, false);
+  int32_t* lanes = form.lanes_of(routes.routed);
   auto prepare_rows = [&](int64_t b, int64_t e) {
     for (int64_t m = b; m < e; m++)
-      prepare_routed(first, x, type, routes.order[m], lanes + m * steps, nullptr);
+      form.prepare(x, static_cast<Type>(type), routes.order[m] * first.k, m, lanes, nullptr);
   };
   if (routes.routed * first.k < 32768) {
     prepare_rows(0, routes.routed);
@@ -101,7 +101,7 @@ void low_rank(const LowRank* layer, const void* x, const int64_t* adapters, int6
     const ActivePart* a = active.parts;
     for (int64_t i = b; i < e; i++) {
       while (i >= a->down_panel + num_panels(*a->part->down)) a++;
-      const Gemm gemm{*a->part->down, lanes + a->begin * steps, steps, nullptr,
+      const Gemm gemm{*a->part->down, lanes + a->begin * form.stride, form.stride, nullptr,
                       narrow + a->narrow, F32};
       multiply_panel(gemm, i - a->down_panel, a->rows);
     }
