@@ -11,16 +11,14 @@ from pathlib import Path
 import pytest
 import redis
 
-from transformers_api.serving import shared_redis
-from transformers_api.serving.limits import redis_buckets
+from transformers_api.serving import redis_times
 
 WAIT_S = 30.0
 
 
 def wait_for_redis(patch: pytest.MonkeyPatch, timeout_s: float = WAIT_S) -> None:
     """Let what is made from now on wait so long: on a busy machine redis has not gone away."""
-    patch.setattr(shared_redis, "TIMEOUT_S", timeout_s)
-    patch.setattr(redis_buckets, "TIMEOUT_S", timeout_s)
+    patch.setattr(redis_times, "TIMEOUT_S", timeout_s)
 
 
 class RedisServer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
@@ -82,3 +83,12 @@ def tiny(name: str) -> Any:
     """One random model per name and process; engines take copies."""
     torch.manual_seed(0)
     return tf.AutoModelForCausalLM.from_config(ALL[name]()).eval()
+
+
+def sharp(name: str) -> Any:
+    """A copy of a random llama, or one like it, whose scores of attention are dozens."""
+    model = copy.deepcopy(tiny(name))
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight *= 3000
+    return model

@@ -11,7 +11,7 @@ import torch
 
 from tests.engine.models import prompts_of
 from tests.engine.reading import read
-from tests.inspection.models import tiny
+from tests.inspection.models import sharp, tiny
 from tests.inspection.test_edits import FORMULAS, LAYER, PROMPT, STEPS, assert_close, plan, written
 from tests.repeats import slow
 from transformers_api.engine.base import SamplingParams, SequenceRequest
@@ -157,6 +157,15 @@ def test_prompts_are_changed_however_they_are_read(watch, chunk):
     engine = watch("mistral-window-8", prefill_chunk=chunk).engine
     (own,) = written(engine, [(PROMPT, plan(*edits))])
     assert_close(own, reference("mistral-window-8", PROMPT, *edits))
+
+
+def test_a_temperature_of_one_changes_nothing_but_rounding(watch, native_cache):
+    engine = watch(sharp("llama"), native=native_cache, dtype="bfloat16").engine
+    (own,) = written(engine, [(PROMPT, plan(temper(1.0)))])
+    (plain,) = written(engine, [(PROMPT, None)])
+    for (token, score), (same, unedited) in zip(own, plain, strict=True):
+        assert token == same
+        assert abs(score.logprob - unedited.logprob) < 2e-4
 
 
 def test_blocked_edges_and_a_steered_stream_compose(watch):

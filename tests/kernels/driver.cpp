@@ -21,13 +21,23 @@ void show(const std::vector<T>& values) {
   std::fwrite(values.data(), sizeof(T), values.size(), stdout);
 }
 
+// Rows of Q4_0's blocks, of 32 weights each: a scale of about 0.01, half precision, then the codes.
+std::vector<uint8_t> q4_0_rows(int64_t n, int64_t k) {
+  std::vector<uint8_t> blocks(n * block_row_bytes(2, k));
+  for (size_t i = 0; i < blocks.size(); i++)
+    blocks[i] = i % 18 == 1 ? 0x21 : static_cast<uint8_t>(number() * 127.5f + 127.5f);
+  return blocks;
+}
+
 void products(int32_t type, int64_t n, int64_t k) {
   Weight w{type, 0, n, k, nullptr, nullptr};
   w.data = static_cast<uint8_t*>(std::aligned_alloc(4096, (packed_bytes(&w) + 8191) / 4096 * 4096));
   std::memset(w.data, 0, packed_bytes(&w));
   const std::vector<float> dense = numbers(n * k), bias = numbers(n);
   std::vector<double> sums(2 * n);
-  if (type == I4) {
+  if (type == I4C) {
+    pack_blocks(&w, q4_0_rows(n, k).data(), 2, nullptr, 0, n, sums.data());
+  } else if (type == I4) {
     pack_int4(&w, dense.data(), F32, 0, n, sums.data());
   } else {
     pack(&w, dense.data(), F32, 0, n);
@@ -79,6 +89,8 @@ int main() {
   for (int32_t type : {F32, BF16, I8, I4})
     for (int64_t n : {64, 50})
       for (int64_t k : {96, 77}) products(type, n, k);
+  for (int64_t n : {64, 50})
+    for (int64_t k : {96, 128}) products(I4C, n, k);
   attends<float>(F32);
   attends<uint16_t>(BF16);
   const std::vector<float> logits = numbers(1000);

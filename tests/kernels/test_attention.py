@@ -60,10 +60,10 @@ class Case:
             return visible & (distance <= (positions % -self.window)[:, None, :, None])
         return visible & (distance < self.window) if self.window else visible
 
-    def weights(self):
-        """Of all keys (B, H, T, S), in float64."""
+    def weights(self, dtype=torch.float32):
+        """Of all keys (B, H, T, S), in float64; of queries that are rounded to ``dtype`` before."""
         key = self.key.double().repeat_interleave(self.group, 1)
-        scores = self.query.double() @ key.transpose(-1, -2) * self.scale
+        scores = self.query.to(dtype).double() @ key.transpose(-1, -2) * self.scale
         if cap := self.options["softcap"]:
             scores = cap * torch.tanh(scores / cap)
         if (slopes := self.options.get("slopes")) is not None:
@@ -239,10 +239,12 @@ def test_new_keys_of_several_sequences_go_to_their_rows(library):
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("kv_dtype", TOLERANCE)
-def test_shares_that_are_shown_are_those_of_the_definition(library, name, kv_dtype):
+def test_shares_that_are_shown_are_those_of_the_numbers_that_are_multiplied(
+    library, name, kv_dtype
+):
     case = Case(kv_dtype=kv_dtype, **CASES[name])
     rows = CausalRows(library, case.starts, case.window)
-    for row, wanted in enumerate(case.weights()):
+    for row, wanted in enumerate(case.weights(kv_dtype)):
         queries = range(wanted.shape[1])[-3:]
         options = {"scaling": case.scale, **case.options}
         found, sinks = attention_probs(rows, case.query, case.key, row, queries, options)

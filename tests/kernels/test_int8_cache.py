@@ -163,7 +163,7 @@ def test_a_nan_reaches_the_queries_that_see_it_and_no_others(library, part):
 def test_shares_that_are_shown_are_those_of_the_numbers_that_codes_mean(library, name):
     case, meant = coded(library, **CASES[name])
     rows = CausalRows(library, case.starts, case.window)
-    for row, wanted in enumerate(meant.weights()):
+    for row, wanted in enumerate(meant.weights(torch.bfloat16)):
         queries = range(wanted.shape[1])[-3:]
         options = {"scaling": case.scale, **case.options}
         found, _ = attention_probs(rows, case.query, case.key, row, queries, options)

@@ -10,7 +10,7 @@ from tests.redis_server import RedisServer, wait_for_redis
 from transformers_api.app import create_app
 from transformers_api.config.settings import Settings
 from transformers_api.errors import Unavailable
-from transformers_api.serving import shared_redis
+from transformers_api.serving import redis_times
 from transformers_api.serving.limits import key_redis
 from transformers_api.serving.limits.access import Access
 from transformers_api.serving.limits.api_keys import ApiKeys
@@ -28,8 +28,7 @@ def started(tmp_path_factory):
 def server(started, monkeypatch):
     wait_for_redis(monkeypatch)
     monkeypatch.setattr(key_redis, "FRESH_S", 0.0)  # asked with every request
-    for module in (shared_redis, key_redis):
-        monkeypatch.setattr(module, "TRY_AGAIN_S", 0.0)
+    monkeypatch.setattr(redis_times, "TRY_AGAIN_S", 0.0)
     started.kill()
     started.start()
     return started

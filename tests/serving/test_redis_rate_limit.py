@@ -17,12 +17,9 @@ from limits.strategies import STRATEGIES
 
 from tests.redis_server import RedisServer, wait_for_redis
 from tests.servers import ROOT
-from transformers_api.serving.limits.redis_buckets import (
-    PREFIX,
-    TRY_AGAIN_S,
-    storage_of,
-)
+from transformers_api.serving.limits.redis_buckets import PREFIX, storage_of
 from transformers_api.serving.limits.token_bucket import NAME, Rate
+from transformers_api.serving.redis_times import TRY_AGAIN_S
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,9 @@ from typing import Any
 
 import redis
 
-log = logging.getLogger(__name__)
+from transformers_api.serving import redis_times
 
-TIMEOUT_S = 0.25  # a request waits no longer for redis
-TRY_AGAIN_S = 5.0
+log = logging.getLogger(__name__)
 
 
 class RedisAway(ConnectionError):
@@ -26,8 +25,9 @@ class SharedRedis:
     """Commands to one redis; ``contents`` names in the log what is there. From any thread."""
 
     def __init__(self, redis_url: str, contents: str) -> None:
+        timeout_s = redis_times.TIMEOUT_S
         self._redis = redis.Redis.from_url(
-            redis_url, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S
+            redis_url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s
         )
         self._contents = contents
         self._away_until = 0.0
@@ -47,7 +47,7 @@ class SharedRedis:
         try:
             return self._redis.execute_command(*words)  # type: ignore[no-untyped-call]
         except redis.RedisError as error:
-            self._away_until = time.monotonic() + TRY_AGAIN_S
+            self._away_until = time.monotonic() + redis_times.TRY_AGAIN_S
             raise RedisAway(f"Redis is away: {error}", is_news=True) from None
 
     def warn(self, error: RedisAway) -> None:

@@ -84,13 +84,10 @@ def _change(
             numbers_of(cache[index][edit.slot, :, :length, :size])
             for index, size in zip(call.cached, (query.shape[3], output.shape[3]), strict=True)
         )
+        multiplied = query[tokens, :, 0].transpose(0, 1).to(key.dtype)  # as the kernel rounds it
         masks, options = _masks(call, own, length)
         assert edit.apply is not None
-        edit.apply(
-            AttentionCall(
-                query[tokens, :, 0].transpose(0, 1), key, value, masks, output[tokens, 0], options
-            )
-        )
+        edit.apply(AttentionCall(multiplied, key, value, masks, output[tokens, 0], options))
 
 
 def _masks(

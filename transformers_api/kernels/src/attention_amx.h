@@ -93,7 +93,7 @@ struct QueryTiles<uint16_t> {
       for (int64_t i = 0; i < BLOCK; i += 16)
         v[q] = max(mask_at(q, i), v[q], load_aligned(scores + i));
     }
-    const f32x16 before = load_aligned(largest), now = max(reduce_max_each(v), before);
+    const f32x16 before = load_aligned(largest), now = max(reduce_each<max>(v), before);
     const f32x16 factor = select(equal(0xffff, before, now), broadcast(1), exp(sub(before, now)));
     store_aligned(largest, now);
     store_aligned(rescale, factor);
@@ -111,7 +111,7 @@ struct QueryTiles<uint16_t> {
       }
       v[q] = sum;
     }
-    store_aligned(sums, add(mul(load_aligned(sums), factor), reduce_add_each(v)));
+    store_aligned(sums, add(mul(load_aligned(sums), factor), reduce_each<add>(v)));
     for (int64_t q = 0; q < 16; q++)
       queries[q].max = largest[q], queries[q].sum = sums[q], queries[q].rescale = rescale[q];
   }

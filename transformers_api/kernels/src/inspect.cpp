@@ -18,7 +18,8 @@ namespace {
 
 constexpr int64_t STATS_CHUNK = 64;  // tokens
 
-// Softmax of one head's query over all keys; returns the probability of its sink.
+// Softmax of one head's query over all keys; returns the probability of its sink. The query has the
+// precision in which attention multiplies it: what is rounded away of it grows with the scores.
 float attention_row(const Attention& a, int64_t row, int64_t head, int64_t query, int64_t keys,
                     float* probs) {
   const int64_t end = std::min(a.starts[row] + query + 1, keys);
@@ -26,12 +27,17 @@ float attention_row(const Attention& a, int64_t row, int64_t head, int64_t query
   const int64_t q = row * a.q_strides[0] + head * a.q_strides[1] + query * a.q_strides[2];
   const int64_t cache_row = a.cache_rows ? a.cache_rows[row] : row;
   const int64_t k = cache_row * a.k_strides[0] + head / (a.heads / a.kv_heads) * a.k_strides[1];
+  alignas(64) float numbers[MAX_HEAD_SIZE];
+  for (int64_t i = 0; i < a.size; i += 16) {
+    const f32x16 part = load(a.q, a.q_type, q + i, first_lanes(a.size - i));
+    store_aligned(numbers + i, a.kv_type == F32 ? part : round_to_bf16(part));
+  }
   std::fill_n(probs, keys, 0.f);
   for (int64_t j = begin; j < end; j++) {
     f32x16 sum = zero();
     for (int64_t i = 0; i < a.size; i += 16) {
       const mask16 mask = first_lanes(a.size - i);
-      sum = fmadd(load(a.q, a.q_type, q + i, mask),
+      sum = fmadd(load_aligned(numbers + i),
                   load_kv(a.k, a.kv_type, k + j * a.k_strides[2], i, mask), sum);
     }
     probs[j] = reduce_add(sum) * a.scale;

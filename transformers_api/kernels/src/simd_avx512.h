@@ -188,21 +188,14 @@ inline void transpose(f32x16 (&v)[16]) {
   for (int i = 0; i < 16; i++) v[i] = _mm512_castsi512_ps(w[i]);
 }
 
-// Lane i is reduce_add(v[i]), the sums made in the same order; or reduce_max(v[i]).
-inline f32x16 reduce_add_each(f32x16 (&v)[16]) {
+// Lane i of reduce_each<add> is reduce_add(v[i]), the sums made in the same order; of <max> its maximum.
+template <f32x16 (*COMBINE)(f32x16, f32x16)>
+f32x16 reduce_each(f32x16 (&v)[16]) {
   transpose(v);
 #pragma GCC unroll 4
   for (int n = 8; n; n /= 2)
 #pragma GCC unroll 8
-    for (int i = 0; i < n; i++) v[i] = add(v[i], v[i + n]);
-  return v[0];
-}
-inline f32x16 reduce_max_each(f32x16 (&v)[16]) {
-  transpose(v);
-#pragma GCC unroll 4
-  for (int n = 8; n; n /= 2)
-#pragma GCC unroll 8
-    for (int i = 0; i < n; i++) v[i] = max(v[i], v[i + n]);
+    for (int i = 0; i < n; i++) v[i] = COMBINE(v[i], v[i + n]);
   return v[0];
 }
 

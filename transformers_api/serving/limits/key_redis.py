@@ -7,8 +7,9 @@ import secrets
 import time
 from typing import Any
 
+from transformers_api.serving import redis_times
 from transformers_api.serving.limits.api_keys import ApiKey, check_name, make, parse, taken
-from transformers_api.serving.shared_redis import TRY_AGAIN_S, RedisAway, SharedRedis
+from transformers_api.serving.shared_redis import RedisAway, SharedRedis
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ class KeyRedis:
         version = entries.pop(VERSION.encode(), None)
         if version is None and self._version is not None:
             log.error("Redis has lost the API keys: those from before stay valid")
-            self._ask_at = time.monotonic() + TRY_AGAIN_S
+            self._ask_at = time.monotonic() + redis_times.TRY_AGAIN_S
             return
         self._entries = entries  # first: who sees the version may read them
         self._version = version

@@ -9,10 +9,10 @@ from typing import Any
 
 from limits.storage import RedisStorage
 
+from transformers_api.serving import redis_times
+
 log = logging.getLogger(__name__)
 
-TIMEOUT_S = 0.25  # a request waits no longer for redis
-TRY_AGAIN_S = 5.0
 PREFIX = "transformers-api:limit"
 
 # In one step, by the clock of redis: the arithmetic of MemoryBuckets.spend. What was spent while
@@ -55,8 +55,8 @@ def storage_of(redis_url: str | None) -> tuple[str, dict[str, Any]]:
     retry = Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,))
     return redis_url.replace("unix://", "redis+unix://", 1), {
         "key_prefix": PREFIX,
-        "socket_timeout": TIMEOUT_S,
-        "socket_connect_timeout": TIMEOUT_S,
+        "socket_timeout": redis_times.TIMEOUT_S,
+        "socket_connect_timeout": redis_times.TIMEOUT_S,
         "retry": retry,
     }
 
@@ -99,13 +99,13 @@ class RedisBuckets:
                 return True
             if self._clock() < self._try_at:
                 return False
-            self._try_at = self._clock() + TRY_AGAIN_S
+            self._try_at = self._clock() + redis_times.TRY_AGAIN_S
             return True
 
     def _lost(self, error: Exception) -> None:
         with self._lock:
             was_away, self._is_away = self._is_away, True
-            self._try_at = self._clock() + TRY_AGAIN_S
+            self._try_at = self._clock() + redis_times.TRY_AGAIN_S
         if not was_away:
             log.error("REDIS_URL does not answer, rate limits are local until it does: %s", error)
 
