@@ -18,11 +18,15 @@ def folder(tmp_path):
     return tmp_path
 
 
-def read(folder):
+def loaded(folder):
     spec = ModelSpec(name="m", source=PathSource(folder))
     sizes = {"weight_bytes": 0, "parameters": 0, "created": 0}
     files = ModelFiles(folder=folder, stored_dtype="float32", **sizes)
-    return read_tokenizer(spec, files).tokenizer
+    return read_tokenizer(spec, files)
+
+
+def read(folder):
+    return loaded(folder).tokenizer
 
 
 def change(file, **fields):
@@ -64,3 +68,17 @@ def test_what_its_configuration_says_of_its_tokens_is_heard(folder):
     token = {"content": "<|im_start|>", "special": True, "lstrip": True}
     change(folder / "tokenizer_config.json", added_tokens_decoder={"256": token})
     assert same(read(folder), AutoTokenizer.from_pretrained(folder))
+
+
+@pytest.mark.parametrize("highest", [None, 300, 1000])
+def test_its_size_is_one_more_than_the_largest_id_also_where_ids_have_gaps(folder, highest):
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    if highest is not None:
+        first = next(token for token in content["added_tokens"] if token["content"] == "plain")
+        content["added_tokens"].append(first | {"id": highest, "content": "far"})
+        content["model"]["vocab"]["far"] = highest
+        file.write_text(json.dumps(content))
+    tokenizer, size = loaded(folder)
+    assert size == max(tokenizer.get_vocab().values()) + 1
+    assert highest is None or size == highest + 1

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from transformers_api.config.settings import Settings
 from transformers_api.encoder_loader import EncoderLoader
+from transformers_api.engine.platform.dataclass_code import stored_methods
 from transformers_api.engine.platform.imports import without_collection
 from transformers_api.engine.platform.lazy_torch import import_torch
 from transformers_api.engine.thread import EngineThread
@@ -153,9 +154,9 @@ def _import_engine(settings: Settings) -> None:
     answer, as long as several tokens.
     """
     is_first = "transformers_api.engine.loader" not in sys.modules
-    with without_collection():
-        exports = settings.model_store.absolute() / "imports"
-        import_torch(lazy=settings.lazy_torch, transformers=True, exports=exports)
+    stored = settings.model_store.absolute() / "imports"
+    with without_collection(), stored_methods(stored, "engine"):
+        import_torch(lazy=settings.lazy_torch, transformers=True, exports=stored)
         import transformers_api.engine.loader  # noqa: F401
 
         if is_first:  # what a later one would keep may be garbage, of models even

@@ -46,7 +46,17 @@ def read_tokenizer(spec: ModelSpec, files: ModelFiles) -> LoadedTokenizer:
     """The tokenizer of a model's files. Raises ModelLoadFailed."""
     with without_collection():  # nearly all that is made now stays
         loaded = _load_tokenizer(files.folder, spec.trust_remote_code)
-    return LoadedTokenizer(loaded, max(loaded.get_vocab().values(), default=0) + 1)
+    return LoadedTokenizer(loaded, _size(loaded))
+
+
+def _size(tokenizer: Any) -> int:
+    """The largest id + 1. To list all tokens takes longer than to see that ids have no gaps."""
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        count: int = backend.get_vocab_size(with_added_tokens=True)
+        ends = [backend.id_to_token(i) is not None for i in (count - 1, count)] if count else []
+        if ends == [True, False] and max(backend.get_added_tokens_decoder(), default=0) < count:
+            return count
+    return max(tokenizer.get_vocab().values(), default=0) + 1
 
 
 def _load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:

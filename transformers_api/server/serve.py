@@ -31,7 +31,8 @@ from transformers_api.config.settings import (
     SettingError,
     Settings,
 )
-from transformers_api.engine.platform.deferred_modules import AtFirstUse, treated
+from transformers_api.engine.platform.dataclass_code import stored_methods
+from transformers_api.engine.platform.deferred_modules import AtFirstUse, PatternsLater, treated
 from transformers_api.engine.platform.imports import without_collection
 from transformers_api.server import http_parser, lock, standard_streams
 from transformers_api.server.logger import logger_class
@@ -45,6 +46,7 @@ MOST_DEATHS = 5  # of workers, within
 DEATHS_S = 600.0
 MOST_FILES = 1 << 16
 UNUSED = "limits.aio"  # which limits imports
+ADDRESSES = "marshmallow.validate"  # has a pattern of mail addresses, which no schema asks for
 
 
 def options(settings: Settings) -> dict[str, Any]:
@@ -164,9 +166,15 @@ class _Application(BaseApplication):  # type: ignore[misc]  # gunicorn has no ty
     def load(self) -> Callable[..., Any]:
         module, _, name = self._app.partition(":")
         try:
-            with without_collection(), treated(UNUSED, AtFirstUse):
+            imports = self._settings.model_store.absolute() / "imports"
+            with (
+                without_collection(),
+                stored_methods(imports, "app"),
+                treated(UNUSED, AtFirstUse),
+                treated(ADDRESSES, PatternsLater),
+            ):
                 make = getattr(importlib.import_module(module), name)
-            application: Callable[..., Any] = make(self._settings)
+                application: Callable[..., Any] = make(self._settings)
         except SettingError as error:
             stop(Arbiter.APP_LOAD_ERROR, str(error))
         return application

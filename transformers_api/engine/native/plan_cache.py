@@ -160,14 +160,15 @@ class StoredPlans:
 
 
 def ask_logits(runner: NativeRunner) -> None:
-    """Let a runner know what it says, of a prompt and a step after it."""
+    """Let a runner know what it says, of every token of a prompt and of a step after it."""
     digest, whole = hashlib.sha256(), list(PROBE)
     for is_long in (False, True)[: 1 + (runner.long_layers is not None)]:
-        for ids, start, keep in ((whole[:2], 0, 1), (whole[2:], 2, 1), (whole, 0, 3)):
-            logits = runner.read(ids, start, keep, is_long)
+        prompt = runner.read(whole, 0, len(whole), is_long)
+        step = runner.read(whole[:1], len(whole), 1, is_long)
+        for logits in (prompt, step):
             digest.update(logits.numpy().tobytes())
         if not is_long:
-            runner.probe_logits = logits[-1:].clone()
+            runner.probe_logits = prompt[-1:].clone()
     runner.cache.clear()
     runner.logits_digest = digest.hexdigest()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -58,6 +59,28 @@ class AtFirstUse(Treating):
         """Not yet."""
         assert module.__spec__ is not None
         module.__spec__.loader = self.loader
+
+
+class PatternsLater(Treating):
+    """Executes a module whose regular expressions are compiled when they are used."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        """See Loader."""
+        with replaced(re, "compile", _LaterPattern):
+            self.loader.exec_module(module)
+
+
+class _LaterPattern:
+    """A compiled regular expression, once somebody uses it."""
+
+    def __init__(self, *pattern: Any, **options: Any) -> None:
+        self._pattern = pattern, options
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # which whoever makes a class looks for in all that it has
+            raise AttributeError(name)
+        pattern, options = self._pattern
+        return getattr(re.compile(*pattern, **options), name)
 
 
 @contextmanager

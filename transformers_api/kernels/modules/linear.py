@@ -17,7 +17,7 @@ from transformers_api.kernels.capture import current
 from transformers_api.kernels.modules.blocks import Blocks, Pieces
 
 LONG = 64  # rows from which a call releases the interpreter's lock
-BLOCK_BYTES = 32 << 20
+BLOCK_BYTES = 128 << 20  # pages come when they are written
 HUGE_PAGE = 2 << 20
 ALIGNMENT = 64
 
