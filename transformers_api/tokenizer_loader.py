@@ -19,6 +19,7 @@ from transformers_api.serving.text.model_text import TokenizerOnly
 OWN_TOKENS = ("added_tokens.json", "special_tokens_map.json")
 OWN_FIELDS = ("added_tokens_decoder", "fast_tokenizer_files", "auto_map")
 BETWEEN = re.compile(r"[\s,:]*")  # two values of a JSON object
+MOST_GAPS = 256  # of ids without a token, below the largest
 
 
 class LoadedTokenizer(NamedTuple):
@@ -53,8 +54,9 @@ def _size(tokenizer: Any) -> int:
     """The largest id + 1. To list all tokens takes longer than to see that ids have no gaps."""
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
         count: int = backend.get_vocab_size(with_added_tokens=True)
-        ends = [backend.id_to_token(i) is not None for i in (count - 1, count)] if count else []
-        if ends == [True, False] and max(backend.get_added_tokens_decoder(), default=0) < count:
+        ids = range(count - 1, count + MOST_GAPS)
+        used = [id for id in ids if backend.id_to_token(id) is not None]
+        if used == [count - 1] and max(backend.get_added_tokens_decoder(), default=0) < count:
             return count
     return max(tokenizer.get_vocab().values(), default=0) + 1
 

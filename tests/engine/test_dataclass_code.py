@@ -62,6 +62,19 @@ def test_a_damaged_file_is_not_used_and_written_anew(tmp_path, without_compiler)
         assert is_whole(point())
 
 
+@pytest.mark.parametrize("others", [0o020, 0o002], ids=["group", "all"])
+def test_a_file_that_others_can_write_is_not_used(tmp_path, others, caplog):
+    with stored_methods(tmp_path, "app"):
+        point()
+    (file,) = tmp_path.iterdir()
+    assert file.stat().st_mode & 0o777 == 0o644
+    file.chmod(0o644 | others)
+    with stored_methods(tmp_path, "app"):
+        assert is_whole(point())
+    assert "can write" in caplog.text
+    assert file.stat().st_mode & 0o777 == 0o644
+
+
 def test_a_file_has_what_was_used_when_it_was_written_last(tmp_path):
     with stored_methods(tmp_path, "app"):
         point()

@@ -15,7 +15,7 @@ DIGEST_BYTES = 32
 
 
 def read_checked(path: Path) -> bytes | None:
-    """The content; None where there is none, none whole, or one of another user than root.
+    """The content; None where there is none, none whole, or one that others can have written.
 
     The digest says that it is whole, not who wrote it: kernels run the steps that it states.
     """
@@ -24,11 +24,12 @@ def read_checked(path: Path) -> bytes | None:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
             status = os.fstat(file.fileno())
             is_own = stat.S_ISREG(status.st_mode) and status.st_uid in (0, os.geteuid())
+            is_own = is_own and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
             data = file.read() if is_own else b""
     except OSError:
         return None
     if not is_own:
-        log.warning("A file of another user, or no file at all, is not used: %s", path)
+        log.warning("A file that others can write, or no file at all, is not used: %s", path)
         return None
     digest, content = data[:DIGEST_BYTES], data[DIGEST_BYTES:]
     if hashlib.sha256(content).digest() != digest:
@@ -52,6 +53,7 @@ def write_checked(path: Path, content: bytes) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as own:
         complete = Path(own) / path.name
         complete.write_bytes(hashlib.sha256(content).digest() + content)
+        complete.chmod(0o644)  # whatever the umask lets others do
         complete.replace(path)
 
 

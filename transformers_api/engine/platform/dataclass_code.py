@@ -96,9 +96,9 @@ class _Execution:
 _of_thread, _execution = _OfThread(), _Execution()
 
 
-def _execute(text: str, *names: Any) -> None:
+def _execute(text: str, *names: Any, **options: Any) -> None:
     code = _of_thread.code
-    exec(text if code is None else code.of(text), *names)
+    exec(text if code is None else code.of(text), *names, **options)
 
 
 def _read(path: Path) -> Mapping[str, CodeType]:
