@@ -169,3 +169,14 @@ def test_what_is_loaded_before_the_first_message_keeps_to_its_budget():
     assert len(names) <= MOST_FILES
     assert sum(map(len, raw.values())) + len(html) <= MOST_BYTES
     assert sum(map(len, packed)) <= MOST_GZIPPED
+
+
+def test_a_picture_has_a_name_before_it_shows_anything():
+    made = [
+        line.strip()
+        for path in SCRIPTS
+        for line in path.read_text().splitlines()
+        if 'role: "img"' in line
+    ]
+    assert made
+    assert [line for line in made if "aria-label" not in line] == []

@@ -34,7 +34,7 @@ const kind = ({ first, previous, self, entropy, distance }, n) => {
 export function heads(onUse, onEdit) {
   const measure = h("select", { class: "sel", "aria-label": inside.measure }, ...Object.entries(inside.measures).map(([value, text]) => h("option", { value, text })));
   const { element, heading } = section(inside.everyHead, "", measure);
-  const canvas = h("canvas", { role: "img", tabindex: "0", class: "headgrid" });
+  const canvas = h("canvas", { role: "img", tabindex: "0", class: "headgrid", "aria-label": inside.everyHead });
   const small = h("canvas", { class: "thumb", "aria-hidden": "true" });
   const facts = h("p", { class: "hint num" });
   const kindOf = h("p", { class: "hint strong" });

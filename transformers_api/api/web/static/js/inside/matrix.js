@@ -25,7 +25,7 @@ const answers = new WeakMap(); // node → Map of what was asked → {values, ro
 /** The pane "Matrix"; `onPick(position)` selects the token that a row predicts, `onEdit(edit)` changes what was read. */
 export function matrix(onPick, onEdit) {
   const { element, heading } = section(inside.matrix);
-  const canvas = h("canvas", { role: "img", tabindex: "0", class: "matrix" });
+  const canvas = h("canvas", { role: "img", tabindex: "0", class: "matrix", "aria-label": inside.matrix });
   const readOut = h("p", { class: "readout", dir: "auto" });
   const part = h("p", { class: "hint num" });
   const list = rowList(inside.topCells, "cells", () => {

@@ -26,7 +26,7 @@ export function gauge(label, kinds) {
   const value = h("b");
   const bars = kinds.map((kind) => h("i", { class: kind }));
   const legend = kinds.map((kind) => [h("i", { class: kind }), h("span")]);
-  const meter = h("div", { class: "meter", role: "img" }, ...bars);
+  const meter = h("div", { class: "meter", role: "img", "aria-label": label }, ...bars);
   const element = h("div", { class: "gauge" },
     h("div", { class: "lab" }, h("span", { text: label }), value), meter,
     h("div", { class: "legend" }, ...legend.map(([mark, words]) => h("span", {}, mark, words))));

@@ -27,7 +27,7 @@ function rows(status) {
 /** The card; `show(status)` changes it. */
 export function serverCard() {
   const list = facts();
-  const spark = h("div", { class: "spark", role: "img" });
+  const spark = h("div", { class: "spark", role: "img", "aria-label": words.tokensPerSecond });
   const caption = h("p", { class: "sparkcap legend" },
     h("span", {}, h("i", { class: "w" }), words.tokensPerSecond), h("span", {}, h("i", { class: "k" }), words.beingWritten), h("span", { class: "when", text: words.lastMinutes }));
   const element = h("section", { class: "card", "aria-label": words.server },
