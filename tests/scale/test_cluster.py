@@ -54,7 +54,7 @@ def test_more_than_all_replicas_take_is_a_429_with_a_time(front):
     streams = []
 
     def ask():
-        answer = front.chat("one", tokens=400, ignore_eos=True)
+        answer = front.chat("one", tokens=2000, ignore_eos=True)
         if not isinstance(answer, dict):
             refusals.append(answer)
 

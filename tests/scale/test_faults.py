@@ -36,7 +36,8 @@ def test_a_killed_replica_ends_its_own_streams_alone(cluster, front, measured):
     for model in ("one", "two"):
         front.chat(model)
     wait_for(lambda: {each["model"] for each in front.replicas()} == {"one", "two"})
-    streams = {m: [front.stream(m, 3000) for _ in range(8)] for m in ("one", "two")}
+    # Those of the victim last, and as long as they can be: they must not be done before it is killed.
+    streams = {m: [front.stream(m, 4000) for _ in range(8)] for m in ("two", "one")}
     wait_for(lambda: all(s.events for own in streams.values() for s in own))
     victim = next(each for each in front.replicas() if each["model"] == "one")
     os.kill(victim["pid"], signal.SIGKILL)
@@ -60,7 +61,7 @@ def test_a_killed_replica_ends_its_own_streams_alone(cluster, front, measured):
 
 
 def test_nobody_notices_that_the_controller_is_killed(cluster, front, measured):
-    streams = [front.stream("one", 3000) for _ in range(4)]
+    streams = [front.stream("one", 4000) for _ in range(4)]
     wait_for(lambda: all(stream.events for stream in streams))
     (pid,) = cluster.pids(CONTROLLER)
     os.kill(pid, signal.SIGKILL)
@@ -74,7 +75,7 @@ def test_nobody_notices_that_the_controller_is_killed(cluster, front, measured):
 def test_a_killed_front_costs_its_own_connections_only(cluster, front):
     other: Front = cluster.fronts[1]
     wait_for(other.ready)
-    streams = [front.stream("one", 3000) for _ in range(4)]
+    streams = [front.stream("one", 4000) for _ in range(4)]
     own = other.stream("one", 3000)
     wait_for(lambda: all(stream.events for stream in (*streams, own)))
     assert other.process is not None
