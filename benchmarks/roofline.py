@@ -31,10 +31,9 @@ TOKENS = 96
 
 def one(model: str, kind: str, isa: str, options: argparse.Namespace) -> list[str]:
     """A line of the table."""
-    folder = model_folder(model, options.scratch)
+    folder, library = model_folder(model, options.scratch), kernels(isa)
     inside = Inside(folder, NATIVE_KERNELS="true", NATIVE_ISA=isa, QUANTIZATION=kind)
     try:
-        library = kernels(isa)
         size = inside.weight_bytes
         inside.step_ms(1, 16)  # what is done once is done before
         reads, speeds, shares = [], [], []
