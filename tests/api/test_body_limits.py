@@ -207,17 +207,19 @@ def test_nothing_of_a_refused_body_outlives_its_request(served, url, raw):
         response.close()
 
     refuse()
-    gc.collect()
-    gc.disable()
-    try:
-        before = len(gc.get_objects())
-        for _ in range(5):
-            refuse()
-        left = len(gc.get_objects()) - before
-    finally:
-        gc.enable()
+    left = []
+    for _ in range(3):  # other threads of this process make objects, too, now and then
+        gc.collect()
+        gc.disable()
+        try:
+            before = len(gc.get_objects())
+            for _ in range(5):
+                refuse()
+            left.append(len(gc.get_objects()) - before)
+        finally:
+            gc.enable()
     # Of tens of thousands; werkzeug's look-up of a URL is a small circle of its own.
-    assert left < 100
+    assert min(left) < 100
 
 
 @pytest.mark.parametrize("rates", [{}, {"tokens": Rate(10**6, 10**6)}], ids=["", "limited"])
