@@ -9,6 +9,7 @@ import threading
 import flask
 import pytest
 
+from tests import descriptors
 from tests.api.conftest import Served
 from transformers_api.api.http.disconnect import DisconnectWatcher
 from transformers_api.api.http.request_record import RequestRecord
@@ -58,10 +59,9 @@ def ask(served: Served, stream: bool) -> int:
     return status
 
 
-def held(served: Served) -> tuple[int, int, int]:
-    """(places, leases, descriptors)."""
-    open_files = len(os.listdir("/proc/self/fd"))
-    return len(served.services.admission), served.swapper.status().leases, open_files
+def held(served: Served) -> tuple[int, int]:
+    """(places, leases)."""
+    return len(served.services.admission), served.swapper.status().leases
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
@@ -72,7 +72,7 @@ def test_what_a_request_took_is_given_back_wherever_it_fails(serve, monkeypatch,
         assert ask(served, stream) == 200
     else:
         served.swapper.load("fake")
-    before = held(served)[:2]
+    before = held(served)
     owner, name = point
 
     def fail(*_args, **_options):
@@ -80,12 +80,13 @@ def test_what_a_request_took_is_given_back_wherever_it_fails(serve, monkeypatch,
 
     with monkeypatch.context() as patched:
         patched.setattr(owner, name, fail)
-        descriptors = held(served)[2]
+        open_before = descriptors.held()
         for _ in range(3):
             try:
                 ask(served, stream)
             except OSError:  # of what the server closes itself, when the answer is out
                 assert name == "note_generation"
-        assert held(served) == (*before, descriptors)
+        assert held(served) == before
+        assert descriptors.left_since(open_before) == set()
     assert ask(served, stream) == 200
-    assert held(served)[:2] == before
+    assert held(served) == before

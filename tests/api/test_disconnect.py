@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import socket
 import struct
 import threading
@@ -8,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests import descriptors
 from tests.servers import Server, serving
 from transformers_api.api.http import disconnect
 from transformers_api.api.http.disconnect import DisconnectWatcher
@@ -183,21 +183,25 @@ def test_without_a_socket_there_is_nothing_to_watch(watcher: DisconnectWatcher) 
         pass
 
 
+def watcher_threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name == "disconnect-watcher"}
+
+
 def test_without_epoll_nothing_is_watched(
     connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(disconnect, "HAS_EPOLL", False)
-    threads = threading.active_count()
+    watchers = watcher_threads()
     with DisconnectWatcher().watch(connection.environ, pytest.fail):
         connection.client.close()
-    assert threading.active_count() == threads
+    assert watcher_threads() == watchers
 
 
 def test_two_hundred_requests_leave_no_descriptor_behind(
     watcher: DisconnectWatcher, connection: Connection
 ) -> None:
     watcher.watch(connection.environ, lambda: None).close()  # the thread is there now
-    before = len(os.listdir("/proc/self/fd"))
+    before = descriptors.held()
     for index in range(200):
         connection, gone = Connection(), threading.Event()
         with watcher.watch(connection.environ, gone.set):
@@ -205,7 +209,7 @@ def test_two_hundred_requests_leave_no_descriptor_behind(
                 connection.client.close()
                 assert gone.wait(WAIT_S)
         connection.close()
-    assert len(os.listdir("/proc/self/fd")) <= before + 2
+    assert descriptors.left_since(before) == set()
 
 
 @pytest.fixture(scope="module")
