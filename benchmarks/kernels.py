@@ -28,7 +28,8 @@ from benchmarks.machine import busy_core, processor, read_gb_per_s
 from transformers_api.engine.platform.cpu import usable_cores
 from transformers_api.kernels.abi import Library
 from transformers_api.kernels.modules.attention import CausalRows, describing, native_attention
-from transformers_api.kernels.modules.linear import PackedWeight, WeightMemory
+from transformers_api.kernels.modules.linear import PackedWeight
+from transformers_api.kernels.modules.weight_memory import WeightMemory
 from transformers_api.kernels.provider import KernelProvider
 
 Call = Callable[[], object]

@@ -18,7 +18,8 @@ import torch
 
 from transformers_api.config.settings import Settings
 from transformers_api.kernels.abi import Library
-from transformers_api.kernels.modules.linear import PackedWeight, WeightMemory
+from transformers_api.kernels.modules.linear import PackedWeight
+from transformers_api.kernels.modules.weight_memory import WeightMemory
 from transformers_api.serving.models.builtin import builtin_models
 from transformers_api.serving.models.preflight import weight_files
 from transformers_api.serving.models.store import ModelStore

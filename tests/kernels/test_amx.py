@@ -13,7 +13,8 @@ from tests.kernels.conftest import AMX_BY_LOOPS, STAND_INS, driven
 from transformers_api.kernels import variants
 from transformers_api.kernels.abi import Library
 from transformers_api.kernels.build import build
-from transformers_api.kernels.modules.linear import PackedWeight, WeightMemory
+from transformers_api.kernels.modules.linear import PackedWeight
+from transformers_api.kernels.modules.weight_memory import WeightMemory
 from transformers_api.kernels.variants import NativeUnavailable, cpu_flags
 
 (STAND_IN,) = (variant for variant in STAND_INS if variant.name == "amx_by_loops")

@@ -9,7 +9,8 @@ import torch
 
 from transformers_api.kernels.modules import linear
 from transformers_api.kernels.modules.blocks import KINDS, PLAIN, Blocks, Pieces
-from transformers_api.kernels.modules.linear import PackedWeight, WeightMemory
+from transformers_api.kernels.modules.linear import PackedWeight
+from transformers_api.kernels.modules.weight_memory import WeightMemory
 from transformers_api.serving.models import weight_fidelity
 
 # Bytes of a block that are a half-precision number: a scale, or a minimum.

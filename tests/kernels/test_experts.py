@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from transformers_api.kernels.modules.experts import PackedExperts, _multiply
-from transformers_api.kernels.modules.linear import PackedWeight, WeightMemory
+from transformers_api.kernels.modules.linear import PackedWeight
+from transformers_api.kernels.modules.weight_memory import WeightMemory
 
 KINDS = ["float32", "bfloat16", "int8", "int4"]
 TOLERANCE = {"float32": 1e-6, "bfloat16": 5e-3, "int8": 2e-2, "int4": 0.12}

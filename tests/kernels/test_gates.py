@@ -12,8 +12,9 @@ from transformers_api.kernels.abi import LowRank, LowRankPart, Step
 from transformers_api.kernels.capture import current
 from transformers_api.kernels.graph.executor import RecordedPass
 from transformers_api.kernels.graph.planner import STEP_WORDS, WORD
-from transformers_api.kernels.modules.linear import PackedWeight, WeightMemory
+from transformers_api.kernels.modules.linear import PackedWeight
 from transformers_api.kernels.modules.low_rank import LowRankPair
+from transformers_api.kernels.modules.weight_memory import WeightMemory
 
 INPUTS, OUTPUTS = 96, 64
 ACTIVATIONS = {

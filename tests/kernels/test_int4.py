@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from transformers_api.kernels.modules.linear import PackedWeight, WeightMemory
+from transformers_api.kernels.modules.linear import PackedWeight
+from transformers_api.kernels.modules.weight_memory import WeightMemory
 
 GROUP = 32
 

@@ -7,12 +7,8 @@ import torch
 
 from transformers_api.kernels.abi import TYPES, WEIGHT_TYPES, Library, Weight
 from transformers_api.kernels.build import build
-from transformers_api.kernels.modules.linear import (
-    JoinedWeights,
-    PackedWeight,
-    WeightMemory,
-    multiply,
-)
+from transformers_api.kernels.modules.linear import JoinedWeights, PackedWeight, multiply
+from transformers_api.kernels.modules.weight_memory import WeightMemory
 
 SHAPES = [
     (1, 1),

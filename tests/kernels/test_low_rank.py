@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from transformers_api.kernels.abi import TYPES, LowRank, LowRankPart
-from transformers_api.kernels.modules.linear import WeightMemory
 from transformers_api.kernels.modules.low_rank import LowRankPair
+from transformers_api.kernels.modules.weight_memory import WeightMemory
 
 KINDS = ["float32", "bfloat16"]
 TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-2}

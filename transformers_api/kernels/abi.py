@@ -20,7 +20,7 @@ import torch
 
 from transformers_api.kernels.build import LibraryRefused, check_trusted
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 OPS = (
     *("copy", "add", "sub", "mul", "div", "neg", "cube", "rsqrt", "sqrt", "exp", "tanh", "silu"),
     *(
@@ -69,6 +69,18 @@ class Weight(ctypes.Structure):
         ("k", c_int64),
         ("data", c_void_p),
         ("bias", c_void_p),
+    )
+
+
+class Packing(ctypes.Structure):
+    """Rows of a packed weight, to be made of a dense matrix."""
+
+    _fields_ = (
+        ("weight", c_void_p),
+        ("source", c_void_p),
+        ("row", c_int64),
+        ("count", c_int64),
+        ("type", c_int64),
     )
 
 
@@ -228,7 +240,7 @@ class TokenStats(ctypes.Structure):
 
 
 STRUCTURES = (
-    *(Weight, Experts, LowRankPart, LowRank, Attention, CacheWrite),
+    *(Weight, Packing, Experts, LowRankPart, LowRank, Attention, CacheWrite),
     *(Operand, Step, ChangeState, RowChange, SampleRow, TokenStats),
 )
 SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
@@ -236,6 +248,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "packed_bytes": (c_int64, [POINTER(Weight)]),
     "checksum": (c_uint64, [c_void_p, c_int64]),
     "pack": (None, [POINTER(Weight), c_void_p, c_int32, c_int64, c_int64]),
+    "pack_all": (None, [c_void_p, c_int64]),
     "pack_int4": (None, [POINTER(Weight), c_void_p, c_int32, c_int64, c_int64, c_void_p]),
     "block_row_bytes": (c_int64, [c_int32, c_int64]),
     "pack_blocks": (

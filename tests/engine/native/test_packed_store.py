@@ -24,6 +24,7 @@ from transformers_api.engine.native.packed_store import PackedStore, StoredWeigh
 from transformers_api.engine.native.packed_weights import PackedFile
 from transformers_api.engine.standby import StandbyModels
 from transformers_api.kernels.modules.linear import PackedWeight
+from transformers_api.kernels.modules.packing import PackingThread
 
 ASKED = [ask(prompt, max_tokens=6, **GREEDY, logprobs=0) for prompt in prompts_of(3)]
 ROOM = 1 << 30
@@ -36,11 +37,16 @@ def load(engine_thread, native_cache, tmp_path, monkeypatch):
     ``load.packed``: how many matrices were packed by all loads so far.
     """
     monkeypatch.setattr(packed_weights, "SMALLEST", 0)
-    honest = PackedWeight._put
+    honest, beside = PackedWeight._put, PackingThread.add
 
     def put(self, *args):
         load.packed += 1
         honest(self, *args)
+
+    def add(self, *args):
+        is_added = beside(self, *args)
+        load.packed += is_added
+        return is_added
 
     def load(folder, **options):
         options = {"num_slots": 3, "native": native_cache, "stamp": str(folder)} | options
@@ -58,6 +64,7 @@ def load(engine_thread, native_cache, tmp_path, monkeypatch):
     load.packed = 0
     load.store = PackedStore(tmp_path / "packed", ROOM)
     monkeypatch.setattr(PackedWeight, "_put", put)
+    monkeypatch.setattr(PackingThread, "add", add)
     return load
 
 

@@ -48,9 +48,9 @@ def load(engine_thread, native_cache, tmp_path, monkeypatch):
     """
     honest, examine = NativeRunner.learn, attachment_module.examine
 
-    def learn(self):
+    def learn(self, *waits):
         load.watched += 1
-        honest(self)
+        honest(self, *waits)
 
     def examined(*args, **sizes):
         load.examinations += 1

@@ -19,15 +19,10 @@ from transformers_api.engine.stored_weights import StoredWeights
 from transformers_api.kernels.abi import Library
 from transformers_api.kernels.modules.attention import NAME, register
 from transformers_api.kernels.modules.experts import PackedExperts, expert_layers
-from transformers_api.kernels.modules.linear import (
-    NativeEmbedding,
-    NativeLinear,
-    OtherWeights,
-    PackedWeight,
-    WeightMemory,
-)
+from transformers_api.kernels.modules.linear import NativeEmbedding, NativeLinear, PackedWeight
 from transformers_api.kernels.modules.own_attention import computes_own_attention
 from transformers_api.kernels.modules.replace import Place, Widths, pack_model
+from transformers_api.kernels.modules.weight_memory import OtherWeights, WeightMemory
 
 log = logging.getLogger(__name__)
 CACHE_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -16,8 +16,9 @@ from transformers_api.engine.load_options import LoadOptions
 from transformers_api.engine.native.convert_model import CACHE_TYPES, packed_bytes
 from transformers_api.engine.native.installation import provider
 from transformers_api.kernels.abi import Library
-from transformers_api.kernels.modules.linear import NativeEmbedding, PackedWeight, WeightMemory
+from transformers_api.kernels.modules.linear import NativeEmbedding, PackedWeight
 from transformers_api.kernels.modules.replace import Widths, is_embedding, layer_groups, pack_model
+from transformers_api.kernels.modules.weight_memory import WeightMemory
 
 log = logging.getLogger(__name__)
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}  # of states, relative

@@ -27,7 +27,8 @@ from transformers_api.engine.native.packed_store import (
 from transformers_api.engine.platform.cpu import usable_cores
 from transformers_api.kernels.abi import Library, Weight
 from transformers_api.kernels.modules.experts import PackedExperts
-from transformers_api.kernels.modules.linear import OtherWeights, PackedWeight, WeightMemory
+from transformers_api.kernels.modules.linear import PackedWeight
+from transformers_api.kernels.modules.weight_memory import OtherWeights, WeightMemory
 
 log = logging.getLogger(__name__)
 NICE = 10  # of the thread that writes: it comes after those who answer

@@ -8,9 +8,9 @@ a token's bits are the same in all of them. A second plan makes logits of the to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from functools import cached_property, partial
+from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,8 +24,8 @@ from transformers_api.engine.native.edited_attention import attention_changes
 from transformers_api.engine.native.kv_cache import NativeCache
 from transformers_api.engine.native.latent import expanding_into
 from transformers_api.engine.native.row_changes import row_edit
-from transformers_api.engine.native.shown_modules import shown_layers, shown_places
-from transformers_api.engine.places import LayerPlaces, model_places
+from transformers_api.engine.native.shown_modules import leave_places, shown_layers, shown_sides
+from transformers_api.engine.places import model_places
 from transformers_api.engine.positions import at_positions
 from transformers_api.engine.rope import fixed_factors
 from transformers_api.engine.runners.edited_attention import (
@@ -39,12 +39,12 @@ from transformers_api.kernels.capture import Recorder, current, record
 from transformers_api.kernels.graph.executor import RecordedPass
 from transformers_api.kernels.graph.hooks import HookReplay, RowEdit, forward_returning
 from transformers_api.kernels.modules.attention import CausalRows, describing
-from transformers_api.kernels.modules.linear import WeightMemory
 from transformers_api.kernels.modules.low_rank import LowRankPair
 from transformers_api.kernels.modules.own_attention import (
     computes_own_attention,
     masked,
 )
+from transformers_api.kernels.modules.weight_memory import WeightMemory
 from transformers_api.kernels.modules.weight_modules import following
 
 if TYPE_CHECKING:
@@ -102,17 +102,21 @@ class NativeRunner(ModelRunner):
         self.logits_digest: str | None = None  # of PROBE, where its plans are stored
         self.probe_logits: Tensor | None = None  # the last one's (1, V), where they are known
 
-    def learn(self) -> None:
-        """Record passes on a cache of their own; ``failure`` says why that failed."""
+    def learn(self, until_packed: Callable[[], object] = lambda: None) -> None:
+        """Record passes on a cache of their own; ``failure`` says why that failed.
+
+        ``until_packed`` waits for the weights: most recordings need none of them.
+        """
         is_own = computes_own_attention(self.model)
         # A window of the model's own is recognised where there are more keys than it has.
         cache = self.cache.scratch(max(SIZES), self.cache.max_length if is_own else MIN_LENGTH)
         cache.shows_symbols = is_own
         inputs = [inputs_of([1] * size, [3] * size, list(range(size))) for size in SIZES]
         if is_own:  # a recording has to know the rows' memory
+            until_packed()
             with fixed_factors(self.model, False):
                 self._compute(inputs[0], cache)
-        self._learn_steps(inputs, cache)
+        self._learn_steps(inputs, cache, until_packed)
         self.cache.shaped_like(cache)
 
     def _module(self, name: str) -> nn.Module:
@@ -122,13 +126,19 @@ class NativeRunner(ModelRunner):
             module = self._modules[name] = self.model.get_submodule(name)
         return module
 
-    @cached_property
-    def _places(self) -> tuple[LayerPlaces, ...]:
-        return model_places(self.model)
-
-    def _learn_steps(self, inputs: list[list[Tensor]], cache: NativeCache) -> None:
+    def _learn_steps(
+        self,
+        inputs: list[list[Tensor]],
+        cache: NativeCache,
+        until_packed: Callable[[], object] = lambda: None,
+    ) -> None:
         passes = self._watched_passes(inputs, cache, False)
         long = [] if self.long_layers is None else self._watched_passes(inputs, cache, True)
+        until_packed()
+        places = model_places(self.model)
+        for each in (*passes, *long):
+            for recorder in filter(None, (each.before, each.whole)):
+                leave_places(self.model, places, recorder)
         if all(each.hidden is not None for each in [*passes, *long]):
             for each in passes:
                 self._learn_divided(each, cache)
@@ -271,7 +281,7 @@ class NativeRunner(ModelRunner):
     ) -> list[_WatchedPass]:
         showing = ExitStack()
         showing.enter_context(shown_layers(self.model))
-        showing.enter_context(shown_places(self.model, self._places))
+        showing.enter_context(shown_sides(self.model))
         if cache.shows_symbols:
             showing.enter_context(following(self.model))
         with showing, fixed_factors(self.model, is_long):

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from transformers_api.engine.places import LayerPlaces
 from transformers_api.engine.watched_pass import first_of, is_number
-from transformers_api.kernels.capture import current
+from transformers_api.kernels.capture import Recorder, current
 from transformers_api.kernels.modules.experts import routing_modules
+
+IN, OUT = "in", "out"  # sides of a module
 
 
 @contextmanager
@@ -31,33 +33,46 @@ def shown_layers(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def shown_places(model: Any, places: tuple[LayerPlaces, ...]) -> Iterator[None]:
-    """While it lasts, recorders note the tensors in which numbers may be changed."""
-    inputs = [each.layer for each in places[:1]]
-    inputs += [name for each in places for name in (each.reader, each.down) if name]
-    outputs = [writer.name for each in places for writer in (each.attn, each.mlp) if writer]
+def shown_sides(model: Any) -> Iterator[None]:
+    """While it lasts, recorders note what goes into each module and what comes out.
+
+    ``leave_places`` is to be called after that.
+    """
     with ExitStack() as stack:
-        for name in inputs:
-            module = model.get_submodule(name)
-            handle = module.register_forward_pre_hook(_note_input, with_kwargs=True)
-            stack.callback(handle.remove)
-        for name in outputs:
-            handle = model.get_submodule(name).register_forward_hook(_note_output)
-            stack.callback(handle.remove)
+        for module in model.modules():
+            if module is not model:
+                handle = module.register_forward_pre_hook(_note_input, with_kwargs=True)
+                stack.callback(handle.remove)
+                stack.callback(module.register_forward_hook(_note_output).remove)
         yield
 
 
+def leave_places(model: Any, places: tuple[LayerPlaces, ...], recorder: Recorder) -> None:
+    """Forget the sides of modules but those in which numbers may be changed."""
+    inputs = [each.layer for each in places[:1]]
+    inputs += [name for each in places for name in (each.reader, each.down) if name]
+    outputs = [writer.name for each in places for writer in (each.attn, each.mlp) if writer]
+    sides = {(model.get_submodule(name), IN) for name in inputs}
+    sides |= {(model.get_submodule(name), OUT) for name in outputs}
+    recorder.module_calls = [
+        call
+        for call in recorder.module_calls
+        if (side := call.options.get("side")) not in (IN, OUT) or (call.module, side) in sides
+    ]
+
+
 def _note_input(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-    _note_side(module, first_of([x for x in (*args, *kwargs.values()) if is_number(x)]), "in")
+    _note_side(module, first_of([x for x in (*args, *kwargs.values()) if is_number(x)]), IN)
 
 
 def _note_output(module: nn.Module, args: Any, output: Any) -> None:
-    _note_side(module, first_of(output), "out")
+    _note_side(module, first_of(output), OUT)
 
 
 def _note_side(module: nn.Module, tensor: Tensor | None, side: str) -> None:
     recorder = current()
-    if recorder is not None and tensor is not None and recorder.is_written(tensor):
+    is_plain = type(tensor) is Tensor  # one without numbers has no memory
+    if recorder is not None and tensor is not None and is_plain and recorder.is_written(tensor):
         recorder.add_module_call(module, [tensor], options={"side": side})
 
 

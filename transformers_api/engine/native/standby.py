@@ -14,7 +14,8 @@ from transformers_api.engine.native.convert_model import packed_weights
 from transformers_api.engine.native.runner import PROBE, NativeRunner
 from transformers_api.engine.native.state_runner import NativeStateRunner
 from transformers_api.engine.runners.model_runner import Runner
-from transformers_api.kernels.modules.linear import OtherWeights, PackedWeight, WeightMemory
+from transformers_api.kernels.modules.linear import PackedWeight
+from transformers_api.kernels.modules.weight_memory import OtherWeights, WeightMemory
 
 LARGEST_REST = 64 << 20  # bytes of what is not packed, such as norms, that may be kept of a model
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -53,8 +53,9 @@ class NativeStateRunner(NativeRunner):
         """None: what cannot be recorded runs by the modules."""
         return ""
 
-    def learn(self) -> None:
-        """See NativeRunner."""
+    def learn(self, until_packed: Callable[[], object] = lambda: None) -> None:
+        """See NativeRunner. Prompts are read by the model's modules, which need the weights."""
+        until_packed()
         cache = self.cache.scratch(max(SIZES), MIN_LENGTH)
         for row in range(max(SIZES)):
             self._read_prompt(SHORT, row, 1, cache)

@@ -121,7 +121,12 @@ class RowSource:
 
     def matrix(self) -> Matrix:
         """See Source."""
-        return Pieces(self.shape, self._piece)
+        return Pieces(self.shape, self._piece, self._whole())
+
+    def _whole(self) -> Tensor | None:
+        if self.stored.kind is not None or (lying := self.stored.lying()) is None:
+            return None
+        return lying[0].view(self.stored.dtype).view(self.shape)
 
     def _piece(self, first: int, count: int) -> Tensor | Blocks:
         if self.stored.kind is None:

@@ -18,8 +18,8 @@ from transformers_api.engine.rope import sequence_length
 from transformers_api.engine.runners.verify import agrees, own_logits, probe, windows_agree
 from transformers_api.kernels.abi import Library
 from transformers_api.kernels.modules.experts import expert_layers
-from transformers_api.kernels.modules.linear import WeightMemory
 from transformers_api.kernels.modules.replace import Place, layer_groups
+from transformers_api.kernels.modules.weight_memory import WeightMemory
 
 Size = tuple[list[tuple[str, int]] | int, int, int]
 log = logging.getLogger(__name__)
@@ -60,8 +60,11 @@ def verified_runner(
         log.info("%s cannot be asked", type(model).__name__, exc_info=True)
         raise BackendRefused(f"it cannot be asked for its own logits: {error}") from error
     check_logits(chain.from_iterable(expected))
-    rest = size, vocab_size, methodcaller("learn"), original_window, memory
-    runner = native_runner(model, library, kind, groups, *rest)
+    memory = memory or WeightMemory()
+    with memory.packing_later(library) as until_packed:
+        learn = methodcaller("learn", until_packed)
+        rest = size, vocab_size, learn, original_window, memory
+        runner = native_runner(model, library, kind, groups, *rest)
     check_loss(model, kind.quantization)
     if not any(
         agrees(runner, model, vocab_size, size[2], logits, kind.quantization, seed)

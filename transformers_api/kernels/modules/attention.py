@@ -124,7 +124,8 @@ def attend(
     batch, heads, width, own_size = query.shape
     size = max(own_size, value.shape[3])
     wide = _widened(query, size)
-    out = query.new_empty((batch, width, heads, size))
+    recorder, shape = current(), (batch, width, heads, size)
+    out = query.new_empty(shape) if recorder is None else torch.zeros(shape, dtype=query.dtype)
     sinks, slopes = (per_head(options.get(name)) for name in ("s_aux", "slopes"))
     call = Attention(
         wide.data_ptr(),
@@ -149,11 +150,12 @@ def attend(
         TYPES[query.dtype],
         KV_TYPES[key.dtype],
     )
-    library = rows.library
-    (library.with_gil if batch * width < 64 else library.without_gil).attention(call)
-    if recorder := current():
+    if recorder is not None:  # a recording needs no numbers
         operands = {"q": wide, "k": key, "v": value, "sinks": sinks, "slopes": slopes}
         _record_attention(recorder, call, rows, operands, out)
+    else:
+        library = rows.library
+        (library.with_gil if batch * width < 64 else library.without_gil).attention(call)
     return out[..., : value.shape[3]]
 
 
@@ -293,18 +295,20 @@ def write_cache(
         TYPES[states.dtype],
         KV_TYPES[rows.dtype],
     )
-    library.with_gil.write_cache(call)
-    if recorder := current():
+    if recorder := current():  # a recording needs no numbers
         every = {"source": states, "starts": starts, "cache_rows": cache_rows, "target": rows}
         operands = {name: each for name, each in every.items() if each is not None}
         recorder.add(
             "write_cache", None, [*operands.values()], (1,), call=call, fields=(*operands,)
         )
+    else:
+        library.with_gil.write_cache(call)
 
 
 def read_cache(library: Library, rows: Tensor, cache_rows: Tensor) -> Tensor:
     """A copy (B, …) of these ``cache_rows`` (B,) of ``rows`` (R, …), both contiguous."""
-    made = rows.new_empty((len(cache_rows), *rows.shape[1:]))
+    recorder, shape = current(), (len(cache_rows), *rows.shape[1:])
+    made = rows.new_empty(shape) if recorder is None else torch.zeros(shape, dtype=rows.dtype)
     size = made[0].numel()
     strides = (size, size, size)
     call = CacheWrite(
@@ -321,8 +325,9 @@ def read_cache(library: Library, rows: Tensor, cache_rows: Tensor) -> Tensor:
         TYPES[rows.dtype],
         TYPES[made.dtype],
     )
-    library.with_gil.read_cache(call)
-    if recorder := current():
+    if recorder is not None:
         fields = ("source", "cache_rows", "target")
         recorder.add("read_cache", made, [rows, cache_rows], (1,), call=call, fields=fields)
+    else:
+        library.with_gil.read_cache(call)
     return made

@@ -115,13 +115,15 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Pieces:
-    """A matrix (out, in) that is made some rows at a time, and never as a whole.
+    """A matrix (out, in) that is made some rows at a time, and never as a whole in memory.
 
-    ``make(first, count)``: these rows, as numbers (count, in) or as blocks.
+    ``make(first, count)``: these rows, as numbers (count, in) or as blocks. ``whole``: all of them,
+    where they lie in a file.
     """
 
     shape: tuple[int, int]
     make: Callable[[int, int], Tensor | Blocks]
+    whole: Tensor | None = None
 
     def __len__(self) -> int:
         """The rows."""

@@ -12,8 +12,9 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from transformers_api.kernels.abi import TYPES, Experts, Library
 from transformers_api.kernels.capture import current
-from transformers_api.kernels.modules.linear import LONG, Matrix, PackedWeight, WeightMemory
+from transformers_api.kernels.modules.linear import LONG, Matrix, PackedWeight
 from transformers_api.kernels.modules.streamed import Source, StreamedLinear, streamed_product
+from transformers_api.kernels.modules.weight_memory import WeightMemory
 
 NAME, STREAMED = "native", "streamed"
 Sources = Sequence[Sequence[Source]]  # of each expert, one below the other
@@ -256,7 +257,7 @@ def _pack(
     kind = kind_of(sources)
     biases = getattr(layer, f"{name}_bias").detach() if layer.has_bias else None
     weights = []
-    for i, matrices in enumerate(_matrices(layer, name, sources)):
+    for i, matrices in enumerate(_matrices(layer, name, sources, memory)):
         weight = PackedWeight(library, matrices, kind, memory)
         if biases is not None:
             weight.set_bias(biases[i])
@@ -265,7 +266,9 @@ def _pack(
     return PackedExperts(library, weights)
 
 
-def _matrices(layer: Any, name: str, sources: Sources) -> Iterator[list[Matrix]]:
+def _matrices(
+    layer: Any, name: str, sources: Sources, memory: WeightMemory
+) -> Iterator[list[Matrix]]:
     """The matrices (out, in) of each expert, one below the other."""
     if not sources:
         parameter = getattr(layer, name).detach()
@@ -274,4 +277,4 @@ def _matrices(layer: Any, name: str, sources: Sources) -> Iterator[list[Matrix]]
     for parts in sources:
         yield [source.matrix() for source in parts]
         for source in parts:
-            source.release()
+            memory.release(source)

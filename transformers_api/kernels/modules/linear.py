@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import math
-import mmap
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from transformers_api.heap import trim_memory
 from transformers_api.kernels.abi import TYPE_NUMBERS, TYPES, WEIGHT_TYPES, Library, Weight
 from transformers_api.kernels.capture import current
 from transformers_api.kernels.modules.blocks import Blocks, Pieces
+from transformers_api.kernels.modules.weight_memory import WeightMemory
 
 LONG = 64  # rows from which a call releases the interpreter's lock
-BLOCK_BYTES = 128 << 20  # pages come when they are written
-HUGE_PAGE = 2 << 20
-ALIGNMENT = 64
 
 
 CENTRED = TYPE_NUMBERS["I4C"]
@@ -27,63 +23,6 @@ QUANTIZED = {WEIGHT_TYPES["int8"], WEIGHT_TYPES["int4"], CENTRED}
 UNPACKED_BYTES = 4 << 20  # of float32 at once
 PANEL = 32  # rows that lie together in packed weights
 Matrix = Tensor | Blocks | Pieces
-
-
-class OtherWeights(Exception):
-    """Weights that were packed before do not fit their model."""
-
-
-class WeightMemory:
-    """An arena for packed weights, allocated in the order in which they are read.
-
-    In huge pages where the system has them: with small ones a core spends a third of its time on
-    misses of the translation buffer. A block is freed with the last weight in it.
-    """
-
-    is_stored = False  # the weights are in it already
-
-    def __init__(self) -> None:
-        self._block = torch.empty(0, dtype=torch.uint8)
-        self._has_blocks = False
-        self._numbers = torch.empty(0)
-        self._count = 0
-
-    def next_number(self) -> int:
-        """The number of a weight that is new, from 0."""
-        self._count += 1
-        return self._count - 1
-
-    def stored(self, number: int, weight: Weight, size: int) -> tuple[Tensor, float] | None:
-        """The bytes of a weight that was packed before, and its error; None: it is to be packed.
-
-        Raises OtherWeights where the weight of that number is another one.
-        """
-        return None
-
-    def numbers(self, rows: int, columns: int) -> Tensor:
-        """Float32 of this shape, until the next call: new pages take longer than to fill them."""
-        if rows * columns > len(self._numbers):
-            self._numbers = torch.empty(rows * columns)
-        return self._numbers[: rows * columns].view(rows, columns)
-
-    def take(self, size: int) -> Tensor:
-        """``size`` zero bytes, aligned to 64."""
-        size = -(-size // ALIGNMENT) * ALIGNMENT
-        if size > len(self._block):
-            if self._has_blocks:
-                trim_memory()  # of what unpacking has freed since the last block
-            self._has_blocks = True
-            self._block = _pages(max(size, BLOCK_BYTES))
-        memory, self._block = self._block[:size], self._block[size:]
-        return memory
-
-
-def _pages(size: int) -> Tensor:
-    pages = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    block = torch.frombuffer(pages, dtype=torch.uint8)
-    return block[-block.data_ptr() % HUGE_PAGE :][:size]
 
 
 class PackedWeight:
@@ -134,7 +73,10 @@ class PackedWeight:
         first = 0
         sums = torch.zeros(self.out_features, 2, dtype=torch.float64)  # squared errors, squares
         for weight in weights:
-            for row, piece in self._pieces(weight):
+            is_left = not self._is_int4 and memory.packs_later(
+                self._weight, first, weight, self._memory
+            )
+            for row, piece in () if is_left else self._pieces(weight):
                 self._put(piece, first + row, sums[first + row :], memory)
             first += len(weight)
         if sums[:, 1].any():
@@ -247,13 +189,16 @@ class PackedWeight:
     def rows(self, indices: Tensor) -> Tensor:
         """The rows ``indices`` (…) as (…, in) float32."""
         indices = indices.contiguous()
-        rows = torch.empty((*indices.shape, self.in_features))
+        shape = (*indices.shape, self.in_features)
+        if recorder := current():
+            rows = torch.zeros(shape)
+            size = (indices.numel(),)
+            recorder.add("unpack_rows", rows, [indices], size, call=self._address)
+            return rows
+        rows = torch.empty(shape)
         self.library.with_gil.unpack_rows(
             self._weight, indices.data_ptr(), indices.numel(), rows.data_ptr()
         )
-        if recorder := current():
-            size = (indices.numel(),)
-            recorder.add("unpack_rows", rows, [indices], size, call=self._address)
         return rows
 
     def dense(self) -> Tensor:

@@ -9,12 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from transformers_api.kernels.abi import Library, LowRank, LowRankPart
-from transformers_api.kernels.modules.linear import (
-    NativeLinear,
-    PackedWeight,
-    WeightMemory,
-    multiply,
-)
+from transformers_api.kernels.modules.linear import NativeLinear, PackedWeight, multiply
+from transformers_api.kernels.modules.weight_memory import WeightMemory
 
 
 class LowRankPair:

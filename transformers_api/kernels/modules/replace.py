@@ -19,9 +19,9 @@ from transformers_api.kernels.modules.linear import (
     NativeEmbedding,
     NativeLinear,
     PackedWeight,
-    WeightMemory,
 )
 from transformers_api.kernels.modules.streamed import Source, StreamedEmbedding, StreamedLinear
+from transformers_api.kernels.modules.weight_memory import WeightMemory
 
 QUANTIZED = ("int8", "int4")  # for whatever the files have
 
@@ -114,7 +114,7 @@ def pack_model(
             width = place.source.exact or widths.of(place, is_output=True)
             packed = PackedWeight(library, [place.source.matrix()], width, memory)
             packed.sources = [place.source]
-            place.source.release()
+            memory.release(place.source)
             _replace_embeddings(embeddings, place.identity, packed)
     pack_experts(model, library, widths.of_experts, memory)
     model.float()
@@ -140,7 +140,7 @@ def _pack_group(
     if len(sources) == len(group):
         packed.sources = sources
     for source in sources:
-        source.release()
+        memory.release(source)
     biases = [getattr(place.layer, "bias", None) for place in group]
     sizes = [len(place.weight) for place in group]
     if any(bias is not None for bias in biases):

@@ -34,6 +34,10 @@ std::string describe_layout() {
   FIELD(Weight, type), FIELD(Weight, unused), FIELD(Weight, n), FIELD(Weight, k);
   FIELD(Weight, data), FIELD(Weight, bias);
 
+  STRUCTURE(Packing);
+  FIELD(Packing, weight), FIELD(Packing, source), FIELD(Packing, row), FIELD(Packing, count);
+  FIELD(Packing, type);
+
   STRUCTURE(Experts);
   FIELD(Experts, count), FIELD(Experts, weights);
 

@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-constexpr int32_t ABI_VERSION = 5;
+constexpr int32_t ABI_VERSION = 6;
 
 enum Type : int32_t { F32 = 0, BF16 = 1, I8 = 2, I64 = 3, I4 = 4, BOOL = 5, I4C = 6 };
 
@@ -38,6 +38,14 @@ struct Weight {
   int64_t n, k;
   uint8_t* data;
   const float* bias;  // n of them, or null
+};
+
+// Rows ``row``.. of a packed weight, to be made of a dense (count, k) matrix, F32 or BF16.
+struct Packing {
+  const Weight* weight;
+  const void* source;
+  int64_t row, count;
+  int64_t type;
 };
 
 // The matrices of a layer's experts, all of one size and type.
@@ -166,7 +174,9 @@ int64_t packed_bytes(const Weight* w);
 uint64_t checksum(const void* data, int64_t bytes);
 // Pack the rows ``row``.. from a dense (count, k) matrix, F32 or BF16. ``w->data`` must be zeroed.
 void pack(const Weight* w, const void* source, int32_t type, int64_t row, int64_t count);
-// The same for I4. ``sums`` (count, 2): of each row its squared error, and its squares.
+// ``pack`` for each of these; other calls may come in between.
+void pack_all(const Packing* packings, int64_t count);
+// The same as ``pack`` for I4. ``sums`` (count, 2): of each row its squared error, and its squares.
 void pack_int4(const Weight* w, const void* source, int32_t type, int64_t row, int64_t count,
                double* sums);
 // Bytes of a row of k weights in ggml's blocks of this kind (its number there); 0: unknown, or no

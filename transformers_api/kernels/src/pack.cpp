@@ -112,6 +112,11 @@ void pack(const Weight* w, const void* source, int32_t type, int64_t row, int64_
   });
 }
 
+void pack_all(const Packing* packings, int64_t count) {
+  for (const Packing* each = packings; each < packings + count; each++)
+    pack(each->weight, each->source, static_cast<int32_t>(each->type), each->row, each->count);
+}
+
 void pack_int4(const Weight* w, const void* source, int32_t type, int64_t row, int64_t count,
                double* sums) {
   std::lock_guard<std::mutex> lock(pool_mutex);
