@@ -269,12 +269,14 @@ struct BlockKind {
   bool is_signed, fits_four_bits;
   void (*codes)(const uint8_t* block, int64_t group, BlockCodes& out);  // null: none
   void (*values)(const uint8_t* block, int64_t group, float* out);
+  void (*row)(const uint8_t* row, int64_t groups, float* out);
+  int shift;  // a block has as many groups: to divide takes longer than to read one
 
   // The block of a row that has this group, and the group's place in it.
   const uint8_t* block_of(const uint8_t* row, int64_t group) const {
-    return row + group * GROUP / weights * bytes;
+    return row + (group >> shift) * bytes;
   }
-  int64_t place_of(int64_t group) const { return group % (weights / GROUP); }
+  int64_t place_of(int64_t group) const { return group & ((1 << shift) - 1); }
   void values_at(const uint8_t* row, int64_t group, float* out) const {
     values(block_of(row, group), place_of(group), out);
   }
@@ -292,9 +294,24 @@ void values_of_kind(const uint8_t* block, int64_t group, float* values) {
 }
 
 template <class Kind>
+void row_of_kind(const uint8_t* row, int64_t groups, float* out) {
+  constexpr int64_t IN_BLOCK = Kind::WEIGHTS / GROUP;
+  for (int64_t g = 0; g < groups; g++)
+    values_of_kind<Kind>(row + g / IN_BLOCK * Kind::BYTES, g % IN_BLOCK, out + g * GROUP);
+}
+
+template <class Kind>
 constexpr BlockKind block_kind() {
-  BlockKind kind{Kind::NUMBER,          Kind::WEIGHTS, Kind::BYTES,         Kind::IS_SIGNED,
-                 Kind::FITS_FOUR_BITS,  nullptr,       values_of_kind<Kind>};
+  static_assert(Kind::WEIGHTS == GROUP || Kind::WEIGHTS == 8 * GROUP);
+  BlockKind kind{Kind::NUMBER,
+                 Kind::WEIGHTS,
+                 Kind::BYTES,
+                 Kind::IS_SIGNED,
+                 Kind::FITS_FOUR_BITS,
+                 nullptr,
+                 values_of_kind<Kind>,
+                 row_of_kind<Kind>,
+                 Kind::WEIGHTS == GROUP ? 0 : 3};
   if constexpr (Kind::HAS_CODES) kind.codes = Kind::codes;
   return kind;
 }

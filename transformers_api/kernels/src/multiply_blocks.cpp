@@ -57,8 +57,7 @@ void multiply_blocks(const void* blocks, int32_t number, int64_t k, const int64_
       const bool lie_there = number == PlainF32::NUMBER && !order && count == OUTPUTS;
       for (int64_t o = 0; o < count && !lie_there; o++) {
         const int64_t row = order ? order[first + o] : first + o;
-        for (int64_t g = 0; g < k / GROUP; g++)
-          kind.values_at(source + row * stride, g, &weights[o * k + g * GROUP]);
+        kind.row(source + row * stride, k / GROUP, &weights[o * k]);
       }
       const auto* numbers = reinterpret_cast<const float*>(source + first * stride);
       for (int64_t r = 0; r < rows; r += INPUTS)

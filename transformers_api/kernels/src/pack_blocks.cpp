@@ -148,7 +148,7 @@ void pack_lanes_of_groups(const Weight& w, int64_t row, int64_t count, const F& 
 void search_int4_row(const Weight& w, const BlockKind& kind, const uint8_t* source, int64_t row,
                      double* sums) {
   std::vector<float> values(w.k);
-  for (int64_t g = 0; g < num_groups(w); g++) kind.values_at(source, g, &values[g * GROUP]);
+  kind.row(source, num_groups(w), values.data());
   double own[2] = {};
   for (int64_t g = 0; g < num_groups(w); g += 16) pack_int4_groups(w, values.data(), row, g, own);
   sums[0] += own[0];
@@ -223,7 +223,7 @@ void unpack_blocks(const void* blocks, int32_t number, int64_t k, const int64_t*
   pool->run(count, [&](int64_t b, int64_t e) {
     for (int64_t r = b; r < e; r++) {
       const uint8_t* source = static_cast<const uint8_t*>(blocks) + rows[r] * stride;
-      for (int64_t g = 0; g < k / GROUP; g++) kind.values_at(source, g, out + r * k + g * GROUP);
+      kind.row(source, k / GROUP, out + r * k);
     }
   });
 }
