@@ -113,6 +113,19 @@ def test_a_model_that_is_known_says_and_shows_the_same_and_is_not_watched(
     assert everything_said(load, folder, plans=None, **options) == wanted
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_a_model_has_the_same_plan_wherever_its_tensors_lie(load, tmp_path, name):
+    folder, contents = saved(name, tmp_path / "model"), []
+    for number in range(4):
+        plans = tmp_path / f"plans {number}"
+        load(folder, plans=plans).close()
+        (file,) = plans.glob("*")
+        contents.append(file.read_bytes())
+        others = [bytearray(7 * 64 * n) for n in range(1, 40 * number)]  # the heap is another one
+        del others[::2]
+    assert contents == [contents[0]] * 4
+
+
 def test_a_damaged_examination_or_one_of_other_sources_is_made_anew(load, tmp_path):
     folder = saved("llama", tmp_path / "model")
     wanted = everything_said(load, folder)

@@ -213,7 +213,10 @@ def test_a_load_takes_little_more_memory_than_what_is_served(
     assert child.returncode == 0, child.stderr
     served, taken = map(int, child.stdout.split())
     assert served > 120 << 20
-    assert taken < 1.1 * served + (150 << 20)
+    # MKL's form of a matrix, without the kernels, has some percent more than its numbers: how much
+    # depends on the processor.
+    most = 1.1 if quantization else 1.15
+    assert taken < most * served + (150 << 20)
 
 
 def of_sixteen_levels(model):

@@ -237,11 +237,12 @@ class _Planner:
     def _allocate(self) -> tuple[dict[Pair, Pair], Pair]:
         """(offset of each storage, bytes in all), by liveness: memory is reused after its last use.
 
-        Not within a fused group of steps, where one thread may be ahead of another.
+        Not within a fused group of steps, where one thread may be ahead of another. Storages come
+        in the order of their use, so that a model has the same plan wherever its tensors lay.
         """
         used = [
             {
-                (x.storage, y.storage)
+                (x.storage, y.storage): None
                 for first, second in self.pairs[group.begin : group.end]
                 for x, y in zip(first.refs, second.refs, strict=True)
                 if x.is_dynamic
@@ -250,22 +251,22 @@ class _Planner:
         ]
         for calls in self.module_calls:  # alive until hooks have observed it
             used[self._group_of(calls[0])] |= {
-                (x.storage, y.storage) for x, y in self._call_refs(*calls)
+                (x.storage, y.storage): None for x, y in self._call_refs(*calls)
             }
         last = {pair: i for i, pairs in enumerate(used) for pair in pairs}
         forever = [(x.storage, y.storage) for x, y in [*self._input_refs(), self._result_ref()]]
         offsets: dict[Pair, Pair] = {}
         free: dict[Pair, list[Pair]] = {}
         end = (0, 0)
-        for i, pairs in enumerate([set(forever), *used], -1):
-            for pair in sorted(pairs - offsets.keys()):
+        for i, pairs in enumerate([dict.fromkeys(forever), *used], -1):
+            for pair in [pair for pair in pairs if pair not in offsets]:
                 length = self._length(pair)
                 if free.get(length):
                     offsets[pair] = free[length].pop()
                 else:
                     offsets[pair], end = end, (end[0] + length[0], end[1] + length[1])
-            for pair in sorted(pairs - set(forever)):
-                if last[pair] == i:
+            for pair in pairs:
+                if last[pair] == i and pair not in forever:
                     free.setdefault(self._length(pair), []).append(offsets[pair])
         return offsets, end
 
