@@ -19,16 +19,18 @@ MOST_BYTES = 1 << 30  # of a model: who waits for more is told how far it is
 
 
 class _Part(NamedTuple):
-    """Rows of ``weight`` from ``row`` on, whose packed form lies in ``memory``."""
+    """One call, the bytes that it reads, and whose memory it reads and writes."""
 
-    weight: Weight
-    row: int
-    numbers: Tensor
-    memory: Tensor
+    call: Packing
+    bytes: int
+    owners: tuple[object, ...]
 
 
 class PackingThread:
-    """Packs matrices of files, one after the other, until it is told to ``finish``."""
+    """Packs matrices of files, one after the other, until it is told to ``finish``.
+
+    The thread calls nothing of torch, which is the engine thread's.
+    """
 
     def __init__(self, library: Library) -> None:
         self._library = library
@@ -46,7 +48,9 @@ class PackingThread:
         if numbers.dtype not in TYPES or self._bytes + numbers.nbytes > MOST_BYTES:
             return False
         self._bytes += numbers.nbytes
-        self._work.put(_Part(weight, row, numbers, memory))
+        type_number = TYPES[numbers.dtype]
+        place = ctypes.addressof(weight), numbers.data_ptr(), row, len(numbers), type_number
+        self._work.put(_Part(Packing(*place), numbers.nbytes, (weight, numbers, memory)))
         return True
 
     def then(self, release: Callable[[], None]) -> None:
@@ -78,7 +82,7 @@ class PackingThread:
             while work is not None:
                 if isinstance(work, _Part):
                     parts.append(work)
-                    size += work.numbers.nbytes
+                    size += work.bytes
                 else:
                     releases.append(work)
                 if size >= AT_ONCE_BYTES or self._work.empty():
@@ -90,16 +94,5 @@ class PackingThread:
                 release()
 
     def _pack(self, parts: list[_Part]) -> None:
-        calls = (Packing * len(parts))(
-            *(
-                Packing(
-                    ctypes.addressof(part.weight),
-                    part.numbers.data_ptr(),
-                    part.row,
-                    len(part.numbers),
-                    TYPES[part.numbers.dtype],
-                )
-                for part in parts
-            )
-        )
+        calls = (Packing * len(parts))(*(part.call for part in parts))
         self._library.without_gil.pack_all(ctypes.addressof(calls), len(parts))
