@@ -37,8 +37,9 @@ def packed_later(library, sources, kind):
     with memory.packing_later(library) as finish:
         weights = []
         for source in sources:
-            weights.append(PackedWeight(library, [source.pieces()], kind, memory))
-            memory.release(source)
+            matrix = source.pieces()
+            weights.append(PackedWeight(library, [matrix], kind, memory))
+            memory.release(source, matrix)
         finish()
         assert all(source.is_released for source in sources)
     return weights
@@ -96,5 +97,13 @@ def test_after_waiting_all_is_packed_at_once(library):
         finish()
         weight = PackedWeight(library, [source.pieces()], "float32", memory)
         assert torch.equal(weight.dense(), source.matrix)
-        memory.release(source)
+        memory.release(source, source.pieces())
+        assert source.is_released
+
+
+def test_what_is_packed_at_once_is_released_at_once(library):
+    source, memory = Source(random(32, 64)), WeightMemory()
+    with memory.packing_later(library):
+        PackedWeight(library, [source.matrix], "bfloat16", memory)
+        memory.release(source, source.matrix)
         assert source.is_released

@@ -275,6 +275,7 @@ def _matrices(
         for matrix in parameter.transpose(1, 2) if layer.is_transposed else parameter:
             yield [matrix]
     for parts in sources:
-        yield [source.matrix() for source in parts]
-        for source in parts:
-            memory.release(source)
+        matrices = [source.matrix() for source in parts]
+        yield matrices
+        for source, matrix in zip(parts, matrices, strict=True):
+            memory.release(source, matrix)

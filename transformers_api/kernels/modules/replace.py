@@ -112,9 +112,10 @@ def pack_model(
     for place in embeddings:  # those of no layer
         if getattr(place.parent, place.name) is place.layer and place.source is not None:
             width = place.source.exact or widths.of(place, is_output=True)
-            packed = PackedWeight(library, [place.source.matrix()], width, memory)
+            matrix = place.source.matrix()
+            packed = PackedWeight(library, [matrix], width, memory)
             packed.sources = [place.source]
-            memory.release(place.source)
+            memory.release(place.source, matrix)
             _replace_embeddings(embeddings, place.identity, packed)
     pack_experts(model, library, widths.of_experts, memory)
     model.float()
@@ -139,8 +140,9 @@ def _pack_group(
     packed = PackedWeight(library, matrices, kind, memory)
     if len(sources) == len(group):
         packed.sources = sources
-    for source in sources:
-        memory.release(source)
+    for place, matrix in zip(group, matrices, strict=True):
+        if place.source is not None:
+            memory.release(place.source, matrix)
     biases = [getattr(place.layer, "bias", None) for place in group]
     sizes = [len(place.weight) for place in group]
     if any(bias is not None for bias in biases):

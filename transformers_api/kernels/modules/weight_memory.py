@@ -76,9 +76,9 @@ class WeightMemory:
             return False
         return self.later.add(weight, row, whole, memory)
 
-    def release(self, source: Any) -> None:
-        """Release a source whose matrix has been packed, or is going to be."""
-        if self.later is None:
+    def release(self, source: Any, matrix: Any) -> None:
+        """Release a source whose ``matrix`` has been packed, or is going to be."""
+        if self.later is None or getattr(matrix, "whole", None) is None:
             source.release()
         else:
             self.later.then(source.release)
