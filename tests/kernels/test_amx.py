@@ -10,6 +10,7 @@ import torch
 
 from tests.instruction_sets import AMX
 from tests.kernels.conftest import AMX_BY_LOOPS, STAND_INS, driven
+from tests.repeats import slow
 from transformers_api.kernels import variants
 from transformers_api.kernels.abi import Library
 from transformers_api.kernels.build import build
@@ -142,12 +143,14 @@ def test_fewer_rows_and_lanes_than_a_register_holds_are_all_that_is_read_and_wri
         ("config.shape(6, 15, 64);" + BF16, "rows of another length than weights"),
         ("config.shape(0, 2, 64);" + CODES, "sums and rows of different heights"),
         ("config.shape(6, 16, 32);" + BF16, "sums and weights of different widths"),
-        ("config.shape(4, 17, 64);" + BF16, "more than 16 rows"),
-        ("config.shape(4, 0, 0);" + BF16, "a register that is not configured"),
-        ("config.palette = 2;" + BF16, "a palette that is not 1"),
-        ("_tile_zero(0);", "used without a configuration"),
-        (BF16 + "_tile_zero(0);", "used without a configuration"),
-        (LOADED + "_tile_dpbf16ps(0, 4, 4);", "a register that is used twice"),
+        *slow(
+            ("config.shape(4, 17, 64);" + BF16, "more than 16 rows"),
+            ("config.shape(4, 0, 0);" + BF16, "a register that is not configured"),
+            ("config.palette = 2;" + BF16, "a palette that is not 1"),
+            ("_tile_zero(0);", "used without a configuration"),
+            (BF16 + "_tile_zero(0);", "used without a configuration"),
+            (LOADED + "_tile_dpbf16ps(0, 4, 4);", "a register that is used twice"),
+        ),
     ],
 )
 def test_what_the_processor_would_not_do_the_stand_in_does_not_either(tmp_path, lines, fault):
