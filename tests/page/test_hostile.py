@@ -114,6 +114,24 @@ def test_two_tabs_that_write_into_one_chat_keep_what_both_wrote(scripted, open_p
     assert users == {"one", "two", "three", "four"}
 
 
+def test_a_chat_that_is_written_twice_at_once_keeps_what_another_tab_wrote(scripted, open_page):
+    first = open_page(scripted)
+    send(first, "one")
+    second = first.context.new_page()
+    second.goto("/ui")
+    expect(second.get_by_role("article")).to_have_count(2)
+    send(second, "two")
+    first.evaluate(
+        """async () => {
+          const app = document.querySelector("script[type=module]").src;
+          const [{ keep }, { state }] = await Promise.all(
+            ["store", "state"].map((name) => import(app.replace("app.js", `core/${name}.js`))));
+          await Promise.all([keep(state.chat), keep(state.chat)]);
+        }"""
+    )
+    assert {node["text"] for node in stored(first) if node["role"] == "user"} == {"one", "two"}
+
+
 def test_a_browser_without_room_says_so_and_goes_on(scripted, open_page):
     page = open_page(scripted)
     page.evaluate(

@@ -15,6 +15,7 @@ const waiting = new Map(); // chat id → its timer, and the chat
 const tab = newId(); // this one, among those that write
 const removed = new Set(); // ids of nodes that this tab took away
 let database = null;
+let added = 0; // nodes that came from other tabs
 let cost = 0; // ms that the last writing kept the page from drawing
 let isFull = false; // the last chat could not be kept
 
@@ -134,12 +135,15 @@ async function put(db, chat) {
   const writing = async () => {
     // All at once: a tab that is closed now goes on with nothing, but what was asked for is done.
     const [kept, writer] = [chats.get(chat.id), writers.get(chat.id)];
-    const begun = performance.now();
+    const [begun, before] = [performance.now(), added];
     const written = [chats.put(plain(chat)), writers.put(tab, chat.id)]; // which copies it at once
     cost = performance.now() - begun;
-    if ((await writer) !== tab) {
+    // Or what another tab wrote was added since, by a writing that had begun before this one.
+    if ((await writer) !== tab || added !== before) {
       for (const node of Object.values((await kept)?.nodes ?? {})) {
-        if (!removed.has(node.id)) chat.nodes[node.id] ??= node;
+        if (removed.has(node.id) || chat.nodes[node.id]) continue;
+        chat.nodes[node.id] = node;
+        added += 1;
       }
       written.push(chats.put(plain(chat)));
     }
