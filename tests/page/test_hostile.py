@@ -99,12 +99,18 @@ def test_a_saved_trace_with_wild_numbers_opens(scripted, open_page):
         expect(token).to_have_attribute("aria-pressed", "true")
 
 
-def test_two_tabs_that_write_into_one_chat_keep_what_both_wrote(scripted, open_page):
+def two_tabs(open_page, scripted):
+    """Two tabs of one browser that show the same chat, which begins with "one"."""
     first = open_page(scripted)
     send(first, "one")
     second = first.context.new_page()
     second.goto("/ui")
     expect(second.get_by_role("article")).to_have_count(2)
+    return first, second
+
+
+def test_two_tabs_that_write_into_one_chat_keep_what_both_wrote(scripted, open_page):
+    first, second = two_tabs(open_page, scripted)
     for page, text in ((first, "two"), (second, "three"), (first, "four")):
         send(page, text)
     second.close()
@@ -115,11 +121,7 @@ def test_two_tabs_that_write_into_one_chat_keep_what_both_wrote(scripted, open_p
 
 
 def test_a_chat_that_is_written_twice_at_once_keeps_what_another_tab_wrote(scripted, open_page):
-    first = open_page(scripted)
-    send(first, "one")
-    second = first.context.new_page()
-    second.goto("/ui")
-    expect(second.get_by_role("article")).to_have_count(2)
+    first, second = two_tabs(open_page, scripted)
     send(second, "two")
     first.evaluate(
         """async () => {

@@ -17,9 +17,8 @@ from transformers.pytorch_utils import Conv1D
 from transformers_api.engine.gguf_weights import FLOATS, GgufWeights, StoredMatrix
 from transformers_api.engine.stored_weights import StoredRows, StoredWeights
 from transformers_api.kernels.abi import Library
-from transformers_api.kernels.modules.blocks import KINDS, PLAIN, Blocks, Pieces, number_of
+from transformers_api.kernels.modules.blocks import KINDS, PLAIN, Blocks, Matrix, Pieces, number_of
 from transformers_api.kernels.modules.experts import Sources, stream_experts
-from transformers_api.kernels.modules.linear import Matrix
 from transformers_api.kernels.modules.replace import is_embedding
 from transformers_api.kernels.modules.streamed import Source, StreamedEmbedding, StreamedLinear
 

@@ -128,3 +128,6 @@ class Pieces:
     def __len__(self) -> int:
         """The rows."""
         return self.shape[0]
+
+
+Matrix = Tensor | Blocks | Pieces

@@ -12,7 +12,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from transformers_api.kernels.abi import TYPES, Experts, Library
 from transformers_api.kernels.capture import current
-from transformers_api.kernels.modules.linear import LONG, Matrix, PackedWeight
+from transformers_api.kernels.modules.blocks import Matrix
+from transformers_api.kernels.modules.linear import LONG, PackedWeight
 from transformers_api.kernels.modules.streamed import Source, StreamedLinear, streamed_product
 from transformers_api.kernels.modules.weight_memory import WeightMemory
 

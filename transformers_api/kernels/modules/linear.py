@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from transformers_api.kernels.abi import TYPE_NUMBERS, TYPES, WEIGHT_TYPES, Library, Weight
 from transformers_api.kernels.capture import current
-from transformers_api.kernels.modules.blocks import Blocks, Pieces
+from transformers_api.kernels.modules.blocks import Blocks, Matrix, Pieces
 from transformers_api.kernels.modules.weight_memory import WeightMemory
 
 LONG = 64  # rows from which a call releases the interpreter's lock
@@ -22,7 +22,6 @@ CENTRED = TYPE_NUMBERS["I4C"]
 QUANTIZED = {WEIGHT_TYPES["int8"], WEIGHT_TYPES["int4"], CENTRED}
 UNPACKED_BYTES = 4 << 20  # of float32 at once
 PANEL = 32  # rows that lie together in packed weights
-Matrix = Tensor | Blocks | Pieces
 
 
 class PackedWeight:

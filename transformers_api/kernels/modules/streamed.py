@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from transformers_api.kernels.modules.linear import Matrix, scale_of
+from transformers_api.kernels.modules.blocks import Matrix
+from transformers_api.kernels.modules.linear import scale_of
 
 AT_ONCE_BYTES = 2 << 20  # of float32: a core has it in its cache, and the heap has it at hand
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from transformers_api.heap import trim_memory
 from transformers_api.kernels.abi import Library, Weight
+from transformers_api.kernels.modules.blocks import Matrix, Pieces
 from transformers_api.kernels.modules.packing import PackingThread
 
 BLOCK_BYTES = 128 << 20  # pages come when they are written
@@ -69,16 +70,16 @@ class WeightMemory:
         finally:
             finish()
 
-    def packs_later(self, weight: Weight, row: int, matrix: Any, memory: Tensor) -> bool:
+    def packs_later(self, weight: Weight, row: int, matrix: Matrix, memory: Tensor) -> bool:
         """Leave ``matrix`` to another thread, where there is one and it can; see PackingThread."""
-        whole: Tensor | None = getattr(matrix, "whole", None)
+        whole = _lying(matrix)
         if self.later is None or whole is None:
             return False
         return self.later.add(weight, row, whole, memory)
 
-    def release(self, source: Any, matrix: Any) -> None:
+    def release(self, source: Any, matrix: Matrix) -> None:
         """Release a source whose ``matrix`` has been packed, or is going to be."""
-        if self.later is None or getattr(matrix, "whole", None) is None:
+        if self.later is None or _lying(matrix) is None:
             source.release()
         else:
             self.later.then(source.release)
@@ -99,6 +100,11 @@ class WeightMemory:
             self._block = _pages(max(size, BLOCK_BYTES))
         memory, self._block = self._block[:size], self._block[size:]
         return memory
+
+
+def _lying(matrix: Matrix) -> Tensor | None:
+    """All of a matrix where it lies in a file, if it does."""
+    return matrix.whole if isinstance(matrix, Pieces) else None
 
 
 def _pages(size: int) -> Tensor:
