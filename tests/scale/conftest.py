@@ -30,6 +30,7 @@ ROOT = Path(__file__).parents[2]
 REPLICA, CONTROLLER = "ray::ServeReplica:transformers-api:", "ray::ServeController"
 PAUSE_S = 0.3
 CLOSED = ("ConnectionRefusedError", "The server is shutting down")  # to new requests
+ENDLESS = 60_000  # tokens of an answer that something else ends: half a minute of the fastest steps
 OF_HOT = "ray::ServeReplica:transformers-api.hot."  # the replicas that "hot" has for itself
 
 
@@ -335,7 +336,7 @@ def cluster() -> Iterator[Cluster]:
     folder = Path(tempfile.mkdtemp(prefix="ta-", dir="/tmp"))  # short: sockets lie in it
     names = ("one", "two", "hot")
     for name in names:
-        save(folder / name, tokenizers.byte_level())
+        save(folder / name, tokenizers.byte_level(), max_position_embeddings=1 << 16)
     entries: list[dict[str, Any]] = [{"name": name, "path": str(folder / name)} for name in names]
     entries[0]["embedding"] = {"pooling": "mean"}
     entries[2]["replicas"] = {"min": 1, "max": 2}

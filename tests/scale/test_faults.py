@@ -20,6 +20,7 @@ from tests import tokenizers
 from tests.api.tiny_app import save
 from tests.scale.conftest import (
     CONTROLLER,
+    ENDLESS,
     REPLICA,
     ROOT,
     Cluster,
@@ -36,8 +37,8 @@ def test_a_killed_replica_ends_its_own_streams_alone(cluster, front, measured):
     for model in ("one", "two"):
         front.chat(model)
     wait_for(lambda: {each["model"] for each in front.replicas()} == {"one", "two"})
-    # Those of the victim last, and as long as they can be: they must not be done before it is killed.
-    streams = {m: [front.stream(m, 4000) for _ in range(8)] for m in ("two", "one")}
+    lengths = {"one": ENDLESS, "two": 4000}
+    streams = {m: [front.stream(m, tokens) for _ in range(8)] for m, tokens in lengths.items()}
     wait_for(lambda: all(s.events for own in streams.values() for s in own))
     victim = next(each for each in front.replicas() if each["model"] == "one")
     os.kill(victim["pid"], signal.SIGKILL)
@@ -76,7 +77,7 @@ def test_a_killed_front_costs_its_own_connections_only(cluster, front):
     other: Front = cluster.fronts[1]
     wait_for(other.ready)
     streams = [front.stream("one", 4000) for _ in range(4)]
-    own = other.stream("one", 3000)
+    own = other.stream("one", ENDLESS)
     wait_for(lambda: all(stream.events for stream in (*streams, own)))
     assert other.process is not None
     workers = subprocess.run(
@@ -235,15 +236,23 @@ def lose(
     """Kill all of a machine at once; the replicas that were on it come back on others."""
     for model in ("one", "two"):
         front.chat(model)
-    wait_for(lambda: {each["model"] for each in front.replicas()} == {"one", "two"})
     gone = {pid for pid in cluster.pids("ray::ServeReplica") if os.getsid(pid) == node.pid}
     assert gone, "no replica was placed on the second machine"
-    streams = {model: front.stream(model, 4000) for model in ("one", "two")}
     places: dict[str, bool] = {}
+
+    def are_loaded() -> bool:
+        places.clear()
+        places.update({each["model"]: each["pid"] in gone for each in front.replicas()})
+        return places.keys() == {"one", "two"}
+
+    wait_for(are_loaded)
+    streams = {
+        model: front.stream(model, ENDLESS if places[model] else 4000) for model in ("one", "two")
+    }
 
     def are_running() -> bool:  # the status is up to a second old
         places.update({r["model"]: r["pid"] in gone for r in front.replicas() if r["running"]})
-        return places.keys() == streams.keys() and all(each.events for each in streams.values())
+        return all(each.events for each in streams.values())
 
     wait_for(are_running)
     os.killpg(node.pid, signal.SIGKILL)

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.scale.conftest import Front, wait_for
+from tests.scale.conftest import ENDLESS, Front, wait_for
 
 MOST_S = 5.0
 RESTART_S = 20.0  # of a front; who comes meanwhile waits for it
@@ -30,7 +30,7 @@ def test_without_a_head_replicas_go_on_and_nobody_waits_for_long(cluster, front,
         assert [answer for _, answer in answers if not isinstance(answer, dict)] == []
         measured(f"replicas that live answer in {max(took for took, _ in answers):.1f} s")
         assert [stream.end() for stream in streams] == ["done"] * 4
-        cut = front.stream("one", 3000)
+        cut = front.stream("one", ENDLESS)
         wait_for(lambda: cut.events)
     finally:
         os.kill(keeper, signal.SIGCONT)
