@@ -214,10 +214,12 @@ def test_an_aborted_sequence_that_waits_costs_no_step(gated):
     assert [width for _, width in gate.widths] == [8, 8, 1, 1, 1]
 
 
-def test_one_sequence_of_a_request_can_be_aborted(make_engine):
-    engine = make_engine()
+def test_one_sequence_of_a_request_can_be_aborted(gated):
+    engine, gate = gated()
     stream = engine.submit([ask(PROMPT, max_tokens=90, **GREEDY) for _ in range(3)])
+    assert gate.reached.acquire(timeout=30)
     stream.abort(1)
+    gate.open()
     outputs = read(stream)
     assert outputs[1][-1].finish_reason is FinishReason.ABORT
     assert len(outputs[0]) == len(outputs[2]) == 90
