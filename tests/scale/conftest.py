@@ -30,6 +30,7 @@ ROOT = Path(__file__).parents[2]
 REPLICA, CONTROLLER = "ray::ServeReplica:transformers-api:", "ray::ServeController"
 PAUSE_S = 0.3
 CLOSED = ("ConnectionRefusedError", "The server is shutting down")  # to new requests
+CONTEXT = 1 << 16  # of the models
 ENDLESS = 60_000  # tokens of an answer that something else ends: half a minute of the fastest steps
 OF_HOT = "ray::ServeReplica:transformers-api.hot."  # the replicas that "hot" has for itself
 
@@ -174,6 +175,10 @@ class Stream:
             self.failure = RuntimeError(error.code, error.read().decode())
         except Exception as error:
             self.failure = error
+
+    def has_begun(self) -> bool:
+        assert self.failure is None, self.failure
+        return bool(self.events)
 
     def end(self) -> str:
         """``done``, the code of its error, or how it was cut."""
@@ -336,7 +341,7 @@ def cluster() -> Iterator[Cluster]:
     folder = Path(tempfile.mkdtemp(prefix="ta-", dir="/tmp"))  # short: sockets lie in it
     names = ("one", "two", "hot")
     for name in names:
-        save(folder / name, tokenizers.byte_level(), max_position_embeddings=1 << 16)
+        save(folder / name, tokenizers.byte_level(), max_position_embeddings=CONTEXT)
     entries: list[dict[str, Any]] = [{"name": name, "path": str(folder / name)} for name in names]
     entries[0]["embedding"] = {"pooling": "mean"}
     entries[2]["replicas"] = {"min": 1, "max": 2}

@@ -19,6 +19,7 @@ from typing import Any
 from tests import tokenizers
 from tests.api.tiny_app import save
 from tests.scale.conftest import (
+    CONTEXT,
     CONTROLLER,
     ENDLESS,
     REPLICA,
@@ -39,7 +40,7 @@ def test_a_killed_replica_ends_its_own_streams_alone(cluster, front, measured):
     wait_for(lambda: {each["model"] for each in front.replicas()} == {"one", "two"})
     lengths = {"one": ENDLESS, "two": 4000}
     streams = {m: [front.stream(m, tokens) for _ in range(8)] for m, tokens in lengths.items()}
-    wait_for(lambda: all(s.events for own in streams.values() for s in own))
+    wait_for(lambda: all(s.has_begun() for own in streams.values() for s in own))
     victim = next(each for each in front.replicas() if each["model"] == "one")
     os.kill(victim["pid"], signal.SIGKILL)
     killed, back_s = time.monotonic(), list[float]()
@@ -63,7 +64,7 @@ def test_a_killed_replica_ends_its_own_streams_alone(cluster, front, measured):
 
 def test_nobody_notices_that_the_controller_is_killed(cluster, front, measured):
     streams = [front.stream("one", 4000) for _ in range(4)]
-    wait_for(lambda: all(stream.events for stream in streams))
+    wait_for(lambda: all(stream.has_begun() for stream in streams))
     (pid,) = cluster.pids(CONTROLLER)
     os.kill(pid, signal.SIGKILL)
     began = time.monotonic()
@@ -78,7 +79,7 @@ def test_a_killed_front_costs_its_own_connections_only(cluster, front):
     wait_for(other.ready)
     streams = [front.stream("one", 4000) for _ in range(4)]
     own = other.stream("one", ENDLESS)
-    wait_for(lambda: all(stream.events for stream in (*streams, own)))
+    wait_for(lambda: all(stream.has_begun() for stream in (*streams, own)))
     assert other.process is not None
     workers = subprocess.run(
         ["ps", "--ppid", str(other.process.pid), "-o", "pid="], capture_output=True, text=True
@@ -94,7 +95,7 @@ def test_a_killed_front_costs_its_own_connections_only(cluster, front):
 def test_a_front_that_ends_loses_no_stream(cluster, front):
     other = cluster.fronts[1]
     streams = [other.stream(model, 1500) for model in ("one", "hot") * 3]
-    wait_for(lambda: all(stream.events for stream in streams))
+    wait_for(lambda: all(stream.has_begun() for stream in streams))
     other.stop()
     assert [stream.end() for stream in streams] == ["done"] * 6
     other.start()
@@ -103,7 +104,7 @@ def test_a_front_that_ends_loses_no_stream(cluster, front):
 
 def test_a_killed_redis_costs_nothing_but_what_it_shares(cluster, front, measured):
     streams = [each.stream("one", 2000) for each in cluster.fronts]
-    wait_for(lambda: all(stream.events for stream in streams))
+    wait_for(lambda: all(stream.has_begun() for stream in streams))
     cluster.redis.kill()
     began = time.monotonic()
     answers = [each.chat("hot", tokens=2) for each in cluster.fronts * 3]
@@ -184,7 +185,8 @@ def give_other_weights(cluster: Cluster, model: str) -> None:
     entries = json.loads(file.read_text())
     entry = next(each for each in entries if each["name"] == model)
     entry["path"] += "-next"
-    save(Path(entry["path"]), tokenizers.byte_level(), num_hidden_layers=1)
+    sizes = {"num_hidden_layers": 1, "max_position_embeddings": CONTEXT}
+    save(Path(entry["path"]), tokenizers.byte_level(), **sizes)
     file.write_text(json.dumps(entries))
 
 
@@ -252,7 +254,7 @@ def lose(
 
     def are_running() -> bool:  # the status is up to a second old
         places.update({r["model"]: r["pid"] in gone for r in front.replicas() if r["running"]})
-        return all(each.events for each in streams.values())
+        return all(each.has_begun() for each in streams.values())
 
     wait_for(are_running)
     os.killpg(node.pid, signal.SIGKILL)

@@ -57,7 +57,7 @@ def test_a_model_of_all_is_taken_by_a_second_replica_where_the_first_is_full(fro
         front.chat(model)
     wait_for(lambda: Counter(each["model"] for each in front.replicas()) == {"one": 1, "two": 1})
     streams = [front.stream("one", 1500) for _ in range(18)]  # MAX_INFLIGHT is 16
-    wait_for(lambda: sum(bool(stream.events) for stream in streams) >= 16)
+    wait_for(lambda: sum(stream.has_begun() for stream in streams) >= 16)
     streams += [front.stream("one", 300) for _ in range(4)]
     wait_for(lambda: [each["model"] for each in front.replicas()] == ["one", "one"])
     assert Counter(stream.end() for stream in streams) == {"done": 22}

@@ -21,7 +21,7 @@ def test_without_a_head_replicas_go_on_and_nobody_waits_for_long(cluster, front,
     (gcs,) = (pid for pid in cluster.pids("") if is_gcs(pid))
     keeper = int((cluster.folder / "c/head.pid").read_text().split()[0])
     streams = [front.stream(model, 1000) for model in ("one", "two") * 2]
-    wait_for(lambda: all(stream.events for stream in streams))
+    wait_for(lambda: all(stream.has_begun() for stream in streams))
     os.kill(keeper, signal.SIGSTOP)  # it would end all of its machine; those on others live on
     try:
         os.kill(gcs, signal.SIGKILL)
@@ -31,7 +31,7 @@ def test_without_a_head_replicas_go_on_and_nobody_waits_for_long(cluster, front,
         measured(f"replicas that live answer in {max(took for took, _ in answers):.1f} s")
         assert [stream.end() for stream in streams] == ["done"] * 4
         cut = front.stream("one", ENDLESS)
-        wait_for(lambda: cut.events)
+        wait_for(cut.has_begun)
     finally:
         os.kill(keeper, signal.SIGCONT)
     assert cut.end() == "replica_failed"
