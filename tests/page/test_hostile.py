@@ -134,6 +134,32 @@ def test_a_chat_that_is_written_twice_at_once_keeps_what_another_tab_wrote(scrip
     assert {node["text"] for node in stored(first) if node["role"] == "user"} == {"one", "two"}
 
 
+def test_a_tab_that_is_closed_before_it_has_written_takes_nothing_from_another(scripted, open_page):
+    first, second = two_tabs(open_page, scripted)
+    send(second, "two")
+    first.evaluate(
+        """async () => {
+          const app = document.querySelector("script[type=module]").src;
+          const [{ keepSoon, removeNode }, { state }] = await Promise.all(
+            ["store", "state"].map((name) => import(app.replace("app.js", `core/${name}.js`))));
+          const { chat } = state;
+          const answer = chat.nodes[chat.leaf];
+          chat.nodes.own = { ...answer, id: "own", role: "user", text: "three", at: Date.now() };
+          chat.leaf = "own";
+          removeNode(chat, answer.id);
+          keepSoon(chat);
+          setTimeout(() => { location.href = "about:blank"; });
+        }"""
+    )
+    first.wait_for_url("about:blank")
+    second.close()
+    first.goto(f"{scripted}/ui")
+    expect(first.get_by_role("article").first).to_be_visible()
+    nodes = stored(first)
+    assert {node["text"] for node in nodes if node["role"] == "user"} == {"one", "two", "three"}
+    assert sum(node["role"] == "assistant" for node in nodes) == 1
+
+
 def test_a_browser_without_room_says_so_and_goes_on(scripted, open_page):
     page = open_page(scripted)
     page.evaluate(

@@ -6,7 +6,7 @@ import { byId } from "./core/dom.js";
 import { notice } from "./core/notice.js";
 import { on, set, state, touch } from "./core/state.js";
 import * as status from "./core/status.js";
-import { chatById, choice, isLasting, keepWaiting, tidy } from "./core/store.js";
+import { chatById, choice, isLasting, keepAtEnd, keepWaiting, tidy } from "./core/store.js";
 import { newChat } from "./core/tree.js";
 import * as dialog from "./shell/dialog.js";
 import * as keyDialog from "./shell/key_dialog.js";
@@ -54,7 +54,7 @@ function startFrame() {
   menu(byId("more"), moreEntries);
   byId("new").addEventListener("click", freshChat);
   byId("served").addEventListener("click", () => { side.closeSide(); views.show("models"); });
-  addEventListener("pagehide", keepWaiting);
+  addEventListener("pagehide", keepAtEnd);
   document.addEventListener("visibilitychange", () => (document.hidden ? keepWaiting() : catchUp()));
   on("chat", (chat) => { document.title = chat.title || common.pageTitle; });
 }

@@ -12,10 +12,10 @@ const BATCH = 25; // chats that are listed together
 const FULL = 0.8; // of the quota: candidates of old chats go first
 const memory = new Map();
 const waiting = new Map(); // chat id → its timer, and the chat
+const writings = new Set(); // those that are not done, each with its chat
 const tab = newId(); // this one, among those that write
 const removed = new Set(); // ids of nodes that this tab took away
 let database = null;
-let added = 0; // nodes that came from other tabs
 let cost = 0; // ms that the last writing kept the page from drawing
 let isFull = false; // the last chat could not be kept
 
@@ -40,13 +40,16 @@ export function keepChoice(name, value) {
 async function open() {
   if (database === null) {
     try {
-      database = await openDB(DATABASE, 2, {
+      const db = await openDB(DATABASE, 3, {
         upgrade(db, version) {
           if (version < 1) db.createObjectStore("chats", { keyPath: "id" });
-          db.createObjectStore("writers"); // chat id → the tab that wrote it last
+          if (version < 2) db.createObjectStore("writers"); // chat id → the tab that wrote it last
+          db.createObjectStore("left"); // chat id, tab → what a tab had not written when it was closed
         },
         blocking: (current, later, event) => event.target.close(), // a newer page waits for it
       });
+      await takeLeft(db).catch(() => {}); // the next page will
+      database = db;
     } catch {
       database = false;
     }
@@ -110,6 +113,13 @@ export async function keep(chat) {
   clearTimeout(waiting.get(chat.id)?.timer);
   waiting.delete(chat.id);
   if (chat.v > VERSION) return;
+  const writing = { chat };
+  writings.add(writing);
+  await write(chat);
+  writings.delete(writing);
+}
+
+async function write(chat) {
   const db = await open();
   if (!db) {
     memory.set(chat.id, plain(chat));
@@ -130,26 +140,47 @@ export async function keep(chat) {
 
 /** Write a chat, with what another tab has added to it meanwhile. */
 async function put(db, chat) {
-  const transaction = db.transaction(["chats", "writers"], "readwrite");
-  const [chats, writers] = [transaction.objectStore("chats"), transaction.objectStore("writers")];
+  const transaction = db.transaction(["chats", "writers", "left"], "readwrite");
+  const [chats, writers, left] = ["chats", "writers", "left"].map((name) => transaction.objectStore(name));
   const writing = async () => {
-    // All at once: a tab that is closed now goes on with nothing, but what was asked for is done.
-    const [kept, writer] = [chats.get(chat.id), writers.get(chat.id)];
-    const [begun, before] = [performance.now(), added];
-    const written = [chats.put(plain(chat)), writers.put(tab, chat.id)]; // which copies it at once
-    cost = performance.now() - begun;
-    // Or what another tab wrote was added since, by a writing that had begun before this one.
-    if ((await writer) !== tab || added !== before) {
-      for (const node of Object.values((await kept)?.nodes ?? {})) {
-        if (removed.has(node.id) || chat.nodes[node.id]) continue;
-        chat.nodes[node.id] = node;
-        added += 1;
-      }
-      written.push(chats.put(plain(chat)));
+    const [kept, writer] = await Promise.all([chats.get(chat.id), writers.get(chat.id)]);
+    if (writer !== tab) {
+      for (const node of Object.values(kept?.nodes ?? {})) if (!removed.has(node.id)) chat.nodes[node.id] ??= node;
     }
-    await Promise.all([kept, ...written]);
+    const begun = performance.now();
+    const written = chats.put(plain(chat)); // which copies it at once
+    cost = performance.now() - begun;
+    await Promise.all([written, writers.put(tab, chat.id), left.delete([chat.id, tab])]);
   };
   await Promise.all([writing(), transaction.done]);
+}
+
+/** What is not written yet is left for the next tab: this one is closed before it could read another's writing. */
+function leave() {
+  if (!database) return;
+  const chats = new Set([...waiting.values(), ...writings].map(({ chat }) => chat));
+  for (const chat of chats) {
+    const transaction = database.transaction("left", "readwrite");
+    transaction.store.put({ chat: plain(chat), removed: [...removed] }, [chat.id, tab]).catch(() => {});
+    transaction.done.catch(() => {}); // there is nobody to tell
+    transaction.commit();
+  }
+}
+
+/** Write what tabs have left, together with what others wrote to the same chats. */
+async function takeLeft(db) {
+  const transaction = db.transaction(["chats", "left"], "readwrite");
+  const [chats, left] = ["chats", "left"].map((name) => transaction.objectStore(name));
+  for (const { chat, removed: gone } of await left.getAll()) {
+    const kept = await chats.get(chat.id);
+    if (kept?.v > VERSION) continue;
+    const [older, newer] = kept?.changed > chat.changed ? [chat, kept] : [kept, chat];
+    const nodes = { ...older?.nodes, ...newer.nodes };
+    for (const id of gone) delete nodes[id];
+    await chats.put({ ...newer, nodes });
+  }
+  await left.clear();
+  await transaction.done;
 }
 
 /** Take a node away for good: what another tab kept of it does not bring it back. */
@@ -169,12 +200,18 @@ export function keepWaiting() {
   for (const { chat } of waiting.values()) keep(chat);
 }
 
+/** The same, where the page may end before it is written. */
+export function keepAtEnd() {
+  leave();
+  keepWaiting();
+}
+
 export async function forget(id) {
   clearTimeout(waiting.get(id)?.timer);
   waiting.delete(id);
   const db = await open();
-  if (db) await Promise.all(["chats", "writers"].map((store) => db.delete(store, id)));
-  else memory.delete(id);
+  if (!db) memory.delete(id);
+  else await Promise.all([db.delete("chats", id), db.delete("writers", id), db.delete("left", IDBKeyRange.bound([id], [id, []]))]);
 }
 
 /** Let go of the candidates of the oldest chats, where the browser's room is nearly used up. */
