@@ -152,12 +152,14 @@ def test_a_tab_that_is_closed_before_it_has_written_takes_nothing_from_another(s
         }"""
     )
     first.wait_for_url("about:blank")
-    second.close()
     first.goto(f"{scripted}/ui")
     expect(first.get_by_role("article").first).to_be_visible()
     nodes = stored(first)
     assert {node["text"] for node in nodes if node["role"] == "user"} == {"one", "two", "three"}
     assert sum(node["role"] == "assistant" for node in nodes) == 1
+    send(second, "four")
+    users = {node["text"] for node in stored(second) if node["role"] == "user"}
+    assert users == {"one", "two", "three", "four"}
 
 
 def test_a_browser_without_room_says_so_and_goes_on(scripted, open_page):

@@ -169,15 +169,15 @@ function leave() {
 
 /** Write what tabs have left, together with what others wrote to the same chats. */
 async function takeLeft(db) {
-  const transaction = db.transaction(["chats", "left"], "readwrite");
-  const [chats, left] = ["chats", "left"].map((name) => transaction.objectStore(name));
+  const transaction = db.transaction(["chats", "writers", "left"], "readwrite");
+  const [chats, writers, left] = ["chats", "writers", "left"].map((name) => transaction.objectStore(name));
   for (const { chat, removed: gone } of await left.getAll()) {
     const kept = await chats.get(chat.id);
     if (kept?.v > VERSION) continue;
     const [older, newer] = kept?.changed > chat.changed ? [chat, kept] : [kept, chat];
     const nodes = { ...older?.nodes, ...newer.nodes };
     for (const id of gone) delete nodes[id];
-    await chats.put({ ...newer, nodes });
+    await Promise.all([chats.put({ ...newer, nodes }), writers.put(tab, chat.id)]);
   }
   await left.clear();
   await transaction.done;
