@@ -10,7 +10,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +171,11 @@ def test_twenty_four_swaps_leave_the_memory_where_it_was(
             body = {"prompt": "Once upon a time", "max_tokens": 8, "model": name}
             assert tiny.ask("POST", "/v1/completions", body)[0] == 200
             assert tiny.ask("DELETE", f"/v1/models/{name}")[0] == 200
+            if (
+                turn > 1
+            ):  # its weights may be on their way to the disk: a piece of them is let go soon
+                with suppress(AssertionError):
+                    until(lambda: abs(tiny.rss_mb() / after[1] - 1) <= 0.05, 5)
             after.append(tiny.rss_mb())
             descriptors.append(tiny.descriptors())
     second = after[1]

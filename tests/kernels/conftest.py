@@ -58,7 +58,8 @@ SIMDE_FLAGS = (
     *("-O1", "-mavx2", "-mfma", "-mf16c", "-Wno-psabi", "-DISA_NEON"),
     *headers(NEON_ON_X86),
 )
-if Path("/usr/include/simde/arm/neon.h").exists():
+SIMDE = Path("/usr/include/simde/arm/neon.h")
+if SIMDE.exists():
     STAND_INS += [
         Variant("neon_on_x86", ("avx2", "fma", "f16c"), SIMDE_FLAGS),
         Variant("neon_bf16_on_x86", ("avx2", "fma", "f16c"), (*SIMDE_FLAGS, "-DHAS_BF16_I8MM")),

@@ -7,12 +7,13 @@ import shutil
 
 import pytest
 
-from tests.kernels.conftest import STAND_INS, driven
+from tests.kernels.conftest import SIMDE, STAND_INS, driven
 from transformers_api.kernels.variants import VARIANTS
 
 CROSS = "aarch64-linux-gnu-g++"
 TOOLS = (CROSS, "qemu-aarch64", "g++")
 MISSING = [tool for tool in TOOLS if shutil.which(tool) is None]
+MISSING += [] if SIMDE.exists() else [str(SIMDE)]
 
 
 @pytest.mark.slow

@@ -208,7 +208,10 @@ class PackedStore:
     def write(
         self, key: str, model: str, weights: Sequence[StoredWeight], parts: Iterable[Any]
     ) -> None:
-        """Store ``weights``, whose bytes are ``parts``, in this order. Raises OSError."""
+        """Store ``weights``, whose bytes are ``parts``, one or several of each. Raises OSError.
+
+        No part is held while the next one is waited for.
+        """
         header = _header(key, model, weights)
         prefix = PREFIX.pack(MAGIC, len(header), hashlib.sha256(header).digest())
         # Processes in several containers may have the same number.
@@ -217,8 +220,12 @@ class PackedStore:
             with partial.open("wb", buffering=0) as file:
                 _write_at(file.fileno(), prefix + header, 0)
                 first = _data_offset(len(header))
-                for weight, part in zip(weights, parts, strict=True):
-                    _write_at(file.fileno(), part, first + weight.offset)
+                pieces = iter(parts)
+                for weight in weights:
+                    done = 0
+                    while done < weight.bytes:
+                        at = first + weight.offset + done
+                        done += _write_at(file.fileno(), next(pieces), at)
                 file.truncate(first + _size(weights))
             partial.replace(self.path(key))
         finally:
@@ -321,13 +328,15 @@ def _read_header(file: int, key: str) -> dict[str, Any]:
     return header
 
 
-def _write_at(file: int, data: Any, offset: int) -> None:
+def _write_at(file: int, data: Any, offset: int) -> int:
+    """The bytes of ``data``, which are written."""
     view = memoryview(data)
     for at in range(0, len(view), AT_ONCE):
         piece = view[at : at + AT_ONCE]
         done = 0
         while done < len(piece):
             done += os.pwrite(file, piece[done:], offset + at + done)
+    return len(view)
 
 
 def _pages(size: int) -> tuple[mmap.mmap, int]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from transformers_api.engine.native.packed_store import (
+    AT_ONCE,
     SMALLEST,
     PackedContent,
     PackedStore,
@@ -152,12 +153,17 @@ def _described(
 def _parts(
     weights: Sequence[weakref.ref[PackedWeight]], stored: Sequence[StoredWeight]
 ) -> Iterator[Any]:
-    """The bytes of each. Raises _Released."""
+    """The bytes of each in pieces, so that a model is soon gone from memory. Raises _Released."""
     for weight, own in zip(weights, stored, strict=True):
-        memory = _memory(weight)[1]
-        if memory.nbytes != own.bytes:
-            raise _Released
-        yield memory.numpy()
+        for at in range(0, own.bytes, AT_ONCE):
+            yield _piece(weight, own.bytes, at)
+
+
+def _piece(weight: weakref.ref[PackedWeight], size: int, at: int) -> Any:
+    memory = _memory(weight)[1]
+    if memory.nbytes != size:
+        raise _Released
+    return memory.numpy()[at : at + AT_ONCE]
 
 
 def _is_whole(content: PackedContent, library: Library) -> bool:
