@@ -209,9 +209,24 @@ def nodes(path: Path) -> list[ast.AST]:
     return [*ast.walk(tree(path))]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def let_go() -> Iterator[None]:
+    """Keep millions of nodes from being looked through by every collection of later tests."""
+    yield
+    for cached in (tree, nodes, distributions):
+        cached.cache_clear()
+
+
+def statements(node: ast.AST) -> Iterator[ast.AST]:
+    for block in ("body", "handlers", "orelse", "finalbody", "cases"):
+        for child in getattr(node, block, ()):
+            yield child
+            yield from statements(child)
+
+
 def imports(path: Path) -> Iterator[tuple[int, str]]:
     """(line, imported module) of every import in a file, lazy ones and those for typing included."""
-    for node in nodes(path):
+    for node in statements(tree(path)):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -369,29 +384,28 @@ def test_models_are_loaded_in_one_place():
     assert not calls, "\n".join(calls)
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        "api",
-        "cli",
-        "app",
-        "config.settings",
-        "serving",
-        "engine.base",
-        "inspection.base",
-        "inspection.questions",
-    ],
-)
-def test_importing_a_torch_free_part_leaves_torch_out(module):
-    code = (
-        f"import sys, {OURS}.{module}\n"
-        "print(*sorted({'torch', 'transformers'} & set(sys.modules)))"
-    )
+def test_importing_the_torch_free_parts_leaves_torch_out():
+    parts = ("api", "cli", "app", "config.settings", "serving")
+    parts += ("engine.base", "inspection.base", "inspection.questions")
+    lines = [
+        f"import {OURS}.{part}\nprint('{part}:', *{{'torch', 'transformers'}} & set(sys.modules))"
+        for part in parts
+    ]
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", "\n".join(["import sys", *lines])],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == []
+    assert done.stdout.splitlines() == [f"{part}:" for part in parts]
+
+
+@functools.cache
+def distributions() -> dict[str, list[str]]:
+    # That of an extra is not in every environment.
+    return {"grpc": ["grpcio"], **importlib.metadata.packages_distributions()}
 
 
 @pytest.mark.parametrize(
@@ -410,8 +424,6 @@ def test_importing_a_torch_free_part_leaves_torch_out(module):
 def test_every_import_is_pinned_in_the_requirements(folders, requirements):
     text = "\n".join((ROOT / name).read_text() for name in requirements)
     pinned = set(re.findall(r"^([\w.-]+)(?:\[\w+\])?==", text, re.MULTILINE))
-    # That of an extra is not in every environment.
-    distributions = {"grpc": ["grpcio"], **importlib.metadata.packages_distributions()}
     # Programs for others, each in its own environment.
     theirs = (ROOT / "tests" / "clients", ROOT / "tests" / "inspection" / "libraries")
     files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
@@ -421,7 +433,7 @@ def test_every_import_is_pinned_in_the_requirements(folders, requirements):
     missing = {
         module
         for module in imported - own - {*sys.stdlib_module_names}
-        if not {canonical(name) for name in distributions.get(module, [module])} & pinned
+        if not {canonical(name) for name in distributions().get(module, [module])} & pinned
     }
     assert "torch" in imported
     assert not missing

@@ -143,9 +143,9 @@ async function put(db, chat) {
   const transaction = db.transaction(["chats", "writers", "left"], "readwrite");
   const [chats, writers, left] = ["chats", "writers", "left"].map((name) => transaction.objectStore(name));
   const writing = async () => {
-    const [kept, writer] = await Promise.all([chats.get(chat.id), writers.get(chat.id)]);
-    if (writer !== tab) {
-      for (const node of Object.values(kept?.nodes ?? {})) if (!removed.has(node.id)) chat.nodes[node.id] ??= node;
+    if ((await writers.get(chat.id)) !== tab) {
+      const { nodes = {} } = (await chats.get(chat.id)) ?? {};
+      for (const node of Object.values(nodes)) if (!removed.has(node.id)) chat.nodes[node.id] ??= node;
     }
     const begun = performance.now();
     const written = chats.put(plain(chat)); // which copies it at once
