@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from transformers_api.cluster import ray_runtime
 from transformers_api.cluster.transport import RayTransport
 from transformers_api.config.settings import Settings
 from transformers_api.errors import ReplicaFailed
@@ -100,3 +101,29 @@ def test_whoever_stops_reading_is_not_told_of_a_failure():
     with pytest.raises(CancelledError):
         transport.start(stop()).result(30)
     assert messages.is_cancelled
+
+
+def test_replicas_that_cannot_be_asked_now_are_silent_and_not_gone(monkeypatch):
+    given: dict[str, Any] = {"shared": ["a", "b"], "own": ["c"]}
+
+    def broadcast(handle, method, arguments):
+        if isinstance(given[handle], Exception):
+            raise given[handle]
+        return given[handle]
+
+    def asked() -> list[Any]:
+        return transport.start(transport.broadcast("status")).result(30)
+
+    monkeypatch.setattr(ray_runtime, "broadcast", broadcast)
+    transport = RayTransport(Settings(), (), lambda: None)
+    transport._handles = {"": "shared", "hot": "own"}
+    assert asked() == ["a", "b", "c"]
+    given["shared"] = ValueError("of Ray's")
+    assert asked() == [None, None, "c"]
+    given |= {"shared": TimeoutError(), "own": TimeoutError()}
+    assert asked() == [None, None, None]
+    given |= {"shared": [], "own": ValueError("of Ray's")}
+    assert asked() == [None]
+    given["shared"] = ValueError("of Ray's")
+    with pytest.raises(ValueError, match="of Ray's"):
+        asked()

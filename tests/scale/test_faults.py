@@ -37,16 +37,15 @@ MOST_S = 5.0  # that new requests wait
 def test_a_killed_replica_ends_its_own_streams_alone(cluster, front, measured):
     for model in ("one", "two"):
         front.chat(model)
-    wait_for(lambda: {each["model"] for each in front.replicas()} == {"one", "two"})
+    pid = pid_of("one", front)
     lengths = {"one": ENDLESS, "two": 4000}
     streams = {m: [front.stream(m, tokens) for _ in range(8)] for m, tokens in lengths.items()}
     wait_for(lambda: all(s.has_begun() for own in streams.values() for s in own))
-    victim = next(each for each in front.replicas() if each["model"] == "one")
-    os.kill(victim["pid"], signal.SIGKILL)
+    os.kill(pid, signal.SIGKILL)
     killed, back_s = time.monotonic(), list[float]()
 
     def look():
-        wait_for(lambda: sum(each["pid"] != victim["pid"] for each in front.replicas()) == 2)
+        wait_for(lambda: sum(each["pid"] != pid for each in front.replicas()) == 2)
         back_s.append(time.monotonic() - killed)
 
     looking = threading.Thread(target=look, daemon=True)
@@ -60,6 +59,19 @@ def test_a_killed_replica_ends_its_own_streams_alone(cluster, front, measured):
     assert back_s, "it was not replaced"
     measured(f"20 new requests in {answered_s:.1f} s; a replica is back in {back_s[0]:.1f} s")
     assert back_s[0] < 30
+
+
+def pid_of(model: str, front: Front) -> int:
+    """The replica that has this model, once both others have one of two."""
+    pids: dict[str, int] = {}
+
+    def are_shown() -> bool:
+        pids.clear()
+        pids.update({each["model"]: each["pid"] for each in front.replicas()})
+        return pids.keys() == {"one", "two"}
+
+    wait_for(are_shown)
+    return pids[model]
 
 
 def test_nobody_notices_that_the_controller_is_killed(cluster, front, measured):
@@ -120,8 +132,7 @@ def test_a_killed_redis_costs_nothing_but_what_it_shares(cluster, front, measure
 def test_a_replica_that_hangs_hides_no_other_and_gets_no_new_requests(cluster, front, measured):
     for model in ("one", "two"):
         front.chat(model)
-    wait_for(lambda: {each["model"] for each in front.replicas()} == {"one", "two"})
-    hung = next(each["pid"] for each in front.replicas() if each["model"] == "one")
+    hung = pid_of("one", front)
     os.kill(hung, signal.SIGSTOP)
     try:
         shown: list[dict[str, Any]] = []

@@ -59,12 +59,20 @@ def connect(settings: Settings) -> None:
 
 
 def broadcast(handle: Any, method: str, arguments: tuple[Any, ...]) -> list[Any]:
-    """The answers of all replicas; None of each that gives none in time, nothing of dead ones."""
-    answers = handle.broadcast(method, *arguments).results(
-        timeout_s=BROADCAST_S, return_exceptions=True
-    )
-    answers = [None if isinstance(answer, TimeoutError) else answer for answer in answers]
-    return [answer for answer in answers if not isinstance(answer, BaseException)]
+    """The answers of all replicas; None of each that gives none now, nothing of dead ones.
+
+    None of a replica that cannot be reached for a moment, too. Raises what Ray does.
+    """
+    from ray.exceptions import ActorDiedError
+    from ray.serve.exceptions import DeploymentUnavailableError
+
+    response = handle.broadcast(method, *arguments)
+    try:
+        answers = response.results(timeout_s=BROADCAST_S, return_exceptions=True)
+    except DeploymentUnavailableError:
+        return []
+    living = [answer for answer in answers if not isinstance(answer, ActorDiedError)]
+    return [None if isinstance(answer, BaseException) else answer for answer in living]
 
 
 def let_own_code_travel() -> None:

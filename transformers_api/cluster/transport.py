@@ -115,6 +115,7 @@ class RayTransport:
         self._own = own
         self._on_connect = on_connect
         self._handles: Mapping[str, Any] = {}
+        self._counts: dict[str, int] = {}  # replicas of each, when they were last asked
         self._asking = ThreadPoolExecutor(ASKING, "cluster-ask")
         self._fault: str | None = "Looking for the cluster"
         self._head = HeadWatch(settings.cluster_address)
@@ -167,17 +168,25 @@ class RayTransport:
                 messages.cancel()
 
     async def broadcast(self, method: str, *arguments: Any) -> list[Any]:
-        """See Transport."""
-        loop = asyncio.get_running_loop()
+        """See Transport. Where those of a model cannot be asked, None of as many as there were."""
+        loop, handles = asyncio.get_running_loop(), dict(self._handles)
         futures = [
             loop.run_in_executor(self._asking, ray_runtime.broadcast, handle, method, arguments)
-            for handle in self._handles.values()
+            for handle in handles.values()
         ]
-        answers = await asyncio.gather(*futures, return_exceptions=True)
-        errors = [each for each in answers if isinstance(each, BaseException)]
-        if errors and len(errors) == len(answers):
+        outcomes = await asyncio.gather(*futures, return_exceptions=True)
+        errors = [each for each in outcomes if isinstance(each, BaseException)]
+        if errors and len(errors) == len(outcomes) and not isinstance(errors[0], TimeoutError):
             raise errors[0]
-        return [each for own in answers if not isinstance(own, BaseException) for each in own]
+        answers: list[Any] = []
+        for model, outcome in zip(handles, outcomes, strict=True):
+            if isinstance(outcome, BaseException):
+                log.info("Replicas of '%s' cannot be asked: %r", model or "all models", outcome)
+                answers += [None] * self._counts.get(model, 0)
+            else:
+                self._counts[model] = len(outcome)
+                answers += outcome
+        return answers
 
     def note(self, in_flight: Mapping[str, int], silent: Sequence[str]) -> None:
         """See Transport."""
