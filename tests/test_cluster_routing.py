@@ -193,14 +193,16 @@ def test_a_hung_replica_is_shown_beside_the_others():
 
 
 class Looked:
-    """A transport whose replicas answer as they are listed here; None: one hangs."""
+    """A transport whose replicas answer as they are listed here; None: one hangs, or all do."""
 
     def __init__(self) -> None:
-        self.statuses: list[ReplicaStatus | None] = []
+        self.statuses: list[ReplicaStatus | None] | None = []
         self.answers: dict[str, object] = {}
 
     async def broadcast(self, method: str) -> list[ReplicaStatus | None]:
         assert method == "status"
+        if self.statuses is None:
+            raise TimeoutError
         return self.statuses
 
     def start(self, work: Coroutine[None, None, object]) -> Future[object]:
@@ -230,6 +232,11 @@ def test_a_front_takes_what_its_replicas_take_and_asks_no_hung_one():
     assert (routing_state.silent, routing_state.requests) == (set(), dict.fromkeys("abc", 2))
     assert look(a, None, c) == (48, 24)  # Serve replaces it soon, or it answers again
     assert (routing_state.silent, routing_state.requests) == ({"b"}, dict.fromkeys("ac", 2))
+    transport.statuses = None
+    watch.look()
+    assert (admission.slots, admission.waiting) == (48, 24)
+    assert routing_state.silent == set("abc")
+    assert [each.ready for each in models.replicas] == [False] * 3
     assert look(a, c) == (32, 16)
     assert (routing_state.silent, routing_state.requests) == (set(), dict.fromkeys("ac", 2))
     assert look(*map(status, "abcde")) == (80, 20)  # no more than it has threads for

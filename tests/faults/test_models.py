@@ -171,9 +171,7 @@ def test_twenty_four_swaps_leave_the_memory_where_it_was(
             body = {"prompt": "Once upon a time", "max_tokens": 8, "model": name}
             assert tiny.ask("POST", "/v1/completions", body)[0] == 200
             assert tiny.ask("DELETE", f"/v1/models/{name}")[0] == 200
-            if (
-                turn > 1
-            ):  # its weights may be on their way to the disk: a piece of them is let go soon
+            if turn > 1:  # a piece of it may be on its way to the disk
                 with suppress(AssertionError):
                     until(lambda: abs(tiny.rss_mb() / after[1] - 1) <= 0.05, 5)
             after.append(tiny.rss_mb())

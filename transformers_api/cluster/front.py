@@ -164,13 +164,21 @@ class Watch:
     def look(self) -> None:
         """Look once, from one thread at a time."""
         try:
-            answers = self._transport.start(self._transport.broadcast("status")).result()
-            replicas = with_silent(self._models.replicas, answers)
+            replicas = with_silent(self._models.replicas, self._statuses())
             self._models.replicas = self._encoders.replicas = replicas
             self._note_replicas(replicas)
         except Exception as error:
             self._note(f"The replicas cannot be looked at: {error}")
             self._models.replicas = ()
+
+    def _statuses(self) -> Sequence[ReplicaStatus | None]:
+        """None of each that is not in time, which may be all; who is gone for good is told else."""
+        try:
+            work = self._transport.broadcast("status")
+            answers: list[ReplicaStatus | None] = self._transport.start(work).result()
+        except TimeoutError:
+            answers = [None] * len(self._models.replicas)
+        return answers
 
     def _run(self) -> None:
         preload = threading.Thread(target=self._preload, name="cluster-preload", daemon=True)

@@ -176,7 +176,7 @@ class RayTransport:
         ]
         outcomes = await asyncio.gather(*futures, return_exceptions=True)
         errors = [each for each in outcomes if isinstance(each, BaseException)]
-        if errors and len(errors) == len(outcomes) and not isinstance(errors[0], TimeoutError):
+        if errors and len(errors) == len(outcomes):
             raise errors[0]
         answers: list[Any] = []
         for model, outcome in zip(handles, outcomes, strict=True):
